@@ -42,7 +42,7 @@ def rows(
 
 
 def cases(device: torch.device | str, impls: Sequence[str], quick: bool = False) -> Iterator[Case]:
-    """Every shape, dtype and direction, with and without residual; `quick`: the first shape only."""
+    """Every shape, dtype, direction, with and without residual; `quick`: the first shape only."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     shapes = _GPU_SHAPES if on_gpu else _CPU_SHAPES

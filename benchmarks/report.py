@@ -29,7 +29,8 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
     """The machine and the software that a figure was measured on.
 
     Keys: time (UTC), command, commit, gptkernels, python, platform, cpu_threads, versions (of
-    PyTorch and friends), and gpu (name, driver, CUDA runtime, memory, multiprocessors), None without one.
+    PyTorch and friends), and gpu (name, driver, CUDA runtime, memory, multiprocessors), None
+    without one.
     """
     import gptkernels
 

@@ -1,0 +1,77 @@
+# `make help` lists the targets. Each sets up what it needs by itself: a .venv with the tested versions
+# (constraints.txt), or, with PYTHON=python3, the active environment, where only what is missing is
+# installed and nothing, PyTorch least of all, is replaced.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test gates gpu lint clean active
+
+# The interpreter that .venv is made from.
+BASE_PYTHON ?= python3
+# Where `make gpu` writes its results.
+RESULTS ?= benchmarks/results
+# Workers of the test suite.
+JOBS ?= 2
+# More arguments for the command behind a target, such as ARGS="--text book.txt".
+ARGS ?=
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY := active
+else
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+
+define check_version
+@$(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo 'gptkernels needs Python 3.11 or newer, $(1) is not; name another with BASE_PYTHON or PYTHON' >&2; exit 2; }
+endef
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+	@echo
+	@echo '  PYTHON=python3      use the active environment instead of .venv; PyTorch stays as it is'
+	@echo '  BASE_PYTHON=python3 the Python that .venv is made from'
+	@echo '  ARGS="..."          more arguments for demo, test, gates'
+	@echo '  RESULTS=folder      where make gpu writes its results'
+
+demo: $(READY) ## train a small GPT on real text, check it against plain PyTorch, write a report
+	$(PY) -m gptkernels demo $(ARGS)
+
+test: $(READY) ## run the whole test suite
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+gates: $(READY) ## compile every Triton kernel ahead of time and hold it to the committed table
+	$(PY) -m gates $(ARGS)
+
+# Nothing is installed or downloaded: the sources are laid out as an install would, and the active
+# Python runs them.
+gpu: PYTHON ?= python3
+gpu: ## on a machine with an NVIDIA GPU: test, verify and time the kernels; results as JSON in RESULTS
+	rm -rf build/gpu
+	mkdir -p build/gpu
+	cp -R gptkernels build/gpu/gptkernels
+	cp -R benchmarks examples build/gpu/gptkernels/
+	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P -m gptkernels.benchmarks.gpu --results $(RESULTS)
+
+clean: ## remove what the targets made
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+active:
+	$(call check_version,$(PY))
+	@$(PY) scripts/install_missing.py
+
+.venv/.ready: pyproject.toml constraints.txt setup.py
+	$(call check_version,$(BASE_PYTHON))
+	@echo 'Setting up .venv with the tested versions (PyTorch is large: the first time takes minutes)'
+	$(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	touch $@
