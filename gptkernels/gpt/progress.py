@@ -1,0 +1,65 @@
+"""What a person sees of a training run: a bar that moves, and a line at every validation."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class ProgressBar:
+    """A progress bar for `train(..., observer=...)`: use as a context, call with each log record.
+
+    On a terminal the bar shows step, loss, tokens per second and MFU; every validation leaves a
+    line. Elsewhere (a file, a pipe) only those lines are written.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._progress = Progress(
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task: TaskID = self._progress.add_task("training", total=1.0, step=0, figures="")
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, record: dict[str, Any], done: float) -> None:
+        """Show `record` (one line of log.jsonl); `done` is the share of the run behind us."""
+        figures = describe(record)
+        self._progress.update(self._task, completed=done, step=record["step"], figures=figures)
+        if "validation_loss" in record:
+            self.console.print(
+                f"step {record['step']:>6}  {figures}  validation loss "
+                f"[bold]{record['validation_loss']:.4f}[/bold]",
+                highlight=False,
+            )
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Loss, tokens per second and MFU of a log record, as far as it has them."""
+    parts = []
+    if record.get("loss") is not None:
+        parts.append(f"loss {record['loss']:.4f}")
+    if record.get("tokens_per_s") is not None:
+        parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {100 * record['mfu']:.1f}%")
+    return "  ".join(parts)
