@@ -1,0 +1,1 @@
+"""Examples that stand on their own; installed as `gptkernels.examples`."""
