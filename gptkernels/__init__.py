@@ -1,0 +1,55 @@
+"""gptkernels: fused causal attention, LayerNorm and GELU-MLP for PyTorch, and a reference GPT
+built on them.
+
+Importing this package imports nothing else: public names load when they are first used, so it
+works without torch, without Triton and without a GPU, and never initialises CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attention": "gptkernels.ops.attention",
+    "layer_norm": "gptkernels.ops.layer_norm",
+    "gelu_mlp": "gptkernels.ops.mlp",
+    "LayerNorm": "gptkernels.layers",
+    "MLP": "gptkernels.layers",
+    "CausalSelfAttention": "gptkernels.layers",
+    "GPT": "gptkernels.gpt.model",
+    "GPTConfig": "gptkernels.gpt.config",
+}
+
+__all__ = [
+    "GPT",
+    "MLP",
+    "CausalSelfAttention",
+    "GPTConfig",
+    "LayerNorm",
+    "attention",
+    "gelu_mlp",
+    "layer_norm",
+]
+
+if TYPE_CHECKING:
+    from gptkernels.gpt.config import GPTConfig
+    from gptkernels.gpt.model import GPT
+    from gptkernels.layers import MLP, CausalSelfAttention, LayerNorm
+    from gptkernels.ops.attention import attention
+    from gptkernels.ops.layer_norm import layer_norm
+    from gptkernels.ops.mlp import gelu_mlp
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,64 @@
+"""Argument checks that the ops share: each failure is one sentence naming the argument, what came
+and what is wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """A floating tensor of a dtype the kernels have. Raises TypeError."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16 or float16, got {dtype_name(tensor.dtype)}"
+        )
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
+    """`tensor` has exactly `shape`, which follows from `why`. Raises ValueError."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} ({why}), got {tuple(tensor.shape)}"
+        )
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Both tensors are on one device. Raises ValueError."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}"
+        )
+
+
+def check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Both tensors have one dtype. Raises TypeError."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {other_name}, {dtype_name(other.dtype)}, "
+            f"got {dtype_name(tensor.dtype)}"
+        )
+
+
+def check_unit_last_stride(name: str, tensor: Tensor) -> None:
+    """The last dimension is contiguous, as vector loads need. Raises ValueError."""
+    if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must have a unit stride in its last dimension, "
+            f"got strides {tuple(tensor.stride())}; call .contiguous() on it"
+        )
+
+
+def check_probability(name: str, value: float) -> None:
+    """A probability in [0, 1]. Raises ValueError."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """'bfloat16' for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

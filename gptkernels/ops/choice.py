@@ -1,0 +1,61 @@
+"""Which implementation runs: an explicit one runs or says why it cannot; only "auto" may choose.
+
+"auto" picks "torch" on every machine today: no Triton kernel has been timed on a GPU yet, and a
+kernel that nobody has measured must not replace one that works.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("cuda", "triton", "torch")
+
+# Triton reads the variable when a kernel is decorated, so it cannot change later in a process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(impl: str, tensor: Tensor) -> str:
+    """The implementation that runs on `tensor`.
+
+    Raises ValueError for an unknown name, NotImplementedError for a kernel that does not exist
+    yet, RuntimeError where an explicit choice cannot run on this machine or tensor.
+    """
+    if impl == "auto":
+        return "torch"
+    reason = unavailable(impl, tensor.device.type, tensor.dtype)
+    if reason is None:
+        return impl
+    raise (NotImplementedError if impl == "cuda" else RuntimeError)(f"impl={impl!r}: {reason}")
+
+
+def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why an implementation cannot run on tensors of this device type and dtype; None where it
+    can."""
+    match impl:
+        case "torch":
+            return None
+        case "triton":
+            if not _triton_installed():
+                return "Triton is not installed (pip install triton; Linux only)"
+            if INTERPRETED and dtype == torch.bfloat16:
+                return "Triton's interpreter computes bfloat16 wrongly; use float16 or float32"
+            if device_type != "cuda" and not INTERPRETED:
+                return (
+                    f"it runs on CUDA tensors (this one is on {device_type}), "
+                    "or anywhere under TRITON_INTERPRET=1"
+                )
+            return None
+        case "cuda":
+            return "the CUDA C++ kernels are not part of this version; use 'triton' or 'torch'"
+        case _:
+            raise ValueError(f"impl must be 'auto', 'cuda', 'triton' or 'torch', got {impl!r}")
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
