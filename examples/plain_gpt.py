@@ -1,0 +1,156 @@
+"""A GPT-2 in plain PyTorch: what gptkernels.GPT replaces, and the yardstick it is held to.
+
+It needs nothing but PyTorch. Its parameters have the names that gptkernels.GPT's have, so weights
+go from one to the other by `load_state_dict`; then logits, loss and gradients agree up to rounding:
+
+    model = gptkernels.GPT(config)
+    plain = PlainGPT(model.config)
+    plain.load_state_dict(model.state_dict())
+
+`python plain_gpt.py` does that with a small random model and prints the differences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class PlainConfig:
+    """Shape of a PlainGPT; a gptkernels.GPTConfig serves as well. n_inner=None means 4 * n_embd."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int | None = None
+    approximate: str = "tanh"
+    layer_norm_eps: float = 1e-5
+    dropout: float = 0.0
+    bias: bool = True
+
+
+class Attention(nn.Module):
+    """Causal self-attention between two linear layers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        q, k, v = (
+            part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, D)
+            for part in self.c_attn(x).chunk(3, dim=-1)
+        )
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        return self.c_proj(out.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear; the width in between is n_inner."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.approximate = config.approximate
+        self.c_fc = nn.Linear(config.n_embd, inner, bias=config.bias)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + F.dropout(self.attn(self.ln_1(x)), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    """Everything below the head."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> (B, T, C)."""
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        x = F.dropout(x, self.dropout, self.training)
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+
+class PlainGPT(nn.Module):
+    """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T) the mean loss, fp32 or wider."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Decoder(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # GPT-2's initial weights
+                layers = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / layers**0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or with targets the mean loss."""
+        logits = self.lm_head(self.transformer(tokens))
+        if targets is None:
+            return logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _show_agreement() -> None:
+    import gptkernels
+
+    torch.manual_seed(0)
+    config = gptkernels.GPTConfig(vocab_size=256, block_size=64, n_layer=4, n_head=4, n_embd=128)
+    model = gptkernels.GPT(config)
+    plain = PlainGPT(config)
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(config.vocab_size, (4, 65))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    print("logits differ by", (model(inputs) - plain(inputs)).abs().max().item())
+    loss, plain_loss = model(inputs, targets), plain(inputs, targets)
+    print("losses", loss.item(), plain_loss.item())
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    plain_gradients = torch.autograd.grad(plain_loss, list(plain.parameters()))
+    pairs = zip(gradients, plain_gradients, strict=True)
+    print("gradients differ by", max((a - b).abs().max().item() for a, b in pairs))
+
+
+if __name__ == "__main__":
+    _show_agreement()

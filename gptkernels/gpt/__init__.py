@@ -1,0 +1,1 @@
+"""The reference GPT: configuration, model, weights, tokenizers, generation and training."""

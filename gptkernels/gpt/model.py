@@ -1,0 +1,238 @@
+"""GPT-2 on the fused ops: the whole model, to be read in one sitting.
+
+    x = wte[tokens] + wpe[positions]
+    for each block:   x = x + attention(LN(x));   x = x + mlp(LN(x))
+    logits = LN(x) @ wte^T
+
+Every residual add, the dropout on what is added, and the LayerNorm that follows are one op. So a
+block does not return x: it returns the pair (branch, stream) whose sum x is, and the next
+LayerNorm, in whichever block it stands, adds them. The stream of B * T * C elements is thus read
+once and written once for each add and norm together.
+
+B batch, T tokens, C width (n_embd), V vocabulary. Radford et al., "Language Models are Unsupervised
+Multitask Learners", 2019. The parameters have nanoGPT's names, so its checkpoints load.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptkernels.gpt import weights
+from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.generate import generate
+from gptkernels.layers import MLP, CausalSelfAttention, KVCache, LayerNorm, set_impl
+
+_INIT_STD = 0.02
+_IGNORED = -100
+
+
+class Block(nn.Module):
+    """One attention and one MLP, each after a LayerNorm that first adds what came before."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
+        self.attn = CausalSelfAttention(
+            config.n_embd, config.n_head, bias=config.bias, dropout=config.dropout
+        )
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
+        self.mlp = MLP(config.n_embd, config.d_inner, config.bias, config.approximate)
+        self.dropout = config.dropout
+
+    def forward(
+        self, branch: Tensor, stream: Tensor | None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(branch, stream), both (B, T, C), to the next pair; the first block has no stream."""
+        x, stream = self.ln_1(branch, stream, dropout_p=self.dropout, prenorm=True)
+        x, stream = self.ln_2(self.attn(x, cache), stream, dropout_p=self.dropout, prenorm=True)
+        return self.mlp(x), stream
+
+
+class Decoder(nn.Module):
+    """Everything below the head: the embeddings, the blocks, the final LayerNorm."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+        """tokens (B, T) int64 -> (B, T, C); with caches, tokens continue what they hold."""
+        start = 0 if caches is None else caches[0].length
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        branch = self.wte(tokens) + self.wpe(positions)
+        stream = None  # the first LayerNorm applies the embedding's dropout and opens the stream
+        for i, block in enumerate(self.h):
+            branch, stream = block(branch, stream, None if caches is None else caches[i])
+        return self.ln_f(branch, stream, dropout_p=self.dropout)
+
+
+class GPT(nn.Module):
+    """A GPT-2. Its head is tied: lm_head.weight is transformer.wte.weight.
+
+    `GPT(config)` has GPT-2's random initial weights; `GPT.from_pretrained(folder)` loads a Hugging
+    Face folder.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Decoder(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_head()
+        self._init_weights()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        caches: Sequence[KVCache] | None = None,
+    ) -> Tensor:
+        """Logits of the next token, or with targets the loss.
+
+        tokens: (B, T) int64, T at most block_size. targets: (B, T) int64; -100 marks a position
+        that does not count.
+        caches: one `KVCache` a block; tokens then continue what the caches hold, and are added to
+        them.
+
+        Returns logits (B, T, V); or the mean cross-entropy over the targets that count, a fp32
+        scalar. Raises TypeError for tokens or targets that are not int64, and ValueError for a
+        wrong shape, a T past block_size, or, on a CPU, an id outside 0...vocab_size - 1.
+        """
+        if targets is not None:
+            self._check_targets(targets, tokens)
+        logits = self.lm_head(self.hidden_states(tokens, caches=caches))
+        if targets is None:
+            return logits
+        # At least fp32: a bf16 sum over V exponentials loses the small ones.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)
+
+    def hidden_states(self, tokens: Tensor, *, caches: Sequence[KVCache] | None = None) -> Tensor:
+        """What the head reads: (B, T, C), after the final LayerNorm. Otherwise as `forward`."""
+        self.check_tokens(tokens, 0 if caches is None else caches[0].length)
+        return self.transformer(tokens, caches)
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continue `tokens` (B, T); see `gptkernels.gpt.generate.generate`."""
+        return generate(
+            self,
+            tokens,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos=eos,
+            seed=seed,
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dropout: float | None = None) -> GPT:
+        """The GPT-2 in a Hugging Face folder, on the CPU, in its dtype, in evaluation mode.
+
+        Reads config.json and model.safetensors (or its shards, or pytorch_model.bin with
+        weights_only=True). The folder's three dropout probabilities must be equal, or `dropout`
+        given, which replaces them. Raises FileNotFoundError for a missing file and ValueError, in
+        one sentence, for one that is broken, foreign, contradicted by the others, or asks for
+        something this model does not have.
+        """
+        config = weights.read_config(Path(folder), dropout)
+        with torch.device("meta"):  # shapes alone: the weights are read, not drawn and thrown away
+            model = cls(config)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model.load_state_dict(weights.read_state(Path(folder), shapes, config.bias), assign=True)
+        model.tie_head()
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them.
+
+        Each file is complete before it gets its name. Raises OSError where the folder cannot be
+        written.
+        """
+        weights.write_folder(Path(folder), self.config, self.state_dict())
+
+    def set_impl(self, impl: str) -> GPT:
+        """Set `.impl` of every layer, and return the model; ValueError for an unknown name."""
+        return set_impl(self, impl)
+
+    def tie_head(self) -> None:
+        """Make lm_head.weight and wte.weight one parameter; assigning to either undoes it."""
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def _init_weights(self) -> None:
+        # Each block adds two branches to the stream; the scale keeps its variance from growing with
+        # depth.
+        residual_std = _INIT_STD / math.sqrt(2 * self.config.n_layer)
+        for name, module in self.transformer.named_modules():  # the head is tied to wte
+            if isinstance(module, nn.Linear | nn.Embedding):
+                std = residual_std if name.endswith(".c_proj") else _INIT_STD
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def check_tokens(self, tokens: Tensor, start: int = 0) -> None:
+        """Raise what `forward` raises for tokens that it cannot take after `start` others."""
+        _check_ids("tokens", tokens)
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(
+                f"tokens must have shape (B, T) with T >= 1, got {tuple(tokens.shape)}"
+            )
+        if start + tokens.shape[1] > self.config.block_size:
+            after = f" after {start} in the cache" if start else ""
+            raise ValueError(
+                f"tokens must fit into block_size={self.config.block_size}, "
+                f"got T={tokens.shape[1]}{after}"
+            )
+        self._check_values("tokens", tokens)
+
+    def _check_targets(self, targets: Tensor, tokens: Tensor) -> None:
+        _check_ids("targets", targets)
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets must have the shape of tokens, {tuple(tokens.shape)}, "
+                f"got {tuple(targets.shape)}"
+            )
+        self._check_values("targets", targets, _IGNORED)
+
+    def _check_values(self, name: str, ids: Tensor, ignored: int | None = None) -> None:
+        # Only on a CPU, where looking at values makes nothing wait; and never while compiling,
+        # which cannot look at them.
+        if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+            return
+        wrong = (ids < 0) | (ids >= self.config.vocab_size)
+        if ignored is not None:
+            wrong &= ids != ignored
+        if wrong.any():
+            also = "" if ignored is None else f" or be {ignored}"
+            raise ValueError(
+                f"{name} must lie in 0...{self.config.vocab_size - 1} (vocab_size - 1){also}, "
+                f"got {int(ids[wrong][0])}"
+            )
+
+
+def _check_ids(name: str, ids: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {str(ids.dtype).removeprefix('torch.')}")

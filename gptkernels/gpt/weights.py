@@ -1,0 +1,334 @@
+"""Hugging Face GPT-2 folders: config.json beside model.safetensors, to and from a GPT's state_dict.
+
+    theirs                                     ours
+    transformer.h.N.attn.c_attn.weight  (in, out)   transposed: they store x @ W ("Conv1D"),
+    nn.Linear W @ x transformer.* or the bare names             transformer.* lm_head.weight, absent
+    when tied            lm_head.weight = transformer.wte.weight h.N.attn.bias, h.N.attn.masked_bias
+    causal masks of old checkpoints, not weights: ignored
+
+Read: model.safetensors, its shards with model.safetensors.index.json, or pytorch_model.bin (sharded
+too), which is never unpickled beyond tensors (weights_only=True). Written: config.json and one
+model.safetensors. A GPT without biases is written with zeros for them, which every reader of the
+layout computes rightly, and with "bias": false in config.json, by which they are left out again
+here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptkernels.gpt.config import GPTConfig
+
+_ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+# What GPT2Config assumes for a key that config.json leaves out.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "resid_pdrop": 0.1,
+    "bias": True,
+}
+# Settings that change what the model computes, and the one value that a GPT computes. The same
+# holds of reorder_and_upcast_attn, either value of which is right: attention here always sums and
+# exponentiates in fp32.
+_REQUIRED: dict[str, Any] = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+_CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+_TRANSPOSED = re.compile(
+    r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight"
+)
+_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+_GPT2_VOCAB, _GPT2_END = 50257, 50256
+
+
+def read_config(folder: Path, dropout: float | None = None) -> GPTConfig:
+    """Configuration of the model in `folder`; `dropout` replaces the folder's three.
+
+    Raises FileNotFoundError for what is missing, ValueError for what is broken or asks for another
+    model.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder must be an existing folder, got {folder}")
+    return _config(folder / "config.json", dropout)
+
+
+def read_state(folder: Path, shapes: Mapping[str, torch.Size], bias: bool) -> dict[str, Tensor]:
+    """The state_dict in `folder`, of exactly these names and shapes; without biases unless `bias`.
+
+    Raises FileNotFoundError for what is missing, ValueError for what is broken or contradicts
+    `shapes`.
+    """
+    state = {}
+    for name, tensor in _tensors(folder).items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if not _CAUSAL_MASK.fullmatch(name):
+            state[name] = tensor.t().contiguous() if _transposes(name, tensor) else tensor
+    _check_head(folder, state)
+    if not bias:
+        _drop_zero_biases(folder, state)
+    _check_state(folder, shapes, state)
+    return state
+
+
+def write_folder(folder: Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
+    """Write config.json and model.safetensors; each is complete before it takes its name.
+
+    Raises OSError where the folder cannot be written.
+    """
+    package = _safetensors()
+    state = {name: tensor.detach() for name, tensor in state.items() if name != _HEAD}
+    if not config.bias:
+        for name, like in [(n, t) for n, t in state.items() if n.endswith(".weight")]:
+            if not name.startswith(("transformer.wte", "transformer.wpe")):
+                state[name.removesuffix("weight") + "bias"] = like.new_zeros(like.shape[0])
+    tensors = {
+        name: (tensor.t() if _transposes(name, tensor) else tensor).contiguous()
+        for name, tensor in state.items()
+    }
+    text = json.dumps(_config_json(config), indent=2) + "\n"
+
+    def write_tensors(path: Path) -> None:
+        try:
+            package.torch.save_file(tensors, path, metadata={"format": "pt"})
+        except package.SafetensorError as error:
+            raise OSError(f"{folder / 'model.safetensors'} cannot be written ({error})") from None
+
+    def write_config(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write({folder / "model.safetensors": write_tensors, folder / "config.json": write_config})
+
+
+def _write(writers: dict[Path, Callable[[Path], object]]) -> None:
+    """Write every file under a temporary name, then give all of them their own."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
+    try:
+        for path, write in writers.items():
+            temporary[path].touch()
+            mode = temporary[path].stat().st_mode
+            write(temporary[path])
+            temporary[path].chmod(mode)  # safetensors makes its files private, whatever the umask
+            with temporary[path].open("rb") as file:
+                os.fsync(file.fileno())
+        for path in writers:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _config(path: Path, dropout: float | None) -> GPTConfig:
+    given = _json_object(path)
+    kind = given.get("model_type", "gpt2")
+    if kind != "gpt2":
+        raise ValueError(f"{path}: model_type must be 'gpt2', got {kind!r}")
+    for key, wanted in _REQUIRED.items():
+        if given.get(key, wanted) is not wanted:
+            raise ValueError(
+                f"{path}: {key} must be {json.dumps(wanted)}, got {json.dumps(given[key])}"
+            )
+    values = {key: given.get(key, default) for key, default in _DEFAULTS.items()}
+    activation = values["activation_function"]
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"{path}: activation_function must be one of {', '.join(_ACTIVATIONS)}, "
+            f"got {activation!r}"
+        )
+    dropouts = [values[key] for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")]
+    if dropout is None:
+        dropout = dropouts[0]
+        if dropouts != [dropout] * 3:
+            raise ValueError(
+                f"{path}: embd_pdrop, attn_pdrop and resid_pdrop must be equal, got {dropouts[0]}, "
+                f"{dropouts[1]} and {dropouts[2]} (pass dropout= to replace them)"
+            )
+    try:
+        return GPTConfig(
+            vocab_size=values["vocab_size"],
+            block_size=values["n_positions"],
+            n_layer=values["n_layer"],
+            n_head=values["n_head"],
+            n_embd=values["n_embd"],
+            n_inner=values["n_inner"],
+            approximate=_ACTIVATIONS[activation],
+            layer_norm_eps=values["layer_norm_epsilon"],
+            dropout=dropout,
+            bias=values["bias"],
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _config_json(config: GPTConfig) -> dict[str, Any]:
+    end = _GPT2_END if config.vocab_size == _GPT2_VOCAB else None
+    written = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": config.n_inner,
+        "activation_function": "gelu_new" if config.approximate == "tanh" else "gelu",
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "reorder_and_upcast_attn": False,
+        **_REQUIRED,
+    }
+    return written if config.bias else {**written, "bias": False}
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor in the folder by the name it is stored under."""
+    for name, read in (
+        ("model.safetensors", _read_safetensors),
+        ("pytorch_model.bin", _read_pickle),
+    ):
+        if (folder / name).is_file():
+            return read(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(index, read)
+    raise FileNotFoundError(
+        f"{folder} must hold model.safetensors, its shards with their index, or pytorch_model.bin"
+    )
+
+
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    places = _json_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ValueError(f"{index}: weight_map must name a file for each tensor")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard:
+            raise ValueError(
+                f"{index}: weight_map must name files in the folder itself, got {shard!r}"
+            )
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(f"{index} names the file {shard}, which is missing")
+        tensors |= read(index.parent / shard)
+    for name, shard in places.items():
+        if name not in tensors:
+            raise ValueError(f"{index} places {name} in {shard}, which does not hold it")
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    package = _safetensors()
+    try:
+        return package.torch.load_file(path)
+    except package.SafetensorError as error:
+        raise ValueError(f"{path} is no complete safetensors file ({error})") from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        # weights_only: a pickle may otherwise run any code it likes.
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path} is no complete PyTorch file of tensors alone ({reason})"
+        ) from None
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise ValueError(f"{path} must hold a dictionary of tensors")
+    return loaded
+
+
+def _transposes(name: str, tensor: Tensor) -> bool:
+    return _TRANSPOSED.fullmatch(name) is not None and tensor.dim() == 2
+
+
+def _check_head(folder: Path, state: dict[str, Tensor]) -> None:
+    """The head is the embedding: add it where it is left out, refuse another."""
+    if _EMBEDDING not in state:
+        raise ValueError(f"{folder}: the weights lack {_EMBEDDING}")
+    embedding = state[_EMBEDDING]
+    if not torch.equal(state.setdefault(_HEAD, embedding), embedding):
+        raise ValueError(f"{folder}: {_HEAD} must equal {_EMBEDDING}, for the head is tied")
+
+
+def _drop_zero_biases(folder: Path, state: dict[str, Tensor]) -> None:
+    for name in [name for name in state if name.endswith(".bias")]:
+        if state.pop(name).count_nonzero():
+            raise ValueError(f'{folder}: config.json says "bias": false, but {name} is not zero')
+
+
+def _check_state(folder: Path, shapes: Mapping[str, torch.Size], state: dict[str, Tensor]) -> None:
+    """Names, shapes and dtypes are those of the model that config.json describes."""
+    for name, shape in shapes.items():
+        if name not in state:
+            raise ValueError(f"{folder}: the weights lack {name}, which config.json asks for")
+        tensor = state[name]
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{folder}: {name} must have shape {tuple(shape)} by config.json, "
+                f"got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{folder}: {name} must be float32, bfloat16 or float16, "
+                f"got {str(tensor.dtype).removeprefix('torch.')}"
+            )
+    unknown = sorted(state.keys() - shapes.keys())
+    if unknown:
+        raise ValueError(
+            f"{folder}: the weights hold {unknown[0]}, which a GPT-2 of this config.json has not"
+        )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's own and UTF-8's errors are both ValueErrors
+        raise ValueError(f"{path} is no JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "reading and writing weights needs the package 'safetensors': "
+            "pip install 'gptkernels[gpt]'"
+        ) from error
+    return safetensors

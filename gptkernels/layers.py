@@ -1,0 +1,266 @@
+"""Drop-in layers: nn.Modules over the fused ops, with the state_dict of what they replace.
+
+    LayerNorm            weight, bias                       as nn.LayerNorm
+    MLP                  c_fc, c_proj                       as nanoGPT's MLP
+    CausalSelfAttention  c_attn, c_proj                     as nanoGPT's CausalSelfAttention
+
+Each has an attribute `.impl`, "auto" unless set ("cuda", "triton" and "torch" are the others),
+which says which implementation of the op runs; `set_impl` sets it throughout a model. An
+implementation that cannot run raises when it is used, and says why. Dropout acts in training mode
+only.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gptkernels.ops.attention import attention
+from gptkernels.ops.choice import IMPLEMENTATIONS
+from gptkernels.ops.layer_norm import layer_norm
+from gptkernels.ops.mlp import gelu_mlp
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_MAX_HEAD_DIM = 256
+
+
+class _Fused(nn.Module):
+    """A module whose computation is one of the ops: the home of `.impl`."""
+
+    _impl = "auto"
+
+    @property
+    def impl(self) -> str:
+        """Which implementation runs; setting an unknown one raises ValueError."""
+        return self._impl
+
+    @impl.setter
+    def impl(self, impl: str) -> None:
+        self._impl = _checked_impl(impl)
+
+
+def set_impl(model: _Model, impl: str) -> _Model:
+    """Set `.impl` of every fused layer inside `model`, and return `model`.
+
+    Raises ValueError for an unknown implementation, and for a model without any fused layer.
+    """
+    _checked_impl(impl)
+    layers = [module for module in model.modules() if isinstance(module, _Fused)]
+    if not layers:
+        raise ValueError(
+            f"model must contain a layer of gptkernels, got a {type(model).__name__} without one"
+        )
+    for layer in layers:
+        layer.impl = impl
+    return model
+
+
+class LayerNorm(_Fused):
+    """LayerNorm over the last dimension; dropout and residual add before it are in the same op.
+
+    Parameters: weight (d_model,), bias (d_model,) or None. Ba, Kiros, Hinton, "Layer
+    Normalization", 2016.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(_count("d_model", d_model)))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        dropout_p: float = 0.0,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """y = LN(s), s = dropout(x) + residual; x, residual, y and s are (..., d_model).
+
+        Returns y in x's dtype, or (y, s) with prenorm=True. s is fp32 if asked or if residual is,
+        else in x's dtype. Without a residual s = dropout(x). Errors are those of
+        `gptkernels.layer_norm`.
+        """
+        return layer_norm(
+            x,
+            self.weight,
+            self.bias,
+            residual=residual,
+            dropout_p=dropout_p if self.training else 0.0,
+            eps=self.eps,
+            prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """What repr shows."""
+        bias = self.bias is not None
+        return f"{self.weight.shape[0]}, eps={self.eps}, bias={bias}, impl={self.impl!r}"
+
+
+class MLP(_Fused):
+    """c_proj(gelu(c_fc(x))) as one op. Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
+
+    Parameters: c_fc.weight (d_inner, d_model), c_fc.bias (d_inner,), c_proj.weight (d_model,
+    d_inner), c_proj.bias (d_model,). The two nn.Linear modules hold parameters; forward never calls
+    them, so their hooks do not run.
+    """
+
+    def __init__(
+        self, d_model: int, d_inner: int, bias: bool = True, approximate: str = "tanh"
+    ) -> None:
+        super().__init__()
+        if approximate not in ("tanh", "none"):
+            raise ValueError(f"approximate must be 'tanh' or 'none', got {approximate!r}")
+        _count("d_model", d_model)
+        _count("d_inner", d_inner)
+        self.approximate = approximate
+        self.c_fc = nn.Linear(d_model, d_inner, bias=bias)
+        self.c_proj = nn.Linear(d_inner, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_model) -> (..., d_model). Errors are those of `gptkernels.gelu_mlp`."""
+        return gelu_mlp(
+            x,
+            self.c_fc.weight,
+            self.c_fc.bias,
+            self.c_proj.weight,
+            self.c_proj.bias,
+            approximate=self.approximate,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """What repr shows."""
+        return f"approximate={self.approximate!r}, impl={self.impl!r}"
+
+
+class KVCache:
+    """Keys and values of the tokens that an attention layer has seen, in buffers of fixed size.
+
+    The buffers (B, max_tokens, Hk, D) are allocated at the first append, from the shape, dtype and
+    device of what is appended. Not for training: what is appended is copied, without gradients.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = _count("max_tokens", max_tokens)
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, T, Hk, D); return views of all so far, (B, length, Hk, D) each.
+
+        Raises ValueError when more than max_tokens would be held.
+        """
+        batch, tokens, heads, width = k.shape
+        if self.length + tokens > self.max_tokens:
+            raise ValueError(
+                f"the cache must hold at most max_tokens={self.max_tokens} tokens, "
+                f"got {tokens} after {self.length}"
+            )
+        if self._keys is None or self._values is None:
+            self._keys = k.new_empty(batch, self.max_tokens, heads, width)
+            self._values = v.new_empty(batch, self.max_tokens, heads, width)
+        start, self.length = self.length, self.length + tokens
+        self._keys[:, start : self.length] = k.detach()
+        self._values[:, start : self.length] = v.detach()
+        return self._keys[:, : self.length], self._values[:, : self.length]
+
+
+class CausalSelfAttention(_Fused):
+    """Causal self-attention between two linear layers.
+
+    Vaswani et al., "Attention Is All You Need", 2017.
+
+    Parameters, D = d_model / n_head: c_attn.weight ((n_head + 2 n_kv_head) D, d_model), whose rows
+    make all queries, then all keys, then all values; c_proj.weight (d_model, d_model); biases if
+    `bias`. n_kv_head < n_head is grouped-query attention (Ainslie et al., 2023). `window` = (left,
+    right) limits each token to so many neighbours, as in `gptkernels.attention`. `dropout` falls on
+    the attention weights.
+
+    Raises ValueError for widths that do not divide, D over 256, or a dropout outside 0...1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        n_kv_head: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        window: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        n_kv_head = n_head if n_kv_head is None else n_kv_head
+        for name, value in (("d_model", d_model), ("n_head", n_head), ("n_kv_head", n_kv_head)):
+            _count(name, value)
+        if d_model % n_head:
+            raise ValueError(
+                f"n_head must divide d_model, got d_model={d_model} and n_head={n_head}"
+            )
+        if n_head % n_kv_head:
+            raise ValueError(
+                f"n_kv_head must divide n_head, got n_head={n_head} and n_kv_head={n_kv_head}"
+            )
+        if d_model // n_head > _MAX_HEAD_DIM:
+            raise ValueError(
+                f"the head width d_model / n_head must be at most {_MAX_HEAD_DIM}, "
+                f"got {d_model} / {n_head} = {d_model // n_head}"
+            )
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout must lie in 0...1, got {dropout}")
+        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, d_model // n_head
+        self.dropout = dropout
+        self.window = window
+        self.c_attn = nn.Linear(d_model, (n_head + 2 * n_kv_head) * self.head_dim, bias=bias)
+        self.c_proj = nn.Linear(d_model, d_model, bias=bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, d_model) -> (B, T, d_model).
+
+        With a cache, x continues the tokens that the cache holds: their keys and values are seen
+        too, and those of x are added. Errors are those of `gptkernels.attention`.
+        """
+        heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim))
+        # Views: the op reads any strides with a unit last one, so nothing is copied or transposed.
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = attention(
+            q,
+            k,
+            v,
+            causal=True,  # aligned at the last key, so queries continue what a cache holds
+            window=self.window,
+            dropout_p=self.dropout if self.training else 0.0,
+            impl=self.impl,
+        )
+        return self.c_proj(out.flatten(-2))
+
+    def extra_repr(self) -> str:
+        """What repr shows."""
+        return (
+            f"n_head={self.n_head}, n_kv_head={self.n_kv_head}, dropout={self.dropout}, "
+            f"window={self.window}, impl={self.impl!r}"
+        )
+
+
+def _checked_impl(impl: str) -> str:
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        wanted = ", ".join(repr(name) for name in ("auto", *IMPLEMENTATIONS))
+        raise ValueError(f"impl must be one of {wanted}, got {impl!r}")
+    return impl
+
+
+def _count(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
