@@ -6,7 +6,10 @@ inside the registered ops.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptkernels import philox
@@ -53,7 +56,7 @@ def layer_norm_bwd(
     residual_dtype: torch.dtype | None,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual (empty where it equals dx or there is no residual), dweight, dbias (or empty)."""
+    """dx, dresidual (empty where dx serves for it, or without a residual), dweight, dbias."""
     dtype = _layer_norm_dtype(s, weight)
     statistics = (*s.shape[:-1], 1)
     ds, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
@@ -96,3 +99,48 @@ def _affine(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _dropout(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
     keep = philox.elementwise_keep(rng, dropout_p, x.shape)
     return torch.where(keep, x * philox.scale(dropout_p), 0)
+
+
+def gelu_mlp_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (M, C) and h = x w1^T + b1 (M, F), h empty unless `keep_h`; all in one dtype."""
+    h = F.linear(x, w1, b1)
+    y = F.linear(F.gelu(h, approximate=approximate), w2, b2)
+    return y, h if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
+
+
+def gelu_mlp_bwd(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    h: Tensor | None,
+    approximate: str,
+    grad_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dw1, db1, dw2, db2, those `grad_mask` asks for, the others empty; h None: rebuilt."""
+    need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
+    dx = dw1 = db1 = dw2 = db2 = torch.empty(0, dtype=x.dtype, device=x.device)
+    if need_b2:
+        db2 = dy.sum(0, dtype=torch.float32).to(dy.dtype)
+    if h is None and (need_x or need_w1 or need_b1 or need_w2):
+        h = F.linear(x, w1, b1)
+    if need_w2:
+        dw2 = torch.mm(dy.t(), F.gelu(h, approximate=approximate))
+    if need_x or need_w1 or need_b1:
+        dh = torch.ops.aten.gelu_backward(torch.mm(dy, w2), h, approximate=approximate)
+        if need_b1:
+            db1 = dh.sum(0, dtype=torch.float32).to(dh.dtype)
+        if need_w1:
+            dw1 = torch.mm(dh.t(), x)
+        if need_x:
+            dx = torch.mm(dh, w1)
+    return dx, dw1, db1, dw2, db2

@@ -42,3 +42,16 @@ def layer_norm(
     bias = None if bias is None else bias.to(s.dtype)
     y = F.layer_norm(s, (x.shape[-1],), weight, bias, eps).to(x.dtype)
     return (y, s) if prenorm else y
+
+
+def gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str = "tanh",
+) -> Tensor:
+    """F.linear, F.gelu, F.linear. Shapes as in `reference.gelu_mlp`."""
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)

@@ -7,6 +7,8 @@ Any floating dtype; in fp64 this is the truth that everything else is held to
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,8 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """s = dropout(x) + residual; y = (s - mean) / sqrt(var + eps) * weight + bias.
 
-    Ba et al., 2016. x, residual (..., C); weight, bias (C,). The variance is the mean squared deviation, over C.
-    Returns y in x.dtype, or (y, s).
+    Ba et al., 2016. x, residual (..., C); weight, bias (C,). Mean and mean squared deviation are
+    taken over C. Returns y in x.dtype, or (y, s).
     """
     s = x
     if dropout_p > 0:
@@ -50,3 +52,28 @@ def sum_dtype(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> tor
     """dtype of s: that of x, or fp32 where asked or where the residual stream is kept in it."""
     wants_fp32 = residual_in_fp32 or (residual is not None and residual.dtype == torch.float32)
     return torch.promote_types(x.dtype, torch.float32) if wants_fp32 else x.dtype
+
+
+def gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str = "tanh",
+) -> Tensor:
+    """y = gelu(x w1^T + b1) w2^T + b2; x (..., C), w1 (F, C), b1 (F,), w2 (C, F), b2 (C,).
+
+    gelu(h) = h Phi(h), Phi the normal distribution function: exact ("none"), or approximated by
+    0.5 (1 + tanh(sqrt(2 / pi) (h + 0.044715 h^3))) ("tanh") (Hendrycks and Gimpel, 2016).
+    """
+    h = x @ w1.T
+    if b1 is not None:
+        h = h + b1
+    if approximate == "tanh":
+        phi = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    else:
+        phi = 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+    y = (h * phi) @ w2.T
+    return y if b2 is None else y + b2

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ class Shipped:
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
-    divisible_by_16: tuple[str, ...] = field(
-        default=()
-    )  # arguments the launcher's callers align in practice
+    divisible_by_16: tuple[str, ...] = ()  # arguments the launcher's callers align in practice
+    # The compute capabilities where the launcher chooses this configuration.
+    architectures: tuple[int, ...] = (80, 86, 90, 100)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
