@@ -22,11 +22,13 @@ from gptkernels.reference import sum_dtype
 _LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
 _LIBRARY.define(
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? rng, "
-    "float dropout_p, float eps, ScalarType sum_dtype, str impl) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)"
+    "float dropout_p, float eps, ScalarType sum_dtype, str impl) "
+    "-> (Tensor y, Tensor s, Tensor mean, Tensor rstd)"
 )
 _LIBRARY.define(
     "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor s, Tensor mean, Tensor rstd, "
-    "Tensor weight, Tensor? rng, float dropout_p, ScalarType x_dtype, ScalarType? residual_dtype, bool has_bias, str impl) "
+    "Tensor weight, Tensor? rng, float dropout_p, ScalarType x_dtype, ScalarType? residual_dtype, "
+    "bool has_bias, str impl) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
 
@@ -181,7 +183,8 @@ def layer_norm(
         bias: (C,), weight's dtype, or None.
         residual: x's shape, any of the dtypes, or None.
         dropout_p: probability of dropping an element of x, rounded to a multiple of 1/65536;
-            always active when > 0. The mask is that of `gptkernels.philox`, drawn from PyTorch's generator of x's device.
+            always active when > 0. The mask is that of `gptkernels.philox`, drawn from PyTorch's
+            generator of x's device.
         eps: added to the variance.
         prenorm: also return s, the residual stream of a pre-norm block.
         residual_in_fp32: keep s in float32. It is also float32 where residual is; otherwise it has

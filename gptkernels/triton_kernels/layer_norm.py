@@ -22,6 +22,7 @@ fixed order: no atomics, the same bits every time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -35,7 +36,7 @@ from gptkernels.triton_kernels.philox import elementwise_keep_tile
 _WIDEST_IN_REGISTERS = 8192
 _WIDE_CHUNK = 4096
 _TILE_ELEMENTS = 4096  # 8 warps x 16 elements a thread: narrow rows share a program
-_REDUCE_ROWS, _REDUCE_COLS = 64, 32
+_REDUCE_ROWS, _REDUCE_COLS, _REDUCE_WARPS = 64, 32, 4
 
 
 @triton.jit
@@ -358,7 +359,7 @@ def layer_norm_bwd(
     residual_dtype: torch.dtype | None,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual (empty where it equals dx or there is no residual), dweight, dbias (or empty)."""
+    """dx, dresidual (empty where dx serves for it, or without a residual), dweight, dbias."""
     C = s.shape[-1]
     rows = _rows(s)
     M = rows.shape[0]
@@ -406,7 +407,7 @@ def layer_norm_bwd(
             )  # fmt: skip
         _layer_norm_bwd_reduce_kernel[(triton.cdiv(C, _REDUCE_COLS),)](
             partial_dweight, partial_dbias, dweight, dbias, programs, C, has_bias, _REDUCE_ROWS,
-            _REDUCE_COLS, num_warps=4, enable_fp_fusion=True,
+            _REDUCE_COLS, num_warps=_REDUCE_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, dresidual, dweight, dbias
 
@@ -430,3 +431,38 @@ def _programs_per_multiprocessor(C: int) -> int:
     """Enough programs to keep memory busy, few enough that their partial sums stay small beside
     the rows."""
     return 8 if C <= 256 else 4 if C <= 1024 else 2 if C <= 4096 else 1
+
+
+def shipped() -> Iterator[Shipped]:
+    """Every kernel at each tile that `_tile` gives, with every option on: the most registers."""
+    for dtype in ("fp32", "bf16", "fp16"):
+        for C in (128, 1024, 4096, 8192):
+            yield _shipped(_layer_norm_fwd_kernel, "fwd", C, dtype)
+            yield _shipped(_layer_norm_bwd_kernel, "bwd", C, dtype)
+        yield _shipped(_layer_norm_fwd_wide_kernel, "fwd_wide", 65536, dtype)
+        yield _shipped(_layer_norm_bwd_wide_kernel, "bwd_wide", 65536, dtype)
+        yield _shipped(_layer_norm_bwd_weights_wide_kernel, "bwd_weights_wide", 65536, dtype)
+        yield _shipped(_layer_norm_bwd_reduce_kernel, "bwd_reduce", 1024, dtype)
+
+
+def _shipped(kernel: Any, name: str, C: int, dtype: str) -> Shipped:
+    rows, cols, warps = _tile(C)
+    types = {
+        "rng_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr": "*fp32",
+        "partial_dweight_ptr": "*fp32", "partial_dbias_ptr": "*fp32",
+        "M": "i32", "C": "i32", "programs": "i32", "threshold": "i32",
+        "x_stride": "i32", "residual_stride": "i32", "sum_stride": "i32",
+        "eps": "fp32", "scale": "fp32",
+    }  # fmt: skip
+    if kernel is _layer_norm_bwd_reduce_kernel:
+        rows, cols, warps = _REDUCE_ROWS, _REDUCE_COLS, _REDUCE_WARPS
+    else:  # a program's own sums
+        types |= {"dweight_ptr": "*fp32", "dbias_ptr": "*fp32"}
+    switches = [n for n in kernel.arg_names if n.isupper() and n not in ("M", "C")]
+    constexprs = {n: {"ROWS": rows, "COLS": cols}.get(n, True) for n in switches}
+    signature = {
+        n: "constexpr" if n in constexprs else types.get(n, f"*{dtype}") for n in kernel.arg_names
+    }
+    aligned = tuple(n for n in signature if n.endswith(("_ptr", "stride")) or n == "C")
+    label = f"layer_norm_{name} C{C} {dtype}"
+    return Shipped(label, kernel, signature, constexprs, warps, 3, aligned)

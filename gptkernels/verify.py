@@ -1,0 +1,186 @@
+"""The parity table: each op, implementation, dtype and direction held to the truth on fresh inputs.
+
+`gptkernels verify` prints it; the demo, the GPU run and the tests use the same cases. The rule is
+that of `gptkernels.parity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gptkernels
+from gptkernels import baseline, parity, philox, reference
+from gptkernels.ops.checks import dtype_name
+from gptkernels.ops.choice import unavailable
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IMPLEMENTATIONS = ("torch", "triton", "cuda")
+
+Randn = Callable[..., Tensor]  # sizes -> a standard normal tensor of the case's dtype and device
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op, made alike of the op, of its reference and of its baseline."""
+
+    op: str
+    name: str
+    inputs: Callable[[Randn], dict[str, Any]]
+    options: dict[str, Any] = field(default_factory=dict)
+    op_options: dict[str, Any] = field(default_factory=dict)  # change how, not what: recompute
+    outputs: tuple[str, ...] = ("y",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the tensor that comes closest to its limit, or why nothing ran."""
+
+    op: str
+    case: str
+    impl: str
+    dtype: str
+    direction: str  # "forward" | "gradient"
+    status: str  # "pass" | "fail" | "skipped"
+    tensor: str = ""
+    error: float | None = None  # max|result - truth|
+    baseline_error: float | None = None  # max|eager PyTorch - truth|
+    limit: float | None = None
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+CASES: tuple[Case, ...] = (
+    Case(
+        "layer_norm",
+        "C 768",
+        lambda randn: dict(x=randn(6, 768), weight=randn(768), bias=randn(768)),
+    ),
+    Case(
+        "layer_norm",
+        "C 100, residual, prenorm, no bias",
+        lambda randn: dict(x=randn(2, 9, 100), weight=randn(100), residual=randn(2, 9, 100)),
+        dict(prenorm=True),
+        outputs=("y", "s"),
+    ),
+    Case(
+        "layer_norm",
+        "C 96, fp32 residual, dropout",
+        lambda randn: dict(
+            x=randn(33, 96), weight=randn(96), bias=randn(96), residual=randn(33, 96).float()
+        ),
+        dict(prenorm=True, dropout_p=0.2),
+        outputs=("y", "s"),
+    ),
+    Case(
+        "layer_norm",
+        "C 9001, dropout",
+        lambda randn: dict(x=randn(3, 9001), weight=randn(9001), bias=randn(9001)),
+        dict(dropout_p=0.1),
+    ),
+)
+
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
+
+
+def run(
+    impls: Iterable[str] = ("torch", "triton"),
+    ops: Iterable[str] = OPS,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> Iterator[Row]:
+    """Rows as they are measured. `device` is the GPU where there is one, else the CPU.
+
+    Raises ValueError for an unknown implementation, op or dtype, before the first row.
+    """
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    impls, ops, dtypes = tuple(impls), tuple(ops), tuple(dtypes)
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}")
+    for impl in impls:
+        unavailable(impl, torch.device(chosen).type, torch.float32)  # refuses unknown names
+    return (
+        row
+        for case in CASES
+        if case.op in ops
+        for impl in impls
+        for dtype in dtypes
+        for row in check(case, impl, dtype, torch.device(chosen), seed)
+    )
+
+
+def check(
+    case: Case, impl: str, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> list[Row]:
+    """The forward and the gradient row of one case."""
+    identity = (case.op, case.name, impl, dtype_name(dtype))
+    reason = unavailable(impl, device.type, dtype)
+    if reason is not None:
+        return [Row(*identity, d, "skipped", reason=reason) for d in ("forward", "gradient")]
+    rows = []
+    measurements = measure(case, impl, dtype, device, seed)
+    for direction in ("forward", "gradient"):
+        worst = max((m for m in measurements if m.direction == direction), key=_closeness)
+        passed = all(m.passed for m in measurements if m.direction == direction)
+        rows.append(
+            Row(
+                *identity,
+                direction,
+                "pass" if passed else "fail",
+                worst.name,
+                worst.error,
+                worst.baseline_error,
+                worst.limit,
+            )
+        )
+    return rows
+
+
+def measure(
+    case: Case, impl: str, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> list[parity.Measurement]:
+    """Every output and gradient of one case, into poisoned memory, with the dropout mask of
+    `seed`."""
+    op = getattr(gptkernels, case.op)
+    inputs = case.inputs(_randn(dtype, device, seed))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        rng = philox.draw(device)
+
+        def candidate(**leaves: Any) -> Any:
+            torch.manual_seed(seed)  # the op draws the same (seed, offset) again
+            with parity.poisoned_outputs():
+                return op(**leaves, **case.options, **case.op_options, impl=impl)
+
+        return parity.measure(
+            candidate,
+            lambda **leaves: getattr(baseline, case.op)(**leaves, **case.options, rng=rng),
+            lambda **leaves: getattr(reference, case.op)(**leaves, **case.options, rng=rng),
+            inputs,
+            names=case.outputs,
+            seed=seed,
+        )
+
+
+def _randn(dtype: torch.dtype, device: torch.device, seed: int) -> Randn:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *sizes: torch.randn(sizes, generator=generator).to(device=device, dtype=dtype)
+
+
+def _closeness(measurement: parity.Measurement) -> float:
+    """How near to (or past) its limit an error is; failures come first."""
+    if measurement.limit > 0:
+        return measurement.error / measurement.limit
+    return float("inf") if measurement.error > 0 else 0.0
