@@ -57,6 +57,18 @@ class Row:
         return asdict(self)
 
 
+def _mlp(randn: Randn, *sizes: int) -> dict[str, Any]:
+    """gelu_mlp's inputs for x (..., C) and F = sizes, weights scaled so that h and y are about 1."""
+    *_, width, inner = sizes
+    return dict(
+        x=randn(*sizes[:-1]),
+        w1=randn(inner, width) * width**-0.5,
+        b1=randn(inner),
+        w2=randn(width, inner) * inner**-0.5,
+        b2=randn(width),
+    )
+
+
 CASES: tuple[Case, ...] = (
     Case(
         "layer_norm",
@@ -84,6 +96,23 @@ CASES: tuple[Case, ...] = (
         "C 9001, dropout",
         lambda randn: dict(x=randn(3, 9001), weight=randn(9001), bias=randn(9001)),
         dict(dropout_p=0.1),
+    ),
+    Case(
+        "gelu_mlp",
+        "C 64, F 256",
+        lambda randn: _mlp(randn, 2, 19, 64, 256),
+    ),
+    Case(
+        "gelu_mlp",
+        "C 33, F 130, erf, recompute",
+        lambda randn: _mlp(randn, 70, 33, 130),
+        dict(approximate="none"),
+        dict(recompute=True),
+    ),
+    Case(
+        "gelu_mlp",
+        "C 96, F 72, no biases",
+        lambda randn: _mlp(randn, 100, 96, 72) | dict(b1=None, b2=None),
     ),
 )
 
@@ -157,7 +186,7 @@ def measure(
     inputs = case.inputs(_randn(dtype, device, seed))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        rng = philox.draw(device)
+        drawn = dict(rng=philox.draw(device)) if "dropout_p" in case.options else {}
 
         def candidate(**leaves: Any) -> Any:
             torch.manual_seed(seed)  # the op draws the same (seed, offset) again
@@ -166,8 +195,8 @@ def measure(
 
         return parity.measure(
             candidate,
-            lambda **leaves: getattr(baseline, case.op)(**leaves, **case.options, rng=rng),
-            lambda **leaves: getattr(reference, case.op)(**leaves, **case.options, rng=rng),
+            lambda **leaves: getattr(baseline, case.op)(**leaves, **case.options, **drawn),
+            lambda **leaves: getattr(reference, case.op)(**leaves, **case.options, **drawn),
             inputs,
             names=case.outputs,
             seed=seed,
