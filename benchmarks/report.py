@@ -36,7 +36,7 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
 
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(command if command is not None else ["python", *sys.orig_argv[1:]]),
+        "command": " ".join(_command() if command is None else command),
         "commit": commit(),
         "gptkernels": gptkernels.__version__,
         "python": platform.python_version(),
@@ -154,6 +154,14 @@ def plot(rows: Sequence[Row], path: Path | str) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _command() -> list[str]:
+    """This process's command line, without the folders of this machine's programs."""
+    program, *rest = sys.orig_argv
+    if rest and Path(rest[0]).name == "gptkernels":
+        return ["gptkernels", *rest[1:]]
+    return [Path(program).name, *rest]
 
 
 def _version(name: str) -> str | None:

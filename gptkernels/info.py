@@ -40,7 +40,7 @@ _PURPOSES = {
 
 
 def lines() -> Iterator[str]:
-    """The report, line by line, as plain text. Raises nothing for missing packages: it names them."""
+    """The report, line by line, as plain text; a missing package is named, never raised."""
     yield f"gptkernels  {gptkernels.__version__} ({Path(gptkernels.__file__).parent})"
     yield f"Python      {platform.python_version()} on {platform.platform()}"
     yield f"PyTorch     {_version('torch') or 'missing: pip install torch'}"

@@ -1,0 +1,449 @@
+"""The commands behind `gptkernels`: argument handling and printing only.
+
+Exit codes: 0; 1 where `verify` found a failure; 2 for bad input, with one sentence on stderr.
+Commands import what they need when they run, so that `gptkernels --help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import linecache
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+import gptkernels
+from gptkernels import info as _info
+
+if TYPE_CHECKING:
+    from gptkernels.gpt.model import GPT
+    from gptkernels.gpt.tokenizer import Tokenizer
+
+_IMPLS = ("auto", "torch", "triton", "cuda")
+_DTYPES = ("float32", "bfloat16", "float16")
+_WIDTHS = (10, 44, 6, 8, 9, 9, 9, 0)
+_STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits the process."""
+    try:
+        code = commands.main(arguments, prog_name="gptkernels", standalone_mode=False)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", code=130)
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody to tell.
+        sys.stderr.close()
+        sys.exit(141)
+    except ImportError as error:
+        if (error.name or "").split(".")[0] == "gptkernels":
+            if (error.name or "").startswith(("gptkernels.benchmarks", "gptkernels.examples")):
+                _fail(f"{error.name} is there once the package is installed: pip install -e .")
+            raise
+        _fail(_missing(error))
+    except OSError as error:
+        _fail(str(error))
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        if not _is_deliberate(error):
+            raise
+        _fail(str(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str, code: int = 2) -> None:
+    print(f"gptkernels: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _missing(error: ImportError) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return str(error)
+    return (
+        f"this command needs the package {error.name}, which is missing: pip install {error.name}"
+    )
+
+
+def _is_deliberate(error: BaseException) -> bool:
+    """Whether one of this package's own `raise` statements made the error: else it is a bug."""
+    frame = error.__traceback__
+    if frame is None:
+        return False
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "")
+    line = linecache.getline(frame.tb_frame.f_code.co_filename, frame.tb_lineno)
+    return module.split(".")[0] == "gptkernels" and line.lstrip().startswith("raise")
+
+
+class _Commands(click.Group):
+    """Builds `train` and its options, which come from dataclasses, only when it is asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_SUMMARIES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return _train_command() if name == "train" else super().get_command(context, name)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        # One line each without building them: the options of `train` need PyTorch.
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_SUMMARIES.items()))
+
+
+_SUMMARIES = {
+    "info": "What is installed, what can run here, and what is missing.",
+    "verify": "Hold every operator to the truth: the parity table.",
+    "bench": "Time the operators against plain PyTorch.",
+    "demo": "Train a small GPT on real text, check it, time it, write a report.",
+    "train": "Train a GPT on text files.",
+    "generate": "Continue a text with a trained model.",
+}
+
+
+@click.group(cls=_Commands, invoke_without_command=True)
+@click.version_option(gptkernels.__version__, prog_name="gptkernels")
+@click.pass_context
+def commands(context: click.Context) -> None:
+    """Fused attention, LayerNorm and GELU-MLP for PyTorch, and a reference GPT."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@commands.command()
+def info() -> None:
+    """What is installed, what can run here, and what is missing."""
+    click.echo("\n".join(_info.lines()))
+
+
+@commands.command()
+@click.option("--impl", "impls", multiple=True, help="torch, triton or cuda; may be repeated.")
+@click.option("--op", "ops", multiple=True, help="Operator; may be repeated.")
+@click.option("--dtype", "dtypes", multiple=True, help="float32, bfloat16 or float16; repeatable.")
+@click.option("--device", help="Where to run; a GPU if there is one, else the CPU.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows there too.")
+def verify(
+    impls: tuple[str, ...],
+    ops: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    device: str | None,
+    seed: int,
+    path: Path | None,
+) -> int:
+    """Hold every operator to the truth (the formulas in fp64), forward and gradients.
+
+    Exits with 1 when any row fails.
+    """
+    from gptkernels import verify as table
+
+    chosen: dict[str, Any] = {}
+    if impls:
+        chosen["impls"] = impls
+    if ops:
+        chosen["ops"] = ops
+    if dtypes:
+        chosen["dtypes"] = [_dtype(name) for name in dtypes]
+    rows = table.run(device=None if device is None else _device(device), seed=seed, **chosen)
+    counts = dict.fromkeys(_STYLES, 0)
+    reasons: list[str] = []
+    console = _console()
+    titles = ("op", "case", "impl", "dtype", "direction", "error", "PyTorch's", "status")
+    _print_cells(console, titles)
+    for row in _kept((row.as_dict() for row in rows), path):
+        status = row["status"]
+        counts[status] += 1
+        note = ""
+        if row["reason"]:
+            if row["reason"] not in reasons:
+                reasons.append(row["reason"])
+            note = f" ({reasons.index(row['reason']) + 1})"
+        cells = [row[name] for name in titles[:5]]
+        for name in ("error", "baseline_error"):
+            cells.append("" if row[name] is None else f"{row[name]:.2e}")
+        _print_cells(console, [*cells, f"{status}{note}"], style=_STYLES[status])
+    for number, reason in enumerate(reasons, 1):
+        _print(console, f"({number}) {reason}")
+    _print(console, ", ".join(f"{count} {status}" for status, count in counts.items()))
+    return 1 if counts["fail"] else 0
+
+
+@commands.command()
+@click.option("--op", "ops", multiple=True, help="Operator; may be repeated.")
+@click.option("--impl", "impls", multiple=True, help="torch or triton; may be repeated.")
+@click.option("--device", help="Where to run; a GPU if there is one, else the CPU.")
+@click.option("--quick", is_flag=True, help="Fewer shapes and shorter measurements.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows there too.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the ratios: a PNG or SVG file.")
+def bench(
+    ops: tuple[str, ...],
+    impls: tuple[str, ...],
+    device: str | None,
+    quick: bool,
+    path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Time the operators against plain PyTorch on the same inputs, in alternation.
+
+    "floor" is the least time that the measured memory and arithmetic rates allow, as a share of the
+    time it took.
+    """
+    from gptkernels import benchmarks
+    from gptkernels.benchmarks import report
+
+    where = _device(device)
+    suites = [benchmarks.suite(op) for op in ops or benchmarks.OPERATORS]
+    for impl in impls:
+        _reason(impl, where)
+    console = _console()
+    rows = []
+    for row in _kept(
+        (row for suite in suites for row in suite.rows(where, impls or ("torch", "triton"), quick)),
+        path,
+    ):
+        rows.append(row)
+        cells = ", ".join(
+            value if name == "time" else f"{name} {value}"
+            for name, value in report.figures(row).items()
+        )
+        head = f"{row['op']:<10} {row['shape']:<32} {row['dtype']:<8} {row['direction']:<16}"
+        _print(console, f"{head} {row['impl']:<7} {cells}")
+    if plot is not None:
+        report.plot(rows, plot)
+
+
+@commands.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--max-new-tokens", type=int, default=100, show_default=True)
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="0: greedy.")
+@click.option("--top-k", type=int, help="Sample among the likeliest K tokens.")
+@click.option("--top-p", type=float, help="Sample among the likeliest tokens that reach P.")
+@click.option("--seed", type=int, help="For the same samples again.")
+@click.option("--tokenizer", type=click.Choice(["bytes", "gpt2"]), help="Default: the model's own.")
+@click.option("--impl", type=click.Choice(_IMPLS), default="auto", show_default=True)
+@click.option("--device", help="Where to run; a GPU if there is one, else the CPU.")
+def generate(
+    model: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    tokenizer: str | None,
+    impl: str,
+    device: str | None,
+) -> None:
+    """Continue a text with MODEL: a Hugging Face GPT-2 folder, a folder that `train` wrote, or its
+    checkpoint.pt.
+    """
+    import torch
+
+    where = _device(device)
+    _require(impl, where)
+    network, vocabulary = _load(model, tokenizer)
+    network.set_impl(impl)
+    network.to(where)
+    ids = vocabulary.encode(prompt)
+    if not ids:
+        raise ValueError("prompt is empty; it must hold at least one token")
+    tokens = network.generate(
+        torch.tensor([ids], device=where),
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos=vocabulary.eos,
+        seed=seed,
+    )
+    click.echo(vocabulary.decode(tokens[0].tolist()))
+
+
+def _load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
+    """The model at `path` and the tokenizer called `name`, or the one it was trained with."""
+    from gptkernels.gpt import checkpoint
+    from gptkernels.gpt.config import GPTConfig
+    from gptkernels.gpt.model import GPT
+    from gptkernels.gpt.tokenizer import load_tokenizer
+
+    if not path.exists():
+        raise FileNotFoundError(f"model: {path} does not exist")
+    if path.is_dir() and not (path / "config.json").exists():
+        path = path / "checkpoint.pt"
+    if path.is_dir():
+        model = GPT.from_pretrained(path, dropout=0.0)
+    else:
+        content = checkpoint.load(path)
+        model = GPT(GPTConfig(**content["model_config"]))
+        model.load_state_dict(content["model"])
+        name = name or content["train_config"]["tokenizer"]
+    known = {256: "bytes", 50257: "gpt2"}
+    name = name or known.get(model.config.vocab_size)
+    if name is None:
+        raise ValueError(
+            f"tokenizer: a model of {model.config.vocab_size} tokens does not tell which it was "
+            "trained with, name one with --tokenizer"
+        )
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: {name} has {tokenizer.vocab_size} tokens, more than the model's "
+            f"{model.config.vocab_size}"
+        )
+    return model, tokenizer
+
+
+def _train_command() -> click.Command:
+    from gptkernels.gpt.config import GPTConfig
+    from gptkernels.gpt.train import TrainConfig
+
+    def callback(
+        files: tuple[Path, ...], out: Path, config: str | None, resume: bool, **options: Any
+    ) -> None:
+        given = {name: value for name, value in options.items() if value is not None}
+        names = {field.name for field in dataclasses.fields(GPTConfig)}
+        model = {name: value for name, value in given.items() if name in names}
+        training = {name: value for name, value in given.items() if name not in names}
+        _train(files, out, config, resume, model, training)
+
+    return click.Command(
+        "train",
+        callback=callback,
+        help=_train.__doc__,
+        params=[
+            click.Argument(["files"], type=click.Path(path_type=Path), nargs=-1),
+            click.Option(
+                ["--out"], type=click.Path(path_type=Path), required=True, help="Folder to write."
+            ),
+            click.Option(["--config"], help="Start from a published model's shape, such as gpt2."),
+            click.Option(["--resume"], is_flag=True, help="Go on from the checkpoint in --out."),
+            *_options(GPTConfig, default={"vocab_size": "the tokenizer's"}),
+            *_options(TrainConfig),
+        ],
+    )
+
+
+def _train(
+    files: tuple[Path, ...],
+    out: Path,
+    name: str | None,
+    resume: bool,
+    model: dict[str, Any],
+    training: dict[str, Any],
+) -> None:
+    """Train a GPT on the text FILES and write a folder: log.jsonl, checkpoint.pt, loss.png and
+    model/, which `generate` and Hugging Face's transformers read.
+
+    The first options are the model's shape, the later ones how it is trained.
+    """
+    from gptkernels.gpt import train as training_module
+    from gptkernels.gpt.config import GPTConfig
+    from gptkernels.gpt.progress import ProgressBar
+    from gptkernels.gpt.tokenizer import load_tokenizer
+
+    _require(training.get("impl", "auto"), _device(_named_device(training.get("device"))))
+    with ProgressBar(_console()) as bar:
+        if resume:
+            if model or name:
+                given = ", ".join(model) or "config"
+                raise ValueError(f"{given}: a resumed run keeps its model's shape, leave it out")
+            result = training_module.resume(out, files=files or None, observer=bar, **training)
+        else:
+            if not files:
+                raise ValueError("files: name at least one text file to train on")
+            config = training_module.TrainConfig(**training)
+            shape = GPTConfig.named(name) if name else GPTConfig()
+            if not name:
+                model.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)
+            shape = dataclasses.replace(shape, **model)
+            result = training_module.train(files, out, model=shape, config=config, observer=bar)
+    click.echo(f"best validation loss {result.best_validation_loss:.4f}, everything is in {out}")
+
+
+def _options(kind: type, default: dict[str, str] | None = None) -> Iterator[click.Option]:
+    """One option for each field of a dataclass; None stands for "not given"."""
+    types = {"int": int, "float": float, "str": str, "bool": bool}
+    for field in dataclasses.fields(kind):
+        flag = "--" + field.name.replace("_", "-")
+        shown = (default or {}).get(field.name, field.default)
+        text = field.metadata.get("help", "")
+        text = f"{text[:1].upper()}{text[1:]}  [default: {shown}]".strip()
+        value_type: Any = types[str(field.type).removesuffix(" | None")]
+        if value_type is bool:
+            declaration = f"{flag}/--no-{flag[2:]}"
+            yield click.Option([declaration], default=None, help=text)
+        else:
+            if field.name == "impl":
+                value_type = click.Choice(_IMPLS)
+            yield click.Option([flag, field.name], type=value_type, default=None, help=text)
+
+
+def _kept(rows: Iterable[dict[str, Any]], path: Path | None) -> Iterable[dict[str, Any]]:
+    """The rows, written to `path` as they come when one is given."""
+    if path is None:
+        return rows
+    from gptkernels.benchmarks.report import recorded
+
+    return recorded(rows, path)
+
+
+def _named_device(name: str | None) -> str | None:
+    return None if name == "auto" else name
+
+
+def _device(name: str | None) -> Any:
+    """The torch.device called `name`; for None a GPU if there is one, else the CPU."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device is {name!r}, but this machine has {count} CUDA devices")
+    return device
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return getattr(torch, name)
+
+
+def _reason(impl: str, device: Any) -> str | None:
+    import torch
+
+    from gptkernels.ops.choice import unavailable
+
+    return None if impl == "auto" else unavailable(impl, device.type, torch.float32)
+
+
+def _require(impl: str, device: Any) -> None:
+    reason = _reason(impl, device)
+    if reason is not None:
+        raise NotImplementedError(f"impl={impl!r}: {reason}")
+
+
+def _console() -> Console:
+    return Console(soft_wrap=True, highlight=False)
+
+
+def _print_cells(console: Console, cells: Sequence[str], style: str | None = None) -> None:
+    aligned = [f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)]
+    _print(console, " ".join(aligned).rstrip(), style)
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    console.print(escape(text), style=style)
