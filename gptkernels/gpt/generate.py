@@ -90,7 +90,8 @@ def _choose(
     """One id for each row of logits (B, V): (B,) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    # Less the largest, so that a tiny temperature gives 0 and -inf, not inf and NaN.
+    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         _, kept = logits.topk(top_k)
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))

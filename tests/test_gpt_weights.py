@@ -1,0 +1,365 @@
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptkernels import GPT, GPTConfig
+
+pytest.importorskip("safetensors", reason="needs the package safetensors")
+transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+CONFIG = GPTConfig(vocab_size=67, block_size=24, n_layer=2, n_head=3, n_embd=24, n_inner=40)
+
+
+def theirs(**changes: Any) -> Any:
+    """A random GPT2LMHeadModel of CONFIG's shape, every parameter large enough to matter."""
+    settings = {
+        "vocab_size": 67,
+        "n_positions": 24,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_embd": 24,
+        "n_inner": 40,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**settings, **changes}))
+    return randomize(model).eval()
+
+
+def randomize(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("theirs")
+    theirs().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of a folder that transformers wrote, to be damaged."""
+    shutil.copytree(saved, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def assert_close(ours: Tensor, other: Tensor) -> None:
+    assert (ours - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def assert_same_model(ours: GPT, other: Any) -> None:
+    """Logits and gradients within 1e-5 relative, and the same greedy tokens."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(67, (3, 24), generator=generator)
+    ours.zero_grad()
+    other.zero_grad()
+    logits, other_logits = ours(tokens), other(tokens).logits
+    assert_close(logits, other_logits)
+    ours(tokens[:, :-1], tokens[:, 1:]).backward()
+    other(tokens, labels=tokens).loss.backward()
+    for name, parameter in ours.named_parameters():
+        gradient = other.get_parameter(name).grad
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            gradient = gradient.t()
+        assert_close(parameter.grad, gradient)
+    greedy = other.generate(
+        tokens[:, :6],
+        attention_mask=torch.ones_like(tokens[:, :6]),
+        max_new_tokens=18,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    assert torch.equal(ours.generate(tokens[:, :6], 18, temperature=0), greedy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({}, CONFIG),
+        (
+            {"n_inner": None, "activation_function": "gelu"},
+            replace(CONFIG, n_inner=None, approximate="none"),
+        ),
+        (
+            {"layer_norm_epsilon": 0.1, "reorder_and_upcast_attn": True},
+            replace(CONFIG, layer_norm_eps=0.1),
+        ),
+    ],
+    ids=["gelu_new", "gelu", "epsilon"],
+)
+@pytest.mark.parametrize("shard", ["50GB", "20KB"], ids=["one-file", "sharded"])
+def test_transformers_to_ours(
+    tmp_path: Path, changes: dict[str, Any], config: GPTConfig, shard: str
+) -> None:
+    other = theirs(**changes)
+    other.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors").exists() == (shard == "50GB")
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config == replace(config, dropout=0.1)
+    assert not ours.training
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert_same_model(ours, other)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        replace(CONFIG, approximate="none", n_inner=None, layer_norm_eps=1e-3, dropout=0.25),
+        replace(CONFIG, bias=False),
+    ],
+    ids=["tanh", "erf", "no-bias"],
+)
+def test_ours_to_transformers_and_back(tmp_path: Path, config: GPTConfig) -> None:
+    ours = randomize(GPT(config)).eval()
+    ours.save_pretrained(tmp_path / "new" / "folder")
+    other, report = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "new" / "folder", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert (
+        other.config.resid_pdrop
+        == other.config.embd_pdrop
+        == other.config.attn_pdrop
+        == config.dropout
+    )
+    assert_same_model(ours, other)
+    back = GPT.from_pretrained(tmp_path / "new" / "folder")
+    assert back.config == config
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+
+
+def test_saving_over_a_model_replaces_it(tmp_path: Path) -> None:
+    GPT(CONFIG).save_pretrained(tmp_path)
+    model = randomize(GPT(replace(CONFIG, n_layer=1)))
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # what the umask gives, to both
+    assert torch.equal(GPT.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    GPT(CONFIG).to(dtype).save_pretrained(tmp_path)
+    assert {p.dtype for p in GPT.from_pretrained(tmp_path).parameters()} == {dtype}
+
+
+def test_a_failed_save_leaves_the_old_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fails(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    with pytest.raises(OSError, match="No space left"):
+        GPT(CONFIG).save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_bare_names_old_masks_and_a_stored_head(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    bare["h.0.attn.bias"] = torch.ones(24, 24, dtype=torch.uint8).tril().view(1, 1, 24, 24)
+    bare["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    bare["lm_head.weight"] = bare["wte.weight"].clone()
+    expected = GPT.from_pretrained(folder).state_dict()
+    save_file(bare, folder / "model.safetensors")
+    found = GPT.from_pretrained(folder).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_pytorch_file_of_tensors_alone(folder: Path) -> None:
+    expected = GPT.from_pretrained(folder).state_dict()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found = GPT.from_pretrained(folder).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.target,)
+
+
+def test_no_pickle_runs_code(folder: Path, tmp_path: Path) -> None:
+    torch.save({"transformer.wte.weight": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no complete PyTorch file of tensors alone"):
+        GPT.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_dropout_of_the_folder(folder: Path) -> None:
+    edit(folder, attn_pdrop=0.2)
+    with pytest.raises(ValueError, match=r"must be equal, got 0\.1, 0\.2 and 0\.1"):
+        GPT.from_pretrained(folder)
+    assert GPT.from_pretrained(folder, dropout=0.3).config.dropout == 0.3
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
+        (
+            {"activation_function": "relu"},
+            "activation_function must be one of gelu_new, .* got 'relu'",
+        ),
+        ({"scale_attn_weights": False}, "scale_attn_weights must be true, got false"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx must be false",
+        ),
+        ({"add_cross_attention": True}, "add_cross_attention must be false, got true"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings must be true, got false"),
+        ({"n_embd": "24"}, "n_embd must be an int, got '24'"),
+        ({"n_head": 5}, "n_head must divide n_embd, got n_embd=24 and n_head=5"),
+        (
+            {"vocab_size": 66},
+            r"wte.weight must have shape \(66, 24\) by config.json, got \(67, 24\)",
+        ),
+        (
+            {"n_positions": 25},
+            r"wpe.weight must have shape \(25, 24\) by config.json, got \(24, 24\)",
+        ),
+        (
+            {"n_inner": None},
+            r"c_fc.weight must have shape \(96, 24\) by config.json, got \(40, 24\)",
+        ),
+        ({"n_layer": 3}, r"the weights lack transformer.h.2.ln_1.weight"),
+        ({"n_layer": 1}, r"the weights hold transformer.h.1.\S+, which"),
+        ({"bias": False}, '"bias": false, but transformer.h.0.attn.c_attn.bias is not zero'),
+    ],
+)
+def test_config_that_asks_for_something_else(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit(folder, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        GPT.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def truncate(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def unlink(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def change(name: str, to: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        state[name] = to(state.get(name, torch.zeros(67, 24)))
+        save_file(state, folder / "model.safetensors")
+
+    return changed
+
+
+def pickled(content: Any, size: int | None = None) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+        truncate("pytorch_model.bin", size or 10**9)(folder)
+
+    return changed
+
+
+def sharded(weight_map: Any) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "shard.safetensors")
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (shutil.rmtree, FileNotFoundError, "folder must be an existing folder, got "),
+        (unlink("config.json"), FileNotFoundError, "config.json is missing"),
+        (write("config.json", b""), ValueError, "config.json is no JSON file"),
+        (write("config.json", b"\xff\xfe{"), ValueError, "config.json is no JSON file"),
+        (write("config.json", b"[1]"), ValueError, "must hold a JSON object, got a list"),
+        (unlink("model.safetensors"), FileNotFoundError, "must hold model.safetensors, its shards"),
+        (write("model.safetensors", b""), ValueError, "no complete safetensors file"),
+        (write("model.safetensors", b"PK" * 99), ValueError, "no complete safetensors file"),
+        (truncate("model.safetensors", 40_000), ValueError, "no complete safetensors file"),
+        (truncate("model.safetensors", 100), ValueError, "no complete safetensors file"),
+        (
+            change("transformer.x.weight", Tensor.clone),
+            ValueError,
+            "hold transformer.x.weight, which",
+        ),
+        (change("lm_head.weight", Tensor.clone), ValueError, "lm_head.weight must equal"),
+        (change("transformer.ln_f.bias", Tensor.int), ValueError, "must be float32, .* got int32"),
+        (
+            change("transformer.h.0.mlp.c_fc.weight", lambda t: t.t().contiguous()),
+            ValueError,
+            "must have shape",
+        ),
+        (
+            change("transformer.h.0.mlp.c_fc.weight", lambda t: t[0].clone()),
+            ValueError,
+            "must have shape",
+        ),
+        (pickled([1, 2]), ValueError, "must hold a dictionary of tensors"),
+        (pickled({"wte.weight": torch.ones(999)}, 900), ValueError, "no complete PyTorch file"),
+        (pickled({"wte.weight": torch.ones(999)}, 1), ValueError, "no complete PyTorch file"),
+        (sharded([1]), ValueError, "weight_map must name a file for each tensor"),
+        (
+            sharded({"transformer.wte.weight": "gone.safetensors"}),
+            FileNotFoundError,
+            "gone.safetensors, which is missing",
+        ),
+        (
+            sharded({"transformer.wte.weight": "../x.safetensors"}),
+            ValueError,
+            "files in the folder itself",
+        ),
+        (
+            sharded({"transformer.y": "shard.safetensors"}),
+            ValueError,
+            "places transformer.y in shard",
+        ),
+    ],
+)
+def test_broken_folders(
+    folder: Path, damage: Callable[[Path], object], error: type[Exception], message: str
+) -> None:
+    damage(folder)
+    with pytest.raises(error, match=message) as caught:
+        GPT.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
