@@ -6,7 +6,6 @@ kernel that nobody has measured must not replace one that works.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -17,6 +16,7 @@ IMPLEMENTATIONS = ("cuda", "triton", "torch")
 
 # Triton reads the variable when a kernel is decorated, so it cannot change later in a process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def choose(impl: str, tensor: Tensor) -> str:
@@ -40,7 +40,7 @@ def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
         case "torch":
             return None
         case "triton":
-            if not _triton_installed():
+            if not _TRITON_INSTALLED:
                 return "Triton is not installed (pip install triton; Linux only)"
             if INTERPRETED and dtype == torch.bfloat16:
                 return "Triton's interpreter computes bfloat16 wrongly; use float16 or float32"
@@ -54,8 +54,3 @@ def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
             return "the CUDA C++ kernels are not part of this version; use 'triton' or 'torch'"
         case _:
             raise ValueError(f"impl must be 'auto', 'cuda', 'triton' or 'torch', got {impl!r}")
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,52 @@
+"""Where there is no GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated: before any is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# Interpreted kernels are slow and their speed is nobody's promise. A failing example prints the
+# command that replays it.
+settings.register_profile(
+    "kernels",
+    deadline=None,
+    max_examples=15,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU say so where there is none."""
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(params=range(2))
+def seed(request: pytest.FixtureRequest) -> int:
+    """Fresh inputs on every run; the seed is printed with a failure."""
+    value = int(os.environ.get("GPTKERNELS_TEST_SEED", "0")) or int.from_bytes(os.urandom(3), "big")
+    value += request.param
+    print(f"seed {value} (GPTKERNELS_TEST_SEED={value - request.param} replays it)")
+    torch.manual_seed(value)
+    return value

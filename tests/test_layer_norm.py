@@ -1,0 +1,365 @@
+"""layer_norm against the truth, in every implementation that runs here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from gptkernels import baseline, layer_norm, parity, philox, reference, verify
+from gptkernels.ops.choice import unavailable
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+IMPLS = ("torch", "triton")
+
+
+def skip_unless_usable(impl: str, device: torch.device, dtype: torch.dtype) -> None:
+    reason = unavailable(impl, device.type, dtype)
+    if reason:
+        pytest.skip(reason)
+
+
+def assert_layer_norm(impl: str, inputs: dict[str, Any], seed: int = 0, **options: Any) -> None:
+    torch.manual_seed(seed)
+    rng = philox.draw(inputs["x"].device)
+
+    def candidate(**leaves: Any) -> Any:
+        torch.manual_seed(seed)
+        with parity.poisoned_outputs():
+            return layer_norm(**leaves, **options, impl=impl)
+
+    parity.assert_parity(
+        candidate,
+        functools.partial(baseline.layer_norm, **options, rng=rng),
+        functools.partial(reference.layer_norm, **options, rng=rng),
+        inputs,
+        names=("y", "s"),
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in verify.CASES if c.op == "layer_norm"], ids=lambda c: c.name
+)
+def test_table_of_cases(
+    case: verify.Case, impl: str, dtype: torch.dtype, device: torch.device, seed: int
+) -> None:
+    skip_unless_usable(impl, device, dtype)
+    failures = [m for m in verify.measure(case, impl, dtype, device, seed) if not m.passed]
+    assert not failures, "\n".join(map(str, failures))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@given(data=st.data())
+def test_random_shapes_and_options(
+    impl: str, dtype: torch.dtype, device: torch.device, data: st.DataObject
+) -> None:
+    skip_unless_usable(impl, device, dtype)
+    shape = data.draw(st.lists(st.integers(1, 9), min_size=0, max_size=2), label="leading")
+    # Straddles the tile widths 16, 32, ... and both philox paths (C % 8). One column is apart:
+    # there the truth of dweight is exactly 0, which PyTorch's own backward only approaches.
+    C = data.draw(st.integers(2, 300) | st.sampled_from([16, 64, 256, 1024, 1025]), label="C")
+    residual_dtype = data.draw(st.sampled_from([None, dtype, torch.float32]), label="residual")
+    weight_dtype = data.draw(st.sampled_from([dtype, torch.float32]), label="weight")
+    seed = data.draw(st.integers(0, 2**31), label="seed")
+    torch.manual_seed(seed)
+    randn = functools.partial(torch.randn, device=device)
+    inputs = dict(
+        x=(randn(*shape, C) + 0.5).to(dtype),
+        weight=randn(C).to(weight_dtype),
+        bias=randn(C).to(weight_dtype) if data.draw(st.booleans(), label="bias") else None,
+        residual=None if residual_dtype is None else randn(*shape, C).to(residual_dtype),
+    )
+    assert_layer_norm(
+        impl,
+        inputs,
+        seed,
+        dropout_p=data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]), label="dropout_p"),
+        prenorm=data.draw(st.booleans(), label="prenorm"),
+        residual_in_fp32=data.draw(st.booleans(), label="residual_in_fp32"),
+        eps=data.draw(st.sampled_from([1e-5, 1e-3]), label="eps"),
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_mean(impl: str, device: torch.device, seed: int) -> None:
+    """E[x^2] - mean^2 would cancel here, and 16-bit statistics would be off by the mean's
+    rounding."""
+    inputs = dict(
+        x=torch.randn(7, 200, device=device) + 1000,
+        weight=torch.randn(200, device=device),
+        bias=torch.randn(200, device=device),
+    )
+    assert_layer_norm(impl, inputs, seed)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_are_saved_in_fp32(
+    impl: str, dtype: torch.dtype, device: torch.device, seed: int
+) -> None:
+    skip_unless_usable(impl, device, dtype)
+    x = (torch.randn(40, 96, device=device) * 3 + 20).to(dtype)
+    weight = torch.ones(96, dtype=dtype, device=device)
+    _, _, mean, rstd = torch.ops.gptkernels.layer_norm_fwd(
+        x, weight, None, None, None, 0.0, 1e-5, dtype, impl
+    )
+    exact = x.double()
+    exact_rstd = (exact.var(dim=-1, unbiased=False) + 1e-5).rsqrt()
+    assert mean.dtype == rstd.dtype == torch.float32
+    # A mean of 96 addends in fp32: pairwise or sequential, 8 ulp bounds both.
+    eps = torch.finfo(torch.float32).eps
+    assert ((mean - exact.mean(dim=-1)).abs() <= 8 * eps * exact.abs().mean(dim=-1)).all()
+    assert ((rstd - exact_rstd).abs() <= 64 * eps * exact_rstd).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_rows(impl: str, device: torch.device, seed: int) -> None:
+    base = torch.randn(6, 5, 80, device=device)
+    weight = torch.randn(40, device=device)
+    views = {
+        "row stride": base[:, 0, :40],
+        "both leading dimensions": base[:, ::2, 10:50],
+        "transposed leading dimensions": base.transpose(0, 1)[..., :40],
+        "expanded": base[:1, :1, :40].expand(4, 3, 40),
+        "transposed last dimension": base[0, :, :40].T.contiguous().T,
+    }
+    for view in views.values():
+        residual = torch.randn(view.shape, device=device)
+        inputs = dict(x=view, weight=weight, bias=None, residual=residual)
+        assert_layer_norm(impl, inputs, seed, prenorm=True)
+        assert_layer_norm(impl, dict(x=residual, weight=weight, bias=None, residual=view), seed)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_one_output_only(impl: str, device: torch.device, seed: int) -> None:
+    x, weight, residual = (
+        torch.randn(*s, device=device, requires_grad=True) for s in ((3, 40), (40,), (3, 40))
+    )
+    y, s = layer_norm(x, weight, residual=residual, prenorm=True, impl=impl)
+    dx, dresidual = torch.autograd.grad(s.sum(), (x, residual), retain_graph=True)
+    torch.testing.assert_close(dx, torch.ones_like(x), rtol=0, atol=0)
+    torch.testing.assert_close(dresidual, torch.ones_like(x), rtol=0, atol=0)
+    only_y = torch.autograd.grad(y.square().sum(), (x, weight))
+    both = torch.autograd.grad(
+        layer_norm(x, weight, residual=residual, impl=impl).square().sum(), (x, weight)
+    )
+    for a, b in zip(only_y, both, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_column_gives_the_bias(impl: str, device: torch.device, seed: int) -> None:
+    x, weight, bias = (torch.randn(*s, device=device) for s in ((5, 1), (1,), (1,)))
+    assert torch.equal(layer_norm(x, weight, bias, impl=impl), bias.expand(5, 1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_rows(impl: str, device: torch.device) -> None:
+    x = torch.empty(0, 3, 64, device=device, requires_grad=True)
+    weight = torch.randn(64, device=device, requires_grad=True)
+    bias = torch.randn(64, device=device, requires_grad=True)
+    y, s = layer_norm(x, weight, bias, residual=x.detach(), prenorm=True, impl=impl)
+    assert y.shape == s.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any()
+    assert not bias.grad.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_stays_in_its_row(impl: str, poison: float, device: torch.device, seed: int) -> None:
+    x = torch.randn(20, 96, device=device, requires_grad=True)
+    weight = torch.randn(96, device=device)
+    dirty = x.detach().clone()
+    dirty[7, 11] = poison
+    dirty.requires_grad_()
+    clean_y, dirty_y = (layer_norm(t, weight, impl=impl) for t in (x, dirty))
+    others = torch.arange(20, device=device) != 7
+    assert dirty_y[7].isnan().all()
+    assert torch.equal(dirty_y[others], clean_y[others])
+    clean_y.sum().backward()
+    dirty_y.sum().backward()
+    assert torch.equal(dirty.grad[others], x.grad[others])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dropped_values_never_leak(impl: str, device: torch.device, seed: int) -> None:
+    x = torch.randn(8, 64, device=device)
+    torch.manual_seed(seed)
+    keep = philox.elementwise_keep(philox.draw(device), 0.5, x.shape)
+    poisoned = x.masked_fill(~keep, float("nan"))
+    weight = torch.ones(64, device=device)
+    results = []
+    for values in (x, poisoned):
+        torch.manual_seed(seed)
+        results.append(layer_norm(values, weight, dropout_p=0.5, prenorm=True, impl=impl))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_same_input_same_bits(impl: str, device: torch.device, seed: int) -> None:
+    leaves = [torch.randn(*s, device=device, requires_grad=True) for s in ((70, 96), (96,), (96,))]
+    first: list[Tensor] | None = None
+    for _ in range(3):
+        torch.manual_seed(seed)
+        y = layer_norm(*leaves, dropout_p=0.3, impl=impl)
+        results = [y, *torch.autograd.grad(y.square().sum(), leaves)]
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
+
+
+def test_implementations_drop_the_same_elements(device: torch.device, seed: int) -> None:
+    x = torch.randn(9, 104, device=device)
+    sums = []
+    for impl in IMPLS:
+        torch.manual_seed(seed)
+        options = dict(dropout_p=0.4, prenorm=True, impl=impl)
+        sums.append(layer_norm(x, torch.ones(104, device=device), **options)[1])
+    assert torch.equal(sums[0] == 0, sums[1] == 0)
+
+
+def _sample(device: torch.device, dropout_p: float, residual: bool) -> tuple[tuple[Any, ...], int]:
+    x, weight = torch.randn(4, 6, 24, device=device), torch.randn(24, device=device)
+    rng = philox.draw(device) if dropout_p else None
+    second = torch.randn(4, 6, 24, device=device) if residual else None
+    return (x, weight, weight * 2, second, rng, dropout_p, 1e-5, torch.float32), 24
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("residual", [False, True])
+def test_opcheck(impl: str, dropout_p: float, residual: bool, device: torch.device) -> None:
+    arguments, rows = _sample(device, dropout_p, residual)
+    x, weight, _, _, rng, *_ = arguments
+    torch.library.opcheck(torch.ops.gptkernels.layer_norm_fwd.default, (*arguments, impl))
+    statistics = torch.rand(rows, device=device)
+    residual_dtype = torch.bfloat16 if residual else None
+    options = (weight, rng, dropout_p, x.dtype, residual_dtype, True, impl)
+    backward = (x, x if residual else None, x, statistics, statistics, *options)
+    torch.library.opcheck(torch.ops.gptkernels.layer_norm_bwd.default, backward)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compile_equals_eager(impl: str, device: torch.device, seed: int) -> None:
+    def block(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        y, s = layer_norm(x, weight, bias, residual=residual, prenorm=True, impl=impl)
+        return layer_norm(y, weight, residual=s, dropout_p=0.25, impl=impl)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    # Inductor has its own random numbers unless told to fall back to eager's.
+    with torch._inductor.config.patch(fallback_random=True):
+        for rows in (3, 5):
+            leaves = [
+                torch.randn(*s, device=device, requires_grad=True)
+                for s in ((rows, 48), (48,), (48,), (rows, 48))
+            ]
+            results = []
+            for function in (block, compiled):
+                torch.manual_seed(seed)
+                y = function(*leaves)
+                results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+            for eager, found in zip(*results, strict=True):
+                torch.testing.assert_close(found, eager)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_checkpoint_replays_dropout(impl: str, device: torch.device, seed: int) -> None:
+    x = torch.randn(6, 32, device=device, requires_grad=True)
+    weight = torch.randn(32, device=device, requires_grad=True)
+    run = functools.partial(layer_norm, dropout_p=0.5, impl=impl)
+    torch.manual_seed(seed)
+    plain = torch.autograd.grad(run(x, weight).square().sum(), (x, weight))
+    torch.manual_seed(seed)
+    y = checkpoint(run, x, weight, use_reentrant=False)
+    replayed = torch.autograd.grad(y.square().sum(), (x, weight))
+    assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_selective_checkpoint_sees_the_op(impl: str, device: torch.device) -> None:
+    x = torch.randn(6, 32, device=device, requires_grad=True)
+    weight = torch.randn(32, device=device)
+    seen = []
+
+    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        seen.append(op)
+        ours = op is torch.ops.gptkernels.layer_norm_fwd.default
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    y = checkpoint(
+        lambda t: layer_norm(t * 2, weight, impl=impl) * 3,
+        x,
+        use_reentrant=False,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, policy),
+    )
+    y.sum().backward()
+    assert torch.ops.gptkernels.layer_norm_fwd.default in seen
+
+
+def test_autocast_leaves_dtypes_alone(device: torch.device, seed: int) -> None:
+    """The residual stream stays fp32 beside 16-bit branches: nothing is cast behind the caller's
+    back."""
+    weight = torch.randn(32, device=device)
+    branch = torch.randn(4, 32, device=device).bfloat16()
+    stream = torch.randn(4, 32, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y, s = layer_norm(branch, weight, residual=stream, prenorm=True)
+    assert (y.dtype, s.dtype) == (torch.bfloat16, torch.float32)
+    assert_layer_norm("torch", dict(x=branch, weight=weight, residual=stream), seed)
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    y = layer_norm(x, torch.ones(8, device=device))
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def _bad(**changes: Any) -> dict[str, Any]:
+    good = dict(x=torch.zeros(2, 8), weight=torch.ones(8), bias=torch.zeros(8))
+    return {**good, **changes}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        (_bad(x=torch.zeros(2, 8, dtype=torch.int32)), TypeError, "x must be float32, bfloat16 or"),
+        (_bad(x=torch.zeros(2, 8, dtype=torch.complex64)), TypeError, "got complex64"),
+        (_bad(x=[1.0]), TypeError, "x must be a torch.Tensor, got list"),
+        (_bad(x=torch.tensor(1.0)), ValueError, r"x must have shape \(..., C\)"),
+        (_bad(x=torch.zeros(2, 0)), ValueError, r"x must have shape \(..., C\) with C >= 1"),
+        (_bad(weight=torch.ones(7)), ValueError, r"weight must have shape \(8,\).*got \(7,\)"),
+        (_bad(weight=torch.ones(1, 8)), ValueError, r"weight must have shape \(8,\)"),
+        (_bad(weight=torch.ones(8).double()), TypeError, "weight must be float32.*got float64"),
+        (_bad(weight=torch.ones(8, device="meta")), ValueError, "weight must be on the device"),
+        (_bad(bias=torch.zeros(9)), ValueError, "bias must have shape"),
+        (_bad(bias=torch.zeros(8).half()), TypeError, "bias must have the dtype of weight"),
+        (_bad(residual=torch.zeros(8)), ValueError, "residual must have shape"),
+        (_bad(residual=torch.zeros(2, 8, dtype=torch.int64)), TypeError, "residual must be float"),
+        (_bad(dropout_p=1.5), ValueError, "dropout_p must be between 0 and 1, got 1.5"),
+        (_bad(dropout_p=float("nan")), ValueError, "dropout_p must be between 0 and 1"),
+        (_bad(eps=0.0), ValueError, "eps must be positive, got 0.0"),
+        (_bad(impl="cudnn"), ValueError, "impl must be 'auto', 'cuda', 'triton' or 'torch'"),
+        (_bad(impl="cuda"), NotImplementedError, "not part of this version"),
+    ],
+)
+def test_bad_input(arguments: dict[str, Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        layer_norm(**arguments)
