@@ -87,6 +87,7 @@ class TrainConfig:
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "clip", "min_learning_rate", "seed"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
+        _check(self, "seed", self.seed < 2**63, "less than 2**63")
         _check(self, "minutes", self.minutes is None or self.minutes > 0, "more than 0")
         _check(self, "learning_rate", self.learning_rate > 0, "more than 0")
         _check(
@@ -116,8 +117,8 @@ def _check_type(name: str, wanted: str, value: Any) -> None:
     """`wanted` is the field's annotation: "int", "float", "str" or "float | None"."""
     if value is None and wanted.endswith("| None"):
         return
-    kinds = {"int": int, "float": (int, float), "str": str}[wanted.removesuffix(" | None")]
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    kinds = {"int": (int,), "float": (int, float), "str": (str,)}
+    if not isinstance(value, kinds[wanted.removesuffix(" | None")]) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}, {wanted} is wanted")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, a finite number is wanted")
