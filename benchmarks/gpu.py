@@ -1,0 +1,159 @@
+"""`make gpu`: what a few minutes on a machine with an NVIDIA GPU can tell, most valuable first.
+
+1. `tests/test_gpu.py`: the native kernels against the truth, repeated, captured, on side streams;
+2. the parity table of `gptkernels verify`;
+3. the benchmarks, one shape of each operator first, then all.
+
+Every part runs in a process of its own, because a kernel that touches wrong memory takes its
+process with it, and is stopped when its time is up. Results are written as they come, so that what
+is cut short leaves what it had. Needs PyTorch, Triton, pytest and numpy, and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import OPERATORS, suite
+from .report import Row, figures, recorded
+
+_TESTS = Path("tests/test_gpu.py")
+# When each part must have ended, as a share of the whole time.
+_TESTS_END, _PARITY_END, _QUICK_END = 0.55, 0.72, 0.86
+_IMPLS = ("triton", "torch")
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    arguments: list[str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 where a test or parity row failed or was cut short; 2 where nothing can run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gptkernels.benchmarks.gpu", description=__doc__
+    )
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--part", choices=("parity", "speed"), help=argparse.SUPPRESS)
+    parser.add_argument("--op", choices=OPERATORS, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("make gpu needs an NVIDIA GPU that PyTorch can use, and finds none", file=sys.stderr)
+        return 2
+    if options.part == "parity":
+        return _parity(options.op, options.results)
+    if options.part == "speed":
+        return _speed(options.quick, options.results)
+    if not _TESTS.exists():
+        print(f"{_TESTS} is not here; run from the root of the checkout", file=sys.stderr)
+        return 2
+    return _all(options.results, 60 * options.minutes)
+
+
+def _all(results: Path, seconds: float) -> int:
+    started = time.monotonic()
+    results.mkdir(parents=True, exist_ok=True)
+
+    def until(share: float) -> float:
+        return started + share * seconds
+
+    # The operators side by side: nearly all of the time goes to compiling, on the CPU.
+    right = _run([_test_part(op, results) for op in OPERATORS], until(_TESTS_END))
+    right &= _run(
+        [
+            _own_part(
+                f"parity of {op}", results / f"parity_{op}.json", "--part=parity", f"--op={op}"
+            )
+            for op in OPERATORS
+        ],
+        until(_PARITY_END),
+    )
+    # Timed alone.
+    for name, end, extra in (("quick", _QUICK_END, ["--quick"]), ("full", 1.0, [])):
+        path = results / f"speed_{name}.json"
+        _run([_own_part(f"speed, {name}", path, "--part=speed", *extra)], until(end))
+    print(f"Results are in {results}, after {time.monotonic() - started:.0f} s")
+    return 0 if right else 1
+
+
+def _test_part(op: str, results: Path) -> _Part:
+    # No conftest: it serves the whole suite, and asks for packages that this run can do without.
+    record = ["-p", "gptkernels.benchmarks.record", f"--record={results / f'tests_{op}.json'}"]
+    choice = ["--noconftest", "-p", "no:cacheprovider", "-m", "gpu", "-k", op]
+    return _Part(f"tests of {op}", ["pytest", "-q", "--tb=short", *choice, *record, str(_TESTS)])
+
+
+def _own_part(name: str, path: Path, *arguments: str) -> _Part:
+    return _Part(name, ["gptkernels.benchmarks.gpu", f"--results={path}", *arguments])
+
+
+def _run(parts: list[_Part], end: float) -> bool:
+    """Runs the parts side by side until they end or `end` (monotonic); True if all passed."""
+    with contextlib.ExitStack() as stack:
+        # Files, since a pipe that nobody reads yet would fill up and stop its process.
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in parts]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-P", "-m", *part.arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for part, output in zip(parts, outputs, strict=True)
+        ]
+        passed = True
+        for part, process, output in zip(parts, processes, outputs, strict=True):
+            try:
+                code = process.wait(timeout=max(1.0, end - time.monotonic()))
+                verdict = f"exit code {code}" if code else "passed"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                verdict = "cut short: its time was up"
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+            print(f"=== {part.name}: {verdict}\n{text}", flush=True)
+            passed &= verdict == "passed"
+    return passed
+
+
+def _parity(op: str, path: Path) -> int:
+    from gptkernels import verify
+
+    failed = 0
+    rows = (row.as_dict() for row in verify.run(impls=_IMPLS, ops=[op], device="cuda"))
+    for row in recorded(rows, path):
+        if row["status"] != "pass":
+            print(row, flush=True)
+        failed += row["status"] == "fail"
+    return 1 if failed else 0
+
+
+def _speed(quick: bool, path: Path) -> int:
+    for row in recorded(_interleaved(quick), path):
+        head = f"{row['op']} {row['shape']} {row['dtype']} {row['direction']} {row['impl']}"
+        print(head, *(f"{k} {v}" for k, v in figures(row).items()), flush=True)
+    return 0
+
+
+def _interleaved(quick: bool) -> Iterator[Row]:
+    """The operators' rows by turns, so that a run cut short has measured some of each."""
+    iterators = [suite(op).rows("cuda", _IMPLS, quick) for op in OPERATORS]
+    for turn in itertools.zip_longest(*iterators):
+        yield from (row for row in turn if row is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

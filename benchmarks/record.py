@@ -1,0 +1,52 @@
+"""A pytest plugin that keeps each test's outcome as JSON, as it comes.
+
+pytest -p gptkernels.benchmarks.record --record FILE ...
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .report import environment, write_json
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--record FILE`."""
+    parser.addoption("--record", metavar="FILE", help="write every test's outcome there, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts recording when `--record` is given."""
+    path = config.getoption("--record")
+    if path:
+        config.pluginmanager.register(_Recorder(Path(path)), "gptkernels-recorder")
+
+
+class _Recorder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"environment": environment(), "finished": False, "rows": []}
+        write_json(path, self.content)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # A test that passes reports three times; setup and teardown matter when they go wrong.
+        if report.when != "call" and report.outcome == "passed":
+            return
+        row: dict[str, Any] = {
+            "test": report.nodeid,
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 3),
+        }
+        if report.outcome == "failed":
+            row["reason"] = report.longreprtext
+        elif isinstance(report.longrepr, tuple):
+            row["reason"] = report.longrepr[2]
+        self.content["rows"].append(row)
+        write_json(self.path, self.content)
+
+    def pytest_sessionfinish(self) -> None:
+        self.content["finished"] = True
+        write_json(self.path, self.content)

@@ -1,0 +1,256 @@
+"""The Triton kernels run natively on an NVIDIA GPU.
+
+Stands apart from the rest of the suite (no conftest, no hypothesis), so that it also runs where
+only PyTorch, Triton, pytest and numpy are installed. The most telling tests come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gptkernels
+from gptkernels import baseline, parity, reference, verify
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REPEATS = 250
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator: how to draw its inputs, and its options."""
+
+    op: str
+    draw: Callable[[verify.Randn], dict[str, Tensor]]
+    options: dict[str, Any] = field(default_factory=dict)
+    op_options: dict[str, Any] = field(default_factory=dict)  # change how, not what
+    name: str = ""
+
+    def inputs(self, dtype: torch.dtype, device: str = "cuda", seed: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return self.draw(
+            lambda *sizes: torch.randn(sizes, generator=generator).to(device=device, dtype=dtype)
+        )
+
+    def __call__(self, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
+        """Outputs, then the gradients of all inputs for cotangents of ones."""
+        leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+        op = getattr(gptkernels, self.op)
+        given = {**self.options, **self.op_options, "impl": "triton", **options}
+        returned = op(**leaves, **given)
+        outputs = returned if isinstance(returned, tuple) else (returned,)
+        gradients = torch.autograd.grad(
+            outputs, list(leaves.values()), [torch.ones_like(output) for output in outputs]
+        )
+        return (*(output.detach() for output in outputs), *gradients)
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}".strip()
+
+
+CALLS = (
+    Call(
+        "layer_norm",
+        lambda randn: {
+            "x": randn(500, 768),
+            "weight": randn(768),
+            "bias": randn(768),
+            "residual": randn(500, 768),
+        },
+        {"prenorm": True},
+    ),
+    Call(
+        "attention",
+        lambda randn: {
+            "q": randn(2, 300, 6, 64),
+            "k": randn(2, 300, 2, 64),
+            "v": randn(2, 300, 2, 64),
+        },
+        {"causal": True},
+        {"deterministic": True},
+    ),
+    Call(
+        "gelu_mlp",
+        lambda randn: {
+            "x": randn(300, 256),
+            "w1": randn(1000, 256) / 16,
+            "b1": randn(1000),
+            "w2": randn(256, 1000) / 32,
+            "b2": randn(256),
+        },
+    ),
+)
+
+# Shapes of real models, and sizes past what a 16-bit grid dimension holds.
+LARGE = (
+    Call(
+        "layer_norm",
+        lambda randn: {"x": randn(4096, 1600), "weight": randn(1600), "bias": randn(1600)},
+        name="GPT-2 XL",
+    ),
+    Call(
+        "attention",
+        lambda randn: {name: randn(2, 1024, 12, 64) for name in "qkv"},
+        name="GPT-2",
+    ),
+    Call(
+        "attention",
+        lambda randn: {
+            "q": randn(1, 777, 8, 128),
+            "k": randn(1, 777, 2, 128),
+            "v": randn(1, 777, 2, 128),
+        },
+        name="D 128, grouped heads",
+    ),
+    Call(
+        "gelu_mlp",
+        lambda randn: {
+            "x": randn(2048, 768),
+            "w1": randn(3072, 768) / 28,
+            "b1": randn(3072),
+            "w2": randn(768, 3072) / 55,
+            "b2": randn(768),
+        },
+        name="GPT-2",
+    ),
+    Call(
+        "layer_norm",
+        lambda randn: {"x": randn(70_001, 64), "weight": randn(64), "residual": randn(70_001, 64)},
+        name="70001 rows",
+    ),
+    Call(
+        "attention",
+        lambda randn: {name: randn(5500, 17, 12, 16) for name in "qkv"},
+        name="66000 heads x batch",
+    ),
+    Call(
+        "attention",
+        lambda randn: {
+            "q": randn(1, 70_001, 1, 16),
+            "k": randn(1, 33, 1, 16),
+            "v": randn(1, 33, 1, 16),
+        },
+        {"causal": False},
+        name="70001 queries",
+    ),
+    Call(
+        "gelu_mlp",
+        lambda randn: {
+            "x": randn(70_001, 40),
+            "w1": randn(72, 40) / 6,
+            "b1": randn(72),
+            "w2": randn(40, 72) / 8,
+            "b2": randn(40),
+        },
+        name="70001 rows",
+    ),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", verify.CASES, ids=lambda case: f"{case.op} {case.name}")
+def test_parity(case: verify.Case, dtype: torch.dtype) -> None:
+    """Every row of the parity table, into outputs poisoned with NaN."""
+    for row in verify.check(case, "triton", dtype, torch.device("cuda")):
+        assert row.status == "pass", row
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_repeated_runs_give_the_same_bits(call: Call) -> None:
+    inputs = call.inputs(torch.bfloat16)
+    first = call(inputs)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(REPEATS):
+        for again, expected in zip(call(inputs), first, strict=True):
+            different += (again != expected).sum()
+    assert different.item() == 0
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_cuda_graph_replays_with_new_inputs(call: Call) -> None:
+    inputs = call.inputs(torch.float16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(inputs)
+    fresh = call.inputs(torch.float16, seed=1)
+    for name, value in fresh.items():
+        inputs[name].copy_(value)
+    graph.replay()
+    for replayed, expected in zip(captured, call(fresh), strict=True):
+        assert torch.equal(replayed, expected)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "attention"])
+def test_cuda_graph_draws_a_new_dropout_mask_at_each_replay(op: str) -> None:
+    call = next(call for call in CALLS if call.op == op)
+    inputs = call.inputs(torch.float16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(inputs, dropout_p=0.5)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(inputs, dropout_p=0.5)
+    graph.replay()
+    first = captured[0].clone()
+    graph.replay()
+    assert not torch.equal(captured[0], first)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_side_stream(call: Call) -> None:
+    """Kernels run on the current stream: elsewhere they would read inputs before they are there."""
+    fresh = call.inputs(torch.float16, seed=1)
+    expected = call(fresh)
+    inputs = {name: torch.full_like(value, float("nan")) for name, value in fresh.items()}
+    call(inputs)  # compiled and warm
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # tens of milliseconds
+        for name, value in fresh.items():
+            inputs[name].copy_(value)
+        results = call(inputs)
+    side.synchronize()
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("call", LARGE, ids=str)
+def test_large(call: Call, dtype: torch.dtype) -> None:
+    op = getattr(gptkernels, call.op)
+    with parity.poisoned_outputs():  # of the backward pass too
+        parity.assert_parity(
+            lambda **leaves: op(**leaves, **call.options, **call.op_options, impl="triton"),
+            lambda **leaves: getattr(baseline, call.op)(**leaves, **call.options),
+            lambda **leaves: getattr(reference, call.op)(**leaves, **call.options),
+            call.inputs(dtype),
+        )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_second_device(call: Call) -> None:
+    """Tensors of a device that is not the current one."""
+    inputs = call.inputs(torch.float16)
+    elsewhere = {name: value.to("cuda:1") for name, value in inputs.items()}
+    for result, expected in zip(call(elsewhere), call(inputs), strict=True):
+        assert result.device == torch.device("cuda:1")
+        assert torch.equal(result.cpu(), expected.cpu())
