@@ -219,6 +219,27 @@ def bench(
 
 
 @commands.command()
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="UTF-8 text to train on; Python's own manual."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("demo-report"), show_default=True
+)
+@click.option("--minutes", type=float, default=2.0, show_default=True, help="Time to train.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--seed", type=int, default=1337, show_default=True)
+def demo(text: Path | None, out: Path, minutes: float, device: str, seed: int) -> int:
+    """Train a small GPT on real text, sample from it, check it against plain PyTorch, time it, and
+    write a report folder.
+
+    Exits with 1 when a check fails.
+    """
+    from gptkernels import demo as main_job
+
+    return main_job.run(text=text, out=out, minutes=minutes, device=device, seed=seed)
+
+
+@commands.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--max-new-tokens", type=int, default=100, show_default=True)
