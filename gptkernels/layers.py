@@ -156,7 +156,7 @@ class KVCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, T, Hk, D); return views of all so far, (B, length, Hk, D) each.
 
-        Raises ValueError when more than max_tokens would be held.
+        Raises ValueError when more than max_tokens would be held, or if B, Hk or D changes.
         """
         batch, tokens, heads, width = k.shape
         if self.length + tokens > self.max_tokens:
@@ -167,6 +167,12 @@ class KVCache:
         if self._keys is None or self._values is None:
             self._keys = k.new_empty(batch, self.max_tokens, heads, width)
             self._values = v.new_empty(batch, self.max_tokens, heads, width)
+        first_batch, _, *first_rest = self._keys.shape
+        if [batch, heads, width] != [first_batch, *first_rest]:
+            raise ValueError(
+                "the cache must get the B, Hk and D that it began with, "
+                f"{(first_batch, *first_rest)}, got {(batch, heads, width)}"
+            )
         start, self.length = self.length, self.length + tokens
         self._keys[:, start : self.length] = k.detach()
         self._values[:, start : self.length] = v.detach()

@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gptkernels.examples import plain_gpt
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gptkernels import MLP, CausalSelfAttention, LayerNorm, baseline, layers, philox, reference
+from gptkernels.layers import KVCache, set_impl
+from gptkernels.ops.choice import unavailable
+from gptkernels.parity import assert_parity
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class PlainAttention(nn.Module):
+    """Causal self-attention by matmul and softmax, with grouped heads and a window."""
+
+    def __init__(self, d_model: int, n_head: int, n_kv_head: int, window: int | None) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.window = n_head, n_kv_head, window
+        width = d_model // n_head
+        self.c_attn = nn.Linear(d_model, (n_head + 2 * n_kv_head) * width)
+        self.c_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (B, T, C), width = x.shape, x.shape[-1] // self.n_head
+        q, k, v = self.c_attn(x).split([C, self.n_kv_head * width, self.n_kv_head * width], dim=-1)
+        group = self.n_head // self.n_kv_head
+        q = q.view(B, T, self.n_head, width).transpose(1, 2)
+        k = k.view(B, T, self.n_kv_head, width).transpose(1, 2).repeat_interleave(group, dim=1)
+        v = v.view(B, T, self.n_kv_head, width).transpose(1, 2).repeat_interleave(group, dim=1)
+        seen = torch.ones(T, T, dtype=torch.bool).tril()
+        if self.window is not None:
+            seen &= ~torch.ones(T, T, dtype=torch.bool).tril(-self.window - 1)
+        scores = (q @ k.transpose(-2, -1) / width**0.5).masked_fill(~seen, float("-inf"))
+        return self.c_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
+
+
+def on_parameters(module: nn.Module) -> Callable[..., Tensor]:
+    """The module as a function of x and of its parameters, dots replaced in their names."""
+
+    def function(x: Tensor, **parameters: Tensor) -> Tensor:
+        named = {name.replace("__", "."): tensor for name, tensor in parameters.items()}
+        return functional_call(module, named, (x,))
+
+    return function
+
+
+def assert_same_function(module: nn.Module, plain: nn.Module, x: Tensor) -> None:
+    """Outputs and all gradients of `module` against those of its plain twin, in x's dtype."""
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in plain.state_dict().items()}
+    inputs = {"x": x}
+    for name, tensor in module.state_dict().items():
+        inputs[name.replace(".", "__")] = (tensor + 0.2 * torch.randn(tensor.shape)).to(x.dtype)
+    twin = on_parameters(plain)
+    assert_parity(on_parameters(module), twin, twin, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    C=st.integers(2, 70),
+    rows=st.integers(1, 9),
+    bias=st.booleans(),
+    eps=st.sampled_from([1e-5, 0.1]),
+)
+def test_layer_norm_replaces_pytorchs(
+    dtype: torch.dtype, C: int, rows: int, bias: bool, eps: float
+) -> None:
+    plain = nn.LayerNorm(C, eps=eps, bias=bias)
+    assert_same_function(LayerNorm(C, eps, bias), plain, torch.randn(rows, 2, C).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    C=st.integers(1, 40),
+    inner=st.integers(1, 70),
+    rows=st.integers(1, 9),
+    bias=st.booleans(),
+    approximate=st.sampled_from(["tanh", "none"]),
+)
+def test_mlp_replaces_its_plain_twin(
+    dtype: torch.dtype, C: int, inner: int, rows: int, bias: bool, approximate: str
+) -> None:
+    config = plain_gpt.PlainConfig(n_embd=C, n_inner=inner, approximate=approximate, bias=bias)
+    x = torch.randn(2, rows, C).to(dtype)
+    assert_same_function(MLP(C, inner, bias, approximate), plain_gpt.MLP(config), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    width=st.sampled_from([1, 8, 20]),
+    T=st.integers(1, 33),
+    window=st.sampled_from([None, 0, 5]),
+)
+def test_attention_replaces_its_plain_twin(
+    dtype: torch.dtype, kv_heads: int, group: int, width: int, T: int, window: int | None
+) -> None:
+    n_head = kv_heads * group
+    pair = None if window is None else (window, 0)
+    layer = CausalSelfAttention(n_head * width, n_head, kv_heads, window=pair)
+    plain = PlainAttention(n_head * width, n_head, kv_heads, window)
+    assert_same_function(layer, plain, torch.randn(2, T, n_head * width).to(dtype))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_has_the_state_dict_of_the_plain_one(bias: bool) -> None:
+    plain = plain_gpt.Attention(plain_gpt.PlainConfig(n_embd=24, n_head=3, bias=bias))
+    layer = CausalSelfAttention(24, 3, bias=bias)
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    assert_same_function(layer, plain, torch.randn(2, 9, 24))
+
+
+def test_layer_norm_loads_pytorchs_state() -> None:
+    for bias in (True, False):
+        plain, ours = nn.LayerNorm(8, bias=bias), LayerNorm(8, bias=bias)
+        assert ours.state_dict().keys() == plain.state_dict().keys()
+        nn.init.normal_(plain.weight)
+        ours.load_state_dict(plain.state_dict())
+        assert torch.equal(ours.weight, plain.weight)
+        plain.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_adds_the_residual_and_returns_the_sum(dtype: torch.dtype) -> None:
+    layer, plain = LayerNorm(24), nn.LayerNorm(24)
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        return functional_call(
+            layer, {"weight": weight, "bias": bias}, (x, residual), {"prenorm": True}
+        )
+
+    def twin(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        s = x + residual
+        return functional_call(plain, {"weight": weight, "bias": bias}, (s,)), s
+
+    inputs = {name: torch.randn(2, 5, 24).to(dtype) for name in ("x", "residual")}
+    inputs |= {name: torch.randn(24).to(dtype) for name in ("weight", "bias")}
+    assert_parity(ours, twin, twin, inputs, names=("y", "s"))
+    _, s = layer(inputs["x"], inputs["residual"], prenorm=True, residual_in_fp32=True)
+    assert s.dtype == torch.float32
+
+
+def impls() -> list[Any]:
+    reason = unavailable("triton", "cpu", torch.float32)
+    skip = pytest.mark.skip(reason=f"triton: {reason}") if reason else ()
+    return ["torch", pytest.param("triton", marks=skip)]
+
+
+@pytest.mark.parametrize("impl", impls())
+def test_dropout_follows_the_contract_in_training_alone(impl: str) -> None:
+    torch.manual_seed(3)
+    norm, attention = LayerNorm(24), CausalSelfAttention(24, 3, dropout=0.3)
+    set_impl(nn.ModuleList([norm, attention]), impl)
+    x = torch.randn(2, 17, 24)
+
+    def seeded(op: Callable[..., Any]) -> Callable[..., Any]:
+        def function(**inputs: Tensor) -> Any:
+            torch.manual_seed(7)
+            return op(**inputs)
+
+        return function
+
+    def norm_twin(module: Any) -> Callable[..., Any]:
+        def function(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+            torch.manual_seed(7)
+            rng = philox.draw("cpu")
+            return module.layer_norm(x, weight, bias, dropout_p=0.4, prenorm=True, rng=rng)
+
+        return function
+
+    def norm_ours(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        named = {"weight": weight, "bias": bias}
+        return functional_call(norm, named, (x,), {"dropout_p": 0.4, "prenorm": True})
+
+    inputs = {"x": x, "weight": torch.randn(24), "bias": torch.randn(24)}
+    assert_parity(seeded(norm_ours), norm_twin(baseline), norm_twin(reference), inputs)
+
+    def attention_twin(module: Any) -> Callable[..., Any]:
+        def function(x: Tensor, **parameters: Tensor) -> Any:
+            torch.manual_seed(7)
+            heads = F.linear(x, parameters["c_attn__weight"], parameters["c_attn__bias"])
+            q, k, v = heads.unflatten(-1, (3, 3, 8)).unbind(-3)
+            out = module.attention(q, k, v, dropout_p=0.3, rng=philox.draw("cpu")).flatten(-2)
+            return F.linear(out, parameters["c_proj__weight"], parameters["c_proj__bias"])
+
+        return function
+
+    state = attention.state_dict().items()
+    inputs = {"x": x} | {name.replace(".", "__"): torch.randn(t.shape) for name, t in state}
+    assert_parity(
+        seeded(on_parameters(attention)),
+        attention_twin(baseline),
+        attention_twin(reference),
+        inputs,
+    )
+
+    assert not torch.equal(norm(x, dropout_p=0.4), norm(x))
+    assert not torch.equal(attention(x), attention(x))
+    norm.eval(), attention.eval()
+    assert torch.equal(norm(x, dropout_p=0.4), norm(x))
+    assert torch.equal(attention(x), attention(x))
+
+
+def test_attention_copies_nothing_on_the_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.extend((q, k, v))
+        return torch.zeros(q.shape)
+
+    monkeypatch.setattr(layers, "attention", spy)
+    CausalSelfAttention(24, 6, 2)(torch.randn(2, 5, 24))
+    assert [tuple(t.shape) for t in seen] == [(2, 5, 6, 4), (2, 5, 2, 4), (2, 5, 2, 4)]
+    assert len({t.untyped_storage().data_ptr() for t in seen}) == 1
+    assert [t.storage_offset() for t in seen] == [0, 24, 32]
+    assert all(t.stride() == (200, 40, 4, 1) for t in seen)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    window=st.sampled_from([None, (3, 0)]),
+)
+def test_attention_in_parts_with_a_cache(
+    lengths: list[int], window: tuple[int, int] | None
+) -> None:
+    layer = CausalSelfAttention(24, 6, 2, window=window).eval()
+    plain = PlainAttention(24, 6, 2, window and window[0])
+    plain.load_state_dict(layer.state_dict())
+    total = sum(lengths)
+
+    def in_parts(x: Tensor) -> Tensor:
+        cache = KVCache(total + 2)
+        return torch.cat([layer(part, cache) for part in x.split(lengths, dim=1)], dim=1)
+
+    inputs = {"x": torch.randn(2, total, 24)}
+
+    def truth(x: Tensor) -> Tensor:
+        return copy.deepcopy(plain).to(x.dtype)(x)
+
+    assert_parity(in_parts, plain, truth, inputs, gradients=False)
+
+
+def test_a_full_cache_is_refused() -> None:
+    layer, cache = CausalSelfAttention(8, 2), KVCache(4)
+    layer(torch.randn(1, 3, 8), cache)
+    with pytest.raises(ValueError, match="max_tokens=4 tokens, got 2 after 3"):
+        layer(torch.randn(1, 2, 8), cache)
+    assert cache.length == 3
+    layer(torch.randn(1, 1, 8), cache)
+    cache = KVCache(4)
+    layer(torch.randn(2, 1, 8), cache)
+    with pytest.raises(ValueError, match=r"it began with, \(2, 2, 4\), got \(1, 2, 4\)"):
+        layer(torch.randn(1, 1, 8), cache)  # would be spread over the batch
+
+
+def test_impl_is_checked_and_set_throughout() -> None:
+    model = nn.Sequential(LayerNorm(8), nn.Linear(8, 8), MLP(8, 8), CausalSelfAttention(8, 2))
+    assert [m.impl for m in model if hasattr(m, "impl")] == ["auto"] * 3
+    assert set_impl(model, "triton") is model
+    assert [m.impl for m in model if hasattr(m, "impl")] == ["triton"] * 3
+    model[0].impl = "torch"
+    assert [m.impl for m in model if hasattr(m, "impl")] == ["torch", "triton", "triton"]
+    message = "impl must be one of 'auto', 'cuda', 'triton', 'torch', got 'fast'"
+    with pytest.raises(ValueError, match=message):
+        model[0].impl = "fast"
+    with pytest.raises(ValueError, match=message):
+        set_impl(model, "fast")
+    assert model[0].impl == "torch"
+    with pytest.raises(ValueError, match="must contain a layer of gptkernels, got a Linear"):
+        set_impl(nn.Linear(2, 2), "torch")
+    assert "impl='torch'" in repr(model[0])
+    assert copy.deepcopy(model)[2].impl == "triton"
+
+
+@pytest.mark.parametrize("layer", [LayerNorm(8), MLP(8, 8), CausalSelfAttention(8, 2)], ids=repr)
+def test_an_implementation_that_cannot_run_raises(layer: Any) -> None:
+    layer.impl = "cuda"
+    with pytest.raises(NotImplementedError, match="CUDA C\\+\\+ kernels are not part"):
+        layer(torch.randn(1, 3, 8))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LayerNorm(0), ValueError, "d_model must be at least 1, got 0"),
+        (lambda: LayerNorm(8.0), TypeError, r"d_model must be an int, got 8\.0"),
+        (lambda: MLP(8, 0), ValueError, "d_inner must be at least 1, got 0"),
+        (lambda: MLP(8, 8, approximate="relu"), ValueError, "approximate must be 'tanh' or 'none'"),
+        (
+            lambda: CausalSelfAttention(8, 3),
+            ValueError,
+            "n_head must divide d_model, got d_model=8",
+        ),
+        (lambda: CausalSelfAttention(8, 4, 3), ValueError, "n_kv_head must divide n_head"),
+        (lambda: CausalSelfAttention(8, 0), ValueError, "n_head must be at least 1, got 0"),
+        (lambda: CausalSelfAttention(514, 2), ValueError, "at most 256, got 514 / 2 = 257"),
+        (
+            lambda: CausalSelfAttention(8, 2, dropout=1.5),
+            ValueError,
+            r"dropout must lie in 0\.\.\.1",
+        ),
+        (lambda: KVCache(0), ValueError, "max_tokens must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_autocast_gives_the_dtypes_of_the_plain_twins() -> None:
+    x = torch.randn(2, 5, 24)
+    config = plain_gpt.PlainConfig(n_embd=24, n_head=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        for layer, plain in [
+            (MLP(24, 96), plain_gpt.MLP(config)),
+            (CausalSelfAttention(24, 3), plain_gpt.Attention(config)),
+        ]:
+            assert layer(x).dtype == plain(x).dtype == torch.bfloat16
+        assert LayerNorm(24)(x).dtype == torch.float32
+        # A fp32 stream stays fp32 while branches come in bf16.
+        y, s = LayerNorm(24)(x.bfloat16(), x, prenorm=True)
+        assert (y.dtype, s.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "layer", [LayerNorm(24), MLP(24, 50), CausalSelfAttention(24, 3)], ids=repr
+)
+def test_layers_compile_whole(layer: Any) -> None:
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (5, 8):
+        x = torch.randn(2, T, 24, requires_grad=True)
+        expected, found = layer(x), compiled(x)
+        assert torch.equal(found, expected)
+        cotangent = torch.randn_like(expected)
+        expected, found = (torch.autograd.grad(y, x, cotangent)[0] for y in (expected, found))
+        assert torch.equal(found, expected)
