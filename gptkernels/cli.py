@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import linecache
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -198,9 +199,9 @@ def bench(
     from gptkernels.benchmarks import report
 
     where = _device(device)
-    suites = [benchmarks.suite(op) for op in ops or benchmarks.OPERATORS]
     for impl in impls:
         _reason(impl, where)
+    suites = [benchmarks.suite(op) for op in ops or benchmarks.OPERATORS]
     console = _console()
     rows = []
     for row in _kept(
@@ -394,8 +395,8 @@ def _options(kind: type, default: dict[str, str] | None = None) -> Iterator[clic
     for field in dataclasses.fields(kind):
         flag = "--" + field.name.replace("_", "-")
         shown = (default or {}).get(field.name, field.default)
-        text = field.metadata.get("help", "")
-        text = f"{text[:1].upper()}{text[1:]}  [default: {shown}]".strip()
+        text = field.metadata.get("help") or _documented(kind, field.name)
+        text += "" if shown is None else f"  [default: {shown}]"
         value_type: Any = types[str(field.type).removesuffix(" | None")]
         if value_type is bool:
             declaration = f"{flag}/--no-{flag[2:]}"
@@ -404,6 +405,12 @@ def _options(kind: type, default: dict[str, str] | None = None) -> Iterator[clic
             if field.name == "impl":
                 value_type = click.Choice(_IMPLS)
             yield click.Option([flag, field.name], type=value_type, default=None, help=text)
+
+
+def _documented(kind: type, name: str) -> str:
+    """What a class's docstring says of a field, in the line "name: ..."."""
+    found = re.search(rf"^ +{name}: (.+)$", kind.__doc__ or "", re.MULTILINE)
+    return found[1].rstrip(".") if found else ""
 
 
 def _kept(rows: Iterable[dict[str, Any]], path: Path | None) -> Iterable[dict[str, Any]]:

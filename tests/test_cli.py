@@ -1,0 +1,291 @@
+"""The command line: exit codes, and one sentence, no traceback, for bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("click")
+pytest.importorskip("rich")
+
+from gptkernels import cli, parity, verify
+from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.model import GPT
+from gptkernels.gpt.train import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = ["--block-size", "16", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"]
+BATCHES = ["--batch-size", "2", "--validation-batches", "1", "--device", "cpu"]
+SMALL = [*SHAPE, *BATCHES, "--steps", "3", "--warmup-steps", "1"]
+
+
+@dataclasses.dataclass
+class Result:
+    code: Any
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs one command in this process."""
+
+    def run(*arguments: str | Path) -> Result:
+        with pytest.raises(SystemExit) as exited:
+            cli.run([str(argument) for argument in arguments])
+        return Result(exited.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny byte-level model in Hugging Face's layout."""
+    pytest.importorskip("safetensors")
+    config = GPTConfig(vocab_size=256, block_size=32, n_layer=1, n_head=2, n_embd=16)
+    GPT(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    assert result.code == 2
+    assert result.err.startswith("gptkernels: ")
+    assert result.err.count("\n") == 1, result.err
+    for word in words:
+        assert word in result.err
+
+
+# ---- info and help
+
+
+def test_no_arguments_shows_every_command(call: Any) -> None:
+    result = call()
+    assert result.code == 0
+    for name in ("info", "verify", "bench", "demo", "train", "generate"):
+        assert f"\n  {name} " in result.out
+
+
+@pytest.mark.parametrize("name", ["info", "verify", "bench", "demo", "train", "generate"])
+def test_help(call: Any, name: str) -> None:
+    result = call(name, "--help")
+    assert result.code == 0
+    assert f"gptkernels {name}" in result.out
+
+
+def test_info(call: Any) -> None:
+    result = call("info")
+    assert result.code == 0
+    assert f"PyTorch     {torch.__version__}" in result.out
+    assert "CUDA C++ kernels are not part of this version" in result.out
+    assert "\n  torch   usable" in result.out
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gptkernels", "verify", "--op", "nothing"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gptkernels: op must be one of ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["verify", "--nothing"], ["train", "x"]])
+def test_wrong_usage_is_one_sentence(call: Any, arguments: list[str]) -> None:
+    assert_refused(call(*arguments))
+
+
+# ---- verify
+
+
+def test_verify_passes_and_writes_json(call: Any, tmp_path: Path) -> None:
+    pytest.importorskip("gptkernels.benchmarks")
+    path = tmp_path / "rows.json"
+    arguments = ["--impl", "torch", "--op", "layer_norm", "--dtype", "float32", "--device", "cpu"]
+    result = call("verify", *arguments, "--json", path)
+    assert result.code == 0
+    assert "0 fail, 0 skipped" in result.out
+    content = json.loads(path.read_text())
+    assert content["finished"]
+    assert content["environment"]["versions"]["torch"] == torch.__version__
+    assert {row["status"] for row in content["rows"]} == {"pass"}
+    assert {row["direction"] for row in content["rows"]} == {"forward", "gradient"}
+
+
+def test_verify_says_why_rows_were_skipped(call: Any) -> None:
+    result = call("verify", "--impl", "cuda", "--op", "layer_norm", "--device", "cpu")
+    assert result.code == 0
+    assert "skipped (1)" in result.out
+    assert "\n(1) the CUDA C++ kernels are not part of this version" in result.out
+
+
+def test_verify_fails_with_1(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: Any, **options: Any) -> list[parity.Measurement]:
+        return [
+            parity.Measurement("y", "forward", 1.0, 1e-7, 2e-7, False),
+            parity.Measurement("dx", "gradient", 1e-7, 1e-7, 3e-7, True),
+        ]
+
+    monkeypatch.setattr(verify, "measure", wrong)
+    result = call("verify", "--impl", "torch", "--op", "layer_norm", "--dtype", "float32")
+    assert result.code == 1
+    assert " fail" in result.out
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--op", "softmax"), ("--impl", "cutlass"), ("--dtype", "float64"), ("--device", "tpu9")],
+)
+def test_verify_refuses(call: Any, option: str, value: str) -> None:
+    assert_refused(call("verify", option, value), option[2:], value)
+
+
+# ---- bench
+
+
+def test_bench_refuses(call: Any) -> None:
+    pytest.importorskip("gptkernels.benchmarks")
+    assert_refused(call("bench", "--op", "softmax"), "softmax", "layer_norm")
+    assert_refused(call("bench", "--impl", "cutlass"), "cutlass", "torch")
+    assert_refused(call("bench", "--device", "cuda:99"), "cuda:99")
+
+
+# ---- generate
+
+
+def test_generate_is_greedy_and_repeatable(call: Any, folder: Path) -> None:
+    options = ["--prompt", "The ", "--max-new-tokens", "8", "--device", "cpu"]
+    greedy = [call("generate", folder, *options, "--temperature", "0") for _ in range(2)]
+    assert greedy[0].code == 0
+    assert greedy[0].out.startswith("The ")
+    assert greedy[0].out == greedy[1].out
+    sampled = [call("generate", folder, *options, "--seed", "7", "--top-k", "9") for _ in range(2)]
+    assert sampled[0].out == sampled[1].out
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--prompt", ""], "prompt"),
+        (["--prompt", "x" * 40], "block_size"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["--prompt", "x", "--top-p", "2"], "top_p"),
+        (["--prompt", "x", "--top-k", "0"], "top_k"),
+        (["--prompt", "x", "--max-new-tokens", "-1"], "max_new_tokens"),
+        (["--prompt", "x", "--impl", "cuda"], "impl"),
+        (["--prompt", "x", "--tokenizer", "gpt2"], "tokenizer"),
+        ([], "--prompt"),
+    ],
+)
+def test_generate_refuses(call: Any, folder: Path, options: list[str], word: str) -> None:
+    result = call("generate", folder, "--device", "cpu", "--max-new-tokens", "4", *options)
+    assert_refused(result, word)
+    assert result.out == ""
+
+
+def test_generate_refuses_what_is_no_model(call: Any, tmp_path: Path, folder: Path) -> None:
+    assert_refused(call("generate", tmp_path / "absent", "--prompt", "x"), "absent")
+    (tmp_path / "empty").mkdir()
+    assert_refused(call("generate", tmp_path / "empty", "--prompt", "x"), "empty")
+    (tmp_path / "noise.pt").write_bytes(b"not a checkpoint")
+    assert_refused(call("generate", tmp_path / "noise.pt", "--prompt", "x"), "noise.pt")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert_refused(call("generate", folder, "--prompt", "x"), "model.safetensors")
+
+
+# ---- train
+
+
+def test_train_offers_every_field(call: Any) -> None:
+    shown = call("train", "--help").out
+    for kind in (GPTConfig, TrainConfig):
+        for field in dataclasses.fields(kind):
+            assert f"--{field.name.replace('_', '-')}" in shown
+
+
+def test_train_then_generate_then_resume(call: Any, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "run"
+    result = call("train", text, "--out", out, *SMALL)
+    assert result.code == 0, result.err
+    assert "best validation loss" in result.out
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 3
+    for model in (out, out / "checkpoint.pt", out / "model"):
+        result = call("generate", model, "--prompt", "The", "--max-new-tokens", "4")
+        assert result.code == 0, result.err
+        assert result.out.startswith("The")
+    assert_refused(call("train", text, "--out", out, *SMALL), "checkpoint")
+    result = call("train", "--resume", "--out", out, "--steps", "5")
+    assert result.code == 0, result.err
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 5
+    assert_refused(call("train", "--resume", "--out", out, "--n-layer", "2"), "n_layer")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--n-head", "3"], "n_head"),
+        (["--config", "gpt9"], "gpt9"),
+        (["--steps", "0"], "steps"),
+        (["--steps", "many"], "--steps"),
+        (["--impl", "cuda"], "impl"),
+        (["--device", "cuda:99"], "device"),
+        (["--vocab-size", "10"], "vocab_size"),
+        (["--dropout", "1.5"], "dropout"),
+    ],
+)
+def test_train_refuses_and_writes_nothing(
+    call: Any, text: Path, tmp_path: Path, options: list[str], word: str
+) -> None:
+    assert_refused(call("train", text, "--out", tmp_path / "run", *SMALL, *options), word)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_its_files(call: Any, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "run", *SMALL]
+    assert_refused(call("train", *out), "files")
+    assert_refused(call("train", tmp_path / "absent.txt", *out), "absent.txt")
+    (tmp_path / "empty.txt").touch()
+    assert_refused(call("train", tmp_path / "empty.txt", *out))
+    assert_refused(call("train", "--resume", "--out", tmp_path / "run"), "checkpoint")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- what is no bad input
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**options: Any) -> Any:
+        return int("seven")
+
+    monkeypatch.setattr(verify, "run", broken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.run(["verify"])
+
+
+def test_a_missing_package_is_one_sentence(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(**options: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'wonder'", name="wonder")
+
+    monkeypatch.setattr(verify, "run", lacking)
+    assert_refused(call("verify"), "pip install wonder")
