@@ -128,7 +128,8 @@ def gelu_mlp_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, those `grad_mask` asks for, the others empty; h None: rebuilt."""
     need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
-    dx = dw1 = db1 = dw2 = db2 = torch.empty(0, dtype=x.dtype, device=x.device)
+    # Five tensors: outputs of an op may not share memory, not even none.
+    dx, dw1, db1, dw2, db2 = (torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(5))
     if need_b2:
         db2 = dy.sum(0, dtype=torch.float32).to(dy.dtype)
     if h is None and (need_x or need_w1 or need_b1 or need_w2):

@@ -47,27 +47,28 @@ _AMPLE_SHARED = 163 * 1024
 
 
 @triton.jit
-def _gelu_gate(h, APPROXIMATE: tl.constexpr):
-    """gelu(h) / h of an fp32 tile.
+def _gate_and_bell(h, APPROXIMATE: tl.constexpr):
+    """gelu(h) / h and its derivative (for tanh: over the derivative's factor 1 + 3 * 0.044715 h^2).
 
-    Explicit fma: left to itself, the compiler might contract it differently in the two kernels.
+    Explicit fma: left to itself, the compiler might contract the gate differently in two kernels.
+    No difference of near numbers, and no exponential that overflows.
     """
     if APPROXIMATE == "tanh":
         u = h * tl.fma(h * h, _SQRT_2_OVER_PI * _CUBIC, _SQRT_2_OVER_PI)
-        decay = tl.exp(-2.0 * tl.abs(u))  # never overflows
-        return tl.where(u < 0, decay, 1.0) / (1.0 + decay)
+        decay = tl.exp(-2.0 * tl.abs(u))
+        rest = 1.0 / (1.0 + decay)
+        return tl.where(u < 0, decay, 1.0) * rest, (2.0 * _SQRT_2_OVER_PI) * (decay * rest * rest)
     else:
-        return tl.fma(tl.erf(h * _SQRT_HALF), 0.5, 0.5)
+        return tl.fma(tl.erf(h * _SQRT_HALF), 0.5, 0.5), _INV_SQRT_2PI * tl.exp(-0.5 * (h * h))
 
 
 @triton.jit
-def _gelu_slope(h, gate, APPROXIMATE: tl.constexpr):
-    """gelu'(h). Powers of h that would overflow meet the exact zero of a saturated gate first."""
+def _gelu_slope(h, gate, bell, APPROXIMATE: tl.constexpr):
+    """gelu'(h). Powers of h that would overflow meet the exact zero of the bell's tail first."""
+    q = h * bell
     if APPROXIMATE == "tanh":
-        q = h * (gate * (1.0 - gate)) * (2.0 * _SQRT_2_OVER_PI)
-        return gate + (q + (3.0 * _CUBIC) * (h * (h * q)))
-    else:
-        return gate + h * (_INV_SQRT_2PI * tl.exp(-0.5 * (h * h)))
+        q += (3.0 * _CUBIC) * (h * (h * q))
+    return gate + q
 
 
 @triton.jit
@@ -133,7 +134,8 @@ def _linear_gelu_kernel(
         tl.store(h_ptr + place, h, mask=inside)
     if STORE_A:
         stored = h.to(tl.float32)
-        a = stored * _gelu_gate(stored, APPROXIMATE)
+        gate, _ = _gate_and_bell(stored, APPROXIMATE)
+        a = stored * gate
         tl.store(a_ptr + place, a.to(a_ptr.dtype.element_ty), mask=inside)
 
 
@@ -157,11 +159,11 @@ def _store_gradients(
     place = rows[:, None] * F + cols[None, :]
     inside = (rows < M)[:, None] & (cols < F)[None, :]
     h = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    gate = _gelu_gate(h, APPROXIMATE)
+    gate, bell = _gate_and_bell(h, APPROXIMATE)
     if STORE_A:
         tl.store(a_ptr + place, (h * gate).to(a_ptr.dtype.element_ty), mask=inside)
     # Rows past M add exact zeros to the sums: their dy and h were read as 0.
-    dh = da * _gelu_slope(h, gate, APPROXIMATE)
+    dh = da * _gelu_slope(h, gate, bell, APPROXIMATE)
     tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=inside)
     if SUM_COLUMNS:
         tl.store(partial_ptr + tile_m.to(tl.int64) * F + cols, tl.sum(dh, axis=0), mask=cols < F)
@@ -289,7 +291,8 @@ def gelu_mlp_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, those `grad_mask` asks for, the others empty; h None: rebuilt."""
     need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
-    dx = dw1 = db1 = dw2 = db2 = torch.empty(0, dtype=x.dtype, device=x.device)
+    # Five tensors: outputs of an op may not share memory, not even none.
+    dx, dw1, db1, dw2, db2 = (torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(5))
     if need_b2:
         db2 = dy.sum(0, dtype=torch.float32).to(dy.dtype)
     if not (need_x or need_w1 or need_b1 or need_w2):
