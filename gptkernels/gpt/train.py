@@ -235,7 +235,7 @@ class _Run:
         figure_class()  # better to hear now that matplotlib is missing than after the training
         self.files, self.out, self.config, self.observer = files, out, config, observer
         self.model_config = model_config
-        self.device = _device(config.device)
+        self.device = training_device(config.device)
         self.dtype = _DTYPES[config.dtype]
 
         tokenizer = load_tokenizer(config.tokenizer)
@@ -454,7 +454,8 @@ class _Run:
         )
 
 
-def _device(name: str) -> torch.device:
+def training_device(name: str) -> torch.device:
+    """The device called `name`, a GPU if there is one for "auto"; ValueError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
