@@ -13,14 +13,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 import pytest  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
-# Interpreted kernels are slow and their speed is nobody's promise. A failing example prints the
-# command that replays it.
+# Interpreted kernels are slow: no deadline, and a failing example is printed as found, not shrunk
+# for minutes.
 settings.register_profile(
     "kernels",
     deadline=None,
     max_examples=15,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
