@@ -89,7 +89,8 @@ def run(
     be trained on, ValueError for `minutes` that are not positive or an unknown device, ImportError
     when an extra is missing.
     """
-    console = console or Console(highlight=False)
+    # A file or a pipe has no width of its own, and the customary 80 would fold the tables.
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     out = Path(out)
     started = time.perf_counter()
     with _quiet():
@@ -285,7 +286,16 @@ def _interpreter() -> Iterator[Callable[[], list[Row]]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         process = subprocess.Popen(
-            [sys.executable, "-m", "gptkernels", *_INTERPRETER_ARGUMENTS, "--json", str(path)],
+            # -P: the package that runs here, not another that lies in the current folder
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "gptkernels",
+                *_INTERPRETER_ARGUMENTS,
+                "--json",
+                str(path),
+            ],
             env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

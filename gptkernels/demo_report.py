@@ -99,8 +99,7 @@ def table(console: Console, columns: dict[str, Callable[[Row], str]], rows: list
         cells = [escape(cell(row)) for cell in columns.values()]
         cells[-1] = f"[{style}]{cells[-1]}[/]" if style else cells[-1]
         grid.add_row(*cells)
-    # A file or a pipe has no width of its own, and nothing is gained by the customary 80.
-    console.print(grid, width=None if console.is_terminal else 120)
+    console.print(grid)
 
 
 def heading(console: Console, title: str, text: str) -> None:

@@ -317,7 +317,7 @@ class _Run:
 
         since, losses = self.step, torch.zeros((), device=self.device)
         clock = time.perf_counter()
-        last = self.done
+        last = self.done and self.step > 0  # one step even where validating took all the time
         while not last:
             rate = learning_rate(config, self.step, self.seconds)
             loss, norm = self._optimizer_step(rate)
