@@ -3,9 +3,10 @@
     python scripts/install_missing.py
 
 Every distribution that is already there is pinned as it is, so pip can add but not change: least of
-all PyTorch. What is missing comes in the tested version (constraints.txt) where that agrees with
-what is there, else in any version that pyproject.toml admits. The package itself is installed
-editable. With nothing missing, pip is not started and no network is needed.
+all PyTorch. What is missing comes in the tested versions (constraints.txt) where they agree with
+what is there, else in any version that pyproject.toml admits (Triton still in the tested one). The
+package itself is installed editable. With nothing missing, pip is not started and no network is
+needed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ def main() -> int:
             if line and not line.startswith("#") and _name(line) not in installed
         ]
         kept = [f"{name}=={version}" for name, version in sorted(installed.items())]
-        if not (_install(missing, kept + tested) or _install(missing, kept)):
+        triton = [line for line in tested if _name(line) == "triton"]
+        done = _install(missing, kept + tested)
+        if not done:
+            print("The tested versions do not fit what is installed; trying others", flush=True)
+            done = _install(missing, kept + triton)
+        if not done:
             print(
                 "pip could not add what is missing beside what this environment has (see above); "
                 "without PYTHON=... make uses a .venv of its own",
