@@ -126,6 +126,17 @@ def test_statistics_are_saved_in_fp32(
     assert ((rstd - exact_rstd).abs() <= 64 * eps * exact_rstd).all()
 
 
+def test_more_partial_sums_than_one_block_reduces(
+    device: torch.device, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """66 programs, some with two tiles of rows; the second stage adds 64 programs at a time."""
+    kernels = pytest.importorskip("gptkernels.triton_kernels.layer_norm")
+    monkeypatch.setattr(kernels, "multiprocessors", lambda _tensor: 66)
+    C = 8192  # one row a tile, one program a multiprocessor
+    x, weight, bias = (torch.randn(*s, device=device) for s in ((70, C), (C,), (C,)))
+    assert_layer_norm("triton", dict(x=x, weight=weight, bias=bias), seed)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strided_rows(impl: str, device: torch.device, seed: int) -> None:
     base = torch.randn(6, 5, 80, device=device)
