@@ -23,7 +23,7 @@ def _calls() -> Iterator[Any]:
                 )
 
 
-@pytest.mark.parametrize("call", _calls())
+@pytest.mark.parametrize("call", list(_calls()))
 def test_speed(call: Any, benchmark: Any) -> None:
     def synchronised() -> None:
         call()
