@@ -160,7 +160,7 @@ def verify(
     for row in _kept((row.as_dict() for row in rows), path):
         status = row["status"]
         counts[status] += 1
-        note = ""
+        note = f": {row['tensor']}" if status == "fail" else ""
         if row["reason"]:
             if row["reason"] not in reasons:
                 reasons.append(row["reason"])
