@@ -7,6 +7,8 @@ contract's mask, since PyTorch's own draws another one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,3 +57,88 @@ def gelu_mlp(
 ) -> Tensor:
     """F.linear, F.gelu, F.linear. Shapes as in `reference.gelu_mlp`."""
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | Sequence[float] | None = None,
+    key_lengths: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    rng: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """F.scaled_dot_product_attention where its options allow, else products and a softmax. Shapes
+    as in `reference.attention`."""
+    (Tq, H, D), (Tk, Hk) = q.shape[1:], k.shape[1:3]
+    bounds = _band(q.device, Tq, Tk, causal, window)
+    mask = bounds
+    if key_lengths is not None:
+        alive = torch.arange(Tk, device=q.device) < key_lengths.view(-1, 1, 1, 1)
+        mask = alive if mask is None else mask & alive
+        k, v = (torch.where(alive.view(-1, Tk, 1, 1), x, 0) for x in (k, v))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        mask = attn_mask if mask is None else mask & attn_mask
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    plain = softcap == 0 and alibi_slopes is None and dropout_p == 0 and not return_lse
+    if plain and (attn_mask is None or attn_mask.dtype == torch.bool):
+        # SDPA's own causal flag aligns at the first key, ours at the last.
+        flag = causal and Tq == Tk and mask is bounds and window is None
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if flag else mask,
+            is_causal=flag,
+            scale=softmax_scale,
+            enable_gqa=Hk != H,
+        )
+        return out.transpose(1, 2)
+    if Hk != H:
+        k, v = k.repeat_interleave(H // Hk, dim=1), v.repeat_interleave(H // Hk, dim=1)
+    s = q @ k.mT * (D**-0.5 if softmax_scale is None else softmax_scale)
+    if softcap > 0:
+        s = torch.tanh(s / softcap) * softcap
+    if alibi_slopes is not None:
+        distance = torch.arange(Tk - Tq, Tk, device=q.device)[:, None] - torch.arange(
+            Tk, device=q.device
+        )
+        slopes = torch.as_tensor(alibi_slopes, device=q.device)
+        s = s - (slopes.view(-1, 1, 1) * distance.abs()).to(s.dtype)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        s = s + attn_mask.to(s.dtype)
+    empty = torch.zeros((), dtype=torch.bool, device=q.device)
+    if mask is not None:
+        s = s.masked_fill(~mask, float("-inf"))
+        empty = ~mask.any(-1, keepdim=True)
+    # A finite row keeps softmax from NaN where there is no key.
+    p = torch.softmax(s.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
+    lse = torch.logsumexp(s.masked_fill(empty, 0), dim=-1, keepdim=True)
+    lse = lse.masked_fill(empty, float("-inf")).squeeze(-1)
+    if dropout_p > 0:
+        keep = philox.attention_keep(rng, dropout_p, *s.shape)
+        p = p.masked_fill(~keep, 0) * philox.scale(dropout_p)
+    out = (p @ v).transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def _band(
+    device: torch.device, Tq: int, Tk: int, causal: bool, window: tuple[int, int] | None
+) -> Tensor | None:
+    """The mask (Tq, Tk) of causal and window, None where everything is visible."""
+    left, right = window or (-1, -1)
+    if causal:
+        right = 0
+    if left < 0 and right < 0:
+        return None
+    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=device)
+    if right >= 0:
+        mask = mask.tril(Tk - Tq + right)
+    return mask.triu(Tk - Tq - left) if left >= 0 else mask

@@ -8,6 +8,7 @@ Any floating dtype; in fp64 this is the truth that everything else is held to
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -77,3 +78,72 @@ def gelu_mlp(
         phi = 0.5 * (1 + torch.erf(h / math.sqrt(2)))
     y = (h * phi) @ w2.T
     return y if b2 is None else y + b2
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | Sequence[float] | None = None,
+    key_lengths: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    rng: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out = dropout(softmax(s)) v; q (B, Tq, H, D), k and v (B, Tk, Hk, D), H % Hk == 0.
+
+    s = scale q.k, then softcap tanh(s / softcap), then - slope |i + Tk - Tq - j|, then the mask
+    added. Returns out (B, Tq, H, D), or with lse = log sum exp s, (B, H, Tq). A row that sees no
+    key, or -inf scores alone, gives out 0 and lse -inf, and no gradient.
+    """
+    (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
+    if key_lengths is not None:
+        # What lies past a length may be NaN, and 0 * NaN is NaN.
+        dead = torch.arange(Tk, device=k.device) >= key_lengths[:, None]
+        k, v = (x.masked_fill(dead[:, :, None, None], 0) for x in (k, v))
+    k, v = (x.repeat_interleave(H // Hk, dim=2) for x in (k, v))
+    scale = 1 / math.sqrt(D) if softmax_scale is None else softmax_scale
+    s = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    if softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+    position = torch.arange(Tq, device=q.device)[:, None] + Tk - Tq
+    key = torch.arange(Tk, device=q.device)
+    if alibi_slopes is not None:
+        slopes = torch.as_tensor(alibi_slopes, device=s.device).to(s.dtype)
+        s = s - slopes[:, None, None] * (position - key).abs()
+    visible = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible & (key <= position)
+    if window is not None:
+        left, right = window
+        if left >= 0:
+            visible = visible & (position - left <= key)
+        if right >= 0:
+            visible = visible & (key <= position + right)
+    if key_lengths is not None:
+        visible = visible & (key < key_lengths[:, None])[:, None, None, :]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            visible = visible & attn_mask
+        else:
+            s = s + attn_mask.to(s.dtype)
+    s = s.masked_fill(~visible, -math.inf)
+    highest = s.detach().amax(-1, keepdim=True) if Tk else s.new_full((B, H, Tq, 1), -math.inf)
+    highest = highest.masked_fill(highest == -math.inf, 0)
+    weights = torch.exp(s - highest)
+    total = weights.sum(-1, keepdim=True)
+    none = total == 0
+    total = total.masked_fill(none, 1)
+    lse = (highest + torch.log(total)).masked_fill(none, -math.inf)
+    p = weights / total
+    if dropout_p > 0:
+        keep = philox.attention_keep(rng, dropout_p, B, H, Tq, Tk)
+        p = p * keep * philox.scale(dropout_p)
+    out = torch.einsum("bhij,bjhd->bihd", p, v)
+    return (out, lse.squeeze(-1)) if return_lse else out
