@@ -189,7 +189,7 @@ def _twin(trained: _Training, console: Console) -> list[Row]:
     heading(console, "3. The same weights in plain PyTorch", "on held-out text")
     model, config = trained.result.model, trained.config
     size = model.config.block_size
-    tokens = data.read_tokens([trained.file], ByteTokenizer())
+    tokens = data.tokenize(data.read_text([trained.file]), ByteTokenizer())
     _, held_out = data.split(tokens, config.validation_fraction, size)
     x, y = (part.to(trained.device) for part in next(data.validation_batches(held_out, size, 4, 1)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def write(
         picture=base64.b64encode(picture).decode("ascii"),
         parity=worst_rows(parity_rows),
         parity_all=parity_rows,
+        notes=Counter(row["reason"] for row in parity_rows if row["reason"]),
         speed=speed_rows,
         not_timed=reasons(f"{r['impl']}: {r['skipped']}" for r in speed_rows if "skipped" in r),
         last=logged[-1],

@@ -266,7 +266,7 @@ def test_accumulation_equals_one_big_batch(
     result = train([text], tmp_path / "a", model=model, config=config)
     torch.manual_seed(config.seed)
     initial = GPT(model).state_dict()
-    tokens, _ = data.split(data.read_tokens([text], ByteTokenizer()), 0.1, model.block_size)
+    tokens, _ = data.split(data.tokenize(data.read_text([text]), ByteTokenizer()), 0.1, model.block_size)
     x, y = next(data.Batches(tokens, model.block_size, 8, config.seed))
 
     def big_batch(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:

@@ -70,7 +70,7 @@ def test_training_on_shakespeare_beside_a_plain_twin(shakespeare: Path, tmp_path
     twin = PlainGPT(MODEL)
     twin.load_state_dict(initial)
     tokens, _ = data.split(
-        data.read_tokens([shakespeare], ByteTokenizer()),
+        data.tokenize(data.read_text([shakespeare]), ByteTokenizer()),
         CONFIG.validation_fraction,
         MODEL.block_size,
     )
@@ -87,7 +87,7 @@ def test_training_on_shakespeare_beside_a_plain_twin(shakespeare: Path, tmp_path
 
 def test_the_comparison_notices_another_model(shakespeare: Path) -> None:
     """1e-3 is tight enough to tell exact GELU from its tanh form, a difference of 1e-4 in GELU."""
-    tokens = data.read_tokens([shakespeare], ByteTokenizer())[:100_000]
+    tokens = data.tokenize(shakespeare.read_text()[:100_000], ByteTokenizer())
     curves = []
     for approximate in ("tanh", "none"):
         torch.manual_seed(0)

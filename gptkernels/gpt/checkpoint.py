@@ -7,7 +7,7 @@ failure at any moment leaves a whole file. `load` unpickles tensors and plain va
 
 What is inside: {"format", "version", "model", "optimizer", "step", "seconds",
 "best_validation_loss", "sampler", "random" (PyTorch's CPU and CUDA generators), "model_config",
-"train_config", "files", "tokens" (fingerprint of the data)}.
+"train_config", "files", "text" (a fingerprint of what the files hold)}.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KEYS = (
     "model_config",
     "train_config",
     "files",
-    "tokens",
+    "text",
 )
 
 

@@ -49,14 +49,14 @@ def read_text(files: Sequence[str | Path]) -> str:
     return "\n\n".join(texts)
 
 
-def read_tokens(files: Sequence[str | Path], tokenizer: Tokenizer) -> Tensor:
-    """The tokens of all `files`: (N,) int32. Raises as `read_text` does."""
-    return torch.tensor(tokenizer.encode(read_text(files)), dtype=torch.int32)
+def tokenize(text: str, tokenizer: Tokenizer) -> Tensor:
+    """The tokens of `text`: (N,) int32."""
+    return torch.tensor(tokenizer.encode(text), dtype=torch.int32)
 
 
-def digest(tokens: Tensor) -> str:
-    """A fingerprint of `tokens` (N,) int32: a resumed run must read what it read before."""
-    return hashlib.sha256(tokens.contiguous().view(torch.uint8).numpy().data).hexdigest()
+def digest(text: str) -> str:
+    """A fingerprint of `text`: a resumed run must read what it read before."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def split(tokens: Tensor, validation_fraction: float, block_size: int) -> tuple[Tensor, Tensor]:

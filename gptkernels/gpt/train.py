@@ -244,10 +244,10 @@ class _Run:
                 f"vocab_size is {model_config.vocab_size}, but the tokenizer {config.tokenizer!r} "
                 f"has {tokenizer.vocab_size} tokens"
             )
-        tokens = data.read_tokens(files, tokenizer)
-        self.digest = data.digest(tokens)
+        text = data.read_text(files)
+        self.digest = data.digest(text)
         training, self.validation = data.split(
-            tokens, config.validation_fraction, model_config.block_size
+            data.tokenize(text, tokenizer), config.validation_fraction, model_config.block_size
         )
         self.batches = data.Batches(
             training, model_config.block_size, config.batch_size, config.seed
@@ -270,7 +270,7 @@ class _Run:
 
     def restore(self, content: dict[str, Any]) -> None:
         """Take up the state of a checkpoint, and the log as far as the checkpoint saw it."""
-        if content["tokens"] != self.digest:
+        if content["text"] != self.digest:
             raise ValueError(
                 f"files: the text of {', '.join(self.files)} is not the text that the run to "
                 "resume was trained on"
@@ -439,7 +439,7 @@ class _Run:
                 "model_config": dataclasses.asdict(self.model_config),
                 "train_config": dataclasses.asdict(self.config),
                 "files": self.files,
-                "tokens": self.digest,
+                "text": self.digest,
             },
         )
 
