@@ -15,9 +15,8 @@ import pytest
 from gptkernels.benchmarks import timing
 from rich.console import Console
 
-from gptkernels import benchmarks, demo, verify
+from gptkernels import GPT, benchmarks, demo, verify
 from gptkernels.demo_report import worst_rows
-from gptkernels.gpt import GPT
 from gptkernels.ops.choice import INTERPRETED
 
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptkernels.gpt import GPT, GPTConfig, checkpoint, data
+from gptkernels import GPT, GPTConfig
+from gptkernels.gpt import checkpoint, data
 from gptkernels.gpt.throughput import flops_per_token, peak_flops
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.train import (
@@ -266,7 +267,9 @@ def test_accumulation_equals_one_big_batch(
     result = train([text], tmp_path / "a", model=model, config=config)
     torch.manual_seed(config.seed)
     initial = GPT(model).state_dict()
-    tokens, _ = data.split(data.tokenize(data.read_text([text]), ByteTokenizer()), 0.1, model.block_size)
+    tokens, _ = data.split(
+        data.tokenize(data.read_text([text]), ByteTokenizer()), 0.1, model.block_size
+    )
     x, y = next(data.Batches(tokens, model.block_size, 8, config.seed))
 
     def big_batch(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
