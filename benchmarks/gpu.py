@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from pathlib import Path
 import torch
 
 from . import OPERATORS, suite
-from .report import Row, figures, recorded
+from .report import Row, environment, figures, recorded, write_json
 
 _TESTS = Path("tests/test_gpu.py")
 # When each part must have ended, as a share of the whole time.
@@ -37,6 +39,7 @@ _IMPLS = ("triton", "torch")
 class _Part:
     name: str
     arguments: list[str]
+    results: Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,38 +73,40 @@ def _all(results: Path, seconds: float) -> int:
     def until(share: float) -> float:
         return started + share * seconds
 
-    # The operators side by side: nearly all of the time goes to compiling, on the CPU.
-    right = _run([_test_part(op, results) for op in OPERATORS], until(_TESTS_END))
-    right &= _run(
-        [
-            _own_part(
-                f"parity of {op}", results / f"parity_{op}.json", "--part=parity", f"--op={op}"
-            )
-            for op in OPERATORS
-        ],
-        until(_PARITY_END),
-    )
+    # Side by side, since nearly all of the time goes to compiling, on the CPU.
+    shares = max(1, min(6, (os.cpu_count() or 1) // 2))
+    tests = [_test_part(k, shares, results / f"tests_{k}.json") for k in range(1, shares + 1)]
+    right = _run(tests, until(_TESTS_END), results / "tests.json")
+    # Compiled by now. One process an operator, so that one's fault does not take the others along.
+    parity = [
+        _own_part(f"parity of {op}", results / f"parity_{op}.json", "--part=parity", f"--op={op}")
+        for op in OPERATORS
+    ]
+    right &= _run(parity, until(_PARITY_END), results / "parity.json")
     # Timed alone.
     for name, end, extra in (("quick", _QUICK_END, ["--quick"]), ("full", 1.0, [])):
         path = results / f"speed_{name}.json"
-        _run([_own_part(f"speed, {name}", path, "--part=speed", *extra)], until(end))
+        _run([_own_part(f"speed, {name}", path, "--part=speed", *extra)], until(end), path)
     print(f"Results are in {results}, after {time.monotonic() - started:.0f} s")
     return 0 if right else 1
 
 
-def _test_part(op: str, results: Path) -> _Part:
+def _test_part(share: int, shares: int, path: Path) -> _Part:
     # No conftest: it serves the whole suite, and asks for packages that this run can do without.
-    record = ["-p", "gptkernels.benchmarks.record", f"--record={results / f'tests_{op}.json'}"]
-    choice = ["--noconftest", "-p", "no:cacheprovider", "-m", "gpu", "-k", op]
-    return _Part(f"tests of {op}", ["pytest", "-q", "--tb=short", *choice, *record, str(_TESTS)])
+    choice = ["--noconftest", "-p", "no:cacheprovider", "-m", "gpu", str(_TESTS)]
+    record = ["-p", "gptkernels.benchmarks.record", f"--record={path}", f"--share={share}/{shares}"]
+    name = f"tests, share {share} of {shares}"
+    return _Part(name, ["pytest", "-q", "--tb=short", *record, *choice], path)
 
 
 def _own_part(name: str, path: Path, *arguments: str) -> _Part:
-    return _Part(name, ["gptkernels.benchmarks.gpu", f"--results={path}", *arguments])
+    return _Part(name, ["gptkernels.benchmarks.gpu", f"--results={path}", *arguments], path)
 
 
-def _run(parts: list[_Part], end: float) -> bool:
-    """Runs the parts side by side until they end or `end` (monotonic); True if all passed."""
+def _run(parts: list[_Part], end: float, together: Path) -> bool:
+    """Runs the parts side by side until they end or `end` (monotonic), joins their results in the
+    file `together`, and tells whether all passed.
+    """
     with contextlib.ExitStack() as stack:
         # Files, since a pipe that nobody reads yet would fill up and stop its process.
         outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in parts]
@@ -126,7 +131,23 @@ def _run(parts: list[_Part], end: float) -> bool:
             text = output.read().decode(errors="replace")
             print(f"=== {part.name}: {verdict}\n{text}", flush=True)
             passed &= verdict == "passed"
+    _join([part.results for part in parts], together)
     return passed
+
+
+def _join(paths: list[Path], together: Path) -> None:
+    """One file of all rows in place of one for each part; a part that left none is unfinished."""
+    if paths == [together]:
+        return
+    contents = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+    joined = {
+        "environment": environment(),
+        "finished": all(content.get("finished", False) for content in contents),
+        "rows": [row for content in contents for row in content.get("rows", [])],
+    }
+    write_json(together, joined)
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _parity(op: str, path: Path) -> int:

@@ -1,6 +1,6 @@
-"""A pytest plugin that keeps each test's outcome as JSON, as it comes.
+"""A pytest plugin: each test's outcome as JSON, as it comes, and a share of the tests on demand.
 
-pytest -p gptkernels.benchmarks.record --record FILE ...
+`pytest -p gptkernels.benchmarks.record --record FILE --share 2/4 ...`
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from .report import environment, write_json
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds `--record FILE`."""
+    """Adds `--record FILE` and `--share K/N`."""
     parser.addoption("--record", metavar="FILE", help="write every test's outcome there, as JSON")
+    parser.addoption("--share", metavar="K/N", help="run every N-th test, from the K-th on")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,6 +24,15 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--record")
     if path:
         config.pluginmanager.register(_Recorder(Path(path)), "gptkernels-recorder")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the share that was asked for, in order."""
+    share = config.getoption("--share")
+    if share:
+        first, step = (int(number) for number in share.split("/"))
+        items[:] = items[first - 1 :: step]
 
 
 class _Recorder:

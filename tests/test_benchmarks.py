@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,38 @@ def test_the_recorder_keeps_outcomes(tmp_path: Path) -> None:
     assert (good["test"], good["outcome"]) == ("test_it.py::test_good", "passed")
     assert (bad["outcome"], "assert 1 == 2" in bad["reason"]) == ("failed", True)
     assert (skipped["outcome"], "for a reason" in skipped["reason"]) == ("skipped", True)
+
+
+def test_parts_side_by_side_join_their_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tests' shares run every test once; a part that fails is said to."""
+    (tmp_path / "test_it.py").write_text("def test_a(): pass\n\ndef test_b(): assert not 'wrong'\n")
+    plugin = ["-p", "gptkernels.benchmarks.record", "-p", "no:cacheprovider", "-q"]
+    parts = []
+    for share in (1, 2):
+        path = tmp_path / f"{share}.json"
+        chosen = [f"--record={path}", f"--share={share}/2", str(tmp_path / "test_it.py")]
+        parts.append(gpu._Part(f"part {share}", ["pytest", *plugin, *chosen], path))
+    assert not gpu._run(parts, time.monotonic() + 60, tmp_path / "joined.json")
+    content = json.loads((tmp_path / "joined.json").read_text())
+    outcomes = [(row["test"].split("::")[-1], row["outcome"]) for row in content["rows"]]
+    assert outcomes == [("test_a", "passed"), ("test_b", "failed")]
+    assert content["finished"]
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["joined.json"]
+    shown = capsys.readouterr().out
+    assert "=== part 1: passed" in shown
+    assert "=== part 2: exit code 1" in shown
+
+
+def test_a_part_is_stopped_when_its_time_is_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sleeping = ["timeit", "-n1", "-r1", "import time; time.sleep(100)"]
+    part = gpu._Part("endless", sleeping, tmp_path / "none.json")
+    assert not gpu._run([part], time.monotonic(), tmp_path / "joined.json")
+    assert "=== endless: cut short" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "joined.json").read_text())["finished"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
