@@ -12,7 +12,7 @@ only.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -247,7 +247,7 @@ class CausalSelfAttention(_Fused):
             dropout_p=self.dropout if self.training else 0.0,
             impl=self.impl,
         )
-        return self.c_proj(out.flatten(-2))
+        return self.c_proj(cast("Tensor", out).flatten(-2))
 
     def extra_repr(self) -> str:
         """What repr shows."""
