@@ -332,6 +332,8 @@ def test_tokens_may_continue_what_caches_hold() -> None:
     assert_parity(lambda **_: torch.cat(parts, dim=1), twin, twin, named, gradients=False)
     with pytest.raises(ValueError, match="fit into block_size=16, got T=1 after 16 in the cache"):
         model(tokens[:, :1], caches=caches)
+    with pytest.raises(ValueError, match="one for each of the 2 blocks, got 1"):
+        model(tokens[:, :1], caches=caches[:1])
 
 
 @pytest.mark.gpu
@@ -349,6 +351,8 @@ def test_on_a_gpu(impl: str, dtype: torch.dtype) -> None:
     ("tokens", "targets", "error", "message"),
     [
         ([[1]], None, TypeError, r"tokens must be a torch\.Tensor, got list"),
+        ([[1]], torch.zeros(1, 1).long(), TypeError, r"tokens must be a torch\.Tensor, got list"),
+        (torch.zeros(1, 1).long(), [[1]], TypeError, r"targets must be a torch\.Tensor, got list"),
         (torch.zeros(1, 4), None, TypeError, "tokens must be int64, got float32"),
         (torch.zeros(1, 4, dtype=torch.int32), None, TypeError, "tokens must be int64, got int32"),
         (

@@ -102,24 +102,29 @@ class GPT(nn.Module):
 
         tokens: (B, T) int64, T at most block_size. targets: (B, T) int64; -100 marks a position
         that does not count.
-        caches: one `KVCache` a block; tokens then continue what the caches hold, and are added to
-        them.
+        caches: one `KVCache` for each block; tokens then continue what the caches hold, and are
+        added to them.
 
         Returns logits (B, T, V); or the mean cross-entropy over the targets that count, a fp32
         scalar. Raises TypeError for tokens or targets that are not int64, and ValueError for a
         wrong shape, a T past block_size, or, on a CPU, an id outside 0...vocab_size - 1.
         """
-        if targets is not None:
-            self._check_targets(targets, tokens)
-        logits = self.lm_head(self.hidden_states(tokens, caches=caches))
+        hidden = self.hidden_states(tokens, caches=caches)
         if targets is None:
-            return logits
-        # At least fp32: a bf16 sum over V exponentials loses the small ones.
+            return self.lm_head(hidden)
+        self._check_targets(targets, tokens)
+        logits = self.lm_head(hidden)
+        # At least fp32: in bf16 a sum of V exponentials loses the small ones.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)
 
     def hidden_states(self, tokens: Tensor, *, caches: Sequence[KVCache] | None = None) -> Tensor:
         """What the head reads: (B, T, C), after the final LayerNorm. Otherwise as `forward`."""
+        if caches is not None and len(caches) != self.config.n_layer:
+            raise ValueError(
+                f"caches must be one for each of the {self.config.n_layer} blocks, "
+                f"got {len(caches)}"
+            )
         self.check_tokens(tokens, 0 if caches is None else caches[0].length)
         return self.transformer(tokens, caches)
 
