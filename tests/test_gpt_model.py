@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkernels import GPT, GPTConfig, baseline, philox, reference
 from gptkernels.ops.choice import unavailable
-from gptkernels.parity import assert_parity
+from gptkernels.parity import K_FORWARD, K_GRADIENT, assert_parity, compare
 
 SMALL = GPTConfig(vocab_size=37, block_size=16, n_layer=2, n_head=2, n_embd=16)
 
@@ -308,16 +308,19 @@ def test_set_impl_reaches_every_layer() -> None:
 
 
 def test_the_model_compiles_whole() -> None:
-    model = GPT(SMALL)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    tokens, targets = batch(SMALL)
-    expected, found = model(tokens, targets), compiled(tokens, targets)
-    assert torch.equal(found, expected)
-    named = list(model.parameters())
-    for a, b in zip(
-        torch.autograd.grad(expected, named), torch.autograd.grad(found, named), strict=True
-    ):
-        assert torch.equal(a, b)
+    model, plain = GPT(SMALL), plain_gpt.PlainGPT(SMALL)
+    plain.load_state_dict(model.state_dict())
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (16, 9):
+        tokens, targets = batch(SMALL, T=T)
+        results = []
+        for twin in (compiled, plain, copy.deepcopy(plain).double()):
+            loss = twin(tokens, targets)
+            gradients = torch.autograd.grad(loss, list(twin.parameters()))
+            results.append((loss.detach(), *gradients))
+        for i, (ours, plains, truth) in enumerate(zip(*results, strict=True)):
+            measured = compare(ours, plains, truth, k=K_GRADIENT if i else K_FORWARD)
+            assert measured.passed, measured
 
 
 def test_tokens_may_continue_what_caches_hold() -> None:

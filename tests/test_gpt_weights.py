@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,16 @@ def test_no_pickle_runs_code(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no complete PyTorch file of tensors alone"):
         GPT.from_pretrained(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_extra_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT.from_pretrained(folder)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for use in (GPT.from_pretrained, model.save_pretrained):
+        with pytest.raises(ImportError, match=r"'safetensors': pip install 'gptkernels\[gpt\]'$"):
+            use(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_dropout_of_the_folder(folder: Path) -> None:
