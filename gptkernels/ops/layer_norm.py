@@ -145,6 +145,8 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         s, mean, rstd, weight, rng = ctx.saved_tensors
         dropout_p, x_dtype, residual_dtype, has_bias, impl = ctx.options
+        if dsum is not None and dsum.shape != s.shape:
+            dsum = None  # torch.compile sends zeros for the empty s that stood for x
         if dy is None:  # only s was used
             dy = torch.zeros(s.shape, dtype=x_dtype, device=s.device)
         dx, dresidual, dweight, dbias = _bwd(
