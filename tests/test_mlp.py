@@ -119,7 +119,7 @@ class TestParity:
     ) -> None:
         """Their epilogue runs in two halves; shapes that choose them are slow to interpret."""
         kernels = pytest.importorskip("gptkernels.triton_kernels.mlp")
-        monkeypatch.setattr(kernels, "_tile", lambda *_: kernels._Tile(*tile))
+        monkeypatch.setattr(kernels, "_tile_for", lambda *_: kernels._Tile(*tile))
         assert_right(inputs(150, 70, 210, dtype=dtype, seed=seed), impl="triton", seed=seed)
 
     @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -249,6 +249,17 @@ class TestMemory:
         )
         for a, b in zip(kept, rebuilt, strict=True):
             assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("dtype", [FP32, FP16])
+    @pytest.mark.parametrize("approximate", ["tanh", "none"])
+    def test_activation_is_rebuilt_bit_for_bit(self, dtype: torch.dtype, approximate: str) -> None:
+        kernels = pytest.importorskip("gptkernels.triton_kernels.mlp")
+        x, w1, b1, w2, _ = inputs(70, 48, 130, dtype=dtype).values()
+        h = torch.empty(70, 130, dtype=dtype, device=DEVICE)
+        a = torch.empty_like(h)
+        kernels._launch_linear_gelu(x, w1, b1, h, a, approximate)
+        _, rebuilt, _ = kernels._launch_linear_gelu_backward(x, w2, h, approximate, True, False)
+        assert torch.equal(a, rebuilt)
 
     @both
     @pytest.mark.parametrize("recompute", [False, True])

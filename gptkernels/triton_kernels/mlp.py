@@ -243,15 +243,26 @@ class _Tile:
     num_stages: int
 
 
-def _tile(rows: int, cols: int, itemsize: int, shared: int) -> _Tile:
-    """The tile for a (rows, cols) result: by element size, shared memory and their number."""
-    if itemsize == 4:  # full-precision fp32 runs without tensor cores: registers are the limit
+def _tile(rows: int, cols: int, itemsize: int, aligned: bool, shared: int) -> _Tile:
+    """The tile for a (rows, cols) result: by element size, alignment, number and shared memory."""
+    # Sizes that no vector load fits need an address for every element: more threads to hold them.
+    if not aligned:
+        return _Tile(64, 64, 32, num_warps=8, num_stages=2)
+    if itemsize == 4:  # full-precision fp32 runs without tensor cores, out of registers
         return _Tile(64, 64, 32, num_warps=4, num_stages=3)
     if triton.cdiv(rows, 128) * triton.cdiv(cols, 128) < _FEW_TILES:
         return _Tile(64, 64, 64, num_warps=4, num_stages=4)
     if shared >= _AMPLE_SHARED:
         return _Tile(128, 128, 64, num_warps=8, num_stages=4)
     return _Tile(128, 128, 32, num_warps=8, num_stages=4)
+
+
+def _tile_for(left: Tensor, right: Tensor, cols: int) -> _Tile:
+    """The tile of left (M, K) times right, (cols, K) or (K, cols), on left's device."""
+    (rows, depth), strides = left.shape, (left.stride(0), right.stride(0))
+    # What Triton learns of an integer argument is whether 16 divides it.
+    aligned = all(size % 16 == 0 for size in (depth, cols, *strides))
+    return _tile(rows, cols, left.element_size(), aligned, _shared_bytes(left.device))
 
 
 @functools.cache
@@ -318,7 +329,7 @@ def _launch_linear_gelu(
 ) -> None:
     """Fill h and a, those that are not None."""
     (rows, width), inner = x.shape, w1.shape[0]
-    tile = _tile(rows, inner, x.element_size(), _shared_bytes(x.device))
+    tile = _tile_for(x, w1, inner)
     with on_device(x):
         _linear_gelu_kernel[(_programs(rows, inner, tile),)](
             x,
@@ -346,7 +357,7 @@ def _launch_linear_gelu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh (M, F), a (M, F) or empty, partial column sums of dh (tiles, F) fp32 or empty."""
     (rows, width), inner = dy.shape, w2.shape[1]
-    tile = _tile(rows, inner, dy.element_size(), _shared_bytes(dy.device))
+    tile = _tile_for(dy, w2, inner)
     tiles = triton.cdiv(rows, tile.rows)
     dh = torch.empty((rows, inner), dtype=dy.dtype, device=dy.device)
     a = torch.empty((rows, inner) if store_a else (0,), dtype=dy.dtype, device=dy.device)
@@ -392,29 +403,30 @@ def _constexprs(tile: _Tile, width: int, approximate: str) -> dict[str, object]:
 
 
 def shipped() -> Iterator[Shipped]:
-    """The configurations of a GPT's shapes, and one of odd sizes that no vector load fits."""
-    for dtype, rows, approximate, even in (
+    """The configurations of a GPT's shapes, and those of odd sizes that no vector load fits."""
+    for dtype, rows, approximate, aligned in (
         ("bf16", 8192, "tanh", True),
         ("bf16", 8192, "none", True),
-        ("bf16", 8192, "tanh", False),
         ("bf16", 64, "tanh", True),
+        ("bf16", 64, "tanh", False),
         ("fp16", 8192, "tanh", True),
         ("fp32", 8192, "tanh", True),
+        ("fp32", 8192, "none", False),
     ):
         itemsize = 4 if dtype == "fp32" else 2
-        ample, tight = (_tile(rows, 3072, itemsize, shared) for shared in (_AMPLE_SHARED, 0))
+        ample, tight = (_tile(rows, 3072, itemsize, aligned, n) for n in (_AMPLE_SHARED, 0))
         if ample == tight:
-            yield from _shipped(dtype, ample, approximate, even, (80, 86, 90, 100))
+            yield from _shipped(dtype, ample, approximate, aligned, (80, 86, 90, 100))
         else:
-            yield from _shipped(dtype, ample, approximate, even, (80, 90, 100))
-            yield from _shipped(dtype, tight, approximate, even, (86,))
+            yield from _shipped(dtype, ample, approximate, aligned, (80, 90, 100))
+            yield from _shipped(dtype, tight, approximate, aligned, (86,))
 
 
 def _shipped(
-    dtype: str, tile: _Tile, approximate: str, even: bool, architectures: tuple[int, ...]
+    dtype: str, tile: _Tile, approximate: str, aligned: bool, architectures: tuple[int, ...]
 ) -> Iterator[Shipped]:
-    size = f"{tile.rows}x{tile.cols}x{tile.depth}" + ("" if even else " odd")
-    constexprs = _constexprs(tile, tile.depth if even else 1, approximate)
+    size = f"{tile.rows}x{tile.cols}x{tile.depth}" + ("" if aligned else " odd")
+    constexprs = _constexprs(tile, tile.depth if aligned else 1, approximate)
     data, integers = f"*{dtype}", dict.fromkeys(("M", "F", "C"), "i32")
     forward = dict.fromkeys(("x_ptr", "w1_ptr", "b1_ptr", "h_ptr", "a_ptr"), data)
     forward |= integers | dict.fromkeys(("stride_x", "stride_w1"), "i32")
@@ -426,9 +438,9 @@ def _shipped(
         ("bwd", _linear_gelu_backward_kernel, backward, ("STORE_A", "SUM_COLUMNS")),
     ):
         # Tensors that PyTorch allocates are aligned; the row count is whatever the batch gives.
-        divisible = [n for n in signature if n.endswith("_ptr") or (even and n != "M")]
+        divisible = [n for n in signature if n.endswith("_ptr") or (aligned and n != "M")]
         yield Shipped(
-            name=f"gelu_mlp {direction} {dtype} {approximate} {size}",
+            name=f"gelu_mlp_{direction} {dtype} {approximate} {size}",
             kernel=kernel,
             signature=signature,
             constexprs=constexprs | dict.fromkeys(flags, True),

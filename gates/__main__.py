@@ -1,0 +1,144 @@
+"""The command line of the gates; see the package's first lines."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gates import table as tables
+from gates.table import Key, Resources
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: every gate holds; 1: one does not; 2: they could not be run."""
+    options = _parser().parse_args(arguments)
+    if options.triton:
+        return max(_run_aside(version, options) for version in options.triton)
+    # Read when Triton is imported: kernels must be compiled, by Triton's own tools.
+    for name in [name for name in os.environ if name.startswith("TRITON_")]:
+        del os.environ[name]
+    if options.triton_path:
+        sys.path.insert(0, str(options.triton_path))
+    try:
+        import triton
+    except ImportError:
+        print("gates: Triton is not installed (pip install triton; Linux only)", file=sys.stderr)
+        return 2
+    return _run(triton.__version__, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m gates", description=__doc__)
+    parser.add_argument(
+        "--triton",
+        nargs="+",
+        metavar="VERSION",
+        help="check with these versions, installed under build/ where they are not there yet",
+    )
+    parser.add_argument(
+        "--triton-path",
+        type=Path,
+        metavar="FOLDER",
+        help="check with the Triton in this folder, where pip install --target put it",
+    )
+    parser.add_argument("--only", default="", help="configurations whose name contains this text")
+    parser.add_argument("--update", action="store_true", help="write what is found to the table")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    return parser
+
+
+def _run_aside(version: str, options: argparse.Namespace) -> int:
+    folder = ROOT / "build" / f"triton-{version}"
+    if not (folder / "triton" / "__init__.py").exists():
+        print(f"Installing Triton {version} in {folder}", flush=True)
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+        partial = folder.with_name(f"{folder.name}.tmp")
+        installed = subprocess.run([*pip, "--target", str(partial), f"triton=={version}"], cwd=ROOT)
+        if installed.returncode:
+            print(f"gates: Triton {version} could not be installed in {folder}", file=sys.stderr)
+            return 2
+        partial.rename(folder)
+    command = [sys.executable, "-m", "gates", "--triton-path", str(folder)]
+    command += ["--only", options.only, "--jobs", str(options.jobs)]
+    command += ["--update"] if options.update else []
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def _run(version: str, options: argparse.Namespace) -> int:
+    from gates.compiling import configurations, measure_all
+
+    keys = [
+        (name, architecture)
+        for name, shipped in configurations().items()
+        for architecture in shipped.architectures
+        if options.only in name
+    ]
+    if not keys:
+        print(f"gates: no configuration's name contains {options.only!r}", file=sys.stderr)
+        return 2
+    started = time.perf_counter()
+    found: dict[Key, Resources] = {}
+    for key, resources in measure_all(keys, options.jobs):
+        found[key] = resources
+        if sys.stderr.isatty():
+            print(f"\r{len(found)}/{len(keys)} compiled", end="", file=sys.stderr, flush=True)
+    found = {key: found[key] for key in keys}
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    _print(version, found)
+    table = tables.load()
+    if options.update:
+        old = table.versions.get(version, {})
+        kept = {k: v for k, v in old.items() if options.only and options.only not in k[0]}
+        table.versions[version] = kept | found
+        lines = tables.changes(old, table.versions[version])
+        print("\n".join(lines) or "The table stays as it is")
+        tables.save(table)
+    broken = tables.violations(version, found, table, complete=not options.only)
+    for sentence in broken:
+        print(f"FAILED {sentence}")
+    seconds = time.perf_counter() - started
+    verdict = f"{len(broken)} FAILED" if broken else "all hold"
+    print(f"Triton {version}: {len(found)} compiled kernels, {verdict} ({seconds:.0f} s)")
+    return 1 if broken else 0
+
+
+def _print(version: str, found: Mapping[Key, Resources]) -> None:
+    """One row a configuration, one column an architecture: registers / shared memory, spills."""
+    architectures = sorted({architecture for _, architecture in found})
+    header = [f"Triton {version}", *(f"sm_{a}" for a in architectures)]
+    rows = [
+        [name, *(_cell(found.get((name, a))) for a in architectures)]
+        for name in dict.fromkeys(name for name, _ in found)
+    ]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        for row in (header, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+        return
+    printed = Table(*header, caption="registers / KiB of shared memory, spill instructions")
+    for row in rows:
+        printed.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(printed)
+
+
+def _cell(resources: Resources | None) -> str:
+    if resources is None:
+        return "-"
+    spilled = resources.spills or resources.stack
+    spills = f" SPILLS {resources.spills}" if spilled else ""
+    return f"{resources.registers} / {resources.shared / 1024:.1f}{spills}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Compile what the launchers ship, ahead of time, and read what each kernel uses from its cubin.
+
+Runs where TRITON_INTERPRET is not set: interpreted kernels cannot be compiled. Results are kept
+under build/gates by what went in (kernel source, types, constants, options, Triton), so a second
+run compiles only what changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gates.table import SHARED_LIMITS, Key, Resources
+from gptkernels import triton_kernels
+from gptkernels.triton_kernels import Shipped
+
+CACHE = Path(__file__).resolve().parent.parent / "build" / "gates"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_WARP = 32
+
+
+@functools.cache
+def configurations() -> dict[str, Shipped]:
+    """Name -> configuration, of every module in `gptkernels.triton_kernels`.
+
+    Raises ValueError for a name given twice or an architecture without a known limit.
+    """
+    found: dict[str, Shipped] = {}
+    for shipped in _shipped():
+        if shipped.name in found:
+            raise ValueError(f"two shipped configurations are named {shipped.name!r}")
+        unknown = set(shipped.architectures) - set(SHARED_LIMITS)
+        if unknown:
+            raise ValueError(f"{shipped.name}: no limits are known for {sorted(unknown)}")
+        found[shipped.name] = shipped
+    return found
+
+
+def measure_all(keys: list[Key], jobs: int) -> Iterator[tuple[Key, Resources]]:
+    """Each configuration and architecture with its resources, as `jobs` processes compile them."""
+    if jobs == 1 or len(keys) == 1:
+        yield from ((key, measure(key)) for key in keys)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(measure, key): key for key in keys}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+
+
+def measure(key: Key) -> Resources:
+    """Compile one configuration for one architecture, or take its result from the cache."""
+    name, architecture = key
+    shipped = configurations()[name]
+    kernel = shipped.kernel
+    signature = {n: shipped.signature.get(n, "constexpr") for n in kernel.arg_names}
+    attributes = {
+        (kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in shipped.divisible_by_16
+    }
+    source = ASTSource(kernel, signature, dict(shipped.constexprs), attributes)
+    options = {
+        "num_warps": shipped.num_warps,
+        "num_stages": shipped.num_stages,
+        "enable_fp_fusion": True,
+    }
+    what = f"{triton.__version__} {architecture} {sorted(options.items())} {source.hash()} {_how()}"
+    kept = CACHE / f"{hashlib.sha256(what.encode()).hexdigest()}.json"
+    if kept.exists():
+        return Resources(**json.loads(kept.read_text()))
+    with tempfile.TemporaryDirectory() as folder:
+        # Triton's own cache keeps every stage of every kernel, some hundreds of MB.
+        os.environ["TRITON_CACHE_DIR"] = folder
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", architecture, _WARP), options=options
+        )
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        resources = read(cubin, compiled.metadata.shared)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(asdict(resources)))
+    partial.replace(kept)
+    return resources
+
+
+def read(cubin: Path, shared: int) -> Resources:
+    """Registers, spills and stack of the kernel in a cubin. Raises RuntimeError if unreadable."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", _cuobjdump("-res-usage", cubin))
+    if usage is None:
+        raise RuntimeError("cuobjdump -res-usage printed no resources")
+    registers, stack, local = map(int, usage.groups())
+    spills = 0
+    if stack + local:  # disassembling takes as long as compiling did
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", _cuobjdump("-sass", cubin)))
+    return Resources(registers, spills, stack + local, shared)
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    command = [str(_TOOLS / "cuobjdump"), option, str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _shipped() -> Iterator[Shipped]:
+    for module in pkgutil.iter_modules(triton_kernels.__path__, f"{triton_kernels.__name__}."):
+        shipped = getattr(importlib.import_module(module.name), "shipped", None)
+        if shipped is not None and shipped.__module__ == module.name:
+            yield from shipped()
+
+
+@functools.cache
+def _how() -> str:
+    """How results come about: this file."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

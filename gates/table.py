@@ -1,0 +1,181 @@
+"""The committed table of what each compiled kernel uses, and the rules that it is held to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+PATH = Path(__file__).with_name("triton.json")
+
+# Bytes of shared memory that one thread block may use.
+SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+Key = tuple[str, int]  # (configuration, compute capability)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses: registers of a thread, bytes of stack and of shared memory.
+
+    `spills` counts the instructions that move registers to local memory and back.
+    """
+
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+    def __str__(self) -> str:
+        spilled = f", {self.spills} spills" if self.spills else ""
+        stack = f", {self.stack} B stack" if self.stack else ""
+        return f"{self.registers} registers{spilled}{stack}, {self.shared} B shared"
+
+
+@dataclass(frozen=True)
+class Exemption:
+    """A configuration that may spill, on these compute capabilities, and why that is accepted."""
+
+    configuration: str
+    architectures: tuple[int, ...]
+    reason: str
+
+    def allows(self, key: Key) -> bool:
+        """Whether it is about this compiled kernel."""
+        return key[0] == self.configuration and key[1] in self.architectures
+
+
+@dataclass
+class Table:
+    """Triton version -> compiled kernel -> resources, and the exemptions, which hold for all."""
+
+    versions: dict[str, dict[Key, Resources]] = field(default_factory=dict)
+    exemptions: list[Exemption] = field(default_factory=list)
+
+
+def load(path: Path = PATH) -> Table:
+    """Read the table. Raises ValueError for a file that is not one."""
+    try:
+        raw = json.loads(path.read_text())
+        versions = {
+            version: {
+                (name, int(architecture.removeprefix("sm_"))): Resources(*numbers)
+                for name, row in rows.items()
+                for architecture, numbers in row.items()
+            }
+            for version, rows in raw["versions"].items()
+        }
+        exemptions = [
+            Exemption(e["configuration"], tuple(e["architectures"]), e["reason"])
+            for e in raw["exemptions"]
+        ]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a table of the gates: {error!r}") from error
+    return Table(versions, exemptions)
+
+
+def save(table: Table, path: Path = PATH) -> None:
+    """Write the table, one configuration a line, so that a diff reads as a table."""
+    versions = [
+        f'    "{version}": {{\n{_rows(rows)}\n    }}'
+        for version, rows in sorted(table.versions.items())
+    ]
+    exemptions = [f"    {json.dumps(asdict(e))}" for e in table.exemptions]
+    columns = json.dumps([f.name for f in fields(Resources)])
+    text = (
+        f'{{\n  "columns": {columns},\n'
+        f'  "exemptions": [\n{_lines(exemptions)}  ],\n'
+        f'  "versions": {{\n{_lines(versions)}  }}\n}}\n'
+    )
+    path.write_text(text)
+
+
+def violations(
+    version: str,
+    found: Mapping[Key, Resources],
+    table: Table,
+    *,
+    complete: bool = True,
+) -> list[str]:
+    """One sentence for each rule that the kernels compiled by Triton `version` break.
+
+    `complete`: `found` is everything that is shipped, so what only the table has is stale.
+    """
+    committed = table.versions.get(version)
+    if committed is None:
+        known = ", ".join(sorted(table.versions)) or "none"
+        return [
+            f"the table has no Triton {version} (it has {known}): "
+            "run python -m gates --update with it, and commit the result"
+        ]
+    broken = list(_beyond_limits(found, table.exemptions))
+    for key, resources in found.items():
+        if key not in committed:
+            broken.append(f"{_label(key)}: not in the table ({resources})")
+        elif resources != committed[key]:
+            broken.append(f"{_label(key)}: {resources}, the table has {committed[key]}")
+    if complete:
+        broken += [
+            f"{_label(key)}: in the table, but not shipped" for key in committed - found.keys()
+        ]
+        broken += stale_exemptions(table)
+    return broken
+
+
+def stale_exemptions(table: Table) -> list[str]:
+    """A sentence for each exemption that allows nothing, in any version, or gives no reason."""
+    spilled = {
+        key
+        for rows in table.versions.values()
+        for key, resources in rows.items()
+        if resources.spills or resources.stack
+    }
+    broken = []
+    for exemption in table.exemptions:
+        if not exemption.reason.strip():
+            broken.append(f"{exemption.configuration}: its exemption gives no reason")
+        if not any(exemption.allows(key) for key in spilled):
+            broken.append(f"{exemption.configuration}: its exemption allows nothing, remove it")
+    return broken
+
+
+def changes(old: Mapping[Key, Resources], new: Mapping[Key, Resources]) -> list[str]:
+    """One line for each kernel that was added, removed, or now uses something else."""
+    lines = [f"- {_label(key)}: {old[key]}" for key in old if key not in new]
+    lines += [f"+ {_label(key)}: {new[key]}" for key in new if key not in old]
+    lines += [
+        f"~ {_label(key)}: {old[key]} -> {new[key]}"
+        for key in new
+        if key in old and old[key] != new[key]
+    ]
+    return lines
+
+
+def _beyond_limits(
+    found: Mapping[Key, Resources], exemptions: Iterable[Exemption]
+) -> Iterable[str]:
+    exemptions = tuple(exemptions)
+    for key, resources in found.items():
+        limit = SHARED_LIMITS[key[1]]
+        if resources.shared > limit:
+            yield f"{_label(key)}: {resources.shared} B of shared memory, {limit} B is the limit"
+        spills = resources.spills or resources.stack
+        if spills and not any(exemption.allows(key) for exemption in exemptions):
+            yield f"{_label(key)}: spills registers without an exemption ({resources})"
+
+
+def _rows(rows: Mapping[Key, Resources]) -> str:
+    grouped: dict[str, dict[str, Any]] = {}
+    for (name, architecture), resources in sorted(rows.items()):
+        grouped.setdefault(name, {})[f"sm_{architecture}"] = astuple(resources)
+    return ",\n".join(f"      {json.dumps(n)}: {json.dumps(row)}" for n, row in grouped.items())
+
+
+def _lines(entries: list[str]) -> str:
+    return ",\n".join(entries) + "\n" if entries else ""
+
+
+def _label(key: Key) -> str:
+    return f"{key[0]} sm_{key[1]}"
