@@ -15,9 +15,11 @@ import pytest
 from gptkernels.benchmarks import timing
 from rich.console import Console
 
-from gptkernels import GPT, benchmarks, demo, verify
+from gptkernels import GPT, GPTConfig, benchmarks, demo, verify
 from gptkernels.demo_report import worst_rows
 from gptkernels.ops.choice import INTERPRETED
+
+TINY = GPTConfig(vocab_size=256, block_size=32, n_layer=2, n_head=2, n_embd=32)
 
 
 class Page(HTMLParser):
@@ -59,9 +61,11 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
-    """One small case an op, and one op to time: what the demo shows, not how long it takes."""
+    """A tiny model, one small case an op, one op to time: what is shown, not how much of it."""
     smallest = {case.op: case for case in reversed(verify.CASES)}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "_CPU_MODEL", TINY)
+        patch.setattr(demo, "_SAMPLE_TOKENS", 100)
         patch.setattr(verify, "CASES", tuple(smallest.values()))
         patch.setattr(benchmarks, "OPERATORS", ("layer_norm",))
         patch.setattr(timing, "compare", fewer_rounds(timing.compare))
@@ -94,7 +98,7 @@ def test_all_files_are_written(finished: tuple[Path, int, str]) -> None:
     assert [row["status"] for row in summary["twin"]] == ["pass"] * 3
     assert summary["records"][-1]["validation_loss"] < summary["records"][0]["validation_loss"]
     assert summary["sample"].startswith("The ")
-    assert len(summary["sample"].encode()) >= 600
+    assert len(summary["sample"].encode()) >= 100
     model = GPT.from_pretrained(out / "training" / "model")
     assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
     assert "Every check passed" in printed
@@ -154,7 +158,7 @@ def silent() -> Console:
 
 @pytest.mark.parametrize("broken", ["parity", "twin"])
 def test_a_failed_check_gives_exit_code_1_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     row = verify.Row("layer_norm", "C 8", "torch", "float32", "forward", "fail", "y", 1.0, 0.1, 0.2)
     rows = [row.as_dict()] if broken == "parity" else []
