@@ -197,10 +197,12 @@ def bench(
     """
     from gptkernels import benchmarks
     from gptkernels.benchmarks import report
+    from gptkernels.ops.choice import IMPLEMENTATIONS
 
     where = _device(device)
     for impl in impls:
-        _reason(impl, where)
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     suites = [benchmarks.suite(op) for op in ops or benchmarks.OPERATORS]
     console = _console()
     rows = []
@@ -269,7 +271,6 @@ def generate(
     import torch
 
     where = _device(device)
-    _require(impl, where)
     network, vocabulary = _load(model, tokenizer)
     network.set_impl(impl)
     network.to(where)
@@ -370,7 +371,6 @@ def _train(
     from gptkernels.gpt.progress import ProgressBar
     from gptkernels.gpt.tokenizer import load_tokenizer
 
-    _require(training.get("impl", "auto"), _device(_named_device(training.get("device"))))
     with ProgressBar(_console()) as bar:
         if resume:
             if model or name:
@@ -422,10 +422,6 @@ def _kept(rows: Iterable[dict[str, Any]], path: Path | None) -> Iterable[dict[st
     return recorded(rows, path)
 
 
-def _named_device(name: str | None) -> str | None:
-    return None if name == "auto" else name
-
-
 def _device(name: str | None) -> Any:
     """The torch.device called `name`; for None a GPU if there is one, else the CPU."""
     import torch
@@ -448,20 +444,6 @@ def _dtype(name: str) -> Any:
     if name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
     return getattr(torch, name)
-
-
-def _reason(impl: str, device: Any) -> str | None:
-    import torch
-
-    from gptkernels.ops.choice import unavailable
-
-    return None if impl == "auto" else unavailable(impl, device.type, torch.float32)
-
-
-def _require(impl: str, device: Any) -> None:
-    reason = _reason(impl, device)
-    if reason is not None:
-        raise NotImplementedError(f"impl={impl!r}: {reason}")
 
 
 def _console() -> Console:

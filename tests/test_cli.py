@@ -275,10 +275,11 @@ def test_train_refuses_its_files(call: Any, tmp_path: Path) -> None:
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(**options: Any) -> Any:
-        return int("seven")
-
-    monkeypatch.setattr(verify, "run", broken)
+    """Even where it has the type of a refusal, and strikes inside this package."""
+    monkeypatch.setattr(verify, "unavailable", None)
+    with pytest.raises(TypeError, match="not callable"):
+        cli.run(["verify"])
+    monkeypatch.setattr(verify, "unavailable", lambda *arguments: int("seven"))
     with pytest.raises(ValueError, match="invalid literal"):
         cli.run(["verify"])
 
