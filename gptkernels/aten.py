@@ -217,12 +217,10 @@ def attention_bwd(
         return *gradients, torch.zeros_like(attn_mask) if mask_gradient else nothing
     causal = options.plain(q, k)
     if causal is not None and dlse is None:
-        fused = _fused_attention_bwd(
-            dout, q, k, v, out, lse, causal, softmax_scale, deterministic
-        )
+        fused = _fused_attention_bwd(dout, q, k, v, out, lse, causal, softmax_scale, deterministic)
         if fused is not None:
             return *fused, nothing
-    return _attention_rows_bwd(dout, dlse, q, k, v, out, lse, options, mask_gradient)
+    return _attention_rows_bwd(dout, dlse, q, k, v, lse, options, mask_gradient)
 
 
 @dataclass(frozen=True)
@@ -297,13 +295,16 @@ def _fused_attention_bwd(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, ...] | None:
-    """dq, dk and dv from the fused op that SDPA would pick; None where there is none that will do."""
+    """dq, dk and dv from the fused op that SDPA would pick; None where none will do."""
     D, Tq, Tk = q.shape[-1], q.shape[1], k.shape[1]
     dout, q, k, v, out = (_heads_first(x) for x in (dout, q, k, v, out))
     backend = _fused_choice(q, k, v, causal, scale)
     if deterministic and backend != "cpu":
-        enforced = torch.are_deterministic_algorithms_enabled()
-        if backend != "flash" or not enforced or torch.is_deterministic_algorithms_warn_only_enabled():
+        enforced = (
+            torch.are_deterministic_algorithms_enabled()
+            and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+        if backend != "flash" or not enforced:
             return None
     # Philox state and cumulative lengths are read only with dropout and with packed sequences.
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
@@ -314,8 +315,9 @@ def _fused_attention_bwd(
             )
         case "flash":
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                dout, q, k, v, out, lse, None, None, Tq, Tk, 0.0, causal, unused, unused, scale=scale
-            )
+                dout, q, k, v, out, lse, None, None, Tq, Tk, 0.0, causal, unused, unused,
+                scale=scale,
+            )  # fmt: skip
         case "efficient":
             # Its rows of lse start on multiples of 32.
             lse = F.pad(lse, (0, -Tq % 32), value=math.inf)
@@ -351,7 +353,7 @@ def _fused_choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """(B, T, H, D) -> (B, H, T, D), on CUDA with D padded to the multiple of 8 that the ops want."""
+    """(B, T, H, D) -> (B, H, T, D), on CUDA with D padded to a multiple of 8, as the ops want."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     if x.is_cuda and x.shape[-1] % 8:
@@ -369,12 +371,12 @@ def _attention_rows_fwd(
     k, v = (_living_keys(x, options.key_lengths) for x in (k, v))
     for rows in _row_blocks(B * H * Tk, Tq):
         keys = options.keys(rows.start, rows.stop, Tq, Tk)
+        if keys.start == keys.stop:
+            out[:, rows], lse[:, :, rows] = 0, -math.inf
+            continue
         s, _ = _attention_scores(q, k, rows, keys, options)
-        if s.shape[-1]:
-            highest = s.amax(-1, keepdim=True)
-            highest = highest.masked_fill(highest == -math.inf, 0)
-        else:
-            highest = s.new_zeros((B, H, len(range(Tq)[rows]), 1))
+        highest = s.amax(-1, keepdim=True)
+        highest = highest.masked_fill(highest == -math.inf, 0)
         p = s.sub_(highest).exp_()
         total = p.sum(-1, keepdim=True)
         lse[:, :, rows] = (highest + total.log()).squeeze(-1)
@@ -392,12 +394,11 @@ def _attention_rows_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
     options: _AttentionOptions,
     mask_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dS = P (dP - rowsum(dout out) + dlse), in fp32, one block of query rows after another."""
+    """dS = P (dP - sum(P dP) + dlse), in fp32, one block of query rows after another."""
     (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
     dtypes = q.dtype, k.dtype, v.dtype
     dq = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
@@ -405,15 +406,17 @@ def _attention_rows_bwd(
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     mask = options.attn_mask
     dmask = torch.zeros(mask.shape if mask_gradient else (0,), dtype=torch.float32, device=q.device)
-    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
-    if dlse is not None:
-        delta = delta - dlse
     for rows in _row_blocks(B * H * Tk, Tq):
         keys = options.keys(rows.start, rows.stop, Tq, Tk)
+        if keys.start == keys.stop:
+            dq[:, rows] = 0
+            continue
         s, cap = _attention_scores(q, k, rows, keys, options)
-        # A row without keys has lse -inf: all its weights are exp(-inf - 0).
-        normaliser = lse[:, :, rows].masked_fill(lse[:, :, rows] == -math.inf, 0)
-        p = s.sub_(normaliser.unsqueeze(-1)).exp_()
+        # A row without keys has lse -inf: all its weights are exp(-inf - 0) = 0.
+        row_lse = lse[:, :, rows, None]
+        p = s.sub_(row_lse.masked_fill(row_lse == -math.inf, 0)).exp_()
+        total = p.sum(-1, keepdim=True)  # 1, but for the rounding of lse
+        p = p.div_(total.masked_fill(total == 0, 1))
         do = _by_group(dout[:, rows].transpose(1, 2).float(), Hk)
         dp = (do @ v[:, :, keys].mT).view(p.shape)
         kept = p
@@ -421,7 +424,10 @@ def _attention_rows_bwd(
             dropout = _attention_dropout(q, rows, keys, options)
             kept, dp = p * dropout, dp.mul_(dropout)
         dv[:, :, keys] += _by_group(kept, Hk).mT @ do
-        ds = dp.sub_(delta[:, :, rows].unsqueeze(-1)).mul_(p)
+        ds = dp.sub_((p * dp).sum(-1, keepdim=True))
+        if dlse is not None:
+            ds += dlse[:, :, rows, None]
+        ds = ds.mul_(p)
         if mask_gradient:
             _add_mask_gradient(dmask, ds, rows, keys)
         if cap is not None:
@@ -486,9 +492,7 @@ def _by_group(x: Tensor, key_heads: int) -> Tensor:
     return x.reshape(x.shape[0], key_heads, -1, x.shape[-1])
 
 
-def _attention_dropout(
-    q: Tensor, rows: slice, keys: slice, options: _AttentionOptions
-) -> Tensor:
+def _attention_dropout(q: Tensor, rows: slice, keys: slice, options: _AttentionOptions) -> Tensor:
     """What weights are multiplied by: 0 where dropped, else the inverse of the keep probability."""
     count = rows.stop - rows.start
     keep = philox.attention_keep(

@@ -33,8 +33,8 @@ _LIBRARY.define(
     "float dropout_p, str impl) -> (Tensor out, Tensor lse)"
 )
 _LIBRARY.define(
-    "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? alibi_slopes, Tensor? key_lengths, Tensor? attn_mask, Tensor? rng, "
+    "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor? alibi_slopes, Tensor? key_lengths, Tensor? attn_mask, Tensor? rng, "
     "float softmax_scale, int left, int right, float softcap, float dropout_p, bool mask_gradient, "
     "bool deterministic, str impl) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)"
 )
@@ -158,8 +158,9 @@ def attention(
 
     Vaswani et al., "Attention Is All You Need", 2017, computed as in Dao, "FlashAttention-2", 2023.
     Query i stands at position i + Tk - Tq among the keys: sequences are aligned at their ends. In
-    this order, s = softmax_scale * q.k; s = softcap * tanh(s / softcap); s -= slope * |position - j|;
-    then the masks. A row that sees no key gives 0, passes no gradient on, and has lse -inf.
+    this order, s = softmax_scale * q.k; s = softcap * tanh(s / softcap);
+    s -= slope * |position - j|; then the masks. A row that sees no key gives 0, passes no gradient
+    on, and has lse -inf.
 
     Args:
         q: (B, Tq, H, D), float32, bfloat16 or float16, D <= 256, any strides with a unit last one.
@@ -173,7 +174,7 @@ def attention(
         softcap: bound on |s|, as in Gemma 2; 0 is none.
         alibi_slopes: (H,), a tensor or floats, one a head (Press et al., 2022); not differentiable.
         key_lengths: (B,) int32: only keys j < key_lengths[b] exist, whatever the rest of k and v
-            holds; positions do not move. Values are checked on a CPU, and clamped to 0 ... Tk on a GPU.
+            holds; positions do not move. Values are checked on a CPU, clamped to 0 ... Tk on a GPU.
         attn_mask: bool (True: visible) or floating (added to s), broadcastable to (B, H, Tq, Tk);
             differentiable. Runs with impl="torch" only; "auto" picks that.
         dropout_p: probability of dropping a weight, rounded to a multiple of 1/65536; always active
@@ -243,9 +244,9 @@ def _check(
     check_shape("v", v, (B, Tk, Hk, D), "that of k")
     if Hk == 0 or H % Hk:
         raise ValueError(f"the heads of q must be a multiple of those of k and v, got {H} and {Hk}")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
+    if softmax_scale is not None and not abs(softmax_scale) < math.inf:
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
-    if not (softcap >= 0 and math.isfinite(softcap)):
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
     check_probability("dropout_p", dropout_p)
     if key_lengths is not None:

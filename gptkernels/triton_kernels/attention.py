@@ -1,9 +1,10 @@
-"""Launchers of the attention kernels and the tiles they use; formulas and shapes are in `attention_fwd` and
-`attention_bwd`.
+"""Launchers of the attention kernels and the tiles they use; the formulas are in `attention_fwd`
+and `attention_bwd`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,19 +12,23 @@ import triton
 from torch import Tensor
 
 from gptkernels import philox
+from gptkernels.triton_kernels import Shipped, on_device
+from gptkernels.triton_kernels.attention_bwd import (
+    attention_bwd_delta_kernel,
+    attention_bwd_keys_kernel,
+    attention_bwd_queries_kernel,
+)
+from gptkernels.triton_kernels.attention_fwd import attention_fwd_kernel
 
-from . import on_device
-from .attention_bwd import delta_kernel, keys_kernel, queries_kernel
-from .attention_fwd import forward_kernel
-
-# (rows BM, keys BN, warps, stages) by the padded width of a head. Chosen so that no kernel spills a register and each
-# fits 99 KB of shared memory, the least of sm_80 and later; no GPU has timed them yet.
+# (rows BM, keys BN, warps, stages) by the bytes of an element and the padded width of a head, the
+# least 64. Chosen so that kernels do not spill registers and fit 99 KB of shared memory, the least
+# of sm_80 and later; no GPU has timed them yet.
 _FORWARD = {
-    2: {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    2: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     4: {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
 }
 _KEYS = {
-    2: {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    2: {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
     4: {64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
 _QUERIES = {
@@ -62,10 +67,11 @@ def attention_fwd(
         q, k, alibi_slopes, key_lengths, softmax_scale, left, right, softcap, dropout_p
     )
     with on_device(q):
-        forward_kernel[(triton.cdiv(Tq, BM) * B * H,)](
+        attention_fwd_kernel[(triton.cdiv(Tq, BM) * B * H,)](
             q, k, v, alibi_slopes, key_lengths, rng, out, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *arguments,
-            D, _padded(D), BM, BN, *switches, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            D, _padded(D), BM, BN, *switches,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 
@@ -90,7 +96,10 @@ def attention_bwd(
     mask_gradient: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv contiguous, and an empty tensor: there is no mask here. The same bits on every run, asked for or not."""
+    """dq, dk, dv contiguous, and an empty tensor: there is no mask here.
+
+    No kernel uses atomics: the bits are the same on every run, asked for or not.
+    """
     B, Tq, H, D = q.shape
     Tk, Hk = k.shape[1], k.shape[2]
     dq = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
@@ -102,25 +111,31 @@ def attention_bwd(
     if dout.stride(-1) != 1:  # an expanded cotangent
         dout = dout.contiguous()
     delta = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    exact = q.dtype == torch.float32
+    total = torch.empty_like(delta) if exact else None
+    dlse = None if dlse is None else dlse.contiguous()
     arguments, switches = _arguments(
         q, k, alibi_slopes, key_lengths, softmax_scale, left, right, softcap, dropout_p
     )
-    inputs = (q, k, v, alibi_slopes, key_lengths, rng, dout, lse, delta)
+    # In 16 bits the delta kernel takes dlse in.
+    switches = (*switches, exact, exact and dlse is not None)
+    inputs = (q, k, v, alibi_slopes, key_lengths, rng, dout, lse, delta, total, dlse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     BD = _padded(D)
     with on_device(q):
-        delta_kernel[(triton.cdiv(Tq, _DELTA_ROWS) * B * H,)](
-            out, dout, None if dlse is None else dlse.contiguous(), delta, *dout.stride()[:3], H, Tq,
-            D, BD, _DELTA_ROWS, dlse is not None, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-        BM, BN, warps, stages = _tile(_KEYS, q)
-        keys_kernel[(triton.cdiv(Tk, BN) * B * Hk,)](
-            *inputs, dk, dv, *strides, *arguments, D, BD, BM, BN, *switches,
+        if not exact:
+            attention_bwd_delta_kernel[(triton.cdiv(Tq, _DELTA_ROWS) * B * H,)](
+                out, dout, dlse, delta, *dout.stride()[:3], H, Tq, D, BD, _DELTA_ROWS,
+                dlse is not None, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        BM, BN, warps, stages = _tile(_QUERIES, q)
+        attention_bwd_queries_kernel[(triton.cdiv(Tq, BM) * B * H,)](
+            *inputs, dq, *strides, *arguments, D, BD, BM, BN, *switches,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
-        BM, BN, warps, stages = _tile(_QUERIES, q)
-        queries_kernel[(triton.cdiv(Tq, BM) * B * H,)](
-            *inputs, dq, *strides, *arguments, D, BD, BM, BN, *switches,
+        BM, BN, warps, stages = _tile(_KEYS, q)
+        attention_bwd_keys_kernel[(triton.cdiv(Tk, BN) * B * Hk,)](
+            *inputs, dk, dv, *strides, *arguments, D, BD, BM, BN, *switches,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return dq, dk, dv, dmask
@@ -137,7 +152,7 @@ def _arguments(
     softcap: float,
     dropout_p: float,
 ) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
-    """What the three kernels share: the scalars after the strides, and the switches after the tile sizes."""
+    """What the kernels share: the scalars after the strides, the switches after the tile sizes."""
     (Tq, H), (Tk, Hk) = q.shape[1:3], k.shape[1:3]
     # A bound that no pair of these lengths reaches is none: one kernel less, and no comparison.
     has_left, has_right = 0 <= left < Tk - 1, 0 <= right < Tq - 1
@@ -163,3 +178,56 @@ def _tile(
     tiles: dict[int, dict[int, tuple[int, int, int, int]]], q: Tensor
 ) -> tuple[int, int, int, int]:
     return tiles[q.element_size()][max(64, _padded(q.shape[-1]))]
+
+
+def shipped() -> Iterator[Shipped]:
+    """Every tile at its padded width, plain causal and with every option on, the most registers.
+
+    fp16 takes the tiles and the instructions of bf16 in another type: one width stands for all.
+    """
+    wanted = [("bf16", D, options) for D in (64, 128, 256) for options in ("causal", "all")]
+    wanted += [("fp32", D, "all") for D in (64, 128, 256)] + [("fp16", 128, "causal")]
+    for dtype, D, options in wanted:
+        size = 4 if dtype == "fp32" else 2
+        for kernel, tiles in (
+            (attention_fwd_kernel, _FORWARD),
+            (attention_bwd_queries_kernel, _QUERIES),
+            (attention_bwd_keys_kernel, _KEYS),
+        ):
+            yield _shipped(kernel, tiles[size][D], D, dtype, options)
+        if dtype == "bf16" and options == "all":
+            yield _shipped(attention_bwd_delta_kernel, (_DELTA_ROWS, 0, 4, 3), D, dtype, options)
+
+
+def _shipped(
+    kernel: Any, tile: tuple[int, int, int, int], D: int, dtype: str, options: str
+) -> Shipped:
+    BM, BN, warps, stages = tile
+    types = dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr", "total_ptr"), "*fp32")
+    types |= {"dlse_ptr": "*fp32", "lengths_ptr": "*i32", "rng_ptr": "*i64"}
+    types |= dict.fromkeys(("scale", "softcap", "dropout_scale"), "fp32")
+    everything = options == "all"
+    constexprs = {
+        "D": D, "BD": D, "BM": BM, "BN": BN, "HAS_LEFT": everything, "HAS_RIGHT": True,
+        "LENGTHS": everything, "SCALED": everything, "SOFTCAP": everything, "ALIBI": everything,
+        "DROPOUT": everything, "EXACT": dtype == "fp32",
+        "HAS_DLSE": everything and (dtype == "fp32" or kernel is attention_bwd_delta_kernel),
+    }  # fmt: skip
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = types.get(name, f"*{dtype}")
+        else:
+            signature[name] = types.get(name, "i32")
+    stem = kernel.__name__.removesuffix("_kernel")
+    return Shipped(
+        f"{stem} D{D} {dtype} {options}",
+        kernel,
+        signature,
+        {name: value for name, value in constexprs.items() if name in signature},
+        warps,
+        stages,
+        tuple(name for name in signature if name.endswith("_ptr") or name.startswith("stride")),
+    )

@@ -1,12 +1,20 @@
-"""Attention backward in three kernels without atomics, so the same input gives the same bits (FlashAttention-2, Dao 2023).
+"""Attention backward in three kernels without atomics: the same input gives the same bits (Dao,
+"FlashAttention-2", 2023).
 
-    p = exp(s - lse)    dp = keep * dropout_scale * (dout . v)    delta = sum_d dout * out - dlse    ds = p * (dp - delta) * cap'
-    dv = sum_i keep * dropout_scale * p dout      dk = scale * sum_i ds q      dq = scale * sum_j ds k
+    p = exp(s - lse)                                dp = keep * dropout_scale * (dout . v)
+    delta = sum_d dout * out - dlse                 ds = p * (dp - delta) * slope of softcap
+    dv = sum_i keep * dropout_scale * p dout        dk = scale * sum_i ds q
+    dq = scale * sum_j ds k
 
-delta_kernel: rowsum(dout * out) - dlse, (B,H,Tq) fp32; with dropout too the row sum equals sum_j p dp.
-keys_kernel: one block of keys stays, all rows that see it pass by, for every query head of the GQA group: dk, dv.
-queries_kernel: one block of rows stays, the keys that it sees pass by: dq. Scores are recomputed in both: 7 products for 5.
-Sums are fp32; dq, dk, dv are contiguous in the inputs' dtype.
+delta_kernel: (B, H, Tq) fp32; with dropout too, sum_d dout * out equals sum_j p dp.
+In fp32 that is not close enough: where a row has few keys ds is a small difference, and the
+rounding of out, of lse and of a sum in another order outweighs that of eager PyTorch. So there (EXACT)
+queries_kernel first sums p and p dp itself; p is divided by its sum, delta is the quotient of the
+two, and dlse is added last.
+queries_kernel: a block of rows stays and the keys that it sees pass by: dq.
+keys_kernel: a block of keys stays and all rows that see it pass by, of every query head that reads
+this key head: dk, dv. Scores are recomputed in both: 7 products for 5.
+Sums are fp32; dq, dk and dv are contiguous in the inputs' dtype.
 """
 
 import triton
@@ -25,7 +33,7 @@ from .philox import attention_keep_tile
 
 
 @triton.jit
-def delta_kernel(
+def attention_bwd_delta_kernel(
     out_ptr,  # (B, Tq, H, D) contiguous
     dout_ptr,  # (B, Tq, H, D)
     dlse_ptr,  # (B, H, Tq) fp32 contiguous, read when HAS_DLSE
@@ -34,6 +42,7 @@ def delta_kernel(
     H, Tq,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
+    """rowsum(dout * out) - dlse for a block of rows of one head."""
     row_blocks = tl.cdiv(Tq, BM)
     bh = (tl.program_id(0) // row_blocks).to(tl.int64)
     rows = tl.program_id(0) % row_blocks * BM + tl.arange(0, BM)
@@ -51,7 +60,7 @@ def delta_kernel(
 
 
 @triton.jit
-def keys_kernel(
+def attention_bwd_keys_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, Tk, Hk, D)
     v_ptr,  # (B, Tk, Hk, D)
@@ -61,6 +70,8 @@ def keys_kernel(
     dout_ptr,  # (B, Tq, H, D)
     lse_ptr,  # (B, H, Tq) fp32
     delta_ptr,  # (B, H, Tq) fp32
+    total_ptr,  # (B, H, Tq) fp32, read when EXACT
+    dlse_ptr,  # (B, H, Tq) fp32 contiguous, read when HAS_DLSE
     dk_ptr,  # (B, Tk, Hk, D) contiguous
     dv_ptr,  # (B, Tk, Hk, D) contiguous
     stride_qb, stride_qt, stride_qh,
@@ -71,7 +82,9 @@ def keys_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
+    """dk and dv of a block of keys of one key head."""
     key_blocks = tl.cdiv(Tk, BN)
     bhk = tl.program_id(0) // key_blocks
     # Early keys of a causal triangle have the most rows, and come first.
@@ -165,13 +178,19 @@ def keys_kernel(
             else:
                 factor = scale * LOG2E
             p = tl.exp2(s * factor - lse[None, :])
+            if EXACT:
+                total = tl.load(total_ptr + bh * Tq + rows, mask=rows < Tq, other=1.0)
+                p = tl.div_rn(p, tl.zeros_like(p) + total[None, :])
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
             kept = p
             if DROPOUT:
                 keep = tl.trans(attention_keep_tile(rng_ptr, i0, j0, bh, threshold, BM, BN))
                 kept = tl.where(keep, p, 0.0)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
-            ds = p * (dp - delta[None, :]) * slope_of_cap
+            dp -= delta[None, :]
+            if HAS_DLSE:
+                dp += tl.load(dlse_ptr + bh * Tq + rows, mask=rows < Tq, other=0.0)[None, :]
+            ds = p * dp * slope_of_cap
             if masked:
                 visible = sees(
                     rows[None, :], cols[:, None], shift, left, right, kv_len, HAS_LEFT, HAS_RIGHT
@@ -189,7 +208,7 @@ def keys_kernel(
 
 
 @triton.jit
-def queries_kernel(
+def attention_bwd_queries_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, Tk, Hk, D)
     v_ptr,  # (B, Tk, Hk, D)
@@ -198,7 +217,9 @@ def queries_kernel(
     rng_ptr,  # (2,) int64, read when DROPOUT
     dout_ptr,  # (B, Tq, H, D)
     lse_ptr,  # (B, H, Tq) fp32
-    delta_ptr,  # (B, H, Tq) fp32
+    delta_ptr,  # (B, H, Tq) fp32, written when EXACT
+    total_ptr,  # (B, H, Tq) fp32, written when EXACT
+    dlse_ptr,  # (B, H, Tq) fp32 contiguous, read when HAS_DLSE
     dq_ptr,  # (B, Tq, H, D) contiguous
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
@@ -208,7 +229,9 @@ def queries_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
+    """dq of a block of rows of one head."""
     row_blocks = tl.cdiv(Tq, BM)
     bh = (tl.program_id(0) // row_blocks).to(tl.int64)
     i0 = (row_blocks - 1 - tl.program_id(0) % row_blocks) * BM
@@ -238,7 +261,13 @@ def queries_kernel(
     dout = load_rows(dout_base, dout_offsets, rows < Tq, D, BD, True)
     lse = tl.load(lse_ptr + bh * Tq + rows, mask=rows < Tq, other=-INFINITY)
     lse = tl.where(lse == -INFINITY, INFINITY, lse * LOG2E)
-    delta = tl.load(delta_ptr + bh * Tq + rows, mask=rows < Tq, other=0.0)
+    if EXACT:
+        delta = tl.zeros((BM,), tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+    else:
+        delta = tl.load(delta_ptr + bh * Tq + rows, mask=rows < Tq, other=0.0)
+    if HAS_DLSE:
+        dlse = tl.load(dlse_ptr + bh * Tq + rows, mask=rows < Tq, other=0.0)
 
     k_base = k_ptr + b * stride_kb + h // GROUP * stride_kh
     v_base = v_ptr + b * stride_vb + h // GROUP * stride_vh
@@ -246,48 +275,74 @@ def queries_kernel(
         i0, Tq, shift, left, right, kv_len, BM, BN, HAS_LEFT, HAS_RIGHT
     )
     dq = tl.zeros((BM, BD), tl.float32)
-    for masked in tl.static_range(1, -1, -1):
-        start, end = (lo, hi - (full_hi - full_lo)) if masked else (full_lo, full_hi)
-        for step in tl.range(start, end, BN):
-            j0 = step
-            if masked:
-                j0 += tl.where(step >= full_lo, full_hi - full_lo, 0)
-            cols = j0 + tl.arange(0, BN)
-            j0_wide = tl.cast(j0, tl.int64)
-            k_offsets = tl.arange(0, BN).to(tl.int64)[:, None] * stride_kt + dims[None, :]
-            k = load_rows(k_base + j0_wide * stride_kt, k_offsets, cols < kv_len, D, BD, masked)
-            v_offsets = tl.arange(0, BN).to(tl.int64)[:, None] * stride_vt + dims[None, :]
-            v = load_rows(v_base + j0_wide * stride_vt, v_offsets, cols < kv_len, D, BD, masked)
-            product = tl.dot(q, tl.trans(k), input_precision="ieee")
-            s, slope_of_cap = scores(
-                product,
-                rows[:, None],
-                cols[None, :],
-                shift,
-                scale,
-                softcap,
-                slope,
-                SCALED,
-                SOFTCAP,
-                ALIBI,
-            )
-            if SCALED:
-                factor = 1.0
-            else:
-                factor = scale * LOG2E
-            p = tl.exp2(s * factor - lse[:, None])
-            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-            if DROPOUT:
-                keep = attention_keep_tile(rng_ptr, i0, j0, bh, threshold, BM, BN)
-                dp = tl.where(keep, dp * dropout_scale, 0.0)
-            ds = p * (dp - delta[:, None]) * slope_of_cap
-            if masked:
-                visible = sees(
-                    rows[:, None], cols[None, :], shift, left, right, kv_len, HAS_LEFT, HAS_RIGHT
+    # EXACT goes over the keys twice, for delta first.
+    for summing in tl.static_range(1 if EXACT else 0, -1, -1):
+        for masked in tl.static_range(1, -1, -1):
+            start, end = (lo, hi - (full_hi - full_lo)) if masked else (full_lo, full_hi)
+            for step in tl.range(start, end, BN):
+                j0 = step
+                if masked:
+                    j0 += tl.where(step >= full_lo, full_hi - full_lo, 0)
+                cols = j0 + tl.arange(0, BN)
+                j0_wide = tl.cast(j0, tl.int64)
+                k_offsets = tl.arange(0, BN).to(tl.int64)[:, None] * stride_kt + dims[None, :]
+                k = load_rows(k_base + j0_wide * stride_kt, k_offsets, cols < kv_len, D, BD, masked)
+                v_offsets = tl.arange(0, BN).to(tl.int64)[:, None] * stride_vt + dims[None, :]
+                v = load_rows(v_base + j0_wide * stride_vt, v_offsets, cols < kv_len, D, BD, masked)
+                product = tl.dot(q, tl.trans(k), input_precision="ieee")
+                s, slope_of_cap = scores(
+                    product,
+                    rows[:, None],
+                    cols[None, :],
+                    shift,
+                    scale,
+                    softcap,
+                    slope,
+                    SCALED,
+                    SOFTCAP,
+                    ALIBI,
                 )
-                ds = tl.where(visible, ds, 0.0)
-                k = tl.where(tl.abs(k.to(tl.float32)) < INFINITY, k, 0.0)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+                if SCALED:
+                    factor = 1.0
+                else:
+                    factor = scale * LOG2E
+                p = tl.exp2(s * factor - lse[:, None])
+                dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+                if DROPOUT:
+                    keep = attention_keep_tile(rng_ptr, i0, j0, bh, threshold, BM, BN)
+                    dp = tl.where(keep, dp * dropout_scale, 0.0)
+                if masked:
+                    visible = sees(
+                        rows[:, None],
+                        cols[None, :],
+                        shift,
+                        left,
+                        right,
+                        kv_len,
+                        HAS_LEFT,
+                        HAS_RIGHT,
+                    )
+                    p = tl.where(visible, p, 0.0)
+                    dp = tl.where(visible, dp, 0.0)
+                    k = tl.where(tl.abs(k.to(tl.float32)) < INFINITY, k, 0.0)
+                if summing:
+                    delta += tl.sum(p * dp, 1)
+                    total += tl.sum(p, 1)
+                else:
+                    if EXACT:
+                        p = tl.div_rn(p, tl.zeros_like(p) + total[:, None])
+                    dp -= delta[:, None]
+                    if HAS_DLSE:
+                        dp += dlse[:, None]
+                    ds = p * dp * slope_of_cap
+                    if masked:  # delta may be NaN
+                        ds = tl.where(visible, ds, 0.0)
+                    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if summing:
+            total = tl.where(total == 0.0, 1.0, total)
+            delta = tl.div_rn(delta, total)
+            tl.store(delta_ptr + bh * Tq + rows, delta, mask=rows < Tq)
+            tl.store(total_ptr + bh * Tq + rows, total, mask=rows < Tq)
 
     dq_offsets = ((b * Tq + rows.to(tl.int64)) * H + h)[:, None] * D + dims[None, :]
     inside = (rows < Tq)[:, None] & (dims < D)[None, :]

@@ -1,11 +1,14 @@
-"""Attention forward: online softmax over blocks of keys (FlashAttention-2, Dao 2023; Milakov and Gimelshein 2018).
+"""Attention forward: online softmax over blocks of keys (Milakov and Gimelshein, 2018; Dao,
+"FlashAttention-2", 2023).
 
-    m' = max(m, max_j s_j)      p = exp2(s - m')      l = l * exp2(m - m') + sum_j p      o = o * exp2(m - m') + p v
-    out = o / l,  lse = (m + log2 l) * ln 2
+    m' = max(m, max_j s_j)                      p = exp2(s - m')
+    l = l * exp2(m - m') + sum_j p              o = o * exp2(m - m') + p v
+    out = o / l                                 lse = (m + log2 l) * ln 2
 
-Shapes: q (B,Tq,H,D), k and v (B,Tk,Hk,D), any strides with a unit last one; out (B,Tq,H,D) and lse (B,H,Tq) fp32 contiguous.
-Bytes: q and out once, k and v once per block of BM rows; scores never leave the chip. Saved for backward: q, k, v, out, lse.
-Dropout drops p where it meets v; the normaliser l counts undropped scores.
+q (B, Tq, H, D), k and v (B, Tk, Hk, D), any strides with a unit last one; out (B, Tq, H, D) and lse
+(B, H, Tq) fp32, contiguous. Moves q and out once, k and v once for each block of BM rows; scores
+never leave the chip. Saved for the backward pass: q, k, v, out in their dtype, and lse. Dropout
+drops p where it meets v; the normaliser l counts undropped scores.
 """
 
 import triton
@@ -25,7 +28,7 @@ from .philox import attention_keep_tile
 
 
 @triton.jit
-def forward_kernel(
+def attention_fwd_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, Tk, Hk, D)
     v_ptr,  # (B, Tk, Hk, D)
@@ -42,9 +45,11 @@ def forward_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
+    """out and lse of a block of rows of one head."""
     row_blocks = tl.cdiv(Tq, BM)
     bh = tl.program_id(0) // row_blocks
-    # Late rows of a causal triangle have the most keys: start them first. Neighbours share a head's keys in L2.
+    # Late rows of a causal triangle have the most keys: start them first. Neighbours share a
+    # head's keys in L2.
     i0 = (row_blocks - 1 - tl.program_id(0) % row_blocks) * BM
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     shift = Tk - Tq
@@ -105,7 +110,7 @@ def forward_kernel(
                 )
                 s = tl.where(visible, s, -INFINITY)
             m_new = tl.maximum(m, tl.max(s, 1) * factor)
-            # A row that has met no key yet: subtract 0, so that its weights are exp2(-inf) = 0, not NaN.
+            # A row that has met no key yet: subtract 0, so that its weights are exp2(-inf) = 0.
             m_used = tl.where(m_new == -INFINITY, 0.0, m_new)
             p = tl.exp2(s * factor - m_used[:, None])
             rescale = tl.exp2(m - m_used)

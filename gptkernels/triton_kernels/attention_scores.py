@@ -1,10 +1,12 @@
-"""Device helpers that the attention kernels share: which keys a row of queries sees, and scores from products.
+"""Device helpers that the attention kernels share: which keys a row sees, and its scores.
 
-Query i stands at position i + shift among the keys, shift = Tk - Tq (bottom-right alignment). It sees key j when
+Query i stands at position i + shift among the keys, shift = Tk - Tq (bottom-right alignment). It
+sees key j when
     position - left <= j <= position + right   and   j < kv_len,
 where an absent bound is compiled away (HAS_LEFT, HAS_RIGHT; causal is right = 0).
 
-    s = scale * q.k;   softcap * tanh(s / softcap);   - slope * |position - j|;   all in units of log2(e), for exp2
+    s = scale * q.k;   softcap * tanh(s / softcap);   - slope * |position - j|
+all in units of log2(e), for exp2.
 """
 
 import triton
@@ -27,9 +29,10 @@ def key_ranges(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
-    """Keys that the rows i0 <= i < min(i0 + BM, i1) need: (lo, full_lo, full_hi, hi); lo and the middle two on multiples of BN.
+    """Keys that the rows i0 <= i < min(i0 + BM, i1) need: (lo, full_lo, full_hi, hi), all but hi
+    multiples of BN.
 
-    Blocks from full_lo to full_hi are seen whole by every row and need no mask; those before and after do.
+    Blocks from full_lo to full_hi are seen whole by every row and need no mask; the others do.
     """
     lo = 0
     full_lo = 0
@@ -57,7 +60,7 @@ def query_ranges(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
-    """Rows that see some of the keys j0 <= j < j0 + BN: (lo, full_lo, full_hi, hi) as in key_ranges, multiples of BM."""
+    """Rows that see some of the keys j0 <= j < j0 + BN, as in key_ranges with multiples of BM."""
     lo = 0
     full_lo = 0
     hi = Tq
@@ -68,7 +71,8 @@ def query_ranges(
     if HAS_LEFT:
         hi = tl.minimum(hi, tl.minimum(j0 + BN, kv_len) - shift + left)
         full_hi = tl.minimum(full_hi, tl.maximum(j0 - shift + left + 1, 0) // BM * BM)
-    # A block of keys that reaches past the length needs its mask in every row; one wholly past it is seen by none.
+    # Keys that reach past the length need their mask in every row; those wholly past it are seen
+    # by none.
     if j0 + BN > kv_len:
         full_lo = tl.cdiv(Tq, BM) * BM
     if j0 >= kv_len:
@@ -78,7 +82,7 @@ def query_ranges(
 
 @triton.jit
 def sees(rows, cols, shift, left, right, kv_len, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Whether each row sees each column; rows and cols broadcast to the tile, whichever way it lies."""
+    """Whether each row sees each column; rows and cols broadcast to a tile, either way round."""
     visible = cols < kv_len + rows * 0
     if HAS_RIGHT:
         visible = visible & (cols <= rows + (shift + right))
@@ -100,9 +104,10 @@ def scores(
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
 ):
-    """(s, d): scores in units of log2(e), and d = ds/d(scale * product), which is 1 without a softcap.
+    """(s, d): scores in units of log2(e), and d = ds / d(scale * product), 1 without a softcap.
 
-    Not SCALED: the product itself comes back and the caller folds scale * log2(e) into its exp2 as one multiply-add.
+    Not SCALED: the product itself comes back, and the caller folds scale * log2(e) into its exp2 as
+    one multiply-add.
     """
     if SCALED:
         if SOFTCAP:
@@ -122,14 +127,13 @@ def scores(
 
 @triton.jit
 def _tanh(x):
-    # 2 sigmoid(2x) - 1 cancels near zero, where scores usually are: there the odd Taylor polynomial, good to 2e-8.
+    # 2 sigmoid(2x) - 1 cancels near zero, where scores usually are: there Lambert's continued
+    # fraction, cut off where its error is below 1e-9. Beyond, little is subtracted from 1.
     x2 = x * x
-    near = -0.008863235529902197 * x2 + 0.021869488536155203
-    near = near * x2 - 0.05396825396825397
-    near = near * x2 + 0.13333333333333333
-    near = near * x2 - 0.3333333333333333
-    near = near * x2 * x + x
-    return tl.where(tl.abs(x) < 0.35, near, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+    over = ((x2 + 378.0) * x2 + 17325.0) * x2 + 135135.0
+    under = ((28.0 * x2 + 3150.0) * x2 + 62370.0) * x2 + 135135.0
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 1.0, x * (over / under), tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
