@@ -1,15 +1,16 @@
-"""Speed of `gptkernels.attention` against eager PyTorch.
+"""Speed of `gptkernels.attention` against eager PyTorch, F.scaled_dot_product_attention.
 
-Both sides get the same tensors. Forward is two products of 2 B H T T D operations each, halved
-where causal; backward counts two and a half times that. Bytes, in tensors (B, T, H, D):
+Both sides get the same tensors. Forward is two products, each of 2 B H Tq Tk D operations, and
+backward five (the scores once more); a causal mask leaves half of them. Bytes, in tensors:
 
     forward                read q, k, v; write out
-    + backward             read q, k, v, out, dout; write dq, dk, dv
+    + backward             read dout, q, k, v, out; write dq, dk, dv
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +22,48 @@ from gptkernels import baseline
 from .timing import BASELINE, Case, untimeable
 from .timing import rows as timed_rows
 
-# (batch, tokens, heads, key heads, head width): GPT-2, a 7B model, grouped heads at length.
-_GPU_SHAPES = ((8, 1024, 12, 12, 64), (2, 4096, 32, 32, 128), (1, 8192, 64, 8, 128))
-_CPU_SHAPES = ((1, 256, 12, 12, 64), (1, 256, 12, 4, 64))
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of one self-attention and what it sees."""
+
+    batch: int
+    tokens: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    causal: bool = True
+    window: int | None = None  # keys to the left
+
+    def __str__(self) -> str:
+        heads = f"H{self.heads}" + (f"/{self.key_heads}" if self.key_heads != self.heads else "")
+        sees = ("causal" if self.causal else "full") + (
+            f" window {self.window}" if self.window else ""
+        )
+        return f"B{self.batch} T{self.tokens} {heads} D{self.head_dim} {sees}"
+
+    @property
+    def pairs(self) -> float:
+        """Queries times the keys that each sees, per head of one batch entry."""
+        T = self.tokens
+        if self.window is not None and self.window < T:
+            return (self.window + 1) * (T - self.window / 2)
+        return T * T / (2 if self.causal else 1)
+
+
+# GPT-2's training batch; a model of 64 heads on 8, long; a window; a bidirectional encoder.
+_GPU_SHAPES = (
+    _Shape(8, 1024, 12, 12, 64),
+    _Shape(2, 4096, 64, 8, 128),
+    _Shape(1, 16384, 32, 8, 128),
+    _Shape(1, 16384, 32, 8, 128, window=1024),
+    _Shape(16, 512, 12, 12, 64, causal=False),
+    _Shape(2, 4096, 16, 16, 256),
+)
+_CPU_SHAPES = (
+    _Shape(1, 512, 12, 12, 64),
+    _Shape(1, 512, 8, 2, 64, window=64),
+)
 
 
 def rows(
@@ -34,39 +74,39 @@ def rows(
 
 
 def cases(device: torch.device | str, impls: Sequence[str], quick: bool = False) -> Iterator[Case]:
-    """Every shape and direction, causal and not; `quick`: one shape, causal."""
+    """Every shape, dtype and direction; `quick`: the first shape only."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    for shape in (_GPU_SHAPES if on_gpu else _CPU_SHAPES)[: 1 if quick else None]:
-        for causal in (True,) if quick else (True, False):
+    shapes = _GPU_SHAPES if on_gpu else _CPU_SHAPES
+    for shape in shapes[: 1 if quick else None]:
+        for dtype in (torch.bfloat16,) if on_gpu else (torch.float32,):
             for backward in (False, True):
-                yield _case(device, impls, shape, dtype, causal=causal, backward=backward)
+                yield _case(device, impls, shape, dtype, backward=backward)
 
 
 def _case(
     device: torch.device,
     impls: Sequence[str],
-    shape: tuple[int, int, int, int, int],
+    shape: _Shape,
     dtype: torch.dtype,
     *,
-    causal: bool,
     backward: bool,
 ) -> Case:
-    batch, tokens, heads, key_heads, width = shape
-    generator = torch.Generator().manual_seed(0)
+    B, T, H, Hk, D = shape.batch, shape.tokens, shape.heads, shape.key_heads, shape.head_dim
+    generator = torch.Generator(device).manual_seed(0)
 
-    def draw(heads: int) -> Tensor:
-        values = torch.randn(batch, tokens, heads, width, generator=generator)
-        return values.to(device=device, dtype=dtype)
+    def draw(*size: int) -> Tensor:
+        values = torch.randn(*size, generator=generator, device=device)
+        return values.to(dtype).requires_grad_(backward)
 
-    q, k, v = (draw(n).requires_grad_(backward) for n in (heads, key_heads, key_heads))
-    cotangent = draw(heads)
+    tensors = (draw(B, T, H, D), draw(B, T, Hk, D), draw(B, T, Hk, D))
+    cotangent = draw(B, T, H, D).detach()
+    window = None if shape.window is None else (shape.window, 0)
 
     def call(attention: Callable[..., Any], **options: Any) -> Callable[[], Any]:
         def run() -> Any:
-            out = attention(q, k, v, causal=causal, **options)
-            return torch.autograd.grad(out, (q, k, v), cotangent) if backward else out
+            out = attention(*tensors, causal=shape.causal, window=window, **options)
+            return torch.autograd.grad(out, tensors, cotangent) if backward else out
 
         return run
 
@@ -78,16 +118,17 @@ def _case(
             candidates[impl] = call(gptkernels.attention, impl=impl)
         else:
             skipped[impl] = reason
-    products = 4 * batch * heads * tokens * tokens * width * (3.5 if backward else 1.0)
-    # q, out and dout are as large, k and v smaller where heads share them.
-    tensors = (6 * q.numel() + 6 * k.numel()) if backward else 2 * (q.numel() + k.numel())
+    rows_q, rows_k = B * T * H * D, B * T * Hk * D
+    elements = 2 * rows_q + 2 * rows_k
+    if backward:
+        elements += 4 * rows_q + 4 * rows_k  # dout, q, out, dq; k, v, dk, dv
     return Case(
         op="attention",
-        shape=f"B{batch} T{tokens} H{heads}/{key_heads} D{width}{' causal' if causal else ''}",
+        shape=str(shape),
         dtype=dtype,
         direction="forward+backward" if backward else "forward",
         candidates=candidates,
-        bytes_moved=tensors * q.element_size(),
-        flops=int(products / 2 if causal else products),
+        bytes_moved=elements * dtype.itemsize,
+        flops=round((7 if backward else 2) * 2 * B * H * shape.pairs * D),
         skipped=skipped,
     )

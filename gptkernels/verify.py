@@ -69,6 +69,15 @@ def _mlp(randn: Randn, *sizes: int) -> dict[str, Any]:
     )
 
 
+def _qkv(
+    randn: Randn, B: int, Tq: int, Tk: int, H: int, Hk: int, D: int, *lengths: int
+) -> dict[str, Any]:
+    """attention's inputs, with key_lengths where they are given."""
+    q, k, v = randn(B, Tq, H, D), randn(B, Tk, Hk, D), randn(B, Tk, Hk, D)
+    ends = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    return dict(q=q, k=k, v=v) | (dict(key_lengths=ends) if lengths else {})
+
+
 CASES: tuple[Case, ...] = (
     Case(
         "layer_norm",
@@ -96,6 +105,33 @@ CASES: tuple[Case, ...] = (
         "C 9001, dropout",
         lambda randn: dict(x=randn(3, 9001), weight=randn(9001), bias=randn(9001)),
         dict(dropout_p=0.1),
+    ),
+    Case(
+        "attention",
+        "causal, T 140, D 64",
+        lambda randn: _qkv(randn, 1, 140, 140, 1, 1, 64),
+        outputs=("out",),
+    ),
+    Case(
+        "attention",
+        "4 heads on 2, Tq 33, Tk 70, window, lse, D 40",
+        lambda randn: _qkv(randn, 1, 33, 70, 4, 2, 40),
+        dict(window=(20, 0), return_lse=True),
+        outputs=("out", "lse"),
+    ),
+    Case(
+        "attention",
+        "not causal, softcap, ALiBi, D 96",
+        lambda randn: _qkv(randn, 1, 40, 40, 2, 2, 96),
+        dict(causal=False, softcap=5.0, alibi_slopes=(0.25, 0.0625)),
+        outputs=("out",),
+    ),
+    Case(
+        "attention",
+        "key lengths, dropout, D 16",
+        lambda randn: _qkv(randn, 2, 50, 50, 1, 1, 16, 50, 33),
+        dict(dropout_p=0.2),
+        outputs=("out",),
     ),
     Case(
         "gelu_mlp",
