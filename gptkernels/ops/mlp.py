@@ -33,15 +33,15 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "gelu_mlp_fwd", "CompositeExplicitAutograd")
 def _gelu_mlp_fwd(x: Tensor, w1: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *arguments, impl = arguments
+    *inputs, impl = arguments
     with torch.no_grad(), _without_autocast(x):
         match impl:
             case "triton" if x.numel() and w1.numel():  # with a zero size there is nothing to fuse
                 from gptkernels.triton_kernels import mlp as kernels
 
-                return kernels.gelu_mlp_fwd(x, w1, *arguments)
+                return kernels.gelu_mlp_fwd(x, w1, *inputs)
             case "triton" | "torch":
-                return aten.gelu_mlp_fwd(x, w1, *arguments)
+                return aten.gelu_mlp_fwd(x, w1, *inputs)
     raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
 
 
@@ -49,15 +49,15 @@ def _gelu_mlp_fwd(x: Tensor, w1: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
 def _gelu_mlp_bwd(
     dy: Tensor, x: Tensor, w1: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *arguments, impl = arguments
+    *inputs, impl = arguments
     with torch.no_grad(), _without_autocast(x):
         match impl:
             case "triton" if x.numel() and w1.numel():
                 from gptkernels.triton_kernels import mlp as kernels
 
-                return kernels.gelu_mlp_bwd(dy, x, w1, *arguments)
+                return kernels.gelu_mlp_bwd(dy, x, w1, *inputs)
             case "triton" | "torch":
-                return aten.gelu_mlp_bwd(dy, x, w1, *arguments)
+                return aten.gelu_mlp_bwd(dy, x, w1, *inputs)
     raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -270,7 +271,8 @@ def _shared_bytes(device: torch.device) -> int:
     """Shared memory that one thread block may use; under the interpreter there is no limit."""
     if device.type != "cuda":
         return _AMPLE_SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
+    return properties.shared_memory_per_block_optin
 
 
 def gelu_mlp_fwd(
