@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -52,6 +53,7 @@ from gptkernels.ops.choice import unavailable
 # 1.2 million tokens the validation loss was 1.35 with 64 bytes of context and 1.56 with 128.
 _CPU_MODEL = GPTConfig(vocab_size=256, block_size=64, n_layer=4, n_head=4, n_embd=128)
 _GPU_MODEL = GPTConfig(vocab_size=256, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3)
+_CPU_BATCH = 12
 _PROMPT = "The "
 _SAMPLE_TOKENS = 600
 _IMPLS = ("torch", "triton")
@@ -94,18 +96,19 @@ def run(
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     out = Path(out)
     started = time.perf_counter()
-    with _quiet():
+    with _quiet(), _threads(training_device(device)):
         trained = _train(text, out, minutes, device, seed, console)
         sample = _sample(trained.result.model, seed, console)
         twin = _twin(trained, console)
         parity_rows = _parity(trained.device, console)
         speed_rows = _speed(trained, console)
+        environment = report.environment()
     right = all(row["status"] != "fail" for row in [*twin, *parity_rows])
     seconds = time.perf_counter() - started
     content = {
         "passed": right,
         "seconds": seconds,
-        "environment": report.environment(),
+        "environment": environment,
         "device": str(trained.device),
         "text": trained.text,
         "model": dataclasses.asdict(trained.result.model.config),
@@ -132,7 +135,7 @@ def _train(
         # On a CPU the clock ends the run; a GPU would read the text a hundred times by then.
         steps=2000 if on_gpu else 10**6,
         minutes=minutes,
-        batch_size=64 if on_gpu else 12,
+        batch_size=64 if on_gpu else _CPU_BATCH,
         learning_rate=1e-3 if on_gpu else 3e-3,
         warmup_steps=50,
         beta2=0.99,
@@ -151,7 +154,8 @@ def _train(
     else:
         file, named = Path(text), str(text)
     size = len(data.read_text([file]).encode())
-    heading(console, "1. Training", f"on {named}, {size:,} bytes, for {minutes:g} minutes")
+    where = "the GPU" if on_gpu else f"{torch.get_num_threads()} CPU threads"
+    heading(console, "1. Training", f"on {named}, {size:,} bytes, {minutes:g} minutes, {where}")
     (out / "training" / "checkpoint.pt").unlink(missing_ok=True)
     with ProgressBar(console) as bar:
         result = train([file], out / "training", model=model, config=config, observer=bar)
@@ -308,9 +312,9 @@ def _interpreter() -> Iterator[Callable[[], list[Row]]]:
         def finish() -> list[Row]:
             try:
                 _, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+                # What it did not reach although it had the time is as bad as a wrong result.
+                status = "fail"
                 ended = (errors.strip().splitlines() or ["no message"])[-1]
-                # 1 says that a row failed, which the rows say themselves.
-                status = "skipped" if process.returncode in (0, 1) else "fail"
                 reason = f"{_INTERPRETER_COMMAND} ended with {process.returncode}: {ended}"
             except subprocess.TimeoutExpired:
                 status = "skipped"
@@ -414,6 +418,35 @@ def _training_step(trained: _Training) -> timing.Case:
         flops=int(flops * tokens.numel()),
         skipped=skipped,
     )
+
+
+@contextlib.contextmanager
+def _threads(device: torch.device) -> Iterator[None]:
+    """As many CPU threads as PyTorch has, or one where that is faster for a training step.
+
+    Threads wait for each other at every op. Where other programs keep a core busy, two threads
+    were measured twenty times slower than one.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cuda" or threads == 1:
+        yield
+        return
+    model = GPT(_CPU_MODEL)
+    tokens = torch.zeros(_CPU_BATCH, _CPU_MODEL.block_size, dtype=torch.int64)
+    parameters = list(model.parameters())
+
+    def step(count: int) -> None:
+        torch.set_num_threads(count)
+        torch.autograd.grad(model(tokens, tokens), parameters)
+
+    try:
+        timings = timing.compare(
+            {str(n): functools.partial(step, n) for n in (threads, 1)}, min_rounds=7
+        )
+        torch.set_num_threads(int(min(timings, key=lambda name: timings[name].median_s)))
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

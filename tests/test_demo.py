@@ -203,12 +203,13 @@ def test_triton_rows_come_from_an_interpreter_of_its_own(
     monkeypatch.setattr(demo, "_INTERPRETER_ARGUMENTS", fewer)
     with demo._interpreter() as finish:
         rows = finish()
-    measured = [row for row in rows if row["status"] != "skipped"]
-    assert measured
-    assert all(row["status"] == "pass" and row["op"] == "layer_norm" for row in measured)
-    names = ("op", "case", "dtype", "direction")
-    there = {tuple(row[name] for name in names) for row in rows}
-    assert {(case.op, case.name) for case in verify.CASES} <= {key[:2] for key in there}
+    measured = [row for row in rows if row["op"] == "layer_norm" and row["dtype"] == "float32"]
+    assert len(measured) >= 2
+    assert {row["status"] for row in measured} == {"pass"}
+    # It was asked for this op and dtype alone: the demo, which wanted all, misses the others.
+    missed = [row for row in rows if row not in measured]
+    assert {row["status"] for row in missed} == {"fail"}
+    assert {row["op"] for row in missed} == {case.op for case in verify.CASES}
 
 
 def test_an_interpreter_that_takes_too_long_or_dies_is_reported(

@@ -61,8 +61,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 
-def _measured_matmul_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
-    """FLOP per second of the fastest of several (size, size) products on the CPU."""
+def _measured_matmul_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.3) -> float:
+    """FLOP per second of the fastest of many (size, size) products on the CPU.
+
+    Small enough that some run undisturbed between two turns of a busy machine's other programs.
+    """
     # A generator of its own: measuring must not move the numbers that training draws.
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(size, size, generator=generator).to(dtype)
