@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ def _run_aside(version: str, options: argparse.Namespace) -> int:
         print(f"Installing Triton {version} in {folder}", flush=True)
         pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
         partial = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
         installed = subprocess.run([*pip, "--target", str(partial), f"triton=={version}"], cwd=ROOT)
         if installed.returncode:
             print(f"gates: Triton {version} could not be installed in {folder}", file=sys.stderr)

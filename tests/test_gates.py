@@ -129,7 +129,7 @@ class TestFile:
 class TestCommand:
     """In a copy with a cache and a table of its own, from a process that runs the interpreter."""
 
-    ONLY = "layer_norm_bwd_reduce C1024 bf16"
+    ONLY = "gelu_mlp_fwd bf16 tanh 64x64x64"
 
     def run(self, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{folder}:{ROOT}"}
