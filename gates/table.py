@@ -117,9 +117,8 @@ def violations(
         elif resources != committed[key]:
             broken.append(f"{_label(key)}: {resources}, the table has {committed[key]}")
     if complete:
-        broken += [
-            f"{_label(key)}: in the table, but not shipped" for key in committed - found.keys()
-        ]
+        stale = [key for key in committed if key not in found]
+        broken += [f"{_label(key)}: in the table, but not shipped" for key in stale]
         broken += stale_exemptions(table)
     return broken
 
