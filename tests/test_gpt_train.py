@@ -475,10 +475,10 @@ def test_truncated_and_foreign_checkpoints_are_refused_in_one_sentence(
         checkpoint.load(path)
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="truncated, or no checkpoint"):
+        with pytest.raises(ValueError, match="truncated, damaged or not a checkpoint"):
             resume(tmp_path)
     path.write_bytes(b"GIF89a" + bytes(500))
-    with pytest.raises(ValueError, match="truncated, or no checkpoint"):
+    with pytest.raises(ValueError, match="truncated, damaged or not a checkpoint"):
         resume(tmp_path)
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="not a training checkpoint of this package"):
@@ -491,13 +491,30 @@ def test_truncated_and_foreign_checkpoints_are_refused_in_one_sentence(
         resume(tmp_path)
 
 
+def test_a_damaged_or_contradictory_checkpoint_is_refused(
+    finished: tuple[Path, TrainResult], tmp_path: Path
+) -> None:
+    out, _ = finished
+    path = tmp_path / "checkpoint.pt"
+    damaged = bytearray((out / "checkpoint.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF  # in the middle of a tensor
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="truncated, damaged or not a checkpoint"):
+        resume(tmp_path)
+    content = checkpoint.load(out / "checkpoint.pt")
+    content["model_config"]["n_embd"] = 64
+    checkpoint.save(path, content)
+    with pytest.raises(ValueError, match="contradict its model_config"):
+        resume(tmp_path)
+
+
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return (os.mkdir, (str(tmp_path / "ran"),))
 
     torch.save({"format": checkpoint.FORMAT, "model": Evil()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="no checkpoint of this package"):
+    with pytest.raises(ValueError, match="truncated, damaged or not a checkpoint"):
         resume(tmp_path)
     assert not (tmp_path / "ran").exists()
 

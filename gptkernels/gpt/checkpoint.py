@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,28 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """The content of the checkpoint at `path`, tensors on the CPU.
 
-    Raises FileNotFoundError when there is none, and ValueError when the file is truncated, was not
-    written by `save`, or has another version.
+    Raises FileNotFoundError when there is none, and ValueError when the file is truncated or
+    damaged, was not written by `save`, or has another version.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} does not exist")
     try:
+        # torch.load does not look at the sums that torch.save wrote: a flipped bit would train on.
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{damaged} does not have the sum it was written with")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except (
+        zipfile.BadZipFile,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
         raise ValueError(
-            f"checkpoint: {path} cannot be read: it is truncated, or no checkpoint of this package"
+            f"checkpoint: {path} cannot be read, it is truncated, damaged or not a checkpoint"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(

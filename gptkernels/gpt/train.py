@@ -275,8 +275,14 @@ class _Run:
                 f"files: the text of {', '.join(self.files)} is not the text that the run to "
                 "resume was trained on"
             )
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"checkpoint: {self.out / 'checkpoint.pt'} has weights that contradict its "
+                "model_config"
+            ) from error
         self.batches.load_state_dict(content["sampler"])
         self.step = content["step"]
         self.seconds_before = content["seconds"]
