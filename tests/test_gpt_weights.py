@@ -34,6 +34,7 @@ def theirs(**changes: Any) -> Any:
         "bos_token_id": None,
         "eos_token_id": None,
     }
+    torch.manual_seed(0)  # also for a module's fixture, which is made before any test seeds
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**settings, **changes}))
     return randomize(model).eval()
 
@@ -161,6 +162,38 @@ def test_saving_over_a_model_replaces_it(tmp_path: Path) -> None:
 def test_dtype_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
     GPT(CONFIG).to(dtype).save_pretrained(tmp_path)
     assert {p.dtype for p in GPT.from_pretrained(tmp_path).parameters()} == {dtype}
+
+
+def test_norms_may_have_a_dtype_of_their_own(tmp_path: Path) -> None:
+    model = GPT(CONFIG).to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if ".ln_" in name:
+            module.float()
+    model.save_pretrained(tmp_path)
+    back = GPT.from_pretrained(tmp_path)
+    tokens = torch.arange(24).view(1, 24)
+    assert back(tokens).dtype == torch.bfloat16
+    assert torch.equal(back(tokens), model.eval()(tokens))
+
+
+@pytest.mark.parametrize(
+    ("cast", "message"),
+    [
+        (GPT.double, "wte.weight must be float32, bfloat16 or float16, got float64"),
+        (
+            lambda model: model.transformer.wpe.half(),
+            "wpe.weight must have the dtype of transformer.wte.weight, float32, got float16",
+        ),
+    ],
+)
+def test_what_would_not_load_is_not_saved(
+    tmp_path: Path, cast: Callable[[GPT], Any], message: str
+) -> None:
+    model = GPT(CONFIG)
+    cast(model)
+    with pytest.raises(TypeError, match=message):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_failed_save_leaves_the_old_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +340,14 @@ def pickled(content: Any, size: int | None = None) -> Callable[[Path], None]:
     return changed
 
 
+def binary(content: bytes) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(content)
+
+    return changed
+
+
 def sharded(weight_map: Any) -> Callable[[Path], None]:
     def changed(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "shard.safetensors")
@@ -346,7 +387,24 @@ def sharded(weight_map: Any) -> Callable[[Path], None]:
             ValueError,
             "must have shape",
         ),
+        (
+            change("transformer.wte.weight", Tensor.bfloat16),
+            ValueError,
+            r"must have the dtype of transformer\.\S+, (float32|bfloat16), got (float32|bfloat16)",
+        ),
+        (
+            change("transformer.ln_f.bias", Tensor.half),
+            ValueError,
+            r"must have the dtype of transformer\.\S+, (float32|float16), got (float32|float16)",
+        ),
         (pickled([1, 2]), ValueError, "must hold a dictionary of tensors"),
+        (pickled({0: torch.ones(2)}), ValueError, "must hold a dictionary of tensors by name"),
+        (pickled({"wte.weight": 1}), ValueError, "must hold a dictionary of tensors by name"),
+        # A string cut in its length, a text, a list's end where none began: struct.error, KeyError
+        # and IndexError inside the unpickler.
+        (binary(b"\x80\x02X\x05"), ValueError, r"no complete PyTorch file .* alone \(.+\)"),
+        (binary(b"hello\n"), ValueError, r"no complete PyTorch file .* alone \(.+\)"),
+        (binary(b"\x80\x02e."), ValueError, r"no complete PyTorch file .* alone \(.+\)"),
         (pickled({"wte.weight": torch.ones(999)}, 900), ValueError, "no complete PyTorch file"),
         (pickled({"wte.weight": torch.ones(999)}, 1), ValueError, "no complete PyTorch file"),
         (sharded([1]), ValueError, "weight_map must name a file for each tensor"),

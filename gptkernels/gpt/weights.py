@@ -1,10 +1,10 @@
 """Hugging Face GPT-2 folders: config.json beside model.safetensors, to and from a GPT's state_dict.
 
-    theirs                                     ours
-    transformer.h.N.attn.c_attn.weight  (in, out)   transposed: they store x @ W ("Conv1D"),
-    nn.Linear W @ x transformer.* or the bare names             transformer.* lm_head.weight, absent
-    when tied            lm_head.weight = transformer.wte.weight h.N.attn.bias, h.N.attn.masked_bias
-    causal masks of old checkpoints, not weights: ignored
+    theirs                                          ours
+    transformer.* or the bare names                 transformer.*
+    h.N.{attn,mlp}.c_*.weight (in, out), x @ W      transposed: nn.Linear stores (out, in)
+    lm_head.weight, absent when tied                lm_head.weight = transformer.wte.weight
+    h.N.attn.bias, h.N.attn.masked_bias             causal masks of old checkpoints: ignored
 
 Read: model.safetensors, its shards with model.safetensors.index.json, or pytorch_model.bin (sharded
 too), which is never unpickled beyond tensors (weights_only=True). Written: config.json and one
@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.gpt.config import GPTConfig
+from gptkernels.ops.checks import check_same_dtype, check_tensor
 
 _ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 # What GPT2Config assumes for a key that config.json leaves out.
@@ -94,9 +93,11 @@ def read_state(folder: Path, shapes: Mapping[str, torch.Size], bias: bool) -> di
 def write_folder(folder: Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
     """Write config.json and model.safetensors; each is complete before it takes its name.
 
-    Raises OSError where the folder cannot be written.
+    Raises TypeError for dtypes that would not be read back, OSError where the folder cannot be
+    written.
     """
     package = _safetensors()
+    _check_dtypes(state)
     state = {name: tensor.detach() for name, tensor in state.items() if name != _HEAD}
     if not config.bias:
         for name, like in [(n, t) for n, t in state.items() if n.endswith(".weight")]:
@@ -252,19 +253,17 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         # weights_only: a pickle may otherwise run any code it likes.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        zipfile.BadZipFile,
-    ) as error:
-        reason = str(error).strip().split("\n")[0]
+    except OSError:
+        raise
+    except Exception as error:  # broken bytes make the unpickler raise nearly anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} is no complete PyTorch file of tensors alone ({reason})"
         ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise ValueError(f"{path} must hold a dictionary of tensors")
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
+    ):
+        raise ValueError(f"{path} must hold a dictionary of tensors by name")
     return loaded
 
 
@@ -298,16 +297,27 @@ def _check_state(folder: Path, shapes: Mapping[str, torch.Size], state: dict[str
                 f"{folder}: {name} must have shape {tuple(shape)} by config.json, "
                 f"got {tuple(tensor.shape)}"
             )
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"{folder}: {name} must be float32, bfloat16 or float16, "
-                f"got {str(tensor.dtype).removeprefix('torch.')}"
-            )
     unknown = sorted(state.keys() - shapes.keys())
     if unknown:
         raise ValueError(
             f"{folder}: the weights hold {unknown[0]}, which a GPT-2 of this config.json has not"
         )
+    try:
+        _check_dtypes(state)
+    except TypeError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _check_dtypes(state: Mapping[str, Tensor]) -> None:
+    """One dtype for linear layers and embeddings, one for LayerNorms. Raises TypeError.
+
+    The two may differ, as in models that keep their norms in fp32.
+    """
+    first: dict[bool, str] = {}
+    for name, tensor in state.items():
+        check_tensor(name, tensor)
+        other = first.setdefault(".ln_" in name, name)
+        check_same_dtype(name, tensor, other, state[other])
 
 
 def _json_object(path: Path) -> dict[str, Any]:
