@@ -26,23 +26,25 @@ def layer_norm_fwd(
     rng: Tensor | None,
     dropout_p: float,
     eps: float,
-    sum_dtype: torch.dtype,
+    sum_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, s (empty where s is x), mean, rstd; see `triton_kernels.layer_norm` for the formulas and
-    shapes."""
+    """y, s (empty without a sum_dtype: s is x), mean, rstd. Formulas and shapes are in
+    `triton_kernels.layer_norm`."""
     s = x
     if dropout_p > 0:
         s = _dropout(s, rng, dropout_p)
     if residual is not None:
         # Added before rounding: bf16 x and an fp32 residual meet in fp32.
         s = s + residual
-    s = s.to(sum_dtype)
+    if sum_dtype is not None:
+        s = s.to(sum_dtype).contiguous()
     dtype = _layer_norm_dtype(s, weight)
     y, mean, rstd = torch.native_layer_norm(
         s.to(dtype), (x.shape[-1],), _affine(weight, dtype), _affine(bias, dtype), eps
     )
     y = y.to(x.dtype).contiguous()
-    s = torch.empty(0, dtype=sum_dtype, device=x.device) if s is x else s.contiguous()
+    if sum_dtype is None:
+        s = torch.empty(0, dtype=x.dtype, device=x.device)
     return y, s, mean.flatten(), rstd.flatten()
 
 
@@ -57,9 +59,10 @@ def layer_norm_bwd(
     dropout_p: float,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
-    has_bias: bool,
+    weight_gradient: bool,
+    bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual (empty where dx serves for it, or without a residual), dweight, dbias."""
+    """dx, dresidual, dweight, dbias; empty where not asked for (no residual_dtype: dx serves)."""
     dtype = _layer_norm_dtype(s, weight)
     statistics = (*s.shape[:-1], 1)
     ds, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
@@ -69,20 +72,23 @@ def layer_norm_bwd(
         mean.view(statistics),
         rstd.view(statistics),
         _affine(weight, dtype),
-        _affine(weight, dtype) if has_bias else None,
-        (True, True, has_bias),
+        _affine(weight, dtype) if bias_gradient else None,
+        (True, weight_gradient, bias_gradient),
     )
     if dsum is not None:
         ds = ds + dsum
-    split = residual_dtype is not None and (dropout_p > 0 or residual_dtype != x_dtype)
-    dresidual = (
-        ds.to(residual_dtype).contiguous()
-        if split
-        else ds.new_empty(0, dtype=residual_dtype or x_dtype)
-    )
+    dresidual = ds
+    if residual_dtype is None:
+        dresidual = ds.new_empty(0, dtype=x_dtype)
+    elif residual_dtype != ds.dtype:
+        dresidual = ds.to(residual_dtype)
     dx = _dropout(ds, rng, dropout_p) if dropout_p > 0 else ds
-    dbias = dbias.to(weight.dtype) if has_bias else weight.new_empty(0)
-    return dx.to(x_dtype).contiguous(), dresidual, dweight.to(weight.dtype), dbias
+    return (
+        dx.to(x_dtype).contiguous(),
+        dresidual.contiguous(),
+        dweight.to(weight.dtype) if weight_gradient else weight.new_empty(0),
+        dbias.to(weight.dtype) if bias_gradient else weight.new_empty(0),
+    )
 
 
 def _layer_norm_dtype(s: Tensor, weight: Tensor) -> torch.dtype:

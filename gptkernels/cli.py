@@ -128,14 +128,14 @@ def info() -> None:
 @click.option("--op", "ops", multiple=True, help="Operator; may be repeated.")
 @click.option("--dtype", "dtypes", multiple=True, help="float32, bfloat16 or float16; repeatable.")
 @click.option("--device", help="Where to run; a GPU if there is one, else the CPU.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@click.option("--seed", type=int, help="Of the random inputs; new on every run otherwise.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows there too.")
 def verify(
     impls: tuple[str, ...],
     ops: tuple[str, ...],
     dtypes: tuple[str, ...],
     device: str | None,
-    seed: int,
+    seed: int | None,
     path: Path | None,
 ) -> int:
     """Hold every operator to the truth (the formulas in fp64), forward and gradients.
@@ -151,6 +151,7 @@ def verify(
         chosen["ops"] = ops
     if dtypes:
         chosen["dtypes"] = [_dtype(name) for name in dtypes]
+    seed = table.fresh_seed() if seed is None else seed
     rows = table.run(device=None if device is None else _device(device), seed=seed, **chosen)
     counts = dict.fromkeys(_STYLES, 0)
     reasons: list[str] = []
@@ -172,6 +173,7 @@ def verify(
     for number, reason in enumerate(reasons, 1):
         _print(console, f"({number}) {reason}")
     _print(console, ", ".join(f"{count} {status}" for status, count in counts.items()))
+    _print(console, f"--seed {seed} gives the same inputs again")
     return 1 if counts["fail"] else 0
 
 

@@ -83,12 +83,14 @@ def measure(
     """Outputs of `candidate(**inputs)`, and gradients with respect to every floating input,
     against the truth.
 
+    The candidate runs under `poisoned_outputs`.
     `truth` is called on the floating inputs upcast to fp64 (exact). Cotangents are random, drawn
     once from `seed` in each output's dtype. `names` names the outputs, in order. Raises whatever
     the callables raise.
     """
     generator = torch.Generator().manual_seed(seed)
-    results = _run(candidate, inputs, gradients, generator, None)
+    with poisoned_outputs():  # what it allocates in the backward pass too
+        results = _run(candidate, inputs, gradients, generator, None)
     cotangents = results.cotangents
     baselines = _run(baseline, inputs, gradients, generator, cotangents)
     truths = _run(

@@ -43,9 +43,9 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def seed() -> int:
-    """Fresh inputs on every run; the seed is printed with a failure."""
+    """Fresh inputs for every test on every run; the seed is printed with a failure."""
     value = int(os.environ.get("GPTKERNELS_TEST_SEED", "0")) or int.from_bytes(os.urandom(3), "big")
     print(f"GPTKERNELS_TEST_SEED={value} replays this test's inputs")
     torch.manual_seed(value)

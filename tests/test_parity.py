@@ -88,6 +88,35 @@ def test_poison_shows_what_nobody_wrote() -> None:
     assert isinstance(torch.empty, type(torch.zeros))
 
 
+def test_poison_reaches_the_backward_pass() -> None:
+    class _Forgetful(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, dy):
+            return torch.empty_like(dy)
+
+    same = lambda x: x * 1  # noqa: E731
+    with pytest.raises(AssertionError, match="FAIL gradient dx: error inf"):
+        parity.assert_parity(lambda x: _Forgetful.apply(x), same, same, dict(x=torch.randn(5)))
+
+
+def test_table_has_every_op() -> None:
+    assert set(verify.OPS) == {"attention", "gelu_mlp", "layer_norm"}
+
+
+def test_an_exception_fails_its_rows_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("out of resource: shared memory\nsecond line")
+
+    monkeypatch.setattr("gptkernels.verify.measure", broken)
+    rows = list(verify.run(impls=["torch"], ops=["layer_norm"], dtypes=[torch.float32]))
+    assert {row.status for row in rows} == {"fail"}
+    assert rows[0].reason == "RuntimeError: out of resource: shared memory"
+
+
 def test_table_says_why_it_skips() -> None:
     rows = list(verify.run(impls=["cuda"], ops=["layer_norm"], dtypes=[torch.float32]))
     assert rows

@@ -62,3 +62,12 @@ def check_probability(name: str, value: float) -> None:
 def dtype_name(dtype: torch.dtype) -> str:
     """'bfloat16' for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def check_count(name: str, value: int) -> int:
+    """An integer of at least 1, and the value itself. Raises TypeError, ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value

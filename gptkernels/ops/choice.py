@@ -12,11 +12,18 @@ import os
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("cuda", "triton", "torch")
+IMPLEMENTATIONS = ("torch", "triton", "cuda")
 
 # Triton reads the variable when a kernel is decorated, so it cannot change later in a process.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def check_impl(impl: str) -> str:
+    """The name of an implementation, or "auto". Raises ValueError for any other."""
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto', 'cuda', 'triton' or 'torch', got {impl!r}")
+    return impl
 
 
 def choose(impl: str, tensor: Tensor) -> str:
@@ -25,7 +32,7 @@ def choose(impl: str, tensor: Tensor) -> str:
     Raises ValueError for an unknown name, NotImplementedError for a kernel that does not exist
     yet, RuntimeError where an explicit choice cannot run on this machine or tensor.
     """
-    if impl == "auto":
+    if check_impl(impl) == "auto":
         return "torch"
     reason = unavailable(impl, tensor.device.type, tensor.dtype)
     if reason is None:
@@ -50,7 +57,4 @@ def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
                     "or anywhere under TRITON_INTERPRET=1"
                 )
             return None
-        case "cuda":
-            return "the CUDA C++ kernels are not part of this version; use 'triton' or 'torch'"
-        case _:
-            raise ValueError(f"impl must be 'auto', 'cuda', 'triton' or 'torch', got {impl!r}")
+    return "the CUDA C++ kernels are not part of this version; use 'triton' or 'torch'"

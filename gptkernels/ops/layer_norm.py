@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptkernels import aten, philox
+from gptkernels.ops.autocast import without_autocast
 from gptkernels.ops.checks import (
     check_probability,
     check_same_device,
@@ -22,42 +23,42 @@ from gptkernels.reference import sum_dtype
 _LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
 _LIBRARY.define(
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? rng, "
-    "float dropout_p, float eps, ScalarType sum_dtype, str impl) "
+    "float dropout_p, float eps, ScalarType? sum_dtype, str impl) "
     "-> (Tensor y, Tensor s, Tensor mean, Tensor rstd)"
 )
 _LIBRARY.define(
     "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor s, Tensor mean, Tensor rstd, "
     "Tensor weight, Tensor? rng, float dropout_p, ScalarType x_dtype, ScalarType? residual_dtype, "
-    "bool has_bias, str impl) "
+    "bool weight_gradient, bool bias_gradient, str impl) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
 
 
 @torch.library.impl(_LIBRARY, "layer_norm_fwd", "CompositeExplicitAutograd")
-def _layer_norm_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _layer_norm_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *arguments, impl = arguments
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(x):
         match impl:
             case "triton":
                 from gptkernels.triton_kernels import layer_norm as kernels
 
-                return kernels.layer_norm_fwd(*arguments)
+                return kernels.layer_norm_fwd(x, *arguments)
             case "torch":
-                return aten.layer_norm_fwd(*arguments)
+                return aten.layer_norm_fwd(x, *arguments)
     raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.impl(_LIBRARY, "layer_norm_bwd", "CompositeExplicitAutograd")
-def _layer_norm_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _layer_norm_bwd(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *arguments, impl = arguments
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(dy):
         match impl:
             case "triton":
                 from gptkernels.triton_kernels import layer_norm as kernels
 
-                return kernels.layer_norm_bwd(*arguments)
+                return kernels.layer_norm_bwd(dy, *arguments)
             case "torch":
-                return aten.layer_norm_bwd(*arguments)
+                return aten.layer_norm_bwd(dy, *arguments)
     raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
 
 
@@ -70,15 +71,13 @@ def _layer_norm_fwd_fake(
     rng: Tensor | None,
     dropout_p: float,
     eps: float,
-    sum_dtype: torch.dtype,
+    sum_dtype: torch.dtype | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    has_sum = residual is not None or dropout_p > 0 or sum_dtype != x.dtype
-    statistics = x.new_empty(rows, dtype=torch.float32)
+    statistics = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     return (
         x.new_empty(x.shape),
-        x.new_empty(x.shape if has_sum else (0,), dtype=sum_dtype),
+        x.new_empty((0,) if sum_dtype is None else x.shape, dtype=sum_dtype or x.dtype),
         statistics,
         torch.empty_like(statistics),
     )
@@ -96,15 +95,15 @@ def _layer_norm_bwd_fake(
     dropout_p: float,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
-    has_bias: bool,
+    weight_gradient: bool,
+    bias_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    split = residual_dtype is not None and (dropout_p > 0 or residual_dtype != x_dtype)
     return (
         s.new_empty(s.shape, dtype=x_dtype),
-        s.new_empty(s.shape if split else (0,), dtype=residual_dtype or x_dtype),
-        weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape if has_bias else (0,)),
+        s.new_empty((0,) if residual_dtype is None else s.shape, dtype=residual_dtype or x_dtype),
+        weight.new_empty(weight.shape if weight_gradient else (0,)),
+        weight.new_empty(weight.shape if bias_gradient else (0,)),
     )
 
 
@@ -125,18 +124,15 @@ class _LayerNorm(torch.autograd.Function):
         rng: Tensor | None,
         dropout_p: float,
         eps: float,
-        sum_dtype: torch.dtype,
+        sum_dtype: torch.dtype | None,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         y, s, mean, rstd = _fwd(x, weight, bias, residual, rng, dropout_p, eps, sum_dtype, impl)
-        ctx.save_for_backward(s if s.shape == x.shape else x, mean, rstd, weight, rng)
-        ctx.options = (
-            dropout_p,
-            x.dtype,
-            None if residual is None else residual.dtype,
-            bias is not None,
-            impl,
-        )
+        ctx.save_for_backward(x if sum_dtype is None else s, mean, rstd, weight, rng)
+        ctx.dropout_p, ctx.x_dtype, ctx.impl = dropout_p, x.dtype, impl
+        # A gradient of its own only where dropout or a dtype tells it from x's.
+        split = residual is not None and (dropout_p > 0 or residual.dtype != x.dtype)
+        ctx.residual_dtype = residual.dtype if split else None
         ctx.set_materialize_grads(False)
         return y, s
 
@@ -144,19 +140,25 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         s, mean, rstd, weight, rng = ctx.saved_tensors
-        dropout_p, x_dtype, residual_dtype, has_bias, impl = ctx.options
+        _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
         if dsum is not None and dsum.shape != s.shape:
             dsum = None  # torch.compile sends zeros for the empty s that stood for x
         if dy is None:  # only s was used
-            dy = torch.zeros(s.shape, dtype=x_dtype, device=s.device)
+            dy = torch.zeros(s.shape, dtype=ctx.x_dtype, device=s.device)
+        residual_dtype = ctx.residual_dtype if need_residual else None
         dx, dresidual, dweight, dbias = _bwd(
-            dy, dsum, s, mean, rstd, weight, rng, dropout_p, x_dtype, residual_dtype, has_bias, impl
-        )
+            dy, dsum, s, mean, rstd, weight, rng, ctx.dropout_p, ctx.x_dtype, residual_dtype,
+            need_weight, need_bias, ctx.impl,
+        )  # fmt: skip
         if residual_dtype is None:
-            dresidual = None
-        elif dresidual.shape != dx.shape:
             dresidual = dx
-        return dx, dweight, dbias if has_bias else None, dresidual, None, None, None, None, None
+        return (
+            dx,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            dresidual if need_residual else None,
+            *(None,) * 5,
+        )
 
 
 def layer_norm(
@@ -206,12 +208,13 @@ def layer_norm(
     impl = choose(impl, x)
     rng = philox.draw(x.device) if dropout_p > 0 else None
     dtype = sum_dtype(x, residual, residual_in_fp32)
+    is_x = residual is None and dropout_p == 0 and dtype == x.dtype
     y, s = _LayerNorm.apply(
-        x, weight, bias, residual, rng, float(dropout_p), float(eps), dtype, impl
+        x, weight, bias, residual, rng, float(dropout_p), float(eps), None if is_x else dtype, impl
     )
     if not prenorm:
         return y
-    return y, s if residual is not None or dropout_p > 0 or dtype != x.dtype else x
+    return y, x if is_x else s
 
 
 def _check(
