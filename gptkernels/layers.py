@@ -17,13 +17,13 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from gptkernels.ops.attention import attention
-from gptkernels.ops.choice import IMPLEMENTATIONS
+from gptkernels.ops.attention import MAX_HEAD_DIM, _bounds, attention
+from gptkernels.ops.checks import check_count, check_probability, check_tensor
+from gptkernels.ops.choice import check_impl
 from gptkernels.ops.layer_norm import layer_norm
 from gptkernels.ops.mlp import gelu_mlp
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_MAX_HEAD_DIM = 256
 
 
 class _Fused(nn.Module):
@@ -38,7 +38,7 @@ class _Fused(nn.Module):
 
     @impl.setter
     def impl(self, impl: str) -> None:
-        self._impl = _checked_impl(impl)
+        self._impl = check_impl(impl)
 
 
 def set_impl(model: _Model, impl: str) -> _Model:
@@ -46,7 +46,7 @@ def set_impl(model: _Model, impl: str) -> _Model:
 
     Raises ValueError for an unknown implementation, and for a model without any fused layer.
     """
-    _checked_impl(impl)
+    check_impl(impl)
     layers = [module for module in model.modules() if isinstance(module, _Fused)]
     if not layers:
         raise ValueError(
@@ -61,13 +61,15 @@ class LayerNorm(_Fused):
     """LayerNorm over the last dimension; dropout and residual add before it are in the same op.
 
     Parameters: weight (d_model,), bias (d_model,) or None. Ba, Kiros, Hinton, "Layer
-    Normalization", 2016.
+    Normalization", 2016. Raises ValueError for an eps that is not positive.
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
+        if not eps > 0:
+            raise ValueError(f"eps must be positive, got {eps}")
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(_count("d_model", d_model)))
+        self.weight = nn.Parameter(torch.ones(check_count("d_model", d_model)))
         self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
 
     def forward(
@@ -117,8 +119,8 @@ class MLP(_Fused):
         super().__init__()
         if approximate not in ("tanh", "none"):
             raise ValueError(f"approximate must be 'tanh' or 'none', got {approximate!r}")
-        _count("d_model", d_model)
-        _count("d_inner", d_inner)
+        check_count("d_model", d_model)
+        check_count("d_inner", d_inner)
         self.approximate = approximate
         self.c_fc = nn.Linear(d_model, d_inner, bias=bias)
         self.c_proj = nn.Linear(d_inner, d_model, bias=bias)
@@ -144,26 +146,33 @@ class KVCache:
     """Keys and values of the tokens that an attention layer has seen, in buffers of fixed size.
 
     The buffers (B, max_tokens, Hk, D) are allocated at the first append, from the shape, dtype and
-    device of what is appended. Not for training: what is appended is copied, without gradients.
+    device of what is appended. For inference alone: no gradient passes through the copies.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = _count("max_tokens", max_tokens)
+        self.max_tokens = check_count("max_tokens", max_tokens)
         self.length = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, T, Hk, D); return views of all so far, (B, length, Hk, D) each.
-
-        Raises ValueError when more than max_tokens would be held, or if B, Hk or D changes.
-        """
-        batch, tokens, heads, width = k.shape
+    def check_room(self, tokens: int) -> None:
+        """Raise ValueError when so many more tokens would be more than max_tokens."""
         if self.length + tokens > self.max_tokens:
             raise ValueError(
                 f"the cache must hold at most max_tokens={self.max_tokens} tokens, "
                 f"got {tokens} after {self.length}"
             )
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, T, Hk, D); return views of all so far, (B, length, Hk, D) each.
+
+        Raises ValueError when more than max_tokens would be held, or if B, Hk or D changes, and
+        RuntimeError where k or v would have to pass on a gradient.
+        """
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise RuntimeError("a KVCache is for inference: call the model under torch.no_grad()")
+        batch, tokens, heads, width = k.shape
+        self.check_room(tokens)
         if self._keys is None or self._values is None:
             self._keys = k.new_empty(batch, self.max_tokens, heads, width)
             self._values = v.new_empty(batch, self.max_tokens, heads, width)
@@ -174,8 +183,8 @@ class KVCache:
                 f"{(first_batch, *first_rest)}, got {(batch, heads, width)}"
             )
         start, self.length = self.length, self.length + tokens
-        self._keys[:, start : self.length] = k.detach()
-        self._values[:, start : self.length] = v.detach()
+        self._keys[:, start : self.length] = k
+        self._values[:, start : self.length] = v
         return self._keys[:, : self.length], self._values[:, : self.length]
 
 
@@ -190,7 +199,8 @@ class CausalSelfAttention(_Fused):
     right) limits each token to so many neighbours, as in `gptkernels.attention`. `dropout` falls on
     the attention weights.
 
-    Raises ValueError for widths that do not divide, D over 256, or a dropout outside 0...1.
+    Raises ValueError for widths that do not divide, D over 256, a dropout outside 0...1, or a
+    window that is no pair of bounds.
     """
 
     def __init__(
@@ -204,24 +214,14 @@ class CausalSelfAttention(_Fused):
     ) -> None:
         super().__init__()
         n_kv_head = n_head if n_kv_head is None else n_kv_head
-        for name, value in (("d_model", d_model), ("n_head", n_head), ("n_kv_head", n_kv_head)):
-            _count(name, value)
-        if d_model % n_head:
-            raise ValueError(
-                f"n_head must divide d_model, got d_model={d_model} and n_head={n_head}"
-            )
-        if n_head % n_kv_head:
+        self.head_dim = head_width("d_model", d_model, n_head)
+        if n_head % check_count("n_kv_head", n_kv_head):
             raise ValueError(
                 f"n_kv_head must divide n_head, got n_head={n_head} and n_kv_head={n_kv_head}"
             )
-        if d_model // n_head > _MAX_HEAD_DIM:
-            raise ValueError(
-                f"the head width d_model / n_head must be at most {_MAX_HEAD_DIM}, "
-                f"got {d_model} / {n_head} = {d_model // n_head}"
-            )
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must lie in 0...1, got {dropout}")
-        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, d_model // n_head
+        check_probability("dropout", dropout)
+        _bounds(True, window)  # its errors, here rather than at the first call
+        self.n_head, self.n_kv_head = n_head, n_kv_head
         self.dropout = dropout
         self.window = window
         self.c_attn = nn.Linear(d_model, (n_head + 2 * n_kv_head) * self.head_dim, bias=bias)
@@ -231,8 +231,14 @@ class CausalSelfAttention(_Fused):
         """x (B, T, d_model) -> (B, T, d_model).
 
         With a cache, x continues the tokens that the cache holds: their keys and values are seen
-        too, and those of x are added. Errors are those of `gptkernels.attention`.
+        too, and those of x are added. Raises TypeError or ValueError for another x, and what
+        `KVCache.append` and `gptkernels.attention` raise.
         """
+        check_tensor("x", x)
+        if x.dim() != 3 or x.shape[-1] != self.c_attn.in_features:
+            raise ValueError(
+                f"x must have shape (B, T, {self.c_attn.in_features}), got {tuple(x.shape)}"
+            )
         heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim))
         # Views: the op reads any strides with a unit last one, so nothing is copied or transposed.
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
@@ -257,16 +263,19 @@ class CausalSelfAttention(_Fused):
         )
 
 
-def _checked_impl(impl: str) -> str:
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        wanted = ", ".join(repr(name) for name in ("auto", *IMPLEMENTATIONS))
-        raise ValueError(f"impl must be one of {wanted}, got {impl!r}")
-    return impl
+def head_width(name: str, width: int, n_head: int) -> int:
+    """Width of one of `n_head` heads that divide `width`, the argument called `name`.
 
-
-def _count(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    Raises TypeError and ValueError for what is no count, does not divide, or gives a head wider
+    than attention runs.
+    """
+    check_count(name, width)
+    check_count("n_head", n_head)
+    if width % n_head:
+        raise ValueError(f"n_head must divide {name}, got {name}={width} and n_head={n_head}")
+    if width // n_head > MAX_HEAD_DIM:
+        raise ValueError(
+            f"the head width {name} / n_head must be at most {MAX_HEAD_DIM}, "
+            f"got {width} / {n_head} = {width // n_head}"
+        )
+    return width // n_head

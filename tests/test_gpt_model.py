@@ -5,6 +5,7 @@ import dataclasses
 import math
 import runpy
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkernels import GPT, GPTConfig, baseline, philox, reference
+from gptkernels.layers import KVCache
 from gptkernels.ops.choice import unavailable
 from gptkernels.parity import K_FORWARD, K_GRADIENT, assert_parity, compare
 
@@ -90,8 +92,9 @@ def test_published_sizes(name: str, count: int) -> None:
         ({"layer_norm_eps": 0.0}, ValueError, r"layer_norm_eps must be positive .* got 0\.0"),
         ({"layer_norm_eps": math.nan}, ValueError, "layer_norm_eps must be positive .* got nan"),
         ({"layer_norm_eps": "1"}, TypeError, "layer_norm_eps must be a number, got '1'"),
-        ({"dropout": 1.1}, ValueError, r"dropout must lie in 0\.\.\.1, got 1\.1"),
-        ({"dropout": math.nan}, ValueError, r"dropout must lie in 0\.\.\.1, got nan"),
+        ({"dropout": 1.1}, ValueError, r"dropout must be between 0 and 1, got 1\.1"),
+        ({"dropout": math.nan}, ValueError, "dropout must be between 0 and 1, got nan"),
+        ({"dropout": "0"}, TypeError, "dropout must be a number, got '0'"),
         ({"bias": 1}, TypeError, "bias must be True or False, got 1"),
     ],
 )
@@ -122,12 +125,14 @@ def test_unknown_name_and_frozen() -> None:
     bias=st.booleans(),
     eps=st.sampled_from([1e-5, 0.1]),
     T=st.integers(1, 16),
+    seed=st.integers(0, 2**32),
 )
 def test_logits_and_gradients_are_those_of_the_plain_gpt(
-    dtype: torch.dtype, n_head: int, width: int, eps: float, T: int, **fields: Any
+    dtype: torch.dtype, n_head: int, width: int, eps: float, T: int, seed: int, **fields: Any
 ) -> None:
+    torch.manual_seed(seed)
     config = GPTConfig(29, 16, 2, n_head, n_head * width, layer_norm_eps=eps, **fields)
-    tokens, _ = batch(config, 2, T)
+    tokens, _ = batch(config, 2, T, seed)
     twin = with_parameters(plain_gpt.PlainGPT(config), tokens)
     assert_parity(with_parameters(GPT(config), tokens), twin, twin, parameters(config, dtype))
 
@@ -300,7 +305,7 @@ def test_set_impl_reaches_every_layer() -> None:
     layers = [module for module in model.modules() if hasattr(module, "impl")]
     assert len(layers) == 2 * 4 + 1
     assert {layer.impl for layer in layers} == {"torch"}
-    with pytest.raises(ValueError, match="impl must be one of"):
+    with pytest.raises(ValueError, match="impl must be 'auto', 'cuda', 'triton' or 'torch'"):
         model.set_impl("fast")
 
 
@@ -324,19 +329,47 @@ def test_the_model_compiles_whole() -> None:
 
 
 def test_tokens_may_continue_what_caches_hold() -> None:
-    from gptkernels.layers import KVCache
-
     model = GPT(SMALL).eval()
     tokens, _ = batch(SMALL)
     caches = [KVCache(16) for _ in range(SMALL.n_layer)]
-    parts = [model(part, caches=caches) for part in tokens.split([5, 1, 10], dim=1)]
+    with torch.no_grad():
+        parts = [model(part, caches=caches) for part in tokens.split([5, 1, 10], dim=1)]
     twin = with_parameters(plain_gpt.PlainGPT(SMALL), tokens)
     named = {n.replace(".", "__"): p.detach() for n, p in model.named_parameters()}
     assert_parity(lambda **_: torch.cat(parts, dim=1), twin, twin, named, gradients=False)
     with pytest.raises(ValueError, match="fit into block_size=16, got T=1 after 16 in the cache"):
         model(tokens[:, :1], caches=caches)
-    with pytest.raises(ValueError, match="one for each of the 2 blocks, got 1"):
-        model(tokens[:, :1], caches=caches[:1])
+    with pytest.raises(RuntimeError, match="a KVCache is for inference"):
+        model(tokens, caches=[KVCache(16), KVCache(16)])
+
+
+def filled(*lengths: int, room: int = 16) -> list[KVCache]:
+    """One cache for each length, holding so many tokens of SMALL."""
+    caches = [KVCache(room) for _ in lengths]
+    for cache, length in zip(caches, lengths, strict=True):
+        cache.append(*torch.randn(2, 1, length, SMALL.n_head, SMALL.head_dim))
+    return caches
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: filled(4), "one for each of the 2 blocks .* got 1 different in 1"),
+        (lambda: filled(4) * 2, "one for each .* all different, got 1 different in 2"),
+        (lambda: filled(4, 4, 4), "one for each of the 2 blocks .* got 3 different in 3"),
+        (lambda: filled(4, 0), r"must hold equally many tokens, got lengths \[4, 0\]"),
+        (lambda: filled(4) + filled(4, room=5), "at most max_tokens=5 tokens, got 3 after 4"),
+        (lambda: filled(14, 14, room=20), "fit into block_size=16, got T=3 after 14 in the cache"),
+    ],
+)
+def test_caches_that_do_not_fit_are_left_as_they_were(
+    make: Callable[[], list[KVCache]], message: str
+) -> None:
+    caches, tokens = make(), batch(SMALL, 1, 3)[0]
+    lengths = [cache.length for cache in caches]
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        GPT(SMALL)(tokens, caches=caches)
+    assert [cache.length for cache in caches] == lengths
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from gptkernels.ops.choice import unavailable
 from gptkernels.parity import assert_parity
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SEEDS = st.integers(0, 2**32)
 
 
 class PlainAttention(nn.Module):
@@ -72,10 +74,12 @@ def assert_same_function(module: nn.Module, plain: nn.Module, x: Tensor) -> None
     rows=st.integers(1, 9),
     bias=st.booleans(),
     eps=st.sampled_from([1e-5, 0.1]),
+    seed=SEEDS,
 )
 def test_layer_norm_replaces_pytorchs(
-    dtype: torch.dtype, C: int, rows: int, bias: bool, eps: float
+    dtype: torch.dtype, C: int, rows: int, bias: bool, eps: float, seed: int
 ) -> None:
+    torch.manual_seed(seed)
     plain = nn.LayerNorm(C, eps=eps, bias=bias)
     assert_same_function(LayerNorm(C, eps, bias), plain, torch.randn(rows, 2, C).to(dtype))
 
@@ -87,10 +91,12 @@ def test_layer_norm_replaces_pytorchs(
     rows=st.integers(1, 9),
     bias=st.booleans(),
     approximate=st.sampled_from(["tanh", "none"]),
+    seed=SEEDS,
 )
 def test_mlp_replaces_its_plain_twin(
-    dtype: torch.dtype, C: int, inner: int, rows: int, bias: bool, approximate: str
+    dtype: torch.dtype, C: int, inner: int, rows: int, bias: bool, approximate: str, seed: int
 ) -> None:
+    torch.manual_seed(seed)
     config = plain_gpt.PlainConfig(n_embd=C, n_inner=inner, approximate=approximate, bias=bias)
     x = torch.randn(2, rows, C).to(dtype)
     assert_same_function(MLP(C, inner, bias, approximate), plain_gpt.MLP(config), x)
@@ -103,10 +109,12 @@ def test_mlp_replaces_its_plain_twin(
     width=st.sampled_from([8, 20]),
     T=st.integers(1, 33),
     window=st.sampled_from([None, 2, 5]),
+    seed=SEEDS,
 )
 def test_attention_replaces_its_plain_twin(
-    dtype: torch.dtype, kv_heads: int, group: int, width: int, T: int, window: int | None
+    dtype: torch.dtype, kv_heads: int, group: int, width: int, T: int, window: int | None, seed: int
 ) -> None:
+    torch.manual_seed(seed)
     n_head = kv_heads * group
     pair = None if window is None else (window, 0)
     layer = CausalSelfAttention(n_head * width, n_head, kv_heads, window=pair)
@@ -231,15 +239,18 @@ def test_attention_copies_nothing_on_the_way_in(monkeypatch: pytest.MonkeyPatch)
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
     window=st.sampled_from([None, (3, 0)]),
+    seed=SEEDS,
 )
 def test_attention_in_parts_with_a_cache(
-    lengths: list[int], window: tuple[int, int] | None
+    lengths: list[int], window: tuple[int, int] | None, seed: int
 ) -> None:
+    torch.manual_seed(seed)
     layer = CausalSelfAttention(24, 6, 2, window=window).eval()
     plain = PlainAttention(24, 6, 2, window and window[0])
     plain.load_state_dict(layer.state_dict())
     total = sum(lengths)
 
+    @torch.no_grad()
     def in_parts(x: Tensor) -> Tensor:
         cache = KVCache(total + 2)
         return torch.cat([layer(part, cache) for part in x.split(lengths, dim=1)], dim=1)
@@ -252,6 +263,21 @@ def test_attention_in_parts_with_a_cache(
     assert_parity(in_parts, plain, truth, inputs, gradients=False)
 
 
+def test_a_cache_is_refused_where_gradients_are_tracked() -> None:
+    layer, cache, x = CausalSelfAttention(8, 2), KVCache(4), torch.randn(1, 3, 8)
+    message = r"a KVCache is for inference: call the model under torch\.no_grad\(\)"
+    with pytest.raises(RuntimeError, match=message):
+        layer(x, cache)
+    layer.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=message):
+        layer(x.clone().requires_grad_(), cache)
+    assert cache.length == 0
+    layer(x, cache)  # no gradient to pass on
+    with torch.inference_mode():
+        layer.requires_grad_(True)(x, KVCache(4))
+
+
+@torch.no_grad()
 def test_a_full_cache_is_refused() -> None:
     layer, cache = CausalSelfAttention(8, 2), KVCache(4)
     layer(torch.randn(1, 3, 8), cache)
@@ -272,7 +298,7 @@ def test_impl_is_checked_and_set_throughout() -> None:
     assert [m.impl for m in model if hasattr(m, "impl")] == ["triton"] * 3
     model[0].impl = "torch"
     assert [m.impl for m in model if hasattr(m, "impl")] == ["torch", "triton", "triton"]
-    message = "impl must be one of 'auto', 'cuda', 'triton', 'torch', got 'fast'"
+    message = "impl must be 'auto', 'cuda', 'triton' or 'torch', got 'fast'"
     with pytest.raises(ValueError, match=message):
         model[0].impl = "fast"
     with pytest.raises(ValueError, match=message):
@@ -300,6 +326,8 @@ def test_an_implementation_that_cannot_run_raises(layer: Any) -> None:
     [
         (lambda: LayerNorm(0), ValueError, "d_model must be at least 1, got 0"),
         (lambda: LayerNorm(8.0), TypeError, r"d_model must be an int, got 8\.0"),
+        (lambda: LayerNorm(8, eps=0.0), ValueError, r"eps must be positive, got 0\.0"),
+        (lambda: LayerNorm(8, eps=math.nan), ValueError, "eps must be positive, got nan"),
         (lambda: MLP(8, 0), ValueError, "d_inner must be at least 1, got 0"),
         (lambda: MLP(8, 8, approximate="relu"), ValueError, "approximate must be 'tanh' or 'none'"),
         (
@@ -313,7 +341,32 @@ def test_an_implementation_that_cannot_run_raises(layer: Any) -> None:
         (
             lambda: CausalSelfAttention(8, 2, dropout=1.5),
             ValueError,
-            r"dropout must lie in 0\.\.\.1",
+            r"dropout must be between 0 and 1, got 1\.5",
+        ),
+        (
+            lambda: CausalSelfAttention(8, 2, window=3),
+            ValueError,
+            r"window must be a pair \(left, right\) of integers, got 3",
+        ),
+        (
+            lambda: CausalSelfAttention(8, 2, window=(-2, 0)),
+            ValueError,
+            r"window must be at least 0 on either side, .* got \(-2, 0\)",
+        ),
+        (
+            lambda: CausalSelfAttention(8, 2)(torch.zeros(3, 8)),
+            ValueError,
+            r"x must have shape \(B, T, 8\), got \(3, 8\)",
+        ),
+        (
+            lambda: CausalSelfAttention(8, 2)(torch.zeros(1, 3, 6)),
+            ValueError,
+            r"x must have shape \(B, T, 8\), got \(1, 3, 6\)",
+        ),
+        (
+            lambda: CausalSelfAttention(8, 2)(torch.zeros(1, 3, 8).double()),
+            TypeError,
+            "x must be float32, bfloat16 or float16, got float64",
         ),
         (lambda: KVCache(0), ValueError, "max_tokens must be at least 1, got 0"),
     ],
@@ -339,18 +392,24 @@ def test_autocast_gives_the_dtypes_of_the_plain_twins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "plain"),
+    ("make", "make_plain"),
     [
-        (LayerNorm(24), nn.LayerNorm(24)),
-        (MLP(24, 50), plain_gpt.MLP(plain_gpt.PlainConfig(n_embd=24, n_inner=50))),
+        (lambda: LayerNorm(24), lambda: nn.LayerNorm(24)),
         (
-            CausalSelfAttention(24, 3),
-            plain_gpt.Attention(plain_gpt.PlainConfig(n_embd=24, n_head=3)),
+            lambda: MLP(24, 50),
+            lambda: plain_gpt.MLP(plain_gpt.PlainConfig(n_embd=24, n_inner=50)),
+        ),
+        (
+            lambda: CausalSelfAttention(24, 3),
+            lambda: plain_gpt.Attention(plain_gpt.PlainConfig(n_embd=24, n_head=3)),
         ),
     ],
-    ids=lambda layer: type(layer).__name__,
+    ids=["LayerNorm", "MLP", "CausalSelfAttention"],
 )
-def test_layers_compile_whole(layer: Any, plain: Any) -> None:
+def test_layers_compile_whole(
+    make: Callable[[], nn.Module], make_plain: Callable[[], nn.Module]
+) -> None:
+    layer, plain = make(), make_plain()
     plain.load_state_dict(layer.state_dict())
     truth = copy.deepcopy(plain).double()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_MAX_HEAD_DIM = 256
+from gptkernels.layers import head_width
+from gptkernels.ops.checks import check_count, check_probability
 
 # name: (n_layer, n_head, n_embd); 50,257 tokens of vocabulary and 1,024 of context throughout.
 # Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, table 2.
@@ -48,29 +49,20 @@ class GPTConfig:
     bias: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            _check_count(name, getattr(self, name))
+        for name in ("vocab_size", "block_size", "n_layer"):
+            check_count(name, getattr(self, name))
+        head_width("n_embd", self.n_embd, self.n_head)
         if self.n_inner is not None:
-            _check_count("n_inner", self.n_inner)
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_head must divide n_embd, got n_embd={self.n_embd} and n_head={self.n_head}"
-            )
-        if self.head_dim > _MAX_HEAD_DIM:
-            raise ValueError(
-                f"the head width n_embd / n_head must be at most {_MAX_HEAD_DIM}, "
-                f"got {self.n_embd} / {self.n_head} = {self.head_dim}"
-            )
+            check_count("n_inner", self.n_inner)
         if self.approximate not in ("tanh", "none"):
             raise ValueError(f"approximate must be 'tanh' or 'none', got {self.approximate!r}")
-        _check_number("layer_norm_eps", self.layer_norm_eps)
+        check_number("layer_norm_eps", self.layer_norm_eps)
         if not (0.0 < self.layer_norm_eps < math.inf):
             raise ValueError(
                 f"layer_norm_eps must be positive and finite, got {self.layer_norm_eps}"
             )
-        _check_number("dropout", self.dropout)
-        if not 0.0 <= self.dropout <= 1.0:
-            raise ValueError(f"dropout must lie in 0...1, got {self.dropout}")
+        check_number("dropout", self.dropout)
+        check_probability("dropout", self.dropout)
         if not isinstance(self.bias, bool):
             raise TypeError(f"bias must be True or False, got {self.bias!r}")
 
@@ -97,13 +89,7 @@ class GPTConfig:
         return cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """An int or a float, and no bool. Raises TypeError."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")

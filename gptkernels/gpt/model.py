@@ -103,7 +103,7 @@ class GPT(nn.Module):
         tokens: (B, T) int64, T at most block_size. targets: (B, T) int64; -100 marks a position
         that does not count.
         caches: one `KVCache` for each block; tokens then continue what the caches hold, and are
-        added to them.
+        added to them. Not where gradients are tracked (RuntimeError).
 
         Returns logits (B, T, V); or the mean cross-entropy over the targets that count, a fp32
         scalar. Raises TypeError for tokens or targets that are not int64, and ValueError for a
@@ -120,12 +120,10 @@ class GPT(nn.Module):
 
     def hidden_states(self, tokens: Tensor, *, caches: Sequence[KVCache] | None = None) -> Tensor:
         """What the head reads: (B, T, C), after the final LayerNorm. Otherwise as `forward`."""
-        if caches is not None and len(caches) != self.config.n_layer:
-            raise ValueError(
-                f"caches must be one for each of the {self.config.n_layer} blocks, "
-                f"got {len(caches)}"
-            )
-        self.check_tokens(tokens, 0 if caches is None else caches[0].length)
+        if caches is None:
+            self.check_tokens(tokens)
+        else:
+            self._check_caches(caches, tokens)
         return self.transformer(tokens, caches)
 
     def generate(
@@ -172,8 +170,9 @@ class GPT(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them.
 
-        Each file is complete before it gets its name. Raises OSError where the folder cannot be
-        written.
+        Each file is complete before it gets its name. Raises TypeError, before anything is
+        written, for dtypes that `from_pretrained` would refuse, and OSError where the folder cannot
+        be written.
         """
         weights.write_folder(Path(folder), self.config, self.state_dict())
 
@@ -210,6 +209,20 @@ class GPT(nn.Module):
                 f"got T={tokens.shape[1]}{after}"
             )
         self._check_values("tokens", tokens)
+
+    def _check_caches(self, caches: Sequence[KVCache], tokens: Tensor) -> None:
+        # All of it before the first block adds to its cache: a failure leaves every cache as it was
+        if not len(caches) == len(set(caches)) == self.config.n_layer:
+            raise ValueError(
+                f"caches must be one for each of the {self.config.n_layer} blocks and all "
+                f"different, got {len(set(caches))} different in {len(caches)}"
+            )
+        lengths = [cache.length for cache in caches]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"caches must hold equally many tokens, got lengths {lengths}")
+        self.check_tokens(tokens, lengths[0])
+        for cache in caches:
+            cache.check_room(tokens.shape[1])
 
     def _check_targets(self, targets: Tensor, tokens: Tensor) -> None:
         _check_ids("targets", targets)
