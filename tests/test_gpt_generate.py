@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptkernels import GPT, GPTConfig
-from gptkernels.gpt.generate import generate
+from gptkernels.gpt.generate import _choose, generate
 
 VOCAB, CONTEXT = 50, 24
 
@@ -56,7 +56,23 @@ def test_greedy_takes_the_likeliest(model: GPT) -> None:
     assert torch.equal(text[:, 3:], model(text).argmax(-1)[:, 2:-1])
     assert torch.equal(text, model.generate(prompts(2, 3), 12, top_k=1))
     assert torch.equal(text, model.generate(prompts(2, 3), 12, top_p=1e-9))
-    assert torch.equal(text, model.generate(prompts(2, 3), 12, temperature=1e-40))
+    for tiny in (1e-30, 1e-40, 1e-50, 5e-324):  # normal, subnormal and zero in fp32
+        assert torch.equal(text, model.generate(prompts(2, 3), 12, temperature=tiny))
+
+
+def test_a_top_p_of_one_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Tensor] = []
+
+    def spy(probabilities: Tensor, count: int, **_: Any) -> Tensor:
+        drawn.append(probabilities)
+        return probabilities.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", spy)
+    logits = torch.tensor([[0.0] + [-20.0] * 9])  # the first probability alone sums to 1 in fp32
+    for top_p in (None, 1.0, 0.9):
+        _choose(logits, 1.0, None, top_p, None)
+    assert torch.equal(drawn[0], drawn[1])
+    assert [int(p.count_nonzero()) for p in drawn] == [10, 10, 1]
 
 
 def test_samples_follow_the_distribution(model: GPT) -> None:
@@ -140,10 +156,17 @@ def test_modes_are_restored_and_nothing_is_tracked(model: GPT) -> None:
         (prompts(1, 4), 2, {"temperature": -0.5}, "temperature must be finite and at least 0"),
         (prompts(1, 4), 2, {"temperature": float("inf")}, "temperature must be finite"),
         (prompts(1, 4), 2, {"temperature": float("nan")}, "temperature must be finite"),
-        (prompts(1, 4), 2, {"top_k": 0}, "top_k must be at least 1 or None, got 0"),
+        (prompts(1, 4), 2, {"top_k": 0}, "top_k must be at least 1, got 0"),
         (prompts(1, 4), 2, {"top_p": 0.0}, "top_p must lie above 0 and at most at 1"),
         (prompts(1, 4), 2, {"top_p": 1.5}, "top_p must lie above 0 and at most at 1"),
         (prompts(1, 4), 2, {"eos": 50}, r"eos must lie in 0\.\.\.49 or be None, got 50"),
+        (
+            prompts(1, 4),
+            2,
+            {"seed": 2**64},
+            r"seed must lie in -2\*\*63\.\.\.2\*\*64 - 1 or be",
+        ),
+        (prompts(1, 4), 2, {"seed": -(2**63) - 1}, "seed must lie in"),
         (prompts(1, 4)[0], 2, {}, r"tokens must have shape \(B, T\) with T >= 1, got \(4,\)"),
         (prompts(2, 4)[:, :0], 2, {}, r"tokens must have shape \(B, T\) with T >= 1"),
         (prompts(1, 4) + 60, 2, {}, r"tokens must lie in 0\.\.\.49"),
@@ -154,6 +177,30 @@ def test_bad_input(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(tokens, new, **options)
+
+
+@pytest.mark.parametrize(
+    ("new", "options", "message"),
+    [
+        (2.5, {}, r"max_new_tokens must be an int, got 2\.5"),
+        (True, {}, "max_new_tokens must be an int, got True"),
+        (2, {"temperature": "1"}, "temperature must be a number, got '1'"),
+        (2, {"temperature": None}, "temperature must be a number, got None"),
+        (2, {"top_k": 2.5}, r"top_k must be an int, got 2\.5"),
+        (2, {"top_p": "0.9"}, r"top_p must be a number, got '0\.9'"),
+        (2, {"eos": 2.5}, r"eos must be an int, got 2\.5"),
+        (2, {"seed": 0.5}, r"seed must be an int, got 0\.5"),
+    ],
+)
+def test_wrong_types(model: GPT, new: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        model.generate(prompts(1, 4), new, **options)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_every_seed_of_torch(model: GPT, seed: int) -> None:
+    texts = [model.generate(prompts(2, 3), 15, seed=seed) for _ in range(2)]
+    assert torch.equal(*texts)
 
 
 def test_tokens_must_be_int64(model: GPT) -> None:

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from gptkernels.gpt.config import check_number
 from gptkernels.layers import KVCache
+from gptkernels.ops.checks import check_count
 
 if TYPE_CHECKING:
     from gptkernels.gpt.model import GPT
@@ -52,9 +55,10 @@ def generate(
 
     The model runs in evaluation mode, and is left in the mode it was in. Text past the context is
     refused, not cut: T + max_new_tokens is at most block_size. Raises ValueError for that and for
-    any argument out of range, TypeError for tokens that are not int64.
+    any argument out of range, TypeError for tokens that are not int64 and for any argument of
+    another type.
     """
-    _check(model, tokens, max_new_tokens, temperature, top_k, top_p, eos)
+    _check(model, tokens, max_new_tokens, temperature, top_k, top_p, eos, seed)
     generator = None
     if seed is not None:
         generator = torch.Generator(device=tokens.device).manual_seed(seed)
@@ -90,13 +94,16 @@ def _choose(
     """One id for each row of logits (B, V): (B,) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # Less the largest, so that a tiny temperature gives 0 and -inf, not inf and NaN.
-    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature
+    # Less the largest, so that a tiny temperature gives 0 and -inf, not inf and NaN. In fp64,
+    # divided by a normal number at least: a GPU multiplies by the reciprocal, which would be inf.
+    logits = logits.double()
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    logits = (logits / max(temperature, sys.float_info.min)).float()
     if top_k is not None and top_k < logits.shape[-1]:
         _, kept = logits.topk(top_k)
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
     probabilities = logits.softmax(dim=-1)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # at 1 a rounded sum would cut the tail off
         ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token stays while those before it have not reached top_p; the first always does.
         before = ordered.cumsum(dim=-1) - ordered
@@ -125,9 +132,11 @@ def _check(
     top_k: int | None,
     top_p: float | None,
     eos: int | None,
+    seed: int | None,
 ) -> None:
     model.check_tokens(tokens)
     config = model.config
+    _check_integer("max_new_tokens", max_new_tokens)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if tokens.shape[1] + max_new_tokens > config.block_size:
@@ -135,11 +144,25 @@ def _check(
             f"the prompt and max_new_tokens must fit into block_size={config.block_size} together, "
             f"got {tokens.shape[1]} + {max_new_tokens}"
         )
+    check_number("temperature", temperature)
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must lie above 0 and at most at 1, or be None, got {top_p}")
-    if eos is not None and not 0 <= eos < config.vocab_size:
-        raise ValueError(f"eos must lie in 0...{config.vocab_size - 1} or be None, got {eos}")
+    if top_k is not None:
+        check_count("top_k", top_k)
+    if top_p is not None:
+        check_number("top_p", top_p)
+        if not 0.0 < top_p <= 1.0:
+            raise ValueError(f"top_p must lie above 0 and at most at 1, or be None, got {top_p}")
+    if eos is not None:
+        _check_integer("eos", eos)
+        if not 0 <= eos < config.vocab_size:
+            raise ValueError(f"eos must lie in 0...{config.vocab_size - 1} or be None, got {eos}")
+    if seed is not None:
+        _check_integer("seed", seed)
+        if not -(2**63) <= seed < 2**64:  # what torch.Generator takes
+            raise ValueError(f"seed must lie in -2**63...2**64 - 1 or be None, got {seed}")
+
+
+def _check_integer(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
