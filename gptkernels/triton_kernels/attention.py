@@ -4,6 +4,7 @@ and `attention_bwd`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,22 +21,28 @@ from gptkernels.triton_kernels.attention_bwd import (
 )
 from gptkernels.triton_kernels.attention_fwd import attention_fwd_kernel
 
-# (rows BM, keys BN, warps, stages) by the bytes of an element and the padded width of a head, the
-# least 64. Chosen so that kernels do not spill registers and fit 99 KB of shared memory, the least
-# of sm_80 and later; no GPU has timed them yet.
-_FORWARD = {
-    2: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    4: {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+# (rows BM, keys BN, warps, stages) by the padded width of a head, the least 64. "roomy" is for
+# 16-bit inputs on the tensor cores of sm_90 and sm_100, without softcap, ALiBi and dropout; "tight"
+# for these, which cost registers, and for GPUs whose operands of products wait in registers; it
+# fits 99 KB of shared memory. Chosen for no register spills; no GPU has timed them yet.
+_Tile = tuple[int, int, int, int]
+_FORWARD: dict[str, dict[int, _Tile]] = {
+    "roomy": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "tight": {64: (128, 64, 8, 3), 128: (64, 32, 8, 3), 256: (32, 32, 8, 2)},
+    "fp32": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
 }
-_KEYS = {
-    2: {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
-    4: {64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
+_QUERIES: dict[str, dict[int, _Tile]] = {
+    "roomy": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    "tight": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2)},
+    "fp32": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
 }
-_QUERIES = {
-    2: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
-    4: {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+_KEYS: dict[str, dict[int, _Tile]] = {
+    "roomy": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "tight": {64: (32, 64, 4, 1), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "fp32": {64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
 _DELTA_ROWS = 64
+_ARCHITECTURES = (80, 86, 90, 100)
 
 
 def attention_fwd(
@@ -62,10 +69,11 @@ def attention_fwd(
         return out, lse
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-float("inf"))
-    BM, BN, warps, stages = _tile(_FORWARD, q)
     arguments, switches = _arguments(
         q, k, alibi_slopes, key_lengths, softmax_scale, left, right, softcap, dropout_p
     )
+    room = _room(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
+    BM, BN, warps, stages = _FORWARD[room][max(64, _padded(D))]
     with on_device(q):
         attention_fwd_kernel[(triton.cdiv(Tq, BM) * B * H,)](
             q, k, v, alibi_slopes, key_lengths, rng, out, lse,
@@ -122,18 +130,19 @@ def attention_bwd(
     inputs = (q, k, v, alibi_slopes, key_lengths, rng, dout, lse, delta, total, dlse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     BD = _padded(D)
+    room = _room(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
     with on_device(q):
         if not exact:
             attention_bwd_delta_kernel[(triton.cdiv(Tq, _DELTA_ROWS) * B * H,)](
                 out, dout, dlse, delta, *dout.stride()[:3], H, Tq, D, BD, _DELTA_ROWS,
                 dlse is not None, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
-        BM, BN, warps, stages = _tile(_QUERIES, q)
+        BM, BN, warps, stages = _QUERIES[room][max(64, BD)]
         attention_bwd_queries_kernel[(triton.cdiv(Tq, BM) * B * H,)](
             *inputs, dq, *strides, *arguments, D, BD, BM, BN, *switches,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
-        BM, BN, warps, stages = _tile(_KEYS, q)
+        BM, BN, warps, stages = _KEYS[room][max(64, BD)]
         attention_bwd_keys_kernel[(triton.cdiv(Tk, BN) * B * Hk,)](
             *inputs, dk, dv, *strides, *arguments, D, BD, BM, BN, *switches,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
@@ -174,33 +183,42 @@ def _padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def _tile(
-    tiles: dict[int, dict[int, tuple[int, int, int, int]]], q: Tensor
-) -> tuple[int, int, int, int]:
-    return tiles[q.element_size()][max(64, _padded(q.shape[-1]))]
+def _room(q: Tensor, costly: bool) -> str:
+    """Which tiles: "roomy", "tight" or "fp32"; costly: with softcap, ALiBi or dropout."""
+    if q.dtype == torch.float32:
+        return "fp32"
+    return "tight" if costly or not _reads_operands_from_shared_memory(q.device) else "roomy"
+
+
+@functools.cache
+def _reads_operands_from_shared_memory(device: torch.device) -> bool:
+    """Tensor cores of sm_90 and sm_100; taken for granted where the interpreter runs."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every tile at its padded width, plain causal and with every option on, the most registers.
+    """Every tile at its padded width: plain causal, and with every option on, the most registers.
 
     fp16 takes the tiles and the instructions of bf16 in another type: one width stands for all.
     """
-    wanted = [("bf16", D, options) for D in (64, 128, 256) for options in ("causal", "all")]
-    wanted += [("fp32", D, "all") for D in (64, 128, 256)] + [("fp16", 128, "causal")]
-    for dtype, D, options in wanted:
-        size = 4 if dtype == "fp32" else 2
+    for D in (64, 128, 256):
         for kernel, tiles in (
             (attention_fwd_kernel, _FORWARD),
             (attention_bwd_queries_kernel, _QUERIES),
             (attention_bwd_keys_kernel, _KEYS),
         ):
-            yield _shipped(kernel, tiles[size][D], D, dtype, options)
-        if dtype == "bf16" and options == "all":
-            yield _shipped(attention_bwd_delta_kernel, (_DELTA_ROWS, 0, 4, 3), D, dtype, options)
+            yield _shipped(kernel, tiles["roomy"][D], D, "bf16", "causal", (90, 100))
+            yield _shipped(kernel, tiles["tight"][D], D, "bf16", "causal tight", (80, 86))
+            yield _shipped(kernel, tiles["tight"][D], D, "bf16", "all", _ARCHITECTURES)
+            yield _shipped(kernel, tiles["fp32"][D], D, "fp32", "all", _ARCHITECTURES)
+            if D == 128:
+                yield _shipped(kernel, tiles["roomy"][D], D, "fp16", "causal", (90, 100))
+        delta = (_DELTA_ROWS, 0, 4, 3)
+        yield _shipped(attention_bwd_delta_kernel, delta, D, "bf16", "all", _ARCHITECTURES)
 
 
 def _shipped(
-    kernel: Any, tile: tuple[int, int, int, int], D: int, dtype: str, options: str
+    kernel: Any, tile: _Tile, D: int, dtype: str, options: str, architectures: tuple[int, ...]
 ) -> Shipped:
     BM, BN, warps, stages = tile
     types = dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr", "total_ptr"), "*fp32")
@@ -230,4 +248,5 @@ def _shipped(
         warps,
         stages,
         tuple(name for name in signature if name.endswith("_ptr") or name.startswith("stride")),
+        architectures,
     )

@@ -8,9 +8,9 @@
 
 delta_kernel: (B, H, Tq) fp32; with dropout too, sum_d dout * out equals sum_j p dp.
 In fp32 that is not close enough: where a row has few keys ds is a small difference, and the
-rounding of out, of lse and of a sum in another order outweighs that of eager PyTorch. So there (EXACT)
-queries_kernel first sums p and p dp itself; p is divided by its sum, delta is the quotient of the
-two, and dlse is added last.
+rounding of out, of lse and of a sum in another order outweighs that of eager PyTorch. So there
+(EXACT) queries_kernel first sums p and p dp itself; p is divided by its sum, delta is the quotient
+of the two, and dlse is added last.
 queries_kernel: a block of rows stays and the keys that it sees pass by: dq.
 keys_kernel: a block of keys stays and all rows that see it pass by, of every query head that reads
 this key head: dk, dv. Scores are recomputed in both: 7 products for 5.
