@@ -219,13 +219,16 @@ def attention_bwd(
     )
     nothing = torch.empty(0, dtype=q.dtype, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
-        gradients = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        return *gradients, torch.zeros_like(attn_mask) if mask_gradient else nothing
+        dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        if attn_mask is None or not mask_gradient:
+            return dq, dk, dv, nothing
+        return dq, dk, dv, torch.zeros_like(attn_mask)
     causal = options.plain(q, k)
     if causal is not None and dlse is None:
         fused = _fused_attention_bwd(dout, q, k, v, out, lse, causal, softmax_scale, deterministic)
         if fused is not None:
-            return *fused, nothing
+            dq, dk, dv = fused
+            return dq, dk, dv, nothing
     return _attention_rows_bwd(dout, dlse, q, k, v, lse, options, mask_gradient)
 
 
@@ -410,8 +413,9 @@ def _attention_rows_bwd(
     dq = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
     k, v = (_living_keys(x, options.key_lengths) for x in (k, v))
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    mask = options.attn_mask
-    dmask = torch.zeros(mask.shape if mask_gradient else (0,), dtype=torch.float32, device=q.device)
+    mask = options.attn_mask if mask_gradient else None
+    shape = (0,) if mask is None else mask.shape
+    dmask = torch.zeros(shape, dtype=torch.float32, device=q.device)
     for rows in _row_blocks(B * H * Tk, Tq):
         keys = options.keys(rows.start, rows.stop, Tq, Tk)
         if keys.start == keys.stop:
@@ -445,7 +449,7 @@ def _attention_rows_bwd(
         d.transpose(1, 2).to(dtype).contiguous()
         for d, dtype in zip((dk, dv), dtypes[1:], strict=True)
     )
-    return dq, dk, dv, dmask.to(mask.dtype if mask_gradient else q.dtype)
+    return dq, dk, dv, dmask.to(q.dtype if mask is None else mask.dtype)
 
 
 def _attention_scores(

@@ -42,29 +42,29 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "attention_fwd", "CompositeExplicitAutograd")
 def _attention_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *arguments, impl = arguments
+    *given, impl = arguments
     with torch.no_grad(), _without_autocast(q):
         match impl:
             case "triton":
                 from gptkernels.triton_kernels import attention as kernels
 
-                return kernels.attention_fwd(q, *arguments)
+                return kernels.attention_fwd(q, *given)
             case "torch":
-                return aten.attention_fwd(q, *arguments)
+                return aten.attention_fwd(q, *given)
     raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.impl(_LIBRARY, "attention_bwd", "CompositeExplicitAutograd")
 def _attention_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *arguments, impl = arguments
+    *given, impl = arguments
     with torch.no_grad(), _without_autocast(dout):
         match impl:
             case "triton":
                 from gptkernels.triton_kernels import attention as kernels
 
-                return kernels.attention_bwd(dout, *arguments)
+                return kernels.attention_bwd(dout, *given)
             case "torch":
-                return aten.attention_bwd(dout, *arguments)
+                return aten.attention_bwd(dout, *given)
     raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
 
 
