@@ -17,7 +17,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from gptkernels.ops.attention import MAX_HEAD_DIM, _bounds, attention
+from gptkernels.ops.attention import MAX_HEAD_DIM, attention, bounds
 from gptkernels.ops.checks import check_count, check_probability, check_tensor
 from gptkernels.ops.choice import check_impl
 from gptkernels.ops.layer_norm import layer_norm
@@ -220,7 +220,7 @@ class CausalSelfAttention(_Fused):
                 f"n_kv_head must divide n_head, got n_head={n_head} and n_kv_head={n_kv_head}"
             )
         check_probability("dropout", dropout)
-        _bounds(True, window)  # its errors, here rather than at the first call
+        bounds(True, window)  # its errors, here rather than at the first call
         self.n_head, self.n_kv_head = n_head, n_kv_head
         self.dropout = dropout
         self.window = window

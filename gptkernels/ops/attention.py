@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptkernels import aten, philox
+from gptkernels.ops.autocast import autocast_dtype, without_autocast
 from gptkernels.ops.checks import (
     check_probability,
     check_same_device,
@@ -43,7 +43,7 @@ _LIBRARY.define(
 @torch.library.impl(_LIBRARY, "attention_fwd", "CompositeExplicitAutograd")
 def _attention_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *given, impl = arguments
-    with torch.no_grad(), _without_autocast(q):
+    with torch.no_grad(), without_autocast(q):
         match impl:
             case "triton":
                 from gptkernels.triton_kernels import attention as kernels
@@ -57,7 +57,7 @@ def _attention_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 @torch.library.impl(_LIBRARY, "attention_bwd", "CompositeExplicitAutograd")
 def _attention_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *given, impl = arguments
-    with torch.no_grad(), _without_autocast(dout):
+    with torch.no_grad(), without_autocast(dout):
         match impl:
             case "triton":
                 from gptkernels.triton_kernels import attention as kernels
@@ -66,13 +66,6 @@ def _attention_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
             case "torch":
                 return aten.attention_bwd(dout, *given)
     raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
-
-
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Products inside the op keep its dtype, also where a backward pass runs under autocast."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 @torch.library.register_fake("gptkernels::attention_fwd", lib=_LIBRARY)
@@ -196,12 +189,10 @@ def attention(
     Differentiable once in q, k, v and attn_mask.
     """
     _check(q, k, v, softmax_scale, softcap, key_lengths, attn_mask, dropout_p)
-    left, right = _bounds(causal, window)
+    left, right = bounds(causal, window)
     slopes = _slopes(alibi_slopes, q)
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    dtype = autocast_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if attn_mask is not None and impl in ("triton", "cuda"):
         raise NotImplementedError(f"attn_mask runs with impl='torch' or 'auto' only, got {impl!r}")
     impl = "torch" if impl == "auto" and attn_mask is not None else choose(impl, q)
@@ -288,7 +279,7 @@ def _check_attn_mask(attn_mask: Tensor, q: Tensor, shape: tuple[int, int, int, i
     check_same_device("attn_mask", attn_mask, "q", q)
 
 
-def _bounds(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
+def bounds(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
     """(left, right) with `causal` folded in; -1 is no bound."""
     if window is None:
         return -1, 0 if causal else -1

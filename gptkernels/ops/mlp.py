@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptkernels import aten
+from gptkernels.ops.autocast import autocast_dtype, without_autocast
 from gptkernels.ops.checks import (
     check_same_device,
     check_shape,
@@ -34,7 +34,7 @@ _LIBRARY.define(
 @torch.library.impl(_LIBRARY, "gelu_mlp_fwd", "CompositeExplicitAutograd")
 def _gelu_mlp_fwd(x: Tensor, w1: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *inputs, impl = arguments
-    with torch.no_grad(), _without_autocast(x):
+    with torch.no_grad(), without_autocast(x):
         match impl:
             case "triton" if x.numel() and w1.numel():  # with a zero size there is nothing to fuse
                 from gptkernels.triton_kernels import mlp as kernels
@@ -50,7 +50,7 @@ def _gelu_mlp_bwd(
     dy: Tensor, x: Tensor, w1: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *inputs, impl = arguments
-    with torch.no_grad(), _without_autocast(x):
+    with torch.no_grad(), without_autocast(x):
         match impl:
             case "triton" if x.numel() and w1.numel():
                 from gptkernels.triton_kernels import mlp as kernels
@@ -59,13 +59,6 @@ def _gelu_mlp_bwd(
             case "triton" | "torch":
                 return aten.gelu_mlp_bwd(dy, x, w1, *inputs)
     raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
-
-
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The products inside the op keep its dtype, also where a backward pass runs under autocast."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 @torch.library.register_fake("gptkernels::gelu_mlp_fwd", lib=_LIBRARY)
@@ -183,9 +176,7 @@ def gelu_mlp(
     Differentiable once in x, w1, b1, w2 and b2; gradients have the same bits on every run.
     """
     _check(x, w1, b1, w2, b2, approximate)
-    device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    dtype = autocast_dtype(x)
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(_rows(x), x.shape[-1])
     rows, w1, w2 = rows.to(dtype), w1.to(dtype), w2.to(dtype)
     b1 = None if b1 is None else b1.to(dtype)
