@@ -17,7 +17,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from gptkernels import aten, attention, baseline, parity, philox, reference
+from gptkernels import attention, baseline, parity, philox, reference
+from gptkernels.aten import attention as aten
 from gptkernels.ops.choice import INTERPRETED, unavailable
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from gptkernels import aten, baseline, gelu_mlp, parity, reference
+from gptkernels import baseline, gelu_mlp, parity, reference
+from gptkernels.aten import mlp as aten
 from gptkernels.ops.choice import INTERPRETED, unavailable
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

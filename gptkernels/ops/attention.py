@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptkernels import aten, philox
+from gptkernels import philox
+from gptkernels.aten import attention as aten
 from gptkernels.ops.autocast import autocast_dtype, without_autocast
 from gptkernels.ops.checks import (
     check_probability,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptkernels import aten, philox
+from gptkernels import philox
+from gptkernels.aten import layer_norm as aten
 from gptkernels.ops.autocast import without_autocast
 from gptkernels.ops.checks import (
     check_probability,

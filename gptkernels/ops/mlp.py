@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptkernels import aten
+from gptkernels.aten import mlp as aten
 from gptkernels.ops.autocast import autocast_dtype, without_autocast
 from gptkernels.ops.checks import (
     check_same_device,
