@@ -23,6 +23,7 @@ import triton.language as tl
 from .attention_scores import (
     INFINITY,
     LOG2E,
+    VARYING,
     key_ranges,
     load_rows,
     query_ranges,
@@ -32,7 +33,7 @@ from .attention_scores import (
 from .philox import attention_keep_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_bwd_delta_kernel(
     out_ptr,  # (B, Tq, H, D) contiguous
     dout_ptr,  # (B, Tq, H, D)
@@ -59,7 +60,7 @@ def attention_bwd_delta_kernel(
     tl.store(delta_ptr + bh * Tq + rows, delta, mask=rows < Tq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_bwd_keys_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, Tk, Hk, D)
@@ -207,7 +208,7 @@ def attention_bwd_keys_kernel(
     tl.store(dv_ptr + dk_offsets, (dv * dropout_scale).to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_bwd_queries_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, Tk, Hk, D)

@@ -17,6 +17,7 @@ import triton.language as tl
 from .attention_scores import (
     INFINITY,
     LOG2E,
+    VARYING,
     key_ranges,
     load_rows,
     nonfinite_part,
@@ -27,7 +28,7 @@ from .attention_scores import (
 from .philox import attention_keep_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_fwd_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, Tk, Hk, D)

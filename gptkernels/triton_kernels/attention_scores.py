@@ -12,6 +12,9 @@ all in units of log2(e), for exp2.
 import triton
 import triton.language as tl
 
+# Differ from call to call, and nothing is gained from a kernel of its own for some of their values.
+VARYING = ("Tq", "Tk", "left", "right", "threshold")
+
 LOG2E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 

@@ -82,7 +82,8 @@ def _tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + place % height, place // height
 
 
-@triton.jit
+# M differs from call to call; nothing is gained from a kernel of its own for some of its values.
+@triton.jit(do_not_specialize=("M",))
 def _linear_gelu_kernel(
     x_ptr,  # (M, C), rows stride_x apart
     w1_ptr,  # (F, C), rows stride_w1 apart
@@ -170,7 +171,8 @@ def _store_gradients(
         tl.store(partial_ptr + tile_m.to(tl.int64) * F + cols, tl.sum(dh, axis=0), mask=cols < F)
 
 
-@triton.jit
+# M differs from call to call; nothing is gained from a kernel of its own for some of its values.
+@triton.jit(do_not_specialize=("M",))
 def _linear_gelu_backward_kernel(
     dy_ptr,  # (M, C), rows stride_dy apart
     w2_ptr,  # (C, F), rows stride_w2 apart
@@ -200,7 +202,7 @@ def _linear_gelu_backward_kernel(
     row_in, col_in = rows < M, cols < F
     dy_tile = dy_ptr + rows[:, None] * stride_dy + depth[None, :]
     w_tile = w2_ptr + depth.to(tl.int64)[:, None] * stride_w2 + cols[None, :]
-    w_step = stride_w2.to(tl.int64) * BK
+    w_step = tl.cast(stride_w2, tl.int64) * BK
 
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for start in range(0, C, BK):
