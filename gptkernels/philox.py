@@ -53,6 +53,7 @@ def attention_keep(
     rng: Tensor, dropout_p: float, batch: int, heads: int, rows: int, cols: int, first_row: int = 0
 ) -> Tensor:
     """Keep mask (batch, heads, rows, cols), bool, from query row first_row on."""
+    rng = _checked(rng)
     tile_row0 = first_row // 16
     tile_rows, tile_cols = -(-(first_row + rows) // 16) - tile_row0, -(-cols // 16)
     arange = lambda n: torch.arange(n, dtype=torch.int64, device=rng.device)  # noqa: E731
@@ -68,14 +69,23 @@ def attention_keep(
     return u16[:, :, skipped : skipped + rows, :cols] >= threshold(dropout_p)
 
 
-def elementwise_keep(rng: Tensor, dropout_p: float, shape: torch.Size | tuple[int, ...]) -> Tensor:
+def elementwise_keep(
+    rng: Tensor | None, dropout_p: float, shape: torch.Size | tuple[int, ...]
+) -> Tensor:
     """Keep mask of the given shape, bool; elements are counted in row-major order."""
+    rng = _checked(rng)
     count = 1
     for size in shape:
         count *= size
     group = torch.arange((count + 7) // 8, dtype=torch.int64, device=rng.device)
     u16 = _lanes(rng, group & _WORD, group >> 32, torch.zeros_like(group))
     return u16.view(-1)[:count].view(shape) >= threshold(dropout_p)
+
+
+def _checked(rng: Tensor | None) -> Tensor:
+    if rng is None:
+        raise ValueError("rng must be (seed, offset), int64[2], where dropout_p > 0, got None")
+    return rng
 
 
 def _lanes(rng: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:

@@ -85,6 +85,13 @@ def test_ends_of_the_range(p: float, share: float, scale: float) -> None:
     assert philox.scale(p) == scale
 
 
+def test_dropout_without_a_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="rng must be"):
+        philox.elementwise_keep(None, 0.5, (3,))
+    with pytest.raises(ValueError, match="rng must be"):
+        philox.attention_keep(None, 0.5, 1, 1, 2, 2)
+
+
 def test_share_of_kept_elements() -> None:
     keep = philox.elementwise_keep(torch.tensor([1, 2]), 0.3, (1_000_000,))
     # Five standard deviations of a binomial share.

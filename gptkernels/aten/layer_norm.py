@@ -95,6 +95,6 @@ def _affine(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return parameter.float() if parameter.device.type == "cpu" else parameter.to(dtype)
 
 
-def _dropout(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
+def _dropout(x: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
     keep = philox.elementwise_keep(rng, dropout_p, x.shape)
     return torch.where(keep, x * philox.scale(dropout_p), 0)

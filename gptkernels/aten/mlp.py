@@ -40,7 +40,9 @@ def gelu_mlp_bwd(
     dx, dw1, db1, dw2, db2 = (torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(5))
     if need_b2:
         db2 = dy.sum(0, dtype=torch.float32).to(dy.dtype)
-    if h is None and (need_x or need_w1 or need_b1 or need_w2):
+    if not (need_x or need_w1 or need_b1 or need_w2):
+        return dx, dw1, db1, dw2, db2
+    if h is None:
         h = F.linear(x, w1, b1)
     if need_w2:
         dw2 = torch.mm(dy.t(), F.gelu(h, approximate=approximate))

@@ -37,29 +37,29 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "layer_norm_fwd", "CompositeExplicitAutograd")
 def _layer_norm_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *arguments, impl = arguments
+    *given, impl = arguments
     with torch.no_grad(), without_autocast(x):
         match impl:
             case "triton":
                 from gptkernels.triton_kernels import layer_norm as kernels
 
-                return kernels.layer_norm_fwd(x, *arguments)
+                return kernels.layer_norm_fwd(x, *given)
             case "torch":
-                return aten.layer_norm_fwd(x, *arguments)
+                return aten.layer_norm_fwd(x, *given)
     raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.impl(_LIBRARY, "layer_norm_bwd", "CompositeExplicitAutograd")
 def _layer_norm_bwd(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *arguments, impl = arguments
+    *given, impl = arguments
     with torch.no_grad(), without_autocast(dy):
         match impl:
             case "triton":
                 from gptkernels.triton_kernels import layer_norm as kernels
 
-                return kernels.layer_norm_bwd(dy, *arguments)
+                return kernels.layer_norm_bwd(dy, *given)
             case "torch":
-                return aten.layer_norm_bwd(dy, *arguments)
+                return aten.layer_norm_bwd(dy, *given)
     raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
 
 
@@ -132,8 +132,9 @@ class _LayerNorm(torch.autograd.Function):
         ctx.save_for_backward(x if sum_dtype is None else s, mean, rstd, weight, rng)
         ctx.dropout_p, ctx.x_dtype, ctx.impl = dropout_p, x.dtype, impl
         # A gradient of its own only where dropout or a dtype tells it from x's.
-        split = residual is not None and (dropout_p > 0 or residual.dtype != x.dtype)
-        ctx.residual_dtype = residual.dtype if split else None
+        ctx.residual_dtype = None
+        if residual is not None and (dropout_p > 0 or residual.dtype != x.dtype):
+            ctx.residual_dtype = residual.dtype
         ctx.set_materialize_grads(False)
         return y, s
 
