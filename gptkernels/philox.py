@@ -50,7 +50,13 @@ def scale(dropout_p: float) -> float:
 
 
 def attention_keep(
-    rng: Tensor, dropout_p: float, batch: int, heads: int, rows: int, cols: int, first_row: int = 0
+    rng: Tensor | None,
+    dropout_p: float,
+    batch: int,
+    heads: int,
+    rows: int,
+    cols: int,
+    first_row: int = 0,
 ) -> Tensor:
     """Keep mask (batch, heads, rows, cols), bool, from query row first_row on."""
     rng = _checked(rng)
