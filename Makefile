@@ -53,7 +53,7 @@ lint: $(READY) ## ruff and mypy
 gates: $(READY) ## compile every Triton kernel ahead of time and hold it to the committed table
 	@status=0; \
 	$(PY) -m gates $(ARGS) || status=1; \
-	$(PY) -m gates --triton $(TRITON_ASIDE) $(ARGS) || status=1; \
+	$(if $(TRITON_ASIDE),$(PY) -m gates --triton $(TRITON_ASIDE) $(ARGS) || status=1;) \
 	exit $$status
 
 # Nothing is installed or downloaded: the sources are laid out as an install would, and the active
