@@ -1,7 +1,8 @@
 """Speed of `gptkernels.attention` against eager PyTorch, F.scaled_dot_product_attention.
 
-Both sides get the same tensors. Forward is two products, each of 2 B H Tq Tk D operations, and
-backward five (the scores once more); a causal mask leaves half of them. Bytes, in tensors:
+Both sides get the same tensors; PyTorch gets a window as a mask that is made before. Forward is two
+products, each of 2 B H Tq Tk D operations, and backward five (the scores once more); a causal mask
+leaves half of them. Bytes, in tensors:
 
     forward                read q, k, v; write out
     + backward             read dout, q, k, v, out; write dq, dk, dv
@@ -101,21 +102,25 @@ def _case(
 
     tensors = (draw(B, T, H, D), draw(B, T, Hk, D), draw(B, T, Hk, D))
     cotangent = draw(B, T, H, D).detach()
-    window = None if shape.window is None else (shape.window, 0)
+    sees: dict[str, Any] = {"causal": shape.causal}
+    plain_sees = sees
+    if shape.window is not None:
+        sees = {**sees, "window": (shape.window, 0)}
+        plain_sees = {"causal": False, "attn_mask": baseline.band_mask(device, T, T, **sees)}
 
     def call(attention: Callable[..., Any], **options: Any) -> Callable[[], Any]:
         def run() -> Any:
-            out = attention(*tensors, causal=shape.causal, window=window, **options)
+            out = attention(*tensors, **options)
             return torch.autograd.grad(out, tensors, cotangent) if backward else out
 
         return run
 
-    candidates = {BASELINE: call(baseline.attention)}
+    candidates = {BASELINE: call(baseline.attention, **plain_sees)}
     skipped = {}
     for impl in impls:
         reason = untimeable(impl, device, dtype)
         if reason is None:
-            candidates[impl] = call(gptkernels.attention, impl=impl)
+            candidates[impl] = call(gptkernels.attention, impl=impl, **sees)
         else:
             skipped[impl] = reason
     rows_q, rows_k = B * T * H * D, B * T * Hk * D

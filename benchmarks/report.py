@@ -103,6 +103,8 @@ def figures(row: Row) -> dict[str, str]:
     if row["time_s"] is None:
         return {"time": f"skipped: {row['skipped']}"}
     cells = {"time": seconds(row["time_s"])}
+    if row.get("host_s") is not None:
+        cells["host"] = seconds(row["host_s"])
     if row.get("ratio") is not None:
         cells["vs pytorch"] = f"{row['ratio']:.2f}x"
     if row.get("bytes_per_s") is not None:

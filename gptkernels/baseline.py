@@ -78,8 +78,11 @@ def attention(
     """F.scaled_dot_product_attention where its options allow, else products and a softmax. Shapes
     as in `reference.attention`."""
     (Tq, H, D), (Tk, Hk) = q.shape[1:], k.shape[1:3]
-    bounds = _band(q.device, Tq, Tk, causal, window)
-    mask = bounds
+    plain = softcap == 0 and alibi_slopes is None and dropout_p == 0 and not return_lse
+    fused = plain and (attn_mask is None or attn_mask.dtype == torch.bool)
+    # SDPA's own causal flag aligns at the first key, ours at the last, and goes with no mask.
+    flag = fused and causal and Tq == Tk and window is key_lengths is attn_mask is None
+    mask = None if flag else band_mask(q.device, Tq, Tk, causal=causal, window=window)
     if key_lengths is not None:
         alive = torch.arange(Tk, device=q.device) < key_lengths.view(-1, 1, 1, 1)
         mask = alive if mask is None else mask & alive
@@ -87,22 +90,17 @@ def attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         mask = attn_mask if mask is None else mask & attn_mask
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    plain = softcap == 0 and alibi_slopes is None and dropout_p == 0 and not return_lse
-    if plain and (attn_mask is None or attn_mask.dtype == torch.bool):
-        # SDPA's own causal flag aligns at the first key, ours at the last.
-        flag = causal and Tq == Tk and mask is bounds and window is None
+    grouped = Hk != H
+    if grouped and (mask is not None or not fused):
+        # SDPA's fused kernels take a mask or grouped heads, not both: with both it would write out
+        # all scores.
+        k, v = k.repeat_interleave(H // Hk, dim=1), v.repeat_interleave(H // Hk, dim=1)
+        grouped = False
+    if fused:
         out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if flag else mask,
-            is_causal=flag,
-            scale=softmax_scale,
-            enable_gqa=Hk != H,
+            q, k, v, attn_mask=mask, is_causal=flag, scale=softmax_scale, enable_gqa=grouped
         )
         return out.transpose(1, 2)
-    if Hk != H:
-        k, v = k.repeat_interleave(H // Hk, dim=1), v.repeat_interleave(H // Hk, dim=1)
     s = q @ k.mT * (D**-0.5 if softmax_scale is None else softmax_scale)
     if softcap > 0:
         s = torch.tanh(s / softcap) * softcap
@@ -129,10 +127,10 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _band(
-    device: torch.device, Tq: int, Tk: int, causal: bool, window: tuple[int, int] | None
+def band_mask(
+    device: torch.device, Tq: int, Tk: int, *, causal: bool, window: tuple[int, int] | None
 ) -> Tensor | None:
-    """The mask (Tq, Tk) of causal and window, None where everything is visible."""
+    """The bool mask (Tq, Tk) of `causal` and `window`, None where everything is visible."""
     left, right = window or (-1, -1)
     if causal:
         right = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import time
@@ -11,6 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+import gptkernels
+from gptkernels import baseline, parity, reference
 
 benchmarks = pytest.importorskip("gptkernels.benchmarks")
 from gptkernels.benchmarks import gpu, report, timing  # noqa: E402
@@ -63,6 +69,161 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (skipped["time_s"], skipped["skipped"]) == (None, "no reason")
     assert report.figures(fused)["vs pytorch"] == "4.00x"
     assert report.figures(skipped) == {"time": "skipped: no reason"}
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GiB\nand more")
+
+
+def case_of(name: str, **candidates: Any) -> timing.Case:
+    return timing.Case("attention", name, torch.float32, "forward", candidates)
+
+
+def test_a_candidate_that_raises_is_skipped_and_the_others_are_timed() -> None:
+    cases = [
+        case_of("no baseline", pytorch=out_of_memory, torch=int),
+        case_of("no candidate", pytorch=int, torch=out_of_memory),
+        case_of("nothing", pytorch=out_of_memory),
+        case_of("all", pytorch=int, torch=int),
+    ]
+    rows = list(timing.rows(cases, budget_s=0.0))
+    found = {
+        (row["shape"], row["impl"]): (row["time_s"] is not None, row.get("ratio") is not None)
+        for row in rows
+    }
+    assert found == {
+        ("no baseline", "torch"): (True, False),
+        ("no baseline", "pytorch"): (False, False),
+        ("no candidate", "pytorch"): (True, True),
+        ("no candidate", "torch"): (False, False),
+        ("nothing", "pytorch"): (False, False),
+        ("all", "pytorch"): (True, True),
+        ("all", "torch"): (True, True),
+    }
+    reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 34 GiB"
+    assert {row["skipped"] for row in rows if "skipped" in row} == {reason}
+    assert {"time": f"skipped: {reason}"} in [report.figures(row) for row in rows]
+
+
+def test_what_raises_in_a_comparison_alone_is_raised() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        timing.compare({"a": out_of_memory})
+
+
+def test_ceilings_belong_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def compare(candidates: Any, *, device: torch.device, **options: Any) -> Any:
+        asked.append(device)
+        return dict.fromkeys(candidates, timing.Timing(1.0, 1.0, 1))
+
+    monkeypatch.setattr(timing, "compare", compare)
+    for ceiling in (timing.copy_bandwidth, lambda d: timing.product_rate(d, torch.float32)):
+        asked.clear()
+        timing.copy_bandwidth.cache_clear()
+        timing.product_rate.cache_clear()
+        # Tensors on "meta" need no memory; the index stands for a second card.
+        for device in ("meta", "meta:0", "meta"):
+            ceiling(torch.device(device))
+        assert asked == [torch.device("meta"), torch.device("meta:0")]
+
+
+def test_the_gpu_waits_while_the_host_queues_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what is queued, with a stand-in for the GPU."""
+    queued: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            queued.append("record")
+
+        def synchronize(self) -> None:
+            queued.append("synchronize")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0
+
+    class Properties:
+        L2_cache_size = 1 << 20
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", queued.append)
+    sample = timing._cuda_sampler(torch.device("cpu"), {"a": 1e-4, "b": 0.0})
+    assert sample("a", lambda: queued.append("call")) == 2e-3
+    sleep, *rest = queued
+    assert rest == ["record", "call", "record", "synchronize"]
+    assert sleep / 2e9 > 1e-4  # seconds on a GPU of 2 GHz, against the host's
+    sample("b", int)
+
+
+def test_the_hosts_time_is_reported_apart() -> None:
+    row = {"time_s": 1e-5, "host_s": 1e-4, "ratio": 2.0}
+    assert report.figures(row) == {"time": "10 us", "host": "100 us", "vs pytorch": "2.00x"}
+    (row,) = timing.rows([case_of("one", pytorch=int)], budget_s=0.0)
+    assert row["host_s"] is None  # on a CPU it is the time itself
+
+
+def test_plain_attention_is_timed_without_making_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = list(benchmarks.suite("attention").cases("cpu", ()))
+    make = baseline.band_mask
+
+    def none_made(*args: Any, **options: Any) -> None:
+        assert make(*args, **options) is None
+
+    monkeypatch.setattr(baseline, "band_mask", none_made)
+    for case in cases:
+        case.candidates["pytorch"]()
+
+
+def test_plain_attention_takes_a_fused_path_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal is a flag and no mask; with a mask the key heads are as many as the query heads."""
+    seen: list[tuple[Any, ...]] = []
+    sdpa = F.scaled_dot_product_attention
+
+    def note(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        masked = options["attn_mask"] is not None
+        seen.append((masked, options["is_causal"], options["enable_gqa"], k.shape[1]))
+        return sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    q, k = (torch.randn(1, 6, heads, 8, dtype=torch.float64) for heads in (4, 2))
+    lengths = torch.tensor([4])
+    for options in ({}, {"causal": False}, {"window": (2, 0)}, {"key_lengths": lengths}):
+        given: dict[str, Any] = {"q": q, "k": k, "v": k, **options}
+        torch.testing.assert_close(baseline.attention(**given), reference.attention(**given))
+        assert len(set(seen)) == 1
+        case = seen.pop()
+        expected = {(): (False, True, True, 2), ("causal",): (False, False, True, 2)}
+        assert case == expected.get(tuple(options), (True, False, False, 4))
+        seen.clear()
+
+
+def test_plain_attention_sees_what_ours_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = []
+
+    def note(*tensors: torch.Tensor, impl: str = "", **options: Any) -> torch.Tensor:
+        calls.append((tensors, options))
+        return tensors[0]
+
+    plain = baseline.attention
+    monkeypatch.setattr(baseline, "attention", note)
+    monkeypatch.setattr(gptkernels, "attention", note)
+    for case in benchmarks.suite("attention").cases("cpu", ("torch",)):
+        if case.direction == "forward":
+            case.candidates["pytorch"]()
+            case.candidates["torch"]()
+    assert [options.get("window") for _, options in calls] == [None, None, None, (64, 0)]
+    for (_, theirs), (tensors, ours) in zip(calls[::2], calls[1::2], strict=True):
+        parity.assert_parity(
+            functools.partial(plain, **theirs),
+            functools.partial(plain, **ours),
+            functools.partial(reference.attention, **ours),
+            dict(zip("qkv", tensors, strict=True)),
+        )
 
 
 @pytest.mark.parametrize("op", benchmarks.OPERATORS)
