@@ -21,24 +21,30 @@ from gptkernels.triton_kernels.attention_bwd import (
 )
 from gptkernels.triton_kernels.attention_fwd import attention_fwd_kernel
 
-# (rows BM, keys BN, warps, stages) by the padded width of a head, the least 64. "roomy" is for
-# 16-bit inputs on the tensor cores of sm_90 and sm_100, without softcap, ALiBi and dropout; "tight"
-# for these, which cost registers, and for GPUs whose operands of products wait in registers; it
-# fits 99 KB of shared memory. Chosen for no register spills; no GPU has timed them yet.
+# (rows BM, keys BN, warps, stages) by the padded width of a head, the least 64. "sm90" is for
+# 16-bit inputs on sm_90 and sm_100, whose tensor cores read operands from shared memory and want
+# 64 rows of the left one; "sm90 options" for these with softcap, ALiBi or dropout, which cost
+# registers; "sm80"
+# fits the 99 KB of shared memory of sm_86, sm_89 and sm_120. Each is the largest found that spills
+# nothing or next to it (gates/triton.json); the keys kernel at 256 gives up wgmma for that. No GPU
+# has timed them yet.
 _Tile = tuple[int, int, int, int]
 _FORWARD: dict[str, dict[int, _Tile]] = {
-    "roomy": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "tight": {64: (128, 64, 8, 3), 128: (64, 32, 8, 3), 256: (32, 32, 8, 2)},
+    "sm90": {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+    "sm90 options": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "sm80": {64: (128, 64, 8, 3), 128: (64, 32, 8, 3), 256: (32, 32, 8, 2)},
     "fp32": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
 }
 _QUERIES: dict[str, dict[int, _Tile]] = {
-    "roomy": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-    "tight": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2)},
+    "sm90": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "sm90 options": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "sm80": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2)},
     "fp32": {64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
 _KEYS: dict[str, dict[int, _Tile]] = {
-    "roomy": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
-    "tight": {64: (32, 64, 4, 1), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "sm90": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "sm90 options": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "sm80": {64: (32, 64, 4, 1), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
     "fp32": {64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
 _DELTA_ROWS = 64
@@ -72,6 +78,7 @@ def attention_fwd(
     arguments, switches = _arguments(
         q, k, alibi_slopes, key_lengths, softmax_scale, left, right, softcap, dropout_p
     )
+    alibi_slopes, key_lengths, rng = _contiguous(alibi_slopes, key_lengths, rng)
     room = _room(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
     BM, BN, warps, stages = _FORWARD[room][max(64, _padded(D))]
     with on_device(q):
@@ -121,13 +128,14 @@ def attention_bwd(
     delta = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     exact = q.dtype == torch.float32
     total = torch.empty_like(delta) if exact else None
-    dlse = None if dlse is None else dlse.contiguous()
+    vectors = _contiguous(alibi_slopes, key_lengths, rng)
+    (dlse,) = _contiguous(dlse)
     arguments, switches = _arguments(
         q, k, alibi_slopes, key_lengths, softmax_scale, left, right, softcap, dropout_p
     )
     # In 16 bits the delta kernel takes dlse in.
     switches = (*switches, exact, exact and dlse is not None)
-    inputs = (q, k, v, alibi_slopes, key_lengths, rng, dout, lse, delta, total, dlse)
+    inputs = (q, k, v, *vectors, dout, lse, delta, total, dlse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     BD = _padded(D)
     room = _room(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
@@ -148,6 +156,11 @@ def attention_bwd(
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return dq, dk, dv, dmask
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What the kernels read without strides."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def _arguments(
@@ -184,10 +197,12 @@ def _padded(D: int) -> int:
 
 
 def _room(q: Tensor, costly: bool) -> str:
-    """Which tiles: "roomy", "tight" or "fp32"; costly: with softcap, ALiBi or dropout."""
+    """Which tiles; costly: with softcap, ALiBi or dropout."""
     if q.dtype == torch.float32:
         return "fp32"
-    return "tight" if costly or not _reads_operands_from_shared_memory(q.device) else "roomy"
+    if not _reads_operands_from_shared_memory(q.device):
+        return "sm80"
+    return "sm90 options" if costly else "sm90"
 
 
 @functools.cache
@@ -207,12 +222,13 @@ def shipped() -> Iterator[Shipped]:
             (attention_bwd_queries_kernel, _QUERIES),
             (attention_bwd_keys_kernel, _KEYS),
         ):
-            yield _shipped(kernel, tiles["roomy"][D], D, "bf16", "causal", (90, 100))
-            yield _shipped(kernel, tiles["tight"][D], D, "bf16", "causal tight", (80, 86))
-            yield _shipped(kernel, tiles["tight"][D], D, "bf16", "all", _ARCHITECTURES)
+            yield _shipped(kernel, tiles["sm90"][D], D, "bf16", "causal", (90, 100))
+            yield _shipped(kernel, tiles["sm80"][D], D, "bf16", "causal sm80", (80, 86))
+            yield _shipped(kernel, tiles["sm90 options"][D], D, "bf16", "all", (90, 100))
+            yield _shipped(kernel, tiles["sm80"][D], D, "bf16", "all sm80", (80, 86))
             yield _shipped(kernel, tiles["fp32"][D], D, "fp32", "all", _ARCHITECTURES)
             if D == 128:
-                yield _shipped(kernel, tiles["roomy"][D], D, "fp16", "causal", (90, 100))
+                yield _shipped(kernel, tiles["sm90"][D], D, "fp16", "causal", (90, 100))
         delta = (_DELTA_ROWS, 0, 4, 3)
         yield _shipped(attention_bwd_delta_kernel, delta, D, "bf16", "all", _ARCHITECTURES)
 
@@ -224,7 +240,7 @@ def _shipped(
     types = dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr", "total_ptr"), "*fp32")
     types |= {"dlse_ptr": "*fp32", "lengths_ptr": "*i32", "rng_ptr": "*i64"}
     types |= dict.fromkeys(("scale", "softcap", "dropout_scale"), "fp32")
-    everything = options == "all"
+    everything = options.startswith("all")
     constexprs = {
         "D": D, "BD": D, "BM": BM, "BN": BN, "HAS_LEFT": everything, "HAS_RIGHT": True,
         "LENGTHS": everything, "SCALED": everything, "SOFTCAP": everything, "ALIBI": everything,
