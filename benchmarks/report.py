@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from gptkernels.gpt.curve import figure_class
+
 Row = dict[str, Any]
 
 _VERSIONS_OF = ("torch", "triton", "numpy", "transformers")
@@ -116,12 +118,32 @@ def figures(row: Row) -> dict[str, str]:
     return cells
 
 
-def seconds(value: float) -> str:
-    """A duration with three digits and a fitting unit."""
+def seconds(value: float | None) -> str:
+    """A duration with three digits and a fitting unit; "-" where there is none."""
+    if value is None:
+        return "-"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
     return f"{value * 1e9:.3g} ns"
+
+
+def check_plot(path: Path | str) -> None:
+    """Finds before a measurement what would keep `plot` from drawing after it.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the suffix of `path` is neither .png nor .svg.
+    """
+    suffix = Path(path).suffix
+    if suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"a plot is written as .png or .svg, got {str(path)!r}")
+    try:
+        figure_class()
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib, which is missing: pip install 'gptkernels[bench]'"
+        ) from error
 
 
 def plot(rows: Sequence[Row], path: Path | str) -> None:
@@ -133,29 +155,21 @@ def plot(rows: Sequence[Row], path: Path | str) -> None:
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: no row has a ratio to draw.
+        ValueError: no row has a ratio to draw, or the suffix is neither .png nor .svg.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib, which is missing: pip install 'gptkernels[bench]'"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    check_plot(path)
     drawn = [row for row in rows if row.get("ratio") is not None]
     if not drawn:
         raise ValueError("rows has no measured ratio, so there is nothing to draw")
     labels = [f"{r['op']} {r['shape']} {r['dtype']} {r['direction']} [{r['impl']}]" for r in drawn]
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.28 * len(drawn)), layout="constrained")
+    figure = figure_class()(figsize=(9, 1 + 0.28 * len(drawn)), layout="constrained")
+    axes = figure.subplots()
     axes.barh(labels, [row["ratio"] for row in drawn])
     axes.axvline(1.0, color="black", linewidth=1)
     axes.invert_yaxis()
     axes.set_xlabel("speed against plain PyTorch (1 = as fast, more is faster)")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _command() -> list[str]:

@@ -206,6 +206,8 @@ def bench(
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     suites = [benchmarks.suite(op) for op in ops or benchmarks.OPERATORS]
+    if plot is not None:
+        report.check_plot(plot)
     console = _console()
     rows = []
     for row in _kept(

@@ -353,7 +353,7 @@ def _speed(trained: _Training, console: Console) -> list[Row]:
         for op in benchmarks.OPERATORS:
             rows += benchmarks.suite(op).rows(trained.device, _IMPLS, quick=True)
         rows += timing.rows([_training_step(trained)], device=trained.device, budget_s=3.0)
-    rows = [row for row in rows if row["impl"] != timing.BASELINE]
+    rows = [row for row in rows if row["impl"] != timing.BASELINE or "skipped" in row]
     timed = [row for row in rows if row["time_s"] is not None]
     table(
         console,
@@ -365,7 +365,7 @@ def _speed(trained: _Training, console: Console) -> list[Row]:
             "impl": lambda r: r["impl"],
             "time": lambda r: report.seconds(r["time_s"]),
             "PyTorch's": lambda r: report.seconds(r["baseline_s"]),
-            "speed-up": lambda r: f"{r['ratio']:.2f}x",
+            "speed-up": lambda r: "-" if r["ratio"] is None else f"{r['ratio']:.2f}x",
         },
         timed,
     )

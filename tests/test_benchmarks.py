@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
 import json
+import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,24 @@ def test_a_candidate_that_raises_is_skipped_and_the_others_are_timed() -> None:
     reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 34 GiB"
     assert {row["skipped"] for row in rows if "skipped" in row} == {reason}
     assert {"time": f"skipped: {reason}"} in [report.figures(row) for row in rows]
+
+
+def test_the_demo_shows_what_has_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = pytest.importorskip("gptkernels.demo")
+    from rich.console import Console
+
+    cases = [case_of("S", pytorch=out_of_memory, torch=int)]
+    trained = types.SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(demo, "_training_step", lambda trained: cases[0])
+    monkeypatch.setattr(benchmarks.suite("attention"), "rows", lambda *a, **k: timing.rows(cases))
+    monkeypatch.setattr(demo.benchmarks, "OPERATORS", ["attention"])
+    console = Console(file=io.StringIO(), width=200)
+    rows = demo._speed(trained, console)
+    assert [row["impl"] for row in rows] == ["torch", "pytorch"] * 2
+    shown = console.file.getvalue()
+    assert "pytorch: OutOfMemoryError: CUDA out of memory. Tried to allocate 34 GiB" in shown
+    (line, _) = (line.split() for line in shown.splitlines() if " torch " in line)
+    assert line[-2:] == ["-", "-"]
 
 
 def test_what_raises_in_a_comparison_alone_is_raised() -> None:
@@ -273,13 +294,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_plot(tmp_path: Path) -> None:
+def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # it would choose a display
     row = {"op": "a", "shape": "b", "dtype": "c", "direction": "d", "impl": "e", "ratio": 1.2}
     report.plot([row, {**row, "ratio": None}], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    report.plot([row], tmp_path / "folder" / "plot.SVG")
+    assert b"<svg" in (tmp_path / "folder" / "plot.SVG").read_bytes()
     with pytest.raises(ValueError, match="no measured ratio"):
         report.plot([], tmp_path / "plot.png")
+
+
+@pytest.mark.parametrize("name", ["plot.jpg", "plot", "png"])
+def test_a_plot_that_cannot_be_written_is_refused_before_measuring(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli = pytest.importorskip("gptkernels.cli")
+    with pytest.raises(ValueError, match=rf"\.png or \.svg, got '{name}'"):
+        report.check_plot(name)
+    monkeypatch.setattr(benchmarks.suite("layer_norm"), "rows", None)
+    with pytest.raises(ValueError, match=r"\.png or \.svg"):
+        cli.commands.main(["bench", "--op", "layer_norm", "--plot", name], standalone_mode=False)
+
+
+def test_plots_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"plots need matplotlib.*gptkernels\[bench\]"):
+        report.check_plot("plot.png")
 
 
 def test_parts_side_by_side_record_their_tests(
