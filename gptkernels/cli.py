@@ -7,7 +7,9 @@ Commands import what they need when they run, so that `gptkernels --help` is qui
 from __future__ import annotations
 
 import dataclasses
+import io
 import linecache
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,16 +35,15 @@ _STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits the process."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model may write any character, and a terminal may not know all of them.
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = commands.main(arguments, prog_name="gptkernels", standalone_mode=False)
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", code=130)
-    except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody to tell.
-        sys.stderr.close()
-        sys.exit(141)
     except ImportError as error:
         if (error.name or "").split(".")[0] == "gptkernels":
             if (error.name or "").startswith(("gptkernels.benchmarks", "gptkernels.examples")):
@@ -84,7 +85,19 @@ def _is_deliberate(error: BaseException) -> bool:
 
 
 class _Commands(click.Group):
-    """Builds `train` and its options, which come from dataclasses, only when it is asked for."""
+    """Builds `train` and its options, which come from dataclasses, only when it is asked for.
+
+    Output that nobody reads any more ends a command with 141, as SIGPIPE would.
+    """
+
+    def invoke(self, context: click.Context) -> Any:
+        # Here, because click itself would exit with 1, as a failed check does.
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            # Whoever read our output has gone; there is nobody to tell, at exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            context.exit(141)
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(_SUMMARIES)
@@ -127,14 +140,14 @@ def info() -> None:
 @click.option("--impl", "impls", multiple=True, help="torch, triton or cuda; may be repeated.")
 @click.option("--op", "ops", multiple=True, help="Operator; may be repeated.")
 @click.option("--dtype", "dtypes", multiple=True, help="float32, bfloat16 or float16; repeatable.")
-@click.option("--device", help="Where to run; a GPU if there is one, else the CPU.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, help="Of the random inputs; new on every run otherwise.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows there too.")
 def verify(
     impls: tuple[str, ...],
     ops: tuple[str, ...],
     dtypes: tuple[str, ...],
-    device: str | None,
+    device: str,
     seed: int | None,
     path: Path | None,
 ) -> int:
@@ -143,6 +156,7 @@ def verify(
     Exits with 1 when any row fails.
     """
     from gptkernels import verify as table
+    from gptkernels.device import choose_device
 
     chosen: dict[str, Any] = {}
     if impls:
@@ -152,7 +166,7 @@ def verify(
     if dtypes:
         chosen["dtypes"] = [_dtype(name) for name in dtypes]
     seed = table.fresh_seed() if seed is None else seed
-    rows = table.run(device=None if device is None else _device(device), seed=seed, **chosen)
+    rows = table.run(device=choose_device(device), seed=seed, **chosen)
     counts = dict.fromkeys(_STYLES, 0)
     reasons: list[str] = []
     console = _console()
@@ -180,14 +194,14 @@ def verify(
 @commands.command()
 @click.option("--op", "ops", multiple=True, help="Operator; may be repeated.")
 @click.option("--impl", "impls", multiple=True, help="torch or triton; may be repeated.")
-@click.option("--device", help="Where to run; a GPU if there is one, else the CPU.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--quick", is_flag=True, help="Fewer shapes and shorter measurements.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows there too.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the ratios: a PNG or SVG file.")
 def bench(
     ops: tuple[str, ...],
     impls: tuple[str, ...],
-    device: str | None,
+    device: str,
     quick: bool,
     path: Path | None,
     plot: Path | None,
@@ -199,12 +213,12 @@ def bench(
     """
     from gptkernels import benchmarks
     from gptkernels.benchmarks import report
-    from gptkernels.ops.choice import IMPLEMENTATIONS
+    from gptkernels.device import choose_device
+    from gptkernels.ops.choice import check_impl
 
-    where = _device(device)
+    where = choose_device(device)
     for impl in impls:
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+        check_impl(impl, auto=False)
     suites = [benchmarks.suite(op) for op in ops or benchmarks.OPERATORS]
     if plot is not None:
         report.check_plot(plot)
@@ -243,7 +257,11 @@ def demo(text: Path | None, out: Path, minutes: float, device: str, seed: int) -
     """
     from gptkernels import demo as main_job
 
-    return main_job.run(text=text, out=out, minutes=minutes, device=device, seed=seed)
+    # A file or a pipe has no width of its own, and the customary 80 would fold the tables.
+    console = _Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    return main_job.run(
+        text=text, out=out, minutes=minutes, device=device, seed=seed, console=console
+    )
 
 
 @commands.command()
@@ -256,7 +274,7 @@ def demo(text: Path | None, out: Path, minutes: float, device: str, seed: int) -
 @click.option("--seed", type=int, help="For the same samples again.")
 @click.option("--tokenizer", type=click.Choice(["bytes", "gpt2"]), help="Default: the model's own.")
 @click.option("--impl", type=click.Choice(_IMPLS), default="auto", show_default=True)
-@click.option("--device", help="Where to run; a GPU if there is one, else the CPU.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def generate(
     model: Path,
     prompt: str,
@@ -267,14 +285,16 @@ def generate(
     seed: int | None,
     tokenizer: str | None,
     impl: str,
-    device: str | None,
+    device: str,
 ) -> None:
     """Continue a text with MODEL: a Hugging Face GPT-2 folder, a folder that `train` wrote, or its
     checkpoint.pt.
     """
     import torch
 
-    where = _device(device)
+    from gptkernels.device import choose_device
+
+    where = choose_device(device)
     network, vocabulary = _load(model, tokenizer)
     network.set_impl(impl)
     network.to(where)
@@ -289,16 +309,17 @@ def generate(
         top_p=top_p,
         eos=vocabulary.eos,
         seed=seed,
+        vocab_size=vocabulary.vocab_size,
     )
     click.echo(vocabulary.decode(tokens[0].tolist()))
 
 
 def _load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
     """The model at `path` and the tokenizer called `name`, or the one it was trained with."""
-    from gptkernels.gpt import checkpoint
-    from gptkernels.gpt.config import GPTConfig
+    from gptkernels.gpt import checkpoint, weights
     from gptkernels.gpt.model import GPT
     from gptkernels.gpt.tokenizer import load_tokenizer
+    from gptkernels.gpt.train import TrainConfig
 
     if not path.exists():
         raise FileNotFoundError(f"model: {path} does not exist")
@@ -306,11 +327,12 @@ def _load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
         path = path / "checkpoint.pt"
     if path.is_dir():
         model = GPT.from_pretrained(path, dropout=0.0)
+        name = name or weights.read_tokenizer(path)
     else:
         content = checkpoint.load(path)
-        model = GPT(GPTConfig(**content["model_config"]))
-        model.load_state_dict(content["model"])
-        name = name or content["train_config"]["tokenizer"]
+        model = checkpoint.model(path, content)
+        settings = checkpoint.config(path, content, "train_config", TrainConfig)
+        name = name or settings.tokenizer
     known = {256: "bytes", 50257: "gpt2"}
     name = name or known.get(model.config.vocab_size)
     if name is None:
@@ -386,8 +408,7 @@ def _train(
                 raise ValueError("files: name at least one text file to train on")
             config = training_module.TrainConfig(**training)
             shape = GPTConfig.named(name) if name else GPTConfig()
-            if not name:
-                model.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)
+            model.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)
             shape = dataclasses.replace(shape, **model)
             result = training_module.train(files, out, model=shape, config=config, observer=bar)
     click.echo(f"best validation loss {result.best_validation_loss:.4f}, everything is in {out}")
@@ -426,22 +447,6 @@ def _kept(rows: Iterable[dict[str, Any]], path: Path | None) -> Iterable[dict[st
     return recorded(rows, path)
 
 
-def _device(name: str | None) -> Any:
-    """The torch.device called `name`; for None a GPU if there is one, else the CPU."""
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"device is {name!r}, but this machine has {count} CUDA devices")
-    return device
-
-
 def _dtype(name: str) -> Any:
     import torch
 
@@ -450,8 +455,16 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
+class _Console(Console):
+    """Leaves it to the commands what happens once nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise BrokenPipeError: rich's own method would exit with 1."""
+        raise BrokenPipeError
+
+
 def _console() -> Console:
-    return Console(soft_wrap=True, highlight=False)
+    return _Console(soft_wrap=True, highlight=False)
 
 
 def _print_cells(console: Console, cells: Sequence[str], style: str | None = None) -> None:

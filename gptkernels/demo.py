@@ -38,14 +38,17 @@ from torch import Tensor, nn
 from gptkernels import benchmarks, parity, verify
 from gptkernels.benchmarks import report, timing
 from gptkernels.demo_report import Row, heading, reasons, small, table, worst_rows, write
+from gptkernels.device import choose_device
 from gptkernels.examples.plain_gpt import PlainGPT
 from gptkernels.gpt import data
 from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.curve import figure_class
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.progress import ProgressBar
 from gptkernels.gpt.throughput import flops_per_token
 from gptkernels.gpt.tokenizer import ByteTokenizer
-from gptkernels.gpt.train import TrainConfig, TrainResult, train, training_device
+from gptkernels.gpt.train import TrainConfig, TrainResult, train
+from gptkernels.gpt.weights import safetensors_package
 from gptkernels.ops.choice import unavailable
 
 # What two minutes can train on two CPU cores, and on a GPU. Bytes, because a vocabulary of 50,257
@@ -92,11 +95,10 @@ def run(
     be trained on, ValueError for `minutes` that are not positive or an unknown device, ImportError
     when an extra is missing.
     """
-    # A file or a pipe has no width of its own, and the customary 80 would fold the tables.
-    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = console or Console(highlight=False)
     out = Path(out)
     started = time.perf_counter()
-    with _quiet(), _threads(training_device(device)):
+    with _quiet(), _threads(choose_device(device)):
         trained = _train(text, out, minutes, device, seed, console)
         sample = _sample(trained.result.model, seed, console)
         twin = _twin(trained, console)
@@ -129,7 +131,7 @@ def run(
 def _train(
     text: str | Path | None, out: Path, minutes: float, device: str, seed: int, console: Console
 ) -> _Training:
-    on_gpu = training_device(device).type == "cuda"
+    on_gpu = choose_device(device).type == "cuda"
     model = _GPU_MODEL if on_gpu else _CPU_MODEL
     config = TrainConfig(
         # On a CPU the clock ends the run; a GPU would read the text a hundred times by then.
@@ -146,17 +148,25 @@ def _train(
         device=device,
         seed=seed,
     )
+    content = _manual() if text is None else data.read_text([text])
+    # Whatever can be refused is, before anything of an earlier demo goes.
+    tokens = data.tokenize(content, ByteTokenizer())
+    data.split(tokens, config.validation_fraction, model.block_size)
+    figure_class()
+    safetensors_package()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in (out / "report.html", out / "training" / "checkpoint.pt"):
+        old.unlink(missing_ok=True)
     if text is None:
         file = out / "text.txt"
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(_manual(), encoding="utf-8")
+        file.write_text(content, encoding="utf-8", newline="\n")
         named = f"the reference manual that Python {platform.python_version()} carries"
     else:
         file, named = Path(text), str(text)
-    size = len(data.read_text([file]).encode())
     where = "the GPU" if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    heading(console, "1. Training", f"on {named}, {size:,} bytes, {minutes:g} minutes, {where}")
-    (out / "training" / "checkpoint.pt").unlink(missing_ok=True)
+    heading(
+        console, "1. Training", f"on {named}, {len(tokens):,} bytes, {minutes:g} minutes, {where}"
+    )
     with ProgressBar(console) as bar:
         result = train([file], out / "training", model=model, config=config, observer=bar)
     result.model.eval()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import gptkernels
 from gptkernels import baseline, parity, philox, reference
-from gptkernels.ops.checks import DTYPES, dtype_name
-from gptkernels.ops.choice import IMPLEMENTATIONS, unavailable
+from gptkernels.ops.checks import DTYPES, check_seed, dtype_name
+from gptkernels.ops.choice import check_impl, unavailable
 
 Randn = Callable[..., Tensor]  # sizes -> a standard normal tensor of the case's dtype and device
 
@@ -165,7 +165,8 @@ def run(
 
     Without a `seed` inputs are new on every run; each row says what its seed was.
 
-    Raises ValueError for an unknown implementation, op or dtype, before the first row.
+    Raises ValueError for an unknown implementation, op or dtype and for a seed out of range,
+    before the first row.
     """
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     impls, ops, dtypes = tuple(impls), tuple(ops), tuple(dtypes)
@@ -176,9 +177,9 @@ def run(
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}")
     for impl in impls:
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+        check_impl(impl, auto=False)
     used = fresh_seed() if seed is None else seed
+    check_seed("seed", used)
     return (
         row
         for case in CASES

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -58,6 +59,19 @@ def test_greedy_takes_the_likeliest(model: GPT) -> None:
     assert torch.equal(text, model.generate(prompts(2, 3), 12, top_p=1e-9))
     for tiny in (1e-30, 1e-40, 1e-50, 5e-324):  # normal, subnormal and zero in fp32
         assert torch.equal(text, model.generate(prompts(2, 3), 12, temperature=tiny))
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"top_k": VOCAB - 3}, {"top_p": 0.9}, {}], ids=str
+)
+def test_a_padded_vocabulary_is_never_sampled(model: GPT, options: dict[str, Any]) -> None:
+    padded = copy.deepcopy(model)
+    with torch.no_grad():
+        padded.transformer.ln_f.bias.copy_(padded.lm_head.weight[VOCAB - 1] * 1000)
+    tokens = prompts(50, 2) % (VOCAB - 2)
+    assert (padded.generate(tokens, 3, **options) == VOCAB - 1).any()
+    text = padded.generate(tokens, 3, vocab_size=VOCAB - 2, **options)
+    assert text.max() < VOCAB - 2
 
 
 def test_a_top_p_of_one_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +180,9 @@ def test_modes_are_restored_and_nothing_is_tracked(model: GPT) -> None:
             {"seed": 2**64},
             r"seed must lie in -2\*\*63\.\.\.2\*\*64 - 1 or be",
         ),
+        (prompts(1, 4), 2, {"vocab_size": 51}, "vocab_size must be at most the model's 50, got 51"),
+        (prompts(1, 4), 2, {"vocab_size": 0}, "vocab_size must be"),
+        (prompts(1, 4), 2, {"vocab_size": 7, "eos": 7}, "eos must lie in 0...6"),
         (prompts(1, 4), 2, {"seed": -(2**63) - 1}, "seed must lie in"),
         (prompts(1, 4)[0], 2, {}, r"tokens must have shape \(B, T\) with T >= 1, got \(4,\)"),
         (prompts(2, 4)[:, :0], 2, {}, r"tokens must have shape \(B, T\) with T >= 1"),

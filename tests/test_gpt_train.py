@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +390,30 @@ def test_a_finished_run_can_be_prolonged(
     assert_same_bits(again.model.state_dict(), more.model.state_dict())
 
 
+def test_a_resumed_run_follows_the_settings_it_is_given(
+    finished: tuple[Path, TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = finished
+    (tmp_path / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes())
+    (tmp_path / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes())
+    seen: list[dict[str, Any]] = []
+    step = torch.optim.AdamW.step
+
+    def spy(self: Any, *args: Any) -> Any:
+        seen.extend(dict(group) for group in self.param_groups)
+        assert {int(state["step"]) for state in self.state.values()} == {12 + len(seen) // 2 - 1}
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    changes = dict(beta1=0.5, beta2=0.7, weight_decay=0.3, learning_rate=1e-2, batch_size=3)
+    result = resume(tmp_path, steps=14, accumulation=1, **changes)
+    assert [group["weight_decay"] for group in seen] == [0.3, 0.0] * 2
+    assert {group["betas"] for group in seen} == {(0.5, 0.7)}
+    assert seen[-1]["lr"] == result.records[-1]["learning_rate"]
+    assert result.records[-1]["tokens"] == 16 * (12 * 2 * 4 + 2 * 3)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["tokens"] == result.records[-1]["tokens"]
+
+
 def test_half_a_line_in_the_log_of_a_killed_run_is_dropped(
     finished: tuple[Path, TrainResult], tmp_path: Path
 ) -> None:
@@ -501,11 +526,54 @@ def test_a_damaged_or_contradictory_checkpoint_is_refused(
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match="truncated, damaged or not a checkpoint"):
         resume(tmp_path)
-    content = checkpoint.load(out / "checkpoint.pt")
-    content["model_config"]["n_embd"] = 64
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("model_config", "n_embd"), 64),
+        (("model_config", "n_layer"), 3),
+        (("model_config", "n_head"), 5),
+        (("model_config", "colour"), "red"),
+        (("model_config",), {}),
+        (("model_config",), None),
+        (("train_config",), {}),
+        (("train_config", "steps"), "many"),
+        (("train_config", "colour"), "red"),
+        (("model",), {}),
+        (("model", "lm_head.weight"), 3),
+        (("model", 3), torch.zeros(1)),
+        (("optimizer",), {}),
+        (("optimizer", "state"), {}),
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(3)),
+        (("optimizer", "state", 0, "step"), None),
+        (("sampler",), {}),
+        (("sampler", "generator"), torch.zeros(16, dtype=torch.uint8)),
+        (("sampler", "generator"), torch.zeros(5056, dtype=torch.uint8)),
+        (("random",), {}),
+        (("random", "cpu"), torch.zeros(3)),
+        (("step",), "x"),
+        (("tokens",), None),
+        (("files",), [3]),
+        (("text",), 3),
+    ],
+)
+def test_a_foreign_or_contradictory_checkpoint_is_refused_in_one_sentence(
+    finished: tuple[Path, TrainResult], tmp_path: Path, keys: tuple[Any, ...], value: Any
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    content = checkpoint.load(finished[0] / "checkpoint.pt")
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
     checkpoint.save(path, content)
-    with pytest.raises(ValueError, match="contradict its model_config"):
-        resume(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"^checkpoint: {path} .*{keys[0].split('_')[0]}"
+    ) as refused:
+        resume(tmp_path, steps=14)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -553,7 +621,8 @@ def test_every_setting_has_a_help_text() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"device": "tpu9"}, "device is 'tpu9'"),
+        ({"device": "tpu9"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu9'"),
+        ({"device": "meta"}, "device must be auto, cpu, cuda or cuda:N, got 'meta'"),
         ({"device": "cuda:97"}, "device is 'cuda:97', but this machine has"),
         ({"tokenizer": "words"}, "tokenizer name must be"),
         ({"impl": "magic"}, "impl"),
@@ -564,6 +633,16 @@ def test_a_run_that_cannot_start_leaves_no_folder(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train([text], tmp_path / "out", model=TINY, config=dataclasses.replace(SHORT, **setting))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["matplotlib.figure", "safetensors"])
+def test_a_missing_package_is_noticed_before_the_training(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match="pip install 'gptkernels"):
+        train([text], tmp_path / "out", model=TINY, config=SHORT)
     assert not (tmp_path / "out").exists()
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gptkernels import GPT, GPTConfig
+from gptkernels.gpt.weights import read_tokenizer
 
 pytest.importorskip("safetensors", reason="needs the package safetensors")
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
@@ -146,6 +147,19 @@ def test_ours_to_transformers_and_back(tmp_path: Path, config: GPTConfig) -> Non
     assert back.config == config
     for name, tensor in ours.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
+
+
+def test_the_tokenizers_name_is_kept_for_us_and_skipped_by_transformers(tmp_path: Path) -> None:
+    ours = randomize(GPT(CONFIG)).eval()
+    ours.save_pretrained(tmp_path)
+    assert read_tokenizer(tmp_path) is None
+    ours.save_pretrained(tmp_path, tokenizer="bytes")
+    assert read_tokenizer(tmp_path) == "bytes"
+    assert_same_model(ours, transformers.GPT2LMHeadModel.from_pretrained(tmp_path))
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"bytes"', "7"))
+    with pytest.raises(ValueError, match="gptkernels_tokenizer must be a name, got 7"):
+        read_tokenizer(tmp_path)
 
 
 def test_saving_over_a_model_replaces_it(tmp_path: Path) -> None:

@@ -127,7 +127,9 @@ def test_table_says_why_it_skips() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (dict(impls=["gpu"]), "impl must be"),
+        (dict(impls=["gpu"]), "impl must be 'cuda', 'triton' or 'torch', got 'gpu'"),
+        (dict(impls=["auto"]), "impl must be"),
+        (dict(seed=2**64), r"seed must lie in .* got 18446744073709551616"),
         (dict(ops=["softmax"]), "op must be one of"),
         (dict(dtypes=[torch.float64]), "dtype must be"),
     ],

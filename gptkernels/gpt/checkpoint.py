@@ -5,37 +5,47 @@ old checkpoint: a rename within one folder is atomic (POSIX rename(2), os.replac
 failure at any moment leaves a whole file. `load` unpickles tensors and plain values only
 (`weights_only=True`).
 
-What is inside: {"format", "version", "model", "optimizer", "step", "seconds",
-"best_validation_loss", "sampler", "random" (PyTorch's CPU and CUDA generators), "model_config",
-"train_config", "files", "text" (a fingerprint of what the files hold)}.
+What is inside: {"format", "version", "model", "optimizer", "step", "tokens" (trained on so far),
+"seconds", "best_validation_loss", "sampler", "random" (PyTorch's CPU and CUDA generators),
+"model_config", "train_config", "files", "text" (a fingerprint of what the files hold)}.
+
+Weights, optimizer and generators are taken up by `model`, `optimizer` and `generators`, the two
+configurations by `config`: each refuses, in one sentence, what does not fit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.data import Batches
+from gptkernels.gpt.model import GPT
+
 FORMAT = "gptkernels-checkpoint"
 VERSION = 1
-KEYS = (
-    "model",
-    "optimizer",
-    "step",
-    "seconds",
-    "best_validation_loss",
-    "sampler",
-    "random",
-    "model_config",
-    "train_config",
-    "files",
-    "text",
-)
+KEYS: dict[str, type] = {
+    "model": dict,
+    "optimizer": dict,
+    "step": int,
+    "tokens": int,
+    "seconds": float,
+    "best_validation_loss": float,
+    "sampler": dict,
+    "random": dict,
+    "model_config": dict,
+    "train_config": dict,
+    "files": list,
+    "text": str,
+}
+_Config = TypeVar("_Config")
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
@@ -65,7 +75,8 @@ def load(path: str | Path) -> dict[str, Any]:
     """The content of the checkpoint at `path`, tensors on the CPU.
 
     Raises FileNotFoundError when there is none, and ValueError when the file is truncated or
-    damaged, was not written by `save`, or has another version.
+    damaged, was not written by `save`, has another version, or holds values of another type than
+    `KEYS` says.
     """
     path = Path(path)
     if not path.is_file():
@@ -100,7 +111,77 @@ def load(path: str | Path) -> dict[str, Any]:
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise ValueError(f"checkpoint: {path} lacks {', '.join(missing)}")
+    for key, kind in KEYS.items():
+        if not isinstance(content[key], kind):
+            raise ValueError(
+                f"checkpoint: {path} must hold {kind.__name__} as its {key}, "
+                f"got {type(content[key]).__name__}"
+            )
+    if not all(isinstance(file, str) for file in content["files"]):
+        raise ValueError(f"checkpoint: {path} must hold names as its files")
     return content
+
+
+def config(path: str | Path, content: dict[str, Any], key: str, kind: type[_Config]) -> _Config:
+    """The dataclass `kind` that `content[key]` describes, with all of its fields and no other.
+
+    Raises ValueError when it does not.
+    """
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    wrong = sorted(map(str, fields ^ content[key].keys()))
+    if wrong:
+        raise ValueError(
+            f"checkpoint: {path} lacks or does not know {', '.join(wrong)} in its {key}"
+        )
+    try:
+        return kind(**content[key])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint: {path} has a {key} out of range ({error})") from None
+
+
+def model(path: str | Path, content: dict[str, Any]) -> GPT:
+    """The GPT in `content`, on the CPU. Raises ValueError when it contradicts its model_config."""
+    with torch.device("meta"):  # shapes alone: the weights are read, not drawn and thrown away
+        network = GPT(config(path, content, "model_config", GPTConfig))
+    _check_fit(path, "model", content["model"], network.state_dict())
+    network.load_state_dict(content["model"], assign=True)
+    network.tie_head()
+    return network
+
+
+def optimizer(path: str | Path, content: dict[str, Any], into: torch.optim.AdamW) -> None:
+    """Take up the step counts and moments; rates, betas and decay stay those that `into` has.
+
+    Raises ValueError when they are not those of its parameters.
+    """
+    groups = into.state_dict()["param_groups"]
+    parameters = [parameter for group in into.param_groups for parameter in group["params"]]
+    fitting = {
+        index: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for index, parameter in enumerate(parameters)
+    }
+    state = content["optimizer"].get("state")
+    _check_fit(path, "optimizer", state, fitting)
+    into.load_state_dict({"state": state, "param_groups": groups})
+
+
+def generators(path: str | Path, content: dict[str, Any], sampler: Batches) -> None:
+    """Put the sampler and PyTorch's global generators where they were; CUDA's as far as this
+    machine has the devices.
+
+    Raises ValueError for what is no generator's state.
+    """
+    state = content["random"]
+    _check_fit(path, "sampler", content["sampler"], sampler.state_dict())
+    # There may be other GPUs than when it was saved.
+    _check_fit(path, "random", state, {**random_state(), "cuda": state.get("cuda")})
+    try:
+        sampler.load_state_dict(content["sampler"])
+        set_random_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint: {path} has a sampler or random that is no generator's state ({error})"
+        ) from None
 
 
 def random_state() -> dict[str, Any]:
@@ -119,6 +200,23 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     for device, device_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(device_state, device)
+
+
+def _check_fit(path: str | Path, key: str, state: object, own: object) -> None:
+    if _outline(state) != _outline(own):
+        raise ValueError(
+            f"checkpoint: {path} has another {key} than its configuration asks for (names, shapes "
+            "or dtypes differ)"
+        )
+
+
+def _outline(state: object) -> object:
+    """What decides whether a state fits: names, shapes and dtypes, not the numbers."""
+    if isinstance(state, dict):
+        return {name: _outline(value) for name, value in state.items()}
+    if isinstance(state, Tensor):
+        return state.shape, state.dtype
+    return type(state)
 
 
 def _sync_folder(folder: Path) -> None:

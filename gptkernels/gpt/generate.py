@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gptkernels.gpt.config import check_number
 from gptkernels.layers import KVCache
-from gptkernels.ops.checks import check_count
+from gptkernels.ops.checks import check_count, check_seed
 
 if TYPE_CHECKING:
     from gptkernels.gpt.model import GPT
@@ -38,6 +38,7 @@ def generate(
     top_p: float | None = None,
     eos: int | None = None,
     seed: int | None = None,
+    vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> Tensor:
     """`tokens` (B, T) int64 with up to max_new_tokens more behind each row: (B, T + n) int64.
@@ -50,6 +51,8 @@ def generate(
     has ended.
     seed: for the same samples again (same device, same batch); None goes on with torch's own
     generator.
+    vocab_size: choose among the ids below it alone, for a model whose vocabulary is padded past its
+    tokenizer's; None chooses among all of the model's.
     use_cache: False computes the whole text anew for each token: slower, to check the cache
     against.
 
@@ -58,7 +61,8 @@ def generate(
     any argument out of range, TypeError for tokens that are not int64 and for any argument of
     another type.
     """
-    _check(model, tokens, max_new_tokens, temperature, top_k, top_p, eos, seed)
+    ids = model.config.vocab_size if vocab_size is None else vocab_size
+    _check(model, tokens, max_new_tokens, temperature, top_k, top_p, eos, seed, ids)
     generator = None
     if seed is not None:
         generator = torch.Generator(device=tokens.device).manual_seed(seed)
@@ -74,7 +78,8 @@ def generate(
         for end in range(prompt, total):
             hidden = model.hidden_states(text[:, seen:end], caches=caches)
             seen = end if use_cache else 0
-            chosen = _choose(model.lm_head(hidden[:, -1]), temperature, top_k, top_p, generator)
+            logits = model.lm_head(hidden[:, -1])[:, :ids]
+            chosen = _choose(logits, temperature, top_k, top_p, generator)
             if eos is not None:
                 chosen = chosen.masked_fill(ended, eos)
                 ended |= chosen == eos
@@ -133,9 +138,15 @@ def _check(
     top_p: float | None,
     eos: int | None,
     seed: int | None,
+    vocab_size: int,
 ) -> None:
     model.check_tokens(tokens)
     config = model.config
+    check_count("vocab_size", vocab_size)
+    if vocab_size > config.vocab_size:
+        raise ValueError(
+            f"vocab_size must be at most the model's {config.vocab_size}, got {vocab_size}"
+        )
     _check_integer("max_new_tokens", max_new_tokens)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
@@ -155,12 +166,10 @@ def _check(
             raise ValueError(f"top_p must lie above 0 and at most at 1, or be None, got {top_p}")
     if eos is not None:
         _check_integer("eos", eos)
-        if not 0 <= eos < config.vocab_size:
-            raise ValueError(f"eos must lie in 0...{config.vocab_size - 1} or be None, got {eos}")
+        if not 0 <= eos < vocab_size:
+            raise ValueError(f"eos must lie in 0...{vocab_size - 1} or be None, got {eos}")
     if seed is not None:
-        _check_integer("seed", seed)
-        if not -(2**63) <= seed < 2**64:  # what torch.Generator takes
-            raise ValueError(f"seed must lie in -2**63...2**64 - 1 or be None, got {seed}")
+        check_seed("seed", seed)
 
 
 def _check_integer(name: str, value: object) -> None:

@@ -136,6 +136,7 @@ class GPT(nn.Module):
         top_p: float | None = None,
         eos: int | None = None,
         seed: int | None = None,
+        vocab_size: int | None = None,
     ) -> Tensor:
         """Continue `tokens` (B, T); see `gptkernels.gpt.generate.generate`."""
         return generate(
@@ -147,6 +148,7 @@ class GPT(nn.Module):
             top_p=top_p,
             eos=eos,
             seed=seed,
+            vocab_size=vocab_size,
         )
 
     @classmethod
@@ -167,14 +169,15 @@ class GPT(nn.Module):
         model.tie_head()
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, tokenizer: str | None = None) -> None:
         """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them.
 
+        The name of a `tokenizer` is kept in config.json, where `gptkernels generate` finds it.
         Each file is complete before it gets its name. Raises TypeError, before anything is
         written, for dtypes that `from_pretrained` would refuse, and OSError where the folder cannot
         be written.
         """
-        weights.write_folder(Path(folder), self.config, self.state_dict())
+        weights.write_folder(Path(folder), self.config, self.state_dict(), tokenizer)
 
     def set_impl(self, impl: str) -> GPT:
         """Set `.impl` of every layer, and return the model; ValueError for an unknown name."""

@@ -30,7 +30,6 @@ class ProgressBar:
         self._task: TaskID = self._progress.add_task("training", total=1.0, step=0, figures="")
 
     def __enter__(self) -> ProgressBar:
-        self._progress.start()
         return self
 
     def __exit__(
@@ -39,10 +38,12 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def __call__(self, record: dict[str, Any], done: float) -> None:
         """Show `record` (one line of log.jsonl); `done` is the share of the run behind us."""
+        self._progress.start()  # not before: a run that is refused shows no bar
         figures = describe(record)
         self._progress.update(self._task, completed=done, step=record["step"], figures=figures)
         if "validation_loss" in record:

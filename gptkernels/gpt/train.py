@@ -28,12 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptkernels.device import choose_device
 from gptkernels.gpt import checkpoint, data
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.curve import draw_losses, figure_class
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.throughput import flops_per_token, peak_flops
 from gptkernels.gpt.tokenizer import load_tokenizer
+from gptkernels.gpt.weights import safetensors_package
 
 Observer = Callable[[dict[str, Any], float], None]
 """Called with each log record and the share of the run that is done, 0 to 1."""
@@ -177,8 +179,9 @@ def train(
     """Train a new GPT on the text `files` and write the folder `out`.
 
     Raises FileNotFoundError or ValueError for text that cannot be trained on, ValueError when `out`
-    already holds a checkpoint or `model` does not fit the tokenizer, ImportError when matplotlib or
-    the tokenizer's package is missing, DivergedError when the loss is no longer finite (the last
+    already holds a checkpoint or `model` does not fit the tokenizer (its vocab_size may be larger:
+    a padded table), ImportError when matplotlib, safetensors or the tokenizer's package is missing,
+    DivergedError when the loss is no longer finite (the last
     checkpoint stays), RuntimeError when `config.impl` cannot run on the device.
     """
     config = config or TrainConfig()
@@ -204,8 +207,10 @@ def resume(
     the text it was, or when a change comes too late (seed, tokenizer, validation_fraction).
     """
     out = Path(out)
-    content = checkpoint.load(out / "checkpoint.pt")
-    settings = dict(content["train_config"])
+    path = out / "checkpoint.pt"
+    content = checkpoint.load(path)
+    saved = checkpoint.config(path, content, "train_config", TrainConfig)
+    settings = dataclasses.asdict(saved)
     for name, value in changes.items():
         if name not in settings:
             raise TypeError(f"{name} is not a setting of training")
@@ -214,9 +219,10 @@ def resume(
                 f"{name} is {value!r}, but the run to resume has {settings[name]!r} and cannot "
                 "change it"
             )
-    config = TrainConfig(**{**settings, **changes})
+    config = dataclasses.replace(saved, **changes)
     texts = content["files"] if files is None else [str(Path(file).resolve()) for file in files]
-    run = _Run(texts, out, GPTConfig(**content["model_config"]), config, observer)
+    model = checkpoint.model(path, content)
+    run = _Run(texts, out, model.config, config, observer, model)
     run.restore(content)
     return run.finish()
 
@@ -231,11 +237,14 @@ class _Run:
         model_config: GPTConfig,
         config: TrainConfig,
         observer: Observer | None,
+        model: GPT | None = None,
     ) -> None:
-        figure_class()  # better to hear now that matplotlib is missing than after the training
+        # Better to hear now that a package is missing than after the training.
+        figure_class()
+        safetensors_package()
         self.files, self.out, self.config, self.observer = files, out, config, observer
         self.model_config = model_config
-        self.device = training_device(config.device)
+        self.device = choose_device(config.device)
         self.dtype = _DTYPES[config.dtype]
 
         tokenizer = load_tokenizer(config.tokenizer)
@@ -254,7 +263,7 @@ class _Run:
         )
 
         # Initial weights are drawn on the CPU, so that they do not depend on the device.
-        self.model = GPT(model_config)
+        self.model = GPT(model_config) if model is None else model
         self.model.set_impl(config.impl)
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(
@@ -264,27 +273,22 @@ class _Run:
             fused=True,
         )
         self.step = 0
+        self.tokens = 0
         self.seconds_before = 0.0
         self.best_validation_loss = math.inf
         self.records: list[dict[str, Any]] = []
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint, and the log as far as the checkpoint saw it."""
+        """Take up the rest of a checkpoint, and the log as far as the checkpoint saw it."""
         if content["text"] != self.digest:
             raise ValueError(
                 f"files: the text of {', '.join(self.files)} is not the text that the run to "
                 "resume was trained on"
             )
-        try:
-            self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint: {self.out / 'checkpoint.pt'} has weights that contradict its "
-                "model_config"
-            ) from error
-        self.batches.load_state_dict(content["sampler"])
-        self.step = content["step"]
+        path = self.out / "checkpoint.pt"
+        checkpoint.optimizer(path, content, self.optimizer)
+        checkpoint.generators(path, content, self.batches)
+        self.step, self.tokens = content["step"], content["tokens"]
         self.seconds_before = content["seconds"]
         self.best_validation_loss = content["best_validation_loss"]
         log = self.out / "log.jsonl"
@@ -302,7 +306,6 @@ class _Run:
                 "".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8"
             )
             shorter.replace(log)
-        checkpoint.set_random_state(content["random"])
 
     def finish(self) -> TrainResult:
         """Train to the end of the budget and write what belongs in `out`."""
@@ -329,6 +332,7 @@ class _Run:
             loss, norm = self._optimizer_step(rate)
             losses += loss
             self.step += 1
+            self.tokens += tokens_a_step
             last = self.done
             validate = last or self.step % config.validation_interval == 0
             save = last or self.step % config.checkpoint_interval == 0
@@ -344,7 +348,7 @@ class _Run:
                 "loss": mean,
                 "learning_rate": rate,
                 "gradient_norm": norm_value,
-                "tokens": self.step * tokens_a_step,
+                "tokens": self.tokens,
                 "tokens_per_s": speed,
                 "mfu": None if peak is None else speed * flops / peak,
                 "seconds": self.seconds,
@@ -359,7 +363,7 @@ class _Run:
             clock = time.perf_counter()
 
         draw_losses(self.records, self.out / "loss.png")
-        self.model.save_pretrained(self.out / "model")
+        self.model.save_pretrained(self.out / "model", tokenizer=config.tokenizer)
         return TrainResult(self.model, self.records, self.best_validation_loss, self.seconds)
 
     def _optimizer_step(self, rate: float) -> tuple[Tensor, Tensor]:
@@ -438,6 +442,7 @@ class _Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
+                "tokens": self.tokens,
                 "seconds": self.seconds,
                 "best_validation_loss": self.best_validation_loss,
                 "sampler": self.batches.state_dict(),
@@ -458,18 +463,3 @@ class _Run:
             f"training diverged by step {self.step}, {name.replace('_', ' ')} is {value}: {kept}, "
             "try a lower learning_rate or a longer warm-up"
         )
-
-
-def training_device(name: str) -> torch.device:
-    """The device called `name`, a GPU if there is one for "auto"; ValueError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {name!r}, auto, cpu, cuda or cuda:N is wanted") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices"
-        )
-    return device

@@ -59,6 +59,7 @@ _TRANSPOSED = re.compile(
 )
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 _GPT2_VOCAB, _GPT2_END = 50257, 50256
+_TOKENIZER = "gptkernels_tokenizer"  # a key of ours in config.json, which other readers skip
 
 
 def read_config(folder: Path, dropout: float | None = None) -> GPTConfig:
@@ -90,13 +91,26 @@ def read_state(folder: Path, shapes: Mapping[str, torch.Size], bias: bool) -> di
     return state
 
 
-def write_folder(folder: Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
+def read_tokenizer(folder: Path) -> str | None:
+    """The name of the tokenizer that `write_folder` was given; None where config.json has none.
+
+    Raises FileNotFoundError without a config.json, ValueError for a broken one.
+    """
+    name = _json_object(folder / "config.json").get(_TOKENIZER)
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"{folder / 'config.json'}: {_TOKENIZER} must be a name, got {name!r}")
+    return name
+
+
+def write_folder(
+    folder: Path, config: GPTConfig, state: dict[str, Tensor], tokenizer: str | None = None
+) -> None:
     """Write config.json and model.safetensors; each is complete before it takes its name.
 
-    Raises TypeError for dtypes that would not be read back, OSError where the folder cannot be
-    written.
+    The name of a `tokenizer` is kept in config.json, for `read_tokenizer`. Raises TypeError for
+    dtypes that would not be read back, OSError where the folder cannot be written.
     """
-    package = _safetensors()
+    package = safetensors_package()
     _check_dtypes(state)
     state = {name: tensor.detach() for name, tensor in state.items() if name != _HEAD}
     if not config.bias:
@@ -107,7 +121,8 @@ def write_folder(folder: Path, config: GPTConfig, state: dict[str, Tensor]) -> N
         name: (tensor.t() if _transposes(name, tensor) else tensor).contiguous()
         for name, tensor in state.items()
     }
-    text = json.dumps(_config_json(config), indent=2) + "\n"
+    named = {} if tokenizer is None else {_TOKENIZER: tokenizer}
+    text = json.dumps({**_config_json(config), **named}, indent=2) + "\n"
 
     def write_tensors(path: Path) -> None:
         try:
@@ -242,7 +257,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    package = _safetensors()
+    package = safetensors_package()
     try:
         return package.torch.load_file(path)
     except package.SafetensorError as error:
@@ -332,7 +347,8 @@ def _json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _safetensors() -> Any:
+def safetensors_package() -> Any:
+    """The package safetensors. Raises ImportError, in one sentence, when it is missing."""
     try:
         import safetensors
         import safetensors.torch

@@ -53,6 +53,14 @@ def check_unit_last_stride(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_seed(name: str, value: int) -> None:
+    """A given seed: an int that PyTorch's generators take. Raises TypeError, ValueError out of range."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} must lie in -2**63...2**64 - 1 or be None, got {value}")
+
+
 def check_probability(name: str, value: float) -> None:
     """A probability in [0, 1]. Raises ValueError."""
     if not 0.0 <= value <= 1.0:

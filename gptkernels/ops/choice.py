@@ -19,10 +19,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def check_impl(impl: str) -> str:
-    """The name of an implementation, or "auto". Raises ValueError for any other."""
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto', 'cuda', 'triton' or 'torch', got {impl!r}")
+def check_impl(impl: str, *, auto: bool = True) -> str:
+    """The name of an implementation, or "auto" where it is allowed. Raises ValueError for any
+    other."""
+    if impl not in IMPLEMENTATIONS and not (auto and impl == "auto"):
+        names = "'auto', 'cuda', 'triton' or 'torch'" if auto else "'cuda', 'triton' or 'torch'"
+        raise ValueError(f"impl must be {names}, got {impl!r}")
     return impl
 
 
