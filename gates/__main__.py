@@ -16,8 +16,8 @@ from gates.table import Key, Resources
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Versions other than the installed one are checked on these only: every configuration and both kinds
-# of tensor-core instructions, in half the time.
+# Versions other than the installed one are checked on these only: every configuration and both
+# kinds of tensor-core instructions, in half the time.
 _ARCHITECTURES_ASIDE = (80, 90)
 
 
