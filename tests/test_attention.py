@@ -207,6 +207,22 @@ class TestParity:
         assert_right(dict(q=q, k=k, v=k), impl, seed)
 
     @both
+    @pytest.mark.parametrize(
+        "ends",
+        [torch.tensor([[7, 0], [20, 0], [31, 0]]).int()[:, 0], torch.tensor([9]).int().expand(3)],
+        ids=["column", "expanded"],
+    )
+    def test_strided_lengths_and_slopes(self, impl: str, ends: Tensor) -> None:
+        tensors = inputs(3, 40)
+        slopes = torch.tensor([0.5], device=DEVICE).expand(2)
+        call = functools.partial(attention, impl=impl, dropout_p=0.2)
+        ends = ends.to(DEVICE)
+        assert ends.stride() != (1,)
+        strided = functools.partial(call, key_lengths=ends, alibi_slopes=slopes)
+        dense = functools.partial(call, key_lengths=ends.contiguous(), alibi_slopes=[0.5, 0.5])
+        assert_same(_seeded(strided, tensors), _seeded(dense, tensors))
+
+    @both
     def test_expanded_cotangent(self, impl: str) -> None:
         tensors = inputs(2, 20, D=24)
         call = functools.partial(attention, impl=impl)
@@ -277,6 +293,21 @@ class TestRowsAndKeysThatAreApart:
                 assert (dq[b, i] == 0).all()
 
     @both
+    @pytest.mark.parametrize("where", ["q", "out", "lse"])
+    @pytest.mark.parametrize("softcap", [0.0, 3.0])
+    def test_a_row_without_keys_passes_nothing_on(
+        self, impl: str, where: str, softcap: float
+    ) -> None:
+        """Of six queries and four keys the first two queries stand before every key."""
+        tensors = inputs(1, 6, 4)
+        cotangents = [torch.randn_like(tensors["q"]), torch.randn(1, 2, 6, device=DEVICE)]
+        call = functools.partial(attention, return_lse=True, softcap=softcap, impl=impl)
+        wanted = run(call, tensors, cotangents)
+        rows = dict(q=tensors["q"], out=cotangents[0], lse=cotangents[1].mT)[where]
+        rows[:, :2] = torch.nan
+        assert_same(run(call, tensors, cotangents), wanted)
+
+    @both
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     def test_what_lies_past_a_length_never_leaks(self, impl: str, value: float) -> None:
         tensors = inputs(3, 40, 70, 1)
@@ -294,15 +325,16 @@ class TestRowsAndKeysThatAreApart:
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
     @pytest.mark.parametrize("at", [25, 50])
+    @pytest.mark.parametrize("softcap", [0.0, 2.0])
     def test_not_a_number_reaches_only_those_who_see_it(
-        self, where: str, at: int, value: float
+        self, where: str, at: int, value: float, softcap: float
     ) -> None:
         """Causal with a window of 12: rows at ... at + 12 see key `at`, row `at` sees keys
         at - 12 ... at, and what those rows see lies between at - 12 and at + 12."""
         T, reach = 70, 12
         tensors = inputs(1, T)
         cotangent = torch.randn(1, T, 2, 16, device=DEVICE)
-        call = functools.partial(attention, window=(reach, 0), impl="triton")
+        call = functools.partial(attention, window=(reach, 0), softcap=softcap, impl="triton")
         wanted = run(call, tensors, [cotangent])
         broken = cotangent if where == "dout" else tensors[where]
         broken = broken.clone()
@@ -321,12 +353,16 @@ class TestRowsAndKeysThatAreApart:
             apart[first : last + 1] = False
             assert torch.equal(a[:, :, 0], b[:, :, 0]), name
             assert torch.equal(a[:, apart], b[:, apart]), name
-        out, _, dk, dv = found
+        out, dq, dk, dv = found
         if where == "v":
             assert not torch.isfinite(out[:, rows[0] : rows[1] + 1, 1, 3]).any()
             assert torch.isfinite(out[:, :, 1, 4]).all()
-        if where == "q" or (where == "k" and value != value):
+        if value != value and where in ("q", "k") or (where == "q" and not softcap):
             assert torch.isnan(out[:, at, 1]).all()
+        if where == "q":
+            assert torch.isnan(dk[:, keys[0] : keys[1] + 1, 1, 3]).all()
+        if where == "k":
+            assert torch.isnan(dq[:, rows[0] : rows[1] + 1, 1, 3]).all()
         if where == "dout":
             assert torch.equal(out, wanted[0])
             assert not torch.isfinite(dv[:, keys[0] : keys[1] + 1, 1, 3]).any()

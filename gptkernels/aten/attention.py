@@ -279,12 +279,14 @@ def _attention_rows_bwd(
             dq[:, rows] = 0
             continue
         s, cap = _attention_scores(q, k, rows, keys, options)
-        # A row without keys has lse -inf: all its weights are exp(-inf - 0) = 0.
+        # A row without keys has lse -inf: all its weights are exp(-inf - 0) = 0. Products with them
+        # are 0 only where its q, dout and dlse, which may be NaN, are left out.
         row_lse = lse[:, :, rows, None]
-        p = s.sub_(row_lse.masked_fill(row_lse == -math.inf, 0)).exp_()
+        empty = row_lse == -math.inf
+        p = s.sub_(row_lse.masked_fill(empty, 0)).exp_()
         total = p.sum(-1, keepdim=True)  # 1, but for the rounding of lse
         p = p.div_(total.masked_fill(total == 0, 1))
-        do = _by_group(dout[:, rows].transpose(1, 2).float(), Hk)
+        do = _by_group(dout[:, rows].transpose(1, 2).float().masked_fill(empty, 0), Hk)
         dp = (do @ v[:, :, keys].mT).view(p.shape)
         kept = p
         if options.dropout_p > 0:
@@ -294,14 +296,15 @@ def _attention_rows_bwd(
         ds = dp.sub_((p * dp).sum(-1, keepdim=True))
         if dlse is not None:
             ds += dlse[:, :, rows, None]
-        ds = ds.mul_(p)
+        ds = ds.mul_(p).masked_fill_(empty, 0)
         if mask_gradient:
             _add_mask_gradient(dmask, ds, rows, keys)
         if cap is not None:
-            ds = ds.mul_(cap)
+            ds = ds.mul_(cap).masked_fill_(empty, 0)
         ds = _by_group(ds.mul_(options.scale), Hk)
         dq[:, rows] = (ds @ k[:, :, keys]).view(B, H, -1, D).transpose(1, 2).to(q.dtype)
-        dk[:, :, keys] += ds.mT @ _by_group(q[:, rows].transpose(1, 2).float(), Hk)
+        rows_q = q[:, rows].transpose(1, 2).float().masked_fill(empty, 0)
+        dk[:, :, keys] += ds.mT @ _by_group(rows_q, Hk)
     dk, dv = (
         d.transpose(1, 2).to(dtype).contiguous()
         for d, dtype in zip((dk, dv), dtypes[1:], strict=True)

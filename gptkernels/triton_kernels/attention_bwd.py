@@ -24,6 +24,7 @@ from .attention_scores import (
     INFINITY,
     LOG2E,
     VARYING,
+    finite_rows,
     key_ranges,
     load_rows,
     query_ranges,
@@ -162,6 +163,8 @@ def attention_bwd_keys_kernel(
             dout = load_rows(dout_base + i0_wide * stride_ot, dout_offsets, sound, D, BD, masked)
             # The tile lies as (keys, rows), so that p and ds are ready to be left operands.
             product = tl.dot(k, tl.trans(q), input_precision="ieee")
+            if masked and SOFTCAP:
+                q, tainted = finite_rows(q)
             s, slope_of_cap = scores(
                 product,
                 rows[None, :],
@@ -193,6 +196,8 @@ def attention_bwd_keys_kernel(
                 dp += tl.load(dlse_ptr + bh * Tq + rows, mask=rows < Tq, other=0.0)[None, :]
             ds = p * dp * slope_of_cap
             if masked:
+                if SOFTCAP:
+                    ds += tainted[None, :]
                 visible = sees(
                     rows[None, :], cols[:, None], shift, left, right, kv_len, HAS_LEFT, HAS_RIGHT
                 )
@@ -325,7 +330,7 @@ def attention_bwd_queries_kernel(
                     )
                     p = tl.where(visible, p, 0.0)
                     dp = tl.where(visible, dp, 0.0)
-                    k = tl.where(tl.abs(k.to(tl.float32)) < INFINITY, k, 0.0)
+                    k, tainted = finite_rows(k)
                 if summing:
                     delta += tl.sum(p * dp, 1)
                     total += tl.sum(p, 1)
@@ -337,7 +342,7 @@ def attention_bwd_queries_kernel(
                         dp += dlse[:, None]
                     ds = p * dp * slope_of_cap
                     if masked:  # delta may be NaN
-                        ds = tl.where(visible, ds, 0.0)
+                        ds = tl.where(visible, ds + tainted[None, :], 0.0)
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         if summing:
             total = tl.where(total == 0.0, 1.0, total)

@@ -154,6 +154,18 @@ def load_rows(base, offsets, wanted, D, BD: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def finite_rows(values):
+    """(values with NaN and Inf set to 0, 0 for every finite row and NaN for the others).
+
+    In a gradient the second goes to those who see the row: Inf may show nowhere else, where its
+    score is -inf, or finite by a softcap.
+    """
+    finite = tl.abs(values.to(tl.float32)) < INFINITY
+    whole = tl.min(finite.to(tl.int32), 1) == 1
+    return tl.where(finite, values, 0.0), tl.where(whole, 0.0, float("nan"))
+
+
+@triton.jit
 def without_nonfinite(values, found):
     """(values with NaN and Inf set to 0, found or whether there were any).
 
