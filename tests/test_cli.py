@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -16,9 +17,13 @@ import torch
 pytest.importorskip("click")
 pytest.importorskip("rich")
 
+from rich.console import Console
+
 from gptkernels import cli, parity, verify
+from gptkernels.gpt import checkpoint, train
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
+from gptkernels.gpt.progress import ProgressBar
 from gptkernels.gpt.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +65,17 @@ def folder(tmp_path: Path) -> Path:
     config = GPTConfig(vocab_size=256, block_size=32, n_layer=1, n_head=2, n_embd=16)
     GPT(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def trained(call: Any, text: Path, tmp_path: Path) -> Path:
+    """What `train` leaves of a byte-level model whose table is as large as GPT-2's."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("safetensors")
+    out = tmp_path / "padded"
+    result = call("train", text, "--out", out, *SMALL, "--steps", "1", "--vocab-size", "50257")
+    assert result.code == 0, result.err
+    return out
 
 
 def assert_refused(result: Result, *words: str) -> None:
@@ -108,6 +124,26 @@ def test_as_a_module() -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes")
+@pytest.mark.parametrize(
+    "arguments", [["info"], ["verify", "--impl", "cuda", "--op", "layer_norm"]], ids=str
+)
+def test_output_that_nobody_reads_is_no_failed_check(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "gptkernels", *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 @pytest.mark.parametrize("arguments", [["nothing"], ["verify", "--nothing"], ["train", "x"]])
 def test_wrong_usage_is_one_sentence(call: Any, arguments: list[str]) -> None:
     assert_refused(call(*arguments))
@@ -152,7 +188,16 @@ def test_verify_fails_with_1(call: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--op", "softmax"), ("--impl", "cutlass"), ("--dtype", "float64"), ("--device", "tpu9")],
+    [
+        ("--op", "softmax"),
+        ("--impl", "cutlass"),
+        ("--impl", "auto"),
+        ("--dtype", "float64"),
+        ("--device", "tpu9"),
+        ("--device", "meta"),
+        ("--device", "mps"),
+        ("--seed", "99999999999999999999"),
+    ],
 )
 def test_verify_refuses(call: Any, option: str, value: str) -> None:
     assert_refused(call("verify", option, value), option[2:], value)
@@ -201,6 +246,44 @@ def test_generate_refuses(call: Any, folder: Path, options: list[str], word: str
     assert result.out == ""
 
 
+def test_any_character_is_printed_on_any_terminal(folder: Path) -> None:
+    arguments = ["--prompt", "snow \u2603", "--max-new-tokens", "0", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gptkernels", "generate", str(folder), *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUTF8": "1",
+            "PYTHONIOENCODING": "cp1252",
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.rstrip() == b"snow ?"
+
+
+def test_generate_never_leaves_the_tokenizers_vocabulary(call: Any, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model = GPT(GPTConfig(vocab_size=5000, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    model.save_pretrained(tmp_path, tokenizer="bytes")
+    result = call("generate", tmp_path, "--prompt", "x", "--max-new-tokens", "31")
+    assert result.code == 0, result.err
+
+
+def test_generate_refuses_a_contradictory_checkpoint(call: Any, trained: Path) -> None:
+    path = trained / "broken.pt"
+    content = checkpoint.load(trained / "checkpoint.pt")
+    for key, value in (
+        ("model_config", {**content["model_config"], "n_embd": 64}),
+        ("model_config", {**content["model_config"], "colour": "red"}),
+        ("model_config", None),
+        ("train_config", {}),
+    ):
+        checkpoint.save(path, {**content, key: value})
+        assert_refused(call("generate", path, "--prompt", "x"), f"checkpoint: {path}")
+
+
 def test_generate_refuses_what_is_no_model(call: Any, tmp_path: Path, folder: Path) -> None:
     assert_refused(call("generate", tmp_path / "absent", "--prompt", "x"), "absent")
     (tmp_path / "empty").mkdir()
@@ -241,6 +324,41 @@ def test_train_then_generate_then_resume(call: Any, text: Path, tmp_path: Path) 
     assert_refused(call("train", "--resume", "--out", out, "--n-layer", "2"), "n_layer")
 
 
+def test_the_weights_say_which_tokenizer_they_were_trained_with(call: Any, trained: Path) -> None:
+    for model in (trained, trained / "model"):
+        result = call("generate", model, "--prompt", "x", "--max-new-tokens", "4")
+        assert result.code == 0, result.err
+        loaded, tokenizer = cli._load(model, None)
+        assert (loaded.config.vocab_size, tokenizer.vocab_size) == (50257, 256)
+
+
+def test_a_published_shape_takes_the_tokenizers_vocabulary(
+    call: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[GPTConfig] = []
+
+    def spy(files: Any, out: Path, *, model: GPTConfig, **options: Any) -> Any:
+        seen.append(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", spy)
+    call("train", text, "--out", tmp_path / "run", "--config", "gpt2-medium")
+    call("train", text, "--out", tmp_path / "run", "--config", "gpt2", "--vocab-size", "300")
+    assert [shape.vocab_size for shape in seen] == [256, 300]
+    assert seen[0].n_embd == 1024
+
+
+def test_a_refused_run_shows_no_progress_bar() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=100)
+    with pytest.raises(ValueError, match="refused"), ProgressBar(console):
+        raise ValueError("refused")
+    assert shown.getvalue() == ""
+    with ProgressBar(console) as bar:
+        bar({"step": 3, "loss": 1.0}, 0.5)
+    assert "step 3" in shown.getvalue()
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -250,6 +368,7 @@ def test_train_then_generate_then_resume(call: Any, text: Path, tmp_path: Path) 
         (["--steps", "many"], "--steps"),
         (["--impl", "cuda"], "impl"),
         (["--device", "cuda:99"], "device"),
+        (["--device", "meta"], "device"),
         (["--vocab-size", "10"], "vocab_size"),
         (["--dropout", "1.5"], "dropout"),
     ],

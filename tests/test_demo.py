@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -152,6 +153,36 @@ def test_a_second_demo_replaces_the_first(quick: None, tmp_path: Path, monkeypat
     assert not (tmp_path / "out" / "text.txt").exists()
 
 
+def test_a_refused_demo_leaves_the_earlier_one_whole(
+    finished: tuple[Path, int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = finished
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ValueError, match="training part has 8"):
+        demo.run(text=tmp_path / "short.txt", out=out, device="cpu", console=silent())
+    for package in ("matplotlib.figure", "safetensors"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(ImportError, match="pip install"):
+                demo.run(out=out, device="cpu", console=silent())
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_an_interrupted_demo_leaves_no_page_of_an_earlier_one(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "report.html").write_text("an earlier page")
+    monkeypatch.setattr(demo, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(out=tmp_path, device="cpu", console=silent())
+    assert not (tmp_path / "report.html").exists()
+    assert (tmp_path / "text.txt").read_bytes() == demo._manual().encode()
+
+
 def silent() -> Console:
     return Console(file=io.StringIO())
 
@@ -199,6 +230,7 @@ def test_triton_rows_come_from_an_interpreter_of_its_own(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
+    monkeypatch.setattr(demo, "_INTERPRETER_SECONDS", 600.0)  # however busy the machine is
     fewer = (*demo._INTERPRETER_ARGUMENTS, "--op", "layer_norm", "--dtype", "float32")
     monkeypatch.setattr(demo, "_INTERPRETER_ARGUMENTS", fewer)
     with demo._interpreter() as finish:
@@ -242,7 +274,7 @@ def test_without_a_gpu_triton_says_why_it_is_not_timed(finished: tuple[Path, int
     [
         ({"minutes": 0.0}, ValueError, "minutes is 0.0, more than 0 is wanted"),
         ({"text": "nothere.txt"}, FileNotFoundError, "nothere.txt does not exist"),
-        ({"device": "tpu1"}, ValueError, "device is 'tpu1'"),
+        ({"device": "tpu1"}, ValueError, "device must be auto, cpu, cuda or cuda:N, got 'tpu1'"),
         ({"seed": -1}, ValueError, "seed is -1"),
     ],
 )

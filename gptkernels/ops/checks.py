@@ -54,7 +54,7 @@ def check_unit_last_stride(name: str, tensor: Tensor) -> None:
 
 
 def check_seed(name: str, value: int) -> None:
-    """A given seed: an int that PyTorch's generators take. Raises TypeError, ValueError out of range."""
+    """A given seed: an int that PyTorch's generators take. Raises TypeError, or ValueError."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if not -(2**63) <= value < 2**64:
