@@ -64,7 +64,8 @@ gpu: ## on a machine with an NVIDIA GPU: test, verify and time the kernels; resu
 	mkdir -p build/gpu
 	cp -R gptkernels build/gpu/gptkernels
 	cp -R benchmarks examples build/gpu/gptkernels/
-	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P -m gptkernels.benchmarks.gpu --results $(RESULTS)
+	env -u TRITON_INTERPRET PYTHONPATH="$(CURDIR)/build/gpu$${PYTHONPATH:+:$$PYTHONPATH}" \
+		$(PYTHON) -P -m gptkernels.benchmarks.gpu --results "$(RESULTS)"
 
 clean: ## remove what the targets made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

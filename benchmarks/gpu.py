@@ -1,6 +1,7 @@
 """`make gpu`: what a few minutes on a machine with an NVIDIA GPU can tell, most valuable first.
 
-1. `tests/test_gpu.py`: the native kernels against the truth, repeated, captured, on side streams;
+1. every test that is marked `gpu`, which are those of `tests/test_gpu.py`: the native kernels and a
+   GPT against the truth, repeated, captured, on side streams;
 2. the parity table of `gptkernels verify`;
 3. the benchmarks, one shape of each operator first, then all.
 
@@ -74,7 +75,7 @@ def _all(results: Path, seconds: float) -> int:
         return started + share * seconds
 
     # Side by side, since nearly all of the time goes to compiling, on the CPU.
-    shares = max(1, min(6, (os.cpu_count() or 1) // 2))
+    shares = _shares(os.cpu_count() or 1)
     tests = [_test_part(k, shares, results / f"tests_{k}.json") for k in range(1, shares + 1)]
     right = _run(tests, until(_TESTS_END), results / "tests.json")
     # Compiled by now. One process an operator, so that one's fault does not take the others along.
@@ -89,6 +90,15 @@ def _all(results: Path, seconds: float) -> int:
         _run([_own_part(f"speed, {name}", path, "--part=speed", *extra)], until(end), path)
     print(f"Results are in {results}, after {time.monotonic() - started:.0f} s")
     return 0 if right else 1
+
+
+def _shares(cpus: int) -> int:
+    """Into how many shares the tests are dealt out: two CPUs for each, as far as they go.
+
+    Never a multiple of 3: neighbouring tests are often one in three dtypes, of which float32 takes
+    longest to compile, and it would always fall to the same shares.
+    """
+    return next(count for count in (5, 4, 2, 1) if count <= cpus // 2 or count == 1)
 
 
 def _test_part(share: int, shares: int, path: Path) -> _Part:

@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import json
+import re
 import sys
 import time
 import types
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import gptkernels
-from gptkernels import baseline, parity, reference
+from gptkernels import baseline, parity, reference, verify
 
 benchmarks = pytest.importorskip("gptkernels.benchmarks")
 from gptkernels.benchmarks import gpu, report, timing  # noqa: E402
@@ -353,6 +354,23 @@ def test_parts_side_by_side_record_their_tests(
     shown = capsys.readouterr().out
     assert "=== part 1: passed" in shown
     assert "=== part 2: exit code 1" in shown
+
+
+def test_shares_are_even_over_the_dtypes() -> None:
+    tests = list(itertools.product(range(40), verify.DTYPES))
+    for cpus in range(1, 65):
+        shares = gpu._shares(cpus)
+        assert 1 <= shares <= max(1, cpus // 2)
+        slow = [sum(dtype == torch.float32 for _, dtype in tests[k::shares]) for k in range(shares)]
+        assert max(slow) - min(slow) <= 1
+
+
+def test_the_gpu_run_has_every_test_that_is_marked_so() -> None:
+    """The other files need more packages than a machine with a GPU has to have."""
+    marker = ".".join(("mark", "gpu"))
+    files = Path(__file__).parent.glob("test_*.py")
+    marked = [path.name for path in files if re.search(rf"{marker}\b", path.read_text())]
+    assert marked == [gpu._TESTS.name]
 
 
 def test_a_part_is_stopped_when_its_time_is_up(

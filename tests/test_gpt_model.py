@@ -372,17 +372,6 @@ def test_caches_that_do_not_fit_are_left_as_they_were(
     assert [cache.length for cache in caches] == lengths
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_on_a_gpu(impl: str, dtype: torch.dtype) -> None:
-    config = GPTConfig(vocab_size=61, block_size=100, n_layer=2, n_head=3, n_embd=96)
-    tokens = batch(config)[0].cuda()
-    named = {name: tensor.cuda() for name, tensor in parameters(config, dtype).items()}
-    twin = with_parameters(plain_gpt.PlainGPT(config), tokens)
-    assert_parity(with_parameters(GPT(config).set_impl(impl), tokens), twin, twin, named)
-
-
 @pytest.mark.parametrize(
     ("tokens", "targets", "error", "message"),
     [

@@ -1,21 +1,25 @@
-"""The Triton kernels run natively on an NVIDIA GPU.
+"""The Triton kernels run natively on an NVIDIA GPU: every test that is marked `gpu`.
 
 Stands apart from the rest of the suite (no conftest, no hypothesis), so that it also runs where
-only PyTorch, Triton, pytest and numpy are installed. The most telling tests come first.
+only PyTorch, Triton, pytest and numpy are installed. The most telling tests come first. Inputs are
+new on every run; a failure names the seed that gives them again.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from gptkernels.examples.plain_gpt import PlainGPT
+from torch import Tensor, nn
+from torch.func import functional_call
 
 import gptkernels
-from gptkernels import baseline, parity, reference, verify
+from gptkernels import GPT, GPTConfig, baseline, parity, reference, verify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,10 +40,10 @@ class Call:
     op_options: dict[str, Any] = field(default_factory=dict)  # change how, not what
     name: str = ""
 
-    def inputs(self, dtype: torch.dtype, device: str = "cuda", seed: int = 0) -> dict[str, Tensor]:
+    def inputs(self, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         return self.draw(
-            lambda *sizes: torch.randn(sizes, generator=generator).to(device=device, dtype=dtype)
+            lambda *sizes: torch.randn(sizes, generator=generator).to(device="cuda", dtype=dtype)
         )
 
     def __call__(self, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
@@ -91,6 +95,20 @@ CALLS = (
     ),
 )
 
+
+def large_tiles(randn: verify.Randn) -> dict[str, Tensor]:
+    """gelu_mlp's inputs for its large tiles: more than 108 of 128 x 128, the last ones cut."""
+    return {
+        "x": randn(1500, 256),
+        "w1": randn(1200, 256) / 16,
+        "b1": randn(1200),
+        "w2": randn(256, 1200) / 35,
+        "b2": randn(256),
+    }
+
+
+REPEATED = (*CALLS, Call("gelu_mlp", large_tiles, name="large tiles"))
+
 # Shapes of real models, and sizes past what a 16-bit grid dimension holds.
 LARGE = (
     Call(
@@ -122,6 +140,13 @@ LARGE = (
             "b2": randn(768),
         },
         name="GPT-2",
+    ),
+    Call(
+        "gelu_mlp",
+        large_tiles,
+        {"approximate": "none"},
+        {"recompute": True},
+        name="large tiles, erf, recompute",
     ),
     Call(
         "layer_norm",
@@ -157,28 +182,70 @@ LARGE = (
 )
 
 
+@pytest.fixture
+def seed() -> int:
+    """Of a test's inputs; GPTKERNELS_TEST_SEED gives them again."""
+    return int(os.environ.get("GPTKERNELS_TEST_SEED", "0")) or verify.fresh_seed()
+
+
+def replay(seed: int) -> str:
+    return f"GPTKERNELS_TEST_SEED={seed} replays this test's inputs"
+
+
+def assert_parity(
+    candidate: parity.Op, plain: parity.Op, truth: parity.Op, inputs: dict[str, Tensor], seed: int
+) -> None:
+    measurements = parity.measure(candidate, plain, truth, inputs, seed=seed)
+    assert [str(m) for m in measurements if not m.passed] == [], replay(seed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", verify.CASES, ids=lambda case: f"{case.op} {case.name}")
-def test_parity(case: verify.Case, dtype: torch.dtype) -> None:
+def test_parity(case: verify.Case, dtype: torch.dtype, seed: int) -> None:
     """Every row of the parity table, into outputs poisoned with NaN."""
-    for row in verify.check(case, "triton", dtype, torch.device("cuda")):
-        assert row.status == "pass", row
+    for row in verify.check(case, "triton", dtype, torch.device("cuda"), seed):
+        assert row.status == "pass", row  # which has the seed
 
 
-@pytest.mark.parametrize("call", CALLS, ids=str)
-def test_repeated_runs_give_the_same_bits(call: Call) -> None:
-    inputs = call.inputs(torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_gpt(impl: str, dtype: torch.dtype, seed: int) -> None:
+    """A whole model, and every parameter's gradient, against its twin in plain PyTorch."""
+    torch.manual_seed(seed)
+    config = GPTConfig(vocab_size=61, block_size=100, n_layer=2, n_head=3, n_embd=96)
+    tokens = torch.randint(config.vocab_size, (2, config.block_size), device="cuda")
+    model = GPT(config).set_impl(impl)
+    parameters = {  # large enough that each one matters
+        name.replace(".", "__"): (p.detach() + 0.2 * torch.randn(p.shape)).to("cuda", dtype)
+        for name, p in model.named_parameters()
+    }
+
+    def of_parameters(network: nn.Module) -> parity.Op:
+        def function(**named: Tensor) -> Tensor:
+            state = {name.replace("__", "."): value for name, value in named.items()}
+            return functional_call(network, state, (tokens,), tie_weights=True)
+
+        return function
+
+    twin = of_parameters(PlainGPT(config))
+    assert_parity(of_parameters(model), twin, twin, parameters, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("call", REPEATED, ids=str)
+def test_repeated_runs_give_the_same_bits(call: Call, dtype: torch.dtype, seed: int) -> None:
+    inputs = call.inputs(dtype, seed)
     first = call(inputs)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(REPEATS):
         for again, expected in zip(call(inputs), first, strict=True):
             different += (again != expected).sum()
-    assert different.item() == 0
+    assert different.item() == 0, replay(seed)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_cuda_graph_replays_with_new_inputs(call: Call) -> None:
-    inputs = call.inputs(torch.float16)
+def test_cuda_graph_replays_with_new_inputs(call: Call, seed: int) -> None:
+    inputs = call.inputs(torch.float16, seed)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -187,18 +254,18 @@ def test_cuda_graph_replays_with_new_inputs(call: Call) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call(inputs)
-    fresh = call.inputs(torch.float16, seed=1)
+    fresh = call.inputs(torch.float16, seed + 1)
     for name, value in fresh.items():
         inputs[name].copy_(value)
     graph.replay()
     for replayed, expected in zip(captured, call(fresh), strict=True):
-        assert torch.equal(replayed, expected)
+        assert torch.equal(replayed, expected), replay(seed)
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "attention"])
-def test_cuda_graph_draws_a_new_dropout_mask_at_each_replay(op: str) -> None:
+def test_cuda_graph_draws_a_new_dropout_mask_at_each_replay(op: str, seed: int) -> None:
     call = next(call for call in CALLS if call.op == op)
-    inputs = call.inputs(torch.float16)
+    inputs = call.inputs(torch.float16, seed)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -210,13 +277,13 @@ def test_cuda_graph_draws_a_new_dropout_mask_at_each_replay(op: str) -> None:
     graph.replay()
     first = captured[0].clone()
     graph.replay()
-    assert not torch.equal(captured[0], first)
+    assert not torch.equal(captured[0], first), replay(seed)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_side_stream(call: Call) -> None:
+def test_side_stream(call: Call, seed: int) -> None:
     """Kernels run on the current stream: elsewhere they would read inputs before they are there."""
-    fresh = call.inputs(torch.float16, seed=1)
+    fresh = call.inputs(torch.float16, seed)
     expected = call(fresh)
     inputs = {name: torch.full_like(value, float("nan")) for name, value in fresh.items()}
     call(inputs)  # compiled and warm
@@ -229,28 +296,29 @@ def test_side_stream(call: Call) -> None:
         results = call(inputs)
     side.synchronize()
     for result, wanted in zip(results, expected, strict=True):
-        assert torch.equal(result, wanted)
+        assert torch.equal(result, wanted), replay(seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("call", LARGE, ids=str)
-def test_large(call: Call, dtype: torch.dtype) -> None:
+def test_large(call: Call, dtype: torch.dtype, seed: int) -> None:
     op = getattr(gptkernels, call.op)
     with parity.poisoned_outputs():  # of the backward pass too
-        parity.assert_parity(
+        assert_parity(
             lambda **leaves: op(**leaves, **call.options, **call.op_options, impl="triton"),
             lambda **leaves: getattr(baseline, call.op)(**leaves, **call.options),
             lambda **leaves: getattr(reference, call.op)(**leaves, **call.options),
-            call.inputs(dtype),
+            call.inputs(dtype, seed),
+            seed,
         )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_second_device(call: Call) -> None:
+def test_second_device(call: Call, seed: int) -> None:
     """Tensors of a device that is not the current one."""
-    inputs = call.inputs(torch.float16)
+    inputs = call.inputs(torch.float16, seed)
     elsewhere = {name: value.to("cuda:1") for name, value in inputs.items()}
     for result, expected in zip(call(elsewhere), call(inputs), strict=True):
         assert result.device == torch.device("cuda:1")
-        assert torch.equal(result.cpu(), expected.cpu())
+        assert torch.equal(result.cpu(), expected.cpu()), replay(seed)
