@@ -3,10 +3,11 @@
     python scripts/install_missing.py
 
 Every distribution that is already there is pinned as it is, so pip can add but not change: least of
-all PyTorch. What is missing comes in the tested versions (constraints.txt) where they agree with
-what is there, else in any version that pyproject.toml admits (Triton still in the tested one). The
-package itself is installed editable. With nothing missing, pip is not started and no network is
-needed.
+all PyTorch. One that is there in a version that pyproject.toml does not admit is named, and nothing
+is done. What is missing comes in the tested versions (constraints.txt) where they agree with what
+is there, else in any version that pyproject.toml admits; Triton always in the version that belongs
+to the PyTorch that is there. The package itself is installed editable. With nothing missing, pip is
+not started and no network is needed.
 """
 
 from __future__ import annotations
@@ -18,33 +19,64 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
+
+try:
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.version import Version
 
 _ROOT = Path(__file__).resolve().parent.parent
 _EXTRAS = ("cli", "gpt", "bench", "test")
+# PyTorch -> the Triton that its CUDA builds are made with. CPU builds bring none.
+_TRITON_OF = {
+    "2.11": "3.6.0",
+    "2.12": "3.7.1",
+    "2.13": "3.7.1",
+    "2.14": "3.8.*",
+    "2.15": "3.9.*",
+}
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 2 with one sentence on stderr when pip cannot add what lacks."""
+    """Returns the exit code: 0, or 2 with one sentence on stderr where what is installed does not
+    fit or pip cannot add what lacks.
+    """
     installed = {
         _normal(d.metadata["Name"]): d.version
         for d in importlib.metadata.distributions()
         if d.metadata["Name"]
     }
-    missing = [r for r in _requirements() if _name(r) not in installed]
+    requirements = _requirements()
+    unfit = [
+        f"{r.name} {installed[_normal(r.name)]} is installed, {r.specifier} is wanted"
+        for r in requirements
+        if _normal(r.name) in installed and not _admits(r, installed[_normal(r.name)])
+    ]
+    if unfit:
+        print(f"{'; '.join(unfit)}; nothing is replaced", file=sys.stderr)
+        return 2
+    missing = [f"{r.name}{r.specifier}" for r in requirements if _normal(r.name) not in installed]
     if missing:
         print(f"Installing what is missing: {', '.join(missing)}", flush=True)
-        tested = [
-            line
+        tested = {
+            _normal(Requirement(line).name): line
             for line in (_ROOT / "constraints.txt").read_text().splitlines()
-            if line and not line.startswith("#") and _name(line) not in installed
-        ]
-        kept = [f"{name}=={version}" for name, version in sorted(installed.items())]
-        triton = [line for line in tested if _name(line) == "triton"]
-        done = _install(missing, kept + tested)
+            if line and not line.startswith("#")
+        }
+        kept = {name: f"{name}=={version}" for name, version in sorted(installed.items())}
+        if "torch" in installed and "triton" not in installed:
+            del tested["triton"]
+            minor = ".".join(map(str, Version(installed["torch"]).release[:2]))
+            if minor in _TRITON_OF:
+                kept["triton"] = f"triton=={_TRITON_OF[minor]}"
+        done = _install(missing, (tested | kept).values())
         if not done:
             print("The tested versions do not fit what is installed; trying others", flush=True)
-            done = _install(missing, kept + triton)
+            done = _install(missing, kept.values())
         if not done:
             print(
                 "pip could not add what is missing beside what this environment has (see above); "
@@ -54,35 +86,32 @@ def main() -> int:
             return 2
     if not _is_editable_here():
         print("Installing gptkernels itself (editable)", flush=True)
-        arguments = ["--no-deps", "--editable", str(_ROOT)]
-        setuptools = installed.get("setuptools", "0")
-        if int(setuptools.split(".")[0]) >= 77:
-            arguments.append("--no-build-isolation")
+        # With the setuptools that is there by now, so that no network is needed.
+        arguments = ["--no-deps", "--no-build-isolation", "--editable", str(_ROOT)]
         if _pip(arguments) != 0:
             print("pip could not install gptkernels itself (see above)", file=sys.stderr)
             return 2
     return 0
 
 
-def _requirements() -> list[str]:
-    """The core's and the extras' requirements that apply to this platform, without markers."""
+def _requirements() -> list[Requirement]:
+    """The core's and the extras' requirements that apply here, each once."""
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
     wanted = list(project["dependencies"])
     for extra in _EXTRAS:
         wanted += project["optional-dependencies"][extra]
-    applying = []
-    for requirement in wanted:
-        bare, _, marker = (part.strip() for part in requirement.partition(";"))
-        if marker and marker != "sys_platform == 'linux'":
-            raise ValueError(
-                f"pyproject.toml has the marker {marker!r}, which this script cannot read"
-            )
-        if (not marker or sys.platform == "linux") and bare not in applying:
-            applying.append(bare)
-    return applying
+    requirements = [Requirement(text) for text in dict.fromkeys(wanted)]
+    return [r for r in requirements if r.marker is None or r.marker.evaluate()]
 
 
-def _install(missing: list[str], constraints: list[str]) -> bool:
+def _admits(requirement: Requirement, version: str) -> bool:
+    """Whether a version fits. Of 2.13.0a0+git or 2.13.0+cpu it is 2.13.0 that counts, since such
+    builds are made and used as that release.
+    """
+    return requirement.specifier.contains(Version(version).base_version)
+
+
+def _install(missing: list[str], constraints: Iterable[str]) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "constraints.txt"
         file.write_text("\n".join(constraints) + "\n")
@@ -101,10 +130,6 @@ def _is_editable_here() -> bool:
         return False
     origin = json.loads(text) if text else {}
     return origin.get("url") == _ROOT.as_uri() and origin.get("dir_info", {}).get("editable", False)
-
-
-def _name(requirement: str) -> str:
-    return _normal(re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0])
 
 
 def _normal(name: str) -> str:

@@ -132,7 +132,10 @@ class TestCommand:
     ONLY = "gelu_mlp_fwd bf16 tanh 64x64x64"
 
     def run(self, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{folder}:{ROOT}"}
+        environment = os.environ | {
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT))),
+        }
         command = [sys.executable, "-m", "gates", "--jobs", "1", *arguments]
         return subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, check=False
