@@ -6,8 +6,9 @@ Every distribution that is already there is pinned as it is, so pip can add but 
 all PyTorch. One that is there in a version that pyproject.toml does not admit is named, and nothing
 is done. What is missing comes in the tested versions (constraints.txt) where they agree with what
 is there, else in any version that pyproject.toml admits; Triton always in the version that belongs
-to the PyTorch that is there. The package itself is installed editable. With nothing missing, pip is
-not started and no network is needed.
+to the PyTorch that is there. Only a setuptools too old to build the package is replaced. The
+package itself is installed editable. With nothing missing, pip is not started and no network is
+needed.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ def main() -> int:
         if d.metadata["Name"]
     }
     requirements = _requirements()
+    for tool in requirements:
+        # A setuptools that cannot build the package counts as missing: nothing that runs is
+        # replaced.
+        if tool.name == "setuptools" and not _admits(tool, installed.get("setuptools", "0")):
+            installed.pop("setuptools", None)
     unfit = [
         f"{r.name} {installed[_normal(r.name)]} is installed, {r.specifier} is wanted"
         for r in requirements

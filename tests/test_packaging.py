@@ -320,6 +320,15 @@ def test_nothing_is_installed_where_nothing_is_missing(
     assert environment.pip == []
 
 
+def test_an_old_setuptools_is_brought_up_to_date(environment: Environment) -> None:
+    environment.versions["setuptools"] = "65.5.0"
+    assert environment.script.main() == 0
+    ((wanted, constraints),) = environment.pip
+    assert wanted == ["setuptools>=77"]
+    assert not any(line.startswith("setuptools") for line in constraints)
+    assert "torch==2.13.0+cpu" in constraints
+
+
 def test_what_is_too_old_is_named_and_nothing_is_replaced(
     environment: Environment, capsys: pytest.CaptureFixture[str]
 ) -> None:
