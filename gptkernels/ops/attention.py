@@ -25,6 +25,7 @@ from gptkernels.ops.checks import (
 from gptkernels.ops.choice import choose
 
 MAX_HEAD_DIM = 256
+_NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 _UNBOUNDED = 2**31 - 1  # no sequence is longer
 
 _LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
@@ -36,8 +37,9 @@ _LIBRARY.define(
 _LIBRARY.define(
     "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor? alibi_slopes, Tensor? key_lengths, Tensor? attn_mask, Tensor? rng, "
-    "float softmax_scale, int left, int right, float softcap, float dropout_p, bool mask_gradient, "
-    "bool deterministic, str impl) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)"
+    "float softmax_scale, int left, int right, float softcap, float dropout_p, "
+    "bool[3] grad_mask, bool mask_gradient, bool deterministic, str impl) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)"
 )
 
 
@@ -79,9 +81,13 @@ def _attention_fwd_fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _attention_bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    attn_mask, mask_gradient = arguments[4], arguments[11]
+    attn_mask, grad_mask, mask_gradient = arguments[4], arguments[11], arguments[12]
     dmask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
+    dq, dk, dv = (
+        x.new_empty(x.shape if wanted else (0,))
+        for x, wanted in zip((q, k, v), grad_mask, strict=True)
+    )
+    return dq, dk, dv, dmask
 
 
 _fwd = torch.ops.gptkernels.attention_fwd.default
@@ -107,6 +113,7 @@ class _Attention(torch.autograd.Function):
         softcap: float,
         dropout_p: float,
         deterministic: bool,
+        return_lse: bool,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         tensors = (alibi_slopes, key_lengths, attn_mask, rng)
@@ -114,7 +121,7 @@ class _Attention(torch.autograd.Function):
         out, lse = _fwd(q, k, v, *tensors, *options, impl)
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
         ctx.options = options
-        ctx.deterministic, ctx.impl = deterministic, impl
+        ctx.deterministic, ctx.return_lse, ctx.impl = deterministic, return_lse, impl
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -124,11 +131,17 @@ class _Attention(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if dout is None:  # only lse was used
             dout = torch.zeros_like(tensors[3])
-        mask_gradient = ctx.needs_input_grad[5]
-        dq, dk, dv, dmask = _bwd(
-            dout, dlse, *tensors, *ctx.options, mask_gradient, ctx.deterministic, ctx.impl
+        if not ctx.return_lse:  # torch.compile passes zeros, which would cost the fused backward
+            dlse = None
+        grad_mask, mask_gradient = list(ctx.needs_input_grad[:3]), ctx.needs_input_grad[5]
+        *gradients, dmask = _bwd(
+            dout, dlse, *tensors, *ctx.options, grad_mask, mask_gradient, ctx.deterministic,
+            ctx.impl,
+        )  # fmt: skip
+        wanted = (
+            gradient if want else None for gradient, want in zip(gradients, grad_mask, strict=True)
         )
-        return dq, dk, dv, None, None, dmask if mask_gradient else None, *(None,) * 8
+        return *wanted, None, None, dmask if mask_gradient else None, *(None,) * 9
 
 
 def attention(
@@ -187,7 +200,9 @@ def attention(
         TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError, NotImplementedError: an explicit impl cannot run here, or not with attn_mask.
 
-    Differentiable once in q, k, v and attn_mask.
+    Differentiable once in q, k, v and attn_mask. The Triton kernels keep NaN and Inf to the rows
+    and keys that see them; with impl="torch" PyTorch's own ops let them reach others, but never
+    from past a length.
     """
     _check(q, k, v, softmax_scale, softcap, key_lengths, attn_mask, dropout_p)
     left, right = bounds(causal, window)
@@ -203,7 +218,7 @@ def attention(
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     out, lse = _Attention.apply(
         q, k, v, slopes, key_lengths, attn_mask, rng, scale, left, right, float(softcap),
-        float(dropout_p), bool(deterministic), impl,
+        float(dropout_p), bool(deterministic), bool(return_lse), impl,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -236,6 +251,13 @@ def _check(
     check_shape("v", v, (B, Tk, Hk, D), "that of k")
     if Hk == 0 or H % Hk:
         raise ValueError(f"the heads of q must be a multiple of those of k and v, got {H} and {Hk}")
+    for name, number in (
+        ("softmax_scale", softmax_scale),
+        ("softcap", softcap),
+        ("dropout_p", dropout_p),
+    ):
+        if number is not None and not isinstance(number, _NUMBER):
+            raise TypeError(f"{name} must be a number, got {number!r}")
     if softmax_scale is not None and not abs(softmax_scale) < math.inf:
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
     if not 0 <= softcap < math.inf:
@@ -282,10 +304,14 @@ def _check_attn_mask(attn_mask: Tensor, q: Tensor, shape: tuple[int, int, int, i
 
 def bounds(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
     """(left, right) with `causal` folded in; -1 is no bound."""
+    if not isinstance(causal, bool | torch.SymBool):
+        raise TypeError(f"causal must be a bool, got {causal!r}")
     if window is None:
         return -1, 0 if causal else -1
     pair = tuple(window) if isinstance(window, tuple | list) else ()
-    if len(pair) != 2 or not all(isinstance(bound, int | torch.SymInt) for bound in pair):
+    if len(pair) != 2 or not all(
+        isinstance(bound, int | torch.SymInt) and not isinstance(bound, bool) for bound in pair
+    ):
         raise ValueError(f"window must be a pair (left, right) of integers, got {window!r}")
     if min(pair) < -1:
         raise ValueError(
@@ -307,7 +333,9 @@ def _slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor) -> Tensor 
             raise NotImplementedError(
                 "alibi_slopes is not differentiable, got one that requires grad; detach it"
             )
-    else:
+    elif isinstance(alibi_slopes, Sequence) and all(isinstance(s, _NUMBER) for s in alibi_slopes):
         slopes = torch.tensor([float(slope) for slope in alibi_slopes], device=q.device)
+    else:
+        raise TypeError(f"alibi_slopes must be a tensor or floats, got {alibi_slopes!r}")
     check_shape("alibi_slopes", slopes, (q.shape[2],), "one slope per head of q")
     return slopes.contiguous()

@@ -5,7 +5,7 @@ and `attention_bwd`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -108,25 +108,38 @@ def attention_bwd(
     right: int,
     softcap: float,
     dropout_p: float,
+    grad_mask: Sequence[bool],
     mask_gradient: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv contiguous, and an empty tensor: there is no mask here.
+    """dq, dk and dv contiguous, empty where `grad_mask` is False, and an empty tensor: there is no
+    mask here.
 
     No kernel uses atomics: the bits are the same on every run, asked for or not.
     """
     B, Tq, H, D = q.shape
     Tk, Hk = k.shape[1], k.shape[2]
-    dq = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
-    dk = torch.empty((B, Tk, Hk, D), dtype=k.dtype, device=k.device)
-    dv = torch.empty((B, Tk, Hk, D), dtype=v.dtype, device=v.device)
-    dmask = torch.empty(0, dtype=q.dtype, device=q.device)
+    exact = q.dtype == torch.float32
+    # dk and dv come from one kernel; in fp32 it needs what the other one finds out about rows.
+    keys_wanted = grad_mask[1] or grad_mask[2]
+    queries_wanted = grad_mask[0] or (exact and keys_wanted)
+    key_shape = (B, Tk, Hk, D) if keys_wanted else (0,)
+    dq = torch.empty((B, Tq, H, D) if queries_wanted else (0,), dtype=q.dtype, device=q.device)
+    dk = torch.empty(key_shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(key_shape, dtype=v.dtype, device=v.device)
+
+    def asked_for() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = zip((dq, dk, dv), grad_mask, strict=True)
+        a, b, c = (gradient if wanted else q.new_empty(0) for gradient, wanted in found)
+        return a, b, c, q.new_empty(0)
+
     if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dmask
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return asked_for()
     if dout.stride(-1) != 1:  # an expanded cotangent
         dout = dout.contiguous()
     delta = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    exact = q.dtype == torch.float32
     total = torch.empty_like(delta) if exact else None
     vectors = _contiguous(alibi_slopes, key_lengths, rng)
     (dlse,) = _contiguous(dlse)
@@ -145,17 +158,19 @@ def attention_bwd(
                 out, dout, dlse, delta, *dout.stride()[:3], H, Tq, D, BD, _DELTA_ROWS,
                 dlse is not None, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
-        BM, BN, warps, stages = _QUERIES[room][max(64, BD)]
-        attention_bwd_queries_kernel[(triton.cdiv(Tq, BM) * B * H,)](
-            *inputs, dq, *strides, *arguments, D, BD, BM, BN, *switches,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
-        BM, BN, warps, stages = _KEYS[room][max(64, BD)]
-        attention_bwd_keys_kernel[(triton.cdiv(Tk, BN) * B * Hk,)](
-            *inputs, dk, dv, *strides, *arguments, D, BD, BM, BN, *switches,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
-    return dq, dk, dv, dmask
+        if queries_wanted:
+            BM, BN, warps, stages = _QUERIES[room][max(64, BD)]
+            attention_bwd_queries_kernel[(triton.cdiv(Tq, BM) * B * H,)](
+                *inputs, dq, *strides, *arguments, D, BD, BM, BN, *switches,
+                num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            )  # fmt: skip
+        if keys_wanted:
+            BM, BN, warps, stages = _KEYS[room][max(64, BD)]
+            attention_bwd_keys_kernel[(triton.cdiv(Tk, BN) * B * Hk,)](
+                *inputs, dk, dv, *strides, *arguments, D, BD, BM, BN, *switches,
+                num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            )  # fmt: skip
+    return asked_for()
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
