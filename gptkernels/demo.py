@@ -14,6 +14,7 @@ default text is the reference manual that every Python carries, `pydoc_data.topi
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -398,12 +399,10 @@ def _training_step(trained: _Training) -> timing.Case:
     twin = PlainGPT(config).to(device)
     twin.load_state_dict(model.state_dict())
 
-    def step(network: nn.Module, impl: str | None = None) -> Callable[[], None]:
+    def step(network: nn.Module) -> Callable[[], None]:
         parameters = list(network.parameters())
 
         def call() -> None:
-            if impl is not None:
-                model.set_impl(impl)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
                 loss = network(tokens, tokens)
             torch.autograd.grad(loss, parameters)
@@ -415,7 +414,7 @@ def _training_step(trained: _Training) -> timing.Case:
     for impl in _IMPLS:
         reason = timing.untimeable(impl, device, dtype)
         if reason is None:
-            candidates[impl] = step(model, impl)
+            candidates[impl] = step(copy.deepcopy(model).set_impl(impl))
         else:
             skipped[impl] = reason
     flops = flops_per_token(model, config.n_layer, config.n_embd, config.block_size)
