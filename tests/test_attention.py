@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -531,6 +532,18 @@ class TestTorchImplementation:
             run(functools.partial(attention, **options, impl="torch"), tensors)
         assert bool(parts) == fused
         assert len(parts) in (0, 2)
+
+    def test_fused_cuda_ops_take_only_what_their_grids_can(self) -> None:
+        for shape in ((65536, 1, 1, 16), (1, 65536, 1, 16)):
+            q = SimpleNamespace(device=torch.device("cuda"), shape=shape)
+            assert aten._fused_choice(q, q, q, True, 1.0) is None
+
+    def test_widths_that_flash_backward_refuses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for capability, fits in (((8, 0), True), ((8, 6), False), ((9, 0), True), ((12, 0), False)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+            for D, accepted in ((192, True), (200, fits), (224, fits), (232, True)):
+                q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 1, 1, D))
+                assert aten._flash_backward_takes(q) == accepted
 
     def test_memory_stays_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """No tensor of the written-out formula holds more scores than the bound."""
