@@ -41,7 +41,10 @@ from .layer_norm_fwd import forward_kernel, forward_wide_kernel
 
 _WIDEST_IN_REGISTERS = 8192
 _WIDE_CHUNK = 4096
-_TILE_ELEMENTS = 4096  # 8 warps x 16 elements a thread: narrow rows share a program
+# Elements of a tile of 8 warps, which narrow rows share: 16 a thread forward. Half as many
+# backward, where each is held six times over: more than 128 registers a thread would leave few
+# threads.
+_FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 4096, 2048
 _REDUCE_ROWS, _REDUCE_COLS, _REDUCE_WARPS = 64, 32, 4
 
 
@@ -72,7 +75,7 @@ def layer_norm_fwd(
         eps, philox.threshold(dropout_p), philox.scale(dropout_p),
         residual is not None, bias is not None, dropout_p > 0, has_sum, _aligned(C, *strides),
     )  # fmt: skip
-    tile_rows, tile_cols, warps = _tile(C)
+    tile_rows, tile_cols, warps = _tile(C, _FORWARD_ELEMENTS)
     kernel = forward_kernel if C <= _WIDEST_IN_REGISTERS else forward_wide_kernel
     with on_device(x):
         kernel[(triton.cdiv(M, tile_rows),)](
@@ -109,7 +112,7 @@ def layer_norm_bwd(
     if s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
-    tile_rows, tile_cols, warps = _tile(C)
+    tile_rows, tile_cols, warps = _tile(C, _BACKWARD_ELEMENTS)
     options = dict(ROWS=tile_rows, COLS=tile_cols, num_warps=warps, enable_fp_fusion=True)
     programs = min(triton.cdiv(M, tile_rows), multiprocessors(s) * _programs_per_multiprocessor(C))
     partial_dweight, partial_dbias = (
@@ -152,13 +155,13 @@ def _aligned(*sizes: int) -> bool:
     return all(size % 8 == 0 for size in sizes)
 
 
-def _tile(C: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program: 16 elements a thread, fewer for the shortest rows."""
+def _tile(C: int, elements: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program whose 8 warps would hold so many elements."""
     if C > _WIDEST_IN_REGISTERS:
         return 1, _WIDE_CHUNK, 8
     cols = max(16, triton.next_power_of_2(C))
-    rows = max(1, min(16, _TILE_ELEMENTS // cols))
-    return rows, cols, max(1, min(16, rows * cols // 512))
+    rows = max(1, min(16, elements // cols))
+    return rows, cols, max(1, min(16, rows * cols * 8 // elements))
 
 
 def _programs_per_multiprocessor(C: int) -> int:
@@ -193,7 +196,8 @@ def shipped() -> Iterator[Shipped]:
 def _shipped(
     kernel: Any, name: str, C: int, dtypes: str, pointers: dict[str, str], other_pointers: str
 ) -> Shipped:
-    rows, cols, warps = _tile(C)
+    elements = _FORWARD_ELEMENTS if name.startswith("fwd") else _BACKWARD_ELEMENTS
+    rows, cols, warps = _tile(C, elements)
     types = {
         "rng_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr": "*fp32",
         "partial_dweight_ptr": "*fp32", "partial_dbias_ptr": "*fp32",
