@@ -24,27 +24,26 @@ from gptkernels.triton_kernels.attention_fwd import attention_fwd_kernel
 # (rows BM, keys BN, warps, stages) by the padded width of a head, the least 64. "sm90" is for
 # 16-bit inputs on sm_90 and sm_100, whose tensor cores read operands from shared memory and want
 # 64 rows of the left one; "sm90 options" for these with softcap, ALiBi or dropout, which cost
-# registers; "sm80"
-# fits the 99 KB of shared memory of sm_86, sm_89 and sm_120. Each is the largest found that spills
-# nothing or next to it (gates/triton.json); the keys kernel at 256 gives up wgmma for that. No GPU
-# has timed them yet.
+# registers; "sm80" fits the 99 KB of shared memory of sm_86, sm_89 and sm_120. Each is the
+# largest found that spills little or nothing (gates/triton.json); the keys kernel at 256 gives up
+# wgmma for that. No GPU has timed them yet.
 _Tile = tuple[int, int, int, int]
 _FORWARD: dict[str, dict[int, _Tile]] = {
     "sm90": {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
     "sm90 options": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 2)},
-    "sm80": {64: (128, 64, 8, 3), 128: (64, 32, 8, 3), 256: (32, 32, 8, 2)},
+    "sm80": {64: (128, 32, 8, 3), 128: (64, 32, 8, 3), 256: (32, 32, 8, 2)},
     "fp32": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
 }
 _QUERIES: dict[str, dict[int, _Tile]] = {
     "sm90": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "sm90 options": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
-    "sm80": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2)},
+    "sm80": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2)},
     "fp32": {64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
 _KEYS: dict[str, dict[int, _Tile]] = {
     "sm90": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
     "sm90 options": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
-    "sm80": {64: (32, 64, 4, 1), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "sm80": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
     "fp32": {64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
 _DELTA_ROWS = 64
