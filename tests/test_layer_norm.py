@@ -168,6 +168,9 @@ def test_strided_rows(impl: str, device: torch.device, seed: int) -> None:
         assert_layer_norm(impl, inputs, seed, prenorm=True)
         assert_layer_norm(impl, dict(x=residual, weight=weight, bias=None, residual=view), seed)
         assert_layer_norm(impl, dict(x=view, weight=weight, bias=None), seed)  # s is the view
+    every_other, repeated = torch.randn(80, device=device)[::2], torch.randn(1, device=device)
+    parameters = dict(weight=every_other, bias=repeated.expand(40))
+    assert_layer_norm(impl, dict(x=base[0, :, :40], **parameters), seed)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -61,6 +61,7 @@ def layer_norm_fwd(
     """y, s (empty without a sum_dtype: s is x), mean, rstd."""
     C = x.shape[-1]
     rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     M = rows.shape[0]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     has_sum = sum_dtype is not None
@@ -112,6 +113,7 @@ def layer_norm_bwd(
     if s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
+    weight = weight.contiguous()
     tile_rows, tile_cols, warps = _tile(C, _BACKWARD_ELEMENTS)
     options = dict(ROWS=tile_rows, COLS=tile_cols, num_warps=warps, enable_fp_fusion=True)
     programs = min(triton.cdiv(M, tile_rows), multiprocessors(s) * _programs_per_multiprocessor(C))
