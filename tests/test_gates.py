@@ -120,8 +120,8 @@ class TestFile:
     def test_committed_table_keeps_its_own_rules(self) -> None:
         committed = load()
         assert {"3.6.0", "3.7.1", "3.9.0"} <= committed.versions.keys()
-        names = {version: set(rows) for version, rows in committed.versions.items()}
-        assert len({frozenset(keys) for keys in names.values()}) == 1
+        # Every version lists every configuration, though not on every architecture.
+        assert len({frozenset(n for n, _ in rows) for rows in committed.versions.values()}) == 1
         for version, rows in committed.versions.items():
             assert violations(version, rows, committed) == []
 
