@@ -16,9 +16,9 @@ from gates.table import Key, Resources
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Versions other than the installed one are checked on these only: every configuration and both
-# kinds of tensor-core instructions, in half the time.
-_ARCHITECTURES_ASIDE = (80, 90)
+# Versions other than the installed one are checked on these only: both kinds of tensor-core
+# instructions, in half the time.
+ARCHITECTURES_ASIDE = (80, 90)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,8 +84,7 @@ def _run(version: str, options: argparse.Namespace) -> int:
         (name, architecture)
         for name, shipped in configurations().items()
         for architecture in shipped.architectures
-        if options.only in name
-        and (not options.triton_path or architecture in _ARCHITECTURES_ASIDE)
+        if options.only in name and (not options.triton_path or architecture in ARCHITECTURES_ASIDE)
     ]
     if not keys:
         print(f"gates: no configuration's name contains {options.only!r}", file=sys.stderr)
