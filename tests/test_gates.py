@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the gates belong to the repository, not to the installed package
 
-from gates.__main__ import ARCHITECTURES_ASIDE
+from gates.__main__ import ARCHITECTURES_ASIDE  # noqa: E402
 from gates.table import (  # noqa: E402
     PATH,
     SHARED_LIMITS,
