@@ -1,0 +1,104 @@
+// What attention's kernels share: which keys a query sees, its scores, and their slope.
+//
+// Query i stands at position i + Tk - Tq among the keys (bottom-right alignment). It sees key j when
+//     position - left <= j <= position + right   and   0 <= j < count, the length of its batch entry.
+// Scores are in units of log2(e), so that weights are exp2(s - m).
+#pragma once
+
+#include "attention.h"
+#include "launch.h"
+
+namespace gk {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// first <= x < last, empty where last <= first. Blocks from full_first to full_last, both multiples
+// of the block, are seen whole and need no mask; they may be none.
+struct Range {
+    int first, last, full_first, full_last;
+
+    __device__ bool needs_mask(int start, int block) const {
+        return start < full_first || start + block > full_last;
+    }
+};
+
+// The band of keys that the queries of one batch entry see.
+struct Band {
+    int shift;        // Tk - Tq
+    int left, right;  // at most Tk and Tq: a bound that no pair reaches is none
+    int Tq;
+    int count;        // keys that exist
+
+    __device__ int lowest(int i) const { return i + shift - left; }
+    __device__ int highest(int i) const { return min(i + shift + right, count - 1); }
+    __device__ bool sees(int i, int j) const { return j >= lowest(i) && j <= highest(i); }
+
+    // Keys that some of the queries i0 <= i < min(i0 + rows, Tq) see; first is a multiple of block.
+    __device__ Range keys(int i0, int rows, int block) const {
+        const int end = min(i0 + rows, Tq);
+        Range r;
+        r.first = max(lowest(i0), 0) / block * block;
+        r.last = highest(end - 1) + 1;
+        r.full_first = (max(lowest(end - 1), 0) + block - 1) / block * block;
+        r.full_last = max(highest(i0) + 1, 0) / block * block;
+        return r;
+    }
+
+    // Queries that see some of the keys j0 <= j < j0 + cols; first is a multiple of block. Keys that
+    // reach past the last one need their mask everywhere.
+    __device__ Range queries(int j0, int cols, int block) const {
+        const int end = min(j0 + cols, count);
+        Range r;
+        r.first = max(j0 - shift - right, 0) / block * block;
+        r.last = j0 < count ? min(end - shift + left, Tq) : 0;
+        r.full_first = (max(j0 + cols - 1 - shift - right, 0) + block - 1) / block * block;
+        r.full_last = min(max(j0 - shift + left + 1, 0), Tq) / block * block;
+        if (end < j0 + cols) r.full_last = 0;
+        return r;
+    }
+};
+
+__device__ inline Band band(const AttentionCall& c, int b) {
+    Band band;
+    band.shift = c.Tk - c.Tq;
+    band.left = c.left < 0 ? c.Tk : min(c.left, c.Tk);
+    band.right = c.right < 0 ? c.Tq : min(c.right, c.Tq);
+    band.Tq = c.Tq;
+    band.count = c.key_lengths == nullptr ? c.Tk : min(max(c.key_lengths[b], 0), c.Tk);
+    return band;
+}
+
+// Whether scores are more than scale * product with a positive scale, whose order is the products'.
+inline bool scores_are_plain(const AttentionCall& c) {
+    return c.scale > 0 && c.softcap == 0 && c.alibi_slopes == nullptr && c.dropout.rng == nullptr;
+}
+
+// Scores in units of log2(e) from products q.k, for one head.
+struct Score {
+    float factor;   // scale log2(e); with a softcap scale / softcap
+    float ceiling;  // softcap log2(e), or 0
+    float slope;    // ALiBi's, times log2(e)
+
+    // distance = position - j. slope_of_cap = ds / d(scale * product), 1 without a softcap.
+    __device__ float operator()(float product, int distance, float& slope_of_cap) const {
+        float s = product * factor;
+        slope_of_cap = 1;
+        if (ceiling != 0) {
+            const float t = tanhf(s);
+            s = ceiling * t;
+            slope_of_cap = 1 - t * t;
+        }
+        return s - slope * fabsf(static_cast<float>(distance));
+    }
+};
+
+__device__ inline Score score_of_head(const AttentionCall& c, int h) {
+    Score score;
+    score.factor = c.softcap > 0 ? c.scale / c.softcap : c.scale * kLog2e;
+    score.ceiling = c.softcap * kLog2e;
+    score.slope = c.alibi_slopes == nullptr ? 0 : c.alibi_slopes[h] * kLog2e;
+    return score;
+}
+
+}  // namespace gk
