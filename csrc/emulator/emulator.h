@@ -1,0 +1,166 @@
+// CUDA C++ for a CPU: what kernels find where nvcc would give them threads, barriers, shuffles,
+// votes, atomics and device functions. Layouts and rules are those of the PTX ISA.
+#pragma once
+
+#include <driver_types.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+namespace gk::emulator {
+
+// A line of the kernel, taken where a default argument is.
+struct Site {
+    const char* file;
+    int line;
+    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
+};
+
+uint3 thread_index();
+uint3 block_index();
+dim3 block_size();
+dim3 grid_size();
+unsigned char* shared_memory();
+
+// Barrier `number` of the CTA, for `threads` threads; 0: all that have not returned.
+void barrier_sync(unsigned number, unsigned threads, Site site, const char* what);
+// Counts as there, and goes on.
+void barrier_arrive(unsigned number, unsigned threads, Site site);
+
+// The lanes named by `mask` meet at one place; the last to arrive calls `combine` with what each
+// brought, indexed by lane, nullptr for absent lanes; then all go on.
+using Combine = void (*)(void* const* lanes);
+void collective(const char* what, unsigned mask, void* data, Combine combine, Site site);
+
+enum class Shuffle { index, up, down, exclusive };
+uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int operand, int width, Site site);
+unsigned ballot(const char* what, unsigned mask, bool predicate, Site site);
+void warp_sync(unsigned mask, Site site);
+
+float atomic_add(float* address, float value);
+
+template <class T>
+__attribute__((no_sanitize("thread"))) T shuffle_as(Shuffle kind, unsigned mask, T value,
+                                                    int operand, int width, Site site) {
+    static_assert(sizeof(T) <= 8, "a shuffle moves up to 8 bytes");
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    bits = shuffle(kind, mask, bits, operand, width, site);
+    std::memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+
+}  // namespace gk::emulator
+
+#define threadIdx (::gk::emulator::thread_index())
+#define blockIdx (::gk::emulator::block_index())
+#define blockDim (::gk::emulator::block_size())
+#define gridDim (::gk::emulator::grid_size())
+
+// CUDA's own names, as kernels write them.
+inline void __syncthreads(gk::emulator::Site site = gk::emulator::Site::here()) {
+    gk::emulator::barrier_sync(0, 0, site, "__syncthreads");
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu,
+                       gk::emulator::Site site = gk::emulator::Site::here()) {
+    gk::emulator::warp_sync(mask, site);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32,
+              gk::emulator::Site site = gk::emulator::Site::here()) {
+    using gk::emulator::Shuffle;
+    return gk::emulator::shuffle_as(Shuffle::index, mask, value, lane, width, site);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                 gk::emulator::Site site = gk::emulator::Site::here()) {
+    using gk::emulator::Shuffle;
+    return gk::emulator::shuffle_as(Shuffle::up, mask, value, int(delta), width, site);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                   gk::emulator::Site site = gk::emulator::Site::here()) {
+    using gk::emulator::Shuffle;
+    return gk::emulator::shuffle_as(Shuffle::down, mask, value, int(delta), width, site);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32,
+                  gk::emulator::Site site = gk::emulator::Site::here()) {
+    using gk::emulator::Shuffle;
+    return gk::emulator::shuffle_as(Shuffle::exclusive, mask, value, lanes, width, site);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              gk::emulator::Site site = gk::emulator::Site::here()) {
+    return gk::emulator::ballot("__ballot_sync", mask, predicate != 0, site);
+}
+
+inline int __any_sync(unsigned mask, int predicate,
+                      gk::emulator::Site site = gk::emulator::Site::here()) {
+    return gk::emulator::ballot("__any_sync", mask, predicate != 0, site) != 0;
+}
+
+inline int __all_sync(unsigned mask, int predicate,
+                      gk::emulator::Site site = gk::emulator::Site::here()) {
+    return gk::emulator::ballot("__all_sync", mask, predicate == 0, site) == 0;
+}
+
+inline float atomicAdd(float* address, float value) {
+    return gk::emulator::atomic_add(address, value);
+}
+
+template <class T>
+T __ldg(const T* address) {
+    return *address;
+}
+
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+inline float __uint_as_float(unsigned bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+inline unsigned __umulhi(unsigned a, unsigned b) {
+    return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __log2f(float x) { return std::log2(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+
+template <class T>
+constexpr T min(T a, T b) {
+    return b < a ? b : a;
+}
+
+template <class T>
+constexpr T max(T a, T b) {
+    return a < b ? b : a;
+}
+
+// As CUDA's: a NaN gives way to a number.
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline float max(float a, float b) { return std::fmax(a, b); }

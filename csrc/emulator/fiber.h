@@ -1,0 +1,35 @@
+// A stack and a place to go on from: one for each emulated thread.
+#pragma once
+
+#include <cstddef>
+
+namespace gk::emulator {
+
+class Fiber {
+  public:
+    // Stacks end in a guard page. Their tops are staggered by `index`: at equal addresses modulo a
+    // page, the same variable of every thread would fight for one set of the cache.
+    explicit Fiber(unsigned index);
+    ~Fiber();
+    Fiber(const Fiber&) = delete;
+    Fiber& operator=(const Fiber&) = delete;
+
+    // The next `enter` calls `entry`, from the top of the stack. `entry` must not return.
+    void start(void (*entry)());
+    // Run the fiber until it calls `leave`. Called from the host's own stack.
+    void enter();
+    // Back to `enter`'s caller, which goes on as if `enter` had returned.
+    void leave();
+
+    const char* stack_begin() const { return stack_; }
+    const char* stack_end() const { return stack_ + kStackBytes; }
+
+  private:
+    static constexpr size_t kStackBytes = 64 * 1024;
+    char* stack_;
+    char* top_;
+    void* stack_pointer_ = nullptr;
+    void* host_stack_pointer_ = nullptr;
+};
+
+}  // namespace gk::emulator

@@ -1,0 +1,75 @@
+// The emulated machine: a grid of CTAs, every thread a fiber. For the emulator's own files; kernels
+// see emulator.h only.
+//
+// A thread runs until it has to wait: at a barrier, or at a collective of its warp until the other
+// lanes arrive. Nothing else switches, so what runs between two waits is atomic, and the order is
+// the schedule's. A few CTAs are resident at a time.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "emulator.h"
+#include "fiber.h"
+
+namespace gk {
+struct Launch;
+}
+
+namespace gk::emulator {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kBarriers = 16;
+constexpr size_t kSharedLimit = 99 * 1024;
+
+struct Cta;
+
+// What a thread waits for, and what it brought.
+struct Waiting {
+    const char* what = nullptr;  // "__syncthreads", "mma.sync" ...; nullptr: it does not wait
+    Site site{};
+    unsigned mask = 0;     // of lanes, at a collective of the warp
+    unsigned barrier = 0;  // the barrier's number
+    void* data = nullptr;  // the lane's operands and results, on its own stack
+    Combine combine = nullptr;
+};
+
+struct Thread {
+    explicit Thread(unsigned index) : fiber(index), index(index) {}
+    Fiber fiber;
+    Cta* cta = nullptr;
+    unsigned index;  // within the CTA
+    bool done = false;
+    Waiting waiting;
+    unsigned lane() const { return index % kWarp; }
+    unsigned warp() const { return index / kWarp; }
+};
+
+struct Barrier {
+    std::vector<Thread*> waiting;
+    std::vector<Thread*> arrived;  // without waiting
+    unsigned expected = 0;         // threads; 0: every thread of the CTA that has not returned
+};
+
+struct Cta {
+    explicit Cta(unsigned slot) : slot(slot) {}
+    unsigned slot;       // among the resident CTAs
+    uint64_t number = 0;  // within the grid
+    uint3 block{};
+    unsigned threads = 0;  // of which `alive` have not returned
+    unsigned alive = 0;
+    std::vector<std::unique_ptr<Thread>> fibers;  // at least `threads`, kept for the next CTA
+    Barrier barriers[kBarriers];
+    unsigned char* shared = nullptr;  // its arena, launch->shared_bytes of it in use
+};
+
+extern Thread* running;           // nullptr on the host's own stack
+extern const Launch* launched;    // the launch in progress
+
+// Ends the launch with an error of the running thread: "<kernel>, CTA (x, y, z), thread t, at
+// csrc/file.cu:line: <sentence>". On the host's stack it throws.
+[[noreturn]] void fail(const std::string& sentence, const std::string& where);
+std::string describe(const Site& site);
+
+}  // namespace gk::emulator

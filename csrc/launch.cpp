@@ -1,0 +1,75 @@
+// The native side of launch.h: device guard, opt-in to large shared memory, launch, check.
+#include "launch.h"
+
+#include <array>
+#include <atomic>
+
+namespace gk {
+namespace {
+
+constexpr int kMaxDevices = 64;
+// What a CTA may have without asking. Beyond it each launch asks: a setting of the kernel, not a call
+// on the stream, so a graph's capture allows it.
+constexpr size_t kSharedWithoutOptIn = 48 * 1024;
+
+void check(cudaError_t status, const Launch& launch, const char* doing) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // not sticky: the next call must not report it again
+    throw Error(std::string(launch.name) + " on " + launch.shape + " failed " + doing + ": " +
+                cudaGetErrorString(status));
+}
+
+// The caller's current device comes back at the end, also after an error.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(const Launch& launch) {
+        check(cudaGetDevice(&before_), launch, "to find a device");
+        now_ = launch.stream.device;
+        if (now_ != before_) check(cudaSetDevice(now_), launch, "to select its device");
+    }
+    ~DeviceGuard() {
+        if (now_ != before_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    int before_ = 0, now_ = 0;
+};
+
+}  // namespace
+
+int multiprocessors(int device) {
+    static std::array<std::atomic<int>, kMaxDevices> known{};
+    if (device < 0 || device >= kMaxDevices) {
+        throw Error("device " + std::to_string(device) + " is not one of the first " +
+                    std::to_string(kMaxDevices));
+    }
+    int count = known[device].load(std::memory_order_relaxed);
+    if (count == 0) {
+        const cudaError_t status =
+            cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+        if (status != cudaSuccess) {
+            cudaGetLastError();
+            throw Error("the multiprocessors of device " + std::to_string(device) +
+                        " could not be counted: " + cudaGetErrorString(status));
+        }
+        known[device].store(count, std::memory_order_relaxed);
+    }
+    return count;
+}
+
+void detail::launch(const void* kernel, const Launch& launch, const void* params) {
+    const DeviceGuard guard(launch);
+    if (launch.shared_bytes > kSharedWithoutOptIn) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(launch.shared_bytes)),
+              launch, "to get its shared memory");
+    }
+    void* arguments[] = {const_cast<void*>(params)};
+    check(cudaLaunchKernel(kernel, launch.grid, dim3(launch.threads), arguments,
+                           launch.shared_bytes, launch.stream.handle),
+          launch, "to launch");
+}
+
+}  // namespace gk
