@@ -1,0 +1,44 @@
+// Asynchronous copies from global to shared memory (PTX ISA, "cp.async" and "cp.async.wait_group").
+//
+// A copy belongs to the group that the thread's next cp_async_commit closes. cp_async_wait<N> returns
+// when all but the thread's N newest groups have landed; other threads see them after a barrier.
+#pragma once
+
+#include "launch.h"
+
+#ifdef GK_EMULATE
+#include "emulator/memory.h"
+#endif
+
+namespace gk {
+
+// 16 bytes to `shared`: `bytes` (0 ... 16) of them from `global`, then zeros. Both are 16-byte aligned.
+__device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
+#ifdef GK_EMULATE
+    emulator::cp_async_16(shared, global, bytes);
+#else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global)), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+__device__ inline void cp_async_commit() {
+#ifdef GK_EMULATE
+    emulator::cp_async_commit();
+#else
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
+#endif
+}
+
+template <int kPending>
+__device__ inline void cp_async_wait() {
+#ifdef GK_EMULATE
+    emulator::cp_async_wait(kPending);
+#else
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+
+}  // namespace gk

@@ -1,0 +1,127 @@
+// A tile of a matrix in shared memory, and the warp's mma fragments out of it.
+//
+// Chunks of 16 bytes are swizzled: eight consecutive rows hold their chunk c in eight different groups
+// of four banks, so that ldmatrix, which reads such a column of chunks, has no bank conflict.
+#pragma once
+
+#include "device/mma.h"
+
+namespace gk {
+
+// kRows x kCols of T, 16-byte aligned, rows of a multiple of 16 bytes.
+template <class T, int kTileRows, int kTileCols>
+struct SharedTile {
+    static constexpr int kRows = kTileRows, kCols = kTileCols;
+    static constexpr int kBytes = kRows * kCols * static_cast<int>(sizeof(T));
+    static constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
+    static constexpr unsigned kChunks = kCols / kChunk;              // of a row
+    static_assert(kCols % kChunk == 0, "a row is whole chunks of 16 bytes");
+    // The largest power of two, up to 8, that divides a row's chunks. 8 / kSpan rows stand side by
+    // side in the banks; only from one such set of rows to the next does the chunk have to move.
+    static constexpr unsigned kSpan = kChunks % 8 == 0   ? 8
+                                      : kChunks % 4 == 0 ? 4
+                                      : kChunks % 2 == 0 ? 2
+                                                         : 1;
+
+    T* data;
+
+    __device__ T* at(int row, int col) const {
+        unsigned r = static_cast<unsigned>(row), c = static_cast<unsigned>(col);
+        unsigned chunk = (c / kChunk) ^ (r / (8 / kSpan) % kSpan);
+        return data + (r * kCols + chunk * kChunk + c % kChunk);
+    }
+};
+
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
+
+// Eight neighbouring floats of a row.
+template <int kRows, int kCols>
+__device__ void load_8(float (&values)[8], const SharedTile<float, kRows, kCols>& tile, int row,
+                       int col) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float4 four = *reinterpret_cast<const float4*>(tile.at(row, col + 4 * half));
+        values[4 * half + 0] = four.x;
+        values[4 * half + 1] = four.y;
+        values[4 * half + 2] = four.z;
+        values[4 * half + 3] = four.w;
+    }
+}
+
+// Rows and columns given to the loads below are multiples of 8. Fragments' layouts: device/mma.h.
+
+// A[16 x K] = tile[row ..., k ...]
+template <class T, int kRows, int kCols>
+__device__ void load_a(typename Mma<T>::A& a, const SharedTile<T, kRows, kCols>& tile, int row,
+                       int k) {
+    int lane = lane_index();
+    if constexpr (sizeof(T) == 2) {
+        ldmatrix_x4(a.r, tile.at(row + lane % 16, k + lane / 16 * 8));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            load_8(a.rows[i], tile, row + lane / 4 + 8 * i, k);
+        }
+    }
+}
+
+// A[16 x K] = tile[k ..., row ...], transposed
+template <class T, int kRows, int kCols>
+__device__ void load_a_transposed(typename Mma<T>::A& a, const SharedTile<T, kRows, kCols>& tile,
+                                  int k, int row) {
+    int lane = lane_index();
+    if constexpr (sizeof(T) == 2) {
+        ldmatrix_x4_trans(a.r, tile.at(k + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
+    } else {
+#pragma unroll
+        for (int step = 0; step < 8; ++step) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                a.rows[i][step] = *tile.at(k + step, row + lane / 4 + 8 * i);
+            }
+        }
+    }
+}
+
+// Two neighbouring B[K x 8], from tile[n ..., k ...]
+template <class T, int kRows, int kCols>
+__device__ void load_b(typename Mma<T>::B (&b)[2], const SharedTile<T, kRows, kCols>& tile, int n,
+                       int k) {
+    int lane = lane_index();
+    if constexpr (sizeof(T) == 2) {
+        uint32_t r[4];
+        ldmatrix_x4(r, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+        b[0] = {{r[0], r[1]}};
+        b[1] = {{r[2], r[3]}};
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            load_8(b[i / 2].cols[i % 2], tile, n + i / 2 * 8 + lane % 4 * 2 + i % 2, k);
+        }
+    }
+}
+
+// Two neighbouring B[K x 8], from tile[k ..., n ...]
+template <class T, int kRows, int kCols>
+__device__ void load_b_transposed(typename Mma<T>::B (&b)[2],
+                                  const SharedTile<T, kRows, kCols>& tile, int k, int n) {
+    int lane = lane_index();
+    if constexpr (sizeof(T) == 2) {
+        uint32_t r[4];
+        ldmatrix_x4_trans(r, tile.at(k + lane % 16, n + lane / 16 * 8));
+        b[0] = {{r[0], r[1]}};
+        b[1] = {{r[2], r[3]}};
+    } else {
+#pragma unroll
+        for (int step = 0; step < 8; ++step) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float* pair = tile.at(k + step, n + 8 * i + lane % 4 * 2);
+                b[i].cols[0][step] = pair[0];
+                b[i].cols[1][step] = pair[1];
+            }
+        }
+    }
+}
+
+}  // namespace gk
