@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test gates gpu lint clean active
+.PHONY: help demo test emulator gates gpu lint clean active
 
 # The interpreter that .venv is made from.
 BASE_PYTHON ?= python3
@@ -32,7 +32,7 @@ define check_version
 endef
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 	@echo
 	@echo '  PYTHON=python3      use the active environment instead of .venv; PyTorch stays as it is'
 	@echo '  BASE_PYTHON=python3 the Python that .venv is made from'
@@ -44,6 +44,9 @@ demo: $(READY) ## train a small GPT on real text, check it against plain PyTorch
 
 test: $(READY) ## run the whole test suite
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+emulator: $(READY) ## build the CUDA kernels for this CPU, as the tests run them where no GPU is
+	$(PY) scripts/extension.py emulator
 
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check .

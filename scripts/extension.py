@@ -1,0 +1,357 @@
+"""Builds the CUDA C++ kernels with ninja: the extension for GPUs, or the same kernels for a CPU.
+
+    python scripts/extension.py emulator                 build/emulator/_cuda*.so, by g++
+    python scripts/extension.py native                   build/native/_cuda*.so, by nvcc
+    python scripts/extension.py emulator layer_norm.cu   that file's object alone
+    python scripts/extension.py native layer_norm.cu     likewise, and what ptxas says about it
+
+`setup.py` installs the native extension as gptkernels._cuda. The emulator's is for the test suite
+and never installed: kernels run as host code on the fibers of csrc/emulator, every memory access
+reported to it (g++ calls a function at each access with -fsanitize=thread, and csrc/emulator has
+those functions; the sanitizer's own library is not linked).
+
+Environment: CUDA_HOME (else the toolkit of the nvcc on PATH); CXX (else g++), NVCC_CCBIN;
+GPTKERNELS_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST, such as "80;90a" or "8.0 9.0a+PTX"; MAX_JOBS,
+NVCC_THREADS; GPTKERNELS_OBJECT_CACHE, a folder that keeps objects (see scripts/compile.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Commands name files relative to ROOT, so that one checkout's objects serve another's cache.
+_SOURCES = Path("csrc")
+_MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
+
+# Machine code for A100, H100 and H200; the PTX of compute capability 8.0 serves all others.
+DEFAULT_ARCHITECTURES = "80+PTX;90a"
+_HOPPER_ONLY = "_sm90"  # a source's stem ends so: it is compiled for 90a and for nothing else
+
+_HOST_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+_EMULATED_FLAGS = [*_HOST_FLAGS, "-DGK_EMULATE", "-g"]
+# Kernels: every access to memory is reported, function entries and exits are not.
+_REPORTED = ["-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+_NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *("-Werror=all-warnings", "-Xptxas=--warning-as-error", "-Xptxas=-v"),
+]
+
+
+class BuildError(Exception):
+    """What keeps the extension from being built, in one sentence."""
+
+
+@dataclass(frozen=True)
+class _Object:
+    source: Path
+    command: list[str]
+    tools: str  # the versions that its content depends on
+
+
+def emulator(only: Sequence[str] = ()) -> Path:
+    """The emulator's module, brought up to date; or the last of the objects of the sources `only`.
+
+    Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
+    """
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise BuildError(
+            "the emulator of the CUDA kernels runs on x86-64 and aarch64 Linux, "
+            f"not on {platform.machine()} {platform.system()}"
+        )
+    compiler = _compiler()
+    include = ["-Icsrc", f"-isystem{_cuda_headers()}"]
+    base = [*compiler, *_EMULATED_FLAGS]
+    tools = _version(compiler)
+    objects = [
+        _Object(source, [*base, *_REPORTED, *include, "-xc++"], tools) for source in _files("*.cu")
+    ]
+    objects += [
+        _Object(source, [*base, "-O2", *include], tools) for source in _files("emulator/*.cpp")
+    ]
+    objects += _bindings([*base, "-O2", *include], tools)
+    link = [*compiler, "-shared"]
+    return _build(ROOT / "build" / "emulator", objects, link, ["-pthread"], only)
+
+
+def native(only: Sequence[str] = (), folder: Path | None = None) -> Path:
+    """The extension for GPUs in `folder` (build/native), brought up to date; or the last of the
+    objects of the sources `only`.
+
+    Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
+    """
+    compiler, nvcc = _compiler(), find_nvcc()
+    if nvcc is None:
+        raise BuildError("the CUDA kernels need nvcc, and neither PATH nor CUDA_HOME leads to one")
+    include = ["-Icsrc"]
+    tools = _version([nvcc])
+    objects = [
+        _Object(source, [nvcc, *_NVCC_FLAGS, *_targets(source), *include], tools)
+        for source in _files("*.cu")
+    ]
+    host = [*compiler, *_HOST_FLAGS, "-O2", *include, f"-isystem{_cuda_headers()}"]
+    objects += _bindings(host, f"{tools}, {_version(compiler)}")
+    # The CUDA runtime is linked in and none of its symbols leave the module: a process may hold
+    # PyTorch's own copy of it. libstdc++ stays shared, since pybind11 hands C++ exceptions to
+    # other modules of the process. The driver's library is looked up by the runtime when needed.
+    link = [nvcc, "-shared", "--cudart=static", "-Xlinker=--exclude-libs,ALL,-s"]
+    return _build(folder or ROOT / "build" / "native", objects, link, [], only)
+
+
+def find_nvcc() -> str | None:
+    """The toolkit's compiler: of CUDA_HOME, else on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return (home and shutil.which(Path(home) / "bin" / "nvcc")) or shutil.which("nvcc")
+
+
+def architectures() -> list[tuple[str, bool]]:
+    """(such as "80" or "90a", whether its PTX is kept too) for each one asked for.
+
+    Raises BuildError for a list that is none, or that names nothing the kernels run on.
+    """
+    for name in ("GPTKERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        text = os.environ.get(name, "").strip()
+        if text:
+            break
+    else:
+        name, text = "the default", DEFAULT_ARCHITECTURES
+    found = []
+    for entry in re.split(r"[;, ]+", text):
+        match = re.fullmatch(r"(?:(\d+)\.(\d)|(\d{2,3}))([af]?)(\+PTX)?", entry)
+        if match is None:
+            raise BuildError(
+                f'{name} names {entry!r}; architectures are written as in "80;90a" or '
+                '"8.0 9.0a+PTX"'
+            )
+        major, minor, both, variant, ptx = match.groups()
+        number = both or major + minor
+        if int(number) >= 80:
+            found.append((number + variant, bool(ptx)))
+    if not found:
+        raise BuildError(f"{name} ({text}) has no compute capability from 8.0, which kernels need")
+    return found
+
+
+def _targets(source: Path) -> list[str]:
+    """The architectures that nvcc compiles a source for.
+
+    Files for any device use nothing of the "a" variants, and their code for 90 is the same.
+    """
+    if source.stem.endswith(_HOPPER_ONLY):
+        return ["-gencode=arch=compute_90a,code=sm_90a"]
+    targets = {}
+    for name, ptx in architectures():
+        number = re.sub(r"\D", "", name)
+        code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+        targets[number] = f"-gencode=arch=compute_{number},code={code}"
+    return list(targets.values())
+
+
+def _bindings(command: list[str], tools: str) -> list[_Object]:
+    """The files that know Python, compiled for the one that runs."""
+    try:
+        import pybind11
+    except ImportError:
+        raise BuildError("the CUDA kernels' bindings need pybind11: pip install pybind11") from None
+    include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    python = f"{sys.implementation.cache_tag} {platform.python_version()}"
+    tools = f"{tools}, pybind11 {pybind11.__version__}, {python}"
+    return [_Object(source, [*command, *include], tools) for source in _files("*.cpp")]
+
+
+def _compiler() -> list[str]:
+    """g++, or CXX with its arguments."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None:
+        raise BuildError(f"the CUDA kernels need a C++ compiler, and {compiler[0]} is not on PATH")
+    return compiler
+
+
+def _cuda_headers() -> Path:
+    """The folder of cuda_runtime.h: the toolkit's, else that of the PyPI packages."""
+    places = []
+    nvcc = find_nvcc()
+    if nvcc is not None:
+        places.append(_toolkit(nvcc) / "include")
+    packages = importlib.util.find_spec("nvidia")
+    if packages is not None:
+        places += [Path(p) / "cu13/include" for p in packages.submodule_search_locations or ()]
+    for place in places:
+        if (place / "cuda_runtime.h").exists() and (place / "crt" / "host_defines.h").exists():
+            return place
+    raise BuildError(
+        "the CUDA kernels need CUDA's headers: a toolkit whose nvcc is on PATH, or "
+        "pip install 'nvidia-cuda-runtime>=13,<14' 'nvidia-cuda-crt>=13,<14'"
+    )
+
+
+def _toolkit(nvcc: str) -> Path:
+    """The folder that nvcc belongs to, which nvcc on PATH may only lead to."""
+    beside = Path(nvcc).resolve().parent.parent
+    if (beside / "include" / "cuda_runtime.h").exists():
+        return beside
+    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.M)
+    return Path(top[1]).resolve() if top else beside
+
+
+def _version(command: Sequence[str]) -> str:
+    """What a compiler calls itself."""
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    return " ".join(line for line in said.splitlines() if re.search(r"\d+\.\d+", line))
+
+
+def _files(pattern: str) -> list[Path]:
+    """Sources, relative to ROOT."""
+    return sorted(path.relative_to(ROOT) for path in (ROOT / _SOURCES).glob(pattern))
+
+
+def _build(
+    folder: Path,
+    objects: list[_Object],
+    link: list[str],
+    libraries: list[str],
+    only: Sequence[str],
+) -> Path:
+    """Writes folder/build.ninja and runs it. `only` are file names among the objects' sources."""
+    if not objects:
+        raise BuildError(f"there are no kernels in {ROOT / _SOURCES}")
+    module = folder / _MODULE
+    made = {o.source.name: folder / "objects" / f"{o.source.name}.o" for o in objects}
+    unknown = [name for name in only if name not in made]
+    if unknown:
+        raise BuildError(f"there is no {unknown[0]} among {', '.join(made)}")
+    wanted = [made[name] for name in only] or [module]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        file = folder / "build.ninja"
+        text = "\n".join(_ninja_lines(folder, objects, made, [*link, "-o"], libraries, module))
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        command = [_ninja(), "-f", str(file), "-j", jobs, *map(_named, wanted)]
+        subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
+    return wanted[-1]
+
+
+def _ninja_lines(
+    folder: Path,
+    objects: list[_Object],
+    made: dict[str, Path],
+    link: list[str],
+    libraries: list[str],
+    module: Path,
+) -> Iterator[str]:
+    compile_one = [sys.executable, "scripts/compile.py"]
+    yield f"builddir = {_path(folder)}"
+    yield "rule compile"
+    yield f"  command = {_command(compile_one)} --tools $tools --object $out $in -- $compiler"
+    yield "  description = $in"
+    yield "  depfile = $out.d"
+    yield "  deps = gcc"
+    yield "rule link"
+    yield f"  command = {_command(link)} $out $in {_command(libraries)}"
+    yield "  description = $out"
+    for o in objects:
+        compiled = _path(made[o.source.name])
+        yield f"build {compiled}: compile {_path(ROOT / o.source)} | scripts/compile.py"
+        yield f"  tools = {_command([o.tools])}"
+        yield f"  compiler = {_command(o.command)}"
+    yield f"build {_path(module)}: link {' '.join(_path(path) for path in made.values())}"
+    yield ""
+
+
+def _named(path: Path) -> str:
+    """As commands name it: relative to ROOT where it is in it."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def _path(path: Path) -> str:
+    return re.sub(r"([$: ])", r"$\1", _named(path))
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return shlex.join(arguments).replace("$", "$$")
+
+
+def _ninja() -> str:
+    """The PyPI package's program where it is installed, else the one on PATH."""
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        program = shutil.which("ninja", path=ninja.BIN_DIR)
+        if program:
+            return program
+    program = shutil.which("ninja")
+    if program is None:
+        raise BuildError("the CUDA kernels are built with ninja: pip install ninja")
+    return program
+
+
+def _environment() -> dict[str, str]:
+    """NVCC_THREADS as nvcc takes it: apart from the command, since objects do not depend on it."""
+    environment = dict(os.environ)
+    threads = environment.get("NVCC_THREADS")
+    if threads:
+        appended = environment.get("NVCC_APPEND_FLAGS", "")
+        environment["NVCC_APPEND_FLAGS"] = f"{appended} --threads {threads}".strip()
+    return environment
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One build at a time in a folder, whichever processes want one."""
+    import fcntl
+
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0; 1 where a compiler failed, 2 where nothing could be built."""
+    parser = argparse.ArgumentParser(
+        "python scripts/extension.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kind", choices=("emulator", "native"))
+    parser.add_argument("only", nargs="*", metavar="FILE", help="compile these files, link nothing")
+    options = parser.parse_args(arguments)
+    try:
+        build = emulator if options.kind == "emulator" else native
+        made = build([Path(name).name for name in options.only])
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError:
+        return 1
+    if options.only and options.kind == "native":
+        print(_readable(Path(f"{made}.log").read_text()), end="")
+    return 0
+
+
+def _readable(text: str) -> str:
+    """With C++ names, where the tool for that is installed."""
+    program = shutil.which("c++filt")
+    if program is None:
+        return text
+    return subprocess.run([program], input=text, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())
