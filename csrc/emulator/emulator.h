@@ -47,6 +47,10 @@ void warp_sync(unsigned mask, Site site);
 
 float atomic_add(float* address, float value);
 
+// One 16-byte access to global or shared memory, checked as such: g++ splits those it makes.
+void load_16(void* to, const void* from);
+void store_16(void* to, const void* from);
+
 template <class T>
 __attribute__((no_sanitize("thread"))) T shuffle_as(Shuffle kind, unsigned mask, T value,
                                                     int operand, int width, Site site) {

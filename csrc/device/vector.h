@@ -1,0 +1,118 @@
+// Vectors in registers, and the 16-byte accesses that fill and empty them.
+#pragma once
+
+#include "../launch.h"
+
+namespace gk {
+
+// N elements. Aligned as one access of up to 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
+    static_assert(((sizeof(T) * N) & (sizeof(T) * N - 1)) == 0, "a power of two of bytes");
+    T at[N];
+};
+
+// How many elements 16 bytes hold.
+template <class T>
+constexpr int kPer128 = 16 / static_cast<int>(sizeof(T));
+
+// One 16-byte access to global or shared memory; the address must be a multiple of 16. Plain
+// loads of a vector type would not do: g++ splits them, and the emulator could not see that the
+// GPU would fault.
+template <class T>
+__device__ __forceinline__ Pack<T, kPer128<T>> ld128(const T* source) {
+    Pack<T, kPer128<T>> pack;
+#ifdef GK_EMULATE
+    emulator::load_16(&pack, source);
+#else
+    *reinterpret_cast<uint4*>(&pack) = *reinterpret_cast<const uint4*>(source);
+#endif
+    return pack;
+}
+
+template <class T>
+__device__ __forceinline__ void st128(T* target, const Pack<T, kPer128<T>>& pack) {
+#ifdef GK_EMULATE
+    emulator::store_16(target, &pack);
+#else
+    *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(&pack);
+#endif
+}
+
+// N neighbouring elements by as many 16-byte accesses as that takes.
+template <int N, class T>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
+    static_assert(N % kPer128<T> == 0, "whole 16-byte accesses");
+    Pack<T, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; i += kPer128<T>)
+        *reinterpret_cast<Pack<T, kPer128<T>>*>(pack.at + i) = ld128(source + i);
+    return pack;
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack) {
+    static_assert(N % kPer128<T> == 0, "whole 16-byte accesses");
+#pragma unroll
+    for (int i = 0; i < N; i += kPer128<T>)
+        st128(target + i, *reinterpret_cast<const Pack<T, kPer128<T>>*>(pack.at + i));
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+// Rounded to nearest even.
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
+
+// Two at a time: one instruction where two single conversions are three.
+template <class T>
+__device__ __forceinline__ Pack<T, 2> from_floats(float low, float high);
+template <>
+__device__ __forceinline__ Pack<float, 2> from_floats<float>(float low, float high) {
+    return {{low, high}};
+}
+template <>
+__device__ __forceinline__ Pack<__nv_bfloat16, 2> from_floats<__nv_bfloat16>(float low,
+                                                                            float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return {{pair.x, pair.y}};
+}
+template <>
+__device__ __forceinline__ Pack<__half, 2> from_floats<__half>(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return {{pair.x, pair.y}};
+}
+
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> pack_floats(const float (&values)[N]) {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+        const Pack<T, 2> pair = from_floats<T>(values[i], values[i + 1]);
+        pack.at[i] = pair.at[0];
+        pack.at[i + 1] = pair.at[1];
+    }
+    return pack;
+}
+
+template <class T, int N>
+__device__ __forceinline__ void unpack_floats(float (&values)[N], const Pack<T, N>& pack) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = to_float(pack.at[i]);
+}
+
+}  // namespace gk
