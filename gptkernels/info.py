@@ -72,8 +72,13 @@ def lines() -> Iterator[str]:
 
 
 def _implementations(torch: object) -> Iterator[str]:
+    from gptkernels.cuda import EMULATED
     from gptkernels.ops.choice import IMPLEMENTATIONS, INTERPRETED, unavailable
 
+    how = {
+        "triton": " under Triton's interpreter" if INTERPRETED else "",
+        "cuda": " in the emulator" if EMULATED else "",
+    }
     device = "cuda" if torch.cuda.is_available() else "cpu"  # type: ignore[attr-defined]
     for impl in IMPLEMENTATIONS:
         reasons = {
@@ -84,8 +89,7 @@ def _implementations(torch: object) -> Iterator[str]:
         if not usable:
             yield f"  {impl:<7} not usable: {reasons['float32']}"
             continue
-        how = " under Triton's interpreter" if impl == "triton" and INTERPRETED else ""
-        yield f"  {impl:<7} usable on {device}{how}: {', '.join(usable)}"
+        yield f"  {impl:<7} usable on {device}{how.get(impl, '')}: {', '.join(usable)}"
         for name, reason in reasons.items():
             if reason is not None:
                 yield f"          not {name}: {reason}"

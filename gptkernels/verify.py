@@ -17,7 +17,7 @@ from torch import Tensor
 import gptkernels
 from gptkernels import baseline, parity, philox, reference
 from gptkernels.ops.checks import DTYPES, check_seed, dtype_name
-from gptkernels.ops.choice import check_impl, unavailable
+from gptkernels.ops.choice import IMPLEMENTATIONS, check_impl, unavailable
 
 Randn = Callable[..., Tensor]  # sizes -> a standard normal tensor of the case's dtype and device
 
@@ -155,7 +155,7 @@ OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 
 def run(
-    impls: Iterable[str] = ("torch", "triton"),
+    impls: Iterable[str] = IMPLEMENTATIONS,
     ops: Iterable[str] = OPS,
     dtypes: Iterable[torch.dtype] = DTYPES,
     device: torch.device | str | None = None,

@@ -1,4 +1,5 @@
-"""Where there is no GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
+"""Where there is no GPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels in
+the emulator, both on CPU tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated: before any is imported
+    os.environ["GPTKERNELS_EMULATE"] = "1"  # read when gptkernels is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

@@ -798,7 +798,6 @@ class TestBadInput:
                 TypeError,
                 "alibi_slopes must be a tensor or floats, got ",
             ),
-            (dict(impl="cuda"), NotImplementedError, "impl='cuda'"),
             (dict(impl="fast"), ValueError, "impl must be 'auto', .* got 'fast'"),
         ],
         ids=str,

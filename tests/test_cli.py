@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from gptkernels import cli, parity, verify
+from gptkernels import cli, cuda, parity, verify
 from gptkernels.gpt import checkpoint, train
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
@@ -40,8 +40,9 @@ class Result:
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs one command in this process."""
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs one command in this process, with no emulator: "cuda" cannot run without a GPU."""
+    monkeypatch.setattr(cuda, "EMULATED", False)
 
     def run(*arguments: str | Path) -> Result:
         with pytest.raises(SystemExit) as exited:
@@ -107,7 +108,8 @@ def test_info(call: Any) -> None:
     result = call("info")
     assert result.code == 0
     assert f"PyTorch     {torch.__version__}" in result.out
-    assert "CUDA C++ kernels are not part of this version" in result.out
+    if not torch.cuda.is_available():
+        assert "\n  cuda    not usable: it runs on CUDA tensors" in result.out
     assert "\n  torch   usable" in result.out
 
 
@@ -170,7 +172,7 @@ def test_verify_says_why_rows_were_skipped(call: Any) -> None:
     result = call("verify", "--impl", "cuda", "--op", "layer_norm", "--device", "cpu")
     assert result.code == 0
     assert "skipped (1)" in result.out
-    assert "\n(1) the CUDA C++ kernels are not part of this version" in result.out
+    assert "\n(1) it runs on CUDA tensors (this one is on cpu)" in result.out
 
 
 def test_verify_fails_with_1(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:

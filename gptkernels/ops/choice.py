@@ -1,7 +1,7 @@
 """Which implementation runs: an explicit one runs or says why it cannot; only "auto" may choose.
 
-"auto" picks "torch" on every machine today: no Triton kernel has been timed on a GPU yet, and a
-kernel that nobody has measured must not replace one that works.
+"auto" picks "torch" on every machine today: no kernel has been timed on a GPU yet, and one that
+nobody has measured must not replace one that works.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 
 import torch
 from torch import Tensor
+
+from gptkernels import cuda
 
 IMPLEMENTATIONS = ("torch", "triton", "cuda")
 
@@ -31,15 +33,15 @@ def check_impl(impl: str, *, auto: bool = True) -> str:
 def choose(impl: str, tensor: Tensor) -> str:
     """The implementation that runs on `tensor`.
 
-    Raises ValueError for an unknown name, NotImplementedError for a kernel that does not exist
-    yet, RuntimeError where an explicit choice cannot run on this machine or tensor.
+    Raises ValueError for an unknown name, RuntimeError where an explicit choice cannot run on this
+    machine or tensor.
     """
     if check_impl(impl) == "auto":
         return "torch"
     reason = unavailable(impl, tensor.device.type, tensor.dtype)
     if reason is None:
         return impl
-    raise (NotImplementedError if impl == "cuda" else RuntimeError)(f"impl={impl!r}: {reason}")
+    raise RuntimeError(f"impl={impl!r}: {reason}")
 
 
 def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -59,4 +61,6 @@ def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
                     "or anywhere under TRITON_INTERPRET=1"
                 )
             return None
-    return "the CUDA C++ kernels are not part of this version; use 'triton' or 'torch'"
+        case "cuda":
+            return cuda.unavailable(device_type)
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch', got {impl!r}")

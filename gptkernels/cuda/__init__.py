@@ -1,0 +1,144 @@
+"""CUDA C++ kernels: the only package that touches the compiled module, addresses and streams.
+
+Natively they run on CUDA tensors, from the extension `gptkernels._cuda`. With GPTKERNELS_EMULATE=1
+in the environment they run on CPU tensors, from the same sources compiled for the emulator
+(`make emulator`, in a checkout): every access to memory is checked, and it is slow.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The choice is made once: a process runs its kernels natively, or all of them emulated.
+EMULATED = os.environ.get("GPTKERNELS_EMULATE", "").lower() in ("1", "true", "on")
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_EMULATOR = _CHECKOUT / "build" / "emulator" / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+_OLDEST_CAPABILITY = (8, 0)
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the kernels cannot run on tensors of this device type; None where they can."""
+    if EMULATED:
+        if device_type != "cpu":
+            return (
+                f"GPTKERNELS_EMULATE=1 runs it on CPU tensors, this one is on {device_type}; "
+                "unset it to run on a GPU"
+            )
+        return _emulator_unavailable()
+    if device_type != "cuda":
+        return (
+            f"it runs on CUDA tensors (this one is on {device_type}), "
+            "or on CPU tensors under GPTKERNELS_EMULATE=1"
+        )
+    return _native_unavailable()
+
+
+@functools.cache
+def _emulator_unavailable() -> str | None:
+    if _EMULATOR.exists():
+        return None
+    return "the emulator is not built here; `make emulator` builds it in a checkout of the sources"
+
+
+@functools.cache
+def _native_unavailable() -> str | None:
+    if importlib.util.find_spec("gptkernels._cuda") is None:
+        return (
+            "this installation was built without nvcc, so it has no CUDA C++ kernels; "
+            "install from source with CUDA's toolkit on PATH and GPTKERNELS_BUILD_CUDA=1"
+        )
+    capability = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if capability < _OLDEST_CAPABILITY:
+        return "it needs GPUs of compute capability 8.0 or later, this one is {}.{}".format(
+            *capability
+        )
+    return None
+
+
+@functools.cache
+def module() -> Any:
+    """The compiled module. Raises ImportError with one sentence where there is none."""
+    if not EMULATED:
+        return importlib.import_module("gptkernels._cuda")
+    reason = _emulator_unavailable()
+    if reason is not None:
+        raise ImportError(reason)
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(_EMULATOR))
+    spec = importlib.util.spec_from_file_location("_cuda", _EMULATOR, loader=loader)
+    assert spec is not None
+    loaded = importlib.util.module_from_spec(spec)
+    loader.exec_module(loaded)
+    return loaded
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """As in `gk::DType`."""
+    return _CODES[dtype]
+
+
+def call(
+    function: str,
+    like: Tensor,
+    /,
+    *,
+    inputs: Mapping[str, Tensor | None],
+    outputs: Mapping[str, Tensor | None],
+    **scalars: Any,
+) -> None:
+    """Launch on the device and the current stream of `like`, asynchronously.
+
+    Tensors go by address under their names, 0 for None and for empty ones. Inputs are only read,
+    outputs only read where the same call has written them: the emulator holds kernels to that.
+
+    Raises RuntimeError with the kernel, the shape and the cause of a launch that failed.
+    """
+    addresses = {
+        name: 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+        for group in (inputs, outputs)
+        for name, tensor in group.items()
+    }
+    if EMULATED:
+        _emulate(function, inputs, outputs, addresses, scalars)
+        return
+    device = like.get_device()
+    # What torch.cuda.current_stream() wraps in an object, at many times the cost.
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    getattr(module(), function)(device, stream, **addresses, **scalars)
+
+
+def _emulate(
+    function: str,
+    inputs: Mapping[str, Tensor | None],
+    outputs: Mapping[str, Tensor | None],
+    addresses: Mapping[str, int],
+    scalars: Mapping[str, Any],
+) -> None:
+    emulator = module()
+    try:
+        for group, written in ((inputs, True), (outputs, False)):
+            for name, tensor in group.items():
+                if tensor is not None and tensor.numel():
+                    emulator.emulator_declare(name, addresses[name], _extent(tensor), written)
+        getattr(emulator, function)(0, 0, **addresses, **scalars)
+    finally:
+        emulator.emulator_forget()
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last one."""
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return (last + 1) * tensor.element_size()
