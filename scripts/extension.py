@@ -35,6 +35,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Commands name files relative to ROOT, so that one checkout's objects serve another's cache.
 _SOURCES = Path("csrc")
+_BINDINGS = _SOURCES / "bindings.cpp"
+_EXPORTS = "--version-script=csrc/module.map"  # one symbol: what Python calls on import
 _MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
 
 # Machine code for A100, H100 and H200; the PTX of compute capability 8.0 serves all others.
@@ -82,8 +84,8 @@ def emulator(only: Sequence[str] = ()) -> Path:
     objects += [
         _Object(source, [*base, "-O2", *include], tools) for source in _files("emulator/*.cpp")
     ]
-    objects += _bindings([*base, "-O2", *include], tools)
-    link = [*compiler, "-shared"]
+    objects.append(_bindings([*base, "-O2", *include], tools))
+    link = [*compiler, "-shared", f"-Wl,{_EXPORTS}"]
     return _build(ROOT / "build" / "emulator", objects, link, ["-pthread"], only)
 
 
@@ -103,11 +105,13 @@ def native(only: Sequence[str] = (), folder: Path | None = None) -> Path:
         for source in _files("*.cu")
     ]
     host = [*compiler, *_HOST_FLAGS, "-O2", *include, f"-isystem{_cuda_headers()}"]
-    objects += _bindings(host, f"{tools}, {_version(compiler)}")
-    # The CUDA runtime is linked in and none of its symbols leave the module: a process may hold
-    # PyTorch's own copy of it. libstdc++ stays shared, since pybind11 hands C++ exceptions to
-    # other modules of the process. The driver's library is looked up by the runtime when needed.
-    link = [nvcc, "-shared", "--cudart=static", "-Xlinker=--exclude-libs,ALL,-s"]
+    tools = f"{tools}, {_version(compiler)}"
+    objects += [_Object(source, host, tools) for source in _files("*.cpp") if source != _BINDINGS]
+    objects.append(_bindings(host, tools))
+    # The CUDA runtime is linked in, since a process may hold PyTorch's own copy of it, and looks up
+    # the driver's library when needed. libstdc++ stays shared: pybind11 hands C++ exceptions to
+    # other modules of the process.
+    link = [nvcc, "-shared", "--cudart=static", f"-Xlinker={_EXPORTS},-s"]
     return _build(folder or ROOT / "build" / "native", objects, link, [], only)
 
 
@@ -160,8 +164,8 @@ def _targets(source: Path) -> list[str]:
     return list(targets.values())
 
 
-def _bindings(command: list[str], tools: str) -> list[_Object]:
-    """The files that know Python, compiled for the one that runs."""
+def _bindings(command: list[str], tools: str) -> _Object:
+    """The one file that knows Python, compiled for the one that runs."""
     try:
         import pybind11
     except ImportError:
@@ -169,7 +173,7 @@ def _bindings(command: list[str], tools: str) -> list[_Object]:
     include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     python = f"{sys.implementation.cache_tag} {platform.python_version()}"
     tools = f"{tools}, pybind11 {pybind11.__version__}, {python}"
-    return [_Object(source, [*command, *include], tools) for source in _files("*.cpp")]
+    return _Object(_BINDINGS, [*command, *include], tools)
 
 
 def _compiler() -> list[str]:
@@ -271,7 +275,8 @@ def _ninja_lines(
         yield f"build {compiled}: compile {_path(ROOT / o.source)} | scripts/compile.py"
         yield f"  tools = {_command([o.tools])}"
         yield f"  compiler = {_command(o.command)}"
-    yield f"build {_path(module)}: link {' '.join(_path(path) for path in made.values())}"
+    compiled = " ".join(map(_path, made.values()))
+    yield f"build {_path(module)}: link {compiled} | csrc/module.map"
     yield ""
 
 
