@@ -21,7 +21,7 @@ const Launch* launched = nullptr;
 namespace {
 
 constexpr unsigned kResident = 2;       // CTAs at a time
-constexpr unsigned kMostThreads = 1024;  // of a CTA
+constexpr unsigned kMostThreads = kMostWarps * kWarp;  // of a CTA
 constexpr int kMultiprocessors = 2;
 
 std::string failure;  // what ended the launch
@@ -82,6 +82,7 @@ void release(Cta& cta, Barrier& barrier) {
     for (Thread* thread : barrier.waiting) wake(thread);
     barrier.waiting.clear();
     barrier.arrived.clear();
+    std::fill(std::begin(barrier.sites), std::end(barrier.sites), Site{});
 }
 
 Barrier& join_barrier(unsigned number, unsigned threads, Site site, const char* what) {
@@ -104,14 +105,11 @@ Barrier& join_barrier(unsigned number, unsigned threads, Site site, const char* 
              describe(site));
     }
     // bar.sync is .aligned: a warp's lanes arrive from one place.
-    for (const Thread* other : barrier.waiting) {
-        const Site& there = other->waiting.site;
-        if (other->warp() == self.warp() &&
-            (there.line != site.line || std::strcmp(there.file, site.file) != 0)) {
-            fail(std::string(what) + " diverges: thread " + std::to_string(other->index) +
-                     " of the same warp waits at " + describe(there),
-                 describe(site));
-        }
+    Site& there = barrier.sites[self.warp()];
+    if (there.file == nullptr) there = site;
+    if (there.line != site.line || std::strcmp(there.file, site.file) != 0) {
+        fail(std::string(what) + " diverges: lanes of the same warp wait at " + describe(there),
+             describe(site));
     }
     return barrier;
 }
@@ -123,37 +121,16 @@ bool same_place(const Waiting& a, const Waiting& b) {
            std::strcmp(a.what, b.what) == 0 && std::strcmp(a.site.file, b.site.file) == 0;
 }
 
-template <class F>
-void for_lanes(Cta& cta, unsigned warp, F&& f) {
-    const unsigned first = warp * kWarp, last = std::min(first + kWarp, cta.threads);
-    for (unsigned i = first; i < last; ++i) f(*cta.fibers[i]);
-}
-
-// The lanes of `mask` that must come: those that have not returned.
-unsigned expected_lanes(Cta& cta, unsigned warp, unsigned mask) {
-    unsigned lanes = 0;
-    for_lanes(cta, warp, [&](Thread& thread) {
-        if (!thread.done) lanes |= 1u << thread.lane();
-    });
-    return lanes & mask;
-}
-
-// Everyone has come: combine and wake all but the running thread. False: somebody is missing.
-bool meet(Cta& cta, unsigned warp, const Waiting& meeting) {
-    const unsigned expected = expected_lanes(cta, warp, meeting.mask);
-    unsigned here = 0;
-    void* lanes[kWarp] = {};
-    for_lanes(cta, warp, [&](Thread& thread) {
-        if (thread.waiting.what != nullptr && same_place(thread.waiting, meeting)) {
-            here |= 1u << thread.lane();
-            lanes[thread.lane()] = thread.waiting.data;
-        }
-    });
-    if (here != expected) return false;
-    meeting.combine(lanes);
-    for_lanes(cta, warp, [&](Thread& thread) {
-        if (here >> thread.lane() & 1) wake(&thread);
-    });
+// Everyone has come: combine, wake all but the running thread, forget the meeting.
+bool finish(Cta& cta, unsigned warp, size_t index) {
+    std::vector<Meeting>& meetings = cta.warps[warp].meetings;
+    if ((meetings[index].waiting.mask & cta.warps[warp].alive) != meetings[index].here) return false;
+    const Meeting meeting = meetings[index];
+    meetings.erase(meetings.begin() + ptrdiff_t(index));
+    meeting.combine(meeting.data);
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+        if (meeting.here >> lane & 1) wake(cta.fibers[warp * kWarp + lane].get());
+    }
     return true;
 }
 
@@ -175,9 +152,9 @@ void body() {
     for (Barrier& barrier : cta.barriers) {
         if (barrier.expected == 0 && complete(cta, barrier)) release(cta, barrier);
     }
-    for_lanes(cta, self.warp(), [&](Thread& other) {
-        if (other.waiting.mask >> self.lane() & 1) meet(cta, self.warp(), Waiting(other.waiting));
-    });
+    Warp& warp = cta.warps[self.warp()];
+    warp.alive &= ~(1u << self.lane());
+    for (size_t i = warp.meetings.size(); i-- > 0;) finish(cta, self.warp(), i);
     self.fiber.leave();
     std::abort();  // nobody enters a finished thread
 }
@@ -190,6 +167,7 @@ void begin(Cta& cta, uint64_t number) {
                            unsigned(number / x / y));
     cta.threads = cta.alive = launch.threads;
     for (Barrier& barrier : cta.barriers) barrier = {};
+    cta.warps.assign((cta.threads + kWarp - 1) / kWarp, {});
     for (unsigned i = unsigned(cta.fibers.size()); i < cta.threads; ++i) {
         cta.fibers.push_back(std::make_unique<Thread>(i));
     }
@@ -199,6 +177,7 @@ void begin(Cta& cta, uint64_t number) {
         thread.done = false;
         thread.waiting = {};
         thread.fiber.start(body);
+        cta.warps[thread.warp()].alive |= 1u << thread.lane();
     }
     memory::cta_begin(cta);
 }
@@ -347,7 +326,7 @@ void barrier_sync(unsigned number, unsigned threads, Site site, const char* what
         running->waiting = {};
         release(cta, barrier);
     } else {
-        wait({what, site, 0, number, nullptr, nullptr});
+        wait({what, site, 0, number});
     }
 }
 
@@ -364,19 +343,23 @@ void collective(const char* what, unsigned mask, void* data, Combine combine, Si
                  std::to_string(self.lane()) + ", its own",
              describe(site));
     }
-    const Waiting meeting{what, site, mask, 0, data, combine};
-    for_lanes(*self.cta, self.warp(), [&](Thread& other) {
-        const Waiting& there = other.waiting;
-        const bool meant = (mask >> other.lane() & 1) || (there.mask >> self.lane() & 1);
-        if (there.what != nullptr && there.mask != 0 && meant && !same_place(there, meeting)) {
-            fail(std::string(what) + " with mask " + hexadecimal(mask) + " diverges: thread " +
-                     std::to_string(other.index) + " of the same warp is in " + there.what +
-                     " with mask " + hexadecimal(there.mask) + " at " + describe(there.site),
-                 describe(site));
-        }
-    });
-    self.waiting = meeting;
-    if (!meet(*self.cta, self.warp(), meeting)) self.fiber.leave();
+    const Waiting waiting{what, site, mask, 0};
+    std::vector<Meeting>& meetings = self.cta->warps[self.warp()].meetings;
+    size_t index = 0;
+    while (index < meetings.size() && !(meetings[index].waiting.mask & mask)) ++index;
+    if (index == meetings.size()) {
+        meetings.push_back({waiting, combine, 0, {}});
+    } else if (!same_place(meetings[index].waiting, waiting)) {
+        const Waiting& there = meetings[index].waiting;
+        fail(std::string(what) + " with mask " + hexadecimal(mask) + " diverges: lanes " +
+                 hexadecimal(meetings[index].here) + " of the same warp are in " + there.what +
+                 " with mask " + hexadecimal(there.mask) + " at " + describe(there.site),
+             describe(site));
+    }
+    meetings[index].here |= 1u << self.lane();
+    meetings[index].data[self.lane()] = data;
+    self.waiting = waiting;
+    if (!finish(*self.cta, self.warp(), index)) self.fiber.leave();
 }
 
 namespace {

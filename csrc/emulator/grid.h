@@ -20,6 +20,7 @@ struct Launch;
 namespace gk::emulator {
 
 constexpr unsigned kWarp = 32;
+constexpr unsigned kMostWarps = 32;  // of a CTA
 constexpr unsigned kBarriers = 16;
 constexpr size_t kSharedLimit = 99 * 1024;
 
@@ -31,8 +32,6 @@ struct Waiting {
     Site site{};
     unsigned mask = 0;     // of lanes, at a collective of the warp
     unsigned barrier = 0;  // the barrier's number
-    void* data = nullptr;  // the lane's operands and results, on its own stack
-    Combine combine = nullptr;
 };
 
 struct Thread {
@@ -46,10 +45,24 @@ struct Thread {
     unsigned warp() const { return index / kWarp; }
 };
 
+// A collective in progress: the lanes that have come, and what each brought, on its own stack.
+struct Meeting {
+    Waiting waiting;
+    Combine combine;
+    unsigned here;
+    void* data[kWarp];
+};
+
+struct Warp {
+    unsigned alive = 0;  // lanes that have not returned
+    std::vector<Meeting> meetings;
+};
+
 struct Barrier {
     std::vector<Thread*> waiting;
     std::vector<Thread*> arrived;  // without waiting
     unsigned expected = 0;         // threads; 0: every thread of the CTA that has not returned
+    Site sites[kMostWarps] = {};   // where the first lane of each warp came from
 };
 
 struct Cta {
@@ -60,6 +73,7 @@ struct Cta {
     unsigned threads = 0;  // of which `alive` have not returned
     unsigned alive = 0;
     std::vector<std::unique_ptr<Thread>> fibers;  // at least `threads`, kept for the next CTA
+    std::vector<Warp> warps;
     Barrier barriers[kBarriers];
     unsigned char* shared = nullptr;  // its arena, launch->shared_bytes of it in use
 };
