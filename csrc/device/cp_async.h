@@ -7,7 +7,7 @@
 #include "launch.h"
 
 #ifdef GK_EMULATE
-#include "emulator/memory.h"
+#include "emulator/cp_async.h"
 #endif
 
 namespace gk {

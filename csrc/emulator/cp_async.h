@@ -1,0 +1,12 @@
+// Twins of the asynchronous copies (device/cp_async.h), for the emulator.
+#pragma once
+
+#include "emulator.h"
+
+namespace gk::emulator {
+
+void cp_async_16(void* shared, const void* global, int bytes, Site site = Site::here());
+void cp_async_commit();
+void cp_async_wait(int pending);
+
+}  // namespace gk::emulator
