@@ -59,7 +59,7 @@ struct Band {
     }
 };
 
-__device__ inline Band band(const AttentionCall& c, int b) {
+__device__ inline Band band_of(const AttentionCall& c, int b) {
     Band band;
     band.shift = c.Tk - c.Tq;
     band.left = c.left < 0 ? c.Tk : min(c.left, c.Tk);
