@@ -85,5 +85,9 @@ extern const Launch* launched;    // the launch in progress
 // csrc/file.cu:line: <sentence>". On the host's stack it throws.
 [[noreturn]] void fail(const std::string& sentence, const std::string& where);
 std::string describe(const Site& site);
+std::string hexadecimal(unsigned mask);
+
+// Of meetings.cpp: those who waited for a thread that has returned wait no longer.
+void go_on_without(const Thread& thread);
 
 }  // namespace gk::emulator
