@@ -27,12 +27,10 @@ __device__ void copy_tile(Tile tile, const T* source, int64_t row_stride, int ro
         if (aligned) {
             cp_async_16(tile.at(row, col), from, valid * static_cast<int>(sizeof(T)));
         } else {
-            alignas(16) T chunk[Tile::kChunk];
+            Pack<T, Tile::kChunk> chunk;
 #pragma unroll
-            for (int i = 0; i < Tile::kChunk; ++i) {
-                chunk[i] = i < valid ? from[i] : T(0.0f);
-            }
-            *reinterpret_cast<uint4*>(tile.at(row, col)) = *reinterpret_cast<const uint4*>(chunk);
+            for (int i = 0; i < Tile::kChunk; ++i) chunk.at[i] = i < valid ? from[i] : T(0.0f);
+            st128(tile.at(row, col), chunk);
         }
     }
 }

@@ -12,12 +12,10 @@
 //     B, fp32           columns 2t and 2t + 1, all 8 rows
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <cstring>
 
+#include "device/vector.h"
 #include "launch.h"
 
 #ifdef GK_EMULATE
@@ -76,17 +74,12 @@ __device__ inline void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], con
 #endif
 }
 
-// Two floats, rounded, as one register: `low` in its lower half.
-__device__ inline uint32_t round_pair(float low, float high, __nv_bfloat16) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+// Two floats, rounded to T, as one register: `low` in its lower half.
+template <class T>
+__device__ inline uint32_t round_pair(float low, float high) {
+    Pack<T, 2> pair = from_floats<T>(low, high);
     uint32_t bits;
-    memcpy(&bits, &pair, sizeof(bits));
-    return bits;
-}
-
-__device__ inline uint32_t round_pair(float low, float high, __half) {
-    __half2 pair = __floats2half2_rn(low, high);
-    uint32_t bits;
+    static_assert(sizeof(pair) == sizeof(bits), "16-bit elements");
     memcpy(&bits, &pair, sizeof(bits));
     return bits;
 }
@@ -108,8 +101,8 @@ struct Mma {
 
     // Two neighbouring accumulator tiles (16 x 16), rounded to T, as A: their layouts coincide.
     __device__ static A from_accumulators(const float (*acc)[4]) {
-        return {{round_pair(acc[0][0], acc[0][1], T()), round_pair(acc[0][2], acc[0][3], T()),
-                 round_pair(acc[1][0], acc[1][1], T()), round_pair(acc[1][2], acc[1][3], T())}};
+        return {{round_pair<T>(acc[0][0], acc[0][1]), round_pair<T>(acc[0][2], acc[0][3]),
+                 round_pair<T>(acc[1][0], acc[1][1]), round_pair<T>(acc[1][2], acc[1][3])}};
     }
 };
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "device/mma.h"
+#include "device/vector.h"
 
 namespace gk {
 
@@ -40,11 +41,9 @@ __device__ void load_8(float (&values)[8], const SharedTile<float, kRows, kCols>
                        int col) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float4 four = *reinterpret_cast<const float4*>(tile.at(row, col + 4 * half));
-        values[4 * half + 0] = four.x;
-        values[4 * half + 1] = four.y;
-        values[4 * half + 2] = four.z;
-        values[4 * half + 3] = four.w;
+        Pack<float, 4> four = ld128(tile.at(row, col + 4 * half));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[4 * half + i] = four.at[i];
     }
 }
 
