@@ -48,13 +48,17 @@ def _attention_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *given, impl = arguments
     with torch.no_grad(), without_autocast(q):
         match impl:
+            case "cuda":
+                from gptkernels.cuda import attention as cuda_kernels
+
+                return cuda_kernels.attention_fwd(q, *given)
             case "triton":
                 from gptkernels.triton_kernels import attention as kernels
 
                 return kernels.attention_fwd(q, *given)
             case "torch":
                 return aten.attention_fwd(q, *given)
-    raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.impl(_LIBRARY, "attention_bwd", "CompositeExplicitAutograd")
@@ -68,7 +72,7 @@ def _attention_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
                 return kernels.attention_bwd(dout, *given)
             case "torch":
                 return aten.attention_bwd(dout, *given)
-    raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.register_fake("gptkernels::attention_fwd", lib=_LIBRARY)

@@ -1,0 +1,445 @@
+// Attention forward: online softmax over blocks of keys (Milakov and Gimelshein, 2018; Dao,
+// "FlashAttention-2", 2023).
+//
+//     m' = max(m, max_j s_j)                      p = exp2(s - m')
+//     l = l exp2(m - m') + sum_j p                o = o exp2(m - m') + p v
+//     out = o / l                                 lse = (m + log2 l) ln 2
+//
+// q (B, Tq, H, D), k and v (B, Tk, Hk, D), any strides with a unit last one; out (B, Tq, H, D) and
+// lse (B, H, Tq) fp32, contiguous. Moves q and out once, k and v once for each block of kRows
+// queries; scores never leave the registers. Saved for the backward pass: q, k, v, out in their
+// dtype, and lse. Dropout drops p where it meets v; the normaliser l counts undropped scores.
+//
+// A CTA takes kRows queries of one head. Each of its warps owns 16 or 32 of them: their q, their
+// scores, their softmax, their part of o. Keys and values pass by from right to left, tiles of
+// kKeys x kWidth in a ring of slots: k of the last block, v of it, k of the one before ...
+#pragma once
+
+#include <algorithm>
+
+#include "attention_scores.h"
+#include "device/copy.h"
+#include "device/exp2.h"
+#include "device/mma.h"
+#include "device/philox.h"
+#include "device/tile.h"
+#include "device/vector.h"
+
+namespace gk {
+
+constexpr int kFwdWarps = 4, kFwdThreads = 32 * kFwdWarps;
+
+// Two row tiles a warp (32 queries) where registers allow: every fragment of k and v read from
+// shared memory then feeds two products, and shared memory is what mma.sync waits for otherwise.
+// Slots: k and v of a block need two; the third keeps one more tile in flight. All fit in 99 KB.
+template <class T, int kHeadWidth, bool kOptions>
+struct FwdTiles {
+    static constexpr int kWidth = kHeadWidth;  // of a head in shared memory, zeros from D on
+    static constexpr bool kHalf = sizeof(T) == 2;
+    static constexpr int kRowTiles = kWidth <= (kHalf ? 128 : 96) ? 2 : 1;
+    static constexpr int kRows = kFwdWarps * 16 * kRowTiles;
+    static constexpr int kKeys = kHalf ? (kWidth == 256 ? 32 : 64) : (kWidth == 256 ? 16 : 32);
+    static constexpr int kSlots = kHalf ? (kWidth == 192 ? 2 : 3) : (kWidth > 96 ? 2 : 3);
+
+    using Query = SharedTile<T, kRows, kWidth>;
+    using Key = SharedTile<T, kKeys, kWidth>;
+    // Behind the tiles, a flag for each warp.
+    static constexpr int kSharedBytes = Query::kBytes + kSlots * Key::kBytes + 4 * kFwdWarps;
+    static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
+};
+
+struct FwdArguments {
+    AttentionFwd p;
+    int row_blocks;      // of kRows queries
+    int heads_together;  // heads of the batch whose k and v share the L2 cache
+    bool q_aligned, k_aligned, v_aligned, out_aligned;  // 16-byte addresses throughout
+};
+
+// Which queries of which head a CTA takes. Heads go in groups whose k and v fit in the L2 cache;
+// within one, late rows, which have the most keys under a causal mask, start first.
+struct FwdPlace {
+    int i0, b, h;
+
+    __device__ FwdPlace(const FwdArguments& a, int rows) {
+        const int heads = a.p.call.batch * a.p.call.H;
+        const int group = static_cast<int>(blockIdx.x) / (a.heads_together * a.row_blocks);
+        const int within = static_cast<int>(blockIdx.x) % (a.heads_together * a.row_blocks);
+        const int together = min(a.heads_together, heads - group * a.heads_together);
+        const int bh = group * a.heads_together + within % together;
+        i0 = (a.row_blocks - 1 - within / together) * rows;
+        b = bh / a.p.call.H;
+        h = bh % a.p.call.H;
+    }
+};
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
+// copy_tile with NaN and Inf taken out.
+template <class Tile, class T>
+__device__ void copy_finite(Tile tile, const T* source, int64_t row_stride, int rows_valid,
+                            int cols_valid) {
+#pragma unroll 1
+    for (int index = static_cast<int>(threadIdx.x); index < Tile::kRows * Tile::kCols;
+         index += kFwdThreads) {
+        const int row = index / Tile::kCols, col = index % Tile::kCols;
+        float value = 0;
+        if (row < rows_valid && col < cols_valid) value = to_float(source[row * row_stride + col]);
+        *tile.at(row, col) = from_float<T>(is_finite(value) ? value : 0.0f);
+    }
+}
+
+// s = q k^T for this warp's rows.
+template <class Tiles, class T>
+__device__ __forceinline__ void score_products(float (&s)[Tiles::kRowTiles][Tiles::kKeys / 8][4],
+                                               const typename Tiles::Query& q_tile,
+                                               const typename Tiles::Key& k_tile, int row0) {
+    using M = Mma<T>;
+#pragma unroll
+    for (int r = 0; r < Tiles::kRowTiles; ++r)
+#pragma unroll
+        for (int n = 0; n < Tiles::kKeys / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) s[r][n][e] = 0;
+#pragma unroll
+    for (int d = 0; d < Tiles::kWidth; d += M::K) {
+        typename M::A q[Tiles::kRowTiles];
+#pragma unroll
+        for (int r = 0; r < Tiles::kRowTiles; ++r) load_a(q[r], q_tile, row0 + 16 * r, d);
+#pragma unroll
+        for (int n = 0; n < Tiles::kKeys; n += 16) {
+            typename M::B k[2];
+            load_b(k, k_tile, n, d);
+#pragma unroll
+            for (int r = 0; r < Tiles::kRowTiles; ++r) {
+                M::multiply(s[r][n / 8], q[r], k[0]);
+                M::multiply(s[r][n / 8 + 1], q[r], k[1]);
+            }
+        }
+    }
+}
+
+// o += p v for this warp's rows; p is rounded to T a fragment at a time.
+template <class Tiles, class T>
+__device__ __forceinline__ void value_products(
+    float (&o)[Tiles::kRowTiles][Tiles::kWidth / 8][4],
+    const float (&p)[Tiles::kRowTiles][Tiles::kKeys / 8][4], const typename Tiles::Key& v_tile) {
+    using M = Mma<T>;
+#pragma unroll
+    for (int j = 0; j < Tiles::kKeys; j += M::K) {
+        typename M::A weights[Tiles::kRowTiles];
+#pragma unroll
+        for (int r = 0; r < Tiles::kRowTiles; ++r)
+            weights[r] = M::from_accumulators(&p[r][j / 8]);
+#pragma unroll
+        for (int d = 0; d < Tiles::kWidth; d += 16) {
+            typename M::B v[2];
+            load_b_transposed(v, v_tile, j, d);
+#pragma unroll
+            for (int r = 0; r < Tiles::kRowTiles; ++r) {
+                M::multiply(o[r][d / 8], weights[r], v[0]);
+                M::multiply(o[r][d / 8 + 1], weights[r], v[1]);
+            }
+        }
+    }
+}
+
+// The running maximum (in log2 units) and sum of a thread's two rows in a row tile. The sum is over
+// the thread's own columns until the end.
+struct RowState {
+    float m[2], l[2];
+};
+
+// s becomes p = exp2(factor s - m'); state and o move on to the new maximum.
+template <class T, int kTiles, int kOutTiles>
+__device__ __forceinline__ void softmax_step(float (&s)[kTiles][4], float (&o)[kOutTiles][4],
+                                             RowState& state, float factor) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float highest = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+            highest = fmaxf(highest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+        const float m = fmaxf(state.m[half], highest * factor);
+        // A row that has met no key yet: subtract 0, so that its weights are exp2(-inf) = 0.
+        const float used = m == -INFINITY ? 0.0f : m;
+        const float rescale = exp2_for<T>(state.m[half] - used);
+        state.m[half] = m;
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const float p = exp2_for<T>(fmaf(s[n][2 * half + c], factor, -used));
+                s[n][2 * half + c] = p;
+                sum += p;
+            }
+        state.l[half] = fmaf(state.l[half], rescale, sum);
+#pragma unroll
+        for (int d = 0; d < kOutTiles; ++d)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) o[d][2 * half + c] *= rescale;
+    }
+}
+
+template <class T, int kHeadWidth, bool kOptions>
+__global__ void __launch_bounds__(kFwdThreads)
+    attention_fwd_kernel(const __grid_constant__ FwdArguments a) {
+    using Tiles = FwdTiles<T, kHeadWidth, kOptions>;
+    constexpr int kRowTiles = Tiles::kRowTiles, kKeys = Tiles::kKeys, kSlots = Tiles::kSlots;
+    const AttentionFwd& p = a.p;
+    const AttentionCall& call = p.call;
+    const FwdPlace place(a, Tiles::kRows);
+    const int i0 = place.i0, b = place.b, h = place.h;
+    const int hk = h / (call.H / call.Hk);
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_index();
+    const int row0 = warp * 16 * kRowTiles;          // this warp's first row of the tile
+    const int i_first = i0 + row0 + lane / 4;        // this thread's rows: + 8, + 16, + 24
+    const int j_offset = 2 * (lane % 4);             // and columns of each 8: + 1
+
+    const typename Tiles::Query q_tile{reinterpret_cast<T*>(shared_memory())};
+    unsigned char* slots = shared_memory() + Tiles::Query::kBytes;
+    int* flags = reinterpret_cast<int*>(slots + kSlots * Tiles::Key::kBytes);
+    const T* q = static_cast<const T*>(p.q) + b * p.q_strides.batch + h * p.q_strides.head +
+                 i0 * p.q_strides.token;
+    const T* k = static_cast<const T*>(p.k) + b * p.k_strides.batch + hk * p.k_strides.head;
+    const T* v = static_cast<const T*>(p.v) + b * p.v_strides.batch + hk * p.v_strides.head;
+
+    const Band band = band_of(call, b);
+    const Range keys = band.keys(i0, Tiles::kRows, kKeys);
+    const int blocks = keys.last > keys.first ? (keys.last - keys.first + kKeys - 1) / kKeys : 0;
+    const Score score = score_of_head(call, h);
+    const float factor = kOptions ? 1.0f : score.factor;
+    DropoutKey dropout{};
+    if (kOptions && call.dropout.rng != nullptr) dropout = dropout_key(call.dropout);
+
+    auto slot = [&](int t) {
+        return typename Tiles::Key{reinterpret_cast<T*>(slots + t % kSlots * Tiles::Key::kBytes)};
+    };
+    // Tile t: k (even) or v (odd) of block t / 2 from the right. One group each, empty at the end.
+    auto request = [&](int t, bool careful) {
+        const int j0 = keys.first + (blocks - 1 - t / 2) * kKeys, valid = band.count - j0;
+        if (t < 2 * blocks) {
+            if (t % 2 == 0)
+                copy_tile<kFwdThreads>(slot(t), k + j0 * p.k_strides.token, p.k_strides.token,
+                                       valid, call.D, a.k_aligned);
+            else if (!careful)
+                copy_tile<kFwdThreads>(slot(t), v + j0 * p.v_strides.token, p.v_strides.token,
+                                       valid, call.D, a.v_aligned);
+            else
+                copy_finite(slot(t), v + j0 * p.v_strides.token, p.v_strides.token, valid, call.D);
+        }
+        cp_async_commit();
+    };
+    // Tile t is there for all threads, and all are done with tile t - 1, whose slot is filled again.
+    auto advance = [&](int t, bool careful) {
+        cp_async_wait<kSlots - 2>();
+        __syncthreads();
+        request(t + kSlots - 1, careful);
+    };
+
+    if (blocks > 0)
+        copy_tile<kFwdThreads>(q_tile, q, p.q_strides.token, call.Tq - i0, call.D, a.q_aligned);
+
+    float o[kRowTiles][kHeadWidth / 8][4];
+    RowState state[kRowTiles];
+    // A weight is 0 where a row does not see a key, but 0 * NaN is NaN: through a product, NaN or
+    // Inf in v would reach that row too. It shows in o, and then everything is done again with the
+    // values that are not finite taken out of v and added at the end to the rows that see them.
+    bool careful = false;
+#pragma unroll 1
+    for (;;) {
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+            state[r] = {{-INFINITY, -INFINITY}, {0, 0}};
+#pragma unroll
+            for (int d = 0; d < kHeadWidth / 8; ++d)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) o[r][d][e] = 0;
+        }
+#pragma unroll
+        for (int t = 0; t < kSlots - 1; ++t) request(t, careful);
+#pragma unroll 1
+        for (int block = 0; block < blocks; ++block) {
+            const int j0 = keys.first + (blocks - 1 - block) * kKeys;
+            float s[kRowTiles][kKeys / 8][4];
+            advance(2 * block, careful);
+            score_products<Tiles, T>(s, q_tile, slot(2 * block), row0);
+            advance(2 * block + 1, careful);
+            if (kOptions) {
+#pragma unroll
+                for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+                    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            const int position = i_first + 16 * r + e / 2 * 8 + band.shift;
+                            const int j = j0 + 8 * n + j_offset + e % 2;
+                            float slope_of_cap;
+                            s[r][n][e] = score(s[r][n][e], position - j, slope_of_cap);
+                        }
+            }
+            if (keys.needs_mask(j0, kKeys)) {
+#pragma unroll
+                for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const int i = i_first + 16 * r + 8 * half;
+                        const int lowest = band.lowest(i) - j0 - j_offset;
+                        const int highest = band.highest(i) - j0 - j_offset;
+#pragma unroll
+                        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                            for (int c = 0; c < 2; ++c)
+                                if (8 * n + c < lowest || 8 * n + c > highest)
+                                    s[r][n][2 * half + c] = -INFINITY;
+                    }
+            }
+#pragma unroll
+            for (int r = 0; r < kRowTiles; ++r) softmax_step<T>(s[r], o[r], state[r], factor);
+            if (kOptions && call.dropout.rng != nullptr) {
+#pragma unroll
+                for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+                    for (int n = 0; n < kKeys; n += 16) {
+                        const uint32_t keep = attention_keep(i0 + row0 + 16 * r, j0 + n,
+                                                             b * call.H + h, dropout);
+#pragma unroll
+                        for (int e = 0; e < 8; ++e)
+                            if (!kept(keep, e / 4, e % 4)) s[r][n / 8 + e / 4][e % 4] = 0;
+                    }
+            }
+            value_products<Tiles, T>(o, s, slot(2 * block + 1));
+        }
+        if (careful) break;
+        bool finite = true;
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+            for (int d = 0; d < kHeadWidth / 8; ++d)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) finite = finite && is_finite(o[r][d][e]);
+        const int lost = __any_sync(0xffffffffu, !finite);
+        if (lane == 0) flags[warp] = lost;
+        __syncthreads();
+#pragma unroll
+        for (int w = 0; w < kFwdWarps; ++w) careful = careful || flags[w] != 0;
+        if (!careful) break;
+    }
+    if (careful) {
+#pragma unroll 1
+        for (int j = max(keys.first, 0); j < keys.last; ++j)
+#pragma unroll
+            for (int d = 0; d < kHeadWidth / 8; ++d)
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const int col = 8 * d + j_offset + c;
+                    const float value =
+                        col < call.D ? to_float(v[j * p.v_strides.token + col]) : 0.0f;
+                    if (is_finite(value)) continue;
+#pragma unroll
+                    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                            if (band.sees(i_first + 16 * r + 8 * half, j))
+                                o[r][d][2 * half + c] += value;
+                }
+    }
+
+    // Out of the registers by way of this warp's own rows of q's tile, in whole rows of 16 bytes.
+    const int64_t out_stride = static_cast<int64_t>(call.H) * call.D;
+    T* out = static_cast<T*>(p.out) + (static_cast<int64_t>(b) * call.Tq * call.H + h) * call.D;
+    float* lse = p.lse + (static_cast<int64_t>(b) * call.H + h) * call.Tq;
+    const float kept_scale = kOptions && call.dropout.rng != nullptr ? call.dropout.scale : 1.0f;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float l = state[r].l[half];
+            l += __shfl_xor_sync(0xffffffffu, l, 1);
+            l += __shfl_xor_sync(0xffffffffu, l, 2);
+            const int row = row0 + lane / 4 + 16 * r + 8 * half;
+            const bool none = l == 0;
+            if (lane % 4 == 0 && i0 + row < call.Tq)
+                lse[i0 + row] = none ? -INFINITY : fmaf(state[r].m[half], kLn2, logf(l));
+            const float scale = none ? 0.0f : kept_scale / l;
+#pragma unroll
+            for (int d = 0; d < kHeadWidth / 8; ++d)
+                *reinterpret_cast<Pack<T, 2>*>(q_tile.at(row, 8 * d + j_offset)) = from_floats<T>(
+                    o[r][d][2 * half] * scale, o[r][d][2 * half + 1] * scale);
+        }
+    __syncwarp();
+    constexpr int kChunk = Tiles::Query::kChunk;
+    constexpr int kChunks = static_cast<int>(Tiles::Query::kChunks);
+#pragma unroll 4
+    for (int index = lane; index < 16 * kRowTiles * kChunks; index += 32) {
+        const int row = row0 + index / kChunks, col = index % kChunks * kChunk;
+        if (i0 + row >= call.Tq || col >= call.D) continue;
+        T* to = out + (i0 + row) * out_stride + col;
+        const T* from = q_tile.at(row, col);
+        if (a.out_aligned) {
+            st128(to, ld128(from));
+        } else {
+            for (int c = 0; c < min(kChunk, call.D - col); ++c) to[c] = from[c];
+        }
+    }
+}
+
+// Enough heads together to fill the machine, whose k and v stay within this much of the L2 cache.
+constexpr int64_t kFwdCacheBytes = 16 << 20;
+
+inline bool aligned_16(const void* address, int64_t element_size, const Strides& strides) {
+    const int64_t all = reinterpret_cast<intptr_t>(address) | strides.batch * element_size |
+                        strides.token * element_size | strides.head * element_size;
+    return all % 16 == 0;
+}
+
+template <class T, int kWidth, bool kOptions>
+void launch_attention_fwd_tiles(const AttentionFwd& p, Stream stream) {
+    using Tiles = FwdTiles<T, kWidth, kOptions>;
+    const AttentionCall& c = p.call;
+    const int64_t size = sizeof(T), heads = static_cast<int64_t>(c.batch) * c.H;
+    const int64_t row_blocks = (c.Tq + Tiles::kRows - 1) / Tiles::kRows;
+    const int64_t bytes_of_head = 2 * size * c.Tk * c.D * c.Hk / c.H;
+    const int64_t together = std::max<int64_t>(1, kFwdCacheBytes / std::max<int64_t>(1, bytes_of_head));
+    const Strides out{static_cast<int64_t>(c.Tq) * c.H * c.D, static_cast<int64_t>(c.H) * c.D, c.D};
+    const FwdArguments arguments{p,
+                                 static_cast<int>(row_blocks),
+                                 static_cast<int>(std::min(together, heads)),
+                                 aligned_16(p.q, size, p.q_strides),
+                                 aligned_16(p.k, size, p.k_strides),
+                                 aligned_16(p.v, size, p.v_strides),
+                                 aligned_16(p.out, size, out)};
+    const std::string shape = "q (" + std::to_string(c.batch) + ", " + std::to_string(c.Tq) + ", " +
+                              std::to_string(c.H) + ", " + std::to_string(c.D) + "), k (" +
+                              std::to_string(c.batch) + ", " + std::to_string(c.Tk) + ", " +
+                              std::to_string(c.Hk) + ", " + std::to_string(c.D) + ")";
+    if (row_blocks * heads > INT32_MAX)
+        throw Error("attention_fwd_kernel on " + shape + ": more blocks than a grid takes");
+    launch(attention_fwd_kernel<T, kWidth, kOptions>,
+           {"attention_fwd_kernel", shape, dim3(static_cast<unsigned>(row_blocks * heads)),
+            kFwdThreads, Tiles::kSharedBytes, stream},
+           arguments);
+}
+
+template <class T, int kWidth>
+void launch_attention_fwd_width(const AttentionFwd& p, Stream stream) {
+    if (scores_are_plain(p.call))
+        launch_attention_fwd_tiles<T, kWidth, false>(p, stream);
+    else
+        launch_attention_fwd_tiles<T, kWidth, true>(p, stream);
+}
+
+// One translation unit for each T.
+template <class T>
+void launch_attention_fwd_of(const AttentionFwd& p, Stream stream) {
+    const int D = p.call.D;
+    if (D <= 64) return launch_attention_fwd_width<T, 64>(p, stream);
+    if (D <= 96) return launch_attention_fwd_width<T, 96>(p, stream);
+    if (D <= 128) return launch_attention_fwd_width<T, 128>(p, stream);
+    if (D <= 192) return launch_attention_fwd_width<T, 192>(p, stream);
+    return launch_attention_fwd_width<T, 256>(p, stream);
+}
+
+}  // namespace gk
