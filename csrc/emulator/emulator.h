@@ -36,9 +36,11 @@ void barrier_sync(unsigned number, unsigned threads, Site site, const char* what
 void barrier_arrive(unsigned number, unsigned threads, Site site);
 
 // The lanes named by `mask` meet at one place; the last to arrive calls `combine` with what each
-// brought, indexed by lane, nullptr for absent lanes; then all go on.
+// brought, indexed by lane, nullptr for absent lanes; then all go on. Lanes that have returned need
+// not come, except to instructions for a `whole` warp.
 using Combine = void (*)(void* const* lanes);
-void collective(const char* what, unsigned mask, void* data, Combine combine, Site site);
+void collective(const char* what, unsigned mask, void* data, Combine combine, Site site,
+                bool whole = false);
 
 enum class Shuffle { index, up, down, exclusive };
 uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int operand, int width, Site site);

@@ -49,6 +49,7 @@ struct Thread {
 struct Meeting {
     Waiting waiting;
     Combine combine;
+    bool whole;
     unsigned here;
     void* data[kWarp];
 };

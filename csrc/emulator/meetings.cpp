@@ -74,6 +74,11 @@ bool finish(Cta& cta, unsigned warp, size_t index) {
     std::vector<Meeting>& meetings = cta.warps[warp].meetings;
     if ((meetings[index].waiting.mask & cta.warps[warp].alive) != meetings[index].here) return false;
     const Meeting meeting = meetings[index];
+    if (meeting.whole && ~meeting.here) {
+        fail(std::string(meeting.waiting.what) + " needs the whole warp, and lanes " +
+                 hexadecimal(~meeting.here) + " have returned",
+             describe(meeting.waiting.site));
+    }
     meetings.erase(meetings.begin() + ptrdiff_t(index));
     meeting.combine(meeting.data);
     for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -112,7 +117,8 @@ void barrier_arrive(unsigned number, unsigned threads, Site site) {
     if (complete(*running->cta, barrier)) release(*running->cta, barrier);
 }
 
-void collective(const char* what, unsigned mask, void* data, Combine combine, Site site) {
+void collective(const char* what, unsigned mask, void* data, Combine combine, Site site,
+                bool whole) {
     Thread& self = *running;
     if (!(mask >> self.lane() & 1)) {
         fail(std::string(what) + " has mask " + hexadecimal(mask) + ", which leaves out lane " +
@@ -124,7 +130,7 @@ void collective(const char* what, unsigned mask, void* data, Combine combine, Si
     size_t index = 0;
     while (index < meetings.size() && !(meetings[index].waiting.mask & mask)) ++index;
     if (index == meetings.size()) {
-        meetings.push_back({waiting, combine, 0, {}});
+        meetings.push_back({waiting, combine, whole, 0, {}});
     } else if (!same_place(meetings[index].waiting, waiting)) {
         const Waiting& there = meetings[index].waiting;
         fail(std::string(what) + " with mask " + hexadecimal(mask) + " diverges: lanes " +

@@ -56,7 +56,7 @@ void ldmatrix(const char* what, uint32_t (&r)[4], const void* row, Combine combi
     LdmatrixLane lane;
     std::memcpy(lane.row, row, 16);
     lane.r = r;
-    collective(what, kAllLanes, &lane, combine, site);
+    collective(what, kAllLanes, &lane, combine, site, true);
 }
 
 struct MmaLane {
@@ -107,12 +107,12 @@ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site) {
 
 void mma_m16n8k16_bf16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
     MmaLane lane{acc, a, b};
-    collective("mma.sync", kAllLanes, &lane, combine_mma<__nv_bfloat16>, site);
+    collective("mma.sync", kAllLanes, &lane, combine_mma<__nv_bfloat16>, site, true);
 }
 
 void mma_m16n8k16_f16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
     MmaLane lane{acc, a, b};
-    collective("mma.sync", kAllLanes, &lane, combine_mma<__half>, site);
+    collective("mma.sync", kAllLanes, &lane, combine_mma<__half>, site, true);
 }
 
 }  // namespace gk::emulator
