@@ -33,7 +33,7 @@ from .report import Row, environment, figures, recorded, write_json
 _TESTS = Path("tests/test_gpu.py")
 # When each part must have ended, as a share of the whole time.
 _TESTS_END, _PARITY_END, _QUICK_END = 0.55, 0.72, 0.86
-_IMPLS = ("triton", "torch")
+_IMPLS = ("triton", "cuda", "torch")
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,9 @@ def untimeable(impl: str, device: torch.device | str, dtype: torch.dtype) -> str
     """Why timing an implementation here would fail or say nothing; None where it can be timed."""
     device = torch.device(device)
     reason = unavailable(impl, device.type, dtype)
-    if reason is None and impl == "triton" and device.type != "cuda":
-        return "it would run in Triton's interpreter, whose time says nothing about the kernels"
+    if reason is None and impl != "torch" and device.type != "cuda":
+        where = "Triton's interpreter" if impl == "triton" else "the emulator"
+        return f"it would run in {where}, whose time says nothing about the kernels"
     return reason
 
 

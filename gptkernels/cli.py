@@ -193,7 +193,7 @@ def verify(
 
 @commands.command()
 @click.option("--op", "ops", multiple=True, help="Operator; may be repeated.")
-@click.option("--impl", "impls", multiple=True, help="torch or triton; may be repeated.")
+@click.option("--impl", "impls", multiple=True, help="torch, triton or cuda; may be repeated.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--quick", is_flag=True, help="Fewer shapes and shorter measurements.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows there too.")
@@ -214,7 +214,7 @@ def bench(
     from gptkernels import benchmarks
     from gptkernels.benchmarks import report
     from gptkernels.device import choose_device
-    from gptkernels.ops.choice import check_impl
+    from gptkernels.ops.choice import IMPLEMENTATIONS, check_impl
 
     where = choose_device(device)
     for impl in impls:
@@ -225,7 +225,7 @@ def bench(
     console = _console()
     rows = []
     for row in _kept(
-        (row for suite in suites for row in suite.rows(where, impls or ("torch", "triton"), quick)),
+        (row for suite in suites for row in suite.rows(where, impls or IMPLEMENTATIONS, quick)),
         path,
     ):
         rows.append(row)

@@ -50,7 +50,7 @@ from gptkernels.gpt.throughput import flops_per_token
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.train import TrainConfig, TrainResult, train
 from gptkernels.gpt.weights import safetensors_package
-from gptkernels.ops.choice import unavailable
+from gptkernels.ops.choice import IMPLEMENTATIONS, unavailable
 
 # What two minutes can train on two CPU cores, and on a GPU. Bytes, because a vocabulary of 50,257
 # would spend nearly all of that time in the head; a short context, because it learns sooner: after
@@ -60,7 +60,6 @@ _GPU_MODEL = GPTConfig(vocab_size=256, block_size=256, n_layer=6, n_head=6, n_em
 _CPU_BATCH = 12
 _PROMPT = "The "
 _SAMPLE_TOKENS = 600
-_IMPLS = ("torch", "triton")
 # Without a GPU, Triton's kernels run in its interpreter, in a process of their own (it reads the
 # variable when it is imported) and for this long at most.
 _INTERPRETER_SECONDS = 55.0
@@ -275,7 +274,7 @@ def _parity(device: torch.device, console: Console) -> list[Row]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(console.status("checking"))
         finish = stack.enter_context(_interpreter()) if interpret else None
-        impls = _IMPLS[:1] if interpret else _IMPLS
+        impls = [i for i in IMPLEMENTATIONS if i != "triton" or not interpret]
         rows = [row.as_dict() for row in verify.run(impls, device=device)]
         if finish is not None:
             rows += finish()
@@ -362,7 +361,7 @@ def _speed(trained: _Training, console: Console) -> list[Row]:
     rows: list[Row] = []
     with console.status("measuring"):
         for op in benchmarks.OPERATORS:
-            rows += benchmarks.suite(op).rows(trained.device, _IMPLS, quick=True)
+            rows += benchmarks.suite(op).rows(trained.device, IMPLEMENTATIONS, quick=True)
         rows += timing.rows([_training_step(trained)], device=trained.device, budget_s=3.0)
     rows = [row for row in rows if row["impl"] != timing.BASELINE or "skipped" in row]
     timed = [row for row in rows if row["time_s"] is not None]
@@ -411,7 +410,7 @@ def _training_step(trained: _Training) -> timing.Case:
 
     candidates = {timing.BASELINE: step(twin)}
     skipped = {}
-    for impl in _IMPLS:
+    for impl in IMPLEMENTATIONS:
         reason = timing.untimeable(impl, device, dtype)
         if reason is None:
             candidates[impl] = step(copy.deepcopy(model).set_impl(impl))

@@ -120,7 +120,7 @@ def test_the_page_stands_alone_and_holds_the_tables(finished: tuple[Path, int, s
     shown = {(row[0], row[1], row[2], row[3]) for row in page.tables["parity"][1:]}
     dtypes = ("float32", "bfloat16", "float16")
     directions = ("forward", "gradient")
-    impls = ("torch", "triton")
+    impls = ("torch", "triton", "cuda")
     assert shown == {
         (op, i, dtype, d) for op in ops for i in impls for dtype in dtypes for d in directions
     }
@@ -262,10 +262,10 @@ def test_an_interpreter_that_takes_too_long_or_dies_is_reported(
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="this machine has a GPU, which the demo would use")
-def test_without_a_gpu_triton_says_why_it_is_not_timed(finished: tuple[Path, int, str]) -> None:
+def test_without_a_gpu_kernels_say_why_they_are_not_timed(finished: tuple[Path, int, str]) -> None:
     out, _, printed = finished
     skipped = [r for r in json.loads((out / "speed.json").read_text())["rows"] if not r["time_s"]]
-    assert {row["impl"] for row in skipped} == {"triton"}
+    assert {row["impl"] for row in skipped} == {"triton", "cuda"}
     assert skipped[0]["skipped"] in printed
 
 
