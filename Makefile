@@ -15,6 +15,8 @@ RESULTS ?= benchmarks/results
 TRITON_ASIDE ?= 3.6.0 3.9.0
 # Workers of the test suite.
 JOBS ?= 2
+# Compiled kernels, so that no two of an install, the gates and the tests compile the same one.
+export GPTKERNELS_OBJECT_CACHE ?= $(CURDIR)/build/objects
 # More arguments for the command behind a target, such as ARGS="--text book.txt".
 ARGS ?=
 
@@ -42,7 +44,7 @@ help: ## list the targets
 demo: $(READY) ## train a small GPT on real text, check it against plain PyTorch, write a report
 	$(PY) -m gptkernels demo $(ARGS)
 
-test: $(READY) ## run the whole test suite
+test: $(READY) emulator ## run the whole test suite
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 emulator: $(READY) ## build the CUDA kernels for this CPU, as the tests run them where no GPU is

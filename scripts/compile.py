@@ -10,13 +10,13 @@ tools, in whichever checkout: it is kept in DIR with its depfile and log, and co
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 _HEADERS = (".h", ".cuh", ".hpp")
@@ -36,13 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not cache:
         return _compile(options.command, options.source, made)
     kept = Path(cache) / _key(options.tools, options.command, options.source)
-    if not kept.exists():
-        code = _compile(options.command, options.source, made)
-        if code == 0:
-            _keep(made, kept)
-        return code
-    for suffix in (".d", ".log", ""):  # the object last: it says that the others are there
-        shutil.copyfile(kept / f"object{suffix}", f"{made}{suffix}")
+    kept.mkdir(parents=True, exist_ok=True)
+    with open(kept / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits and copies
+        if not (kept / "object").exists():
+            code = _compile(options.command, options.source, made)
+            if code == 0:
+                _copy(made, kept / "object")
+            return code
+    _copy(kept / "object", made)
     depfile = Path(f"{made}.d")
     depfile.write_text(f"{made}:{depfile.read_text().partition(':')[2]}")
     return 0
@@ -66,16 +68,13 @@ def _key(tools: str, command: list[str], source: Path) -> str:
     return digest.hexdigest()
 
 
-def _keep(made: Path, kept: Path) -> None:
-    """Into the cache, whole: another process sees all three files or none."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=kept.parent))
-    for suffix in ("", ".d", ".log"):
-        shutil.copyfile(f"{made}{suffix}", partial / f"object{suffix}")
-    try:
-        partial.rename(kept)
-    except OSError:  # another process was first with the same object
-        shutil.rmtree(partial)
+def _copy(source: Path, target: Path) -> None:
+    """An object with what belongs to it; the object last and at once, since it stands for all."""
+    for suffix in (".d", ".log"):
+        shutil.copyfile(f"{source}{suffix}", f"{target}{suffix}")
+    partial = Path(f"{target}.tmp")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
 
 
 if __name__ == "__main__":

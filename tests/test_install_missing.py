@@ -1,0 +1,150 @@
+"""`make ... PYTHON=python3`: what is installed into an environment that is in use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Environment:
+    """What scripts/install_missing.py finds installed, and what it asks pip for."""
+
+    def __init__(self, script: ModuleType, versions: dict[str, str]) -> None:
+        self.script = script
+        self.versions = versions
+        self.pip: list[tuple[list[str], list[str]]] = []  # (wanted, constraints)
+        self.pip_fails = 0
+
+    def distributions(self) -> list[Any]:
+        return [SimpleNamespace(metadata={"Name": n}, version=v) for n, v in self.versions.items()]
+
+    def run_pip(self, arguments: list[str]) -> int:
+        option, file, *wanted = arguments
+        assert option == "--constraint"
+        self.pip.append((wanted, Path(file).read_text().splitlines()))
+        self.pip_fails -= 1
+        return int(self.pip_fails >= 0)
+
+    def triton(self) -> list[list[str]]:
+        """What each call of pip was told about Triton."""
+        return [[c for c in constraints if c.startswith("triton")] for _, constraints in self.pip]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Environment:
+    """Everything as it was tested, with other builds of PyTorch."""
+    spec = importlib.util.spec_from_file_location("it", ROOT / "scripts" / "install_missing.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    versions = dict(line.split(";")[0].split("==") for line in lines if "==" in line)
+    found = Environment(script, versions | {"torch": "2.13.0+cpu", "setuptools": "80.9.0"})
+    monkeypatch.setattr(importlib.metadata, "distributions", found.distributions)
+    monkeypatch.setattr(script, "_pip", found.run_pip)
+    monkeypatch.setattr(script, "_is_editable_here", lambda: True)
+    monkeypatch.setattr(sys, "platform", "linux")
+    return found
+
+
+@pytest.mark.parametrize("torch", ["2.11.0", "2.13.0+cu130", "2.14.0a0+git1234567", "3.0"])
+def test_nothing_is_installed_where_nothing_is_missing(
+    torch: str, environment: Environment
+) -> None:
+    environment.versions["torch"] = torch
+    assert environment.script.main() == 0
+    assert environment.pip == []
+
+
+def test_an_old_setuptools_is_brought_up_to_date(environment: Environment) -> None:
+    environment.versions["setuptools"] = "65.5.0"
+    assert environment.script.main() == 0
+    ((wanted, constraints),) = environment.pip
+    assert wanted == ["setuptools>=77"]
+    assert not any(line.startswith("setuptools") for line in constraints)
+    assert "torch==2.13.0+cpu" in constraints
+
+
+def test_what_is_too_old_is_named_and_nothing_is_replaced(
+    environment: Environment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment.versions |= {"torch": "2.5.1+cu124", "pytest_benchmark": "4.0"}
+    del environment.versions["pytest-benchmark"]
+    assert environment.script.main() == 2
+    assert environment.pip == []
+    assert capsys.readouterr().err == (
+        "torch 2.5.1+cu124 is installed, >=2.11 is wanted; "
+        "pytest-benchmark 4.0 is installed, >=5.1 is wanted; nothing is replaced\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("torch", "triton"),
+    [
+        ("2.11.0+cpu", ["triton==3.6.0"]),
+        ("2.12.1", ["triton==3.7.1"]),
+        ("2.13.0", ["triton==3.7.1"]),
+        ("2.14.0a0+git1234567", ["triton==3.8.*"]),
+        ("2.15.2", ["triton==3.9.*"]),
+        ("2.16.0", []),
+    ],
+)
+def test_triton_comes_in_the_version_of_the_torch_that_is_there(
+    torch: str, triton: list[str], environment: Environment
+) -> None:
+    environment.versions["torch"] = torch
+    del environment.versions["triton"]
+    environment.pip_fails = 1
+    assert environment.script.main() == 0
+    assert [wanted for wanted, _ in environment.pip] == [["triton<3.10,>=3.6"]] * 2
+    assert environment.triton() == [triton] * 2
+    for _, constraints in environment.pip:
+        assert f"torch=={torch}" in constraints
+
+
+def test_without_torch_the_tested_versions_come_together(environment: Environment) -> None:
+    del environment.versions["torch"]
+    del environment.versions["triton"]
+    assert environment.script.main() == 0
+    ((wanted, constraints),) = environment.pip
+    assert wanted == ["torch>=2.11", "triton<3.10,>=3.6"]
+    assert "torch==2.13.0" in constraints
+    assert environment.triton() == [['triton==3.7.1; sys_platform == "linux"']]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_gpu_keeps_paths_and_leaves_the_interpreter(tmp_path: Path) -> None:
+    checkout = tmp_path / "a checkout"
+    for folder in ("gptkernels", "benchmarks", "examples"):
+        (checkout / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", checkout)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "${TRITON_INTERPRET-unset}" "$@"\n')
+    python.chmod(0o755)
+    built = checkout / "build" / "gpu"
+    for given, expected in (
+        ({}, f"{built}"),
+        ({"PYTHONPATH": "/some:/where"}, f"{built}:/some:/where"),
+    ):
+        done = subprocess.run(
+            ["make", "-s", "gpu", f"PYTHON={python}", "RESULTS=my results"],
+            cwd=checkout,
+            env={"PATH": os.environ["PATH"], "TRITON_INTERPRET": "1", **given},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        arguments = ["-P", "-m", "gptkernels.benchmarks.gpu", "--results", "my results"]
+        assert done.stdout.splitlines() == [expected, "unset", *arguments]
