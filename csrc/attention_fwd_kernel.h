@@ -281,20 +281,20 @@ __global__ void __launch_bounds__(kFwdThreads)
                         }
             }
             if (keys.needs_mask(j0, kKeys)) {
+                // Against constants, from this thread's first row and column on.
+                const int j = j0 + j_offset;
+                const int lowest = band.lowest(i_first) - j, reach = band.reach(i_first) - j;
+                const int count = band.count - j;
 #pragma unroll
                 for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int i = i_first + 16 * r + 8 * half;
-                        const int lowest = band.lowest(i) - j0 - j_offset;
-                        const int highest = band.highest(i) - j0 - j_offset;
+                    for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-                        for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-                            for (int c = 0; c < 2; ++c)
-                                if (8 * n + c < lowest || 8 * n + c > highest)
-                                    s[r][n][2 * half + c] = -INFINITY;
-                    }
+                        for (int e = 0; e < 4; ++e) {
+                            const int col = 8 * n + e % 2, across = col - 16 * r - e / 2 * 8;
+                            if (across < lowest || across > reach || col >= count)
+                                s[r][n][e] = -INFINITY;
+                        }
             }
 #pragma unroll
             for (int r = 0; r < kRowTiles; ++r) softmax_step<T>(s[r], o[r], state[r], factor);

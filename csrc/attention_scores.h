@@ -31,7 +31,8 @@ struct Band {
     int count;        // keys that exist
 
     __device__ int lowest(int i) const { return i + shift - left; }
-    __device__ int highest(int i) const { return min(i + shift + right, count - 1); }
+    __device__ int reach(int i) const { return i + shift + right; }
+    __device__ int highest(int i) const { return min(reach(i), count - 1); }
     __device__ bool sees(int i, int j) const { return j >= lowest(i) && j <= highest(i); }
 
     // Keys that some of the queries i0 <= i < min(i0 + rows, Tq) see; first is a multiple of block.

@@ -12,25 +12,38 @@ namespace gk {
 template <int kThreads, class Tile, class T>
 __device__ void copy_tile(Tile tile, const T* source, int64_t row_stride, int rows_valid,
                           int cols_valid, bool aligned) {
-    constexpr int kChunks = static_cast<int>(Tile::kChunks), kAll = Tile::kRows * kChunks;
-    int thread = static_cast<int>(threadIdx.x);
+    // Threads stand kSpan chunks wide, and move down by a multiple of 8 rows: one pointer to add to,
+    // and offsets into the tile that differ by constants, where row-major order of all chunks would
+    // keep an address for each in registers.
+    constexpr int kSpan = static_cast<int>(Tile::kSpan), kStep = kThreads / kSpan;
+    static_assert(kStep % 8 == 0, "the swizzle repeats every 8 rows");
+    const int thread = static_cast<int>(threadIdx.x), col0 = thread % kSpan * Tile::kChunk;
+    const T* from = source + thread / kSpan * row_stride + col0;
+    if (aligned) {
 #pragma unroll
-    for (int first = 0; first < kAll; first += kThreads) {
-        int index = first + thread;
-        if (kAll % kThreads != 0 && index >= kAll) {
-            break;
+        for (int first = 0; first < Tile::kRows; first += kStep, from += kStep * row_stride) {
+            const int row = first + thread / kSpan;
+            if (Tile::kRows % kStep != 0 && row >= Tile::kRows) break;
+#pragma unroll
+            for (int col = 0; col < Tile::kCols; col += kSpan * Tile::kChunk) {
+                const int left = min(cols_valid - col0 - col, Tile::kChunk);
+                const int valid = row < rows_valid ? max(0, left) : 0;
+                cp_async_16(tile.at(row, col0 + col), from + col,
+                            valid * static_cast<int>(sizeof(T)));
+            }
         }
-        int row = index / kChunks, col = index % kChunks * Tile::kChunk;
-        int valid = row < rows_valid ? max(0, min(cols_valid - col, Tile::kChunk)) : 0;
-        // Where nothing is valid no address past the matrix is formed.
-        const T* from = valid > 0 ? source + row * row_stride + col : source;
-        if (aligned) {
-            cp_async_16(tile.at(row, col), from, valid * static_cast<int>(sizeof(T)));
-        } else {
+        return;
+    }
+#pragma unroll 1
+    for (int row = thread / kSpan; row < Tile::kRows; row += kStep, from += kStep * row_stride) {
+#pragma unroll 1
+        for (int col = 0; col < Tile::kCols; col += kSpan * Tile::kChunk) {
+            const int valid = row < rows_valid ? cols_valid - col0 - col : 0;
             Pack<T, Tile::kChunk> chunk;
 #pragma unroll
-            for (int i = 0; i < Tile::kChunk; ++i) chunk.at[i] = i < valid ? from[i] : T(0.0f);
-            st128(tile.at(row, col), chunk);
+            for (int i = 0; i < Tile::kChunk; ++i)
+                chunk.at[i] = i < valid ? from[col + i] : T(0.0f);
+            st128(tile.at(row, col0 + col), chunk);
         }
     }
 }

@@ -28,20 +28,28 @@ struct SharedTile {
 
     __device__ T* at(int row, int col) const {
         unsigned r = static_cast<unsigned>(row), c = static_cast<unsigned>(col);
-        unsigned chunk = (c / kChunk) ^ (r / (8 / kSpan) % kSpan);
-        return data + (r * kCols + chunk * kChunk + c % kChunk);
+        // Only the lowest bits of the chunk move: what lies above them stays a constant offset in
+        // unrolled loops.
+        unsigned low = (c / kChunk % kSpan) ^ (r / (8 / kSpan) % kSpan);
+        unsigned high = c / kChunk / kSpan * kSpan;
+        return data + row * kCols + static_cast<int>(high * kChunk) +
+               static_cast<int>(low * kChunk + c % kChunk);
     }
+
+    // The same, `down` rows lower, a multiple of 8: the swizzle is that of `row`, and a constant
+    // `down` costs no register and no addition.
+    __device__ T* at(int down, int row, int col) const { return at(row, col) + down * kCols; }
 };
 
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
 
 // Eight neighbouring floats of a row.
 template <int kRows, int kCols>
-__device__ void load_8(float (&values)[8], const SharedTile<float, kRows, kCols>& tile, int row,
-                       int col) {
+__device__ void load_8(float (&values)[8], const SharedTile<float, kRows, kCols>& tile, int down,
+                       int row, int col) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        Pack<float, 4> four = ld128(tile.at(row, col + 4 * half));
+        Pack<float, 4> four = ld128(tile.at(down, row, col + 4 * half));
 #pragma unroll
         for (int i = 0; i < 4; ++i) values[4 * half + i] = four.at[i];
     }
@@ -55,11 +63,11 @@ __device__ void load_a(typename Mma<T>::A& a, const SharedTile<T, kRows, kCols>&
                        int k) {
     int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
-        ldmatrix_x4(a.r, tile.at(row + lane % 16, k + lane / 16 * 8));
+        ldmatrix_x4(a.r, tile.at(row, lane % 16, k + lane / 16 * 8));
     } else {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            load_8(a.rows[i], tile, row + lane / 4 + 8 * i, k);
+            load_8(a.rows[i], tile, row + 8 * i, lane / 4, k);
         }
     }
 }
@@ -70,13 +78,13 @@ __device__ void load_a_transposed(typename Mma<T>::A& a, const SharedTile<T, kRo
                                   int k, int row) {
     int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
-        ldmatrix_x4_trans(a.r, tile.at(k + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
+        ldmatrix_x4_trans(a.r, tile.at(k, lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
     } else {
 #pragma unroll
         for (int step = 0; step < 8; ++step) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                a.rows[i][step] = *tile.at(k + step, row + lane / 4 + 8 * i);
+                a.rows[i][step] = *tile.at(k, step, row + lane / 4 + 8 * i);
             }
         }
     }
@@ -89,13 +97,13 @@ __device__ void load_b(typename Mma<T>::B (&b)[2], const SharedTile<T, kRows, kC
     int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
         uint32_t r[4];
-        ldmatrix_x4(r, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+        ldmatrix_x4(r, tile.at(n, lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
         b[0] = {{r[0], r[1]}};
         b[1] = {{r[2], r[3]}};
     } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            load_8(b[i / 2].cols[i % 2], tile, n + i / 2 * 8 + lane % 4 * 2 + i % 2, k);
+            load_8(b[i / 2].cols[i % 2], tile, n + i / 2 * 8, lane % 4 * 2 + i % 2, k);
         }
     }
 }
@@ -107,7 +115,7 @@ __device__ void load_b_transposed(typename Mma<T>::B (&b)[2],
     int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
         uint32_t r[4];
-        ldmatrix_x4_trans(r, tile.at(k + lane % 16, n + lane / 16 * 8));
+        ldmatrix_x4_trans(r, tile.at(k, lane % 16, n + lane / 16 * 8));
         b[0] = {{r[0], r[1]}};
         b[1] = {{r[2], r[3]}};
     } else {
@@ -115,7 +123,7 @@ __device__ void load_b_transposed(typename Mma<T>::B (&b)[2],
         for (int step = 0; step < 8; ++step) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const float* pair = tile.at(k + step, n + 8 * i + lane % 4 * 2);
+                const float* pair = tile.at(k, step, n + 8 * i + lane % 4 * 2);
                 b[i].cols[0][step] = pair[0];
                 b[i].cols[1][step] = pair[1];
             }
