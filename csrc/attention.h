@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "device/philox.h"
+#include "dropout.h"
 #include "launch.h"
 
 namespace gk {

@@ -8,18 +8,12 @@
 // Kept elements come as bits of an unsigned, bit l for lane l.
 #pragma once
 
+#include "../dropout.h"
 #include "../launch.h"
 
 #include <cstdint>
 
 namespace gk {
-
-// Of one op. The pointer is read in the kernel: CUDA graphs replay with a new seed in place.
-struct Dropout {
-    const int64_t* rng;  // (2,): seed, offset; nullptr where nothing is dropped
-    uint32_t threshold;  // 0 ... 65536; 65536 drops everything
-    float scale;         // of kept values: 65536 / (65536 - threshold), 0 where nothing is kept
-};
 
 // What a thread needs of it: read once, before any loop.
 struct DropoutKey {

@@ -1,0 +1,15 @@
+// What an op's launcher is told of its dropout; device/philox.h makes the mask of it.
+#pragma once
+
+#include <cstdint>
+
+namespace gk {
+
+// Of one op. The pointer is read in the kernel: CUDA graphs replay with a new seed in place.
+struct Dropout {
+    const int64_t* rng;  // (2,): seed, offset; nullptr where nothing is dropped
+    uint32_t threshold;  // 0 ... 65536; 65536 drops everything
+    float scale;         // of kept values: 65536 / (65536 - threshold), 0 where nothing is kept
+};
+
+}  // namespace gk
