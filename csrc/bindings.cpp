@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "launch.h"
+#include "mlp.h"
 #ifdef GK_EMULATE
 #include "emulator/memory.h"
 #endif
@@ -78,4 +79,100 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("k_strides"), py::arg("v_strides"), py::arg("scale"), py::arg("left"),
         py::arg("right"), py::arg("softcap"), py::arg("dropout_threshold"),
         py::arg("dropout_scale"));
+
+    module.def(
+        "mlp_plan",
+        [](int device, int layout, int64_t m, int64_t n, int64_t k) {
+            const auto plan = gk::plan_product(static_cast<gk::Layout>(layout), m, n, k, device);
+            return std::make_tuple(plan.tile_rows, plan.splits);
+        },
+        py::arg("device"), py::arg("layout"), py::arg("m"), py::arg("n"), py::arg("k"));
+    module.def(
+        "mlp_linear_fwd",
+        [](int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t out,
+           uintptr_t h, uintptr_t activation, int dtype, int64_t m, int64_t n, int64_t k,
+           int64_t a_stride, int64_t b_stride, bool tanh) {
+            gk::Product p{};
+            p.a = pointer<const void>(a);
+            p.b = pointer<const void>(b);
+            p.bias = pointer<const void>(bias);
+            p.out = pointer<void>(out);
+            p.h_out = pointer<void>(h);
+            p.activation = pointer<void>(activation);
+            p.m = m, p.n = n, p.k = k;
+            p.a_stride = a_stride, p.b_stride = b_stride;
+            p.splits = 1;
+            p.tanh = tanh;
+            gk::launch_product(static_cast<DType>(dtype), gk::Layout::forward, p,
+                               stream_of(device, stream));
+        },
+        py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("a"), py::arg("b"),
+        py::arg("bias"), py::arg("out"), py::arg("h"), py::arg("activation"), py::arg("dtype"),
+        py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a_stride"), py::arg("b_stride"),
+        py::arg("tanh"));
+    module.def(
+        "mlp_linear_bwd",
+        [](int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t h, uintptr_t out,
+           uintptr_t activation, uintptr_t partial, int dtype, int64_t m, int64_t n, int64_t k,
+           int64_t a_stride, int64_t b_stride, bool tanh) {
+            gk::Product p{};
+            p.a = pointer<const void>(a);
+            p.b = pointer<const void>(b);
+            p.h = pointer<const void>(h);
+            p.out = pointer<void>(out);
+            p.activation = pointer<void>(activation);
+            p.partial = pointer<float>(partial);
+            p.m = m, p.n = n, p.k = k;
+            p.a_stride = a_stride, p.b_stride = b_stride;
+            p.splits = 1;
+            p.tanh = tanh;
+            gk::launch_product(static_cast<DType>(dtype), gk::Layout::backward, p,
+                               stream_of(device, stream));
+        },
+        py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("a"), py::arg("b"),
+        py::arg("h"), py::arg("out"), py::arg("activation"), py::arg("partial"), py::arg("dtype"),
+        py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a_stride"), py::arg("b_stride"),
+        py::arg("tanh"));
+    module.def(
+        "mlp_weight_grad",
+        [](int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out,
+           uintptr_t partial, int dtype, int64_t m, int64_t n, int64_t k, int64_t a_stride,
+           int64_t b_stride, int splits) {
+            gk::Product p{};
+            p.a = pointer<const void>(a);
+            p.b = pointer<const void>(b);
+            p.out = pointer<void>(out);
+            p.partial = pointer<float>(partial);
+            p.m = m, p.n = n, p.k = k;
+            p.a_stride = a_stride, p.b_stride = b_stride;
+            p.splits = splits;
+            gk::launch_product(static_cast<DType>(dtype), gk::Layout::weight, p,
+                               stream_of(device, stream));
+        },
+        py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("a"), py::arg("b"),
+        py::arg("out"), py::arg("partial"), py::arg("dtype"), py::arg("m"), py::arg("n"),
+        py::arg("k"), py::arg("a_stride"), py::arg("b_stride"), py::arg("splits"));
+    module.attr("mlp_column_sum_rows") = gk::kColumnSumRows;
+    module.def(
+        "mlp_column_sums",
+        [](int device, uintptr_t stream, uintptr_t x, uintptr_t partial, int dtype, int64_t rows,
+           int64_t cols, int64_t stride) {
+            gk::launch_column_sums(
+                static_cast<DType>(dtype),
+                {pointer<const void>(x), pointer<float>(partial), rows, cols, stride},
+                stream_of(device, stream));
+        },
+        py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("x"), py::arg("partial"),
+        py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("stride"));
+    module.def(
+        "mlp_partial_sums",
+        [](int device, uintptr_t stream, uintptr_t partial, uintptr_t out, int dtype,
+           int64_t parts, int64_t cols) {
+            gk::launch_partial_sums(
+                static_cast<DType>(dtype),
+                {pointer<const float>(partial), pointer<void>(out), parts, cols},
+                stream_of(device, stream));
+        },
+        py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("partial"), py::arg("out"),
+        py::arg("dtype"), py::arg("parts"), py::arg("cols"));
 }

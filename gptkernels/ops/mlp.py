@@ -40,9 +40,13 @@ def _gelu_mlp_fwd(x: Tensor, w1: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
                 from gptkernels.triton_kernels import mlp as kernels
 
                 return kernels.gelu_mlp_fwd(x, w1, *inputs)
-            case "triton" | "torch":
+            case "cuda" if x.numel() and w1.numel():
+                from gptkernels.cuda import mlp as cuda_kernels
+
+                return cuda_kernels.gelu_mlp_fwd(x, w1, *inputs)
+            case "cuda" | "triton" | "torch":
                 return aten.gelu_mlp_fwd(x, w1, *inputs)
-    raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.impl(_LIBRARY, "gelu_mlp_bwd", "CompositeExplicitAutograd")
@@ -56,9 +60,13 @@ def _gelu_mlp_bwd(
                 from gptkernels.triton_kernels import mlp as kernels
 
                 return kernels.gelu_mlp_bwd(dy, x, w1, *inputs)
-            case "triton" | "torch":
+            case "cuda" if x.numel() and w1.numel():
+                from gptkernels.cuda import mlp as cuda_kernels
+
+                return cuda_kernels.gelu_mlp_bwd(dy, x, w1, *inputs)
+            case "cuda" | "triton" | "torch":
                 return aten.gelu_mlp_bwd(dy, x, w1, *inputs)
-    raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.register_fake("gptkernels::gelu_mlp_fwd", lib=_LIBRARY)

@@ -1,0 +1,43 @@
+// GELU and its slope, in fp32.
+//
+//     tanh:  gelu(h) = h sigmoid(2u), u = sqrt(2/pi) (h + 0.044715 h^3), as 0.5 h (1 + tanh u)
+//     erf:   gelu(h) = h Phi(h) = h (0.5 + 0.5 erf(h / sqrt 2))
+//
+// Explicit fma: left to itself, the compiler might contract the gate differently in two kernels, and
+// an activation that the backward pass rebuilds must have the forward pass's bits. No difference of
+// near numbers, and no exponential that overflows.
+#pragma once
+
+#include "../launch.h"
+
+namespace gk {
+
+struct Gelu {
+    float gate;  // gelu(h) / h
+    float bell;  // the gate's derivative; for tanh: over its factor 1 + 3 * 0.044715 h^2
+};
+
+__device__ __forceinline__ Gelu gelu_tanh(float h) {
+    constexpr float kScale = 0.7978845608028654f, kCubic = 0.044715f;  // sqrt(2/pi)
+    const float u = h * fmaf(h * h, kScale * kCubic, kScale);
+    const float decay = __expf(-2.0f * fabsf(u));
+    const float rest = __fdividef(1.0f, 1.0f + decay);
+    return {(u < 0.0f ? decay : 1.0f) * rest, (2.0f * kScale) * (decay * rest * rest)};
+}
+
+__device__ __forceinline__ Gelu gelu_erf(float h) {
+    constexpr float kSqrtHalf = 0.7071067811865476f, kInvSqrt2Pi = 0.3989422804014327f;
+    return {fmaf(erff(h * kSqrtHalf), 0.5f, 0.5f), kInvSqrt2Pi * __expf(-0.5f * (h * h))};
+}
+
+__device__ __forceinline__ Gelu gelu(float h, bool tanh) {
+    return tanh ? gelu_tanh(h) : gelu_erf(h);
+}
+
+// gelu'(h). Powers of h that would overflow meet the exact zero of the bell's tail first.
+__device__ __forceinline__ float gelu_slope(float h, Gelu gelu, bool tanh) {
+    const float q = h * gelu.bell;
+    return gelu.gate + (tanh ? fmaf(3.0f * 0.044715f, h * (h * q), q) : q);
+}
+
+}  // namespace gk

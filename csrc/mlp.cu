@@ -1,0 +1,519 @@
+// The GELU MLP's products:  y = gelu(x w1^T + b1) w2^T + b2  and its gradients.
+//
+//     x (M, C), w1 (F, C), b1 (F,), w2 (C, F), b2 (C,), y (M, C)
+//     forward    h = x w1^T + b1, a = gelu(h), both (M, F);  y = a w2^T + b2
+//     backward   da = dy w2, dh = da gelu'(h);  dw2 = dy^T a, dw1 = dh^T x, dx = dh w1
+//                db1, db2: the column sums of dh and dy
+//
+// One kernel makes all six products, D (m, n) = A B, in three operand layouts. Epilogues: the bias;
+// h and a (either may be left out); dh, a once more and, for db1, the column sums of dh of each row
+// tile. Bytes beyond the products' own operands: h, written once and read once. Saved for the
+// backward pass: x, w1, w2 and h, in x's dtype. The activation is that of h as stored (rounded), so
+// what the backward pass rebuilds is, bit for bit, what the forward pass used.
+//
+// Accumulation is in fp32. No atomics: partial sums (over row tiles for db1, over the parts of a
+// split k for dw1 and dw2) are added up in a fixed order by a second kernel.
+#include "mlp.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "device/copy.h"
+#include "device/gelu.h"
+#include "device/mma.h"
+#include "device/tile.h"
+#include "device/vector.h"
+
+namespace gk {
+namespace {
+
+// Row tiles that share their columns of B run together, so that those columns stay in L2.
+constexpr int kGroup = 8;
+
+// A CTA's tile of D, m x n; its warps' tiles side by side in it; the depth of one step along k, 64 or
+// 128 bytes, `stages` of which are in flight or in use.
+template <class T, int kTileM, int kTileN, int kDepthBytes, int kTileStages, int kWarpRows,
+          int kWarpCols, int kResident>
+struct Config {
+    static constexpr int kM = kTileM, kN = kTileN, kStages = kTileStages;
+    static constexpr int kK = kDepthBytes / static_cast<int>(sizeof(T));
+    static constexpr int kThreads = 32 * kWarpRows * kWarpCols;
+    static constexpr int kWarpM = kM / kWarpRows, kWarpN = kN / kWarpCols, kWarpsN = kWarpCols;
+    static constexpr int kCtas = kResident;  // that the registers should allow on a multiprocessor
+    static constexpr int kStageBytes = (kM + kN) * kDepthBytes;
+    static constexpr int kSharedBytes = std::max(kStages * kStageBytes, kM * kN * 4);
+    static_assert(kSharedBytes <= 99 * 1024, "what every device from sm_80 on has");
+};
+
+// Warps of 64 x 64 read 32 KB of shared memory for a step of 128 x 128 x 32, those of 64 x 32 48 KB,
+// which at 128 bytes a clock would take as long as the products.
+template <class T>
+struct Large : Config<T, 128, 128, 64, 4, 2, 2, 2> {};
+// Full precision runs out of registers: a thread's 8 x 8 results and what they are made of.
+template <>
+struct Large<float> : Config<float, 128, 128, 64, 4, 2, 4, 1> {};
+template <class T>
+struct Small : Config<T, 64, 64, 128, 3, 2, 2, sizeof(T) == 4 ? 2 : 3> {};
+
+constexpr bool kTransposedA(Layout layout) { return layout == Layout::weight; }
+constexpr bool kTransposedB(Layout layout) { return layout != Layout::forward; }
+
+struct ProductKernel {
+    Product p;
+    bool a_aligned, b_aligned, out_aligned;  // to 16 bytes: base and rows
+};
+
+// A CTA's operands, and its shared memory as stages of tiles of them.
+template <class T, class C, Layout kLayout>
+struct Operands {
+    static constexpr bool kTransA = kTransposedA(kLayout), kTransB = kTransposedB(kLayout);
+    using TileA = std::conditional_t<kTransA, SharedTile<T, C::kK, C::kM>, SharedTile<T, C::kM, C::kK>>;
+    using TileB = std::conditional_t<kTransB, SharedTile<T, C::kK, C::kN>, SharedTile<T, C::kN, C::kK>>;
+
+    const T* a;  // the tile's first row or column
+    const T* b;
+    int64_t a_stride, b_stride, k_end;
+    int rows, cols;  // of D within the tile, at most kM and kN
+    bool a_aligned, b_aligned;
+
+    __device__ static TileA tile_a(int slot) {
+        return {reinterpret_cast<T*>(shared_memory() + slot * C::kStageBytes)};
+    }
+
+    __device__ static TileB tile_b(int slot) {
+        return {reinterpret_cast<T*>(shared_memory() + slot * C::kStageBytes + TileA::kBytes)};
+    }
+
+    __device__ void copy(int64_t k, int slot) const {
+        const int depth = static_cast<int>(min(k_end - k, static_cast<int64_t>(C::kK)));
+        if constexpr (kTransA) {
+            copy_tile<C::kThreads>(tile_a(slot), a + k * a_stride, a_stride, depth, rows, a_aligned);
+        } else {
+            copy_tile<C::kThreads>(tile_a(slot), a + k, a_stride, rows, depth, a_aligned);
+        }
+        if constexpr (kTransB) {
+            copy_tile<C::kThreads>(tile_b(slot), b + k * b_stride, b_stride, depth, cols, b_aligned);
+        } else {
+            copy_tile<C::kThreads>(tile_b(slot), b + k, b_stride, cols, depth, b_aligned);
+        }
+    }
+};
+
+// A warp's part of D: accumulators of its 16 x 8 tiles.
+template <class C>
+struct Accumulators {
+    float at[C::kWarpM / 16][C::kWarpN / 8][4];
+};
+
+// acc += A B over one stage.
+template <class T, class C, Layout kLayout>
+__device__ __forceinline__ void multiply_stage(Accumulators<C>& acc, int slot, int warp_m,
+                                               int warp_n) {
+    using Source = Operands<T, C, kLayout>;
+    const auto tile_a = Source::tile_a(slot);
+    const auto tile_b = Source::tile_b(slot);
+#pragma unroll
+    for (int k = 0; k < C::kK; k += Mma<T>::K) {
+        typename Mma<T>::A a[C::kWarpM / 16];
+#pragma unroll
+        for (int i = 0; i < C::kWarpM / 16; ++i) {
+            if constexpr (Source::kTransA) {
+                load_a_transposed(a[i], tile_a, k, warp_m + 16 * i);
+            } else {
+                load_a(a[i], tile_a, warp_m + 16 * i, k);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < C::kWarpN / 8; j += 2) {
+            typename Mma<T>::B b[2];
+            if constexpr (Source::kTransB) {
+                load_b_transposed(b, tile_b, k, warp_n + 8 * j);
+            } else {
+                load_b(b, tile_b, warp_n + 8 * j, k);
+            }
+#pragma unroll
+            for (int i = 0; i < C::kWarpM / 16; ++i) {
+                Mma<T>::multiply(acc.at[i][j], a[i], b[0]);
+                Mma<T>::multiply(acc.at[i][j + 1], a[i], b[1]);
+            }
+        }
+    }
+}
+
+// The tile of D in shared memory, fp32. Groups of 8 columns are swizzled: the 8 rows that a warp
+// writes at once lie in different banks.
+template <class C>
+__device__ __forceinline__ float* staged(int row, int col) {
+    return reinterpret_cast<float*>(shared_memory()) + row * C::kN +
+           (((col / 8) ^ (row % 8)) * 8 + col % 8);
+}
+
+template <class C>
+__device__ __forceinline__ void stage(const Accumulators<C>& acc, int warp_m, int warp_n) {
+    const int row = warp_m + lane_index() / 4, col = warp_n + lane_index() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < C::kWarpM / 16; ++i) {
+#pragma unroll
+        for (int j = 0; j < C::kWarpN / 8; ++j) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float* pair = staged<C>(row + 16 * i + 8 * half, col + 8 * j);
+                pair[0] = acc.at[i][j][2 * half];
+                pair[1] = acc.at[i][j][2 * half + 1];
+            }
+        }
+    }
+}
+
+// Eight neighbouring elements, those past the first `valid` left alone (read as 0).
+template <class T>
+__device__ __forceinline__ void load_8(float (&values)[8], const T* from, int valid, bool aligned) {
+    if (aligned && valid >= 8) {
+        unpack_floats(values, load_pack<8>(from));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] = i < valid ? to_float(from[i]) : 0.0f;
+    }
+}
+
+template <class T>
+__device__ __forceinline__ void store_8(T* to, const Pack<T, 8>& values, int valid, bool aligned) {
+    if (aligned && valid >= 8) {
+        store_pack<8>(to, values);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (i < valid) to[i] = values.at[i];
+        }
+    }
+}
+
+// What a product's rows become, eight columns of one row at a time.
+template <class T, Layout kLayout>
+struct Epilogue {
+    const ProductKernel& kernel;
+    int split;
+    float bias[8];
+    float sums[8];  // of dh, over this thread's rows
+
+    // `place`: of the first of the eight in D.
+    __device__ __forceinline__ void row(float (&d)[8], int64_t place, int valid) {
+        const Product& p = kernel.p;
+        const bool aligned = kernel.out_aligned;
+        if constexpr (kLayout == Layout::forward) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) d[i] += bias[i];
+            const Pack<T, 8> rounded = pack_floats<T>(d);
+            if (p.out != nullptr) store_8(static_cast<T*>(p.out) + place, rounded, valid, aligned);
+            if (p.h_out != nullptr) {
+                store_8(static_cast<T*>(p.h_out) + place, rounded, valid, aligned);
+            }
+            if (p.activation != nullptr) {
+                unpack_floats(d, rounded);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) d[i] *= gelu(d[i], p.tanh).gate;
+                store_8(static_cast<T*>(p.activation) + place, pack_floats<T>(d), valid, aligned);
+            }
+        } else if constexpr (kLayout == Layout::backward) {
+            if (p.h != nullptr) {
+                float h[8];
+                load_8(h, static_cast<const T*>(p.h) + place, valid, aligned);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const Gelu g = gelu(h[i], p.tanh);
+                    d[i] *= gelu_slope(h[i], g, p.tanh);
+                    h[i] *= g.gate;
+                    sums[i] += d[i];
+                }
+                if (p.activation != nullptr) {
+                    store_8(static_cast<T*>(p.activation) + place, pack_floats<T>(h), valid,
+                            aligned);
+                }
+            }
+            store_8(static_cast<T*>(p.out) + place, pack_floats<T>(d), valid, aligned);
+        } else if (p.splits > 1) {
+            Pack<float, 8> pack;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) pack.at[i] = d[i];
+            store_8(p.partial + split * p.m * p.n + place, pack, valid, aligned);
+        } else {
+            store_8(static_cast<T*>(p.out) + place, pack_floats<T>(d), valid, aligned);
+        }
+    }
+};
+
+template <class T, class C, Layout kLayout>
+__global__ void __launch_bounds__(C::kThreads, C::kCtas)
+    product_kernel(const __grid_constant__ ProductKernel kernel) {
+    using Source = Operands<T, C, kLayout>;
+    const Product& p = kernel.p;
+
+    // Down kGroup row tiles, then on to the next column; parts of k one after the other.
+    const int64_t tiles_m = (p.m + C::kM - 1) / C::kM, tiles_n = (p.n + C::kN - 1) / C::kN;
+    const int64_t tile = blockIdx.x % (tiles_m * tiles_n);
+    const int split = static_cast<int>(blockIdx.x / (tiles_m * tiles_n));
+    const int64_t first = tile / (kGroup * tiles_n) * kGroup;
+    const int64_t height = min(tiles_m - first, static_cast<int64_t>(kGroup));
+    const int64_t place = tile - first * tiles_n;
+    const int64_t tile_m = first + place % height;
+    const int64_t m = tile_m * C::kM, n = place / height * C::kN;
+
+    const int64_t all_steps = (p.k + C::kK - 1) / C::kK;
+    const int64_t split_steps = (all_steps + p.splits - 1) / p.splits;
+    const int64_t k = split * split_steps * C::kK;
+    const int steps = static_cast<int>(max(static_cast<int64_t>(0),
+                                           min(all_steps - split * split_steps, split_steps)));
+
+    const T* a = static_cast<const T*>(p.a) + (Source::kTransA ? m : m * p.a_stride);
+    const T* b = static_cast<const T*>(p.b) + (Source::kTransB ? n : n * p.b_stride);
+    const Source source{a,
+                        b,
+                        p.a_stride,
+                        p.b_stride,
+                        p.k,
+                        static_cast<int>(min(p.m - m, static_cast<int64_t>(C::kM))),
+                        static_cast<int>(min(p.n - n, static_cast<int64_t>(C::kN))),
+                        kernel.a_aligned,
+                        kernel.b_aligned};
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int warp_m = warp / C::kWarpsN * C::kWarpM, warp_n = warp % C::kWarpsN * C::kWarpN;
+
+    Accumulators<C> acc = {};
+#pragma unroll
+    for (int step = 0; step < C::kStages - 1; ++step) {
+        if (step < steps) source.copy(k + step * C::kK, step);
+        cp_async_commit();
+    }
+    int slot = 0, free_slot = C::kStages - 1;
+    for (int step = 0; step < steps; ++step) {
+        cp_async_wait<C::kStages - 2>();
+        // All threads' copies of this step are there, and all have done with the step before it,
+        // whose slot the next copy takes.
+        __syncthreads();
+        const int ahead = step + C::kStages - 1;
+        if (ahead < steps) source.copy(k + static_cast<int64_t>(ahead) * C::kK, free_slot);
+        cp_async_commit();
+        multiply_stage<T, C, kLayout>(acc, slot, warp_m, warp_n);
+        free_slot = slot;
+        slot = slot + 1 == C::kStages ? 0 : slot + 1;
+    }
+
+    __syncthreads();  // the stages become the tile of D
+    stage<C>(acc, warp_m, warp_n);
+    __syncthreads();
+
+    constexpr int kGroups = C::kN / 8, kRowStep = C::kThreads / kGroups;
+    const int group = static_cast<int>(threadIdx.x) % kGroups, col = 8 * group;
+    const int valid = min(source.cols - col, 8);
+    Epilogue<T, kLayout> epilogue{kernel, split, {}, {}};
+    if (kLayout == Layout::forward && p.bias != nullptr) {
+        load_8(epilogue.bias, static_cast<const T*>(p.bias) + n + col, valid, false);
+    }
+    for (int row = static_cast<int>(threadIdx.x) / kGroups; row < source.rows; row += kRowStep) {
+        float d[8];
+        unpack_floats(d, load_pack<8>(staged<C>(row, col)));
+        if (valid > 0) epilogue.row(d, (m + row) * p.n + n + col, valid);
+    }
+    if (kLayout == Layout::backward && p.partial != nullptr) {
+        __syncthreads();  // everyone has read the tile
+        float* sums = reinterpret_cast<float*>(shared_memory());  // (kRowStep, kN)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[threadIdx.x / kGroups * C::kN + col + i] = epilogue.sums[i];
+        __syncthreads();
+        for (int c = static_cast<int>(threadIdx.x); c < source.cols; c += C::kThreads) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < kRowStep; ++i) sum += sums[i * C::kN + c];
+            p.partial[tile_m * p.n + n + c] = sum;
+        }
+    }
+}
+
+// ---- sums
+
+constexpr int kSumThreads = 256;
+
+// Each lane sums 8 neighbouring columns, each warp every eighth row of the block.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    column_sums_kernel(const __grid_constant__ ColumnSums p) {
+    constexpr int kWarps = kSumThreads / 32, kCols = 32 * 8;
+    const int64_t blocks = (p.cols + kCols - 1) / kCols;
+    const int64_t part = blockIdx.x / blocks, first_col = blockIdx.x % blocks * kCols;
+    const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32;
+    const int64_t col = first_col + 8 * lane;
+    const int valid = static_cast<int>(min(p.cols - col, static_cast<int64_t>(8)));
+    const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.stride % kPer128<T> == 0;
+    const int64_t first = part * kColumnSumRows;
+    const int rows = static_cast<int>(min(p.rows - first, static_cast<int64_t>(kColumnSumRows)));
+
+    float sums[8] = {};
+    for (int row = warp; row < rows && valid > 0; row += kWarps) {
+        float values[8];
+        load_8(values, static_cast<const T*>(p.x) + (first + row) * p.stride + col, valid, aligned);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[i] += values[i];
+    }
+    float* scratch = reinterpret_cast<float*>(shared_memory());  // (kWarps, kCols)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scratch[warp * kCols + 8 * lane + i] = sums[i];
+    __syncthreads();
+    const int64_t mine = first_col + threadIdx.x;
+    if (mine < p.cols) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) sum += scratch[i * kCols + threadIdx.x];
+        p.partial[part * p.cols + mine] = sum;
+    }
+}
+
+// A CTA's threads as `teams` rows: each team sums its share of the parts for the same columns.
+struct PartialSumsKernel {
+    PartialSums p;
+    int teams;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    partial_sums_kernel(const __grid_constant__ PartialSumsKernel kernel) {
+    const PartialSums& p = kernel.p;
+    const int width = kSumThreads / kernel.teams;
+    const int team = static_cast<int>(threadIdx.x) / width;
+    const int place = static_cast<int>(threadIdx.x) % width;
+    const int64_t col = static_cast<int64_t>(blockIdx.x) * width + place;
+    float sum = 0.0f;
+    if (col < p.cols) {
+#pragma unroll 4
+        for (int64_t part = team; part < p.parts; part += kernel.teams) {
+            sum += p.partial[part * p.cols + col];
+        }
+    }
+    float* scratch = reinterpret_cast<float*>(shared_memory());  // (teams, width)
+    scratch[threadIdx.x] = sum;
+    __syncthreads();
+    if (team == 0 && col < p.cols) {
+        for (int i = 1; i < kernel.teams; ++i) sum += scratch[i * width + place];
+        static_cast<T*>(p.out)[col] = from_float<T>(sum);
+    }
+}
+
+// ---- host
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool aligned(const void* base, int64_t row_bytes) {
+    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && row_bytes % 16 == 0;
+}
+
+const char* name(DType dtype) {
+    return dtype == DType::f32 ? "fp32" : dtype == DType::bf16 ? "bf16" : "fp16";
+}
+
+std::string matrix(int64_t rows, int64_t cols) {
+    return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
+}
+
+template <class T, class C, Layout kLayout>
+void launch_tiles(const ProductKernel& kernel, DType dtype, Stream stream) {
+    const Product& p = kernel.p;
+    const int64_t ctas = ceil_div(p.m, C::kM) * ceil_div(p.n, C::kN) * p.splits;
+    const std::string shape =
+        matrix(p.m, p.k) + " times " + matrix(p.k, p.n) + " " + name(dtype);
+    constexpr const char* kNames[] = {"mlp product, forward", "mlp product, backward",
+                                      "mlp product, weight gradient"};
+    const char* kernel_name = kNames[static_cast<int>(kLayout)];
+    if (ctas > 0x7fffffff) {
+        throw Error(std::string(kernel_name) + " on " + shape + " needs " + std::to_string(ctas) +
+                    " thread blocks, a grid has 2147483647");
+    }
+    launch(product_kernel<T, C, kLayout>,
+           {kernel_name, shape, dim3(static_cast<unsigned>(ctas)), C::kThreads, C::kSharedBytes,
+            stream},
+           kernel);
+}
+
+template <class T, Layout kLayout>
+void launch_layout(const ProductKernel& kernel, DType dtype, int tile_rows, Stream stream) {
+    if (tile_rows == Large<T>::kM) {
+        launch_tiles<T, Large<T>, kLayout>(kernel, dtype, stream);
+    } else {
+        launch_tiles<T, Small<T>, kLayout>(kernel, dtype, stream);
+    }
+}
+
+}  // namespace
+
+// Large tiles where there are enough of them to give every multiprocessor work. The weights'
+// gradients have a long k and few tiles: k is split where that fills the last wave of CTAs better.
+ProductPlan plan_product(Layout layout, int64_t m, int64_t n, int64_t k, int device) {
+    constexpr int kLeastDepth = 1024;  // of a part of k: enough steps to hide its start and its sum
+    constexpr int kMostSplits = 4;     // each writes and reads a whole result in fp32
+    const int most = layout == Layout::weight
+                         ? static_cast<int>(std::clamp<int64_t>(k / kLeastDepth, 1, kMostSplits))
+                         : 1;
+    const int64_t large_tiles = ceil_div(m, 128) * ceil_div(n, 128);
+    const int64_t processors = multiprocessors(device);
+    const bool large = large_tiles * most >= processors;
+    const int64_t tiles = large ? large_tiles : ceil_div(m, 64) * ceil_div(n, 64);
+    const int64_t resident = processors * (large ? 2 : 3);
+
+    ProductPlan plan{large ? 128 : 64, 1};
+    double least = 0.0;
+    for (int splits = 1; splits <= most; ++splits) {
+        const double waves = static_cast<double>(ceil_div(tiles * splits, resident)) / splits;
+        const double cost = waves * (1.0 + splits / 16.0);
+        if (splits == 1 || cost < least) {
+            least = cost;
+            plan.splits = splits;
+        }
+    }
+    return plan;
+}
+
+void launch_product(DType dtype, Layout layout, const Product& p, Stream stream) {
+    const int tile_rows = plan_product(layout, p.m, p.n, p.k, stream.device).tile_rows;
+    const int64_t size = dtype == DType::f32 ? 4 : 2;
+    ProductKernel kernel{p, aligned(p.a, p.a_stride * size), aligned(p.b, p.b_stride * size), true};
+    for (const void* matrix : {p.h, static_cast<const void*>(p.out),
+                               static_cast<const void*>(p.h_out),
+                               static_cast<const void*>(p.activation)}) {
+        kernel.out_aligned &= aligned(matrix, p.n * size);
+    }
+    dispatch(dtype, [&](auto element) {
+        using T = decltype(element);
+        switch (layout) {
+            case Layout::forward:
+                return launch_layout<T, Layout::forward>(kernel, dtype, tile_rows, stream);
+            case Layout::backward:
+                return launch_layout<T, Layout::backward>(kernel, dtype, tile_rows, stream);
+            case Layout::weight:
+                return launch_layout<T, Layout::weight>(kernel, dtype, tile_rows, stream);
+        }
+    });
+}
+
+void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream) {
+    const int64_t ctas = ceil_div(sums.rows, kColumnSumRows) * ceil_div(sums.cols, 32 * 8);
+    dispatch(dtype, [&](auto element) {
+        using T = decltype(element);
+        launch(column_sums_kernel<T>,
+               {"mlp column sums", matrix(sums.rows, sums.cols) + " " + name(dtype),
+                dim3(static_cast<unsigned>(ctas)), kSumThreads, 8 * 32 * 8 * sizeof(float), stream},
+               sums);
+    });
+}
+
+void launch_partial_sums(DType dtype, const PartialSums& sums, Stream stream) {
+    // Many parts and few columns (db1, db2): more threads a column. Few parts (dw1, dw2): one.
+    const int teams = sums.parts >= 16 ? 8 : 1;
+    const int64_t ctas = ceil_div(sums.cols, kSumThreads / teams);
+    dispatch(dtype, [&](auto element) {
+        using T = decltype(element);
+        launch(partial_sums_kernel<T>,
+               {"mlp partial sums", matrix(sums.parts, sums.cols) + " fp32",
+                dim3(static_cast<unsigned>(ctas)), kSumThreads, kSumThreads * sizeof(float), stream},
+               {sums, teams});
+    });
+}
+
+}  // namespace gk

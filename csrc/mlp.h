@@ -1,0 +1,62 @@
+// The GELU MLP's products and sums: parameters and launchers.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.h"
+
+namespace gk {
+
+// How a product D (m, n) = A B reads its operands; the last dimension is contiguous.
+enum class Layout : int {
+    forward = 0,   // A (m, k), B^T (n, k): x w1^T, a w2^T
+    backward = 1,  // A (m, k), B (k, n):   dy w2, dh w1
+    weight = 2,    // A^T (k, m), B (k, n): dy^T a, dh^T x
+};
+
+// Any size but 0. Pointers are to elements of one dtype, where nothing else is said.
+struct Product {
+    const void* a;      // (m, k) or (k, m), rows a_stride elements apart
+    const void* b;      // (n, k) or (k, n), rows b_stride elements apart
+    const void* bias;   // (n,) or absent; forward
+    const void* h;      // (m, n), the pre-activation: given to backward, which then makes dh of da
+    void* out;          // (m, n): the product (forward: with bias), dh; forward: may be absent
+    void* h_out;        // (m, n) or absent: forward's product with bias, as `out`
+    void* activation;   // (m, n) or absent: gelu of h, of the rounded values of h_out
+    float* partial;     // absent, or backward: (row tiles, n), column sums of dh before rounding;
+                        // weight: (splits, m, n), to be summed, in place of `out`
+    int64_t m, n, k;
+    int64_t a_stride, b_stride;
+    int splits;         // of k; weight only
+    bool tanh;          // GELU's approximation
+};
+
+// What a product's workspace follows from.
+struct ProductPlan {
+    int tile_rows;  // partial column sums: ceil(m / tile_rows) rows
+    int splits;
+};
+
+ProductPlan plan_product(Layout layout, int64_t m, int64_t n, int64_t k, int device);
+void launch_product(DType dtype, Layout layout, const Product& product, Stream stream);
+
+// partial[i, c] = sum of x[r, c] over the rows r of block i.
+struct ColumnSums {
+    const void* x;   // (rows, cols), rows `stride` elements apart
+    float* partial;  // (ceil(rows / kColumnSumRows), cols)
+    int64_t rows, cols, stride;
+};
+constexpr int kColumnSumRows = 128;
+
+void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream);
+
+// out[c] = sum of partial[i, c] over i, always in the same order, rounded.
+struct PartialSums {
+    const float* partial;  // (parts, cols)
+    void* out;             // (cols,)
+    int64_t parts, cols;
+};
+
+void launch_partial_sums(DType dtype, const PartialSums& sums, Stream stream);
+
+}  // namespace gk
