@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "dropout.h"
 #include "launch.h"
@@ -54,11 +55,33 @@ struct AttentionBwd {
     const float* dlse;  // (B, H, Tq), or null
     float* delta;       // (B, H, Tq), workspace
     float* total;       // (B, H, Tq), workspace in fp32, else null
-    float* dq_sum;      // (B, Tq, H, D) fp32, zeroed, where dq is added up by atomics; else null
+    float* dq_sum;      // zeros, where dq is to be added up by atomics (16 bits, dk or dv wanted
+                        // too), B * H * Tq * D of them with Tq rounded up to a multiple of 32 and D
+                        // to 64, 96, 128, 192 or 256; else null
     void* dq;           // (B, Tq, H, D) contiguous, or null: not wanted
-    void* dk;           // (B, Tk, Hk, D) contiguous, or null together with dv
-    void* dv;           // (B, Tk, Hk, D) contiguous
+    void* dk;           // (B, Tk, Hk, D) contiguous, or null
+    void* dv;           // (B, Tk, Hk, D) contiguous, or null
 };
+
+// Whether every row of a head starts at a multiple of 16 bytes.
+inline bool aligned_16(const void* address, int64_t element_size, const Strides& strides) {
+    const int64_t all = reinterpret_cast<intptr_t>(address) | strides.batch * element_size |
+                        strides.token * element_size | strides.head * element_size;
+    return all % 16 == 0;
+}
+
+// For errors.
+inline std::string shape_of(const AttentionCall& c) {
+    const auto text = [](int n) { return std::to_string(n); };
+    return "q (" + text(c.batch) + ", " + text(c.Tq) + ", " + text(c.H) + ", " + text(c.D) +
+           "), k (" + text(c.batch) + ", " + text(c.Tk) + ", " + text(c.Hk) + ", " + text(c.D) + ")";
+}
+
+inline dim3 grid_of(const char* kernel, const AttentionCall& c, int64_t blocks) {
+    if (blocks > INT32_MAX)
+        throw Error(std::string(kernel) + " on " + shape_of(c) + ": more blocks than a grid takes");
+    return dim3(static_cast<unsigned>(blocks));
+}
 
 void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream);
 void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream);

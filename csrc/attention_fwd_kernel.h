@@ -72,8 +72,6 @@ struct FwdPlace {
     }
 };
 
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
-
 // copy_tile with NaN and Inf taken out.
 template <class Tile, class T>
 __device__ void copy_finite(Tile tile, const T* source, int64_t row_stride, int rows_valid,
@@ -389,12 +387,6 @@ __global__ void __launch_bounds__(kFwdThreads)
 // Enough heads together to fill the machine, whose k and v stay within this much of the L2 cache.
 constexpr int64_t kFwdCacheBytes = 16 << 20;
 
-inline bool aligned_16(const void* address, int64_t element_size, const Strides& strides) {
-    const int64_t all = reinterpret_cast<intptr_t>(address) | strides.batch * element_size |
-                        strides.token * element_size | strides.head * element_size;
-    return all % 16 == 0;
-}
-
 template <class T, int kWidth, bool kOptions>
 void launch_attention_fwd_tiles(const AttentionFwd& p, Stream stream) {
     using Tiles = FwdTiles<T, kWidth, kOptions>;
@@ -411,15 +403,10 @@ void launch_attention_fwd_tiles(const AttentionFwd& p, Stream stream) {
                                  aligned_16(p.k, size, p.k_strides),
                                  aligned_16(p.v, size, p.v_strides),
                                  aligned_16(p.out, size, out)};
-    const std::string shape = "q (" + std::to_string(c.batch) + ", " + std::to_string(c.Tq) + ", " +
-                              std::to_string(c.H) + ", " + std::to_string(c.D) + "), k (" +
-                              std::to_string(c.batch) + ", " + std::to_string(c.Tk) + ", " +
-                              std::to_string(c.Hk) + ", " + std::to_string(c.D) + ")";
-    if (row_blocks * heads > INT32_MAX)
-        throw Error("attention_fwd_kernel on " + shape + ": more blocks than a grid takes");
     launch(attention_fwd_kernel<T, kWidth, kOptions>,
-           {"attention_fwd_kernel", shape, dim3(static_cast<unsigned>(row_blocks * heads)),
-            kFwdThreads, Tiles::kSharedBytes, stream},
+           {"attention_fwd_kernel", shape_of(c),
+            grid_of("attention_fwd_kernel", c, row_blocks * heads), kFwdThreads,
+            Tiles::kSharedBytes, stream},
            arguments);
 }
 

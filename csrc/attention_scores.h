@@ -13,6 +13,8 @@ namespace gk {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
 // first <= x < last, empty where last <= first. Blocks from full_first to full_last, both multiples
 // of the block, are seen whole and need no mask; they may be none.
 struct Range {

@@ -1,7 +1,10 @@
-"""Launchers of the CUDA C++ attention kernels (csrc/attention_fwd_kernel.h has the formulas)."""
+"""Launchers of the CUDA C++ attention kernels (csrc/attention_fwd_kernel.h and attention_bwd.h have
+the formulas).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +12,9 @@ from torch import Tensor
 
 from gptkernels import philox
 from gptkernels.cuda import call, dtype_code
+
+_HEAD_WIDTHS = (64, 96, 128, 192, 256)  # that kernels are compiled for; a head takes the next one
+_ROWS_OF_SUM = 32  # the sum of dq comes in tiles of 16 or 32 rows
 
 
 def attention_fwd(
@@ -43,6 +49,67 @@ def attention_fwd(
         **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p),
     )
     return out, lse
+
+
+def attention_bwd(
+    dout: Tensor,  # (B, Tq, H, D)
+    dlse: Tensor | None,  # (B, H, Tq) fp32
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    alibi_slopes: Tensor | None,
+    key_lengths: Tensor | None,
+    attn_mask: Tensor | None,
+    rng: Tensor | None,
+    softmax_scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+    grad_mask: Sequence[bool],
+    mask_gradient: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk and dv contiguous, empty where `grad_mask` is False, and an empty tensor: there is no
+    mask here.
+
+    dq is added up by atomics, in another order on every run, in 16 bits where dk or dv is wanted
+    too; not if `deterministic`.
+    """
+    B, Tq, H, D = q.shape
+    dq, dk, dv = (
+        torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
+        for x, wanted in zip((q, k, v), grad_mask, strict=True)
+    )
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), q.new_empty(0)
+    if not any(grad_mask):
+        return dq, dk, dv, q.new_empty(0)
+    if dout.stride(-1) != 1:  # an expanded cotangent
+        dout = dout.contiguous()
+    exact = q.dtype == torch.float32
+    delta = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    total = torch.empty_like(delta) if exact else None
+    dq_sum = None
+    if grad_mask[0] and (grad_mask[1] or grad_mask[2]) and not (exact or deterministic):
+        rows = -(-Tq // _ROWS_OF_SUM) * _ROWS_OF_SUM
+        width = next(width for width in _HEAD_WIDTHS if D <= width)
+        dq_sum = torch.zeros((B, H, rows, width), dtype=torch.float32, device=q.device)
+    call(
+        "attention_bwd",
+        q,
+        inputs=dict(
+            dout=dout, dlse=None if dlse is None else dlse.contiguous(),
+            q=q, k=k, v=v, out=out, lse=lse,
+            **_vectors(alibi_slopes, key_lengths, rng), dq_sum=dq_sum,
+        ),
+        outputs=dict(delta=delta, total=total, dq=dq, dk=dk, dv=dv),
+        dout_strides=dout.stride()[:3],
+        **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p),
+    )  # fmt: skip
+    return dq, dk, dv, q.new_empty(0)
 
 
 def _vectors(

@@ -66,6 +66,10 @@ def _attention_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     *given, impl = arguments
     with torch.no_grad(), without_autocast(dout):
         match impl:
+            case "cuda":
+                from gptkernels.cuda import attention as cuda_kernels
+
+                return cuda_kernels.attention_bwd(dout, *given)
             case "triton":
                 from gptkernels.triton_kernels import attention as kernels
 
@@ -191,7 +195,8 @@ def attention(
         dropout_p: probability of dropping a weight, rounded to a multiple of 1/65536; always active
             when > 0. The mask is that of `gptkernels.philox`, drawn from PyTorch's generator.
         deterministic: gradients with the same bits on every run, at whatever cost; None asks
-            torch.are_deterministic_algorithms_enabled(). The Triton kernels always are.
+            torch.are_deterministic_algorithms_enabled(). The Triton kernels always are, and the CUDA
+            C++ ones in float32; in 16 bits these add dq up by atomics otherwise.
         return_lse: also return lse.
         impl: "auto", "torch", "triton" or "cuda".
 
