@@ -1,23 +1,69 @@
-// Asynchronous copies, which land at once.
+// Asynchronous copies. Data arrives when its thread waits for it, as late as the GPU may deliver it;
+// with GPTKERNELS_EMULATE_COPIES=early at once. Either way nobody may touch it in between.
 #include "cp_async.h"
 
+#include <cstdlib>
+#include <cstring>
+
+#include "../launch.h"
 #include "grid.h"
 #include "memory.h"
 
 namespace gk::emulator {
+namespace {
+
+bool early = false;
+
+void deliver(const Copy& copy) {
+    const size_t bytes = size_t(copy.bytes);
+    if (bytes > 0) std::memcpy(copy.shared, copy.global, bytes);
+    std::memset(static_cast<char*>(copy.shared) + bytes, 0, 16 - bytes);
+}
+
+}  // namespace
+
+void choose_copies() {
+    const char* name = std::getenv("GPTKERNELS_EMULATE_COPIES");
+    const std::string given = name ? name : "late";
+    if (given != "late" && given != "early") {
+        throw Error("GPTKERNELS_EMULATE_COPIES must be late or early, got " + given);
+    }
+    early = given == "early";
+}
 
 void cp_async_16(void* shared, const void* global, int bytes, Site site) {
+    const void* pc = __builtin_return_address(0);
     if (bytes < 0 || bytes > 16) {
         fail("cp.async copies " + std::to_string(bytes) + " bytes of 16", describe(site));
     }
-    const void* pc = __builtin_return_address(0);
-    if (bytes > 0) memory::read(global, size_t(bytes), pc);
-    memory::write(shared, 16, pc);
-    std::memcpy(shared, global, size_t(bytes));
-    std::memset(static_cast<char*>(shared) + bytes, 0, size_t(16 - bytes));
+    if (reinterpret_cast<uintptr_t>(global) % 16) {
+        fail("cp.async reads from an address that is not a multiple of 16", describe(site));
+    }
+    if (bytes > 0) memory::read_range(global, size_t(bytes), 1, pc);
+    memory::copy_begin(shared, pc);
+    const Copy copy{shared, global, bytes};
+    if (early) deliver(copy);
+    running->copies.issued.push_back(copy);
 }
 
-void cp_async_commit() {}
-void cp_async_wait(int) {}
+void cp_async_commit() {
+    Copies& copies = running->copies;
+    copies.ends.push_back(copies.issued.size());
+}
+
+void cp_async_wait(int pending) {
+    Copies& copies = running->copies;
+    if (copies.ends.size() <= size_t(pending)) return;
+    const size_t groups = copies.ends.size() - size_t(pending);
+    const size_t landed = copies.ends[groups - 1];
+    for (size_t i = 0; i < landed; ++i) {
+        const Copy& copy = copies.issued[i];
+        if (!early) deliver(copy);
+        memory::copy_landed(copy.shared);
+    }
+    copies.issued.erase(copies.issued.begin(), copies.issued.begin() + ptrdiff_t(landed));
+    copies.ends.erase(copies.ends.begin(), copies.ends.begin() + ptrdiff_t(groups));
+    for (size_t& end : copies.ends) end -= landed;
+}
 
 }  // namespace gk::emulator

@@ -86,6 +86,7 @@ void begin(Cta& cta, uint64_t number) {
         thread.cta = &cta;
         thread.done = false;
         thread.waiting = {};
+        thread.copies = {};
         thread.fiber.start(body);
         cta.warps[thread.warp()].alive |= 1u << thread.lane();
     }
@@ -196,7 +197,6 @@ void run_grid(Schedule& schedule) {
         }
         for (size_t i = resident.size(); i-- > 0;) {
             if (resident[i]->alive == 0) {
-                memory::cta_end(*resident[i]);
                 resident.erase(resident.begin() + ptrdiff_t(i));
             }
         }
@@ -272,9 +272,9 @@ void detail::launch(void* kernel, const Launch& launch, Invoke invoke, const voi
     job = {kernel, invoke, params};
     launched = &launch;
     failure.clear();
+    choose_copies();
     memory::launch_begin();
     run_grid(schedule);
-    memory::launch_end();
     launched = nullptr;
     if (!failure.empty()) throw Error(failure);
 }

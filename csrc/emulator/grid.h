@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "clock.h"
 #include "emulator.h"
 #include "fiber.h"
 
@@ -34,6 +35,19 @@ struct Waiting {
     unsigned barrier = 0;  // the barrier's number
 };
 
+// An asynchronous copy to shared memory that its thread has not waited for.
+struct Copy {
+    void* shared;
+    const void* global;
+    int bytes;  // of 16, zeros after them
+};
+
+// Copies in the order in which they were issued, and where each closed group of them ends.
+struct Copies {
+    std::vector<Copy> issued;
+    std::vector<size_t> ends;
+};
+
 struct Thread {
     explicit Thread(unsigned index) : fiber(index), index(index) {}
     Fiber fiber;
@@ -41,6 +55,8 @@ struct Thread {
     unsigned index;  // within the CTA
     bool done = false;
     Waiting waiting;
+    Clock clock;
+    Copies copies;
     unsigned lane() const { return index % kWarp; }
     unsigned warp() const { return index / kWarp; }
 };
@@ -64,6 +80,7 @@ struct Barrier {
     std::vector<Thread*> arrived;  // without waiting
     unsigned expected = 0;         // threads; 0: every thread of the CTA that has not returned
     Site sites[kMostWarps] = {};   // where the first lane of each warp came from
+    Past past;                     // of those who came
 };
 
 struct Cta {
@@ -76,6 +93,7 @@ struct Cta {
     std::vector<std::unique_ptr<Thread>> fibers;  // at least `threads`, kept for the next CTA
     std::vector<Warp> warps;
     Barrier barriers[kBarriers];
+    CtaClock clock;
     unsigned char* shared = nullptr;  // its arena, launch->shared_bytes of it in use
 };
 
@@ -87,6 +105,9 @@ extern const Launch* launched;    // the launch in progress
 [[noreturn]] void fail(const std::string& sentence, const std::string& where);
 std::string describe(const Site& site);
 std::string hexadecimal(unsigned mask);
+
+// Of cp_async.cpp: when copies arrive during this launch, by the environment.
+void choose_copies();
 
 // Of meetings.cpp: those who waited for a thread that has returned wait no longer.
 void go_on_without(const Thread& thread);

@@ -22,13 +22,12 @@ bool complete(const Cta& cta, const Barrier& barrier) {
 }
 
 void release(Cta& cta, Barrier& barrier) {
-    if (barrier.expected == 0) {
-        memory::order_cta(cta);
+    if (barrier.expected == 0 || barrier.waiting.size() == cta.threads) {
+        order_cta(cta);
     } else {
-        std::vector<Thread*> met = barrier.waiting;
-        met.insert(met.end(), barrier.arrived.begin(), barrier.arrived.end());
-        memory::order_threads(met);
+        for (Thread* thread : barrier.waiting) take_past(barrier.past, *thread);
     }
+    barrier.past.forget();
     for (Thread* thread : barrier.waiting) wake(thread);
     barrier.waiting.clear();
     barrier.arrived.clear();
@@ -102,6 +101,7 @@ void go_on_without(const Thread& thread) {
 void barrier_sync(unsigned number, unsigned threads, Site site, const char* what) {
     Cta& cta = *running->cta;
     Barrier& barrier = join_barrier(number, threads, site, what);
+    leave_past(barrier.past, *running);
     barrier.waiting.push_back(running);
     if (complete(cta, barrier)) {
         running->waiting = {};
@@ -113,6 +113,7 @@ void barrier_sync(unsigned number, unsigned threads, Site site, const char* what
 
 void barrier_arrive(unsigned number, unsigned threads, Site site) {
     Barrier& barrier = join_barrier(number, threads, site, "barrier_arrive");
+    leave_past(barrier.past, *running);
     barrier.arrived.push_back(running);
     if (complete(*running->cta, barrier)) release(*running->cta, barrier);
 }
@@ -198,7 +199,7 @@ void combine_sync(void* const* lanes) {
     for (unsigned lane = 0; lane < kWarp; ++lane) {
         if (lanes[lane]) met.push_back(static_cast<Thread*>(lanes[lane]));
     }
-    memory::order_threads(met);
+    order_threads(met);
 }
 
 }  // namespace

@@ -1,17 +1,293 @@
+// Which memory an address belongs to, and what is said of an access that should not be.
 #include "memory.h"
 
-namespace gk::emulator::memory {
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
 
-void declare(const char*, const void*, size_t, bool) {}
-void forget() {}
-void launch_begin() {}
-void launch_end() {}
-void cta_begin(Cta&) {}
-void cta_end(Cta&) {}
-void order_cta(Cta&) {}
-void order_threads(const std::vector<Thread*>&) {}
-void read(const void*, size_t, const void*) {}
-void write(const void*, size_t, const void*) {}
-void atomic(const void*, size_t, const void*) {}
+#include "../launch.h"
+#include "report.h"
+#include "shadow.h"
+
+namespace gk::emulator::memory {
+namespace {
+
+struct Free {
+    void operator()(Cell* cells) const { std::free(cells); }
+};
+// Zeroed, which costs nothing until they are touched.
+using Cells = std::unique_ptr<Cell[], Free>;
+
+Cells make_cells(size_t bytes) {
+    const auto cells = static_cast<Cell*>(std::calloc((bytes + 1) / 2 + 1, sizeof(Cell)));
+    if (cells == nullptr) throw std::bad_alloc();
+    return Cells(cells);
+}
+
+struct Tensor {
+    std::string name;
+    const char* begin;
+    size_t bytes;
+    Cells cells;  // of outputs; nobody writes to an input, and everything in it was written
+};
+
+// Outputs first: what an input shares with one is updated in place.
+std::vector<Tensor> tensors;
+size_t outputs = 0;
+bool overlapping = false;
+const Tensor* recent = nullptr;
+
+std::vector<Cells> arenas;       // shared memory's cells, by the CTA's slot
+unsigned next_serial = 1;        // of the next CTA of all launches
+unsigned launch_serial = 1;      // of the first CTA of this launch
+
+bool inside(const char* begin, size_t size, const char* address, size_t bytes) {
+    const size_t offset = size_t(address - begin);
+    return offset < size && bytes <= size - offset;
+}
+
+std::string counted(size_t count, const char* what) {
+    return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
+}
+
+std::string thread_text(Epoch epoch) {
+    const unsigned serial = serial_of(epoch);
+    std::string text = "thread " + std::to_string(thread_of(epoch));
+    if (serial != running->cta->clock.serial) {
+        const uint64_t number = serial - launch_serial, x = launched->grid.x, y = launched->grid.y;
+        text += " of CTA (" + std::to_string(number % x) + ", " + std::to_string(number / x % y) +
+                ", " + std::to_string(number / x / y) + ")";
+    }
+    return text;
+}
+
+const char* verb(Access access) {
+    switch (access) {
+        case Access::read: return "reads ";
+        case Access::write: return "writes ";
+        case Access::atomic: break;
+    }
+    return "updates ";
+}
+
+// How far an access of `bytes` at `address` reaches outside of [begin, begin + size).
+size_t distance(const char* begin, size_t size, const char* address, size_t bytes) {
+    const auto first = uintptr_t(begin), last = first + size, from = uintptr_t(address);
+    if (from < first) return first - from;
+    return from + bytes > last ? from + bytes - last : 0;
+}
+
+std::string outside(const std::string& name, const char* begin, size_t size, const char* address,
+                    size_t bytes) {
+    const auto first = uintptr_t(begin), last = first + size, from = uintptr_t(address);
+    std::string text = "at ";
+    if (from < first) {
+        text = counted(first - from, "byte") + " before the start of " + name;
+    } else if (from >= last) {
+        text = counted(from - last, "byte") + " past the end of " + name;
+    } else {
+        text = "the last " + std::to_string(from + bytes - last) + " past the end of " + name;
+    }
+    return text + " (" + counted(size, "byte") + ")";
+}
+
+// The address belongs to nothing that this thread may touch: the sentence names what it is.
+[[noreturn]] void fail_outside(Access access, const char* address, size_t bytes, const void* pc) {
+    constexpr size_t kNear = 1024 * 1024, kNull = 64 * 1024;
+    const std::string sentence = verb(access) + counted(bytes, "byte") + ", ";
+    if (uintptr_t(address) < kNull) {
+        fail(sentence + counted(uintptr_t(address), "byte") + " past a null pointer", here(pc));
+    }
+    const Cta& cta = *running->cta;
+    for (const auto& fiber : cta.fibers) {
+        const char* stack = fiber->fiber.stack_begin();
+        if (inside(stack, size_t(fiber->fiber.stack_end() - stack), address, bytes)) {
+            fail(sentence + "in local memory of thread " + std::to_string(fiber->index), here(pc));
+        }
+    }
+    const auto shared = reinterpret_cast<const char*>(cta.shared);
+    size_t nearest = distance(shared, launched->shared_bytes, address, bytes);
+    const Tensor* tensor = nullptr;
+    for (const Tensor& candidate : tensors) {
+        const size_t far = distance(candidate.begin, candidate.bytes, address, bytes);
+        if (far < nearest) {
+            nearest = far;
+            tensor = &candidate;
+        }
+    }
+    if (nearest > kNear) {
+        fail(sentence + "far from every tensor of this call and from shared memory", here(pc));
+    }
+    fail(sentence + (tensor ? outside(tensor->name, tensor->begin, tensor->bytes, address, bytes)
+                            : outside("shared memory", shared, launched->shared_bytes, address,
+                                      bytes)),
+         here(pc));
+}
+
+[[noreturn]] void fail_finding(Access access, const Finding& finding, const std::string& where,
+                               size_t bytes, const void* pc) {
+    std::string sentence = verb(access) + counted(bytes, "byte") + " at " + where;
+    const std::string other =
+        finding.other ? thread_text(finding.other) + " " + finding.did + " at " +
+                            place(unpack_place(finding.place))
+                      : "";
+    switch (finding.fault) {
+        case Fault::unwritten: sentence += ", which nobody has written"; break;
+        case Fault::in_flight:
+            sentence += ", which a cp.async may still write: " + other +
+                        ", and that thread has not waited for the copy";
+            break;
+        case Fault::race:
+            sentence += ", which " + other + ", with no barrier between";
+            break;
+        case Fault::none: break;
+    }
+    fail(sentence, here(pc));
+}
+
+std::string byte_text(size_t offset, const std::string& of) {
+    return "byte " + std::to_string(offset) + " of " + of;
+}
+
+void check_alignment(Access access, const char* address, size_t bytes, size_t alignment,
+                     const void* pc) {
+    if (uintptr_t(address) % alignment == 0) return;
+    fail(verb(access) + counted(bytes, "byte") + " at an address that is " +
+             std::to_string(uintptr_t(address) % alignment) + " past a multiple of " +
+             std::to_string(alignment),
+         here(pc));
+}
+
+const Tensor* find(const char* address, size_t bytes) {
+    if (recent && inside(recent->begin, recent->bytes, address, bytes)) return recent;
+    for (const Tensor& tensor : tensors) {
+        if (inside(tensor.begin, tensor.bytes, address, bytes)) {
+            if (!overlapping) recent = &tensor;
+            return &tensor;
+        }
+    }
+    return nullptr;
+}
+
+void check(Access access, const void* pointer, size_t bytes, size_t alignment, const void* pc) {
+    const auto address = static_cast<const char*>(pointer);
+    Thread& thread = *running;
+    const Cta& cta = *thread.cta;
+    const size_t offset = size_t(address - reinterpret_cast<const char*>(cta.shared));
+    const bool shared = offset < launched->shared_bytes && bytes <= launched->shared_bytes - offset;
+    const Tensor* tensor = shared ? nullptr : find(address, bytes);
+    if (!shared && tensor == nullptr) {
+        const char* stack = thread.fiber.stack_begin();
+        if (inside(stack, size_t(thread.fiber.stack_end() - stack), address, bytes)) return;
+        fail_outside(access, address, bytes, pc);
+    }
+    check_alignment(access, address, bytes, alignment, pc);
+    if (tensor && !tensor->cells) {
+        if (access == Access::read) return;
+        fail(verb(access) + counted(bytes, "byte") + " at " +
+                 byte_text(size_t(address - tensor->begin), tensor->name) +
+                 ", an input of the kernel",
+             here(pc));
+    }
+    const size_t first = shared ? offset : size_t(address - tensor->begin);
+    Cell* cells = shared ? arenas[cta.slot].get() : tensor->cells.get();
+    const Visitor visitor{&thread, shared, launch_serial, pack_place(pc)};
+    const Finding finding =
+        touch(access, cells + first / 2, cells + (first + bytes + 1) / 2, visitor);
+    if (finding.fault == Fault::none) return;
+    const size_t where = std::max(first, size_t(finding.cell - cells) * 2);
+    fail_finding(access, finding, byte_text(where, shared ? "shared memory" : tensor->name), bytes,
+                 pc);
+}
+
+// The cells of 16 aligned bytes of shared memory.
+Cell* cells_of(const void* shared) {
+    const Cta& cta = *running->cta;
+    return arenas[cta.slot].get() + (static_cast<const unsigned char*>(shared) - cta.shared) / 2;
+}
+
+size_t natural(size_t bytes) { return bytes & (bytes - 1) ? 1 : std::min<size_t>(bytes, 16); }
+
+}  // namespace
+
+void declare(const char* name, const void* begin, size_t bytes, bool written) {
+    if (bytes == 0) return;
+    Tensor tensor{name, static_cast<const char*>(begin), bytes, {}};
+    if (!written) tensor.cells = make_cells(bytes);
+    for (const Tensor& other : tensors) {
+        const char *first = std::max(tensor.begin, other.begin),
+                   *last = std::min(tensor.begin + bytes, other.begin + other.bytes);
+        if (first >= last) continue;
+        overlapping = true;
+        const Tensor& output = written ? other : tensor;
+        if (bool(tensor.cells) != bool(other.cells)) {
+            set_written(output.cells.get() + (first - output.begin) / 2,
+                        output.cells.get() + (last - output.begin + 1) / 2);
+        }
+    }
+    recent = nullptr;
+    tensors.insert(tensors.begin() + ptrdiff_t(written ? tensors.size() : outputs),
+                   std::move(tensor));
+    outputs += !written;
+}
+
+void forget() {
+    tensors.clear();
+    outputs = 0;
+    overlapping = false;
+    recent = nullptr;
+}
+
+void launch_begin() {
+    launch_serial = next_serial;
+    next_serial += launched->grid.x * launched->grid.y * launched->grid.z;
+}
+
+void cta_begin(Cta& cta) {
+    start_clocks(cta, launch_serial + unsigned(cta.number));
+    while (arenas.size() <= cta.slot) arenas.push_back(make_cells(kSharedLimit));
+}
+
+void read(const void* address, size_t bytes, const void* pc) {
+    check(Access::read, address, bytes, natural(bytes), pc);
+}
+
+void write(const void* address, size_t bytes, const void* pc) {
+    check(Access::write, address, bytes, natural(bytes), pc);
+}
+
+void atomic(const void* address, size_t bytes, const void* pc) {
+    check(Access::atomic, address, bytes, natural(bytes), pc);
+}
+
+void read_range(const void* address, size_t bytes, size_t alignment, const void* pc) {
+    check(Access::read, address, bytes, alignment, pc);
+}
+
+void write_range(const void* address, size_t bytes, size_t alignment, const void* pc) {
+    check(Access::write, address, bytes, alignment, pc);
+}
+
+void copy_begin(const void* shared, const void* pc) {
+    const auto address = static_cast<const char*>(shared);
+    const size_t offset = size_t(address - reinterpret_cast<const char*>(running->cta->shared));
+    if (offset >= launched->shared_bytes || launched->shared_bytes - offset < 16) {
+        fail_outside(Access::write, address, 16, pc);
+    }
+    check_alignment(Access::write, address, 16, 16, pc);
+    Cell* cells = cells_of(shared);
+    const Visitor visitor{running, true, launch_serial, pack_place(pc)};
+    const Finding finding = start_copy(cells, cells + 8, visitor);
+    if (finding.fault == Fault::none) return;
+    const size_t where = offset + size_t(finding.cell - cells) * 2;
+    fail_finding(Access::write, finding, byte_text(where, "shared memory"), 16, pc);
+}
+
+void copy_landed(const void* shared) {
+    Cell* cells = cells_of(shared);
+    land(cells, cells + 8, {running, true, launch_serial, 0});
+}
 
 }  // namespace gk::emulator::memory

@@ -1,4 +1,9 @@
-// What the emulator knows of memory, and checks at every access.
+// What the emulator knows of memory, and checks at every access: that it lies within a tensor or the
+// CTA's shared memory and is aligned, that what is read was written, that a kernel's inputs are not,
+// and that two threads, one of them writing, do not touch one place with no barrier between.
+//
+// -fsanitize=thread makes g++ call a function before each access of a kernel; hooks.cpp has those
+// functions. A shadow cell stands for 2 bytes.
 #pragma once
 
 #include <cstddef>
@@ -9,20 +14,24 @@ namespace gk::emulator::memory {
 
 // Tensors that the next launches may touch, until `forget`. Those not yet written may not be read
 // before they are; those that are written may not be written again: they are a kernel's input.
+// One declared both ways is updated in place.
 void declare(const char* name, const void* begin, size_t bytes, bool written);
 void forget();
 
-// Of grid.cpp: the edges of a launch and of a CTA, and who waited for whom.
+// Of grid.cpp: a launch or a CTA begins.
 void launch_begin();
-void launch_end();
 void cta_begin(Cta& cta);
-void cta_end(Cta& cta);
-void order_cta(Cta& cta);
-void order_threads(const std::vector<Thread*>& threads);
 
-// A plain access by the running thread, at `pc` in the kernel.
+// A plain access by the running thread, at `pc` in the kernel. Its size is its alignment.
 void read(const void* address, size_t bytes, const void* pc);
 void write(const void* address, size_t bytes, const void* pc);
 void atomic(const void* address, size_t bytes, const void* pc);
+// Any number of bytes, with an alignment of their own.
+void read_range(const void* address, size_t bytes, size_t alignment, const void* pc);
+void write_range(const void* address, size_t bytes, size_t alignment, const void* pc);
+
+// 16 bytes of shared memory that an asynchronous copy writes: nobody may touch them until it lands.
+void copy_begin(const void* shared, const void* pc);
+void copy_landed(const void* shared);
 
 }  // namespace gk::emulator::memory

@@ -1,0 +1,94 @@
+// Source lines by addr2line, which knows inlined functions too, and callers by frame pointers.
+#include "report.h"
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#include "grid.h"
+
+// The linker's: this module's first byte.
+extern "C" const char __ehdr_start __attribute__((visibility("hidden")));
+
+namespace gk::emulator {
+namespace {
+
+constexpr size_t kMostCallers = 16;
+
+std::string quoted(const std::string& text) {
+    std::string result = "'";
+    for (const char c : text) result += c == '\'' ? std::string("'\\''") : std::string(1, c);
+    return result + "'";
+}
+
+std::string hexadecimal(uintptr_t number) {
+    char buffer[32];
+    std::snprintf(buffer, sizeof buffer, "0x%zx", size_t(number));
+    return buffer;
+}
+
+// The lines of return addresses, innermost first, without those of the emulator itself.
+std::string lines(const std::vector<const void*>& calls) {
+    Dl_info module;
+    if (calls.empty() || !dladdr(&__ehdr_start, &module)) return "an unknown place";
+    std::string command = "addr2line -i -e " + quoted(module.dli_fname);
+    for (const void* call : calls) {
+        // A return address may already belong to the next line: one byte less is still the call.
+        command += " " + hexadecimal(uintptr_t(call) - uintptr_t(&__ehdr_start) - 1);
+    }
+    std::string found;
+    if (FILE* pipe = popen((command + " 2>/dev/null").c_str(), "r")) {
+        char line[4096];
+        while (std::fgets(line, sizeof line, pipe)) {
+            std::string text = short_path(line);
+            text = text.substr(0, text.find_first_of(" \n"));
+            const bool known = text.find('?') == std::string::npos && text.back() != ':';
+            if (known && text.rfind("csrc/emulator/", 0) != 0) {
+                found += (found.empty() ? "" : ", called at ") + text;
+            }
+        }
+        pclose(pipe);
+    }
+    return found.empty() ? "code address " + hexadecimal(uintptr_t(calls[0])) : found;
+}
+
+}  // namespace
+
+std::string here(const void* pc) {
+    // The frames of the running thread, from this one out: each begins with the caller's frame and
+    // the return address. Those before `pc` are the emulator's own, and so are the last two: the
+    // kernel's caller, and the thread's first function, which has no caller.
+    std::vector<const void*> calls{pc};
+    const char* stack = running->fiber.stack_begin();
+    const size_t size = size_t(running->fiber.stack_end() - stack);
+    bool found = false;
+    auto frame = static_cast<const char*>(__builtin_frame_address(0));
+    while (size_t(frame - stack) <= size - 2 * sizeof(void*) && calls.size() < kMostCallers) {
+        const void* values[2];
+        std::memcpy(values, frame, sizeof values);
+        if (values[0] == nullptr && calls.size() > 2) calls.resize(calls.size() - 2);
+        if (static_cast<const char*>(values[0]) <= frame) break;
+        if (found) calls.push_back(values[1]);
+        found |= values[1] == pc;
+        frame = static_cast<const char*>(values[0]);
+    }
+    return lines(calls);
+}
+
+std::string place(const void* pc) { return lines({pc}); }
+
+std::string short_path(const std::string& path) {
+    size_t start = path.rfind("/csrc/");
+    if (start == std::string::npos) start = path.rfind("/tests/");
+    return start == std::string::npos ? path : path.substr(start + 1);
+}
+
+unsigned pack_place(const void* pc) {
+    return unsigned(uintptr_t(pc) - uintptr_t(&__ehdr_start)) & ((1u << 28) - 1);
+}
+
+const void* unpack_place(unsigned place) { return &__ehdr_start + place; }
+
+}  // namespace gk::emulator
