@@ -1,11 +1,14 @@
-"""The gates: every Triton kernel compiled with no GPU, and held to a committed table.
+"""The gates: every kernel compiled with no GPU, and held to a committed table.
 
-    python -m gates                         the installed Triton against gates/triton.json
+    python -m gates                         the installed Triton and nvcc, against their tables
+    python -m gates --compiler nvcc         one of the two
     python -m gates --triton 3.6.0 3.9.0    those versions, installed aside under build/
-    python -m gates --update                rewrite this Triton's part of the table
+    python -m gates --update                rewrite these compilers' part of the tables
 
-Each configuration that a launcher ships (`shipped()` of each of `gptkernels.triton_kernels`) is
-compiled for each architecture that would run it. A gate fails on a register spill that no written
-exemption allows, on more shared memory than a thread block may have there, and on any number that
-differs from the table: what a change of a kernel costs shows where the change is reviewed.
+Triton kernels are compiled in each configuration that a launcher ships (`shipped()` of each of
+`gptkernels.triton_kernels`), for each architecture that would run it; CUDA C++ kernels as they are
+installed. A gate fails on a register spill that no written exemption allows, on more shared memory
+than a thread block may have there, on tensor-core or 16-byte instructions that are not there, and
+on any number that differs from gates/triton.json or gates/native.json: what a change of a kernel
+costs shows where the change is reviewed. Without nvcc its part is skipped, and says so.
 """

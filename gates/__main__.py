@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gates import table as tables
-from gates.table import Key, Resources
+from gates.table import Key, Requirement, Resources, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,16 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         del os.environ[name]
     if options.triton_path:
         sys.path.insert(0, str(options.triton_path))
-    try:
-        import triton
-    except ImportError:
-        print("gates: Triton is not installed (pip install triton; Linux only)", file=sys.stderr)
+        options.compiler = "triton"
+    runs = {"triton": _triton, "nvcc": _nvcc}
+    wanted = [options.compiler] if options.compiler else list(runs)
+    codes = [runs[name](options) for name in wanted]
+    if all(code is None for code in codes):
+        print(f"gates: no configuration's name contains {options.only!r}", file=sys.stderr)
         return 2
-    return _run(triton.__version__, options)
+    return max(code or 0 for code in codes)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m gates", description=__doc__)
+    parser.add_argument("--compiler", choices=("triton", "nvcc"), help="default: both")
     parser.add_argument(
         "--triton",
         nargs="+",
@@ -77,7 +80,13 @@ def _run_aside(version: str, options: argparse.Namespace) -> int:
     return subprocess.run(command, cwd=ROOT).returncode
 
 
-def _run(version: str, options: argparse.Namespace) -> int:
+def _triton(options: argparse.Namespace) -> int | None:
+    """The exit code; None where no configuration is meant."""
+    try:
+        import triton
+    except ImportError:
+        print("gates: Triton is not installed (pip install triton; Linux only)", file=sys.stderr)
+        return 2
     from gates.compiling import configurations, measure_all
 
     keys = [
@@ -87,8 +96,7 @@ def _run(version: str, options: argparse.Namespace) -> int:
         if options.only in name and (not options.triton_path or architecture in ARCHITECTURES_ASIDE)
     ]
     if not keys:
-        print(f"gates: no configuration's name contains {options.only!r}", file=sys.stderr)
-        return 2
+        return None
     started = time.perf_counter()
     found: dict[Key, Resources] = {}
     for key, resources in measure_all(keys, options.jobs):
@@ -98,28 +106,69 @@ def _run(version: str, options: argparse.Namespace) -> int:
     found = {key: found[key] for key in keys}
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    _print(version, found)
-    table = tables.load()
+    table = tables.load(tables.TRITON)
+    broken = _compare("Triton", triton.__version__, found, table, tables.TRITON, options)
+    return _verdict(f"Triton {triton.__version__}", found, broken, started)
+
+
+def _nvcc(options: argparse.Namespace) -> int | None:
+    """The exit code; None where no kernel is meant."""
+    from gates import native
+
+    version = native.version()
+    if version is None:
+        print("nvcc: skipped, neither PATH nor CUDA_HOME leads to it")
+        return 0
+    started = time.perf_counter()
+    try:
+        found, notes = native.measure_all()
+    except subprocess.CalledProcessError:
+        print("gates: the CUDA kernels do not compile (see above)", file=sys.stderr)
+        return 1
+    found = {key: resources for key, resources in found.items() if options.only in key[0]}
+    if not found:
+        return None
+    table = tables.load(tables.NATIVE)
+    broken = _compare("nvcc", version, found, table, tables.NATIVE, options, native.REQUIREMENTS)
+    return _verdict(f"nvcc {version}", found, [*notes, *broken], started)
+
+
+def _compare(
+    compiler: str,
+    version: str,
+    found: Mapping[Key, Resources],
+    table: Table,
+    path: Path,
+    options: argparse.Namespace,
+    requirements: Sequence[Requirement] = (),
+) -> list[str]:
+    """Prints what was found, updates the table where that is asked for, and names what fails."""
+    _print(f"{compiler} {version}", found)
     if options.update:
         old = table.versions.get(version, {})
         kept = {k: v for k, v in old.items() if options.only and options.only not in k[0]}
-        table.versions[version] = kept | found
+        table.versions[version] = {**kept, **found}
         lines = tables.changes(old, table.versions[version])
         print("\n".join(lines) or "The table stays as it is")
-        tables.save(table)
-    broken = tables.violations(version, found, table, complete=not options.only)
+        tables.save(table, path)
+    return tables.violations(
+        compiler, version, found, table, requirements, complete=not options.only
+    )
+
+
+def _verdict(name: str, found: Mapping[Key, Resources], broken: list[str], started: float) -> int:
     for sentence in broken:
         print(f"FAILED {sentence}")
     seconds = time.perf_counter() - started
     verdict = f"{len(broken)} FAILED" if broken else "all hold"
-    print(f"Triton {version}: {len(found)} compiled kernels, {verdict} ({seconds:.0f} s)")
+    print(f"{name}: {len(found)} compiled kernels, {verdict} ({seconds:.0f} s)")
     return 1 if broken else 0
 
 
-def _print(version: str, found: Mapping[Key, Resources]) -> None:
+def _print(name: str, found: Mapping[Key, Resources]) -> None:
     """One row a configuration, one column an architecture: registers / shared memory, spills."""
     architectures = sorted({architecture for _, architecture in found})
-    header = [f"Triton {version}", *(f"sm_{a}" for a in architectures)]
+    header = [name, *(f"sm_{a}" for a in architectures)]
     rows = [
         [name, *(_cell(found.get((name, a))) for a in architectures)]
         for name in dict.fromkeys(name for name, _ in found)

@@ -13,12 +13,10 @@ import importlib
 import json
 import os
 import pkgutil
-import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,12 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gates import sass
 from gates.table import SHARED_LIMITS, Key, Resources
 from gptkernels import triton_kernels
 from gptkernels.triton_kernels import Shipped
 
 CACHE = Path(__file__).resolve().parent.parent / "build" / "gates"
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _WARP = 32
 
 
@@ -100,19 +98,14 @@ def measure(key: Key) -> Resources:
 
 def read(cubin: Path, shared: int) -> Resources:
     """Registers, spills and stack of the kernel in a cubin. Raises RuntimeError if unreadable."""
-    usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", _cuobjdump("-res-usage", cubin))
-    if usage is None:
-        raise RuntimeError("cuobjdump -res-usage printed no resources")
-    registers, stack, local = map(int, usage.groups())
+    kernels = list(sass.usage(cubin).values())
+    if len(kernels) != 1:
+        raise RuntimeError(f"cuobjdump -res-usage printed the resources of {len(kernels)} kernels")
+    (used,) = kernels
     spills = 0
-    if stack + local:  # disassembling takes as long as compiling did
-        spills = len(re.findall(r"\b(?:STL|LDL)\b", _cuobjdump("-sass", cubin)))
-    return Resources(registers, spills, stack + local, shared)
-
-
-def _cuobjdump(option: str, cubin: Path) -> str:
-    command = [str(_TOOLS / "cuobjdump"), option, str(cubin)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    if used.stack:  # disassembling takes as long as compiling did
+        spills = sum(sass.is_spill(found) for _, found in sass.instructions(cubin))
+    return replace(used, spills=spills, shared=shared)
 
 
 def _shipped() -> Iterator[Shipped]:
@@ -124,5 +117,6 @@ def _shipped() -> Iterator[Shipped]:
 
 @functools.cache
 def _how() -> str:
-    """How results come about: this file."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    """How results come about: this file and the one that reads them."""
+    files = (__file__, sass.__file__)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()

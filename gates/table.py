@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-PATH = Path(__file__).with_name("triton.json")
+TRITON = Path(__file__).with_name("triton.json")
+NATIVE = Path(__file__).with_name("native.json")
 
 # Bytes of shared memory that one thread block may use.
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -20,18 +22,21 @@ Key = tuple[str, int]  # (configuration, compute capability)
 class Resources:
     """What one compiled kernel uses: registers of a thread, bytes of stack and of shared memory.
 
-    `spills` counts the instructions that move registers to local memory and back.
+    `spills` counts the instructions that move registers to local memory and back. `instructions`
+    names those of note that are there, where they are looked for: "HMMA LDG.128".
     """
 
     registers: int
     spills: int
     stack: int
     shared: int
+    instructions: str = ""
 
     def __str__(self) -> str:
         spilled = f", {self.spills} spills" if self.spills else ""
         stack = f", {self.stack} B stack" if self.stack else ""
-        return f"{self.registers} registers{spilled}{stack}, {self.shared} B shared"
+        of_note = f", {self.instructions}" if self.instructions else ""
+        return f"{self.registers} registers{spilled}{stack}, {self.shared} B shared{of_note}"
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,23 @@ class Exemption:
         return key[0] == self.configuration and key[1] in self.architectures
 
 
+@dataclass(frozen=True)
+class Requirement:
+    """An instruction that every kernel whose name matches must have."""
+
+    kernels: str  # a regular expression, for the beginning of the name
+    instruction: str
+
+
 @dataclass
 class Table:
-    """Triton version -> compiled kernel -> resources, and the exemptions, which hold for all."""
+    """Compiler's version -> compiled kernel -> resources, and exemptions, which hold for all."""
 
     versions: dict[str, dict[Key, Resources]] = field(default_factory=dict)
     exemptions: list[Exemption] = field(default_factory=list)
 
 
-def load(path: Path = PATH) -> Table:
+def load(path: Path) -> Table:
     """Read the table. Raises ValueError for a file that is not one."""
     try:
         raw = json.loads(path.read_text())
@@ -76,14 +89,17 @@ def load(path: Path = PATH) -> Table:
     return Table(versions, exemptions)
 
 
-def save(table: Table, path: Path = PATH) -> None:
+def save(table: Table, path: Path) -> None:
     """Write the table, one configuration a line, so that a diff reads as a table."""
+    names = [f.name for f in fields(Resources)]
+    if not any(r.instructions for rows in table.versions.values() for r in rows.values()):
+        names.remove("instructions")
     versions = [
-        f'    "{version}": {{\n{_rows(rows)}\n    }}'
+        f'    "{version}": {{\n{_rows(rows, len(names))}\n    }}'
         for version, rows in sorted(table.versions.items())
     ]
     exemptions = [f"    {json.dumps(asdict(e))}" for e in table.exemptions]
-    columns = json.dumps([f.name for f in fields(Resources)])
+    columns = json.dumps(names)
     text = (
         f'{{\n  "columns": {columns},\n'
         f'  "exemptions": [\n{_lines(exemptions)}  ],\n'
@@ -93,13 +109,15 @@ def save(table: Table, path: Path = PATH) -> None:
 
 
 def violations(
+    compiler: str,
     version: str,
     found: Mapping[Key, Resources],
     table: Table,
+    requirements: Iterable[Requirement] = (),
     *,
     complete: bool = True,
 ) -> list[str]:
-    """One sentence for each rule that the kernels compiled by Triton `version` break.
+    """One sentence for each rule that the kernels compiled by `compiler`, `version`, break.
 
     `complete`: `found` is everything that is shipped, so what only the table has is stale.
     """
@@ -107,10 +125,11 @@ def violations(
     if committed is None:
         known = ", ".join(sorted(table.versions)) or "none"
         return [
-            f"the table has no Triton {version} (it has {known}): "
+            f"the table has no {compiler} {version} (it has {known}): "
             "run python -m gates --update with it, and commit the result"
         ]
     broken = list(_beyond_limits(found, table.exemptions))
+    broken += _without_instructions(found, requirements, complete)
     for key, resources in found.items():
         if key not in committed:
             broken.append(f"{_label(key)}: not in the table ({resources})")
@@ -165,10 +184,22 @@ def _beyond_limits(
             yield f"{_label(key)}: spills registers without an exemption ({resources})"
 
 
-def _rows(rows: Mapping[Key, Resources]) -> str:
+def _without_instructions(
+    found: Mapping[Key, Resources], requirements: Iterable[Requirement], complete: bool
+) -> Iterable[str]:
+    for requirement in requirements:
+        matching = {k: r for k, r in found.items() if re.match(requirement.kernels, k[0])}
+        if complete and not matching:
+            yield f"no kernel is named like {requirement.kernels!r}, which a requirement is for"
+        for key, resources in matching.items():
+            if requirement.instruction not in resources.instructions.split():
+                yield f"{_label(key)}: has no {requirement.instruction} ({resources})"
+
+
+def _rows(rows: Mapping[Key, Resources], columns: int) -> str:
     grouped: dict[str, dict[str, Any]] = {}
     for (name, architecture), resources in sorted(rows.items()):
-        grouped.setdefault(name, {})[f"sm_{architecture}"] = astuple(resources)
+        grouped.setdefault(name, {})[f"sm_{architecture}"] = astuple(resources)[:columns]
     return ",\n".join(f"      {json.dumps(n)}: {json.dumps(row)}" for n, row in grouped.items())
 
 

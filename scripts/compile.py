@@ -19,8 +19,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-_HEADERS = (".h", ".cuh", ".hpp")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """The compiler's exit code."""
@@ -60,12 +58,24 @@ def _compile(command: list[str], source: Path, made: Path) -> int:
 
 
 def _key(tools: str, command: list[str], source: Path) -> str:
-    """Every header of the project counts, whether this source includes it or not."""
-    digest = hashlib.sha256("\0".join((tools, *command, str(source))).encode())
-    headers = [path for path in Path("csrc").rglob("*") if path.suffix in _HEADERS]
-    for path in (source, *sorted(headers)):
+    digest = hashlib.sha256("\0".join((tools, *command)).encode())
+    for path in sorted(_read_by(source)):
         digest.update(f"\0{path}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _read_by(source: Path) -> set[Path]:
+    """The source and the project's headers that it may include, by whatever is defined."""
+    found: set[Path] = set()
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            for name in re.findall(r'^\s*#\s*include\s+"(.+)"', path.read_text(), re.M):
+                places = [Path(os.path.normpath(p / name)) for p in (path.parent, Path("csrc"))]
+                waiting += [place for place in places if place.is_file()]
+    return found
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -54,7 +54,7 @@ _REPORTED = [
     *("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
 ]
 _NVCC_FLAGS = [
-    *("-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"),
     *("-Werror=all-warnings", "-Xptxas=--warning-as-error", "-Xptxas=-v"),
 ]
 
@@ -102,7 +102,9 @@ def native(only: Sequence[str] = (), folder: Path | None = None) -> Path:
     if nvcc is None:
         raise BuildError("the CUDA kernels need nvcc, and neither PATH nor CUDA_HOME leads to one")
     include = ["-Icsrc"]
-    tools = _version([nvcc])
+    # nvcc adds flags from these variables by itself: -lineinfo for a profiler, say.
+    added = [os.environ.get(f"NVCC_{where}_FLAGS", "") for where in ("PREPEND", "APPEND")]
+    tools = " ".join((_version([nvcc]), *added)).strip()
     objects = [
         _Object(source, [nvcc, *_NVCC_FLAGS, *_targets(source), *include], tools)
         for source in _files("*.cu")
@@ -116,6 +118,17 @@ def native(only: Sequence[str] = (), folder: Path | None = None) -> Path:
     # other modules of the process.
     link = [nvcc, "-shared", "--cudart=static", f"-Xlinker={_EXPORTS},-s"]
     return _build(folder or ROOT / "build" / "native", objects, link, [], only)
+
+
+def kernels(folder: Path) -> dict[str, Path]:
+    """The native objects in `folder` of all kernels' sources, by file name, brought up to date.
+
+    What the compiler said of each is beside it, with .log at the end of its name. Raises as
+    native() does.
+    """
+    names = [source.name for source in _files("*.cu")]
+    native(names, folder)
+    return {name: _object(folder, name) for name in names}
 
 
 def find_nvcc() -> str | None:
@@ -238,7 +251,7 @@ def _build(
     if not objects:
         raise BuildError(f"there are no kernels in {ROOT / _SOURCES}")
     module = folder / _MODULE
-    made = {o.source.name: folder / "objects" / f"{o.source.name}.o" for o in objects}
+    made = {o.source.name: _object(folder, o.source.name) for o in objects}
     unknown = [name for name in only if name not in made]
     if unknown:
         raise BuildError(f"there is no {unknown[0]} among {', '.join(made)}")
@@ -253,6 +266,10 @@ def _build(
         command = [_ninja(), "-f", str(file), "-j", jobs, *map(_named, wanted)]
         subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
     return wanted[-1]
+
+
+def _object(folder: Path, source: str) -> Path:
+    return folder / "objects" / f"{source}.o"
 
 
 def _ninja_lines(

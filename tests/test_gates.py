@@ -13,12 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the gates belong to the repository, not to the installed package
 
+from gates import native, sass  # noqa: E402
 from gates.__main__ import ARCHITECTURES_ASIDE  # noqa: E402
 from gates.table import (  # noqa: E402
-    PATH,
+    NATIVE,
     SHARED_LIMITS,
+    TRITON,
     Exemption,
     Key,
+    Requirement,
     Resources,
     Table,
     changes,
@@ -41,7 +44,7 @@ def with_row(key: Key, **numbers: int) -> dict[Key, Resources]:
 
 class TestRules:
     def test_equal_numbers_hold(self) -> None:
-        assert violations("3.7.1", FOUND, table()) == []
+        assert violations("Triton", "3.7.1", FOUND, table()) == []
 
     @pytest.mark.parametrize("architecture", SHARED_LIMITS)
     def test_shared_memory_over_the_limit(self, architecture: int) -> None:
@@ -49,7 +52,7 @@ class TestRules:
         limit = SHARED_LIMITS[architecture]
         for shared, broken in ((limit, 0), (limit + 1, 1)):
             found = with_row(("b", architecture), shared=shared)
-            sentences = violations("3.7.1", found, Table({"3.7.1": found}))
+            sentences = violations("Triton", "3.7.1", found, Table({"3.7.1": found}))
             assert len(sentences) == broken
         assert sentences == [
             f"b sm_{architecture}: {limit + 1} B of shared memory, {limit} B is the limit"
@@ -59,35 +62,52 @@ class TestRules:
     def test_spills_need_an_exemption(self, numbers: dict[str, int]) -> None:
         found = with_row(("a", 86), **numbers)
         spilled = Table({"3.7.1": found})
-        (sentence,) = violations("3.7.1", found, spilled)
+        (sentence,) = violations("Triton", "3.7.1", found, spilled)
         assert sentence.startswith("a sm_86: spills registers without an exemption")
         spilled.exemptions = [Exemption("a", (80,), "another architecture")]
-        assert len(violations("3.7.1", found, spilled)) == 2
+        assert len(violations("Triton", "3.7.1", found, spilled)) == 2
         spilled.exemptions = [Exemption("a", (80, 86), "ptxas spills two, which costs nothing")]
-        assert violations("3.7.1", found, spilled) == []
+        assert violations("Triton", "3.7.1", found, spilled) == []
         spilled.exemptions = [Exemption("a", (86,), " ")]
-        assert violations("3.7.1", found, spilled) == ["a: its exemption gives no reason"]
+        assert violations("Triton", "3.7.1", found, spilled) == ["a: its exemption gives no reason"]
 
     @pytest.mark.parametrize("numbers", [{"registers": 127}, {"registers": 129}, {"shared": 0}])
     def test_any_change_is_named(self, numbers: dict[str, int]) -> None:
-        (sentence,) = violations("3.7.1", with_row(("a", 80), **numbers), table())
+        (sentence,) = violations("Triton", "3.7.1", with_row(("a", 80), **numbers), table())
         assert sentence.startswith("a sm_80: ")
         assert sentence.endswith("the table has 128 registers, 65536 B shared")
 
+    def test_required_instructions(self) -> None:
+        found = FOUND | {("b", 90): dataclasses.replace(CLEAN, instructions="HMMA LDG.128")}
+
+        def broken(*requirements: Requirement, complete: bool = True) -> list[str]:
+            table = Table({"13.0": found})
+            return violations("nvcc", "13.0", found, table, requirements, complete=complete)
+
+        assert broken(Requirement("b$", "HMMA"), Requirement("[bc]", "LDG.128")) == []
+        assert broken(Requirement("b", "LDG")) == [
+            "b sm_90: has no LDG (128 registers, 65536 B shared, HMMA LDG.128)"
+        ]
+        assert len(broken(Requirement("", "HMMA"))) == 2
+        assert broken(Requirement("c", "HMMA")) == [
+            "no kernel is named like 'c', which a requirement is for"
+        ]
+        assert broken(Requirement("c", "HMMA"), complete=False) == []
+
     def test_missing_and_stale_rows(self) -> None:
         new = with_row(("c", 80))
-        assert violations("3.7.1", new, table()) == [
+        assert violations("Triton", "3.7.1", new, table()) == [
             "c sm_80: not in the table (128 registers, 65536 B shared)"
         ]
         part = {("a", 80): CLEAN}
-        assert violations("3.7.1", part, table()) == [
+        assert violations("Triton", "3.7.1", part, table()) == [
             "a sm_86: in the table, but not shipped",
             "b sm_90: in the table, but not shipped",
         ]
-        assert violations("3.7.1", part, table(), complete=False) == []
+        assert violations("Triton", "3.7.1", part, table(), complete=False) == []
 
     def test_unknown_version(self) -> None:
-        (sentence,) = violations("3.8.0", FOUND, table())
+        (sentence,) = violations("Triton", "3.8.0", FOUND, table())
         assert sentence.startswith("the table has no Triton 3.8.0 (it has 3.7.1)")
 
     def test_changes(self) -> None:
@@ -108,6 +128,10 @@ class TestFile:
         written = Table(versions, [Exemption("a", (80,), "why")])
         save(written, path)
         assert load(path) == written
+        assert "instructions" not in path.read_text()
+        written.versions["3.7.1"]["a", 80] = dataclasses.replace(CLEAN, instructions="HMMA")
+        save(written, path)
+        assert load(path) == written
         save(Table(), path)
         assert load(path) == Table()
 
@@ -119,7 +143,7 @@ class TestFile:
             load(path)
 
     def test_committed_table_keeps_its_own_rules(self) -> None:
-        committed = load()
+        committed = load(TRITON)
         assert {"3.6.0", "3.7.1", "3.9.0"} <= committed.versions.keys()
         shared = [
             {key for key in rows if key[1] in ARCHITECTURES_ASIDE}
@@ -127,7 +151,14 @@ class TestFile:
         ]
         assert all(keys == shared[0] for keys in shared)
         for version, rows in committed.versions.items():
-            assert violations(version, rows, committed) == []
+            assert violations("Triton", version, rows, committed) == []
+
+    def test_committed_native_table_keeps_its_own_rules(self) -> None:
+        committed = load(NATIVE)
+        assert "13.0" in committed.versions
+        for version, rows in committed.versions.items():
+            assert {architecture for _, architecture in rows} == {80, 90}
+            assert violations("nvcc", version, rows, committed, native.REQUIREMENTS) == []
 
 
 class TestCommand:
@@ -140,16 +171,16 @@ class TestCommand:
             "TRITON_INTERPRET": "1",
             "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT))),
         }
-        command = [sys.executable, "-m", "gates", "--jobs", "1", *arguments]
+        command = [sys.executable, "-m", "gates", "--compiler", "triton", "--jobs", "1", *arguments]
         return subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
 
     def test_compiles_and_compares(self, tmp_path: Path) -> None:
         version = pytest.importorskip("triton").__version__
-        if version not in load().versions:
+        if version not in load(TRITON).versions:
             pytest.skip(f"the table has no Triton {version}")
-        shutil.copytree(PATH.parent, tmp_path / "gates", ignore=shutil.ignore_patterns("__py*"))
+        shutil.copytree(TRITON.parent, tmp_path / "gates", ignore=shutil.ignore_patterns("__py*"))
         path = tmp_path / "gates" / "triton.json"
         first = self.run(tmp_path, "--only", self.ONLY)
         assert first.returncode == 0, first.stdout + first.stderr
@@ -171,9 +202,112 @@ class TestCommand:
         assert "no configuration's name contains 'no such kernel'" in none.stderr
 
 
+SASS = """
+Fatbin elf code:
+================
+arch = sm_80
+\t\tFunction : _ZN2gk6kernelIfEEvi
+\t.headerflags\t@"EF_CUDA_SM80 EF_CUDA_PTX_SM(EF_CUDA_SM80)"
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;                 /* 0x0000000402047981 */
+                                                                           /* 0x000fe8000c1e1d00 */
+        /*0010*/             @!P0  STL.64 [R1], R4 ;                       /* 0x0000000402007986 */
+        /*0020*/              @UP1 HMMA.16816.F32 R4, R4, R8, RZ ;         /* 0x0000000402007986 */
+arch = sm_90a
+\t\tFunction : _ZN2gk6kernelIfEEvi
+        /*0000*/                   EXIT ;                                  /* 0x000000000000794d */
+"""
+USAGE = """
+arch = sm_80
+ Function _ZN2gk6kernelIfEEvi:
+  REG:32 STACK:8 SHARED:16 LOCAL:4 CONSTANT[0]:364 TEXTURE:0 SURFACE:0 SAMPLER:0
+arch = sm_90a
+ Function _ZN2gk6kernelIfEEvi:
+  REG:40 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:540 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+class TestNative:
+    """The CUDA C++ kernels' gates."""
+
+    def test_reads_what_cuobjdump_prints(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        printed = {"-res-usage": USAGE, "-sass": SASS}
+        monkeypatch.setattr(sass, "_cuobjdump", lambda option, file: printed[option])
+        monkeypatch.setattr(native, "readable", lambda names: ["kernel<fp32>" for _ in names])
+        assert native._read(Path()) == {
+            ("kernel<fp32>", 80): Resources(32, 1, 12, 16, "HMMA LDG.128"),
+            ("kernel<fp32>", 90): Resources(40, 0, 0, 1024),
+        }
+
+    @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
+    def test_names_read_as_in_the_source(self) -> None:
+        assert native.readable(
+            [
+                "_ZN2gk20attention_fwd_kernelI13__nv_bfloat16Li256ELb1EEEvNS_12FwdArgumentsE",
+                "_ZN2gk14product_kernelIfNS_5SmallIfEELNS_6LayoutE2EEEvNS_7ProductE",
+                "_ZN2gk12_GLOBAL__N_110sum_kernelI6__halfEEvi",
+                "_ZN2gk5plainEi",
+            ]
+        ) == [
+            "attention_fwd_kernel<bf16, 256, true>",
+            "product_kernel<fp32, Small<fp32>, 2>",
+            "sum_kernel<fp16>",
+            "plain",
+        ]
+
+    def test_notes_of_ptxas_are_found(self) -> None:
+        text = "ptxas info    : 0 bytes gmem\n" + 2 * "ptxas info (C7508): setmaxnreg ignored\n"
+        assert list(native.notes("a.cu", text)) == ["a.cu: ptxas info (C7508): setmaxnreg ignored"]
+
+    def copy(self, folder: Path) -> None:
+        for name in ("gates", "scripts"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__py*"))
+
+    def run(self, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(folder)} | environment
+        command = [sys.executable, "-m", "gates", "--compiler", "nvcc", "--only", "spilling"]
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+
+    @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+    def test_spilling_kernel_fails(self, tmp_path: Path) -> None:
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "csrc" / "bindings.cpp").touch()
+        (tmp_path / "csrc" / "spilling.cu").write_text(
+            """
+            __global__ void __launch_bounds__(1024, 2) spilling(float* p) {
+                float values[64];
+            #pragma unroll
+                for (int i = 0; i < 64; ++i) values[i] = p[i * 1024 + threadIdx.x];
+                __syncthreads();
+            #pragma unroll
+                for (int i = 0; i < 64; ++i) p[i * 1024 + threadIdx.x] = values[i] * values[63 - i];
+            }
+            """
+        )
+        version = native.version()
+        assert version is not None
+        self.copy(tmp_path)
+        save(Table({version: {("spilling", 80): CLEAN}}), tmp_path / "gates" / "native.json")
+        done = self.run(tmp_path)
+        assert done.returncode == 1, done.stdout + done.stderr
+        for architecture in (80, 90):
+            spills = f"spilling sm_{architecture}: spills registers without an exemption (32 regist"
+            assert f"FAILED {spills}" in done.stdout
+        assert "FAILED spilling sm_80: 32 registers" in done.stdout
+        assert "FAILED spilling sm_90: not in the table" in done.stdout
+        assert f"nvcc {version}: 2 compiled kernels, 4 FAILED" in done.stdout
+
+    def test_without_nvcc_it_is_skipped_and_says_so(self, tmp_path: Path) -> None:
+        self.copy(tmp_path)
+        done = self.run(tmp_path, PATH=str(tmp_path), CUDA_HOME="")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == "nvcc: skipped, neither PATH nor CUDA_HOME leads to it\n"
+
+
 def test_the_pinned_triton_is_in_the_table() -> None:
     """What the project pins must be what the gates check."""
     pinned = (ROOT / "constraints.txt").read_text().splitlines()
     (pin,) = (line for line in pinned if line.startswith("triton=="))
     version = pin.removeprefix("triton==").split(";")[0].strip()
-    assert version in load().versions
+    assert version in load(TRITON).versions
