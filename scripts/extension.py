@@ -76,20 +76,32 @@ def emulator(only: Sequence[str] = ()) -> Path:
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
     compiler = _compiler()
-    include = ["-Icsrc", f"-isystem{_cuda_headers()}"]
-    base = [*compiler, *_EMULATED_FLAGS]
-    tools = _version(compiler)
-    # The emulator first: of the library functions that both instantiate the linker keeps the first,
-    # and the emulator's own accesses are not for it to check.
-    objects = [
-        _Object(source, [*base, "-O2", *include], tools) for source in _files("emulator/*.cpp")
-    ]
-    objects.append(_bindings([*base, "-O2", *include], tools))
-    objects += [
-        _Object(source, [*base, *_REPORTED, *include, "-xc++"], tools) for source in _files("*.cu")
-    ]
+    base = [*compiler, *_EMULATED_FLAGS, "-O2", "-Icsrc", f"-isystem{_cuda_headers()}"]
+    objects = [*_emulated(compiler, _files("*.cu")), _bindings(base, _version(compiler))]
     link = [*compiler, "-shared", f"-Wl,{_EXPORTS}"]
     return _build(ROOT / "build" / "emulator", objects, link, ["-pthread"], only)
+
+
+def emulated(sources: Sequence[Path], folder: Path) -> Path:
+    """A library in `folder` that is the emulator with these sources, kernels in .cu files and host
+    code in others, brought up to date. Paths are relative to ROOT. Raises as `emulator` does.
+    """
+    compiler = _compiler()
+    return _build(folder, _emulated(compiler, sources), [*compiler, "-shared"], ["-pthread"], [])
+
+
+def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]:
+    """The emulator first: of the library functions that several files instantiate the linker keeps
+    the first, and the emulator's own accesses are not for it to check.
+    """
+    include = ["-Icsrc", f"-isystem{_cuda_headers()}"]
+    host = [*compiler, *_EMULATED_FLAGS, "-O2", *include]
+    kernels = [*compiler, *_EMULATED_FLAGS, *_REPORTED, *include, "-xc++"]
+    tools = _version(compiler)
+    return [
+        _Object(source, kernels if source.suffix == ".cu" else host, tools)
+        for source in (*_files("emulator/*.cpp"), *sources)
+    ]
 
 
 def native(only: Sequence[str] = (), folder: Path | None = None) -> Path:

@@ -8,6 +8,7 @@
 #include "../launch.h"
 #include "grid.h"
 #include "memory.h"
+#include "report.h"
 
 namespace gk::emulator {
 namespace {
@@ -31,13 +32,16 @@ void choose_copies() {
     early = given == "early";
 }
 
-void cp_async_16(void* shared, const void* global, int bytes, Site site) {
+void cp_async_16(void* shared, const void* global, int bytes) {
     const void* pc = __builtin_return_address(0);
     if (bytes < 0 || bytes > 16) {
-        fail("cp.async copies " + std::to_string(bytes) + " bytes of 16", describe(site));
+        fail("cp.async copies " + std::to_string(bytes) + " bytes of 16", here(pc));
     }
-    if (reinterpret_cast<uintptr_t>(global) % 16) {
-        fail("cp.async reads from an address that is not a multiple of 16", describe(site));
+    const auto past = reinterpret_cast<uintptr_t>(global) % 16;
+    if (past != 0) {
+        fail("cp.async reads at an address that is " + std::to_string(past) +
+                 " past a multiple of 16",
+             here(pc));
     }
     if (bytes > 0) memory::read_range(global, size_t(bytes), 1, pc);
     memory::copy_begin(shared, pc);

@@ -5,7 +5,7 @@
 
 namespace gk::emulator {
 
-void cp_async_16(void* shared, const void* global, int bytes, Site site = Site::here());
+void cp_async_16(void* shared, const void* global, int bytes);
 void cp_async_commit();
 void cp_async_wait(int pending);
 

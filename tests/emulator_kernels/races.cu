@@ -1,0 +1,132 @@
+// Two threads at one place, one of them writing, with no barrier between.
+#include "cases.h"
+
+namespace {
+
+__device__ float* arena() { return reinterpret_cast<float*>(gk::shared_memory()); }
+
+// a (n,) in, b (n,) out, n floats of shared memory, n threads
+__global__ void read_after_write(const Case p) {
+    unsigned i = threadIdx.x;
+    arena()[i] = p.a[i];  // wrote
+    if (!p.broken) __syncthreads();
+    p.b[i] = arena()[i ? i - 1 : 0];  // read_after_write
+}
+
+__global__ void write_after_read(const Case p) {
+    unsigned i = threadIdx.x;
+    arena()[i] = p.a[i];
+    __syncthreads();
+    p.b[i] = arena()[(i + 1) % p.n];  // has read
+    if (!p.broken) __syncthreads();
+    arena()[i] = 0.0f;  // write_after_read
+}
+
+__global__ void write_after_write(const Case p) {
+    if (p.broken || threadIdx.x == 0) arena()[0] = p.a[threadIdx.x];  // write_after_write
+    __syncthreads();
+    p.b[threadIdx.x] = arena()[0];
+}
+
+// Lanes of a warp exchange through shared memory: __syncwarp orders them, a shuffle does not.
+__global__ void lanes(const Case p) {
+    unsigned i = threadIdx.x;
+    arena()[i] = p.a[i];  // lane wrote
+    if (p.broken) {
+        __shfl_xor_sync(0xffffffffu, p.a[i], 1);
+    } else {
+        __syncwarp();
+    }
+    p.b[i] = arena()[i ^ 1];  // lanes
+}
+
+// __syncwarp orders the lanes of its own warp alone.
+__global__ void warps(const Case p) {
+    unsigned i = threadIdx.x;
+    arena()[i] = p.a[i];  // warp wrote
+    if (p.broken) {
+        __syncwarp();
+    } else {
+        __syncthreads();
+    }
+    p.b[i] = arena()[i % 32];  // warps
+}
+
+// Half of a warp synchronises, and the other half reads.
+__global__ void half_warp(const Case p) {
+    unsigned i = threadIdx.x;
+    if (i < 16) {
+        arena()[i] = p.a[i];  // half wrote
+        __syncwarp(0xffffu);
+        p.b[i] = arena()[i ^ 1];
+    }
+    if (!p.broken) __syncwarp();
+    if (i >= 16) p.b[i] = arena()[i - 16];  // half_warp
+}
+
+// c (1,) float, updated in place by two CTAs
+__global__ void ctas(const Case p) {
+    auto total = static_cast<float*>(p.c);
+    if (threadIdx.x) return;
+    if (p.broken) {
+        *total += 1.0f;  // ctas
+    } else {
+        atomicAdd(total, 1.0f);
+    }
+}
+
+// c (1,) float: atomics, and a plain read that nothing orders after them
+__global__ void atomic_and_plain(const Case p) {
+    auto total = static_cast<float*>(p.c);
+    if (threadIdx.x) atomicAdd(total, 1.0f);  // atomic
+    __syncwarp();
+    if (!p.broken) __syncthreads();
+    if (threadIdx.x == 0) p.b[0] = *total;  // atomic_and_plain
+}
+
+// The same where the reader's own atomic is the last of two CTAs'.
+__global__ void atomic_of_ctas(const Case p) {
+    auto total = static_cast<float*>(p.c);
+    atomicAdd(total, 1.0f);  // last atomic
+    if (p.broken && blockIdx.x) p.b[blockIdx.x] = *total;  // atomic_of_ctas
+}
+
+// Four warps: two write and arrive at barrier 1, two wait there and read.
+__global__ void named_barrier(const Case p) {
+    using namespace gk::emulator;
+    unsigned i = threadIdx.x;
+    if (i < 64) {
+        arena()[i] = p.a[i];
+        barrier_arrive(1, 128, Site::here());
+        if (p.broken) arena()[i] = 0.0f;  // after arriving
+    } else {
+        barrier_sync(1, 128, Site::here(), "barrier_sync");
+        p.b[i] = arena()[i - 64];  // named_barrier
+    }
+}
+
+// Two barriers of two warps each order nothing between the pairs.
+__global__ void wrong_barrier(const Case p) {
+    using namespace gk::emulator;
+    unsigned i = threadIdx.x;
+    arena()[i] = p.a[i];  // pair wrote
+    barrier_sync(1 + i / 64, 64, Site::here(), "barrier_sync");
+    p.b[i] = arena()[p.broken ? i % 64 : i ^ 32];  // wrong_barrier
+}
+
+}  // namespace
+
+const NamedCase kRaceCases[] = {
+    {"read_after_write", read_after_write},
+    {"write_after_read", write_after_read},
+    {"write_after_write", write_after_write},
+    {"lanes", lanes},
+    {"warps", warps},
+    {"half_warp", half_warp},
+    {"ctas", ctas},
+    {"atomic_and_plain", atomic_and_plain},
+    {"atomic_of_ctas", atomic_of_ctas},
+    {"named_barrier", named_barrier},
+    {"wrong_barrier", wrong_barrier},
+    {nullptr, nullptr},
+};
