@@ -29,17 +29,23 @@ namespace gk {
 
 constexpr int kFwdWarps = 4, kFwdThreads = 32 * kFwdWarps;
 
-// Two row tiles a warp (32 queries) where registers allow: every fragment of k and v read from
-// shared memory then feeds two products, and shared memory is what mma.sync waits for otherwise.
-// Slots: k and v of a block need two; the third keeps one more tile in flight. All fit in 99 KB.
+// Tiles by dtype and padded width. Two row tiles a warp (32 queries) where registers allow: every
+// fragment of k and v read from shared memory then feeds two products, and shared memory is what
+// mma.sync waits for otherwise. Keys: the most that spill nothing. Slots: k and v of a block need
+// two; a third keeps one more tile in flight where two CTAs still fit in 100 KB.
 template <class T, int kHeadWidth, bool kOptions>
 struct FwdTiles {
-    static constexpr int kWidth = kHeadWidth;  // of a head in shared memory, zeros from D on
     static constexpr bool kHalf = sizeof(T) == 2;
+    static constexpr int kWidth = kHeadWidth;  // of a head in shared memory, zeros from D on
     static constexpr int kRowTiles = kWidth <= (kHalf ? 128 : 96) ? 2 : 1;
     static constexpr int kRows = kFwdWarps * 16 * kRowTiles;
-    static constexpr int kKeys = kHalf ? (kWidth == 256 ? 32 : 64) : (kWidth == 256 ? 16 : 32);
-    static constexpr int kSlots = kHalf ? (kWidth == 192 ? 2 : 3) : (kWidth > 96 ? 2 : 3);
+    static constexpr int kKeys = !kHalf          ? (kWidth == 256 ? 16 : 32)
+                                 : kWidth == 96  ? 48
+                                 : kWidth == 128 ? 32
+                                 : kWidth == 256 ? 32
+                                                 : 64;
+    static constexpr int kSlots = kHalf ? (kWidth == 64 || kWidth == 256 ? 3 : 2)
+                                        : (kWidth <= 96 ? 3 : 2);
 
     using Query = SharedTile<T, kRows, kWidth>;
     using Key = SharedTile<T, kKeys, kWidth>;
@@ -72,18 +78,12 @@ struct FwdPlace {
     }
 };
 
-// copy_tile with NaN and Inf taken out.
-template <class Tile, class T>
-__device__ void copy_finite(Tile tile, const T* source, int64_t row_stride, int rows_valid,
-                            int cols_valid) {
+// NaN and Inf in a tile become 0, by all threads.
+template <class T, int kTileRows, int kTileCols>
+__device__ void zero_nonfinite(const SharedTile<T, kTileRows, kTileCols>& tile) {
 #pragma unroll 1
-    for (int index = static_cast<int>(threadIdx.x); index < Tile::kRows * Tile::kCols;
-         index += kFwdThreads) {
-        const int row = index / Tile::kCols, col = index % Tile::kCols;
-        float value = 0;
-        if (row < rows_valid && col < cols_valid) value = to_float(source[row * row_stride + col]);
-        *tile.at(row, col) = from_float<T>(is_finite(value) ? value : 0.0f);
-    }
+    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kTileCols; i += kFwdThreads)
+        if (!is_finite(to_float(tile.data[i]))) tile.data[i] = from_float<T>(0.0f);
 }
 
 // s = q k^T for this warp's rows.
@@ -206,38 +206,34 @@ __global__ void __launch_bounds__(kFwdThreads)
 
     const Band band = band_of(call, b);
     const Range keys = band.keys(i0, Tiles::kRows, kKeys);
-    const int blocks = keys.last > keys.first ? (keys.last - keys.first + kKeys - 1) / kKeys : 0;
+    const int j_last = keys.last > keys.first ? (keys.last - 1) / kKeys * kKeys : -kKeys;
     const Score score = score_of_head(call, h);
     const float factor = kOptions ? 1.0f : score.factor;
     DropoutKey dropout{};
     if (kOptions && call.dropout.rng != nullptr) dropout = dropout_key(call.dropout);
 
+    // Tile t: k (even) or v (odd) of block t / 2 from the right, j its first key. One group each,
+    // empty where there is no such block.
     auto slot = [&](int t) {
         return typename Tiles::Key{reinterpret_cast<T*>(slots + t % kSlots * Tiles::Key::kBytes)};
     };
-    // Tile t: k (even) or v (odd) of block t / 2 from the right. One group each, empty at the end.
-    auto request = [&](int t, bool careful) {
-        const int j0 = keys.first + (blocks - 1 - t / 2) * kKeys, valid = band.count - j0;
-        if (t < 2 * blocks) {
-            if (t % 2 == 0)
-                copy_tile<kFwdThreads>(slot(t), k + j0 * p.k_strides.token, p.k_strides.token,
-                                       valid, call.D, a.k_aligned);
-            else if (!careful)
-                copy_tile<kFwdThreads>(slot(t), v + j0 * p.v_strides.token, p.v_strides.token,
-                                       valid, call.D, a.v_aligned);
-            else
-                copy_finite(slot(t), v + j0 * p.v_strides.token, p.v_strides.token, valid, call.D);
+    auto request = [&](int t, int j, bool is_key) {
+        if (j >= keys.first) {
+            const T* from = is_key ? k + j * p.k_strides.token : v + j * p.v_strides.token;
+            copy_tile<kFwdThreads>(slot(t), from, is_key ? p.k_strides.token : p.v_strides.token,
+                                   band.count - j, call.D, is_key ? a.k_aligned : a.v_aligned);
         }
         cp_async_commit();
     };
     // Tile t is there for all threads, and all are done with tile t - 1, whose slot is filled again.
-    auto advance = [&](int t, bool careful) {
-        cp_async_wait<kSlots - 2>();
+    constexpr int kAhead = kSlots - 1;
+    auto advance = [&](int t, int j, int odd) {
+        cp_async_wait<kAhead - 1>();
         __syncthreads();
-        request(t + kSlots - 1, careful);
+        request(t + kAhead, j - (kAhead + odd) / 2 * kKeys, (kAhead + odd) % 2 == 0);
     };
 
-    if (blocks > 0)
+    if (keys.last > keys.first)
         copy_tile<kFwdThreads>(q_tile, q, p.q_strides.token, call.Tq - i0, call.D, a.q_aligned);
 
     float o[kRowTiles][kHeadWidth / 8][4];
@@ -257,14 +253,14 @@ __global__ void __launch_bounds__(kFwdThreads)
                 for (int e = 0; e < 4; ++e) o[r][d][e] = 0;
         }
 #pragma unroll
-        for (int t = 0; t < kSlots - 1; ++t) request(t, careful);
+        for (int t = 0; t < kAhead; ++t) request(t, j_last - t / 2 * kKeys, t % 2 == 0);
+        int t = 0;
 #pragma unroll 1
-        for (int block = 0; block < blocks; ++block) {
-            const int j0 = keys.first + (blocks - 1 - block) * kKeys;
+        for (int j0 = j_last; j0 >= keys.first; j0 -= kKeys, t += 2) {
             float s[kRowTiles][kKeys / 8][4];
-            advance(2 * block, careful);
-            score_products<Tiles, T>(s, q_tile, slot(2 * block), row0);
-            advance(2 * block + 1, careful);
+            advance(t, j0, 0);
+            score_products<Tiles, T>(s, q_tile, slot(t), row0);
+            advance(t + 1, j0, 1);
             if (kOptions) {
 #pragma unroll
                 for (int r = 0; r < kRowTiles; ++r)
@@ -308,17 +304,21 @@ __global__ void __launch_bounds__(kFwdThreads)
                             if (!kept(keep, e / 4, e % 4)) s[r][n / 8 + e / 4][e % 4] = 0;
                     }
             }
-            value_products<Tiles, T>(o, s, slot(2 * block + 1));
+            if (careful) {
+                zero_nonfinite(slot(t + 1));
+                __syncthreads();
+            }
+            value_products<Tiles, T>(o, s, slot(t + 1));
         }
         if (careful) break;
-        bool finite = true;
+        float zero = 0;  // NaN where one of o is not finite
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
             for (int d = 0; d < kHeadWidth / 8; ++d)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) finite = finite && is_finite(o[r][d][e]);
-        const int lost = __any_sync(0xffffffffu, !finite);
+                for (int e = 0; e < 4; ++e) zero = fmaf(o[r][d][e], 0.0f, zero);
+        const int lost = __any_sync(0xffffffffu, zero != 0);
         if (lane == 0) flags[warp] = lost;
         __syncthreads();
 #pragma unroll
