@@ -55,9 +55,9 @@ struct AttentionBwd {
     const float* dlse;  // (B, H, Tq), or null
     float* delta;       // (B, H, Tq), workspace
     float* total;       // (B, H, Tq), workspace in fp32, else null
-    float* dq_sum;      // zeros, where dq is to be added up by atomics (16 bits, dk or dv wanted
-                        // too), B * H * Tq * D of them with Tq rounded up to a multiple of 32 and D
-                        // to 64, 96, 128, 192 or 256; else null
+    float* dq_sum;      // workspace where dq is to be added up by atomics (16 bits, dk or dv wanted
+                        // too), B * H * Tq * D with Tq rounded up to a multiple of 32 and D to 64,
+                        // 96, 128, 192 or 256; else null
     void* dq;           // (B, Tq, H, D) contiguous, or null: not wanted
     void* dk;           // (B, Tk, Hk, D) contiguous, or null
     void* dv;           // (B, Tk, Hk, D) contiguous, or null

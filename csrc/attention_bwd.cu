@@ -3,7 +3,7 @@
 //     delta = sum_d dout * out - dlse                 (B, H, Tq) fp32
 //
 // With dropout too, sum_d dout * out equals sum_j p dp, which saves a pass over the keys. Reads out
-// and dout once. A row whose gradients are not finite shows in delta: with a softcap scores are
+// and dout once, and clears the sum of dq where there is one. A row whose gradients are not finite shows in delta: with a softcap scores are
 // finite whatever q holds, so q is looked at too.
 //
 // Then, for dk and dv, the keys kernel; for dq the queries kernel (7 products in all, the same bits
@@ -18,6 +18,17 @@
 namespace gk {
 
 constexpr int kDeltaThreads = 256, kDeltaLanes = 8;  // eight lanes for a row
+constexpr int kSumRows = 32;                         // dq_sum comes in tiles of 32 rows, or 16
+
+// Of a head in the kernels for a head width D.
+inline int padded_width(int D) {
+    return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256;
+}
+
+struct DeltaArguments {
+    BwdArguments of;
+    int64_t sum_chunks;  // dq_sum's length in chunks of 16 bytes
+};
 
 // Elements col ... of a row D wide, zeros past its end.
 template <class T>
@@ -33,12 +44,17 @@ __device__ void load_chunk(float (&values)[kPer128<T>], const T* line, int col, 
 
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads)
-    attention_bwd_delta_kernel(const __grid_constant__ BwdArguments a) {
+    attention_bwd_delta_kernel(const __grid_constant__ DeltaArguments arguments) {
+    const BwdArguments& a = arguments.of;
     const AttentionBwd& p = a.p;
     const AttentionCall& call = p.call;
     const int D = call.D;
     // Rows in the order of out in memory.
-    const int64_t index = (static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x) / kDeltaLanes;
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x;
+    for (int64_t chunk = thread; chunk < arguments.sum_chunks;
+         chunk += static_cast<int64_t>(gridDim.x) * kDeltaThreads)
+        st128(p.dq_sum + 4 * chunk, Pack<float, 4>{});
+    const int64_t index = thread / kDeltaLanes;
     const bool exists = index < static_cast<int64_t>(call.batch) * call.Tq * call.H;
     const int64_t h = index % call.H, i = index / call.H % call.Tq, b = index / call.H / call.Tq;
     float delta = 0;
@@ -91,11 +107,15 @@ void launch_attention_bwd_of(const AttentionBwd& p, Stream stream) {
                          aligned_16(p.dout, size, p.dout_strides),
                          aligned_16(p.out, size, out)};
     constexpr int64_t kRows = kDeltaThreads / kDeltaLanes;
+    DeltaArguments arguments{a, 0};
+    if (p.dq_sum != nullptr)
+        arguments.sum_chunks = static_cast<int64_t>(c.batch) * c.H * ((c.Tq + kSumRows - 1) / kSumRows) *
+                               (kSumRows * padded_width(c.D) / 4);
     launch(attention_bwd_delta_kernel<T>,
            {"attention_bwd_delta_kernel", shape_of(c),
             grid_of("attention_bwd_delta_kernel", c, (rows + kRows - 1) / kRows), kDeltaThreads, 0,
             stream},
-           a);
+           arguments);
     if (kExact<T> || (p.dq != nullptr && p.dq_sum == nullptr))
         launch_attention_bwd_queries<T>(a, stream);
     if (p.dk != nullptr || p.dv != nullptr) launch_attention_bwd_keys<T>(a, stream);

@@ -97,7 +97,7 @@ __device__ __forceinline__ void add_to_dq(float* dq_sum, int64_t tile,
 }
 
 template <class T, int kHeadWidth, bool kDk, bool kDv>
-__global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads)
+__global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 1)
     attention_bwd_keys_kernel(const __grid_constant__ BwdArguments a) {
     using Tiles = KeysTiles<T, kHeadWidth, kDk, kDv>;
     constexpr int kKeyTiles = Tiles::kKeyTiles, kKeys = Tiles::kKeys, kRows = Tiles::kRows;
@@ -131,8 +131,6 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads)
     const bool dropping = call.dropout.rng != nullptr;
     const bool plain = call.softcap == 0 && call.alibi_slopes == nullptr && !dropping;
     const bool adds_dq = Tiles::kDqHere && p.dq_sum != nullptr;
-    DropoutKey dropout{};
-    if (dropping) dropout = dropout_key(call.dropout);
 
     auto head = [&](int step) { return hk * group + step / blocks; };
     auto first_row = [&](int step) { return queries.first + step % blocks * kRows; };
@@ -229,6 +227,9 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads)
                                            score, 0, false, true, 1.0f);
                 }
         } else {
+            // Read again each time: the loop without dropout has no registers to spare.
+            DropoutKey dropout{};
+            if (dropping) dropout = dropout_key(call.dropout);
 #pragma unroll
             for (int r = 0; r < kKeyTiles; ++r)
 #pragma unroll

@@ -38,7 +38,7 @@ struct QueriesTiles {
 };
 
 template <class T, int kHeadWidth>
-__global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads)
+__global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
     attention_bwd_queries_kernel(const __grid_constant__ BwdArguments a) {
     using Tiles = QueriesTiles<T, kHeadWidth>;
     constexpr int kRowTiles = Tiles::kRowTiles, kKeys = Tiles::kKeys, kRows = Tiles::kRows;
@@ -67,8 +67,6 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads)
     const Score score = score_of_head(call, h);
     const bool dropping = call.dropout.rng != nullptr;
     const bool plain = call.softcap == 0 && call.alibi_slopes == nullptr && !dropping;
-    DropoutKey dropout{};
-    if (dropping) dropout = dropout_key(call.dropout);
 
     auto slot = [&](int start, int step) {
         return typename Tiles::Key{
@@ -93,28 +91,28 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads)
     };
 
     RowStats rows[kRowTiles][2];
-    float delta_sum[kRowTiles][2], total_sum[kRowTiles][2];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             rows[r][half] = row_stats<T>(p, nullptr, bh, i_first + 16 * r + 8 * half);
-            delta_sum[r][half] = total_sum[r][half] = 0;
+            // Sums for now. That delta of out is finite has gone into lse.
+            if (kExact<T>) rows[r][half].delta = rows[r][half].total = 0;
         }
-    // fp32: until here delta, from out, told whether the row is finite, which is in its lse now.
     auto finish_sums = [&]() {
+        __syncwarp();  // the four lanes of a row have read what one of them writes anew
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float delta = delta_sum[r][half], total = total_sum[r][half];
-                delta += __shfl_xor_sync(0xffffffffu, delta, 1);
-                total += __shfl_xor_sync(0xffffffffu, total, 1);
-                delta += __shfl_xor_sync(0xffffffffu, delta, 2);
-                total += __shfl_xor_sync(0xffffffffu, total, 2);
                 RowStats& row = rows[r][half];
-                row.total = total == 0 ? 1.0f : total;
-                row.delta = delta / row.total;
+#pragma unroll
+                for (int lanes = 1; lanes < 4; lanes *= 2) {
+                    row.delta += __shfl_xor_sync(0xffffffffu, row.delta, lanes);
+                    row.total += __shfl_xor_sync(0xffffffffu, row.total, lanes);
+                }
+                if (row.total == 0) row.total = 1;
+                row.delta /= row.total;
                 const int i = i_first + 16 * r + 8 * half;
                 if (lane % 4 == 0 && i < call.Tq) {
                     const int64_t at = static_cast<int64_t>(bh) * call.Tq + i;
@@ -163,6 +161,9 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads)
                         weigh<T, true>(s[r][n][e], ds[r][n][e], rows[r][e / 2], score, 0, false,
                                        true, 1.0f);
         } else {
+            // Read again each time: the loop without dropout has no registers to spare.
+            DropoutKey dropout{};
+            if (dropping) dropout = dropout_key(call.dropout);
 #pragma unroll
             for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads)
                         const int distance = i + band.shift - j;
                         const bool keeps = kept(keep, e / 4, e % 4);
                         const bool sees = !masked || band.sees(i, j);
-                        const RowStats& row = rows[r][e % 4 / 2];
+                        RowStats& row = rows[r][e % 4 / 2];
                         if (masked) product += taint[j - j0];
                         if (kExact<T> && step < summing) {
                             float slope_of_cap;
@@ -187,8 +188,8 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads)
                                                                      distance, slope_of_cap);
                             if (dropping) slope = keeps ? slope * call.dropout.scale : 0.0f;
                             if (sees) {
-                                total_sum[r][e % 4 / 2] += p_here;
-                                delta_sum[r][e % 4 / 2] += p_here * slope;
+                                row.total += p_here;
+                                row.delta += p_here * slope;
                             }
                             continue;
                         }

@@ -96,16 +96,16 @@ def attention_bwd(
     if grad_mask[0] and (grad_mask[1] or grad_mask[2]) and not (exact or deterministic):
         rows = -(-Tq // _ROWS_OF_SUM) * _ROWS_OF_SUM
         width = next(width for width in _HEAD_WIDTHS if D <= width)
-        dq_sum = torch.zeros((B, H, rows, width), dtype=torch.float32, device=q.device)
+        dq_sum = torch.empty((B, H, rows, width), dtype=torch.float32, device=q.device)
     call(
         "attention_bwd",
         q,
         inputs=dict(
             dout=dout, dlse=None if dlse is None else dlse.contiguous(),
             q=q, k=k, v=v, out=out, lse=lse,
-            **_vectors(alibi_slopes, key_lengths, rng), dq_sum=dq_sum,
+            **_vectors(alibi_slopes, key_lengths, rng),
         ),
-        outputs=dict(delta=delta, total=total, dq=dq, dk=dk, dv=dv),
+        outputs=dict(delta=delta, total=total, dq_sum=dq_sum, dq=dq, dk=dk, dv=dv),
         dout_strides=dout.stride()[:3],
         **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p),
     )  # fmt: skip
