@@ -209,8 +209,8 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("stride"));
     module.def(
         "mlp_partial_sums",
-        [](int device, uintptr_t stream, uintptr_t partial, uintptr_t out, int dtype,
-           int64_t parts, int64_t cols) {
+        [](int device, uintptr_t stream, uintptr_t partial, uintptr_t out, int dtype, int parts,
+           int64_t cols) {
             gk::launch_partial_sums(
                 static_cast<DType>(dtype),
                 {pointer<const float>(partial), pointer<void>(out), parts, cols},

@@ -60,6 +60,10 @@ constexpr bool kTransposedB(Layout layout) { return layout != Layout::forward; }
 
 struct ProductKernel {
     Product p;
+    // Of D; `group` row tiles run together. In 32 bits, as the grid's size is: 64-bit divisions would
+    // take a good part of a small tile's time.
+    unsigned tiles_m, tiles_n, group;
+    int split_steps;                         // along k, of a part
     bool a_aligned, b_aligned, out_aligned;  // to 16 bytes: base and rows
 };
 
@@ -112,7 +116,9 @@ __device__ __forceinline__ void multiply_stage(Accumulators<C>& acc, int slot, i
     using Source = Operands<T, C, kLayout>;
     const auto tile_a = Source::tile_a(slot);
     const auto tile_b = Source::tile_b(slot);
-#pragma unroll
+    // Unrolled, fp32's fragments of the next k would be loaded ahead into registers that it lacks.
+    constexpr int kUnrolled = sizeof(T) == 4 ? 1 : C::kK / Mma<T>::K;
+#pragma unroll kUnrolled
     for (int k = 0; k < C::kK; k += Mma<T>::K) {
         typename Mma<T>::A a[C::kWarpM / 16];
 #pragma unroll
@@ -192,7 +198,7 @@ __device__ __forceinline__ void store_8(T* to, const Pack<T, 8>& values, int val
 template <class T, Layout kLayout>
 struct Epilogue {
     const ProductKernel& kernel;
-    int split;
+    unsigned split;
     float bias[8];
     float sums[8];  // of dh, over this thread's rows
 
@@ -248,21 +254,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     using Source = Operands<T, C, kLayout>;
     const Product& p = kernel.p;
 
-    // Down kGroup row tiles, then on to the next column; parts of k one after the other.
-    const int64_t tiles_m = (p.m + C::kM - 1) / C::kM, tiles_n = (p.n + C::kN - 1) / C::kN;
-    const int64_t tile = blockIdx.x % (tiles_m * tiles_n);
-    const int split = static_cast<int>(blockIdx.x / (tiles_m * tiles_n));
-    const int64_t first = tile / (kGroup * tiles_n) * kGroup;
-    const int64_t height = min(tiles_m - first, static_cast<int64_t>(kGroup));
-    const int64_t place = tile - first * tiles_n;
+    // Down `group` row tiles, then on to the next column; parts of k one after the other.
+    const unsigned tiles = kernel.tiles_m * kernel.tiles_n;
+    const unsigned split = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+    const unsigned first = tile / (kernel.group * kernel.tiles_n) * kernel.group;
+    const unsigned height = min(kernel.tiles_m - first, kernel.group);
+    const unsigned place = tile - first * kernel.tiles_n;
     const int64_t tile_m = first + place % height;
-    const int64_t m = tile_m * C::kM, n = place / height * C::kN;
+    const int64_t m = tile_m * C::kM, n = static_cast<int64_t>(place / height) * C::kN;
 
-    const int64_t all_steps = (p.k + C::kK - 1) / C::kK;
-    const int64_t split_steps = (all_steps + p.splits - 1) / p.splits;
-    const int64_t k = split * split_steps * C::kK;
-    const int steps = static_cast<int>(max(static_cast<int64_t>(0),
-                                           min(all_steps - split * split_steps, split_steps)));
+    const int64_t k = static_cast<int64_t>(split) * kernel.split_steps * C::kK;
+    const int64_t steps_left = (p.k - k + C::kK - 1) / C::kK;
+    const int steps = static_cast<int>(min(max(steps_left, static_cast<int64_t>(0)),
+                                           static_cast<int64_t>(kernel.split_steps)));
 
     const T* a = static_cast<const T*>(p.a) + (Source::kTransA ? m : m * p.a_stride);
     const T* b = static_cast<const T*>(p.b) + (Source::kTransB ? n : n * p.b_stride);
@@ -338,8 +342,9 @@ template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     column_sums_kernel(const __grid_constant__ ColumnSums p) {
     constexpr int kWarps = kSumThreads / 32, kCols = 32 * 8;
-    const int64_t blocks = (p.cols + kCols - 1) / kCols;
-    const int64_t part = blockIdx.x / blocks, first_col = blockIdx.x % blocks * kCols;
+    const unsigned blocks = static_cast<unsigned>((p.cols + kCols - 1) / kCols);
+    const int64_t part = blockIdx.x / blocks;
+    const int64_t first_col = static_cast<int64_t>(blockIdx.x % blocks) * kCols;
     const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32;
     const int64_t col = first_col + 8 * lane;
     const int valid = static_cast<int>(min(p.cols - col, static_cast<int64_t>(8)));
@@ -384,7 +389,7 @@ __global__ void __launch_bounds__(kSumThreads)
     float sum = 0.0f;
     if (col < p.cols) {
 #pragma unroll 4
-        for (int64_t part = team; part < p.parts; part += kernel.teams) {
+        for (int part = team; part < p.parts; part += kernel.teams) {
             sum += p.partial[part * p.cols + col];
         }
     }
@@ -414,9 +419,10 @@ std::string matrix(int64_t rows, int64_t cols) {
 }
 
 template <class T, class C, Layout kLayout>
-void launch_tiles(const ProductKernel& kernel, DType dtype, Stream stream) {
+void launch_tiles(ProductKernel& kernel, DType dtype, Stream stream) {
     const Product& p = kernel.p;
-    const int64_t ctas = ceil_div(p.m, C::kM) * ceil_div(p.n, C::kN) * p.splits;
+    const int64_t tiles_m = ceil_div(p.m, C::kM), tiles_n = ceil_div(p.n, C::kN);
+    const int64_t ctas = tiles_m * tiles_n * p.splits;
     const std::string shape =
         matrix(p.m, p.k) + " times " + matrix(p.k, p.n) + " " + name(dtype);
     constexpr const char* kNames[] = {"mlp product, forward", "mlp product, backward",
@@ -426,6 +432,10 @@ void launch_tiles(const ProductKernel& kernel, DType dtype, Stream stream) {
         throw Error(std::string(kernel_name) + " on " + shape + " needs " + std::to_string(ctas) +
                     " thread blocks, a grid has 2147483647");
     }
+    kernel.tiles_m = static_cast<unsigned>(tiles_m);
+    kernel.tiles_n = static_cast<unsigned>(tiles_n);
+    kernel.group = static_cast<unsigned>(std::min<int64_t>(tiles_m, kGroup));
+    kernel.split_steps = static_cast<int>(ceil_div(ceil_div(p.k, C::kK), p.splits));
     launch(product_kernel<T, C, kLayout>,
            {kernel_name, shape, dim3(static_cast<unsigned>(ctas)), C::kThreads, C::kSharedBytes,
             stream},
@@ -433,7 +443,7 @@ void launch_tiles(const ProductKernel& kernel, DType dtype, Stream stream) {
 }
 
 template <class T, Layout kLayout>
-void launch_layout(const ProductKernel& kernel, DType dtype, int tile_rows, Stream stream) {
+void launch_layout(ProductKernel& kernel, DType dtype, int tile_rows, Stream stream) {
     if (tile_rows == Large<T>::kM) {
         launch_tiles<T, Large<T>, kLayout>(kernel, dtype, stream);
     } else {
@@ -473,7 +483,11 @@ ProductPlan plan_product(Layout layout, int64_t m, int64_t n, int64_t k, int dev
 void launch_product(DType dtype, Layout layout, const Product& p, Stream stream) {
     const int tile_rows = plan_product(layout, p.m, p.n, p.k, stream.device).tile_rows;
     const int64_t size = dtype == DType::f32 ? 4 : 2;
-    ProductKernel kernel{p, aligned(p.a, p.a_stride * size), aligned(p.b, p.b_stride * size), true};
+    ProductKernel kernel{};
+    kernel.p = p;
+    kernel.a_aligned = aligned(p.a, p.a_stride * size);
+    kernel.b_aligned = aligned(p.b, p.b_stride * size);
+    kernel.out_aligned = true;
     for (const void* matrix : {p.h, static_cast<const void*>(p.out),
                                static_cast<const void*>(p.h_out),
                                static_cast<const void*>(p.activation)}) {

@@ -54,7 +54,8 @@ void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream);
 struct PartialSums {
     const float* partial;  // (parts, cols)
     void* out;             // (cols,)
-    int64_t parts, cols;
+    int parts;
+    int64_t cols;
 };
 
 void launch_partial_sums(DType dtype, const PartialSums& sums, Stream stream);

@@ -15,21 +15,31 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from gptkernels import baseline, gelu_mlp, parity, reference
+from gptkernels import baseline, cuda, gelu_mlp, parity, reference
 from gptkernels.aten import mlp as aten
+from gptkernels.cuda import mlp as cuda_kernels
 from gptkernels.ops.choice import INTERPRETED, unavailable
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = ("x", "w1", "b1", "w2", "b2")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_CUDA = unavailable("cuda", DEVICE, FP32)
+needs_cuda = pytest.mark.skipif(NO_CUDA is not None, reason=f"impl='cuda': {NO_CUDA}")
+CUDA = pytest.param("cuda", marks=needs_cuda)
 RUNNABLE = [
-    pytest.param(impl, dtype, id=f"{impl}-{str(dtype).removeprefix('torch.')}")
-    for impl in ("torch", "triton")
+    pytest.param(
+        impl,
+        dtype,
+        id=f"{impl}-{str(dtype).removeprefix('torch.')}",
+        marks=needs_cuda if impl == "cuda" else (),
+    )
+    for impl in ("torch", "triton", "cuda")
     for dtype in (FP32, FP16, BF16)
-    if unavailable(impl, DEVICE, dtype) is None
+    if impl == "cuda" or unavailable(impl, DEVICE, dtype) is None
 ]
 runnable = pytest.mark.parametrize(("impl", "dtype"), RUNNABLE)
-both = pytest.mark.parametrize("impl", ["torch", "triton"])
+every = pytest.mark.parametrize("impl", ["torch", "triton", CUDA])
+all_dtypes = pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 
 
 def inputs(
@@ -123,9 +133,42 @@ class TestParity:
         monkeypatch.setattr(kernels, "_tile_for", lambda *_: kernels._Tile(*tile))
         assert_right(inputs(150, 70, 210, dtype=dtype, seed=seed), impl="triton", seed=seed)
 
+    @needs_cuda
+    @all_dtypes
+    @pytest.mark.parametrize("alignment", [8, 1])
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            (64, 64, 64),  # one small tile, exactly
+            (40, 328, 24),  # along k, more steps of small tiles than stages
+            (130, 328, 40),  # the same of large tiles: two of them, one nearly empty
+            (128, 40, 256),
+            (136, 136, 264),  # a last row, column and step of large tiles, none whole
+            (1160, 8, 136),  # more row tiles than run together
+        ],
+    )
+    def test_tiles_of_cuda(
+        self, dtype: torch.dtype, sizes: tuple[int, ...], alignment: int, seed: int
+    ) -> None:
+        """With rows of whole 16 bytes, and with rows that no 16-byte access fits."""
+        rows, width, inner = sizes
+        if alignment == 1:
+            width, inner = width + 1, inner - 1
+        assert_right(inputs(rows, width, inner, dtype=dtype, seed=seed), impl="cuda", seed=seed)
+
+    @needs_cuda
+    @all_dtypes
+    @pytest.mark.parametrize("rows", [2048, 3105])
+    def test_many_rows(self, dtype: torch.dtype, rows: int, seed: int) -> None:
+        """The weights' gradients sum their rows in parts, the biases' in many partial sums."""
+        _, splits = cuda.module().mlp_plan(0, cuda_kernels._WEIGHT, 12, 20, rows)
+        assert splits == rows // 1024
+        assert_right(inputs(rows, 12, 20, dtype=dtype, seed=seed), impl="cuda", seed=seed)
+
+    @pytest.mark.parametrize("impl", ["triton", CUDA])
     @pytest.mark.parametrize("approximate", ["tanh", "none"])
     @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-    def test_large_pre_activations(self, approximate: str) -> None:
+    def test_large_pre_activations(self, impl: str, approximate: str) -> None:
         """GELU and its slope stay finite and exact where their powers and exponentials overflow."""
         h = torch.tensor([0.0, -0.0, 1e-30, 3, -3, 6, -6, 20, -20, 1e4, -1e4, 1e13, -1e13, 3e38])
         identity = torch.eye(len(h), device=DEVICE)
@@ -133,7 +176,7 @@ class TestParity:
         tensors |= {"w2": identity, "b2": None}
         options = {"approximate": approximate}
         y, _, dw1, _ = gradients(
-            functools.partial(gelu_mlp, **options, impl="triton"), tensors, identity
+            functools.partial(gelu_mlp, **options, impl=impl), tensors, identity
         )
         doubles = {k: v if v is None else v.double() for k, v in tensors.items()}
         truth = gradients(
@@ -185,7 +228,7 @@ class TestStrides:
         tensors["x"] = tensors["x"].expand(7, 40)
         assert_right(tensors, impl=impl)
 
-    @both
+    @every
     def test_gradient_of_a_sum(self, impl: str) -> None:
         """sum() sends back a gradient whose strides are all 0."""
         tensors = inputs(9, 12, 20)
@@ -198,7 +241,7 @@ class TestStrides:
 
 
 class TestMemory:
-    @both
+    @every
     @pytest.mark.parametrize(
         ("recompute", "saved"),
         [(False, ["(6, 10)", "(20, 10)", "(10, 20)", "(6, 20)"]),
@@ -220,7 +263,7 @@ class TestMemory:
         fresh = [t for t in kept if t.untyped_storage().data_ptr() not in own]
         assert len(fresh) == (0 if recompute else 1)
 
-    @both
+    @every
     def test_inference_keeps_no_pre_activation(
         self, impl: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -262,7 +305,21 @@ class TestMemory:
         _, rebuilt, _ = kernels._launch_linear_gelu_backward(x, w2, h, approximate, True, False)
         assert torch.equal(a, rebuilt)
 
-    @both
+    @needs_cuda
+    @all_dtypes
+    @pytest.mark.parametrize("approximate", ["tanh", "none"])
+    @pytest.mark.parametrize("inner", [130, 136])
+    def test_activation_is_rebuilt_bit_for_bit_in_cuda(
+        self, dtype: torch.dtype, approximate: str, inner: int
+    ) -> None:
+        x, w1, b1, w2, _ = inputs(70, 48, inner, dtype=dtype).values()
+        h = torch.empty(70, inner, dtype=dtype, device=DEVICE)
+        a = torch.empty_like(h)
+        cuda_kernels._linear_fwd(x, w1, b1, h=h, activation=a, approximate=approximate)
+        _, rebuilt, _ = cuda_kernels._linear_gelu_bwd(x, w2, h, approximate, True, False)
+        assert torch.equal(a, rebuilt)
+
+    @every
     @pytest.mark.parametrize("recompute", [False, True])
     def test_only_gradients_that_are_wanted(self, impl: str, recompute: bool) -> None:
         tensors = inputs(6, 10, 20)
@@ -318,6 +375,22 @@ class TestIsolation:
                 assert torch.equal(a, b)
 
 
+    @needs_cuda
+    @pytest.mark.skipif(not cuda.EMULATED, reason="a GPU has one schedule")
+    @all_dtypes
+    @pytest.mark.parametrize("schedule", ["reverse", "1", "2"])
+    def test_order_of_threads_changes_no_bit(
+        self, dtype: torch.dtype, schedule: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tensors = inputs(150, 33, 70, dtype=dtype)
+        dy = torch.randn_like(tensors["x"])
+        call = functools.partial(gelu_mlp, impl="cuda")
+        forward = gradients(call, tensors, dy)
+        monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
+        for a, b in zip(forward, gradients(call, tensors, dy), strict=True):
+            assert torch.equal(a, b)
+
+
 class TestZeroSizes:
     @runnable
     @pytest.mark.parametrize("recompute", [False, True])
@@ -333,8 +406,8 @@ class TestZeroSizes:
 
 
 class TestDtypes:
+    @every
     @pytest.mark.parametrize("dtype", [FP16, BF16])
-    @pytest.mark.parametrize("impl", ["torch", "triton"])
     def test_weights_of_another_dtype(self, impl: str, dtype: torch.dtype) -> None:
         if reason := unavailable(impl, DEVICE, dtype):
             pytest.skip(reason)
@@ -348,7 +421,7 @@ class TestDtypes:
         for a, b in zip(found, wanted, strict=True):
             assert torch.equal(a, b.to(a.dtype))
 
-    @pytest.mark.parametrize("impl", ["torch", "triton"])
+    @every
     def test_autocast(self, impl: str) -> None:
         dtype = FP16 if impl == "triton" and INTERPRETED else BF16
         tensors = inputs(6, 10, 20)
@@ -364,7 +437,7 @@ class TestDtypes:
         for a, b in zip(found, wanted, strict=True):
             assert torch.equal(a, b.to(a.dtype))
 
-    @both
+    @every
     def test_backward_under_autocast_keeps_the_dtype(self, impl: str) -> None:
         tensors = inputs(6, 10, 20)
         leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
@@ -378,7 +451,7 @@ class TestDtypes:
 
 
 class TestRegistration:
-    @both
+    @every
     @pytest.mark.parametrize("biases", [False, True])
     @pytest.mark.parametrize("keep_h", [False, True])
     def test_opcheck(self, impl: str, biases: bool, keep_h: bool) -> None:
@@ -390,7 +463,7 @@ class TestRegistration:
             arguments = (x, w1, b1, w2, h if keep_h else None, "tanh", grad_mask, impl)
             torch.library.opcheck(ops.gelu_mlp_bwd.default, (torch.randn_like(y), *arguments))
 
-    @both
+    @every
     @pytest.mark.parametrize("recompute", [False, True])
     def test_compile_equals_eager(self, impl: str, recompute: bool) -> None:
         def loss(**leaves: Any) -> Tensor:
@@ -406,7 +479,7 @@ class TestRegistration:
             ):
                 assert torch.equal(a, b)
 
-    @both
+    @every
     @pytest.mark.parametrize(
         ("policy", "runs"),
         [(CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.MUST_RECOMPUTE, 2)],
@@ -414,7 +487,9 @@ class TestRegistration:
     def test_selective_checkpointing_sees_the_op(
         self, impl: str, policy: CheckpointPolicy, runs: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        module = aten if impl == "torch" else pytest.importorskip("gptkernels.triton_kernels.mlp")
+        module: Any = {"torch": aten, "cuda": cuda_kernels}.get(impl)
+        if impl == "triton":
+            module = pytest.importorskip("gptkernels.triton_kernels.mlp")
         forward, count = module.gelu_mlp_fwd, []
 
         def counting(*arguments: Any) -> Any:
