@@ -374,7 +374,6 @@ class TestIsolation:
             for a, b in zip(first, gradients(call, tensors, dy), strict=True):
                 assert torch.equal(a, b)
 
-
     @needs_cuda
     @pytest.mark.skipif(not cuda.EMULATED, reason="a GPU has one schedule")
     @all_dtypes

@@ -28,6 +28,8 @@ _OLDEST_CAPABILITY = (8, 0)
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+# torch.compile takes the answer as it is now: files and devices are nothing that it could trace.
+@torch.compiler.assume_constant_result
 def unavailable(device_type: str) -> str | None:
     """Why the kernels cannot run on tensors of this device type; None where they can."""
     if EMULATED:
