@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "launch.h"
+#include "layer_norm.h"
 #include "mlp.h"
 #ifdef GK_EMULATE
 #include "emulator/memory.h"
@@ -218,4 +219,80 @@ PYBIND11_MODULE(_cuda, module) {
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("partial"), py::arg("out"),
         py::arg("dtype"), py::arg("parts"), py::arg("cols"));
+
+    module.def(
+        "layer_norm_fwd",
+        [](int device, uintptr_t stream, uintptr_t x, uintptr_t residual, uintptr_t weight,
+           uintptr_t bias, uintptr_t rng, uintptr_t y, uintptr_t sum, uintptr_t mean,
+           uintptr_t rstd, int64_t rows, int cols, int64_t x_stride, int64_t residual_stride,
+           float eps, uint32_t dropout_threshold, float dropout_scale, int x_dtype,
+           int residual_dtype, int weight_dtype, int sum_dtype) {
+            gk::LayerNormFwd p;
+            p.x = pointer<const void>(x);
+            p.residual = pointer<const void>(residual);
+            p.weight = pointer<const void>(weight);
+            p.bias = pointer<const void>(bias);
+            p.y = pointer<void>(y);
+            p.sum = pointer<void>(sum);
+            p.mean = pointer<float>(mean);
+            p.rstd = pointer<float>(rstd);
+            p.rows = rows;
+            p.x_stride = x_stride;
+            p.residual_stride = residual_stride;
+            p.cols = cols;
+            p.eps = eps;
+            p.dropout = {pointer<const int64_t>(rng), dropout_threshold, dropout_scale};
+            p.x_dtype = static_cast<DType>(x_dtype);
+            p.residual_dtype = static_cast<DType>(residual_dtype);
+            p.weight_dtype = static_cast<DType>(weight_dtype);
+            p.sum_dtype = static_cast<DType>(sum_dtype);
+            gk::launch_layer_norm_fwd(p, stream_of(device, stream));
+        },
+        py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("x"), py::arg("residual"),
+        py::arg("weight"), py::arg("bias"), py::arg("rng"), py::arg("y"), py::arg("sum"),
+        py::arg("mean"), py::arg("rstd"), py::arg("rows"), py::arg("cols"), py::arg("x_stride"),
+        py::arg("residual_stride"), py::arg("eps"), py::arg("dropout_threshold"),
+        py::arg("dropout_scale"), py::arg("x_dtype"), py::arg("residual_dtype"),
+        py::arg("weight_dtype"), py::arg("sum_dtype"));
+    module.def("layer_norm_bwd_partials", &gk::layer_norm_bwd_partials, py::arg("rows"),
+               py::arg("cols"), py::arg("device"));
+    module.def(
+        "layer_norm_bwd",
+        [](int device, uintptr_t stream, uintptr_t dy, uintptr_t dsum, uintptr_t sum,
+           uintptr_t mean, uintptr_t rstd, uintptr_t weight, uintptr_t rng, uintptr_t dx,
+           uintptr_t dresidual, uintptr_t partial_dweight, uintptr_t partial_dbias,
+           uintptr_t dweight, uintptr_t dbias, int64_t rows, int cols, int partials,
+           int64_t sum_stride, uint32_t dropout_threshold, float dropout_scale, int x_dtype,
+           int residual_dtype, int weight_dtype, int sum_dtype) {
+            gk::LayerNormBwd p;
+            p.dy = pointer<const void>(dy);
+            p.dsum = pointer<const void>(dsum);
+            p.sum = pointer<const void>(sum);
+            p.mean = pointer<const float>(mean);
+            p.rstd = pointer<const float>(rstd);
+            p.weight = pointer<const void>(weight);
+            p.dx = pointer<void>(dx);
+            p.dresidual = pointer<void>(dresidual);
+            p.partial_dweight = pointer<float>(partial_dweight);
+            p.partial_dbias = pointer<float>(partial_dbias);
+            p.dweight = pointer<void>(dweight);
+            p.dbias = pointer<void>(dbias);
+            p.rows = rows;
+            p.sum_stride = sum_stride;
+            p.cols = cols;
+            p.partials = partials;
+            p.dropout = {pointer<const int64_t>(rng), dropout_threshold, dropout_scale};
+            p.x_dtype = static_cast<DType>(x_dtype);
+            p.residual_dtype = static_cast<DType>(residual_dtype);
+            p.weight_dtype = static_cast<DType>(weight_dtype);
+            p.sum_dtype = static_cast<DType>(sum_dtype);
+            gk::launch_layer_norm_bwd(p, stream_of(device, stream));
+        },
+        py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("dy"), py::arg("dsum"),
+        py::arg("sum"), py::arg("mean"), py::arg("rstd"), py::arg("weight"), py::arg("rng"),
+        py::arg("dx"), py::arg("dresidual"), py::arg("partial_dweight"), py::arg("partial_dbias"),
+        py::arg("dweight"), py::arg("dbias"), py::arg("rows"), py::arg("cols"),
+        py::arg("partials"), py::arg("sum_stride"), py::arg("dropout_threshold"),
+        py::arg("dropout_scale"), py::arg("x_dtype"), py::arg("residual_dtype"),
+        py::arg("weight_dtype"), py::arg("sum_dtype"));
 }

@@ -20,7 +20,7 @@ from gptkernels import baseline, layer_norm, parity, philox, reference, verify
 from gptkernels.ops.choice import unavailable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-IMPLS = ("torch", "triton")
+IMPLS = ("torch", "triton", "cuda")
 
 
 def skip_unless_usable(impl: str, device: torch.device, dtype: torch.dtype) -> None:

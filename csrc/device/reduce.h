@@ -24,16 +24,18 @@ __device__ __forceinline__ float2 warp_sum(float2 value) {
 }
 
 // Of a team of up to 32 neighbouring warps; the CTA may be several teams of equal size, all of
-// which call this together. scratch: shared memory, one float2 for each warp of the CTA. A second
-// sum needs another scratch, or a barrier before it: a slow warp may still be reading this one.
-__device__ __forceinline__ float2 team_sum(float2 value, int warps_of_team, float2* scratch) {
+// which call this together. V: float or float2. scratch: shared memory, one V for each warp of the
+// CTA. A next sum needs another scratch, or a barrier before it: a slow warp may still be reading
+// this one.
+template <class V>
+__device__ __forceinline__ V team_sum(V value, int warps_of_team, V* scratch) {
     value = warp_sum(value);
     if (warps_of_team == 1) return value;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (lane == 0) scratch[warp] = value;
     __syncthreads();
     const int first = warp / warps_of_team * warps_of_team;
-    return warp_sum(lane < warps_of_team ? scratch[first + lane] : make_float2(0.0f, 0.0f));
+    return warp_sum(lane < warps_of_team ? scratch[first + lane] : V{});
 }
 
 }  // namespace gk

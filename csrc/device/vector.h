@@ -58,6 +58,18 @@ __device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack) {
         st128(target + i, *reinterpret_cast<const Pack<T, kPer128<T>>*>(pack.at + i));
 }
 
+// The compiler forgets what it computed from the pack: it is to be unpacked again, instead of held
+// unpacked, in twice the registers, until then.
+template <class T, int N>
+__device__ __forceinline__ void forget(Pack<T, N>& pack) {
+#ifndef GK_EMULATE
+    static_assert(sizeof(pack) % 4 == 0, "whole registers");
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(pack)) / 4; ++i)
+        asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(pack.at)[i]));
+#endif
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -97,22 +109,48 @@ __device__ __forceinline__ Pack<__half, 2> from_floats<__half>(float low, float 
     return {{pair.x, pair.y}};
 }
 
+// Conversions of packs go by the 32-bit registers that hold two 16-bit elements: ptxas would spread
+// the elements over a register each.
+template <class T>
+__device__ __forceinline__ float2 floats_of(uint32_t word);
+template <>
+__device__ __forceinline__ float2 floats_of<__nv_bfloat16>(uint32_t word) {
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+template <>
+__device__ __forceinline__ float2 floats_of<__half>(uint32_t word) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> pack_floats(const float (&values)[N]) {
     Pack<T, N> pack;
+    if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < N; i += 2) {
-        const Pack<T, 2> pair = from_floats<T>(values[i], values[i + 1]);
-        pack.at[i] = pair.at[0];
-        pack.at[i + 1] = pair.at[1];
+        for (int i = 0; i < N / 2; ++i) {
+            const Pack<T, 2> pair = from_floats<T>(values[2 * i], values[2 * i + 1]);
+            reinterpret_cast<uint32_t*>(pack.at)[i] = *reinterpret_cast<const uint32_t*>(&pair);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) pack.at[i] = values[i];
     }
     return pack;
 }
 
 template <class T, int N>
 __device__ __forceinline__ void unpack_floats(float (&values)[N], const Pack<T, N>& pack) {
+    if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = to_float(pack.at[i]);
+        for (int i = 0; i < N / 2; ++i) {
+            const float2 pair = floats_of<T>(reinterpret_cast<const uint32_t*>(pack.at)[i]);
+            values[2 * i] = pair.x;
+            values[2 * i + 1] = pair.y;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = pack.at[i];
+    }
 }
 
 }  // namespace gk

@@ -40,13 +40,17 @@ def _layer_norm_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
     *given, impl = arguments
     with torch.no_grad(), without_autocast(x):
         match impl:
+            case "cuda":
+                from gptkernels.cuda import layer_norm as cuda_kernels
+
+                return cuda_kernels.layer_norm_fwd(x, *given)
             case "triton":
                 from gptkernels.triton_kernels import layer_norm as kernels
 
                 return kernels.layer_norm_fwd(x, *given)
             case "torch":
                 return aten.layer_norm_fwd(x, *given)
-    raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.impl(_LIBRARY, "layer_norm_bwd", "CompositeExplicitAutograd")
@@ -54,13 +58,17 @@ def _layer_norm_bwd(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor
     *given, impl = arguments
     with torch.no_grad(), without_autocast(dy):
         match impl:
+            case "cuda":
+                from gptkernels.cuda import layer_norm as cuda_kernels
+
+                return cuda_kernels.layer_norm_bwd(dy, *given)
             case "triton":
                 from gptkernels.triton_kernels import layer_norm as kernels
 
                 return kernels.layer_norm_bwd(dy, *given)
             case "torch":
                 return aten.layer_norm_bwd(dy, *given)
-    raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.register_fake("gptkernels::layer_norm_fwd", lib=_LIBRARY)
