@@ -330,7 +330,7 @@ Plan plan_of(int cols, bool is_aligned) {
 int column_blocks(int cols) { return divide_up(cols, 32 * kWeightsWarps * kGroup); }
 
 Launch launch_of(const LayerNormBwd& op, Stream stream, const char* name) {
-    Launch launch;
+    Launch launch{};
     launch.name = name;
     launch.shape = shape_of(op.rows, op.cols, op.x_dtype);
     launch.stream = stream;

@@ -230,7 +230,7 @@ void launch_layer_norm_fwd(const LayerNormFwd& op, Stream stream) {
     const int most = is_aligned ? 7 : 2, usual = is_aligned ? 4 : 2;  // of one warp, of several
     const int warps = groups <= most ? 1 : std::min(divide_up(groups, usual), kMaxWarps);
     const int rows = warps == 1 ? kRowsOfCta : 1;
-    Launch launch;
+    Launch launch{};
     launch.name = "layer_norm_fwd";
     launch.shape = shape_of(op.rows, op.cols, op.x_dtype);
     launch.grid = dim3(static_cast<unsigned>(divide_up(op.rows, rows)));

@@ -47,6 +47,11 @@ def unavailable(device_type: str) -> str | None:
     return _native_unavailable()
 
 
+# torch.compile is to call it, not to trace it: torch.compiler.assume_constant_result without its
+# import of torch._dynamo, which takes a second.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _emulator_unavailable() -> str | None:
     if _EMULATOR.exists():
