@@ -28,8 +28,6 @@ _OLDEST_CAPABILITY = (8, 0)
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-# torch.compile takes the answer as it is now: files and devices are nothing that it could trace.
-@torch.compiler.assume_constant_result
 def unavailable(device_type: str) -> str | None:
     """Why the kernels cannot run on tensors of this device type; None where they can."""
     if EMULATED:
@@ -47,8 +45,8 @@ def unavailable(device_type: str) -> str | None:
     return _native_unavailable()
 
 
-# torch.compile is to call it, not to trace it: torch.compiler.assume_constant_result without its
-# import of torch._dynamo, which takes a second.
+# torch.compile takes the answer as it is now: files and devices are nothing that it could trace.
+# torch.compiler.assume_constant_result does no more, but imports torch._dynamo, which takes a second.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
