@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptkernels import philox
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "tests" / "emulator_kernels"
 HERE = f"{platform.machine()} {platform.system()}"
@@ -572,3 +574,32 @@ def test_settings_that_are_none(
     monkeypatch.setenv(f"GPTKERNELS_EMULATE_{name}", value)
     with pytest.raises(RuntimeError, match=f"GPTKERNELS_EMULATE_{name} {sentence}"):
         emulator("nothing")
+
+
+# ---- the dropout contract
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["queries as rows", "keys as rows"])
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_keep_bits_of_a_block_of_scores(emulator: Emulator, transposed: bool, p: float) -> None:
+    for query, key, batch_head in ((0, 0, 0), (32, 16, 4), (16, 144, 5)):
+        rng = philox.draw("cpu")
+        where = torch.tensor([*rng, query, key, batch_head])
+        out = torch.empty(16, 16)
+        threshold = philox.threshold(p)
+        emulator("attention_keep", b=out, c=where, c_is="in", n=threshold, broken=transposed)
+        whole = philox.attention_keep(rng, p, 2, 3, query + 16, key + 16)
+        want = whole[batch_head // 3, batch_head % 3, query:, key:]
+        assert torch.equal(out.bool(), want.T if transposed else want)
+
+
+@pytest.mark.parametrize("first", [0, 8, 3, 2**35 - 8, 2**35 + 5, 2**40 + 7])
+def test_keep_bits_of_elements(emulator: Emulator, first: int) -> None:
+    """From the first element of a Philox call or from one between, past 32 bits of the counter."""
+    rng, out = philox.draw("cpu"), torch.empty(32, 8)
+    where = torch.tensor([*rng, first])
+    emulator("elementwise_keep", b=out, c=where, c_is="in", n=philox.threshold(0.4))
+    group = torch.arange(first // 8, first // 8 + 33)
+    lanes = philox._lanes(rng, group & 0xFFFFFFFF, group >> 32, torch.zeros_like(group))
+    kept = lanes.view(-1) >= philox.threshold(0.4)
+    assert torch.equal(out.bool().view(-1), kept[first % 8 :][:256])

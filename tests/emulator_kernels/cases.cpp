@@ -18,7 +18,8 @@ GK_EXPORT int run(const char* name, const unsigned (&grid)[3], unsigned threads,
                   const Case* params, char* error, size_t error_bytes) {
     try {
         for (const NamedCase* cases :
-             {kMemoryCases, kRaceCases, kCopyCases, kMeetingCases, kPrimitiveCases}) {
+             {kMemoryCases, kRaceCases, kCopyCases, kMeetingCases, kPrimitiveCases,
+              kDropoutCases}) {
             for (; cases->name != nullptr; ++cases) {
                 if (std::strcmp(cases->name, name) != 0) continue;
                 gk::launch(cases->kernel,
