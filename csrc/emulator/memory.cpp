@@ -14,23 +14,16 @@
 namespace gk::emulator::memory {
 namespace {
 
-struct Free {
-    void operator()(Cell* cells) const { std::free(cells); }
-};
-// Zeroed, which costs nothing until they are touched.
-using Cells = std::unique_ptr<Cell[], Free>;
-
-Cells make_cells(size_t bytes) {
-    const auto cells = static_cast<Cell*>(std::calloc((bytes + 1) / 2 + 1, sizeof(Cell)));
-    if (cells == nullptr) throw std::bad_alloc();
-    return Cells(cells);
-}
-
 struct Tensor {
     std::string name;
     const char* begin;
     size_t bytes;
-    Cells cells;  // of outputs; nobody writes to an input, and everything in it was written
+    // Of outputs, from the multiple of 16 below `begin`. Nobody writes to an input, and everything in
+    // it was written.
+    std::unique_ptr<Shadow> shadow;
+    size_t offset(const char* address) const {
+        return size_t(address - begin) + reinterpret_cast<uintptr_t>(begin) % 16;
+    }
 };
 
 // Outputs first: what an input shares with one is updated in place.
@@ -39,9 +32,9 @@ size_t outputs = 0;
 bool overlapping = false;
 const Tensor* recent = nullptr;
 
-std::vector<Cells> arenas;       // shared memory's cells, by the CTA's slot
-unsigned next_serial = 1;        // of the next CTA of all launches
-unsigned launch_serial = 1;      // of the first CTA of this launch
+std::vector<Shadow> arenas;   // of shared memory, by the CTA's slot
+unsigned next_serial = 1;    // of the next CTA of all launches
+unsigned launch_serial = 1;  // of the first CTA of this launch
 
 bool inside(const char* begin, size_t size, const char* address, size_t bytes) {
     const size_t offset = size_t(address - begin);
@@ -184,28 +177,22 @@ void check(Access access, const void* pointer, size_t bytes, size_t alignment, c
         fail_outside(access, address, bytes, pc);
     }
     check_alignment(access, address, bytes, alignment, pc);
-    if (tensor && !tensor->cells) {
+    if (tensor && !tensor->shadow) {
         if (access == Access::read) return;
         fail(verb(access) + counted(bytes, "byte") + " at " +
                  byte_text(size_t(address - tensor->begin), tensor->name) +
                  ", an input of the kernel",
              here(pc));
     }
-    const size_t first = shared ? offset : size_t(address - tensor->begin);
-    Cell* cells = shared ? arenas[cta.slot].get() : tensor->cells.get();
+    Shadow& shadow = shared ? arenas[cta.slot] : *tensor->shadow;
     const Visitor visitor{&thread, shared, launch_serial, pack_place(pc)};
     const Finding finding =
-        touch(access, cells + first / 2, cells + (first + bytes + 1) / 2, visitor);
+        shadow.touch(access, shared ? offset : tensor->offset(address), bytes, visitor);
     if (finding.fault == Fault::none) return;
-    const size_t where = std::max(first, size_t(finding.cell - cells) * 2);
-    fail_finding(access, finding, byte_text(where, shared ? "shared memory" : tensor->name), bytes,
-                 pc);
-}
-
-// The cells of 16 aligned bytes of shared memory.
-Cell* cells_of(const void* shared) {
-    const Cta& cta = *running->cta;
-    return arenas[cta.slot].get() + (static_cast<const unsigned char*>(shared) - cta.shared) / 2;
+    const std::string where =
+        shared ? byte_text(finding.offset, "shared memory")
+               : byte_text(finding.offset - tensor->offset(tensor->begin), tensor->name);
+    fail_finding(access, finding, where, bytes, pc);
 }
 
 size_t natural(size_t bytes) { return bytes & (bytes - 1) ? 1 : std::min<size_t>(bytes, 16); }
@@ -214,17 +201,16 @@ size_t natural(size_t bytes) { return bytes & (bytes - 1) ? 1 : std::min<size_t>
 
 void declare(const char* name, const void* begin, size_t bytes, bool written) {
     if (bytes == 0) return;
-    Tensor tensor{name, static_cast<const char*>(begin), bytes, {}};
-    if (!written) tensor.cells = make_cells(bytes);
+    Tensor tensor{name, static_cast<const char*>(begin), bytes, nullptr};
+    if (!written) tensor.shadow = std::make_unique<Shadow>(bytes + 16);
     for (const Tensor& other : tensors) {
         const char *first = std::max(tensor.begin, other.begin),
                    *last = std::min(tensor.begin + bytes, other.begin + other.bytes);
         if (first >= last) continue;
         overlapping = true;
         const Tensor& output = written ? other : tensor;
-        if (bool(tensor.cells) != bool(other.cells)) {
-            set_written(output.cells.get() + (first - output.begin) / 2,
-                        output.cells.get() + (last - output.begin + 1) / 2);
+        if (bool(tensor.shadow) != bool(other.shadow)) {
+            output.shadow->set_written(output.offset(first), size_t(last - first));
         }
     }
     recent = nullptr;
@@ -247,7 +233,7 @@ void launch_begin() {
 
 void cta_begin(Cta& cta) {
     start_clocks(cta, launch_serial + unsigned(cta.number));
-    while (arenas.size() <= cta.slot) arenas.push_back(make_cells(kSharedLimit));
+    while (arenas.size() <= cta.slot) arenas.emplace_back(kSharedLimit);
 }
 
 void read(const void* address, size_t bytes, const void* pc) {
@@ -277,17 +263,16 @@ void copy_begin(const void* shared, const void* pc) {
         fail_outside(Access::write, address, 16, pc);
     }
     check_alignment(Access::write, address, 16, 16, pc);
-    Cell* cells = cells_of(shared);
     const Visitor visitor{running, true, launch_serial, pack_place(pc)};
-    const Finding finding = start_copy(cells, cells + 8, visitor);
+    const Finding finding = arenas[running->cta->slot].start_copy(offset, visitor);
     if (finding.fault == Fault::none) return;
-    const size_t where = offset + size_t(finding.cell - cells) * 2;
-    fail_finding(Access::write, finding, byte_text(where, "shared memory"), 16, pc);
+    fail_finding(Access::write, finding, byte_text(finding.offset, "shared memory"), 16, pc);
 }
 
 void copy_landed(const void* shared) {
-    Cell* cells = cells_of(shared);
-    land(cells, cells + 8, {running, true, launch_serial, 0});
+    const Cta& cta = *running->cta;
+    const size_t offset = size_t(static_cast<const unsigned char*>(shared) - cta.shared);
+    arenas[cta.slot].land(offset, {running, true, launch_serial, 0});
 }
 
 }  // namespace gk::emulator::memory

@@ -3,7 +3,7 @@
 // and that two threads, one of them writing, do not touch one place with no barrier between.
 //
 // -fsanitize=thread makes g++ call a function before each access of a kernel; hooks.cpp has those
-// functions. A shadow cell stands for 2 bytes.
+// functions.
 #pragma once
 
 #include <cstddef>

@@ -1,16 +1,33 @@
 #include "shadow.h"
 
+#include <algorithm>
+#include <new>
+
 #include "grid.h"
-#include "report.h"
 
 namespace gk::emulator {
+
+struct Cell {
+    Epoch writer;         // 0: never written
+    Epoch readers[2];     // since then, as far as one does not come before another
+    unsigned written_at;  // a place (report.h) and flags
+    unsigned read_at;     // likewise
+};
+
 namespace {
+
+constexpr size_t kLine = 16, kPart = 2, kParts = kLine / kPart;
 
 // Above a place's 28 bits, of the last write.
 constexpr unsigned kAtomic = 1u << 28;
 constexpr unsigned kInFlight = 1u << 29;
 constexpr unsigned kSeveral = 1u << 30;      // atomics by threads with no order between
 constexpr unsigned kSeveralCtas = 1u << 31;  // ... of several CTAs
+
+constexpr unsigned kPlace = kAtomic - 1;
+
+// Above the place of the last read, in a line's cell: its parts' cells hold what is true.
+constexpr unsigned kSplit = 1u << 31;
 
 constexpr Epoch kHost = 1;  // before all CTAs, which count from 1
 
@@ -90,7 +107,7 @@ class Check {
     bool after_readers(const Cell& cell, Finding& finding) const {
         for (const Epoch reader : cell.readers) {
             if (reader != 0 && !before(reader)) {
-                finding = {Fault::race, &cell, reader, cell.read_at, "read"};
+                finding = {Fault::race, 0, reader, cell.read_at, "read"};
                 return false;
             }
         }
@@ -120,7 +137,7 @@ class Check {
     }
 
     static bool found(Finding& finding, Fault fault, const Cell& cell) {
-        finding = {fault, &cell, cell.writer, cell.written_at & (kAtomic - 1),
+        finding = {fault, 0, cell.writer, cell.written_at & kPlace,
                    cell.written_at & kAtomic ? "updated" : "wrote"};
         return false;
     }
@@ -132,45 +149,100 @@ class Check {
     const unsigned launch_, place_;
 };
 
+}  // namespace
+
+Shadow::Cells Shadow::make(size_t count) {
+    // Zeroed, which costs nothing until they are touched.
+    const auto cells = static_cast<Cell*>(std::calloc(count, sizeof(Cell)));
+    if (cells == nullptr) throw std::bad_alloc();
+    return Cells(cells);
+}
+
+Shadow::Shadow(size_t bytes)
+    : lines_(make(bytes / kLine + 1)), parts_(make((bytes / kLine + 1) * kParts)) {}
+
+// f(cell, offset) for the cells of the bytes while it returns true. `merges`: it leaves all parts of
+// a line alike.
+template <class F>
+void Shadow::visit(size_t offset, size_t bytes, bool merges, F&& f) {
+    const size_t end = offset + bytes;
+    for (size_t line = offset / kLine; line * kLine < end; ++line) {
+        const size_t first = std::max(offset, line * kLine);
+        const size_t last = std::min(end, (line + 1) * kLine);
+        const bool whole = last - first == kLine;
+        Cell &cell = lines_[line], *parts = &parts_[line * kParts];
+        if (!(cell.read_at & kSplit)) {
+            if (whole) {
+                if (!f(cell, first)) return;
+                continue;
+            }
+            std::fill(parts, parts + kParts, cell);
+            cell.read_at |= kSplit;
+        }
+        for (size_t at = first / kPart; at * kPart < last; ++at) {
+            if (!f(parts[at % kParts], std::max(first, at * kPart))) return;
+        }
+        if (whole && merges) cell = parts[0];
+    }
+}
+
 template <bool kShared>
-Finding touch_all(Access access, Cell* begin, Cell* end, const Visitor& visitor) {
+Finding Shadow::touch_as(Access access, size_t offset, size_t bytes, const Visitor& visitor) {
     const Check<kShared> check(visitor);
     Finding finding;
+    const auto located = [&](bool fine, size_t at) {
+        if (!fine) finding.offset = at;
+        return fine;
+    };
     switch (access) {
         case Access::read:
-            while (begin != end && check.read(*begin, finding)) ++begin;
+            visit(offset, bytes, false, [&](Cell& cell, size_t at) {
+                return located(check.read(cell, finding), at);
+            });
             break;
         case Access::write:
-            while (begin != end && check.write(*begin, finding)) ++begin;
+            visit(offset, bytes, true, [&](Cell& cell, size_t at) {
+                return located(check.write(cell, finding), at);
+            });
             break;
         case Access::atomic:
-            while (begin != end && check.atomic(*begin, finding)) ++begin;
+            visit(offset, bytes, false, [&](Cell& cell, size_t at) {
+                return located(check.atomic(cell, finding), at);
+            });
             break;
     }
     return finding;
 }
 
-}  // namespace
-
-Finding touch(Access access, Cell* begin, Cell* end, const Visitor& visitor) {
-    return visitor.shared ? touch_all<true>(access, begin, end, visitor)
-                          : touch_all<false>(access, begin, end, visitor);
+Finding Shadow::touch(Access access, size_t offset, size_t bytes, const Visitor& visitor) {
+    return visitor.shared ? touch_as<true>(access, offset, bytes, visitor)
+                          : touch_as<false>(access, offset, bytes, visitor);
 }
 
-Finding start_copy(Cell* begin, Cell* end, const Visitor& visitor) {
+Finding Shadow::start_copy(size_t offset, const Visitor& visitor) {
     const Check<true> check(visitor);
     Finding finding;
-    while (begin != end && check.write(*begin, finding, kInFlight)) ++begin;
+    visit(offset, kLine, true, [&](Cell& cell, size_t at) {
+        const bool fine = check.write(cell, finding, kInFlight);
+        if (!fine) finding.offset = at;
+        return fine;
+    });
     return finding;
 }
 
-void land(Cell* begin, Cell* end, const Visitor& visitor) {
+void Shadow::land(size_t offset, const Visitor& visitor) {
     const Check<true> check(visitor);
-    for (; begin != end; ++begin) check.land(*begin);
+    visit(offset, kLine, true, [&](Cell& cell, size_t) {
+        check.land(cell);
+        return true;
+    });
 }
 
-void set_written(Cell* begin, Cell* end) {
-    for (; begin != end; ++begin) begin->writer = kHost;
+void Shadow::set_written(size_t offset, size_t bytes) {
+    visit(offset, bytes, true, [](Cell& cell, size_t) {
+        cell.writer = kHost;
+        return true;
+    });
 }
 
 }  // namespace gk::emulator

@@ -1,17 +1,17 @@
-// The shadow of memory, a cell for 2 bytes of it: who wrote and read there last, and whether the one
-// who comes now had to wait for them.
+// The shadow of memory: who wrote and read there last, and whether the one who comes now had to wait
+// for them. A cell stands for a line of 16 bytes until an access touches a part of it, then eight
+// stand for 2 bytes each, until the line is again written as a whole.
 #pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
 
 #include "clock.h"
 
 namespace gk::emulator {
 
-struct Cell {
-    Epoch writer;         // 0: never written
-    Epoch readers[2];     // since then, as far as one does not come before another
-    unsigned written_at;  // a place (report.h) and flags
-    unsigned read_at;
-};
+struct Cell;
 
 enum class Access { read, write, atomic };
 enum class Fault { none, unwritten, in_flight, race };
@@ -19,15 +19,15 @@ enum class Fault { none, unwritten, in_flight, race };
 // What is wrong with an access, and with whom it collides: `other` was at `place`.
 struct Finding {
     Fault fault = Fault::none;
-    const Cell* cell = nullptr;
+    size_t offset = 0;
     Epoch other = 0;
     unsigned place = 0;
     const char* did = nullptr;  // "read", "wrote", "updated" by an atomic
 };
 
-// Who comes, and to which kind of memory. Cells of shared memory know only their own CTA: what an
-// earlier one left there is as good as never written. In global memory other CTAs of the launch,
-// numbered from `launch_serial`, are never ordered and all before them come before everything.
+// Who comes, and to which kind of memory. Shared memory knows only its own CTA: what an earlier one
+// left there is as good as never written. In global memory other CTAs of the launch, numbered from
+// `launch_serial`, are never ordered and all before them come before everything.
 struct Visitor {
     const Thread* thread;
     bool shared;
@@ -35,13 +35,31 @@ struct Visitor {
     unsigned place;
 };
 
-// Checks an access to cells and keeps it, up to the first that finds something wrong.
-Finding touch(Access access, Cell* begin, Cell* end, const Visitor& visitor);
-// An asynchronous copy writes: until it lands nobody may touch these cells.
-Finding start_copy(Cell* begin, Cell* end, const Visitor& visitor);
-void land(Cell* begin, Cell* end, const Visitor& visitor);
+// Of memory from a multiple of 16 on.
+class Shadow {
+  public:
+    explicit Shadow(size_t bytes);
 
-// Before the first launch: the cells hold what the host wrote.
-void set_written(Cell* begin, Cell* end);
+    // Checks an access and keeps it, up to the first place where something is wrong.
+    Finding touch(Access access, size_t offset, size_t bytes, const Visitor& visitor);
+    // An asynchronous copy writes the line at `offset`: until it lands nobody may touch it.
+    Finding start_copy(size_t offset, const Visitor& visitor);
+    void land(size_t offset, const Visitor& visitor);
+    // By the host, before all launches.
+    void set_written(size_t offset, size_t bytes);
+
+  private:
+    struct Free {
+        void operator()(Cell* cells) const { std::free(cells); }
+    };
+    using Cells = std::unique_ptr<Cell[], Free>;
+    static Cells make(size_t count);
+    template <class F>
+    void visit(size_t offset, size_t bytes, bool merges, F&& f);
+    template <bool kShared>
+    Finding touch_as(Access access, size_t offset, size_t bytes, const Visitor& visitor);
+
+    Cells lines_, parts_;
+};
 
 }  // namespace gk::emulator
