@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import runpy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkernels import GPT, GPTConfig, baseline, philox, reference
 from gptkernels.layers import KVCache
-from gptkernels.ops.choice import unavailable
+from gptkernels.ops.choice import IMPLEMENTATIONS, unavailable
 from gptkernels.parity import K_FORWARD, K_GRADIENT, assert_parity, compare
 
 SMALL = GPTConfig(vocab_size=37, block_size=16, n_layer=2, n_head=2, n_embd=16)
@@ -54,10 +55,11 @@ def with_parameters(model: Any, tokens: Tensor, targets: Tensor | None = None) -
     return function
 
 
-def impls() -> list[Any]:
-    reason = unavailable("triton", "cpu", torch.float32)
-    skip = pytest.mark.skip(reason=f"triton: {reason}") if reason else ()
-    return ["torch", pytest.param("triton", marks=skip)]
+def impls() -> Iterator[Any]:
+    for impl, dtype in itertools.product(IMPLEMENTATIONS, (torch.float32, torch.bfloat16)):
+        reason = unavailable(impl, "cpu", dtype)
+        marks = pytest.mark.skip(reason=f"{impl}: {reason}") if reason else ()
+        yield pytest.param(impl, dtype, marks=marks, id=f"{impl} {dtype}")
 
 
 # Configuration
@@ -190,12 +192,12 @@ def test_autocast_is_no_worse_than_the_plain_gpts() -> None:
     assert_parity(autocast(model), autocast(plain), twin, parameters(SMALL))
 
 
-@pytest.mark.parametrize("impl", impls())
-def test_every_implementation_with_and_without_dropout(impl: str) -> None:
+@pytest.mark.parametrize(("impl", "dtype"), list(impls()))
+def test_every_implementation_with_and_without_dropout(impl: str, dtype: torch.dtype) -> None:
     config = GPTConfig(29, 18, n_layer=2, n_head=2, n_embd=16, dropout=0.3)
     tokens, targets = batch(config)
     model = GPT(config).set_impl(impl)
-    named = parameters(config)
+    named = parameters(config, dtype)
     plain = with_parameters(plain_gpt.PlainGPT(config).eval(), tokens, targets)
     assert_parity(with_parameters(model.eval(), tokens, targets), plain, plain, named)
 

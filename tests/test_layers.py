@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from gptkernels import (
     reference,
 )
 from gptkernels.layers import KVCache, set_impl
-from gptkernels.ops.choice import unavailable
+from gptkernels.ops.choice import IMPLEMENTATIONS, unavailable
 from gptkernels.parity import assert_parity
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -169,13 +169,16 @@ def test_layer_norm_adds_the_residual_and_returns_the_sum(dtype: torch.dtype) ->
     assert s.dtype == torch.float32
 
 
-def impls() -> list[Any]:
-    reason = unavailable("triton", "cpu", torch.float32)
-    skip = pytest.mark.skip(reason=f"triton: {reason}") if reason else ()
-    return ["torch", pytest.param("triton", marks=skip)]
+def impls() -> Iterator[Any]:
+    for impl in IMPLEMENTATIONS:
+        reason = unavailable(impl, "cpu", torch.float32)
+        marks = pytest.mark.skip(reason=f"{impl}: {reason}") if reason else ()
+        yield pytest.param(impl, marks=marks)
+            impl, marks=pytest.mark.skip(reason=f"{impl}: {reason}") if reason else ()
+        )
 
 
-@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize("impl", list(impls()))
 def test_dropout_follows_the_contract_in_training_alone(impl: str) -> None:
     torch.manual_seed(3)
     norm, attention = LayerNorm(24), CausalSelfAttention(24, 3, dropout=0.3)
