@@ -174,8 +174,6 @@ def impls() -> Iterator[Any]:
         reason = unavailable(impl, "cpu", torch.float32)
         marks = pytest.mark.skip(reason=f"{impl}: {reason}") if reason else ()
         yield pytest.param(impl, marks=marks)
-            impl, marks=pytest.mark.skip(reason=f"{impl}: {reason}") if reason else ()
-        )
 
 
 @pytest.mark.parametrize("impl", list(impls()))

@@ -95,7 +95,7 @@ def attention_bwd(
     dq_sum = None
     if grad_mask[0] and (grad_mask[1] or grad_mask[2]) and not (exact or deterministic):
         rows = -(-Tq // _ROWS_OF_SUM) * _ROWS_OF_SUM
-        width = next(width for width in _HEAD_WIDTHS if D <= width)
+        width = next(width for width in _HEAD_WIDTHS if width >= D)
         dq_sum = torch.empty((B, H, rows, width), dtype=torch.float32, device=q.device)
     call(
         "attention_bwd",
