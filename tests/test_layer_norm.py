@@ -16,11 +16,12 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from gptkernels import baseline, layer_norm, parity, philox, reference, verify
+from gptkernels import baseline, cuda, layer_norm, parity, philox, reference, verify
 from gptkernels.ops.choice import unavailable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 IMPLS = ("torch", "triton", "cuda")
+KERNELS = IMPLS[1:]
 
 
 def skip_unless_usable(impl: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -110,14 +111,152 @@ def test_large_mean(C: int, impl: str, device: torch.device, seed: int) -> None:
         assert_layer_norm(impl, inputs, seed)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("C", [8201, 8200])
-def test_wide_rows(C: int, device: torch.device, seed: int) -> None:
+def test_wide_rows(C: int, impl: str, device: torch.device, seed: int) -> None:
     x, residual, weight, bias = (
         torch.randn(*s, device=device) for s in ((2, C + 99), (2, C), (C,), (C,))
     )
     inputs = dict(x=x[:, :C], weight=weight, bias=bias)
-    assert_layer_norm("triton", inputs, seed)
-    assert_layer_norm("triton", inputs | dict(residual=residual), seed, prenorm=True, dropout_p=0.1)
+    assert_layer_norm(impl, inputs, seed)
+    assert_layer_norm(impl, inputs | dict(residual=residual), seed, prenorm=True, dropout_p=0.1)
+
+
+class TestCuda:
+    """What the CUDA C++ kernels do differently from one width, alignment or dtype to the next."""
+
+    # Around a group of 8 columns, the 256 of a warp, the rows that several warps share (above 1,792
+    # forward, 1,024 backward), and those that no registers hold (above 8,192 backward).
+    NARROW = (1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 511, 768, 1023, 1024, 1025, 1280, 1600)
+    WIDE = (1792, 1800, 2049, 3000, 4096, 5000, 8184, 8191, 8192, 8193, 8200)
+
+    @pytest.mark.parametrize("C", NARROW + WIDE)
+    def test_widths(self, C: int, device: torch.device, seed: int) -> None:
+        dtypes = DTYPES if C in (768, 1024, 1600, 4096, 8200) else DTYPES[seed % 3 :][:1]
+        M = 33 if C < 64 else 5  # the largest error of a handful of values is luck
+        for dtype in dtypes:
+            x, residual = (torch.randn(M, C, device=device).to(dtype) for _ in range(2))
+            weight, bias = (torch.randn(C, device=device).to(dtype) for _ in range(2))
+            inputs = dict(x=x, weight=weight, bias=bias)
+            assert_layer_norm("cuda", inputs, seed)
+            inputs |= dict(residual=residual)
+            assert_layer_norm("cuda", inputs, seed, prenorm=True, dropout_p=0.25)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("C", [28_672, 28_673, 32_768, 32_776, 65_536, 65_537])
+    def test_widest_rows(self, C: int, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        """Forward: the last that stay in registers (28,672 of a fp32 s, 32,768 of a 16-bit one),
+        and those that are read three times."""
+        x, residual = (torch.randn(2, C, device=device).to(dtype) for _ in range(2))
+        weight, bias = (torch.randn(C, device=device).to(dtype) for _ in range(2))
+        inputs = dict(x=x, weight=weight, bias=bias, residual=residual)
+        options = dict(prenorm=True, dropout_p=0.1, residual_in_fp32=C % 8 == 0)
+        assert_layer_norm("cuda", inputs, seed, **options)
+
+    @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("residual_dtype", DTYPES, ids=str)
+    def test_mixtures_of_dtypes(
+        self,
+        x_dtype: torch.dtype,
+        residual_dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        for weight_dtype in DTYPES:
+            for C in (48, 51):
+                x, residual = (torch.randn(19, C, device=device) for _ in range(2))
+                inputs = dict(
+                    x=x.to(x_dtype),
+                    residual=residual.to(residual_dtype),
+                    weight=torch.randn(C, device=device).to(weight_dtype),
+                    bias=torch.randn(C, device=device).to(weight_dtype),
+                )
+                options = dict(prenorm=True, residual_in_fp32=(seed + C) % 2 == 0)
+                assert_layer_norm("cuda", inputs, seed, dropout_p=0.3 * (seed % 2), **options)
+
+    @pytest.mark.parametrize("C", [64, 640, 2560, 9000])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_rows_that_are_not_aligned(
+        self, C: int, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
+        """Of one operand alone, by its address or by its stride: nothing is read 16 bytes at a
+        time then."""
+        base = torch.randn(3, C + 13, device=device).to(dtype)
+        vector = torch.randn(C + 1, device=device).to(dtype)
+        views = {
+            "aligned": (base[:, :C].contiguous(), vector[:C]),
+            "address of x": (base.flatten()[1 : 1 + 3 * C].view(3, C), vector[:C]),
+            "stride of x": (base[:, :C], vector[:C]),
+            "address of weight": (base[:, :C].contiguous(), vector[1:]),
+        }
+        for x, weight in views.values():
+            residual = base.flatten()[3 : 3 + 3 * C].view(3, C)
+            assert_layer_norm("cuda", dict(x=x, weight=weight), seed)
+            inputs = dict(x=x, weight=weight, bias=weight, residual=x)
+            assert_layer_norm("cuda", inputs, seed, prenorm=True, dropout_p=0.1)
+            assert_layer_norm("cuda", inputs | dict(residual=residual), seed)
+
+    @pytest.mark.parametrize(
+        ("M", "C"),
+        [
+            (403, 40), (403, 39),  # four rows a CTA forward, ten CTAs of four rows in turn backward
+            (50, 776), (9, 1032), (50, 1025),  # one warp a row; two rows of two warps; not aligned
+            (11, 2304), (13, 3000),  # one row of three warps
+        ],
+    )  # fmt: skip
+    def test_more_rows_than_ctas(self, M: int, C: int, device: torch.device, seed: int) -> None:
+        x, weight, bias = (torch.randn(*s, device=device) for s in ((M, C), (C,), (C,)))
+        inputs = dict(x=x, weight=weight, bias=bias)
+        assert_layer_norm("cuda", inputs, seed)
+        inputs = {k: v.bfloat16() for k, v in inputs.items()} | dict(residual=x)
+        assert_layer_norm("cuda", inputs, seed, prenorm=True, dropout_p=0.2)
+
+    @pytest.mark.parametrize("C", [40, 8200])
+    @pytest.mark.parametrize("partials", [1, 2, 32, 33, 70])
+    def test_any_number_of_partial_sums(
+        self,
+        partials: int,
+        C: int,
+        device: torch.device,
+        seed: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The second stage adds up 32 at a time; a CTA with no row has sums of zero."""
+        count = "layer_norm_bwd_partials"
+        monkeypatch.setattr(cuda.module(), count, lambda *_sizes: partials)
+        x, weight, bias = (torch.randn(*s, device=device) for s in ((37, C), (C,), (C,)))
+        assert_layer_norm("cuda", dict(x=x, weight=weight, bias=bias), seed)
+
+    @pytest.mark.parametrize("C", [40, 41, 8200])
+    def test_only_one_weight_gradient(self, C: int, device: torch.device, seed: int) -> None:
+        """In the op itself: dweight alone, dbias alone."""
+        x, weight = torch.randn(9, C, device=device), torch.randn(C, device=device)
+        _, _, mean, rstd = torch.ops.gptkernels.layer_norm_fwd(
+            x, weight, None, None, None, 0.0, 1e-5, None, "cuda"
+        )
+        dy = torch.randn(9, C, device=device)
+        given = (dy, None, x, mean, rstd, weight, None, 0.0, x.dtype, None)
+        both, dweight, dbias = (
+            torch.ops.gptkernels.layer_norm_bwd(*given, *wanted, "cuda")
+            for wanted in ((True, True), (True, False), (False, True))
+        )
+        assert torch.equal(dweight[2], both[2])
+        assert torch.equal(dbias[3], both[3])
+        assert dweight[3].numel() == dbias[2].numel() == 0
+        assert torch.equal(dweight[0], both[0])
+
+    def test_constant_rows(self, device: torch.device) -> None:
+        """No variance at all, and one that rounding may take below zero: y is the bias."""
+        bias = torch.randn(104, device=device)
+        for value in (0.0, 1.0, 1e4 / 3, 1e30):
+            x = torch.full((3, 104), value, device=device)
+            y = layer_norm(x, torch.ones(104, device=device), bias, eps=1e-30, impl="cuda")
+            assert torch.equal(y, bias.expand(3, 104))
+
+    def test_too_many_columns(self, device: torch.device) -> None:
+        x = torch.zeros(1, device=device).expand(1, 2**30 + 8)
+        with pytest.raises(NotImplementedError, match=r"up to 2\*\*30 columns, got 1073741832"):
+            layer_norm(x, x[0], impl="cuda")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -260,7 +399,7 @@ def test_implementations_drop_the_same_elements(device: torch.device, seed: int)
         torch.manual_seed(seed)
         options = dict(dropout_p=0.4, prenorm=True, impl=impl)
         sums.append(layer_norm(x, torch.ones(104, device=device), **options)[1])
-    assert torch.equal(sums[0] == 0, sums[1] == 0)
+    assert all(torch.equal(sums[0] == 0, s == 0) for s in sums)
 
 
 def _sample(device: torch.device, dropout_p: float, residual: bool) -> tuple[tuple[Any, ...], int]:
