@@ -257,6 +257,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "CTA (0, 0, 0), thread 1, at <write_after_write>: writes 4 bytes at byte 0 of shared "
         "memory, which thread 0 wrote at <write_after_write>, with no barrier between",
     ),
+    "part_and_whole": (
+        WARP,
+        "CTA (0, 0, 0), thread 2, at <part_and_whole>: writes 4 bytes at byte 12 of shared memory, "
+        "which thread 1 read at <part>, with no barrier between",
+    ),
     "lanes": (
         WARP,
         f"{THREAD} <lanes>: reads 4 bytes at byte # of shared memory, which thread # wrote at "
@@ -281,6 +286,21 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         CTA,
         f"{THREAD} <wrong_barrier>: reads 4 bytes at byte # of shared memory, which thread # wrote "
         "at <pair wrote>, with no barrier between",
+    ),
+    "chain": (
+        {**CTA, "threads": 96},
+        f"{THREAD} <chain>: reads 4 bytes at byte # of shared memory, which thread # wrote at "
+        "<chain wrote>, with no barrier between",
+    ),
+    "reused_barrier": (
+        CTA,
+        f"{THREAD} <reused_barrier>: reads 4 bytes at byte # of shared memory, which thread # "
+        "wrote at <before reuse>, with no barrier between",
+    ),
+    "two_readers": (
+        {"b": 96, "c": 1, "threads": 96},
+        "CTA (0, 0, 0), thread 0, at <two_readers>: writes 4 bytes at byte 0 of c, which thread # "
+        "read at <second reader>, with no barrier between",
     ),
     "ctas": (
         {"c": 1, "grid": (2, 1, 1)},

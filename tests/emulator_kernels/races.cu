@@ -1,5 +1,6 @@
 // Two threads at one place, one of them writing, with no barrier between.
 #include "cases.h"
+#include "device/vector.h"
 
 namespace {
 
@@ -26,6 +27,19 @@ __global__ void write_after_write(const Case p) {
     if (p.broken || threadIdx.x == 0) arena()[0] = p.a[threadIdx.x];  // write_after_write
     __syncthreads();
     p.b[threadIdx.x] = arena()[0];
+}
+
+// Thread 1 reads one of four floats, thread 2 all four and writes the one.
+__global__ void part_and_whole(const Case p) {
+    unsigned i = threadIdx.x;
+    if (i == 0) gk::st128(arena(), gk::ld128(p.a));
+    __syncthreads();
+    if (i == 1) p.b[0] = arena()[3];  // part
+    if (!p.broken) __syncthreads();
+    if (i == 2) {
+        p.b[1] = gk::ld128(arena()).at[3];
+        arena()[3] = 0.0f;  // part_and_whole
+    }
 }
 
 // Lanes of a warp exchange through shared memory: __syncwarp orders them, a shuffle does not.
@@ -114,12 +128,45 @@ __global__ void wrong_barrier(const Case p) {
     p.b[i] = arena()[p.broken ? i % 64 : i ^ 32];  // wrong_barrier
 }
 
+void pair_barrier(unsigned number, gk::emulator::Site site = gk::emulator::Site::here()) {
+    gk::emulator::barrier_sync(number, 64, site, "barrier");
+}
+
+// What warp 0 wrote reaches warp 2 by way of warp 1.
+__global__ void chain(const Case p) {
+    unsigned i = threadIdx.x, warp = i / 32;
+    if (warp == 0) arena()[i] = p.a[i];  // chain wrote
+    if (warp < 2 && !p.broken) pair_barrier(1);
+    if (warp == 1 || warp == 2) pair_barrier(2);
+    p.b[i] = warp == 2 ? arena()[i % 32] : 0.0f;  // chain
+}
+
+// Warps 2 and 3 meet where warps 0 and 1 have met before, and learn nothing of them.
+__global__ void reused_barrier(const Case p) {
+    unsigned i = threadIdx.x;
+    arena()[i] = p.a[i];  // before reuse
+    pair_barrier(1);
+    p.b[i] = arena()[p.broken ? i % 32 : i ^ 32];  // reused_barrier
+}
+
+// c (1,) float: warps 0 and 1 read, and warp 0 waits for warp 2 alone before it writes.
+__global__ void two_readers(const Case p) {
+    auto total = static_cast<float*>(p.c);
+    unsigned warp = threadIdx.x / 32;
+    float value = warp < 2 ? *total : 0.0f;  // second reader
+    if (warp != 1) pair_barrier(1);
+    if (!p.broken) __syncthreads();
+    if (threadIdx.x == 0) *total = value + 1.0f;  // two_readers
+    p.b[threadIdx.x] = value;
+}
+
 }  // namespace
 
 const NamedCase kRaceCases[] = {
     {"read_after_write", read_after_write},
     {"write_after_read", write_after_read},
     {"write_after_write", write_after_write},
+    {"part_and_whole", part_and_whole},
     {"lanes", lanes},
     {"warps", warps},
     {"half_warp", half_warp},
@@ -128,5 +175,8 @@ const NamedCase kRaceCases[] = {
     {"atomic_of_ctas", atomic_of_ctas},
     {"named_barrier", named_barrier},
     {"wrong_barrier", wrong_barrier},
+    {"chain", chain},
+    {"reused_barrier", reused_barrier},
+    {"two_readers", two_readers},
     {nullptr, nullptr},
 };
