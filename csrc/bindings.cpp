@@ -134,14 +134,13 @@ PYBIND11_MODULE(_cuda, module) {
     module.def(
         "mlp_linear_fwd",
         [](int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t out,
-           uintptr_t h, uintptr_t activation, int dtype, int64_t m, int64_t n, int64_t k,
+           uintptr_t activation, int dtype, int64_t m, int64_t n, int64_t k,
            int64_t a_stride, int64_t b_stride, bool tanh) {
             gk::Product p{};
             p.a = pointer<const void>(a);
             p.b = pointer<const void>(b);
             p.bias = pointer<const void>(bias);
             p.out = pointer<void>(out);
-            p.h_out = pointer<void>(h);
             p.activation = pointer<void>(activation);
             p.m = m, p.n = n, p.k = k;
             p.a_stride = a_stride, p.b_stride = b_stride;
@@ -151,8 +150,8 @@ PYBIND11_MODULE(_cuda, module) {
                                stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("a"), py::arg("b"),
-        py::arg("bias"), py::arg("out"), py::arg("h"), py::arg("activation"), py::arg("dtype"),
-        py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a_stride"), py::arg("b_stride"),
+        py::arg("bias"), py::arg("out"), py::arg("activation"), py::arg("dtype"), py::arg("m"),
+        py::arg("n"), py::arg("k"), py::arg("a_stride"), py::arg("b_stride"),
         py::arg("tanh"));
     module.def(
         "mlp_linear_bwd",

@@ -173,13 +173,12 @@ __device__ __forceinline__ void stage(const Accumulators<C>& acc, int warp_m, in
 
 // Eight neighbouring elements, those past the first `valid` left alone (read as 0).
 template <class T>
-__device__ __forceinline__ void load_8(float (&values)[8], const T* from, int valid, bool aligned) {
-    if (aligned && valid >= 8) {
-        unpack_floats(values, load_pack<8>(from));
-    } else {
+__device__ __forceinline__ Pack<T, 8> load_8(const T* from, int valid, bool aligned) {
+    if (aligned && valid >= 8) return load_pack<8>(from);
+    Pack<T, 8> values;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) values[i] = i < valid ? to_float(from[i]) : 0.0f;
-    }
+    for (int i = 0; i < 8; ++i) values.at[i] = i < valid ? from[i] : T(0.0f);
+    return values;
 }
 
 template <class T>
@@ -194,56 +193,127 @@ __device__ __forceinline__ void store_8(T* to, const Pack<T, 8>& values, int val
     }
 }
 
-// What a product's rows become, eight columns of one row at a time.
-template <class T, Layout kLayout>
+// What becomes of the tile of D, once it is staged: a thread takes eight columns of every kRowStep-th
+// row.
+template <class T, class C, Layout kLayout>
 struct Epilogue {
-    const ProductKernel& kernel;
-    unsigned split;
-    float bias[8];
-    float sums[8];  // of dh, over this thread's rows
+    static constexpr int kGroups = C::kN / 8, kRowStep = C::kThreads / kGroups;
 
-    // `place`: of the first of the eight in D.
-    __device__ __forceinline__ void row(float (&d)[8], int64_t place, int valid) {
+    const ProductKernel& kernel;
+    int64_t m, n;    // of the tile
+    int rows, cols;  // of D in it
+    unsigned split;
+
+    __device__ static int col() { return static_cast<int>(threadIdx.x) % kGroups * 8; }
+    __device__ static int first_row() { return static_cast<int>(threadIdx.x) / kGroups; }
+    __device__ int valid() const { return min(cols - col(), 8); }
+    __device__ int64_t place(int row) const { return (m + row) * kernel.p.n + n + col(); }
+
+    // To a (m, n) output.
+    template <class U>
+    __device__ __forceinline__ void store(U* base, int row, const float (&values)[8]) const {
+        store_8(base + place(row), pack_floats<U>(values), valid(), kernel.out_aligned);
+    }
+
+    __device__ __forceinline__ Pack<T, 8> load_h(int row) const {
+        return load_8(static_cast<const T*>(kernel.p.h) + place(row), valid(), kernel.out_aligned);
+    }
+
+    __device__ __forceinline__ static void load(float (&d)[8], int row) {
+        unpack_floats(d, load_pack<8>(staged<C>(row, col())));
+    }
+
+    // D + bias, and the gelu of that, rounded.
+    template <bool kTanh>
+    __device__ __forceinline__ void forward() const {
         const Product& p = kernel.p;
-        const bool aligned = kernel.out_aligned;
-        if constexpr (kLayout == Layout::forward) {
+        float bias[8] = {};
+        if (p.bias != nullptr) {
+            unpack_floats(bias, load_8(static_cast<const T*>(p.bias) + n + col(), valid(), false));
+        }
+        for (int row = first_row(); row < rows; row += kRowStep) {
+            float d[8];
+            load(d, row);
 #pragma unroll
             for (int i = 0; i < 8; ++i) d[i] += bias[i];
-            const Pack<T, 8> rounded = pack_floats<T>(d);
-            if (p.out != nullptr) store_8(static_cast<T*>(p.out) + place, rounded, valid, aligned);
-            if (p.h_out != nullptr) {
-                store_8(static_cast<T*>(p.h_out) + place, rounded, valid, aligned);
-            }
+            if (p.out != nullptr) store(static_cast<T*>(p.out), row, d);
             if (p.activation != nullptr) {
-                unpack_floats(d, rounded);
+                unpack_floats(d, pack_floats<T>(d));
 #pragma unroll
-                for (int i = 0; i < 8; ++i) d[i] *= gelu(d[i], p.tanh).gate;
-                store_8(static_cast<T*>(p.activation) + place, pack_floats<T>(d), valid, aligned);
+                for (int i = 0; i < 8; ++i) d[i] *= gelu<kTanh>(d[i]).gate;
+                store(static_cast<T*>(p.activation), row, d);
             }
+        }
+    }
+
+    // dh = D gelu'(h), gelu(h), and into `sums` this thread's column sums of dh.
+    template <bool kTanh>
+    __device__ __forceinline__ void backward(float (&sums)[8]) const {
+        const Product& p = kernel.p;
+        Pack<T, 8> next = load_h(first_row());
+        for (int row = first_row(); row < rows; row += kRowStep) {
+            float d[8], h[8];
+            load(d, row);
+            unpack_floats(h, next);
+            // On its way while this row is computed.
+            if (row + kRowStep < rows) next = load_h(row + kRowStep);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const Gelu g = gelu<kTanh>(h[i]);
+                d[i] *= gelu_slope<kTanh>(h[i], g);
+                h[i] *= g.gate;
+                sums[i] += d[i];
+            }
+            store(static_cast<T*>(p.out), row, d);
+            if (p.activation != nullptr) store(static_cast<T*>(p.activation), row, h);
+        }
+    }
+
+    template <class U>
+    __device__ __forceinline__ void plain(U* base) const {
+        for (int row = first_row(); row < rows; row += kRowStep) {
+            float d[8];
+            load(d, row);
+            store(base, row, d);
+        }
+    }
+
+    __device__ __forceinline__ void run() const {
+        const Product& p = kernel.p;
+        const bool any = first_row() < rows && valid() > 0;
+        if constexpr (kLayout == Layout::forward) {
+            if (any) p.tanh ? forward<true>() : forward<false>();
         } else if constexpr (kLayout == Layout::backward) {
-            if (p.h != nullptr) {
-                float h[8];
-                load_8(h, static_cast<const T*>(p.h) + place, valid, aligned);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const Gelu g = gelu(h[i], p.tanh);
-                    d[i] *= gelu_slope(h[i], g, p.tanh);
-                    h[i] *= g.gate;
-                    sums[i] += d[i];
-                }
-                if (p.activation != nullptr) {
-                    store_8(static_cast<T*>(p.activation) + place, pack_floats<T>(h), valid,
-                            aligned);
+            float sums[8] = {};
+            if (any) {
+                if (p.h == nullptr) {
+                    plain(static_cast<T*>(p.out));
+                } else {
+                    p.tanh ? backward<true>(sums) : backward<false>(sums);
                 }
             }
-            store_8(static_cast<T*>(p.out) + place, pack_floats<T>(d), valid, aligned);
-        } else if (p.splits > 1) {
-            Pack<float, 8> pack;
+            if (p.partial != nullptr) sum_columns(sums);
+        } else if (any) {
+            if (p.splits > 1) {
+                plain(p.partial + split * p.m * p.n);
+            } else {
+                plain(static_cast<T*>(p.out));
+            }
+        }
+    }
+
+    // All threads' sums, in the order of their rows.
+    __device__ __forceinline__ void sum_columns(const float (&sums)[8]) const {
+        __syncthreads();  // everyone has read the tile
+        float* scratch = reinterpret_cast<float*>(shared_memory());  // (kRowStep, kN)
 #pragma unroll
-            for (int i = 0; i < 8; ++i) pack.at[i] = d[i];
-            store_8(p.partial + split * p.m * p.n + place, pack, valid, aligned);
-        } else {
-            store_8(static_cast<T*>(p.out) + place, pack_floats<T>(d), valid, aligned);
+        for (int i = 0; i < 8; ++i) scratch[first_row() * C::kN + col() + i] = sums[i];
+        __syncthreads();
+        for (int c = static_cast<int>(threadIdx.x); c < cols; c += C::kThreads) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < kRowStep; ++i) sum += scratch[i * C::kN + c];
+            kernel.p.partial[m / C::kM * kernel.p.n + n + c] = sum;
         }
     }
 };
@@ -260,8 +330,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     const unsigned first = tile / (kernel.group * kernel.tiles_n) * kernel.group;
     const unsigned height = min(kernel.tiles_m - first, kernel.group);
     const unsigned place = tile - first * kernel.tiles_n;
-    const int64_t tile_m = first + place % height;
-    const int64_t m = tile_m * C::kM, n = static_cast<int64_t>(place / height) * C::kN;
+    const int64_t m = static_cast<int64_t>(first + place % height) * C::kM;
+    const int64_t n = static_cast<int64_t>(place / height) * C::kN;
 
     const int64_t k = static_cast<int64_t>(split) * kernel.split_steps * C::kK;
     const int64_t steps_left = (p.k - k + C::kK - 1) / C::kK;
@@ -306,31 +376,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     stage<C>(acc, warp_m, warp_n);
     __syncthreads();
 
-    constexpr int kGroups = C::kN / 8, kRowStep = C::kThreads / kGroups;
-    const int group = static_cast<int>(threadIdx.x) % kGroups, col = 8 * group;
-    const int valid = min(source.cols - col, 8);
-    Epilogue<T, kLayout> epilogue{kernel, split, {}, {}};
-    if (kLayout == Layout::forward && p.bias != nullptr) {
-        load_8(epilogue.bias, static_cast<const T*>(p.bias) + n + col, valid, false);
-    }
-    for (int row = static_cast<int>(threadIdx.x) / kGroups; row < source.rows; row += kRowStep) {
-        float d[8];
-        unpack_floats(d, load_pack<8>(staged<C>(row, col)));
-        if (valid > 0) epilogue.row(d, (m + row) * p.n + n + col, valid);
-    }
-    if (kLayout == Layout::backward && p.partial != nullptr) {
-        __syncthreads();  // everyone has read the tile
-        float* sums = reinterpret_cast<float*>(shared_memory());  // (kRowStep, kN)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[threadIdx.x / kGroups * C::kN + col + i] = epilogue.sums[i];
-        __syncthreads();
-        for (int c = static_cast<int>(threadIdx.x); c < source.cols; c += C::kThreads) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < kRowStep; ++i) sum += sums[i * C::kN + c];
-            p.partial[tile_m * p.n + n + c] = sum;
-        }
-    }
+    Epilogue<T, C, kLayout>{kernel, m, n, source.rows, source.cols, split}.run();
 }
 
 // ---- sums
@@ -355,7 +401,8 @@ __global__ void __launch_bounds__(kSumThreads)
     float sums[8] = {};
     for (int row = warp; row < rows && valid > 0; row += kWarps) {
         float values[8];
-        load_8(values, static_cast<const T*>(p.x) + (first + row) * p.stride + col, valid, aligned);
+        unpack_floats(values, load_8(static_cast<const T*>(p.x) + (first + row) * p.stride + col,
+                                     valid, aligned));
 #pragma unroll
         for (int i = 0; i < 8; ++i) sums[i] += values[i];
     }
@@ -489,7 +536,6 @@ void launch_product(DType dtype, Layout layout, const Product& p, Stream stream)
     kernel.b_aligned = aligned(p.b, p.b_stride * size);
     kernel.out_aligned = true;
     for (const void* matrix : {p.h, static_cast<const void*>(p.out),
-                               static_cast<const void*>(p.h_out),
                                static_cast<const void*>(p.activation)}) {
         kernel.out_aligned &= aligned(matrix, p.n * size);
     }

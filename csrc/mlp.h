@@ -19,10 +19,9 @@ struct Product {
     const void* a;      // (m, k) or (k, m), rows a_stride elements apart
     const void* b;      // (n, k) or (k, n), rows b_stride elements apart
     const void* bias;   // (n,) or absent; forward
-    const void* h;      // (m, n), the pre-activation: given to backward, which then makes dh of da
-    void* out;          // (m, n): the product (forward: with bias), dh; forward: may be absent
-    void* h_out;        // (m, n) or absent: forward's product with bias, as `out`
-    void* activation;   // (m, n) or absent: gelu of h, of the rounded values of h_out
+    const void* h;      // (m, n), the pre-activation, or absent; backward, which makes dh of da by it
+    void* out;          // (m, n): the product, with bias; dh; forward: may be absent
+    void* activation;   // (m, n) or absent: gelu of h, forward: of the rounded `out`
     float* partial;     // absent, or backward: (row tiles, n), column sums of dh before rounding;
                         // weight: (splits, m, n), to be summed, in place of `out`
     int64_t m, n, k;

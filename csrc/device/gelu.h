@@ -17,27 +17,25 @@ struct Gelu {
     float bell;  // the gate's derivative; for tanh: over its factor 1 + 3 * 0.044715 h^2
 };
 
-__device__ __forceinline__ Gelu gelu_tanh(float h) {
-    constexpr float kScale = 0.7978845608028654f, kCubic = 0.044715f;  // sqrt(2/pi)
-    const float u = h * fmaf(h * h, kScale * kCubic, kScale);
-    const float decay = __expf(-2.0f * fabsf(u));
-    const float rest = __fdividef(1.0f, 1.0f + decay);
-    return {(u < 0.0f ? decay : 1.0f) * rest, (2.0f * kScale) * (decay * rest * rest)};
-}
-
-__device__ __forceinline__ Gelu gelu_erf(float h) {
-    constexpr float kSqrtHalf = 0.7071067811865476f, kInvSqrt2Pi = 0.3989422804014327f;
-    return {fmaf(erff(h * kSqrtHalf), 0.5f, 0.5f), kInvSqrt2Pi * __expf(-0.5f * (h * h))};
-}
-
-__device__ __forceinline__ Gelu gelu(float h, bool tanh) {
-    return tanh ? gelu_tanh(h) : gelu_erf(h);
+template <bool kTanh>
+__device__ __forceinline__ Gelu gelu(float h) {
+    if constexpr (kTanh) {
+        constexpr float kScale = 0.7978845608028654f, kCubic = 0.044715f;  // sqrt(2/pi)
+        const float u = h * fmaf(h * h, kScale * kCubic, kScale);
+        const float decay = __expf(-2.0f * fabsf(u));
+        const float rest = __fdividef(1.0f, 1.0f + decay);
+        return {(u < 0.0f ? decay : 1.0f) * rest, (2.0f * kScale) * (decay * rest * rest)};
+    } else {
+        constexpr float kSqrtHalf = 0.7071067811865476f, kInvSqrt2Pi = 0.3989422804014327f;
+        return {fmaf(erff(h * kSqrtHalf), 0.5f, 0.5f), kInvSqrt2Pi * __expf(-0.5f * (h * h))};
+    }
 }
 
 // gelu'(h). Powers of h that would overflow meet the exact zero of the bell's tail first.
-__device__ __forceinline__ float gelu_slope(float h, Gelu gelu, bool tanh) {
+template <bool kTanh>
+__device__ __forceinline__ float gelu_slope(float h, Gelu gelu) {
     const float q = h * gelu.bell;
-    return gelu.gate + (tanh ? fmaf(3.0f * 0.044715f, h * (h * q), q) : q);
+    return gelu.gate + (kTanh ? fmaf(3.0f * 0.044715f, h * (h * q), q) : q);
 }
 
 }  // namespace gk

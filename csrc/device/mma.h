@@ -116,8 +116,8 @@ struct Mma<float> {
         float cols[2][8];
     };
 
-    // The eight products are summed apart: over a long k the error of adding them to a large sum one
-    // by one would be nearly three times that of PyTorch's blocked sums.
+    // The eight products are summed apart: over a long k, added one by one to a sum that has grown
+    // large, they would lose nearly three times as much.
     __device__ static void multiply(float (&acc)[4], const A& a, const B& b) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

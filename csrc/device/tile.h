@@ -24,13 +24,31 @@ struct SharedTile {
                                       : kChunks % 2 == 0 ? 2
                                                          : 1;
 
+    // What a row's chunks are moved by: XORed with the lowest bits of their number.
+    __host__ __device__ static constexpr unsigned swizzle(unsigned row) {
+        return row / (8 / kSpan) % kSpan;
+    }
+
+    // Eight rows' chunks of one number lie in eight different groups of banks.
+    __host__ __device__ static constexpr bool conflict_free() {
+        for (unsigned chunk = 0; chunk < kSpan; ++chunk) {
+            unsigned groups = 0;
+            for (unsigned row = 0; row < 8; ++row) {
+                groups |= 1u << (row * kChunks + (chunk ^ swizzle(row))) % 8;
+            }
+            if (groups != 0xff) return false;
+        }
+        return true;
+    }
+
     T* data;
 
     __device__ T* at(int row, int col) const {
+        static_assert(conflict_free(), "ldmatrix would wait for its own banks");
         unsigned r = static_cast<unsigned>(row), c = static_cast<unsigned>(col);
         // Only the lowest bits of the chunk move: what lies above them stays a constant offset in
         // unrolled loops.
-        unsigned low = (c / kChunk % kSpan) ^ (r / (8 / kSpan) % kSpan);
+        unsigned low = (c / kChunk % kSpan) ^ swizzle(r);
         unsigned high = c / kChunk / kSpan * kSpan;
         return data + row * kCols + static_cast<int>(high * kChunk) +
                static_cast<int>(low * kChunk + c % kChunk);

@@ -25,7 +25,7 @@ def gelu_mlp_fwd(
     a = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
     h = torch.empty_like(a) if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
     y = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype, device=x.device)
-    _linear_fwd(x, w1, b1, h=h, activation=a, approximate=approximate)
+    _linear_fwd(x, w1, b1, out=h, activation=a, approximate=approximate)
     _linear_fwd(a, w2, b2, out=y)
     return y, h
 
@@ -51,7 +51,7 @@ def gelu_mlp_bwd(
         return dx, dw1, db1, dw2, db2
     if h is None:
         h = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
-        _linear_fwd(x, w1, b1, h=h)
+        _linear_fwd(x, w1, b1, out=h)
     dh, a, partial = _linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1)
     if need_b1:
         db1 = _partial_sums(partial, dy.dtype)
@@ -70,17 +70,16 @@ def _linear_fwd(
     b: Tensor,
     bias: Tensor | None,
     *,
-    out: Tensor | None = None,
-    h: Tensor | None = None,
+    out: Tensor,
     activation: Tensor | None = None,
     approximate: str = "tanh",
 ) -> None:
-    """a (m, k) b^T (n, k) + bias into out or h, its gelu into activation: those that are given."""
+    """out = a (m, k) b^T (n, k) + bias, unless it is empty; activation = gelu(out)."""
     cuda.call(
         "mlp_linear_fwd",
         a,
         inputs={"a": a, "b": b, "bias": bias},
-        outputs={"out": out, "h": h, "activation": activation},
+        outputs={"out": out, "activation": activation},
         **_scalars(a, b, b.shape[0]),
         tanh=approximate == "tanh",
     )
