@@ -30,8 +30,8 @@ namespace {
 // Row tiles that share their columns of B run together, so that those columns stay in L2.
 constexpr int kGroup = 8;
 
-// A CTA's tile of D, m x n; its warps' tiles side by side in it; the depth of one step along k, 64 or
-// 128 bytes, `stages` of which are in flight or in use.
+// A CTA's tile of D, m x n; its warps' tiles side by side in it; the depth of one step along k, 64
+// or 128 bytes, `stages` of which are in flight or in use.
 template <class T, int kTileM, int kTileN, int kDepthBytes, int kTileStages, int kWarpRows,
           int kWarpCols, int kResident>
 struct Config {
@@ -45,8 +45,8 @@ struct Config {
     static_assert(kSharedBytes <= 99 * 1024, "what every device from sm_80 on has");
 };
 
-// Warps of 64 x 64 read 32 KB of shared memory for a step of 128 x 128 x 32, those of 64 x 32 48 KB,
-// which at 128 bytes a clock would take as long as the products.
+// Warps of 64 x 64 read 32 KB of shared memory for a step of 128 x 128 x 32, those of 64 x 32 would
+// read 48 KB, which at 128 bytes a clock takes as long as the products.
 template <class T>
 struct Large : Config<T, 128, 128, 64, 4, 2, 2, 2> {};
 // Full precision runs out of registers: a thread's 8 x 8 results and what they are made of.
@@ -55,13 +55,10 @@ struct Large<float> : Config<float, 128, 128, 64, 4, 2, 4, 1> {};
 template <class T>
 struct Small : Config<T, 64, 64, 128, 3, 2, 2, sizeof(T) == 4 ? 2 : 3> {};
 
-constexpr bool kTransposedA(Layout layout) { return layout == Layout::weight; }
-constexpr bool kTransposedB(Layout layout) { return layout != Layout::forward; }
-
 struct ProductKernel {
     Product p;
-    // Of D; `group` row tiles run together. In 32 bits, as the grid's size is: 64-bit divisions would
-    // take a good part of a small tile's time.
+    // Of D; `group` row tiles run together. In 32 bits, as the grid's size is: 64-bit divisions
+    // would take a good part of a small tile's time.
     unsigned tiles_m, tiles_n, group;
     int split_steps;                         // along k, of a part
     bool a_aligned, b_aligned, out_aligned;  // to 16 bytes: base and rows
@@ -70,9 +67,13 @@ struct ProductKernel {
 // A CTA's operands, and its shared memory as stages of tiles of them.
 template <class T, class C, Layout kLayout>
 struct Operands {
-    static constexpr bool kTransA = kTransposedA(kLayout), kTransB = kTransposedB(kLayout);
-    using TileA = std::conditional_t<kTransA, SharedTile<T, C::kK, C::kM>, SharedTile<T, C::kM, C::kK>>;
-    using TileB = std::conditional_t<kTransB, SharedTile<T, C::kK, C::kN>, SharedTile<T, C::kN, C::kK>>;
+    static constexpr bool kTransA = kLayout == Layout::weight;
+    static constexpr bool kTransB = kLayout != Layout::forward;
+    template <bool kTransposed, int kSize>
+    using Tile = std::conditional_t<kTransposed, SharedTile<T, C::kK, kSize>,
+                                    SharedTile<T, kSize, C::kK>>;
+    using TileA = Tile<kTransA, C::kM>;
+    using TileB = Tile<kTransB, C::kN>;
 
     const T* a;  // the tile's first row or column
     const T* b;
@@ -91,12 +92,14 @@ struct Operands {
     __device__ void copy(int64_t k, int slot) const {
         const int depth = static_cast<int>(min(k_end - k, static_cast<int64_t>(C::kK)));
         if constexpr (kTransA) {
-            copy_tile<C::kThreads>(tile_a(slot), a + k * a_stride, a_stride, depth, rows, a_aligned);
+            copy_tile<C::kThreads>(tile_a(slot), a + k * a_stride, a_stride, depth, rows,
+                                   a_aligned);
         } else {
             copy_tile<C::kThreads>(tile_a(slot), a + k, a_stride, rows, depth, a_aligned);
         }
         if constexpr (kTransB) {
-            copy_tile<C::kThreads>(tile_b(slot), b + k * b_stride, b_stride, depth, cols, b_aligned);
+            copy_tile<C::kThreads>(tile_b(slot), b + k * b_stride, b_stride, depth, cols,
+                                   b_aligned);
         } else {
             copy_tile<C::kThreads>(tile_b(slot), b + k, b_stride, cols, depth, b_aligned);
         }
@@ -117,7 +120,7 @@ __device__ __forceinline__ void multiply_stage(Accumulators<C>& acc, int slot, i
     const auto tile_a = Source::tile_a(slot);
     const auto tile_b = Source::tile_b(slot);
     // Unrolled, fp32's fragments of the next k would be loaded ahead into registers that it lacks.
-    constexpr int kUnrolled = sizeof(T) == 4 ? 1 : C::kK / Mma<T>::K;
+    [[maybe_unused]] constexpr int kUnrolled = sizeof(T) == 4 ? 1 : C::kK / Mma<T>::K;
 #pragma unroll kUnrolled
     for (int k = 0; k < C::kK; k += Mma<T>::K) {
         typename Mma<T>::A a[C::kWarpM / 16];
@@ -193,8 +196,8 @@ __device__ __forceinline__ void store_8(T* to, const Pack<T, 8>& values, int val
     }
 }
 
-// What becomes of the tile of D, once it is staged: a thread takes eight columns of every kRowStep-th
-// row.
+// What becomes of the tile of D, once it is staged: a thread takes eight columns of every
+// kRowStep-th row.
 template <class T, class C, Layout kLayout>
 struct Epilogue {
     static constexpr int kGroups = C::kN / 8, kRowStep = C::kThreads / kGroups;
@@ -571,7 +574,8 @@ void launch_partial_sums(DType dtype, const PartialSums& sums, Stream stream) {
         using T = decltype(element);
         launch(partial_sums_kernel<T>,
                {"mlp partial sums", matrix(sums.parts, sums.cols) + " fp32",
-                dim3(static_cast<unsigned>(ctas)), kSumThreads, kSumThreads * sizeof(float), stream},
+                dim3(static_cast<unsigned>(ctas)), kSumThreads, kSumThreads * sizeof(float),
+                stream},
                {sums, teams});
     });
 }

@@ -19,7 +19,8 @@ struct Product {
     const void* a;      // (m, k) or (k, m), rows a_stride elements apart
     const void* b;      // (n, k) or (k, n), rows b_stride elements apart
     const void* bias;   // (n,) or absent; forward
-    const void* h;      // (m, n), the pre-activation, or absent; backward, which makes dh of da by it
+    const void* h;      // (m, n), the pre-activation, or absent; backward, which multiplies by its
+                        // gelu'
     void* out;          // (m, n): the product, with bias; dh; forward: may be absent
     void* activation;   // (m, n) or absent: gelu of h, forward: of the rounded `out`
     float* partial;     // absent, or backward: (row tiles, n), column sums of dh before rounding;

@@ -1,5 +1,6 @@
-// A tile of a matrix from global to shared memory, by all threads of a CTA, asynchronously where the
-// matrix's alignment allows it. The reader waits for the group that holds the copy, then at a barrier.
+// A tile of a matrix from global to shared memory, by all threads of a CTA, asynchronously where
+// the matrix's alignment allows it. The reader waits for the group that holds the copy, then at a
+// barrier.
 #pragma once
 
 #include "device/cp_async.h"
@@ -7,14 +8,15 @@
 
 namespace gk {
 
-// tile[r, c] = source[r * row_stride + c] where r < rows_valid and c < cols_valid, else 0. Nothing is
-// read outside. `aligned`: source and row_stride are multiples of 16 bytes (the same for all threads).
+// tile[r, c] = source[r * row_stride + c] where r < rows_valid and c < cols_valid, else 0. Nothing
+// is read outside. `aligned`: source and row_stride are multiples of 16 bytes (the same for all
+// threads).
 template <int kThreads, class Tile, class T>
-__device__ void copy_tile(Tile tile, const T* source, int64_t row_stride, int rows_valid,
+__device__ inline void copy_tile(Tile tile, const T* source, int64_t row_stride, int rows_valid,
                           int cols_valid, bool aligned) {
-    // Threads stand kSpan chunks wide, and move down by a multiple of 8 rows: one pointer to add to,
-    // and offsets into the tile that differ by constants, where row-major order of all chunks would
-    // keep an address for each in registers.
+    // Threads stand kSpan chunks wide, and move down by a multiple of 8 rows: one pointer to add
+    // to, and offsets into the tile that differ by constants, where row-major order of all chunks
+    // would keep an address for each in registers.
     constexpr int kSpan = static_cast<int>(Tile::kSpan), kStep = kThreads / kSpan;
     static_assert(kStep % 8 == 0, "the swizzle repeats every 8 rows");
     const int thread = static_cast<int>(threadIdx.x), col0 = thread % kSpan * Tile::kChunk;

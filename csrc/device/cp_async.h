@@ -1,7 +1,8 @@
 // Asynchronous copies from global to shared memory (PTX ISA, "cp.async" and "cp.async.wait_group").
 //
-// A copy belongs to the group that the thread's next cp_async_commit closes. cp_async_wait<N> returns
-// when all but the thread's N newest groups have landed; other threads see them after a barrier.
+// A copy belongs to the group that the thread's next cp_async_commit closes. cp_async_wait<N>
+// returns when all but the thread's N newest groups have landed; other threads see them after a
+// barrier.
 #pragma once
 
 #include "launch.h"
@@ -12,7 +13,8 @@
 
 namespace gk {
 
-// 16 bytes to `shared`: `bytes` (0 ... 16) of them from `global`, then zeros. Both are 16-byte aligned.
+// 16 bytes to `shared`: `bytes` (0 ... 16) of them from `global`, then zeros. Both are 16-byte
+// aligned.
 __device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
 #ifdef GK_EMULATE
     emulator::cp_async_16(shared, global, bytes);

@@ -3,9 +3,9 @@
 //     tanh:  gelu(h) = h sigmoid(2u), u = sqrt(2/pi) (h + 0.044715 h^3), as 0.5 h (1 + tanh u)
 //     erf:   gelu(h) = h Phi(h) = h (0.5 + 0.5 erf(h / sqrt 2))
 //
-// Explicit fma: left to itself, the compiler might contract the gate differently in two kernels, and
-// an activation that the backward pass rebuilds must have the forward pass's bits. No difference of
-// near numbers, and no exponential that overflows.
+// Explicit fma: left to itself, the compiler might contract the gate differently in two kernels,
+// and an activation that the backward pass rebuilds must have the forward pass's bits. No
+// difference of near numbers, and no exponential that overflows.
 #pragma once
 
 #include "../launch.h"

@@ -3,13 +3,13 @@
 // bf16 and fp16 run on the tensor cores, K = 16; fp32 runs the same tile by FFMA, K = 8, in full
 // precision and never in tf32, so that one kernel source serves every dtype.
 //
-// Layouts are those of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and
-// "ldmatrix". With g = lane / 4 and t = lane % 4, a lane holds of
-//     the accumulators  rows g and g + 8, columns 2t and 2t + 1:      {g 2t, g 2t+1, g+8 2t, g+8 2t+1}
-//     A, 16 bits        rows g and g + 8, columns 2t, 2t + 1, + 8:    {g 2t.., g+8 2t.., g 2t+8.., g+8 2t+8..}
-//     B, 16 bits        column g, rows 2t, 2t + 1, + 8:               {2t.., 2t+8..}
-//     A, fp32           rows g and g + 8, all 8 columns
-//     B, fp32           columns 2t and 2t + 1, all 8 rows
+// Layouts are those of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"
+// and "ldmatrix". With g = lane / 4 and t = lane % 4, a lane holds of
+//     accumulators  (row, column) (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+//     A, 16 bits    from (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) on, two columns each
+//     B, 16 bits    from (2t, g), (2t + 8, g) on, two rows each
+//     A, fp32       rows g and g + 8, all 8 columns
+//     B, fp32       columns 2t and 2t + 1, all 8 rows
 #pragma once
 
 #include <cstdint>

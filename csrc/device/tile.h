@@ -1,7 +1,8 @@
 // A tile of a matrix in shared memory, and the warp's mma fragments out of it.
 //
-// Chunks of 16 bytes are swizzled: eight consecutive rows hold their chunk c in eight different groups
-// of four banks, so that ldmatrix, which reads such a column of chunks, has no bank conflict.
+// Chunks of 16 bytes are swizzled: eight consecutive rows hold their chunk c in eight different
+// groups of four banks, so that ldmatrix, which reads such a column of chunks, has no bank
+// conflict.
 #pragma once
 
 #include "device/mma.h"
@@ -63,8 +64,8 @@ __device__ inline int lane_index() { return static_cast<int>(threadIdx.x) & 31; 
 
 // Eight neighbouring floats of a row.
 template <int kRows, int kCols>
-__device__ void load_8(float (&values)[8], const SharedTile<float, kRows, kCols>& tile, int down,
-                       int row, int col) {
+__device__ inline void load_8(float (&values)[8], const SharedTile<float, kRows, kCols>& tile,
+                              int down, int row, int col) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         Pack<float, 4> four = ld128(tile.at(down, row, col + 4 * half));
@@ -77,8 +78,8 @@ __device__ void load_8(float (&values)[8], const SharedTile<float, kRows, kCols>
 
 // A[16 x K] = tile[row ..., k ...]
 template <class T, int kRows, int kCols>
-__device__ void load_a(typename Mma<T>::A& a, const SharedTile<T, kRows, kCols>& tile, int row,
-                       int k) {
+__device__ inline void load_a(typename Mma<T>::A& a, const SharedTile<T, kRows, kCols>& tile,
+                              int row, int k) {
     int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
         ldmatrix_x4(a.r, tile.at(row, lane % 16, k + lane / 16 * 8));
@@ -92,8 +93,8 @@ __device__ void load_a(typename Mma<T>::A& a, const SharedTile<T, kRows, kCols>&
 
 // A[16 x K] = tile[k ..., row ...], transposed
 template <class T, int kRows, int kCols>
-__device__ void load_a_transposed(typename Mma<T>::A& a, const SharedTile<T, kRows, kCols>& tile,
-                                  int k, int row) {
+__device__ inline void load_a_transposed(typename Mma<T>::A& a,
+                                         const SharedTile<T, kRows, kCols>& tile, int k, int row) {
     int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
         ldmatrix_x4_trans(a.r, tile.at(k, lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
@@ -110,8 +111,8 @@ __device__ void load_a_transposed(typename Mma<T>::A& a, const SharedTile<T, kRo
 
 // Two neighbouring B[K x 8], from tile[n ..., k ...]
 template <class T, int kRows, int kCols>
-__device__ void load_b(typename Mma<T>::B (&b)[2], const SharedTile<T, kRows, kCols>& tile, int n,
-                       int k) {
+__device__ inline void load_b(typename Mma<T>::B (&b)[2], const SharedTile<T, kRows, kCols>& tile,
+                              int n, int k) {
     int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
         uint32_t r[4];
@@ -128,8 +129,8 @@ __device__ void load_b(typename Mma<T>::B (&b)[2], const SharedTile<T, kRows, kC
 
 // Two neighbouring B[K x 8], from tile[k ..., n ...]
 template <class T, int kRows, int kCols>
-__device__ void load_b_transposed(typename Mma<T>::B (&b)[2],
-                                  const SharedTile<T, kRows, kCols>& tile, int k, int n) {
+__device__ inline void load_b_transposed(typename Mma<T>::B (&b)[2],
+                                         const SharedTile<T, kRows, kCols>& tile, int k, int n) {
     int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
         uint32_t r[4];

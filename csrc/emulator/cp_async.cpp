@@ -1,5 +1,5 @@
-// Asynchronous copies. Data arrives when its thread waits for it, as late as the GPU may deliver it;
-// with GPTKERNELS_EMULATE_COPIES=early at once. Either way nobody may touch it in between.
+// Asynchronous copies. Data arrives when its thread waits for it, as late as the GPU may deliver
+// it; with GPTKERNELS_EMULATE_COPIES=early at once. Either way nobody may touch it in between.
 #include "cp_async.h"
 
 #include <cstdlib>
