@@ -46,7 +46,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 # torch.compile takes the answer as it is now: files and devices are nothing that it could trace.
-# torch.compiler.assume_constant_result does no more, but imports torch._dynamo, which takes a second.
+# torch.compiler.assume_constant_result does no more, but imports torch._dynamo: a second.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

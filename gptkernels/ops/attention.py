@@ -195,7 +195,7 @@ def attention(
         dropout_p: probability of dropping a weight, rounded to a multiple of 1/65536; always active
             when > 0. The mask is that of `gptkernels.philox`, drawn from PyTorch's generator.
         deterministic: gradients with the same bits on every run, at whatever cost; None asks
-            torch.are_deterministic_algorithms_enabled(). The Triton kernels always are, and the CUDA
+            torch.are_deterministic_algorithms_enabled(). The Triton kernels always are, the CUDA
             C++ ones in float32; in 16 bits these add dq up by atomics otherwise.
         return_lse: also return lse.
         impl: "auto", "torch", "triton" or "cuda".
