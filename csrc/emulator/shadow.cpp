@@ -11,7 +11,7 @@ struct Cell {
     Epoch writer;         // 0: never written
     Epoch readers[2];     // since then, as far as one does not come before another
     unsigned written_at;  // a place (report.h) and flags
-    unsigned read_at;     // likewise
+    unsigned read_at[2];  // likewise
 };
 
 namespace {
@@ -26,7 +26,7 @@ constexpr unsigned kSeveralCtas = 1u << 31;  // ... of several CTAs
 
 constexpr unsigned kPlace = kAtomic - 1;
 
-// Above the place of the last read, in a line's cell: its parts' cells hold what is true.
+// Above the place of a read, in a line's cell: its parts' cells hold what is true.
 constexpr unsigned kSplit = 1u << 31;
 
 constexpr Epoch kHost = 1;  // before all CTAs, which count from 1
@@ -54,7 +54,7 @@ class Check {
         if (!unwritten(cell)) {
             if (!after_writer(cell, finding) || !after_readers(cell, finding)) return false;
         }
-        cell = {now_, {0, 0}, place_ | flags, 0};
+        cell = {now_, {0, 0}, place_ | flags, {0, 0}};
         return true;
     }
 
@@ -70,7 +70,7 @@ class Check {
             return false;
         }
         if (!after_readers(cell, finding)) return false;
-        cell = {now_, {0, 0}, place_ | flags, 0};
+        cell = {now_, {0, 0}, place_ | flags, {0, 0}};
         return true;
     }
 
@@ -105,9 +105,10 @@ class Check {
     }
 
     bool after_readers(const Cell& cell, Finding& finding) const {
-        for (const Epoch reader : cell.readers) {
+        for (int i = 0; i < 2; ++i) {
+            const Epoch reader = cell.readers[i];
             if (reader != 0 && !before(reader)) {
-                finding = {Fault::race, 0, reader, cell.read_at, "read"};
+                finding = {Fault::race, 0, reader, cell.read_at[i] & kPlace, "read"};
                 return false;
             }
         }
@@ -117,15 +118,14 @@ class Check {
     // A reader that comes before this one need not be kept: who waits for this one waits for both.
     // Where three are unordered, those of different CTAs or warps tell most.
     void keep_reader(Cell& cell) const {
-        Epoch(&readers)[2] = cell.readers;
-        if (readers[0] == 0 || before(readers[0])) {
-            readers[0] = now_;
-        } else if (readers[1] == 0 || before(readers[1]) || alike(readers[0], readers[1])) {
-            readers[1] = now_;
-        } else {
-            return;
+        const Epoch(&readers)[2] = cell.readers;
+        int i = 0;
+        if (readers[0] != 0 && !before(readers[0])) {
+            if (readers[1] != 0 && !before(readers[1]) && !alike(readers[0], readers[1])) return;
+            i = 1;
         }
-        cell.read_at = place_;
+        cell.readers[i] = now_;
+        cell.read_at[i] = place_;
     }
 
     // The two stand for one warp, or for one CTA, and this thread is of another.
@@ -171,13 +171,13 @@ void Shadow::visit(size_t offset, size_t bytes, bool merges, F&& f) {
         const size_t last = std::min(end, (line + 1) * kLine);
         const bool whole = last - first == kLine;
         Cell &cell = lines_[line], *parts = &parts_[line * kParts];
-        if (!(cell.read_at & kSplit)) {
+        if (!(cell.read_at[0] & kSplit)) {
             if (whole) {
                 if (!f(cell, first)) return;
                 continue;
             }
             std::fill(parts, parts + kParts, cell);
-            cell.read_at |= kSplit;
+            cell.read_at[0] |= kSplit;
         }
         for (size_t at = first / kPart; at * kPart < last; ++at) {
             if (!f(parts[at % kParts], std::max(first, at * kPart))) return;
