@@ -61,15 +61,26 @@ gates: $(READY) ## compile every Triton kernel ahead of time and hold it to the 
 	$(if $(TRITON_ASIDE),$(PY) -m gates --triton $(TRITON_ASIDE) $(ARGS) || status=1;) \
 	exit $$status
 
-# Nothing is installed or downloaded: the sources are laid out as an install would, and the active
-# Python runs them.
+# Nothing is installed or downloaded: the sources are laid out as an install would, with the CUDA
+# kernels for this GPU alone where there is nvcc, and the active Python runs them. -lineinfo names
+# source lines to compute-sanitizer. The emulator stands where a checkout has it.
 gpu: PYTHON ?= python3
 gpu: ## on a machine with an NVIDIA GPU: test, verify and time the kernels; results as JSON in RESULTS
 	rm -rf build/gpu
 	mkdir -p build/gpu
 	cp -R gptkernels build/gpu/gptkernels
 	cp -R benchmarks examples build/gpu/gptkernels/
-	env -u TRITON_INTERPRET PYTHONPATH="$(CURDIR)/build/gpu$${PYTHONPATH:+:$$PYTHONPATH}" \
+	rm -f build/gpu/gptkernels/_cuda*
+	@if command -v nvcc >/dev/null; then \
+		archs=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())'); \
+		$(PYTHON) scripts/extension.py emulator & \
+		GPTKERNELS_CUDA_ARCHS=$$archs NVCC_APPEND_FLAGS=-lineinfo \
+			$(PYTHON) scripts/extension.py native && wait $$! && \
+		mkdir build/gpu/build && cp -R build/emulator build/gpu/build/ && \
+		cp build/native/_cuda* build/gpu/gptkernels/; \
+	else echo 'skipped: the CUDA kernels need nvcc, which is not on PATH'; fi
+	env -u TRITON_INTERPRET -u GPTKERNELS_EMULATE \
+		PYTHONPATH="$(CURDIR)/build/gpu$${PYTHONPATH:+:$$PYTHONPATH}" \
 		$(PYTHON) -P -m gptkernels.benchmarks.gpu --results "$(RESULTS)"
 
 clean: ## remove what the targets made

@@ -3,7 +3,9 @@
 1. every test that is marked `gpu`, which are those of `tests/test_gpu.py`: the native kernels and a
    GPT against the truth, repeated, captured, on side streams;
 2. the parity table of `gptkernels verify`;
-3. the benchmarks, one shape of each operator first, then all.
+3. the CUDA C++ kernels beside the emulator (benchmarks/twins.py);
+4. the same kernels under compute-sanitizer's memcheck and racecheck, where it is and can run;
+5. the benchmarks, one shape of each operator first, then all.
 
 Every part runs in a process of its own, because a kernel that touches wrong memory takes its
 process with it, and is stopped when its time is up. Results are written as they come, so that what
@@ -17,6 +19,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,15 +35,17 @@ from .report import Row, environment, figures, recorded, write_json
 
 _TESTS = Path("tests/test_gpu.py")
 # When each part must have ended, as a share of the whole time.
-_TESTS_END, _PARITY_END, _QUICK_END = 0.55, 0.72, 0.86
+_TESTS_END, _PARITY_END, _TWINS_END, _SANITIZED_END, _QUICK_END = 0.42, 0.55, 0.66, 0.77, 0.88
 _IMPLS = ("triton", "cuda", "torch")
 
 
 @dataclass(frozen=True)
 class _Part:
     name: str
-    arguments: list[str]
+    arguments: list[str]  # of Python, from the module on
     results: Path
+    before: tuple[str, ...] = ()  # a program that runs Python
+    variables: tuple[tuple[str, str], ...] = ()  # added to the environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--part", choices=("parity", "speed"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("parity", "speed", "sanitized"), help=argparse.SUPPRESS)
     parser.add_argument("--op", choices=OPERATORS, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -59,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.part == "parity":
         return _parity(options.op, options.results)
+    if options.part == "sanitized":
+        return _sanitized(options.op, options.results)
     if options.part == "speed":
         return _speed(options.quick, options.results)
     if not _TESTS.exists():
@@ -84,6 +91,20 @@ def _all(results: Path, seconds: float) -> int:
         for op in OPERATORS
     ]
     right &= _run(parity, until(_PARITY_END), results / "parity.json")
+    twins = [
+        _Part(
+            f"twins of {op}",
+            [
+                "gptkernels.benchmarks.twins",
+                f"--op={op}",
+                f"--results={results / f'twins_{op}.json'}",
+            ],
+            results / f"twins_{op}.json",
+        )
+        for op in OPERATORS
+    ]
+    right &= _run(twins, until(_TWINS_END), results / "twins.json")
+    right &= _sanitize(until(_SANITIZED_END), results / "sanitizer.json")
     # Timed alone.
     for name, end, extra in (("quick", _QUICK_END, ["--quick"]), ("full", 1.0, [])):
         path = results / f"speed_{name}.json"
@@ -122,9 +143,10 @@ def _run(parts: list[_Part], end: float, together: Path) -> bool:
         outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in parts]
         processes = [
             subprocess.Popen(
-                [sys.executable, "-P", "-m", *part.arguments],
+                [*part.before, sys.executable, "-P", "-m", *part.arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env=os.environ | dict(part.variables),
             )
             for part, output in zip(parts, outputs, strict=True)
         ]
@@ -143,6 +165,30 @@ def _run(parts: list[_Part], end: float, together: Path) -> bool:
             passed &= verdict == "passed"
     _join([part.results for part in parts], together)
     return passed
+
+
+def _sanitize(end: float, path: Path) -> bool:
+    """Runs the CUDA C++ kernels under compute-sanitizer, if it works here, a process for each tool
+    and operator, and tells whether it found nothing.
+    """
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        print("=== compute-sanitizer: skipped, it is not on PATH", flush=True)
+        return True
+    anything = [program, sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
+    if subprocess.run(anything, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+        print("=== compute-sanitizer: skipped, it cannot run on this device", flush=True)
+        return True
+    parts = []
+    for tool, op in itertools.product(("memcheck", "racecheck"), OPERATORS):
+        record = path.with_name(f"sanitizer_{tool}_{op}.json")
+        # Kernels of namespace gk; and every tensor in an allocation of its own, whose end shows.
+        before = (program, f"--tool={tool}", "--error-exitcode=1", "--kernel-name=kns=_ZN2gk")
+        arguments = ["gptkernels.benchmarks.gpu", "--part=sanitized", f"--op={op}"]
+        variables = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+        name = f"{tool} of {op}"
+        parts.append(_Part(name, [*arguments, f"--results={record}"], record, before, variables))
+    return _run(parts, end, path)
 
 
 def _join(paths: list[Path], together: Path) -> None:
@@ -170,6 +216,17 @@ def _parity(op: str, path: Path) -> int:
             print(row, flush=True)
         failed += row["status"] == "fail"
     return 1 if failed else 0
+
+
+def _sanitized(op: str, path: Path) -> int:
+    """Each case of the parity table in two dtypes; what is found is on compute-sanitizer to say."""
+    from gptkernels import verify
+
+    dtypes = (torch.bfloat16, torch.float32)
+    rows = verify.run(impls=("cuda",), ops=[op], dtypes=dtypes, device="cuda")
+    for row in recorded((row.as_dict() for row in rows), path):
+        print(f"{row['case']} {row['dtype']} {row['direction']}: {row['status']}", flush=True)
+    return 0
 
 
 def _speed(quick: bool, path: Path) -> int:

@@ -33,13 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     cache = os.environ.get("GPTKERNELS_OBJECT_CACHE")
     if not cache:
         return _compile(options.command, options.source, made)
-    kept = Path(cache) / _key(options.tools, options.command, options.source)
+    key = _key(options.tools, options.command, options.source)
+    kept = Path(cache) / key
     kept.mkdir(parents=True, exist_ok=True)
     with open(kept / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits and copies
         if not (kept / "object").exists():
             code = _compile(options.command, options.source, made)
-            if code == 0:
+            # A file saved meanwhile: nobody knows which of the two was compiled.
+            unchanged = key == _key(options.tools, options.command, options.source)
+            if code == 0 and unchanged:
                 _copy(made, kept / "object")
             return code
     _copy(kept / "object", made)

@@ -23,7 +23,8 @@ import gptkernels
 from gptkernels import baseline, parity, reference, verify
 
 benchmarks = pytest.importorskip("gptkernels.benchmarks")
-from gptkernels.benchmarks import gpu, report, timing  # noqa: E402
+from gptkernels.benchmarks import gpu, report, timing, twins  # noqa: E402
+from gptkernels.ops.choice import unavailable  # noqa: E402
 
 
 def test_candidates_alternate() -> None:
@@ -378,6 +379,38 @@ def test_a_part_is_stopped_when_its_time_is_up(
     assert not gpu._run([part], time.monotonic(), tmp_path / "joined.json")
     assert "=== endless: cut short" in capsys.readouterr().out
     assert not json.loads((tmp_path / "joined.json").read_text())["finished"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+class TestTwins:
+    """With the emulator on both sides."""
+
+    @pytest.fixture(autouse=True)
+    def emulator(self) -> None:
+        reason = unavailable("cuda", "cpu", torch.float32)
+        if reason is not None:
+            pytest.skip(reason)
+
+    def test_a_difference_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        (case,) = (case for case in verify.CASES if case.name == "C 64, F 256")
+        monkeypatch.setattr(verify, "CASES", (case,))
+        monkeypatch.setattr(verify, "DTYPES", (torch.float16,))
+        emulated = twins.results("gelu_mlp", "cpu", 7)
+        rows = list(twins.rows("gelu_mlp", "cpu", 7, emulated))
+        assert [row["tensor"] for row in rows] == ["y", "d x", "d w1", "d b1", "d w2", "d b2"]
+        assert {(row["status"], row["difference"], row["equal"]) for row in rows} == {
+            ("pass", 0.0, 1.0)
+        }
+        emulated[case.name, "float16"]["d w2"][3, 5] += 1
+        failed = [row for row in twins.rows("gelu_mlp", "cpu", 7, emulated) if row["equal"] < 1]
+        assert [(row["tensor"], row["status"]) for row in failed] == [("d w2", "fail")]
+
+    def test_the_emulator_runs_in_a_process_of_its_own(self, tmp_path: Path) -> None:
+        path = tmp_path / "twins.json"
+        assert twins.main(["--op=layer_norm", "--device=cpu", f"--results={path}"]) == 0
+        content = json.loads(path.read_text())
+        assert content["finished"]
+        assert {row["status"] for row in content["rows"]} == {"pass"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -1,4 +1,4 @@
-"""The Triton kernels run natively on an NVIDIA GPU: every test that is marked `gpu`.
+"""The kernels, Triton's and the CUDA C++ ones, natively on an NVIDIA GPU: every test marked `gpu`.
 
 Stands apart from the rest of the suite (no conftest, no hypothesis), so that it also runs where
 only PyTorch, Triton, pytest and numpy are installed. The most telling tests come first. Inputs are
@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 import gptkernels
 from gptkernels import GPT, GPTConfig, baseline, parity, reference, verify
+from gptkernels.ops.choice import unavailable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,7 +51,7 @@ class Call:
         """Outputs, then the gradients of all inputs for cotangents of ones."""
         leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
         op = getattr(gptkernels, self.op)
-        given = {**self.options, **self.op_options, "impl": "triton", **options}
+        given = {**self.options, **self.op_options, **options}
         returned = op(**leaves, **given)
         outputs = returned if isinstance(returned, tuple) else (returned,)
         gradients = torch.autograd.grad(
@@ -182,6 +183,18 @@ LARGE = (
 )
 
 
+kernels = pytest.mark.parametrize("impl", ["triton", "cuda"])
+
+
+@pytest.fixture(autouse=True)
+def usable(request: pytest.FixtureRequest) -> None:
+    """Skips what is not installed, and says so."""
+    if "impl" in request.fixturenames:
+        reason = unavailable(request.getfixturevalue("impl"), "cuda", torch.float32)
+        if reason is not None:
+            pytest.skip(reason)
+
+
 @pytest.fixture
 def seed() -> int:
     """Of a test's inputs; GPTKERNELS_TEST_SEED gives them again."""
@@ -201,14 +214,15 @@ def assert_parity(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", verify.CASES, ids=lambda case: f"{case.op} {case.name}")
-def test_parity(case: verify.Case, dtype: torch.dtype, seed: int) -> None:
+@kernels
+def test_parity(impl: str, case: verify.Case, dtype: torch.dtype, seed: int) -> None:
     """Every row of the parity table, into outputs poisoned with NaN."""
-    for row in verify.check(case, "triton", dtype, torch.device("cuda"), seed):
+    for row in verify.check(case, impl, dtype, torch.device("cuda"), seed):
         assert row.status == "pass", row  # which has the seed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("impl", ["triton", "cuda", "torch"])
 def test_gpt(impl: str, dtype: torch.dtype, seed: int) -> None:
     """A whole model, and every parameter's gradient, against its twin in plain PyTorch."""
     torch.manual_seed(seed)
@@ -233,47 +247,52 @@ def test_gpt(impl: str, dtype: torch.dtype, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("call", REPEATED, ids=str)
-def test_repeated_runs_give_the_same_bits(call: Call, dtype: torch.dtype, seed: int) -> None:
+@kernels
+def test_repeated_runs_give_the_same_bits(
+    impl: str, call: Call, dtype: torch.dtype, seed: int
+) -> None:
     inputs = call.inputs(dtype, seed)
-    first = call(inputs)
+    first = call(inputs, impl=impl)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(REPEATS):
-        for again, expected in zip(call(inputs), first, strict=True):
+        for again, expected in zip(call(inputs, impl=impl), first, strict=True):
             different += (again != expected).sum()
     assert different.item() == 0, replay(seed)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_cuda_graph_replays_with_new_inputs(call: Call, seed: int) -> None:
+@kernels
+def test_cuda_graph_replays_with_new_inputs(impl: str, call: Call, seed: int) -> None:
     inputs = call.inputs(torch.float16, seed)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call(inputs)
+        call(inputs, impl=impl)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = call(inputs)
+        captured = call(inputs, impl=impl)
     fresh = call.inputs(torch.float16, seed + 1)
     for name, value in fresh.items():
         inputs[name].copy_(value)
     graph.replay()
-    for replayed, expected in zip(captured, call(fresh), strict=True):
+    for replayed, expected in zip(captured, call(fresh, impl=impl), strict=True):
         assert torch.equal(replayed, expected), replay(seed)
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "attention"])
-def test_cuda_graph_draws_a_new_dropout_mask_at_each_replay(op: str, seed: int) -> None:
+@kernels
+def test_cuda_graph_draws_a_new_dropout_mask_at_each_replay(impl: str, op: str, seed: int) -> None:
     call = next(call for call in CALLS if call.op == op)
     inputs = call.inputs(torch.float16, seed)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call(inputs, dropout_p=0.5)
+        call(inputs, impl=impl, dropout_p=0.5)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = call(inputs, dropout_p=0.5)
+        captured = call(inputs, impl=impl, dropout_p=0.5)
     graph.replay()
     first = captured[0].clone()
     graph.replay()
@@ -281,19 +300,20 @@ def test_cuda_graph_draws_a_new_dropout_mask_at_each_replay(op: str, seed: int) 
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_side_stream(call: Call, seed: int) -> None:
+@kernels
+def test_side_stream(impl: str, call: Call, seed: int) -> None:
     """Kernels run on the current stream: elsewhere they would read inputs before they are there."""
     fresh = call.inputs(torch.float16, seed)
-    expected = call(fresh)
+    expected = call(fresh, impl=impl)
     inputs = {name: torch.full_like(value, float("nan")) for name, value in fresh.items()}
-    call(inputs)  # compiled and warm
+    call(inputs, impl=impl)  # compiled and warm
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)  # tens of milliseconds
         for name, value in fresh.items():
             inputs[name].copy_(value)
-        results = call(inputs)
+        results = call(inputs, impl=impl)
     side.synchronize()
     for result, wanted in zip(results, expected, strict=True):
         assert torch.equal(result, wanted), replay(seed)
@@ -301,11 +321,12 @@ def test_side_stream(call: Call, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("call", LARGE, ids=str)
-def test_large(call: Call, dtype: torch.dtype, seed: int) -> None:
+@kernels
+def test_large(impl: str, call: Call, dtype: torch.dtype, seed: int) -> None:
     op = getattr(gptkernels, call.op)
     with parity.poisoned_outputs():  # of the backward pass too
         assert_parity(
-            lambda **leaves: op(**leaves, **call.options, **call.op_options, impl="triton"),
+            lambda **leaves: op(**leaves, **call.options, **call.op_options, impl=impl),
             lambda **leaves: getattr(baseline, call.op)(**leaves, **call.options),
             lambda **leaves: getattr(reference, call.op)(**leaves, **call.options),
             call.inputs(dtype, seed),
@@ -315,10 +336,11 @@ def test_large(call: Call, dtype: torch.dtype, seed: int) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_second_device(call: Call, seed: int) -> None:
+@kernels
+def test_second_device(impl: str, call: Call, seed: int) -> None:
     """Tensors of a device that is not the current one."""
     inputs = call.inputs(torch.float16, seed)
     elsewhere = {name: value.to("cuda:1") for name, value in inputs.items()}
-    for result, expected in zip(call(elsewhere), call(inputs), strict=True):
+    for result, expected in zip(call(elsewhere, impl=impl), call(inputs, impl=impl), strict=True):
         assert result.device == torch.device("cuda:1")
         assert torch.equal(result.cpu(), expected.cpu()), replay(seed)

@@ -130,9 +130,19 @@ def test_make_gpu_keeps_paths_and_leaves_the_interpreter(tmp_path: Path) -> None
     for folder in ("gptkernels", "benchmarks", "examples"):
         (checkout / folder).mkdir(parents=True)
     shutil.copy(ROOT / "Makefile", checkout)
+    for folder in ("emulator", "native"):  # as scripts/extension.py leaves them
+        module = checkout / "build" / folder / "_cuda.so"
+        module.parent.mkdir(parents=True)
+        module.write_text(folder)
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "${TRITON_INTERPRET-unset}" "$@"\n')
-    python.chmod(0o755)
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *extension.py*) exit;; -c*) echo 90; exit;; esac\n'
+        'printf "%s\\n" "$PYTHONPATH" "${TRITON_INTERPRET-unset}" "$@"\n'
+    )
+    nvcc = tmp_path / "nvcc"
+    nvcc.touch()
+    for program in (python, nvcc):
+        program.chmod(0o755)
     built = checkout / "build" / "gpu"
     for given, expected in (
         ({}, f"{built}"),
@@ -141,10 +151,16 @@ def test_make_gpu_keeps_paths_and_leaves_the_interpreter(tmp_path: Path) -> None
         done = subprocess.run(
             ["make", "-s", "gpu", f"PYTHON={python}", "RESULTS=my results"],
             cwd=checkout,
-            env={"PATH": os.environ["PATH"], "TRITON_INTERPRET": "1", **given},
+            env={
+                "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                "TRITON_INTERPRET": "1",
+                **given,
+            },
             capture_output=True,
             text=True,
             check=True,
         )
         arguments = ["-P", "-m", "gptkernels.benchmarks.gpu", "--results", "my results"]
         assert done.stdout.splitlines() == [expected, "unset", *arguments]
+        assert built.joinpath("gptkernels", "_cuda.so").read_text() == "native"
+        assert built.joinpath("build", "emulator", "_cuda.so").read_text() == "emulator"

@@ -1,0 +1,141 @@
+"""The CUDA C++ kernels on a GPU beside the same kernels in the emulator, on the same inputs.
+
+    python -m gptkernels.benchmarks.twins --op attention --results FILE
+
+The emulator cannot check machine code, and a GPU shows neither races nor stray reads: where both
+agree, what the emulator finds right is what a GPU runs. Every case of the parity table, its
+gradients and its dropout mask included; the emulated run is a process of its own, on the CPU. A
+native result passes where it is as near to the emulated one as parity asks it to be to the truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import gptkernels
+from gptkernels import baseline, parity, philox, verify
+
+from . import OPERATORS
+from .report import Row, recorded
+
+Results = dict[tuple[str, str], dict[str, Tensor]]  # (case, dtype) -> outputs and gradients
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 where a result differs, or one of the two cannot run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gptkernels.benchmarks.twins", description=__doc__
+    )
+    parser.add_argument("--op", choices=OPERATORS, required=True)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
+    parser.add_argument("--save", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    seed = verify.fresh_seed() if options.seed is None else options.seed
+    if options.save:
+        torch.save(results(options.op, options.device, seed), options.results)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        emulated = emulate(options.op, seed, Path(folder) / "emulated.pt")
+    failed = 0
+    for row in recorded(rows(options.op, options.device, seed, emulated), options.results):
+        if row["status"] != "pass":
+            print(row, flush=True)
+            failed += 1
+    return 1 if failed else 0
+
+
+def emulate(op: str, seed: int, path: Path) -> Results:
+    """`results` of the emulator, from a process that runs it. Raises CalledProcessError."""
+    command = [sys.executable, "-P", "-m", "gptkernels.benchmarks.twins", "--save", f"--op={op}"]
+    command += [f"--seed={seed}", "--device=cpu", f"--results={path}"]
+    subprocess.run(command, env=os.environ | {"GPTKERNELS_EMULATE": "1"}, check=True)
+    return torch.load(path, weights_only=True)
+
+
+def results(op: str, device: str, seed: int) -> Results:
+    """What `impl="cuda"` gives for each case and dtype, on the CPU."""
+    return {
+        (case.name, verify.dtype_name(dtype)): _run(case, "cuda", dtype, device, seed)
+        for case, dtype in itertools.product(_cases(op), verify.DTYPES)
+    }
+
+
+def rows(op: str, device: str, seed: int, emulated: Results) -> Iterator[Row]:
+    """One row for each case, dtype and tensor."""
+    for case, dtype in itertools.product(_cases(op), verify.DTYPES):
+        name = verify.dtype_name(dtype)
+        native = _run(case, "cuda", dtype, device, seed)
+        plain = _run(case, "baseline", dtype, device, seed)
+        for tensor, result in native.items():
+            expected = emulated[case.name, name][tensor]
+            gradient = tensor.startswith("d ")
+            k = parity.K_GRADIENT if gradient else parity.K_FORWARD
+            compared = parity.compare(result, plain[tensor], expected.double(), k=k)
+            yield {
+                "op": op,
+                "case": case.name,
+                "dtype": name,
+                "tensor": tensor,
+                "status": "pass" if compared.passed else "fail",
+                "difference": compared.error,
+                "limit": compared.limit,
+                "equal": (result == expected).double().mean().item() if result.numel() else 1.0,
+                "seed": seed,
+            }
+
+
+def _cases(op: str) -> list[verify.Case]:
+    return [case for case in verify.CASES if case.op == op]
+
+
+def _run(
+    case: verify.Case, impl: str, dtype: torch.dtype, device: str, seed: int
+) -> dict[str, Tensor]:
+    """Outputs by name and gradients as "d x", on the CPU; the same inputs on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(device=device, dtype=dtype)
+
+    leaves: dict[str, Any] = {
+        name: value.requires_grad_() if _floating(value) else value
+        for name, value in case.inputs(randn).items()
+    }
+    rng = torch.tensor([seed, 0], device=device)
+    if impl == "baseline":
+        drawn = dict(rng=rng) if "dropout_p" in case.options else {}
+        returned = getattr(baseline, case.op)(**leaves, **case.options, **drawn)
+    else:
+        # PyTorch draws other numbers on each device.
+        with mock.patch.object(philox, "draw", return_value=rng):
+            function = getattr(gptkernels, case.op)
+            returned = function(**leaves, **case.options, **case.op_options, impl=impl)
+    outputs = returned if isinstance(returned, tuple) else (returned,)
+    wanted = {name: value for name, value in leaves.items() if _floating(value)}
+    cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+    gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents)
+    found = dict(zip(case.outputs, outputs, strict=True))
+    found |= {f"d {name}": value for name, value in zip(wanted, gradients, strict=True)}
+    return {name: value.detach().cpu() for name, value in found.items()}
+
+
+def _floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
