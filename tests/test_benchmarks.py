@@ -24,6 +24,7 @@ from gptkernels import baseline, parity, reference, verify
 
 benchmarks = pytest.importorskip("gptkernels.benchmarks")
 from gptkernels.benchmarks import gpu, report, timing, twins  # noqa: E402
+
 from gptkernels.ops.choice import unavailable  # noqa: E402
 
 
