@@ -352,10 +352,24 @@ class TestKernels:
     def test_without_a_driver_it_imports_and_a_launch_says_what_fails(
         self, module: Path, bare: Path, tmp_path: Path
     ) -> None:
-        code = "from gptkernels import _cuda; print(_cuda.emulated)"
+        code = """
+from gptkernels import _cuda
+assert not _cuda.emulated
+pointers = dict.fromkeys("x residual weight bias rng y sum mean rstd".split(), 0)
+dtypes = dict.fromkeys("x_dtype residual_dtype weight_dtype sum_dtype".split(), 0)
+strides = dict(x_stride=64, residual_stride=64)
+dropout = dict(dropout_threshold=0, dropout_scale=1.0)
+try:
+    _cuda.layer_norm_fwd(
+        0, 0, rows=3, cols=64, eps=1e-5, **pointers, **dtypes, **strides, **dropout
+    )
+except RuntimeError as error:
+    print(error)
+"""
         environment = {"PYTHONPATH": str(module.parent.parent), "CUDA_VISIBLE_DEVICES": ""}
         done = run(bare, "-c", code, cwd=tmp_path, **environment)
-        assert (done.stdout, done.stderr) == ("False\n", "")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.fullmatch(r"layer_norm_fwd\w* on .*64.* failed to .+: .+\n", done.stdout)
 
 
 def test_bare_environment_imports(bare: Path, installed: Path, tmp_path: Path) -> None:
