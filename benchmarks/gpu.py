@@ -1,7 +1,8 @@
 """`make gpu`: what a few minutes on a machine with an NVIDIA GPU can tell, most valuable first.
 
-1. every test that is marked `gpu`, which are those of `tests/test_gpu.py`: the native kernels and a
-   GPT against the truth, repeated, captured, on side streams;
+1. every test that is marked `gpu`: the native kernels and a GPT against the truth, repeated,
+   captured, on side streams (`tests/test_gpu.py`); the CUDA kernels' building blocks against cases
+   worked by hand, which the emulator is held to as well (`tests/test_emulator.py`);
 2. the parity table of `gptkernels verify`;
 3. the CUDA C++ kernels beside the emulator (benchmarks/twins.py);
 4. the same kernels under compute-sanitizer's memcheck and racecheck, where it is and can run;
@@ -33,7 +34,7 @@ import torch
 from . import OPERATORS, suite
 from .report import Row, environment, figures, recorded, write_json
 
-_TESTS = Path("tests/test_gpu.py")
+_TESTS = (Path("tests/test_gpu.py"), Path("tests/test_emulator.py"))
 # When each part must have ended, as a share of the whole time.
 _TESTS_END, _PARITY_END, _TWINS_END, _SANITIZED_END, _QUICK_END = 0.42, 0.55, 0.66, 0.77, 0.88
 _IMPLS = ("triton", "cuda", "torch")
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _sanitized(options.op, options.results)
     if options.part == "speed":
         return _speed(options.quick, options.results)
-    if not _TESTS.exists():
-        print(f"{_TESTS} is not here; run from the root of the checkout", file=sys.stderr)
+    if not _TESTS[0].exists():
+        print(f"{_TESTS[0]} is not here; run from the root of the checkout", file=sys.stderr)
         return 2
     return _all(options.results, 60 * options.minutes)
 
@@ -124,7 +125,7 @@ def _shares(cpus: int) -> int:
 
 def _test_part(share: int, shares: int, path: Path) -> _Part:
     # No conftest: it serves the whole suite, and asks for packages that this run can do without.
-    choice = ["--noconftest", "-p", "no:cacheprovider", "-m", "gpu", str(_TESTS)]
+    choice = ["--noconftest", "-p", "no:cacheprovider", "-m", "gpu", *map(str, _TESTS)]
     record = ["-p", "gptkernels.benchmarks.record", f"--record={path}", f"--share={share}/{shares}"]
     name = f"tests, share {share} of {shares}"
     return _Part(name, ["pytest", "-q", "--tb=short", *record, *choice], path)

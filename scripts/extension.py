@@ -110,26 +110,42 @@ def native(only: Sequence[str] = (), folder: Path | None = None) -> Path:
 
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
+    host, objects, link = _natively(_files("*.cu"))
+    objects.append(_bindings(host, objects[-1].tools))
+    link.append(f"-Xlinker={_EXPORTS},-s")
+    return _build(folder or ROOT / "build" / "native", objects, link, [], only)
+
+
+def native_library(sources: Sequence[Path], folder: Path) -> Path:
+    """A library in `folder` of these sources, kernels in .cu files and host code in others, and
+    what launches them, brought up to date. Paths are relative to ROOT. Raises as `native` does.
+    """
+    _, objects, link = _natively(sources)
+    return _build(folder, objects, link, [], [])
+
+
+def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[str]]:
+    """How host code is compiled, the objects of sources and of launches, and how they are linked.
+
+    The CUDA runtime is linked in, since a process may hold PyTorch's own copy of it, and looks up
+    the driver's library when needed. libstdc++ stays shared: pybind11 hands C++ exceptions to other
+    modules of the process.
+    """
     compiler, nvcc = _compiler(), find_nvcc()
     if nvcc is None:
         raise BuildError("the CUDA kernels need nvcc, and neither PATH nor CUDA_HOME leads to one")
-    include = ["-Icsrc"]
     # nvcc adds flags from these variables by itself: -lineinfo for a profiler, say.
     added = [os.environ.get(f"NVCC_{where}_FLAGS", "") for where in ("PREPEND", "APPEND")]
     tools = " ".join((_version([nvcc]), *added)).strip()
+    host = [*compiler, *_HOST_FLAGS, "-O2", "-Icsrc", f"-isystem{_cuda_headers()}"]
+    both = f"{tools}, {_version(compiler)}"
     objects = [
-        _Object(source, [nvcc, *_NVCC_FLAGS, *_targets(source), *include], tools)
-        for source in _files("*.cu")
+        _Object(source, [nvcc, *_NVCC_FLAGS, *_targets(source), "-Icsrc"], tools)
+        if source.suffix == ".cu"
+        else _Object(source, host, both)
+        for source in (*sources, *(file for file in _files("*.cpp") if file != _BINDINGS))
     ]
-    host = [*compiler, *_HOST_FLAGS, "-O2", *include, f"-isystem{_cuda_headers()}"]
-    tools = f"{tools}, {_version(compiler)}"
-    objects += [_Object(source, host, tools) for source in _files("*.cpp") if source != _BINDINGS]
-    objects.append(_bindings(host, tools))
-    # The CUDA runtime is linked in, since a process may hold PyTorch's own copy of it, and looks up
-    # the driver's library when needed. libstdc++ stays shared: pybind11 hands C++ exceptions to
-    # other modules of the process.
-    link = [nvcc, "-shared", "--cudart=static", f"-Xlinker={_EXPORTS},-s"]
-    return _build(folder or ROOT / "build" / "native", objects, link, [], only)
+    return host, objects, [nvcc, "-shared", "--cudart=static"]
 
 
 def kernels(folder: Path) -> dict[str, Path]:

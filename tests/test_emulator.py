@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -45,7 +46,6 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         address, size = ctypes.c_void_p, ctypes.c_size_t
-        self.library.declare.argtypes = [ctypes.c_char_p, address, size, ctypes.c_int]
         self.library.run.argtypes = [
             *(ctypes.c_char_p, address, ctypes.c_uint, size),
             *(address, ctypes.c_char_p, size),
@@ -72,29 +72,87 @@ class Emulator:
         for tensor, key, kind in ((a, b"a", "in"), (b, b"b", "out"), (c, b"c", c_is)):
             for word, written in (("in", 1), ("out", 0)):
                 if tensor is not None and word in kind:
-                    self.library.declare(key, tensor.data_ptr(), tensor.nbytes, written)
+                    self.declare(key, tensor, written)
         params = Case(*(t.data_ptr() if t is not None else 0 for t in (a, b, c)), n, int(broken))
         error = ctypes.create_string_buffer(4096)
         failed = self.library.run(
             *(name.encode(), (ctypes.c_uint * 3)(*grid), threads, shared),
             *(ctypes.byref(params), error, len(error)),
         )
-        self.library.forget()
+        self.forget()
         if failed:
             raise RuntimeError(error.value.decode())
 
+    def declare(self, name: bytes, tensor: Tensor, written: int) -> None:
+        declare = self.library.declare
+        declare.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        declare(name, tensor.data_ptr(), tensor.nbytes, written)
+
+    def forget(self) -> None:
+        self.library.forget()
+
+
+class Gpu(Emulator):
+    """The same cases as a GPU runs them; the tensors stay the caller's, on the CPU."""
+
+    def __call__(
+        self,
+        name: str,
+        *,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        c: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        there = {k: t.cuda() for k, t in {"a": a, "b": b, "c": c}.items() if t is not None}
+        torch.cuda.synchronize()
+        super().__call__(name, **there, **options)
+        for here, key in ((a, "a"), (b, "b"), (c, "c")):
+            if here is not None:
+                here.copy_(there[key])
+
+    def declare(self, name: bytes, tensor: Tensor, written: int) -> None:
+        """A GPU is told of no bounds."""
+
+    def forget(self) -> None:
+        """Likewise."""
+
 
 @pytest.fixture(scope="session")
-def emulator() -> Emulator:
+def extension() -> ModuleType:
+    """scripts/extension.py."""
     spec = importlib.util.spec_from_file_location("extension", ROOT / "scripts" / "extension.py")
     assert spec is not None
     assert spec.loader is not None
-    extension = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = extension
-    spec.loader.exec_module(extension)
-    sources = sorted(p.relative_to(ROOT) for p in KERNELS.iterdir() if p.suffix in (".cpp", ".cu"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def sources(*stems: str) -> list[Path]:
+    files = (path for path in KERNELS.iterdir() if path.suffix in (".cpp", ".cu"))
+    return sorted(p.relative_to(ROOT) for p in files if not stems or p.stem in stems)
+
+
+@pytest.fixture(scope="session")
+def emulator(extension: ModuleType) -> Emulator:
     try:
-        return Emulator(extension.emulated(sources, ROOT / "build" / "emulator_kernels"))
+        return Emulator(extension.emulated(sources(), ROOT / "build" / "emulator_kernels"))
+    except extension.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Emulator:
+    """What a building block gives is the same on both."""
+    if request.param == "emulator":
+        return request.getfixturevalue("emulator")
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    chosen = sources("cases", "primitives", "dropout")
+    try:
+        return Gpu(extension.native_library(chosen, ROOT / "build" / "native_kernels"))
     except extension.BuildError as error:
         pytest.skip(str(error))
 
@@ -440,9 +498,9 @@ def test_what_one_launch_wrote_the_next_may_read(emulator: Emulator) -> None:
 LANES = torch.arange(32, dtype=torch.int32)
 
 
-def test_shuffles(emulator: Emulator) -> None:
+def test_shuffles(machine: Emulator) -> None:
     out = torch.full((8, 32), -1, dtype=torch.int32)
-    emulator("shuffles", c=out, c_is="out")
+    machine("shuffles", c=out, c_is="out")
     out -= 100  # each lane brings its number + 100
     lanes = LANES.tolist()
     assert out[0].tolist() == [0, 1, 2, *range(29)]
@@ -460,9 +518,9 @@ def test_shuffles(emulator: Emulator) -> None:
     assert out[7].tolist() == [i // 8 * 8 + 1 for i in lanes]
 
 
-def test_votes(emulator: Emulator) -> None:
+def test_votes(machine: Emulator) -> None:
     out = torch.full((6, 32), -1, dtype=torch.int32)
-    emulator("votes", c=out, c_is="out")
+    machine("votes", c=out, c_is="out")
     thirds = 0b01001001001001001001001001001001
     assert out[0].tolist() == [thirds] * 32
     assert out[1].tolist() == [1] * 32
@@ -474,9 +532,9 @@ def test_votes(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize(("name", "threads"), [("turns", 32), ("turns_of_cta", 96)])
-def test_barriers(emulator: Emulator, name: str, threads: int) -> None:
+def test_barriers(machine: Emulator, name: str, threads: int) -> None:
     a, b = torch.arange(threads, dtype=torch.float32), torch.empty(threads)
-    emulator(name, a=a, b=b, n=5, threads=threads, shared=4 * threads)
+    machine(name, a=a, b=b, n=5, threads=threads, shared=4 * threads)
     assert b.equal(a.roll(-5))
 
 
@@ -492,32 +550,32 @@ def test_arriving_at_a_barrier_without_waiting(emulator: Emulator) -> None:
     assert arguments["b"][64:].equal(arguments["a"][:64])
 
 
-def test_atomics(emulator: Emulator) -> None:
+def test_atomics(machine: Emulator) -> None:
     ctas, threads = 3, 64
     found, sums = torch.empty(ctas * threads), torch.tensor([0.0, 2.0])
-    emulator("atomics", b=found, c=sums, grid=(ctas, 1, 1), threads=threads)
+    machine("atomics", b=found, c=sums, grid=(ctas, 1, 1), threads=threads)
     numbers = range(ctas * threads)
     assert sums.tolist() == [len(numbers), 2 + sum(numbers)]
     assert sorted(found.tolist()) == list(numbers)  # each add finds what the one before it left
 
 
-def test_indices(emulator: Emulator) -> None:
+def test_indices(machine: Emulator) -> None:
     x, y, z, threads = 2, 3, 2, 40
     out = torch.empty(z, y, x, threads, 4, dtype=torch.int32)
-    emulator("indices", c=out, c_is="out", grid=(x, y, z), threads=threads)
+    machine("indices", c=out, c_is="out", grid=(x, y, z), threads=threads)
     ranges = [torch.arange(size, dtype=torch.int32) for size in (z, y, x, threads)]
     k, j, i, t = torch.meshgrid(*ranges, indexing="ij")
     assert out.equal(torch.stack((i, j, k, t), dim=-1))
 
 
-def test_ldmatrix(emulator: Emulator) -> None:
+def test_ldmatrix(machine: Emulator) -> None:
     """Matrix m holds 1000 m + 10 row + col; a register's lower half comes first."""
     matrix, row, col = torch.meshgrid(
         torch.arange(4), torch.arange(8), torch.arange(8), indexing="ij"
     )
     shared = (1000 * matrix + 10 * row + col).to(torch.int16)
     out = torch.empty(2, 4, 32, 2, dtype=torch.int16)
-    emulator("ldmatrix", c=shared, c_is="in", b=out, shared=512)
+    machine("ldmatrix", c=shared, c_is="in", b=out, shared=512)
     plain, transposed = out.tolist()
     # By hand: lane 0 holds the start of row 0, lane 5 columns 2 and 3 of row 1, lane 31 the end of
     # row 7; transposed the same of columns.
@@ -532,13 +590,13 @@ def test_ldmatrix(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mma(emulator: Emulator, dtype: torch.dtype) -> None:
+def test_mma(machine: Emulator, dtype: torch.dtype) -> None:
     """Small whole numbers, so that every sum is exact."""
     a = torch.randint(-8, 9, (16, 16)).to(dtype)
     b = torch.randint(-8, 9, (16, 8)).to(dtype)
     out = torch.empty(16, 8)
     name = "mma_bf16" if dtype == torch.bfloat16 else "mma_f16"
-    emulator(name, a=torch.cat((a.flatten(), b.flatten())), b=out)
+    machine(name, a=torch.cat((a.flatten(), b.flatten())), b=out)
     assert out.double().equal(1 + a.double() @ b.double())
 
 
@@ -601,24 +659,24 @@ def test_settings_that_are_none(
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["queries as rows", "keys as rows"])
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-def test_keep_bits_of_a_block_of_scores(emulator: Emulator, transposed: bool, p: float) -> None:
+def test_keep_bits_of_a_block_of_scores(machine: Emulator, transposed: bool, p: float) -> None:
     for query, key, batch_head in ((0, 0, 0), (32, 16, 4), (16, 144, 5)):
         rng = philox.draw("cpu")
         where = torch.tensor([*rng, query, key, batch_head])
         out = torch.empty(16, 16)
         threshold = philox.threshold(p)
-        emulator("attention_keep", b=out, c=where, c_is="in", n=threshold, broken=transposed)
+        machine("attention_keep", b=out, c=where, c_is="in", n=threshold, broken=transposed)
         whole = philox.attention_keep(rng, p, 2, 3, query + 16, key + 16)
         want = whole[batch_head // 3, batch_head % 3, query:, key:]
         assert torch.equal(out.bool(), want.T if transposed else want)
 
 
 @pytest.mark.parametrize("first", [0, 8, 3, 2**35 - 8, 2**35 + 5, 2**40 + 7])
-def test_keep_bits_of_elements(emulator: Emulator, first: int) -> None:
+def test_keep_bits_of_elements(machine: Emulator, first: int) -> None:
     """From the first element of a Philox call or from one between, past 32 bits of the counter."""
     rng, out = philox.draw("cpu"), torch.empty(32, 8)
     where = torch.tensor([*rng, first])
-    emulator("elementwise_keep", b=out, c=where, c_is="in", n=philox.threshold(0.4))
+    machine("elementwise_keep", b=out, c=where, c_is="in", n=philox.threshold(0.4))
     group = torch.arange(first // 8, first // 8 + 33)
     lanes = philox._lanes(rng, group & 0xFFFFFFFF, group >> 32, torch.zeros_like(group))
     kept = lanes.view(-1) >= philox.threshold(0.4)

@@ -1,11 +1,16 @@
-// Launches a case by its name: what tests/test_emulator.py calls.
+// Launches a case by its name: what tests/test_emulator.py calls, in the emulator, and on a GPU those
+// cases that are right.
 #include "cases.h"
 
 #include <cstring>
 
+#define GK_EXPORT extern "C" __attribute__((visibility("default")))
+
+#ifdef GK_EMULATE
 #include "emulator/memory.h"
 
-#define GK_EXPORT extern "C" __attribute__((visibility("default")))
+static const NamedCase* const kFiles[] = {kMemoryCases,  kRaceCases,      kCopyCases,
+                                          kMeetingCases, kPrimitiveCases, kDropoutCases};
 
 GK_EXPORT void declare(const char* name, const void* begin, size_t bytes, int written) {
     gk::emulator::memory::declare(name, begin, bytes, written != 0);
@@ -13,19 +18,28 @@ GK_EXPORT void declare(const char* name, const void* begin, size_t bytes, int wr
 
 GK_EXPORT void forget() { gk::emulator::memory::forget(); }
 
+static void finish() {}
+#else
+static const NamedCase* const kFiles[] = {kPrimitiveCases, kDropoutCases};
+
+static void finish() {
+    const cudaError_t status = cudaDeviceSynchronize();
+    if (status != cudaSuccess) throw gk::Error(cudaGetErrorString(status));
+}
+#endif
+
 // 0, or 1 and the error's sentence.
 GK_EXPORT int run(const char* name, const unsigned (&grid)[3], unsigned threads, size_t shared,
                   const Case* params, char* error, size_t error_bytes) {
     try {
-        for (const NamedCase* cases :
-             {kMemoryCases, kRaceCases, kCopyCases, kMeetingCases, kPrimitiveCases,
-              kDropoutCases}) {
+        for (const NamedCase* cases : kFiles) {
             for (; cases->name != nullptr; ++cases) {
                 if (std::strcmp(cases->name, name) != 0) continue;
                 gk::launch(cases->kernel,
                            {name, "a small case", dim3(grid[0], grid[1], grid[2]), threads, shared,
                             {0, nullptr}},
                            *params);
+                finish();
                 return 0;
             }
         }

@@ -60,6 +60,7 @@ __global__ void turns_of_cta(const Case p) {
     p.b[i] = value;
 }
 
+#ifdef GK_EMULATE
 // Two pairs of warps turn apart from each other, at named barriers.
 __global__ void turns_of_pairs(const Case p) {
     using namespace gk::emulator;
@@ -74,6 +75,7 @@ __global__ void turns_of_pairs(const Case p) {
     }
     p.b[i] = value;
 }
+#endif
 
 // c (2,) float, updated in place by all threads of all CTAs: their number, and 2 + their sum; b
 // (CTAs, threads) out: what each found
@@ -146,7 +148,9 @@ const NamedCase kPrimitiveCases[] = {
     {"votes", votes},
     {"turns", turns},
     {"turns_of_cta", turns_of_cta},
+#ifdef GK_EMULATE
     {"turns_of_pairs", turns_of_pairs},
+#endif
     {"atomics", atomics},
     {"indices", indices},
     {"ldmatrix", ldmatrix},
