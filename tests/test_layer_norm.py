@@ -20,8 +20,12 @@ from gptkernels import baseline, cuda, layer_norm, parity, philox, reference, ve
 from gptkernels.ops.choice import unavailable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-IMPLS = ("torch", "triton", "cuda")
-KERNELS = IMPLS[1:]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_CUDA = unavailable("cuda", DEVICE, torch.float32)
+needs_cuda = pytest.mark.skipif(NO_CUDA is not None, reason=f"impl='cuda': {NO_CUDA}")
+CUDA = pytest.param("cuda", marks=needs_cuda)
+IMPLS = ("torch", "triton", CUDA)
+KERNELS = ("triton", CUDA)
 
 
 def skip_unless_usable(impl: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -122,17 +126,18 @@ def test_wide_rows(C: int, impl: str, device: torch.device, seed: int) -> None:
     assert_layer_norm(impl, inputs | dict(residual=residual), seed, prenorm=True, dropout_p=0.1)
 
 
+@needs_cuda
 class TestCuda:
     """What the CUDA C++ kernels do differently from one width, alignment or dtype to the next."""
 
     # Around a group of 8 columns, the 256 of a warp, the rows that several warps share (above 1,792
     # forward, 1,024 backward), and those that no registers hold (above 8,192 backward).
     NARROW = (1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 511, 768, 1023, 1024, 1025, 1280, 1600)
-    WIDE = (1792, 1800, 2049, 3000, 4096, 5000, 8184, 8191, 8192, 8193, 8200)
+    WIDE = (1792, 1800, 2049, 3000, 4096, 8191, 8192, 8200)
 
     @pytest.mark.parametrize("C", NARROW + WIDE)
     def test_widths(self, C: int, device: torch.device, seed: int) -> None:
-        dtypes = DTYPES if C in (768, 1024, 1600, 4096, 8200) else DTYPES[seed % 3 :][:1]
+        dtypes = DTYPES if C in (768, 1024, 1600) else DTYPES[seed % 3 :][:1]
         M = 33 if C < 64 else 5  # the largest error of a handful of values is luck
         for dtype in dtypes:
             x, residual = (torch.randn(M, C, device=device).to(dtype) for _ in range(2))
@@ -142,16 +147,21 @@ class TestCuda:
             inputs |= dict(residual=residual)
             assert_layer_norm("cuda", inputs, seed, prenorm=True, dropout_p=0.25)
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("C", [28_672, 28_673, 32_768, 32_776, 65_536, 65_537])
+    @pytest.mark.parametrize(
+        ("C", "dtype"),
+        [
+            (28_672, torch.float32), (28_680, torch.float32), (32_768, torch.bfloat16),
+            (32_776, torch.float16), (65_536, torch.float32), (65_536, torch.bfloat16),
+            (65_537, torch.float16),
+        ],
+    )  # fmt: skip
     def test_widest_rows(self, C: int, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         """Forward: the last that stay in registers (28,672 of a fp32 s, 32,768 of a 16-bit one),
         and those that are read three times."""
         x, residual = (torch.randn(2, C, device=device).to(dtype) for _ in range(2))
         weight, bias = (torch.randn(C, device=device).to(dtype) for _ in range(2))
         inputs = dict(x=x, weight=weight, bias=bias, residual=residual)
-        options = dict(prenorm=True, dropout_p=0.1, residual_in_fp32=C % 8 == 0)
-        assert_layer_norm("cuda", inputs, seed, **options)
+        assert_layer_norm("cuda", inputs, seed, prenorm=True, dropout_p=0.1)
 
     @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("residual_dtype", DTYPES, ids=str)
@@ -174,23 +184,23 @@ class TestCuda:
                 options = dict(prenorm=True, residual_in_fp32=(seed + C) % 2 == 0)
                 assert_layer_norm("cuda", inputs, seed, dropout_p=0.3 * (seed % 2), **options)
 
-    @pytest.mark.parametrize("C", [64, 640, 2560, 9000])
+    @pytest.mark.parametrize("C", [64, 640, 2560, 8200])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_rows_that_are_not_aligned(
         self, C: int, dtype: torch.dtype, device: torch.device, seed: int
     ) -> None:
         """Of one operand alone, by its address or by its stride: nothing is read 16 bytes at a
         time then."""
-        base = torch.randn(3, C + 13, device=device).to(dtype)
+        base = torch.randn(2, C + 13, device=device).to(dtype)
         vector = torch.randn(C + 1, device=device).to(dtype)
         views = {
             "aligned": (base[:, :C].contiguous(), vector[:C]),
-            "address of x": (base.flatten()[1 : 1 + 3 * C].view(3, C), vector[:C]),
+            "address of x": (base.flatten()[1 : 1 + 2 * C].view(2, C), vector[:C]),
             "stride of x": (base[:, :C], vector[:C]),
             "address of weight": (base[:, :C].contiguous(), vector[1:]),
         }
         for x, weight in views.values():
-            residual = base.flatten()[3 : 3 + 3 * C].view(3, C)
+            residual = base.flatten()[3 : 3 + 2 * C].view(2, C)
             assert_layer_norm("cuda", dict(x=x, weight=weight), seed)
             inputs = dict(x=x, weight=weight, bias=weight, residual=x)
             assert_layer_norm("cuda", inputs, seed, prenorm=True, dropout_p=0.1)
@@ -200,7 +210,7 @@ class TestCuda:
         ("M", "C"),
         [
             (403, 40), (403, 39),  # four rows a CTA forward, ten CTAs of four rows in turn backward
-            (50, 776), (9, 1032), (50, 1025),  # one warp a row; two rows of two warps; not aligned
+            (50, 776), (9, 1032), (30, 1025),  # one warp a row; two rows of two warps; not aligned
             (11, 2304), (13, 3000),  # one row of three warps
         ],
     )  # fmt: skip
@@ -244,6 +254,20 @@ class TestCuda:
         assert torch.equal(dbias[3], both[3])
         assert dweight[3].numel() == dbias[2].numel() == 0
         assert torch.equal(dweight[0], both[0])
+
+    @pytest.mark.skipif(not cuda.EMULATED, reason="a GPU has one schedule")
+    @pytest.mark.parametrize("C", [40, 1032, 2304, 8200])
+    def test_any_schedule_gives_the_same_bits(
+        self, C: int, device: torch.device, seed: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x, weight = torch.randn(9, C, requires_grad=True), torch.randn(C, requires_grad=True)
+        results = []
+        for schedule in ("forward", "reverse", str(seed)):
+            monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
+            y = layer_norm(x, weight, impl="cuda")
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
     def test_constant_rows(self, device: torch.device) -> None:
         """No variance at all, and one that rounding may take below zero: y is the bias."""
@@ -392,14 +416,17 @@ def test_same_input_same_bits(impl: str, device: torch.device, seed: int) -> Non
         assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
 
 
-def test_implementations_drop_the_same_elements(device: torch.device, seed: int) -> None:
-    x = torch.randn(9, 104, device=device)
-    sums = []
-    for impl in IMPLS:
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("C", [104, 99])
+def test_implementations_drop_the_same_elements(
+    C: int, impl: str, device: torch.device, seed: int
+) -> None:
+    x, dropped = torch.randn(9, C, device=device), []
+    for one in ("torch", impl):
         torch.manual_seed(seed)
-        options = dict(dropout_p=0.4, prenorm=True, impl=impl)
-        sums.append(layer_norm(x, torch.ones(104, device=device), **options)[1])
-    assert all(torch.equal(sums[0] == 0, s == 0) for s in sums)
+        options = dict(dropout_p=0.4, prenorm=True, impl=one)
+        dropped.append(layer_norm(x, torch.ones(C, device=device), **options)[1] == 0)
+    assert torch.equal(*dropped)
 
 
 def _sample(device: torch.device, dropout_p: float, residual: bool) -> tuple[tuple[Any, ...], int]:

@@ -1,4 +1,5 @@
-"""The dropout contract: known answers, the counter layout, and the Triton twin bit for bit."""
+"""The dropout contract: known answers, the counter layout, the Triton twin bit for bit, and the
+CUDA C++ twin through the op that drops (tests/test_emulator.py has its device functions)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptkernels import philox
+from gptkernels import layer_norm, philox
+from gptkernels.ops.choice import unavailable
 from gptkernels.triton_kernels.philox import attention_keep_tile, elementwise_keep_tile
 
 
@@ -143,6 +145,23 @@ def test_triton_elementwise_tile(C: int, aligned: bool, device: torch.device, se
     for col0 in range(0, C, 16):
         _elementwise_kernel[(4,)](rng, out, C, col0, philox.threshold(0.6), 2, 16, aligned)
     assert torch.equal(out.bool(), philox.elementwise_keep(rng, 0.6, (8, C)))
+
+
+@pytest.mark.parametrize("C", [8, 24, 21, 1, 1031])
+@pytest.mark.parametrize("p", [0.001, 0.6, 1.0])
+def test_cuda_layer_norm_drops_by_the_contract(
+    C: int, p: float, device: torch.device, seed: int
+) -> None:
+    reason = unavailable("cuda", device.type, torch.float32)
+    if reason:
+        pytest.skip(reason)
+    x = torch.ones(7, C, device=device, requires_grad=True)
+    _, s = layer_norm(x, torch.ones(C, device=device), dropout_p=p, prenorm=True, impl="cuda")
+    torch.manual_seed(seed)
+    keep = philox.elementwise_keep(philox.draw(device), p, x.shape)
+    assert torch.equal(s, keep * torch.tensor(philox.scale(p), device=device))
+    (dx,) = torch.autograd.grad(s.sum(), x)
+    assert torch.equal(dx, s)
 
 
 def test_counters_past_32_bits(device: torch.device) -> None:
