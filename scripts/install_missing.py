@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ except ImportError:
 
 _ROOT = Path(__file__).resolve().parent.parent
 _EXTRAS = ("cli", "gpt", "bench", "test")
+# CUDA's headers, which a toolkit has.
+_HEADERS = ("nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-cuda-runtime")
 # PyTorch -> the Triton that its CUDA builds are made with. CPU builds bring none.
 _TRITON_OF = {
     "2.11": "3.6.0",
@@ -107,6 +110,8 @@ def _requirements() -> list[Requirement]:
     for extra in _EXTRAS:
         wanted += project["optional-dependencies"][extra]
     requirements = [Requirement(text) for text in dict.fromkeys(wanted)]
+    if shutil.which("nvcc"):
+        requirements = [r for r in requirements if r.name not in _HEADERS]
     return [r for r in requirements if r.marker is None or r.marker.evaluate()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,19 @@ def test_nothing_is_installed_where_nothing_is_missing(
     environment.versions["torch"] = torch
     assert environment.script.main() == 0
     assert environment.pip == []
+
+
+@pytest.mark.parametrize("nvcc", ["/usr/local/cuda/bin/nvcc", None])
+def test_cuda_headers_come_where_there_is_no_toolkit(
+    nvcc: str | None, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", {"nvcc": nvcc}.get)
+    headers = ["nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-cuda-runtime"]
+    for name in headers:
+        del environment.versions[name]
+    assert environment.script.main() == 0
+    wanted = [re.split("[<>]", text)[0] for texts, _ in environment.pip for text in texts]
+    assert wanted == ([] if nvcc else headers)
 
 
 def test_an_old_setuptools_is_brought_up_to_date(environment: Environment) -> None:

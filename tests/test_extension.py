@@ -1,0 +1,155 @@
+"""How the CUDA kernels are built: architectures, what depends on what, the cache of objects."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def extension() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("extension", ROOT / "scripts" / "extension.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GPTKERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "GPTKERNELS_OBJECT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+A80, A90 = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"
+PTX80 = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs", "targets"),
+    [
+        (None, None, [PTX80, A90]),
+        ("", "", [PTX80, A90]),
+        ("80", None, [A80]),
+        ("90a", "8.0", [A90]),
+        ("80;90;90a", None, [A80, A90]),
+        (None, "8.0 9.0a", [A80, A90]),
+        (None, "7.5;8.0+PTX, 9.0", [PTX80, A90]),
+        ("120+PTX", None, ["-gencode=arch=compute_120,code=[sm_120,compute_120]"]),
+    ],
+)
+def test_architectures(
+    ours: str | None,
+    torchs: str | None,
+    targets: list[str],
+    extension: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("GPTKERNELS_CUDA_ARCHS", ours), ("TORCH_CUDA_ARCH_LIST", torchs)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert extension._targets(Path("csrc/mlp.cu")) == targets
+    # Hopper's own instructions exist for 90a alone, whatever is asked for.
+    hoppers = ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert extension._targets(Path("csrc/mlp_sm90.cu")) == hoppers
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("GPTKERNELS_CUDA_ARCHS", "Hopper", "GPTKERNELS_CUDA_ARCHS names 'Hopper'"),
+        ("TORCH_CUDA_ARCH_LIST", "8.0 native", "TORCH_CUDA_ARCH_LIST names 'native'"),
+        ("GPTKERNELS_CUDA_ARCHS", "75", r"\(75\) has no compute capability from 8\.0"),
+    ],
+)
+def test_architectures_that_cannot_be(
+    name: str, value: str, sentence: str, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(extension.BuildError, match=sentence):
+        extension.architectures()
+
+
+def test_threads_of_nvcc_are_no_part_of_the_commands(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVCC_THREADS", "4")
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    assert extension._environment()["NVCC_APPEND_FLAGS"] == "-lineinfo --threads 4"
+
+
+class TestObjectCache:
+    """With a compiler that writes its source and counts."""
+
+    @pytest.fixture
+    def checkout(self, tmp_path: Path) -> Path:
+        compiler = tmp_path / "compiler"
+        compiler.write_text(
+            '#!/bin/sh\n# FLAGS -c SOURCE -o OBJECT -MMD -MF DEPFILE\necho x >> "$COUNT"\n'
+            'for last; do :; done\ncp "$3" "$5"\necho "$5: $3 csrc/used.h" > "$last"\n'
+            'echo "a note"\nif [ "$1" = -fail ]; then exit 3; fi\n'
+        )
+        compiler.chmod(0o755)
+        return self.copy(tmp_path / "one")
+
+    def copy(self, folder: Path) -> Path:
+        (folder / "csrc" / "device").mkdir(parents=True)
+        (folder / "csrc" / "a.cu").write_text('  #  include "device/used.h"\nint a;\n')
+        (folder / "csrc" / "device" / "used.h").write_text('#include "../also.h"\n')
+        (folder / "csrc" / "also.h").touch()
+        (folder / "csrc" / "unused.h").touch()
+        return folder
+
+    def compile(self, checkout: Path, made: str, *, flag: str = "-O3", tools: str = "1") -> int:
+        """The exit code."""
+        shared = checkout.parent
+        command = [sys.executable, str(ROOT / "scripts" / "compile.py"), f"--tools={tools}"]
+        command += [f"--object={made}", "csrc/a.cu", "--", str(shared / "compiler"), flag]
+        cache = {"GPTKERNELS_OBJECT_CACHE": str(shared / "cache"), "COUNT": str(shared / "count")}
+        return subprocess.run(command, cwd=checkout, env=os.environ | cache).returncode
+
+    def count(self, checkout: Path) -> int:
+        return len((checkout.parent / "count").read_text().splitlines())
+
+    def test_another_checkout_takes_what_one_has_compiled(self, checkout: Path) -> None:
+        assert self.compile(checkout, "build/a.o") == 0
+        other = self.copy(checkout.parent / "other")
+        assert self.compile(other, "elsewhere/b.o") == 0
+        assert self.count(checkout) == 1
+        made = other / "elsewhere" / "b.o"
+        assert made.read_text() == (other / "csrc" / "a.cu").read_text()
+        assert Path(f"{made}.d").read_text() == "elsewhere/b.o: csrc/a.cu csrc/used.h\n"
+        assert Path(f"{made}.log").read_text() == "a note\n"
+
+    def test_whatever_an_object_depends_on_makes_another(self, checkout: Path) -> None:
+        def compiled(**options: str) -> bool:
+            before = self.count(checkout)
+            assert self.compile(checkout, "a.o", **options) == 0
+            return self.count(checkout) > before
+
+        self.compile(checkout, "a.o")
+        assert not compiled()
+        assert compiled(flag="-O2")
+        assert compiled(tools="2")
+        for name, counts in (("a.cu", 1), ("device/used.h", 1), ("also.h", 1), ("unused.h", 0)):
+            with open(checkout / "csrc" / name, "a") as file:
+                file.write("// changed\n")
+            assert compiled() == counts, name
+
+    def test_what_fails_is_not_kept(
+        self, checkout: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        for attempt in (1, 2):
+            assert self.compile(checkout, "a.o", flag="-fail") == 3
+            assert self.count(checkout) == attempt
+        assert capfd.readouterr().out == 2 * "a note\n"
