@@ -150,7 +150,7 @@ def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Emulator:
         return request.getfixturevalue("emulator")
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    chosen = sources("cases", "primitives", "dropout")
+    chosen = sources("cases", "primitives", "tiles", "dropout")
     try:
         return Gpu(extension.native_library(chosen, ROOT / "build" / "native_kernels"))
     except extension.BuildError as error:
@@ -598,6 +598,46 @@ def test_mma(machine: Emulator, dtype: torch.dtype) -> None:
     name = "mma_bf16" if dtype == torch.bfloat16 else "mma_f16"
     machine(name, a=torch.cat((a.flatten(), b.flatten())), b=out)
     assert out.double().equal(1 + a.double() @ b.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("a_transposed", [False, True])
+@pytest.mark.parametrize("b_transposed", [False, True])
+def test_tiles(
+    machine: Emulator, dtype: torch.dtype, aligned: bool, a_transposed: bool, b_transposed: bool
+) -> None:
+    """Every layout, parts of tiles, rows that no 16-byte access fits; sums that are exact."""
+    name = {4: "tile_product_f32", 2: "tile_product_f16"}[dtype.itemsize]
+    name = "tile_product_bf16" if dtype == torch.bfloat16 else name
+    stride = 56 if aligned else 53
+    for rows, cols, depth in ((32, 32, 48), (27, 31, 37), (1, 1, 1), (17, 8, 16)):
+        a, b = torch.randint(-1, 2, (rows, depth)), torch.randint(-1, 2, (depth, cols))
+        stored = [a.T if a_transposed else a, b if b_transposed else b.T]
+        # Between the rows, and past them, what a product must not take in.
+        buffers = torch.full((2, 48, stride), float("nan"))
+        for buffer, matrix in zip(buffers, stored, strict=True):
+            buffer[: matrix.shape[0], : matrix.shape[1]] = matrix
+        where = torch.tensor([rows, cols, depth, 0, stride, 48 * stride, stride], dtype=torch.int32)
+        out = torch.empty(2, 32, 32)
+        options = a_transposed + 2 * b_transposed + 4 * aligned
+        elements = 2 * 32 * 48
+        machine(
+            name,
+            a=buffers.to(dtype),
+            b=out,
+            c=where,
+            c_is="in",
+            n=options,
+            threads=64,
+            shared=elements * dtype.itemsize,
+        )
+        want = torch.zeros(2, 32, 32)
+        want[0, :rows, :cols] = (a @ b).float()
+        first = torch.zeros(32, 32)
+        first[: min(depth, 32), :cols] = b[:32]
+        want[1] = want[0] @ first
+        assert torch.equal(out, want)
 
 
 def test_copies_fill_with_zeros(emulator: Emulator) -> None:
