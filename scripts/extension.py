@@ -46,6 +46,7 @@ _HOPPER_ONLY = "_sm90"  # a source's stem ends so: it is compiled for 90a and fo
 _HOST_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Errors name the callers that frame pointers lead to.
 _EMULATED_FLAGS = [*_HOST_FLAGS, "-DGK_EMULATE", "-g", "-fno-omit-frame-pointer"]
+_EMULATOR_FLAGS = [*_EMULATED_FLAGS, "-O2", "-fno-optimize-sibling-calls"]
 # Kernels: every access to memory is reported, function entries and exits are not. Device functions
 # are inlined whether or not they are declared so: g++ does not report what calls take or return.
 # Loads and stores of structs stay whole, so that their alignment is seen.
@@ -76,7 +77,7 @@ def emulator(only: Sequence[str] = ()) -> Path:
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
     compiler = _compiler()
-    base = [*compiler, *_EMULATED_FLAGS, "-O2", "-Icsrc", f"-isystem{_cuda_headers()}"]
+    base = [*compiler, *_EMULATOR_FLAGS, "-Icsrc", f"-isystem{_cuda_headers()}"]
     objects = [*_emulated(compiler, _files("*.cu")), _bindings(base, _version(compiler))]
     link = [*compiler, "-shared", f"-Wl,{_EXPORTS}"]
     return _build(ROOT / "build" / "emulator", objects, link, ["-pthread"], only)
@@ -95,7 +96,7 @@ def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]
     the first, and the emulator's own accesses are not for it to check.
     """
     include = ["-Icsrc", f"-isystem{_cuda_headers()}"]
-    host = [*compiler, *_EMULATED_FLAGS, "-O2", *include]
+    host = [*compiler, *_EMULATOR_FLAGS, *include]
     kernels = [*compiler, *_EMULATED_FLAGS, *_REPORTED, *include, "-xc++"]
     tools = _version(compiler)
     return [

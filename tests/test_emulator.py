@@ -176,6 +176,7 @@ WARP: dict[str, Any] = {"a": 32, "b": 32, "n": 32, "shared": 128}
 CTA: dict[str, Any] = {"a": N, "b": N, "n": N, "threads": N, "shared": 4 * N}
 COPY: dict[str, Any] = {**CTA, "threads": N // 4}
 THREAD = "CTA (0, 0, 0), thread #, at"
+BARRIER = "tests/emulator_kernels/meetings.cu:#"
 LOAD, COPIES = "csrc/device/vector.h:#", "csrc/device/cp_async.h:#"
 
 # name -> (how it is launched, what is said after the kernel's name). <marker> stands for a line of
@@ -206,6 +207,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         WARP,
         "CTA (0, 0, 0), thread 0, at <shared_before_start>: "
         "writes 4 bytes, 4 bytes before the start of shared memory (128 bytes)",
+    ),
+    "straddles_the_end": (
+        {"b": 30, "threads": 8},
+        "CTA (0, 0, 0), thread 7, at csrc/device/vector.h:#, called at <straddles_the_end>: "
+        "writes 16 bytes, the last 8 past the end of b (120 bytes)",
     ),
     "null_pointer": (
         WARP,
@@ -286,6 +292,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "CTA (0, 0, 0), thread 0, at <write_into_copy>: writes 4 bytes at byte 4 of shared memory, "
         f"which a cp.async may still write: thread 0 wrote at {COPIES}, called at <written into>, "
         "and that thread has not waited for the copy",
+    ),
+    "copy_source_changed": (
+        {"c": N, "b": N, "n": N, "shared": 4 * N},
+        f"CTA (0, 0, 0), thread 0, at {COPIES}, called at <copy_source_changed>: the source of a "
+        "cp.async has changed before it was waited for",
     ),
     "copy_without_barrier": (
         COPY,
@@ -379,12 +390,13 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "deadlock": (
         {"threads": 64},
         "deadlock, nobody can go on; CTA (0, 0, 0): threads 32-63 wait in __syncthreads at "
-        "<deadlock: all>, threads 0-31 wait in barrier at <deadlock: named> on barrier 1",
+        f"<deadlock: all>, threads 0-31 wait in barrier on barrier 1 at {BARRIER}, called at "
+        "<deadlock: named>",
     ),
     "missing_lanes": (
         {},
-        "deadlock, nobody can go on; CTA (0, 0, 0): threads 16-31 wait in __shfl_xor_sync at "
-        "<missing_lanes: high> with mask 0xffffffff, threads 0-15 wait in __syncthreads at "
+        "deadlock, nobody can go on; CTA (0, 0, 0): threads 16-31 wait in __shfl_xor_sync "
+        "with mask 0xffffffff at <missing_lanes: high>, threads 0-15 wait in __syncthreads at "
         "<missing_lanes: low>",
     ),
     "divergent_shuffle": (
@@ -409,21 +421,24 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "returned_lanes": (
         {},
-        f"{THREAD} csrc/device/mma.h:#: mma.sync needs the whole warp, and lanes 0xc0000000 have "
+        f"{THREAD} csrc/device/mma.h:#, called at csrc/device/mma.h:#, called at <returned_lanes>: "
+        "mma.sync needs the whole warp, and lanes 0xc0000000 have "
         "returned",
     ),
     "wrong_barrier_number": (
         {},
-        f"{THREAD} <wrong_barrier_number>: barrier names barrier 16, there are 16",
+        f"{THREAD} {BARRIER}, called at <wrong_barrier_number>: barrier names barrier 16, "
+        "there are 16",
     ),
     "wrong_barrier_count": (
         {"threads": 64},
-        f"{THREAD} <wrong_barrier_count>: barrier is for 40 threads, not a multiple of 32",
+        f"{THREAD} {BARRIER}, called at <wrong_barrier_count>: barrier is for 40 threads, "
+        "not a multiple of 32",
     ),
     "unequal_barrier_counts": (
         {"threads": 64},
-        f"{THREAD} <unequal_barrier_counts>: barrier brings 96 threads to barrier 1, where others "
-        "wait for 64",
+        f"{THREAD} {BARRIER}, called at <unequal_barrier_counts>: barrier brings 96 threads to "
+        "barrier 1, where others wait for 64",
     ),
 }
 
@@ -649,6 +664,15 @@ def test_copies_fill_with_zeros(emulator: Emulator) -> None:
     emulator("copy_zero_fill", a=a, b=b, c=counts, c_is="in", n=N, shared=4 * N)
     valid = torch.arange(4) < floats[:, None]
     assert b.view(32, 4).equal(torch.where(valid, torch.arange(1.0, N + 1).view(32, 4), 0.0))
+
+
+@pytest.mark.parametrize("when", ["late", "early"])
+def test_when_copies_arrive(emulator: Emulator, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel looks before it waits, which the emulator is kept from seeing."""
+    monkeypatch.setenv("GPTKERNELS_EMULATE_COPIES", when)
+    a, b = torch.arange(1, N + 1, dtype=torch.float32), torch.empty(N // 4)
+    emulator("copy_looked_at", a=a, b=b, n=N, shared=4 * N)
+    assert b.equal(a[::4] if when == "early" else torch.zeros(N // 4))
 
 
 @pytest.mark.parametrize(

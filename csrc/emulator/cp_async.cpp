@@ -35,17 +35,17 @@ void choose_copies() {
 void cp_async_16(void* shared, const void* global, int bytes) {
     const void* pc = __builtin_return_address(0);
     if (bytes < 0 || bytes > 16) {
-        fail("cp.async copies " + std::to_string(bytes) + " bytes of 16", here(pc));
+        fail("cp.async copies " + std::to_string(bytes) + " bytes of 16");
     }
     const auto past = reinterpret_cast<uintptr_t>(global) % 16;
     if (past != 0) {
         fail("cp.async reads at an address that is " + std::to_string(past) +
-                 " past a multiple of 16",
-             here(pc));
+                 " past a multiple of 16");
     }
     if (bytes > 0) memory::read_range(global, size_t(bytes), 1, pc);
     memory::copy_begin(shared, pc);
-    const Copy copy{shared, global, bytes};
+    Copy copy{shared, global, bytes, {}};
+    if (bytes > 0) std::memcpy(copy.source, global, size_t(bytes));
     if (early) deliver(copy);
     running->copies.issued.push_back(copy);
 }
@@ -62,6 +62,9 @@ void cp_async_wait(int pending) {
     const size_t landed = copies.ends[groups - 1];
     for (size_t i = 0; i < landed; ++i) {
         const Copy& copy = copies.issued[i];
+        if (copy.bytes > 0 && std::memcmp(copy.source, copy.global, size_t(copy.bytes)) != 0) {
+            fail("the source of a cp.async has changed before it was waited for");
+        }
         if (!early) deliver(copy);
         memory::copy_landed(copy.shared);
     }

@@ -107,6 +107,15 @@ void Fiber::start(void (*entry)()) {
     stack_pointer_ = slot;
 }
 
+const char* Fiber::frame() const {
+#if defined(__x86_64__)
+    constexpr int kFramePointer = 5;  // rbp, the last one pushed off
+#else
+    constexpr int kFramePointer = 10;  // x29
+#endif
+    return static_cast<const char*>(static_cast<void* const*>(stack_pointer_)[kFramePointer]);
+}
+
 void Fiber::enter() { gk_emulator_switch(&host_stack_pointer_, stack_pointer_); }
 
 void Fiber::leave() { gk_emulator_switch(&stack_pointer_, host_stack_pointer_); }

@@ -21,6 +21,8 @@ class Fiber {
     // Back to `enter`'s caller, which goes on as if `enter` had returned.
     void leave();
 
+    // Of a fiber that has left: the frame that it left from.
+    const char* frame() const;
     const char* stack_begin() const { return stack_; }
     const char* stack_end() const { return stack_ + kStackBytes; }
 

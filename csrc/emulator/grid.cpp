@@ -147,7 +147,7 @@ bool run_warp(Cta& cta, unsigned warp, const std::vector<unsigned>& lanes) {
 std::string who_waits(const std::vector<Cta*>& resident) {
     std::string report;
     for (const Cta* cta : resident) {
-        std::map<std::string, std::vector<unsigned>> places;
+        std::map<std::pair<std::string, Calls>, std::vector<unsigned>> places;
         std::vector<unsigned> returned;
         for (unsigned i = 0; i < cta->threads; ++i) {
             const Thread& thread = *cta->fibers[i];
@@ -156,15 +156,16 @@ std::string who_waits(const std::vector<Cta*>& resident) {
                 continue;
             }
             const Waiting& w = thread.waiting;
-            std::string place = std::string(w.what) + " at " + describe(w.site);
-            if (w.mask) place += " with mask " + hexadecimal(w.mask);
-            if (w.barrier) place += " on barrier " + std::to_string(w.barrier);
-            places[place].push_back(i);
+            std::string what = w.what;
+            if (w.mask) what += " with mask " + hexadecimal(w.mask);
+            if (w.barrier) what += " on barrier " + std::to_string(w.barrier);
+            places[{what, calls_of(thread)}].push_back(i);
         }
         report += "; CTA " + text(cta->block) + ":";
         const char* separator = " ";
         for (const auto& [place, threads] : places) {
-            report += separator + ("threads " + ranges(threads)) + " wait in " + place;
+            report += separator + ("threads " + ranges(threads)) + " wait in " + place.first +
+                      " at " + lines(place.second);
             separator = ", ";
         }
         if (!returned.empty()) report += separator + ("threads " + ranges(returned)) + " returned";

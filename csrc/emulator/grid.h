@@ -13,6 +13,7 @@
 #include "clock.h"
 #include "emulator.h"
 #include "fiber.h"
+#include "report.h"
 
 namespace gk {
 struct Launch;
@@ -40,6 +41,7 @@ struct Copy {
     void* shared;
     const void* global;
     int bytes;  // of 16, zeros after them
+    unsigned char source[16];  // when it was issued
 };
 
 // Copies in the order in which they were issued, and where each closed group of them ends.
@@ -102,7 +104,7 @@ extern const Launch* launched;    // the launch in progress
 
 // Ends the launch with an error of the running thread: "<kernel>, CTA (x, y, z), thread t, at
 // csrc/file.cu:line: <sentence>". On the host's stack it throws.
-[[noreturn]] void fail(const std::string& sentence, const std::string& where);
+[[noreturn]] void fail(const std::string& sentence, const std::string& where = here());
 std::string describe(const Site& site);
 std::string hexadecimal(unsigned mask);
 

@@ -37,28 +37,24 @@ void release(Cta& cta, Barrier& barrier) {
 Barrier& join_barrier(unsigned number, unsigned threads, Site site, const char* what) {
     Thread& self = *running;
     if (number >= kBarriers) {
-        fail(std::string(what) + " names barrier " + std::to_string(number) + ", there are 16",
-             describe(site));
+        fail(std::string(what) + " names barrier " + std::to_string(number) + ", there are 16");
     }
     if (threads % kWarp) {
         fail(std::string(what) + " is for " + std::to_string(threads) +
-                 " threads, not a multiple of 32",
-             describe(site));
+                 " threads, not a multiple of 32");
     }
     Barrier& barrier = self.cta->barriers[number];
     if (barrier.waiting.empty() && barrier.arrived.empty()) barrier.expected = threads;
     if (barrier.expected != threads) {
         fail(std::string(what) + " brings " + std::to_string(threads) + " threads to barrier " +
                  std::to_string(number) + ", where others wait for " +
-                 std::to_string(barrier.expected),
-             describe(site));
+                 std::to_string(barrier.expected));
     }
     // bar.sync is .aligned: a warp's lanes arrive from one place.
     Site& there = barrier.sites[self.warp()];
     if (there.file == nullptr) there = site;
     if (there.line != site.line || std::strcmp(there.file, site.file) != 0) {
-        fail(std::string(what) + " diverges: lanes of the same warp wait at " + describe(there),
-             describe(site));
+        fail(std::string(what) + " diverges: lanes of the same warp wait at " + describe(there));
     }
     return barrier;
 }
@@ -66,6 +62,11 @@ Barrier& join_barrier(unsigned number, unsigned threads, Site site, const char* 
 bool same_place(const Waiting& a, const Waiting& b) {
     return a.mask == b.mask && a.site.line == b.site.line &&
            std::strcmp(a.what, b.what) == 0 && std::strcmp(a.site.file, b.site.file) == 0;
+}
+
+// One of those who wait there.
+const Thread& first_lane(const Cta& cta, unsigned warp, const Meeting& meeting) {
+    return *cta.fibers[warp * kWarp + unsigned(__builtin_ctz(meeting.here))];
 }
 
 // Everyone has come: combine, wake all but the running thread, forget the meeting.
@@ -76,7 +77,7 @@ bool finish(Cta& cta, unsigned warp, size_t index) {
     if (meeting.whole && ~meeting.here) {
         fail(std::string(meeting.waiting.what) + " needs the whole warp, and lanes " +
                  hexadecimal(~meeting.here) + " have returned",
-             describe(meeting.waiting.site));
+             running->done ? lines(calls_of(first_lane(cta, warp, meeting))) : here());
     }
     meetings.erase(meetings.begin() + ptrdiff_t(index));
     meeting.combine(meeting.data);
@@ -123,8 +124,7 @@ void collective(const char* what, unsigned mask, void* data, Combine combine, Si
     Thread& self = *running;
     if (!(mask >> self.lane() & 1)) {
         fail(std::string(what) + " has mask " + hexadecimal(mask) + ", which leaves out lane " +
-                 std::to_string(self.lane()) + ", its own",
-             describe(site));
+                 std::to_string(self.lane()) + ", its own");
     }
     const Waiting waiting{what, site, mask, 0};
     std::vector<Meeting>& meetings = self.cta->warps[self.warp()].meetings;
@@ -136,8 +136,8 @@ void collective(const char* what, unsigned mask, void* data, Combine combine, Si
         const Waiting& there = meetings[index].waiting;
         fail(std::string(what) + " with mask " + hexadecimal(mask) + " diverges: lanes " +
                  hexadecimal(meetings[index].here) + " of the same warp are in " + there.what +
-                 " with mask " + hexadecimal(there.mask) + " at " + describe(there.site),
-             describe(site));
+                 " with mask " + hexadecimal(there.mask) + " at " +
+                 lines(calls_of(first_lane(*self.cta, self.warp(), meetings[index]))));
     }
     meetings[index].here |= 1u << self.lane();
     meetings[index].data[self.lane()] = data;
@@ -210,8 +210,7 @@ uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int operand, int w
     const char* name = kNames[int(kind)];
     if (width < 1 || width > int(kWarp) || (width & (width - 1))) {
         fail(std::string(name) + " has width " + std::to_string(width) +
-                 ", which must be a power of two up to 32",
-             describe(site));
+                 ", which must be a power of two up to 32");
     }
     ShuffleLane lane{value, value, kind, operand, width};
     collective(name, mask, &lane, combine_shuffle, site);

@@ -87,17 +87,17 @@ std::string outside(const std::string& name, const char* begin, size_t size, con
 }
 
 // The address belongs to nothing that this thread may touch: the sentence names what it is.
-[[noreturn]] void fail_outside(Access access, const char* address, size_t bytes, const void* pc) {
+[[noreturn]] void fail_outside(Access access, const char* address, size_t bytes) {
     constexpr size_t kNear = 1024 * 1024, kNull = 64 * 1024;
     const std::string sentence = verb(access) + counted(bytes, "byte") + ", ";
     if (uintptr_t(address) < kNull) {
-        fail(sentence + counted(uintptr_t(address), "byte") + " past a null pointer", here(pc));
+        fail(sentence + counted(uintptr_t(address), "byte") + " past a null pointer");
     }
     const Cta& cta = *running->cta;
     for (const auto& fiber : cta.fibers) {
         const char* stack = fiber->fiber.stack_begin();
         if (inside(stack, size_t(fiber->fiber.stack_end() - stack), address, bytes)) {
-            fail(sentence + "in local memory of thread " + std::to_string(fiber->index), here(pc));
+            fail(sentence + "in local memory of thread " + std::to_string(fiber->index));
         }
     }
     const auto shared = reinterpret_cast<const char*>(cta.shared);
@@ -111,20 +111,19 @@ std::string outside(const std::string& name, const char* begin, size_t size, con
         }
     }
     if (nearest > kNear) {
-        fail(sentence + "far from every tensor of this call and from shared memory", here(pc));
+        fail(sentence + "far from every tensor of this call and from shared memory");
     }
     fail(sentence + (tensor ? outside(tensor->name, tensor->begin, tensor->bytes, address, bytes)
                             : outside("shared memory", shared, launched->shared_bytes, address,
-                                      bytes)),
-         here(pc));
+                                      bytes)));
 }
 
 [[noreturn]] void fail_finding(Access access, const Finding& finding, const std::string& where,
-                               size_t bytes, const void* pc) {
+                               size_t bytes) {
     std::string sentence = verb(access) + counted(bytes, "byte") + " at " + where;
     const std::string other =
         finding.other ? thread_text(finding.other) + " " + finding.did + " at " +
-                            place(unpack_place(finding.place))
+                            lines({unpack_place(finding.place)})
                       : "";
     switch (finding.fault) {
         case Fault::unwritten: sentence += ", which nobody has written"; break;
@@ -137,20 +136,18 @@ std::string outside(const std::string& name, const char* begin, size_t size, con
             break;
         case Fault::none: break;
     }
-    fail(sentence, here(pc));
+    fail(sentence);
 }
 
 std::string byte_text(size_t offset, const std::string& of) {
     return "byte " + std::to_string(offset) + " of " + of;
 }
 
-void check_alignment(Access access, const char* address, size_t bytes, size_t alignment,
-                     const void* pc) {
+void check_alignment(Access access, const char* address, size_t bytes, size_t alignment) {
     if (uintptr_t(address) % alignment == 0) return;
     fail(verb(access) + counted(bytes, "byte") + " at an address that is " +
              std::to_string(uintptr_t(address) % alignment) + " past a multiple of " +
-             std::to_string(alignment),
-         here(pc));
+             std::to_string(alignment));
 }
 
 const Tensor* find(const char* address, size_t bytes) {
@@ -174,15 +171,14 @@ void check(Access access, const void* pointer, size_t bytes, size_t alignment, c
     if (!shared && tensor == nullptr) {
         const char* stack = thread.fiber.stack_begin();
         if (inside(stack, size_t(thread.fiber.stack_end() - stack), address, bytes)) return;
-        fail_outside(access, address, bytes, pc);
+        fail_outside(access, address, bytes);
     }
-    check_alignment(access, address, bytes, alignment, pc);
+    check_alignment(access, address, bytes, alignment);
     if (tensor && !tensor->shadow) {
         if (access == Access::read) return;
         fail(verb(access) + counted(bytes, "byte") + " at " +
                  byte_text(size_t(address - tensor->begin), tensor->name) +
-                 ", an input of the kernel",
-             here(pc));
+                 ", an input of the kernel");
     }
     Shadow& shadow = shared ? arenas[cta.slot] : *tensor->shadow;
     const Visitor visitor{&thread, shared, launch_serial, pack_place(pc)};
@@ -192,7 +188,7 @@ void check(Access access, const void* pointer, size_t bytes, size_t alignment, c
     const std::string where =
         shared ? byte_text(finding.offset, "shared memory")
                : byte_text(finding.offset - tensor->offset(tensor->begin), tensor->name);
-    fail_finding(access, finding, where, bytes, pc);
+    fail_finding(access, finding, where, bytes);
 }
 
 size_t natural(size_t bytes) { return bytes & (bytes - 1) ? 1 : std::min<size_t>(bytes, 16); }
@@ -260,13 +256,13 @@ void copy_begin(const void* shared, const void* pc) {
     const auto address = static_cast<const char*>(shared);
     const size_t offset = size_t(address - reinterpret_cast<const char*>(running->cta->shared));
     if (offset >= launched->shared_bytes || launched->shared_bytes - offset < 16) {
-        fail_outside(Access::write, address, 16, pc);
+        fail_outside(Access::write, address, 16);
     }
-    check_alignment(Access::write, address, 16, 16, pc);
+    check_alignment(Access::write, address, 16, 16);
     const Visitor visitor{running, true, launch_serial, pack_place(pc)};
     const Finding finding = arenas[running->cta->slot].start_copy(offset, visitor);
     if (finding.fault == Fault::none) return;
-    fail_finding(Access::write, finding, byte_text(finding.offset, "shared memory"), 16, pc);
+    fail_finding(Access::write, finding, byte_text(finding.offset, "shared memory"), 16);
 }
 
 void copy_landed(const void* shared) {

@@ -47,10 +47,10 @@ void ldmatrix(const char* what, uint32_t (&r)[4], const void* row, Combine combi
     const auto address = reinterpret_cast<uintptr_t>(row);
     const auto arena = reinterpret_cast<uintptr_t>(shared_memory());
     if (address % 16 != 0) {
-        fail(std::string(what) + " reads a row that is not aligned to 16 bytes", describe(site));
+        fail(std::string(what) + " reads a row that is not aligned to 16 bytes");
     }
     if (address < arena || address >= arena + kSharedLimit) {
-        fail(std::string(what) + " reads a row that is not in shared memory", describe(site));
+        fail(std::string(what) + " reads a row that is not in shared memory");
     }
     memory::read(row, 16, pc);
     LdmatrixLane lane;

@@ -6,11 +6,15 @@
 
 namespace gk::emulator {
 
-// "csrc/device/vector.h:33, called at csrc/layer_norm.cu:120": the place from which the running
-// thread called the emulator at `pc`, and its callers up to the kernel.
-std::string here(const void* pc);
-// The same of a place that was left, as far as functions were inlined into each other.
-std::string place(const void* pc);
+struct Thread;
+
+// Return addresses, innermost first.
+using Calls = std::vector<const void*>;
+// "csrc/device/vector.h:33, called at csrc/layer_norm.cu:120": the kernel's source lines.
+std::string lines(const Calls& calls);
+// Of the running thread, and of one that waits.
+std::string here();
+Calls calls_of(const Thread& waiting);
 // As messages name a source file: from the project's folder on.
 std::string short_path(const std::string& path);
 

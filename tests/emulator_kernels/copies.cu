@@ -79,6 +79,30 @@ __global__ void copy_into_read(const Case p) {
     gk::cp_async_wait<0>();
 }
 
+// c (n,) in and out: the source is written again while the copy may still read it.
+__global__ void copy_source_changed(const Case p) {
+    unsigned i = 4 * threadIdx.x;
+    auto c = static_cast<float*>(p.c);
+    gk::cp_async_16(arena() + i, c + i, 16);
+    gk::cp_async_commit();
+    if (!p.broken) gk::cp_async_wait<0>();
+    c[i] = -1.0f;
+    gk::cp_async_wait<0>();  // copy_source_changed
+    gk::st128(p.b + i, gk::ld128(arena() + i));
+}
+
+__attribute__((noinline, no_sanitize("thread"))) float look(const float* at) { return *at; }
+
+// b (n / 4,) out: what lies where the copy will be, before it is waited for
+__global__ void copy_looked_at(const Case p) {
+    unsigned i = 4 * threadIdx.x;
+    gk::st128(arena() + i, gk::Pack<float, 4>{});
+    gk::cp_async_16(arena() + i, p.a + i, 16);
+    gk::cp_async_commit();
+    p.b[threadIdx.x] = look(arena() + i);
+    gk::cp_async_wait<0>();
+}
+
 __global__ void copy_misaligned(const Case p) {
     unsigned i = 4 * threadIdx.x;
     gk::cp_async_16(arena() + i, p.a + i + p.broken, 16);  // copy_misaligned
@@ -113,6 +137,8 @@ const NamedCase kCopyCases[] = {
     {"wait_short_by_one", wait_short_by_one},
     {"write_into_copy", write_into_copy},
     {"copy_into_read", copy_into_read},
+    {"copy_source_changed", copy_source_changed},
+    {"copy_looked_at", copy_looked_at},
     {"copy_misaligned", copy_misaligned},
     {"copy_zero_fill", copy_zero_fill},
     {"copy_past_end", copy_past_end},

@@ -41,6 +41,12 @@ __global__ void shared_before_start(const Case p) {
     p.b[i] = shared[i - p.broken];
 }
 
+// b (30,) out, 8 threads: the last 16 bytes are half inside
+__global__ void straddles_the_end(const Case p) {
+    if (!p.broken && threadIdx.x == 7) return;
+    gk::st128(p.b + 4 * threadIdx.x, gk::Pack<float, 4>{});  // straddles_the_end
+}
+
 // a (n + 4,) in, b (n,) out, n / 4 threads
 __global__ void misaligned_16(const Case p) {
     unsigned i = 4 * threadIdx.x;
@@ -110,6 +116,7 @@ const NamedCase kMemoryCases[] = {
     {"bf16_past_end", bf16_past_end},
     {"shared_past_end", shared_past_end},
     {"shared_before_start", shared_before_start},
+    {"straddles_the_end", straddles_the_end},
     {"misaligned_16", misaligned_16},
     {"misaligned_8", misaligned_8},
     {"shared_unwritten", shared_unwritten},
