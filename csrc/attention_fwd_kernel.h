@@ -33,13 +33,13 @@ constexpr int kFwdWarps = 4, kFwdThreads = 32 * kFwdWarps;
 // fragment of k and v read from shared memory then feeds two products, and shared memory is what
 // mma.sync waits for otherwise. Keys: the most that spill nothing. Slots: k and v of a block need
 // two; a third keeps one more tile in flight where two CTAs still fit in 100 KB.
-template <class T, int kHeadWidth, bool kOptions>
+template <class T, int kHeadWidth>
 struct FwdTiles {
     static constexpr bool kHalf = sizeof(T) == 2;
     static constexpr int kWidth = kHeadWidth;  // of a head in shared memory, zeros from D on
-    static constexpr int kRowTiles = kWidth <= (kHalf ? 128 : 96) ? 2 : 1;
+    static constexpr int kRowTiles = kWidth <= (kHalf ? 128 : 64) ? 2 : 1;
     static constexpr int kRows = kFwdWarps * 16 * kRowTiles;
-    static constexpr int kKeys = !kHalf          ? (kWidth == 256 ? 16 : 32)
+    static constexpr int kKeys = !kHalf          ? (kWidth == 64 || kWidth == 256 ? 16 : 32)
                                  : kWidth == 96  ? 48
                                  : kWidth == 128 ? 32
                                  : kWidth == 256 ? 32
@@ -98,7 +98,9 @@ __device__ __forceinline__ void score_products(float (&s)[Tiles::kRowTiles][Tile
         for (int n = 0; n < Tiles::kKeys / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) s[r][n][e] = 0;
-#pragma unroll
+    // FFMAs by the thousand gain nothing from being written out, and cost ptxas half a minute.
+    constexpr int kUnrolled = Tiles::kHalf ? Tiles::kWidth / M::K : 1;
+#pragma unroll kUnrolled
     for (int d = 0; d < Tiles::kWidth; d += M::K) {
         typename M::A q[Tiles::kRowTiles];
 #pragma unroll
@@ -184,7 +186,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[kTiles][4], float (&o)[k
 template <class T, int kHeadWidth, bool kOptions>
 __global__ void __launch_bounds__(kFwdThreads)
     attention_fwd_kernel(const __grid_constant__ FwdArguments a) {
-    using Tiles = FwdTiles<T, kHeadWidth, kOptions>;
+    using Tiles = FwdTiles<T, kHeadWidth>;
     constexpr int kRowTiles = Tiles::kRowTiles, kKeys = Tiles::kKeys, kSlots = Tiles::kSlots;
     const AttentionFwd& p = a.p;
     const AttentionCall& call = p.call;
@@ -389,7 +391,7 @@ constexpr int64_t kFwdCacheBytes = 16 << 20;
 
 template <class T, int kWidth, bool kOptions>
 void launch_attention_fwd_tiles(const AttentionFwd& p, Stream stream) {
-    using Tiles = FwdTiles<T, kWidth, kOptions>;
+    using Tiles = FwdTiles<T, kWidth>;
     const AttentionCall& c = p.call;
     const int64_t size = sizeof(T), heads = static_cast<int64_t>(c.batch) * c.H;
     const int64_t row_blocks = (c.Tq + Tiles::kRows - 1) / Tiles::kRows;
