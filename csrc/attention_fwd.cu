@@ -1,5 +1,5 @@
-// Attention forward's launcher; the formula and the kernel are in attention_fwd_kernel.h, one file of
-// instantiations for each dtype.
+// Attention forward's launcher; the formula and the kernel are in attention_fwd_kernel.h, and one
+// file of instantiations for each dtype.
 #include "launch.h"
 
 #include "attention.h"

@@ -32,7 +32,7 @@ constexpr int kFwdWarps = 4, kFwdThreads = 32 * kFwdWarps;
 // Tiles by dtype and padded width. Two row tiles a warp (32 queries) where registers allow: every
 // fragment of k and v read from shared memory then feeds two products, and shared memory is what
 // mma.sync waits for otherwise. Keys: the most that spill nothing. Slots: k and v of a block need
-// two; a third keeps one more tile in flight where two CTAs still fit in 100 KB.
+// two; a third keeps one more tile in flight where it takes no CTA's room.
 template <class T, int kHeadWidth>
 struct FwdTiles {
     static constexpr bool kHalf = sizeof(T) == 2;
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kFwdThreads)
         }
         cp_async_commit();
     };
-    // Tile t is there for all threads, and all are done with tile t - 1, whose slot is filled again.
+    // Tile t is there for all threads; all are done with tile t - 1, and its slot is filled again.
     constexpr int kAhead = kSlots - 1;
     auto advance = [&](int t, int j, int odd) {
         cp_async_wait<kAhead - 1>();
@@ -396,7 +396,8 @@ void launch_attention_fwd_tiles(const AttentionFwd& p, Stream stream) {
     const int64_t size = sizeof(T), heads = static_cast<int64_t>(c.batch) * c.H;
     const int64_t row_blocks = (c.Tq + Tiles::kRows - 1) / Tiles::kRows;
     const int64_t bytes_of_head = 2 * size * c.Tk * c.D * c.Hk / c.H;
-    const int64_t together = std::max<int64_t>(1, kFwdCacheBytes / std::max<int64_t>(1, bytes_of_head));
+    const int64_t together =
+        std::max<int64_t>(1, kFwdCacheBytes / std::max<int64_t>(1, bytes_of_head));
     const Strides out{static_cast<int64_t>(c.Tq) * c.H * c.D, static_cast<int64_t>(c.H) * c.D, c.D};
     const FwdArguments arguments{p,
                                  static_cast<int>(row_blocks),

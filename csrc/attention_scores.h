@@ -1,7 +1,7 @@
 // What attention's kernels share: which keys a query sees, its scores, and their slope.
 //
-// Query i stands at position i + Tk - Tq among the keys (bottom-right alignment). It sees key j when
-//     position - left <= j <= position + right   and   0 <= j < count, the length of its batch entry.
+// Query i stands at position i + Tk - Tq among the keys (bottom-right alignment). It sees key j
+// where  position - left <= j <= position + right,   0 <= j < count, the length of its batch entry.
 // Scores are in units of log2(e), so that weights are exp2(s - m).
 #pragma once
 
@@ -48,8 +48,8 @@ struct Band {
         return r;
     }
 
-    // Queries that see some of the keys j0 <= j < j0 + cols; first is a multiple of block. Keys that
-    // reach past the last one need their mask everywhere.
+    // Queries that see some of the keys j0 <= j < j0 + cols; first is a multiple of block. Keys
+    // that reach past the last one need their mask everywhere.
     __device__ Range queries(int j0, int cols, int block) const {
         const int end = min(j0 + cols, count);
         Range r;
