@@ -61,12 +61,13 @@ __device__ __forceinline__ RowStats row_stats(const AttentionBwd& p, const float
     return row;
 }
 
-// p from the product q.k.
+// p from the product q.k. kPlain: without softcap and ALiBi; the bits are the same either way.
 template <class T, bool kPlain>
 __device__ __forceinline__ float weight_of(float product, float lse, const Score& score,
                                            int distance, float& slope_of_cap) {
     slope_of_cap = 1;
-    if (kPlain) return exp2_for<T>(fmaf(product, score.factor, -lse));
+    if (kPlain || (score.ceiling == 0 && score.slope == 0))
+        return exp2_for<T>(fmaf(product, score.factor, -lse));
     return exp2_for<T>(score(product, distance, slope_of_cap) - lse);
 }
 
@@ -103,6 +104,7 @@ __device__ void clear_nonfinite_rows(const SharedTile<T, kRows, kWidth>& tile, f
         const bool found = __any_sync(0xffffffffu, !finite) != 0;
         if (taint != nullptr && lane == 0) taint[row] = found ? NAN : 0.0f;
         if (!found) continue;
+        __syncwarp();  // every lane has read what another one clears
         for (int col = lane; col < kWidth; col += 32) *tile.at(row, col) = T(0.0f);
     }
 }

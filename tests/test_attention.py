@@ -26,12 +26,14 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNNABLE = [
     pytest.param(impl, dtype, id=f"{impl}-{str(dtype).removeprefix('torch.')}")
-    for impl in ("torch", "triton")
+    for impl in ("torch", "triton", "cuda")
     for dtype in (FP32, FP16, BF16)
     if unavailable(impl, DEVICE, dtype) is None
 ]
 runnable = pytest.mark.parametrize(("impl", "dtype"), RUNNABLE)
-both = pytest.mark.parametrize("impl", ["torch", "triton"])
+NO_CUDA = unavailable("cuda", DEVICE, FP32)
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA)))
+each = pytest.mark.parametrize("impl", ["torch", "triton", CUDA])
 MASKED = DEVICE == "cpu"  # where PyTorch's fused op takes a mask and gives lse
 
 
@@ -66,20 +68,23 @@ def assert_right(
         torch.manual_seed(seed)
         drawn = dict(rng=philox.draw(DEVICE))
 
-    def candidate(**leaves: Any) -> Any:
+    def candidate(deterministic: bool, **leaves: Any) -> Any:
         torch.manual_seed(seed)
         with parity.poisoned_outputs():
-            return attention(**leaves, **options, impl=impl)
+            return attention(**leaves, **options, deterministic=deterministic, impl=impl)
 
-    parity.assert_parity(
-        candidate,
-        functools.partial(baseline.attention, **options, **drawn),
-        functools.partial(reference.attention, **options, **drawn),
-        tensors,
-        gradients=gradients,
-        seed=seed,
-        names=("out", "lse"),
-    )
+    # In 16 bits the CUDA kernels have two ways to dq.
+    ways = (False, True) if impl == "cuda" and tensors["q"].dtype != FP32 else (False,)
+    for deterministic in ways:
+        parity.assert_parity(
+            functools.partial(candidate, deterministic),
+            functools.partial(baseline.attention, **options, **drawn),
+            functools.partial(reference.attention, **options, **drawn),
+            tensors,
+            gradients=gradients,
+            seed=seed,
+            names=("out", "lse"),
+        )
 
 
 def run(
@@ -196,6 +201,29 @@ class TestParity:
     @pytest.mark.parametrize(
         "options",
         [
+            dict(dropout_p=0.2),
+            dict(window=(100, 0), alibi_slopes=[0.1, 0.02]),
+            dict(window=(170, 20), causal=False, softcap=3.0, return_lse=True),
+            dict(key_lengths=(270,), causal=False, dropout_p=0.4, return_lse=True),
+        ],
+        ids=str,
+    )
+    def test_many_tiles(
+        self, impl: str, dtype: torch.dtype, options: dict[str, Any], seed: int
+    ) -> None:
+        if "key_lengths" in options:
+            options = options | dict(key_lengths=lengths(*options["key_lengths"]))
+        assert_right(inputs(1, 140, 290, 2, 1, 16, dtype, seed), impl, seed, **options)
+
+    @runnable
+    def test_eight_query_heads_read_one(self, impl: str, dtype: torch.dtype, seed: int) -> None:
+        tensors = inputs(2, 40, 45, 8, 1, 24, dtype, seed)
+        assert_right(tensors, impl, seed, dropout_p=0.1, return_lse=True)
+
+    @runnable
+    @pytest.mark.parametrize(
+        "options",
+        [
             dict(softmax_scale=-0.3),
             dict(softmax_scale=0.0),
             dict(softmax_scale=3.0, softcap=20.0),
@@ -224,7 +252,7 @@ class TestParity:
         k = draw(1, 40, 1, 24).expand(2, 40, 2, 24)
         assert_right(dict(q=q, k=k, v=k), impl, seed)
 
-    @both
+    @each
     @pytest.mark.parametrize(
         "ends",
         [torch.tensor([[7, 0], [20, 0], [31, 0]]).int()[:, 0], torch.tensor([9]).int().expand(3)],
@@ -240,7 +268,7 @@ class TestParity:
         dense = functools.partial(call, key_lengths=ends.contiguous(), alibi_slopes=[0.5, 0.5])
         assert_same(_seeded(strided, tensors), _seeded(dense, tensors))
 
-    @both
+    @each
     def test_expanded_cotangent(self, impl: str) -> None:
         tensors = inputs(2, 20, D=24)
         call = functools.partial(attention, impl=impl)
@@ -268,7 +296,7 @@ class TestParity:
         else:
             assert_right(tensors, "auto", seed, attn_mask=mask)
 
-    @both
+    @each
     def test_lse_alone(self, impl: str, seed: int) -> None:
         tensors = inputs(1, 30, 33, seed=seed)
         tensors.pop("v")
@@ -282,7 +310,7 @@ class TestParity:
 
 
 class TestRowsAndKeysThatAreApart:
-    @both
+    @each
     @pytest.mark.parametrize(
         ("options", "empty"),
         [
@@ -310,7 +338,7 @@ class TestRowsAndKeysThatAreApart:
             if empty(b, i):
                 assert (dq[b, i] == 0).all()
 
-    @both
+    @each
     @pytest.mark.parametrize("where", ["q", "out", "lse"])
     @pytest.mark.parametrize("softcap", [0.0, 3.0])
     def test_a_row_without_keys_passes_nothing_on(
@@ -325,7 +353,7 @@ class TestRowsAndKeysThatAreApart:
         rows[:, :2] = torch.nan
         assert_same(run(call, tensors, cotangents), wanted)
 
-    @both
+    @each
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     def test_what_lies_past_a_length_never_leaks(self, impl: str, value: float) -> None:
         tensors = inputs(3, 40, 70, 1)
@@ -340,19 +368,46 @@ class TestRowsAndKeysThatAreApart:
         assert (found[3][dead] == 0).all()
         assert (found[4][dead] == 0).all()
 
+    @pytest.mark.parametrize(
+        ("impl", "dtype", "deterministic"),
+        [
+            pytest.param("triton", FP32, True, id="triton"),
+            *(
+                pytest.param("cuda", dtype, deterministic, id=f"cuda-{name}", marks=CUDA.marks)
+                for dtype, deterministic, name in (
+                    (FP32, True, "float32"),
+                    (BF16, True, "deterministic"),
+                    (BF16, False, "atomics"),
+                )
+            ),
+        ],
+    )
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
     @pytest.mark.parametrize("at", [25, 50])
     @pytest.mark.parametrize("softcap", [0.0, 2.0])
     def test_not_a_number_reaches_only_those_who_see_it(
-        self, where: str, at: int, value: float, softcap: float
+        self,
+        impl: str,
+        dtype: torch.dtype,
+        deterministic: bool,
+        where: str,
+        at: int,
+        value: float,
+        softcap: float,
     ) -> None:
         """Causal with a window of 12: rows at ... at + 12 see key `at`, row `at` sees keys
         at - 12 ... at, and what those rows see lies between at - 12 and at + 12."""
         T, reach = 70, 12
-        tensors = inputs(1, T)
-        cotangent = torch.randn(1, T, 2, 16, device=DEVICE)
-        call = functools.partial(attention, window=(reach, 0), softcap=softcap, impl="triton")
+        tensors = inputs(1, T, dtype=dtype)
+        cotangent = torch.randn(1, T, 2, 16, device=DEVICE, dtype=dtype)
+        call = functools.partial(
+            attention,
+            window=(reach, 0),
+            softcap=softcap,
+            deterministic=deterministic,
+            impl=impl,
+        )
         wanted = run(call, tensors, [cotangent])
         broken = cotangent if where == "dout" else tensors[where]
         broken = broken.clone()
@@ -386,7 +441,7 @@ class TestRowsAndKeysThatAreApart:
             assert not torch.isfinite(dv[:, keys[0] : keys[1] + 1, 1, 3]).any()
             assert not torch.isfinite(dk[:, keys[0] : keys[1] + 1, 1]).any()
 
-    @both
+    @each
     @pytest.mark.parametrize(
         "sizes",
         [dict(B=0), dict(Tq=0), dict(Tk=0), dict(Tq=0, Tk=0), dict(H=0, Hk=1)],
@@ -404,15 +459,19 @@ class TestRowsAndKeysThatAreApart:
             assert (gradient == 0).all()
 
     @runnable
-    @pytest.mark.parametrize("options", [dict(), dict(window=(9, 0)), dict(softcap=3.0)], ids=str)
+    @pytest.mark.parametrize(
+        "options", [dict(), dict(window=(9, 0)), dict(softcap=3.0), dict(D=200)], ids=str
+    )
     def test_only_the_gradients_asked_for(
         self, impl: str, dtype: torch.dtype, options: dict[str, Any]
     ) -> None:
-        tensors = inputs(1, 20, dtype=dtype)
+        options = dict(options)
+        tensors = inputs(1, 20, D=options.pop("D", 16), dtype=dtype)
 
         def gradients(*wanted: str) -> dict[str, Tensor]:
             leaves = {n: x.detach().requires_grad_(n in wanted) for n, x in tensors.items()}
-            attention(**leaves, **options, impl=impl).square().sum().backward()
+            out = attention(**leaves, **options, deterministic=True, impl=impl)
+            out.square().sum().backward()
             return {n: x.grad for n, x in leaves.items() if x.grad is not None}
 
         every = gradients(*tensors)
@@ -448,18 +507,41 @@ class TestRowsAndKeysThatAreApart:
             assert ran == first + expected
 
     @runnable
-    def test_the_same_bits_again(self, impl: str, dtype: torch.dtype) -> None:
-        tensors = inputs(1, 40, 70, 2, 1, 24, dtype)
+    @pytest.mark.parametrize("deterministic", [False, True])
+    def test_the_same_bits_again(
+        self, impl: str, dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only dq may differ, only where the CUDA kernels add it up by atomics: from three blocks of
+        keys here, in whatever order."""
+        tensors = inputs(1, 40, 270, 2, 1, 24, dtype)
 
         def call(**leaves: Any) -> Any:
             torch.manual_seed(1)
-            return attention(**leaves, dropout_p=0.2, return_lse=True, impl=impl)
+            return attention(
+                **leaves, dropout_p=0.2, return_lse=True, deterministic=deterministic, impl=impl
+            )
 
         wanted = run(call, tensors)
-        for _ in range(2):
-            assert_same(run(call, tensors), wanted)
+        by_atomics = impl == "cuda" and dtype != FP32 and not deterministic
+        for schedule in ("reverse", "7"):  # of the emulator
+            monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
+            found = run(call, tensors)
+            if by_atomics:
+                torch.testing.assert_close(found.pop(2), wanted[2])
+            assert_same(found, wanted[:2] + wanted[3:] if by_atomics else wanted)
 
-    @both
+    @pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA))
+    def test_atomics_show_in_the_last_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else the test above would see nothing: the emulator's order of blocks matters."""
+        if DEVICE == "cuda":
+            pytest.skip("a GPU's order of blocks is its own")
+        tensors = inputs(1, 40, 270, 2, 1, 24, BF16)
+        call = functools.partial(attention, deterministic=False, impl="cuda")
+        forward = run(call, tensors)
+        monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", "reverse")
+        assert not torch.equal(run(call, tensors)[2], forward[2])
+
+    @each
     def test_dropout_takes_the_mask_of_the_contract(self, impl: str) -> None:
         """Values that are unit vectors show the mask itself."""
         T = 70
@@ -583,7 +665,7 @@ def _noting(function: Callable[..., Any], notes: list[str]) -> Callable[..., Any
 
 
 class TestRegistration:
-    @both
+    @each
     @pytest.mark.parametrize("everything", [False, True])
     def test_opcheck(self, impl: str, everything: bool) -> None:
         q, k, v = inputs(2, 6, 9, 4, 2, 16).values()
@@ -610,7 +692,7 @@ class TestRegistration:
             ),
         )
 
-    @both
+    @each
     @pytest.mark.parametrize(
         "options",
         [dict(), dict(window=(4, 2), softcap=3.0, alibi_slopes=[0.5, 1.0], return_lse=True)],
@@ -634,7 +716,7 @@ class TestRegistration:
         compiled = torch.compile(lambda q, k, v: call(q, k, v), fullgraph=True, backend="aot_eager")
         assert_same(run(compiled, inputs()), run(call, inputs()))
 
-    @both
+    @each
     def test_compile_with_key_lengths_and_dropout(self, impl: str) -> None:
         def call(ends: Tensor, **leaves: Any) -> Any:
             return attention(**leaves, key_lengths=ends, dropout_p=0.3, impl=impl)
@@ -647,7 +729,7 @@ class TestRegistration:
             )
             assert_same(found, wanted)
 
-    @both
+    @each
     @pytest.mark.parametrize(
         ("policy", "runs"),
         [(CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.MUST_RECOMPUTE, 2)],
@@ -655,9 +737,8 @@ class TestRegistration:
     def test_selective_checkpointing_sees_the_op(
         self, impl: str, policy: CheckpointPolicy, runs: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        module = (
-            aten if impl == "torch" else pytest.importorskip("gptkernels.triton_kernels.attention")
-        )
+        names = dict(torch="aten", triton="triton_kernels", cuda="cuda")
+        module = pytest.importorskip(f"gptkernels.{names[impl]}.attention")
 
         def choose(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
             ours = op is torch.ops.gptkernels.attention_fwd.default
@@ -676,14 +757,14 @@ class TestRegistration:
         assert_same(run(checkpointed, tensors), wanted)
         assert len(count) == runs
 
-    @both
+    @each
     def test_recomputation_replays_dropout(self, impl: str) -> None:
         call = functools.partial(attention, dropout_p=0.4, impl=impl)
         tensors = inputs()
         recomputed = functools.partial(checkpoint, call, use_reentrant=False)
         assert_same(_seeded(recomputed, tensors), _seeded(call, tensors))
 
-    @both
+    @each
     def test_autocast(self, impl: str) -> None:
         dtype = FP16 if impl == "triton" and INTERPRETED else BF16
         tensors = inputs(D=24)
@@ -699,7 +780,7 @@ class TestRegistration:
         wanted = run(call, {name: tensor.to(dtype) for name, tensor in tensors.items()})
         assert_same(found, [a.to(b.dtype) for a, b in zip(wanted, found, strict=True)])
 
-    @both
+    @each
     def test_backward_under_autocast_keeps_the_dtype(self, impl: str) -> None:
         tensors = inputs(D=24)
         call = functools.partial(attention, impl=impl, softcap=5.0)
