@@ -3,8 +3,8 @@
 //     delta = sum_d dout * out - dlse                 (B, H, Tq) fp32
 //
 // With dropout too, sum_d dout * out equals sum_j p dp, which saves a pass over the keys. Reads out
-// and dout once, and clears the sum of dq where there is one. A row whose gradients are not finite shows in delta: with a softcap scores are
-// finite whatever q holds, so q is looked at too.
+// and dout once, and clears the sum of dq where there is one. A row whose gradients are not finite
+// shows in delta: with a softcap scores are finite whatever q holds, so q is looked at too.
 //
 // Then, for dk and dv, the keys kernel; for dq the queries kernel (7 products in all, the same bits
 // every time) or, in 16 bits, atomics inside the keys kernel (5 products). Not deterministic is
@@ -109,7 +109,8 @@ void launch_attention_bwd_of(const AttentionBwd& p, Stream stream) {
     constexpr int64_t kRows = kDeltaThreads / kDeltaLanes;
     DeltaArguments arguments{a, 0};
     if (p.dq_sum != nullptr)
-        arguments.sum_chunks = static_cast<int64_t>(c.batch) * c.H * ((c.Tq + kSumRows - 1) / kSumRows) *
+        arguments.sum_chunks = static_cast<int64_t>(c.batch) * c.H *
+                               ((c.Tq + kSumRows - 1) / kSumRows) *
                                (kSumRows * padded_width(c.D) / 4);
     launch(attention_bwd_delta_kernel<T>,
            {"attention_bwd_delta_kernel", shape_of(c),

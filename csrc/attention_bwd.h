@@ -11,9 +11,9 @@
 // the quotient of the two, and dlse is added last.
 //
 // 0 * NaN is NaN: through a product, NaN or Inf in a row of q, k or dout would reach those that do
-// not see the row. So in blocks with a mask such rows are cleared before the products, and the pairs
-// that do see them get NaN: through lse where q or dout is at fault, through `taint` where k is. In
-// blocks without a mask every pair sees the other.
+// not see the row. So in blocks with a mask such rows are cleared before the products, and the
+// pairs that do see them get NaN: through lse where q or dout is at fault, through `taint` where k
+// is. In blocks without a mask every pair sees the other.
 #pragma once
 
 #include <type_traits>
@@ -34,7 +34,8 @@ constexpr bool kExact = std::is_same_v<T, float>;
 
 struct BwdArguments {
     AttentionBwd p;
-    bool q_aligned, k_aligned, v_aligned, dout_aligned, out_aligned;  // 16-byte addresses throughout
+    // 16-byte addresses throughout
+    bool q_aligned, k_aligned, v_aligned, dout_aligned, out_aligned;
 };
 
 // What ds needs to know of a row.
@@ -88,8 +89,8 @@ __device__ __forceinline__ void weigh(float& s, float& dp, const RowStats& row, 
     dp *= p * slope_of_cap;
 }
 
-// Clears every row that is not finite, all threads together; its taint, if asked for, becomes NaN, 0
-// for the others. The caller puts barriers around it.
+// Clears every row that is not finite, all threads together; its taint, if asked for, becomes NaN,
+// 0 for the others. The caller puts barriers around it.
 template <int kThreads, class T, int kRows, int kWidth>
 __device__ void clear_nonfinite_rows(const SharedTile<T, kRows, kWidth>& tile, float* taint) {
     const int lane = lane_index();
@@ -99,7 +100,8 @@ __device__ void clear_nonfinite_rows(const SharedTile<T, kRows, kWidth>& tile, f
         for (int col = lane * kPer128<T>; col < kWidth; col += 32 * kPer128<T>) {
             const Pack<T, kPer128<T>> chunk = ld128(tile.at(row, col));
 #pragma unroll
-            for (int k = 0; k < kPer128<T>; ++k) finite = finite && is_finite(to_float(chunk.at[k]));
+            for (int k = 0; k < kPer128<T>; ++k)
+                finite = finite && is_finite(to_float(chunk.at[k]));
         }
         const bool found = __any_sync(0xffffffffu, !finite) != 0;
         if (taint != nullptr && lane == 0) taint[row] = found ? NAN : 0.0f;
@@ -172,8 +174,8 @@ __device__ __forceinline__ void add_products(float (&out)[kTiles][kOutCols][4],
     }
 }
 
-// This warp's accumulators, 16 rows a tile from row `first` on, times scale, to rows below `last` and
-// columns from col0 on of a matrix D wide.
+// This warp's accumulators, 16 rows a tile from row `first` on, times scale, to rows below `last`
+// and columns from col0 on of a matrix D wide.
 template <class T, int kTiles, int kCols>
 __device__ __forceinline__ void store_rows(T* to, int64_t row_stride, int first, int last, int col0,
                                            int D, const float (&acc)[kTiles][kCols][4],

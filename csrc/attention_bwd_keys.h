@@ -1,15 +1,16 @@
-// Attention backward, dk and dv: a block of keys stays, and the queries that see it pass by, of every
-// query head that reads this key head (Dao, "FlashAttention-2", 2023). Formulas: attention_bwd.h.
+// Attention backward, dk and dv: a block of keys stays, and the queries that see it pass by, of
+// every query head that reads this key head (Dao, "FlashAttention-2", 2023). Formulas:
+// attention_bwd.h.
 //
-// Scores lie as s^T = k q^T and dp^T = v dout^T, keys by queries, so that the weights and ds are left
-// operands of dv += p^T dout and dk += ds^T q straight from the registers. Where dq is added up here
-// too, ds goes through shared memory to dq = ds k, and from there by atomics to an fp32 sum in
-// memory: five products in all, where a queries kernel of its own makes seven. The sum's order, and
-// with it its last bits, changes from run to run.
+// Scores lie as s^T = k q^T and dp^T = v dout^T, keys by queries, so that the weights and ds are
+// left operands of dv += p^T dout and dk += ds^T q straight from the registers. Where dq is added
+// up here too, ds goes through shared memory to dq = ds k, and from there by atomics to an fp32 sum
+// in memory: five products in all, where a queries kernel of its own makes seven. The sum's order,
+// and with it its last bits, changes from run to run.
 //
-// q, dout (B, Tq, H, D), k, v (B, Tk, Hk, D), any strides with a unit last one; dk, dv (B, Tk, Hk, D)
-// contiguous. Moves k, v, dk and dv once, q and dout once for each block of kKeys keys, and the sum
-// of dq once more each time. Without atomics the order of every sum is fixed.
+// q, dout (B, Tq, H, D), k, v (B, Tk, Hk, D), any strides with a unit last one; dk, dv (B, Tk, Hk,
+// D) contiguous. Moves k, v, dk and dv once, q and dout once for each block of kKeys keys, and the
+// sum of dq once more each time. Without atomics the order of every sum is fixed.
 #pragma once
 
 #include "attention_bwd.h"
@@ -49,8 +50,8 @@ struct KeysTiles {
     static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
 };
 
-// Tile by tile: (B, H, blocks of kRows queries), in each the accumulators of warp after warp as they
-// lie in the registers, so that a warp's atomics fall into one line.
+// Tile by tile: (B, H, blocks of kRows queries), in each the accumulators of warp after warp as
+// they lie in the registers, so that a warp's atomics fall into one line.
 template <class Tiles>
 struct DqSum {
     static constexpr int kRowTiles = Tiles::kRows / 16;
@@ -163,13 +164,15 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
     clear(dv);
     bool broken = false;  // whether some key has a taint
     if (steps > 0) {
-        const int64_t k_start = b * p.k_strides.batch + hk * p.k_strides.head + j0 * p.k_strides.token;
-        const int64_t v_start = b * p.v_strides.batch + hk * p.v_strides.head + j0 * p.v_strides.token;
-        copy_tile<Tiles::kThreads>(k_tile, static_cast<const T*>(p.k) + k_start, p.k_strides.token,
-                                   band.count - j0, call.D, a.k_aligned);
-        if (kDk)
-            copy_tile<Tiles::kThreads>(v_tile, static_cast<const T*>(p.v) + v_start,
-                                       p.v_strides.token, band.count - j0, call.D, a.v_aligned);
+        auto request_keys = [&](typename Tiles::Key tile, const void* source,
+                                const Strides& strides, bool aligned) {
+            copy_tile<Tiles::kThreads>(tile,
+                                       static_cast<const T*>(source) + b * strides.batch +
+                                           hk * strides.head + j0 * strides.token,
+                                       strides.token, band.count - j0, call.D, aligned);
+        };
+        request_keys(k_tile, p.k, p.k_strides, a.k_aligned);
+        if (kDk) request_keys(v_tile, p.v, p.v_strides, a.v_aligned);
         request_q(0);
         request_dout(0);
         if (thread < kRows) stats[thread] = stats_of(0);
@@ -283,13 +286,13 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
     const int64_t row_stride = static_cast<int64_t>(call.Hk) * call.D;
     if constexpr (kDk) {
         if (p.dk != nullptr)
-            store_rows(static_cast<T*>(p.dk) + head_start, row_stride, j0 + key0, call.Tk, 0, call.D,
-                       dk, call.scale);
+            store_rows(static_cast<T*>(p.dk) + head_start, row_stride, j0 + key0, call.Tk, 0,
+                       call.D, dk, call.scale);
     }
     if constexpr (kDv) {
         if (p.dv != nullptr)
-            store_rows(static_cast<T*>(p.dv) + head_start, row_stride, j0 + key0, call.Tk, 0, call.D,
-                       dv, dropping ? call.dropout.scale : 1.0f);
+            store_rows(static_cast<T*>(p.dv) + head_start, row_stride, j0 + key0, call.Tk, 0,
+                       call.D, dv, dropping ? call.dropout.scale : 1.0f);
     }
 }
 

@@ -6,7 +6,8 @@
 // rows' sums of p and p dp, which the keys kernel needs too.
 //
 // q, dout (B, Tq, H, D), k, v (B, Tk, Hk, D), any strides with a unit last one; dq (B, Tq, H, D)
-// contiguous. Moves q, dout and dq once, k and v once for each block of kRows queries (fp32: twice).
+// contiguous. Moves q, dout and dq once, k and v once for each block of kRows queries (fp32:
+// twice).
 #pragma once
 
 #include "attention_bwd.h"
@@ -207,10 +208,10 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
     }
     if (kExact<T> && steps == summing) finish_sums();
 
+    const int64_t head_start = (static_cast<int64_t>(b) * call.Tq * call.H + h) * call.D;
     if (p.dq != nullptr)
-        store_rows(static_cast<T*>(p.dq) + (static_cast<int64_t>(b) * call.Tq * call.H + h) * call.D,
-                   static_cast<int64_t>(call.H) * call.D, i0 + row0, call.Tq, 0, call.D, dq,
-                   call.scale);
+        store_rows(static_cast<T*>(p.dq) + head_start, static_cast<int64_t>(call.H) * call.D,
+                   i0 + row0, call.Tq, 0, call.D, dq, call.scale);
 }
 
 template <class T, int kWidth>

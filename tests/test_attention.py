@@ -511,8 +511,8 @@ class TestRowsAndKeysThatAreApart:
     def test_the_same_bits_again(
         self, impl: str, dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Only dq may differ, only where the CUDA kernels add it up by atomics: from three blocks of
-        keys here, in whatever order."""
+        """Only dq may differ, only where the CUDA kernels add it up by atomics: from three blocks
+        of keys here, in whatever order."""
         tensors = inputs(1, 40, 270, 2, 1, 24, dtype)
 
         def call(**leaves: Any) -> Any:
