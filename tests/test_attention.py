@@ -530,17 +530,6 @@ class TestRowsAndKeysThatAreApart:
                 torch.testing.assert_close(found.pop(2), wanted[2])
             assert_same(found, wanted[:2] + wanted[3:] if by_atomics else wanted)
 
-    @pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA))
-    def test_atomics_show_in_the_last_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Else the test above would see nothing: the emulator's order of blocks matters."""
-        if DEVICE == "cuda":
-            pytest.skip("a GPU's order of blocks is its own")
-        tensors = inputs(1, 40, 270, 2, 1, 24, BF16)
-        call = functools.partial(attention, deterministic=False, impl="cuda")
-        forward = run(call, tensors)
-        monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", "reverse")
-        assert not torch.equal(run(call, tensors)[2], forward[2])
-
     @each
     def test_dropout_takes_the_mask_of_the_contract(self, impl: str) -> None:
         """Values that are unit vectors show the mask itself."""
