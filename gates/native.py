@@ -35,6 +35,9 @@ REQUIREMENTS = (
     Requirement(rf"{_PRODUCTS}(bf16|fp16)\b", "HMMA"),
     Requirement(_PRODUCTS, "LDGSTS.128"),
     Requirement(r"column_sums_kernel<", "LDG.128"),
+    # Where rows are aligned.
+    Requirement(r"layer_norm_(fwd|bwd)_kernel<\w+, \w+, \d+, true\b", "LDG.128"),
+    Requirement(r"layer_norm_bwd_(weights|wide)_kernel<\w+, \w+, true>", "LDG.128"),
 )
 _SHORT = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}
 _CHOICES = (

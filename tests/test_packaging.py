@@ -281,17 +281,18 @@ def test_build_that_cannot_be_had_fails(
     assert not list(tmp_path.glob("*.whl"))
 
 
+@pytest.fixture(scope="module")
+def module(native_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled module, where an installer puts it."""
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(native_wheel).extractall(folder)
+    (module,) = folder.joinpath("gptkernels").glob("_cuda*")
+    return module
+
+
 @needs_nvcc
 class TestKernels:
     """Builds with nvcc."""
-
-    @pytest.fixture(scope="class")
-    def module(self, native_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The compiled module, where an installer puts it."""
-        folder = tmp_path_factory.mktemp("installed")
-        zipfile.ZipFile(native_wheel).extractall(folder)
-        (module,) = folder.joinpath("gptkernels").glob("_cuda*")
-        return module
 
     def test_wheel_has_the_compiled_module_and_nothing_else_more(
         self, native_wheel: Path, wheel: Path
