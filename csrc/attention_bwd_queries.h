@@ -21,8 +21,9 @@ template <class T, int kHeadWidth>
 struct QueriesTiles {
     static constexpr int kWidth = kHeadWidth;  // of a head in shared memory, zeros from D on
     static constexpr bool kHalf = sizeof(T) == 2;
-    static constexpr int kRowTiles = kHalf && kWidth <= 96 ? 2 : 1;
-    static constexpr int kWarps = kHalf ? (kWidth == 128 ? 8 : 4) : (kWidth <= 128 ? 4 : 2);
+    static constexpr int kRowTiles = kHalf && kWidth == 64 ? 2 : 1;
+    static constexpr int kWarps = kHalf ? (kWidth == 96 || kWidth == 128 ? 8 : 4)
+                                        : (kWidth <= 128 ? 4 : 2);
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kRows = 16 * kRowTiles * kWarps;
     static constexpr int kKeys = kWidth <= (kHalf ? 192 : 96) ? 32 : 16;
