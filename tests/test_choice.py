@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gptkernels import cuda
+from gptkernels import cuda, layer_norm
 from gptkernels.ops import choice
 
 CPU, GPU = "cpu", "cuda"
@@ -16,7 +18,7 @@ CPU, GPU = "cpu", "cuda"
 
 @pytest.fixture(autouse=True)
 def _fresh_answers() -> Any:
-    answers = (cuda._native_unavailable, cuda._emulator_unavailable, cuda.module)
+    answers = (cuda._native_unavailable, cuda._emulator_unavailable, cuda._emulator)
     for answer in answers:
         answer.cache_clear()
     yield
@@ -54,14 +56,19 @@ def test_cuda_needs_compute_capability_8(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cuda, "EMULATED", False)
     monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda _name: object())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    capabilities = {0: (9, 0), 1: (7, 5)}
+    capabilities = {0: (7, 0), 1: (7, 5)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
     reason = choice.unavailable("cuda", GPU, torch.float16)
     assert reason is not None
-    assert reason.endswith("compute capability 8.0 or later, this one is 7.5")
+    assert reason.endswith("a GPU of compute capability 8.0 or later, and there is 7.5")
     capabilities[1] = (8, 0)
     cuda._native_unavailable.cache_clear()
     assert choice.unavailable("cuda", GPU, torch.float16) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    cuda._native_unavailable.cache_clear()
+    reason = choice.unavailable("cuda", GPU, torch.float16)
+    assert reason is not None
+    assert reason.endswith("and there is none")
 
 
 def test_a_module_that_is_not_there_is_one_sentence(
@@ -71,3 +78,28 @@ def test_a_module_that_is_not_there_is_one_sentence(
     monkeypatch.setattr(cuda, "_EMULATOR", tmp_path / "absent.so")
     with pytest.raises(ImportError, match="make emulator"):
         cuda.module()
+
+
+def test_threads_emulate_one_at_a_time() -> None:
+    if not cuda.EMULATED or cuda.unavailable(CPU):
+        pytest.skip("the emulator does not run here")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # between declaring tensors and launching, among other places
+    failures: list[Exception] = []
+
+    def work(rows: int) -> None:
+        try:
+            for _ in range(100):
+                layer_norm(torch.randn(rows, 8), torch.ones(8), impl="cuda")
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(rows,)) for rows in (1, 2, 3, 4)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures

@@ -12,6 +12,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ EMULATED = os.environ.get("GPTKERNELS_EMULATE", "").lower() in ("1", "true", "on
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _EMULATOR = _CHECKOUT / "build" / "emulator" / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
 _OLDEST_CAPABILITY = (8, 0)
+
+# The emulator knows one launch and its tensors; autograd and users call from other threads.
+_ONE_AT_A_TIME = threading.RLock()
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -64,19 +68,30 @@ def _native_unavailable() -> str | None:
             "this installation was built without nvcc, so it has no CUDA C++ kernels; "
             "install from source with CUDA's toolkit on PATH and GPTKERNELS_BUILD_CUDA=1"
         )
-    capability = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    # One GPU that can is enough: a launch on an older one beside it says that it cannot.
+    devices = range(torch.cuda.device_count())
+    capability = max((torch.cuda.get_device_capability(i) for i in devices), default=(0, 0))
     if capability < _OLDEST_CAPABILITY:
-        return "it needs GPUs of compute capability 8.0 or later, this one is {}.{}".format(
-            *capability
-        )
+        found = "{}.{}".format(*capability) if devices else "none"
+        return f"it needs a GPU of compute capability 8.0 or later, and there is {found}"
     return None
 
 
-@functools.cache
 def module() -> Any:
     """The compiled module. Raises ImportError with one sentence where there is none."""
-    if not EMULATED:
-        return importlib.import_module("gptkernels._cuda")
+    if EMULATED:
+        with _ONE_AT_A_TIME:  # or two threads would load it twice
+            return _emulator()
+    return _native()
+
+
+@functools.cache
+def _native() -> Any:
+    return importlib.import_module("gptkernels._cuda")
+
+
+@functools.cache
+def _emulator() -> Any:
     reason = _emulator_unavailable()
     if reason is not None:
         raise ImportError(reason)
@@ -130,15 +145,16 @@ def _emulate(
     addresses: Mapping[str, int],
     scalars: Mapping[str, Any],
 ) -> None:
-    emulator = module()
-    try:
-        for group, written in ((inputs, True), (outputs, False)):
-            for name, tensor in group.items():
-                if tensor is not None and tensor.numel():
-                    emulator.emulator_declare(name, addresses[name], _extent(tensor), written)
-        getattr(emulator, function)(0, 0, **addresses, **scalars)
-    finally:
-        emulator.emulator_forget()
+    with _ONE_AT_A_TIME:
+        emulator = module()
+        try:
+            for group, written in ((inputs, True), (outputs, False)):
+                for name, tensor in group.items():
+                    if tensor is not None and tensor.numel():
+                        emulator.emulator_declare(name, addresses[name], _extent(tensor), written)
+            getattr(emulator, function)(0, 0, **addresses, **scalars)
+        finally:
+            emulator.emulator_forget()
 
 
 def _extent(tensor: Tensor) -> int:
