@@ -12,8 +12,8 @@
 // what the backward pass rebuilds is, bit for bit, what the forward pass used.
 //
 // Accumulation is in fp32. No atomics: partial sums (over row tiles for db1, over the parts of a
-// split k for dw1 and dw2) are added up in a fixed order by a second kernel.
-#include "mlp.h"
+// split k for dw1 and dw2) are added up in a fixed order by mlp_sums.cu.
+#include "launch.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -23,6 +23,7 @@
 #include "device/mma.h"
 #include "device/tile.h"
 #include "device/vector.h"
+#include "mlp.h"
 
 namespace gk {
 namespace {
@@ -174,28 +175,6 @@ __device__ __forceinline__ void stage(const Accumulators<C>& acc, int warp_m, in
     }
 }
 
-// Eight neighbouring elements, those past the first `valid` left alone (read as 0).
-template <class T>
-__device__ __forceinline__ Pack<T, 8> load_8(const T* from, int valid, bool aligned) {
-    if (aligned && valid >= 8) return load_pack<8>(from);
-    Pack<T, 8> values;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values.at[i] = i < valid ? from[i] : T(0.0f);
-    return values;
-}
-
-template <class T>
-__device__ __forceinline__ void store_8(T* to, const Pack<T, 8>& values, int valid, bool aligned) {
-    if (aligned && valid >= 8) {
-        store_pack<8>(to, values);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if (i < valid) to[i] = values.at[i];
-        }
-    }
-}
-
 // What becomes of the tile of D, once it is staged: a thread takes eight columns of every
 // kRowStep-th row.
 template <class T, class C, Layout kLayout>
@@ -215,11 +194,12 @@ struct Epilogue {
     // To a (m, n) output.
     template <class U>
     __device__ __forceinline__ void store(U* base, int row, const float (&values)[8]) const {
-        store_8(base + place(row), pack_floats<U>(values), valid(), kernel.out_aligned);
+        store_valid<8>(base + place(row), pack_floats<U>(values), valid(), kernel.out_aligned);
     }
 
     __device__ __forceinline__ Pack<T, 8> load_h(int row) const {
-        return load_8(static_cast<const T*>(kernel.p.h) + place(row), valid(), kernel.out_aligned);
+        return load_valid<8>(static_cast<const T*>(kernel.p.h) + place(row), valid(),
+                             kernel.out_aligned);
     }
 
     __device__ __forceinline__ static void load(float (&d)[8], int row) {
@@ -232,7 +212,8 @@ struct Epilogue {
         const Product& p = kernel.p;
         float bias[8] = {};
         if (p.bias != nullptr) {
-            unpack_floats(bias, load_8(static_cast<const T*>(p.bias) + n + col(), valid(), false));
+            const T* from = static_cast<const T*>(p.bias) + n + col();
+            unpack_floats(bias, load_valid<8>(from, valid(), false));
         }
         for (int row = first_row(); row < rows; row += kRowStep) {
             float d[8];
@@ -382,90 +363,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     Epilogue<T, C, kLayout>{kernel, m, n, source.rows, source.cols, split}.run();
 }
 
-// ---- sums
-
-constexpr int kSumThreads = 256;
-
-// Each lane sums 8 neighbouring columns, each warp every eighth row of the block.
-template <class T>
-__global__ void __launch_bounds__(kSumThreads)
-    column_sums_kernel(const __grid_constant__ ColumnSums p) {
-    constexpr int kWarps = kSumThreads / 32, kCols = 32 * 8;
-    const unsigned blocks = static_cast<unsigned>((p.cols + kCols - 1) / kCols);
-    const int64_t part = blockIdx.x / blocks;
-    const int64_t first_col = static_cast<int64_t>(blockIdx.x % blocks) * kCols;
-    const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32;
-    const int64_t col = first_col + 8 * lane;
-    const int valid = static_cast<int>(min(p.cols - col, static_cast<int64_t>(8)));
-    const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.stride % kPer128<T> == 0;
-    const int64_t first = part * kColumnSumRows;
-    const int rows = static_cast<int>(min(p.rows - first, static_cast<int64_t>(kColumnSumRows)));
-
-    float sums[8] = {};
-    for (int row = warp; row < rows && valid > 0; row += kWarps) {
-        float values[8];
-        unpack_floats(values, load_8(static_cast<const T*>(p.x) + (first + row) * p.stride + col,
-                                     valid, aligned));
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[i] += values[i];
-    }
-    float* scratch = reinterpret_cast<float*>(shared_memory());  // (kWarps, kCols)
-#pragma unroll
-    for (int i = 0; i < 8; ++i) scratch[warp * kCols + 8 * lane + i] = sums[i];
-    __syncthreads();
-    const int64_t mine = first_col + threadIdx.x;
-    if (mine < p.cols) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) sum += scratch[i * kCols + threadIdx.x];
-        p.partial[part * p.cols + mine] = sum;
-    }
-}
-
-// A CTA's threads as `teams` rows: each team sums its share of the parts for the same columns.
-struct PartialSumsKernel {
-    PartialSums p;
-    int teams;
-};
-
-template <class T>
-__global__ void __launch_bounds__(kSumThreads)
-    partial_sums_kernel(const __grid_constant__ PartialSumsKernel kernel) {
-    const PartialSums& p = kernel.p;
-    const int width = kSumThreads / kernel.teams;
-    const int team = static_cast<int>(threadIdx.x) / width;
-    const int place = static_cast<int>(threadIdx.x) % width;
-    const int64_t col = static_cast<int64_t>(blockIdx.x) * width + place;
-    float sum = 0.0f;
-    if (col < p.cols) {
-#pragma unroll 4
-        for (int part = team; part < p.parts; part += kernel.teams) {
-            sum += p.partial[part * p.cols + col];
-        }
-    }
-    float* scratch = reinterpret_cast<float*>(shared_memory());  // (teams, width)
-    scratch[threadIdx.x] = sum;
-    __syncthreads();
-    if (team == 0 && col < p.cols) {
-        for (int i = 1; i < kernel.teams; ++i) sum += scratch[i * width + place];
-        static_cast<T*>(p.out)[col] = from_float<T>(sum);
-    }
-}
-
 // ---- host
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool aligned(const void* base, int64_t row_bytes) {
     return reinterpret_cast<uintptr_t>(base) % 16 == 0 && row_bytes % 16 == 0;
-}
-
-const char* name(DType dtype) {
-    return dtype == DType::f32 ? "fp32" : dtype == DType::bf16 ? "bf16" : "fp16";
-}
-
-std::string matrix(int64_t rows, int64_t cols) {
-    return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
 }
 
 template <class T, class C, Layout kLayout>
@@ -474,7 +375,7 @@ void launch_tiles(ProductKernel& kernel, DType dtype, Stream stream) {
     const int64_t tiles_m = ceil_div(p.m, C::kM), tiles_n = ceil_div(p.n, C::kN);
     const int64_t ctas = tiles_m * tiles_n * p.splits;
     const std::string shape =
-        matrix(p.m, p.k) + " times " + matrix(p.k, p.n) + " " + name(dtype);
+        shape_of(p.m, p.k) + " times " + shape_of(p.k, p.n) + " " + name_of(dtype);
     constexpr const char* kNames[] = {"mlp product, forward", "mlp product, backward",
                                       "mlp product, weight gradient"};
     const char* kernel_name = kNames[static_cast<int>(kLayout)];
@@ -552,31 +453,6 @@ void launch_product(DType dtype, Layout layout, const Product& p, Stream stream)
             case Layout::weight:
                 return launch_layout<T, Layout::weight>(kernel, dtype, tile_rows, stream);
         }
-    });
-}
-
-void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream) {
-    const int64_t ctas = ceil_div(sums.rows, kColumnSumRows) * ceil_div(sums.cols, 32 * 8);
-    dispatch(dtype, [&](auto element) {
-        using T = decltype(element);
-        launch(column_sums_kernel<T>,
-               {"mlp column sums", matrix(sums.rows, sums.cols) + " " + name(dtype),
-                dim3(static_cast<unsigned>(ctas)), kSumThreads, 8 * 32 * 8 * sizeof(float), stream},
-               sums);
-    });
-}
-
-void launch_partial_sums(DType dtype, const PartialSums& sums, Stream stream) {
-    // Many parts and few columns (db1, db2): more threads a column. Few parts (dw1, dw2): one.
-    const int teams = sums.parts >= 16 ? 8 : 1;
-    const int64_t ctas = ceil_div(sums.cols, kSumThreads / teams);
-    dispatch(dtype, [&](auto element) {
-        using T = decltype(element);
-        launch(partial_sums_kernel<T>,
-               {"mlp partial sums", matrix(sums.parts, sums.cols) + " fp32",
-                dim3(static_cast<unsigned>(ctas)), kSumThreads, kSumThreads * sizeof(float),
-                stream},
-               {sums, teams});
     });
 }
 

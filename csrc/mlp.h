@@ -2,10 +2,21 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "launch.h"
 
 namespace gk {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline const char* name_of(DType dtype) {
+    return dtype == DType::f32 ? "fp32" : dtype == DType::bf16 ? "bf16" : "fp16";
+}
+
+inline std::string shape_of(int64_t rows, int64_t cols) {
+    return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
+}
 
 // How a product D (m, n) = A B reads its operands; the last dimension is contiguous.
 enum class Layout : int {

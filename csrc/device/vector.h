@@ -70,6 +70,30 @@ __device__ __forceinline__ void forget(Pack<T, N>& pack) {
 #endif
 }
 
+// The same where only the first `valid` elements exist, of a row that may not be `aligned` to 16
+// bytes: those that do not exist are read as 0 and not written.
+template <int N, class T>
+__device__ __forceinline__ Pack<T, N> load_valid(const T* source, int valid, bool aligned) {
+    if (aligned && valid >= N) return load_pack<N>(source);
+    Pack<T, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.at[i] = i < valid ? source[i] : T(0.0f);
+    return pack;
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store_valid(T* target, const Pack<T, N>& pack, int valid,
+                                            bool aligned) {
+    if (aligned && valid >= N) {
+        store_pack<N>(target, pack);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (i < valid) target[i] = pack.at[i];
+    }
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
