@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from unreported import unreported
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The compiler's exit code."""
@@ -53,10 +55,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compile(command: list[str], source: Path, made: Path) -> int:
     full = [*command, "-c", str(source), "-o", str(made), "-MMD", "-MF", f"{made}.d"]
+    account = Path(f"{made}.gimple")
+    reports = "-fsanitize=thread" in command
+    if reports:
+        full.append(f"-fdump-tree-optimized={account}")
     done = subprocess.run(full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     Path(f"{made}.log").write_text(done.stdout)
     if done.returncode or re.search(r"\bwarning\b", done.stdout):
         print(done.stdout, end="")
+    if done.returncode == 0 and reports:
+        unseen = list(unreported(account))
+        account.unlink()
+        if unseen:
+            print(f"{source}: the emulator would not see what these touch", *unseen, sep="\n  ")
+            made.unlink()
+            return 1
     return done.returncode
 
 

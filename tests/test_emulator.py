@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -465,6 +467,48 @@ def test_a_mistake_is_found_and_named(emulator: Emulator, name: str) -> None:
     with pytest.raises(RuntimeError) as error:
         emulator(name, broken=True, **launched(arguments))
     assert re.fullmatch(expected(name, sentence), str(error.value)), str(error.value)
+
+
+UNSEEN = """
+#include "launch.h"
+
+struct Eight { float v[8]; };
+struct Params { Eight* a; float* b; int n; };
+__attribute__((noinline)) float first(Eight eight) { return eight.v[0]; }
+
+__global__ void taken_kernel(const Params p) { p.b[threadIdx.x] = first(p.a[threadIdx.x]); }
+__global__ void cleared_kernel(const Params p) { memset(p.b, 0, p.n); }
+__global__ void fine_kernel(const Params p) {
+    unsigned bits;
+    memcpy(&bits, p.b, sizeof bits);
+    p.a[0] = p.a[bits];
+}
+
+void launch(const Params& p) {
+    for (auto kernel : {taken_kernel, cleared_kernel, fine_kernel}) gk::launch(kernel, {}, p);
+}
+"""
+
+
+def test_what_the_emulator_would_not_see_does_not_compile(
+    extension: ModuleType, tmp_path: Path
+) -> None:
+    source, compiled = tmp_path / "unseen.cu", tmp_path / "unseen.o"
+    source.write_text(UNSEEN)
+    try:
+        command = extension._emulated(extension._compiler(), [source])[-1].command
+    except extension.BuildError as error:
+        pytest.skip(str(error))
+    compiling = [sys.executable, "scripts/compile.py", "--tools", "", "--object", str(compiled)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GPTK")}
+    compiling += [str(source), "--", *command]
+    done = subprocess.run(compiling, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert not compiled.exists()
+    heading, *unseen = done.stdout.splitlines()
+    assert heading == f"{source}: the emulator would not see what these touch"
+    functions = [statement.strip().split(":")[0] for statement in unseen]
+    assert sorted(functions) == ["cleared_kernel", "taken_kernel"]
 
 
 @pytest.mark.parametrize(
