@@ -57,7 +57,7 @@ struct LayerNormBwd {
     DType x_dtype, residual_dtype, weight_dtype, sum_dtype;
 };
 
-// rows and cols are at least 1.
+// rows and cols are at least 1. Throw Error for dtypes that the sum cannot have.
 void launch_layer_norm_fwd(const LayerNormFwd& p, Stream stream);
 void launch_layer_norm_bwd(const LayerNormBwd& p, Stream stream);
 

@@ -359,6 +359,9 @@ int layer_norm_bwd_partials(int64_t rows, int cols, int device) {
 }
 
 void launch_layer_norm_bwd(const LayerNormBwd& op, Stream stream) {
+    if (op.sum_dtype != DType::f32 && op.sum_dtype != op.x_dtype)
+        throw Error("layer_norm_bwd on " + shape_of(op.rows, op.cols, op.x_dtype) +
+                    ": the sum must have the dtype of x, or fp32");
     const bool is_aligned = aligned(op.cols) && aligned(op.dy) && aligned(op.dsum) &&
                             aligned(op.sum) && aligned(op.sum_stride) && aligned(op.weight) &&
                             aligned(op.dx) && aligned(op.dresidual) &&

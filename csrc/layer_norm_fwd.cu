@@ -35,8 +35,7 @@ struct Part {
     Pack<S, kGroup> s[kGroups];
 
     // Groups whose loads are under way together: as many as registers allow.
-    static constexpr int kSumBytes = kGroups * sizeof(S);
-    static constexpr int kLoads = !kAligned || kSumBytes > 28 ? 1 : kSumBytes > 16 ? 2 : 4;
+    static constexpr int kLoads = !kAligned ? 1 : kGroups * sizeof(S) < 16 ? 4 : 2;
 
     // dropout(x) + residual, rounded.
     __device__ __forceinline__ void sum(int first) {
@@ -92,6 +91,14 @@ struct Part {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g)
             s[g] = load_group<kAligned>(s_row, team.col(first + g), op.cols);
+    }
+
+    // Between passes: many unpacked values are not kept.
+    __device__ __forceinline__ void forget_values() {
+        if constexpr (kGroups > 4 && sizeof(S) == 2) {
+#pragma unroll
+            for (int g = 0; g < kGroups; ++g) forget(s[g]);
+        }
     }
 
     __device__ __forceinline__ float total() const {
@@ -173,7 +180,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
     float2 sums = make_float2(0.0f, 0.0f);
     first = 0;
     do {
-        if (kWide) part.load_sum(first);
+        if (kWide)
+            part.load_sum(first);
+        else
+            part.forget_values();
         const float2 more = part.centred(first, mean);
         sums = make_float2(sums.x + more.x, sums.y + more.y);
         first += kGroups;
@@ -191,7 +201,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
 
     first = 0;
     do {
-        if (kWide) part.load_sum(first);
+        if (kWide)
+            part.load_sum(first);
+        else
+            part.forget_values();
         part.store_normalised(first, mean, rstd);
         first += kGroups;
     } while (kWide && team.col(first) < op.cols);
@@ -222,6 +235,11 @@ Kernel kernel_of(int groups, bool is_aligned) {
 }  // namespace
 
 void launch_layer_norm_fwd(const LayerNormFwd& op, Stream stream) {
+    if (op.sum_dtype != DType::f32 &&
+        (op.sum_dtype != op.x_dtype ||
+         (op.residual != nullptr && op.residual_dtype == DType::f32)))
+        throw Error("layer_norm_fwd on " + shape_of(op.rows, op.cols, op.x_dtype) +
+                    ": the sum must have the dtype of x, or fp32, which a fp32 residual needs");
     const bool is_aligned = aligned(op.cols) && aligned(op.x) && aligned(op.x_stride) &&
                             aligned(op.residual) && aligned(op.residual_stride) &&
                             aligned(op.weight) && aligned(op.bias) && aligned(op.y) &&

@@ -277,6 +277,19 @@ class TestCuda:
             y = layer_norm(x, torch.ones(104, device=device), bias, eps=1e-30, impl="cuda")
             assert torch.equal(y, bias.expand(3, 104))
 
+    def test_sums_of_other_dtypes_are_refused(self, device: torch.device) -> None:
+        """They do not come from the public function."""
+        x, weight = torch.zeros(2, 8, device=device).half(), torch.ones(8, device=device)
+        sentence = r"x \(2, 8\) fp16: the sum must have the dtype of x, or fp32"
+        for residual, dtype in ((x.float(), x.dtype), (x, torch.bfloat16)):
+            options = (weight, None, residual, None, 0.0, 1e-5, dtype, "cuda")
+            with pytest.raises(RuntimeError, match=f"layer_norm_fwd on {sentence}"):
+                torch.ops.gptkernels.layer_norm_fwd(x, *options)
+        statistics = torch.ones(2, device=device)
+        options = (statistics, statistics, weight, None, 0.0, x.dtype, None, True, True, "cuda")
+        with pytest.raises(RuntimeError, match=f"layer_norm_bwd on {sentence}"):
+            torch.ops.gptkernels.layer_norm_bwd(x, None, x.bfloat16(), *options)
+
     def test_too_many_columns(self, device: torch.device) -> None:
         x = torch.zeros(1, device=device).expand(1, 2**30 + 8)
         with pytest.raises(NotImplementedError, match=r"up to 2\*\*30 columns, got 1073741832"):
