@@ -23,7 +23,10 @@ ARCHITECTURES_ASIDE = (80, 90)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: every gate holds; 1: one does not; 2: they could not be run."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.compiler == "nvcc" and (options.triton or options.triton_path):
+        parser.error("--triton and --triton-path are for Triton, --compiler nvcc leaves it out")
     if options.triton:
         return max(_run_aside(version, options) for version in options.triton)
     # Read when Triton is imported: kernels must be compiled, by Triton's own tools.
@@ -81,7 +84,7 @@ def _run_aside(version: str, options: argparse.Namespace) -> int:
 
 
 def _triton(options: argparse.Namespace) -> int | None:
-    """The exit code; None where no configuration is meant."""
+    """The exit code; None where --only leaves no configuration."""
     try:
         import triton
     except ImportError:
@@ -95,7 +98,7 @@ def _triton(options: argparse.Namespace) -> int | None:
         for architecture in shipped.architectures
         if options.only in name and (not options.triton_path or architecture in ARCHITECTURES_ASIDE)
     ]
-    if not keys:
+    if options.only and not keys:
         return None
     started = time.perf_counter()
     found: dict[Key, Resources] = {}
@@ -112,21 +115,24 @@ def _triton(options: argparse.Namespace) -> int | None:
 
 
 def _nvcc(options: argparse.Namespace) -> int | None:
-    """The exit code; None where no kernel is meant."""
+    """The exit code; None where --only leaves no kernel, or maybe would have with nvcc."""
     from gates import native
 
     version = native.version()
     if version is None:
         print("nvcc: skipped, neither PATH nor CUDA_HOME leads to it")
-        return 0
+        return None if options.only and not options.compiler else 0
     started = time.perf_counter()
     try:
         found, notes = native.measure_all()
     except subprocess.CalledProcessError:
         print("gates: the CUDA kernels do not compile (see above)", file=sys.stderr)
         return 1
+    except native.extension.BuildError as error:
+        print(f"gates: {error}", file=sys.stderr)
+        return 2
     found = {key: resources for key, resources in found.items() if options.only in key[0]}
-    if not found:
+    if options.only and not found:
         return None
     table = tables.load(tables.NATIVE)
     broken = _compare("nvcc", version, found, table, tables.NATIVE, options, native.REQUIREMENTS)
@@ -143,6 +149,8 @@ def _compare(
     requirements: Sequence[Requirement] = (),
 ) -> list[str]:
     """Prints what was found, updates the table where that is asked for, and names what fails."""
+    if not found:
+        return [f"{compiler} {version}: no kernel was found, so nothing was checked"]
     _print(f"{compiler} {version}", found)
     if options.update:
         old = table.versions.get(version, {})

@@ -156,6 +156,8 @@ def kernels(folder: Path) -> dict[str, Path]:
     native() does.
     """
     names = [source.name for source in _files("*.cu")]
+    if not names:
+        raise BuildError(f"there are no kernels in {ROOT / _SOURCES}")
     native(names, folder)
     return {name: _object(folder, name) for name in names}
 
@@ -163,7 +165,7 @@ def kernels(folder: Path) -> dict[str, Path]:
 def find_nvcc() -> str | None:
     """The toolkit's compiler: of CUDA_HOME, else on PATH."""
     home = os.environ.get("CUDA_HOME")
-    return (home and shutil.which(Path(home) / "bin" / "nvcc")) or shutil.which("nvcc")
+    return (home and shutil.which(os.path.join(home, "bin", "nvcc"))) or shutil.which("nvcc")
 
 
 def architectures() -> list[tuple[str, bool]]:
@@ -201,12 +203,15 @@ def _targets(source: Path) -> list[str]:
     """
     if source.stem.endswith(_HOPPER_ONLY):
         return ["-gencode=arch=compute_90a,code=sm_90a"]
-    targets = {}
+    with_ptx: dict[str, bool] = {}
     for name, ptx in architectures():
         number = re.sub(r"\D", "", name)
-        code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
-        targets[number] = f"-gencode=arch=compute_{number},code={code}"
-    return list(targets.values())
+        with_ptx[number] = ptx or with_ptx.get(number, False)
+    return [
+        f"-gencode=arch=compute_{number},code="
+        + (f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}")
+        for number, ptx in with_ptx.items()
+    ]
 
 
 def _bindings(command: list[str], tools: str) -> _Object:
@@ -291,8 +296,7 @@ def _build(
         text = "\n".join(_ninja_lines(folder, objects, made, [*link, "-o"], libraries, module))
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
-        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        command = [_ninja(), "-f", str(file), "-j", jobs, *map(_named, wanted)]
+        command = [_ninja(), "-f", str(file), "-j", str(_jobs()), *map(_named, wanted)]
         subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
     return wanted[-1]
 
@@ -354,6 +358,16 @@ def _ninja() -> str:
     if program is None:
         raise BuildError("the CUDA kernels are built with ninja: pip install ninja")
     return program
+
+
+def _jobs() -> int:
+    """How many compilers run at a time."""
+    given = os.environ.get("MAX_JOBS", "").strip()
+    if not given:
+        return len(os.sched_getaffinity(0))
+    if re.fullmatch(r"0*[1-9]\d*", given, re.ASCII) is None:
+        raise BuildError(f"MAX_JOBS is a number of compilers, 1 or more, not {given!r}")
+    return int(given)
 
 
 def _environment() -> dict[str, str]:

@@ -43,6 +43,7 @@ PTX80 = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
         ("80", None, [A80]),
         ("90a", "8.0", [A90]),
         ("80;90;90a", None, [A80, A90]),
+        ("80;90+PTX;90a", None, [A80, "-gencode=arch=compute_90,code=[sm_90,compute_90]"]),
         (None, "8.0 9.0a", [A80, A90]),
         (None, "7.5;8.0+PTX, 9.0", [PTX80, A90]),
         ("120+PTX", None, ["-gencode=arch=compute_120,code=[sm_120,compute_120]"]),
@@ -86,6 +87,48 @@ def test_threads_of_nvcc_are_no_part_of_the_commands(
     monkeypatch.setenv("NVCC_THREADS", "4")
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
     assert extension._environment()["NVCC_APPEND_FLAGS"] == "-lineinfo --threads 4"
+
+
+@pytest.mark.parametrize(("given", "jobs"), [("3", 3), ("", len(os.sched_getaffinity(0)))])
+def test_jobs(
+    given: str, jobs: int, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", given)
+    assert extension._jobs() == jobs
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "abc", "1.5"])
+def test_jobs_that_cannot_be(
+    given: str, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", given)
+    with pytest.raises(extension.BuildError, match=f"MAX_JOBS is .*, 1 or more, not '{given}'"):
+        extension._jobs()
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that CUDA_HOME names, with what a build looks for in it."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.1\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "include" / "crt").mkdir(parents=True)
+    for header in ("cuda_runtime.h", "crt/host_defines.h"):
+        (tmp_path / "include" / header).touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_toolkit_of_cuda_home(
+    toolkit: Path, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build as it is handed to ninja."""
+    monkeypatch.setattr(extension, "_ninja", lambda: "true")
+    extension.native(folder=toolkit / "build")
+    written = (toolkit / "build" / "build.ninja").read_text()
+    assert f"compiler = {toolkit}/bin/nvcc -std=c++17" in written
+    assert f"-isystem{toolkit}/include" in written
 
 
 class TestObjectCache:

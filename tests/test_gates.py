@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the gates belong to the repository, not to the installed package
 
+from gates import __main__ as command  # noqa: E402
 from gates import native, sass  # noqa: E402
 from gates.__main__ import ARCHITECTURES_ASIDE  # noqa: E402
 from gates.table import (  # noqa: E402
@@ -201,6 +203,31 @@ class TestCommand:
         assert none.returncode == 2
         assert "no configuration's name contains 'no such kernel'" in none.stderr
 
+    def test_nothing_shipped_fails(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(command, "_print", lambda *_: pytest.fail("there is nothing to print"))
+        monkeypatch.setitem(
+            sys.modules,
+            "gates.compiling",
+            SimpleNamespace(configurations=dict, measure_all=lambda keys, jobs: iter(())),
+        )
+        options = command._parser().parse_args(["--update"])
+        before = TRITON.read_bytes()
+        assert command._triton(options) == 1
+        assert TRITON.read_bytes() == before
+        assert "no kernel was found" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("option", ["--triton", "--triton-path"])
+    def test_nvcc_alone_and_versions_of_triton_exclude_each_other(
+        self, option: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            command.main(["--compiler", "nvcc", option, "3.6.0"])
+        assert stopped.value.code == 2
+        assert "--compiler nvcc leaves it out" in capsys.readouterr().err
+
 
 SASS = """
 Fatbin elf code:
@@ -297,6 +324,31 @@ class TestNative:
         assert "FAILED spilling sm_80: 32 registers" in done.stdout
         assert "FAILED spilling sm_90: not in the table" in done.stdout
         assert f"nvcc {version}: 2 compiled kernels, 4 FAILED" in done.stdout
+
+    @pytest.mark.parametrize(("only", "code"), [("", 1), ("kernel", None)])
+    def test_objects_without_kernels_fail(
+        self,
+        only: str,
+        code: int | None,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(native, "version", lambda: "13.0")
+        monkeypatch.setattr(native, "measure_all", lambda: ({}, ["a.cu: a note"]))
+        assert command._nvcc(command._parser().parse_args(["--only", only])) == code
+        said = capsys.readouterr().out
+        assert ("FAILED a.cu: a note" in said) == (code == 1)
+        assert ("no kernel was found" in said) == (code == 1)
+
+    def test_without_sources_it_fails(self, tmp_path: Path) -> None:
+        toolkit = tmp_path / "bin" / "nvcc"
+        toolkit.parent.mkdir()
+        toolkit.write_text("#!/bin/sh\necho release 13.0\n")
+        toolkit.chmod(0o755)
+        self.copy(tmp_path)
+        done = self.run(tmp_path, CUDA_HOME=str(tmp_path))
+        assert done.returncode == 2
+        assert done.stderr == f"gates: there are no kernels in {tmp_path / 'csrc'}\n"
 
     def test_without_nvcc_it_is_skipped_and_says_so(self, tmp_path: Path) -> None:
         self.copy(tmp_path)

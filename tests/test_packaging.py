@@ -226,7 +226,12 @@ def test_metadata(wheel: Path) -> None:
 def test_sdist_can_build_and_test_everything(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    sources = [
+        path
+        for folder in ("csrc", "gates", "tests")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
     assert {path.relative_to(ROOT).as_posix() for path in sources} <= names
     for expected in (
         "Makefile",
