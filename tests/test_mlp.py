@@ -159,7 +159,7 @@ class TestParity:
     @needs_cuda
     @all_dtypes
     @pytest.mark.parametrize("rows", [2048, 3105])
-    def test_many_rows(self, dtype: torch.dtype, rows: int, seed: int) -> None:
+    def test_many_rows_in_cuda(self, dtype: torch.dtype, rows: int, seed: int) -> None:
         """The weights' gradients sum their rows in parts, the biases' in many partial sums."""
         _, splits = cuda.module().mlp_plan(0, cuda_kernels._WEIGHT, 12, 20, rows)
         assert splits == rows // 1024
@@ -378,7 +378,7 @@ class TestIsolation:
     @pytest.mark.skipif(not cuda.EMULATED, reason="a GPU has one schedule")
     @all_dtypes
     @pytest.mark.parametrize("schedule", ["reverse", "1", "2"])
-    def test_order_of_threads_changes_no_bit(
+    def test_order_of_cuda_threads_changes_no_bit(
         self, dtype: torch.dtype, schedule: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         tensors = inputs(150, 33, 70, dtype=dtype)
