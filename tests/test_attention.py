@@ -198,6 +198,20 @@ class TestParity:
         assert_right(tensors, impl, seed, window=(60, 0), return_lse=True)
 
     @runnable
+    @pytest.mark.parametrize("D", [8, 40, 63, 64, 80, 97, 129, 192, 193])
+    def test_more_head_widths_forward(
+        self, impl: str, dtype: torch.dtype, D: int, seed: int
+    ) -> None:
+        tensors = inputs(1, 70, 75, 2, 1, D, dtype, seed)
+        assert_right(tensors, impl, seed, gradients=False, dropout_p=0.1, return_lse=True)
+
+    @each
+    def test_heads_that_do_not_fit_in_the_cache_together(self, impl: str, seed: int) -> None:
+        """At this length the CUDA kernels take the three heads two at a time, then one."""
+        tensors = inputs(1, 140, 16000, 3, D=64, seed=seed)
+        assert_right(tensors, impl, seed, gradients=False, window=(100, 0), return_lse=True)
+
+    @runnable
     @pytest.mark.parametrize(
         "options",
         [
@@ -205,6 +219,8 @@ class TestParity:
             dict(window=(100, 0), alibi_slopes=[0.1, 0.02]),
             dict(window=(170, 20), causal=False, softcap=3.0, return_lse=True),
             dict(key_lengths=(270,), causal=False, dropout_p=0.4, return_lse=True),
+            dict(window=(5, 0)),
+            dict(window=(0, -1), causal=False),
         ],
         ids=str,
     )
