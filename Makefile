@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulator gates gpu lint clean active
+.PHONY: help demo test emulator native gates gpu lint clean active
 
 # The interpreter that .venv is made from.
 BASE_PYTHON ?= python3
@@ -28,6 +28,12 @@ PY := .venv/bin/python
 READY := .venv/.ready
 endif
 
+# Where no GPU is, an install leaves the CUDA kernels out: nothing would run what takes minutes to compile.
+gpu_here := nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
+define for_this_machine
+if ! { $(gpu_here); }; then export GPTKERNELS_BUILD_CUDA="$${GPTKERNELS_BUILD_CUDA:-0}"; fi
+endef
+
 define check_version
 @$(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo 'gptkernels needs Python 3.11 or newer, $(1) is not; name another with BASE_PYTHON or PYTHON' >&2; exit 2; }
@@ -44,41 +50,49 @@ help: ## list the targets
 demo: $(READY) ## train a small GPT on real text, check it against plain PyTorch, write a report
 	$(PY) -m gptkernels demo $(ARGS)
 
-test: $(READY) emulator ## run the whole test suite
+test: $(READY) emulator native ## run the whole test suite
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 emulator: $(READY) ## build the CUDA kernels for this CPU, as the tests run them where no GPU is
 	$(PY) scripts/extension.py emulator
+
+native: $(READY) ## bring the CUDA kernels in this checkout up to date, where an NVIDIA GPU and nvcc are
+	@if { $(gpu_here); } && $(PY) scripts/extension.py native --check; then \
+		$(PY) setup.py --quiet build_ext --inplace; fi
 
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-gates: $(READY) ## compile every Triton kernel ahead of time and hold it to the committed table
+gates: $(READY) ## compile every kernel ahead of time, Triton's and nvcc's, and hold it to the committed tables
 	@status=0; \
 	$(PY) -m gates $(ARGS) || status=1; \
-	$(if $(TRITON_ASIDE),$(PY) -m gates --triton $(TRITON_ASIDE) $(ARGS) || status=1;) \
+	$(if $(findstring --compiler nvcc,$(subst =, ,$(ARGS))),,$(if $(TRITON_ASIDE),$(PY) -m gates --triton $(TRITON_ASIDE) $(ARGS) || status=1;)) \
 	exit $$status
 
 # Nothing is installed or downloaded: the sources are laid out as an install would, with the CUDA
-# kernels for this GPU alone where there is nvcc, and the active Python runs them. -lineinfo names
+# kernels for this GPU alone where they can be built, and the active Python runs them. -lineinfo names
 # source lines to compute-sanitizer. The emulator stands where a checkout has it.
+capability := import sys, torch; \
+	torch.cuda.is_available() or sys.exit("make gpu needs an NVIDIA GPU that PyTorch can use, and finds none"); \
+	print("%d%d" % torch.cuda.get_device_capability())
 gpu: PYTHON ?= python3
 gpu: ## on a machine with an NVIDIA GPU: test, verify and time the kernels; results as JSON in RESULTS
+	@$(PYTHON) -c '$(capability)' >/dev/null
 	rm -rf build/gpu
 	mkdir -p build/gpu
 	cp -R gptkernels build/gpu/gptkernels
 	cp -R benchmarks examples build/gpu/gptkernels/
 	rm -f build/gpu/gptkernels/_cuda*
-	@if command -v nvcc >/dev/null; then \
-		archs=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())'); \
+	@if $(PYTHON) scripts/extension.py native --check; then \
+		archs=$$($(PYTHON) -c '$(capability)'); \
 		$(PYTHON) scripts/extension.py emulator & \
 		GPTKERNELS_CUDA_ARCHS=$$archs NVCC_APPEND_FLAGS=-lineinfo \
 			$(PYTHON) scripts/extension.py native && wait $$! && \
 		mkdir build/gpu/build && cp -R build/emulator build/gpu/build/ && \
 		cp build/native/_cuda* build/gpu/gptkernels/; \
-	else echo 'skipped: the CUDA kernels need nvcc, which is not on PATH'; fi
+	else echo 'going on without the CUDA C++ kernels'; fi
 	env -u TRITON_INTERPRET -u GPTKERNELS_EMULATE \
 		PYTHONPATH="$(CURDIR)/build/gpu$${PYTHONPATH:+:$$PYTHONPATH}" \
 		$(PYTHON) -P -m gptkernels.benchmarks.gpu --results "$(RESULTS)"
@@ -89,11 +103,11 @@ clean: ## remove what the targets made
 
 active:
 	$(call check_version,$(PY))
-	@$(PY) scripts/install_missing.py
+	@$(for_this_machine); $(PY) scripts/install_missing.py
 
 .venv/.ready: pyproject.toml constraints.txt setup.py
 	$(call check_version,$(BASE_PYTHON))
 	@echo 'Setting up .venv with the tested versions (PyTorch is large: the first time takes minutes)'
 	$(BASE_PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	$(for_this_machine); .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
 	touch $@

@@ -1,8 +1,8 @@
 """The CUDA kernels' part of the build; everything else is declared in pyproject.toml.
 
 GPTKERNELS_BUILD_CUDA=auto|1|0 says whether gptkernels._cuda is built. auto, the default: where
-there is nvcc, on Linux; elsewhere the package is pure Python, and the build says so. 1: or the
-build fails. How it is built, and what else it obeys, is in scripts/extension.py.
+there is nvcc and what else it takes; elsewhere the package is pure Python, and the build says so.
+1: or the build fails. How it is built, and what else it obeys, is in scripts/extension.py.
 """
 
 import os
@@ -22,21 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
 import extension
 
 
-def lacks() -> str | None:
-    """What keeps the CUDA kernels from being built here."""
-    if sys.platform != "linux":
-        return "CUDA kernels are built on Linux only"
-    if extension.find_nvcc() is None:
-        return "neither PATH nor CUDA_HOME leads to nvcc"
-    return None
-
-
 def wanted() -> bool:
     """Whether to build gptkernels._cuda."""
     choice = os.environ.get("GPTKERNELS_BUILD_CUDA", "auto")
     if choice not in ("auto", "1", "0"):
         sys.exit(f"GPTKERNELS_BUILD_CUDA is auto, 1 or 0, not {choice!r}")
-    return choice == "1" or (choice == "auto" and lacks() is None)
+    return choice == "1" or (choice == "auto" and extension.lacks() is None)
 
 
 class BuildPython(build_py):
@@ -46,7 +37,7 @@ class BuildPython(build_py):
         """Called by every kind of install."""
         super().run()
         if not self.distribution.has_ext_modules():
-            reason = lacks() or "GPTKERNELS_BUILD_CUDA is 0"
+            reason = extension.lacks() or "GPTKERNELS_BUILD_CUDA is 0"
             print(f"gptkernels is built without its CUDA kernels: {reason}", file=sys.stderr)
 
 
@@ -55,7 +46,7 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Called for gptkernels._cuda, the only one."""
-        reason = lacks()
+        reason = extension.lacks()
         if reason is not None:
             raise CompileError(f"GPTKERNELS_BUILD_CUDA is 1, but {reason}")
         try:

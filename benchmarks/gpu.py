@@ -4,7 +4,7 @@
    captured, on side streams (`tests/test_gpu.py`); the CUDA kernels' building blocks against cases
    worked by hand, which the emulator is held to as well (`tests/test_emulator.py`);
 2. the parity table of `gptkernels verify`;
-3. the CUDA C++ kernels beside the emulator (benchmarks/twins.py);
+3. the CUDA C++ kernels, where they are built, beside the emulator (benchmarks/twins.py);
 4. the same kernels under compute-sanitizer's memcheck and racecheck, where it is and can run;
 5. the benchmarks, one shape of each operator first, then all.
 
@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from gptkernels.ops.choice import unavailable
 
 from . import OPERATORS, suite
 from .report import Row, environment, figures, recorded, write_json
@@ -78,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _all(results: Path, seconds: float) -> int:
     started = time.monotonic()
     results.mkdir(parents=True, exist_ok=True)
+    for name in ("twins.json", "sanitizer.json"):  # of an earlier run, where this one skips them
+        (results / name).unlink(missing_ok=True)
 
     def until(share: float) -> float:
         return started + share * seconds
@@ -92,20 +96,13 @@ def _all(results: Path, seconds: float) -> int:
         for op in OPERATORS
     ]
     right &= _run(parity, until(_PARITY_END), results / "parity.json")
-    twins = [
-        _Part(
-            f"twins of {op}",
-            [
-                "gptkernels.benchmarks.twins",
-                f"--op={op}",
-                f"--results={results / f'twins_{op}.json'}",
-            ],
-            results / f"twins_{op}.json",
-        )
-        for op in OPERATORS
-    ]
-    right &= _run(twins, until(_TWINS_END), results / "twins.json")
-    right &= _sanitize(until(_SANITIZED_END), results / "sanitizer.json")
+    reason = unavailable("cuda", "cuda", torch.float32)
+    if reason is None:
+        twins = [_twins_part(op, results / f"twins_{op}.json") for op in OPERATORS]
+        right &= _run(twins, until(_TWINS_END), results / "twins.json")
+        right &= _sanitize(until(_SANITIZED_END), results / "sanitizer.json")
+    else:
+        print(f"=== twins and compute-sanitizer: skipped, {reason}", flush=True)
     # Timed alone.
     for name, end, extra in (("quick", _QUICK_END, ["--quick"]), ("full", 1.0, [])):
         path = results / f"speed_{name}.json"
@@ -129,6 +126,11 @@ def _test_part(share: int, shares: int, path: Path) -> _Part:
     record = ["-p", "gptkernels.benchmarks.record", f"--record={path}", f"--share={share}/{shares}"]
     name = f"tests, share {share} of {shares}"
     return _Part(name, ["pytest", "-q", "--tb=short", *record, *choice], path)
+
+
+def _twins_part(op: str, path: Path) -> _Part:
+    arguments = ["gptkernels.benchmarks.twins", f"--op={op}", f"--results={path}"]
+    return _Part(f"twins of {op}", arguments, path)
 
 
 def _own_part(name: str, path: Path, *arguments: str) -> _Part:
@@ -177,7 +179,15 @@ def _sanitize(end: float, path: Path) -> bool:
         print("=== compute-sanitizer: skipped, it is not on PATH", flush=True)
         return True
     anything = [program, sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
-    if subprocess.run(anything, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+    try:
+        subprocess.run(
+            anything,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=True,
+            timeout=max(1.0, (end - time.monotonic()) / 2),
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
         print("=== compute-sanitizer: skipped, it cannot run on this device", flush=True)
         return True
     parts = []

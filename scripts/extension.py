@@ -4,6 +4,7 @@
     python scripts/extension.py native                   build/native/_cuda*.so, by nvcc
     python scripts/extension.py emulator layer_norm.cu   that file's object alone
     python scripts/extension.py native layer_norm.cu     likewise, and what ptxas says about it
+    python scripts/extension.py native --check           whether it can be built here; if not, why
 
 `setup.py` installs the native extension as gptkernels._cuda. The emulator's is for the test suite
 and never installed: kernels run as host code on the fibers of csrc/emulator, every memory access
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import os
 import platform
@@ -31,6 +33,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 # Commands name files relative to ROOT, so that one checkout's objects serve another's cache.
@@ -41,6 +44,7 @@ _MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
 
 # Machine code for A100, H100 and H200; the PTX of compute capability 8.0 serves all others.
 DEFAULT_ARCHITECTURES = "80+PTX;90a"
+_OLDEST_NVCC = (12, 8)
 _HOPPER_ONLY = "_sm90"  # a source's stem ends so: it is compiled for 90a and for nothing else
 
 _HOST_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
@@ -135,8 +139,9 @@ def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[s
     compiler, nvcc = _compiler(), find_nvcc()
     if nvcc is None:
         raise BuildError("the CUDA kernels need nvcc, and neither PATH nor CUDA_HOME leads to one")
-    # nvcc adds flags from these variables by itself: -lineinfo for a profiler, say.
-    added = [os.environ.get(f"NVCC_{where}_FLAGS", "") for where in ("PREPEND", "APPEND")]
+    # nvcc takes these by itself: -lineinfo for a profiler, say, or another compiler of host code.
+    variables = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+    added = [os.environ.get(name, "") for name in variables]
     tools = " ".join((_version([nvcc]), *added)).strip()
     host = [*compiler, *_HOST_FLAGS, "-O2", "-Icsrc", f"-isystem{_cuda_headers()}"]
     both = f"{tools}, {_version(compiler)}"
@@ -160,6 +165,28 @@ def kernels(folder: Path) -> dict[str, Path]:
         raise BuildError(f"there are no kernels in {ROOT / _SOURCES}")
     native(names, folder)
     return {name: _object(folder, name) for name in names}
+
+
+def lacks() -> str | None:
+    """What keeps the extension for GPUs from being built here; None where nothing does."""
+    if sys.platform != "linux":
+        return "CUDA kernels are built on Linux only"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "neither PATH nor CUDA_HOME leads to nvcc"
+    said = _version([nvcc])
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None or tuple(map(int, release.groups())) < _OLDEST_NVCC:
+        oldest = ".".join(map(str, _OLDEST_NVCC))
+        return f"the CUDA kernels need nvcc {oldest} or newer, {nvcc} is: {said or 'unknown'}"
+    try:
+        _compiler()
+        _cuda_headers()
+        _pybind11()
+        _ninja()
+    except BuildError as error:
+        return str(error)
+    return None
 
 
 def find_nvcc() -> str | None:
@@ -216,14 +243,18 @@ def _targets(source: Path) -> list[str]:
 
 def _bindings(command: list[str], tools: str) -> _Object:
     """The one file that knows Python, compiled for the one that runs."""
-    try:
-        import pybind11
-    except ImportError:
-        raise BuildError("the CUDA kernels' bindings need pybind11: pip install pybind11") from None
+    pybind11 = _pybind11()
     include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     python = f"{sys.implementation.cache_tag} {platform.python_version()}"
     tools = f"{tools}, pybind11 {pybind11.__version__}, {python}"
     return _Object(_BINDINGS, [*command, *include], tools)
+
+
+def _pybind11() -> ModuleType:
+    try:
+        return importlib.import_module("pybind11")
+    except ImportError:
+        raise BuildError("the CUDA kernels' bindings need pybind11: pip install pybind11") from None
 
 
 def _compiler() -> list[str]:
@@ -248,7 +279,8 @@ def _cuda_headers() -> Path:
             return place
     raise BuildError(
         "the CUDA kernels need CUDA's headers: a toolkit whose nvcc is on PATH, or "
-        "pip install 'nvidia-cuda-runtime>=13,<14' 'nvidia-cuda-crt>=13,<14'"
+        "pip install 'nvidia-cuda-runtime>=13,<14' 'nvidia-cuda-crt>=13,<14' "
+        "'nvidia-cuda-cccl>=13,<14'"
     )
 
 
@@ -399,7 +431,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("kind", choices=("emulator", "native"))
     parser.add_argument("only", nargs="*", metavar="FILE", help="compile these files, link nothing")
+    parser.add_argument("--check", action="store_true", help="build nothing (of native only)")
     options = parser.parse_args(arguments)
+    if options.check:
+        if options.kind != "native" or options.only:
+            parser.error("--check is for native, without files")
+        reason = lacks()
+        print(reason or "the CUDA kernels can be built here")
+        return 2 if reason else 0
     here = f"{platform.machine()} {platform.system()}"
     if options.kind == "emulator" and here not in ("x86_64 Linux", "aarch64 Linux"):
         print(f"skipped: the emulator runs on x86-64 and aarch64 Linux, and this is {here}")

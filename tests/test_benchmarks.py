@@ -414,6 +414,32 @@ class TestTwins:
         assert {row["status"] for row in content["rows"]} == {"pass"}
 
 
+@pytest.mark.parametrize("reason", [None, "it was built without nvcc"])
+def test_the_gpu_run_goes_on_without_cuda_kernels(
+    reason: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ran = []
+
+    def run(parts: list[gpu._Part], end: float, together: Path) -> bool:
+        ran.append(together.name)
+        return True
+
+    monkeypatch.setattr(gpu, "_run", run)
+    monkeypatch.setattr(gpu, "_sanitize", lambda end, path: run([], end, path))
+    monkeypatch.setattr(gpu, "unavailable", lambda *asked: reason)
+    (tmp_path / "twins.json").touch()  # of an earlier run
+    assert gpu._all(tmp_path, 1.0) == 0
+    checked = [] if reason else ["twins.json", "sanitizer.json"]
+    speed = ["speed_quick.json", "speed_full.json"]
+    assert ran == ["tests.json", "parity.json", *checked, *speed]
+    said = f"=== twins and compute-sanitizer: skipped, {reason}\n"
+    assert (said in capsys.readouterr().out) == bool(reason)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_gpu_run_says_that_there_is_no_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

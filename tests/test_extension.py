@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,10 +126,36 @@ def test_toolkit_of_cuda_home(
 ) -> None:
     """The build as it is handed to ninja."""
     monkeypatch.setattr(extension, "_ninja", lambda: "true")
+    monkeypatch.setenv("NVCC_CCBIN", "/opt/another/g++")
     extension.native(folder=toolkit / "build")
     written = (toolkit / "build" / "build.ninja").read_text()
     assert f"compiler = {toolkit}/bin/nvcc -std=c++17" in written
     assert f"-isystem{toolkit}/include" in written
+    assert re.search(r"tools = .*release 13\.0, V13\.0\.1\s+/opt/another/g\+\+'$", written, re.M)
+
+
+class TestWhatLacks:
+    def test_nothing(self, toolkit: Path, extension: ModuleType) -> None:
+        assert extension.lacks() is None
+        assert extension.main(["native", "--check"]) == 0
+
+    def test_new_enough_nvcc(
+        self, toolkit: Path, extension: ModuleType, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        nvcc = toolkit / "bin" / "nvcc"
+        nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.6, V12.6.85\n")
+        sentence = f"the CUDA kernels need nvcc 12.8 or newer, {nvcc} is: "
+        assert extension.lacks().startswith(sentence)
+        assert extension.main(["native", "--check"]) == 2
+        assert capsys.readouterr().out.startswith(sentence)
+
+    def test_compiler(
+        self, toolkit: Path, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CXX", "no-such-compiler -O2")
+        assert extension.lacks() == (
+            "the CUDA kernels need a C++ compiler, and no-such-compiler is not on PATH"
+        )
 
 
 class TestObjectCache:

@@ -139,7 +139,71 @@ def test_without_torch_the_tested_versions_come_together(environment: Environmen
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_gpu_keeps_paths_and_leaves_the_interpreter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_make_compiles_kernels_for_a_gpu_that_is_here(tmp_path: Path, gpu: bool) -> None:
+    """An install without one leaves them out; with one no test runs those of older sources."""
+    programs = {
+        "python": 'printf "%s %s\\n" "${GPTKERNELS_BUILD_CUDA-unset}" "$*"',
+        "nvidia-smi": "echo 'GPU 0: NVIDIA H200'" if gpu else "exit 9",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["make", "-s", "-f", str(ROOT / "Makefile"), "test", "PYTHON=python", "JOBS=1"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    native = [
+        "unset scripts/extension.py native --check",
+        "unset setup.py --quiet build_ext --inplace",
+    ]
+    assert [line for line in done.stdout.splitlines() if " -c " not in line] == [
+        f"{'unset' if gpu else '0'} scripts/install_missing.py",
+        "unset scripts/extension.py emulator",
+        *(native if gpu else []),
+        "unset -m pytest -n 1",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_gpu_without_a_gpu_says_so_and_builds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "class cuda:\n    is_available = staticmethod(lambda: False)\n"
+    )
+    done = subprocess.run(
+        ["make", "-s", "-f", str(ROOT / "Makefile"), "gpu", f"PYTHON={sys.executable}"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    sentence = "make gpu needs an NVIDIA GPU that PyTorch can use, and finds none"
+    assert done.stderr.splitlines()[0] == sentence
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("arguments", "triton"), [("", True), ("--compiler nvcc", False), ("--compiler=nvcc", False)]
+)
+def test_make_gates_of_nvcc_leave_triton_out(arguments: str, triton: bool) -> None:
+    command = ["make", "-n", "gates", "PYTHON=python", f"ARGS={arguments}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"-m gates {arguments}" in done.stdout
+    assert ("-m gates --triton" in done.stdout) == triton
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("lacking", [False, True])
+def test_make_gpu_keeps_paths_and_leaves_the_interpreter(tmp_path: Path, lacking: bool) -> None:
+    """With the CUDA kernels, and where they cannot be built."""
     checkout = tmp_path / "a checkout"
     for folder in ("gptkernels", "benchmarks", "examples"):
         (checkout / folder).mkdir(parents=True)
@@ -150,13 +214,12 @@ def test_make_gpu_keeps_paths_and_leaves_the_interpreter(tmp_path: Path) -> None
         module.write_text(folder)
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/sh\ncase "$*" in *extension.py*) exit;; -c*) echo 90; exit;; esac\n'
+        '#!/bin/sh\ncase "$*" in\n'
+        f"*extension.py*--check) {'echo no nvcc; exit 2' if lacking else 'exit'};;\n"
+        "*extension.py*) exit;;\n-c*) echo 90; exit;;\nesac\n"
         'printf "%s\\n" "$PYTHONPATH" "${TRITON_INTERPRET-unset}" "$@"\n'
     )
-    nvcc = tmp_path / "nvcc"
-    nvcc.touch()
-    for program in (python, nvcc):
-        program.chmod(0o755)
+    python.chmod(0o755)
     built = checkout / "build" / "gpu"
     for given, expected in (
         ({}, f"{built}"),
@@ -175,6 +238,13 @@ def test_make_gpu_keeps_paths_and_leaves_the_interpreter(tmp_path: Path) -> None
             check=True,
         )
         arguments = ["-P", "-m", "gptkernels.benchmarks.gpu", "--results", "my results"]
-        assert done.stdout.splitlines() == [expected, "unset", *arguments]
-        assert built.joinpath("gptkernels", "_cuda.so").read_text() == "native"
-        assert built.joinpath("build", "emulator", "_cuda.so").read_text() == "emulator"
+        said = ["no nvcc", "going on without the CUDA C++ kernels"] if lacking else []
+        assert done.stdout.splitlines() == [*said, expected, "unset", *arguments]
+        copies = {
+            path.relative_to(built).as_posix(): path.read_text() for path in built.rglob("*.so")
+        }
+        expected_copies = {
+            "gptkernels/_cuda.so": "native",
+            "build/emulator/_cuda.so": "emulator",
+        }
+        assert copies == ({} if lacking else expected_copies)

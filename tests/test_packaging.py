@@ -262,6 +262,20 @@ def test_without_nvcc_the_wheel_is_pure_python(
     assert done.stderr.count(sentence) == 1
 
 
+def test_with_an_old_nvcc_the_wheel_is_pure_python(
+    unpacked: Path, front_end: FrontEnd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 11.8, V11.8.89\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    done = front_end.call("build_wheel", unpacked, tmp_path, nvcc=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("-py3-none-any.whl")
+    sentence = "built without its CUDA kernels: the CUDA kernels need nvcc 12.8 or newer, "
+    assert done.stderr.count(sentence) == 1
+
+
 @needs_nvcc
 def test_kernels_can_be_left_out(unpacked: Path, front_end: FrontEnd, tmp_path: Path) -> None:
     done = front_end.call("build_wheel", unpacked, tmp_path, nvcc=True, choice="0")
