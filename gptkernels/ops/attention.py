@@ -209,9 +209,9 @@ def attention(
         TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError, NotImplementedError: an explicit impl cannot run here, or not with attn_mask.
 
-    Differentiable once in q, k, v and attn_mask. The Triton kernels keep NaN and Inf to the rows
-    and keys that see them; with impl="torch" PyTorch's own ops let them reach others, but never
-    from past a length.
+    Differentiable once in q, k, v and attn_mask. The Triton and CUDA C++ kernels keep NaN and Inf
+    to the rows and keys that see them; with impl="torch" PyTorch's own ops let them reach others,
+    but never from past a length.
     """
     _check(q, k, v, softmax_scale, softcap, key_lengths, attn_mask, dropout_p)
     left, right = bounds(causal, window)
