@@ -10,13 +10,13 @@ namespace {
 constexpr int kLatest = (1 << kTimeBits) - 1;
 
 void set_time(Thread& thread, int time) {
+    if (time == kLatest) fail("this CTA synchronised 4 million times, too often to follow");
     thread.clock.now = Epoch(thread.cta->clock.serial) << 32 | Epoch(thread.index) << kTimeBits |
                        Epoch(time);
 }
 
 void step(Thread& thread) {
     const int time = time_of(thread.clock.now) + 1;
-    if (time == kLatest) fail("this CTA synchronised 4 million times, too often to follow");
     set_time(thread, time);
     thread.cta->clock.top = std::max(thread.cta->clock.top, time);
 }
@@ -80,7 +80,6 @@ void take_past(const Past& past, Thread& thread) {
 
 void order_cta(Cta& cta) {
     cta.clock.floor = ++cta.clock.top;
-    if (cta.clock.top == kLatest) fail("this CTA synchronised 4 million times, too often to follow");
     for (unsigned i = 0; i < cta.threads; ++i) set_time(*cta.fibers[i], cta.clock.floor);
 }
 

@@ -2,8 +2,8 @@
 //
 // A thread's time steps whenever it synchronises. `seen[u]` is the latest time of thread u whose
 // accesses come before what this thread does now; what is older than the CTA's `floor`, its last
-// barrier of all threads, comes before everything. Times only grow, over all CTAs of a slot, so that
-// nothing is cleared between them. CTAs of one launch are never ordered, launches always are.
+// barrier of all threads, comes before everything. Times only grow, over all CTAs of a slot, so
+// that nothing is cleared between them. CTAs of one launch are never ordered, launches always are.
 #pragma once
 
 #include <cstdint>

@@ -18,8 +18,8 @@ struct Tensor {
     std::string name;
     const char* begin;
     size_t bytes;
-    // Of outputs, from the multiple of 16 below `begin`. Nobody writes to an input, and everything in
-    // it was written.
+    // Of outputs, from the multiple of 16 below `begin`. Nobody writes to an input, and everything
+    // in it was written.
     std::unique_ptr<Shadow> shadow;
     size_t offset(const char* address) const {
         return size_t(address - begin) + reinterpret_cast<uintptr_t>(begin) % 16;
@@ -32,7 +32,7 @@ size_t outputs = 0;
 bool overlapping = false;
 const Tensor* recent = nullptr;
 
-std::vector<Shadow> arenas;   // of shared memory, by the CTA's slot
+std::vector<Shadow> arenas;  // of shared memory, by the CTA's slot
 unsigned next_serial = 1;    // of the next CTA of all launches
 unsigned launch_serial = 1;  // of the first CTA of this launch
 
@@ -75,7 +75,7 @@ size_t distance(const char* begin, size_t size, const char* address, size_t byte
 std::string outside(const std::string& name, const char* begin, size_t size, const char* address,
                     size_t bytes) {
     const auto first = uintptr_t(begin), last = first + size, from = uintptr_t(address);
-    std::string text = "at ";
+    std::string text;
     if (from < first) {
         text = counted(first - from, "byte") + " before the start of " + name;
     } else if (from >= last) {
@@ -146,8 +146,8 @@ std::string byte_text(size_t offset, const std::string& of) {
 void check_alignment(Access access, const char* address, size_t bytes, size_t alignment) {
     if (uintptr_t(address) % alignment == 0) return;
     fail(verb(access) + counted(bytes, "byte") + " at an address that is " +
-             std::to_string(uintptr_t(address) % alignment) + " past a multiple of " +
-             std::to_string(alignment));
+         std::to_string(uintptr_t(address) % alignment) + " past a multiple of " +
+         std::to_string(alignment));
 }
 
 const Tensor* find(const char* address, size_t bytes) {
@@ -177,8 +177,8 @@ void check(Access access, const void* pointer, size_t bytes, size_t alignment, c
     if (tensor && !tensor->shadow) {
         if (access == Access::read) return;
         fail(verb(access) + counted(bytes, "byte") + " at " +
-                 byte_text(size_t(address - tensor->begin), tensor->name) +
-                 ", an input of the kernel");
+             byte_text(size_t(address - tensor->begin), tensor->name) +
+             ", an input of the kernel");
     }
     Shadow& shadow = shared ? arenas[cta.slot] : *tensor->shadow;
     const Visitor visitor{&thread, shared, launch_serial, pack_place(pc)};

@@ -1,6 +1,6 @@
-// What the emulator knows of memory, and checks at every access: that it lies within a tensor or the
-// CTA's shared memory and is aligned, that what is read was written, that a kernel's inputs are not,
-// and that two threads, one of them writing, do not touch one place with no barrier between.
+// What the emulator knows of memory, and checks at every access: that it lies within a tensor or
+// the CTA's shared memory and is aligned, that what is read was written, that a kernel's inputs are
+// not, and that two threads, one of them writing, do not touch one place with no barrier between.
 //
 // -fsanitize=thread makes g++ call a function before each access of a kernel; hooks.cpp has those
 // functions.

@@ -161,8 +161,8 @@ Shadow::Cells Shadow::make(size_t count) {
 Shadow::Shadow(size_t bytes)
     : lines_(make(bytes / kLine + 1)), parts_(make((bytes / kLine + 1) * kParts)) {}
 
-// f(cell, offset) for the cells of the bytes while it returns true. `merges`: it leaves all parts of
-// a line alike.
+// f(cell, offset) for the cells of the bytes while it returns true. `merges`: it leaves all parts
+// of a line alike.
 template <class F>
 void Shadow::visit(size_t offset, size_t bytes, bool merges, F&& f) {
     const size_t end = offset + bytes;

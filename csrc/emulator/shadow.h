@@ -1,6 +1,6 @@
-// The shadow of memory: who wrote and read there last, and whether the one who comes now had to wait
-// for them. A cell stands for a line of 16 bytes until an access touches a part of it, then eight
-// stand for 2 bytes each, until the line is again written as a whole.
+// The shadow of memory: who wrote and read there last, and whether the one who comes now had to
+// wait for them. A cell stands for a line of 16 bytes until an access touches a part of it, then
+// eight stand for 2 bytes each, until the line is again written as a whole.
 #pragma once
 
 #include <cstddef>

@@ -7,8 +7,8 @@ namespace {
 
 __device__ float* arena() { return reinterpret_cast<float*>(gk::shared_memory()); }
 
-// a (n,) in, b (n,) out, n floats of shared memory, n / 4 threads. Each copies four floats and gives
-// out the four of another thread.
+// a (n,) in, b (n,) out, n floats of shared memory, n / 4 threads. Each copies four floats and
+// gives out the four of another thread.
 __device__ void give_next(const Case& p) {
     unsigned next = (threadIdx.x + 1) % (p.n / 4);
     gk::st128(p.b + 4 * threadIdx.x, gk::ld128(arena() + 4 * next));  // give_next

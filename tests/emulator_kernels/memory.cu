@@ -21,7 +21,8 @@ __device__ void store_bf16(__nv_bfloat16* to, float x) {
 
 // c (n,) bf16 out
 __global__ void bf16_past_end(const Case p) {
-    store_bf16(static_cast<__nv_bfloat16*>(p.c) + threadIdx.x + p.broken, 1.0f);  // bf16_past_end: caller
+    auto to = static_cast<__nv_bfloat16*>(p.c) + threadIdx.x + p.broken;
+    store_bf16(to, 1.0f);  // bf16_past_end: caller
 }
 
 // a (n,) in, b (n,) out, n floats of shared memory

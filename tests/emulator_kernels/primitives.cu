@@ -98,8 +98,8 @@ __global__ void indices(const Case p) {
     out[3] = int(threadIdx.x);
 }
 
-// c uint16 (32, 8) in, four matrices of 8 x 8; b uint32 (2, 4, 32) out: registers of ldmatrix and of
-// its transposing kind; 512 bytes of shared memory
+// c uint16 (32, 8) in, four matrices of 8 x 8; b uint32 (2, 4, 32) out: registers of ldmatrix and
+// of its transposing kind; 512 bytes of shared memory
 __global__ void ldmatrix(const Case p) {
     auto shared = reinterpret_cast<uint16_t*>(gk::shared_memory());
     unsigned lane = threadIdx.x;
