@@ -190,9 +190,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
     } while (kWide && team.col(first) < op.cols);
     sums = team_sum(sums, p.warps, scratch);
     const float shift = sums.y / op.cols;
-    const float variance = sums.x / op.cols - shift * shift;
-    // Rounding may take a tiny variance below zero; a NaN stays.
-    const float rstd = rsqrtf((variance < 0.0f ? 0.0f : variance) + op.eps);
+    const float rstd = rsqrtf(sums.x / op.cols - shift * shift + op.eps);
     mean += shift;
     if (team.thread == 0) {
         op.mean[row] = mean;

@@ -270,12 +270,13 @@ class TestCuda:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
     def test_constant_rows(self, device: torch.device) -> None:
-        """No variance at all, and one that rounding may take below zero: y is the bias."""
-        bias = torch.randn(104, device=device)
-        for value in (0.0, 1.0, 1e4 / 3, 1e30):
-            x = torch.full((3, 104), value, device=device)
-            y = layer_norm(x, torch.ones(104, device=device), bias, eps=1e-30, impl="cuda")
-            assert torch.equal(y, bias.expand(3, 104))
+        """No variance, with and without rounding in the mean: y is the bias."""
+        for C in (104, 101, 300, 779, 1784):
+            bias = torch.randn(C, device=device)
+            x = torch.cat((torch.randn(12), torch.tensor([0.0, 1.0, 1e4 / 3, 1e30])))[:, None]
+            x = x.to(device).expand(16, C)
+            y = layer_norm(x, torch.ones(C, device=device), bias, eps=1e-30, impl="cuda")
+            assert torch.equal(y, bias.expand(16, C))
 
     def test_sums_of_other_dtypes_are_refused(self, device: torch.device) -> None:
         """They do not come from the public function."""
