@@ -132,6 +132,8 @@ __device__ __forceinline__ void value_products(
             weights[r] = M::from_accumulators(&p[r][j / 8]);
 #pragma unroll
         for (int d = 0; d < Tiles::kWidth; d += 16) {
+            // A fence for ptxas, which would load fragments ahead into registers there are none of.
+            if (!Tiles::kHalf && Tiles::kWidth == 256) __syncwarp();
             typename M::B v[2];
             load_b_transposed(v, v_tile, j, d);
 #pragma unroll
