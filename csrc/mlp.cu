@@ -168,8 +168,8 @@ __device__ __forceinline__ void stage(const Accumulators<C>& acc, int warp_m, in
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float* pair = staged<C>(row + 16 * i + 8 * half, col + 8 * j);
-                pair[0] = acc.at[i][j][2 * half];
-                pair[1] = acc.at[i][j][2 * half + 1];
+                *reinterpret_cast<float2*>(pair) =
+                    make_float2(acc.at[i][j][2 * half], acc.at[i][j][2 * half + 1]);
             }
         }
     }

@@ -45,7 +45,7 @@ __device__ inline void copy_tile(Tile tile, const T* source, int64_t row_stride,
 #pragma unroll
             for (int i = 0; i < Tile::kChunk; ++i)
                 chunk.at[i] = i < valid ? from[col + i] : T(0.0f);
-            st128(tile.at(row, col0 + col), chunk);
+            st128_shared(tile.at(row, col0 + col), chunk);
         }
     }
 }

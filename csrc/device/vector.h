@@ -30,8 +30,23 @@ __device__ __forceinline__ Pack<T, kPer128<T>> ld128(const T* source) {
     return pack;
 }
 
+// To global memory. Spelled out, since where an element path stands beside it the compiler makes four
+// small stores of one large.
 template <class T>
 __device__ __forceinline__ void st128(T* target, const Pack<T, kPer128<T>>& pack) {
+#ifdef GK_EMULATE
+    emulator::store_16(target, &pack);
+#else
+    const uint4 words = *reinterpret_cast<const uint4*>(&pack);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(
+                     __cvta_generic_to_global(target)),
+                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void st128_shared(T* target, const Pack<T, kPer128<T>>& pack) {
 #ifdef GK_EMULATE
     emulator::store_16(target, &pack);
 #else
