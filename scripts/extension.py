@@ -50,12 +50,15 @@ _HOPPER_ONLY = "_sm90"  # a source's stem ends so: it is compiled for 90a and fo
 _HOST_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Errors name the callers that frame pointers lead to.
 _EMULATED_FLAGS = [*_HOST_FLAGS, "-DGK_EMULATE", "-g", "-fno-omit-frame-pointer"]
+if platform.machine() == "aarch64":
+    _EMULATED_FLAGS.append("-mbranch-protection=none")  # signed return addresses name no line
 _EMULATOR_FLAGS = [*_EMULATED_FLAGS, "-O2", "-fno-optimize-sibling-calls"]
 # Kernels: every access to memory is reported, function entries and exits are not. Device functions
 # are inlined whether or not they are declared so: g++ does not report what calls take or return.
-# Loads and stores of structs stay whole, so that their alignment is seen.
+# Loads and stores of structs stay whole, so that their alignment is seen. No call is copied for
+# the two outcomes of a condition: lanes that meet at one place have one return address.
 _REPORTED = [
-    *("-O1", "-Wno-attributes", "-fno-tree-sra"),
+    *("-O1", "-Wno-attributes", "-fno-tree-sra", "-fno-thread-jumps"),
     *("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
 ]
 _NVCC_FLAGS = [

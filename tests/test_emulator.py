@@ -179,6 +179,7 @@ CTA: dict[str, Any] = {"a": N, "b": N, "n": N, "threads": N, "shared": 4 * N}
 COPY: dict[str, Any] = {**CTA, "threads": N // 4}
 THREAD = "CTA (0, 0, 0), thread #, at"
 BARRIER = "tests/emulator_kernels/meetings.cu:#"
+PRODUCT = "csrc/device/mma.h:#, called at csrc/device/mma.h:#"
 LOAD, COPIES = "csrc/device/vector.h:#", "csrc/device/cp_async.h:#"
 
 # name -> (how it is launched, what is said after the kernel's name). <marker> stands for a line of
@@ -373,6 +374,17 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "CTA (0, 0, 0), thread 0, at <two_readers>: writes 4 bytes at byte 0 of c, which thread # "
         "read at <second reader>, with no barrier between",
     ),
+    "three_readers": (
+        {"b": N, "c": 1, "threads": N},
+        "CTA (0, 0, 0), thread 0, at <three_readers>: writes 4 bytes at byte 0 of c, which thread "
+        "# read at <last reader>, with no barrier between",
+    ),
+    "readers_of_line": (
+        CTA,
+        "CTA (0, 0, 0), thread 0, at <readers_of_line>: writes 4 bytes at byte 12 of shared "
+        f"memory, which thread # read at {LOAD}, called at <last reader of line>, with no barrier "
+        "between",
+    ),
     "ctas": (
         {"c": 1, "grid": (2, 1, 1)},
         "CTA (1, 0, 0), thread 0, at <ctas>: reads 4 bytes at byte 0 of c, which thread 0 of CTA "
@@ -441,6 +453,43 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"threads": 64},
         f"{THREAD} {BARRIER}, called at <unequal_barrier_counts>: barrier brings 96 threads to "
         "barrier 1, where others wait for 64",
+    ),
+    "divergent_load": (
+        {"a": N, "b": 32, "shared": 4 * N},
+        f"{THREAD} csrc/device/mma.h:#, called at <divergent_load: high>: ldmatrix with mask "
+        "0xffffffff diverges: lanes 0x0000ffff of the same warp are in ldmatrix with mask "
+        "0xffffffff at csrc/device/mma.h:#, called at <divergent_load: low>",
+    ),
+    "divergent_product": (
+        {"b": 32},
+        f"{THREAD} {PRODUCT}, called at <divergent_product: high>: mma.sync with mask 0xffffffff "
+        "diverges: lanes 0x0000ffff of the same warp are in mma.sync with mask 0xffffffff at "
+        f"{PRODUCT}, called at <divergent_product: low>",
+    ),
+    "half_warps": (
+        {"threads": 64},
+        f"{THREAD} {BARRIER}, called at <half_warps>: a wait on barrier 1, for 32 threads, needs "
+        "whole warps, and lanes 0x00010000 have returned",
+    ),
+    "half_of_another": (
+        {"threads": 64},
+        f"{THREAD} {BARRIER}, called at <half_of_another>: the barrier is complete, and lanes "
+        "0xffff0000 of warp 0 have not come, the others wait at "
+        f"{BARRIER}, called at <half_of_another>",
+    ),
+    "returned_before_barrier": (
+        {"threads": 64},
+        f"{THREAD} {BARRIER}, called at <returned_before_barrier>: barrier on barrier 1, for 64 "
+        "threads, needs whole warps, and lanes 0xffff0000 have returned",
+    ),
+    "arrives_twice": (
+        {"threads": 64},
+        f"{THREAD} <arrives_twice>: barrier_arrive comes again to barrier 1, which its first "
+        "arrival has not completed",
+    ),
+    "arrives_for_nobody": (
+        {},
+        f"{THREAD} <arrives_for_nobody>: barrier_arrive does not say for how many threads",
     ),
 }
 
@@ -558,7 +607,7 @@ LANES = torch.arange(32, dtype=torch.int32)
 
 
 def test_shuffles(machine: Emulator) -> None:
-    out = torch.full((8, 32), -1, dtype=torch.int32)
+    out = torch.full((12, 32), -1, dtype=torch.int32)
     machine("shuffles", c=out, c_is="out")
     out -= 100  # each lane brings its number + 100
     lanes = LANES.tolist()
@@ -575,6 +624,11 @@ def test_shuffles(machine: Emulator) -> None:
     # others read from an earlier segment, as shfl.bfly does.
     assert out[6].tolist() == [i if i // 8 % 2 == 0 else i ^ 12 for i in lanes]
     assert out[7].tolist() == [i // 8 * 8 + 1 for i in lanes]
+    # Of 35, 2^32 - 1, 37 and -1 five bits count.
+    assert out[8].tolist() == out[0].tolist()
+    assert out[9].tolist() == [31, *range(1, 32)]
+    assert out[10].tolist() == out[2].tolist()
+    assert out[11].tolist() == [31] * 32
 
 
 def test_votes(machine: Emulator) -> None:

@@ -24,37 +24,28 @@
 
 namespace gk::emulator {
 
-// A line of the kernel, taken where a default argument is.
-struct Site {
-    const char* file;
-    int line;
-    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-        return {file, line};
-    }
-};
-
 uint3 thread_index();
 uint3 block_index();
 dim3 block_size();
 dim3 grid_size();
 unsigned char* shared_memory();
 
-// Barrier `number` of the CTA, for `threads` threads; 0: all that have not returned.
-void barrier_sync(unsigned number, unsigned threads, Site site, const char* what);
-// Counts as there, and goes on.
-void barrier_arrive(unsigned number, unsigned threads, Site site);
+// Barrier `number` of the CTA. For `threads` threads it takes whole warps, all lanes of which come
+// from one place; for 0 it takes all threads that have not returned.
+void barrier_sync(unsigned number, unsigned threads, const char* what);
+// Counts as there, for a number of threads, and goes on.
+void barrier_arrive(unsigned number, unsigned threads);
 
-// The lanes named by `mask` meet at one place; the last to arrive calls `combine` with what each
-// brought, indexed by lane, nullptr for absent lanes; then all go on. Lanes that have returned need
-// not come, except to instructions for a `whole` warp.
+// The lanes named by `mask` meet at one place, by one path of calls; the last to arrive calls
+// `combine` with what each brought, indexed by lane, nullptr for absent lanes; then all go on.
+// Lanes that have returned need not come, except to instructions for a `whole` warp.
 using Combine = void (*)(void* const* lanes);
-void collective(const char* what, unsigned mask, void* data, Combine combine, Site site,
-                bool whole = false);
+void collective(const char* what, unsigned mask, void* data, Combine combine, bool whole = false);
 
 enum class Shuffle { index, up, down, exclusive };
-uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int operand, int width, Site site);
-unsigned ballot(const char* what, unsigned mask, bool predicate, Site site);
-void warp_sync(unsigned mask, Site site);
+uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int operand, int width);
+unsigned ballot(const char* what, unsigned mask, bool predicate);
+void warp_sync(unsigned mask);
 
 float atomic_add(float* address, float value);
 
@@ -64,11 +55,11 @@ void store_16(void* to, const void* from);
 
 template <class T>
 __attribute__((no_sanitize("thread"))) T shuffle_as(Shuffle kind, unsigned mask, T value,
-                                                    int operand, int width, Site site) {
+                                                    int operand, int width) {
     static_assert(sizeof(T) <= 8, "a shuffle moves up to 8 bytes");
     uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
-    bits = shuffle(kind, mask, bits, operand, width, site);
+    bits = shuffle(kind, mask, bits, operand, width);
     std::memcpy(&value, &bits, sizeof(T));
     return value;
 }
@@ -81,56 +72,48 @@ __attribute__((no_sanitize("thread"))) T shuffle_as(Shuffle kind, unsigned mask,
 #define gridDim (::gk::emulator::grid_size())
 
 // CUDA's own names, as kernels write them.
-inline void __syncthreads(gk::emulator::Site site = gk::emulator::Site::here()) {
-    gk::emulator::barrier_sync(0, 0, site, "__syncthreads");
+inline void __syncthreads() {
+    gk::emulator::barrier_sync(0, 0, "__syncthreads");
 }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu,
-                       gk::emulator::Site site = gk::emulator::Site::here()) {
-    gk::emulator::warp_sync(mask, site);
-}
-
-template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32,
-              gk::emulator::Site site = gk::emulator::Site::here()) {
-    using gk::emulator::Shuffle;
-    return gk::emulator::shuffle_as(Shuffle::index, mask, value, lane, width, site);
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+    gk::emulator::warp_sync(mask);
 }
 
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                 gk::emulator::Site site = gk::emulator::Site::here()) {
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
     using gk::emulator::Shuffle;
-    return gk::emulator::shuffle_as(Shuffle::up, mask, value, int(delta), width, site);
+    return gk::emulator::shuffle_as(Shuffle::index, mask, value, lane, width);
 }
 
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                   gk::emulator::Site site = gk::emulator::Site::here()) {
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
     using gk::emulator::Shuffle;
-    return gk::emulator::shuffle_as(Shuffle::down, mask, value, int(delta), width, site);
+    return gk::emulator::shuffle_as(Shuffle::up, mask, value, int(delta), width);
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32,
-                  gk::emulator::Site site = gk::emulator::Site::here()) {
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
     using gk::emulator::Shuffle;
-    return gk::emulator::shuffle_as(Shuffle::exclusive, mask, value, lanes, width, site);
+    return gk::emulator::shuffle_as(Shuffle::down, mask, value, int(delta), width);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate,
-                              gk::emulator::Site site = gk::emulator::Site::here()) {
-    return gk::emulator::ballot("__ballot_sync", mask, predicate != 0, site);
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+    using gk::emulator::Shuffle;
+    return gk::emulator::shuffle_as(Shuffle::exclusive, mask, value, lanes, width);
 }
 
-inline int __any_sync(unsigned mask, int predicate,
-                      gk::emulator::Site site = gk::emulator::Site::here()) {
-    return gk::emulator::ballot("__any_sync", mask, predicate != 0, site) != 0;
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    return gk::emulator::ballot("__ballot_sync", mask, predicate != 0);
 }
 
-inline int __all_sync(unsigned mask, int predicate,
-                      gk::emulator::Site site = gk::emulator::Site::here()) {
-    return gk::emulator::ballot("__all_sync", mask, predicate == 0, site) == 0;
+inline int __any_sync(unsigned mask, int predicate) {
+    return gk::emulator::ballot("__any_sync", mask, predicate != 0) != 0;
+}
+
+inline int __all_sync(unsigned mask, int predicate) {
+    return gk::emulator::ballot("__all_sync", mask, predicate == 0) == 0;
 }
 
 inline float atomicAdd(float* address, float value) {

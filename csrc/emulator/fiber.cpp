@@ -75,7 +75,9 @@ gk_emulator_switch:
 namespace gk::emulator {
 namespace {
 
-constexpr size_t kGuardBytes = 4096;
+// Several times what a frame takes, so that none reaches past it, and a whole number of pages,
+// which are of up to 64 KB.
+constexpr size_t kGuardBytes = 64 * 1024;
 constexpr size_t kStagger = 272, kStaggerRange = 4096;
 
 }  // namespace
@@ -84,7 +86,7 @@ Fiber::Fiber(unsigned index) {
     void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, kGuardBytes, PROT_NONE);
+    if (mprotect(memory, kGuardBytes, PROT_NONE) != 0) throw std::bad_alloc();
     stack_ = static_cast<char*>(memory) + kGuardBytes;
     top_ = stack_ + kStackBytes - (index * kStagger) % kStaggerRange;
     top_ -= reinterpret_cast<uintptr_t>(top_) % 64;

@@ -216,10 +216,6 @@ std::string hexadecimal(unsigned mask) {
     return buffer;
 }
 
-std::string describe(const Site& site) {
-    return std::string(site.file) + ":" + std::to_string(site.line);
-}
-
 void fail(const std::string& sentence, const std::string& where) {
     std::string whole = std::string(launched->name) + " on " + launched->shape;
     if (running == nullptr) throw Error(whole + ": " + sentence);

@@ -31,7 +31,7 @@ struct Cta;
 // What a thread waits for, and what it brought.
 struct Waiting {
     const char* what = nullptr;  // "__syncthreads", "mma.sync" ...; nullptr: it does not wait
-    Site site{};
+    uint64_t path = 0;     // of calls that led there
     unsigned mask = 0;     // of lanes, at a collective of the warp
     unsigned barrier = 0;  // the barrier's number
 };
@@ -81,7 +81,8 @@ struct Barrier {
     std::vector<Thread*> waiting;
     std::vector<Thread*> arrived;  // without waiting
     unsigned expected = 0;         // threads; 0: every thread of the CTA that has not returned
-    Site sites[kMostWarps] = {};   // where the first lane of each warp came from
+    unsigned lanes[kMostWarps] = {};   // of each warp, who have come
+    uint64_t paths[kMostWarps] = {};   // of the calls that led the first of them there
     Past past;                     // of those who came
 };
 
@@ -105,13 +106,12 @@ extern const Launch* launched;    // the launch in progress
 // Ends the launch with an error of the running thread: "<kernel>, CTA (x, y, z), thread t, at
 // csrc/file.cu:line: <sentence>". On the host's stack it throws.
 [[noreturn]] void fail(const std::string& sentence, const std::string& where = here());
-std::string describe(const Site& site);
 std::string hexadecimal(unsigned mask);
 
 // Of cp_async.cpp: when copies arrive during this launch, by the environment.
 void choose_copies();
 
-// Of meetings.cpp: those who waited for a thread that has returned wait no longer.
+// Of meetings.cpp: those who waited for a thread that has returned wait no longer, or must not.
 void go_on_without(const Thread& thread);
 
 }  // namespace gk::emulator

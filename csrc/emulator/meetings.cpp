@@ -16,12 +16,49 @@ void wait(Waiting waiting) {
 
 void wake(Thread* thread) { thread->waiting = {}; }
 
+// The lanes that a whole warp has.
+unsigned all_lanes(const Cta& cta, unsigned warp) {
+    const unsigned threads = std::min(cta.threads - warp * kWarp, kWarp);
+    return 0xffffffffu >> (kWarp - threads);
+}
+
+// A number of threads counts warps, and a warp is there when all its lanes are.
 bool complete(const Cta& cta, const Barrier& barrier) {
     const size_t here = barrier.waiting.size() + barrier.arrived.size();
-    return here > 0 && here >= (barrier.expected ? barrier.expected : cta.alive);
+    if (barrier.expected == 0) return here > 0 && here >= cta.alive;
+    if (here < barrier.expected && cta.threads % kWarp == 0) return false;
+    unsigned threads = 0;
+    for (unsigned warp = 0; warp < cta.warps.size(); ++warp) {
+        if (barrier.lanes[warp] == all_lanes(cta, warp)) threads += kWarp;
+    }
+    return threads >= barrier.expected;
+}
+
+// Where one who waits there is.
+std::string place_of(const Barrier& barrier, unsigned warp) {
+    for (const Thread* thread : barrier.waiting) {
+        if (thread->warp() == warp) return "wait at " + lines(calls_of(*thread));
+    }
+    return "have arrived elsewhere";
+}
+
+[[noreturn]] void fail_returned(const Barrier& barrier, const char* what, unsigned number,
+                                unsigned returned) {
+    fail(std::string(what) + " on barrier " + std::to_string(number) + ", for " +
+             std::to_string(barrier.expected) + " threads, needs whole warps, and lanes " +
+             hexadecimal(returned) + " have returned",
+         running->done && !barrier.waiting.empty() ? lines(calls_of(*barrier.waiting[0])) : here());
 }
 
 void release(Cta& cta, Barrier& barrier) {
+    if (barrier.expected != 0) {
+        for (unsigned warp = 0; warp < cta.warps.size(); ++warp) {
+            const unsigned missing = all_lanes(cta, warp) & ~barrier.lanes[warp];
+            if (barrier.lanes[warp] == 0 || missing == 0) continue;
+            fail("the barrier is complete, and lanes " + hexadecimal(missing) + " of warp " +
+                 std::to_string(warp) + " have not come, the others " + place_of(barrier, warp));
+        }
+    }
     if (barrier.expected == 0 || barrier.waiting.size() == cta.threads) {
         order_cta(cta);
     } else {
@@ -31,10 +68,10 @@ void release(Cta& cta, Barrier& barrier) {
     for (Thread* thread : barrier.waiting) wake(thread);
     barrier.waiting.clear();
     barrier.arrived.clear();
-    std::fill(std::begin(barrier.sites), std::end(barrier.sites), Site{});
+    std::fill(std::begin(barrier.lanes), std::end(barrier.lanes), 0);
 }
 
-Barrier& join_barrier(unsigned number, unsigned threads, Site site, const char* what) {
+Barrier& join_barrier(unsigned number, unsigned threads, uint64_t path, const char* what) {
     Thread& self = *running;
     if (number >= kBarriers) {
         fail(std::string(what) + " names barrier " + std::to_string(number) + ", there are 16");
@@ -50,18 +87,25 @@ Barrier& join_barrier(unsigned number, unsigned threads, Site site, const char* 
                  std::to_string(number) + ", where others wait for " +
                  std::to_string(barrier.expected));
     }
-    // bar.sync is .aligned: a warp's lanes arrive from one place.
-    Site& there = barrier.sites[self.warp()];
-    if (there.file == nullptr) there = site;
-    if (there.line != site.line || std::strcmp(there.file, site.file) != 0) {
-        fail(std::string(what) + " diverges: lanes of the same warp wait at " + describe(there));
+    const unsigned warp = self.warp();
+    unsigned& lanes = barrier.lanes[warp];
+    if (lanes >> self.lane() & 1) {
+        fail(std::string(what) + " comes again to barrier " + std::to_string(number) +
+             ", which its first arrival has not completed");
     }
+    // bar.sync is .aligned: a warp's lanes arrive from one place.
+    if (lanes == 0) barrier.paths[warp] = path;
+    if (barrier.paths[warp] != path) {
+        fail(std::string(what) + " diverges: lanes of the same warp " + place_of(barrier, warp));
+    }
+    lanes |= 1u << self.lane();
+    const unsigned returned = all_lanes(*self.cta, warp) & ~self.cta->warps[warp].alive & ~lanes;
+    if (threads != 0 && returned != 0) fail_returned(barrier, what, number, returned);
     return barrier;
 }
 
 bool same_place(const Waiting& a, const Waiting& b) {
-    return a.mask == b.mask && a.site.line == b.site.line &&
-           std::strcmp(a.what, b.what) == 0 && std::strcmp(a.site.file, b.site.file) == 0;
+    return a.mask == b.mask && a.path == b.path && std::strcmp(a.what, b.what) == 0;
 }
 
 // One of those who wait there.
@@ -92,41 +136,48 @@ bool finish(Cta& cta, unsigned warp, size_t index) {
 void go_on_without(const Thread& thread) {
     Cta& cta = *thread.cta;
     for (Barrier& barrier : cta.barriers) {
-        if (barrier.expected == 0 && complete(cta, barrier)) release(cta, barrier);
+        if (barrier.expected == 0) {
+            if (complete(cta, barrier)) release(cta, barrier);
+        } else if (barrier.lanes[thread.warp()] != 0 &&
+                   !(barrier.lanes[thread.warp()] >> thread.lane() & 1)) {
+            const auto number = unsigned(&barrier - cta.barriers);
+            fail_returned(barrier, "a wait", number, 1u << thread.lane());
+        }
     }
     for (size_t i = cta.warps[thread.warp()].meetings.size(); i-- > 0;) {
         finish(cta, thread.warp(), i);
     }
 }
 
-void barrier_sync(unsigned number, unsigned threads, Site site, const char* what) {
+void barrier_sync(unsigned number, unsigned threads, const char* what) {
     Cta& cta = *running->cta;
-    Barrier& barrier = join_barrier(number, threads, site, what);
+    const uint64_t path = path_here();
+    Barrier& barrier = join_barrier(number, threads, path, what);
     leave_past(barrier.past, *running);
     barrier.waiting.push_back(running);
     if (complete(cta, barrier)) {
         running->waiting = {};
         release(cta, barrier);
     } else {
-        wait({what, site, 0, number});
+        wait({what, path, 0, number});
     }
 }
 
-void barrier_arrive(unsigned number, unsigned threads, Site site) {
-    Barrier& barrier = join_barrier(number, threads, site, "barrier_arrive");
+void barrier_arrive(unsigned number, unsigned threads) {
+    if (threads == 0) fail("barrier_arrive does not say for how many threads");
+    Barrier& barrier = join_barrier(number, threads, path_here(), "barrier_arrive");
     leave_past(barrier.past, *running);
     barrier.arrived.push_back(running);
     if (complete(*running->cta, barrier)) release(*running->cta, barrier);
 }
 
-void collective(const char* what, unsigned mask, void* data, Combine combine, Site site,
-                bool whole) {
+void collective(const char* what, unsigned mask, void* data, Combine combine, bool whole) {
     Thread& self = *running;
     if (!(mask >> self.lane() & 1)) {
         fail(std::string(what) + " has mask " + hexadecimal(mask) + ", which leaves out lane " +
                  std::to_string(self.lane()) + ", its own");
     }
-    const Waiting waiting{what, site, mask, 0};
+    const Waiting waiting{what, path_here(), mask, 0};
     std::vector<Meeting>& meetings = self.cta->warps[self.warp()].meetings;
     size_t index = 0;
     while (index < meetings.size() && !(meetings[index].waiting.mask & mask)) ++index;
@@ -160,14 +211,15 @@ void combine_shuffle(void* const* lanes) {
         if (lanes[lane] == nullptr) continue;
         auto& mine = *static_cast<ShuffleLane*>(lanes[lane]);
         const int first = lane - lane % mine.width;
+        const int operand = mine.operand & 31;  // all that shfl.sync takes of it
         int source = lane;
         switch (mine.kind) {
             case Shuffle::index:
-                source = first + (mine.operand & (mine.width - 1));
+                source = first + (operand & (mine.width - 1));
                 break;
-            case Shuffle::up: source = lane - mine.operand; break;
-            case Shuffle::down: source = lane + mine.operand; break;
-            case Shuffle::exclusive: source = lane ^ mine.operand; break;
+            case Shuffle::up: source = lane - operand; break;
+            case Shuffle::down: source = lane + operand; break;
+            case Shuffle::exclusive: source = lane ^ operand; break;
         }
         // As in the ISA: up stops at the segment's first lane, the others at its last.
         const bool outside = mine.kind == Shuffle::up ? source < first
@@ -204,7 +256,7 @@ void combine_sync(void* const* lanes) {
 
 }  // namespace
 
-uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int operand, int width, Site site) {
+uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int operand, int width) {
     static constexpr const char* kNames[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync",
                                              "__shfl_xor_sync"};
     const char* name = kNames[int(kind)];
@@ -213,18 +265,18 @@ uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int operand, int w
                  ", which must be a power of two up to 32");
     }
     ShuffleLane lane{value, value, kind, operand, width};
-    collective(name, mask, &lane, combine_shuffle, site);
+    collective(name, mask, &lane, combine_shuffle);
     return lane.result;
 }
 
-unsigned ballot(const char* what, unsigned mask, bool predicate, Site site) {
+unsigned ballot(const char* what, unsigned mask, bool predicate) {
     VoteLane lane{predicate, 0};
-    collective(what, mask, &lane, combine_ballot, site);
+    collective(what, mask, &lane, combine_ballot);
     return lane.result;
 }
 
-void warp_sync(unsigned mask, Site site) {
-    collective("__syncwarp", mask, running, combine_sync, site);
+void warp_sync(unsigned mask) {
+    collective("__syncwarp", mask, running, combine_sync);
 }
 
 float atomic_add(float* address, float value) {

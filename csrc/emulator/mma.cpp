@@ -42,7 +42,7 @@ void combine_ldmatrix_trans(void* const* lanes) {
     }
 }
 
-void ldmatrix(const char* what, uint32_t (&r)[4], const void* row, Combine combine, Site site,
+void ldmatrix(const char* what, uint32_t (&r)[4], const void* row, Combine combine,
               const void* pc) {
     const auto address = reinterpret_cast<uintptr_t>(row);
     const auto arena = reinterpret_cast<uintptr_t>(shared_memory());
@@ -56,7 +56,7 @@ void ldmatrix(const char* what, uint32_t (&r)[4], const void* row, Combine combi
     LdmatrixLane lane;
     std::memcpy(lane.row, row, 16);
     lane.r = r;
-    collective(what, kAllLanes, &lane, combine, site, true);
+    collective(what, kAllLanes, &lane, combine, true);
 }
 
 struct MmaLane {
@@ -97,22 +97,22 @@ void combine_mma(void* const* lanes) {
 
 }  // namespace
 
-void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site) {
-    ldmatrix("ldmatrix", r, row, combine_ldmatrix, site, __builtin_return_address(0));
+void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+    ldmatrix("ldmatrix", r, row, combine_ldmatrix, __builtin_return_address(0));
 }
 
-void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site) {
-    ldmatrix("ldmatrix.trans", r, row, combine_ldmatrix_trans, site, __builtin_return_address(0));
+void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+    ldmatrix("ldmatrix.trans", r, row, combine_ldmatrix_trans, __builtin_return_address(0));
 }
 
-void mma_m16n8k16_bf16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
+void mma_m16n8k16_bf16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     MmaLane lane{acc, a, b};
-    collective("mma.sync", kAllLanes, &lane, combine_mma<__nv_bfloat16>, site, true);
+    collective("mma.sync", kAllLanes, &lane, combine_mma<__nv_bfloat16>, true);
 }
 
-void mma_m16n8k16_f16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
+void mma_m16n8k16_f16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     MmaLane lane{acc, a, b};
-    collective("mma.sync", kAllLanes, &lane, combine_mma<__half>, site, true);
+    collective("mma.sync", kAllLanes, &lane, combine_mma<__half>, true);
 }
 
 }  // namespace gk::emulator

@@ -88,6 +88,19 @@ std::string here() {
     return lines(calls_from(*running, static_cast<const char*>(__builtin_frame_address(0))));
 }
 
+uint64_t path_here() {
+    const char* frame = static_cast<const char*>(__builtin_frame_address(0));
+    uint64_t path = 0;
+    while (frame != nullptr) {
+        const void* values[2];
+        std::memcpy(values, frame, sizeof values);
+        path = (path ^ uintptr_t(values[1])) * 0x9e3779b97f4a7c15u;
+        path ^= path >> 32;
+        frame = static_cast<const char*>(values[0]);
+    }
+    return path;
+}
+
 Calls calls_of(const Thread& waiting) { return calls_from(waiting, waiting.fiber.frame()); }
 
 std::string short_path(const std::string& path) {

@@ -1,6 +1,7 @@
 // Where in the source something happened, for error messages.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,8 @@ std::string lines(const Calls& calls);
 // Of the running thread, and of one that waits.
 std::string here();
 Calls calls_of(const Thread& waiting);
+// Of the calls that the running thread is in: a number that differs where they do.
+uint64_t path_here();
 // As messages name a source file: from the project's folder on.
 std::string short_path(const std::string& path);
 

@@ -12,6 +12,7 @@ struct Cell {
     Epoch readers[2];     // since then, as far as one does not come before another
     unsigned written_at;  // a place (report.h) and flags
     unsigned read_at[2];  // likewise
+    unsigned more;        // the list of further readers, all of one CTA; 0: there are none
 };
 
 namespace {
@@ -34,8 +35,9 @@ constexpr Epoch kHost = 1;  // before all CTAs, which count from 1
 template <bool kShared>
 class Check {
   public:
-    explicit Check(const Visitor& visitor)
-        : thread_(*visitor.thread),
+    Check(const Visitor& visitor, ReaderLists& more)
+        : more_(more),
+          thread_(*visitor.thread),
           now_(thread_.clock.now),
           floor_(thread_.cta->clock.floor),
           seen_(thread_.clock.seen.data()),
@@ -54,7 +56,7 @@ class Check {
         if (!unwritten(cell)) {
             if (!after_writer(cell, finding) || !after_readers(cell, finding)) return false;
         }
-        cell = {now_, {0, 0}, place_ | flags, {0, 0}};
+        start(cell, flags);
         return true;
     }
 
@@ -70,7 +72,7 @@ class Check {
             return false;
         }
         if (!after_readers(cell, finding)) return false;
-        cell = {now_, {0, 0}, place_ | flags, {0, 0}};
+        start(cell, flags);
         return true;
     }
 
@@ -80,6 +82,11 @@ class Check {
     }
 
   private:
+    void start(Cell& cell, unsigned flags) const {
+        if (cell.more) more_.give_back(cell.more);
+        cell = {now_, {0, 0}, place_ | flags, {0, 0}, 0};
+    }
+
     bool unwritten(const Cell& cell) const {
         return kShared ? serial_of(cell.writer) != serial_of(now_) : cell.writer == 0;
     }
@@ -112,28 +119,37 @@ class Check {
                 return false;
             }
         }
+        if (cell.more == 0) return true;
+        for (const Reader& reader : more_[cell.more]) {
+            if (reader.epoch != 0 && !before(reader.epoch)) {
+                finding = {Fault::race, 0, reader.epoch, reader.place, "read"};
+                return false;
+            }
+        }
         return true;
     }
 
     // A reader that comes before this one need not be kept: who waits for this one waits for both.
-    // Where three are unordered, those of different CTAs or warps tell most.
+    // Two of different CTAs are enough: whoever writes collides with one of them.
     void keep_reader(Cell& cell) const {
         const Epoch(&readers)[2] = cell.readers;
         int i = 0;
         if (readers[0] != 0 && !before(readers[0])) {
-            if (readers[1] != 0 && !before(readers[1]) && !alike(readers[0], readers[1])) return;
+            if (readers[1] != 0 && !before(readers[1])) {
+                if (serial_of(readers[0]) != serial_of(readers[1])) return;
+                if (serial_of(readers[0]) == serial_of(now_)) return keep_further(cell);
+            }
             i = 1;
         }
         cell.readers[i] = now_;
         cell.read_at[i] = place_;
     }
 
-    // The two stand for one warp, or for one CTA, and this thread is of another.
-    bool alike(Epoch a, Epoch b) const {
-        if (serial_of(a) != serial_of(b)) return false;
-        if (serial_of(a) != serial_of(now_)) return true;
-        const unsigned warp = thread_of(a) / kWarp;
-        return warp == thread_of(b) / kWarp && warp != thread_.warp();
+    void keep_further(Cell& cell) const {
+        if (cell.more == 0) cell.more = more_.take();
+        Readers& readers = more_[cell.more];
+        if (readers.size() <= thread_.index) readers.resize(thread_.cta->threads);
+        readers[thread_.index] = {now_, place_};
     }
 
     static bool found(Finding& finding, Fault fault, const Cell& cell) {
@@ -142,6 +158,7 @@ class Check {
         return false;
     }
 
+    ReaderLists& more_;
     const Thread& thread_;
     const Epoch now_;
     const int floor_;
@@ -150,6 +167,21 @@ class Check {
 };
 
 }  // namespace
+
+unsigned ReaderLists::take() {
+    if (free_.empty()) {
+        lists_.emplace_back();
+        return unsigned(lists_.size());
+    }
+    const unsigned list = free_.back();
+    free_.pop_back();
+    return list;
+}
+
+void ReaderLists::give_back(unsigned list) {
+    lists_[list - 1].clear();
+    free_.push_back(list);
+}
 
 Shadow::Cells Shadow::make(size_t count) {
     // Zeroed, which costs nothing until they are touched.
@@ -160,6 +192,16 @@ Shadow::Cells Shadow::make(size_t count) {
 
 Shadow::Shadow(size_t bytes)
     : lines_(make(bytes / kLine + 1)), parts_(make((bytes / kLine + 1) * kParts)) {}
+
+// Each part's list of readers is its own.
+void Shadow::share_readers(Cell& line, Cell* parts) {
+    for (size_t i = 1; i < kParts; ++i) {
+        const unsigned list = more_.take();
+        more_[list] = more_[line.more];
+        parts[i].more = list;
+    }
+    line.more = 0;
+}
 
 // f(cell, offset) for the cells of the bytes while it returns true. `merges`: it leaves all parts
 // of a line alike.
@@ -177,6 +219,7 @@ void Shadow::visit(size_t offset, size_t bytes, bool merges, F&& f) {
                 continue;
             }
             std::fill(parts, parts + kParts, cell);
+            if (cell.more) share_readers(cell, parts);
             cell.read_at[0] |= kSplit;
         }
         for (size_t at = first / kPart; at * kPart < last; ++at) {
@@ -188,7 +231,7 @@ void Shadow::visit(size_t offset, size_t bytes, bool merges, F&& f) {
 
 template <bool kShared>
 Finding Shadow::touch_as(Access access, size_t offset, size_t bytes, const Visitor& visitor) {
-    const Check<kShared> check(visitor);
+    const Check<kShared> check(visitor, more_);
     Finding finding;
     const auto located = [&](bool fine, size_t at) {
         if (!fine) finding.offset = at;
@@ -220,7 +263,7 @@ Finding Shadow::touch(Access access, size_t offset, size_t bytes, const Visitor&
 }
 
 Finding Shadow::start_copy(size_t offset, const Visitor& visitor) {
-    const Check<true> check(visitor);
+    const Check<true> check(visitor, more_);
     Finding finding;
     visit(offset, kLine, true, [&](Cell& cell, size_t at) {
         const bool fine = check.write(cell, finding, kInFlight);
@@ -231,7 +274,7 @@ Finding Shadow::start_copy(size_t offset, const Visitor& visitor) {
 }
 
 void Shadow::land(size_t offset, const Visitor& visitor) {
-    const Check<true> check(visitor);
+    const Check<true> check(visitor, more_);
     visit(offset, kLine, true, [&](Cell& cell, size_t) {
         check.land(cell);
         return true;

@@ -1,17 +1,40 @@
 // The shadow of memory: who wrote and read there last, and whether the one who comes now had to
 // wait for them. A cell stands for a line of 16 bytes until an access touches a part of it, then
-// eight stand for 2 bytes each, until the line is again written as a whole.
+// eight stand for 2 bytes each, until the line is again written as a whole. Kernels move nothing
+// smaller: two threads at neighbouring single bytes would count as at one place.
 #pragma once
 
 #include <cstddef>
 #include <cstdlib>
 #include <memory>
+#include <vector>
 
 #include "clock.h"
 
 namespace gk::emulator {
 
 struct Cell;
+
+// One that reads, and where.
+struct Reader {
+    Epoch epoch = 0;
+    unsigned place = 0;
+};
+
+// Readers of one cell, by thread of the CTA.
+using Readers = std::vector<Reader>;
+
+// The lists of readers of cells that have more than a cell has room for, numbered from 1.
+class ReaderLists {
+  public:
+    unsigned take();
+    void give_back(unsigned list);
+    Readers& operator[](unsigned list) { return lists_[list - 1]; }
+
+  private:
+    std::vector<Readers> lists_;
+    std::vector<unsigned> free_;
+};
 
 enum class Access { read, write, atomic };
 enum class Fault { none, unwritten, in_flight, race };
@@ -54,12 +77,14 @@ class Shadow {
     };
     using Cells = std::unique_ptr<Cell[], Free>;
     static Cells make(size_t count);
+    void share_readers(Cell& line, Cell* parts);
     template <class F>
     void visit(size_t offset, size_t bytes, bool merges, F&& f);
     template <bool kShared>
     Finding touch_as(Access access, size_t offset, size_t bytes, const Visitor& visitor);
 
     Cells lines_, parts_;
+    ReaderLists more_;
 };
 
 }  // namespace gk::emulator

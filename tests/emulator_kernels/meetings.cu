@@ -4,10 +4,8 @@
 
 namespace {
 
-using gk::emulator::Site;
-
-void barrier(unsigned number, unsigned threads, Site site = Site::here()) {
-    gk::emulator::barrier_sync(number, threads, site, "barrier");
+void barrier(unsigned number, unsigned threads) {
+    gk::emulator::barrier_sync(number, threads, "barrier");
 }
 
 // Two warps: one waits for both at barrier 1, the other for all of the CTA.
@@ -75,6 +73,62 @@ __global__ void unequal_barrier_counts(const Case p) {
     barrier(1, p.broken && threadIdx.x >= 32 ? 96 : 64);  // unequal_barrier_counts
 }
 
+// 128 floats of shared memory. Both halves of the warp load a matrix, each in its own place.
+__global__ void divergent_load(const Case p) {
+    unsigned lane = threadIdx.x;
+    auto row = reinterpret_cast<float*>(gk::shared_memory()) + 4 * lane;
+    gk::st128(row, gk::ld128(p.a + 4 * lane));
+    uint32_t r[4];
+    if (p.broken && lane < 16) {
+        gk::ldmatrix_x4(r, row);  // divergent_load: low
+    } else {
+        gk::ldmatrix_x4(r, row);  // divergent_load: high
+    }
+    p.b[lane] = static_cast<float>(r[0]);
+}
+
+__global__ void divergent_product(const Case p) {
+    float acc[4] = {};
+    if (p.broken && threadIdx.x < 16) {
+        gk::Mma<__half>::multiply(acc, {}, {});  // divergent_product: low
+    } else {
+        gk::Mma<__half>::multiply(acc, {}, {});  // divergent_product: high
+    }
+    p.b[threadIdx.x] = acc[0];
+}
+
+// Two warps, and a barrier for one. Half of each would make up the number, and a barrier counts
+// whole warps.
+__global__ void half_warps(const Case p) {
+    if (p.broken ? threadIdx.x % 32 < 16 : threadIdx.x < 32) barrier(1, 32);  // half_warps
+}
+
+// A warp comes to a barrier where half of another one waits.
+__global__ void half_of_another(const Case p) {
+    if (threadIdx.x >= 32 || (p.broken && threadIdx.x < 16)) {
+        barrier(1, 32);  // half_of_another
+    }
+    __syncthreads();
+}
+
+// Lanes that have returned count as little.
+__global__ void returned_before_barrier(const Case p) {
+    if (p.broken && threadIdx.x % 32 >= 16) return;
+    __syncwarp();
+    barrier(1, 64);  // returned_before_barrier
+}
+
+// One warp cannot stand for two.
+__global__ void arrives_twice(const Case p) {
+    if (threadIdx.x < 32) gk::emulator::barrier_arrive(1, 64);
+    if (p.broken && threadIdx.x < 32) gk::emulator::barrier_arrive(1, 64);  // arrives_twice
+    if (!p.broken && threadIdx.x >= 32) barrier(1, 64);
+}
+
+__global__ void arrives_for_nobody(const Case p) {
+    gk::emulator::barrier_arrive(1, p.broken ? 0 : 32);  // arrives_for_nobody
+}
+
 __global__ void nothing(const Case) {}
 
 }  // namespace
@@ -90,6 +144,13 @@ const NamedCase kMeetingCases[] = {
     {"wrong_barrier_number", wrong_barrier_number},
     {"wrong_barrier_count", wrong_barrier_count},
     {"unequal_barrier_counts", unequal_barrier_counts},
+    {"divergent_load", divergent_load},
+    {"divergent_product", divergent_product},
+    {"half_warps", half_warps},
+    {"half_of_another", half_of_another},
+    {"returned_before_barrier", returned_before_barrier},
+    {"arrives_twice", arrives_twice},
+    {"arrives_for_nobody", arrives_for_nobody},
     {"nothing", nothing},
     {nullptr, nullptr},
 };

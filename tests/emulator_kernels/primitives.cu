@@ -17,6 +17,11 @@ __global__ void shuffles(const Case p) {
     out[5 * 32] = __shfl_down_sync(all, value, 3, 8);
     out[6 * 32] = __shfl_xor_sync(all, value, 12, 8);
     out[7 * 32] = __shfl_sync(all, value, 9, 8);
+    // Of the second number five bits count.
+    out[8 * 32] = __shfl_up_sync(all, value, 35u);
+    out[9 * 32] = __shfl_down_sync(all, value, 0xffffffffu);
+    out[10 * 32] = __shfl_xor_sync(all, value, 37);
+    out[11 * 32] = __shfl_sync(all, value, -1);
 }
 
 // c int32 (6, 32) out; the upper half of the warp votes apart from the lower in the last two rows
@@ -69,9 +74,9 @@ __global__ void turns_of_pairs(const Case p) {
     float value = p.a[i];
     for (int turn = 0; turn < p.n; ++turn) {
         shared[i] = value;
-        barrier_sync(1 + i / 64, 64, Site::here(), "barrier");
+        barrier_sync(1 + i / 64, 64, "barrier");
         value = shared[first + (i - first + 1) % 64];
-        barrier_sync(1 + i / 64, 64, Site::here(), "barrier");
+        barrier_sync(1 + i / 64, 64, "barrier");
     }
     p.b[i] = value;
 }

@@ -111,10 +111,10 @@ __global__ void named_barrier(const Case p) {
     unsigned i = threadIdx.x;
     if (i < 64) {
         arena()[i] = p.a[i];
-        barrier_arrive(1, 128, Site::here());
+        barrier_arrive(1, 128);
         if (p.broken) arena()[i] = 0.0f;  // after arriving
     } else {
-        barrier_sync(1, 128, Site::here(), "barrier_sync");
+        barrier_sync(1, 128, "barrier_sync");
         p.b[i] = arena()[i - 64];  // named_barrier
     }
 }
@@ -124,12 +124,12 @@ __global__ void wrong_barrier(const Case p) {
     using namespace gk::emulator;
     unsigned i = threadIdx.x;
     arena()[i] = p.a[i];  // pair wrote
-    barrier_sync(1 + i / 64, 64, Site::here(), "barrier_sync");
+    barrier_sync(1 + i / 64, 64, "barrier_sync");
     p.b[i] = arena()[p.broken ? i % 64 : i ^ 32];  // wrong_barrier
 }
 
-void pair_barrier(unsigned number, gk::emulator::Site site = gk::emulator::Site::here()) {
-    gk::emulator::barrier_sync(number, 64, site, "barrier");
+void pair_barrier(unsigned number) {
+    gk::emulator::barrier_sync(number, 64, "barrier");
 }
 
 // What warp 0 wrote reaches warp 2 by way of warp 1.
@@ -160,6 +160,28 @@ __global__ void two_readers(const Case p) {
     p.b[threadIdx.x] = value;
 }
 
+// c (1,) float: four warps read it, and the first three wait for each other before one writes.
+__global__ void three_readers(const Case p) {
+    auto total = static_cast<float*>(p.c);
+    unsigned warp = threadIdx.x / 32;
+    float value = *total;  // last reader
+    if (warp < 3) gk::emulator::barrier_sync(1, 96, "barrier");
+    if (!p.broken) __syncthreads();
+    if (threadIdx.x == 0) *total = value + 1.0f;  // three_readers
+    p.b[threadIdx.x] = value;
+}
+
+// n floats of shared memory. The same of a line that is read whole, and written in part.
+__global__ void readers_of_line(const Case p) {
+    unsigned warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) gk::st128(arena(), gk::ld128(p.a));
+    __syncthreads();
+    p.b[threadIdx.x] = gk::ld128(arena()).at[0];  // last reader of line
+    if (warp < 3) gk::emulator::barrier_sync(1, 96, "barrier");
+    if (!p.broken) __syncthreads();
+    if (threadIdx.x == 0) arena()[3] = 0.0f;  // readers_of_line
+}
+
 }  // namespace
 
 const NamedCase kRaceCases[] = {
@@ -178,5 +200,7 @@ const NamedCase kRaceCases[] = {
     {"chain", chain},
     {"reused_barrier", reused_barrier},
     {"two_readers", two_readers},
+    {"three_readers", three_readers},
+    {"readers_of_line", readers_of_line},
     {nullptr, nullptr},
 };
