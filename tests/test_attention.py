@@ -189,7 +189,8 @@ class TestParity:
     ) -> None:
         heads = 8 if Tq == 1 else 1  # of one number PyTorch's error is anything
         tensors = inputs(1, Tq, Tk, heads, D=16, dtype=dtype, seed=seed)
-        assert_right(tensors, impl, seed, causal=not lse, return_lse=lse)
+        # With a single key dq and dk are 0, and rounding noise has no yardstick.
+        assert_right(tensors, impl, seed, gradients=Tk > 1, causal=not lse, return_lse=lse)
 
     @runnable
     @pytest.mark.parametrize("D", [1, 17, 65, 96, 128, 160, 256])
