@@ -9,6 +9,7 @@
 #include "launch.h"
 #include "layer_norm.h"
 #include "mlp.h"
+#include "plan.h"
 #ifdef GK_EMULATE
 #include "emulator/memory.h"
 #endif
@@ -35,6 +36,34 @@ gk::Strides strides(const StrideTuple& of) {
     return {std::get<0>(of), std::get<1>(of), std::get<2>(of)};
 }
 
+py::dict described(const gk::Candidate& c) {
+    return py::dict(py::arg("name") = c.name, py::arg("head_width") = c.head_width,
+                    py::arg("tile_m") = c.tile_m, py::arg("tile_n") = c.tile_n,
+                    py::arg("tile_k") = c.tile_k, py::arg("stages") = c.stages,
+                    py::arg("consumers") = c.consumers, py::arg("cluster") = c.cluster,
+                    py::arg("pingpong") = c.pingpong, py::arg("threads") = c.threads,
+                    py::arg("shared_bytes") = c.shared_bytes);
+}
+
+// What `run` would launch, and which kernels it refuses: see plan.h.
+py::dict plan(int capability, int multiprocessors, const py::function& run) {
+    gk::Plan made(capability, multiprocessors);
+    run();
+    py::list launches, refusals;
+    for (const gk::Planned& p : made.launches) {
+        py::object built = py::none();
+        if (p.built.name != nullptr) built = described(p.built);
+        launches.append(py::dict(
+            py::arg("kernel") = p.kernel, py::arg("shape") = p.shape,
+            py::arg("grid") = py::make_tuple(p.grid[0], p.grid[1], p.grid[2]),
+            py::arg("threads") = p.threads, py::arg("cluster") = p.cluster,
+            py::arg("shared_bytes") = p.shared_bytes, py::arg("tiles") = p.tiles,
+            py::arg("built") = built));
+    }
+    for (const gk::Refusal& r : made.refusals) refusals.append(py::make_tuple(r.kernel, r.reason));
+    return py::dict(py::arg("launches") = launches, py::arg("refusals") = refusals);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -50,6 +79,7 @@ PYBIND11_MODULE(_cuda, module) {
 #else
     module.attr("emulated") = false;
 #endif
+    module.def("plan", &plan, py::arg("capability"), py::arg("multiprocessors"), py::arg("run"));
 
     module.def(
         "attention_fwd",

@@ -4,6 +4,8 @@
 #include <array>
 #include <atomic>
 
+#include "plan.h"
+
 namespace gk {
 namespace {
 
@@ -40,6 +42,7 @@ class DeviceGuard {
 }  // namespace
 
 int multiprocessors(int device) {
+    if (const Plan* plan = Plan::current()) return plan->multiprocessors;
     static std::array<std::atomic<int>, kMaxDevices> known{};
     if (device < 0 || device >= kMaxDevices) {
         throw Error("device " + std::to_string(device) + " is not one of the first " +

@@ -11,8 +11,11 @@
 #include <cuda_fp16.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#include "candidate.h"
 
 namespace gk {
 
@@ -42,6 +45,9 @@ struct Launch {
     unsigned threads;    // of a CTA
     size_t shared_bytes; // of the dynamic arena: there is no other shared memory
     Stream stream;
+    unsigned cluster = 1;  // CTAs of a cluster, along x: 1, 2, 4 or 8, which divides the grid's x
+    int64_t tiles = 0;     // of work that a persistent grid shares; 0: one a CTA. For plans (plan.h)
+    Candidate built = {};  // how the kernel was built, where it has several ways. For plans
 };
 
 // One sentence that names the kernel, the shape and the cause. pybind11 makes it a RuntimeError.
@@ -53,6 +59,9 @@ struct Error : std::runtime_error {
 int multiprocessors(int device);
 
 namespace detail {
+// Whether the launch went into the thread's plan (plan.h), and nothing is to be launched.
+bool planned(const Launch& launch);
+
 #ifdef GK_EMULATE
 using Invoke = void (*)(void* kernel, const void* params);
 void launch(void* kernel, const Launch& launch, Invoke invoke, const void* params);
@@ -70,6 +79,7 @@ void launch(const void* kernel, const Launch& launch, const void* params);
 // Asynchronous on the stream, safe in a CUDA graph's capture. Throws Error.
 template <class Params>
 void launch(void (*kernel)(Params), const Launch& launch, const Params& params) {
+    if (detail::planned(launch)) return;
 #ifdef GK_EMULATE
     detail::launch(reinterpret_cast<void*>(kernel), launch, detail::invoke<Params>, &params);
 #else

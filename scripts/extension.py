@@ -45,7 +45,10 @@ _MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
 # Machine code for A100, H100 and H200; the PTX of compute capability 8.0 serves all others.
 DEFAULT_ARCHITECTURES = "80+PTX;90a"
 _OLDEST_NVCC = (12, 8)
-_HOPPER_ONLY = "_sm90"  # a source's stem ends so: it is compiled for 90a and for nothing else
+# A source's stem has this among its parts: it is compiled for 90a and for nothing else.
+_HOPPER_ONLY = "sm90"
+# Host code in csrc that the emulator has another version of.
+_NATIVE_ONLY = ("launch.cpp",)
 
 _HOST_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Errors name the callers that frame pointers lead to.
@@ -106,9 +109,10 @@ def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]
     host = [*compiler, *_EMULATOR_FLAGS, *include]
     kernels = [*compiler, *_EMULATED_FLAGS, *_REPORTED, *include, "-xc++"]
     tools = _version(compiler)
+    shared = [file for file in _host_code() if file.name not in _NATIVE_ONLY]
     return [
         _Object(source, kernels if source.suffix == ".cu" else host, tools)
-        for source in (*_files("emulator/*.cpp"), *sources)
+        for source in (*_files("emulator/*.cpp"), *shared, *sources)
     ]
 
 
@@ -152,7 +156,7 @@ def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[s
         _Object(source, [nvcc, *_NVCC_FLAGS, *_targets(source), "-Icsrc"], tools)
         if source.suffix == ".cu"
         else _Object(source, host, both)
-        for source in (*sources, *(file for file in _files("*.cpp") if file != _BINDINGS))
+        for source in (*sources, *_host_code())
     ]
     return host, objects, [nvcc, "-shared", "--cudart=static"]
 
@@ -231,7 +235,7 @@ def _targets(source: Path) -> list[str]:
 
     Files for any device use nothing of the "a" variants, and their code for 90 is the same.
     """
-    if source.stem.endswith(_HOPPER_ONLY):
+    if _HOPPER_ONLY in source.stem.split("_"):
         return ["-gencode=arch=compute_90a,code=sm_90a"]
     with_ptx: dict[str, bool] = {}
     for name, ptx in architectures():
@@ -307,6 +311,11 @@ def _version(command: Sequence[str]) -> str:
 def _files(pattern: str) -> list[Path]:
     """Sources, relative to ROOT."""
     return sorted(path.relative_to(ROOT) for path in (ROOT / _SOURCES).glob(pattern))
+
+
+def _host_code() -> list[Path]:
+    """What launchers call, and nothing of Python."""
+    return [file for file in _files("*.cpp") if file != _BINDINGS]
 
 
 def _build(

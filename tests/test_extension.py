@@ -64,6 +64,7 @@ def test_architectures(
     # Hopper's own instructions exist for 90a alone, whatever is asked for.
     hoppers = ["-gencode=arch=compute_90a,code=sm_90a"]
     assert extension._targets(Path("csrc/mlp_sm90.cu")) == hoppers
+    assert extension._targets(Path("csrc/attention_fwd_sm90_bf16.cu")) == hoppers
 
 
 @pytest.mark.parametrize(

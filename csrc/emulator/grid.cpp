@@ -10,6 +10,7 @@
 #include <random>
 
 #include "../launch.h"
+#include "../plan.h"
 #include "memory.h"
 
 namespace gk::emulator {
@@ -235,7 +236,10 @@ unsigned char* shared_memory() { return running->cta->shared; }
 
 namespace gk {
 
-int multiprocessors(int) { return emulator::kMultiprocessors; }
+int multiprocessors(int) {
+    const Plan* plan = Plan::current();
+    return plan != nullptr ? plan->multiprocessors : emulator::kMultiprocessors;
+}
 
 void detail::launch(void* kernel, const Launch& launch, Invoke invoke, const void* params) {
     using namespace emulator;
