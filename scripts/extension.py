@@ -52,7 +52,7 @@ _NATIVE_ONLY = ("launch.cpp",)
 
 _HOST_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Errors name the callers that frame pointers lead to.
-_EMULATED_FLAGS = [*_HOST_FLAGS, "-DGK_EMULATE", "-g", "-fno-omit-frame-pointer"]
+_EMULATED_FLAGS = [*_HOST_FLAGS, "-DGK_EMULATE", "-g", "-fno-omit-frame-pointer", "-Wno-psabi"]
 if platform.machine() == "aarch64":
     _EMULATED_FLAGS.append("-mbranch-protection=none")  # signed return addresses name no line
 _EMULATOR_FLAGS = [*_EMULATED_FLAGS, "-O2", "-fno-optimize-sibling-calls"]
