@@ -19,11 +19,11 @@
 #include <type_traits>
 
 #include "device/copy.h"
-#include "device/gelu.h"
 #include "device/mma.h"
 #include "device/tile.h"
 #include "device/vector.h"
 #include "mlp.h"
+#include "mlp_epilogue.h"
 
 namespace gk {
 namespace {
@@ -222,9 +222,7 @@ struct Epilogue {
             for (int i = 0; i < 8; ++i) d[i] += bias[i];
             if (p.out != nullptr) store(static_cast<T*>(p.out), row, d);
             if (p.activation != nullptr) {
-                unpack_floats(d, pack_floats<T>(d));
-#pragma unroll
-                for (int i = 0; i < 8; ++i) d[i] *= gelu<kTanh>(d[i]).gate;
+                activate<kTanh, T>(d);
                 store(static_cast<T*>(p.activation), row, d);
             }
         }
@@ -241,13 +239,9 @@ struct Epilogue {
             unpack_floats(h, next);
             // On its way while this row is computed.
             if (row + kRowStep < rows) next = load_h(row + kRowStep);
+            differentiate<kTanh>(d, h);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const Gelu g = gelu<kTanh>(h[i]);
-                d[i] *= gelu_slope<kTanh>(h[i], g);
-                h[i] *= g.gate;
-                sums[i] += d[i];
-            }
+            for (int i = 0; i < 8; ++i) sums[i] += d[i];
             store(static_cast<T*>(p.out), row, d);
             if (p.activation != nullptr) store(static_cast<T*>(p.activation), row, h);
         }
