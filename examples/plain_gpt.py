@@ -1,4 +1,4 @@
-"""A GPT-2 in plain PyTorch: what gptkernels.GPT replaces, and the yardstick it is held to.
+"""A GPT-1, 2 or 3 in plain PyTorch: what gptkernels.GPT replaces, and the yardstick it is held to.
 
 It needs nothing but PyTorch. Its parameters have the names that gptkernels.GPT's have, so weights
 go from one to the other by `load_state_dict`; then logits, loss and gradients agree up to rounding:
@@ -34,14 +34,16 @@ class PlainConfig:
     layer_norm_eps: float = 1e-5
     dropout: float = 0.0
     bias: bool = True
+    norm: str = "pre"
+    window: int | None = None
 
 
 class Attention(nn.Module):
-    """Causal self-attention between two linear layers."""
+    """Causal self-attention between two linear layers, over `window` tokens if that is not None."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, window: int | None) -> None:
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.window = config.n_head, config.dropout, window
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -52,7 +54,12 @@ class Attention(nn.Module):
             for part in self.c_attn(x).chunk(3, dim=-1)
         )
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        if self.window is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            before = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=x.device).tril()
+            band = before & ~before.tril(-self.window)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=band, dropout_p=dropout)
         return self.c_proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -72,18 +79,22 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """GPT-2's: x + attention(norm(x)), then x + mlp(norm(x)). GPT-1's: norm(x + attention(x)), then
+    norm(x + mlp(x))."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, index: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
-        self.attn = Attention(config)
+        self.attn = Attention(config, config.window if index % 2 else None)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
         self.mlp = MLP(config)
-        self.dropout = config.dropout
+        self.dropout, self.norm = config.dropout, config.norm
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
+        if self.norm == "post":
+            x = self.ln_1(x + F.dropout(self.attn(x), self.dropout, self.training))
+            return self.ln_2(x + F.dropout(self.mlp(x), self.dropout, self.training))
         x = x + F.dropout(self.attn(self.ln_1(x)), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
 
@@ -95,9 +106,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
-        self.dropout = config.dropout
+        self.h = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
+        if config.norm == "pre":
+            self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.dropout, self.norm = config.dropout, config.norm
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> (B, T, C)."""
@@ -105,7 +117,7 @@ class Decoder(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         for block in self.h:
             x = block(x)
-        return self.ln_f(x)
+        return self.ln_f(x) if self.norm == "pre" else x
 
 
 class PlainGPT(nn.Module):
@@ -118,8 +130,9 @@ class PlainGPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:  # GPT-2's initial weights
-                layers = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+            if parameter.dim() == 2:  # GPT-2's initial weights; GPT-1's c_proj are as the others
+                scaled = name.endswith("c_proj.weight") and config.norm == "pre"
+                layers = 2 * config.n_layer if scaled else 1
                 nn.init.normal_(parameter, std=0.02 / layers**0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)

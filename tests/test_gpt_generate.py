@@ -17,8 +17,12 @@ VOCAB, CONTEXT = 50, 24
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
+    return random_model()
+
+
+def random_model(**fields: Any) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(VOCAB, CONTEXT, n_layer=2, n_head=2, n_embd=32, dropout=0.5))
+    model = GPT(GPTConfig(VOCAB, CONTEXT, n_layer=2, n_head=2, n_embd=32, dropout=0.5, **fields))
     with torch.no_grad():  # far from the nearly even probabilities of a fresh model
         for parameter in model.parameters():
             parameter.mul_(8.0)
@@ -49,6 +53,14 @@ def test_the_cache_changes_no_token(
     assert torch.equal(cached, generate(model, tokens, new, seed=seed, use_cache=False, **options))
     assert torch.equal(cached[:, :prompt], tokens)
     assert cached.shape[1] == prompt + new or options["eos"] is not None
+
+
+@pytest.mark.parametrize("fields", [{"norm": "post"}, {"window": 3}], ids=["gpt1", "gpt3"])
+def test_the_cache_changes_no_token_of_the_family(fields: dict[str, Any]) -> None:
+    model = random_model(**fields)
+    tokens = prompts(2, 5)
+    cached = model.generate(tokens, CONTEXT - 5, seed=3)
+    assert torch.equal(cached, generate(model, tokens, CONTEXT - 5, seed=3, use_cache=False))
 
 
 def test_greedy_takes_the_likeliest(model: GPT) -> None:

@@ -67,6 +67,7 @@ def impls() -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("name", "count"),
     [
+        ("gpt1", 116_534_784),
         ("gpt2", 124_439_808),
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
@@ -80,8 +81,34 @@ def test_published_sizes(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gpt3-125M", 125e6),
+        ("gpt3-350M", 350e6),
+        ("gpt3-760M", 760e6),
+        ("gpt3-1.3B", 1.3e9),
+        ("gpt3-2.7B", 2.7e9),
+        ("gpt3-6.7B", 6.7e9),
+        ("gpt3-13B", 13e9),
+        ("gpt3-175B", 175e9),
+    ],
+)
+def test_sizes_that_names_tell(name: str, count: float) -> None:
+    config = GPTConfig.named(name)
+    assert config.block_size == 2048
+    with torch.device("meta"):
+        model = GPT(config)
+    assert abs(sum(p.numel() for p in model.parameters()) - count) <= 0.05 * count
+    windows = [block.attn.window for block in model.transformer.h]
+    assert windows == [None, (255, 0)] * (config.n_layer // 2)
+
+
+@pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
+        ({"norm": "middle"}, ValueError, "norm must be 'pre' or 'post', got 'middle'"),
+        ({"window": 0}, ValueError, "window must be at least 1, got 0"),
+        ({"window": 2.5}, TypeError, r"window must be an int, got 2\.5"),
         ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
         ({"block_size": -4}, ValueError, "block_size must be at least 1, got -4"),
         ({"n_layer": True}, TypeError, "n_layer must be an int, got True"),
@@ -106,7 +133,7 @@ def test_bad_configurations(fields: dict[str, Any], error: type[Exception], mess
 
 def test_unknown_name_and_frozen() -> None:
     with pytest.raises(
-        ValueError, match="one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, got 'gpt5'"
+        ValueError, match=r"one of gpt1, gpt2, gpt2-medium, gpt2-large, .*, gpt3-175B, got 'gpt5'"
     ):
         GPTConfig.named("gpt5")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -124,6 +151,8 @@ def test_unknown_name_and_frozen() -> None:
     n_inner=st.sampled_from([None, 11]),
     approximate=st.sampled_from(["tanh", "none"]),
     bias=st.booleans(),
+    norm=st.sampled_from(["pre", "post"]),
+    window=st.sampled_from([None, 1, 3, 16]),
     eps=st.sampled_from([1e-5, 0.1]),
     T=st.integers(1, 16),
     seed=st.integers(0, 2**32),

@@ -149,6 +149,94 @@ def test_ours_to_transformers_and_back(tmp_path: Path, config: GPTConfig) -> Non
         assert torch.equal(back.state_dict()[name], tensor), name
 
 
+GPT1 = replace(CONFIG, n_inner=None, norm="post")
+
+
+def theirs_gpt1() -> Any:
+    """A random OpenAIGPTLMHeadModel of GPT1's shape."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 67, "n_positions": 24, "n_layer": 2, "n_head": 3, "n_embd": 24}
+    model = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**shape))
+    return randomize(model).eval()
+
+
+def gpt1_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict of ours with the names of theirs."""
+    for theirs, ours in (("tokens_embed", "wte"), ("positions_embed", "wpe")):
+        state = {name.replace(f".{ours}.", f".{theirs}."): value for name, value in state.items()}
+    return state
+
+
+def assert_same_gpt1(ours: GPT, other: Any) -> None:
+    """Logits and gradients within 1e-5 relative."""
+    tokens = torch.randint(67, (3, 24), generator=torch.Generator().manual_seed(2))
+    assert_close(ours(tokens), other(tokens).logits)
+    ours(tokens[:, :-1], tokens[:, 1:]).backward()
+    other(tokens, labels=tokens).loss.backward()
+    for name, parameter in gpt1_names(dict(ours.named_parameters())).items():
+        gradient = other.get_parameter(name).grad
+        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        assert_close(parameter.grad, gradient.t() if linear else gradient)
+
+
+def test_gpt1_both_ways(tmp_path: Path) -> None:
+    other = theirs_gpt1()
+    other.save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(tmp_path / "theirs")
+    assert ours.config == replace(GPT1, dropout=0.1)
+    assert_same_gpt1(ours, other)
+    ours.save_pretrained(tmp_path / "ours")
+    back, report = transformers.OpenAIGPTLMHeadModel.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    again = GPT.from_pretrained(tmp_path / "ours")
+    assert again.config == ours.config
+    assert_same_gpt1(again, back)
+
+
+def test_gpt1_as_it_was_published(tmp_path: Path) -> None:
+    """Without prefixes, with causal masks, and a head of its own that equals the embedding."""
+    other = theirs_gpt1()
+    other.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    bare["h.0.attn.bias"] = torch.ones(24, 24).tril().view(1, 1, 24, 24)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(bare, tmp_path / "pytorch_model.bin")
+    assert_same_gpt1(GPT.from_pretrained(tmp_path), other)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(CONFIG, window=5),
+        replace(CONFIG, norm="post", window=1, dropout=0.25),
+        replace(CONFIG, norm="post"),  # n_inner is not GPT-1's
+        replace(GPT1, bias=False),
+        replace(GPT1, approximate="none"),
+    ],
+    ids=["window", "post-window", "n_inner", "no-bias", "erf"],
+)
+def test_what_only_we_can_read(tmp_path: Path, config: GPTConfig) -> None:
+    ours = randomize(GPT(config)).eval()
+    ours.save_pretrained(tmp_path)
+    back = GPT.from_pretrained(tmp_path)
+    assert back.config == config
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    assert GPT.from_pretrained(tmp_path, dropout=0.5).config == replace(config, dropout=0.5)
+    # Nobody else may take it for a model that it is not.
+    with pytest.raises(ValueError, match="gptkernels"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    given = json.loads(path.read_text())
+    del given["window"]
+    path.write_text(json.dumps(given))
+    with pytest.raises(ValueError, match=r"config\.json: window must be given"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_the_tokenizers_name_is_kept_for_us_and_skipped_by_transformers(tmp_path: Path) -> None:
     ours = randomize(GPT(CONFIG)).eval()
     ours.save_pretrained(tmp_path)
@@ -284,7 +372,10 @@ def edit(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
+        (
+            {"model_type": "llama"},
+            "model_type must be one of 'gpt2', 'openai-gpt', 'gptkernels', got 'llama'",
+        ),
         (
             {"activation_function": "relu"},
             "activation_function must be one of gelu_new, .* got 'relu'",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from gptkernels.layers import head_width
 from gptkernels.ops.checks import check_count, check_probability
 
-# name: (n_layer, n_head, n_embd); 50,257 tokens of vocabulary and 1,024 of context throughout.
+# name: (n_layer, n_head, n_embd)
 # Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, table 2.
 _GPT2 = {
     "gpt2": (12, 12, 768),
@@ -16,6 +17,22 @@ _GPT2 = {
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
+# Brown et al., "Language Models are Few-Shot Learners", 2020, table 2.1. Two of its rows do not
+# multiply out: 1.3B's 24 heads of 128 are more than its width of 2,048, which holds 16, and 13B's
+# width of 5,140 is no multiple of 128, which 5,120 is.
+_GPT3 = {
+    "gpt3-125M": (12, 12, 768),
+    "gpt3-350M": (24, 16, 1024),
+    "gpt3-760M": (24, 16, 1536),
+    "gpt3-1.3B": (24, 16, 2048),
+    "gpt3-2.7B": (32, 32, 2560),
+    "gpt3-6.7B": (32, 32, 4096),
+    "gpt3-13B": (40, 40, 5120),
+    "gpt3-175B": (96, 96, 12288),
+}
+# "Alternating dense and locally banded sparse attention patterns", the paper says, and gives no
+# width. This is GPT-Neo's, the best known model of the kind.
+_GPT3_WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,10 @@ class GPTConfig:
         layer_norm_eps: added to the variance in every LayerNorm.
         dropout: one probability for embedding, attention and residual dropout, in training only.
         bias: whether linear layers and LayerNorms have biases.
+        norm: "pre", GPT-2's and GPT-3's: a LayerNorm before each branch, and one at the end;
+            "post", GPT-1's: a LayerNorm after each residual add.
+        window: how many tokens a token of an odd block sees, itself included (GPT-3's banded
+            attention); even blocks, of which the first is one, see all. None: all blocks do.
 
     Raises TypeError for a field of the wrong type and ValueError for one out of range.
     """
@@ -47,6 +68,8 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     dropout: float = 0.0
     bias: bool = True
+    norm: str = "pre"
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer"):
@@ -65,6 +88,10 @@ class GPTConfig:
         check_probability("dropout", self.dropout)
         if not isinstance(self.bias, bool):
             raise TypeError(f"bias must be True or False, got {self.bias!r}")
+        if self.norm not in ("pre", "post"):
+            raise ValueError(f"norm must be 'pre' or 'post', got {self.norm!r}")
+        if self.window is not None:
+            check_count("window", self.window)
 
     @property
     def head_dim(self) -> int:
@@ -76,17 +103,34 @@ class GPTConfig:
         """Width F of the MLP, with n_inner=None resolved."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
+    def window_of(self, block: int) -> tuple[int, int] | None:
+        """The bounds of the attention in a block, counted from 0, as `gptkernels.attention` takes
+        them; None where it sees all tokens before."""
+        return None if self.window is None or block % 2 == 0 else (self.window - 1, 0)
+
     @classmethod
     def named(cls, name: str) -> GPTConfig:
         """The configuration of a published model, dropout 0.
 
-        "gpt2" (124,439,808 parameters), "gpt2-medium" (354,823,168), "gpt2-large" (774,030,080)
-        or "gpt2-xl" (1,557,611,200). ValueError for any other name.
+        "gpt1" (116,534,784 parameters); "gpt2" (124,439,808), "gpt2-medium" (354,823,168),
+        "gpt2-large" (774,030,080), "gpt2-xl" (1,557,611,200); "gpt3-125M", "gpt3-350M",
+        "gpt3-760M", "gpt3-1.3B", "gpt3-2.7B", "gpt3-6.7B", "gpt3-13B" or "gpt3-175B", whose odd
+        blocks see 256 tokens: the paper names no width. ValueError for any other name.
+
+        Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018, and
+        the two papers named in this file.
         """
-        if name not in _GPT2:
-            raise ValueError(f"config name must be one of {', '.join(_GPT2)}, got {name!r}")
-        n_layer, n_head, n_embd = _GPT2[name]
-        return cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        if name == "gpt1":
+            return cls(vocab_size=40478, block_size=512, norm="post")
+        if name in _GPT2:
+            n_layer, n_head, n_embd = _GPT2[name]
+            return cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        if name in _GPT3:
+            n_layer, n_head, n_embd = _GPT3[name]
+            shape = cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+            return dataclasses.replace(shape, block_size=2048, window=_GPT3_WINDOW)
+        names = ", ".join(("gpt1", *_GPT2, *_GPT3))
+        raise ValueError(f"config name must be one of {names}, got {name!r}")
 
 
 def check_number(name: str, value: object) -> None:

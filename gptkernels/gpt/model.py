@@ -1,16 +1,21 @@
-"""GPT-2 on the fused ops: the whole model, to be read in one sitting.
+"""GPT-1, GPT-2 and GPT-3 on the fused ops: the whole model, to be read in one sitting.
 
     x = wte[tokens] + wpe[positions]
-    for each block:   x = x + attention(LN(x));   x = x + mlp(LN(x))
-    logits = LN(x) @ wte^T
+    GPT-2, GPT-3    for each block:   x = x + attention(LN(x));   x = x + mlp(LN(x))
+                    logits = LN(x) @ wte^T
+    GPT-1           for each block:   x = LN(x + attention(x));   x = LN(x + mlp(x))
+                    logits = x @ wte^T
 
-Every residual add, the dropout on what is added, and the LayerNorm that follows are one op. So a
-block does not return x: it returns the pair (branch, stream) whose sum x is, and the next
-LayerNorm, in whichever block it stands, adds them. The stream of B * T * C elements is thus read
-once and written once for each add and norm together.
+GPT-3 is GPT-2 with banded attention in every other block. Every residual add, the dropout on what
+is added, and the LayerNorm that follows are one op. So a block of GPT-2 does not return x: it
+returns the pair (branch, stream) whose sum x is, and the next LayerNorm, in whichever block it
+stands, adds them. The stream of B * T * C elements is thus read once and written once for each add
+and norm together. In GPT-1 the add and its norm stand in the same block.
 
-B batch, T tokens, C width (n_embd), V vocabulary. Radford et al., "Language Models are Unsupervised
-Multitask Learners", 2019. The parameters have nanoGPT's names, so its checkpoints load.
+B batch, T tokens, C width (n_embd), V vocabulary. Radford et al., "Improving Language Understanding
+by Generative Pre-Training", 2018; Radford et al., "Language Models are Unsupervised Multitask
+Learners", 2019; Brown et al., "Language Models are Few-Shot Learners", 2020. The parameters have
+nanoGPT's names, so its checkpoints load.
 """
 
 from __future__ import annotations
@@ -32,18 +37,26 @@ _INIT_STD = 0.02
 _IGNORED = -100
 
 
-class Block(nn.Module):
-    """One attention and one MLP, each after a LayerNorm that first adds what came before."""
+class _Block(nn.Module):
+    """One attention, one MLP, two LayerNorms: block number `index` of a decoder."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, index: int) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
         self.attn = CausalSelfAttention(
-            config.n_embd, config.n_head, bias=config.bias, dropout=config.dropout
+            config.n_embd,
+            config.n_head,
+            bias=config.bias,
+            dropout=config.dropout,
+            window=config.window_of(index),
         )
         self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
         self.mlp = MLP(config.n_embd, config.d_inner, config.bias, config.approximate)
         self.dropout = config.dropout
+
+
+class PreNormBlock(_Block):
+    """GPT-2's: each LayerNorm first adds what came before it."""
 
     def forward(
         self, branch: Tensor, stream: Tensor | None, cache: KVCache | None = None
@@ -54,33 +67,52 @@ class Block(nn.Module):
         return self.mlp(x), stream
 
 
+class PostNormBlock(_Block):
+    """GPT-1's: each LayerNorm adds the branch that it comes after."""
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = self.ln_1(self.attn(x, cache), x, dropout_p=self.dropout)
+        return self.ln_2(self.mlp(x), x, dropout_p=self.dropout)
+
+
 class Decoder(nn.Module):
-    """Everything below the head: the embeddings, the blocks, the final LayerNorm."""
+    """Everything below the head: the embeddings, the blocks, GPT-2's final LayerNorm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
+        block = PreNormBlock if config.norm == "pre" else PostNormBlock
+        self.h = nn.ModuleList(block(config, i) for i in range(config.n_layer))
+        self.ln_f = None
+        if config.norm == "pre":
+            self.ln_f = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
         self.dropout = config.dropout
 
     def forward(self, tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
         """tokens (B, T) int64 -> (B, T, C); with caches, tokens continue what they hold."""
         start = 0 if caches is None else caches[0].length
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        branch = self.wte(tokens) + self.wpe(positions)
-        stream = None  # the first LayerNorm applies the embedding's dropout and opens the stream
-        for i, block in enumerate(self.h):
-            branch, stream = block(branch, stream, None if caches is None else caches[i])
+        embedded = self.wte(tokens) + self.wpe(positions)
+        of_blocks = [None] * len(self.h) if caches is None else caches
+        if self.ln_f is None:
+            x = F.dropout(embedded, self.dropout, self.training)
+            for block, cache in zip(self.h, of_blocks, strict=True):
+                x = block(x, cache)
+            return x
+        # The first LayerNorm applies the embedding's dropout and opens the stream.
+        branch, stream = embedded, None
+        for block, cache in zip(self.h, of_blocks, strict=True):
+            branch, stream = block(branch, stream, cache)
         return self.ln_f(branch, stream, dropout_p=self.dropout)
 
 
 class GPT(nn.Module):
-    """A GPT-2. Its head is tied: lm_head.weight is transformer.wte.weight.
+    """A GPT. Its head is tied: lm_head.weight is transformer.wte.weight.
 
-    `GPT(config)` has GPT-2's random initial weights; `GPT.from_pretrained(folder)` loads a Hugging
-    Face folder.
+    `GPT(config)` has the papers' random initial weights; `GPT.from_pretrained(folder)` loads a
+    Hugging Face folder.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -119,7 +151,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)
 
     def hidden_states(self, tokens: Tensor, *, caches: Sequence[KVCache] | None = None) -> Tensor:
-        """What the head reads: (B, T, C), after the final LayerNorm. Otherwise as `forward`."""
+        """What the head reads: (B, T, C), the last LayerNorm's output. Otherwise as `forward`."""
         if caches is None:
             self.check_tokens(tokens)
         else:
@@ -153,24 +185,28 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dropout: float | None = None) -> GPT:
-        """The GPT-2 in a Hugging Face folder, on the CPU, in its dtype, in evaluation mode.
+        """The GPT in a Hugging Face folder, on the CPU, in its dtype, in evaluation mode.
 
-        Reads config.json and model.safetensors (or its shards, or pytorch_model.bin with
-        weights_only=True). The folder's three dropout probabilities must be equal, or `dropout`
-        given, which replaces them. Raises FileNotFoundError for a missing file and ValueError, in
-        one sentence, for one that is broken, foreign, contradicted by the others, or asks for
-        something this model does not have.
+        Reads config.json (model_type "gpt2", "openai-gpt", or "gptkernels", see `save_pretrained`)
+        and model.safetensors (or its shards, or pytorch_model.bin with weights_only=True). The
+        folder's three dropout probabilities must be equal, or `dropout` given, which replaces them.
+        Raises FileNotFoundError for a missing file and ValueError, in one sentence, for one that is
+        broken, foreign, contradicted by the others, or asks for something this model does not have.
         """
         config = weights.read_config(Path(folder), dropout)
         with torch.device("meta"):  # shapes alone: the weights are read, not drawn and thrown away
             model = cls(config)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(weights.read_state(Path(folder), shapes, config.bias), assign=True)
+        model.load_state_dict(weights.read_state(Path(folder), shapes, config), assign=True)
         model.tie_head()
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, tokenizer: str | None = None) -> None:
-        """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them.
+        """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them, or
+        OpenAIGPTLMHeadModel for norm="post".
+
+        What neither can say (a window; norm="post" with another MLP than GPT-1's or without biases)
+        is written with model_type "gptkernels", which other readers refuse.
 
         The name of a `tokenizer` is kept in config.json, where `gptkernels generate` finds it.
         Each file is complete before it gets its name. Raises TypeError, before anything is
@@ -188,9 +224,10 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight
 
     def _init_weights(self) -> None:
-        # Each block adds two branches to the stream; the scale keeps its variance from growing with
-        # depth.
-        residual_std = _INIT_STD / math.sqrt(2 * self.config.n_layer)
+        # Each block of GPT-2 adds two branches to the stream; the scale keeps its variance from
+        # growing with depth. GPT-1's norms do.
+        adds = 2 * self.config.n_layer if self.config.norm == "pre" else 1
+        residual_std = _INIT_STD / math.sqrt(adds)
         for name, module in self.transformer.named_modules():  # the head is tied to wte
             if isinstance(module, nn.Linear | nn.Embedding):
                 std = residual_std if name.endswith(".c_proj") else _INIT_STD

@@ -1,16 +1,17 @@
-"""Hugging Face GPT-2 folders: config.json beside model.safetensors, to and from a GPT's state_dict.
+"""Hugging Face folders: config.json beside model.safetensors, to and from a GPT's state_dict.
 
     theirs                                          ours
     transformer.* or the bare names                 transformer.*
+    tokens_embed, positions_embed (GPT-1)           wte, wpe
     h.N.{attn,mlp}.c_*.weight (in, out), x @ W      transposed: nn.Linear stores (out, in)
     lm_head.weight, absent when tied                lm_head.weight = transformer.wte.weight
     h.N.attn.bias, h.N.attn.masked_bias             causal masks of old checkpoints: ignored
 
 Read: model.safetensors, its shards with model.safetensors.index.json, or pytorch_model.bin (sharded
 too), which is never unpickled beyond tensors (weights_only=True). Written: config.json and one
-model.safetensors. A GPT without biases is written with zeros for them, which every reader of the
-layout computes rightly, and with "bias": false in config.json, by which they are left out again
-here.
+model.safetensors. What config.json says is in layouts.py. A GPT-2 without biases is written with
+zeros for them, which every reader of the layout computes rightly, and with "bias": false in
+config.json, by which they are left out again here.
 """
 
 from __future__ import annotations
@@ -25,40 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptkernels.gpt import layouts
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.ops.checks import check_same_dtype, check_tensor
 
-_ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
-# What GPT2Config assumes for a key that config.json leaves out.
-_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_layer": 12,
-    "n_head": 12,
-    "n_embd": 768,
-    "n_inner": None,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "embd_pdrop": 0.1,
-    "attn_pdrop": 0.1,
-    "resid_pdrop": 0.1,
-    "bias": True,
-}
-# Settings that change what the model computes, and the one value that a GPT computes. The same
-# holds of reorder_and_upcast_attn, either value of which is right: attention here always sums and
-# exponentiates in fp32.
-_REQUIRED: dict[str, Any] = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
 _CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 _TRANSPOSED = re.compile(
     r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight"
 )
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-_GPT2_VOCAB, _GPT2_END = 50257, 50256
 _TOKENIZER = "gptkernels_tokenizer"  # a key of ours in config.json, which other readers skip
 
 
@@ -70,22 +46,27 @@ def read_config(folder: Path, dropout: float | None = None) -> GPTConfig:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder must be an existing folder, got {folder}")
-    return _config(folder / "config.json", dropout)
+    path = folder / "config.json"
+    return layouts.read(path, _json_object(path), dropout)
 
 
-def read_state(folder: Path, shapes: Mapping[str, torch.Size], bias: bool) -> dict[str, Tensor]:
-    """The state_dict in `folder`, of exactly these names and shapes; without biases unless `bias`.
+def read_state(
+    folder: Path, shapes: Mapping[str, torch.Size], config: GPTConfig
+) -> dict[str, Tensor]:
+    """The state_dict in `folder`, of exactly these names and shapes, for its `config`.
 
     Raises FileNotFoundError for what is missing, ValueError for what is broken or contradicts
     `shapes`.
     """
+    path = folder / "config.json"
+    layout = layouts.of_file(path, _json_object(path))
     state = {}
     for name, tensor in _tensors(folder).items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        name = layouts.our_name(layout, name)
         if not _CAUSAL_MASK.fullmatch(name):
-            state[name] = tensor.t().contiguous() if _transposes(name, tensor) else tensor
+            state[name] = tensor.t().contiguous() if _transposes(layout, name, tensor) else tensor
     _check_head(folder, state)
-    if not bias:
+    if layout.has_biases and not config.bias:
         _drop_zero_biases(folder, state)
     _check_state(folder, shapes, state)
     return state
@@ -112,17 +93,20 @@ def write_folder(
     """
     package = safetensors_package()
     _check_dtypes(state)
+    layout = layouts.of_config(config)
     state = {name: tensor.detach() for name, tensor in state.items() if name != _HEAD}
-    if not config.bias:
+    if layout.has_biases and not config.bias:
         for name, like in [(n, t) for n, t in state.items() if n.endswith(".weight")]:
             if not name.startswith(("transformer.wte", "transformer.wpe")):
                 state[name.removesuffix("weight") + "bias"] = like.new_zeros(like.shape[0])
     tensors = {
-        name: (tensor.t() if _transposes(name, tensor) else tensor).contiguous()
+        layouts.their_name(layout, name): (
+            tensor.t() if _transposes(layout, name, tensor) else tensor
+        ).contiguous()
         for name, tensor in state.items()
     }
     named = {} if tokenizer is None else {_TOKENIZER: tokenizer}
-    text = json.dumps({**_config_json(config), **named}, indent=2) + "\n"
+    text = json.dumps({**layouts.write(layout, config), **named}, indent=2) + "\n"
 
     def write_tensors(path: Path) -> None:
         try:
@@ -153,72 +137,6 @@ def _write(writers: dict[Path, Callable[[Path], object]]) -> None:
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-
-
-def _config(path: Path, dropout: float | None) -> GPTConfig:
-    given = _json_object(path)
-    kind = given.get("model_type", "gpt2")
-    if kind != "gpt2":
-        raise ValueError(f"{path}: model_type must be 'gpt2', got {kind!r}")
-    for key, wanted in _REQUIRED.items():
-        if given.get(key, wanted) is not wanted:
-            raise ValueError(
-                f"{path}: {key} must be {json.dumps(wanted)}, got {json.dumps(given[key])}"
-            )
-    values = {key: given.get(key, default) for key, default in _DEFAULTS.items()}
-    activation = values["activation_function"]
-    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"{path}: activation_function must be one of {', '.join(_ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
-    dropouts = [values[key] for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")]
-    if dropout is None:
-        dropout = dropouts[0]
-        if dropouts != [dropout] * 3:
-            raise ValueError(
-                f"{path}: embd_pdrop, attn_pdrop and resid_pdrop must be equal, got {dropouts[0]}, "
-                f"{dropouts[1]} and {dropouts[2]} (pass dropout= to replace them)"
-            )
-    try:
-        return GPTConfig(
-            vocab_size=values["vocab_size"],
-            block_size=values["n_positions"],
-            n_layer=values["n_layer"],
-            n_head=values["n_head"],
-            n_embd=values["n_embd"],
-            n_inner=values["n_inner"],
-            approximate=_ACTIVATIONS[activation],
-            layer_norm_eps=values["layer_norm_epsilon"],
-            dropout=dropout,
-            bias=values["bias"],
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _config_json(config: GPTConfig) -> dict[str, Any]:
-    end = _GPT2_END if config.vocab_size == _GPT2_VOCAB else None
-    written = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_inner": config.n_inner,
-        "activation_function": "gelu_new" if config.approximate == "tanh" else "gelu",
-        "layer_norm_epsilon": config.layer_norm_eps,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "reorder_and_upcast_attn": False,
-        **_REQUIRED,
-    }
-    return written if config.bias else {**written, "bias": False}
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -282,8 +200,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _transposes(name: str, tensor: Tensor) -> bool:
-    return _TRANSPOSED.fullmatch(name) is not None and tensor.dim() == 2
+def _transposes(layout: layouts.Layout, name: str, tensor: Tensor) -> bool:
+    return layout.transposed and _TRANSPOSED.fullmatch(name) is not None and tensor.dim() == 2
 
 
 def _check_head(folder: Path, state: dict[str, Tensor]) -> None:
@@ -315,7 +233,7 @@ def _check_state(folder: Path, shapes: Mapping[str, torch.Size], state: dict[str
     unknown = sorted(state.keys() - shapes.keys())
     if unknown:
         raise ValueError(
-            f"{folder}: the weights hold {unknown[0]}, which a GPT-2 of this config.json has not"
+            f"{folder}: the weights hold {unknown[0]}, which a model of this config.json has not"
         )
     try:
         _check_dtypes(state)

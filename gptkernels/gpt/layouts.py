@@ -1,0 +1,205 @@
+"""What config.json says of a GPT, in the three kinds of folder that are read and written.
+
+model_type     written for                               read by others as
+gpt2           norm="pre" without a window               GPT2LMHeadModel
+openai-gpt     norm="post", as GPT-1 has it              OpenAIGPTLMHeadModel
+gptkernels     all else, such as GPT-3's banded layers   nothing: they refuse the model_type
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptkernels.gpt.config import GPTConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of folder describes and names what a GPT has.
+
+    Fields: the model_type; the class of transformers that reads it; the key and the values of the
+    activation, with GPTConfig's `approximate` for each; what that class assumes for keys left out;
+    settings that change what a model computes, and the one value that a GPT computes; names of
+    modules, theirs and ours; whether weights of linear layers are stored transposed, and biases
+    even where they are all zero.
+    """
+
+    model_type: str
+    architecture: str
+    activation_key: str = ""
+    activations: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    required: dict[str, Any] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
+    transposed: bool = True
+    has_biases: bool = True
+
+
+_SHARED_DEFAULTS: dict[str, Any] = {
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "layer_norm_epsilon": 1e-5,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "resid_pdrop": 0.1,
+}
+_GPT2 = Layout(
+    "gpt2",
+    "GPT2LMHeadModel",
+    activation_key="activation_function",
+    activations={"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"},
+    defaults={
+        **_SHARED_DEFAULTS,
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "bias": True,
+    },
+    # reorder_and_upcast_attn is not among them: either value is right, since attention here always
+    # sums and exponentiates in fp32.
+    required={
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    },
+)
+_GPT1 = Layout(
+    "openai-gpt",
+    "OpenAIGPTLMHeadModel",
+    activation_key="afn",
+    activations={"gelu": "tanh"},  # its "gelu" is the tanh form
+    defaults={**_SHARED_DEFAULTS, "vocab_size": 40478, "n_positions": 512, "afn": "gelu"},
+    required={"tie_word_embeddings": True},
+    renamed=(("tokens_embed", "wte"), ("positions_embed", "wpe")),
+)
+_OURS = Layout("gptkernels", "GPT", transposed=False, has_biases=False)
+_LAYOUTS = {layout.model_type: layout for layout in (_GPT2, _GPT1, _OURS)}
+
+_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+_GPT2_VOCAB, _GPT2_END = 50257, 50256
+
+
+def of_file(path: Path, given: dict[str, Any]) -> Layout:
+    """The layout that the config.json at `path` names. Raises ValueError for any other."""
+    kind = given.get("model_type", "gpt2")
+    if not isinstance(kind, str) or kind not in _LAYOUTS:
+        names = ", ".join(map(repr, _LAYOUTS))
+        raise ValueError(f"{path}: model_type must be one of {names}, got {kind!r}")
+    return _LAYOUTS[kind]
+
+
+def of_config(config: GPTConfig) -> Layout:
+    """The layout that a model of this configuration is written in."""
+    if config.window is None and config.norm == "pre":
+        return _GPT2
+    as_gpt1 = (config.bias, config.d_inner, config.approximate) == (True, 4 * config.n_embd, "tanh")
+    return _GPT1 if config.window is None and as_gpt1 else _OURS
+
+
+def our_name(layout: Layout, name: str) -> str:
+    """The name here of a tensor in a file."""
+    if not name.startswith(("transformer.", "lm_head.")):
+        name = f"transformer.{name}"
+    for theirs, ours in layout.renamed:
+        name = name.replace(f"transformer.{theirs}.", f"transformer.{ours}.")
+    return name
+
+
+def their_name(layout: Layout, name: str) -> str:
+    """The reverse of `our_name`."""
+    for theirs, ours in layout.renamed:
+        name = name.replace(f"transformer.{ours}.", f"transformer.{theirs}.")
+    return name
+
+
+def read(path: Path, given: dict[str, Any], dropout: float | None = None) -> GPTConfig:
+    """The configuration that the config.json at `path` describes; `dropout` replaces its three.
+
+    Raises ValueError, in one sentence, for what a GPT does not compute or cannot be.
+    """
+    layout = of_file(path, given)
+    try:
+        if layout is _OURS:
+            return _read_ours(given, dropout)
+        return GPTConfig(**_fields(layout, given, dropout))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def write(layout: Layout, config: GPTConfig) -> dict[str, Any]:
+    """The content of config.json for a model of this configuration."""
+    head = {"architectures": [layout.architecture], "model_type": layout.model_type}
+    if layout is _OURS:
+        return {**head, **dataclasses.asdict(config)}
+    names = {approximate: name for name, approximate in reversed(layout.activations.items())}
+    written = {
+        **head,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        layout.activation_key: names[config.approximate],
+        "layer_norm_epsilon": config.layer_norm_eps,
+        **dict.fromkeys(_DROPOUTS, config.dropout),
+        **layout.required,
+    }
+    if layout is _GPT2:
+        end = _GPT2_END if config.vocab_size == _GPT2_VOCAB else None
+        written |= {
+            "n_inner": config.n_inner,
+            "bos_token_id": end,
+            "eos_token_id": end,
+            "reorder_and_upcast_attn": False,
+        }
+    return written if config.bias else {**written, "bias": False}
+
+
+def _read_ours(given: dict[str, Any], dropout: float | None) -> GPTConfig:
+    names = {f.name for f in dataclasses.fields(GPTConfig)}
+    missing = sorted(names - given.keys())
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given")
+    config = GPTConfig(**{name: given[name] for name in names})
+    return config if dropout is None else dataclasses.replace(config, dropout=dropout)
+
+
+def _fields(layout: Layout, given: dict[str, Any], dropout: float | None) -> dict[str, Any]:
+    for key, wanted in layout.required.items():
+        if given.get(key, wanted) is not wanted:
+            raise ValueError(f"{key} must be {json.dumps(wanted)}, got {json.dumps(given[key])}")
+    values = {key: given.get(key, default) for key, default in layout.defaults.items()}
+    activation = values[layout.activation_key]
+    if not isinstance(activation, str) or activation not in layout.activations:
+        raise ValueError(
+            f"{layout.activation_key} must be one of {', '.join(layout.activations)}, "
+            f"got {activation!r}"
+        )
+    dropouts = [values[key] for key in _DROPOUTS]
+    if dropout is None:
+        dropout = dropouts[0]
+        if dropouts != [dropout] * 3:
+            raise ValueError(
+                f"embd_pdrop, attn_pdrop and resid_pdrop must be equal, got {dropouts[0]}, "
+                f"{dropouts[1]} and {dropouts[2]} (pass dropout= to replace them)"
+            )
+    return {
+        "vocab_size": values["vocab_size"],
+        "block_size": values["n_positions"],
+        "n_layer": values["n_layer"],
+        "n_head": values["n_head"],
+        "n_embd": values["n_embd"],
+        "n_inner": values.get("n_inner"),
+        "approximate": layout.activations[activation],
+        "layer_norm_eps": values["layer_norm_epsilon"],
+        "dropout": dropout,
+        "bias": values.get("bias", True),
+        "norm": "post" if layout is _GPT1 else "pre",
+    }
