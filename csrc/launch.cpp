@@ -39,27 +39,51 @@ class DeviceGuard {
     int before_ = 0, now_ = 0;
 };
 
-}  // namespace
+// A positive number of each device; 0: not asked for yet.
+using Known = std::array<std::atomic<int>, kMaxDevices>;
 
-int multiprocessors(int device) {
-    if (const Plan* plan = Plan::current()) return plan->multiprocessors;
-    static std::array<std::atomic<int>, kMaxDevices> known{};
+template <class Ask>
+int remembered(Known& known, int device, const char* what, Ask&& ask) {
     if (device < 0 || device >= kMaxDevices) {
         throw Error("device " + std::to_string(device) + " is not one of the first " +
                     std::to_string(kMaxDevices));
     }
-    int count = known[device].load(std::memory_order_relaxed);
-    if (count == 0) {
-        const cudaError_t status =
-            cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    int number = known[device].load(std::memory_order_relaxed);
+    if (number == 0) {
+        const cudaError_t status = ask(&number, device);
         if (status != cudaSuccess) {
             cudaGetLastError();
-            throw Error("the multiprocessors of device " + std::to_string(device) +
-                        " could not be counted: " + cudaGetErrorString(status));
+            throw Error(std::string(what) + " of device " + std::to_string(device) +
+                        " could not be found: " + cudaGetErrorString(status));
         }
-        known[device].store(count, std::memory_order_relaxed);
+        known[device].store(number, std::memory_order_relaxed);
     }
-    return count;
+    return number;
+}
+
+}  // namespace
+
+int multiprocessors(int device) {
+    if (const Plan* plan = Plan::current()) return plan->multiprocessors;
+    static Known known{};
+    return remembered(known, device, "the multiprocessors", [](int* count, int number) {
+        return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, number);
+    });
+}
+
+int capability(int device) {
+    if (const Plan* plan = Plan::current()) return plan->capability;
+    static Known known{};
+    return remembered(known, device, "the compute capability", [](int* capability, int number) {
+        int major = 0, minor = 0;
+        cudaError_t status =
+            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
+        if (status == cudaSuccess) {
+            status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number);
+        }
+        *capability = 10 * major + minor;
+        return status;
+    });
 }
 
 void detail::launch(const void* kernel, const Launch& launch, const void* params) {
@@ -70,9 +94,19 @@ void detail::launch(const void* kernel, const Launch& launch, const void* params
               launch, "to get its shared memory");
     }
     void* arguments[] = {const_cast<void*>(params)};
-    check(cudaLaunchKernel(kernel, launch.grid, dim3(launch.threads), arguments,
-                           launch.shared_bytes, launch.stream.handle),
-          launch, "to launch");
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = launch.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = launch.grid;
+    config.blockDim = dim3(launch.threads);
+    config.dynamicSmemBytes = launch.shared_bytes;
+    config.stream = launch.stream.handle;
+    config.attrs = &cluster;
+    // Older chips know no such attribute.
+    config.numAttrs = launch.cluster > 1 ? 1 : 0;
+    check(cudaLaunchKernelExC(&config, kernel, arguments), launch, "to launch");
 }
 
 }  // namespace gk

@@ -57,6 +57,9 @@ struct Error : std::runtime_error {
 
 // Of the device, asked for once. The emulator has 2 multiprocessors: small inputs cross its loops.
 int multiprocessors(int device);
+// 90 for compute capability 9.0. The emulator's is that of GPTKERNELS_EMULATE_ARCH: sm80 (default)
+// or sm90.
+int capability(int device);
 
 namespace detail {
 // Whether the launch went into the thread's plan (plan.h), and nothing is to be launched.

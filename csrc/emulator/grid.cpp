@@ -241,6 +241,15 @@ int multiprocessors(int) {
     return plan != nullptr ? plan->multiprocessors : emulator::kMultiprocessors;
 }
 
+int capability(int) {
+    if (const Plan* plan = Plan::current()) return plan->capability;
+    const char* name = std::getenv("GPTKERNELS_EMULATE_ARCH");
+    const std::string given = name ? name : "sm80";
+    if (given == "sm80") return 80;
+    if (given == "sm90") return 90;
+    throw Error("GPTKERNELS_EMULATE_ARCH must be sm80 or sm90, got " + given);
+}
+
 void detail::launch(void* kernel, const Launch& launch, Invoke invoke, const void* params) {
     using namespace emulator;
     if (launch.threads == 0 || launch.threads > kMostThreads) {

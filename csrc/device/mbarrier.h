@@ -1,0 +1,112 @@
+// Barriers in shared memory that count arrivals and the bytes of asynchronous copies (PTX ISA,
+// "mbarrier").
+//
+// A phase is complete when the `count` arrivals have come and no expected byte is left; then the
+// next one begins. mbarrier_wait(bar, parity) returns once the phase of that parity is complete,
+// where a fresh barrier is in phase 0, and the phase before it, of parity 1, counts as complete. So
+// consumers that start with parity 0 wait for the first filling, and producers that start with
+// parity 1 go ahead. Waiters acquire what those who arrived did before.
+//
+// One thread initialises, calls mbarrier_init_fence(), and then all meet at __syncthreads(), or at
+// cluster_sync() where other CTAs of the cluster arrive or copy too.
+#pragma once
+
+#include <cstdint>
+
+#include "device/shared_address.h"
+#include "launch.h"
+
+#ifdef GK_EMULATE
+#include "emulator/mbarrier.h"
+#endif
+
+namespace gk {
+
+__device__ inline void mbarrier_init(uint64_t* bar, unsigned count) {
+#ifdef GK_EMULATE
+    emulator::mbarrier_init(bar, count);
+#else
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(bar)), "r"(count)
+                 : "memory");
+#endif
+}
+
+// What the thread has initialised, the cluster and the asynchronous engine see after a barrier.
+__device__ inline void mbarrier_init_fence() {
+#ifdef GK_EMULATE
+    emulator::mbarrier_init_fence();
+#else
+    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+#endif
+}
+
+__device__ inline void mbarrier_arrive(uint64_t* bar) {
+#ifdef GK_EMULATE
+    emulator::mbarrier_arrive(bar);
+#else
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(bar))
+                 : "memory");
+#endif
+}
+
+// Arrives, and lets the phase also wait for so many bytes of copies.
+__device__ inline void mbarrier_arrive_expect_tx(uint64_t* bar, unsigned bytes) {
+#ifdef GK_EMULATE
+    emulator::mbarrier_arrive_expect_tx(bar, bytes);
+#else
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(
+                     shared_address(bar)),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+
+__device__ inline void mbarrier_expect_tx(uint64_t* bar, unsigned bytes) {
+#ifdef GK_EMULATE
+    emulator::mbarrier_expect_tx(bar, bytes);
+#else
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;\n" ::"r"(
+                     shared_address(bar)),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// Arrives at the barrier in the same place of CTA `rank` of the cluster, which must not have
+// returned by then: this thread has done with what it read there. It publishes nothing that the
+// thread wrote: that would take a release at the cluster's scope, which costs a fence of the whole
+// GPU's (MEMBAR.GPU in SASS) at each stage, and an acquire that empties L1.
+__device__ inline void mbarrier_arrive_cluster(uint64_t* bar, unsigned rank) {
+#ifdef GK_EMULATE
+    emulator::mbarrier_arrive_cluster(bar, rank);
+#else
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}\n" ::"r"(shared_address(bar)),
+        "r"(rank)
+        : "memory");
+#endif
+}
+
+__device__ inline void mbarrier_wait(uint64_t* bar, unsigned parity) {
+#ifdef GK_EMULATE
+    emulator::mbarrier_wait(bar, parity);
+#else
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+        "@complete bra.uni done;\n"
+        "bra.uni again;\n"
+        "done:\n"
+        "}\n" ::"r"(shared_address(bar)),
+        "r"(parity)
+        : "memory");
+#endif
+}
+
+}  // namespace gk

@@ -1,0 +1,54 @@
+// Roles within a CTA: registers that warpgroups (four warps, the first a multiple of four) pass to
+// each other, and barriers between some of the warps (PTX ISA, "setmaxnreg" and "barrier").
+#pragma once
+
+#include "launch.h"
+
+#ifdef GK_EMULATE
+#include "emulator/registers.h"
+#endif
+
+namespace gk {
+
+// Registers of a thread from here on, a multiple of 8 from 24 to 256. All of a warpgroup call it.
+// A kernel starts with what __launch_bounds__ leaves to each thread; what one warpgroup gives back
+// others may take, and who takes waits until enough is there.
+template <int kRegisters>
+__device__ inline void warpgroup_reg_alloc() {
+    static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "as setmaxnreg");
+#ifdef GK_EMULATE
+    emulator::warpgroup_reg_alloc(kRegisters);
+#else
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+#endif
+}
+
+template <int kRegisters>
+__device__ inline void warpgroup_reg_dealloc() {
+    static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "as setmaxnreg");
+#ifdef GK_EMULATE
+    emulator::warpgroup_reg_dealloc(kRegisters);
+#else
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+#endif
+}
+
+// Waits at barrier `id`, 1 to 15 (0 is __syncthreads'), until `threads` threads, whole warps, have
+// come; those who only arrive go on at once.
+__device__ inline void named_barrier_sync(unsigned id, unsigned threads) {
+#ifdef GK_EMULATE
+    emulator::barrier_sync(id, threads, "named_barrier_sync");
+#else
+    asm volatile("barrier.sync.aligned %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
+__device__ inline void named_barrier_arrive(unsigned id, unsigned threads) {
+#ifdef GK_EMULATE
+    emulator::barrier_arrive(id, threads);
+#else
+    asm volatile("barrier.arrive.aligned %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
+}  // namespace gk
