@@ -1,10 +1,12 @@
 // The warp's matrix instructions, lane by lane. Layouts: PTX ISA, "Warp-level matrix load
-// instruction: ldmatrix" and "Matrix Fragments for mma.m16n8k16 with floating point type".
+// instruction: ldmatrix", "Warp-level matrix store instruction: stmatrix" and "Matrix Fragments for
+// mma.m16n8k16 with floating point type".
 #include "mma.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "../launch.h"
 #include "grid.h"
 #include "memory.h"
 
@@ -42,21 +44,61 @@ void combine_ldmatrix_trans(void* const* lanes) {
     }
 }
 
-void ldmatrix(const char* what, uint32_t (&r)[4], const void* row, Combine combine,
-              const void* pc) {
+void check_row(const char* what, const char* does, const void* row) {
     const auto address = reinterpret_cast<uintptr_t>(row);
     const auto arena = reinterpret_cast<uintptr_t>(shared_memory());
     if (address % 16 != 0) {
-        fail(std::string(what) + " reads a row that is not aligned to 16 bytes");
+        fail(std::string(what) + does + " a row that is not aligned to 16 bytes");
     }
-    if (address < arena || address >= arena + kSharedLimit) {
-        fail(std::string(what) + " reads a row that is not in shared memory");
+    if (address < arena || address >= arena + launched->shared_bytes) {
+        fail(std::string(what) + does + " a row that is not in shared memory");
     }
+}
+
+void ldmatrix(const char* what, uint32_t (&r)[4], const void* row, Combine combine,
+              const void* pc) {
+    check_row(what, " reads", row);
     memory::read(row, 16, pc);
     LdmatrixLane lane;
     std::memcpy(lane.row, row, 16);
     lane.r = r;
     collective(what, kAllLanes, &lane, combine, true);
+}
+
+struct StmatrixLane {
+    const uint32_t* r;  // [4], one register of each matrix
+    uint16_t row[8];    // row lane % 8 of matrix lane / 8
+};
+
+void combine_stmatrix(void* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+        auto& mine = *static_cast<StmatrixLane*>(lanes[lane]);
+        for (int column = 0; column < 8; ++column) {
+            const int from = lane % 8 * 4 + column / 2;
+            const uint32_t bits = static_cast<StmatrixLane*>(lanes[from])->r[lane / 8];
+            mine.row[column] = uint16_t(bits >> 16 * (column % 2));
+        }
+    }
+}
+
+void combine_stmatrix_trans(void* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+        auto& mine = *static_cast<StmatrixLane*>(lanes[lane]);
+        for (int column = 0; column < 8; ++column) {
+            const int from = column * 4 + lane % 8 / 2;
+            const uint32_t bits = static_cast<StmatrixLane*>(lanes[from])->r[lane / 8];
+            mine.row[column] = uint16_t(bits >> 16 * (lane % 2));
+        }
+    }
+}
+
+void stmatrix(const char* what, void* row, const uint32_t (&r)[4], Combine combine,
+              const void* pc) {
+    check_row(what, " writes", row);
+    StmatrixLane lane{r, {}};
+    collective(what, kAllLanes, &lane, combine, true);
+    memory::write(row, 16, pc);
+    std::memcpy(row, lane.row, 16);
 }
 
 struct MmaLane {
@@ -103,6 +145,14 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
     ldmatrix("ldmatrix.trans", r, row, combine_ldmatrix_trans, __builtin_return_address(0));
+}
+
+void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+    stmatrix("stmatrix", row, r, combine_stmatrix, __builtin_return_address(0));
+}
+
+void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
+    stmatrix("stmatrix.trans", row, r, combine_stmatrix_trans, __builtin_return_address(0));
 }
 
 void mma_m16n8k16_bf16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -1,0 +1,112 @@
+// Products by the tensor cores of a warpgroup, four warps of which the first has a number divisible
+// by 4, on Hopper alone: D (64 x N, fp32) (+)= A (64 x 16) B (16 x N), asynchronously.
+//
+// Layouts are those of the PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16": with g = lane /
+// 4 and t = lane % 4, warp w of the warpgroup has rows 16 w + g and 16 w + g + 8 of D and A, and in
+// acc[i], or in A's registers, what it would have in Mma<T> (device/mma.h) of columns 8 i ... 8 i + 7,
+// so that accumulators round into A by Mma<T>::from_accumulators. Operands in shared memory are named
+// by descriptors (device/swizzled.h).
+//
+// The order of things (PTX ISA, "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"):
+//     what threads wrote to operands in shared memory, then fence_proxy_async() (device/tma.h) and a
+//         barrier; what TMA wrote, after its mbarrier's wait, needs neither
+//     wgmma_fence()         after anything touched the accumulators or A's registers
+//     multiply(...)         several on the same accumulators run in order, if N is the same
+//     wgmma_commit()        all since the last commit make a group
+//     wgmma_wait<N>()       all but the N newest groups are done: only now may the accumulators be
+//         touched and operands be overwritten
+//     wgmma_fence_registers(acc)   the compiler knows nothing of the wait: uses stay behind it
+// All threads of the warpgroup come to each of them, with the same descriptors.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "launch.h"
+
+#ifdef GK_EMULATE
+#include "emulator/wgmma.h"
+#else
+#include "device/wgmma_shapes.h"
+#endif
+
+namespace gk {
+
+// Which way of an operand lies without gaps in shared memory: along k, or along the rows of A or the
+// columns of B (PTX ISA, "Shared Memory Matrix Layout").
+enum class Major { k, mn };
+
+__device__ __forceinline__ void wgmma_fence() {
+#ifdef GK_EMULATE
+    emulator::wgmma_fence();
+#else
+    asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+#ifdef GK_EMULATE
+    emulator::wgmma_commit();
+#else
+    asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    static_assert(0 <= kPending && kPending <= 7, "groups that may go on");
+#ifdef GK_EMULATE
+    emulator::wgmma_wait(kPending);
+#else
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+
+// No access to the registers moves across. To the compiler an accumulator has its sum as soon as
+// `multiply` is issued, and it would read it before the wait. No instruction comes of this.
+template <int kTiles>
+__device__ __forceinline__ void wgmma_fence_registers(float (&acc)[kTiles][4]) {
+#ifdef GK_EMULATE
+    (void)acc;
+#else
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
+    }
+#endif
+}
+
+// N: multiples of 16 up to 256.
+template <class T, int N, Major kA = Major::k, Major kB = Major::k>
+struct Wgmma {
+    static constexpr int M = 64, K = 16;
+    static constexpr bool kBf16 = std::is_same<T, __nv_bfloat16>::value;
+    static_assert(kBf16 || std::is_same<T, __half>::value, "bf16 or fp16");
+    static_assert(N % 16 == 0 && 16 <= N && N <= 256, "a multiple of 16, up to 256");
+
+    // `accumulate`: to what the accumulators hold, else to 0; the same in all threads.
+    __device__ __forceinline__ static void multiply(float (&acc)[N / 8][4], uint64_t a, uint64_t b,
+                                                    bool accumulate) {
+#ifdef GK_EMULATE
+        emulator::wgmma({N, kBf16, kA == Major::mn, kB == Major::mn}, acc[0], a, nullptr, b,
+                        accumulate);
+#else
+        detail::WgmmaShape<N>::template multiply<kBf16, kA == Major::mn, kB == Major::mn>(
+            acc, a, b, accumulate);
+#endif
+    }
+
+    // A from registers.
+    __device__ __forceinline__ static void multiply(float (&acc)[N / 8][4], const uint32_t (&a)[4],
+                                                    uint64_t b, bool accumulate) {
+        static_assert(kA == Major::k, "registers hold A along k");
+#ifdef GK_EMULATE
+        emulator::wgmma({N, kBf16, false, kB == Major::mn}, acc[0], 0, a, b, accumulate);
+#else
+        detail::WgmmaShape<N>::template multiply<kBf16, kB == Major::mn>(acc, a, b, accumulate);
+#endif
+    }
+};
+
+}  // namespace gk
