@@ -41,7 +41,7 @@ class PlainConfig:
 class Attention(nn.Module):
     """Causal self-attention between two linear layers, over `window` tokens if that is not None."""
 
-    def __init__(self, config: Any, window: int | None) -> None:
+    def __init__(self, config: Any, window: int | None = None) -> None:
         super().__init__()
         self.n_head, self.dropout, self.window = config.n_head, config.dropout, window
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)

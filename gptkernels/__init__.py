@@ -19,6 +19,7 @@ _HOME = {
     "LayerNorm": "gptkernels.layers",
     "MLP": "gptkernels.layers",
     "CausalSelfAttention": "gptkernels.layers",
+    "TransformerLayer": "gptkernels.transformer_layer",
     "GPT": "gptkernels.gpt.model",
     "GPTConfig": "gptkernels.gpt.config",
 }
@@ -29,6 +30,7 @@ __all__ = [
     "CausalSelfAttention",
     "GPTConfig",
     "LayerNorm",
+    "TransformerLayer",
     "attention",
     "gelu_mlp",
     "layer_norm",
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from gptkernels.ops.attention import attention
     from gptkernels.ops.layer_norm import layer_norm
     from gptkernels.ops.mlp import gelu_mlp
+    from gptkernels.transformer_layer import TransformerLayer
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ from gptkernels.ops.mlp import gelu_mlp
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-class _Fused(nn.Module):
+class FusedModule(nn.Module):
     """A module whose computation is one of the ops: the home of `.impl`."""
 
     _impl = "auto"
@@ -47,7 +47,7 @@ def set_impl(model: _Model, impl: str) -> _Model:
     Raises ValueError for an unknown implementation, and for a model without any fused layer.
     """
     check_impl(impl)
-    layers = [module for module in model.modules() if isinstance(module, _Fused)]
+    layers = [module for module in model.modules() if isinstance(module, FusedModule)]
     if not layers:
         raise ValueError(
             f"model must contain a layer of gptkernels, got a {type(model).__name__} without one"
@@ -57,7 +57,7 @@ def set_impl(model: _Model, impl: str) -> _Model:
     return model
 
 
-class LayerNorm(_Fused):
+class LayerNorm(FusedModule):
     """LayerNorm over the last dimension; dropout and residual add before it are in the same op.
 
     Parameters: weight (d_model,), bias (d_model,) or None. Ba, Kiros, Hinton, "Layer
@@ -105,7 +105,7 @@ class LayerNorm(_Fused):
         return f"{self.weight.shape[0]}, eps={self.eps}, bias={bias}, impl={self.impl!r}"
 
 
-class MLP(_Fused):
+class MLP(FusedModule):
     """c_proj(gelu(c_fc(x))) as one op. Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
 
     Parameters: c_fc.weight (d_inner, d_model), c_fc.bias (d_inner,), c_proj.weight (d_model,
@@ -188,7 +188,7 @@ class KVCache:
         return self._keys[:, : self.length], self._values[:, : self.length]
 
 
-class CausalSelfAttention(_Fused):
+class CausalSelfAttention(FusedModule):
     """Causal self-attention between two linear layers.
 
     Vaswani et al., "Attention Is All You Need", 2017.
