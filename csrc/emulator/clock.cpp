@@ -78,6 +78,11 @@ void take_past(const Past& past, Thread& thread) {
     }
 }
 
+void fence_proxy(Thread& thread) {
+    thread.fences.push_back(time_of(thread.clock.now));
+    step(thread);
+}
+
 void order_cta(Cta& cta) {
     cta.clock.floor = ++cta.clock.top;
     for (unsigned i = 0; i < cta.threads; ++i) set_time(*cta.fibers[i], cta.clock.floor);

@@ -21,6 +21,10 @@ constexpr unsigned kTimeBits = 22;
 constexpr unsigned serial_of(Epoch epoch) { return unsigned(epoch >> 32); }
 constexpr unsigned thread_of(Epoch epoch) { return unsigned(epoch >> kTimeBits) & 1023; }
 constexpr int time_of(Epoch epoch) { return int(epoch & ((1u << kTimeBits) - 1)); }
+// The same thread at another time.
+constexpr Epoch at_time(Epoch epoch, int time) {
+    return epoch >> kTimeBits << kTimeBits | Epoch(time);
+}
 
 struct Clock {
     Epoch now = 0;
@@ -45,6 +49,10 @@ void start_clocks(Cta& cta, unsigned serial);
 // What the thread did so far comes before whatever takes from `past`.
 void leave_past(Past& past, Thread& thread);
 void take_past(const Past& past, Thread& thread);
+
+// A proxy fence: what the thread wrote so far may be read by the asynchronous engine for whoever
+// comes after the fence.
+void fence_proxy(Thread& thread);
 
 void order_cta(Cta& cta);
 void order_threads(const std::vector<Thread*>& threads);

@@ -88,6 +88,7 @@ void begin(Cta& cta, uint64_t number) {
         thread.done = false;
         thread.waiting = {};
         thread.copies = {};
+        thread.fences.clear();
         thread.fiber.start(body);
         cta.warps[thread.warp()].alive |= 1u << thread.lane();
     }

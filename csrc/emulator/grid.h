@@ -59,6 +59,7 @@ struct Thread {
     Waiting waiting;
     Clock clock;
     Copies copies;
+    std::vector<int> fences;  // when it fenced the asynchronous proxy
     unsigned lane() const { return index % kWarp; }
     unsigned warp() const { return index / kWarp; }
 };

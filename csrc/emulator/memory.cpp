@@ -128,8 +128,17 @@ std::string outside(const std::string& name, const char* begin, size_t size, con
     switch (finding.fault) {
         case Fault::unwritten: sentence += ", which nobody has written"; break;
         case Fault::in_flight:
+            if (finding.bulk) {
+                sentence += ", which a bulk copy may still write: " + other +
+                            ", and nobody has waited for it";
+                break;
+            }
             sentence += ", which a cp.async may still write: " + other +
                         ", and that thread has not waited for the copy";
+            break;
+        case Fault::unfenced:
+            sentence += " by the asynchronous proxy, which " + other +
+                        ", with no fence_proxy_async of that thread between";
             break;
         case Fault::race:
             sentence += ", which " + other + ", with no barrier between";
@@ -141,6 +150,17 @@ std::string outside(const std::string& name, const char* begin, size_t size, con
 
 std::string byte_text(size_t offset, const std::string& of) {
     return "byte " + std::to_string(offset) + " of " + of;
+}
+
+// From an offset into the tensor's shadow.
+std::string tensor_byte(size_t offset, const Tensor& tensor) {
+    return byte_text(offset - tensor.offset(tensor.begin), tensor.name);
+}
+
+[[noreturn]] void fail_input(Access access, const Tensor& tensor, const char* address,
+                             size_t bytes) {
+    fail(verb(access) + counted(bytes, "byte") + " at " +
+         byte_text(size_t(address - tensor.begin), tensor.name) + ", an input of the kernel");
 }
 
 void check_alignment(Access access, const char* address, size_t bytes, size_t alignment) {
@@ -176,9 +196,7 @@ void check(Access access, const void* pointer, size_t bytes, size_t alignment, c
     check_alignment(access, address, bytes, alignment);
     if (tensor && !tensor->shadow) {
         if (access == Access::read) return;
-        fail(verb(access) + counted(bytes, "byte") + " at " +
-             byte_text(size_t(address - tensor->begin), tensor->name) +
-             ", an input of the kernel");
+        fail_input(access, *tensor, address, bytes);
     }
     Shadow& shadow = shared ? arenas[cta.slot] : *tensor->shadow;
     const Visitor visitor{&thread, shared, launch_serial, pack_place(pc)};
@@ -187,7 +205,7 @@ void check(Access access, const void* pointer, size_t bytes, size_t alignment, c
     if (finding.fault == Fault::none) return;
     const std::string where =
         shared ? byte_text(finding.offset, "shared memory")
-               : byte_text(finding.offset - tensor->offset(tensor->begin), tensor->name);
+               : tensor_byte(finding.offset, *tensor);
     fail_finding(access, finding, where, bytes);
 }
 
@@ -253,14 +271,10 @@ void write_range(const void* address, size_t bytes, size_t alignment, const void
 }
 
 void copy_begin(const void* shared, const void* pc) {
-    const auto address = static_cast<const char*>(shared);
-    const size_t offset = size_t(address - reinterpret_cast<const char*>(running->cta->shared));
-    if (offset >= launched->shared_bytes || launched->shared_bytes - offset < 16) {
-        fail_outside(Access::write, address, 16);
-    }
-    check_alignment(Access::write, address, 16, 16);
+    const size_t offset = shared_offset(Access::write, shared, 16);
+    check_alignment(Access::write, static_cast<const char*>(shared), 16, 16);
     const Visitor visitor{running, true, launch_serial, pack_place(pc)};
-    const Finding finding = arenas[running->cta->slot].start_copy(offset, visitor);
+    const Finding finding = arenas[running->cta->slot].start_copy(offset, 16, visitor, false);
     if (finding.fault == Fault::none) return;
     fail_finding(Access::write, finding, byte_text(finding.offset, "shared memory"), 16);
 }
@@ -269,6 +283,51 @@ void copy_landed(const void* shared) {
     const Cta& cta = *running->cta;
     const size_t offset = size_t(static_cast<const unsigned char*>(shared) - cta.shared);
     arenas[cta.slot].land(offset, {running, true, launch_serial, 0});
+}
+
+size_t shared_offset(Access access, const void* shared, size_t bytes) {
+    const auto address = static_cast<const char*>(shared);
+    const size_t offset = size_t(address - reinterpret_cast<const char*>(running->cta->shared));
+    if (offset >= launched->shared_bytes || launched->shared_bytes - offset < bytes) {
+        fail_outside(access, address, bytes);
+    }
+    return offset;
+}
+
+void bulk_begin(const Cta& cta, size_t offset, size_t bytes, const void* pc) {
+    const Visitor visitor{running, true, launch_serial, pack_place(pc)};
+    const Finding finding = arenas[cta.slot].start_copy(offset, bytes, visitor, true);
+    if (finding.fault == Fault::none) return;
+    fail_finding(Access::write, finding, byte_text(finding.offset, "shared memory"), bytes);
+}
+
+void bulk_landed(const Cta& cta, size_t offset, size_t bytes) {
+    arenas[cta.slot].land_bulk(offset, bytes);
+}
+
+void bulk_begin(const void* global, size_t bytes, const void* pc) {
+    const auto address = static_cast<const char*>(global);
+    const Tensor* tensor = find(address, bytes);
+    if (tensor == nullptr) fail_outside(Access::write, address, bytes);
+    if (!tensor->shadow) fail_input(Access::write, *tensor, address, bytes);
+    const Visitor visitor{running, false, launch_serial, pack_place(pc)};
+    const Finding finding = tensor->shadow->start_copy(tensor->offset(address), bytes, visitor, true);
+    if (finding.fault == Fault::none) return;
+    fail_finding(Access::write, finding, tensor_byte(finding.offset, *tensor), bytes);
+}
+
+void bulk_landed(const void* global, size_t bytes) {
+    const auto address = static_cast<const char*>(global);
+    const Tensor& tensor = *find(address, bytes);
+    tensor.shadow->land_bulk(tensor.offset(address), bytes);
+}
+
+void async_read(const void* shared, size_t bytes, const void* pc) {
+    const size_t offset = shared_offset(Access::read, shared, bytes);
+    const Visitor visitor{running, true, launch_serial, pack_place(pc)};
+    const Finding finding = arenas[running->cta->slot].read_by_engine(offset, bytes, visitor);
+    if (finding.fault == Fault::none) return;
+    fail_finding(Access::read, finding, byte_text(finding.offset, "shared memory"), bytes);
 }
 
 }  // namespace gk::emulator::memory

@@ -9,6 +9,7 @@
 #include <cstddef>
 
 #include "grid.h"
+#include "shadow.h"
 
 namespace gk::emulator::memory {
 
@@ -33,5 +34,18 @@ void write_range(const void* address, size_t bytes, size_t alignment, const void
 // 16 bytes of shared memory that an asynchronous copy writes: nobody may touch them until it lands.
 void copy_begin(const void* shared, const void* pc);
 void copy_landed(const void* shared);
+
+// Bulk copies by the asynchronous engine, which the running thread starts.
+//
+// `bytes` of shared memory of a CTA of the thread's cluster, as an offset. Fails outside.
+size_t shared_offset(Access access, const void* shared, size_t bytes);
+// A write to shared memory of a CTA, from `offset` on, or to a tensor: in flight until it lands.
+void bulk_begin(const Cta& cta, size_t offset, size_t bytes, const void* pc);
+void bulk_landed(const Cta& cta, size_t offset, size_t bytes);
+void bulk_begin(const void* global, size_t bytes, const void* pc);
+void bulk_landed(const void* global, size_t bytes);
+// A read of this CTA's shared memory, by a bulk copy or wgmma: nobody may write there before it is
+// over, and what threads wrote there they have fenced for the asynchronous proxy.
+void async_read(const void* shared, size_t bytes, const void* pc);
 
 }  // namespace gk::emulator::memory

@@ -24,6 +24,7 @@ constexpr unsigned kAtomic = 1u << 28;
 constexpr unsigned kInFlight = 1u << 29;
 constexpr unsigned kSeveral = 1u << 30;      // atomics by threads with no order between
 constexpr unsigned kSeveralCtas = 1u << 31;  // ... of several CTAs
+constexpr unsigned kBulk = 1u << 30;         // no atomic: a bulk copy, or one in flight
 
 constexpr unsigned kPlace = kAtomic - 1;
 
@@ -76,6 +77,19 @@ class Check {
         return true;
     }
 
+    // As the asynchronous engine.
+    bool engine_read(Cell& cell, Finding& finding) const {
+        if (!read(cell, finding)) return false;
+        if ((cell.written_at & kBulk) && !(cell.written_at & kAtomic)) return true;
+        const Thread& writer = writer_of(cell);
+        const auto& fences = writer.fences;
+        const auto next = std::lower_bound(fences.begin(), fences.end(), time_of(cell.writer));
+        if (next == fences.end() || !before(at_time(cell.writer, *next))) {
+            return found(finding, Fault::unfenced, cell);
+        }
+        return true;
+    }
+
     void land(Cell& cell) const {
         cell.writer = now_;
         cell.written_at &= ~kInFlight;
@@ -85,6 +99,10 @@ class Check {
     void start(Cell& cell, unsigned flags) const {
         if (cell.more) more_.give_back(cell.more);
         cell = {now_, {0, 0}, place_ | flags, {0, 0}, 0};
+    }
+
+    const Thread& writer_of(const Cell& cell) const {
+        return *thread_.cta->fibers[thread_of(cell.writer)];
     }
 
     bool unwritten(const Cell& cell) const {
@@ -100,7 +118,8 @@ class Check {
     // Of several unordered atomics the cell knows the last alone, which stands for all of its CTA
     // at barriers of the whole CTA only.
     bool in_order(const Cell& cell) const {
-        if (!(cell.written_at & kSeveral)) return before(cell.writer);
+        constexpr unsigned kAtomics = kAtomic | kSeveral;
+        if ((cell.written_at & kAtomics) != kAtomics) return before(cell.writer);
         if (serial_of(cell.writer) < launch_) return true;
         return !(cell.written_at & kSeveralCtas) && serial_of(cell.writer) == serial_of(now_) &&
                time_of(cell.writer) < floor_;
@@ -153,8 +172,9 @@ class Check {
     }
 
     static bool found(Finding& finding, Fault fault, const Cell& cell) {
+        const bool bulk = (cell.written_at & kBulk) && !(cell.written_at & kAtomic);
         finding = {fault, 0, cell.writer, cell.written_at & kPlace,
-                   cell.written_at & kAtomic ? "updated" : "wrote"};
+                   cell.written_at & kAtomic ? "updated" : bulk ? "copied" : "wrote", bulk};
         return false;
     }
 
@@ -262,15 +282,21 @@ Finding Shadow::touch(Access access, size_t offset, size_t bytes, const Visitor&
                           : touch_as<false>(access, offset, bytes, visitor);
 }
 
-Finding Shadow::start_copy(size_t offset, const Visitor& visitor) {
-    const Check<true> check(visitor, more_);
+template <bool kShared>
+Finding Shadow::start_copy_as(size_t offset, size_t bytes, const Visitor& visitor, bool bulk) {
+    const Check<kShared> check(visitor, more_);
     Finding finding;
-    visit(offset, kLine, true, [&](Cell& cell, size_t at) {
-        const bool fine = check.write(cell, finding, kInFlight);
+    visit(offset, bytes, true, [&](Cell& cell, size_t at) {
+        const bool fine = check.write(cell, finding, bulk ? kInFlight | kBulk : kInFlight);
         if (!fine) finding.offset = at;
         return fine;
     });
     return finding;
+}
+
+Finding Shadow::start_copy(size_t offset, size_t bytes, const Visitor& visitor, bool bulk) {
+    return visitor.shared ? start_copy_as<true>(offset, bytes, visitor, bulk)
+                          : start_copy_as<false>(offset, bytes, visitor, bulk);
 }
 
 void Shadow::land(size_t offset, const Visitor& visitor) {
@@ -279,6 +305,24 @@ void Shadow::land(size_t offset, const Visitor& visitor) {
         check.land(cell);
         return true;
     });
+}
+
+void Shadow::land_bulk(size_t offset, size_t bytes) {
+    visit(offset, bytes, true, [](Cell& cell, size_t) {
+        cell.written_at &= ~kInFlight;
+        return true;
+    });
+}
+
+Finding Shadow::read_by_engine(size_t offset, size_t bytes, const Visitor& visitor) {
+    const Check<true> check(visitor, more_);
+    Finding finding;
+    visit(offset, bytes, false, [&](Cell& cell, size_t at) {
+        const bool fine = check.engine_read(cell, finding);
+        if (!fine) finding.offset = at;
+        return fine;
+    });
+    return finding;
 }
 
 void Shadow::set_written(size_t offset, size_t bytes) {

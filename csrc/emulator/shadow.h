@@ -37,7 +37,7 @@ class ReaderLists {
 };
 
 enum class Access { read, write, atomic };
-enum class Fault { none, unwritten, in_flight, race };
+enum class Fault { none, unwritten, in_flight, unfenced, race };
 
 // What is wrong with an access, and with whom it collides: `other` was at `place`.
 struct Finding {
@@ -45,7 +45,8 @@ struct Finding {
     size_t offset = 0;
     Epoch other = 0;
     unsigned place = 0;
-    const char* did = nullptr;  // "read", "wrote", "updated" by an atomic
+    const char* did = nullptr;  // "read", "wrote", "updated" by an atomic, "copied"
+    bool bulk = false;          // by a bulk copy
 };
 
 // Who comes, and to which kind of memory. Shared memory knows only its own CTA: what an earlier one
@@ -65,9 +66,14 @@ class Shadow {
 
     // Checks an access and keeps it, up to the first place where something is wrong.
     Finding touch(Access access, size_t offset, size_t bytes, const Visitor& visitor);
-    // An asynchronous copy writes the line at `offset`: until it lands nobody may touch it.
-    Finding start_copy(size_t offset, const Visitor& visitor);
+    // An asynchronous copy writes there: until it lands nobody may touch it. A cp.async lands for
+    // the thread that waited. A bulk copy lands for whoever comes after the thread that started it.
+    Finding start_copy(size_t offset, size_t bytes, const Visitor& visitor, bool bulk);
     void land(size_t offset, const Visitor& visitor);
+    void land_bulk(size_t offset, size_t bytes);
+    // A read by the asynchronous engine, for the visitor: what threads wrote by ordinary stores must
+    // have been followed by their proxy fence, and that by the visitor.
+    Finding read_by_engine(size_t offset, size_t bytes, const Visitor& visitor);
     // By the host, before all launches.
     void set_written(size_t offset, size_t bytes);
 
@@ -82,6 +88,8 @@ class Shadow {
     void visit(size_t offset, size_t bytes, bool merges, F&& f);
     template <bool kShared>
     Finding touch_as(Access access, size_t offset, size_t bytes, const Visitor& visitor);
+    template <bool kShared>
+    Finding start_copy_as(size_t offset, size_t bytes, const Visitor& visitor, bool bulk);
 
     Cells lines_, parts_;
     ReaderLists more_;
