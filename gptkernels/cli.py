@@ -272,7 +272,9 @@ def demo(text: Path | None, out: Path, minutes: float, device: str, seed: int) -
 @click.option("--top-k", type=int, help="Sample among the likeliest K tokens.")
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens that reach P.")
 @click.option("--seed", type=int, help="For the same samples again.")
-@click.option("--tokenizer", type=click.Choice(["bytes", "gpt2"]), help="Default: the model's own.")
+@click.option(
+    "--tokenizer", type=click.Choice(["bytes", "gpt1", "gpt2"]), help="Default: the model's own."
+)
 @click.option("--impl", type=click.Choice(_IMPLS), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def generate(
@@ -287,8 +289,8 @@ def generate(
     impl: str,
     device: str,
 ) -> None:
-    """Continue a text with MODEL: a Hugging Face GPT-2 folder, a folder that `train` wrote, or its
-    checkpoint.pt.
+    """Continue a text with MODEL: a Hugging Face GPT-2 or OpenAI-GPT folder, a folder that `train`
+    wrote, its checkpoint.pt, or a nanoGPT checkpoint.
     """
     import torch
 
@@ -316,7 +318,7 @@ def generate(
 
 def _load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
     """The model at `path` and the tokenizer called `name`, or the one it was trained with."""
-    from gptkernels.gpt import checkpoint, weights
+    from gptkernels.gpt import checkpoint, nanogpt, weights
     from gptkernels.gpt.model import GPT
     from gptkernels.gpt.tokenizer import load_tokenizer
     from gptkernels.gpt.train import TrainConfig
@@ -328,12 +330,14 @@ def _load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
     if path.is_dir():
         model = GPT.from_pretrained(path, dropout=0.0)
         name = name or weights.read_tokenizer(path)
+    elif nanogpt.recognises(path):
+        model = GPT.from_pretrained(path, dropout=0.0)
     else:
         content = checkpoint.load(path)
         model = checkpoint.model(path, content)
         settings = checkpoint.config(path, content, "train_config", TrainConfig)
         name = name or settings.tokenizer
-    known = {256: "bytes", 50257: "gpt2"}
+    known = {256: "bytes", 50257: "gpt2", 40478: "gpt1"}
     name = name or known.get(model.config.vocab_size)
     if name is None:
         raise ValueError(

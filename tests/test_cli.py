@@ -286,6 +286,16 @@ def test_generate_refuses_a_contradictory_checkpoint(call: Any, trained: Path) -
         assert_refused(call("generate", path, "--prompt", "x"), f"checkpoint: {path}")
 
 
+def test_generate_from_a_nanogpt_checkpoint(call: Any, tmp_path: Path, folder: Path) -> None:
+    model = GPT.from_pretrained(folder)
+    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")
+    arguments = {name: getattr(model.config, name) for name in names}
+    content = {"model": model.state_dict(), "model_args": arguments, "iter_num": 1}
+    torch.save(content, tmp_path / "ckpt.pt")
+    options = ("--prompt", "The ", "--max-new-tokens", "8", "--temperature", "0")
+    assert call("generate", tmp_path / "ckpt.pt", *options).code == 0
+
+
 def test_generate_refuses_what_is_no_model(call: Any, tmp_path: Path, folder: Path) -> None:
     assert_refused(call("generate", tmp_path / "absent", "--prompt", "x"), "absent")
     (tmp_path / "empty").mkdir()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gptkernels.examples import plain_gpt
 from torch import Tensor
 
 from gptkernels import GPT, GPTConfig
@@ -237,6 +238,64 @@ def test_what_only_we_can_read(tmp_path: Path, config: GPTConfig) -> None:
         GPT.from_pretrained(tmp_path)
 
 
+def nanogpt_checkpoint(path: Path, prefix: str = "", **changes: Any) -> GPT:
+    """Writes what nanoGPT's train.py saves; returns the model whose weights it has."""
+    shape = {"vocab_size": 67, "block_size": 24, "n_layer": 2, "n_head": 3, "n_embd": 24}
+    model = randomize(GPT(GPTConfig(**shape, approximate="none", bias=False)))
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(24, 24).tril().view(1, 1, 24, 24)
+    content = {
+        "model": state,
+        "optimizer": torch.optim.AdamW(model.parameters()).state_dict(),
+        "model_args": {**shape, "bias": False, "dropout": 0.2},
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"out_dir": "out", "compile": True, "learning_rate": 6e-4},
+    }
+    content.update(changes)
+    torch.save(content, path)
+    return model.eval()
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."], ids=["eager", "compiled"])
+def test_nanogpt_checkpoints(tmp_path: Path, prefix: str) -> None:
+    expected = nanogpt_checkpoint(tmp_path / "ckpt.pt", prefix)
+    ours = GPT.from_pretrained(tmp_path / "ckpt.pt")
+    assert ours.config == replace(expected.config, dropout=0.2)
+    assert not ours.training
+    tokens = torch.arange(24).view(1, 24)
+    assert torch.equal(ours(tokens), expected(tokens))
+    # The same numbers from the formulas that nanoGPT writes out.
+    plain = plain_gpt.PlainGPT(expected.config).eval()
+    plain.load_state_dict(ours.state_dict())
+    assert_close(ours(tokens), plain(tokens))
+    assert GPT.from_pretrained(tmp_path / "ckpt.pt", dropout=0.0).config.dropout == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_args": None}, "no checkpoint of nanoGPT: it has no dictionary 'model_args'"),
+        ({"model": {"transformer.wte.weight": 3}}, "must hold tensors alone"),
+        ({"model_args": {"n_layer": 2}}, "model_args lack vocab_size, block_size, n_head"),
+        ({"model": {}}, r"the weights lack transformer\.wte\.weight"),
+    ],
+)
+def test_what_is_no_nanogpt_checkpoint(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", **changes)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path / "ckpt.pt")
+
+
+def test_no_nanogpt_checkpoint_runs_code(tmp_path: Path) -> None:
+    torch.save({"model": Evil(tmp_path / "ran"), "model_args": {}}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="no complete PyTorch file of tensors alone"):
+        GPT.from_pretrained(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_tokenizers_name_is_kept_for_us_and_skipped_by_transformers(tmp_path: Path) -> None:
     ours = randomize(GPT(CONFIG)).eval()
     ours.save_pretrained(tmp_path)
@@ -391,15 +450,15 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"n_head": 5}, "n_head must divide n_embd, got n_embd=24 and n_head=5"),
         (
             {"vocab_size": 66},
-            r"wte.weight must have shape \(66, 24\) by config.json, got \(67, 24\)",
+            r"wte.weight must have shape \(66, 24\) by its configuration, got \(67, 24\)",
         ),
         (
             {"n_positions": 25},
-            r"wpe.weight must have shape \(25, 24\) by config.json, got \(24, 24\)",
+            r"wpe.weight must have shape \(25, 24\) by its configuration, got \(24, 24\)",
         ),
         (
             {"n_inner": None},
-            r"c_fc.weight must have shape \(96, 24\) by config.json, got \(40, 24\)",
+            r"c_fc.weight must have shape \(96, 24\) by its configuration, got \(40, 24\)",
         ),
         ({"n_layer": 3}, r"the weights lack transformer.h.2.ln_1.weight"),
         ({"n_layer": 1}, r"the weights hold transformer.h.1.\S+, which"),

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptkernels.gpt import weights
+from gptkernels.gpt import nanogpt, weights
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.generate import generate
 from gptkernels.layers import MLP, CausalSelfAttention, KVCache, LayerNorm, set_impl
@@ -185,7 +185,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dropout: float | None = None) -> GPT:
-        """The GPT in a Hugging Face folder, on the CPU, in its dtype, in evaluation mode.
+        """The GPT in a Hugging Face folder, or in a checkpoint file of nanoGPT (ckpt.pt), on the
+        CPU, in its dtype, in evaluation mode.
 
         Reads config.json (model_type "gpt2", "openai-gpt", or "gptkernels", see `save_pretrained`)
         and model.safetensors (or its shards, or pytorch_model.bin with weights_only=True). The
@@ -193,11 +194,20 @@ class GPT(nn.Module):
         Raises FileNotFoundError for a missing file and ValueError, in one sentence, for one that is
         broken, foreign, contradicted by the others, or asks for something this model does not have.
         """
-        config = weights.read_config(Path(folder), dropout)
+        path = Path(folder)
+        checkpoint = nanogpt.load(path) if path.is_file() else None
+        if checkpoint is None:
+            config = weights.read_config(path, dropout)
+        else:
+            config = nanogpt.read_config(path, checkpoint, dropout)
         with torch.device("meta"):  # shapes alone: the weights are read, not drawn and thrown away
             model = cls(config)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(weights.read_state(Path(folder), shapes, config), assign=True)
+        if checkpoint is None:
+            state = weights.read_state(path, shapes, config)
+        else:
+            state = nanogpt.read_state(path, checkpoint, shapes)
+        model.load_state_dict(state, assign=True)
         model.tie_head()
         return model.eval()
 

@@ -63,12 +63,22 @@ def read_state(
     state = {}
     for name, tensor in _tensors(folder).items():
         name = layouts.our_name(layout, name)
-        if not _CAUSAL_MASK.fullmatch(name):
-            state[name] = tensor.t().contiguous() if _transposes(layout, name, tensor) else tensor
-    _check_head(folder, state)
+        state[name] = tensor.t().contiguous() if _transposes(layout, name, tensor) else tensor
     if layout.has_biases and not config.bias:
         _drop_zero_biases(folder, state)
-    _check_state(folder, shapes, state)
+    return checked(folder, state, shapes)
+
+
+def checked(
+    source: Path, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """`state` of exactly these names and shapes: without causal masks, with the tied head.
+
+    Raises ValueError, with the file or folder `source`, for what contradicts `shapes`.
+    """
+    state = {name: tensor for name, tensor in state.items() if not _CAUSAL_MASK.fullmatch(name)}
+    _check_head(source, state)
+    _check_state(source, shapes, state)
     return state
 
 
@@ -182,10 +192,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no complete safetensors file ({error})") from None
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def unpickle(path: Path) -> Any:
+    """What torch.save wrote, tensors and plain values alone; ValueError for anything else."""
     try:
         # weights_only: a pickle may otherwise run any code it likes.
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # broken bytes make the unpickler raise nearly anything
@@ -193,6 +204,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is no complete PyTorch file of tensors alone ({reason})"
         ) from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    loaded = unpickle(path)
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
     ):
@@ -220,20 +235,20 @@ def _drop_zero_biases(folder: Path, state: dict[str, Tensor]) -> None:
 
 
 def _check_state(folder: Path, shapes: Mapping[str, torch.Size], state: dict[str, Tensor]) -> None:
-    """Names, shapes and dtypes are those of the model that config.json describes."""
+    """Names, shapes and dtypes are those of the model that is described."""
     for name, shape in shapes.items():
         if name not in state:
-            raise ValueError(f"{folder}: the weights lack {name}, which config.json asks for")
+            raise ValueError(f"{folder}: the weights lack {name}, which its configuration asks for")
         tensor = state[name]
         if tensor.shape != shape:
             raise ValueError(
-                f"{folder}: {name} must have shape {tuple(shape)} by config.json, "
+                f"{folder}: {name} must have shape {tuple(shape)} by its configuration, "
                 f"got {tuple(tensor.shape)}"
             )
     unknown = sorted(state.keys() - shapes.keys())
     if unknown:
         raise ValueError(
-            f"{folder}: the weights hold {unknown[0]}, which a model of this config.json has not"
+            f"{folder}: the weights hold {unknown[0]}, which a model of its configuration has not"
         )
     try:
         _check_dtypes(state)

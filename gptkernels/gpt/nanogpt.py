@@ -1,0 +1,74 @@
+"""nanoGPT's checkpoints (ckpt.pt, github.com/karpathy/nanoGPT), to a GPT's shape and weights.
+
+    {"model": state_dict,
+     "model_args": {n_layer, n_head, n_embd, block_size, bias, vocab_size, dropout}, ...}
+
+Parameters have the names that a GPT's have, behind "_orig_mod." where the model was compiled;
+causal masks of old checkpoints are ignored. Its GELU is the exact one. Optimiser and progress are
+not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptkernels.gpt import weights
+from gptkernels.gpt.config import GPTConfig
+
+_ARGUMENTS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")
+_COMPILED = "_orig_mod."
+
+
+def read_config(path: Path, content: Mapping[str, Any], dropout: float | None) -> GPTConfig:
+    """Configuration of the model in the checkpoint; `dropout` replaces its own.
+
+    Raises ValueError for arguments that are missing or out of range.
+    """
+    given = content["model_args"]
+    missing = [name for name in _ARGUMENTS if name not in given]
+    if missing:
+        raise ValueError(f"{path}: model_args lack {', '.join(missing)}")
+    try:
+        return GPTConfig(
+            **{name: given[name] for name in _ARGUMENTS},
+            approximate="none",
+            dropout=given.get("dropout", 0.0) if dropout is None else dropout,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_state(
+    path: Path, content: Mapping[str, Any], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """The state_dict in the checkpoint, of exactly these names and shapes. Raises ValueError."""
+    state = {name.removeprefix(_COMPILED): tensor for name, tensor in content["model"].items()}
+    return weights.checked(path, state, shapes)
+
+
+def recognises(path: Path) -> bool:
+    """Whether the file is such a checkpoint, by its keys: no tensor is read."""
+    try:
+        content = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    except Exception:  # broken bytes make the unpickler raise nearly anything
+        return False
+    return isinstance(content, dict) and "model_args" in content
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint's content, tensors and plain values alone.
+
+    Raises ValueError for a file that is no such checkpoint.
+    """
+    content = weights.unpickle(path)
+    for key in ("model", "model_args"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+            raise ValueError(f"{path} is no checkpoint of nanoGPT: it has no dictionary {key!r}")
+    if not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
+        raise ValueError(f"{path} must hold tensors alone in its dictionary 'model'")
+    return content
