@@ -45,12 +45,10 @@ py::dict described(const gk::Candidate& c) {
                     py::arg("shared_bytes") = c.shared_bytes);
 }
 
-// What `run` would launch, and which kernels it refuses: see plan.h.
-py::dict plan(int capability, int multiprocessors, const py::function& run) {
-    gk::Plan made(capability, multiprocessors);
-    run();
+// What is in a plan: see plan.h.
+py::dict described(const gk::Plan& plan) {
     py::list launches, refusals;
-    for (const gk::Planned& p : made.launches) {
+    for (const gk::Planned& p : plan.launches) {
         py::object built = py::none();
         if (p.built.name != nullptr) built = described(p.built);
         launches.append(py::dict(
@@ -60,7 +58,7 @@ py::dict plan(int capability, int multiprocessors, const py::function& run) {
             py::arg("shared_bytes") = p.shared_bytes, py::arg("tiles") = p.tiles,
             py::arg("built") = built));
     }
-    for (const gk::Refusal& r : made.refusals) refusals.append(py::make_tuple(r.kernel, r.reason));
+    for (const gk::Refusal& r : plan.refusals) refusals.append(py::make_tuple(r.kernel, r.reason));
     return py::dict(py::arg("launches") = launches, py::arg("refusals") = refusals);
 }
 
@@ -79,7 +77,22 @@ PYBIND11_MODULE(_cuda, module) {
 #else
     module.attr("emulated") = false;
 #endif
-    module.def("plan", &plan, py::arg("capability"), py::arg("multiprocessors"), py::arg("run"));
+    module.def(
+        "plan",
+        [](int capability, int multiprocessors, const py::function& run) {
+            const gk::Plan plan(capability, multiprocessors);
+            run();
+            return described(plan);
+        },
+        py::arg("capability"), py::arg("multiprocessors"), py::arg("run"));
+    module.def(
+        "record",
+        [](const py::function& run) {
+            const gk::Plan plan;
+            run();
+            return described(plan);
+        },
+        py::arg("run"));
 
     module.def(
         "attention_fwd",

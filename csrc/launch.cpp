@@ -64,7 +64,7 @@ int remembered(Known& known, int device, const char* what, Ask&& ask) {
 }  // namespace
 
 int multiprocessors(int device) {
-    if (const Plan* plan = Plan::current()) return plan->multiprocessors;
+    if (const Plan* plan = Plan::elsewhere()) return plan->multiprocessors;
     static Known known{};
     return remembered(known, device, "the multiprocessors", [](int* count, int number) {
         return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, number);
@@ -72,7 +72,7 @@ int multiprocessors(int device) {
 }
 
 int capability(int device) {
-    if (const Plan* plan = Plan::current()) return plan->capability;
+    if (const Plan* plan = Plan::elsewhere()) return plan->capability;
     static Known known{};
     return remembered(known, device, "the compute capability", [](int* capability, int number) {
         int major = 0, minor = 0;

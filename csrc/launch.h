@@ -62,7 +62,7 @@ int multiprocessors(int device);
 int capability(int device);
 
 namespace detail {
-// Whether the launch went into the thread's plan (plan.h), and nothing is to be launched.
+// Writes the launch into the thread's plan (plan.h), if any; whether nothing is to be launched.
 bool planned(const Launch& launch);
 
 #ifdef GK_EMULATE

@@ -7,17 +7,27 @@ namespace {
 
 thread_local Plan* current_plan = nullptr;
 
+void begin(Plan* plan) {
+    if (current_plan != nullptr) throw Error("this thread makes a plan already");
+    current_plan = plan;
+}
+
 }  // namespace
+
+Plan::Plan() { begin(this); }
 
 Plan::Plan(int capability, int multiprocessors)
     : capability(capability), multiprocessors(multiprocessors) {
-    if (current_plan != nullptr) throw Error("this thread makes a plan already");
-    current_plan = this;
+    begin(this);
 }
 
 Plan::~Plan() { current_plan = nullptr; }
 
 Plan* Plan::current() { return current_plan; }
+
+const Plan* Plan::elsewhere() {
+    return current_plan != nullptr && current_plan->multiprocessors > 0 ? current_plan : nullptr;
+}
 
 void plan_refused(const char* kernel, const std::string& reason) {
     if (Plan* plan = Plan::current()) plan->refusals.push_back({kernel, reason});
@@ -34,7 +44,7 @@ bool detail::planned(const Launch& launch) {
                               launch.shared_bytes,
                               launch.tiles,
                               launch.built});
-    return true;
+    return Plan::elsewhere() != nullptr;
 }
 
 }  // namespace gk

@@ -1,9 +1,10 @@
-// What launchers would launch on some machine, without launching it and without that machine: for
+// What launchers launch, or would launch on a machine that is not there: for `gptkernels verify`,
 // `gptkernels info --explain` and for predictions.
 //
-// While a thread has a Plan, `launch` writes into it what it was asked to launch, `capability` and
-// `multiprocessors` are those of the machine planned for, and tensor maps are left empty. Launchers
-// know nothing of it: what is planned is what would run. Addresses need not lead anywhere.
+// While a thread has a Plan, `launch` writes into it what it is asked to launch. A plan for some
+// machine is all that comes of it: `capability` and `multiprocessors` are that machine's, tensor maps
+// are left empty and addresses need not lead anywhere. Launchers know nothing of it, so what is
+// planned is what would run.
 #pragma once
 
 #include <cstdint>
@@ -31,16 +32,19 @@ struct Refusal {
 
 class Plan {
   public:
-    // Of the calling thread, until it is destroyed. Throws Error where there is one already.
-    Plan(int capability, int multiprocessors);
+    // The calling thread's, until it is destroyed. Throws Error where there is one already.
+    Plan();                                     // launches happen as ever, and are written down
+    Plan(int capability, int multiprocessors);  // for such a machine: nothing is launched
     ~Plan();
     Plan(const Plan&) = delete;
     Plan& operator=(const Plan&) = delete;
 
     // The calling thread's, or null.
     static Plan* current();
+    // Likewise, if it is for a machine of its own.
+    static const Plan* elsewhere();
 
-    const int capability, multiprocessors;
+    const int capability = 0, multiprocessors = 0;
     std::vector<Planned> launches;
     std::vector<Refusal> refusals;
 };

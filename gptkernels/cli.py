@@ -131,9 +131,42 @@ def commands(context: click.Context) -> None:
 
 
 @commands.command()
-def info() -> None:
-    """What is installed, what can run here, and what is missing."""
-    click.echo("\n".join(_info.lines()))
+@click.option("--explain", "op", metavar="OP", help="attention, mlp or layer_norm.")
+@click.argument("sizes", nargs=-1, metavar="[SIZES... DTYPE]")
+@click.option("--arch", help="sm80 or sm90; this machine's GPU, else sm90.")
+@click.option("--kv-heads", type=int, help="attention: heads of k and v.")
+@click.option("--keys", type=int, help="attention: keys where there are not T.")
+@click.option("--causal/--no-causal", default=None, help="attention; causal otherwise.")
+@click.option("--window", type=int, nargs=2, help="attention: keys to the left and right; -1: all.")
+@click.option("--softcap", type=float, help="attention.")
+@click.option("--alibi", is_flag=True, default=None, help="attention.")
+@click.option("--key-lengths", is_flag=True, default=None, help="attention.")
+@click.option("--deterministic", is_flag=True, default=None, help="attention.")
+@click.option("--dropout", "dropout_p", type=float, help="attention, layer_norm.")
+@click.option("--residual", is_flag=True, default=None, help="layer_norm.")
+@click.option("--bias/--no-bias", default=None, help="mlp; with biases otherwise.")
+@click.option("--recompute", is_flag=True, default=None, help="mlp.")
+def info(op: str | None, sizes: tuple[str, ...], arch: str | None, **options: Any) -> None:
+    """What is installed, what can run here, and what is missing.
+
+    With --explain, which CUDA C++ kernels a problem runs on a GPU, with tiles, stages, grid, waves
+    and shared memory, and why not another; no GPU is needed:
+
+    \b
+        gptkernels info --explain attention B T H D bf16 --kv-heads 8 --no-causal
+        gptkernels info --explain mlp ROWS WIDTH INNER fp16
+        gptkernels info --explain layer_norm ROWS COLS fp32 --residual --arch sm80
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if op is None:
+        if sizes or arch or given:
+            raise ValueError("sizes and options say what to --explain, which is missing")
+        click.echo("\n".join(_info.lines()))
+        return
+    from gptkernels import explain
+
+    problem = explain.parse(op, sizes, **given)
+    click.echo("\n".join(explain.lines(problem, explain.machine_here(arch))))
 
 
 @commands.command()

@@ -113,6 +113,32 @@ def test_info(call: Any) -> None:
     assert "\n  torch   usable" in result.out
 
 
+@pytest.mark.skipif(not cuda._EMULATOR.exists(), reason="the emulator is not built")
+def test_info_explains(call: Any) -> None:
+    result = call("info", "--explain", "attention", "2", "8192", "32", "128", "bf16", "--alibi",
+                  "--kv-heads", "8", "--no-causal", "--window", "64", "-1", "--arch", "sm80")  # fmt: skip
+    assert result.code == 0
+    first, second, _, direction, kernel, *_ = result.out.splitlines()
+    assert first == "attention B2 T8192 H32/8 D128 not causal, window 64, -1, ALiBi, bfloat16"
+    assert second.startswith("planned for sm80: ")
+    assert (direction, kernel[:25]) == ("forward", "  attention_fwd_kernel on")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["3"], "--explain"),
+        (["--residual"], "--explain"),
+        (["--explain", "gelu", "1"], "op must be one of"),
+        (["--explain", "mlp", "64", "64", "bf16"], "mlp takes M C F dtype"),
+        (["--explain", "mlp", "64", "64", "64", "bf16", "--arch", "sm75"], "arch"),
+        (["--explain", "layer_norm", "64", "64", "bf16", "--kv-heads", "3"], "kv-heads"),
+    ],
+)
+def test_info_refuses(call: Any, arguments: list[str], word: str) -> None:
+    assert_refused(call("info", *arguments), word)
+
+
 def test_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "gptkernels", "verify", "--op", "nothing"],

@@ -238,12 +238,12 @@ unsigned char* shared_memory() { return running->cta->shared; }
 namespace gk {
 
 int multiprocessors(int) {
-    const Plan* plan = Plan::current();
+    const Plan* plan = Plan::elsewhere();
     return plan != nullptr ? plan->multiprocessors : emulator::kMultiprocessors;
 }
 
 int capability(int) {
-    if (const Plan* plan = Plan::current()) return plan->capability;
+    if (const Plan* plan = Plan::elsewhere()) return plan->capability;
     const char* name = std::getenv("GPTKERNELS_EMULATE_ARCH");
     const std::string given = name ? name : "sm80";
     if (given == "sm80") return 80;

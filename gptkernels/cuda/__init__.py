@@ -13,7 +13,7 @@ import importlib.machinery
 import importlib.util
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ _OLDEST_CAPABILITY = (8, 0)
 
 # The emulator knows one launch and its tensors; autograd and users call from other threads.
 _ONE_AT_A_TIME = threading.RLock()
+
+# In a plan: the address of a whole tensor as PyTorch would place it. Nothing is there.
+_SOMEWHERE = 1 << 20
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -79,6 +82,8 @@ def _native_unavailable() -> str | None:
 
 def module() -> Any:
     """The compiled module. Raises ImportError with one sentence where there is none."""
+    if _PLANS.module is not None:
+        return _PLANS.module
     if EMULATED:
         with _ONE_AT_A_TIME:  # or two threads would load it twice
             return _emulator()
@@ -103,6 +108,55 @@ def _emulator() -> Any:
     return loaded
 
 
+class _Plans(threading.local):
+    """The module that the thread makes a plan with, if it makes one."""
+
+    module: Any = None
+
+
+_PLANS = _Plans()
+
+
+def plan(run: Callable[[], Any], *, capability: int, multiprocessors: int) -> dict[str, Any]:
+    """What the launchers that `run` calls, with meta tensors, would launch on such a GPU, which
+    need not be there: nothing is launched.
+
+    Returns "launches", each with kernel, shape, grid, threads, cluster, shared_bytes, tiles (of
+    work that a persistent grid shares, else 0) and built (the `gk::Candidate`, or None), and
+    "refusals", pairs of a kernel that was made for the GPU and why it cannot take the problem.
+
+    Raises ImportError with one sentence where no module is built, natively or for the emulator.
+    """
+    _PLANS.module = planner()
+    try:
+        return _PLANS.module.plan(capability, multiprocessors, run)
+    finally:
+        _PLANS.module = None
+
+
+def record(run: Callable[[], Any]) -> dict[str, Any]:
+    """What `run` launches on the calling thread while it runs, as `plan` has it; PyTorch runs the
+    backward passes of CPU tensors on that thread, of CUDA tensors on others.
+
+    Raises ImportError as `module` does.
+    """
+    return module().record(run)
+
+
+def planner() -> Any:
+    """The module whose launchers make plans. Raises ImportError with one sentence where there is
+    none."""
+    if not EMULATED and importlib.util.find_spec("gptkernels._cuda") is not None:
+        return _native()
+    if not _EMULATOR.exists():
+        raise ImportError(
+            "a plan needs the CUDA C++ kernels: an installation that had nvcc, or `make emulator` "
+            "in a checkout of the sources"
+        )
+    with _ONE_AT_A_TIME:
+        return _emulator()
+
+
 def dtype_code(dtype: torch.dtype) -> int:
     """As in `gk::DType`."""
     return _CODES[dtype]
@@ -124,6 +178,14 @@ def call(
 
     Raises RuntimeError with the kernel, the shape and the cause of a launch that failed.
     """
+    if _PLANS.module is not None:
+        planned = {
+            name: 0 if tensor is None or tensor.numel() == 0 else _SOMEWHERE
+            for group in (inputs, outputs)
+            for name, tensor in group.items()
+        }
+        getattr(_PLANS.module, function)(0, 0, **planned, **scalars)
+        return
     addresses = {
         name: 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
         for group in (inputs, outputs)

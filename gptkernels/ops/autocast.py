@@ -11,7 +11,7 @@ from torch import Tensor
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast converts x to; x's own where it is off for x's device."""
-    if torch.is_autocast_enabled(x.device.type):
+    if _enabled(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -19,6 +19,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside an op PyTorch's functions keep the op's dtypes, also in a backward pass under
     autocast."""
-    if torch.is_autocast_enabled(x.device.type):
+    if _enabled(x):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def _enabled(x: Tensor) -> bool:
+    # PyTorch raises where it is asked about "meta", whose tensors hold nothing to convert.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

@@ -1,0 +1,177 @@
+"""What the CUDA C++ launchers would launch, on GPUs that are not there."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gptkernels
+from gptkernels import cuda, explain
+
+pytestmark = pytest.mark.skipif(
+    not cuda._EMULATOR.exists() and cuda.unavailable("cuda") is not None,
+    reason="the CUDA C++ kernels are not built; `make emulator` builds them for this CPU",
+)
+
+H200, A100 = explain.MACHINES["sm90"], explain.MACHINES["sm80"]
+EMULATED = pytest.mark.skipif(not cuda.EMULATED, reason="compares with a run in the emulator")
+
+
+def leaf(*sizes: int) -> Tensor:
+    return torch.randn(sizes, dtype=torch.bfloat16, requires_grad=True)
+
+
+def ran(call: Any, *tensors: Tensor) -> list[explain.Launched]:
+    """What is launched forward and backward."""
+    made = cuda.record(lambda: torch.autograd.grad(call().sum(), tensors))
+    return [explain.Launched(**launch) for launch in made["launches"]]
+
+
+def planned(problem: explain.Problem) -> list[explain.Launched]:
+    """For the machine that the emulator is."""
+    machine = explain.Machine("emulator", "sm80", 80, 2, 100 * 1024)
+    return [x for direction in problem.directions for x in direction.plan(machine).launches]
+
+
+@EMULATED
+def test_attention_is_planned_as_it_runs() -> None:
+    q, k, v = leaf(2, 33, 4, 40), leaf(2, 70, 2, 40), leaf(2, 70, 2, 40)
+    options: dict[str, Any] = dict(window=(20, 0), softcap=3.0, deterministic=True)
+    seen = ran(lambda: gptkernels.attention(q, k, v, **options, impl="cuda"), q, k, v)
+    problem = explain.attention(2, 33, 4, 40, torch.bfloat16, kv_heads=2, keys=70, **options)
+    assert planned(problem) == seen
+    assert problem.text == ("B2 T33/70 H4/2 D40 causal, window 20, 0, softcap 3, deterministic")
+
+
+@EMULATED
+@pytest.mark.parametrize("bias", [True, False])
+def test_mlp_is_planned_as_it_runs(bias: bool) -> None:
+    x, w1, w2 = leaf(70, 33), leaf(130, 33), leaf(33, 130)
+    b1, b2 = (leaf(130), leaf(33)) if bias else (None, None)
+    wanted = [tensor for tensor in (x, w1, b1, w2, b2) if tensor is not None]
+    seen = ran(lambda: gptkernels.gelu_mlp(x, w1, b1, w2, b2, impl="cuda"), *wanted)
+    assert planned(explain.gelu_mlp(70, 33, 130, torch.bfloat16, bias=bias)) == seen
+
+
+@EMULATED
+@pytest.mark.parametrize("residual", [True, False])
+def test_layer_norm_is_planned_as_it_runs(residual: bool) -> None:
+    x, weight, bias, added = leaf(9, 768), leaf(768), leaf(768), leaf(9, 768)
+    wanted = [x, weight, bias, *([added] if residual else [])]
+
+    def call() -> Any:
+        more = dict(residual=added, prenorm=True) if residual else {}
+        outputs = gptkernels.layer_norm(x, weight, bias, impl="cuda", **more)
+        return sum(outputs) if residual else outputs
+
+    assert planned(explain.layer_norm(9, 768, torch.bfloat16, residual=residual)) == ran(
+        call, *wanted
+    )
+
+
+def test_nothing_is_allocated_or_launched() -> None:
+    """A problem of 16 TB, with addresses that lead nowhere."""
+    problem = explain.attention(1024, 131072, 128, 128, torch.bfloat16, kv_heads=8)
+    for direction in problem.directions:
+        assert direction.plan(H200).launches
+
+
+def test_a_plan_is_one_threads_and_ends_with_it() -> None:
+    seen: list[Any] = []
+
+    def elsewhere() -> None:
+        seen.append(cuda._PLANS.module)
+
+    def run() -> None:
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        other.join()
+        seen.append(cuda._PLANS.module)
+        raise KeyError("of the caller")
+
+    with pytest.raises(KeyError, match="of the caller"):
+        cuda.plan(run, capability=90, multiprocessors=132)
+    assert seen[0] is None
+    assert seen[1] is cuda.planner()
+    assert cuda._PLANS.module is None
+    empty = cuda.plan(lambda: None, capability=90, multiprocessors=132)
+    assert empty == {"launches": [], "refusals": []}
+    with pytest.raises(RuntimeError, match="this thread makes a plan already"):
+        cuda.plan(
+            lambda: cuda.planner().plan(90, 1, lambda: None), capability=90, multiprocessors=132
+        )
+
+
+def test_grids_follow_the_machine() -> None:
+    """Split products fill the multiprocessors that there are."""
+    problem = explain.layer_norm(100_000, 768, torch.bfloat16)
+    backward = problem.directions[1]
+    grids = [backward.plan(machine).launches[0].ctas for machine in (A100, H200)]
+    assert grids[0] / 108 == grids[1] / 132
+
+
+def test_waves_and_residents() -> None:
+    launch = explain.Launched("k", "s", (264, 1, 1), 384, 1, 200 * 1024, 0, None)
+    assert launch.resident(H200) == 1
+    assert launch.waves(H200) == 2
+    persistent = explain.Launched("k", "s", (132, 1, 1), 384, 1, 200 * 1024, 1000, None)
+    assert persistent.waves(H200) == 1000 / 132
+    few = explain.Launched("k", "s", (10, 1, 1), 384, 1, 200 * 1024, 20, None)
+    assert few.waves(H200) == 2
+    small = explain.Launched("k", "s", (132 * 8, 1, 1), 256, 1, 1000, 0, None)
+    assert small.resident(H200) == 8
+    assert small.waves(H200) == 1
+
+
+def test_report() -> None:
+    problem = explain.parse("attention", ["2", "8192", "32", "128", "bf16"], kv_heads=8)
+    text = "\n".join(explain.lines(problem, A100))
+    assert text.startswith("attention B2 T8192 H32/8 D128 causal, bfloat16\n")
+    assert "planned for sm80: A100, 108 multiprocessors" in text
+    assert "attention_fwd_kernel on q (2, 8192, 32, 128), k (2, 8192, 8, 128)" in text
+    assert "grid 4096 of 128 threads, 48.0 KiB of shared memory: at most 3 CTAs an SM" in text
+    built = dict(
+        name="a way", head_width=128, tile_m=128, tile_n=176, tile_k=0, stages=2, consumers=2,
+        cluster=2, pingpong=True, threads=384, shared_bytes=1,
+    )  # fmt: skip
+    assert explain.built_as(built) == (
+        "a way: tile 128x176, 2 stages, 2 consumer warpgroups taking turns, clusters of 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("op", "words", "options", "sentence"),
+    [
+        ("softmax", [], {}, "op must be one of attention, mlp, layer_norm"),
+        ("mlp", ["1", "2", "bf16"], {}, "mlp takes M C F dtype, such as 8192 4096 16384 bf16"),
+        ("mlp", ["1", "2", "x", "bf16"], {}, "F cannot be 'x'"),
+        ("mlp", ["1", "2", "0", "bf16"], {}, "F must be at least 1, got 0"),
+        ("layer_norm", ["1", "2", "int8"], {}, "dtype must be one of fp32, bf16, fp16, float32"),
+        ("layer_norm", ["1", "2", "fp16"], {"kv_heads": 1}, "layer_norm has no option kv-heads"),
+        ("layer_norm", ["1", "2", "fp16"], {"dropout_p": 2.0}, "dropout_p must "),
+        ("attention", ["1", "2", "4", "300", "fp16"], {}, "a head width D between 1 and 256"),
+        ("attention", ["1", "2", "4", "64", "fp16"], {"kv_heads": 3}, "got 4 and 3"),
+        ("attention", ["1", "2", "4", "64", "fp16"], {"window": (-2, 0)}, "window must be"),
+    ],
+)
+def test_refusals(op: str, words: list[str], options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        explain.parse(op, words, **options)
+
+
+def test_what_a_launcher_refuses_is_one_sentence() -> None:
+    problem = explain.layer_norm(1, 2**30 + 1, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"up to 2\*\*30 columns"):
+        problem.directions[0].plan(H200)
+
+
+def test_architectures() -> None:
+    with pytest.raises(ValueError, match="arch must be sm80 or sm90, got 'sm70'"):
+        explain.machine_here("sm70")
+    if not torch.cuda.is_available():
+        assert explain.machine_here() is H200
+        assert explain.machine_here("sm80") is A100
