@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "plan.h"
+
 #ifndef GK_EMULATE
 #include <cudaTypedefs.h>
 #endif
@@ -58,6 +60,7 @@ TensorMap tensor_map(const TensorMapShape& shape) {
     if (const char* reason = tensor_map_refuses(shape)) {
         throw Error(std::string("there is no tensor map for this tensor: ") + reason);
     }
+    if (Plan::elsewhere() != nullptr) return {};
     return detail::encode(shape);
 }
 
