@@ -175,6 +175,7 @@ def info(op: str | None, sizes: tuple[str, ...], arch: str | None, **options: An
 @click.option("--dtype", "dtypes", multiple=True, help="float32, bfloat16 or float16; repeatable.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, help="Of the random inputs; new on every run otherwise.")
+@click.option("--arch", help="sm80 or sm90: the GPU that the emulator is; with --impl cuda.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows there too.")
 def verify(
     impls: tuple[str, ...],
@@ -182,11 +183,13 @@ def verify(
     dtypes: tuple[str, ...],
     device: str,
     seed: int | None,
+    arch: str | None,
     path: Path | None,
 ) -> int:
     """Hold every operator to the truth (the formulas in fp64), forward and gradients.
 
-    Exits with 1 when any row fails.
+    Exits with 1 when any row fails. With --arch sm90, a row says where Hopper's own kernel did not
+    run, and why.
     """
     from gptkernels import verify as table
     from gptkernels.device import choose_device
@@ -199,7 +202,7 @@ def verify(
     if dtypes:
         chosen["dtypes"] = [_dtype(name) for name in dtypes]
     seed = table.fresh_seed() if seed is None else seed
-    rows = table.run(device=choose_device(device), seed=seed, **chosen)
+    rows = table.run(device=choose_device(device), seed=seed, arch=arch, **chosen)
     counts = dict.fromkeys(_STYLES, 0)
     reasons: list[str] = []
     console = _console()
@@ -209,10 +212,10 @@ def verify(
         status = row["status"]
         counts[status] += 1
         note = f": {row['tensor']}" if status == "fail" else ""
-        if row["reason"]:
-            if row["reason"] not in reasons:
-                reasons.append(row["reason"])
-            note = f" ({reasons.index(row['reason']) + 1})"
+        for reason in filter(None, (row["reason"], row["note"])):
+            if reason not in reasons:
+                reasons.append(reason)
+            note += f" ({reasons.index(reason) + 1})"
         cells = [row[name] for name in titles[:5]]
         for name in ("error", "baseline_error"):
             cells.append("" if row[name] is None else f"{row[name]:.2e}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import gptkernels
-from gptkernels import baseline, parity, philox, reference
+from gptkernels import baseline, cuda, parity, philox, reference
 from gptkernels.ops.checks import DTYPES, check_seed, dtype_name
 from gptkernels.ops.choice import IMPLEMENTATIONS, check_impl, unavailable
 
@@ -50,6 +50,8 @@ class Row:
     limit: float | None = None
     reason: str = ""
     seed: int | None = None  # of the inputs
+    arch: str | None = None  # of the emulated GPU, where one was asked for
+    note: str = ""  # what ran, where it is not what was made for that GPU, and why
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -160,13 +162,16 @@ def run(
     dtypes: Iterable[torch.dtype] = DTYPES,
     device: torch.device | str | None = None,
     seed: int | None = None,
+    arch: str | None = None,
 ) -> Iterator[Row]:
     """Rows as they are measured. `device` is the GPU where there is one, else the CPU.
 
-    Without a `seed` inputs are new on every run; each row says what its seed was.
+    Without a `seed` inputs are new on every run; each row says what its seed was. `arch`, "sm80" or
+    "sm90", is the GPU that the emulator is meanwhile; rows of sm90 note where a kernel made for any
+    GPU ran instead of Hopper's own, and why.
 
-    Raises ValueError for an unknown implementation, op or dtype and for a seed out of range,
-    before the first row.
+    Raises ValueError for an unknown implementation, op, dtype or architecture, for a seed out of
+    range, and for an architecture of what is not emulated, before the first row.
     """
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     impls, ops, dtypes = tuple(impls), tuple(ops), tuple(dtypes)
@@ -178,6 +183,7 @@ def run(
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}")
     for impl in impls:
         check_impl(impl, auto=False)
+    _check_arch(arch, impls)
     used = fresh_seed() if seed is None else seed
     check_seed("seed", used)
     return (
@@ -186,8 +192,20 @@ def run(
         if case.op in ops
         for impl in impls
         for dtype in dtypes
-        for row in check(case, impl, dtype, torch.device(chosen), used)
+        for row in check(case, impl, dtype, torch.device(chosen), used, arch)
     )
+
+
+def _check_arch(arch: str | None, impls: tuple[str, ...]) -> None:
+    if arch is None:
+        return
+    if arch not in cuda.ARCHITECTURES:
+        raise ValueError(f"arch must be {' or '.join(cuda.ARCHITECTURES)}, got {arch!r}")
+    if not cuda.EMULATED or impls != ("cuda",):
+        raise ValueError(
+            "arch is the GPU that the emulator is: it goes with impl='cuda' alone, and "
+            "GPTKERNELS_EMULATE=1 in the environment"
+        )
 
 
 def fresh_seed() -> int:
@@ -196,20 +214,32 @@ def fresh_seed() -> int:
 
 
 def check(
-    case: Case, impl: str, dtype: torch.dtype, device: torch.device, seed: int = 0
+    case: Case,
+    impl: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    arch: str | None = None,
 ) -> list[Row]:
-    """The forward and the gradient row of one case."""
+    """The forward and the gradient row of one case; `arch` as for `run`."""
     identity = (case.op, case.name, impl, dtype_name(dtype))
     reason = unavailable(impl, device.type, dtype)
     if reason is not None:
-        return [Row(*identity, d, "skipped", reason=reason) for d in ("forward", "gradient")]
+        return [
+            Row(*identity, d, "skipped", reason=reason, arch=arch) for d in ("forward", "gradient")
+        ]
+    refusals: list[tuple[str, str]] = []
     try:
-        measurements = measure(case, impl, dtype, device, seed)
+        if arch is None:
+            measurements = measure(case, impl, dtype, device, seed)
+        else:
+            measurements, refusals = _measure_as(arch, case, dtype, device, seed)
     except Exception as error:  # of one case, such as a kernel too large for this GPU: go on
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0]}"
         return [
-            Row(*identity, d, "fail", reason=reason, seed=seed) for d in ("forward", "gradient")
+            Row(*identity, d, "fail", reason=reason, seed=seed, arch=arch)
+            for d in ("forward", "gradient")
         ]
     rows = []
     for direction in ("forward", "gradient"):
@@ -225,9 +255,35 @@ def check(
                 worst.baseline_error,
                 worst.limit,
                 seed=seed,
+                arch=arch,
+                note=_note(direction, refusals),
             )
         )
     return rows
+
+
+def _measure_as(
+    arch: str, case: Case, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[list[parity.Measurement], list[tuple[str, str]]]:
+    """Measurements of the emulator as that GPU, and the kernels for it that did not run, with why
+    not."""
+    measurements: list[parity.Measurement] = []
+    before = os.environ.get(cuda.ARCH_VARIABLE)
+    os.environ[cuda.ARCH_VARIABLE] = arch
+    try:
+        made = cuda.record(lambda: measurements.extend(measure(case, "cuda", dtype, device, seed)))
+    finally:
+        if before is None:
+            del os.environ[cuda.ARCH_VARIABLE]
+        else:
+            os.environ[cuda.ARCH_VARIABLE] = before
+    return measurements, list(dict.fromkeys(made["refusals"]))
+
+
+def _note(direction: str, refusals: list[tuple[str, str]]) -> str:
+    other = "_bwd" if direction == "forward" else "_fwd"
+    reasons = [f"not {kernel}: {reason}" for kernel, reason in refusals if other not in kernel]
+    return "; ".join(reasons)
 
 
 def measure(

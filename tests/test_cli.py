@@ -115,8 +115,9 @@ def test_info(call: Any) -> None:
 
 @pytest.mark.skipif(not cuda._EMULATOR.exists(), reason="the emulator is not built")
 def test_info_explains(call: Any) -> None:
-    result = call("info", "--explain", "attention", "2", "8192", "32", "128", "bf16", "--alibi",
-                  "--kv-heads", "8", "--no-causal", "--window", "64", "-1", "--arch", "sm80")  # fmt: skip
+    sizes = ["2", "8192", "32", "128", "bf16"]
+    options = ["--alibi", "--kv-heads", "8", "--no-causal", "--window", "64", "-1"]
+    result = call("info", "--explain", "attention", *sizes, *options, "--arch", "sm80")
     assert result.code == 0
     first, second, _, direction, kernel, *_ = result.out.splitlines()
     assert first == "attention B2 T8192 H32/8 D128 not causal, window 64, -1, ALiBi, bfloat16"
@@ -225,6 +226,7 @@ def test_verify_fails_with_1(call: Any, monkeypatch: pytest.MonkeyPatch) -> None
         ("--device", "meta"),
         ("--device", "mps"),
         ("--seed", "99999999999999999999"),
+        ("--arch", "sm70"),
     ],
 )
 def test_verify_refuses(call: Any, option: str, value: str) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -126,6 +130,38 @@ def test_table_says_why_it_skips(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("it runs on CUDA tensors" in row.reason for row in rows)
 
 
+def test_table_refuses_an_architecture_natively(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "EMULATED", False)
+    with pytest.raises(ValueError, match="GPTKERNELS_EMULATE=1 in the environment"):
+        verify.run(impls=["cuda"], arch="sm90")
+
+
+@pytest.mark.skipif(not cuda.EMULATED, reason="the emulator alone takes an architecture")
+@pytest.mark.parametrize("before", [None, "sm80"])
+def test_rows_of_an_architecture(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if before is None:
+        monkeypatch.delenv("GPTKERNELS_EMULATE_ARCH", raising=False)
+    else:
+        monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", before)
+    seen: list[str | None] = []
+    refusals = [("op_fwd_sm90", "no"), ("op_bwd_sm90", "never"), ("op_fwd_sm90", "no")]
+
+    def record(run: Callable[[], None]) -> dict[str, Any]:
+        seen.append(os.environ.get("GPTKERNELS_EMULATE_ARCH"))
+        return emulator_record(run) | {"refusals": refusals}
+
+    emulator_record = cuda.record
+    monkeypatch.setattr(cuda, "record", record)
+    options = dict(impls=["cuda"], ops=["layer_norm"], dtypes=[torch.float32])
+    rows = list(verify.run(**options, arch="sm90"))
+    assert set(seen) == {"sm90"}
+    assert os.environ.get("GPTKERNELS_EMULATE_ARCH") == before
+    assert {(row.status, row.arch) for row in rows} == {("pass", "sm90")}
+    for row in rows:
+        forward = row.direction == "forward"
+        assert row.note == ("not op_fwd_sm90: no" if forward else "not op_bwd_sm90: never")
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -134,6 +170,9 @@ def test_table_says_why_it_skips(monkeypatch: pytest.MonkeyPatch) -> None:
         (dict(seed=2**64), r"seed must lie in .* got 18446744073709551616"),
         (dict(ops=["softmax"]), "op must be one of"),
         (dict(dtypes=[torch.float64]), "dtype must be"),
+        (dict(impls=["cuda"], arch="sm75"), "arch must be sm80 or sm90, got 'sm75'"),
+        (dict(impls=["torch"], arch="sm90"), "it goes with impl='cuda' alone"),
+        (dict(impls=["cuda", "torch"], arch="sm90"), "it goes with impl='cuda' alone"),
     ],
 )
 def test_table_refuses_unknown_names(options: dict, sentence: str) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 # The choice is made once: a process runs its kernels natively, or all of them emulated.
 EMULATED = os.environ.get("GPTKERNELS_EMULATE", "").lower() in ("1", "true", "on")
+# Which GPU the emulator is, read at each launch: sm80, or sm90 with Hopper's own kernels.
+ARCH_VARIABLE, ARCHITECTURES = "GPTKERNELS_EMULATE_ARCH", ("sm80", "sm90")
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _EMULATOR = _CHECKOUT / "build" / "emulator" / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
 _OLDEST_CAPABILITY = (8, 0)
