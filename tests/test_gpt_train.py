@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -15,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from gptkernels.examples.plain_gpt import PlainGPT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -83,94 +80,6 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
-
-
-# --- data ---------------------------------------------------------------------------------------
-
-
-@given(
-    length=st.integers(9, 200),
-    block=st.integers(1, 8),
-    batch=st.integers(1, 5),
-    seed=st.integers(0, 2**63 - 1),
-)
-@settings(max_examples=40, deadline=None)
-def test_batches_are_windows_and_their_targets(
-    length: int, block: int, batch: int, seed: int
-) -> None:
-    tokens = torch.arange(length, dtype=torch.int32)
-    batches = data.Batches(tokens, block, batch, seed)
-    for _ in range(3):
-        x, y = next(batches)
-        assert x.shape == y.shape == (batch, block)
-        assert x.dtype == y.dtype == torch.int64
-        assert torch.equal(y, x + 1)  # consecutive tokens are consecutive numbers here
-        assert torch.equal(x - x[:, :1], torch.arange(block).expand(batch, -1))
-        assert x.min() >= 0
-        assert y.max() < length
-
-
-def test_every_window_can_be_drawn_the_first_and_the_last_too() -> None:
-    batches = data.Batches(torch.arange(6), block_size=3, batch_size=200, seed=0)
-    assert set(next(batches)[0][:, 0].tolist()) == {0, 1, 2}
-
-
-def test_sampler_continues_where_its_state_was_taken() -> None:
-    tokens = torch.arange(1000)
-    batches = data.Batches(tokens, 8, 4, seed=1)
-    next(batches)
-    state = copy.deepcopy(batches.state_dict())
-    wanted = [next(batches)[0] for _ in range(3)]
-    other = data.Batches(tokens, 8, 4, seed=99)
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    other.load_state_dict(state)
-    assert all(torch.equal(next(other)[0], x) for x in wanted)
-    assert torch.equal(before, torch.get_rng_state())  # dropout's generator is left alone
-
-
-@given(length=st.integers(5, 300), block=st.integers(1, 4), batch=st.integers(1, 7))
-@settings(max_examples=40, deadline=None)
-def test_validation_windows_never_overlap_and_never_change(
-    length: int, block: int, batch: int
-) -> None:
-    tokens = torch.arange(length)
-    once = list(data.validation_batches(tokens, block, batch, 3))
-    again = list(data.validation_batches(tokens, block, batch, 3))
-    x = torch.cat([pair[0] for pair in once])
-    assert torch.equal(x, torch.cat([pair[0] for pair in again]))
-    assert len(x) == min(3 * batch, (length - 1) // block)
-    assert x.flatten().unique().numel() == x.numel()
-    assert all(torch.equal(y, inputs + 1) and y.max() < length for inputs, y in once)
-
-
-def test_split_is_one_cut_and_reading_joins_files(tmp_path: Path) -> None:
-    tokens = torch.arange(100)
-    training, validation = data.split(tokens, 0.1, 4)
-    assert torch.equal(training, tokens[:90])
-    assert torch.equal(validation, tokens[90:])
-    (tmp_path / "a").write_bytes("é\r\n".encode())
-    (tmp_path / "b").write_bytes(b"b")
-    assert data.read_text([tmp_path / "a", tmp_path / "b"]) == "é\r\n\n\nb"
-
-
-def test_text_that_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "empty").write_text(" \n")
-    (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(FileNotFoundError, match=r"nothere does not exist"):
-        data.read_text([tmp_path / "nothere"])
-    with pytest.raises(ValueError, match=r"is a folder"):
-        data.read_text([tmp_path])
-    with pytest.raises(ValueError, match=r"empty is empty"):
-        data.read_text([tmp_path / "empty"])
-    with pytest.raises(ValueError, match=r"latin is not UTF-8 text \(byte 3"):
-        data.read_text([tmp_path / "latin"])
-    with pytest.raises(ValueError, match=r"no text file"):
-        data.read_text([])
-    with pytest.raises(ValueError, match=r"validation part has 10 of .* at least 17"):
-        data.split(torch.arange(100), 0.1, 16)
-    with pytest.raises(ValueError, match=r"training part has 90 of .* at least 101"):
-        data.split(torch.arange(100), 0.1, 100)
 
 
 # --- schedule, groups, arithmetic ---------------------------------------------------------------

@@ -43,7 +43,7 @@ Observer = Callable[[dict[str, Any], float], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # What decided the part of the run that already happened: a resumed run cannot choose it again.
-_DECIDED = ("seed", "tokenizer", "validation_fraction")
+_DECIDED = ("seed", "tokenizer", "token_dtype", "validation_fraction")
 
 
 class DivergedError(RuntimeError):
@@ -75,6 +75,7 @@ class TrainConfig:
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
     impl: str = _option("auto", "implementation of the fused operations: auto, torch or triton")
     tokenizer: str = _option("bytes", "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words")
+    token_dtype: str = _option("uint16", "of the ids in token shards (.bin): uint16 or uint32")
     seed: int = _option(1337, "of initial weights, dropout and batches")
     validation_fraction: float = _option(0.1, "share of the text, its end, that is held out")
     validation_interval: int = _option(200, "steps between two validations")
@@ -102,6 +103,7 @@ class TrainConfig:
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         _check(self, "validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1")
         _check(self, "dtype", self.dtype in _DTYPES, " or ".join(_DTYPES))
+        _check(self, "token_dtype", self.token_dtype in ("uint16", "uint32"), "uint16 or uint32")
 
 
 _POSITIVE = (
@@ -253,10 +255,11 @@ class _Run:
                 f"vocab_size is {model_config.vocab_size}, but the tokenizer {config.tokenizer!r} "
                 f"has {tokenizer.vocab_size} tokens"
             )
-        text = data.read_text(files)
-        self.digest = data.digest(text)
+        tokens, self.digest = data.read(
+            files, tokenizer, config.token_dtype, model_config.vocab_size
+        )
         training, self.validation = data.split(
-            data.tokenize(text, tokenizer), config.validation_fraction, model_config.block_size
+            tokens, config.validation_fraction, model_config.block_size
         )
         self.batches = data.Batches(
             training, model_config.block_size, config.batch_size, config.seed
@@ -349,6 +352,7 @@ class _Run:
                 "learning_rate": rate,
                 "gradient_norm": norm_value,
                 "tokens": self.tokens,
+                "epochs": self.batches.epochs,
                 "tokens_per_s": speed,
                 "mfu": None if peak is None else speed * flops / peak,
                 "seconds": self.seconds,

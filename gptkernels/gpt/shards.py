@@ -1,0 +1,120 @@
+"""Token shards: binary files of token ids, mapped into memory and read as one sequence.
+
+A shard is nothing but ids, little-endian uint16 or uint32, as nanoGPT's prepare scripts write
+them. Nothing is loaded until it is read, so a sequence may be much larger than memory. Whether a
+shard is still what it was is looked at before every read, since one that shrinks under a mapping
+would end the process without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# A signed type of the same width, which PyTorch can index, and the mask that makes it unsigned.
+_TYPES = {"uint16": (torch.int16, 0xFFFF), "uint32": (torch.int32, 0xFFFFFFFF)}
+_DIGESTED = 1 << 20  # bytes at either end of a shard
+
+
+class Shards:
+    """The ids of `files`, one after the other: a sequence that is read in windows.
+
+    dtype: "uint16" or "uint32". vocab_size: every id that is read must be less.
+
+    Raises FileNotFoundError for a file that is not there and ValueError for one that is empty or
+    no whole number of ids long, and for a big-endian machine.
+    """
+
+    def __init__(self, files: Sequence[str | Path], dtype: str, vocab_size: int) -> None:
+        if sys.byteorder != "little":
+            raise ValueError("files: token shards are little-endian, and this machine is not")
+        self.vocab_size = vocab_size
+        self._files = [_Shard(Path(file), dtype) for file in files]
+        ends = torch.tensor([len(shard) for shard in self._files]).cumsum(0)
+        self._starts = [0, *ends.tolist()]
+        self._first, self._last = 0, self._starts[-1]
+
+    def __len__(self) -> int:
+        return self._last - self._first
+
+    def part(self, first: int, last: int) -> Shards:
+        """The ids from number `first` up to number `last` of these."""
+        part = object.__new__(Shards)
+        part.__dict__.update(self.__dict__)
+        part._first, part._last = self._first + first, self._first + last
+        return part
+
+    def windows(self, starts: Tensor, length: int) -> Tensor:
+        """The `length` ids from each of `starts` (B,) on: (B, length) int64.
+
+        Raises FileNotFoundError or ValueError for a shard that has gone or changed its size, and
+        ValueError for an id that is not in the vocabulary.
+        """
+        rows = [self._window(self._first + start, length) for start in starts.tolist()]
+        return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.int64)
+
+    def digest(self) -> str:
+        """A fingerprint: of every shard its size, its first and its last bytes."""
+        sha = hashlib.sha256()
+        for shard in self._files:
+            sha.update(shard.digest())
+        return sha.hexdigest()
+
+    def _window(self, start: int, length: int) -> Tensor:
+        parts = []
+        for shard, first, last in zip(self._files, self._starts, self._starts[1:], strict=False):
+            low, high = max(start, first), min(start + length, last)
+            if low < high:
+                ids = shard.read(low - first, high - first)
+                if (largest := int(ids.max())) >= self.vocab_size:
+                    raise ValueError(
+                        f"files: {shard.path} holds the id {largest}, but the model has "
+                        f"vocab_size={self.vocab_size}"
+                    )
+                parts.append(ids)
+        return torch.cat(parts)
+
+
+class _Shard:
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path = path
+        self._type, self._mask = _TYPES[dtype]
+        self._bytes = self._size()
+        width = self._type.itemsize
+        if self._bytes == 0 or self._bytes % width:
+            raise ValueError(
+                f"files: {path} has {self._bytes} bytes, a whole number of {dtype} ids is wanted"
+            )
+        self._length = self._bytes // width
+        self._mapped: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, first: int, last: int) -> Tensor:
+        if self._size() != self._bytes:
+            raise ValueError(f"files: {self.path} has changed its size while it was in use")
+        if self._mapped is None:
+            self._mapped = torch.from_file(
+                str(self.path), shared=False, size=self._length, dtype=self._type
+            )
+        return self._mapped[first:last].long() & self._mask
+
+    def digest(self) -> bytes:
+        sha = hashlib.sha256(str(self._bytes).encode())
+        with self.path.open("rb") as file:
+            sha.update(file.read(_DIGESTED))
+            file.seek(max(0, self._bytes - _DIGESTED))
+            sha.update(file.read(_DIGESTED))
+        return sha.digest()
+
+    def _size(self) -> int:
+        if not self.path.is_file():
+            raise FileNotFoundError(f"files: {self.path} does not exist, a token shard is wanted")
+        return os.stat(self.path).st_size
