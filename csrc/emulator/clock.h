@@ -1,9 +1,11 @@
-// Who has synchronised with whom: vector clocks of the threads of a CTA.
+// Who has synchronised with whom: vector clocks of the threads of a cluster, which mostly is one CTA.
 //
 // A thread's time steps whenever it synchronises. `seen[u]` is the latest time of thread u whose
-// accesses come before what this thread does now; what is older than the CTA's `floor`, its last
-// barrier of all threads, comes before everything. Times only grow, over all CTAs of a slot, so
-// that nothing is cleared between them. CTAs of one launch are never ordered, launches always are.
+// accesses come before what this thread does now; what is older than a `floor`, the last barrier of
+// all threads of its own CTA, or of the cluster, comes before everything. After the threads come
+// the asynchronous engine's writers, whom no floor covers. Times only grow, over all clusters of a
+// slot, so that nothing is cleared between them. Clusters of one launch are never ordered, launches
+// always are.
 #pragma once
 
 #include <cstdint>
@@ -11,50 +13,79 @@
 
 namespace gk::emulator {
 
+struct Cluster;
 struct Cta;
 struct Thread;
 
-// One thread between two synchronisations: 32 bits of its CTA's serial number, 10 of its index, 22
-// of its time. 0 is nobody.
+// One thread between two synchronisations: 28 bits of its cluster's serial number, 14 of its index
+// there, 22 of its time. 0 is nobody.
 using Epoch = uint64_t;
-constexpr unsigned kTimeBits = 22;
-constexpr unsigned serial_of(Epoch epoch) { return unsigned(epoch >> 32); }
-constexpr unsigned thread_of(Epoch epoch) { return unsigned(epoch >> kTimeBits) & 1023; }
+constexpr unsigned kTimeBits = 22, kMemberBits = 14;
+constexpr unsigned serial_of(Epoch epoch) { return unsigned(epoch >> (kTimeBits + kMemberBits)); }
+constexpr unsigned member_of(Epoch epoch) {
+    return unsigned(epoch >> kTimeBits) & ((1u << kMemberBits) - 1);
+}
 constexpr int time_of(Epoch epoch) { return int(epoch & ((1u << kTimeBits) - 1)); }
 // The same thread at another time.
 constexpr Epoch at_time(Epoch epoch, int time) {
     return epoch >> kTimeBits << kTimeBits | Epoch(time);
 }
 
+// The engine's writers: one for each mbarrier, as far as that goes.
+constexpr unsigned kEngines = 32;
+
 struct Clock {
     Epoch now = 0;
     int beyond = 0;         // when something was last learned of other warps
-    std::vector<int> seen;  // by thread of the CTA
+    bool far = false;       // whether anything ever was of other CTAs or of the engine
+    bool news = false;      // ... that not all threads of the CTA know
+    std::vector<int> seen;  // by member of the cluster
 };
 
 struct CtaClock {
-    unsigned serial = 0;  // grows over all launches
-    int floor = 1, top = 1;
+    int floor = 1;
+    int top = 1;  // of all clusters that the slot was in, but the last
+};
+
+struct ClusterClock {
+    unsigned serial = 0;          // grows over all launches
+    int start = 1, floor = 1, top = 1;
+    unsigned engines = 0;         // the first engine's index: there are as many threads, rounded
+    unsigned members() const { return engines + kEngines; }
 };
 
 // What threads leave at a barrier for those who wait there.
 struct Past {
-    unsigned first = 0, last = 0;  // the threads of whom it knows something
+    unsigned first = 0, last = 0;  // the members of whom it knows something
+    bool far = false;
     std::vector<int> seen;
-    void forget() { first = last = 0; }
+    void forget() {
+        first = last = 0;
+        far = false;
+    }
 };
 
-// A CTA starts, as the `serial`th of all.
-void start_clocks(Cta& cta, unsigned serial);
-// What the thread did so far comes before whatever takes from `past`.
-void leave_past(Past& past, Thread& thread);
+Epoch epoch_of(const Cluster& cluster, unsigned member, int time);
+
+// A cluster starts, as the `serial`th of all.
+void start_clocks(Cluster& cluster, unsigned serial);
+// What the thread did so far comes before whatever in its CTA takes from `past`; `abroad`: in any
+// CTA of the cluster.
+void leave_past(Past& past, Thread& thread, bool abroad = false);
 void take_past(const Past& past, Thread& thread);
+// The engine does something, as one of its writers; and leaves it.
+Epoch engine_step(Cluster& cluster, unsigned engine);
+void leave_engine(Past& past, const Cluster& cluster, Epoch engine);
 
 // A proxy fence: what the thread wrote so far may be read by the asynchronous engine for whoever
 // comes after the fence.
 void fence_proxy(Thread& thread);
 
 void order_cta(Cta& cta);
+void order_cluster(Cluster& cluster);
 void order_threads(const std::vector<Thread*>& threads);
+
+// Of the thread's own cluster.
+bool comes_before(Epoch epoch, const Thread& thread);
 
 }  // namespace gk::emulator

@@ -2,18 +2,15 @@
 // it; with GPTKERNELS_EMULATE_COPIES=early at once. Either way nobody may touch it in between.
 #include "cp_async.h"
 
-#include <cstdlib>
 #include <cstring>
 
-#include "../launch.h"
+#include "asynchronous.h"
 #include "grid.h"
 #include "memory.h"
 #include "report.h"
 
 namespace gk::emulator {
 namespace {
-
-bool early = false;
 
 void deliver(const Copy& copy) {
     const size_t bytes = size_t(copy.bytes);
@@ -22,15 +19,6 @@ void deliver(const Copy& copy) {
 }
 
 }  // namespace
-
-void choose_copies() {
-    const char* name = std::getenv("GPTKERNELS_EMULATE_COPIES");
-    const std::string given = name ? name : "late";
-    if (given != "late" && given != "early") {
-        throw Error("GPTKERNELS_EMULATE_COPIES must be late or early, got " + given);
-    }
-    early = given == "early";
-}
 
 void cp_async_16(void* shared, const void* global, int bytes) {
     const void* pc = __builtin_return_address(0);
@@ -46,7 +34,7 @@ void cp_async_16(void* shared, const void* global, int bytes) {
     memory::copy_begin(shared, pc);
     Copy copy{shared, global, bytes, {}};
     if (bytes > 0) std::memcpy(copy.source, global, size_t(bytes));
-    if (early) deliver(copy);
+    if (copies_early()) deliver(copy);
     running->copies.issued.push_back(copy);
 }
 
@@ -65,7 +53,7 @@ void cp_async_wait(int pending) {
         if (copy.bytes > 0 && std::memcmp(copy.source, copy.global, size_t(copy.bytes)) != 0) {
             fail("the source of a cp.async has changed before it was waited for");
         }
-        if (!early) deliver(copy);
+        if (!copies_early()) deliver(copy);
         memory::copy_landed(copy.shared);
     }
     copies.issued.erase(copies.issued.begin(), copies.issued.begin() + ptrdiff_t(landed));

@@ -11,6 +11,7 @@
 
 #include "../launch.h"
 #include "../plan.h"
+#include "asynchronous.h"
 #include "memory.h"
 
 namespace gk::emulator {
@@ -20,10 +21,13 @@ const Launch* launched = nullptr;
 
 namespace {
 
-constexpr unsigned kResident = 2;       // CTAs at a time
+constexpr unsigned kResident = 2;  // CTAs at a time, where they are no clusters; else one of these
 constexpr unsigned kMostThreads = kMostWarps * kWarp;  // of a CTA
 constexpr int kMultiprocessors = 2;
 
+constexpr size_t kShared80 = 99 * 1024, kShared90 = 227 * 1024;  // of a CTA
+
+bool hopper = false;  // what this launch runs on
 std::string failure;  // what ended the launch
 
 struct Running {
@@ -31,11 +35,6 @@ struct Running {
     detail::Invoke invoke;
     const void* params;
 } job;
-
-std::string text(uint3 index) {
-    return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
-           std::to_string(index.z) + ")";
-}
 
 // "0-31, 64": the threads' numbers, neighbours joined.
 std::string ranges(const std::vector<unsigned>& numbers) {
@@ -53,6 +52,7 @@ std::string ranges(const std::vector<unsigned>& numbers) {
 // ---- threads' lives
 
 std::vector<std::unique_ptr<Cta>> slots;
+Cluster clusters[kResident];
 unsigned char* arenas = nullptr;
 
 // Room on either side of each arena, so that an access past its end stays within this mapping.
@@ -65,34 +65,64 @@ void body() {
     Cta& cta = *self.cta;
     --cta.alive;
     cta.warps[self.warp()].alive &= ~(1u << self.lane());
+    memory::thread_ends(self);
     go_on_without(self);
+    cluster_without(self);
     self.fiber.leave();
     std::abort();  // nobody enters a finished thread
 }
 
-void begin(Cta& cta, uint64_t number) {
-    const Launch& launch = *launched;
-    const uint64_t x = launch.grid.x, y = launch.grid.y;
-    cta.number = number;
-    cta.block = make_uint3(unsigned(number % x), unsigned(number / x % y),
-                           unsigned(number / x / y));
-    cta.threads = cta.alive = launch.threads;
+void begin(Cta& cta, Cluster& cluster, unsigned rank) {
+    cta.cluster = &cluster;
+    cta.rank = rank;
+    cta.block = block_of(cluster.number * launched->cluster + rank);
+    cta.threads = cta.alive = launched->threads;
     for (Barrier& barrier : cta.barriers) barrier = {};
     cta.warps.assign((cta.threads + kWarp - 1) / kWarp, {});
+    cta.mbarriers.clear();
+    cta.visits.clear();
+    cta.registers.clear();
+    cta.passed.clear();
+    cta.claims.clear();
     for (unsigned i = unsigned(cta.fibers.size()); i < cta.threads; ++i) {
         cta.fibers.push_back(std::make_unique<Thread>(i));
     }
     for (unsigned i = 0; i < cta.threads; ++i) {
         Thread& thread = *cta.fibers[i];
         thread.cta = &cta;
-        thread.done = false;
+        thread.done = thread.arrived = false;
         thread.waiting = {};
+        thread.more = nullptr;
         thread.copies = {};
         thread.fences.clear();
+        thread.knows_running = 1u << rank;
         thread.fiber.start(body);
         cta.warps[thread.warp()].alive |= 1u << thread.lane();
     }
-    memory::cta_begin(cta);
+}
+
+void begin(Cluster& cluster, uint64_t number) {
+    cluster.number = number;
+    cluster.stride = (launched->threads + kWarp - 1) / kWarp * kWarp;
+    cluster.mbarriers = 0;
+    cluster.barrier = {};
+    for (unsigned rank = 0; rank < cluster.ctas.size(); ++rank) {
+        begin(*cluster.ctas[rank], cluster, rank);
+    }
+    memory::cluster_begins(cluster);
+}
+
+bool alive(const Cluster& cluster) {
+    for (const Cta* cta : cluster.ctas) {
+        if (cta->alive) return true;
+    }
+    return false;
+}
+
+// Its slots may go to another one.
+void end(Cluster& cluster) {
+    for (Cta* cta : cluster.ctas) cta->clock.top = cluster.clock.top;
+    cluster.ctas.clear();
 }
 
 // ---- schedules
@@ -115,6 +145,13 @@ class Schedule {
             }
         }
     }
+    // Which of `count` things, waiting since the first came, is next.
+    size_t next(size_t count) {
+        if (seeded_) return random_() % count;
+        return reverse_ ? count - 1 : 0;
+    }
+    // Now and then something happens although nobody waits for it.
+    bool now_and_then() { return seeded_ && random_() % 4 == 0; }
     std::vector<unsigned> order(unsigned count) {
         std::vector<unsigned> turns(count);
         for (unsigned i = 0; i < count; ++i) turns[i] = reverse_ ? count - 1 - i : i;
@@ -146,9 +183,9 @@ bool run_warp(Cta& cta, unsigned warp, const std::vector<unsigned>& lanes) {
     return moved;
 }
 
-std::string who_waits(const std::vector<Cta*>& resident) {
+std::string who_waits(const Cluster& cluster) {
     std::string report;
-    for (const Cta* cta : resident) {
+    for (const Cta* cta : cluster.ctas) {
         std::map<std::pair<std::string, Calls>, std::vector<unsigned>> places;
         std::vector<unsigned> returned;
         for (unsigned i = 0; i < cta->threads; ++i) {
@@ -161,6 +198,7 @@ std::string who_waits(const std::vector<Cta*>& resident) {
             std::string what = w.what;
             if (w.mask) what += " with mask " + hexadecimal(w.mask);
             if (w.barrier) what += " on barrier " + std::to_string(w.barrier);
+            if (thread.more) what += " " + thread.more();
             places[{what, calls_of(thread)}].push_back(i);
         }
         report += "; CTA " + text(cta->block) + ":";
@@ -175,42 +213,86 @@ std::string who_waits(const std::vector<Cta*>& resident) {
     return report;
 }
 
+// The engine does one thing, and a kernel's mistake that this shows ends the launch.
+void run_engine(Schedule& schedule) {
+    try {
+        engine_run(schedule.next(engine_pending()));
+    } catch (const Error& error) {
+        failure = error.what();
+    }
+}
+
+// All threads have returned.
+void check_end(const Cluster& cluster) {
+    for (const Cta* cta : cluster.ctas) {
+        for (const std::string& wrong : {unfinished_mbarriers(*cta), uneven_registers(*cta)}) {
+            if (wrong.empty() || !failure.empty()) continue;
+            failure = std::string(launched->name) + " on " + launched->shape + ", CTA " +
+                      text(cta->block) + ": " + wrong;
+        }
+    }
+}
+
 void run_grid(Schedule& schedule) {
     const Launch& launch = *launched;
-    const uint64_t ctas = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+    const uint64_t count =
+        uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z / launch.cluster;
     uint64_t next = 0;
-    std::vector<Cta*> resident;
+    const unsigned room = launch.cluster == 1 ? kResident : 1;
+    std::vector<Cluster*> resident;
     while (failure.empty()) {
-        for (auto& slot : slots) {
-            const bool idle = std::find(resident.begin(), resident.end(), slot.get()) ==
-                              resident.end();
-            if (idle && next < ctas) {
-                begin(*slot, next++);
-                resident.push_back(slot.get());
+        for (unsigned i = 0; i < room && next < count; ++i) {
+            Cluster& cluster = clusters[i];
+            if (!cluster.ctas.empty()) continue;
+            for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+                cluster.ctas.push_back(slots[i * launch.cluster + rank].get());
             }
+            begin(cluster, next++);
+            resident.push_back(&cluster);
         }
         if (resident.empty()) return;
         bool moved = false;
         for (const unsigned i : schedule.order(unsigned(resident.size()))) {
-            Cta& cta = *resident[i];
-            for (const unsigned warp : schedule.order((cta.threads + kWarp - 1) / kWarp)) {
-                moved |= run_warp(cta, warp, schedule.order(kWarp));
-                if (!failure.empty()) return;
+            const std::vector<Cta*>& ctas = resident[i]->ctas;
+            for (const unsigned rank : schedule.order(unsigned(ctas.size()))) {
+                Cta& cta = *ctas[rank];
+                if (cta.alive == 0) continue;
+                for (const unsigned warp : schedule.order((cta.threads + kWarp - 1) / kWarp)) {
+                    moved |= run_warp(cta, warp, schedule.order(kWarp));
+                    if (!failure.empty()) return;
+                }
             }
         }
-        for (size_t i = resident.size(); i-- > 0;) {
-            if (resident[i]->alive == 0) {
-                resident.erase(resident.begin() + ptrdiff_t(i));
-            }
+        if (engine_pending() && (!moved || schedule.now_and_then())) {
+            run_engine(schedule);
+            moved = true;
         }
-        if (!moved) {
+        for (size_t i = resident.size(); i-- > 0 && failure.empty();) {
+            if (alive(*resident[i])) continue;
+            while (engine_pending() && failure.empty()) run_engine(schedule);
+            if (failure.empty()) check_end(*resident[i]);
+            end(*resident[i]);
+            resident.erase(resident.begin() + ptrdiff_t(i));
+        }
+        if (!moved && failure.empty()) {
             failure = std::string(launch.name) + " on " + launch.shape +
-                      ": deadlock, nobody can go on" + who_waits(resident);
+                      ": deadlock, nobody can go on";
+            for (const Cluster* cluster : resident) failure += who_waits(*cluster);
         }
     }
 }
 
 }  // namespace
+
+std::string text(uint3 index) {
+    return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+           std::to_string(index.z) + ")";
+}
+
+uint3 block_of(uint64_t number) {
+    const uint64_t x = launched->grid.x, y = launched->grid.y;
+    return make_uint3(unsigned(number % x), unsigned(number / x % y), unsigned(number / x / y));
+}
 
 std::string hexadecimal(unsigned mask) {
     char buffer[16];
@@ -226,6 +308,21 @@ void fail(const std::string& sentence, const std::string& where) {
     running->fiber.leave();
     std::abort();  // nobody enters a thread of a failed launch
 }
+
+void need_hopper(const char* what) {
+    if (hopper) return;
+    fail(std::string(what) + " needs compute capability 9.0, and GPTKERNELS_EMULATE_ARCH is sm80");
+}
+
+void wait(const Waiting& waiting, std::function<std::string()> more) {
+    Thread* thread = running;
+    thread->waiting = waiting;
+    thread->more = std::move(more);
+    thread->fiber.leave();
+    thread->more = nullptr;
+}
+
+void wake(Thread& thread) { thread.waiting = {}; }
 
 uint3 thread_index() { return make_uint3(running->index, 0, 0); }
 uint3 block_index() { return running->cta->block; }
@@ -263,18 +360,31 @@ void detail::launch(void* kernel, const Launch& launch, Invoke invoke, const voi
                     std::to_string(launch.grid.x) + ", " + std::to_string(launch.grid.y) + ", " +
                     std::to_string(launch.grid.z) + ")");
     }
-    if (launch.shared_bytes > kSharedLimit) {
-        throw Error(std::string(launch.name) + " on " + launch.shape + " asks for " +
-                    std::to_string(launch.shared_bytes) + " bytes of shared memory, a CTA has " +
-                    std::to_string(kSharedLimit));
+    const auto refuse = [&](const std::string& reason) {
+        throw Error(std::string(launch.name) + " on " + launch.shape + " asks for " + reason);
+    };
+    hopper = capability(launch.stream.device) >= 90;
+    const size_t limit = hopper ? kShared90 : kShared80;
+    if (launch.shared_bytes > limit) {
+        refuse(std::to_string(launch.shared_bytes) + " bytes of shared memory, a CTA has " +
+               std::to_string(limit));
+    }
+    const unsigned cluster = launch.cluster;
+    if (cluster == 0 || cluster > kMostCtas || (cluster & (cluster - 1)) != 0) {
+        refuse("clusters of " + std::to_string(cluster) + " CTAs, not 1, 2, 4 or 8");
+    }
+    if (cluster > 1 && !hopper) refuse("clusters, which compute capability 8.0 does not have");
+    if (launch.grid.x % cluster != 0) {
+        refuse("a grid of " + std::to_string(launch.grid.x) + " CTAs along x, in clusters of " +
+               std::to_string(cluster));
     }
     if (arenas == nullptr) {
-        const size_t bytes = kResident * (kArenaBytes + kArenaMargin) + kArenaMargin;
+        const size_t bytes = kMostCtas * (kArenaBytes + kArenaMargin) + kArenaMargin;
         void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         arenas = static_cast<unsigned char*>(memory);
-        for (unsigned i = 0; i < kResident; ++i) {
+        for (unsigned i = 0; i < kMostCtas; ++i) {
             slots.push_back(std::make_unique<Cta>(i));
             slots[i]->shared = arenas + kArenaMargin + i * (kArenaBytes + kArenaMargin);
         }
@@ -284,6 +394,9 @@ void detail::launch(void* kernel, const Launch& launch, Invoke invoke, const voi
     launched = &launch;
     failure.clear();
     choose_copies();
+    engine_forget();
+    forget_semaphores();
+    for (Cluster& left : clusters) end(left);
     memory::launch_begin();
     run_grid(schedule);
     launched = nullptr;

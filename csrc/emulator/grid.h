@@ -3,9 +3,11 @@
 //
 // A thread runs until it has to wait: at a barrier, or at a collective of its warp until the other
 // lanes arrive. Nothing else switches, so what runs between two waits is atomic, and the order is
-// the schedule's. A few CTAs are resident at a time.
+// the schedule's. A few CTAs are resident at a time, those of a cluster together.
 #pragma once
 
+#include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,8 +26,10 @@ namespace gk::emulator {
 constexpr unsigned kWarp = 32;
 constexpr unsigned kMostWarps = 32;  // of a CTA
 constexpr unsigned kBarriers = 16;
-constexpr size_t kSharedLimit = 99 * 1024;
+constexpr size_t kMostShared = 227 * 1024;  // of a CTA, on the largest machine
+constexpr unsigned kMostCtas = 8;           // of a cluster
 
+struct Cluster;
 struct Cta;
 
 // What a thread waits for, and what it brought.
@@ -56,12 +60,17 @@ struct Thread {
     Cta* cta = nullptr;
     unsigned index;  // within the CTA
     bool done = false;
+    bool arrived = false;  // at the cluster's barrier, without having waited there
+    unsigned arrived_at = 0;  // which time
     Waiting waiting;
+    std::function<std::string()> more;  // of what it waits for, where that says more
     Clock clock;
     Copies copies;
     std::vector<int> fences;  // when it fenced the asynchronous proxy
+    unsigned knows_running = 0;  // CTAs of the cluster, by rank
     unsigned lane() const { return index % kWarp; }
     unsigned warp() const { return index / kWarp; }
+    unsigned member() const;  // within the cluster
 };
 
 // A collective in progress: the lanes that have come, and what each brought, on its own stack.
@@ -87,19 +96,73 @@ struct Barrier {
     Past past;                     // of those who came
 };
 
+// Of one phase after the other, counted from 0.
+struct Mbarrier {
+    unsigned count, pending;  // arrivals, and those yet to come
+    int64_t bytes = 0;        // yet to come
+    unsigned phase = 0;
+    Epoch initialised;
+    const void* pc;        // where it was
+    unsigned engine;       // of the engine's writers, who reports here
+    bool fenced = false;   // the engine and other CTAs see it
+    Epoch reported = 0;    // what the engine did last
+    Past past, completed;  // of this phase, and of the one before
+    std::vector<Thread*> waiting;
+};
+
+// A warp's, to registers for each of its threads.
+struct Claim {
+    unsigned warp, registers;
+};
+
+// The last access by a thread of another CTA to a CTA's shared memory, which must outlive it.
+struct Visit {
+    int time = 0;  // 0: none, or over
+    const void* pc = nullptr;
+};
+
 struct Cta {
     explicit Cta(unsigned slot) : slot(slot) {}
     unsigned slot;       // among the resident CTAs
-    uint64_t number = 0;  // within the grid
+    Cluster* cluster = nullptr;
+    unsigned rank = 0;    // within the cluster
     uint3 block{};
     unsigned threads = 0;  // of which `alive` have not returned
     unsigned alive = 0;
     std::vector<std::unique_ptr<Thread>> fibers;  // at least `threads`, kept for the next CTA
     std::vector<Warp> warps;
     Barrier barriers[kBarriers];
+    std::map<size_t, Mbarrier> mbarriers;  // by their offset in the arena
+    std::vector<Visit> visits;             // by member of the cluster; empty: none
+    std::vector<unsigned> registers;       // of a thread of each warp; empty: as at launch
+    std::vector<std::vector<unsigned>> passed;  // what each warp has set them to
+    std::vector<Claim> claims;                  // which wait until registers are free
     CtaClock clock;
     unsigned char* shared = nullptr;  // its arena, launch->shared_bytes of it in use
+    unsigned first() const;           // of its threads, within the cluster
 };
+
+// barrier.cluster: each thread arrives, then waits.
+struct ClusterBarrier {
+    unsigned times = 0;  // it was complete
+    unsigned arrived = 0;
+    std::vector<Thread*> waiting;
+    bool split = false;      // some do something else between the two
+    Past past, completed;    // of those who have arrived; of the last time
+    std::vector<uint64_t> paths;  // of calls that led the first lane of each warp there; 0: none
+};
+
+struct Cluster {
+    uint64_t number = 0;  // within the grid
+    std::vector<Cta*> ctas;
+    unsigned stride = 0;  // a CTA's threads, in whole warps
+    ClusterBarrier barrier;
+    ClusterClock clock;
+    unsigned mbarriers = 0;  // so far
+};
+
+inline unsigned Cta::first() const { return rank * cluster->stride; }
+inline unsigned Thread::member() const { return cta->first() + index; }
 
 extern Thread* running;           // nullptr on the host's own stack
 extern const Launch* launched;    // the launch in progress
@@ -109,10 +172,25 @@ extern const Launch* launched;    // the launch in progress
 [[noreturn]] void fail(const std::string& sentence, const std::string& where = here());
 std::string hexadecimal(unsigned mask);
 
-// Of cp_async.cpp: when copies arrive during this launch, by the environment.
-void choose_copies();
+// Fails unless the machine is Hopper: `what` needs it.
+void need_hopper(const char* what);
+std::string text(uint3 index);
+uint3 block_of(uint64_t number);  // of the grid's CTAs
 
-// Of meetings.cpp: those who waited for a thread that has returned wait no longer, or must not.
+// The running thread waits until it is woken; `more` says what else there is to say meanwhile.
+void wait(const Waiting& waiting, std::function<std::string()> more = {});
+void wake(Thread& thread);
+
+// Of meetings.cpp and cluster.cpp: those who waited for a thread that has returned wait no longer,
+// or must not.
 void go_on_without(const Thread& thread);
+void cluster_without(Thread& thread);
+
+void forget_semaphores();  // of a launch that has failed
+Cta& cta_of_rank(unsigned rank, const char* what);  // of the running thread's cluster
+
+// Of mbarrier.cpp and registers.cpp: what is wrong with how a CTA ends; "" for nothing.
+std::string unfinished_mbarriers(const Cta& cta);
+std::string uneven_registers(const Cta& cta);
 
 }  // namespace gk::emulator

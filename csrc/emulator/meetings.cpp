@@ -8,14 +8,6 @@
 namespace gk::emulator {
 namespace {
 
-void wait(Waiting waiting) {
-    Thread* thread = running;
-    thread->waiting = waiting;
-    thread->fiber.leave();
-}
-
-void wake(Thread* thread) { thread->waiting = {}; }
-
 // The lanes that a whole warp has.
 unsigned all_lanes(const Cta& cta, unsigned warp) {
     const unsigned threads = std::min(cta.threads - warp * kWarp, kWarp);
@@ -65,7 +57,7 @@ void release(Cta& cta, Barrier& barrier) {
         for (Thread* thread : barrier.waiting) take_past(barrier.past, *thread);
     }
     barrier.past.forget();
-    for (Thread* thread : barrier.waiting) wake(thread);
+    for (Thread* thread : barrier.waiting) wake(*thread);
     barrier.waiting.clear();
     barrier.arrived.clear();
     std::fill(std::begin(barrier.lanes), std::end(barrier.lanes), 0);
@@ -126,7 +118,7 @@ bool finish(Cta& cta, unsigned warp, size_t index) {
     meetings.erase(meetings.begin() + ptrdiff_t(index));
     meeting.combine(meeting.data);
     for (unsigned lane = 0; lane < kWarp; ++lane) {
-        if (meeting.here >> lane & 1) wake(cta.fibers[warp * kWarp + lane].get());
+        if (meeting.here >> lane & 1) wake(*cta.fibers[warp * kWarp + lane]);
     }
     return true;
 }

@@ -33,8 +33,8 @@ bool overlapping = false;
 const Tensor* recent = nullptr;
 
 std::vector<Shadow> arenas;  // of shared memory, by the CTA's slot
-unsigned next_serial = 1;    // of the next CTA of all launches
-unsigned launch_serial = 1;  // of the first CTA of this launch
+unsigned next_serial = 1;    // of the next cluster of all launches
+unsigned launch_serial = 1;  // of the first cluster of this launch
 
 bool inside(const char* begin, size_t size, const char* address, size_t bytes) {
     const size_t offset = size_t(address - begin);
@@ -43,17 +43,6 @@ bool inside(const char* begin, size_t size, const char* address, size_t bytes) {
 
 std::string counted(size_t count, const char* what) {
     return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
-}
-
-std::string thread_text(Epoch epoch) {
-    const unsigned serial = serial_of(epoch);
-    std::string text = "thread " + std::to_string(thread_of(epoch));
-    if (serial != running->cta->clock.serial) {
-        const uint64_t number = serial - launch_serial, x = launched->grid.x, y = launched->grid.y;
-        text += " of CTA (" + std::to_string(number % x) + ", " + std::to_string(number / x % y) +
-                ", " + std::to_string(number / x / y) + ")";
-    }
-    return text;
 }
 
 const char* verb(Access access) {
@@ -118,11 +107,20 @@ std::string outside(const std::string& name, const char* begin, size_t size, con
                                       bytes)));
 }
 
+std::string byte_text(size_t offset, const std::string& of) {
+    return "byte " + std::to_string(offset) + " of " + of;
+}
+
+// "shared memory", with whose it is where that is another CTA.
+std::string shared_text(const Cta& cta) {
+    return &cta == running->cta ? "shared memory" : "shared memory of CTA " + text(cta.block);
+}
+
 [[noreturn]] void fail_finding(Access access, const Finding& finding, const std::string& where,
                                size_t bytes) {
     std::string sentence = verb(access) + counted(bytes, "byte") + " at " + where;
     const std::string other =
-        finding.other ? thread_text(finding.other) + " " + finding.did + " at " +
+        finding.other ? name_of(finding.other) + " " + finding.did + " at " +
                             lines({unpack_place(finding.place)})
                       : "";
     switch (finding.fault) {
@@ -140,16 +138,16 @@ std::string outside(const std::string& name, const char* begin, size_t size, con
             sentence += " by the asynchronous proxy, which " + other +
                         ", with no fence_proxy_async of that thread between";
             break;
+        case Fault::mbarrier:
+            sentence += ", which is an mbarrier since " + name_of(finding.other) + " was at " +
+                        lines({unpack_place(finding.place)});
+            break;
         case Fault::race:
             sentence += ", which " + other + ", with no barrier between";
             break;
         case Fault::none: break;
     }
     fail(sentence);
-}
-
-std::string byte_text(size_t offset, const std::string& of) {
-    return "byte " + std::to_string(offset) + " of " + of;
 }
 
 // From an offset into the tensor's shadow.
@@ -181,14 +179,26 @@ const Tensor* find(const char* address, size_t bytes) {
     return nullptr;
 }
 
+// The running thread's own CTA or, of its cluster's, the one whose arena holds the bytes.
+Cta* arena_of(const char* address, size_t bytes) {
+    Cta& own = *running->cta;
+    const auto in = [&](const Cta& cta) {
+        return inside(reinterpret_cast<const char*>(cta.shared), launched->shared_bytes, address,
+                      bytes);
+    };
+    if (in(own)) return &own;
+    for (Cta* cta : own.cluster->ctas) {
+        if (in(*cta)) return cta;
+    }
+    return nullptr;
+}
+
 void check(Access access, const void* pointer, size_t bytes, size_t alignment, const void* pc) {
     const auto address = static_cast<const char*>(pointer);
     Thread& thread = *running;
-    const Cta& cta = *thread.cta;
-    const size_t offset = size_t(address - reinterpret_cast<const char*>(cta.shared));
-    const bool shared = offset < launched->shared_bytes && bytes <= launched->shared_bytes - offset;
-    const Tensor* tensor = shared ? nullptr : find(address, bytes);
-    if (!shared && tensor == nullptr) {
+    Cta* cta = arena_of(address, bytes);
+    const Tensor* tensor = cta ? nullptr : find(address, bytes);
+    if (cta == nullptr && tensor == nullptr) {
         const char* stack = thread.fiber.stack_begin();
         if (inside(stack, size_t(thread.fiber.stack_end() - stack), address, bytes)) return;
         fail_outside(access, address, bytes);
@@ -198,15 +208,24 @@ void check(Access access, const void* pointer, size_t bytes, size_t alignment, c
         if (access == Access::read) return;
         fail_input(access, *tensor, address, bytes);
     }
-    Shadow& shadow = shared ? arenas[cta.slot] : *tensor->shadow;
-    const Visitor visitor{&thread, shared, launch_serial, pack_place(pc)};
-    const Finding finding =
-        shadow.touch(access, shared ? offset : tensor->offset(address), bytes, visitor);
+    if (cta && cta != thread.cta) reach(*cta, pc);
+    Shadow& shadow = cta ? arenas[cta->slot] : *tensor->shadow;
+    const size_t offset = cta ? size_t(address - reinterpret_cast<const char*>(cta->shared))
+                              : tensor->offset(address);
+    const Visitor visitor{&thread, cta != nullptr, launch_serial, pack_place(pc)};
+    const Finding finding = shadow.touch(access, offset, bytes, visitor);
     if (finding.fault == Fault::none) return;
     const std::string where =
-        shared ? byte_text(finding.offset, "shared memory")
-               : tensor_byte(finding.offset, *tensor);
+        cta ? byte_text(finding.offset, shared_text(*cta)) : tensor_byte(finding.offset, *tensor);
     fail_finding(access, finding, where, bytes);
+}
+
+// Nobody may touch the bytes until what holds them lets go.
+void hold(Cta& cta, size_t offset, size_t bytes, Held by, const void* pc) {
+    const Visitor visitor{running, true, launch_serial, pack_place(pc)};
+    const Finding finding = arenas[cta.slot].hold(offset, bytes, by, visitor);
+    if (finding.fault == Fault::none) return;
+    fail_finding(Access::write, finding, byte_text(finding.offset, shared_text(cta)), bytes);
 }
 
 size_t natural(size_t bytes) { return bytes & (bytes - 1) ? 1 : std::min<size_t>(bytes, 16); }
@@ -241,13 +260,65 @@ void forget() {
 }
 
 void launch_begin() {
+    constexpr unsigned kMostSerials = 1u << (64 - kTimeBits - kMemberBits);
     launch_serial = next_serial;
-    next_serial += launched->grid.x * launched->grid.y * launched->grid.z;
+    const uint64_t after = launch_serial + uint64_t(launched->grid.x) * launched->grid.y *
+                                               launched->grid.z / launched->cluster;
+    if (after >= kMostSerials) fail("this process has emulated more CTAs than can be told apart");
+    next_serial = unsigned(after);
 }
 
-void cta_begin(Cta& cta) {
-    start_clocks(cta, launch_serial + unsigned(cta.number));
-    while (arenas.size() <= cta.slot) arenas.emplace_back(kSharedLimit);
+void cluster_begins(Cluster& cluster) {
+    start_clocks(cluster, launch_serial + unsigned(cluster.number));
+    while (arenas.size() < kMostCtas) arenas.emplace_back(kMostShared);
+}
+
+void thread_ends(const Thread& thread) {
+    Cta& cta = *thread.cta;
+    for (unsigned member = 0; member < cta.visits.size(); ++member) {
+        Visit& visit = cta.visits[member];
+        const Epoch epoch = epoch_of(*cta.cluster, member, visit.time);
+        if (visit.time == 0 || comes_before(epoch, thread)) {
+            visit.time = 0;
+        } else if (cta.alive == 0) {
+            fail("the CTA returns and does not know whether " + name_of(epoch) +
+                     " has done with its shared memory, which it touched there",
+                 lines({visit.pc}));
+        }
+    }
+}
+
+void reach(Cta& cta, const void* pc) {
+    Thread& self = *running;
+    if (&cta == self.cta) return;
+    const Cluster& cluster = *cta.cluster;
+    if (cta.alive == 0) {
+        fail("reaches into shared memory of CTA " + text(cta.block) + ", which has returned");
+    }
+    if (!(self.knows_running >> cta.rank & 1)) {
+        const auto of_cta = self.clock.seen.begin() + cta.first();
+        if (cluster.clock.floor == cluster.clock.start &&
+            std::none_of(of_cta, of_cta + cluster.stride,
+                         [&](int time) { return time >= cluster.clock.start; })) {
+            fail("reaches into shared memory of CTA " + text(cta.block) +
+                 ", which may not have started: no cluster_sync before");
+        }
+        self.knows_running |= 1u << cta.rank;
+    }
+    if (cta.visits.empty()) cta.visits.resize(cluster.clock.engines);
+    cta.visits[self.member()] = {time_of(self.clock.now), pc};
+}
+
+std::string name_of(Epoch epoch) {
+    const unsigned stride = (launched->threads + kWarp - 1) / kWarp * kWarp;
+    const unsigned serial = serial_of(epoch), member = member_of(epoch), rank = member / stride;
+    if (rank >= launched->cluster) return "the asynchronous engine";
+    const std::string name = "thread " + std::to_string(member % stride);
+    if (running && serial == running->cta->cluster->clock.serial && rank == running->cta->rank) {
+        return name;
+    }
+    const uint64_t number = uint64_t(serial - launch_serial) * launched->cluster + rank;
+    return name + " of CTA " + text(block_of(number));
 }
 
 void read(const void* address, size_t bytes, const void* pc) {
@@ -273,16 +344,17 @@ void write_range(const void* address, size_t bytes, size_t alignment, const void
 void copy_begin(const void* shared, const void* pc) {
     const size_t offset = shared_offset(Access::write, shared, 16);
     check_alignment(Access::write, static_cast<const char*>(shared), 16, 16);
-    const Visitor visitor{running, true, launch_serial, pack_place(pc)};
-    const Finding finding = arenas[running->cta->slot].start_copy(offset, 16, visitor, false);
-    if (finding.fault == Fault::none) return;
-    fail_finding(Access::write, finding, byte_text(finding.offset, "shared memory"), 16);
+    hold(*running->cta, offset, 16, Held::by_cp_async, pc);
 }
 
 void copy_landed(const void* shared) {
     const Cta& cta = *running->cta;
     const size_t offset = size_t(static_cast<const unsigned char*>(shared) - cta.shared);
-    arenas[cta.slot].land(offset, {running, true, launch_serial, 0});
+    arenas[cta.slot].land(offset, 16, running->clock.now);
+}
+
+void hold_mbarrier(Cta& cta, size_t offset, const void* pc) {
+    hold(cta, offset, 8, Held::by_mbarrier, pc);
 }
 
 size_t shared_offset(Access access, const void* shared, size_t bytes) {
@@ -294,15 +366,13 @@ size_t shared_offset(Access access, const void* shared, size_t bytes) {
     return offset;
 }
 
-void bulk_begin(const Cta& cta, size_t offset, size_t bytes, const void* pc) {
-    const Visitor visitor{running, true, launch_serial, pack_place(pc)};
-    const Finding finding = arenas[cta.slot].start_copy(offset, bytes, visitor, true);
-    if (finding.fault == Fault::none) return;
-    fail_finding(Access::write, finding, byte_text(finding.offset, "shared memory"), bytes);
+void bulk_begin(Cta& cta, size_t offset, size_t bytes, const void* pc) {
+    reach(cta, pc);
+    hold(cta, offset, bytes, Held::by_engine, pc);
 }
 
-void bulk_landed(const Cta& cta, size_t offset, size_t bytes) {
-    arenas[cta.slot].land_bulk(offset, bytes);
+void bulk_landed(const Cta& cta, size_t offset, size_t bytes, Epoch writer) {
+    arenas[cta.slot].land(offset, bytes, writer);
 }
 
 void bulk_begin(const void* global, size_t bytes, const void* pc) {
@@ -311,7 +381,7 @@ void bulk_begin(const void* global, size_t bytes, const void* pc) {
     if (tensor == nullptr) fail_outside(Access::write, address, bytes);
     if (!tensor->shadow) fail_input(Access::write, *tensor, address, bytes);
     const Visitor visitor{running, false, launch_serial, pack_place(pc)};
-    const Finding finding = tensor->shadow->start_copy(tensor->offset(address), bytes, visitor, true);
+    const Finding finding = tensor->shadow->hold(tensor->offset(address), bytes, Held::by_engine, visitor);
     if (finding.fault == Fault::none) return;
     fail_finding(Access::write, finding, tensor_byte(finding.offset, *tensor), bytes);
 }
@@ -319,7 +389,7 @@ void bulk_begin(const void* global, size_t bytes, const void* pc) {
 void bulk_landed(const void* global, size_t bytes) {
     const auto address = static_cast<const char*>(global);
     const Tensor& tensor = *find(address, bytes);
-    tensor.shadow->land_bulk(tensor.offset(address), bytes);
+    tensor.shadow->land(tensor.offset(address), bytes, 0);
 }
 
 void async_read(const void* shared, size_t bytes, const void* pc) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "grid.h"
 #include "shadow.h"
@@ -19,9 +20,10 @@ namespace gk::emulator::memory {
 void declare(const char* name, const void* begin, size_t bytes, bool written);
 void forget();
 
-// Of grid.cpp: a launch or a CTA begins.
+// Of grid.cpp: a launch or a cluster begins, a thread has returned.
 void launch_begin();
-void cta_begin(Cta& cta);
+void cluster_begins(Cluster& cluster);
+void thread_ends(const Thread& thread);
 
 // A plain access by the running thread, at `pc` in the kernel. Its size is its alignment.
 void read(const void* address, size_t bytes, const void* pc);
@@ -31,7 +33,7 @@ void atomic(const void* address, size_t bytes, const void* pc);
 void read_range(const void* address, size_t bytes, size_t alignment, const void* pc);
 void write_range(const void* address, size_t bytes, size_t alignment, const void* pc);
 
-// 16 bytes of shared memory that an asynchronous copy writes: nobody may touch them until it lands.
+// 16 bytes of shared memory that a cp.async writes: nobody may touch them until it lands.
 void copy_begin(const void* shared, const void* pc);
 void copy_landed(const void* shared);
 
@@ -39,13 +41,24 @@ void copy_landed(const void* shared);
 //
 // `bytes` of shared memory of a CTA of the thread's cluster, as an offset. Fails outside.
 size_t shared_offset(Access access, const void* shared, size_t bytes);
-// A write to shared memory of a CTA, from `offset` on, or to a tensor: in flight until it lands.
-void bulk_begin(const Cta& cta, size_t offset, size_t bytes, const void* pc);
-void bulk_landed(const Cta& cta, size_t offset, size_t bytes);
+// A write to shared memory of a CTA of the cluster, from `offset` on, or to a tensor: in flight until
+// it lands. In shared memory it is then the engine's, as mbarrier_writer says (asynchronous.h).
+void bulk_begin(Cta& cta, size_t offset, size_t bytes, const void* pc);
+void bulk_landed(const Cta& cta, size_t offset, size_t bytes, Epoch writer);
 void bulk_begin(const void* global, size_t bytes, const void* pc);
 void bulk_landed(const void* global, size_t bytes);
 // A read of this CTA's shared memory, by a bulk copy or wgmma: nobody may write there before it is
 // over, and what threads wrote there they have fenced for the asynchronous proxy.
 void async_read(const void* shared, size_t bytes, const void* pc);
+
+// 8 bytes that become an mbarrier: they are no longer for ordinary accesses.
+void hold_mbarrier(Cta& cta, size_t offset, const void* pc);
+
+// The running thread reaches into another CTA of its cluster. That one must be known to run, and
+// may not return before it knows that this is over.
+void reach(Cta& cta, const void* pc);
+
+// "thread 3" of the running thread's CTA, "thread 3 of CTA (1, 0, 0)", "the asynchronous engine".
+std::string name_of(Epoch epoch);
 
 }  // namespace gk::emulator::memory

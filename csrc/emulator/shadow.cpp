@@ -12,7 +12,7 @@ struct Cell {
     Epoch readers[2];     // since then, as far as one does not come before another
     unsigned written_at;  // a place (report.h) and flags
     unsigned read_at[2];  // likewise
-    unsigned more;        // the list of further readers, all of one CTA; 0: there are none
+    unsigned more;        // the list of further readers, all of one cluster; 0: there are none
 };
 
 namespace {
@@ -22,9 +22,10 @@ constexpr size_t kLine = 16, kPart = 2, kParts = kLine / kPart;
 // Above a place's 28 bits, of the last write.
 constexpr unsigned kAtomic = 1u << 28;
 constexpr unsigned kInFlight = 1u << 29;
-constexpr unsigned kSeveral = 1u << 30;      // atomics by threads with no order between
-constexpr unsigned kSeveralCtas = 1u << 31;  // ... of several CTAs
-constexpr unsigned kBulk = 1u << 30;         // no atomic: a bulk copy, or one in flight
+constexpr unsigned kSeveral = 1u << 30;          // atomics by threads with no order between
+constexpr unsigned kSeveralClusters = 1u << 31;  // ... of several clusters
+constexpr unsigned kBulk = 1u << 30;  // no atomic: a bulk copy, or one in flight
+constexpr unsigned kMbarrier = kInFlight | kAtomic;
 
 constexpr unsigned kPlace = kAtomic - 1;
 
@@ -40,7 +41,11 @@ class Check {
         : more_(more),
           thread_(*visitor.thread),
           now_(thread_.clock.now),
+          first_(thread_.cta->first()),
+          stride_(thread_.cta->cluster->stride),
+          engines_(thread_.cta->cluster->clock.engines),
           floor_(thread_.cta->clock.floor),
+          cluster_floor_(thread_.cta->cluster->clock.floor),
           seen_(thread_.clock.seen.data()),
           launch_(visitor.launch_serial),
           place_(visitor.place) {}
@@ -64,10 +69,10 @@ class Check {
     bool atomic(Cell& cell, Finding& finding) const {
         if (unwritten(cell)) return found(finding, Fault::unwritten, cell);
         unsigned flags = kAtomic;
-        if (cell.written_at & kAtomic) {
+        if ((cell.written_at & (kAtomic | kInFlight)) == kAtomic) {
             if (!in_order(cell)) {
-                flags |= kSeveral | (cell.written_at & kSeveralCtas);
-                if (serial_of(cell.writer) != serial_of(now_)) flags |= kSeveralCtas;
+                flags |= kSeveral | (cell.written_at & kSeveralClusters);
+                if (serial_of(cell.writer) != serial_of(now_)) flags |= kSeveralClusters;
             }
         } else if (!after_writer(cell, finding)) {
             return false;
@@ -90,11 +95,6 @@ class Check {
         return true;
     }
 
-    void land(Cell& cell) const {
-        cell.writer = now_;
-        cell.written_at &= ~kInFlight;
-    }
-
   private:
     void start(Cell& cell, unsigned flags) const {
         if (cell.more) more_.give_back(cell.more);
@@ -102,7 +102,8 @@ class Check {
     }
 
     const Thread& writer_of(const Cell& cell) const {
-        return *thread_.cta->fibers[thread_of(cell.writer)];
+        const unsigned member = member_of(cell.writer);
+        return *thread_.cta->cluster->ctas[member / stride_]->fibers[member % stride_];
     }
 
     bool unwritten(const Cell& cell) const {
@@ -112,21 +113,31 @@ class Check {
     bool before(Epoch epoch) const {
         if (((epoch ^ now_) >> kTimeBits) == 0) return true;
         if (serial_of(epoch) != serial_of(now_)) return kShared || serial_of(epoch) < launch_;
-        return time_of(epoch) < floor_ || time_of(epoch) <= seen_[thread_of(epoch)];
+        const unsigned member = member_of(epoch);
+        return time_of(epoch) < floor_of(member) || time_of(epoch) <= seen_[member];
     }
 
-    // Of several unordered atomics the cell knows the last alone, which stands for all of its CTA
-    // at barriers of the whole CTA only.
+    // The engine's writers are ordered by who has waited for them alone.
+    int floor_of(unsigned member) const {
+        if (member - first_ < stride_) return floor_;
+        return member < engines_ ? cluster_floor_ : 0;
+    }
+
+    // Of several unordered atomics the cell knows the last alone, which stands for all of its
+    // cluster at barriers of the whole cluster only.
     bool in_order(const Cell& cell) const {
         constexpr unsigned kAtomics = kAtomic | kSeveral;
         if ((cell.written_at & kAtomics) != kAtomics) return before(cell.writer);
         if (serial_of(cell.writer) < launch_) return true;
-        return !(cell.written_at & kSeveralCtas) && serial_of(cell.writer) == serial_of(now_) &&
-               time_of(cell.writer) < floor_;
+        return !(cell.written_at & kSeveralClusters) && serial_of(cell.writer) == serial_of(now_) &&
+               time_of(cell.writer) < cluster_floor_;
     }
 
     bool after_writer(const Cell& cell, Finding& finding) const {
-        if (cell.written_at & kInFlight) return found(finding, Fault::in_flight, cell);
+        if (cell.written_at & kInFlight) {
+            const bool mbarrier = (cell.written_at & kMbarrier) == kMbarrier;
+            return found(finding, mbarrier ? Fault::mbarrier : Fault::in_flight, cell);
+        }
         return in_order(cell) || found(finding, Fault::race, cell);
     }
 
@@ -149,7 +160,7 @@ class Check {
     }
 
     // A reader that comes before this one need not be kept: who waits for this one waits for both.
-    // Two of different CTAs are enough: whoever writes collides with one of them.
+    // Two of different clusters are enough: whoever writes collides with one of them.
     void keep_reader(Cell& cell) const {
         const Epoch(&readers)[2] = cell.readers;
         int i = 0;
@@ -167,8 +178,8 @@ class Check {
     void keep_further(Cell& cell) const {
         if (cell.more == 0) cell.more = more_.take();
         Readers& readers = more_[cell.more];
-        if (readers.size() <= thread_.index) readers.resize(thread_.cta->threads);
-        readers[thread_.index] = {now_, place_};
+        if (readers.size() <= thread_.member()) readers.resize(engines_);
+        readers[thread_.member()] = {now_, place_};
     }
 
     static bool found(Finding& finding, Fault fault, const Cell& cell) {
@@ -181,7 +192,8 @@ class Check {
     ReaderLists& more_;
     const Thread& thread_;
     const Epoch now_;
-    const int floor_;
+    const unsigned first_, stride_, engines_;
+    const int floor_, cluster_floor_;
     const int* seen_;
     const unsigned launch_, place_;
 };
@@ -283,32 +295,28 @@ Finding Shadow::touch(Access access, size_t offset, size_t bytes, const Visitor&
 }
 
 template <bool kShared>
-Finding Shadow::start_copy_as(size_t offset, size_t bytes, const Visitor& visitor, bool bulk) {
+Finding Shadow::hold_as(size_t offset, size_t bytes, Held by, const Visitor& visitor) {
+    const unsigned flags = by == Held::by_engine     ? kInFlight | kBulk
+                           : by == Held::by_mbarrier ? kMbarrier
+                                                     : kInFlight;
     const Check<kShared> check(visitor, more_);
     Finding finding;
     visit(offset, bytes, true, [&](Cell& cell, size_t at) {
-        const bool fine = check.write(cell, finding, bulk ? kInFlight | kBulk : kInFlight);
+        const bool fine = check.write(cell, finding, flags);
         if (!fine) finding.offset = at;
         return fine;
     });
     return finding;
 }
 
-Finding Shadow::start_copy(size_t offset, size_t bytes, const Visitor& visitor, bool bulk) {
-    return visitor.shared ? start_copy_as<true>(offset, bytes, visitor, bulk)
-                          : start_copy_as<false>(offset, bytes, visitor, bulk);
+Finding Shadow::hold(size_t offset, size_t bytes, Held by, const Visitor& visitor) {
+    return visitor.shared ? hold_as<true>(offset, bytes, by, visitor)
+                          : hold_as<false>(offset, bytes, by, visitor);
 }
 
-void Shadow::land(size_t offset, const Visitor& visitor) {
-    const Check<true> check(visitor, more_);
-    visit(offset, kLine, true, [&](Cell& cell, size_t) {
-        check.land(cell);
-        return true;
-    });
-}
-
-void Shadow::land_bulk(size_t offset, size_t bytes) {
-    visit(offset, bytes, true, [](Cell& cell, size_t) {
+void Shadow::land(size_t offset, size_t bytes, Epoch writer) {
+    visit(offset, bytes, true, [&](Cell& cell, size_t) {
+        if (writer != 0) cell.writer = writer;
         cell.written_at &= ~kInFlight;
         return true;
     });

@@ -21,7 +21,7 @@ struct Reader {
     unsigned place = 0;
 };
 
-// Readers of one cell, by thread of the CTA.
+// Readers of one cell, by member of the cluster.
 using Readers = std::vector<Reader>;
 
 // The lists of readers of cells that have more than a cell has room for, numbered from 1.
@@ -37,7 +37,9 @@ class ReaderLists {
 };
 
 enum class Access { read, write, atomic };
-enum class Fault { none, unwritten, in_flight, unfenced, race };
+enum class Fault { none, unwritten, in_flight, mbarrier, unfenced, race };
+// Why nobody may touch some bytes: a copy will write them, or they are no memory any more.
+enum class Held { by_cp_async, by_engine, by_mbarrier };
 
 // What is wrong with an access, and with whom it collides: `other` was at `place`.
 struct Finding {
@@ -49,9 +51,9 @@ struct Finding {
     bool bulk = false;          // by a bulk copy
 };
 
-// Who comes, and to which kind of memory. Shared memory knows only its own CTA: what an earlier one
-// left there is as good as never written. In global memory other CTAs of the launch, numbered from
-// `launch_serial`, are never ordered and all before them come before everything.
+// Who comes, and to which kind of memory. Shared memory knows only its own cluster: what an earlier
+// one left there is as good as never written. In global memory other clusters of the launch,
+// numbered from `launch_serial`, are never ordered and all before them come before everything.
 struct Visitor {
     const Thread* thread;
     bool shared;
@@ -66,11 +68,10 @@ class Shadow {
 
     // Checks an access and keeps it, up to the first place where something is wrong.
     Finding touch(Access access, size_t offset, size_t bytes, const Visitor& visitor);
-    // An asynchronous copy writes there: until it lands nobody may touch it. A cp.async lands for
-    // the thread that waited. A bulk copy lands for whoever comes after the thread that started it.
-    Finding start_copy(size_t offset, size_t bytes, const Visitor& visitor, bool bulk);
-    void land(size_t offset, const Visitor& visitor);
-    void land_bulk(size_t offset, size_t bytes);
+    // The visitor gives bytes away: until they land nobody may touch them. Then they are `writer`'s,
+    // or if that is 0 stay the visitor's.
+    Finding hold(size_t offset, size_t bytes, Held by, const Visitor& visitor);
+    void land(size_t offset, size_t bytes, Epoch writer);
     // A read by the asynchronous engine, for the visitor: what threads wrote by ordinary stores must
     // have been followed by their proxy fence, and that by the visitor.
     Finding read_by_engine(size_t offset, size_t bytes, const Visitor& visitor);
@@ -89,7 +90,7 @@ class Shadow {
     template <bool kShared>
     Finding touch_as(Access access, size_t offset, size_t bytes, const Visitor& visitor);
     template <bool kShared>
-    Finding start_copy_as(size_t offset, size_t bytes, const Visitor& visitor, bool bulk);
+    Finding hold_as(size_t offset, size_t bytes, Held by, const Visitor& visitor);
 
     Cells lines_, parts_;
     ReaderLists more_;
