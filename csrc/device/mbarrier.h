@@ -100,8 +100,8 @@ __device__ inline void mbarrier_wait(uint64_t* bar, unsigned parity) {
         ".reg .pred complete;\n"
         "again:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
-        "@complete bra.uni done;\n"
-        "bra.uni again;\n"
+        "@complete bra done;\n"
+        "bra again;\n"
         "done:\n"
         "}\n" ::"r"(shared_address(bar)),
         "r"(parity)

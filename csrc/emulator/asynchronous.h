@@ -20,6 +20,10 @@ namespace gk::emulator {
 // running thread: `fail` then names the kernel alone.
 void later(std::function<void()> work);
 
+// The running thread names a barrier to `what`, a copy that will report there: it must be initialised
+// for the thread and, by mbarrier_init_fence, for the engine.
+void mbarrier_for_copy(Cta& cta, size_t barrier, const char* what);
+
 // Of barriers in the shared memory of `cta`, at their offset there. The engine is somebody else for
 // each barrier: who has waited at one knows nothing of what is reported at others.
 Epoch mbarrier_writer(Cta& cta, size_t barrier);

@@ -51,6 +51,14 @@ Mbarrier& find(Cta& cta, size_t offset, const std::string& what) {
     return found->second;
 }
 
+// Not for threads of the CTA, for which any barrier between does.
+void check_fence(const Mbarrier& bar, size_t offset, const char* what) {
+    if (bar.fenced) return;
+    fail(std::string(what) + " may not see that " + memory::name_of(bar.initialised) +
+         " has initialised " + name(offset) + " at " + place(bar) +
+         ", which mbarrier_init_fence did not follow");
+}
+
 // Of the running thread's CTA, or of another one that it reaches into.
 Mbarrier& find_for_thread(Cta& cta, size_t offset, const char* what) {
     Mbarrier& bar = find(cta, offset, what);
@@ -58,11 +66,7 @@ Mbarrier& find_for_thread(Cta& cta, size_t offset, const char* what) {
         fail(std::string(what) + " may come before " + memory::name_of(bar.initialised) +
              " has initialised " + name(offset) + " at " + place(bar) + ": no barrier between");
     }
-    if (&cta != running->cta && !bar.fenced) {
-        fail(std::string(what) + " may not see that " + memory::name_of(bar.initialised) +
-             " has initialised " + name(offset) + " at " + place(bar) +
-             ", which mbarrier_init_fence did not follow");
-    }
+    if (&cta != running->cta) check_fence(bar, offset, what);
     return bar;
 }
 
@@ -177,13 +181,12 @@ void mbarrier_wait(uint64_t* address, unsigned parity) {
     });
 }
 
+void mbarrier_for_copy(Cta& cta, size_t offset, const char* what) {
+    check_fence(find_for_thread(cta, offset, what), offset, what);
+}
+
 Epoch mbarrier_writer(Cta& cta, size_t offset) {
     Mbarrier& bar = find(cta, offset, "an asynchronous copy");
-    if (!bar.fenced) {
-        fail("an asynchronous copy may not see that " + memory::name_of(bar.initialised) +
-             " has initialised " + name(offset) + " at " + place(bar) +
-             ", which mbarrier_init_fence did not follow");
-    }
     return bar.reported = engine_step(*cta.cluster, bar.engine);
 }
 
