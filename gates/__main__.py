@@ -135,8 +135,25 @@ def _nvcc(options: argparse.Namespace) -> int | None:
     if options.only and not found:
         return None
     table = tables.load(tables.NATIVE)
+    if not options.only:
+        notes += _candidates(table, options.update)
     broken = _compare("nvcc", version, found, table, tables.NATIVE, options, native.REQUIREMENTS)
     return _verdict(f"nvcc {version}", found, [*notes, *broken], started)
+
+
+def _candidates(table: Table, update: bool) -> list[str]:
+    """Sentences for what candidates break; an update puts them into the table, unsaved yet."""
+    from gates import native
+
+    try:
+        found = native.candidates()
+    except (native.extension.BuildError, subprocess.CalledProcessError) as error:
+        return [f"candidates: they could not be asked for, since {error}"]
+    if update:
+        table.candidates = found
+    most = max((launch.shared for launch in found.values()), default=0)
+    print(f"{len(found)} candidates of Hopper's kernels, at most {most / 1024:.1f} KiB each")
+    return tables.candidate_violations(found, table)
 
 
 def _compare(
@@ -189,7 +206,9 @@ def _print(name: str, found: Mapping[Key, Resources]) -> None:
         for row in (header, *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
         return
-    printed = Table(*header, caption="registers / KiB of shared memory, spill instructions")
+    printed = Table(
+        *header, caption="registers (by role) / KiB of shared memory, spill instructions"
+    )
     for row in rows:
         printed.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(printed)
@@ -200,7 +219,8 @@ def _cell(resources: Resources | None) -> str:
         return "-"
     spilled = resources.spills or resources.stack
     spills = f" SPILLS {resources.spills}" if spilled else ""
-    return f"{resources.registers} / {resources.shared / 1024:.1f}{spills}"
+    roles = f" ({resources.roles.replace(' ', '/')})" if resources.roles else ""
+    return f"{resources.registers}{roles} / {resources.shared / 1024:.1f}{spills}"
 
 
 if __name__ == "__main__":

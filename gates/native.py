@@ -2,13 +2,17 @@
 
 Objects are compiled as setup.py compiles them, for the architectures of a wheel, and kept with
 theirs (GPTKERNELS_OBJECT_CACHE, else build/objects); what is read from one is kept under
-build/gates. Shared memory is what a kernel declares, which is none: launchers choose its size, and
-the emulator refuses a launch with more than 99 KiB, which every supported device has.
+build/gates. Kernels in *_sm90 sources are for sm_90a and for nothing else; they stand in the table
+under sm_90. Shared memory is what a kernel declares, which is none: launchers choose its size, the
+emulator refuses a launch with more than the device has, and what each candidate of Hopper's kernels
+asks for is read from the launchers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import re
@@ -20,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from gates import sass
-from gates.table import Key, Requirement, Resources
+from gates.table import Key, Launch, Requirement, Resources
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))  # which are no package
@@ -28,6 +32,7 @@ sys.path.append(str(ROOT / "scripts"))  # which are no package
 import extension  # noqa: E402
 
 CACHE = ROOT / "build" / "gates"
+MOST_SECONDS = 180  # of one core, for one source
 
 # Tensor cores where operands have 16 bits; accesses of 16 bytes a thread where data is moved.
 _PRODUCTS = r"(attention_(fwd|bwd_keys|bwd_queries)|product)_kernel<"
@@ -60,7 +65,8 @@ def version() -> str | None:
 
 def measure_all() -> tuple[dict[Key, Resources], list[str]]:
     """What each kernel uses on each architecture, and a sentence for each warning that nvcc does
-    not take for one.
+    not take for one, for code of another architecture than the source is for, and for a source that
+    compiles too long.
 
     Raises subprocess.CalledProcessError where a source does not compile.
     """
@@ -69,13 +75,63 @@ def measure_all() -> tuple[dict[Key, Resources], list[str]]:
     os.environ.setdefault("GPTKERNELS_OBJECT_CACHE", str(ROOT / "build" / "objects"))
     objects = extension.kernels(ROOT / "build" / "gates-native")
     found: dict[Key, Resources] = {}
+    said: list[str] = []
     for source, path in objects.items():
-        for key, resources in _measure(path).items():
+        measured = _measure(path)
+        said += misplaced(source, {architecture for _, architecture in measured})
+        for (name, architecture), resources in measured.items():
+            key = (name, capability(architecture))
             if key in found:
-                raise ValueError(f"{source}: there is another kernel named {key[0]!r}")
+                raise ValueError(f"{source}: there is another kernel named {name!r}")
             found[key] = resources
-    logs = {source: Path(f"{path}.log").read_text() for source, path in objects.items()}
-    return found, [note for source, text in logs.items() for note in notes(source, text)]
+        log = Path(f"{path}.log").read_text()
+        said += [*notes(source, log), *slow(source, log)]
+    return found, said
+
+
+def capability(architecture: str) -> int:
+    """90 of "90a", as the table has it."""
+    return int(re.sub(r"\D", "", architecture))
+
+
+def misplaced(source: str, architectures: set[str]) -> Iterator[str]:
+    """What is for Hopper is compiled with its own instructions, and they are in no other code."""
+    wrong = {a for a in architectures if (a == "90a") != extension.hopper_only(Path(source))}
+    for architecture in sorted(wrong):
+        for_it = "sm_90a alone" if architecture != "90a" else "every GPU"
+        yield f"{source}: has code for sm_{architecture}, its name says {for_it}"
+
+
+def slow(source: str, log: str) -> Iterator[str]:
+    """A file that takes minutes keeps the other cores waiting at the end of a build."""
+    match = re.search(r"^compiled in ([\d.]+) s of one core$", log, re.MULTILINE)
+    if match is None:
+        yield f"{source}: nothing says how long it took to compile"
+    elif float(match[1]) > MOST_SECONDS:
+        yield f"{source}: took {match[1]} s of one core to compile, {MOST_SECONDS} s is the limit"
+
+
+def candidates() -> dict[str, Launch]:
+    """What the launchers of Hopper's kernels choose among, from the module built for this CPU.
+
+    Raises extension.BuildError or subprocess.CalledProcessError where it cannot be built.
+    """
+    file = extension.emulator()
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(file))
+    spec = importlib.util.spec_from_file_location("_cuda", file, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    found: dict[str, Launch] = {}
+    for function in sorted(vars(module)):
+        op = function.removesuffix("_candidates")
+        if op == function:
+            continue
+        for index, one in enumerate(getattr(module, function)()):
+            found[f"{op} {index}: {one['name']}"] = Launch(
+                one["threads"], one["shared_bytes"], one["stages"], one["consumers"], one["cluster"]
+            )
+    return found
 
 
 def notes(source: str, text: str) -> Iterator[str]:
@@ -103,34 +159,46 @@ def _short(name: str) -> str:
     return re.sub("|".join(_SHORT), lambda match: _SHORT[match[0]], name)
 
 
-def _measure(path: Path) -> dict[Key, Resources]:
+Compiled = dict[tuple[str, str], Resources]  # (kernel, architecture such as "90a")
+
+
+def _measure(path: Path) -> Compiled:
     how = b"".join(Path(file).read_bytes() for file in (__file__, sass.__file__))
     kept = CACHE / f"{hashlib.sha256(how + path.read_bytes()).hexdigest()}.json"
     if not kept.exists():
-        rows = [[name, capability, asdict(r)] for (name, capability), r in _read(path).items()]
+        rows = [[name, architecture, asdict(r)] for (name, architecture), r in _read(path).items()]
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.tmp")
         partial.write_text(json.dumps(rows))
         partial.replace(kept)
-    return {(n, c): Resources(**numbers) for n, c, numbers in json.loads(kept.read_text())}
+    return {(n, a): Resources(**numbers) for n, a, numbers in json.loads(kept.read_text())}
 
 
-def _read(path: Path) -> dict[Key, Resources]:
+def _read(path: Path) -> Compiled:
     used = sass.usage(path)
     spills = dict.fromkeys(used, 0)
     seen: dict[tuple[str, str], set[str]] = {kernel: set() for kernel in used}
+    roles: dict[tuple[str, str], set[int]] = {kernel: set() for kernel in used}
     for kernel, instruction in sass.instructions(path):
         spills[kernel] += sass.is_spill(instruction)
-        seen[kernel].add(instruction)
-    found: dict[Key, Resources] = {}
+        seen[kernel].add(instruction.partition(" ")[0])
+        registers = sass.registers_of_a_role(instruction)
+        if registers is not None:
+            roles[kernel].add(registers)
+    found: Compiled = {}
     for kernel, name in zip(used, readable([name for name, _ in used]), strict=True):
         of_note = " ".join(
             name
             for name, pattern in sass.OF_NOTE.items()
             if any(re.match(pattern, instruction) for instruction in seen[kernel])
         )
-        key = (name, int(re.sub(r"\D", "", kernel[1])))
+        key = (name, kernel[1])
         if key in found:
             raise ValueError(f"two kernels are named {name!r}")
-        found[key] = replace(used[kernel], spills=spills[kernel], instructions=of_note)
+        found[key] = replace(
+            used[kernel],
+            spills=spills[kernel],
+            instructions=of_note,
+            roles=" ".join(map(str, sorted(roles[kernel]))),
+        )
     return found

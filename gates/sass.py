@@ -12,19 +12,22 @@ from pathlib import Path
 from gates.table import Resources
 
 # Name -> how the disassembly begins its line. Tensor cores (of one warp, of four), accesses of 16
-# bytes a thread, copies by the tensor memory accelerator.
+# bytes a thread, copies and sums by the tensor memory accelerator: of a tensor's boxes, of bytes in
+# a row.
 OF_NOTE = {
     "HMMA": r"HMMA\.",
     "HGMMA": r"HGMMA\.",
     "LDG.128": r"LDG\.\S*\b128",
     "LDGSTS.128": r"LDGSTS\.\S*\b128",
     "STG.128": r"STG\.\S*\b128",
+    "UBLKCP": r"UBLKCP\.",
+    "UBLKRED": r"UBLKRED\.",
     "UTMALDG": r"UTMALDG\.",
     "UTMASTG": r"UTMASTG\.",
     "UTMAREDG": r"UTMAREDG\.",
 }
 _SPILL = re.compile(r"(?:STL|LDL)\b")
-_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*(\S+)")
+_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*(\S[^;]*?)\s*;")
 
 
 def usage(file: Path) -> dict[tuple[str, str], Resources]:
@@ -45,7 +48,7 @@ def usage(file: Path) -> dict[tuple[str, str], Resources]:
 
 
 def instructions(file: Path) -> Iterator[tuple[tuple[str, str], str]]:
-    """Each kernel, named as in `usage`, with each of its instructions: "LDG.E.128"."""
+    """Each kernel, named as in `usage`, with each of its instructions: "LDG.E.128 R4, [R2.64]"."""
     architecture = name = ""
     for line in _cuobjdump("-sass", file).splitlines():
         if match := _INSTRUCTION.match(line):
@@ -59,6 +62,12 @@ def instructions(file: Path) -> Iterator[tuple[tuple[str, str], str]]:
 def is_spill(instruction: str) -> bool:
     """Whether it moves a register to local memory or back."""
     return _SPILL.match(instruction) is not None
+
+
+def registers_of_a_role(instruction: str) -> int | None:
+    """How many registers a thread has after it, where it is setmaxnreg."""
+    match = re.match(r"USETMAXREG\.\S+ (?:UP\w+, )?(0x[0-9a-f]+)$", instruction)
+    return int(match[1], 16) if match else None
 
 
 def _cuobjdump(option: str, file: Path) -> str:

@@ -23,7 +23,9 @@ class Resources:
     """What one compiled kernel uses: registers of a thread, bytes of stack and of shared memory.
 
     `spills` counts the instructions that move registers to local memory and back. `instructions`
-    names those of note that are there, where they are looked for: "HMMA LDG.128".
+    names those of note that are there, where they are looked for: "HMMA LDG.128". `roles` are the
+    registers of a thread in each role, where warps hand registers on: "24 240", and `registers`
+    what they begin with.
     """
 
     registers: int
@@ -31,12 +33,14 @@ class Resources:
     stack: int
     shared: int
     instructions: str = ""
+    roles: str = ""
 
     def __str__(self) -> str:
         spilled = f", {self.spills} spills" if self.spills else ""
         stack = f", {self.stack} B stack" if self.stack else ""
         of_note = f", {self.instructions}" if self.instructions else ""
-        return f"{self.registers} registers{spilled}{stack}, {self.shared} B shared{of_note}"
+        roles = f" (by role {self.roles})" if self.roles else ""
+        return f"{self.registers} registers{roles}{spilled}{stack}, {self.shared} B shared{of_note}"
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,37 @@ class Exemption:
 
 @dataclass(frozen=True)
 class Requirement:
-    """An instruction that every kernel whose name matches must have."""
+    """An instruction that every kernel whose name matches must have, or one of several: "A|B"."""
 
     kernels: str  # a regular expression, for the beginning of the name
     instruction: str
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How one candidate of an op is launched: see csrc/candidate.h."""
+
+    threads: int
+    shared: int  # bytes that the launcher asks for
+    stages: int
+    consumers: int
+    cluster: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.threads} threads, {self.shared} B of dynamic shared memory, {self.stages} "
+            f"stages, {self.consumers} consumers, clusters of {self.cluster}"
+        )
+
+
 @dataclass
 class Table:
-    """Compiler's version -> compiled kernel -> resources, and exemptions, which hold for all."""
+    """Compiler's version -> compiled kernel -> resources; exemptions, which hold for all; and the
+    candidates that launchers choose among, by op and name."""
 
     versions: dict[str, dict[Key, Resources]] = field(default_factory=dict)
     exemptions: list[Exemption] = field(default_factory=list)
+    candidates: dict[str, Launch] = field(default_factory=dict)
 
 
 def load(path: Path) -> Table:
@@ -84,27 +107,32 @@ def load(path: Path) -> Table:
             Exemption(e["configuration"], tuple(e["architectures"]), e["reason"])
             for e in raw["exemptions"]
         ]
+        candidates = {name: Launch(*row) for name, row in raw.get("candidates", {}).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a table of the gates: {error!r}") from error
-    return Table(versions, exemptions)
+    return Table(versions, exemptions, candidates)
 
 
 def save(table: Table, path: Path) -> None:
     """Write the table, one configuration a line, so that a diff reads as a table."""
-    names = [f.name for f in fields(Resources)]
-    if not any(r.instructions for rows in table.versions.values() for r in rows.values()):
-        names.remove("instructions")
+    rows = [_row(r) for kernels in table.versions.values() for r in kernels.values()]
+    names = [f.name for f in fields(Resources)][: max(map(len, rows), default=0)]
     versions = [
-        f'    "{version}": {{\n{_rows(rows, len(names))}\n    }}'
-        for version, rows in sorted(table.versions.items())
+        f'    "{version}": {{\n{_rows(kernels)}\n    }}'
+        for version, kernels in sorted(table.versions.items())
     ]
     exemptions = [f"    {json.dumps(asdict(e))}" for e in table.exemptions]
-    columns = json.dumps(names)
-    text = (
-        f'{{\n  "columns": {columns},\n'
-        f'  "exemptions": [\n{_lines(exemptions)}  ],\n'
-        f'  "versions": {{\n{_lines(versions)}  }}\n}}\n'
-    )
+    candidates = [
+        f"    {json.dumps(name)}: {json.dumps(astuple(launch))}"
+        for name, launch in table.candidates.items()
+    ]
+    text = f'{{\n  "columns": {json.dumps(names)},\n  "exemptions": [\n{_lines(exemptions)}  ],\n'
+    if candidates:
+        columns = json.dumps([f.name for f in fields(Launch)])
+        text += (
+            f'  "candidate_columns": {columns},\n  "candidates": {{\n{_lines(candidates)}  }},\n'
+        )
+    text += f'  "versions": {{\n{_lines(versions)}  }}\n}}\n'
     path.write_text(text)
 
 
@@ -140,6 +168,23 @@ def violations(
         broken += [f"{_label(key)}: in the table, but not shipped" for key in stale]
         broken += stale_exemptions(table)
     return broken
+
+
+def candidate_violations(found: Mapping[str, Launch], table: Table) -> list[str]:
+    """One sentence for each candidate that no GPU could launch, or that the table has otherwise."""
+    limit = SHARED_LIMITS[90]
+    broken = [
+        f"{name}: {launch.shared} B of dynamic shared memory, {limit} B is the limit"
+        for name, launch in found.items()
+        if launch.shared > limit
+    ]
+    for name, launch in found.items():
+        if name not in table.candidates:
+            broken.append(f"{name}: not among the table's candidates ({launch})")
+        elif launch != table.candidates[name]:
+            broken.append(f"{name}: {launch}, the table has {table.candidates[name]}")
+    stale = [name for name in table.candidates if name not in found]
+    return broken + [f"{name}: a candidate of the table that is none" for name in stale]
 
 
 def stale_exemptions(table: Table) -> list[str]:
@@ -192,15 +237,24 @@ def _without_instructions(
         if complete and not matching:
             yield f"no kernel is named like {requirement.kernels!r}, which a requirement is for"
         for key, resources in matching.items():
-            if requirement.instruction not in resources.instructions.split():
-                yield f"{_label(key)}: has no {requirement.instruction} ({resources})"
+            allowed = requirement.instruction.split("|")
+            if not set(allowed) & set(resources.instructions.split()):
+                yield f"{_label(key)}: has no {' or '.join(allowed)} ({resources})"
 
 
-def _rows(rows: Mapping[Key, Resources], columns: int) -> str:
+def _rows(rows: Mapping[Key, Resources]) -> str:
     grouped: dict[str, dict[str, Any]] = {}
     for (name, architecture), resources in sorted(rows.items()):
-        grouped.setdefault(name, {})[f"sm_{architecture}"] = astuple(resources)[:columns]
+        grouped.setdefault(name, {})[f"sm_{architecture}"] = _row(resources)
     return ",\n".join(f"      {json.dumps(n)}: {json.dumps(row)}" for n, row in grouped.items())
+
+
+def _row(resources: Resources) -> list[int | str]:
+    """Without the names at its end that are empty."""
+    row = list(astuple(resources))
+    while row and row[-1] == "":
+        row.pop()
+    return row
 
 
 def _lines(entries: list[str]) -> str:

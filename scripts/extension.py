@@ -230,12 +230,17 @@ def architectures() -> list[tuple[str, bool]]:
     return found
 
 
+def hopper_only(source: Path) -> bool:
+    """Whether a source's kernels are for compute capability 9.0 alone, as its name says."""
+    return _HOPPER_ONLY in source.stem.split("_")
+
+
 def _targets(source: Path) -> list[str]:
     """The architectures that nvcc compiles a source for.
 
     Files for any device use nothing of the "a" variants, and their code for 90 is the same.
     """
-    if _HOPPER_ONLY in source.stem.split("_"):
+    if hopper_only(source):
         return ["-gencode=arch=compute_90a,code=sm_90a"]
     with_ptx: dict[str, bool] = {}
     for name, ptx in architectures():

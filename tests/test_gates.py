@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,15 +24,18 @@ from gates.table import (  # noqa: E402
     TRITON,
     Exemption,
     Key,
+    Launch,
     Requirement,
     Resources,
     Table,
+    candidate_violations,
     changes,
     load,
     save,
     violations,
 )
 
+EMULATOR = ROOT / "build" / "emulator" / f"_cuda{EXTENSION_SUFFIXES[0]}"
 CLEAN = Resources(registers=128, spills=0, stack=0, shared=65536)
 FOUND: dict[Key, Resources] = {("a", 80): CLEAN, ("a", 86): CLEAN, ("b", 90): CLEAN}
 
@@ -90,6 +94,10 @@ class TestRules:
         assert broken(Requirement("b", "LDG")) == [
             "b sm_90: has no LDG (128 registers, 65536 B shared, HMMA LDG.128)"
         ]
+        assert broken(Requirement("b", "LDG|HMMA")) == []
+        assert broken(Requirement("b", "LDG|HGMMA")) == [
+            "b sm_90: has no LDG or HGMMA (128 registers, 65536 B shared, HMMA LDG.128)"
+        ]
         assert len(broken(Requirement("", "HMMA"))) == 2
         assert broken(Requirement("c", "HMMA")) == [
             "no kernel is named like 'c', which a requirement is for"
@@ -132,8 +140,13 @@ class TestFile:
         assert load(path) == written
         assert "instructions" not in path.read_text()
         written.versions["3.7.1"]["a", 80] = dataclasses.replace(CLEAN, instructions="HMMA")
+        written.versions["3.7.1"]["a", 86] = dataclasses.replace(CLEAN, roles="24 240")
+        written.candidates = {"op 0: 128x128": Launch(384, 200_000, 2, 2, 1)}
         save(written, path)
         assert load(path) == written
+        assert '["registers", "spills", "stack", "shared", "instructions", "roles"]' in (
+            path.read_text()
+        )
         save(Table(), path)
         assert load(path) == Table()
 
@@ -241,7 +254,10 @@ arch = sm_80
         /*0020*/              @UP1 HMMA.16816.F32 R4, R4, R8, RZ ;         /* 0x0000000402007986 */
 arch = sm_90a
 \t\tFunction : _ZN2gk6kernelIfEEvi
-        /*0000*/                   EXIT ;                                  /* 0x000000000000794d */
+        /*0000*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ; /* 0x000000f0000079c8 */
+        /*0010*/             @P1   USETMAXREG.DEALLOC.CTAPOOL 0x18 ;        /* 0x00000018000079c8 */
+        /*0020*/                   UBLKRED.G.S.ADD.F32.RN [UR10], [UR6], UR4 ; /* 0x000a0600 */
+        /*0030*/                   EXIT ;                                  /* 0x000000000000794d */
 """
 USAGE = """
 arch = sm_80
@@ -261,8 +277,8 @@ class TestNative:
         monkeypatch.setattr(sass, "_cuobjdump", lambda option, file: printed[option])
         monkeypatch.setattr(native, "readable", lambda names: ["kernel<fp32>" for _ in names])
         assert native._read(Path()) == {
-            ("kernel<fp32>", 80): Resources(32, 1, 12, 16, "HMMA LDG.128"),
-            ("kernel<fp32>", 90): Resources(40, 0, 0, 1024),
+            ("kernel<fp32>", "80"): Resources(32, 1, 12, 16, "HMMA LDG.128"),
+            ("kernel<fp32>", "90a"): Resources(40, 0, 0, 1024, "UBLKRED", "24 240"),
         }
 
     @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
@@ -281,9 +297,63 @@ class TestNative:
             "plain",
         ]
 
-    def test_notes_of_ptxas_are_found(self) -> None:
-        text = "ptxas info    : 0 bytes gmem\n" + 2 * "ptxas info (C7508): setmaxnreg ignored\n"
-        assert list(native.notes("a.cu", text)) == ["a.cu: ptxas info (C7508): setmaxnreg ignored"]
+    @pytest.mark.parametrize("code", ["C7508", "C7511", "C7599"])
+    def test_notes_of_ptxas_are_found(self, code: str) -> None:
+        text = "ptxas info    : 0 bytes gmem\n" + 2 * f"ptxas info ({code}): setmaxnreg ignored\n"
+        assert list(native.notes("a.cu", text)) == [
+            f"a.cu: ptxas info ({code}): setmaxnreg ignored"
+        ]
+
+    def test_code_is_for_the_architectures_that_the_source_is_for(self) -> None:
+        assert list(native.misplaced("a_sm90.cu", {"90a"})) == []
+        assert list(native.misplaced("a.cu", {"80", "90"})) == []
+        assert list(native.misplaced("a_sm90_f16.cu", {"80", "90a"})) == [
+            "a_sm90_f16.cu: has code for sm_80, its name says sm_90a alone"
+        ]
+        assert list(native.misplaced("a.cu", {"90a"})) == [
+            "a.cu: has code for sm_90a, its name says every GPU"
+        ]
+
+    def test_a_source_compiles_in_minutes(self) -> None:
+        assert list(native.slow("a.cu", "ptxas\ncompiled in 180.0 s of one core\n")) == []
+        assert list(native.slow("a.cu", "compiled in 180.1 s of one core\n")) == [
+            "a.cu: took 180.1 s of one core to compile, 180 s is the limit"
+        ]
+        assert list(native.slow("a.cu", "ptxas\n")) == [
+            "a.cu: nothing says how long it took to compile"
+        ]
+
+    def test_candidates(self) -> None:
+        most = SHARED_LIMITS[90]
+        fits = Launch(threads=384, shared=most, stages=2, consumers=2, cluster=1)
+        committed = Table(candidates={"op 0: a": fits, "op 1: b": fits})
+        assert candidate_violations({"op 0: a": fits, "op 1: b": fits}, committed) == []
+        large = dataclasses.replace(fits, shared=most + 1)
+        committed.candidates["op 1: b"] = large
+        found = {"op 0: a": dataclasses.replace(fits, stages=3), "op 1: b": large, "op 2: c": fits}
+        assert candidate_violations(found, committed) == [
+            f"op 1: b: {most + 1} B of dynamic shared memory, {most} B is the limit",
+            f"op 0: a: {found['op 0: a']}, the table has {fits}",
+            f"op 2: c: not among the table's candidates ({fits})",
+        ]
+        assert candidate_violations({"op 0: a": fits}, committed) == [
+            "op 1: b: a candidate of the table that is none"
+        ]
+
+    @pytest.mark.skipif(not EMULATOR.exists(), reason="the emulator is not built")
+    def test_committed_candidates_are_the_launchers(self) -> None:
+        from gptkernels import cuda
+
+        module = cuda.planner()
+        names = [name for name in vars(module) if name.endswith("_candidates")]
+        found = {
+            f"{name.removesuffix('_candidates')} {index}: {one['name']}": one["shared_bytes"]
+            for name in names
+            for index, one in enumerate(getattr(module, name)())
+        }
+        committed = load(NATIVE).candidates
+        assert {name: launch.shared for name, launch in committed.items()} == found
+        assert candidate_violations(committed, load(NATIVE)) == []
 
     def copy(self, folder: Path) -> None:
         for name in ("gates", "scripts"):
