@@ -329,8 +329,8 @@ def test_samples_are_logged_and_move_no_random_number(text: Path, tmp_path: Path
     samples = [record for record in sampled.records if "sample" in record]
     assert [record["step"] for record in samples] == [4, 8, 12]
     assert all(record["sample"].startswith("It") for record in samples)
+    empty = dataclasses.replace(config, sample_prompt="")
     with pytest.raises(ValueError, match="sample_prompt is empty"):
-        empty = dataclasses.replace(config, sample_prompt="")
         train([text], tmp_path / "empty", model=TINY, config=empty)
 
 
