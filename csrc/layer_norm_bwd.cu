@@ -1,20 +1,18 @@
 // LayerNorm backward; formulas, shapes and bytes are in layer_norm.h.
 //
-// The CTAs are persistent: each takes rows in turn, keeps a row in registers between its two passes
-// (the sums over it, then its gradients) and adds up its share of dweight and dbias, in registers
-// too, over all its rows. A second, small kernel adds the CTAs' shares in a fixed order: no atomics,
-// the same bits every time.
+// Up to 8,192 columns the CTAs are persistent (layer_norm_bwd_row.h): up to eight warps share one,
+// eight rows of one warp, four of two ... A second, small kernel adds the CTAs' shares of dweight and
+// dbias in a fixed order: no atomics, the same bits every time.
 //
-// Up to 8,192 columns up to eight warps share a CTA: eight rows of one warp, four of two ... Wider
-// rows do not fit beside their sums: there one kernel gives the gradients of the rows, reading each
-// twice (the second time from L2), another the shares of dweight and dbias by columns.
+// Wider rows do not fit beside their sums: there one kernel gives the gradients of the rows, another
+// reads dy and s again for the shares of dweight and dbias, by columns. A row stays in registers
+// between its two passes up to 16,384 columns, or 20,480 where x and s have 16 bits; a wider one is
+// read twice, the second time from L2.
 #include "launch.h"
 
 #include <algorithm>
 
-#include "device/reduce.h"
-#include "layer_norm.h"
-#include "layer_norm_row.h"
+#include "layer_norm_bwd_row.h"
 
 namespace gk {
 namespace {
@@ -27,218 +25,76 @@ constexpr int kMostWarps = 8;
 constexpr int cta_warps(int groups) { return groups == kMostGroups ? kMostWarps : 4; }
 constexpr int ctas_of_sm(int groups) { return groups == 1 ? 5 : groups < kMostGroups ? 3 : 1; }
 
-constexpr int kWideWarps = 16;    // of a CTA with a row too wide for registers
-constexpr int kChunk = 2;         // groups of a thread, in such a row
+constexpr size_t kScratchBytes = 2 * kMostWarps * sizeof(float2);
+
+constexpr int kWideWarps = 16;    // of a CTA with a row too wide for its sums
+constexpr int kChunk = 2;         // groups of a thread, in a row too wide for registers
 constexpr int kWeightsWarps = 8;  // of a CTA with a block of columns of such rows
 constexpr int kReduceWarps = 32;  // at most, of a CTA that adds up 32 columns of the shares
 
-struct Bwd {
-    LayerNormBwd op;
-    int warps;  // of a row
-};
+// Of a CTA of one or several teams.
+struct TeamTotal {
+    int warps;        // of a team
+    float2* scratch;  // 2 x kMostWarps
 
-template <class X, class S>
-__device__ __forceinline__ void add_weight_gradient(float (&dweight)[kGroup],
-                                                    float (&dbias)[kGroup],
-                                                    const Pack<X, kGroup>& dy,
-                                                    const Pack<S, kGroup>& s, float mean,
-                                                    float rstd) {
-    float gradient[kGroup], values[kGroup];
-    unpack_floats(gradient, dy);
-    unpack_floats(values, s);
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-        dweight[j] += gradient[j] * ((values[j] - mean) * rstd);
-        dbias[j] += gradient[j];
-    }
-}
-
-// One thread's part of a row, or of a chunk of it: kGroups groups from group `first` on.
-template <class X, class S, int kGroups, bool kAligned>
-struct Part {
-    const LayerNormBwd& op;
-    Team team;
-    DropoutKey key;
-    int64_t row;
-    int cols;  // 0 for a row past the last
-    float mean, rstd;
-    Pack<X, kGroup> dy[kGroups];
-    Pack<S, kGroup> s[kGroups], dsum[kGroups];
-
-    __device__ __forceinline__ void start(int64_t index) {
-        row = index;
-        cols = row < op.rows ? op.cols : 0;
-        mean = cols > 0 ? op.mean[row] : 0.0f;
-        rstd = cols > 0 ? op.rstd[row] : 0.0f;
-    }
-
-    // Loads of a row are under way together.
-    __device__ __forceinline__ void load(int first) {
-        const X* dy_row = static_cast<const X*>(op.dy) + row * op.cols;
-        const S* s_row = static_cast<const S*>(op.sum) + row * op.sum_stride;
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-            dy[g] = load_group<kAligned>(dy_row, team.col(first + g), cols);
-            s[g] = load_group<kAligned>(s_row, team.col(first + g), cols);
-        }
-    }
-
-    __device__ __forceinline__ void load_dsum(int first) {
-        const S* dsum_row = static_cast<const S*>(op.dsum) + (op.dsum == nullptr ? 0 : row * op.cols);
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g)
-            dsum[g] = load_group<kAligned>(dsum_row, team.col(first + g),
-                                           op.dsum == nullptr ? 0 : cols);
-    }
-
-    // g = dy weight and x^.
-    __device__ __forceinline__ void expand(int first, int index, float (&g)[kGroup],
-                                           float (&normalised)[kGroup]) const {
-        float weight[kGroup];
-        load_floats<kAligned>(weight, op.weight, op.weight_dtype, team.col(first + index), op.cols);
-        unpack_floats(g, dy[index]);
-        unpack_floats(normalised, s[index]);
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j) {
-            g[j] *= weight[j];
-            normalised[j] = (normalised[j] - mean) * rstd;
-        }
-    }
-
-    // Of g and of g x^. What is past the end of the row has dy = 0.
-    __device__ __forceinline__ float2 sums(int first) const {
-        float2 sums = make_float2(0.0f, 0.0f);
-#pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-            float g[kGroup], normalised[kGroup];
-            expand(first, i, g, normalised);
-            sums.x += group_sum(g);
-#pragma unroll
-            for (int j = 0; j < kGroup; ++j) g[j] *= normalised[j];
-            sums.y += group_sum(g);
-        }
-        return sums;
-    }
-
-    __device__ __forceinline__ void add_weight_gradients(float (&dweight)[kGroups][kGroup],
-                                                         float (&dbias)[kGroups][kGroup]) const {
-#pragma unroll
-        for (int i = 0; i < kGroups; ++i)
-            add_weight_gradient(dweight[i], dbias[i], dy[i], s[i], mean, rstd);
-    }
-
-    // Between the passes: unpacked values are not kept.
-    __device__ __forceinline__ void forget_values() {
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-            forget(dy[g]);
-            forget(s[g]);
-        }
-    }
-
-    // The gradient of s, with what arrives through s itself, then split between the residual and
-    // dropout's input.
-    __device__ __forceinline__ void store(int first, float2 means) const {
-        const int64_t start = row * op.cols;
-        X* dx_row = static_cast<X*>(op.dx) + start;
-#pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-            const int col = team.col(first + i);
-            if (col >= cols) break;
-            float g[kGroup], normalised[kGroup], ds[kGroup];
-            expand(first, i, g, normalised);
-            unpack_floats(ds, dsum[i]);
-#pragma unroll
-            for (int j = 0; j < kGroup; ++j)
-                ds[j] += rstd * (g[j] - means.x - normalised[j] * means.y);
-            if (op.dresidual != nullptr)
-                store_floats<kAligned>(op.dresidual, start, op.residual_dtype, col, cols, ds);
-            if (op.dropout.rng != nullptr) drop(ds, start + col, key, op.dropout.scale);
-            store_group<kAligned>(dx_row, col, cols, pack_floats<X>(ds));
-        }
+    __device__ __forceinline__ float2 operator()(float2 sums, int turn) const {
+        return team_sum(sums, warps, scratch + turn * kMostWarps);
     }
 };
-
-// A CTA's sums of dweight or dbias, from those of its teams: added in shared memory, one team after
-// the other. shared: one float for each column that a team may hold.
-template <int kGroups, bool kAligned>
-__device__ __forceinline__ void store_share(float (&sums)[kGroups][kGroup], float* shares,
-                                            const Team& team, int teams, int cols, float* shared) {
-    for (int turn = 0; turn < teams; ++turn) {
-        __syncthreads();
-        if (team.index != turn) continue;
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-            for (int j = 0; j < kGroup; ++j) {
-                float* at = shared + (g * kGroup + j) * team.threads + team.thread;
-                if (turn > 0) sums[g][j] += *at;
-                if (turn + 1 < teams) *at = sums[g][j];
-            }
-            if (turn + 1 == teams)
-                store_group<kAligned>(shares + static_cast<int64_t>(blockIdx.x) * cols,
-                                      team.col(g), cols, pack_floats<float>(sums[g]));
-        }
-    }
-}
 
 template <class X, class S, int kGroups, bool kAligned>
 __global__ void __launch_bounds__(32 * cta_warps(kGroups), ctas_of_sm(kGroups))
     layer_norm_bwd_kernel(const __grid_constant__ Bwd p) {
-    // With the row's other loads, if there are registers for it until the second pass.
-    constexpr bool kDsumEarly = kAligned && kGroups * sizeof(S) <= 8;
-    const LayerNormBwd& op = p.op;
-    Part<X, S, kGroups, kAligned> part{op, Team(p.warps)};
-    const Team& team = part.team;
+    const Team team(p.warps);
     const int teams = blockDim.x / team.threads;
-    if (op.dropout.rng != nullptr) part.key = dropout_key(op.dropout);
-    float2* scratch = reinterpret_cast<float2*>(shared_memory());  // two of kMostWarps, in turn
-    float dweight[kGroups][kGroup] = {}, dbias[kGroups][kGroup] = {};
-
-    int turn = 0;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < op.rows;
-         first += static_cast<int64_t>(gridDim.x) * teams) {
-        // A team without a row goes along for the barriers, with zeros.
-        part.start(first + team.index);
-        part.load(0);
-        if (kDsumEarly) part.load_dsum(0);
-        part.add_weight_gradients(dweight, dbias);
-        // The next row's sums are written while a slow warp may still read these.
-        float2 sums = team_sum(part.sums(0), p.warps, scratch + turn * kMostWarps);
-        turn ^= 1;
-        part.forget_values();
-        if (!kDsumEarly) part.load_dsum(0);
-        part.store(0, make_float2(sums.x / op.cols, sums.y / op.cols));
-    }
-
-    float* shared = reinterpret_cast<float*>(scratch + 2 * kMostWarps);
-    if (op.partial_dweight != nullptr)
-        store_share<kGroups, kAligned>(dweight, op.partial_dweight, team, teams, op.cols, shared);
-    if (op.partial_dbias != nullptr)
-        store_share<kGroups, kAligned>(dbias, op.partial_dbias, team, teams, op.cols, shared);
+    const int64_t first = blockIdx.x;
+    const Rows rows{first * teams, static_cast<int64_t>(gridDim.x) * teams, teams,
+                    static_cast<int>(blockIdx.x)};
+    float2* scratch = reinterpret_cast<float2*>(shared_memory());
+    gradients_of_rows<X, S, kGroups, kAligned>(p, team, rows, shared_memory() + kScratchBytes,
+                                               TeamTotal{p.warps, scratch});
 }
 
-// The gradients of one row for each CTA.
-template <class X, class S, bool kAligned>
+// The gradients of one row for each CTA: in registers, or by chunks that are read twice.
+template <class X, class S, int kGroups, bool kAligned, bool kChunks>
 __global__ void __launch_bounds__(32 * kWideWarps)
     layer_norm_bwd_wide_kernel(const __grid_constant__ Bwd p) {
+    // With the row's other loads, if there are registers for it until the second pass.
+    constexpr bool kDsumEarly = !kChunks && kGroups * sizeof(S) <= 8;
     const LayerNormBwd& op = p.op;
-    Part<X, S, kChunk, kAligned> part{op, Team(p.warps)};
-    if (op.dropout.rng != nullptr) part.key = dropout_key(op.dropout);
-    part.start(blockIdx.x);
+    BwdPart<X, S, kGroups, kAligned, Weight::global> part{op, Team(p.warps)};
+    part.start(nullptr);
+    part.take(blockIdx.x, part.statistics_of(blockIdx.x));
+    const auto nothing = [](int, auto&, auto&) {};
+    Pack<S, kGroup> dsum[kDsumEarly ? kGroups : 1];
     float2 sums = make_float2(0.0f, 0.0f);
-    for (int first = 0; part.team.col(first) < op.cols; first += kChunk) {
+    int first = 0;
+    do {
         part.load(first);
-        const float2 more = part.sums(first);
+        if constexpr (kDsumEarly) {
+            if (op.dsum != nullptr) {
+#pragma unroll
+                for (int g = 0; g < kGroups; ++g) dsum[g] = part.load_dsum(first + g);
+            }
+        }
+        const float2 more = part.sums(first, nothing);
         sums = make_float2(sums.x + more.x, sums.y + more.y);
-    }
+        first += kGroups;
+    } while (kChunks && part.team.col(first) < op.cols);
     sums = team_sum(sums, p.warps, reinterpret_cast<float2*>(shared_memory()));
-    const float2 means = make_float2(sums.x / op.cols, sums.y / op.cols);
-    for (int first = 0; part.team.col(first) < op.cols; first += kChunk) {
-        part.load(first);
-        part.load_dsum(first);
-        part.store(first, means);
-    }
+    const float2 means = make_float2(divide(sums.x, p.cols), divide(sums.y, p.cols));
+    first = 0;
+    do {
+        if (kChunks)
+            part.load(first);
+        else
+            part.forget_values();
+        part.store(first, means, [&](int group) {
+            if constexpr (kDsumEarly) return dsum[group];
+            return part.load_dsum(first + group);
+        });
+        first += kGroups;
+    } while (kChunks && part.team.col(first) < op.cols);
 }
 
 // Shares of dweight and dbias where rows are wide: CTA (share, block of columns) adds up every
@@ -249,21 +105,28 @@ __global__ void __launch_bounds__(32 * kWeightsWarps)
     const LayerNormBwd& op = p.op;
     const int share = blockIdx.x % op.partials, block = blockIdx.x / op.partials;
     const int col = (block * blockDim.x + threadIdx.x) * kGroup;
-    float dweight[kGroup] = {}, dbias[kGroup] = {};
+    WeightGradients<1> gradients;
 #pragma unroll 4
     for (int64_t row = share; row < op.rows; row += op.partials) {
         const auto dy = load_group<kAligned>(static_cast<const X*>(op.dy) + row * op.cols, col,
                                              op.cols);
         const auto s = load_group<kAligned>(static_cast<const S*>(op.sum) + row * op.sum_stride,
                                             col, op.cols);
-        add_weight_gradient(dweight, dbias, dy, s, op.mean[row], op.rstd[row]);
+        const float mean = op.mean[row], rstd = op.rstd[row];
+        float gradient[kGroup], normalised[kGroup];
+        unpack_floats(gradient, dy);
+        unpack_floats(normalised, s);
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) normalised[j] = (normalised[j] - mean) * rstd;
+        gradients.add(0, gradient, normalised);
     }
     const int64_t start = static_cast<int64_t>(share) * op.cols;
     if (op.partial_dweight != nullptr)
         store_group<kAligned>(op.partial_dweight + start, col, op.cols,
-                              pack_floats<float>(dweight));
+                              pack_floats<float>(gradients.weight[0]));
     if (op.partial_dbias != nullptr)
-        store_group<kAligned>(op.partial_dbias + start, col, op.cols, pack_floats<float>(dbias));
+        store_group<kAligned>(op.partial_dbias + start, col, op.cols,
+                              pack_floats<float>(gradients.bias[0]));
 }
 
 struct Reduce {
@@ -312,6 +175,16 @@ Kernel kernel_of(int groups, bool is_aligned) {
     return layer_norm_bwd_kernel<X, S, kMostGroups, true>;
 }
 
+// For a row of so many groups a thread, if its CTA has them all.
+template <class X, class S>
+Kernel wide_kernel_of(int groups, bool is_aligned) {
+    if (!is_aligned) return layer_norm_bwd_wide_kernel<X, S, kChunk, false, true>;
+    if (groups <= 4) return layer_norm_bwd_wide_kernel<X, S, 4, true, false>;
+    if constexpr (sizeof(X) + sizeof(S) == 4)
+        if (groups <= 5) return layer_norm_bwd_wide_kernel<X, S, 5, true, false>;
+    return layer_norm_bwd_wide_kernel<X, S, kChunk, true, true>;
+}
+
 // How rows are shared out.
 struct Plan {
     bool wide;
@@ -322,7 +195,7 @@ struct Plan {
 Plan plan_of(int cols, bool is_aligned) {
     const int groups = lane_groups(cols), most = is_aligned ? kMostGroups : kUnalignedGroups;
     const int warps = divide_up(groups, most);
-    if (warps > cta_warps(most)) return {true, kWideWarps, kChunk, 1};
+    if (warps > cta_warps(most)) return {true, kWideWarps, divide_up(groups, kWideWarps), 1};
     const int of_thread = is_aligned ? divide_up(groups, warps) : kUnalignedGroups;
     return {false, warps, of_thread, cta_warps(of_thread) / warps};
 }
@@ -368,30 +241,28 @@ void launch_layer_norm_bwd(const LayerNormBwd& op, Stream stream) {
                             aligned(op.partial_dweight) && aligned(op.partial_dbias);
     const bool weights = op.partial_dweight != nullptr || op.partial_dbias != nullptr;
     const Plan plan = plan_of(op.cols, is_aligned);
-    const Bwd params = {op, plan.warps};
+    const Bwd params = {op, Divisor(op.cols), plan.warps};
     dispatch_sum(op.x_dtype, op.sum_dtype, [&](auto x, auto s) {
         using X = decltype(x);
         using S = decltype(s);
         if (!plan.wide) {
-            const int threads = 32 * plan.warps;  // of a row
             Launch launch = launch_of(op, stream, "layer_norm_bwd");
             launch.grid = dim3(op.partials);
-            launch.threads = threads * plan.teams;
-            launch.shared_bytes = 2 * kMostWarps * sizeof(float2) +
-                                  threads * plan.groups * kGroup * sizeof(float);
+            launch.threads = 32 * plan.warps * plan.teams;
+            launch.shared_bytes =
+                kScratchBytes +
+                bytes_of_rows<X, S>(launch.threads, plan.groups, is_aligned, op.dsum != nullptr);
             gk::launch(kernel_of<X, S>(plan.groups, is_aligned), launch, params);
             return;
         }
         Launch launch = launch_of(op, stream, "layer_norm_bwd_wide");
-        launch.grid = dim3(static_cast<unsigned>(op.rows));
+        launch.grid = grid_of(op.rows, launch);
         launch.threads = 32 * plan.warps;
         launch.shared_bytes = plan.warps * sizeof(float2);
-        gk::launch(is_aligned ? layer_norm_bwd_wide_kernel<X, S, true>
-                              : layer_norm_bwd_wide_kernel<X, S, false>,
-                   launch, params);
+        gk::launch(wide_kernel_of<X, S>(plan.groups, is_aligned), launch, params);
         if (!weights) return;
         launch = launch_of(op, stream, "layer_norm_bwd_weights");
-        launch.grid = dim3(op.partials * column_blocks(op.cols));
+        launch.grid = grid_of(static_cast<int64_t>(op.partials) * column_blocks(op.cols), launch);
         launch.threads = 32 * kWeightsWarps;
         gk::launch(is_aligned ? layer_norm_bwd_weights_kernel<X, S, true>
                               : layer_norm_bwd_weights_kernel<X, S, false>,

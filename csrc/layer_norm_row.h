@@ -6,7 +6,9 @@
 // bytes, and so is the row's length. All other rows are read and written element by element.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "device/philox.h"
@@ -25,6 +27,30 @@ inline std::string shape_of(int64_t rows, int cols, DType x_dtype) {
 template <class A, class B>
 constexpr A divide_up(A a, B b) {
     return static_cast<A>((a + b - 1) / b);
+}
+
+// A grid of so many CTAs. Throws Error for more than a launch can have.
+inline dim3 grid_of(int64_t ctas, const Launch& launch) {
+    if (ctas > std::numeric_limits<int32_t>::max())
+        throw Error(std::string(launch.name) + " on " + launch.shape + " needs " +
+                    std::to_string(ctas) + " CTAs, and a launch has at most 2**31 - 1");
+    return dim3(static_cast<unsigned>(ctas));
+}
+
+// A number to divide by, and 1 over it: prepared once on the host, where a division on the device
+// takes ten instructions and a path for special values.
+struct Divisor {
+    float value, inverse;
+
+    explicit Divisor(int of) : value(static_cast<float>(of)), inverse(1.0f / value) {}
+};
+
+// Rounded as a division is, exact where that is: the residual puts right what the product with the
+// inverse got wrong (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000
+// processor", 1990). An infinite `a` gives NaN.
+__device__ __forceinline__ float divide(float a, const Divisor& by) {
+    const float quotient = a * by.inverse;
+    return fmaf(fmaf(-quotient, by.value, a), by.inverse, quotient);
 }
 
 // Groups of a lane if one warp had the whole row.
@@ -140,6 +166,14 @@ struct Team {
 
 __device__ __forceinline__ float group_sum(const float (&v)[kGroup]) {
     return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+// Likewise of the products.
+__device__ __forceinline__ float group_dot(const float (&v)[kGroup], const float (&w)[kGroup]) {
+    float pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = fmaf(v[2 * i + 1], w[2 * i + 1], v[2 * i] * w[2 * i]);
+    return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
 }
 
 // Dropout, and its own gradient: kept values are scaled, the others become zero whatever they are.

@@ -14,15 +14,22 @@
 namespace gk {
 
 // 16 bytes to `shared`: `bytes` (0 ... 16) of them from `global`, then zeros. Both are 16-byte
-// aligned.
+// aligned. By way of L1 where a warp's copies leave gaps that its next ones fill: 32 bytes are
+// fetched at least.
+template <bool kByL1 = false>
 __device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
 #ifdef GK_EMULATE
     emulator::cp_async_16(shared, global, bytes);
 #else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-                 "l"(__cvta_generic_to_global(global)), "r"(bytes)
-                 : "memory");
+    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    if constexpr (kByL1)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(to),
+                     "l"(__cvta_generic_to_global(global)), "r"(bytes)
+                     : "memory");
+    else
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to),
+                     "l"(__cvta_generic_to_global(global)), "r"(bytes)
+                     : "memory");
 #endif
 }
 
