@@ -357,7 +357,7 @@ def _load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
     from gptkernels.gpt import checkpoint, nanogpt, weights
     from gptkernels.gpt.model import GPT
     from gptkernels.gpt.tokenizer import load_tokenizer
-    from gptkernels.gpt.train import TrainConfig
+    from gptkernels.gpt.train_config import TrainConfig
 
     if not path.exists():
         raise FileNotFoundError(f"model: {path} does not exist")
@@ -391,7 +391,7 @@ def _load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
 
 def _train_command() -> click.Command:
     from gptkernels.gpt.config import GPTConfig
-    from gptkernels.gpt.train import TrainConfig
+    from gptkernels.gpt.train_config import TrainConfig
 
     def callback(
         files: tuple[Path, ...], out: Path, config: str | None, resume: bool, **options: Any
@@ -436,6 +436,7 @@ def _train(
     from gptkernels.gpt.config import GPTConfig
     from gptkernels.gpt.progress import ProgressBar
     from gptkernels.gpt.tokenizer import load_tokenizer
+    from gptkernels.gpt.train_config import TrainConfig
 
     with ProgressBar(_console()) as bar:
         if resume:
@@ -446,11 +447,14 @@ def _train(
         else:
             if not files:
                 raise ValueError("files: name at least one text file to train on")
-            config = training_module.TrainConfig(**training)
+            config = TrainConfig(**training)
             shape = GPTConfig.named(name) if name else GPTConfig()
             model.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)
             shape = dataclasses.replace(shape, **model)
             result = training_module.train(files, out, model=shape, config=config, observer=bar)
+    if result.stopped:
+        click.echo(f"stopped; go on with: gptkernels train --resume --out {out}")
+        return
     click.echo(f"best validation loss {result.best_validation_loss:.4f}, everything is in {out}")
 
 

@@ -48,7 +48,8 @@ from gptkernels.gpt.model import GPT
 from gptkernels.gpt.progress import ProgressBar
 from gptkernels.gpt.throughput import flops_per_token
 from gptkernels.gpt.tokenizer import ByteTokenizer
-from gptkernels.gpt.train import TrainConfig, TrainResult, train
+from gptkernels.gpt.train import TrainResult, train
+from gptkernels.gpt.train_config import TrainConfig
 from gptkernels.gpt.weights import safetensors_package
 from gptkernels.ops.choice import IMPLEMENTATIONS, unavailable
 

@@ -110,8 +110,11 @@ class MLP(FusedModule):
 
     Parameters: c_fc.weight (d_inner, d_model), c_fc.bias (d_inner,), c_proj.weight (d_model,
     d_inner), c_proj.bias (d_model,). The two nn.Linear modules hold parameters; forward never calls
-    them, so their hooks do not run.
+    them, so their hooks do not run. With `.recompute` = True the backward pass computes the
+    pre-activation again, which is then not kept.
     """
+
+    recompute = False
 
     def __init__(
         self, d_model: int, d_inner: int, bias: bool = True, approximate: str = "tanh"
@@ -134,6 +137,7 @@ class MLP(FusedModule):
             self.c_proj.weight,
             self.c_proj.bias,
             approximate=self.approximate,
+            recompute=self.recompute,
             impl=self.impl,
         )
 

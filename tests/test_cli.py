@@ -24,7 +24,7 @@ from gptkernels.gpt import checkpoint, train
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.progress import ProgressBar
-from gptkernels.gpt.train import TrainConfig
+from gptkernels.gpt.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ["--block-size", "16", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"]

@@ -23,13 +23,12 @@ from gptkernels.gpt.throughput import flops_per_token, peak_flops
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.train import (
     DivergedError,
-    TrainConfig,
     TrainResult,
-    learning_rate,
     parameter_groups,
     resume,
     train,
 )
+from gptkernels.gpt.train_config import TrainConfig, learning_rate
 from gptkernels.parity import compare
 
 TINY = GPTConfig(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
@@ -239,6 +238,175 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     assert a["best_validation_loss"] == b["best_validation_loss"] == whole.best_validation_loss
 
 
+@pytest.mark.parametrize("step", [1, 3, 5, 7])
+def test_a_checkpoint_between_two_lines_of_the_log_keeps_their_mean(
+    text: Path, tmp_path: Path, step: int
+) -> None:
+    config = dataclasses.replace(SHORT, log_interval=4, checkpoint_interval=step, ema=0.5)
+    whole = train([text], tmp_path / "whole", model=TINY, config=config)
+    with pytest.raises(Interrupted):
+        train(
+            [text],
+            tmp_path / "part",
+            model=TINY,
+            config=config,
+            observer=interrupt_at(4 if step < 4 else 8),
+        )
+    resumed = resume(tmp_path / "part")
+    assert unclocked(read_log(tmp_path / "part")) == unclocked(whole.records)
+    assert_same_bits(resumed.model.state_dict(), whole.model.state_dict())
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_recomputing_changes_no_bit(text: Path, tmp_path: Path, recompute: str, norm: str) -> None:
+    model = dataclasses.replace(TINY, norm=norm)
+    config = dataclasses.replace(SHORT, steps=4)
+    kept = train([text], tmp_path / "kept", model=model, config=config)
+    config = dataclasses.replace(config, recompute=recompute)
+    again = train([text], tmp_path / "again", model=model, config=config)
+    assert_same_bits(kept.model.state_dict(), again.model.state_dict())
+
+
+def saved_bytes(model: GPT) -> int:
+    """What autograd keeps of a forward pass, the parameters not counted."""
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(256, (4, 16))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, tokens)
+    return sum(kept.values())
+
+
+def test_recomputing_keeps_less() -> None:
+    model = GPT(dataclasses.replace(TINY, dropout=0.0))
+    everything, mlp, block = (
+        saved_bytes(model.set_recompute(what)) for what in ("none", "mlp", "block")
+    )
+    preactivations = 2 * 4 * 16 * 4 * 32 * 4  # layers, B, T, F, bytes
+    assert everything - mlp == preactivations
+    assert block < mlp
+    with pytest.raises(ValueError, match="recompute must be one of none, mlp, block, got 'all'"):
+        model.set_recompute("all")
+
+
+def test_an_average_of_the_weights_is_validated_and_saved(text: Path, tmp_path: Path) -> None:
+    followed: dict[str, Tensor] = {}
+    config = dataclasses.replace(SHORT, ema=0.75, steps=6, checkpoint_interval=1, log_interval=1)
+
+    def observer(record: dict[str, Any], done: float) -> None:
+        content = (
+            checkpoint.load(tmp_path / "run" / "checkpoint.pt") if record["step"] > 1 else None
+        )
+        if content is not None:
+            for name, average in followed.items():
+                followed[name] = average.lerp(content["model"][name], 0.25)
+
+    torch.manual_seed(config.seed)
+    followed = {name: p.detach().clone() for name, p in GPT(TINY).named_parameters()}
+    result = train([text], tmp_path / "run", model=TINY, config=config, observer=observer)
+    averaged = GPT.from_pretrained(tmp_path / "run" / "model-ema")
+    final = {name: p.detach() for name, p in result.model.named_parameters()}
+    for name, average in averaged.named_parameters():
+        torch.testing.assert_close(average.detach(), followed[name].lerp(final[name], 0.25))
+    assert all("ema_validation_loss" in r for r in result.records if "validation_loss" in r)
+    own = GPT.from_pretrained(tmp_path / "run" / "model")
+    assert_same_bits(own.state_dict(), result.model.state_dict())
+
+
+def test_samples_are_logged_and_move_no_random_number(text: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(SHORT, sample_interval=4, sample_prompt="It", sample_tokens=9)
+    sampled = train([text], tmp_path / "sampled", model=TINY, config=config)
+    plain = train([text], tmp_path / "plain", model=TINY, config=SHORT)
+    assert_same_bits(sampled.model.state_dict(), plain.model.state_dict())
+    samples = [record for record in sampled.records if "sample" in record]
+    assert [record["step"] for record in samples] == [4, 8, 12]
+    assert all(record["sample"].startswith("It") for record in samples)
+    empty = dataclasses.replace(config, sample_prompt="")
+    with pytest.raises(ValueError, match="sample_prompt is empty"):
+        train([text], tmp_path / "empty", model=TINY, config=empty)
+
+
+def test_tensorboard_has_the_numbers_of_the_log(text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the package tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = dataclasses.replace(SHORT, tensorboard=True, sample_interval=12)
+    with pytest.raises(Interrupted):
+        train([text], tmp_path / "run", model=TINY, config=config, observer=interrupt_at(8))
+    result = resume(tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "validation_loss", "learning_rate"):
+        logged = {r["step"]: r[name] for r in result.records if name in r}
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert shown == pytest.approx(logged)
+
+
+def test_without_tensorboard_it_is_one_sentence(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = dataclasses.replace(SHORT, tensorboard=True)
+    with pytest.raises(ImportError, match="needs the package 'tensorboard': pip install"):
+        train([text], tmp_path / "run", model=TINY, config=config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_compiled_model_trains_and_is_saved_as_it_is(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    real = torch.compile
+
+    def spy(model: Any, **options: Any) -> Any:
+        compiled.append(real(model, backend="aot_eager", fullgraph=True, **options))
+        return compiled[0]
+
+    monkeypatch.setattr(torch, "compile", spy)
+    plain_config = dataclasses.replace(SHORT, steps=2, validation_interval=2)
+    plain = train([text], tmp_path / "plain", model=TINY, config=plain_config)
+    config = dataclasses.replace(plain_config, compile=True)
+    result = train([text], tmp_path / "run", model=TINY, config=config)
+    assert compiled
+    assert unclocked(result.records)[0]["validation_loss"] == pytest.approx(
+        unclocked(plain.records)[0]["validation_loss"]
+    )
+    assert GPT.from_pretrained(tmp_path / "run" / "model").config == TINY
+
+
+def test_token_shards_train_as_their_text_does(text: Path, tmp_path: Path) -> None:
+    ids = text.read_bytes()
+    shards = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for path, part in zip(shards, (ids[:1000], ids[1000:]), strict=True):
+        path.write_bytes(b"".join(i.to_bytes(2, "little") for i in part))
+    of_text = train([text], tmp_path / "text", model=TINY, config=SHORT)
+    of_shards = train(shards, tmp_path / "shards", model=TINY, config=SHORT)
+    assert_same_bits(of_text.model.state_dict(), of_shards.model.state_dict())
+
+
+def test_a_shard_that_goes_missing_is_one_sentence_and_keeps_the_checkpoint(
+    text: Path, tmp_path: Path
+) -> None:
+    shard = tmp_path / "a.bin"
+    shard.write_bytes(b"".join(i.to_bytes(2, "little") for i in text.read_bytes()))
+
+    def observer(record: dict[str, Any], done: float) -> None:
+        if record["step"] == 8:
+            shard.unlink()
+
+    with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist"):
+        train([shard], tmp_path / "run", model=TINY, config=SHORT, observer=observer)
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"] == 6
+
+
 def test_dropout_acts_in_training_and_not_in_validation(text: Path, tmp_path: Path) -> None:
     """The bitwise test above would pass with dropout that does nothing: it must do something."""
 
@@ -417,10 +585,10 @@ def test_truncated_and_foreign_checkpoints_are_refused_in_one_sentence(
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="not a training checkpoint of this package"):
         resume(tmp_path)
-    torch.save({"format": checkpoint.FORMAT, "version": 2}, path)
-    with pytest.raises(ValueError, match="has version 2, this package reads version 1"):
+    torch.save({"format": checkpoint.FORMAT, "version": 1}, path)
+    with pytest.raises(ValueError, match="has version 1, this package reads version 2"):
         resume(tmp_path)
-    torch.save({"format": checkpoint.FORMAT, "version": 1, "model": {}}, path)
+    torch.save({"format": checkpoint.FORMAT, "version": 2, "model": {}}, path)
     with pytest.raises(ValueError, match="lacks optimizer, step"):
         resume(tmp_path)
 

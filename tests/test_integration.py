@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt import data
 from gptkernels.gpt.tokenizer import ByteTokenizer
-from gptkernels.gpt.train import TrainConfig, learning_rate, parameter_groups, train
+from gptkernels.gpt.train import parameter_groups, train
+from gptkernels.gpt.train_config import TrainConfig, learning_rate
 
 STEPS = 100
 MODEL = GPTConfig(vocab_size=256, block_size=64, n_layer=3, n_head=4, n_embd=96)

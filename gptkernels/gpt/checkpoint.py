@@ -6,8 +6,10 @@ failure at any moment leaves a whole file. `load` unpickles tensors and plain va
 (`weights_only=True`).
 
 What is inside: {"format", "version", "model", "optimizer", "step", "tokens" (trained on so far),
-"seconds", "best_validation_loss", "sampler", "random" (PyTorch's CPU and CUDA generators),
-"model_config", "train_config", "files", "text" (a fingerprint of what the files hold)}.
+"seconds", "best_validation_loss", "since_log" (sum of the losses and number of the steps since the
+last line of the log), "average" (of the weights; empty where none is kept), "sampler", "random"
+(PyTorch's CPU and CUDA generators), "model_config", "train_config", "files", "text" (a fingerprint
+of what the files hold)}.
 
 Weights, optimizer and generators are taken up by `model`, `optimizer` and `generators`, the two
 configurations by `config`: each refuses, in one sentence, what does not fit.
@@ -25,12 +27,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gptkernels.gpt.average import Average
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.data import Batches
 from gptkernels.gpt.model import GPT
 
 FORMAT = "gptkernels-checkpoint"
-VERSION = 1
+VERSION = 2
 KEYS: dict[str, type] = {
     "model": dict,
     "optimizer": dict,
@@ -38,6 +41,8 @@ KEYS: dict[str, type] = {
     "tokens": int,
     "seconds": float,
     "best_validation_loss": float,
+    "since_log": dict,
+    "average": dict,
     "sampler": dict,
     "random": dict,
     "model_config": dict,
@@ -163,6 +168,21 @@ def optimizer(path: str | Path, content: dict[str, Any], into: torch.optim.AdamW
     state = content["optimizer"].get("state")
     _check_fit(path, "optimizer", state, fitting)
     into.load_state_dict({"state": state, "param_groups": groups})
+
+
+def average(path: str | Path, content: dict[str, Any], into: Average) -> None:
+    """Take up the average of the weights. Raises ValueError when it is not that of a model."""
+    _check_fit(path, "average", content["average"], into.state_dict())
+    into.load_state_dict(content["average"])
+
+
+def since_log(path: str | Path, content: dict[str, Any]) -> tuple[Tensor, int]:
+    """The sum of the losses and the number of the steps since the last line of the log.
+
+    Raises ValueError for anything else.
+    """
+    _check_fit(path, "since_log", content["since_log"], {"loss": torch.zeros(()), "steps": 0})
+    return content["since_log"]["loss"], content["since_log"]["steps"]
 
 
 def generators(path: str | Path, content: dict[str, Any], sampler: Batches) -> None:

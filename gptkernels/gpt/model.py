@@ -23,10 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptkernels.gpt import nanogpt, weights
 from gptkernels.gpt.config import GPTConfig
@@ -34,6 +36,7 @@ from gptkernels.gpt.generate import generate
 from gptkernels.layers import MLP, CausalSelfAttention, KVCache, LayerNorm, set_impl
 
 _INIT_STD = 0.02
+RECOMPUTE = ("none", "mlp", "block")
 _IGNORED = -100
 
 
@@ -89,6 +92,7 @@ class Decoder(nn.Module):
         if config.norm == "pre":
             self.ln_f = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
         self.dropout = config.dropout
+        self.recompute_blocks = False
 
     def forward(self, tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
         """tokens (B, T) int64 -> (B, T, C); with caches, tokens continue what they hold."""
@@ -99,13 +103,18 @@ class Decoder(nn.Module):
         if self.ln_f is None:
             x = F.dropout(embedded, self.dropout, self.training)
             for block, cache in zip(self.h, of_blocks, strict=True):
-                x = block(x, cache)
+                x = self._run(block, x, cache)
             return x
         # The first LayerNorm applies the embedding's dropout and opens the stream.
         branch, stream = embedded, None
         for block, cache in zip(self.h, of_blocks, strict=True):
-            branch, stream = block(branch, stream, cache)
+            branch, stream = self._run(block, branch, stream, cache)
         return self.ln_f(branch, stream, dropout_p=self.dropout)
+
+    def _run(self, block: nn.Module, *arguments: Any) -> Any:
+        if self.recompute_blocks and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
 
 class GPT(nn.Module):
@@ -195,18 +204,18 @@ class GPT(nn.Module):
         broken, foreign, contradicted by the others, or asks for something this model does not have.
         """
         path = Path(folder)
-        checkpoint = nanogpt.load(path) if path.is_file() else None
-        if checkpoint is None:
+        content = nanogpt.load(path) if path.is_file() else None
+        if content is None:
             config = weights.read_config(path, dropout)
         else:
-            config = nanogpt.read_config(path, checkpoint, dropout)
+            config = nanogpt.read_config(path, content, dropout)
         with torch.device("meta"):  # shapes alone: the weights are read, not drawn and thrown away
             model = cls(config)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        if checkpoint is None:
+        if content is None:
             state = weights.read_state(path, shapes, config)
         else:
-            state = nanogpt.read_state(path, checkpoint, shapes)
+            state = nanogpt.read_state(path, content, shapes)
         model.load_state_dict(state, assign=True)
         model.tie_head()
         return model.eval()
@@ -228,6 +237,22 @@ class GPT(nn.Module):
     def set_impl(self, impl: str) -> GPT:
         """Set `.impl` of every layer, and return the model; ValueError for an unknown name."""
         return set_impl(self, impl)
+
+    def set_recompute(self, what: str) -> GPT:
+        """Choose what the backward pass computes again instead of keeping it; returns the model.
+
+        "none"; "mlp": the MLPs' pre-activations, which are a third of a block's activations, for
+        one product more; "block": everything within a block but its input, for a forward pass more
+        (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016). The numbers stay the
+        same, dropout included. ValueError for any other name.
+        """
+        if what not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {what!r}")
+        self.transformer.recompute_blocks = what == "block"
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.recompute = what == "mlp"
+        return self
 
     def tie_head(self) -> None:
         """Make lm_head.weight and wte.weight one parameter; assigning to either undoes it."""

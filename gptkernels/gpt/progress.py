@@ -43,6 +43,9 @@ class ProgressBar:
 
     def __call__(self, record: dict[str, Any], done: float) -> None:
         """Show `record` (one line of log.jsonl); `done` is the share of the run behind us."""
+        if "sample" in record:
+            self.console.print(record["sample"], style="dim", markup=False, highlight=False)
+            return
         self._progress.start()  # not before: a run that is refused shows no bar
         figures = describe(record)
         self._progress.update(self._task, completed=done, step=record["step"], figures=figures)

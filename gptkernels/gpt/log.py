@@ -1,0 +1,74 @@
+"""What a training run writes down as it goes: log.jsonl and, if asked for, TensorBoard's events."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    """The records of a run, each a line of `out`/log.jsonl; with `tensorboard`, its numbers as
+    scalars in `out`/tensorboard too.
+
+    Raises ImportError, in one sentence, where `tensorboard` is asked for and not installed.
+    """
+
+    def __init__(self, out: Path, tensorboard: bool) -> None:
+        self.out = out
+        self.records: list[dict[str, Any]] = []
+        self._writer_type = _summary_writer() if tensorboard else None
+        self._writer: Any = None
+
+    def take_up(self, step: int) -> None:
+        """Begin with what an earlier run wrote, up to `step`: later steps happen again."""
+        path = self.out / "log.jsonl"
+        if not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break  # a killed run may have left half a line
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError(f"{path} holds a line that is no record of a run: {line[:80]}")
+            if record["step"] <= step:
+                self.records.append(record)
+        shorter = self.out / ".log.jsonl.tmp"
+        shorter.write_text(
+            "".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8"
+        )
+        shorter.replace(path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a record, which has a "step". Raises OSError where it cannot be written."""
+        # Opened for each line: a run of days loses no line, and `out` appears with the first one.
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / "log.jsonl").open("a" if self.records else "w", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        self.records.append(record)
+        if self._writer_type is None:
+            return
+        if self._writer is None:  # what was written after the checkpoint is not shown
+            self._writer = self._writer_type(self.out / "tensorboard", purge_step=record["step"])
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+            elif isinstance(value, str):
+                self._writer.add_text(name, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError(
+            "logging to TensorBoard needs the package 'tensorboard': pip install tensorboard"
+        ) from None
+    return SummaryWriter
