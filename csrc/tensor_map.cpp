@@ -50,8 +50,8 @@ const char* tensor_map_refuses(const TensorMapShape& shape) {
     const int row = shape.box[0] * detail::bytes_of(shape.dtype);
     if (row % kAlignment != 0) return "a row of the box is not a multiple of 16 bytes";
     if (shape.swizzle != Swizzle::none &&
-        row > detail::kSwizzleSpans[static_cast<int>(shape.swizzle)]) {
-        return "a row of the box is longer than the span of its swizzle";
+        row != detail::kSwizzleSpans[static_cast<int>(shape.swizzle)]) {
+        return "a row of the box is not as long as the span of its swizzle";
     }
     return nullptr;
 }

@@ -27,11 +27,12 @@ struct TensorMapShape {
     const void* base;   // a multiple of 16
     int64_t size[5];
     int64_t stride[5];  // in elements, multiples of 16 bytes; [0] is 1. Ignored where size is 1
-    int box[5];         // up to 256 a dimension; box[0] up to the span of the swizzle
+    int box[5];         // 1 to 256 each; a row is as long as the span of its swizzle
     Swizzle swizzle;
 };
 
-// Why the driver would refuse the map, or nullptr. Asks no driver.
+// Why there is no such map, or nullptr. Asks no driver, and refuses what that would refuse, and rows
+// shorter than the span of their swizzle, of which no document says how they lie.
 const char* tensor_map_refuses(const TensorMapShape& shape);
 
 // Throws Error with the reason where there is no such map. Lines of L2 are fetched 256 bytes at a

@@ -12,6 +12,7 @@
 // contiguous bytes.
 #pragma once
 
+#include "device/shared_address.h"
 #include "tensor_map.h"
 
 #ifdef GK_EMULATE
@@ -34,10 +35,6 @@ enum class CacheHint { none, evict_first, evict_last };
 namespace detail {
 
 #ifndef GK_EMULATE
-__device__ __forceinline__ unsigned shared_address(const void* shared) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(shared));
-}
-
 // What createpolicy.fractional gives for all of the lines.
 __device__ __forceinline__ uint64_t cache_policy(CacheHint hint) {
     switch (hint) {
@@ -130,7 +127,7 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uin
 #ifdef GK_EMULATE
     emulator::tma_load(shared, map, bar, at.at, N);
 #else
-    detail::load_box<false>(detail::shared_address(shared), map, detail::shared_address(bar), at.at,
+    detail::load_box<false>(shared_address(shared), map, shared_address(bar), at.at,
                             detail::cache_policy(hint), 0);
 #endif
 }
@@ -144,7 +141,7 @@ __device__ __forceinline__ void tma_load_multicast(void* shared, const TensorMap
 #ifdef GK_EMULATE
     emulator::tma_load_multicast(shared, map, bar, at.at, N, mask);
 #else
-    detail::load_box<true>(detail::shared_address(shared), map, detail::shared_address(bar), at.at,
+    detail::load_box<true>(shared_address(shared), map, shared_address(bar), at.at,
                            detail::cache_policy(hint), mask);
 #endif
 }
@@ -156,7 +153,7 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, const void* shar
 #ifdef GK_EMULATE
     emulator::tma_store(map, shared, at.at, N);
 #else
-    detail::store_box<false>(map, detail::shared_address(shared), at.at);
+    detail::store_box<false>(map, shared_address(shared), at.at);
 #endif
 }
 
@@ -167,7 +164,7 @@ __device__ __forceinline__ void tma_reduce_add(const TensorMap* map, const void*
 #ifdef GK_EMULATE
     emulator::tma_reduce_add(map, shared, at.at, N);
 #else
-    detail::store_box<true>(map, detail::shared_address(shared), at.at);
+    detail::store_box<true>(map, shared_address(shared), at.at);
 #endif
 }
 
@@ -178,8 +175,8 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, unsi
     emulator::bulk_load(shared, global, bytes, bar);
 #else
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];\n" ::"r"(detail::shared_address(shared)),
-                 "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(detail::shared_address(bar))
+                 "[%0], [%1], %2, [%3];\n" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(bar))
                  : "memory");
 #endif
 }
@@ -190,7 +187,7 @@ __device__ __forceinline__ void bulk_store(void* global, const void* shared, uns
 #else
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(
                      __cvta_generic_to_global(global)),
-                 "r"(detail::shared_address(shared)), "r"(bytes)
+                 "r"(shared_address(shared)), "r"(bytes)
                  : "memory");
 #endif
 }
@@ -202,7 +199,7 @@ __device__ __forceinline__ void bulk_reduce_add(float* global, const float* shar
 #else
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
                  "[%0], [%1], %2;\n" ::"l"(__cvta_generic_to_global(global)),
-                 "r"(detail::shared_address(shared)), "r"(bytes)
+                 "r"(shared_address(shared)), "r"(bytes)
                  : "memory");
 #endif
 }

@@ -61,6 +61,7 @@ constexpr size_t kArenaBytes = 256 * 1024, kArenaMargin = 1024 * 1024;
 void body() {
     job.invoke(job.kernel, job.params);
     Thread& self = *running;
+    bulk_stores_end(self);
     self.done = true;
     Cta& cta = *self.cta;
     --cta.alive;
@@ -95,6 +96,7 @@ void begin(Cta& cta, Cluster& cluster, unsigned rank) {
         thread.more = nullptr;
         thread.copies = {};
         thread.fences.clear();
+        thread.stores = {};
         thread.knows_running = 1u << rank;
         thread.fiber.start(body);
         cta.warps[thread.warp()].alive |= 1u << thread.lane();

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "bulk.h"
 #include "clock.h"
 #include "emulator.h"
 #include "fiber.h"
@@ -66,6 +67,7 @@ struct Thread {
     std::function<std::string()> more;  // of what it waits for, where that says more
     Clock clock;
     Copies copies;
+    BulkStores stores;
     std::vector<int> fences;  // when it fenced the asynchronous proxy
     unsigned knows_running = 0;  // CTAs of the cluster, by rank
     unsigned lane() const { return index % kWarp; }

@@ -341,6 +341,10 @@ void write_range(const void* address, size_t bytes, size_t alignment, const void
     check(Access::write, address, bytes, alignment, pc);
 }
 
+void atomic_range(const void* address, size_t bytes, size_t alignment, const void* pc) {
+    check(Access::atomic, address, bytes, alignment, pc);
+}
+
 void copy_begin(const void* shared, const void* pc) {
     const size_t offset = shared_offset(Access::write, shared, 16);
     check_alignment(Access::write, static_cast<const char*>(shared), 16, 16);
@@ -381,7 +385,8 @@ void bulk_begin(const void* global, size_t bytes, const void* pc) {
     if (tensor == nullptr) fail_outside(Access::write, address, bytes);
     if (!tensor->shadow) fail_input(Access::write, *tensor, address, bytes);
     const Visitor visitor{running, false, launch_serial, pack_place(pc)};
-    const Finding finding = tensor->shadow->hold(tensor->offset(address), bytes, Held::by_engine, visitor);
+    const Finding finding =
+        tensor->shadow->hold(tensor->offset(address), bytes, Held::by_engine, visitor);
     if (finding.fault == Fault::none) return;
     fail_finding(Access::write, finding, tensor_byte(finding.offset, *tensor), bytes);
 }

@@ -32,6 +32,7 @@ void atomic(const void* address, size_t bytes, const void* pc);
 // Any number of bytes, with an alignment of their own.
 void read_range(const void* address, size_t bytes, size_t alignment, const void* pc);
 void write_range(const void* address, size_t bytes, size_t alignment, const void* pc);
+void atomic_range(const void* address, size_t bytes, size_t alignment, const void* pc);
 
 // 16 bytes of shared memory that a cp.async writes: nobody may touch them until it lands.
 void copy_begin(const void* shared, const void* pc);

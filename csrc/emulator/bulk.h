@@ -1,0 +1,22 @@
+// Bulk copies between their start and their end, for the emulator's own files.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+namespace gk::emulator {
+
+struct Thread;
+struct BulkStore;
+
+// A thread's stores and reductions in the order in which it started them, and where each closed
+// group of them ends.
+struct BulkStores {
+    std::vector<std::shared_ptr<BulkStore>> started;
+    std::vector<size_t> ends;
+};
+
+// A thread returns. Fails if it has not waited for its stores to read their shared memory.
+void bulk_stores_end(const Thread& thread);
+
+}  // namespace gk::emulator
