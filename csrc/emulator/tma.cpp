@@ -48,7 +48,7 @@ void start(const char* what, Box&& box, std::vector<Cta*>&& targets, const uint6
     }
     std::vector<unsigned char> image = load_box(box);
     for (Cta* cta : targets) {
-        mbarrier_writer(*cta, barrier);  // there must be one by now
+        mbarrier_for_copy(*cta, barrier, what);
         memory::bulk_begin(*cta, box.offset, box.bytes, pc);
         std::memset(cta->shared + box.offset, kPoison, box.bytes);
     }
