@@ -152,7 +152,7 @@ def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Emulator:
         return request.getfixturevalue("emulator")
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    chosen = sources("cases", "primitives", "tiles", "dropout")
+    chosen = sources("cases", "primitives", "tiles", "dropout", "wgmma_sm90")
     try:
         return Gpu(extension.native_library(chosen, ROOT / "build" / "native_kernels"))
     except extension.BuildError as error:

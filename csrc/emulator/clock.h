@@ -31,8 +31,8 @@ constexpr Epoch at_time(Epoch epoch, int time) {
     return epoch >> kTimeBits << kTimeBits | Epoch(time);
 }
 
-// The engine's writers: one for each mbarrier, as far as that goes.
-constexpr unsigned kEngines = 32;
+// The engine's: a writer for each mbarrier and a reader for each warpgroup, as far as they go.
+constexpr unsigned kWriters = 32, kEngines = 64;
 
 struct Clock {
     Epoch now = 0;

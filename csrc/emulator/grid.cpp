@@ -79,6 +79,7 @@ void begin(Cta& cta, Cluster& cluster, unsigned rank) {
     cta.block = block_of(cluster.number * launched->cluster + rank);
     cta.threads = cta.alive = launched->threads;
     for (Barrier& barrier : cta.barriers) barrier = {};
+    cta.warpgroups.clear();
     cta.warps.assign((cta.threads + kWarp - 1) / kWarp, {});
     cta.mbarriers.clear();
     cta.visits.clear();
@@ -98,6 +99,7 @@ void begin(Cta& cta, Cluster& cluster, unsigned rank) {
         thread.fences.clear();
         thread.stores = {};
         thread.knows_running = 1u << rank;
+        thread.touched.stop();
         thread.fiber.start(body);
         cta.warps[thread.warp()].alive |= 1u << thread.lane();
     }

@@ -17,6 +17,7 @@
 #include "emulator.h"
 #include "fiber.h"
 #include "report.h"
+#include "touched.h"
 
 namespace gk {
 struct Launch;
@@ -70,6 +71,7 @@ struct Thread {
     BulkStores stores;
     std::vector<int> fences;  // when it fenced the asynchronous proxy
     unsigned knows_running = 0;  // CTAs of the cluster, by rank
+    Touched touched;
     unsigned lane() const { return index % kWarp; }
     unsigned warp() const { return index / kWarp; }
     unsigned member() const;  // within the cluster
@@ -123,6 +125,8 @@ struct Visit {
     const void* pc = nullptr;
 };
 
+struct Warpgroup;  // of wgmma.cpp
+
 struct Cta {
     explicit Cta(unsigned slot) : slot(slot) {}
     unsigned slot;       // among the resident CTAs
@@ -139,6 +143,7 @@ struct Cta {
     std::vector<unsigned> registers;       // of a thread of each warp; empty: as at launch
     std::vector<std::vector<unsigned>> passed;  // what each warp has set them to
     std::vector<Claim> claims;                  // which wait until registers are free
+    std::vector<std::shared_ptr<Warpgroup>> warpgroups;
     CtaClock clock;
     unsigned char* shared = nullptr;  // its arena, launch->shared_bytes of it in use
     unsigned first() const;           // of its threads, within the cluster

@@ -1,5 +1,6 @@
 // What g++ calls before each access to memory with -fsanitize=thread, whose own library is not
-// linked. A thread's own stack is its registers and local memory: nobody else's business.
+// linked. A thread's own stack is its registers and local memory: nobody else's business, but a
+// wgmma's.
 #include <cstdint>
 
 #include "memory.h"
@@ -9,20 +10,22 @@ namespace {
 using namespace gk::emulator;
 
 // Host code runs on no thread.
-inline bool exempt(const void* address) {
-    const Thread* thread = running;
+inline bool exempt(const void* address, size_t bytes, const char* verb) {
+    Thread* thread = running;
     if (thread == nullptr) return true;
     const Fiber& fiber = thread->fiber;
-    return size_t(static_cast<const char*>(address) - fiber.stack_begin()) <
-           size_t(fiber.stack_end() - fiber.stack_begin());
+    const auto offset = size_t(static_cast<const char*>(address) - fiber.stack_begin());
+    if (offset >= size_t(fiber.stack_end() - fiber.stack_begin())) return false;
+    if (thread->touched.on()) touch_own(*thread, offset, bytes, verb);
+    return true;
 }
 
 inline void read(const void* address, size_t bytes, size_t alignment, const void* pc) {
-    if (!exempt(address)) memory::read_range(address, bytes, alignment, pc);
+    if (!exempt(address, bytes, "reads")) memory::read_range(address, bytes, alignment, pc);
 }
 
 inline void write(const void* address, size_t bytes, size_t alignment, const void* pc) {
-    if (!exempt(address)) memory::write_range(address, bytes, alignment, pc);
+    if (!exempt(address, bytes, "writes")) memory::write_range(address, bytes, alignment, pc);
 }
 
 }  // namespace

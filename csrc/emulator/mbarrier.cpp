@@ -128,7 +128,7 @@ void mbarrier_init(uint64_t* address, unsigned count) {
     bar.count = bar.pending = count;
     bar.initialised = running->clock.now;
     bar.pc = pc;
-    bar.engine = cta.cluster->mbarriers++ % kEngines;
+    bar.engine = cta.cluster->mbarriers++ % kWriters;
     cta.mbarriers.emplace(offset, std::move(bar));
 }
 

@@ -397,9 +397,9 @@ void bulk_landed(const void* global, size_t bytes) {
     tensor.shadow->land(tensor.offset(address), bytes, 0);
 }
 
-void async_read(const void* shared, size_t bytes, const void* pc) {
+void async_read(const void* shared, size_t bytes, const void* pc, Epoch engine) {
     const size_t offset = shared_offset(Access::read, shared, bytes);
-    const Visitor visitor{running, true, launch_serial, pack_place(pc)};
+    const Visitor visitor{running, true, launch_serial, pack_place(pc), engine};
     const Finding finding = arenas[running->cta->slot].read_by_engine(offset, bytes, visitor);
     if (finding.fault == Fault::none) return;
     fail_finding(Access::read, finding, byte_text(finding.offset, "shared memory"), bytes);

@@ -50,7 +50,8 @@ void bulk_begin(const void* global, size_t bytes, const void* pc);
 void bulk_landed(const void* global, size_t bytes);
 // A read of this CTA's shared memory, by a bulk copy or wgmma: nobody may write there before it is
 // over, and what threads wrote there they have fenced for the asynchronous proxy.
-void async_read(const void* shared, size_t bytes, const void* pc);
+// `engine`: one of the engine's own (clock.h), which is over when somebody waited for that.
+void async_read(const void* shared, size_t bytes, const void* pc, Epoch engine = 0);
 
 // 8 bytes that become an mbarrier: they are no longer for ordinary accesses.
 void hold_mbarrier(Cta& cta, size_t offset, const void* pc);

@@ -94,6 +94,7 @@ void combine_stmatrix_trans(void* const* lanes) {
 
 void stmatrix(const char* what, void* row, const uint32_t (&r)[4], Combine combine,
               const void* pc) {
+    need_hopper(what);
     check_row(what, " writes", row);
     StmatrixLane lane{r, {}};
     collective(what, kAllLanes, &lane, combine, true);

@@ -41,6 +41,7 @@ class Check {
         : more_(more),
           thread_(*visitor.thread),
           now_(thread_.clock.now),
+          reader_(visitor.reader ? visitor.reader : now_),
           first_(thread_.cta->first()),
           stride_(thread_.cta->cluster->stride),
           engines_(thread_.cta->cluster->clock.engines),
@@ -51,7 +52,7 @@ class Check {
           place_(visitor.place) {}
 
     bool read(Cell& cell, Finding& finding) const {
-        if (cell.readers[0] == now_) return true;
+        if (cell.readers[0] == reader_) return true;
         if (unwritten(cell)) return found(finding, Fault::unwritten, cell);
         if (!after_writer(cell, finding)) return false;
         keep_reader(cell);
@@ -164,22 +165,31 @@ class Check {
     void keep_reader(Cell& cell) const {
         const Epoch(&readers)[2] = cell.readers;
         int i = 0;
-        if (readers[0] != 0 && !before(readers[0])) {
-            if (readers[1] != 0 && !before(readers[1])) {
+        if (readers[0] != 0 && !covered(readers[0])) {
+            if (readers[1] != 0 && !covered(readers[1])) {
                 if (serial_of(readers[0]) != serial_of(readers[1])) return;
                 if (serial_of(readers[0]) == serial_of(now_)) return keep_further(cell);
             }
             i = 1;
         }
-        cell.readers[i] = now_;
+        cell.readers[i] = reader_;
         cell.read_at[i] = place_;
+    }
+
+    // Who waits for the engine knows nothing of what came before the thread that set it to work.
+    bool covered(Epoch reader) const {
+        if (reader_ == now_) return before(reader);
+        return ((reader ^ reader_) >> kTimeBits) == 0 ||
+               time_of(reader) < floor_of(member_of(reader));
     }
 
     void keep_further(Cell& cell) const {
         if (cell.more == 0) cell.more = more_.take();
         Readers& readers = more_[cell.more];
-        if (readers.size() <= thread_.member()) readers.resize(engines_);
-        readers[thread_.member()] = {now_, place_};
+        const unsigned member = member_of(reader_);
+        const unsigned count = member < engines_ ? engines_ : engines_ + kEngines;
+        if (readers.size() < count) readers.resize(count);
+        readers[member] = {reader_, place_};
     }
 
     static bool found(Finding& finding, Fault fault, const Cell& cell) {
@@ -191,7 +201,7 @@ class Check {
 
     ReaderLists& more_;
     const Thread& thread_;
-    const Epoch now_;
+    const Epoch now_, reader_;
     const unsigned first_, stride_, engines_;
     const int floor_, cluster_floor_;
     const int* seen_;

@@ -59,6 +59,7 @@ struct Visitor {
     bool shared;
     unsigned launch_serial;
     unsigned place;
+    Epoch reader = 0;  // whose reads they are; 0: the thread's
 };
 
 // Of memory from a multiple of 16 on.

@@ -10,7 +10,8 @@
 #include "emulator/memory.h"
 
 static const NamedCase* const kFiles[] = {kMemoryCases,    kRaceCases, kCopyCases,   kMeetingCases,
-                                          kPrimitiveCases, kTileCases, kDropoutCases};
+                                          kPrimitiveCases, kTileCases, kDropoutCases,
+                                          kWgmmaCases};
 
 GK_EXPORT void declare(const char* name, const void* begin, size_t bytes, int written) {
     gk::emulator::memory::declare(name, begin, bytes, written != 0);
@@ -20,7 +21,7 @@ GK_EXPORT void forget() { gk::emulator::memory::forget(); }
 
 static void finish() {}
 #else
-static const NamedCase* const kFiles[] = {kPrimitiveCases, kTileCases, kDropoutCases};
+static const NamedCase* const kFiles[] = {kPrimitiveCases, kTileCases, kDropoutCases, kWgmmaCases};
 
 static void finish() {
     const cudaError_t status = cudaDeviceSynchronize();

@@ -19,4 +19,4 @@ struct NamedCase {
 
 // Of each .cu file, ended by a null name.
 extern const NamedCase kMemoryCases[], kRaceCases[], kCopyCases[], kMeetingCases[],
-    kPrimitiveCases[], kTileCases[], kDropoutCases[];
+    kPrimitiveCases[], kTileCases[], kDropoutCases[], kWgmmaCases[];
