@@ -102,25 +102,235 @@ def test_stmatrix(machine: Emulator) -> None:
 
 # How the products of two (64, 64) are launched that are right or have one mistake.
 PRODUCT: dict[str, Any] = {"threads": 128, "shared": 2 * 64 * 128}
-ISSUE = "csrc/device/wgmma.h:#, called at <issue>, called at"
+MULTIPLY = "csrc/device/wgmma.h:#"
+ISSUE = f"{MULTIPLY}, called at <issue>"
+READ = "reads accumulators of a wgmma that has not been waited for"
 
 # name -> (what else there is to say of the launch, what is said after the kernel's name), as BROKEN
 # in tests/test_emulator.py.
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    # Accumulators and A's registers
     "product_without_wait": (
         {},
-        f"{THREAD} <write_out>, called at <product_without_wait>: reads accumulators of a wgmma "
-        "that has not been waited for",
+        f"{THREAD} <write_out>, called at <product_without_wait>: {READ}",
+    ),
+    "product_without_commit": (
+        {},
+        f"{THREAD} <write_out>, called at <finish>, called at <product_without_commit>: {READ}",
+    ),
+    "product_wait_short_by_one": (
+        {},
+        f"{THREAD} <write_out>, called at <product_wait_short_by_one>: {READ}",
+    ),
+    "product_accumulator_changed": (
+        {},
+        f"{THREAD} {MULTIPLY}, called at <wait>, called at <product_accumulator_changed>: "
+        "an accumulator of a wgmma.mma_async was written before it was waited for",
+    ),
+    "product_without_fence": (
+        {},
+        f"{THREAD} {ISSUE}, called at <product_without_fence>: "
+        "wgmma.mma_async comes before any wgmma_fence",
+    ),
+    "product_rescaled": (
+        {},
+        f"{THREAD} {ISSUE}, called at <product_rescaled>: "
+        "wgmma.mma_async has accumulators that were touched after the last wgmma_fence",
+    ),
+    "product_rounded": (
+        {},
+        f"{THREAD} {MULTIPLY}, called at <product_rounded>: "
+        "wgmma.mma_async has registers of A that were touched after the last wgmma_fence",
+    ),
+    "product_of_two_shapes": (
+        {},
+        f"{THREAD} {MULTIPLY}, called at <product_of_two_shapes>: wgmma.mma_async has accumulators "
+        "some of which a product of another shape, not waited for, has too",
+    ),
+    # Operands in shared memory
+    "product_operand_overwritten": (
+        {},
+        f"{THREAD} <overwritten>: writes 2 bytes at byte # of shared memory, which the "
+        f"asynchronous engine read at {ISSUE}, called at <reads what is overwritten>, "
+        "with no barrier between",
+    ),
+    "product_given_back_early": (
+        {"threads": 256},
+        f"{THREAD} <product_given_back_early>: writes 2 bytes at byte # of shared memory, which "
+        f"the asynchronous engine read at {ISSUE}, called at <reads what is given back>, "
+        "with no barrier between",
+    ),
+    "product_operand_changed": (
+        {},
+        f"{THREAD} {MULTIPLY}, called at <wait>, called at <product_operand_changed>: B of a "
+        "wgmma.mma_async has changed before it was waited for, within 32 bytes from byte 8928 of "
+        "shared memory on",
+    ),
+    "product_without_proxy_fence": (
+        {},
+        f"{THREAD} {ISSUE}, called at <product_without_proxy_fence>: reads 32 bytes at byte # of "
+        "shared memory by the asynchronous proxy, which thread # wrote at "
+        "csrc/device/vector.h:#, called at <fill>, called at <fill A>, called at "
+        "<without proxy fence>, with no fence_proxy_async of that thread between",
+    ),
+    "product_without_barrier": (
+        {},
+        f"{THREAD} {ISSUE}, called at <product_without_barrier>: reads 32 bytes at byte # of "
+        "shared memory, which thread # wrote at csrc/device/vector.h:#, called at <fill>, called "
+        "at <fill A>, called at <without barrier of stores>, with no barrier between",
+    ),
+    "product_of_own_rows": (
+        {},
+        f"{THREAD} {ISSUE}, called at <product_of_own_rows>: reads 32 bytes at byte # of shared "
+        "memory, which nobody has written",
+    ),
+    # Threads that do not agree
+    "product_diverges": (
+        {},
+        f"{THREAD} {ISSUE}, called at <product_diverges: low>: wgmma.mma_async diverges: thread # "
+        f"of the same warpgroup is in wgmma.mma_async at {ISSUE}, called at "
+        "<product_diverges: high>",
+    ),
+    "product_of_two_minds": (
+        {},
+        f"{THREAD} {MULTIPLY}, called at <product_of_two_minds>: wgmma.mma_async: the warpgroup's "
+        "threads do not agree on the descriptor of B",
+    ),
+    "product_of_three_warps": (
+        {"threads": 96},
+        f"{THREAD} {MULTIPLY}, called at <product_of_three_warps>: wgmma.fence needs a warpgroup, "
+        "four whole warps, and the CTA has 96 threads",
+    ),
+    "product_not_waited_for_by_all": (
+        {},
+        "deadlock, nobody can go on; CTA (0, 0, 0): threads 0-76, 78-127 wait in "
+        f"wgmma.wait_group at {MULTIPLY}, called at <wait>, called at "
+        "<product_not_waited_for_by_all>, threads 77 returned",
     ),
 }
 
 
+@pytest.mark.parametrize("schedule", ["forward", "reverse", "1"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_mistake_is_found_and_named(emulator: Emulator, name: str) -> None:
+def test_a_mistake_is_found_and_named(
+    emulator: Emulator, name: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
     more, sentence = BROKEN[name]
     a, b = torch.randn(2, 64, 64).bfloat16(), torch.empty(64, 64)
     arguments = {**PRODUCT, "a": a, "b": b, **more}
     emulator(name, **arguments)
     with pytest.raises(RuntimeError) as error:
         emulator(name, broken=True, **arguments)
-    assert re.fullmatch(expected(name, sentence), str(error.value)), str(error.value)
+    if schedule == "forward":  # who finds it, and where, is the schedule's
+        assert re.fullmatch(expected(name, sentence), str(error.value)), str(error.value)
+
+
+def whole_numbers() -> tuple[Tensor, Tensor]:
+    """Two (64, 64), and the product of the first with the transpose of the second."""
+    a = torch.randint(-3, 4, (2, 64, 64)).bfloat16()
+    return a, a[0].double() @ a[1].double().T
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_without_the_mistake_products_are_right(machine: Emulator, name: str) -> None:
+    a, want = whole_numbers()
+    b = torch.full((64, 64), float("nan"))
+    machine(name, **{**PRODUCT, "a": a, "b": b, **BROKEN[name][0]})
+    if name == "product_of_three_warps":  # does nothing
+        return
+    if name == "product_rounded":
+        want = want.bfloat16().double() @ a[1].double().T
+    if name == "product_rescaled":
+        want += a[0, :, :32].double() @ a[1, :, :32].double().T
+    if name == "product_accumulator_changed":
+        changed = b == 100
+        assert int(changed.sum()) >= 128  # one a thread
+        b[changed] = want[changed].float()
+    assert b.double().equal(want)
+
+
+def words(addend: int) -> Tensor:
+    """A 64-bit number as two of 32."""
+    halves = [addend & 0xFFFFFFFF, addend >> 32 & 0xFFFFFFFF]
+    return torch.tensor([half - 2**32 if half >= 2**31 else half for half in halves]).int()
+
+
+def test_what_descriptors_name(machine: Emulator) -> None:
+    a, want = whole_numbers()
+    b, options = torch.full((64, 64), float("nan")), {**PRODUCT, "c_is": "in"}
+    machine("product_of_descriptor", a=a, b=b, c=words(0), **options)
+    assert b.double().equal(want)
+    # The same bytes, read along the other way: B is the second matrix itself.
+    machine("product_of_descriptor", a=a, b=b, c=words(0), n=1, **options)
+    assert b.double().equal(a[0].double() @ a[1].double())
+    # Of a K-major operand LBO means nothing.
+    machine("product_of_descriptor", a=a, b=b, c=words(77 << 16), **options)
+    assert b.double().equal(want)
+
+
+def test_a_wrong_stride_names_other_rows(emulator: Emulator) -> None:
+    """Half of 1,024 bytes: each group of 8 rows starts within the one before."""
+    a, want = whole_numbers()
+    b = torch.full((64, 64), float("nan"))
+    emulator("product_of_descriptor", a=a, b=b, c=words(-32 << 32), c_is="in", **PRODUCT)
+    rows = torch.arange(64)
+    for n in range(64):
+        # The address of row n's chunks, and what the hardware's XOR makes of them.
+        start = n // 8 * 512 + n % 8 * 128
+        chunks = [start + 16 * c ^ (start // 128 % 8) * 16 for c in range(8)]
+        column = [a[1].view(-1)[_element(address) + rows[:8]] for address in chunks]
+        found = a[0].double() @ torch.cat(column).double()
+        assert b[:, n].double().equal(found)
+    assert not b.double().equal(want)
+
+
+def _element(address: int) -> int:
+    """Where the 16 bytes at an address of a tile come from in its (64, 64) matrix."""
+    row, chunk = address // 128, address // 16 % 8
+    return row * 64 + (chunk ^ row % 8) * 8
+
+
+@pytest.mark.parametrize(
+    ("addend", "mn_major", "sentence"),
+    [
+        (1 << 14, 0, "has bits set that mean nothing"),
+        (1 << 62, 0, "names swizzle 2, and tiles have that of 128 bytes, 1"),
+        (
+            3 << 49,
+            0,
+            "has base offset 3, and tiles are aligned to 1,024 bytes, for which it is 0",
+        ),
+        (
+            4 * 8,
+            0,
+            "starts 512 bytes past a multiple of 1,024, within the swizzle's pattern",
+        ),
+        (
+            1,
+            0,
+            "starts 16 bytes into a row of 128, of which a step of k takes 32 aligned bytes",
+        ),
+        (2, 1, "starts 32 bytes into a row of 128, of which an MN-major operand takes all"),
+        (64, 0, "leads to byte 16384 of shared memory, which has 16384"),
+        (-576, 0, "leads to byte -1024 of shared memory, which has 16384"),
+        (64 << 32, 0, "leads to byte 16384 of shared memory, which has 16384"),
+    ],
+)
+def test_a_descriptor_that_names_nothing(
+    emulator: Emulator, addend: int, mn_major: int, sentence: str
+) -> None:
+    a, b = torch.randn(2, 64, 64).bfloat16(), torch.empty(64, 64)
+    with pytest.raises(RuntimeError, match=re.escape(f": the descriptor of B {sentence}")):
+        emulator(
+            "product_of_descriptor", a=a, b=b, c=words(addend), c_is="in", n=mn_major, **PRODUCT
+        )
+
+
+def test_wgmma_needs_hopper(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm80")
+    a, b = torch.randn(2, 64, 64).bfloat16(), torch.empty(64, 64)
+    with pytest.raises(RuntimeError, match="wgmma needs"):
+        emulator("product_without_wait", a=a, b=b, **PRODUCT)
+    with pytest.raises(RuntimeError, match="stmatrix needs"):
+        emulator("stmatrix", a=a, c=torch.empty(2, 64, 64).bfloat16(), c_is="out", **PRODUCT)

@@ -21,7 +21,7 @@ constexpr int kDepth = 128;
 template <class T, int kRows, int kCols>
 __device__ void fill(const gk::SwizzledTile<T, kRows, kCols>& tile, const T* source) {
     for (int i = int(threadIdx.x) * 8; i < kRows * kCols; i += 128 * 8) {
-        gk::st128_shared(tile.at(i / kCols, i % kCols), gk::ld128(source + i));
+        gk::st128_shared(tile.at(i / kCols, i % kCols), gk::ld128(source + i));  // fill
     }
 }
 
@@ -39,7 +39,9 @@ __device__ int column_of(int tile, int i) { return 8 * tile + gk::lane_index() %
 template <int N>
 __device__ void write_out(float* to, const float (&acc)[N / 8][4]) {
     for (int tile = 0; tile < N / 8; ++tile) {
-        for (int i = 0; i < 4; ++i) to[row_of(i) * N + column_of(tile, i)] = acc[tile][i];
+        for (int i = 0; i < 4; ++i) {
+            to[row_of(i) * N + column_of(tile, i)] = acc[tile][i];  // write_out
+        }
     }
 }
 
@@ -151,8 +153,8 @@ __device__ Tile tile_a() { return {reinterpret_cast<Bf16*>(gk::shared_memory())}
 __device__ Tile tile_b() { return {tile_a().data + Tile::kBytes / 2}; }
 
 __device__ void fill_both(const Case& p) {
-    fill(tile_a(), reinterpret_cast<const Bf16*>(p.a));
-    fill(tile_b(), reinterpret_cast<const Bf16*>(p.a) + 64 * 64);
+    fill(tile_a(), reinterpret_cast<const Bf16*>(p.a));             // fill A
+    fill(tile_b(), reinterpret_cast<const Bf16*>(p.a) + 64 * 64);  // fill B
 }
 
 __device__ void issue(float (&acc)[8][4], int first, int end) {
@@ -163,7 +165,7 @@ __device__ void issue(float (&acc)[8][4], int first, int end) {
 }
 
 __device__ void finish(float (&acc)[8][4], float* to) {
-    gk::wgmma_wait<0>();
+    gk::wgmma_wait<0>();  // wait
     gk::wgmma_fence_registers(acc);
     write_out<64>(to, acc);  // finish
 }
@@ -266,12 +268,58 @@ __global__ void product_operand_overwritten(const Case p) {
     publish();
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);
+    issue(acc, 0, 64);  // reads what is overwritten
     gk::wgmma_commit();
     if (!p.broken) gk::wgmma_wait<0>();
     __syncthreads();
     if (threadIdx.x == 0) *tile_b().at(5, 20) = __float2bfloat16(100.0f);  // overwritten
-    finish(acc, p.b);  // product_operand_overwritten
+    finish(acc, p.b);
+}
+
+// As a store that the emulator does not see.
+__attribute__((noinline, no_sanitize("thread"))) __device__ void change(Bf16* at) {
+    *at = __float2bfloat16(100.0f);
+}
+
+__global__ void product_operand_changed(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);
+    gk::wgmma_commit();
+    if (!p.broken) gk::wgmma_wait<0>();
+    __syncthreads();
+    change(tile_b().at(5, 20));
+    finish(acc, p.b);  // product_operand_changed
+}
+
+// As a store to an accumulator that the emulator does not see.
+__attribute__((noinline, no_sanitize("thread"))) __device__ void change(float* at) { *at = 100.0f; }
+
+__global__ void product_accumulator_changed(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);
+    gk::wgmma_commit();
+    if (!p.broken) gk::wgmma_wait<0>();
+    change(&acc[1][2]);
+    finish(acc, p.b);  // product_accumulator_changed
+}
+
+// Not all threads come to the wait.
+__global__ void product_not_waited_for_by_all(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 16);
+    if (!p.broken || threadIdx.x != 77) issue(acc, 16, 64);  // all but one
+    if (p.broken && threadIdx.x == 77) return;
+    gk::wgmma_commit();
+    finish(acc, p.b);  // product_not_waited_for_by_all
 }
 
 // 256 threads: the second warpgroup overwrites B when the first, at a barrier, has given it back.
@@ -285,7 +333,7 @@ __global__ void product_given_back_early(const Case p) {
     }
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);
+    issue(acc, 0, 64);  // reads what is given back
     gk::wgmma_commit();
     if (p.broken) gk::named_barrier_arrive(1, 256);
     gk::wgmma_wait<0>();
@@ -294,7 +342,7 @@ __global__ void product_given_back_early(const Case p) {
 }
 
 __global__ void product_without_proxy_fence(const Case p) {
-    fill_both(p);
+    fill_both(p);  // without proxy fence
     if (!p.broken) gk::fence_proxy_async();
     __syncthreads();
     float acc[8][4];
@@ -305,7 +353,7 @@ __global__ void product_without_proxy_fence(const Case p) {
 }
 
 __global__ void product_without_barrier(const Case p) {
-    fill_both(p);
+    fill_both(p);  // without barrier of stores
     gk::fence_proxy_async();
     if (!p.broken) __syncthreads();
     float acc[8][4];
@@ -356,9 +404,9 @@ __global__ void product_of_two_minds(const Case p) {
     gk::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 64; k += 16) {
-        const int col = p.broken && threadIdx.x >= 96 ? k ^ 16 : k;
-        Product::multiply(acc, tile_a().k_major(0, k), tile_b().k_major(0, col),
-                          k > 0);  // product_of_two_minds
+        const uint64_t a = tile_a().k_major(0, k);
+        const uint64_t b = tile_b().k_major(0, p.broken && threadIdx.x >= 96 ? k ^ 16 : k);
+        Product::multiply(acc, a, b, k > 0);  // product_of_two_minds
     }
     gk::wgmma_commit();
     finish(acc, p.b);
@@ -375,8 +423,8 @@ __global__ void product_of_two_shapes(const Case p) {
     if (!p.broken) {
         issue(acc, 48, 64);
     } else {
-        gk::Wgmma<Bf16, 32>::multiply(half, tile_a().k_major(0, 48), tile_b().k_major(0, 48),
-                                      true);  // product_of_two_shapes
+        const uint64_t a = tile_a().k_major(0, 48), b = tile_b().k_major(0, 48);
+        gk::Wgmma<Bf16, 32>::multiply(half, a, b, true);  // product_of_two_shapes
     }
     gk::wgmma_commit();
     finish(acc, p.b);
@@ -389,7 +437,7 @@ __global__ void product_of_three_warps(const Case p) {
     if (p.broken) issue(acc, 0, 64);
 }
 
-// c int32 (7,): what is done to B's descriptor: bits that are XORed (low, high), ...
+// c int32 (2,): what is added to B's descriptor, low and high bits; n: whether B is MN-major.
 __global__ void product_of_descriptor(const Case p) {
     fill_both(p);
     publish();
@@ -399,12 +447,12 @@ __global__ void product_of_descriptor(const Case p) {
     gk::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 64; k += 16) {
-        const uint64_t b = tile_b().k_major(0, k) ^ bits;
+        const uint64_t b = (p.n ? tile_b().mn_major(k, 0) : tile_b().k_major(0, k)) + bits;
+        const uint64_t a = tile_a().k_major(0, k);
         if (p.n) {
-            gk::Wgmma<Bf16, 64, Major::k, Major::mn>::multiply(acc, tile_a().k_major(0, k), b,
-                                                               k > 0);  // MN-major
+            gk::Wgmma<Bf16, 64, Major::k, Major::mn>::multiply(acc, a, b, k > 0);
         } else {
-            Product::multiply(acc, tile_a().k_major(0, k), b, k > 0);  // product_of_descriptor
+            Product::multiply(acc, a, b, k > 0);
         }
     }
     gk::wgmma_commit();
@@ -465,6 +513,9 @@ const NamedCase kWgmmaCases[] = {
     {"product_rescaled", product_rescaled},
     {"product_rounded", product_rounded},
     {"product_operand_overwritten", product_operand_overwritten},
+    {"product_operand_changed", product_operand_changed},
+    {"product_accumulator_changed", product_accumulator_changed},
+    {"product_not_waited_for_by_all", product_not_waited_for_by_all},
     {"product_given_back_early", product_given_back_early},
     {"product_without_proxy_fence", product_without_proxy_fence},
     {"product_without_barrier", product_without_barrier},
