@@ -117,6 +117,7 @@ class Problem:
     op: str
     text: str
     dtype: torch.dtype
+    sizes: dict[str, int]
     directions: tuple[Direction, ...]
 
 
@@ -181,6 +182,7 @@ def attention(
         "attention",
         f"B{B} {tokens} {heads} D{D} {', '.join(parts)}",
         dtype,
+        dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=Tk, left=left, right=right),
         (
             Direction("forward", forward, None),
             Direction("backward", backward, None),
@@ -218,6 +220,7 @@ def gelu_mlp(
         "gelu_mlp",
         f"M{M} C{C} F{F}{','.join(parts)}",
         dtype,
+        dict(M=M, C=C, F=F),
         (
             Direction("forward", forward, None),
             Direction("backward", backward, None),
@@ -263,6 +266,7 @@ def layer_norm(
         "layer_norm",
         f"{rows} rows of {cols}{','.join(parts)}",
         dtype,
+        dict(rows=rows, cols=cols),
         (Direction("forward", forward, None), Direction("backward", backward, None)),
     )
 
