@@ -124,7 +124,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "product_accumulator_changed": (
         {},
-        f"{THREAD} {MULTIPLY}, called at <wait>, called at <product_accumulator_changed>: "
+        f"{THREAD} {MULTIPLY}, called at <wait for products>, called at <product_accumulator_changed>: "
         "an accumulator of a wgmma.mma_async was written before it was waited for",
     ),
     "product_without_fence": (
@@ -162,7 +162,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "product_operand_changed": (
         {},
-        f"{THREAD} {MULTIPLY}, called at <wait>, called at <product_operand_changed>: B of a "
+        f"{THREAD} {MULTIPLY}, called at <wait for products>, called at <product_operand_changed>: B of a "
         "wgmma.mma_async has changed before it was waited for, within 32 bytes from byte 8928 of "
         "shared memory on",
     ),
@@ -170,13 +170,13 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {},
         f"{THREAD} {ISSUE}, called at <product_without_proxy_fence>: reads 32 bytes at byte # of "
         "shared memory by the asynchronous proxy, which thread # wrote at "
-        "csrc/device/vector.h:#, called at <fill>, called at <fill A>, called at "
+        "csrc/device/vector.h:#, called at <fill operand>, called at <fill A>, called at "
         "<without proxy fence>, with no fence_proxy_async of that thread between",
     ),
     "product_without_barrier": (
         {},
         f"{THREAD} {ISSUE}, called at <product_without_barrier>: reads 32 bytes at byte # of "
-        "shared memory, which thread # wrote at csrc/device/vector.h:#, called at <fill>, called "
+        "shared memory, which thread # wrote at csrc/device/vector.h:#, called at <fill operand>, called "
         "at <fill A>, called at <without barrier of stores>, with no barrier between",
     ),
     "product_of_own_rows": (
@@ -204,7 +204,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "product_not_waited_for_by_all": (
         {},
         "deadlock, nobody can go on; CTA (0, 0, 0): threads 0-76, 78-127 wait in "
-        f"wgmma.wait_group at {MULTIPLY}, called at <wait>, called at "
+        f"wgmma.wait_group at {MULTIPLY}, called at <wait for products>, called at "
         "<product_not_waited_for_by_all>, threads 77 returned",
     ),
 }

@@ -21,7 +21,7 @@ constexpr int kDepth = 128;
 template <class T, int kRows, int kCols>
 __device__ void fill(const gk::SwizzledTile<T, kRows, kCols>& tile, const T* source) {
     for (int i = int(threadIdx.x) * 8; i < kRows * kCols; i += 128 * 8) {
-        gk::st128_shared(tile.at(i / kCols, i % kCols), gk::ld128(source + i));  // fill
+        gk::st128_shared(tile.at(i / kCols, i % kCols), gk::ld128(source + i));  // fill operand
     }
 }
 
@@ -165,7 +165,7 @@ __device__ void issue(float (&acc)[8][4], int first, int end) {
 }
 
 __device__ void finish(float (&acc)[8][4], float* to) {
-    gk::wgmma_wait<0>();  // wait
+    gk::wgmma_wait<0>();  // wait for products
     gk::wgmma_fence_registers(acc);
     write_out<64>(to, acc);  // finish
 }
