@@ -104,6 +104,8 @@ def test_stmatrix(machine: Emulator) -> None:
 PRODUCT: dict[str, Any] = {"threads": 128, "shared": 2 * 64 * 128}
 MULTIPLY = "csrc/device/wgmma.h:#"
 ISSUE = f"{MULTIPLY}, called at <issue>"
+WAIT = f"{MULTIPLY}, called at <wait for products>"
+FILL = "csrc/device/vector.h:#, called at <fill operand>, called at <fill A>"
 READ = "reads accumulators of a wgmma that has not been waited for"
 
 # name -> (what else there is to say of the launch, what is said after the kernel's name), as BROKEN
@@ -124,7 +126,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "product_accumulator_changed": (
         {},
-        f"{THREAD} {MULTIPLY}, called at <wait for products>, called at <product_accumulator_changed>: "
+        f"{THREAD} {WAIT}, called at <product_accumulator_changed>: "
         "an accumulator of a wgmma.mma_async was written before it was waited for",
     ),
     "product_without_fence": (
@@ -162,22 +164,21 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "product_operand_changed": (
         {},
-        f"{THREAD} {MULTIPLY}, called at <wait for products>, called at <product_operand_changed>: B of a "
+        f"{THREAD} {WAIT}, called at <product_operand_changed>: B of a "
         "wgmma.mma_async has changed before it was waited for, within 32 bytes from byte 8928 of "
         "shared memory on",
     ),
     "product_without_proxy_fence": (
         {},
         f"{THREAD} {ISSUE}, called at <product_without_proxy_fence>: reads 32 bytes at byte # of "
-        "shared memory by the asynchronous proxy, which thread # wrote at "
-        "csrc/device/vector.h:#, called at <fill operand>, called at <fill A>, called at "
+        f"shared memory by the asynchronous proxy, which thread # wrote at {FILL}, called at "
         "<without proxy fence>, with no fence_proxy_async of that thread between",
     ),
     "product_without_barrier": (
         {},
         f"{THREAD} {ISSUE}, called at <product_without_barrier>: reads 32 bytes at byte # of "
-        "shared memory, which thread # wrote at csrc/device/vector.h:#, called at <fill operand>, called "
-        "at <fill A>, called at <without barrier of stores>, with no barrier between",
+        f"shared memory, which thread # wrote at {FILL}, called at "
+        "<without barrier of stores>, with no barrier between",
     ),
     "product_of_own_rows": (
         {},
@@ -204,7 +205,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "product_not_waited_for_by_all": (
         {},
         "deadlock, nobody can go on; CTA (0, 0, 0): threads 0-76, 78-127 wait in "
-        f"wgmma.wait_group at {MULTIPLY}, called at <wait for products>, called at "
+        f"wgmma.wait_group at {WAIT}, called at "
         "<product_not_waited_for_by_all>, threads 77 returned",
     ),
 }
