@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "attention": "gptkernels.ops.attention",
+    "attention_varlen": "gptkernels.ops.attention_varlen",
+    "attention_decode": "gptkernels.ops.attention_decode",
     "layer_norm": "gptkernels.ops.layer_norm",
     "gelu_mlp": "gptkernels.ops.mlp",
     "LayerNorm": "gptkernels.layers",
@@ -32,6 +34,8 @@ __all__ = [
     "LayerNorm",
     "TransformerLayer",
     "attention",
+    "attention_decode",
+    "attention_varlen",
     "gelu_mlp",
     "layer_norm",
 ]
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
     from gptkernels.gpt.model import GPT
     from gptkernels.layers import MLP, CausalSelfAttention, LayerNorm
     from gptkernels.ops.attention import attention
+    from gptkernels.ops.attention_decode import attention_decode
+    from gptkernels.ops.attention_varlen import attention_varlen
     from gptkernels.ops.layer_norm import layer_norm
     from gptkernels.ops.mlp import gelu_mlp
     from gptkernels.transformer_layer import TransformerLayer

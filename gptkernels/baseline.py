@@ -8,12 +8,13 @@ contract's mask, since PyTorch's own draws another one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptkernels import philox
+from gptkernels import philox, reference
 
 
 def layer_norm(
@@ -74,6 +75,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     rng: Tensor | None = None,
+    first_batch: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """F.scaled_dot_product_attention where its options allow, else products and a softmax. Shapes
     as in `reference.attention`."""
@@ -121,10 +123,43 @@ def attention(
     lse = torch.logsumexp(s.masked_fill(empty, 0), dim=-1, keepdim=True)
     lse = lse.masked_fill(empty, float("-inf")).squeeze(-1)
     if dropout_p > 0:
-        keep = philox.attention_keep(rng, dropout_p, *s.shape)
+        B = q.shape[0]
+        keep = philox.attention_keep(rng, dropout_p, B, H, Tq, Tk, first_batch=first_batch)
         p = p.masked_fill(~keep, 0) * philox.scale(dropout_p)
     out = (p @ v).transpose(1, 2)
     return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of one sequence after the other. Shapes as in `reference.attention_varlen`."""
+    ends = (cu_seqlens_q, cu_seqlens_k)
+    return reference.packed(attention, q, k, v, *ends, return_lse, options)
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of one batch entry after the other. Shapes as in `reference.attention_decode`."""
+    caches = (k_cache, v_cache, cache_lengths, block_table)
+    return reference.cached(attention, q, *caches, return_lse, options)
 
 
 def band_mask(

@@ -18,7 +18,7 @@ from gptkernels import cuda
 from gptkernels.cuda import attention as attention_kernels
 from gptkernels.cuda import layer_norm as layer_norm_kernels
 from gptkernels.cuda import mlp as mlp_kernels
-from gptkernels.ops.attention import bounds
+from gptkernels.ops.attention_options import bounds
 
 # Of both chips: bytes of shared memory of an SM, of which each CTA costs 1 KiB more than it asks
 # for, and the most threads and CTAs that an SM holds.

@@ -17,7 +17,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from gptkernels.ops.attention import MAX_HEAD_DIM, attention, bounds
+from gptkernels.ops.attention import attention
+from gptkernels.ops.attention_options import MAX_HEAD_DIM, bounds
 from gptkernels.ops.checks import check_count, check_probability, check_tensor
 from gptkernels.ops.choice import check_impl
 from gptkernels.ops.layer_norm import layer_norm

@@ -57,15 +57,17 @@ def attention_keep(
     rows: int,
     cols: int,
     first_row: int = 0,
+    first_batch: int = 0,
 ) -> Tensor:
-    """Keep mask (batch, heads, rows, cols), bool, from query row first_row on."""
+    """Keep mask (batch, heads, rows, cols), bool, from query row first_row on, of the batch's
+    entries from first_batch on."""
     rng = _checked(rng)
     tile_row0 = first_row // 16
     tile_rows, tile_cols = -(-(first_row + rows) // 16) - tile_row0, -(-cols // 16)
     arange = lambda n: torch.arange(n, dtype=torch.int64, device=rng.device)  # noqa: E731
     c0 = arange(tile_cols * 4)
     c1 = (tile_row0 * 8 + arange(tile_rows * 8))[:, None]
-    c2 = arange(batch * heads)[:, None, None]
+    c2 = (first_batch * heads + arange(batch * heads))[:, None, None]
     lanes = _lanes(rng, c0, c1, c2)  # (batch * heads, tile_rows * 8, tile_cols * 4, 8)
     lanes = lanes.view(batch * heads, tile_rows, 8, tile_cols, 4, 2, 2, 2)
     # row = (tile, lane bit 2, row & 7), column = (tile, lane bit 1, (column >> 1) & 3, lane bit 0)

@@ -7,8 +7,10 @@ Any floating dtype; in fp64 this is the truth that everything else is held to
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,12 +97,14 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     rng: Tensor | None = None,
+    first_batch: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out = dropout(softmax(s)) v; q (B, Tq, H, D), k and v (B, Tk, Hk, D), H % Hk == 0.
 
     s = scale q.k, then softcap tanh(s / softcap), then - slope |i + Tk - Tq - j|, then the mask
     added. Returns out (B, Tq, H, D), or with lse = log sum exp s, (B, H, Tq). A row that sees no
-    key, or -inf scores alone, gives out 0 and lse -inf, and no gradient.
+    key, or -inf scores alone, gives out 0 and lse -inf, and no gradient. `first_batch` is the
+    number of the batch's first entry, for dropout.
     """
     (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
     if key_lengths is not None:
@@ -143,7 +147,100 @@ def attention(
     lse = (highest + torch.log(total)).masked_fill(none, -math.inf)
     p = weights / total
     if dropout_p > 0:
-        keep = philox.attention_keep(rng, dropout_p, B, H, Tq, Tk)
+        keep = philox.attention_keep(rng, dropout_p, B, H, Tq, Tk, first_batch=first_batch)
         p = p * keep * philox.scale(dropout_p)
     out = torch.einsum("bhij,bjhd->bihd", p, v)
     return (out, lse.squeeze(-1)) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of each sequence by itself, laid end to end: q (total_q, H, D), k and v
+    (total_k, Hk, D). Sequence b has queries cu_seqlens_q[b] ... cu_seqlens_q[b + 1] - 1 and the
+    keys that cu_seqlens_k tells likewise. Returns out (total_q, H, D), or with lse (H, total_q).
+    """
+    return packed(attention, q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse, options)
+
+
+def packed(
+    attention: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    return_lse: bool,
+    options: Mapping[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `attention_varlen` is by a given `attention`."""
+    ends = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
+    outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0)]
+    for b, ((q0, k0), (q1, k1)) in enumerate(itertools.pairwise(ends)):
+        sequences = (
+            x[None, first:last] for x, first, last in ((q, q0, q1), (k, k0, k1), (v, k0, k1))
+        )
+        result = attention(*sequences, return_lse=return_lse, first_batch=b, **options)
+        out, lse = result if return_lse else (result, None)
+        outs.append(out[0])
+        if lse is not None:
+            lses.append(lse[0])
+    out = torch.cat(outs)
+    return (out, torch.cat(lses, dim=1)) if return_lse else out
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal `attention` of each batch entry to the first cache_lengths[b] keys of its cache.
+
+    q (B, Tq, H, D); caches (B, Tmax, Hk, D), or pages (N, page, Hk, D) of which block_table
+    (B, pages) names those of each entry, in order. The last query sees all those keys.
+    """
+    return cached(attention, q, k_cache, v_cache, cache_lengths, block_table, return_lse, options)
+
+
+def cached(
+    attention: Callable[..., Any],
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    return_lse: bool,
+    options: Mapping[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `attention_decode` is by a given `attention`."""
+    results = []
+    for b, length in enumerate(cache_lengths.tolist()):
+        k, v = (cache_of(x, b, length, block_table)[None] for x in (k_cache, v_cache))
+        results.append(attention(q[b : b + 1], k, v, return_lse=return_lse, **options))
+    if return_lse:
+        outs, lses = zip(*results, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+    return torch.cat(results)
+
+
+def cache_of(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> Tensor:
+    """The first `length` entries of batch entry b in a cache or its pages: (length, Hk, D)."""
+    if block_table is None:
+        return cache[b, :length]
+    page = cache.shape[1]
+    pages = block_table[b, : -(-length // page)].long()
+    return cache[pages].flatten(0, 1)[:length]

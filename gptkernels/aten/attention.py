@@ -35,14 +35,16 @@ def attention_fwd(
     right: int,
     softcap: float,
     dropout_p: float,
+    first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Tq, H, D) and lse (B, H, Tq) fp32; see `reference.attention` for the formula."""
     if q.numel() == 0 or k.numel() == 0:
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, device=q.device)
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
     options = _AttentionOptions(
-        alibi_slopes, key_lengths, attn_mask, rng, softmax_scale, left, right, softcap, dropout_p
-    )
+        alibi_slopes, key_lengths, attn_mask, rng, softmax_scale, left, right, softcap, dropout_p,
+        first_batch,
+    )  # fmt: skip
     causal = options.plain(q, k)
     if causal is not None:
         fused = _fused_attention_fwd(q, k, v, causal, softmax_scale)
@@ -73,6 +75,7 @@ def attention_bwd(
     grad_mask: Sequence[bool],
     mask_gradient: bool,
     deterministic: bool,
+    first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk and dv, empty where `grad_mask` is False, and the gradient of an additive attn_mask,
     empty unless `mask_gradient`.
@@ -81,8 +84,9 @@ def attention_bwd(
     under torch.use_deterministic_algorithms; elsewhere `deterministic` means the formula.
     """
     options = _AttentionOptions(
-        alibi_slopes, key_lengths, attn_mask, rng, softmax_scale, left, right, softcap, dropout_p
-    )
+        alibi_slopes, key_lengths, attn_mask, rng, softmax_scale, left, right, softcap, dropout_p,
+        first_batch,
+    )  # fmt: skip
     gradients: Sequence[Tensor] | None = None
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv = (
@@ -119,6 +123,7 @@ class _AttentionOptions:
     right: int
     softcap: float
     dropout_p: float
+    first_batch: int  # the number of the batch's first entry, for dropout
 
     def plain(self, q: Tensor, k: Tensor) -> bool | None:
         """Whether PyTorch's fused ops are to be causal; None where they lack an option."""
@@ -504,8 +509,9 @@ def _attention_dropout(q: Tensor, rows: slice, keys: slice, options: _AttentionO
     """What weights are multiplied by: 0 where dropped, else the inverse of the keep probability."""
     count = rows.stop - rows.start
     keep = philox.attention_keep(
-        options.rng, options.dropout_p, q.shape[0], q.shape[2], count, keys.stop, rows.start
-    )
+        options.rng, options.dropout_p, q.shape[0], q.shape[2], count, keys.stop, rows.start,
+        options.first_batch,
+    )  # fmt: skip
     return keep[..., keys.start :] * philox.scale(options.dropout_p)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,21 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from gptkernels import philox
 from gptkernels.aten import attention as aten
+from gptkernels.ops import attention_options as options
 from gptkernels.ops.autocast import autocast_dtype, without_autocast
-from gptkernels.ops.checks import (
-    check_probability,
-    check_same_device,
-    check_same_dtype,
-    check_shape,
-    check_tensor,
-    check_unit_last_stride,
-    dtype_name,
-)
+from gptkernels.ops.checks import check_same_device, check_shape, check_tensor, dtype_name
 from gptkernels.ops.choice import choose
-
-MAX_HEAD_DIM = 256
-_NUMBER = (int, float, torch.SymInt, torch.SymFloat)
-_UNBOUNDED = 2**31 - 1  # no sequence is longer
 
 _LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
 _LIBRARY.define(
@@ -125,10 +113,10 @@ class _Attention(torch.autograd.Function):
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         tensors = (alibi_slopes, key_lengths, attn_mask, rng)
-        options = (softmax_scale, left, right, softcap, dropout_p)
-        out, lse = _fwd(q, k, v, *tensors, *options, impl)
+        numbers = (softmax_scale, left, right, softcap, dropout_p)
+        out, lse = _fwd(q, k, v, *tensors, *numbers, impl)
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
-        ctx.options = options
+        ctx.numbers = numbers
         ctx.deterministic, ctx.return_lse, ctx.impl = deterministic, return_lse, impl
         ctx.set_materialize_grads(False)
         return out, lse
@@ -143,7 +131,7 @@ class _Attention(torch.autograd.Function):
             dlse = None
         grad_mask, mask_gradient = list(ctx.needs_input_grad[:3]), ctx.needs_input_grad[5]
         *gradients, dmask = _bwd(
-            dout, dlse, *tensors, *ctx.options, grad_mask, mask_gradient, ctx.deterministic,
+            dout, dlse, *tensors, *ctx.numbers, grad_mask, mask_gradient, ctx.deterministic,
             ctx.impl,
         )  # fmt: skip
         wanted = (
@@ -214,8 +202,8 @@ def attention(
     but never from past a length.
     """
     _check(q, k, v, softmax_scale, softcap, key_lengths, attn_mask, dropout_p)
-    left, right = bounds(causal, window)
-    slopes = _slopes(alibi_slopes, q)
+    left, right = options.bounds(causal, window)
+    slopes = options.slopes(alibi_slopes, q, q.shape[2])
     dtype = autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if attn_mask is not None and impl in ("triton", "cuda"):
@@ -224,7 +212,7 @@ def attention(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     rng = philox.draw(q.device) if dropout_p > 0 else None
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    scale = options.scale(softmax_scale, q)
     out, lse = _Attention.apply(
         q, k, v, slopes, key_lengths, attn_mask, rng, scale, left, right, float(softcap),
         float(dropout_p), bool(deterministic), bool(return_lse), impl,
@@ -242,36 +230,13 @@ def _check(
     attn_mask: Tensor | None,
     dropout_p: float,
 ) -> None:
-    for name, tensor, shape in (
-        ("q", q, "(B, Tq, H, D)"),
-        ("k", k, "(B, Tk, Hk, D)"),
-        ("v", v, "(B, Tk, Hk, D)"),
-    ):
-        check_tensor(name, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        check_same_dtype(name, tensor, "q", q)
-        check_same_device(name, tensor, "q", q)
-        check_unit_last_stride(name, tensor)
+    kinds = ("(B, Tq, H, D)", "(B, Tk, Hk, D)", "(B, Tk, Hk, D)")
+    options.check_tensors(("q", "k", "v"), (q, k, v), kinds)
     (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
-    if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"q must have a head width D between 1 and {MAX_HEAD_DIM}, got {D}")
     check_shape("k", k, (B, Tk, Hk, D), "batch and head width of q")
     check_shape("v", v, (B, Tk, Hk, D), "that of k")
-    if Hk == 0 or H % Hk:
-        raise ValueError(f"the heads of q must be a multiple of those of k and v, got {H} and {Hk}")
-    for name, number in (
-        ("softmax_scale", softmax_scale),
-        ("softcap", softcap),
-        ("dropout_p", dropout_p),
-    ):
-        if number is not None and not isinstance(number, _NUMBER):
-            raise TypeError(f"{name} must be a number, got {number!r}")
-    if softmax_scale is not None and not abs(softmax_scale) < math.inf:
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
-    check_probability("dropout_p", dropout_p)
+    options.check_heads(H, Hk)
+    options.check_numbers(softmax_scale, softcap, dropout_p)
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q, Tk)
     if attn_mask is not None:
@@ -309,42 +274,3 @@ def _check_attn_mask(attn_mask: Tensor, q: Tensor, shape: tuple[int, int, int, i
             f"attn_mask must broadcast to (B, H, Tq, Tk) = {shape}, got {tuple(attn_mask.shape)}"
         )
     check_same_device("attn_mask", attn_mask, "q", q)
-
-
-def bounds(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
-    """(left, right) with `causal` folded in; -1 is no bound."""
-    if not isinstance(causal, bool | torch.SymBool):
-        raise TypeError(f"causal must be a bool, got {causal!r}")
-    if window is None:
-        return -1, 0 if causal else -1
-    pair = tuple(window) if isinstance(window, tuple | list) else ()
-    if len(pair) != 2 or not all(
-        isinstance(bound, int | torch.SymInt) and not isinstance(bound, bool) for bound in pair
-    ):
-        raise ValueError(f"window must be a pair (left, right) of integers, got {window!r}")
-    if min(pair) < -1:
-        raise ValueError(
-            f"window must be at least 0 on either side, or -1 for no bound, got {window!r}"
-        )
-    left, right = (min(bound, _UNBOUNDED) for bound in pair)
-    return left, 0 if causal else right
-
-
-def _slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor) -> Tensor | None:
-    """(H,) fp32 on q's device."""
-    if alibi_slopes is None:
-        return None
-    if isinstance(alibi_slopes, Tensor):
-        check_tensor("alibi_slopes", alibi_slopes)
-        check_same_device("alibi_slopes", alibi_slopes, "q", q)
-        slopes = alibi_slopes.float()
-        if slopes.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(
-                "alibi_slopes is not differentiable, got one that requires grad; detach it"
-            )
-    elif isinstance(alibi_slopes, Sequence) and all(isinstance(s, _NUMBER) for s in alibi_slopes):
-        slopes = torch.tensor([float(slope) for slope in alibi_slopes], device=q.device)
-    else:
-        raise TypeError(f"alibi_slopes must be a tensor or floats, got {alibi_slopes!r}")
-    check_shape("alibi_slopes", slopes, (q.shape[2],), "one slope per head of q")
-    return slopes.contiguous()
