@@ -1,9 +1,9 @@
 // The asynchronous engine: what the tensor memory accelerator does by itself, some time after a
 // thread has asked for it.
 //
-// A copy into shared memory goes in three steps. When a thread asks for it, memory::engine_begins
+// A copy into shared memory goes in three steps. When a thread asks for it, memory::bulk_begin
 // checks that the thread may overwrite those bytes; from then on nobody may touch them. Its work,
-// which `later` keeps, moves the bytes, declares memory::engine_wrote as whom mbarrier_writer says,
+// which `later` keeps, moves the bytes, declares memory::bulk_landed as whom mbarrier_writer says,
 // and takes them off the barrier by mbarrier_complete. Who then waits there may read them, and no
 // one else. With GPTKERNELS_EMULATE_COPIES=late that happens when no thread can go on, in the order
 // of the schedule (oldest, newest, or any, and at random moments too); with `early` at once.

@@ -22,7 +22,8 @@ struct BulkStore {
     DType dtype;
     const void* pc;
     std::vector<unsigned char> data;  // of the box's rows, when it was started
-    bool read, written;
+    bool read, written;               // by the engine
+    bool awaited;                     // its writes, by the thread
 };
 
 namespace {
@@ -62,14 +63,24 @@ void add(unsigned char* to, const unsigned char* from, size_t bytes, DType dtype
     }
 }
 
-// The running thread reads the source for the engine.
-void read_source(const BulkStore& store) {
+std::string name_of(const BulkStore& store) {
+    return std::string(store.what) + ", at " + lines({store.pc});
+}
+
+// The running thread reads the source for the engine: f(its part, bytes).
+template <class F>
+void each_source(const BulkStore& store, F&& f) {
     const unsigned char* shared = running->cta->shared;
     for (const Row& row : store.box.rows) {
-        each_part(store.box, row, [&](size_t offset, size_t bytes) {
-            memory::async_read(shared + offset, bytes, store.pc);
-        });
+        each_part(store.box, row,
+                  [&](size_t offset, size_t bytes) { f(shared + offset, bytes); });
     }
+}
+
+// What is kept of a finished one is that it has not been awaited.
+void release(BulkStore& store) {
+    store.data = {};
+    store.box.rows = {};
 }
 
 void write(BulkStore& store) {
@@ -86,11 +97,14 @@ void write(BulkStore& store) {
         }
         from += bytes;
     }
+    if (store.read) release(store);
 }
 
 void start(BulkStore&& given) {
     auto store = std::make_shared<BulkStore>(std::move(given));
-    read_source(*store);
+    each_source(*store, [&](const void* shared, size_t bytes) {
+        memory::async_read(shared, bytes, store->pc);
+    });
     store->data = gather_box(store->box, running->cta->shared);
     for (const Row& row : store->box.rows) {
         const size_t bytes = row.last - row.first;
@@ -109,11 +123,13 @@ void start(BulkStore&& given) {
 void finish_reading(BulkStore& store) {
     if (store.read) return;
     if (gather_box(store.box, running->cta->shared) != store.data) {
-        fail("the source of a " + std::string(store.what) + ", at " +
-             lines({store.pc}) + ", has changed before it was waited for");
+        fail("the source of a " + name_of(store) + ", has changed before it was waited for");
     }
-    read_source(store);
+    each_source(store, [&](const void* shared, size_t bytes) {
+        memory::async_read_ends(shared, bytes, store.what, store.pc);
+    });
     store.read = true;
+    if (store.written) release(store);
 }
 
 // f(store) for all but the `pending` newest groups.
@@ -131,7 +147,7 @@ void drop_finished(BulkStores& stores) {
     for (; groups < stores.ends.size(); ++groups) {
         const size_t end = stores.ends[groups];
         size_t done = count;
-        while (done < end && stores.started[done]->read && stores.started[done]->written) ++done;
+        while (done < end && stores.started[done]->awaited) ++done;
         if (done < end) break;
         count = end;
     }
@@ -145,26 +161,26 @@ void drop_finished(BulkStores& stores) {
 void tma_store(const TensorMap* map, const void* shared, const int* at, int rank) {
     const void* pc = __builtin_return_address(0);
     start({"tma_store", checked_box("tma_store", Access::read, map, shared, at, rank), false,
-           DType::f32, pc, {}, false, false});
+           DType::f32, pc, {}, false, false, false});
 }
 
 void tma_reduce_add(const TensorMap* map, const void* shared, const int* at, int rank) {
     const void* pc = __builtin_return_address(0);
     const DType dtype = checked_map("tma_reduce_add", map).dtype;
     start({"tma_reduce_add", checked_box("tma_reduce_add", Access::read, map, shared, at, rank),
-           true, dtype, pc, {}, false, false});
+           true, dtype, pc, {}, false, false, false});
 }
 
 void bulk_store(void* global, const void* shared, unsigned bytes) {
     const void* pc = __builtin_return_address(0);
     start({"bulk_store", checked_bytes("bulk_store", Access::read, global, shared, bytes), false,
-           DType::f32, pc, {}, false, false});
+           DType::f32, pc, {}, false, false, false});
 }
 
 void bulk_reduce_add(float* global, const float* shared, unsigned bytes) {
     const void* pc = __builtin_return_address(0);
     start({"bulk_reduce_add", checked_bytes("bulk_reduce_add", Access::read, global, shared, bytes),
-           true, DType::f32, pc, {}, false, false});
+           true, DType::f32, pc, {}, false, false, false});
 }
 
 void bulk_commit() {
@@ -172,18 +188,26 @@ void bulk_commit() {
     stores.ends.push_back(stores.started.size());
 }
 
-void bulk_wait_read(int pending) {
-    each_awaited(pending, finish_reading);
-    drop_finished(running->stores);
-}
+void bulk_wait_read(int pending) { each_awaited(pending, finish_reading); }
 
 void bulk_wait(int pending) {
-    each_awaited(pending, finish_reading);
-    each_awaited(pending, write);
+    each_awaited(pending, [](BulkStore& store) {
+        finish_reading(store);
+        write(store);
+        store.awaited = true;
+    });
     drop_finished(running->stores);
 }
 
 void fence_proxy_async() { fence_proxy(*running); }
+
+void bulk_stores_published(const char* what) {
+    for (const auto& store : running->stores.started) {
+        if (store->awaited) continue;
+        fail(std::string(what) + " while a " + name_of(*store) +
+             ", may still write to global memory: this thread has not called bulk_wait");
+    }
+}
 
 void bulk_stores_end(const Thread& thread) {
     const BulkStores& stores = thread.stores;

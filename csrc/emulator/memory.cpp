@@ -127,8 +127,10 @@ std::string shared_text(const Cta& cta) {
         case Fault::unwritten: sentence += ", which nobody has written"; break;
         case Fault::in_flight:
             if (finding.bulk) {
-                sentence += ", which a bulk copy may still write: " + other +
-                            ", and nobody has waited for it";
+                sentence += ", which a bulk copy may still write that " +
+                            name_of(finding.other) + " started at " +
+                            lines({unpack_place(finding.place)}) +
+                            " and that has not been waited for";
                 break;
             }
             sentence += ", which a cp.async may still write: " + other +
@@ -226,6 +228,12 @@ void hold(Cta& cta, size_t offset, size_t bytes, Held by, const void* pc) {
     const Finding finding = arenas[cta.slot].hold(offset, bytes, by, visitor);
     if (finding.fault == Fault::none) return;
     fail_finding(Access::write, finding, byte_text(finding.offset, shared_text(cta)), bytes);
+}
+
+Finding read_by_engine(const void* shared, size_t bytes, const void* pc, Epoch engine) {
+    const size_t offset = shared_offset(Access::read, shared, bytes);
+    const Visitor visitor{running, true, launch_serial, pack_place(pc), engine};
+    return arenas[running->cta->slot].read_by_engine(offset, bytes, visitor);
 }
 
 size_t natural(size_t bytes) { return bytes & (bytes - 1) ? 1 : std::min<size_t>(bytes, 16); }
@@ -398,11 +406,17 @@ void bulk_landed(const void* global, size_t bytes) {
 }
 
 void async_read(const void* shared, size_t bytes, const void* pc, Epoch engine) {
-    const size_t offset = shared_offset(Access::read, shared, bytes);
-    const Visitor visitor{running, true, launch_serial, pack_place(pc), engine};
-    const Finding finding = arenas[running->cta->slot].read_by_engine(offset, bytes, visitor);
+    const Finding finding = read_by_engine(shared, bytes, pc, engine);
     if (finding.fault == Fault::none) return;
     fail_finding(Access::read, finding, byte_text(finding.offset, "shared memory"), bytes);
+}
+
+void async_read_ends(const void* shared, size_t bytes, const char* what, const void* pc) {
+    const Finding finding = read_by_engine(shared, bytes, pc, 0);
+    if (finding.fault == Fault::none) return;
+    fail("byte " + std::to_string(finding.offset) + " of shared memory, which a " + what + ", at " +
+         lines({pc}) + ", may still read, " + name_of(finding.other) + " " + finding.did +
+         " at " + lines({unpack_place(finding.place)}) + " before that was waited for");
 }
 
 }  // namespace gk::emulator::memory

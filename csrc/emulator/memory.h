@@ -52,6 +52,8 @@ void bulk_landed(const void* global, size_t bytes);
 // over, and what threads wrote there they have fenced for the asynchronous proxy.
 // `engine`: one of the engine's own (clock.h), which is over when somebody waited for that.
 void async_read(const void* shared, size_t bytes, const void* pc, Epoch engine = 0);
+// The same when it is over: nobody may have written there since `what`, at `pc`, was started.
+void async_read_ends(const void* shared, size_t bytes, const char* what, const void* pc);
 
 // 8 bytes that become an mbarrier: they are no longer for ordinary accesses.
 void hold_mbarrier(Cta& cta, size_t offset, const void* pc);

@@ -33,6 +33,7 @@ void semaphore_wait(const int* flag, int value) {
 
 void semaphore_release(int* flag, int add) {
     need_hopper("semaphore_release");
+    bulk_stores_published("semaphore_release");
     memory::atomic(flag, sizeof *flag, __builtin_return_address(0));
     *flag += add;
     for (size_t i = 0; i < waiters.size();) {

@@ -195,7 +195,7 @@ class Check {
     static bool found(Finding& finding, Fault fault, const Cell& cell) {
         const bool bulk = (cell.written_at & kBulk) && !(cell.written_at & kAtomic);
         finding = {fault, 0, cell.writer, cell.written_at & kPlace,
-                   cell.written_at & kAtomic ? "updated" : bulk ? "copied" : "wrote", bulk};
+                   cell.written_at & kAtomic ? "updated" : bulk ? "copied to" : "wrote", bulk};
         return false;
     }
 

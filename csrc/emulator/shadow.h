@@ -47,7 +47,7 @@ struct Finding {
     size_t offset = 0;
     Epoch other = 0;
     unsigned place = 0;
-    const char* did = nullptr;  // "read", "wrote", "updated" by an atomic, "copied"
+    const char* did = nullptr;  // "read", "wrote", "updated" by an atomic, "copied to"
     bool bulk = false;          // by a bulk copy
 };
 

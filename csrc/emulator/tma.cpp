@@ -34,6 +34,10 @@ void land(const Load& load) {
     }
     const size_t offset = load.box.offset, bytes = load.box.bytes;
     for (Cta* cta : load.targets) {
+        if (cta->alive == 0) {
+            fail("CTA " + text(cta->block) + " returned before a " + load.what + ", at " +
+                 lines({load.pc}) + ", had written its shared memory");
+        }
         std::memcpy(cta->shared + offset, load.image.data(), bytes);
         memory::bulk_landed(*cta, offset, bytes, mbarrier_writer(*cta, load.barrier));
         mbarrier_complete(*cta, load.barrier, unsigned(bytes));

@@ -1,5 +1,5 @@
-// Launches a case with a tensor map by its name, for tests/test_hopper.py: in the emulator, and on a
-// GPU those cases that are right.
+// Launches a case with a tensor map by its name, for tests/test_tma.py: in the emulator, and on a GPU
+// those cases that are right.
 #include "tma_cases.h"
 
 #include <cstring>

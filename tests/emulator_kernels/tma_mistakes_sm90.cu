@@ -1,6 +1,7 @@
 // What goes wrong around bulk copies: each mistake beside the same kernel without it.
 #include "device/cluster.h"
 #include "device/mbarrier.h"
+#include "device/semaphore.h"
 #include "device/tma.h"
 #include "tma_cases.h"
 
@@ -70,8 +71,8 @@ __global__ void load_into_read(const __grid_constant__ BoxCase p) {
 __global__ void load_into_load(const __grid_constant__ BoxCase p) {
     start_load(p, 8192);
     if (threadIdx.x == 0) {
-        gk::tma_load(arena() + (p.broken ? 0 : 1024), &p.map, barrier_of(p),
-                     box_of(p));  // load_into_load
+        float* to = arena() + (p.broken ? 0 : 1024);
+        gk::tma_load(to, &p.map, barrier_of(p), box_of(p));  // load_into_load
     }
     gk::mbarrier_wait(barrier_of(p), 0);
     give(p);
@@ -125,7 +126,7 @@ __global__ void load_wrong_rank(const __grid_constant__ BoxCase p) {
 
 __global__ void prefetch_of_none(const __grid_constant__ BoxCase p) {
     if (threadIdx.x != 0) return;
-    auto other = reinterpret_cast<const gk::TensorMap*>(&p.at);
+    auto other = reinterpret_cast<const gk::TensorMap*>(&p.a);
     gk::tma_prefetch(p.broken ? other : &p.map);  // prefetch_of_none
 }
 
@@ -145,8 +146,8 @@ __global__ void multicast_outside(const __grid_constant__ BoxCase p) {
     gk::cluster_sync();
     if (threadIdx.x == 0) gk::mbarrier_arrive_expect_tx(bar, 4096);
     if (threadIdx.x == 0 && gk::cluster_rank() == 0) {
-        gk::tma_load_multicast(arena(), &p.map, bar, box_of(p),
-                               p.broken ? 0x5 : 0x3);  // multicast_outside
+        const uint16_t mask = p.broken ? 0x5 : 0x3;
+        gk::tma_load_multicast(arena(), &p.map, bar, box_of(p), mask);  // multicast_outside
     }
     gk::mbarrier_wait(bar, 0);
     gk::cluster_sync();
@@ -334,10 +335,10 @@ __global__ void bulk_multiples(const __grid_constant__ BoxCase p) {
     gk::mbarrier_init(bar, 1);
     gk::mbarrier_init_fence();
     const unsigned bytes = p.broken ? static_cast<unsigned>(p.at[0]) : 512u;
-    const int global = p.broken ? p.at[1] : 0, shared = p.broken ? p.at[2] : 0;
+    auto from = static_cast<const unsigned char*>(p.a) + (p.broken ? p.at[1] : 0);
+    unsigned char* to = gk::shared_memory() + (p.broken ? p.at[2] : 0);
     gk::mbarrier_arrive_expect_tx(bar, bytes);
-    gk::bulk_load(gk::shared_memory() + shared, static_cast<const unsigned char*>(p.a) + global,
-                  bytes, bar);  // bulk_multiples
+    gk::bulk_load(to, from, bytes, bar);  // bulk_multiples
     gk::mbarrier_wait(bar, 0);
     gk::bulk_store(p.b, gk::shared_memory(), bytes);
     gk::bulk_commit();
@@ -352,6 +353,24 @@ __global__ void bulk_to_input(const __grid_constant__ BoxCase p) {
     gk::bulk_store(p.broken ? const_cast<void*>(p.a) : p.b, arena(), 512);  // bulk_to_input
     gk::bulk_commit();
     gk::bulk_wait_read<0>();
+}
+
+// b: 1,024 sums, then a semaphore, all zeros before. Two CTAs add in turn.
+__global__ void sums_in_turn(const __grid_constant__ BoxCase p) {
+    fill();
+    gk::fence_proxy_async();
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    auto flag = static_cast<int*>(p.b) + 1024;
+    gk::semaphore_wait(flag, static_cast<int>(blockIdx.x));
+    gk::bulk_reduce_add(static_cast<float*>(p.b), arena(), 4096);  // sums_in_turn
+    gk::bulk_commit();
+    if (p.broken) {
+        gk::bulk_wait_read<0>();
+    } else {
+        gk::bulk_wait<0>();
+    }
+    gk::semaphore_release(flag, 1);  // released early
 }
 
 // b is never written before.
@@ -400,6 +419,7 @@ const NamedBoxCase kBoxMistakes[] = {
     {"store_twice", store_twice},
     {"bulk_multiples", bulk_multiples},
     {"bulk_to_input", bulk_to_input},
+    {"sums_in_turn", sums_in_turn},
     {"bulk_add_to_unwritten", bulk_add_to_unwritten},
     {nullptr, nullptr},
 };
