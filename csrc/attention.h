@@ -9,7 +9,9 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
+#include "candidate.h"
 #include "dropout.h"
 #include "launch.h"
 
@@ -83,7 +85,15 @@ inline dim3 grid_of(const char* kernel, const AttentionCall& c, int64_t blocks) 
     return dim3(static_cast<unsigned>(blocks));
 }
 
-void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream);
+// candidate: an index into attention_fwd_candidates(), ways to build the kernel for compute
+// capability 9.0; -1: what the rules choose there, and the kernel of every device elsewhere. Throws
+// Error where the candidate cannot take the call.
+void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream, int candidate = -1);
 void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream);
+
+// Why the kernel for compute capability 9.0 does not take a call, "" if it does.
+std::string attention_fwd_sm90_refuses(DType dtype, const AttentionFwd& p);
+std::vector<Candidate> attention_fwd_candidates();
+void launch_attention_fwd_sm90(DType dtype, const AttentionFwd& p, Stream stream, int candidate);
 
 }  // namespace gk

@@ -1,8 +1,9 @@
-// Attention forward's launcher; the formula and the kernel are in attention_fwd_kernel.h, and one
-// file of instantiations for each dtype.
-#include "launch.h"
-
+// Attention forward's launcher. The formula and the kernel of every device are in
+// attention_fwd_kernel.h, with one file of instantiations for each dtype; the kernel of compute
+// capability 9.0 is in attention_fwd_sm90_kernel.h.
 #include "attention.h"
+#include "launch.h"
+#include "plan.h"
 
 namespace gk {
 
@@ -12,7 +13,14 @@ extern template void launch_attention_fwd_of<float>(const AttentionFwd&, Stream)
 extern template void launch_attention_fwd_of<__nv_bfloat16>(const AttentionFwd&, Stream);
 extern template void launch_attention_fwd_of<__half>(const AttentionFwd&, Stream);
 
-void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream) {
+void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream, int candidate) {
+    const bool hopper = capability(stream.device) == 90;
+    const std::string reason = !hopper ? "the device is not of compute capability 9.0"
+                                       : attention_fwd_sm90_refuses(dtype, p);
+    if (reason.empty()) return launch_attention_fwd_sm90(dtype, p, stream, candidate);
+    if (candidate >= 0)
+        throw Error("attention_fwd_sm90_kernel on " + shape_of(p.call) + ": " + reason);
+    if (hopper) plan_refused("attention_fwd_sm90_kernel", reason);
     dispatch(dtype, [&](auto zero) { launch_attention_fwd_of<decltype(zero)>(p, stream); });
 }
 

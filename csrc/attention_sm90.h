@@ -16,15 +16,11 @@ constexpr int kPanelCols = 64;
 // has past the last token or column is loaded as zeros and not stored.
 inline TensorMapShape attention_map_shape(DType dtype, const void* base, const Strides& strides,
                                           int batch, int tokens, int heads, int D, int rows) {
-    // The stride of a dimension of one element is never taken, and may be anything.
-    const auto used = [&](int64_t stride, int size) {
-        return size > 1 ? stride : static_cast<int64_t>((D + 7) / 8 * 8);
-    };
     return {dtype,
             4,
             base,
             {D, heads, tokens, batch},
-            {1, used(strides.head, heads), used(strides.token, tokens), used(strides.batch, batch)},
+            {1, strides.head, strides.token, strides.batch},
             {kPanelCols, 1, rows, 1},
             Swizzle::b128};
 }

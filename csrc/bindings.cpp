@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <tuple>
+#include <vector>
 
 #include "attention.h"
 #include "launch.h"
@@ -43,6 +44,12 @@ py::dict described(const gk::Candidate& c) {
                     py::arg("consumers") = c.consumers, py::arg("cluster") = c.cluster,
                     py::arg("pingpong") = c.pingpong, py::arg("threads") = c.threads,
                     py::arg("shared_bytes") = c.shared_bytes);
+}
+
+py::list described(const std::vector<gk::Candidate>& candidates) {
+    py::list all;
+    for (const gk::Candidate& c : candidates) all.append(described(c));
+    return all;
 }
 
 // What is in a plan: see plan.h.
@@ -100,7 +107,8 @@ PYBIND11_MODULE(_cuda, module) {
            uintptr_t alibi_slopes, uintptr_t key_lengths, uintptr_t rng, uintptr_t out,
            uintptr_t lse, int dtype, int batch, int Tq, int Tk, int H, int Hk, int D,
            StrideTuple q_strides, StrideTuple k_strides, StrideTuple v_strides, float scale,
-           int left, int right, float softcap, uint32_t dropout_threshold, float dropout_scale) {
+           int left, int right, float softcap, uint32_t dropout_threshold, float dropout_scale,
+           int candidate) {
             const gk::AttentionCall call{
                 batch, Tq, Tk, H, Hk, D, scale, left, right, softcap,
                 pointer<const float>(alibi_slopes), pointer<const int32_t>(key_lengths),
@@ -114,7 +122,8 @@ PYBIND11_MODULE(_cuda, module) {
                                      strides(v_strides),
                                      pointer<void>(out),
                                      pointer<float>(lse)};
-            gk::launch_attention_fwd(static_cast<DType>(dtype), p, stream_of(device, stream));
+            gk::launch_attention_fwd(static_cast<DType>(dtype), p, stream_of(device, stream),
+                                     candidate);
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("alibi_slopes"), py::arg("key_lengths"), py::arg("rng"),
@@ -122,7 +131,9 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("Tk"), py::arg("H"), py::arg("Hk"), py::arg("D"), py::arg("q_strides"),
         py::arg("k_strides"), py::arg("v_strides"), py::arg("scale"), py::arg("left"),
         py::arg("right"), py::arg("softcap"), py::arg("dropout_threshold"),
-        py::arg("dropout_scale"));
+        py::arg("dropout_scale"), py::arg("candidate"));
+    module.def("attention_fwd_candidates",
+               [] { return described(gk::attention_fwd_candidates()); });
 
     module.def(
         "attention_bwd",

@@ -184,7 +184,7 @@ def attention(
         dtype,
         dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=Tk, left=left, right=right),
         (
-            Direction("forward", forward, None),
+            Direction("forward", forward, "attention_fwd_candidates"),
             Direction("backward", backward, None),
         ),
     )

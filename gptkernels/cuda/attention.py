@@ -30,8 +30,13 @@ def attention_fwd(
     right: int,
     softcap: float,
     dropout_p: float,
+    candidate: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, D) and lse (B, H, Tq) fp32. Raises NotImplementedError for an attn_mask."""
+    """out (B, Tq, H, D) and lse (B, H, Tq) fp32. Raises NotImplementedError for an attn_mask.
+
+    `candidate` is a way to build the kernel of compute capability 9.0, an index into the module's
+    attention_fwd_candidates(); RuntimeError where it cannot take the call.
+    """
     if attn_mask is not None:
         raise NotImplementedError("attn_mask runs with impl='torch' only, got impl='cuda'")
     B, Tq, H, D = q.shape
@@ -46,6 +51,7 @@ def attention_fwd(
         q,
         inputs=dict(q=q, k=k, v=v, **_vectors(alibi_slopes, key_lengths, rng)),
         outputs=dict(out=out, lse=lse),
+        candidate=candidate,
         **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p),
     )
     return out, lse
