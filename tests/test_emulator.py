@@ -49,7 +49,7 @@ class Emulator:
         self.library = ctypes.CDLL(str(library))
         address, size = ctypes.c_void_p, ctypes.c_size_t
         self.library.run.argtypes = [
-            *(ctypes.c_char_p, address, ctypes.c_uint, size),
+            *(ctypes.c_char_p, address, ctypes.c_uint, ctypes.c_uint, size),
             *(address, ctypes.c_char_p, size),
         ]
 
@@ -62,8 +62,9 @@ class Emulator:
         c: Tensor | None = None,
         c_is: str = "inout",
         n: int = 0,
-        broken: bool = False,
+        broken: int = False,
         grid: tuple[int, int, int] = (1, 1, 1),
+        cluster: int = 1,
         threads: int = 32,
         shared: int = 0,
     ) -> None:
@@ -78,7 +79,7 @@ class Emulator:
         params = Case(*(t.data_ptr() if t is not None else 0 for t in (a, b, c)), n, int(broken))
         error = ctypes.create_string_buffer(4096)
         failed = self.library.run(
-            *(name.encode(), (ctypes.c_uint * 3)(*grid), threads, shared),
+            *(name.encode(), (ctypes.c_uint * 3)(*grid), cluster, threads, shared),
             *(ctypes.byref(params), error, len(error)),
         )
         self.forget()
@@ -152,7 +153,8 @@ def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Emulator:
         return request.getfixturevalue("emulator")
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    chosen = sources("cases", "primitives", "tiles", "dropout", "wgmma_sm90")
+    stems = ("cases", "primitives", "tiles", "dropout")
+    chosen = sources(*stems, "wgmma_sm90", "mbarriers_sm90", "clusters_sm90")
     try:
         return Gpu(extension.native_library(chosen, ROOT / "build" / "native_kernels"))
     except extension.BuildError as error:

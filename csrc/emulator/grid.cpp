@@ -67,6 +67,7 @@ void body() {
     --cta.alive;
     cta.warps[self.warp()].alive &= ~(1u << self.lane());
     memory::thread_ends(self);
+    leave_mbarriers(self);
     go_on_without(self);
     cluster_without(self);
     self.fiber.leave();

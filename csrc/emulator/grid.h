@@ -110,6 +110,7 @@ struct Mbarrier {
     unsigned engine;       // of the engine's writers, who reports here
     bool fenced = false;   // the engine and other CTAs see it
     Epoch reported = 0;    // what the engine did last
+    Epoch waited_for = 0;  // ... that a thread knows of
     Past past, completed;  // of this phase, and of the one before
     std::vector<Thread*> waiting;
 };
@@ -197,6 +198,7 @@ void forget_semaphores();  // of a launch that has failed
 Cta& cta_of_rank(unsigned rank, const char* what);  // of the running thread's cluster
 
 // Of mbarrier.cpp and registers.cpp: what is wrong with how a CTA ends; "" for nothing.
+void leave_mbarriers(const Thread& thread);  // a thread returns
 std::string unfinished_mbarriers(const Cta& cta);
 std::string uneven_registers(const Cta& cta);
 

@@ -206,10 +206,20 @@ void mbarrier_complete(Cta& cta, size_t offset, unsigned bytes) {
     complete(bar, offset);
 }
 
+void leave_mbarriers(const Thread& thread) {
+    for (auto& [offset, bar] : thread.cta->mbarriers) {
+        if (bar.reported && comes_before(bar.reported, thread)) bar.waited_for = bar.reported;
+    }
+}
+
 std::string unfinished_mbarriers(const Cta& cta) {
     for (const auto& [offset, bar] : cta.mbarriers) {
         if (bar.bytes != 0) {
             return "it returns and leaves " + name(offset) + " " + state(bar);
+        }
+        if (bar.reported != bar.waited_for) {
+            return "it returns and nobody has waited for the last asynchronous copy that reports "
+                   "to " + name(offset) + ", initialised at " + place(bar);
         }
     }
     return "";

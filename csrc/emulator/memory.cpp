@@ -75,6 +75,11 @@ std::string outside(const std::string& name, const char* begin, size_t size, con
     return text + " (" + counted(size, "byte") + ")";
 }
 
+// "shared memory", with whose it is where that is another CTA.
+std::string shared_text(const Cta& cta) {
+    return &cta == running->cta ? "shared memory" : "shared memory of CTA " + text(cta.block);
+}
+
 // The address belongs to nothing that this thread may touch: the sentence names what it is.
 [[noreturn]] void fail_outside(Access access, const char* address, size_t bytes) {
     constexpr size_t kNear = 1024 * 1024, kNull = 64 * 1024;
@@ -89,31 +94,24 @@ std::string outside(const std::string& name, const char* begin, size_t size, con
             fail(sentence + "in local memory of thread " + std::to_string(fiber->index));
         }
     }
-    const auto shared = reinterpret_cast<const char*>(cta.shared);
-    size_t nearest = distance(shared, launched->shared_bytes, address, bytes);
-    const Tensor* tensor = nullptr;
-    for (const Tensor& candidate : tensors) {
-        const size_t far = distance(candidate.begin, candidate.bytes, address, bytes);
-        if (far < nearest) {
-            nearest = far;
-            tensor = &candidate;
-        }
+    size_t nearest = kNear + 1;
+    std::string where = "far from every tensor of this call and from shared memory";
+    const auto look = [&](const std::string& name, const char* begin, size_t size) {
+        const size_t far = distance(begin, size, address, bytes);
+        if (far >= nearest) return;
+        nearest = far;
+        where = outside(name, begin, size, address, bytes);
+    };
+    for (const Cta* other : cta.cluster->ctas) {
+        look(shared_text(*other), reinterpret_cast<const char*>(other->shared),
+             launched->shared_bytes);
     }
-    if (nearest > kNear) {
-        fail(sentence + "far from every tensor of this call and from shared memory");
-    }
-    fail(sentence + (tensor ? outside(tensor->name, tensor->begin, tensor->bytes, address, bytes)
-                            : outside("shared memory", shared, launched->shared_bytes, address,
-                                      bytes)));
+    for (const Tensor& tensor : tensors) look(tensor.name, tensor.begin, tensor.bytes);
+    fail(sentence + where);
 }
 
 std::string byte_text(size_t offset, const std::string& of) {
     return "byte " + std::to_string(offset) + " of " + of;
-}
-
-// "shared memory", with whose it is where that is another CTA.
-std::string shared_text(const Cta& cta) {
-    return &cta == running->cta ? "shared memory" : "shared memory of CTA " + text(cta.block);
 }
 
 [[noreturn]] void fail_finding(Access access, const Finding& finding, const std::string& where,

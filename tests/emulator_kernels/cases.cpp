@@ -11,7 +11,7 @@
 
 static const NamedCase* const kFiles[] = {kMemoryCases,    kRaceCases, kCopyCases,   kMeetingCases,
                                           kPrimitiveCases, kTileCases, kDropoutCases,
-                                          kWgmmaCases};
+                                          kWgmmaCases,     kMbarrierCases, kClusterCases};
 
 GK_EXPORT void declare(const char* name, const void* begin, size_t bytes, int written) {
     gk::emulator::memory::declare(name, begin, bytes, written != 0);
@@ -21,7 +21,8 @@ GK_EXPORT void forget() { gk::emulator::memory::forget(); }
 
 static void finish() {}
 #else
-static const NamedCase* const kFiles[] = {kPrimitiveCases, kTileCases, kDropoutCases, kWgmmaCases};
+static const NamedCase* const kFiles[] = {kPrimitiveCases, kTileCases,     kDropoutCases,
+                                          kWgmmaCases,     kMbarrierCases, kClusterCases};
 
 static void finish() {
     const cudaError_t status = cudaDeviceSynchronize();
@@ -30,15 +31,15 @@ static void finish() {
 #endif
 
 // 0, or 1 and the error's sentence.
-GK_EXPORT int run(const char* name, const unsigned (&grid)[3], unsigned threads, size_t shared,
-                  const Case* params, char* error, size_t error_bytes) {
+GK_EXPORT int run(const char* name, const unsigned (&grid)[3], unsigned cluster, unsigned threads,
+                  size_t shared, const Case* params, char* error, size_t error_bytes) {
     try {
         for (const NamedCase* cases : kFiles) {
             for (; cases->name != nullptr; ++cases) {
                 if (std::strcmp(cases->name, name) != 0) continue;
                 gk::launch(cases->kernel,
                            {name, "a small case", dim3(grid[0], grid[1], grid[2]), threads, shared,
-                            {0, nullptr}},
+                            {0, nullptr}, cluster},
                            *params);
                 finish();
                 return 0;

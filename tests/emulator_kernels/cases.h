@@ -19,4 +19,5 @@ struct NamedCase {
 
 // Of each .cu file, ended by a null name.
 extern const NamedCase kMemoryCases[], kRaceCases[], kCopyCases[], kMeetingCases[],
-    kPrimitiveCases[], kTileCases[], kDropoutCases[], kWgmmaCases[];
+    kPrimitiveCases[], kTileCases[], kDropoutCases[], kWgmmaCases[], kMbarrierCases[],
+    kClusterCases[];
