@@ -21,6 +21,7 @@ namespace {
 
 constexpr unsigned kThreads = 128;
 constexpr uint32_t kPoison = 0x7fd0dead;
+constexpr uint32_t kPoisonPair[2] = {kPoison, kPoison};
 constexpr unsigned kReader = 31;  // of a warp: asks whether its products may read shared memory
 constexpr const char* kWait = "wgmma.wait_group";
 
@@ -122,10 +123,17 @@ size_t stack_offset(const void* address, size_t bytes) {
     return offset;
 }
 
-// Where a thread's accumulator j is in [64][n].
-size_t place(unsigned thread, int n, int j) {
-    const unsigned row = thread / kWarp * 16 + thread % kWarp / 4 + unsigned(j / 2 % 2 * 8);
-    return row * size_t(n) + size_t(j / 4 * 8) + thread % 4 * 2 + size_t(j % 2);
+// Calls f(i, at) for each two neighbours i and i + 1 of the running thread's accumulators, which are
+// from `at` on in [64][n].
+template <class F>
+void for_pairs(int n, F&& f) {
+    const unsigned thread = running->index % kThreads;
+    const unsigned row = thread / kWarp * 16 + thread % kWarp / 4;
+    const size_t first = row * size_t(n) + thread % 4 * 2, second = first + 8 * size_t(n);
+    for (int tile = 0; tile < n / 8; ++tile) {
+        f(4 * tile, first + size_t(8 * tile));
+        f(4 * tile + 2, second + size_t(8 * tile));
+    }
 }
 
 // The first thread says what the product is, the others agree.
@@ -184,11 +192,11 @@ void take_accumulators(Product& product, Progress& mine, float* acc) {
     if (touched.since_fence(offset, bytes)) {
         fail("wgmma.mma_async has accumulators that were touched after the last wgmma_fence");
     }
-    const unsigned thread = running->index % kThreads;
     if (product.accumulate) {
-        for (int j = 0; j < n / 2; ++j) (*product.sums)[place(thread, n, j)] = acc[j];
+        float* sums = product.sums->data();
+        for_pairs(n, [&](int i, size_t at) { std::memcpy(sums + at, acc + i, 8); });
     }
-    for (int j = 0; j < n / 2; ++j) std::memcpy(acc + j, &kPoison, sizeof kPoison);
+    for (int i = 0; i < n / 2; ++i) std::memcpy(acc + i, &kPoison, sizeof kPoison);
     touched.set_in_flight(offset, bytes);
     mine.in_flight.push_back({acc, n, product.sums, mine.issued - 1});
 }
@@ -253,16 +261,18 @@ void compute(Product& product) {
 
 // Of products waited for, the sums come to the thread's registers.
 void give_accumulators(Progress& mine, size_t end) {
-    const unsigned thread = running->index % kThreads;
     for (size_t i = mine.in_flight.size(); i-- > 0;) {
         const InFlight flight = mine.in_flight[i];
         if (flight.last >= end) continue;
         mine.in_flight.erase(mine.in_flight.begin() + ptrdiff_t(i));
-        for (int j = 0; j < flight.n / 2; ++j) {
-            if (std::memcmp(flight.acc + j, &kPoison, sizeof kPoison) != 0) {
-                fail("an accumulator of a wgmma.mma_async was written before it was waited for");
-            }
-            flight.acc[j] = (*flight.sums)[place(thread, flight.n, j)];
+        const float* sums = flight.sums->data();
+        bool poisoned = true;
+        for_pairs(flight.n, [&](int i, size_t at) {
+            poisoned &= std::memcmp(flight.acc + i, kPoisonPair, sizeof kPoisonPair) == 0;
+            std::memcpy(flight.acc + i, sums + at, 8);
+        });
+        if (!poisoned) {
+            fail("an accumulator of a wgmma.mma_async was written before it was waited for");
         }
         const size_t bytes = size_t(flight.n) / 2 * sizeof(float);
         running->touched.set_landed(stack_offset(flight.acc, bytes), bytes);
