@@ -5,11 +5,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulator native gates gpu lint clean active
+.PHONY: help demo test emulator native gates gpu gpu-tune lint clean active
 
 # The interpreter that .venv is made from.
 BASE_PYTHON ?= python3
-# Where `make gpu` writes its results.
+# Where `make gpu` and `make gpu-tune` write their results.
 RESULTS ?= benchmarks/results
 # Versions of Triton that `make gates` checks besides the installed one; kept under build/.
 TRITON_ASIDE ?= 3.6.0 3.9.0
@@ -40,12 +40,12 @@ define check_version
 endef
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 	@echo
 	@echo '  PYTHON=python3      use the active environment instead of .venv; PyTorch stays as it is'
 	@echo '  BASE_PYTHON=python3 the Python that .venv is made from'
-	@echo '  ARGS="..."          more arguments for demo, test, gates'
-	@echo '  RESULTS=folder      where make gpu writes its results'
+	@echo '  ARGS="..."          more arguments for demo, test, gates, gpu-tune'
+	@echo '  RESULTS=folder      where make gpu and make gpu-tune write their results'
 
 demo: $(READY) ## train a small GPT on real text, check it against plain PyTorch, write a report
 	$(PY) -m gptkernels demo $(ARGS)
@@ -71,31 +71,42 @@ gates: $(READY) ## compile every kernel ahead of time, Triton's and nvcc's, and 
 	$(if $(findstring --compiler nvcc,$(subst =, ,$(ARGS))),,$(if $(TRITON_ASIDE),$(PY) -m gates --triton $(TRITON_ASIDE) $(ARGS) || status=1;)) \
 	exit $$status
 
-# Nothing is installed or downloaded: the sources are laid out as an install would, with the CUDA
-# kernels for this GPU alone where they can be built, and the active Python runs them. -lineinfo names
-# source lines to compute-sanitizer. The emulator stands where a checkout has it.
-capability := import sys, torch; \
-	torch.cuda.is_available() or sys.exit("make gpu needs an NVIDIA GPU that PyTorch can use, and finds none"); \
+# Nothing is installed or downloaded: the sources are laid out as an install would, and the active Python
+# runs them. The kernels are compiled for this GPU alone, by as many compilers as there are CPUs;
+# -lineinfo names source lines to compute-sanitizer and profilers.
+capability = import sys, torch; \
+	torch.cuda.is_available() or sys.exit("make $@ needs an NVIDIA GPU that PyTorch can use, and finds none"); \
 	print("%d%d" % torch.cuda.get_device_capability())
+define lay_out
+@$(PYTHON) -c '$(capability)' >/dev/null
+rm -rf build/gpu
+mkdir -p build/gpu
+cp -R gptkernels build/gpu/gptkernels
+cp -R benchmarks examples build/gpu/gptkernels/
+rm -f build/gpu/gptkernels/_cuda*
+endef
+native_here = GPTKERNELS_CUDA_ARCHS=$$($(PYTHON) -c '$(capability)') NVCC_APPEND_FLAGS=-lineinfo \
+	$(PYTHON) scripts/extension.py native
+as_laid_out = env -u TRITON_INTERPRET -u GPTKERNELS_EMULATE -u GPTKERNELS_EMULATE_ARCH \
+	PYTHONPATH="$(CURDIR)/build/gpu$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -P
+
 gpu: PYTHON ?= python3
 gpu: ## on a machine with an NVIDIA GPU: test, verify and time the kernels; results as JSON in RESULTS
-	@$(PYTHON) -c '$(capability)' >/dev/null
-	rm -rf build/gpu
-	mkdir -p build/gpu
-	cp -R gptkernels build/gpu/gptkernels
-	cp -R benchmarks examples build/gpu/gptkernels/
-	rm -f build/gpu/gptkernels/_cuda*
+	$(lay_out)
+	@# The emulator stands where a checkout has it.
 	@if $(PYTHON) scripts/extension.py native --check; then \
-		archs=$$($(PYTHON) -c '$(capability)'); \
 		$(PYTHON) scripts/extension.py emulator & \
-		GPTKERNELS_CUDA_ARCHS=$$archs NVCC_APPEND_FLAGS=-lineinfo \
-			$(PYTHON) scripts/extension.py native && wait $$! && \
+		$(native_here) && wait $$! && \
 		mkdir build/gpu/build && cp -R build/emulator build/gpu/build/ && \
 		cp build/native/_cuda* build/gpu/gptkernels/; \
 	else echo 'going on without the CUDA C++ kernels'; fi
-	env -u TRITON_INTERPRET -u GPTKERNELS_EMULATE \
-		PYTHONPATH="$(CURDIR)/build/gpu$${PYTHONPATH:+:$$PYTHONPATH}" \
-		$(PYTHON) -P -m gptkernels.benchmarks.gpu --results "$(RESULTS)"
+	$(as_laid_out) -m gptkernels.benchmarks.gpu --results "$(RESULTS)"
+
+gpu-tune: PYTHON ?= python3
+gpu-tune: ## likewise: every way to build the CUDA C++ kernels, checked and timed beside the best of others
+	$(lay_out)
+	@since=$$(date +%s); $(native_here) && cp build/native/_cuda* build/gpu/gptkernels/ && \
+	$(as_laid_out) -m gptkernels.benchmarks.tune --results "$(RESULTS)" --since $$since $(ARGS)
 
 clean: ## remove what the targets made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

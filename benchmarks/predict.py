@@ -36,6 +36,7 @@ be compared with what `make gpu-tune` measures, and to say what to try first.
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import math
 import re
@@ -163,8 +164,8 @@ def _attention(problem: Problem) -> Iterator[Prediction]:
         of_q = 2.0 * sizes["B"] * sizes["T"] * sizes["H"] * sizes["D"]
         of_k = 2.0 * sizes["B"] * sizes["Tk"] * sizes["Hk"] * sizes["D"]
         moved = 2 * of_q + 2 * of_k if forward else 4 * of_q + 4 * of_k
-        for index, launches, chosen in _ways(direction):
-            main = max(launches, key=lambda launched: launched.built is not None)
+        for index, made, chosen in direction.ways(MACHINE, main_launch):
+            launches, main = made.launches, main_launch(made.launches)
             if main.built is None:
                 share = _GENERIC_SHARE[f"attention {direction.name}"]
                 seconds = flops / (share * PRODUCT_RATE)
@@ -178,6 +179,11 @@ def _attention(problem: Problem) -> Iterator[Prediction]:
             around = 0.0 if forward else (2 * of_q + 2 * of_q) + (2 * of_q + of_q)
             seconds += LAUNCH_S * len(launches) + around / COPY_RATE
             yield _row(problem, direction.name, index, chosen, main, bound, seconds, flops, moved)
+
+
+def main_launch(launches: Sequence[Launched]) -> Launched:
+    """The one that multiplies: made for Hopper, or the one with the largest tiles."""
+    return max(launches, key=lambda x: (x.built is not None, x.shared_bytes))
 
 
 def _forward_units(sizes: dict[str, int], built: dict) -> tuple[list[float], _Step]:
@@ -242,17 +248,14 @@ def makespan(units: Sequence[float], places: int) -> float:
 
 def _mlp(problem: Problem) -> Iterator[Prediction]:
     for direction in problem.directions:
-        ways = [
-            (index, [x for x in launches if " times " in x.shape], chosen)
-            for index, launches, chosen in _ways(direction)
-        ]
-        for number in range(len(ways[0][1])):
-            for index, products, chosen in ways:
-                launched = products[number]
+        for number in range(len(products(direction.plan(MACHINE).launches))):
+            pick = functools.partial(product, number)
+            for index, made, chosen in direction.ways(MACHINE, pick):
+                launched = pick(made.launches)
                 m, k, n = _product_sizes(launched)
                 flops, moved = 2.0 * m * n * k, 2.0 * (m * k + k * n + m * n)
                 kind = _epilogue(direction.name, number)
-                name = f"{direction.name}, product {number + 1} ({m}x{n}x{k}, {kind})"
+                name = product_name(direction.name, number, (m, n, k))
                 if launched.built is None:
                     seconds = flops / (_GENERIC_SHARE["gelu_mlp"] * PRODUCT_RATE)
                     bound = "products"
@@ -283,6 +286,16 @@ def _product_seconds(launched: Launched, k: int, kind: str) -> tuple[float, str]
     return waves * (products + finish), step.bound()
 
 
+def products(launches: Sequence[Launched]) -> list[Launched]:
+    """Those that multiply."""
+    return [launched for launched in launches if " times " in launched.shape]
+
+
+def product(number: int, launches: Sequence[Launched]) -> Launched:
+    """One of `products`."""
+    return products(launches)[number]
+
+
 def _product_sizes(launched: Launched) -> tuple[int, int, int]:
     match = re.match(r"\((\d+), (\d+)\) times \(\d+, (\d+)\)", launched.shape)
     assert match is not None, launched.shape
@@ -296,6 +309,12 @@ def _padded(launched: Launched) -> int:
     m, _, n = _product_sizes(launched)
     rows, cols = launched.built["tile_m"] * launched.cluster, launched.built["tile_n"]
     return -(-m // rows) * rows * (-(-n // cols) * cols)
+
+
+def product_name(direction: str, number: int, sizes: tuple[int, int, int]) -> str:
+    """ "forward, product 1 (8192x16384x4096, gelu)"; sizes are m, n, k."""
+    kind = _epilogue(direction, number)
+    return f"{direction}, product {number + 1} ({'x'.join(map(str, sizes))}, {kind})"
 
 
 def _epilogue(direction: str, number: int) -> str:
@@ -313,8 +332,8 @@ def _layer_norm(problem: Problem) -> Iterator[Prediction]:
         residual = "residual" in problem.text
         tensors = (4 if residual else 2) if direction.name == "forward" else (4 if residual else 3)
         moved = 2.0 * tensors * elements
-        for index, launches, chosen in _ways(direction):
-            main = launches[0]
+        for index, made, chosen in direction.ways(MACHINE, lambda launches: launches[0]):
+            launches, main = made.launches, made.launches[0]
             waves = main.waves(MACHINE)
             seconds = moved / COPY_RATE * max(1.0, math.ceil(waves) / waves if waves > 1 else 1.0)
             seconds += LAUNCH_S * len(launches)
@@ -322,21 +341,6 @@ def _layer_norm(problem: Problem) -> Iterator[Prediction]:
 
 
 # ---- all of them
-
-
-def _ways(direction: explain.Direction) -> Iterator[tuple[int, list[Launched], bool]]:
-    """The candidate's number, its launches, whether the rule takes it: of each that can be taken.
-    First the rule's own choice where that is the kernel for any GPU."""
-    rule = direction.plan(MACHINE).launches
-    candidates = direction.candidates()
-    if not any(launched.built for launched in rule):
-        yield -1, rule, True
-    for index in range(len(candidates)):
-        try:
-            launches = direction.plan(MACHINE, index).launches
-        except ValueError:  # of another head width, say
-            continue
-        yield index, launches, launches == rule
 
 
 def _row(

@@ -105,6 +105,24 @@ class Direction:
         launches = [Launched(**launch) for launch in made["launches"]]
         return Plan(launches, list(dict.fromkeys(made["refusals"])))
 
+    def ways(
+        self, machine: Machine, pick: Callable[[list[Launched]], Launched]
+    ) -> list[tuple[int, Plan, bool]]:
+        """Each candidate that can take the problem: its number, its plan, and whether the rule of
+        the launcher makes the same launch of that which `pick` picks. Before them, as -1, the
+        kernel for any GPU where the rule takes that."""
+        rule = self.plan(machine)
+        own = pick(rule.launches)
+        found = [] if own.built else [(-1, rule, True)]
+        # Elsewhere no candidate can run.
+        for index in range(len(self.candidates()) if machine.arch == "sm90" else 0):
+            try:
+                made = self.plan(machine, index)
+            except ValueError:  # of another head width, say
+                continue
+            found.append((index, made, pick(made.launches) == own))
+        return found
+
     def candidates(self) -> list[dict[str, Any]]:
         """Every way in which the kernel for Hopper is built; index is the candidate's number."""
         return getattr(cuda.planner(), self.list_name)() if self.list_name else []

@@ -1,0 +1,440 @@
+"""`make gpu-tune`: every way to build the CUDA C++ kernels, checked and timed on a GPU beside the
+best that others offer, most valuable first. A few minutes; needs PyTorch and the extension.
+
+    python -m gptkernels.benchmarks.tune --results FOLDER --minutes 8
+
+For each case (of `tune_cases`, in the order of `predict.PROBLEMS`) the peers are timed, then each
+of our kernels is held to the truth, and where it is right timed beside the best peer, in turns.
+Every row is added to FOLDER/tune.jsonl as it comes, and what stands there for the same GPU and the
+same kernels is not done again: a run that was cut short, or whose kernel took its process with it,
+goes on where it stopped. Each operator has processes of its own; one that crashed, or from which
+nothing came for long, is started again without the row at which it ended. At the end comes a table,
+also as FOLDER/tune.json: of each case the best of our kernels, TFLOP/s or GB/s, its share of the
+ceiling measured on this GPU, the ratio to the best peer, the error beside its limit, and what was
+predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptkernels import cuda, explain
+
+from . import predict, timing, tune_cases
+from .report import Row, commit, environment, seconds, write_json
+
+# One process each, in this order: the most valuable problem of every operator, then the others.
+PARTS = (
+    ("attention", "first"),
+    ("gelu_mlp", "first"),
+    ("layer_norm", "first"),
+    ("attention", "rest"),
+    ("gelu_mlp", "rest"),
+    ("layer_norm", "rest"),
+)
+_BUDGET_S = 0.3  # of one comparison
+_GRACE_S = 10.0  # after its time a process is stopped
+_STUCK_S = 90.0  # so is one that has added no row for so long: a kernel waits for itself
+_POLL_S = 0.2
+_OUT_OF_TIME, _POISONED = 3, 4  # exit codes of a process; the latter: its GPU takes no more calls
+# Of a row: what can be had again by going on.
+_UNFINISHED = ("started", "unfinished")
+
+
+class Rows:
+    """The rows of a file, one a line, of which those count that are about these kernels here."""
+
+    def __init__(self, path: Path, here: dict[str, Any]) -> None:
+        self.path, self.here = path, here
+        self.found: dict[tuple[str, ...], Row] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # the last line of a run that was stopped
+                    continue
+                if _about(row, here):
+                    self.found[_key(row)] = row
+
+    def add(self, **row: Any) -> Row:
+        """Writes a row, which replaces one of the same name."""
+        full = {"time": _now(), **self.here, **row}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # On a line of its own, also after a line that was cut short.
+        with open(self.path, "a+b") as file:
+            end = file.seek(0, 2)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(full).encode() + b"\n")
+        self.found[_key(full)] = full
+        return full
+
+    def get(self, *key: str) -> Row | None:
+        """The row called so, unless it was never finished."""
+        row = self.found.get(key)
+        return None if row is None or row["status"] in _UNFINISHED else row
+
+    def started(self) -> list[Row]:
+        """Rows at which a process ended."""
+        return [row for row in self.found.values() if row["status"] == "started"]
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(name, "")) for name in ("op", "problem", "direction", "way"))
+
+
+def _about(row: Row, here: dict[str, Any]) -> bool:
+    """The same GPU and the same kernels: by the extension's content, or by a commit without
+    changes."""
+    if row.get("gpu") != here["gpu"]:
+        return False
+    unchanged = here["commit"] and not here["commit"].endswith("+changes")
+    return row.get("build") == here["build"] or bool(
+        unchanged and row.get("commit") == here["commit"]
+    )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def here(device: torch.device) -> dict[str, Any]:
+    """What rows are about: the GPU, the commit, and the extension by its content."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    build = hashlib.sha256(Path(cuda.planner().__file__).read_bytes()).hexdigest()[:12]
+    return {"gpu": gpu, "commit": commit(), "build": build}
+
+
+# ---- one process
+
+
+def run_part(op: str, which: str, rows: Rows, device: torch.device, until: float) -> int:
+    """0; or that the time (of time.time()) was up. Rows that are there already are skipped."""
+    machine = explain.machine_here()
+    predicted = _predicted()
+    for problem in _problems(op, which):
+        try:
+            for case in tune_cases.cases(problem, device, machine):
+                for step in _steps(case, rows, device, predicted):
+                    if time.time() > until:
+                        return _OUT_OF_TIME
+                    step()
+                    if not _usable(device):
+                        return _POISONED
+        except torch.OutOfMemoryError as error:  # of the inputs: the other problems may fit
+            head = {"op": op, "problem": problem.text, "kind": "inputs", "status": "skipped"}
+            _print(rows.add(**head, direction="", way="", reason=_sentence(error)))
+    return 0
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the process can go on: an error of a kernel stays with it for good."""
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _problems(op: str, which: str) -> list[explain.Problem]:
+    found = [problem for problem in predict.PROBLEMS if problem.op == op]
+    return found[:1] if which == "first" else found[1:]
+
+
+@functools.cache
+def _predicted() -> dict[tuple[str, str, str], float]:
+    return {(p.problem, p.direction, p.way): p.seconds for p in predict.predictions()}
+
+
+def _steps(
+    case: tune_cases.Case,
+    rows: Rows,
+    device: torch.device,
+    predicted: dict[tuple[str, str, str], float],
+) -> Iterator[Any]:
+    """What is to be done for a case, in order; each writes one row."""
+    name = (case.op, case.problem, case.direction)
+    for peer in case.peers:
+        if rows.get(*name, peer) is None:
+            yield functools.partial(_time_peer, case, peer, rows, device)
+    for way in case.ways:
+        if rows.get(*name, way.name) is None:
+            when = predicted.get((case.problem, case.direction, way.name))
+            yield functools.partial(_try_way, case, way, rows, device, when)
+
+
+def _head(case: tune_cases.Case, way: str, kind: str) -> Row:
+    return {
+        "op": case.op,
+        "problem": case.problem,
+        "direction": case.direction,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "way": way,
+        "kind": kind,
+    }
+
+
+def _time_peer(case: tune_cases.Case, peer: str, rows: Rows, device: torch.device) -> None:
+    head = _head(case, peer, "peer")
+    rows.add(**head, status="started")
+    try:
+        call = case.peers[peer]()
+        timed = timing.compare({peer: call}, device=device, budget_s=_BUDGET_S)[peer]
+    except Exception as error:  # not importable, or not for this problem
+        _print(rows.add(**head, status="skipped", reason=_sentence(error)))
+        return
+    _print(rows.add(**head, status="timed", **_figures(case, timed, rows, device)))
+
+
+def _try_way(
+    case: tune_cases.Case,
+    way: tune_cases.Way,
+    rows: Rows,
+    device: torch.device,
+    predicted: float | None,
+) -> None:
+    """Checks one of our kernels, and times it beside the best peer where it is right."""
+    head = {
+        **_head(case, way.name, "ours"),
+        "candidate": way.candidate,
+        "chosen": way.chosen,
+        "predicted_s": predicted,
+    }
+    rows.add(**head, status="started")
+    try:
+        measured = case.check(way.call())
+    except Exception as error:
+        _print(rows.add(**head, status="failed", reason=_sentence(error)))
+        return
+    head |= {"error": _finite(measured.error), "limit": _finite(measured.limit)}
+    if not measured.passed:
+        _print(rows.add(**head, status="wrong"))
+        return
+    calls = {way.name: way.call}
+    best = best_peer(case.op, case.problem, case.direction, rows)
+    try:
+        if best is not None:
+            calls[best] = case.peers[best]()
+        timed = timing.compare(calls, device=device, budget_s=_BUDGET_S)
+    except Exception as error:
+        _print(rows.add(**head, status="failed", reason=_sentence(error)))
+        return
+    beside = {}
+    if best is not None:
+        peer_s = timed[best].median_s
+        beside = {"peer": best, "peer_s": peer_s, "ratio": peer_s / timed[way.name].median_s}
+    figures = _figures(case, timed[way.name], rows, device)
+    _print(rows.add(**head, status="timed", **figures, **beside))
+
+
+def best_peer(op: str, problem: str, direction: str, rows: Rows) -> str | None:
+    """The name of the fastest that ran; None where none did."""
+    ran = [
+        row
+        for key, row in rows.found.items()
+        if key[:3] == (op, problem, direction)
+        and row["kind"] == "peer"
+        and row["status"] == "timed"
+    ]
+    return min(ran, key=lambda row: row["time_s"])["way"] if ran else None
+
+
+def _figures(
+    case: tune_cases.Case, timed: timing.Timing, rows: Rows, device: torch.device
+) -> dict[str, Any]:
+    """Times, rates, and the share of the ceiling that was measured here."""
+    found = {**dataclasses.asdict(timed), "flops": case.flops, "bytes": case.bytes}
+    found["time_s"] = found.pop("median_s")
+    ceiling = _ceiling("products" if case.flops else "copy", rows, device)
+    amount = case.flops or case.bytes
+    return found | {"rate": amount / timed.median_s, "share": amount / timed.median_s / ceiling}
+
+
+def _ceiling(kind: str, rows: Rows, device: torch.device) -> float:
+    """FLOP or bytes a second, measured once for all processes."""
+    row = rows.get("ceiling", "", "", kind)
+    if row is None:
+        if kind == "copy":
+            rate = timing.copy_bandwidth(device)
+        else:
+            rate = timing.product_rate(device, torch.bfloat16)
+        row = rows.add(op="ceiling", way=kind, kind="ceiling", status="timed", rate=rate)
+    return row["rate"]
+
+
+def _sentence(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no others
+
+
+def _print(row: Row) -> None:
+    said = f"{row['op']} {row['problem']} {row['direction']}: {row['way']}: {row['status']}"
+    if row["status"] == "timed":
+        said += f" {seconds(row['time_s'])}, {_rate(row)}, {100 * row['share']:.0f}%"
+        if row.get("ratio"):
+            said += f", {row['ratio']:.2f}x {row['peer']}"
+    if row.get("reason"):
+        said += f" ({row['reason']})"
+    print(said, flush=True)
+
+
+def _rate(row: Row) -> str:
+    if row["flops"]:
+        return f"{row['rate'] / 1e12:.0f} TFLOP/s"
+    return f"{row['rate'] / 1e9:.0f} GB/s"
+
+
+# ---- all of them
+
+
+def run(results: Path, until: float, about: dict[str, Any]) -> int:
+    """Every part in processes of its own until the time (of time.time()) is up, then the table.
+
+    Returns 0; 1 where one of our kernels was wrong, failed or crashed, or time was up before all
+    were done.
+    """
+    path = results / "tune.jsonl"
+    complete = True
+    for op, which in PARTS:
+        complete &= _run_part_apart(op, which, results, path, until, about)
+    rows = Rows(path, about)
+    lines = list(table(rows))
+    print("\n".join(lines))
+    content = {
+        "environment": environment(),
+        "finished": complete,
+        "table": lines,
+        "rows": list(rows.found.values()),
+    }
+    write_json(results / "tune.json", content)
+    print(f"Rows are in {path}, the table in {results / 'tune.json'}")
+    broken = [row for row in rows.found.values() if row["status"] in ("wrong", "failed", "crashed")]
+    for row in broken:
+        _print(row)
+    return 0 if complete and not broken else 1
+
+
+def _run_part_apart(
+    op: str, which: str, results: Path, path: Path, until: float, about: dict[str, Any]
+) -> bool:
+    """Whether everything of it was done. A process that crashed is started again, and does not do
+    again what it crashed at."""
+    while time.time() < until:
+        code, ended = _wait(subprocess.Popen(_command(op, which, results, until)), path, until)
+        rows = Rows(path, about)
+        crashed = rows.started()
+        for row in crashed:
+            status = "unfinished" if code == _OUT_OF_TIME else "crashed"
+            _print(rows.add(**(row | {"status": status, "reason": ended, "time": _now()})))
+        if code == 0:
+            return True
+        if code == _OUT_OF_TIME:
+            return False
+        if not crashed and code != _POISONED:  # it would end so again
+            print(f"{op}, {which}: {ended}", file=sys.stderr, flush=True)
+            return False
+    return False
+
+
+def _wait(process: subprocess.Popen[Any], path: Path, until: float) -> tuple[int, str]:
+    """A process's exit code, and how it ended in words; it is stopped when time is up, or when no
+    row has come for long."""
+    started = time.time()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(timeout=_POLL_S)
+            return code, f"its process ended with {code}"
+        now = time.time()
+        written = path.stat().st_mtime if path.exists() else started
+        if now > until + _GRACE_S:
+            code, ended = _OUT_OF_TIME, "its time was up"
+        elif now - max(started, written) > _STUCK_S:
+            code, ended = -signal.SIGKILL, f"it had not ended after {_STUCK_S:.0f} s"
+        else:
+            continue
+        process.kill()
+        process.wait()
+        return code, ended
+
+
+def _command(op: str, which: str, results: Path, until: float) -> list[str]:
+    part = [f"--part={op}", f"--which={which}", f"--until={until}", f"--results={results}"]
+    return [sys.executable, "-P", "-m", "gptkernels.benchmarks.tune", *part]
+
+
+def table(rows: Rows) -> Iterator[str]:
+    """Markdown: of each case the best of our kernels, beside the best peer."""
+    yield "| case | best of ours | measured | predicted | share | beside the best peer | error |"
+    yield "| --- | --- | ---: | ---: | ---: | --- | --- |"
+    for name in dict.fromkeys(key[:3] for key in rows.found if key[0] != "ceiling"):
+        ours = [row for key, row in rows.found.items() if key[:3] == name and row["kind"] == "ours"]
+        timed = [row for row in ours if row["status"] == "timed"]
+        case = " ".join(name)
+        if not timed:
+            statuses = ", ".join(sorted({row["status"] for row in ours})) or "not tried"
+            yield f"| {case} | none: {statuses} | | | | | |"
+            continue
+        # By the ratio where there is one: both were timed in alternation.
+        best = max(timed, key=lambda row: (row.get("ratio") or 0.0, -row["time_s"]))
+        chosen = " (the rule's)" if best["chosen"] else ""
+        peer = f"{best['ratio']:.2f}x {best['peer']}" if best.get("ratio") else "no peer ran"
+        predicted = seconds(best["predicted_s"])
+        yield (
+            f"| {case} | {best['way']}{chosen} | {seconds(best['time_s'])}, {_rate(best)} "
+            f"| {predicted} | {100 * best['share']:.0f}% | {peer} "
+            f"| {best['error']:.1e} of {best['limit']:.1e} |"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 as `run` does; 2 where nothing can run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gptkernels.benchmarks.tune", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--since", type=float, help="when they began, in seconds of the epoch")
+    parser.add_argument("--part", choices=[op for op, _ in PARTS[:3]], help=argparse.SUPPRESS)
+    parser.add_argument("--which", choices=("first", "rest"), help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("make gpu-tune needs an NVIDIA GPU that PyTorch can use", file=sys.stderr)
+        return 2
+    reason = cuda.unavailable("cuda")
+    if reason is not None:
+        print(f"make gpu-tune needs the CUDA C++ kernels: {reason}", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    about = here(device)
+    if options.part is not None:
+        rows = Rows(options.results / "tune.jsonl", about)
+        return run_part(options.part, options.which, rows, device, options.until)
+    since = time.time() if options.since is None else options.since
+    return run(options.results, since + 60 * options.minutes, about)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
