@@ -441,9 +441,9 @@ def launched(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"shared": arguments["n"] + 64, **arguments}
 
 
-def read_back() -> dict[str, Any]:
-    tensor = torch.empty(32, 32)
-    return stores(map=Map(tensor, (32, 32), role="out"), b=tensor, b_is="")
+def at_both(made: Callable[..., dict[str, Any]], tensor: Tensor, role: str) -> dict[str, Any]:
+    """b is the map's tensor."""
+    return made(map=Map(tensor, (32, 32), role=role), b=tensor, b_is="")
 
 
 # name -> (its launch, `broken`, what is said after the kernel's name), as in test_emulator.py
@@ -471,6 +471,12 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], int, str]] = {
         1,
         f"{CALL} <load_into_load>: writes {BOX} bytes at byte 0 of shared memory, {STARTED} "
         f"{START} and that has not been waited for",
+    ),
+    "load_source_changed": (
+        lambda: at_both(loads, torch.randn(64, 32), "inout"),
+        1,
+        f"the source of a tma_load, at csrc/device/tma.h:#, called at {START}, has changed before "
+        "it landed",
     ),
     "load_never_awaited": (
         lambda: loads(b=None),
@@ -597,7 +603,7 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], int, str]] = {
         "tma_store, which no bulk_commit has closed",
     ),
     "store_read_back": (
-        read_back,
+        lambda: at_both(stores, torch.empty(32, 32), "out"),
         1,
         f"{THREAD} <store_read_back>: reads 4 bytes at byte 0 of map, {STARTED} <read back> and "
         "that has not been waited for",
@@ -665,7 +671,7 @@ def test_a_mistake_is_found_and_named(emulator: Machine, name: str) -> None:
 
 
 # A copy that is over at once is not found in flight.
-LATE = ("load_never_awaited", "store_read_back")
+LATE = ("load_source_changed", "load_never_awaited", "store_read_back")
 
 
 @pytest.mark.parametrize("copies", ["late", "early"])

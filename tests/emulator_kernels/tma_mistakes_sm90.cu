@@ -78,6 +78,14 @@ __global__ void load_into_load(const __grid_constant__ BoxCase p) {
     give(p);
 }
 
+// b is the map's tensor, of 64 rows.
+__global__ void load_source_changed(const __grid_constant__ BoxCase p) {
+    start_load(p, 4096);
+    if (!p.broken) gk::mbarrier_wait(barrier_of(p), 0);
+    if (threadIdx.x == 0) static_cast<float*>(p.b)[33] += 1.0f;
+    gk::mbarrier_wait(barrier_of(p), 0);
+}
+
 __global__ void load_never_awaited(const __grid_constant__ BoxCase p) {
     start_load(p, 4096);
     if (!p.broken) gk::mbarrier_wait(barrier_of(p), 0);
@@ -396,6 +404,7 @@ const NamedBoxCase kBoxMistakes[] = {
     {"load_overwritten", load_overwritten},
     {"load_into_read", load_into_read},
     {"load_into_load", load_into_load},
+    {"load_source_changed", load_source_changed},
     {"load_never_awaited", load_never_awaited},
     {"load_expects", load_expects},
     {"load_misaligned", load_misaligned},
