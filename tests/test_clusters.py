@@ -188,7 +188,7 @@ BROKEN: list[tuple[str, int, dict[str, Any], str]] = [
         6,  # one consumer does not wait
         RING,
         f"{THREAD} {USE}: reads 16 bytes at byte # of shared memory, which a bulk copy may still "
-        f"write: thread 0 copied at {FILL}, and nobody has waited for it",
+        f"write that thread 0 started at {FILL} and that has not been waited for",
     ),
     (
         "pipeline",
@@ -248,8 +248,7 @@ BROKEN: list[tuple[str, int, dict[str, Any], str]] = [
         "pipeline",
         14,  # the last copy is not waited for
         RING,
-        f"an asynchronous copy of 1024 bytes reports to {FULL} of CTA (0, 0, 0), which has "
-        "returned",
+        f"CTA (0, 0, 0) returned before a bulk_load, at {FILL}, had written its shared memory",
     ),
     (
         "pipeline",

@@ -192,10 +192,6 @@ Epoch mbarrier_writer(Cta& cta, size_t offset) {
 
 void mbarrier_complete(Cta& cta, size_t offset, unsigned bytes) {
     Mbarrier& bar = find(cta, offset, "an asynchronous copy");
-    if (cta.alive == 0) {
-        fail("an asynchronous copy of " + counted(bytes, "byte") + " reports to " + name(offset) +
-             " of CTA " + text(cta.block) + ", which has returned");
-    }
     if (bar.pending == 0 && bytes > bar.bytes) {
         fail("an asynchronous copy brings " + counted(bytes, "byte") + " to " + name(offset) +
              " of CTA " + text(cta.block) + ", which expects " + std::to_string(bar.bytes) +
