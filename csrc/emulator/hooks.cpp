@@ -16,7 +16,10 @@ inline bool exempt(const void* address, size_t bytes, const char* verb) {
     const Fiber& fiber = thread->fiber;
     const auto offset = size_t(static_cast<const char*>(address) - fiber.stack_begin());
     if (offset >= size_t(fiber.stack_end() - fiber.stack_begin())) return false;
-    if (thread->touched.on()) touch_own(*thread, offset, bytes, verb);
+    Touched& touched = thread->touched;
+    if (touched.on() && !touched.access(offset, bytes)) {
+        fail(std::string(verb) + " accumulators of a wgmma that has not been waited for");
+    }
     return true;
 }
 

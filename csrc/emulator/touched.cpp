@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <new>
 
-#include "grid.h"
-
 namespace gk::emulator {
 
 void Touched::start(size_t stack_bytes) {
@@ -31,11 +29,6 @@ void Touched::set_in_flight(size_t offset, size_t bytes) {
 void Touched::set_landed(size_t offset, size_t bytes) {
     flying_ -= bytes / 4;
     std::fill_n(words_ + offset / 4, bytes / 4, 0);
-}
-
-void touch_own(Thread& thread, size_t offset, size_t bytes, const char* verb) {
-    if (thread.touched.access(offset, bytes)) return;
-    fail(std::string(verb) + " accumulators of a wgmma that has not been waited for");
 }
 
 }  // namespace gk::emulator

@@ -9,8 +9,6 @@
 
 namespace gk::emulator {
 
-struct Thread;
-
 class Touched {
   public:
     // Whether anything is followed.
@@ -22,10 +20,12 @@ class Touched {
     // Of an access to `bytes` at `offset` on the stack: kept, and false where a wgmma in flight has
     // them.
     bool access(size_t offset, size_t bytes) {
-        for (size_t word = offset / 4; word * 4 < offset + bytes; ++word) {
-            if (words_[word] == kInFlight) return false;
-            words_[word] = now_;
-        }
+        uint32_t* word = words_ + offset / 4;
+        uint32_t* const last = words_ + (offset + bytes - 1) / 4;
+        do {
+            if (*word == kInFlight) return false;
+            *word = now_;
+        } while (word++ != last);
         return true;
     }
 
@@ -53,8 +53,5 @@ class Touched {
     uint32_t now_ = 1;
     size_t size_ = 0, flying_ = 0;  // words: all, and those in flight
 };
-
-// Of hooks.cpp, for an access of the running thread to its own stack.
-void touch_own(Thread& thread, size_t offset, size_t bytes, const char* verb);
 
 }  // namespace gk::emulator
