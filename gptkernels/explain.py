@@ -375,17 +375,17 @@ def lines(problem: Problem, machine: Machine) -> Iterator[str]:
 
 def _candidate_lines(direction: Direction, machine: Machine, made: Plan) -> Iterator[str]:
     chosen = {launched.built["name"] for launched in made.launches if launched.built}
-    candidates = direction.candidates()
+    candidates, cannot = direction.candidates(), 0
     for index, candidate in enumerate(candidates):
-        if candidate["name"] in chosen:
-            verdict = "runs"
-        else:
-            try:
-                direction.plan(machine, index)
-                verdict = "could run"
-            except ValueError as error:
-                verdict = f"cannot: {error}"
-        yield f"  candidate {index}: {candidate['name']}: {verdict}"
+        try:
+            direction.plan(machine, index)
+        except ValueError:  # of another head width, say
+            cannot += 1
+            continue
+        runs = "runs" if candidate["name"] in chosen else "could run"
+        yield f"  candidate {index}, {candidate['name']}: {runs}"
+    if cannot:
+        yield f"  {_count(cannot, 'candidate')} cannot take it"
 
 
 def described(launched: Launched, machine: Machine) -> Iterator[str]:

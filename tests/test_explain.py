@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -125,6 +126,47 @@ def test_waves_and_residents() -> None:
     small = explain.Launched("k", "s", (132 * 8, 1, 1), 256, 1, 1000, 0, None)
     assert small.resident(H200) == 8
     assert small.waves(H200) == 1
+
+
+def test_report_of_hoppers_kernels() -> None:
+    words = ["2", "8192", "16", "128", "bf16"]
+    lines = list(explain.lines(explain.parse("attention", words, kv_heads=2), H200))
+    assert lines[4] == ("  attention_fwd_sm90_kernel on q (2, 8192, 16, 128), k (2, 8192, 2, 128)")
+    assert ": tile 128x128, 2 stages, 2 consumer warpgroups taking turns" in lines[5]
+    assert re.match(
+        r"    grid 132 of 384 threads, .* 1 CTA an SM, 2048 tiles, 15.52 waves", lines[6]
+    )
+    candidates = [line for line in lines[7:] if line.startswith("  candidate ")]
+    assert sum(line.endswith(": runs") for line in candidates) >= 1
+    assert any(line.endswith(": could run") for line in candidates)
+    assert all("D128" in line for line in candidates[:2])
+    refused = list(explain.lines(explain.parse("attention", words, dropout_p=0.1), H200))
+    assert refused[4].startswith("  attention_fwd_kernel on q")
+    assert refused[6].startswith("  not attention_fwd_sm90_kernel: dropout ")
+    elsewhere = list(explain.lines(explain.parse("attention", words), A100))
+    assert not any("sm90_kernel" in line or "candidate" in line for line in elsewhere)
+
+
+def test_every_candidate_asks_for_the_memory_that_it_says() -> None:
+    seen = set()
+    for D in (64, 96, 128, 192, 256):
+        problem = explain.attention(1, 512, 2, D, torch.bfloat16, causal=False)
+        for direction in problem.directions:
+            for index, made, _ in direction.ways(H200, lambda launches: launches[0]):
+                for launched in made.launches:
+                    if launched.built is None:
+                        continue
+                    assert launched.shared_bytes == launched.built["shared_bytes"]
+                    assert launched.threads == launched.built["threads"]
+                    assert launched.cluster == launched.built["cluster"]
+                    assert launched.tiles > 0
+                    seen.add((direction.list_name, index))
+    wanted = {
+        (direction.list_name, index)
+        for direction in problem.directions
+        for index in range(len(direction.candidates()))
+    }
+    assert wanted <= seen
 
 
 def test_report() -> None:

@@ -170,12 +170,13 @@ def test_make_compiles_kernels_for_a_gpu_that_is_here(tmp_path: Path, gpu: bool)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_gpu_without_a_gpu_says_so_and_builds_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["gpu", "gpu-tune"])
+def test_make_gpu_without_a_gpu_says_so_and_builds_nothing(target: str, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(
         "class cuda:\n    is_available = staticmethod(lambda: False)\n"
     )
     done = subprocess.run(
-        ["make", "-s", "-f", str(ROOT / "Makefile"), "gpu", f"PYTHON={sys.executable}"],
+        ["make", "-s", "-f", str(ROOT / "Makefile"), target, f"PYTHON={sys.executable}"],
         cwd=tmp_path,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)},
         capture_output=True,
@@ -183,7 +184,7 @@ def test_make_gpu_without_a_gpu_says_so_and_builds_nothing(tmp_path: Path) -> No
         check=False,
     )
     assert done.returncode == 2
-    sentence = "make gpu needs an NVIDIA GPU that PyTorch can use, and finds none"
+    sentence = f"make {target} needs an NVIDIA GPU that PyTorch can use, and finds none"
     assert done.stderr.splitlines()[0] == sentence
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "build").exists()
