@@ -25,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: every gate holds; 1: one does not; 2: they could not be run."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.compiler == "nvcc" and (options.triton or options.triton_path):
-        parser.error("--triton and --triton-path are for Triton, --compiler nvcc leaves it out")
+    other = options.compiler not in (None, "triton")
+    if other and (options.triton or options.triton_path):
+        only = f"--compiler {options.compiler}"
+        parser.error(f"--triton and --triton-path are for Triton, {only} leaves it out")
     if options.triton:
         return max(_run_aside(version, options) for version in options.triton)
     # Read when Triton is imported: kernels must be compiled, by Triton's own tools.
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.triton_path:
         sys.path.insert(0, str(options.triton_path))
         options.compiler = "triton"
-    runs = {"triton": _triton, "nvcc": _nvcc}
+    runs = {"triton": _triton, "nvcc": _nvcc, "candidates": _candidates}
     wanted = [options.compiler] if options.compiler else list(runs)
     codes = [runs[name](options) for name in wanted]
     if all(code is None for code in codes):
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m gates", description=__doc__)
-    parser.add_argument("--compiler", choices=("triton", "nvcc"), help="default: both")
+    parser.add_argument("--compiler", choices=("triton", "nvcc", "candidates"), help="default: all")
     parser.add_argument(
         "--triton",
         nargs="+",
@@ -135,25 +137,35 @@ def _nvcc(options: argparse.Namespace) -> int | None:
     if options.only and not found:
         return None
     table = tables.load(tables.NATIVE)
-    if not options.only:
-        notes += _candidates(table, options.update)
     broken = _compare("nvcc", version, found, table, tables.NATIVE, options, native.REQUIREMENTS)
     return _verdict(f"nvcc {version}", found, [*notes, *broken], started)
 
 
-def _candidates(table: Table, update: bool) -> list[str]:
-    """Sentences for what candidates break; an update puts them into the table, unsaved yet."""
+def _candidates(options: argparse.Namespace) -> int | None:
+    """The exit code; None with --only, since launchers are asked for all of them or none."""
     from gates import native
 
+    if options.only:
+        return None
     try:
         found = native.candidates()
-    except (native.extension.BuildError, subprocess.CalledProcessError) as error:
-        return [f"candidates: they could not be asked for, since {error}"]
-    if update:
+    except native.extension.BuildError as error:
+        print(f"candidates: skipped, {error}")
+        return 0
+    except subprocess.CalledProcessError:
+        print("gates: the launchers do not compile for this CPU (see above)", file=sys.stderr)
+        return 1
+    table = tables.load(tables.NATIVE)
+    if options.update:
         table.candidates = found
+        tables.save(table, tables.NATIVE)
+    broken = tables.candidate_violations(found, table)
+    for sentence in broken:
+        print(f"FAILED {sentence}")
     most = max((launch.shared for launch in found.values()), default=0)
-    print(f"{len(found)} candidates of Hopper's kernels, at most {most / 1024:.1f} KiB each")
-    return tables.candidate_violations(found, table)
+    verdict = f"{len(broken)} FAILED" if broken else "all hold"
+    print(f"launchers: {len(found)} candidates, at most {most / 1024:.1f} KiB each, {verdict}")
+    return 1 if broken else 0
 
 
 def _compare(

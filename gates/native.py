@@ -39,6 +39,10 @@ _PRODUCTS = r"(attention_(fwd|bwd_keys|bwd_queries)|product)_kernel<"
 REQUIREMENTS = (
     Requirement(rf"{_PRODUCTS}(bf16|fp16)\b", "HMMA"),
     Requirement(_PRODUCTS, "LDGSTS.128"),
+    # Hopper's own: tensor cores of four warps, tiles by the tensor memory accelerator both ways.
+    Requirement(r"\w+_sm90_kernel<", "HGMMA"),
+    Requirement(r"\w+_sm90_kernel<", "UTMALDG"),
+    Requirement(r"attention_fwd_sm90_kernel<", "UTMASTG"),
     Requirement(r"column_sums_kernel<", "LDG.128"),
     # Where rows are aligned.
     Requirement(r"layer_norm_(fwd|bwd)_kernel<\w+, \w+, \d+, true\b", "LDG.128"),

@@ -192,7 +192,13 @@ def test_make_gpu_without_a_gpu_says_so_and_builds_nothing(target: str, tmp_path
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(
-    ("arguments", "triton"), [("", True), ("--compiler nvcc", False), ("--compiler=nvcc", False)]
+    ("arguments", "triton"),
+    [
+        ("", True),
+        ("--compiler nvcc", False),
+        ("--compiler=nvcc", False),
+        ("--compiler candidates", False),
+    ],
 )
 def test_make_gates_of_nvcc_leave_triton_out(arguments: str, triton: bool) -> None:
     command = ["make", "-n", "gates", "PYTHON=python", f"ARGS={arguments}"]
