@@ -14,6 +14,7 @@ from gptkernels.benchmarks import predict
 
 from gptkernels import cuda, explain
 
+ROOT = Path(__file__).resolve().parent.parent
 SQUARE = dict(B=4, T=16384, Tk=16384, H=16, Hk=16, D=128, left=-1, right=-1)
 built_needed = pytest.mark.skipif(
     not cuda._EMULATOR.exists() and cuda.unavailable("cuda") is not None,
@@ -129,6 +130,13 @@ def test_every_problem_is_predicted() -> None:
     lines = list(predict.table(rows))
     assert len(lines) == len(rows) + 2
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+
+
+@built_needed
+def test_the_documents_have_this_table() -> None:
+    """Else: python -m gptkernels.benchmarks.predict --write docs/tuning.md."""
+    text = (ROOT / "docs" / "tuning.md").read_text()
+    assert predict.written(text, predict.table(predict.predictions())) == text
 
 
 def test_a_candidate_that_cannot_is_left_out() -> None:
