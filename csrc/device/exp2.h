@@ -6,17 +6,21 @@
 
 namespace gk {
 
+// One instruction; what would be denormal is 0.
+__device__ __forceinline__ float exp2_flushed(float x) {
+#ifdef GK_EMULATE
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 // T is the dtype of the result that the weights end up in. 0 for -inf, NaN for NaN.
 template <class T>
 __device__ __forceinline__ float exp2_for(float x) {
-#ifndef GK_EMULATE
-    if constexpr (sizeof(T) == 2) {
-        float y;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-        return y;
-    }
-#endif
-    return exp2f(x);
+    return sizeof(T) == 2 ? exp2_flushed(x) : exp2f(x);
 }
 
 }  // namespace gk

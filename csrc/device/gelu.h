@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../launch.h"
+#include "exp2.h"
 
 namespace gk {
 
@@ -21,10 +22,11 @@ template <bool kTanh>
 __device__ __forceinline__ Gelu gelu(float h) {
     if constexpr (kTanh) {
         constexpr float kScale = 0.7978845608028654f, kCubic = 0.044715f;  // sqrt(2/pi)
-        const float u = h * fmaf(h * h, kScale * kCubic, kScale);
-        const float decay = __expf(-2.0f * fabsf(u));
+        constexpr float kTwoLog2E = 2.0f * 1.4426950408889634f;
+        const float v = h * fmaf(h * h, kTwoLog2E * kScale * kCubic, kTwoLog2E * kScale);  // of 2^
+        const float decay = exp2_flushed(-fabsf(v));
         const float rest = __fdividef(1.0f, 1.0f + decay);
-        return {(u < 0.0f ? decay : 1.0f) * rest, (2.0f * kScale) * (decay * rest * rest)};
+        return {(v < 0.0f ? decay : 1.0f) * rest, (2.0f * kScale) * (decay * rest * rest)};
     } else {
         constexpr float kSqrtHalf = 0.7071067811865476f, kInvSqrt2Pi = 0.3989422804014327f;
         return {fmaf(erff(h * kSqrtHalf), 0.5f, 0.5f), kInvSqrt2Pi * __expf(-0.5f * (h * h))};
