@@ -180,16 +180,37 @@ PYBIND11_MODULE(_cuda, module) {
 
     module.def(
         "mlp_plan",
-        [](int device, int layout, int64_t m, int64_t n, int64_t k) {
-            const auto plan = gk::plan_product(static_cast<gk::Layout>(layout), m, n, k, device);
-            return std::make_tuple(plan.tile_rows, plan.splits);
+        [](int device, int layout, uintptr_t a, uintptr_t b, uintptr_t h, uintptr_t out,
+           uintptr_t activation, int dtype, int64_t m, int64_t n, int64_t k, int64_t a_stride,
+           int64_t b_stride, int candidate) {
+            gk::Product p{};
+            p.a = pointer<const void>(a);
+            p.b = pointer<const void>(b);
+            p.h = pointer<const void>(h);
+            p.out = pointer<void>(out);
+            p.activation = pointer<void>(activation);
+            p.m = m, p.n = n, p.k = k;
+            p.a_stride = a_stride, p.b_stride = b_stride;
+            p.splits = 1;
+            const auto plan = gk::plan_product(static_cast<DType>(dtype),
+                                               static_cast<gk::Layout>(layout), p, candidate,
+                                               device);
+            return std::make_tuple(plan.candidate, plan.tile_rows, plan.splits);
         },
-        py::arg("device"), py::arg("layout"), py::arg("m"), py::arg("n"), py::arg("k"));
+        py::arg("device"), py::arg("layout"), py::kw_only(), py::arg("a"), py::arg("b"),
+        py::arg("h"), py::arg("out"), py::arg("activation"), py::arg("dtype"), py::arg("m"),
+        py::arg("n"), py::arg("k"), py::arg("a_stride"), py::arg("b_stride"),
+        py::arg("candidate"));
+    module.def("mlp_candidates", [] {
+        py::list all;
+        for (const gk::Candidate& c : gk::mlp_candidates()) all.append(described(c));
+        return all;
+    });
     module.def(
         "mlp_linear_fwd",
         [](int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t out,
            uintptr_t activation, int dtype, int64_t m, int64_t n, int64_t k,
-           int64_t a_stride, int64_t b_stride, bool tanh) {
+           int64_t a_stride, int64_t b_stride, bool tanh, int candidate) {
             gk::Product p{};
             p.a = pointer<const void>(a);
             p.b = pointer<const void>(b);
@@ -200,18 +221,18 @@ PYBIND11_MODULE(_cuda, module) {
             p.a_stride = a_stride, p.b_stride = b_stride;
             p.splits = 1;
             p.tanh = tanh;
-            gk::launch_product(static_cast<DType>(dtype), gk::Layout::forward, p,
+            gk::launch_product(static_cast<DType>(dtype), gk::Layout::forward, p, candidate,
                                stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("a"), py::arg("b"),
         py::arg("bias"), py::arg("out"), py::arg("activation"), py::arg("dtype"), py::arg("m"),
         py::arg("n"), py::arg("k"), py::arg("a_stride"), py::arg("b_stride"),
-        py::arg("tanh"));
+        py::arg("tanh"), py::arg("candidate"));
     module.def(
         "mlp_linear_bwd",
         [](int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t h, uintptr_t out,
            uintptr_t activation, uintptr_t partial, int dtype, int64_t m, int64_t n, int64_t k,
-           int64_t a_stride, int64_t b_stride, bool tanh) {
+           int64_t a_stride, int64_t b_stride, bool tanh, int candidate) {
             gk::Product p{};
             p.a = pointer<const void>(a);
             p.b = pointer<const void>(b);
@@ -223,18 +244,18 @@ PYBIND11_MODULE(_cuda, module) {
             p.a_stride = a_stride, p.b_stride = b_stride;
             p.splits = 1;
             p.tanh = tanh;
-            gk::launch_product(static_cast<DType>(dtype), gk::Layout::backward, p,
+            gk::launch_product(static_cast<DType>(dtype), gk::Layout::backward, p, candidate,
                                stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("a"), py::arg("b"),
         py::arg("h"), py::arg("out"), py::arg("activation"), py::arg("partial"), py::arg("dtype"),
         py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a_stride"), py::arg("b_stride"),
-        py::arg("tanh"));
+        py::arg("tanh"), py::arg("candidate"));
     module.def(
         "mlp_weight_grad",
         [](int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out,
            uintptr_t partial, int dtype, int64_t m, int64_t n, int64_t k, int64_t a_stride,
-           int64_t b_stride, int splits) {
+           int64_t b_stride, int splits, int candidate) {
             gk::Product p{};
             p.a = pointer<const void>(a);
             p.b = pointer<const void>(b);
@@ -243,12 +264,13 @@ PYBIND11_MODULE(_cuda, module) {
             p.m = m, p.n = n, p.k = k;
             p.a_stride = a_stride, p.b_stride = b_stride;
             p.splits = splits;
-            gk::launch_product(static_cast<DType>(dtype), gk::Layout::weight, p,
+            gk::launch_product(static_cast<DType>(dtype), gk::Layout::weight, p, candidate,
                                stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("a"), py::arg("b"),
         py::arg("out"), py::arg("partial"), py::arg("dtype"), py::arg("m"), py::arg("n"),
-        py::arg("k"), py::arg("a_stride"), py::arg("b_stride"), py::arg("splits"));
+        py::arg("k"), py::arg("a_stride"), py::arg("b_stride"), py::arg("splits"),
+        py::arg("candidate"));
     module.attr("mlp_column_sum_rows") = gk::kColumnSumRows;
     module.def(
         "mlp_column_sums",

@@ -400,7 +400,7 @@ void launch_layout(ProductKernel& kernel, DType dtype, int tile_rows, Stream str
 
 // Large tiles where there are enough of them to give every multiprocessor work. The weights'
 // gradients have a long k and few tiles: k is split where that fills the last wave of CTAs better.
-ProductPlan plan_product(Layout layout, int64_t m, int64_t n, int64_t k, int device) {
+ProductPlan plan_product_any(Layout layout, int64_t m, int64_t n, int64_t k, int device) {
     constexpr int kLeastDepth = 1024;  // of a part of k: enough steps to hide its start and its sum
     constexpr int kMostSplits = 4;     // each writes and reads a whole result in fp32
     const int most = layout == Layout::weight
@@ -412,7 +412,7 @@ ProductPlan plan_product(Layout layout, int64_t m, int64_t n, int64_t k, int dev
     const int64_t tiles = large ? large_tiles : ceil_div(m, 64) * ceil_div(n, 64);
     const int64_t resident = processors * (large ? 2 : 3);
 
-    ProductPlan plan{large ? 128 : 64, 1};
+    ProductPlan plan{-1, large ? 128 : 64, 1};
     double least = 0.0;
     for (int splits = 1; splits <= most; ++splits) {
         const double waves = static_cast<double>(ceil_div(tiles * splits, resident)) / splits;
@@ -425,8 +425,8 @@ ProductPlan plan_product(Layout layout, int64_t m, int64_t n, int64_t k, int dev
     return plan;
 }
 
-void launch_product(DType dtype, Layout layout, const Product& p, Stream stream) {
-    const int tile_rows = plan_product(layout, p.m, p.n, p.k, stream.device).tile_rows;
+void launch_product_any(DType dtype, Layout layout, const Product& p, int tile_rows,
+                        Stream stream) {
     const int64_t size = dtype == DType::f32 ? 4 : 2;
     ProductKernel kernel{};
     kernel.p = p;

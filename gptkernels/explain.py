@@ -240,8 +240,8 @@ def gelu_mlp(
         dtype,
         dict(M=M, C=C, F=F),
         (
-            Direction("forward", forward, None),
-            Direction("backward", backward, None),
+            Direction("forward", forward, "mlp_candidates"),
+            Direction("backward", backward, "mlp_candidates"),
         ),
     )
 

@@ -180,26 +180,25 @@ def call(
 
     Raises RuntimeError with the kernel, the shape and the cause of a launch that failed.
     """
+    where = addresses(inputs) | addresses(outputs)
     if _PLANS.module is not None:
-        planned = {
-            name: 0 if tensor is None or tensor.numel() == 0 else _SOMEWHERE
-            for group in (inputs, outputs)
-            for name, tensor in group.items()
-        }
-        getattr(_PLANS.module, function)(0, 0, **planned, **scalars)
+        getattr(_PLANS.module, function)(0, 0, **where, **scalars)
         return
-    addresses = {
-        name: 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-        for group in (inputs, outputs)
-        for name, tensor in group.items()
-    }
     if EMULATED:
-        _emulate(function, inputs, outputs, addresses, scalars)
+        _emulate(function, inputs, outputs, where, scalars)
         return
     device = like.get_device()
     # What torch.cuda.current_stream() wraps in an object, at many times the cost.
     stream = torch._C._cuda_getCurrentRawStream(device)
-    getattr(module(), function)(device, stream, **addresses, **scalars)
+    getattr(module(), function)(device, stream, **where, **scalars)
+
+
+def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
+    """Of each, under its name; 0 for None and for an empty one. While a plan is made all others lie
+    at one address that leads nowhere."""
+    if _PLANS.module is not None:
+        return {k: _SOMEWHERE if t is not None and t.numel() else 0 for k, t in tensors.items()}
+    return {k: t.data_ptr() if t is not None and t.numel() else 0 for k, t in tensors.items()}
 
 
 def _emulate(

@@ -1,4 +1,8 @@
-"""GELU MLP in CUDA C++: csrc/mlp.cu's products, with the workspaces that they need."""
+"""GELU MLP in CUDA C++: csrc/mlp.cu's products, with the workspaces that they need.
+
+`candidate` is a kernel for Hopper of module().mlp_candidates(), for every product; -1 leaves the
+choice to the rule of csrc/mlp_choice.cpp. RuntimeError where that kernel cannot make one of them.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,15 @@ def gelu_mlp_fwd(
     b2: Tensor | None,
     approximate: str,
     keep_h: bool,
+    *,
+    candidate: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """y (M, C) and h (M, F), h empty unless `keep_h`. Last strides are 1, no size is 0."""
     a = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
     h = torch.empty_like(a) if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
     y = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype, device=x.device)
-    _linear_fwd(x, w1, b1, out=h, activation=a, approximate=approximate)
-    _linear_fwd(a, w2, b2, out=y)
+    _linear_fwd(x, w1, b1, out=h, activation=a, approximate=approximate, candidate=candidate)
+    _linear_fwd(a, w2, b2, out=y, candidate=candidate)
     return y, h
 
 
@@ -39,6 +45,8 @@ def gelu_mlp_bwd(
     h: Tensor | None,
     approximate: str,
     grad_mask: Sequence[bool],
+    *,
+    candidate: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, those `grad_mask` asks for, the others empty; h None: rebuilt."""
     need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
@@ -51,17 +59,17 @@ def gelu_mlp_bwd(
         return dx, dw1, db1, dw2, db2
     if h is None:
         h = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
-        _linear_fwd(x, w1, b1, out=h)
-    dh, a, partial = _linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1)
+        _linear_fwd(x, w1, b1, out=h, candidate=candidate)
+    dh, a, partial = _linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1, candidate=candidate)
     if need_b1:
         db1 = _partial_sums(partial, dy.dtype)
     if need_w2:
-        dw2 = _weight_grad(dy, a)
+        dw2 = _weight_grad(dy, a, candidate=candidate)
     if need_w1:
-        dw1 = _weight_grad(dh, x)
+        dw1 = _weight_grad(dh, x, candidate=candidate)
     if need_x:
         dx = torch.empty((x.shape[0], w1.shape[1]), dtype=x.dtype, device=x.device)
-        _linear_bwd(dh, w1, out=dx)
+        _linear_bwd(dh, w1, out=dx, candidate=candidate)
     return dx, dw1, db1, dw2, db2
 
 
@@ -73,6 +81,7 @@ def _linear_fwd(
     out: Tensor,
     activation: Tensor | None = None,
     approximate: str = "tanh",
+    candidate: int = -1,
 ) -> None:
     """out = a (m, k) b^T (n, k) + bias, unless it is empty; activation = gelu(out)."""
     cuda.call(
@@ -80,7 +89,7 @@ def _linear_fwd(
         a,
         inputs={"a": a, "b": b, "bias": bias},
         outputs={"out": out, "activation": activation},
-        **_scalars(a, b, b.shape[0]),
+        **_scalars(a, b, b.shape[0], candidate),
         tanh=approximate == "tanh",
     )
 
@@ -94,6 +103,7 @@ def _linear_bwd(
     activation: Tensor | None = None,
     partial: Tensor | None = None,
     approximate: str = "tanh",
+    candidate: int = -1,
 ) -> None:
     """out = a (m, k) b (k, n); with h (m, n) times gelu'(h), gelu(h) into activation, and column
     sums of out for each tile of rows into partial."""
@@ -102,31 +112,50 @@ def _linear_bwd(
         a,
         inputs={"a": a, "b": b, "h": h},
         outputs={"out": out, "activation": activation, "partial": partial},
-        **_scalars(a, b, b.shape[1]),
+        **_scalars(a, b, b.shape[1], candidate),
         tanh=approximate == "tanh",
     )
 
 
 def _linear_gelu_bwd(
-    dy: Tensor, w2: Tensor, h: Tensor, approximate: str, store_a: bool, sum_columns: bool
+    dy: Tensor,
+    w2: Tensor,
+    h: Tensor,
+    approximate: str,
+    store_a: bool,
+    sum_columns: bool,
+    *,
+    candidate: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh (M, F), a (M, F) or empty, partial column sums of dh (tiles, F) fp32 or empty."""
-    (rows, width), inner = dy.shape, w2.shape[1]
-    tile_rows, _ = cuda.module().mlp_plan(_device(dy), _BACKWARD, rows, inner, width)
-    tiles = -(-rows // tile_rows)
+    rows, inner = dy.shape[0], w2.shape[1]
     dh = torch.empty((rows, inner), dtype=dy.dtype, device=dy.device)
     a = torch.empty((rows, inner) if store_a else (0,), dtype=dy.dtype, device=dy.device)
+    scalars = _scalars(dy, w2, inner, candidate)
+    _, tile_rows, _ = _plan(_BACKWARD, dy, w2, scalars, h=h, out=dh, activation=a)
     partial = torch.empty(
-        (tiles, inner) if sum_columns else (0,), dtype=torch.float32, device=dy.device
+        (-(-rows // tile_rows), inner) if sum_columns else (0,),
+        dtype=torch.float32,
+        device=dy.device,
     )
-    _linear_bwd(dy, w2, out=dh, h=h, activation=a, partial=partial, approximate=approximate)
+    _linear_bwd(
+        dy,
+        w2,
+        out=dh,
+        h=h,
+        activation=a,
+        partial=partial,
+        approximate=approximate,
+        candidate=candidate,
+    )
     return dh, a, partial
 
 
-def _weight_grad(a: Tensor, b: Tensor) -> Tensor:
+def _weight_grad(a: Tensor, b: Tensor, *, candidate: int = -1) -> Tensor:
     """a^T b (m, n) of a (k, m) and b (k, n)."""
-    (depth, rows), cols = a.shape, b.shape[1]
-    _, splits = cuda.module().mlp_plan(_device(a), _WEIGHT, rows, cols, depth)
+    rows, cols = a.shape[1], b.shape[1]
+    scalars = _scalars(a, b, cols, candidate) | {"m": rows, "k": a.shape[0]}
+    _, _, splits = _plan(_WEIGHT, a, b, scalars)
     out = partial = None
     if splits > 1:
         partial = torch.empty((splits, rows * cols), dtype=torch.float32, device=a.device)
@@ -137,12 +166,7 @@ def _weight_grad(a: Tensor, b: Tensor) -> Tensor:
         a,
         inputs={"a": a, "b": b},
         outputs={"out": out, "partial": partial},
-        dtype=cuda.dtype_code(a.dtype),
-        m=rows,
-        n=cols,
-        k=depth,
-        a_stride=a.stride(0),
-        b_stride=b.stride(0),
+        **scalars,
         splits=splits,
     )
     if partial is not None:
@@ -185,7 +209,24 @@ def _partial_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _scalars(a: Tensor, b: Tensor, cols: int) -> dict[str, int]:
+def _plan(
+    layout: int,
+    a: Tensor,
+    b: Tensor,
+    scalars: dict[str, int],
+    *,
+    h: Tensor | None = None,
+    out: Tensor | None = None,
+    activation: Tensor | None = None,
+) -> tuple[int, int, int]:
+    """The candidate that makes a product (-1: the kernel for any device), the rows of a tile whose
+    columns it sums, and in how many parts it takes k."""
+    tensors = {"a": a, "b": b, "h": h, "out": out, "activation": activation}
+    device = max(a.get_device(), 0)
+    return cuda.module().mlp_plan(device, layout, **cuda.addresses(tensors), **scalars)
+
+
+def _scalars(a: Tensor, b: Tensor, cols: int, candidate: int) -> dict[str, int]:
     rows, depth = a.shape
     return {
         "dtype": cuda.dtype_code(a.dtype),
@@ -194,8 +235,5 @@ def _scalars(a: Tensor, b: Tensor, cols: int) -> dict[str, int]:
         "k": depth,
         "a_stride": a.stride(0),
         "b_stride": b.stride(0),
+        "candidate": candidate,
     }
-
-
-def _device(tensor: Tensor) -> int:
-    return max(tensor.get_device(), 0)
