@@ -2,7 +2,8 @@
 
 1. every test that is marked `gpu`: the native kernels and a GPT against the truth, repeated,
    captured, on side streams (`tests/test_gpu.py`); the CUDA kernels' building blocks against cases
-   worked by hand, which the emulator is held to as well (`tests/test_emulator.py`);
+   worked by hand, which the emulator is held to as well (`tests/test_emulator.py`, and those of
+   Hopper's own: `tests/test_clusters.py`, `test_hopper.py`, `test_tma.py`);
 2. the parity table of `gptkernels verify`;
 3. the CUDA C++ kernels, where they are built, beside the emulator (benchmarks/twins.py);
 4. the same kernels under compute-sanitizer's memcheck and racecheck, where it is and can run;
@@ -36,7 +37,9 @@ from gptkernels.ops.choice import unavailable
 from . import OPERATORS, suite
 from .report import Row, environment, figures, recorded, write_json
 
-_TESTS = (Path("tests/test_gpu.py"), Path("tests/test_emulator.py"))
+_TESTS = tuple(
+    Path(f"tests/test_{name}.py") for name in ("gpu", "emulator", "clusters", "hopper", "tma")
+)
 # When each part must have ended, as a share of the whole time.
 _TESTS_END, _PARITY_END, _TWINS_END, _SANITIZED_END, _QUICK_END = 0.42, 0.55, 0.66, 0.77, 0.88
 _IMPLS = ("triton", "cuda", "torch")
@@ -108,6 +111,10 @@ def _all(results: Path, seconds: float) -> int:
         path = results / f"speed_{name}.json"
         _run([_own_part(f"speed, {name}", path, "--part=speed", *extra)], until(end), path)
     print(f"Results are in {results}, after {time.monotonic() - started:.0f} s")
+    if reason is None:
+        print(
+            "`make gpu-tune` times every way to build the CUDA kernels, beside the best of others"
+        )
     return 0 if right else 1
 
 
