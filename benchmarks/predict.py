@@ -1,7 +1,7 @@
 """Predicted times of the CUDA C++ kernels on an H200, from counts and stated rates. No GPU needed.
 
     python -m gptkernels.benchmarks.predict                     the table
-    python -m gptkernels.benchmarks.predict --write FILE.md     put into FILE, between its marks
+    python -m gptkernels.benchmarks.predict --write FILE.md     a shorter one, between FILE's marks
 
 For every problem of `PROBLEMS` the launchers are asked what they would launch
 (`gptkernels.explain`), by their own choice and with each candidate, and a launch is given
@@ -362,20 +362,41 @@ def _row(
 
 
 def table(rows: Iterable[Prediction]) -> Iterator[str]:
-    """Markdown."""
+    """Markdown, a line for each prediction."""
     yield "| problem | direction | way (* the rule's) | waves | bound by | predicted | share |"
     yield "| --- | --- | --- | ---: | --- | ---: | ---: |"
     for row in rows:
         way = f"{row.way}{' *' if row.chosen else ''}"
-        rate = (
-            f"{row.flops / row.seconds / 1e12:.0f} TFLOP/s"
-            if row.flops
-            else f"{row.bytes / row.seconds / 1e12:.2f} TB/s"
-        )
         yield (
             f"| {row.op} {row.problem} | {row.direction} | {way} | {row.waves:.2f} | {row.bound} "
-            f"| {1e6 * row.seconds:.0f} us, {rate} | {100 * row.share:.0f}% |"
+            f"| {1e6 * row.seconds:.0f} us, {_rate(row)} | {100 * row.share:.0f}% |"
         )
+
+
+def summary(rows: Iterable[Prediction]) -> Iterator[str]:
+    """Markdown, a line for each problem and direction: the rule's choice, then the others."""
+    yield "| problem | the rule's choice | waves | predicted | share | others, share |"
+    yield "| --- | --- | ---: | ---: | ---: | --- |"
+    cases: dict[tuple[str, str], list[Prediction]] = {}
+    for row in rows:
+        cases.setdefault((f"{row.op} {row.problem}", row.direction), []).append(row)
+    for (problem, direction), ways in cases.items():
+        own = next(row for row in ways if row.chosen)
+        others = "; ".join(
+            f"{row.way} {100 * row.share:.0f}%"
+            for row in sorted(ways, key=lambda row: row.seconds)
+            if row is not own
+        )
+        yield (
+            f"| {problem}: {direction} | {own.way} | {own.waves:.2f} "
+            f"| {1e6 * own.seconds:.0f} us, {_rate(own)} | {100 * own.share:.0f}% | {others} |"
+        )
+
+
+def _rate(row: Prediction) -> str:
+    if row.flops:
+        return f"{row.flops / row.seconds / 1e12:.0f} TFLOP/s"
+    return f"{row.bytes / row.seconds / 1e12:.2f} TB/s"
 
 
 BEGIN, END = "<!-- predictions: made by the command below -->", "<!-- end of predictions -->"
@@ -399,11 +420,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="a file with the marks")
     options = parser.parse_args(arguments)
     try:
-        lines = list(table(predictions()))
+        rows = list(predictions())
         if options.write is None:
-            print("\n".join(lines))
+            print("\n".join(table(rows)))
         else:
-            options.write.write_text(written(options.write.read_text(), lines))
+            text = options.write.read_text()
+            options.write.write_text(written(text, summary(rows)))
     except (ImportError, OSError, ValueError) as error:
         print(f"predict: {error}", file=sys.stderr)
         return 2

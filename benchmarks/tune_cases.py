@@ -63,10 +63,6 @@ def cases(problem: Problem, device: torch.device, machine: explain.Machine) -> I
     yield from of_op[problem.op](problem, device, machine)
 
 
-def _chosen(candidate: int) -> dict[str, Any]:
-    return {} if candidate < 0 else {"candidate": candidate}
-
-
 def _ways(
     direction: explain.Direction,
     machine: explain.Machine,
@@ -119,7 +115,7 @@ def _attention(problem: Problem, device: torch.device, machine: explain.Machine)
 
     def attend(candidate: int) -> Any:
         return attention_kernels.attention_fwd(
-            q, k, v, None, None, None, None, *scalars, **_chosen(candidate)
+            q, k, v, None, None, None, None, *scalars, candidate=candidate
         )
 
     @functools.cache
@@ -144,10 +140,10 @@ def _attention(problem: Problem, device: torch.device, machine: explain.Machine)
         # Not ours, whose mistakes would be found twice.
         out, lse = gptkernels.attention(q, k, v, **sees, return_lse=True, impl="torch")
 
-    def differentiate(candidate: int) -> Any:
+    def differentiate(_: int) -> Any:
         return attention_kernels.attention_bwd(
             dout, None, q, k, v, out, lse, None, None, None, None, *scalars, (True, True, True),
-            False, False, **_chosen(candidate),
+            False, False,
         )  # fmt: skip
 
     @functools.cache
@@ -238,21 +234,21 @@ def _mlp(problem: Problem, device: torch.device, machine: explain.Machine) -> It
     def gelu(candidate: int) -> Any:
         outputs = torch.empty_like(h), torch.empty_like(h)
         mlp_kernels._linear_fwd(
-            x, w1, b1, out=outputs[0], activation=outputs[1], **_chosen(candidate)
+            x, w1, b1, out=outputs[0], activation=outputs[1], candidate=candidate
         )
         return outputs
 
     def plain(candidate: int) -> Any:
         y = torch.empty_like(x)
-        mlp_kernels._linear_fwd(a, w2, b2, out=y, **_chosen(candidate))
+        mlp_kernels._linear_fwd(a, w2, b2, out=y, candidate=candidate)
         return (y,)
 
     def slope(candidate: int) -> Any:
-        return mlp_kernels._linear_gelu_bwd(dy, w2, h, "tanh", True, True, **_chosen(candidate))[:2]
+        return mlp_kernels._linear_gelu_bwd(dy, w2, h, "tanh", True, True, candidate=candidate)[:2]
 
     def to_input(candidate: int) -> Any:
         dx = torch.empty_like(x)
-        mlp_kernels._linear_bwd(dh, w1, out=dx, **_chosen(candidate))
+        mlp_kernels._linear_bwd(dh, w1, out=dx, candidate=candidate)
         return (dx,)
 
     # Of each product: its rows, inner size and columns; ours; cuBLAS's; the same written out.
@@ -264,9 +260,9 @@ def _mlp(problem: Problem, device: torch.device, machine: explain.Machine) -> It
          lambda rows, wide: [wide(a[rows]) @ wide(w2).T + wide(b2)]),
         (backward, 0, (M, inner, C), slope, lambda: torch.mm(dy, w2),
          lambda rows, wide: _slopes(wide(dy[rows]) @ wide(w2), wide(h[rows]))),
-        (backward, 1, (C, inner, M), lambda i: (mlp_kernels._weight_grad(dy, a, **_chosen(i)),),
+        (backward, 1, (C, inner, M), lambda i: (mlp_kernels._weight_grad(dy, a, candidate=i),),
          lambda: torch.mm(dy.T, a), lambda rows, wide: [wide(dy[:, rows]).T @ wide(a)]),
-        (backward, 2, (inner, C, M), lambda i: (mlp_kernels._weight_grad(dh, x, **_chosen(i)),),
+        (backward, 2, (inner, C, M), lambda i: (mlp_kernels._weight_grad(dh, x, candidate=i),),
          lambda: torch.mm(dh.T, x), lambda rows, wide: [wide(dh[:, rows]).T @ wide(x)]),
         (backward, 3, (M, C, inner), to_input, lambda: torch.mm(dh, w1),
          lambda rows, wide: [wide(dh[rows]) @ wide(w1)]),

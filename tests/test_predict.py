@@ -136,7 +136,7 @@ def test_every_problem_is_predicted() -> None:
 def test_the_documents_have_this_table() -> None:
     """Else: python -m gptkernels.benchmarks.predict --write docs/tuning.md."""
     text = (ROOT / "docs" / "tuning.md").read_text()
-    assert predict.written(text, predict.table(predict.predictions())) == text
+    assert predict.written(text, predict.summary(predict.predictions())) == text
 
 
 def test_a_candidate_that_cannot_is_left_out() -> None:
@@ -178,7 +178,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     path = tmp_path / "tuning.md"
     path.write_text(f"{predict.BEGIN}\n{predict.END}\n")
     assert predict.main(["--write", str(path)]) == 0
-    assert path.read_text().count("layer_norm") == 2
+    written = path.read_text()
+    assert written.count("| layer_norm 64 rows of 512: ") == 2
+    assert written.count("| any GPU |") == 2
     path.write_text("")
     assert predict.main(["--write", str(path)]) == 2
     assert "no place for the table" in capsys.readouterr().err
