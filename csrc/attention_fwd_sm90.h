@@ -24,9 +24,10 @@ struct FwdSm90Tiles {
     static constexpr bool kPingPong = kTurns;
     static constexpr int kRows = kWarpgroupRows * kConsumers;
     static constexpr unsigned kThreads = kWarpgroup * (kConsumers + 1);
-    // A multiprocessor's 65,536 registers: the producer needs few, consumers take what it gives.
-    static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-    static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+    // A multiprocessor's 65,536 registers: the producer needs few (with 24 it spills), consumers
+    // take what it gives.
+    static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+    static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
     static_assert(kConsumers == 2 || kConsumers == 3, "registers are shared out for 2 or 3");
     // Wide heads have so much of o to rescale that it is better done under the product q k^T.
     static constexpr bool kRescaleFirst = kWidth > 128;
@@ -68,8 +69,12 @@ template <class T> using Fwd256Narrow = FwdSm90Tiles<T, 256, 64, 2, false>;
 struct FwdSm90Arguments {
     AttentionFwd p;
     TensorMap q, k, v, out;
-    unsigned tiles;           // row blocks of all heads
-    unsigned row_blocks;      // of Tiles::kRows queries
+    bool paired;              // whether an item is two tiles, or one
+    unsigned items;           // of all heads of the batch
+    unsigned items_of_head;
+    unsigned rounds;          // in which every CTA gets an item
+    unsigned row_blocks;      // tiles of a head, of Tiles::kRows queries
+    unsigned heads;           // of all batch entries
     unsigned heads_together;  // heads of the batch whose k and v share the L2 cache
 };
 

@@ -62,27 +62,53 @@ struct FwdSm90Shared {
     }
 };
 
-// Which queries of which head a CTA takes in its nth turn. Heads go in groups whose k and v fit in
-// the L2 cache; within one, late rows, which have the most keys under a causal mask, come first.
-// Every other turn deals the tiles in reverse: who had a longer one gets a shorter one.
+// Which queries of which head a CTA takes in its nth turn: known beforehand, so that its producer
+// and its consumers agree without a word.
+//
+// Heads go in groups whose k and v fit in the L2 cache; within one, late rows, which have the most
+// keys under a causal mask, come first. Paired, a late tile goes with the early one as far from the
+// other end: under a causal mask pairs are of equal work, and CTAs get as many of them. Those that
+// are left over at the end are of middling tiles, and dealt out singly, the longest first. Not
+// paired, tiles are dealt out singly, every other turn in reverse: who had a longer one gets a
+// shorter one.
 struct FwdSm90Place {
     bool exists;
-    int i0, b, h;
+    int i0, b, h;  // the middle tile is nobody's pair: then i0 is past the last query
 
     __device__ FwdSm90Place(const FwdSm90Arguments& a, unsigned turn, int rows) {
-        const unsigned within_turn = turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-        const unsigned tile = turn * gridDim.x + within_turn;
-        exists = tile < a.tiles;
+        const unsigned ctas = gridDim.x, cta = blockIdx.x;
+        unsigned item = turn * ctas + (turn % 2 == 0 ? cta : ctas - 1 - cta);
+        bool early = false;
+        if (a.paired && turn < 2 * a.rounds) {
+            item = turn / 2 * ctas + cta;
+            early = turn % 2 != 0;
+        } else if (a.paired) {
+            const unsigned rest = a.items - a.rounds * ctas;
+            const unsigned single = item - 2 * a.rounds * ctas;
+            early = single >= rest;
+            item = single >= 2 * rest ? a.items
+                                      : a.rounds * ctas + (early ? 2 * rest - 1 - single : single);
+        }
+        exists = item < a.items;
         if (!exists) return;
-        const unsigned heads = a.tiles / a.row_blocks, per_group = a.heads_together * a.row_blocks;
-        const unsigned first = tile / per_group * a.heads_together, within = tile % per_group;
-        const unsigned together = min(a.heads_together, heads - first);
-        const unsigned head = first + within % together;
-        i0 = static_cast<int>(a.row_blocks - 1 - within / together) * rows;
+        const unsigned per_group = a.heads_together * a.items_of_head;
+        const unsigned first = item / per_group * a.heads_together, within = item % per_group;
+        const unsigned together = min(a.heads_together, a.heads - first);
+        const unsigned head = first + within % together, from_end = within / together;
+        unsigned block = a.row_blocks - 1 - from_end;
+        if (early) block = from_end == block ? a.row_blocks : from_end;
+        i0 = static_cast<int>(block) * rows;
         b = static_cast<int>(head / static_cast<unsigned>(a.p.call.H));
         h = static_cast<int>(head % static_cast<unsigned>(a.p.call.H));
     }
 };
+
+// The keys that some of `rows` queries from i0 on see, none where there are no such queries.
+__device__ inline Range keys_of_tile(const Band& band, int i0, int rows, int block) {
+    Range keys = band.keys(i0, rows, block);
+    if (i0 >= band.Tq || keys.last <= keys.first) keys.first = keys.last = 0;
+    return keys;
+}
 
 // The first key of the rightmost block; left of first where there is none.
 __device__ inline int last_block(const Range& keys, int block) {
@@ -112,7 +138,8 @@ __device__ __forceinline__ void produce(const FwdSm90Arguments& a,
         const FwdSm90Place place(a, turn, Tiles::kRows);
         if (!place.exists) break;
         const int b = place.b, hk = place.h / (a.p.call.H / a.p.call.Hk);
-        const Range keys = band_of(a.p.call, b).keys(place.i0, Tiles::kRows, Tiles::kKeys);
+        const Range keys =
+            keys_of_tile(band_of(a.p.call, b), place.i0, Tiles::kRows, Tiles::kKeys);
         auto load_k = [&](int j) {
             mbarrier_wait(shared.k_empty(k_at.stage), k_at.phase ^ 1);
             load_panels<Key::kPanels, Key::kPanelBytes>(shared.k(k_at.stage).data, &a.k,

@@ -195,6 +195,13 @@ def test_more_tiles_than_multiprocessors() -> None:
     assert_right(tensors, key_lengths=lengths(140, 0, 57))
 
 
+@pytest.mark.parametrize("T", [600, 700])
+@pytest.mark.parametrize("heads", [3, 4])
+def test_early_and_late_tiles_go_in_pairs(T: int, heads: int) -> None:
+    """An odd and an even number of tiles a head; with three heads of five, one pair is left over."""
+    assert_right(inputs(1, T, T, heads, 1, 72))
+
+
 def test_eight_query_heads_read_one() -> None:
     assert_right(inputs(2, 40, 45, 8, 1, 24))
 
