@@ -264,6 +264,14 @@ def test_without_the_mistake_products_are_right(machine: Emulator, name: str) ->
     assert b.double().equal(want)
 
 
+def test_a_change_of_a_is_found(emulator: Emulator) -> None:
+    a, b = torch.randn(2, 64, 64).bfloat16(), torch.empty(64, 64)
+    emulator("product_operand_changed", a=a, b=b, n=1, **PRODUCT)
+    sentence = ": A of a wgmma.mma_async has changed before it was waited for, within 32 bytes from"
+    with pytest.raises(RuntimeError, match=f"{sentence} byte 736 of shared memory on"):
+        emulator("product_operand_changed", a=a, b=b, n=1, broken=True, **PRODUCT)
+
+
 def words(addend: int) -> Tensor:
     """A 64-bit number as two of 32."""
     halves = [addend & 0xFFFFFFFF, addend >> 32 & 0xFFFFFFFF]

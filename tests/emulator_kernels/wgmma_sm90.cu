@@ -281,6 +281,7 @@ __attribute__((noinline, no_sanitize("thread"))) __device__ void change(Bf16* at
     *at = __float2bfloat16(100.0f);
 }
 
+// n: 1 for A, else B
 __global__ void product_operand_changed(const Case p) {
     fill_both(p);
     publish();
@@ -290,7 +291,7 @@ __global__ void product_operand_changed(const Case p) {
     gk::wgmma_commit();
     if (!p.broken) gk::wgmma_wait<0>();
     __syncthreads();
-    change(tile_b().at(5, 20));
+    change(p.n ? tile_a().at(5, 20) : tile_b().at(5, 20));
     finish(acc, p.b);  // product_operand_changed
 }
 
