@@ -264,6 +264,13 @@ def test_without_the_mistake_products_are_right(machine: Emulator, name: str) ->
     assert b.double().equal(want)
 
 
+def test_sums_start_anew(machine: Emulator) -> None:
+    a, want = whole_numbers()
+    b = torch.full((64, 64), float("nan"))
+    machine("product_started_anew", a=a, b=b, **PRODUCT)
+    assert b.double().equal(want)
+
+
 def test_a_change_of_a_is_found(emulator: Emulator) -> None:
     a, b = torch.randn(2, 64, 64).bfloat16(), torch.empty(64, 64)
     emulator("product_operand_changed", a=a, b=b, n=1, **PRODUCT)

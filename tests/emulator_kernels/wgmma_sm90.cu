@@ -221,6 +221,18 @@ __global__ void product_without_fence(const Case p) {
     finish(acc, p.b);
 }
 
+// A sum begins again before the one before it has been waited for.
+__global__ void product_started_anew(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 48);
+    issue(acc, 0, 64);
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
 // Twice half of the product's first half, then its second.
 __global__ void product_rescaled(const Case p) {
     fill_both(p);
@@ -511,6 +523,7 @@ const NamedCase kWgmmaCases[] = {
     {"product_without_commit", product_without_commit},
     {"product_wait_short_by_one", product_wait_short_by_one},
     {"product_without_fence", product_without_fence},
+    {"product_started_anew", product_started_anew},
     {"product_rescaled", product_rescaled},
     {"product_rounded", product_rounded},
     {"product_operand_overwritten", product_operand_overwritten},
