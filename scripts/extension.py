@@ -109,7 +109,7 @@ def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]
     host = [*compiler, *_EMULATOR_FLAGS, *include]
     kernels = [*compiler, *_EMULATED_FLAGS, *_REPORTED, *include, "-xc++"]
     tools = _version(compiler)
-    shared = [file for file in _host_code() if file.name not in _NATIVE_ONLY]
+    shared = [file for file in _host_code(sources) if file.name not in _NATIVE_ONLY]
     return [
         _Object(source, kernels if source.suffix == ".cu" else host, tools)
         for source in (*_files("emulator/*.cpp"), *shared, *sources)
@@ -156,7 +156,7 @@ def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[s
         _Object(source, [nvcc, *_NVCC_FLAGS, *_targets(source), "-Icsrc"], tools)
         if source.suffix == ".cu"
         else _Object(source, host, both)
-        for source in (*sources, *_host_code())
+        for source in (*sources, *_host_code(sources))
     ]
     return host, objects, [nvcc, "-shared", "--cudart=static"]
 
@@ -318,9 +318,15 @@ def _files(pattern: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in (ROOT / _SOURCES).glob(pattern))
 
 
-def _host_code() -> list[Path]:
-    """What launchers call, and nothing of Python."""
-    return [file for file in _files("*.cpp") if file != _BINDINGS]
+def _host_code(kernels: Sequence[Path]) -> list[Path]:
+    """What launchers call, and nothing of Python; of an operator only beside its kernels."""
+
+    def operators(files: Sequence[Path]) -> set[str]:
+        return {file.stem.split("_")[0] for file in files}
+
+    others = operators(_files("*.cu")) - operators(kernels)
+    files = [file for file in _files("*.cpp") if file != _BINDINGS]
+    return [file for file in files if not operators([file]) & others]
 
 
 def _build(
