@@ -558,7 +558,13 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], int, str]] = {
         stores,
         1,
         f"{CALL} <store_fenced_late>: reads 128 bytes at byte 0 of shared memory by the "
-        f"asynchronous proxy, which thread 0 wrote at {FILLED}, {UNFENCED}",
+        f"asynchronous proxy, which thread 0 wrote at <filled alone>, {UNFENCED}",
+    ),
+    "store_written_after_fence": (
+        stores,
+        1,
+        f"{CALL} <store_written_after_fence>: reads 128 bytes at byte 0 of shared memory by the "
+        f"asynchronous proxy, which thread 0 wrote at <after the fence>, {UNFENCED}",
     ),
     "store_without_barrier": (
         stores,
@@ -589,6 +595,11 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], int, str]] = {
         stores,
         1,
         f"{CALL} <of the newer group>: this thread returns without having waited for its tma_store",
+    ),
+    "write_wait_short_by_one": (
+        stores,
+        1,
+        f"{CALL} <the newer store>: this thread returns without having waited for its tma_store",
     ),
     "store_never_awaited": (
         stores,

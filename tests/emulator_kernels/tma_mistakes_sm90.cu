@@ -215,17 +215,30 @@ __global__ void store_fenced_by_one(const __grid_constant__ BoxCase p) {
     gk::bulk_wait_read<0>();
 }
 
-// The fence comes after the barrier.
+// The fence of the one who wrote comes after the barrier: before the store, as it happens.
 __global__ void store_fenced_late(const __grid_constant__ BoxCase p) {
-    fill();
-    if (!p.broken) gk::fence_proxy_async();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 1024; ++i) arena()[i] = 1.0f;  // filled alone
+        if (!p.broken) gk::fence_proxy_async();
+    }
     __syncthreads();
-    if (p.broken) gk::fence_proxy_async();
-    if (threadIdx.x == 31) {
+    if (threadIdx.x == 0 && p.broken) gk::fence_proxy_async();
+    if (threadIdx.x == 15) {
         gk::tma_store(&p.map, arena(), box_of(p));  // store_fenced_late
         gk::bulk_commit();
         gk::bulk_wait_read<0>();
     }
+}
+
+__global__ void store_written_after_fence(const __grid_constant__ BoxCase p) {
+    fill();
+    gk::fence_proxy_async();
+    if (p.broken) arena()[threadIdx.x] = 1.0f;  // after the fence
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    gk::tma_store(&p.map, arena(), box_of(p));  // store_written_after_fence
+    gk::bulk_commit();
+    gk::bulk_wait_read<0>();
 }
 
 __global__ void store_without_barrier(const __grid_constant__ BoxCase p) {
@@ -287,6 +300,20 @@ __global__ void store_wait_short_by_one(const __grid_constant__ BoxCase p) {
     gk::bulk_commit();
     gk::bulk_wait_read<1>();
     if (!p.broken) gk::bulk_wait_read<0>();
+}
+
+// As above, with the other kind of wait.
+__global__ void write_wait_short_by_one(const __grid_constant__ BoxCase p) {
+    fill();
+    gk::fence_proxy_async();
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    gk::tma_store(&p.map, arena(), box_of(p));
+    gk::bulk_commit();
+    gk::tma_store(&p.map, arena(), gk::Coordinates<2>{{0, p.at[1] + 32}});  // the newer store
+    gk::bulk_commit();
+    gk::bulk_wait<1>();
+    if (!p.broken) gk::bulk_wait<0>();
 }
 
 __global__ void store_never_awaited(const __grid_constant__ BoxCase p) {
@@ -417,11 +444,13 @@ const NamedBoxCase kBoxMistakes[] = {
     {"store_without_fence", store_without_fence},
     {"store_fenced_by_one", store_fenced_by_one},
     {"store_fenced_late", store_fenced_late},
+    {"store_written_after_fence", store_written_after_fence},
     {"store_without_barrier", store_without_barrier},
     {"store_of_unwritten", store_of_unwritten},
     {"store_source_changed", store_source_changed},
     {"store_source_rewritten", store_source_rewritten},
     {"store_wait_short_by_one", store_wait_short_by_one},
+    {"write_wait_short_by_one", write_wait_short_by_one},
     {"store_never_awaited", store_never_awaited},
     {"store_never_committed", store_never_committed},
     {"store_read_back", store_read_back},
