@@ -34,6 +34,7 @@ runnable = pytest.mark.parametrize(("impl", "dtype"), RUNNABLE)
 NO_CUDA = unavailable("cuda", DEVICE, FP32)
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA)))
 each = pytest.mark.parametrize("impl", ["torch", "triton", CUDA])
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 MASKED = DEVICE == "cpu"  # where PyTorch's fused op takes a mask and gives lse
 
 
@@ -415,6 +416,8 @@ class TestRowsAndKeysThatAreApart:
     ) -> None:
         """Causal with a window of 12: rows at ... at + 12 see key `at`, row `at` sees keys
         at - 12 ... at, and what those rows see lies between at - 12 and at + 12."""
+        if HOPPER and impl == "cuda" and dtype == BF16:
+            pytest.skip("Hopper's kernels then sum in another order: test_attention_*_sm90.py")
         T, reach = 70, 12
         tensors = inputs(1, T, dtype=dtype)
         cotangent = torch.randn(1, T, 2, 16, device=DEVICE, dtype=dtype)
