@@ -36,13 +36,12 @@ MOST_SECONDS = 180  # of one core, for one source
 
 # Tensor cores where operands have 16 bits; accesses of 16 bytes a thread where data is moved.
 _PRODUCTS = r"(attention_(fwd|bwd_keys|bwd_queries)|product)_kernel<"
+_HOPPERS = r"(attention_fwd|product)_sm90_kernel<"
 REQUIREMENTS = (
     Requirement(rf"{_PRODUCTS}(bf16|fp16)\b", "HMMA"),
     Requirement(_PRODUCTS, "LDGSTS.128"),
     # Hopper's own: tensor cores of four warps, tiles by the tensor memory accelerator both ways.
-    Requirement(r"\w+_sm90_kernel<", "HGMMA"),
-    Requirement(r"\w+_sm90_kernel<", "UTMALDG"),
-    Requirement(r"attention_fwd_sm90_kernel<", "UTMASTG"),
+    *(Requirement(_HOPPERS, name) for name in ("HGMMA", "UTMALDG", "UTMASTG")),
     Requirement(r"column_sums_kernel<", "LDG.128"),
     # Where rows are aligned.
     Requirement(r"layer_norm_(fwd|bwd)_kernel<\w+, \w+, \d+, true\b", "LDG.128"),

@@ -12,8 +12,8 @@ from pathlib import Path
 from gates.table import Resources
 
 # Name -> how the disassembly begins its line. Tensor cores (of one warp, of four), accesses of 16
-# bytes a thread, copies and sums by the tensor memory accelerator: of a tensor's boxes, of bytes in
-# a row.
+# bytes a thread, copies and sums by the tensor memory accelerator (of a tensor's boxes, of bytes in
+# a row), barriers of a cluster.
 OF_NOTE = {
     "HMMA": r"HMMA\.",
     "HGMMA": r"HGMMA\.",
@@ -22,6 +22,7 @@ OF_NOTE = {
     "STG.128": r"STG\.\S*\b128",
     "UBLKCP": r"UBLKCP\.",
     "UBLKRED": r"UBLKRED\.",
+    "UCGABAR": r"UCGABAR_",
     "UTMALDG": r"UTMALDG\.",
     "UTMASTG": r"UTMASTG\.",
     "UTMAREDG": r"UTMAREDG\.",
