@@ -198,6 +198,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         f"{THREAD} {ISSUE}, called at <product_of_own_rows>: reads 32 bytes at byte # of shared "
         "memory, which nobody has written",
     ),
+    "product_of_own_columns": (
+        {},
+        f"{THREAD} {MULTIPLY}, called at <product_of_own_columns>: reads 32 bytes at byte # of "
+        "shared memory, which nobody has written",
+    ),
     # Threads that do not agree
     "product_diverges": (
         {},
@@ -255,6 +260,8 @@ def test_without_the_mistake_products_are_right(machine: Emulator, name: str) ->
         return
     if name == "product_rounded":
         want = want.bfloat16().double() @ a[1].double().T
+    if name == "product_of_own_columns":
+        want = a[0].double().T @ a[1].double().T
     if name == "product_rescaled":
         want += a[0, :, :32].double() @ a[1, :, :32].double().T
     if name == "product_accumulator_changed":
@@ -277,6 +284,20 @@ def test_a_change_of_a_is_found(emulator: Emulator) -> None:
     sentence = ": A of a wgmma.mma_async has changed before it was waited for, within 32 bytes from"
     with pytest.raises(RuntimeError, match=f"{sentence} byte 736 of shared memory on"):
         emulator("product_operand_changed", a=a, b=b, n=1, broken=True, **PRODUCT)
+
+
+def test_an_overwritten_a_is_found(emulator: Emulator) -> None:
+    a, b = torch.randn(2, 64, 64).bfloat16(), torch.empty(64, 64)
+    emulator("product_operand_overwritten", a=a, b=b, n=1, **PRODUCT)
+    with pytest.raises(RuntimeError, match="which the asynchronous engine read at"):
+        emulator("product_operand_overwritten", a=a, b=b, n=1, broken=True, **PRODUCT)
+
+
+@pytest.mark.parametrize(("n", "what"), [(1, "the descriptor of A"), (2, "whether to accumulate")])
+def test_what_threads_do_not_agree_on(emulator: Emulator, n: int, what: str) -> None:
+    a, b = torch.randn(2, 64, 64).bfloat16(), torch.empty(64, 64)
+    with pytest.raises(RuntimeError, match=f"threads do not agree on {what}"):
+        emulator("product_of_two_minds", a=a, b=b, n=n, broken=True, **PRODUCT)
 
 
 def words(addend: int) -> Tensor:

@@ -275,6 +275,7 @@ __global__ void product_rounded(const Case p) {
     finish(sums, p.b);
 }
 
+// n: 1 for A, else B
 __global__ void product_operand_overwritten(const Case p) {
     fill_both(p);
     publish();
@@ -284,7 +285,8 @@ __global__ void product_operand_overwritten(const Case p) {
     gk::wgmma_commit();
     if (!p.broken) gk::wgmma_wait<0>();
     __syncthreads();
-    if (threadIdx.x == 0) *tile_b().at(5, 20) = __float2bfloat16(100.0f);  // overwritten
+    Bf16* at = p.n ? tile_a().at(5, 20) : tile_b().at(5, 20);
+    if (threadIdx.x == 0) *at = __float2bfloat16(100.0f);  // overwritten
     finish(acc, p.b);
 }
 
@@ -395,6 +397,29 @@ __global__ void product_of_own_rows(const Case p) {
     finish(acc, p.b);
 }
 
+// The same with A transposed, (depth, rows): a warp writes its 16 columns.
+__global__ void product_of_own_columns(const Case p) {
+    fill(tile_b(), reinterpret_cast<const Bf16*>(p.a) + 64 * 64);
+    publish();
+    const int warp = int(threadIdx.x) / 32;
+    for (int i = gk::lane_index(); i < 64 * 2; i += 32) {
+        const int col = 16 * (p.broken ? 3 - warp : warp) + i % 2 * 8;
+        gk::st128_shared(tile_a().at(i / 2, col),
+                         gk::ld128(reinterpret_cast<const Bf16*>(p.a) + i / 2 * 64 + col));
+    }
+    gk::fence_proxy_async();
+    __syncwarp();
+    float acc[8][4];
+    gk::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 64; k += 16) {
+        const uint64_t a = tile_a().mn_major(k, 0), b = tile_b().k_major(0, k);
+        gk::Wgmma<Bf16, 64, Major::mn>::multiply(acc, a, b, k > 0);  // product_of_own_columns
+    }
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
 __global__ void product_diverges(const Case p) {
     fill_both(p);
     publish();
@@ -409,7 +434,7 @@ __global__ void product_diverges(const Case p) {
     finish(acc, p.b);
 }
 
-// Warps of one warpgroup name different rows of B.
+// Warps of one warpgroup name different columns of B, or with n = 1 of A, or start otherwise (n = 2).
 __global__ void product_of_two_minds(const Case p) {
     fill_both(p);
     publish();
@@ -417,9 +442,10 @@ __global__ void product_of_two_minds(const Case p) {
     gk::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 64; k += 16) {
-        const uint64_t a = tile_a().k_major(0, k);
-        const uint64_t b = tile_b().k_major(0, p.broken && threadIdx.x >= 96 ? k ^ 16 : k);
-        Product::multiply(acc, a, b, k > 0);  // product_of_two_minds
+        const int other = p.broken && threadIdx.x >= 96;
+        const uint64_t a = tile_a().k_major(0, other && p.n == 1 ? k ^ 16 : k);
+        const uint64_t b = tile_b().k_major(0, other && p.n == 0 ? k ^ 16 : k);
+        Product::multiply(acc, a, b, k > 0 || (other && p.n == 2));  // product_of_two_minds
     }
     gk::wgmma_commit();
     finish(acc, p.b);
@@ -534,6 +560,7 @@ const NamedCase kWgmmaCases[] = {
     {"product_without_proxy_fence", product_without_proxy_fence},
     {"product_without_barrier", product_without_barrier},
     {"product_of_own_rows", product_of_own_rows},
+    {"product_of_own_columns", product_of_own_columns},
     {"product_diverges", product_diverges},
     {"product_of_two_minds", product_of_two_minds},
     {"product_of_two_shapes", product_of_two_shapes},
