@@ -300,6 +300,15 @@ def test_what_threads_do_not_agree_on(emulator: Emulator, n: int, what: str) -> 
         emulator("product_of_two_minds", a=a, b=b, n=n, broken=True, **PRODUCT)
 
 
+def test_different_accumulators_are_found(emulator: Emulator) -> None:
+    a, want = whole_numbers()
+    b = torch.empty(64, 64)
+    emulator("product_of_two_sums", a=a, b=b, **PRODUCT)
+    assert b.double().equal(want)
+    with pytest.raises(RuntimeError, match="threads have different accumulators"):
+        emulator("product_of_two_sums", a=a, b=b, broken=True, **PRODUCT)
+
+
 def words(addend: int) -> Tensor:
     """A 64-bit number as two of 32."""
     halves = [addend & 0xFFFFFFFF, addend >> 32 & 0xFFFFFFFF]

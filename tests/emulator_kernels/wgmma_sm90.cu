@@ -451,6 +451,21 @@ __global__ void product_of_two_minds(const Case p) {
     finish(acc, p.b);
 }
 
+#ifdef GK_EMULATE
+// Warps go on with different accumulators: on a GPU these are registers, which no address chooses.
+__global__ void product_of_two_sums(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4], spare[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 32);
+    auto& sums = p.broken && threadIdx.x >= 96 ? spare : acc;
+    issue(sums, 32, 64);  // product_of_two_sums
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+#endif
+
 // A product of another shape on accumulators in flight.
 __global__ void product_of_two_shapes(const Case p) {
     fill_both(p);
@@ -563,6 +578,9 @@ const NamedCase kWgmmaCases[] = {
     {"product_of_own_columns", product_of_own_columns},
     {"product_diverges", product_diverges},
     {"product_of_two_minds", product_of_two_minds},
+#ifdef GK_EMULATE
+    {"product_of_two_sums", product_of_two_sums},
+#endif
     {"product_of_two_shapes", product_of_two_shapes},
     {"product_of_three_warps", product_of_three_warps},
     {"product_of_descriptor", product_of_descriptor},
