@@ -17,7 +17,9 @@
 //                stay as they are.
 //     MN-major   ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)). 64 columns are an atom's width, LBO
 //                leads to the next 64: a panel. SBO leads from 8 rows of k to the next: 1,024, so the
-//                next step, 16 values of k, starts 2,048 bytes on.
+//                next step, 16 values of k, starts 2,048 bytes on. The ISA writes these layouts for
+//                whole atoms, N a multiple of 64. Of others, such as heads of 96, the last panel is
+//                read in part: no rule forbids it, and tests/test_hopper.py asks a GPU.
 #pragma once
 
 #include <cstdint>
