@@ -137,6 +137,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {},
         f"{THREAD} <write_out>, called at <product_wait_short_by_one>: {READ}",
     ),
+    "product_half_waited_for": (
+        {},
+        f"{THREAD} <write_out>, called at <product_half_waited_for>: {READ}",
+    ),
     "product_accumulator_changed": (
         {},
         f"{THREAD} {WAIT}, called at <product_accumulator_changed>: "
@@ -173,6 +177,12 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"threads": 256},
         f"{THREAD} <product_given_back_early>: writes 2 bytes at byte # of shared memory, which "
         f"the asynchronous engine read at {ISSUE}, called at <reads what is given back>, "
+        "with no barrier between",
+    ),
+    "product_given_back_by_one": (
+        {"threads": 384},
+        f"{THREAD} <product_given_back_by_one>: writes 2 bytes at byte # of shared memory, which "
+        f"the asynchronous engine read at {ISSUE}, called at <reads what one gives back>, "
         "with no barrier between",
     ),
     "product_operand_changed": (

@@ -211,6 +211,23 @@ __global__ void product_wait_short_by_one(const Case p) {
     gk::wgmma_wait<0>();
 }
 
+// Two groups on the same accumulators, of which one is waited for.
+__global__ void product_half_waited_for(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 32);
+    gk::wgmma_commit();
+    issue(acc, 32, 64);
+    gk::wgmma_commit();
+    gk::wgmma_wait<1>();
+    if (!p.broken) gk::wgmma_wait<0>();
+    gk::wgmma_fence_registers(acc);
+    write_out<64>(p.b, acc);  // product_half_waited_for
+    gk::wgmma_wait<0>();
+}
+
 __global__ void product_without_fence(const Case p) {
     fill_both(p);
     publish();
@@ -354,6 +371,28 @@ __global__ void product_given_back_early(const Case p) {
     gk::wgmma_wait<0>();
     if (!p.broken) gk::named_barrier_arrive(1, 256);
     finish(acc, p.b);
+}
+
+// 384 threads: the same by two warpgroups, of which the second gives B back too early.
+__global__ void product_given_back_by_one(const Case p) {
+    const unsigned warpgroup = threadIdx.x / 128;
+    if (warpgroup == 0) fill_both(p);
+    publish();
+    if (warpgroup == 2) {
+        gk::named_barrier_sync(1, 384);
+        tile_b().data[threadIdx.x] = __float2bfloat16(100.0f);  // product_given_back_by_one
+        return;
+    }
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);  // reads what one gives back
+    gk::wgmma_commit();
+    const bool early = p.broken && warpgroup == 1;
+    if (early) gk::named_barrier_arrive(1, 384);
+    gk::wgmma_wait<0>();
+    gk::wgmma_fence_registers(acc);
+    if (!early) gk::named_barrier_arrive(1, 384);
+    if (warpgroup == 0) write_out<64>(p.b, acc);
 }
 
 __global__ void product_without_proxy_fence(const Case p) {
@@ -563,6 +602,7 @@ const NamedCase kWgmmaCases[] = {
     {"product_without_wait", product_without_wait},
     {"product_without_commit", product_without_commit},
     {"product_wait_short_by_one", product_wait_short_by_one},
+    {"product_half_waited_for", product_half_waited_for},
     {"product_without_fence", product_without_fence},
     {"product_started_anew", product_started_anew},
     {"product_rescaled", product_rescaled},
@@ -572,6 +612,7 @@ const NamedCase kWgmmaCases[] = {
     {"product_accumulator_changed", product_accumulator_changed},
     {"product_not_waited_for_by_all", product_not_waited_for_by_all},
     {"product_given_back_early", product_given_back_early},
+    {"product_given_back_by_one", product_given_back_by_one},
     {"product_without_proxy_fence", product_without_proxy_fence},
     {"product_without_barrier", product_without_barrier},
     {"product_of_own_rows", product_of_own_rows},
