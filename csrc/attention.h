@@ -60,6 +60,9 @@ struct AttentionBwd {
     float* dq_sum;      // workspace where dq is to be added up by atomics (16 bits, dk or dv wanted
                         // too), B * H * Tq * D with Tq rounded up to a multiple of 32 and D to 64,
                         // 96, 128, 192 or 256; else null
+    bool deterministic;   // of the Hopper kernels alone: dq is summed in one order
+    float* row_stats;     // workspaces of the Hopper kernels, null where the generic ones run:
+    int* turns;           // attention_bwd_workspaces says how large these and dq_sum then are
     void* dq;           // (B, Tq, H, D) contiguous, or null: not wanted
     void* dk;           // (B, Tk, Hk, D) contiguous, or null
     void* dv;           // (B, Tk, Hk, D) contiguous, or null
@@ -89,11 +92,26 @@ inline dim3 grid_of(const char* kernel, const AttentionCall& c, int64_t blocks) 
 // capability 9.0; -1: what the rules choose there, and the kernel of every device elsewhere. Throws
 // Error where the candidate cannot take the call.
 void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream, int candidate = -1);
-void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream);
 
 // Why the kernel for compute capability 9.0 does not take a call, "" if it does.
 std::string attention_fwd_sm90_refuses(DType dtype, const AttentionFwd& p);
 std::vector<Candidate> attention_fwd_candidates();
 void launch_attention_fwd_sm90(DType dtype, const AttentionFwd& p, Stream stream, int candidate);
+
+// candidate: one of attention_bwd_candidates, or -1 for the rule's choice.
+void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream, int candidate = -1);
+
+// Attention backward's Hopper kernels: how they are built, and why the generic ones run, "" where
+// these do.
+std::vector<Candidate> attention_bwd_candidates();
+std::string attention_bwd_sm90_refuses(DType dtype, const AttentionBwd& p);
+
+// Numbers of elements; all 0 where the generic kernels run, whose workspaces are as above. Throws
+// Error for a candidate that cannot take the problem.
+struct BwdWorkspaces {
+    int64_t row_stats, dq_sum, turns;
+};
+BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int device,
+                                       int candidate);
 
 }  // namespace gk

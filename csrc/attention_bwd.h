@@ -36,6 +36,11 @@ struct BwdArguments {
     AttentionBwd p;
     // 16-byte addresses throughout
     bool q_aligned, k_aligned, v_aligned, dout_aligned, out_aligned;
+    // Kernels return at once where it leads to a 0: the Hopper kernels before them have done their
+    // work.
+    const int* only_if;
+
+    __device__ bool done() const { return only_if != nullptr && *only_if == 0; }
 };
 
 // What ds needs to know of a row.

@@ -69,6 +69,58 @@ py::dict described(const gk::Plan& plan) {
     return py::dict(py::arg("launches") = launches, py::arg("refusals") = refusals);
 }
 
+// Attention backward's arguments, for its launch and for the sizes of its workspaces.
+template <class F>
+void def_attention_bwd(py::module_& module, const char* name, F&& run) {
+    module.def(
+        name,
+        [run](int device, uintptr_t stream, uintptr_t dout, uintptr_t dlse, uintptr_t q,
+           uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t alibi_slopes,
+           uintptr_t key_lengths, uintptr_t rng, uintptr_t dq_sum, uintptr_t delta,
+           uintptr_t total, uintptr_t row_stats, uintptr_t turns, uintptr_t dq, uintptr_t dk,
+           uintptr_t dv, int dtype, int batch, int Tq, int Tk, int H, int Hk, int D,
+           StrideTuple q_strides, StrideTuple k_strides, StrideTuple v_strides,
+           StrideTuple dout_strides, float scale, int left, int right, float softcap,
+           uint32_t dropout_threshold, float dropout_scale, bool deterministic, int candidate) {
+            const gk::AttentionCall call{
+                batch, Tq, Tk, H, Hk, D, scale, left, right, softcap,
+                pointer<const float>(alibi_slopes), pointer<const int32_t>(key_lengths),
+                {pointer<const int64_t>(rng), dropout_threshold, dropout_scale}};
+            const gk::AttentionBwd p{call,
+                                     pointer<const void>(q),
+                                     pointer<const void>(k),
+                                     pointer<const void>(v),
+                                     pointer<const void>(dout),
+                                     strides(q_strides),
+                                     strides(k_strides),
+                                     strides(v_strides),
+                                     strides(dout_strides),
+                                     pointer<const void>(out),
+                                     pointer<const float>(lse),
+                                     pointer<const float>(dlse),
+                                     pointer<float>(delta),
+                                     pointer<float>(total),
+                                     pointer<float>(dq_sum),
+                                     deterministic,
+                                     pointer<float>(row_stats),
+                                     pointer<int>(turns),
+                                     pointer<void>(dq),
+                                     pointer<void>(dk),
+                                     pointer<void>(dv)};
+            return run(static_cast<DType>(dtype), p, stream_of(device, stream), candidate);
+        },
+        py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("dout"), py::arg("dlse"),
+        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+        py::arg("alibi_slopes"), py::arg("key_lengths"), py::arg("rng"), py::arg("dq_sum"),
+        py::arg("delta"), py::arg("total"), py::arg("row_stats"), py::arg("turns"), py::arg("dq"),
+        py::arg("dk"), py::arg("dv"),
+        py::arg("dtype"), py::arg("batch"), py::arg("Tq"), py::arg("Tk"), py::arg("H"),
+        py::arg("Hk"), py::arg("D"), py::arg("q_strides"), py::arg("k_strides"),
+        py::arg("v_strides"), py::arg("dout_strides"), py::arg("scale"), py::arg("left"),
+        py::arg("right"), py::arg("softcap"), py::arg("dropout_threshold"),
+        py::arg("dropout_scale"), py::arg("deterministic"), py::arg("candidate") = -1);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -135,48 +187,15 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("attention_fwd_candidates",
                [] { return described(gk::attention_fwd_candidates()); });
 
-    module.def(
-        "attention_bwd",
-        [](int device, uintptr_t stream, uintptr_t dout, uintptr_t dlse, uintptr_t q, uintptr_t k,
-           uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t alibi_slopes,
-           uintptr_t key_lengths, uintptr_t rng, uintptr_t dq_sum, uintptr_t delta,
-           uintptr_t total, uintptr_t dq, uintptr_t dk, uintptr_t dv, int dtype, int batch, int Tq,
-           int Tk, int H, int Hk, int D, StrideTuple q_strides, StrideTuple k_strides,
-           StrideTuple v_strides, StrideTuple dout_strides, float scale, int left, int right,
-           float softcap, uint32_t dropout_threshold, float dropout_scale) {
-            const gk::AttentionCall call{
-                batch, Tq, Tk, H, Hk, D, scale, left, right, softcap,
-                pointer<const float>(alibi_slopes), pointer<const int32_t>(key_lengths),
-                {pointer<const int64_t>(rng), dropout_threshold, dropout_scale}};
-            const gk::AttentionBwd p{call,
-                                     pointer<const void>(q),
-                                     pointer<const void>(k),
-                                     pointer<const void>(v),
-                                     pointer<const void>(dout),
-                                     strides(q_strides),
-                                     strides(k_strides),
-                                     strides(v_strides),
-                                     strides(dout_strides),
-                                     pointer<const void>(out),
-                                     pointer<const float>(lse),
-                                     pointer<const float>(dlse),
-                                     pointer<float>(delta),
-                                     pointer<float>(total),
-                                     pointer<float>(dq_sum),
-                                     pointer<void>(dq),
-                                     pointer<void>(dk),
-                                     pointer<void>(dv)};
-            gk::launch_attention_bwd(static_cast<DType>(dtype), p, stream_of(device, stream));
-        },
-        py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("dout"), py::arg("dlse"),
-        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
-        py::arg("alibi_slopes"), py::arg("key_lengths"), py::arg("rng"), py::arg("dq_sum"),
-        py::arg("delta"), py::arg("total"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
-        py::arg("dtype"), py::arg("batch"), py::arg("Tq"), py::arg("Tk"), py::arg("H"),
-        py::arg("Hk"), py::arg("D"), py::arg("q_strides"), py::arg("k_strides"),
-        py::arg("v_strides"), py::arg("dout_strides"), py::arg("scale"), py::arg("left"),
-        py::arg("right"), py::arg("softcap"), py::arg("dropout_threshold"),
-        py::arg("dropout_scale"));
+    module.def("attention_bwd_candidates",
+               [] { return described(gk::attention_bwd_candidates()); });
+    def_attention_bwd(module, "attention_bwd", &gk::launch_attention_bwd);
+    def_attention_bwd(module, "attention_bwd_workspaces",
+                      [](DType dtype, const gk::AttentionBwd& p, gk::Stream stream, int candidate) {
+                          const gk::BwdWorkspaces sizes =
+                              gk::attention_bwd_workspaces(dtype, p, stream.device, candidate);
+                          return std::make_tuple(sizes.row_stats, sizes.dq_sum, sizes.turns);
+                      });
 
     module.def(
         "mlp_plan",

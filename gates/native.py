@@ -43,6 +43,12 @@ REQUIREMENTS = (
     # Hopper's own: tensor cores of four warps, tiles by the tensor memory accelerator both ways.
     *(Requirement(_HOPPERS, name) for name in ("HGMMA", "UTMALDG", "UTMASTG")),
     Requirement(r"column_sums_kernel<", "LDG.128"),
+    *(
+        Requirement(r"attention_bwd_sm90_kernel<", name)
+        for name in ("HGMMA", "UTMALDG", "UBLKCP", "UBLKRED", "UTMASTG")
+    ),
+    Requirement(r"attention_bwd_sm90_(prepare|finish)_kernel<", "LDG.128"),
+    Requirement(r"attention_bwd_sm90_(prepare|finish)_kernel<", "STG.128"),
     # Where rows are aligned.
     Requirement(r"layer_norm_(fwd|bwd)_kernel<\w+, \w+, \d+, true\b", "LDG.128"),
     Requirement(r"layer_norm_bwd_(weights|wide)_kernel<\w+, \w+, true>", "LDG.128"),

@@ -203,7 +203,7 @@ def attention(
         dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=Tk, left=left, right=right),
         (
             Direction("forward", forward, "attention_fwd_candidates"),
-            Direction("backward", backward, None),
+            Direction("backward", backward, "attention_bwd_candidates"),
         ),
     )
 

@@ -172,8 +172,9 @@ def call(
     inputs: Mapping[str, Tensor | None],
     outputs: Mapping[str, Tensor | None],
     **scalars: Any,
-) -> None:
-    """Launch on the device and the current stream of `like`, asynchronously.
+) -> Any:
+    """Launch on the device and the current stream of `like`, asynchronously; returns what the
+    module's function does.
 
     Tensors go by address under their names, 0 for None and for empty ones. Inputs are only read,
     outputs only read where the same call has written them: the emulator holds kernels to that.
@@ -182,15 +183,13 @@ def call(
     """
     where = addresses(inputs) | addresses(outputs)
     if _PLANS.module is not None:
-        getattr(_PLANS.module, function)(0, 0, **where, **scalars)
-        return
+        return getattr(_PLANS.module, function)(0, 0, **where, **scalars)
     if EMULATED:
-        _emulate(function, inputs, outputs, where, scalars)
-        return
+        return _emulate(function, inputs, outputs, where, scalars)
     device = like.get_device()
     # What torch.cuda.current_stream() wraps in an object, at many times the cost.
     stream = torch._C._cuda_getCurrentRawStream(device)
-    getattr(module(), function)(device, stream, **where, **scalars)
+    return getattr(module(), function)(device, stream, **where, **scalars)
 
 
 def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
@@ -207,7 +206,7 @@ def _emulate(
     outputs: Mapping[str, Tensor | None],
     addresses: Mapping[str, int],
     scalars: Mapping[str, Any],
-) -> None:
+) -> Any:
     with _ONE_AT_A_TIME:
         emulator = module()
         try:
@@ -215,7 +214,7 @@ def _emulate(
                 for name, tensor in group.items():
                     if tensor is not None and tensor.numel():
                         emulator.emulator_declare(name, addresses[name], _extent(tensor), written)
-            getattr(emulator, function)(0, 0, **addresses, **scalars)
+            return getattr(emulator, function)(0, 0, **addresses, **scalars)
         finally:
             emulator.emulator_forget()
 

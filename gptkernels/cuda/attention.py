@@ -77,12 +77,15 @@ def attention_bwd(
     grad_mask: Sequence[bool],
     mask_gradient: bool,
     deterministic: bool,
+    candidate: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk and dv contiguous, empty where `grad_mask` is False, and an empty tensor: there is no
     mask here.
 
-    dq is added up by atomics, in another order on every run, in 16 bits where dk or dv is wanted
-    too; not if `deterministic`.
+    In 16 bits dq is added up in another order on every run (by the generic kernels only where dk or
+    dv is wanted too); not if `deterministic`. `candidate` is a number of the module's
+    attention_bwd_candidates, -1 for the choice of its rule; RuntimeError with the reason where it
+    cannot take the problem.
     """
     B, Tq, H, D = q.shape
     dq, dk, dv = (
@@ -98,23 +101,29 @@ def attention_bwd(
     exact = q.dtype == torch.float32
     delta = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     total = torch.empty_like(delta) if exact else None
-    dq_sum = None
-    if grad_mask[0] and (grad_mask[1] or grad_mask[2]) and not (exact or deterministic):
-        rows = -(-Tq // _ROWS_OF_SUM) * _ROWS_OF_SUM
-        width = next(width for width in _HEAD_WIDTHS if width >= D)
-        dq_sum = torch.empty((B, H, rows, width), dtype=torch.float32, device=q.device)
-    call(
-        "attention_bwd",
-        q,
-        inputs=dict(
-            dout=dout, dlse=None if dlse is None else dlse.contiguous(),
-            q=q, k=k, v=v, out=out, lse=lse,
-            **_vectors(alibi_slopes, key_lengths, rng),
-        ),
-        outputs=dict(delta=delta, total=total, dq_sum=dq_sum, dq=dq, dk=dk, dv=dv),
-        dout_strides=dout.stride()[:3],
+    inputs = dict(
+        dout=dout, dlse=None if dlse is None else dlse.contiguous(),
+        q=q, k=k, v=v, out=out, lse=lse,
+        **_vectors(alibi_slopes, key_lengths, rng),
+    )  # fmt: skip
+    outputs = dict(
+        delta=delta, total=total, dq_sum=None, row_stats=None, turns=None, dq=dq, dk=dk, dv=dv
+    )
+    scalars = dict(
+        dout_strides=dout.stride()[:3], deterministic=deterministic, candidate=candidate,
         **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p),
     )  # fmt: skip
+    # On Hopper, where its kernels take the problem.
+    sizes = call("attention_bwd_workspaces", q, inputs=inputs, outputs=outputs, **scalars)
+    if any(sizes):
+        for name, size in zip(("row_stats", "dq_sum"), sizes, strict=False):
+            outputs[name] = torch.empty(size, dtype=torch.float32, device=q.device)
+        outputs["turns"] = torch.empty(sizes[2], dtype=torch.int32, device=q.device)
+    elif grad_mask[0] and (grad_mask[1] or grad_mask[2]) and not (exact or deterministic):
+        rows = -(-Tq // _ROWS_OF_SUM) * _ROWS_OF_SUM
+        width = next(width for width in _HEAD_WIDTHS if width >= D)
+        outputs["dq_sum"] = torch.empty((B, H, rows, width), dtype=torch.float32, device=q.device)
+    call("attention_bwd", q, inputs=inputs, outputs=outputs, **scalars)
     return dq, dk, dv, q.new_empty(0)
 
 
