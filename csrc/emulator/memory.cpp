@@ -409,6 +409,23 @@ void async_read(const void* shared, size_t bytes, const void* pc, Epoch engine) 
     fail_finding(Access::read, finding, byte_text(finding.offset, "shared memory"), bytes);
 }
 
+void async_read_tensor(const void* global, size_t bytes, const void* pc) {
+    const auto address = static_cast<const char*>(global);
+    const Tensor* tensor = find(address, bytes);
+    if (tensor == nullptr) fail_outside(Access::read, address, bytes);
+    if (!tensor->shadow) return;
+    const Visitor visitor{running, false, launch_serial, pack_place(pc)};
+    const Finding finding =
+        tensor->shadow->read_by_engine(tensor->offset(address), bytes, visitor);
+    if (finding.fault == Fault::none) return;
+    const std::string where = tensor_byte(finding.offset, *tensor);
+    if (finding.fault != Fault::unfenced) fail_finding(Access::read, finding, where, bytes);
+    fail("reads " + counted(bytes, "byte") + " at " + where + " by the asynchronous proxy, which " +
+         name_of(finding.other) + " " + finding.did + " at " +
+         lines({unpack_place(finding.place)}) +
+         " in this launch: fence_proxy_async covers no global memory");
+}
+
 void async_read_ends(const void* shared, size_t bytes, const char* what, const void* pc) {
     const Finding finding = read_by_engine(shared, bytes, pc, 0);
     if (finding.fault == Fault::none) return;

@@ -42,8 +42,8 @@ void copy_landed(const void* shared);
 //
 // `bytes` of shared memory of a CTA of the thread's cluster, as an offset. Fails outside.
 size_t shared_offset(Access access, const void* shared, size_t bytes);
-// A write to shared memory of a CTA of the cluster, from `offset` on, or to a tensor: in flight until
-// it lands. In shared memory it is then the engine's, as mbarrier_writer says (asynchronous.h).
+// A write to shared memory of a CTA of the cluster, from `offset` on, or to a tensor: in flight
+// until it lands. In shared memory it is then the engine's, as mbarrier_writer says (asynchronous.h).
 void bulk_begin(Cta& cta, size_t offset, size_t bytes, const void* pc);
 void bulk_landed(const Cta& cta, size_t offset, size_t bytes, Epoch writer);
 void bulk_begin(const void* global, size_t bytes, const void* pc);
@@ -52,6 +52,9 @@ void bulk_landed(const void* global, size_t bytes);
 // over, and what threads wrote there they have fenced for the asynchronous proxy.
 // `engine`: one of the engine's own (clock.h), which is over when somebody waited for that.
 void async_read(const void* shared, size_t bytes, const void* pc, Epoch engine = 0);
+// The same of a tensor, by a bulk copy: nobody may have written there by ordinary stores in this
+// launch.
+void async_read_tensor(const void* global, size_t bytes, const void* pc);
 // The same when it is over: nobody may have written there since `what`, at `pc`, was started.
 void async_read_ends(const void* shared, size_t bytes, const char* what, const void* pc);
 

@@ -87,6 +87,9 @@ class Check {
     bool engine_read(Cell& cell, Finding& finding) const {
         if (!read(cell, finding)) return false;
         if ((cell.written_at & kBulk) && !(cell.written_at & kAtomic)) return true;
+        if (!kShared) {
+            return serial_of(cell.writer) < launch_ || found(finding, Fault::unfenced, cell);
+        }
         const Thread& writer = writer_of(cell);
         const auto& fences = writer.fences;
         const auto next = std::lower_bound(fences.begin(), fences.end(), time_of(cell.writer));
@@ -333,7 +336,13 @@ void Shadow::land(size_t offset, size_t bytes, Epoch writer) {
 }
 
 Finding Shadow::read_by_engine(size_t offset, size_t bytes, const Visitor& visitor) {
-    const Check<true> check(visitor, more_);
+    return visitor.shared ? read_by_engine_as<true>(offset, bytes, visitor)
+                          : read_by_engine_as<false>(offset, bytes, visitor);
+}
+
+template <bool kShared>
+Finding Shadow::read_by_engine_as(size_t offset, size_t bytes, const Visitor& visitor) {
+    const Check<kShared> check(visitor, more_);
     Finding finding;
     visit(offset, bytes, false, [&](Cell& cell, size_t at) {
         const bool fine = check.engine_read(cell, finding);

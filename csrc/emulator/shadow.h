@@ -73,8 +73,9 @@ class Shadow {
     // or if that is 0 stay the visitor's.
     Finding hold(size_t offset, size_t bytes, Held by, const Visitor& visitor);
     void land(size_t offset, size_t bytes, Epoch writer);
-    // A read by the asynchronous engine, for the visitor: what threads wrote by ordinary stores must
-    // have been followed by their proxy fence, and that by the visitor.
+    // A read by the asynchronous engine, for the visitor: what threads wrote by ordinary stores
+    // must have been followed by their proxy fence, and that by the visitor. There is none for global
+    // memory, so nobody may have written there in this launch.
     Finding read_by_engine(size_t offset, size_t bytes, const Visitor& visitor);
     // By the host, before all launches.
     void set_written(size_t offset, size_t bytes);
@@ -92,6 +93,8 @@ class Shadow {
     Finding touch_as(Access access, size_t offset, size_t bytes, const Visitor& visitor);
     template <bool kShared>
     Finding hold_as(size_t offset, size_t bytes, Held by, const Visitor& visitor);
+    template <bool kShared>
+    Finding read_by_engine_as(size_t offset, size_t bytes, const Visitor& visitor);
 
     Cells lines_, parts_;
     ReaderLists more_;

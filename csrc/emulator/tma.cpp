@@ -48,7 +48,7 @@ void start(const char* what, Box&& box, std::vector<Cta*>&& targets, const uint6
            const void* pc) {
     const size_t barrier = memory::shared_offset(Access::atomic, bar, sizeof *bar);
     for (const Row& row : box.rows) {
-        memory::read_range(row.global, row.last - row.first, 1, pc);
+        memory::async_read_tensor(row.global, row.last - row.first, pc);
     }
     std::vector<unsigned char> image = load_box(box);
     for (Cta* cta : targets) {

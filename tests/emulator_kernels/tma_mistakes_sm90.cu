@@ -86,6 +86,15 @@ __global__ void load_source_changed(const __grid_constant__ BoxCase p) {
     gk::mbarrier_wait(barrier_of(p), 0);
 }
 
+// b is the map's tensor, of 64 rows.
+__global__ void load_of_stored(const __grid_constant__ BoxCase p) {
+    if (p.broken) static_cast<float*>(p.b)[33 + threadIdx.x] = 2.0f;  // load_of_stored
+    gk::fence_proxy_async();
+    __syncthreads();
+    start_load(p, 4096);
+    gk::mbarrier_wait(barrier_of(p), 0);
+}
+
 __global__ void load_never_awaited(const __grid_constant__ BoxCase p) {
     start_load(p, 4096);
     if (!p.broken) gk::mbarrier_wait(barrier_of(p), 0);
@@ -432,6 +441,7 @@ const NamedBoxCase kBoxMistakes[] = {
     {"load_into_read", load_into_read},
     {"load_into_load", load_into_load},
     {"load_source_changed", load_source_changed},
+    {"load_of_stored", load_of_stored},
     {"load_never_awaited", load_never_awaited},
     {"load_expects", load_expects},
     {"load_misaligned", load_misaligned},
