@@ -482,7 +482,8 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], int, str]] = {
         lambda: at_both(loads, torch.randn(64, 32), "inout"),
         1,
         f"{CALL} {START}: reads 128 bytes at byte 132 of map by the asynchronous proxy, which "
-        "thread 0 wrote at <load_of_stored> in this launch: fence_proxy_async covers no global memory",
+        "thread 0 wrote at <load_of_stored> in this launch: fence_proxy_async covers no global "
+        "memory",
     ),
     "load_never_awaited": (
         lambda: loads(b=None),
