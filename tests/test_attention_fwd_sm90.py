@@ -53,10 +53,6 @@ def forward(tensors: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
         return attention(**tensors, **options, return_lse=True, impl="cuda")
 
 
-def launched(tensors: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
-    return cuda.record(lambda: forward(tensors, **options))["launches"]
-
-
 def assert_right(tensors: dict[str, Any], built: str | None = None, **options: Any) -> None:
     """By the rule of parity; and it was Hopper's kernel, built as `built`."""
     launches: list[dict[str, Any]] = []
@@ -165,13 +161,12 @@ def test_candidates_that_cannot() -> None:
         left=-1, right=0, softcap=0.0, dropout_p=0.0,
     )  # fmt: skip
     widths = [built["head_width"] for built in CANDIDATES]
-    compared = next(i for i, built in enumerate(CANDIDATES) if "consumers" in built["name"] and i)
-    with pytest.raises(RuntimeError, match="D128 .* is for other head widths than 64"):
+    with pytest.raises(RuntimeError, match=r"D128 .* is for other head widths than 64"):
         call(**inputs(D=64), candidate=widths.index(128))
     with pytest.raises(RuntimeError, match=f"there is no number {len(widths)}"):
         call(**inputs(D=64), candidate=len(widths))
     with pytest.raises(RuntimeError, match="not built for this dtype"):
-        call(**inputs(D=64, dtype=FP16), candidate=compared)
+        call(**inputs(D=64, dtype=FP16), candidate=1)
     with pytest.raises(RuntimeError, match="fp32"):
         call(**inputs(D=64, dtype=FP32), candidate=0)
 
@@ -198,7 +193,7 @@ def test_more_tiles_than_multiprocessors() -> None:
 @pytest.mark.parametrize("T", [600, 700])
 @pytest.mark.parametrize("heads", [3, 4])
 def test_early_and_late_tiles_go_in_pairs(T: int, heads: int) -> None:
-    """An odd and an even number of tiles a head; with three heads of five, one pair is left over."""
+    """An odd and an even number of tiles a head; of three heads with five one pair is left over."""
     assert_right(inputs(1, T, T, heads, 1, 72))
 
 
@@ -213,7 +208,7 @@ def test_heads_that_do_not_fit_in_the_cache_together() -> None:
 
 @pytest.mark.parametrize("D", [64, 256])
 def test_strides(D: int) -> None:
-    """Slices of one projection, heads before tokens, one key head expanded."""
+    """Slices of one projection, heads before tokens."""
     draw = functools.partial(torch.randn, device=DEVICE, dtype=BF16)
     q, k, v = draw(2, 40, 3, 2, D).unbind(2)
     assert_right(dict(q=q, k=k, v=v))
@@ -238,6 +233,14 @@ def test_what_goes_to_the_kernel_of_every_device(
     ((kernel, why),) = made["refusals"]
     assert kernel == KERNEL
     assert reason in why
+
+
+def test_an_expanded_head_goes_there_too() -> None:
+    tensors = inputs()
+    tensors["v"] = tensors["v"][:, :, :1].expand_as(tensors["v"])
+    made = cuda.record(lambda: forward(tensors))
+    assert [launch["kernel"] for launch in made["launches"]] == ["attention_fwd_kernel"]
+    assert "v: a stride is not between 0 and" in made["refusals"][0][1]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
