@@ -38,7 +38,7 @@ def inputs(
     Hk: int | None = None,
     D: int = 64,
     dtype: torch.dtype = BF16,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     Tk, Hk = Tq if Tk is None else Tk, H if Hk is None else Hk
     draw = functools.partial(torch.randn, device=DEVICE, dtype=dtype)
     return dict(q=draw(B, Tq, H, D), k=draw(B, Tk, Hk, D), v=draw(B, Tk, Hk, D))
@@ -50,7 +50,9 @@ def lengths(*values: int) -> Tensor:
 
 def forward(tensors: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
     with parity.poisoned_outputs():
-        return attention(**tensors, **options, return_lse=True, impl="cuda")
+        found = attention(**tensors, **options, return_lse=True, impl="cuda")
+    assert isinstance(found, tuple)
+    return found
 
 
 def assert_right(tensors: dict[str, Any], built: str | None = None, **options: Any) -> None:
