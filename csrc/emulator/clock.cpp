@@ -72,8 +72,7 @@ std::vector<Thread*> threads_of(const Cta& cta) {
 
 Epoch epoch_of(const Cluster& cluster, unsigned member, int time) {
     if (time == kLatest) fail("this CTA synchronised 4 million times, too often to follow");
-    return Epoch(cluster.clock.serial) << (kTimeBits + kMemberBits) |
-           Epoch(member) << kTimeBits | Epoch(time);
+    return epoch_at(cluster.clock.serial, member, time);
 }
 
 void start_clocks(Cluster& cluster, unsigned serial) {

@@ -26,6 +26,9 @@ constexpr unsigned member_of(Epoch epoch) {
     return unsigned(epoch >> kTimeBits) & ((1u << kMemberBits) - 1);
 }
 constexpr int time_of(Epoch epoch) { return int(epoch & ((1u << kTimeBits) - 1)); }
+constexpr Epoch epoch_at(unsigned serial, unsigned member, int time) {
+    return Epoch(serial) << (kTimeBits + kMemberBits) | Epoch(member) << kTimeBits | Epoch(time);
+}
 // The same thread at another time.
 constexpr Epoch at_time(Epoch epoch, int time) {
     return epoch >> kTimeBits << kTimeBits | Epoch(time);

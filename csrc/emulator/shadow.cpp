@@ -15,6 +15,8 @@ struct Cell {
     unsigned more;        // the list of further readers, all of one cluster; 0: there are none
 };
 
+static_assert(sizeof(Readers) == 128);
+
 namespace {
 
 constexpr size_t kLine = 16, kPart = 2, kParts = kLine / kPart;
@@ -154,13 +156,44 @@ class Check {
             }
         }
         if (cell.more == 0) return true;
-        for (const Reader& reader : more_[cell.more]) {
+        const Readers& readers = more_[cell.more];
+        for (unsigned warp = 0; warp < Readers::kWarps; ++warp) {
+            // The cluster's floor is never above that of a CTA.
+            if (readers.latest < cluster_floor_ && readers.serial == serial_of(now_)) break;
+            const unsigned lanes = unordered(readers, warp);
+            if (lanes == 0) continue;
+            finding = {Fault::race, 0, reader_of(readers, warp, lanes),
+                       readers.warps[warp].place & kPlace, "read"};
+            return false;
+        }
+        for (const Reader& reader : readers.others) {
             if (reader.epoch != 0 && !before(reader.epoch)) {
                 finding = {Fault::race, 0, reader.epoch, reader.place, "read"};
                 return false;
             }
         }
         return true;
+    }
+
+    static Epoch reader_of(const Readers& readers, unsigned warp, unsigned lanes) {
+        const unsigned member = warp * kWarp + unsigned(__builtin_ctz(lanes));
+        return epoch_at(readers.serial, member, readers.warps[warp].time);
+    }
+
+    // Which of a warp's lanes that read do not come before this thread.
+    unsigned unordered(const Readers& readers, unsigned warp) const {
+        const WarpReaders& there = readers.warps[warp];
+        if (there.lanes == 0) return 0;
+        if (readers.serial != serial_of(now_)) {
+            return kShared || readers.serial < launch_ ? 0 : there.lanes;
+        }
+        if (there.time < floor_of(warp * kWarp)) return 0;
+        unsigned found = 0;
+        for (unsigned left = there.lanes; left != 0; left &= left - 1) {
+            const unsigned lane = unsigned(__builtin_ctz(left)), member = warp * kWarp + lane;
+            if (there.time > seen_[member] && member != member_of(now_)) found |= 1u << lane;
+        }
+        return found;
     }
 
     // A reader that comes before this one need not be kept: who waits for this one waits for both.
@@ -189,10 +222,23 @@ class Check {
     void keep_further(Cell& cell) const {
         if (cell.more == 0) cell.more = more_.take();
         Readers& readers = more_[cell.more];
+        if (readers.serial != serial_of(now_)) readers.start(serial_of(now_));
         const unsigned member = member_of(reader_);
+        if (member < engines_ && member / kWarp < Readers::kWarps) {
+            WarpReaders& mine = readers.warps[member / kWarp];
+            const int time = time_of(reader_);
+            if (mine.time != time && unordered(readers, member / kWarp) == 0) mine = {time, 0, 0};
+            if (mine.time == time) {
+                mine.lanes |= 1u << member % kWarp;
+                mine.place = place_;
+                readers.latest = std::max(readers.latest, time);
+                return;
+            }
+        }
+        auto& others = readers.others;
         const unsigned count = member < engines_ ? engines_ : engines_ + kEngines;
-        if (readers.size() < count) readers.resize(count);
-        readers[member] = {reader_, place_};
+        if (others.size() < count) others.resize(count);
+        others[member] = {reader_, place_};
     }
 
     static bool found(Finding& finding, Fault fault, const Cell& cell) {
@@ -224,7 +270,7 @@ unsigned ReaderLists::take() {
 }
 
 void ReaderLists::give_back(unsigned list) {
-    lists_[list - 1].clear();
+    lists_[list - 1].serial = 0;
     free_.push_back(list);
 }
 

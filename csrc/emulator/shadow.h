@@ -21,8 +21,27 @@ struct Reader {
     unsigned place = 0;
 };
 
-// Readers of one cell, by member of the cluster.
-using Readers = std::vector<Reader>;
+// Lanes of one warp that read at the same time of theirs, as those who meet at each barrier do.
+struct WarpReaders {
+    int time;
+    unsigned lanes;
+    unsigned place;  // of one of them
+};
+
+// Further readers of one cell, all of one cluster. Two lines of a cache: there are many of them.
+struct alignas(64) Readers {
+    static constexpr unsigned kWarps = 7;
+    unsigned serial = 0;          // the cluster's
+    int latest = 0;               // of the times of `warps`
+    WarpReaders warps[kWarps]{};  // the cluster's first
+    std::vector<Reader> others;   // by member
+    void start(unsigned cluster) {
+        serial = cluster;
+        latest = 0;
+        for (WarpReaders& warp : warps) warp = {0, 0, 0};
+        others.clear();
+    }
+};
 
 // The lists of readers of cells that have more than a cell has room for, numbered from 1.
 class ReaderLists {
