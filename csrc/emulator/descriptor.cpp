@@ -56,9 +56,9 @@ Segment segment_at(const char* name, uint32_t address) {
     address ^= (address >> 7 & 7) << 4;
     const uint32_t offset = (address & ~31u) - kArenaStart;
     if (offset >= launched->shared_bytes || launched->shared_bytes - offset < 32) {
-        fail(std::string("the descriptor of ") + name + " leads to byte " +
-             std::to_string(int64_t(address & ~31u) - kArenaStart) + " of shared memory, which has " +
-             std::to_string(launched->shared_bytes));
+        const int64_t byte = int64_t(address & ~31u) - kArenaStart;
+        fail(std::string("the descriptor of ") + name + " leads to byte " + std::to_string(byte) +
+             " of shared memory, which has " + std::to_string(launched->shared_bytes));
     }
     return {offset, (address & 16) != 0};
 }

@@ -1,5 +1,5 @@
-// When a thread last touched its registers, which are the variables on its stack: what wgmma asks of
-// accumulators and A's fragments. A thread's words are followed from its first wgmma.fence on.
+// When a thread last touched its registers, which are the variables on its stack: what wgmma asks
+// of accumulators and A's fragments. A thread's words are followed from its first wgmma.fence on.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
-// Products of a warpgroup. A thread that issues one goes on; when all 128 have, its operands in shared
-// memory are noted; when the first of them waits for it, they must be what they were, and it is
-// computed. Meanwhile accumulators hold a pattern, NaN, and nobody may touch them.
+// Products of a warpgroup. A thread that issues one goes on; when all 128 have, its operands in
+// shared memory are noted; when the first of them waits for it, they must be what they were, and it
+// is computed. Meanwhile accumulators hold a pattern, NaN, and nobody may touch them.
 //
 // The warpgroup's threads must come to the same steps: all these instructions are .aligned.
 #include "wgmma.h"
@@ -123,8 +123,8 @@ size_t stack_offset(const void* address, size_t bytes) {
     return offset;
 }
 
-// Calls f(i, at) for each two neighbours i and i + 1 of the running thread's accumulators, which are
-// from `at` on in [64][n].
+// Calls f(i, at) for each two neighbours i and i + 1 of the running thread's accumulators, which
+// are from `at` on in [64][n].
 template <class F>
 void for_pairs(int n, F&& f) {
     const unsigned thread = running->index % kThreads;
@@ -175,8 +175,8 @@ void take_accumulators(Product& product, Progress& mine, float* acc) {
                                      [&](const InFlight& f) { return f.acc == acc && f.n == n; });
     const bool opens = flight == mine.in_flight.end();
     if (opens && touched.in_flight(offset, bytes)) {
-        fail("wgmma.mma_async has accumulators some of which a product of another shape, not waited "
-             "for, has too");
+        fail("wgmma.mma_async has accumulators some of which a product of another shape, not "
+             "waited for, has too");
     }
     if (product.issued == 0) {
         product.opens = opens;
@@ -243,8 +243,8 @@ void check_unchanged(const char* name, const std::vector<Segment>& segments,
                              now.begin());
     if (at == now.size()) return;
     const Segment& segment = segments[at / 16];
-    fail(std::string(name) + " of a wgmma.mma_async has changed before it was waited for, within 32 "
-         "bytes from byte " + std::to_string(segment.offset) + " of shared memory on");
+    fail(std::string(name) + " of a wgmma.mma_async has changed before it was waited for, within " +
+         "32 bytes from byte " + std::to_string(segment.offset) + " of shared memory on");
 }
 
 void compute(Product& product) {

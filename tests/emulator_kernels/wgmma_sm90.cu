@@ -1,5 +1,5 @@
-// wgmma and its descriptors (device/wgmma.h, device/swizzled.h), stmatrix: products in every form, and
-// what is forgotten around them.
+// wgmma and its descriptors (device/wgmma.h, device/swizzled.h), stmatrix: products in every form,
+// and what is forgotten around them.
 #include "cases.h"
 #include "device/mma.h"
 #include "device/stmatrix.h"
@@ -93,8 +93,8 @@ __device__ void multiply_registers(float (&acc)[N / 8][4], const typename gk::Mm
 
 enum Form { kAccumulate = 1, kTransposedA = 2, kTransposedB = 4, kFromRegisters = 8 };
 
-// b (64, N) out: A B, added to c (64, N) where p.n says kAccumulate. a, elements of T: A (64, 128) or
-// with kTransposedA (128, 64), then B, (N, 128) or with kTransposedB (128, N). 128 threads.
+// b (64, N) out: A B, added to c (64, N) where p.n says kAccumulate. a, elements of T: A (64, 128)
+// or with kTransposedA (128, 64), then B, (N, 128) or with kTransposedB (128, N). 128 threads.
 template <class T, int N>
 __global__ void wgmma_product(const Case p) {
     T* a = reinterpret_cast<T*>(gk::shared_memory());
@@ -143,8 +143,9 @@ __global__ void wgmma_product(const Case p) {
     write_out<N>(p.b, acc);
 }
 
-// ---- Two steps of what kernels do, right or with one mistake: D (64, 64) = A B with A (64, 64) and B
-// (64, 64), bf16, both K-major and one after the other in a; b out. 128 threads unless it says more.
+// ---- Two steps of what kernels do, right or with one mistake: D (64, 64) = A B with A (64, 64)
+// and B (64, 64), bf16, both K-major and one after the other in a; b out. 128 threads unless it
+// says more.
 
 using Tile = gk::SwizzledTile<Bf16, 64, 64>;
 using Product = gk::Wgmma<Bf16, 64>;
@@ -473,7 +474,8 @@ __global__ void product_diverges(const Case p) {
     finish(acc, p.b);
 }
 
-// Warps of one warpgroup name different columns of B, or with n = 1 of A, or start otherwise (n = 2).
+// Warps of one warpgroup name different columns of B, or with n = 1 of A, or start otherwise (n =
+// 2).
 __global__ void product_of_two_minds(const Case p) {
     fill_both(p);
     publish();
@@ -552,8 +554,9 @@ __global__ void product_of_descriptor(const Case p) {
     finish(acc, p.b);
 }
 
-// a (64, 64) bf16 in; c (2, 64, 64) bf16 out: each warp takes its 16 rows as accumulators' fragments
-// and stores them by stmatrix, straight and, a 16 x 16 block at a time, transposed. 128 threads.
+// a (64, 64) bf16 in; c (2, 64, 64) bf16 out: each warp takes its 16 rows as accumulators'
+// fragments and stores them by stmatrix, straight and, a 16 x 16 block at a time, transposed. 128
+// threads.
 __global__ void stmatrix(const Case p) {
     const auto* source = reinterpret_cast<const Bf16*>(p.a);
     const Tile tile{tile_a()}, turned{tile_b()};
@@ -565,8 +568,8 @@ __global__ void stmatrix(const Case p) {
             memcpy(&r[i], source + row * 64 + col + i / 2 * 8 + lane % 4 * 2, sizeof r[i]);
         }
         gk::stmatrix_x4(tile.at(16 * warp + lane % 16, col + lane / 16 * 8), r);
-        gk::stmatrix_x4_trans(turned.at(16 * warp + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8),
-                              r);
+        const int row = 16 * warp + lane / 16 * 8 + lane % 8;
+        gk::stmatrix_x4_trans(turned.at(row, col + lane / 8 % 2 * 8), r);
     }
     __syncthreads();
     auto* out = static_cast<Bf16*>(p.c);
