@@ -320,7 +320,7 @@ PYBIND11_MODULE(_cuda, module) {
            uintptr_t bias, uintptr_t rng, uintptr_t y, uintptr_t sum, uintptr_t mean,
            uintptr_t rstd, int64_t rows, int cols, int64_t x_stride, int64_t residual_stride,
            float eps, uint32_t dropout_threshold, float dropout_scale, int x_dtype,
-           int residual_dtype, int weight_dtype, int sum_dtype) {
+           int residual_dtype, int weight_dtype, int sum_dtype, int candidate) {
             gk::LayerNormFwd p;
             p.x = pointer<const void>(x);
             p.residual = pointer<const void>(residual);
@@ -340,16 +340,18 @@ PYBIND11_MODULE(_cuda, module) {
             p.residual_dtype = static_cast<DType>(residual_dtype);
             p.weight_dtype = static_cast<DType>(weight_dtype);
             p.sum_dtype = static_cast<DType>(sum_dtype);
-            gk::launch_layer_norm_fwd(p, stream_of(device, stream));
+            gk::launch_layer_norm_fwd(p, candidate, stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("x"), py::arg("residual"),
         py::arg("weight"), py::arg("bias"), py::arg("rng"), py::arg("y"), py::arg("sum"),
         py::arg("mean"), py::arg("rstd"), py::arg("rows"), py::arg("cols"), py::arg("x_stride"),
         py::arg("residual_stride"), py::arg("eps"), py::arg("dropout_threshold"),
         py::arg("dropout_scale"), py::arg("x_dtype"), py::arg("residual_dtype"),
-        py::arg("weight_dtype"), py::arg("sum_dtype"));
+        py::arg("weight_dtype"), py::arg("sum_dtype"), py::arg("candidate"));
+    module.def("layer_norm_fwd_candidates", [] { return described(gk::layer_norm_fwd_candidates()); });
+    module.def("layer_norm_bwd_candidates", [] { return described(gk::layer_norm_bwd_candidates()); });
     module.def("layer_norm_bwd_partials", &gk::layer_norm_bwd_partials, py::arg("rows"),
-               py::arg("cols"), py::arg("device"));
+               py::arg("cols"), py::arg("device"), py::arg("candidate"));
     module.def(
         "layer_norm_bwd",
         [](int device, uintptr_t stream, uintptr_t dy, uintptr_t dsum, uintptr_t sum,
@@ -357,7 +359,7 @@ PYBIND11_MODULE(_cuda, module) {
            uintptr_t dresidual, uintptr_t partial_dweight, uintptr_t partial_dbias,
            uintptr_t dweight, uintptr_t dbias, int64_t rows, int cols, int partials,
            int64_t sum_stride, uint32_t dropout_threshold, float dropout_scale, int x_dtype,
-           int residual_dtype, int weight_dtype, int sum_dtype) {
+           int residual_dtype, int weight_dtype, int sum_dtype, int candidate) {
             gk::LayerNormBwd p;
             p.dy = pointer<const void>(dy);
             p.dsum = pointer<const void>(dsum);
@@ -380,7 +382,7 @@ PYBIND11_MODULE(_cuda, module) {
             p.residual_dtype = static_cast<DType>(residual_dtype);
             p.weight_dtype = static_cast<DType>(weight_dtype);
             p.sum_dtype = static_cast<DType>(sum_dtype);
-            gk::launch_layer_norm_bwd(p, stream_of(device, stream));
+            gk::launch_layer_norm_bwd(p, candidate, stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("dy"), py::arg("dsum"),
         py::arg("sum"), py::arg("mean"), py::arg("rstd"), py::arg("weight"), py::arg("rng"),
@@ -388,5 +390,5 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("dweight"), py::arg("dbias"), py::arg("rows"), py::arg("cols"),
         py::arg("partials"), py::arg("sum_stride"), py::arg("dropout_threshold"),
         py::arg("dropout_scale"), py::arg("x_dtype"), py::arg("residual_dtype"),
-        py::arg("weight_dtype"), py::arg("sum_dtype"));
+        py::arg("weight_dtype"), py::arg("sum_dtype"), py::arg("candidate"));
 }

@@ -1,10 +1,12 @@
 // The native side of launch.h: device guard, opt-in to large shared memory, launch, check.
 #include "launch.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 
 #include "plan.h"
+#include "resident.h"
 
 namespace gk {
 namespace {
@@ -86,15 +88,10 @@ int capability(int device) {
     });
 }
 
-void detail::launch(const void* kernel, const Launch& launch, const void* params) {
-    const DeviceGuard guard(launch);
-    if (launch.shared_bytes > kSharedWithoutOptIn) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(launch.shared_bytes)),
-              launch, "to get its shared memory");
-    }
-    void* arguments[] = {const_cast<void*>(params)};
-    cudaLaunchAttribute cluster{};
+namespace {
+
+// Of a launch with its cluster, which must outlive it.
+cudaLaunchConfig_t configuration(const Launch& launch, cudaLaunchAttribute& cluster) {
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = launch.cluster;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -106,6 +103,42 @@ void detail::launch(const void* kernel, const Launch& launch, const void* params
     config.attrs = &cluster;
     // Older chips know no such attribute.
     config.numAttrs = launch.cluster > 1 ? 1 : 0;
+    return config;
+}
+
+void opt_in_to_shared(const void* kernel, const Launch& launch) {
+    if (launch.shared_bytes <= kSharedWithoutOptIn) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(launch.shared_bytes)),
+          launch, "to get its shared memory");
+}
+
+}  // namespace
+
+int detail::resident_clusters(const void* kernel, const Launch& launch, int ctas_of_sm) {
+    if (const Plan* plan = Plan::elsewhere())
+        return std::max(1, plan->multiprocessors * ctas_of_sm / static_cast<int>(launch.cluster));
+    const DeviceGuard guard(launch);
+    opt_in_to_shared(kernel, launch);
+    cudaLaunchAttribute cluster{};
+    Launch one = launch;
+    one.grid = dim3(launch.cluster);
+    const cudaLaunchConfig_t config = configuration(one, cluster);
+    int clusters = 0;
+    check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), launch,
+          "to count the clusters that run at a time");
+    if (clusters == 0)
+        throw Error(std::string(launch.name) + " on " + launch.shape + ": no cluster of " +
+                    std::to_string(launch.cluster) + " CTAs fits on this device");
+    return clusters;
+}
+
+void detail::launch(const void* kernel, const Launch& launch, const void* params) {
+    const DeviceGuard guard(launch);
+    opt_in_to_shared(kernel, launch);
+    void* arguments[] = {const_cast<void*>(params)};
+    cudaLaunchAttribute cluster{};
+    const cudaLaunchConfig_t config = configuration(launch, cluster);
     check(cudaLaunchKernelExC(&config, kernel, arguments), launch, "to launch");
 }
 

@@ -1,30 +1,34 @@
 // LayerNorm backward; formulas, shapes and bytes are in layer_norm.h.
 //
 // Up to 8,192 columns the CTAs are persistent (layer_norm_bwd_row.h): up to eight warps share one,
-// eight rows of one warp, four of two ... A second, small kernel adds the CTAs' shares of dweight and
-// dbias in a fixed order: no atomics, the same bits every time.
+// eight rows of one warp, four of two ... A second, small kernel adds the CTAs' shares of dweight
+// and dbias in a fixed order: no atomics, the same bits every time.
 //
-// Wider rows do not fit beside their sums: there one kernel gives the gradients of the rows, another
-// reads dy and s again for the shares of dweight and dbias, by columns. A row stays in registers
-// between its two passes up to 16,384 columns, or 20,480 where x and s have 16 bits; a wider one is
-// read twice, the second time from L2.
+// Wider rows do not fit beside their sums: there one kernel gives the gradients of the rows,
+// another reads dy and s again for the shares of dweight and dbias, by columns. A row stays in
+// registers between its two passes up to 16,384 columns, or 20,480 where x and s have 16 bits; a
+// wider one is read twice, the second time from L2.
 #include "launch.h"
 
 #include <algorithm>
 
 #include "layer_norm_bwd_row.h"
+#include "layer_norm_sm90.h"
 
 namespace gk {
 namespace {
 
 constexpr int kMostGroups = 4;  // of a thread
-constexpr int kUnalignedGroups = 2;
 constexpr int kMostWarps = 8;
 
-// Warps of a CTA of the persistent kernel, and how many CTAs its registers leave room for on an SM.
-constexpr int cta_warps(int groups) { return groups == kMostGroups ? kMostWarps : 4; }
-constexpr int ctas_of_sm(int groups) { return groups == 1 ? 5 : groups < kMostGroups ? 3 : 1; }
-
+// Warps of a CTA of the persistent kernel, and how many CTAs its registers leave room for on an SM:
+// one's barriers are hidden by the others.
+constexpr int cta_warps(int groups, bool aligned_rows) {
+    return groups == kMostGroups || (groups == 2 && aligned_rows) ? kMostWarps : 4;
+}
+constexpr int ctas_of_sm(int groups, bool aligned_rows) {
+    return groups == kMostGroups ? 1 : groups == 1 ? 5 : groups == 2 && aligned_rows ? 2 : 3;
+}
 constexpr size_t kScratchBytes = 2 * kMostWarps * sizeof(float2);
 
 constexpr int kWideWarps = 16;    // of a CTA with a row too wide for its sums
@@ -42,8 +46,11 @@ struct TeamTotal {
     }
 };
 
+template <int kGroups, bool kAligned>
+constexpr int kThreads = 32 * cta_warps(kGroups, kAligned);
+
 template <class X, class S, int kGroups, bool kAligned>
-__global__ void __launch_bounds__(32 * cta_warps(kGroups), ctas_of_sm(kGroups))
+__global__ void __launch_bounds__(kThreads<kGroups, kAligned>, ctas_of_sm(kGroups, kAligned))
     layer_norm_bwd_kernel(const __grid_constant__ Bwd p) {
     const Team team(p.warps);
     const int teams = blockDim.x / team.threads;
@@ -51,8 +58,8 @@ __global__ void __launch_bounds__(32 * cta_warps(kGroups), ctas_of_sm(kGroups))
     const Rows rows{first * teams, static_cast<int64_t>(gridDim.x) * teams, teams,
                     static_cast<int>(blockIdx.x)};
     float2* scratch = reinterpret_cast<float2*>(shared_memory());
-    gradients_of_rows<X, S, kGroups, kAligned>(p, team, rows, shared_memory() + kScratchBytes,
-                                               TeamTotal{p.warps, scratch});
+    gradients_of_rows<X, S, kGroups, kAligned, kThreads<kGroups, kAligned>>(
+        p, team, rows, shared_memory() + kScratchBytes, TeamTotal{p.warps, scratch});
 }
 
 // The gradients of one row for each CTA: in registers, or by chunks that are read twice.
@@ -62,7 +69,7 @@ __global__ void __launch_bounds__(32 * kWideWarps)
     // With the row's other loads, if there are registers for it until the second pass.
     constexpr bool kDsumEarly = !kChunks && kGroups * sizeof(S) <= 8;
     const LayerNormBwd& op = p.op;
-    BwdPart<X, S, kGroups, kAligned, Weight::global> part{op, Team(p.warps)};
+    BwdPart<X, S, kGroups, kAligned, Weight::global, 32 * kWideWarps> part{op, Team(p.warps)};
     part.start(nullptr);
     part.take(blockIdx.x, part.statistics_of(blockIdx.x));
     const auto nothing = [](int, auto&, auto&) {};
@@ -165,8 +172,8 @@ __global__ void __launch_bounds__(32 * kReduceWarps)
 using Kernel = void (*)(Bwd);
 
 template <class X, class S>
-Kernel kernel_of(int groups, bool is_aligned) {
-    if (!is_aligned) return layer_norm_bwd_kernel<X, S, kUnalignedGroups, false>;
+Kernel kernel_of(int groups, bool aligned_rows) {
+    if (!aligned_rows) return layer_norm_bwd_kernel<X, S, 2, false>;
     switch (groups) {
         case 1: return layer_norm_bwd_kernel<X, S, 1, true>;
         case 2: return layer_norm_bwd_kernel<X, S, 2, true>;
@@ -177,8 +184,8 @@ Kernel kernel_of(int groups, bool is_aligned) {
 
 // For a row of so many groups a thread, if its CTA has them all.
 template <class X, class S>
-Kernel wide_kernel_of(int groups, bool is_aligned) {
-    if (!is_aligned) return layer_norm_bwd_wide_kernel<X, S, kChunk, false, true>;
+Kernel wide_kernel_of(int groups, bool aligned_rows) {
+    if (!aligned_rows) return layer_norm_bwd_wide_kernel<X, S, kChunk, false, true>;
     if (groups <= 4) return layer_norm_bwd_wide_kernel<X, S, 4, true, false>;
     if constexpr (sizeof(X) + sizeof(S) == 4)
         if (groups <= 5) return layer_norm_bwd_wide_kernel<X, S, 5, true, false>;
@@ -186,18 +193,22 @@ Kernel wide_kernel_of(int groups, bool is_aligned) {
 }
 
 // How rows are shared out.
-struct Plan {
+struct Sharing {
     bool wide;
     int warps, groups;  // of a row; of a thread
     int teams;          // of a CTA
 };
 
-Plan plan_of(int cols, bool is_aligned) {
-    const int groups = lane_groups(cols), most = is_aligned ? kMostGroups : kUnalignedGroups;
-    const int warps = divide_up(groups, most);
-    if (warps > cta_warps(most)) return {true, kWideWarps, divide_up(groups, kWideWarps), 1};
-    const int of_thread = is_aligned ? divide_up(groups, warps) : kUnalignedGroups;
-    return {false, warps, of_thread, cta_warps(of_thread) / warps};
+Sharing sharing_of(int cols, bool aligned_rows) {
+    const int lanes = lane_groups(cols);
+    // Of a thread: as many as one warp has of its own row; two, of several CTAs on an SM, while
+    // eight warps hold the row so.
+    int groups = lanes;
+    if (!aligned_rows || (lanes > kMostGroups && lanes <= 2 * kMostWarps)) groups = 2;
+    groups = std::min(groups, kMostGroups);
+    const int warps = divide_up(lanes, groups), most = cta_warps(groups, aligned_rows);
+    if (warps > most) return {true, kWideWarps, divide_up(lanes, kWideWarps), 1};
+    return {false, warps, groups, most / warps};
 }
 
 int column_blocks(int cols) { return divide_up(cols, 32 * kWeightsWarps * kGroup); }
@@ -210,7 +221,9 @@ Launch launch_of(const LayerNormBwd& op, Stream stream, const char* name) {
     return launch;
 }
 
-void launch_reduce(const LayerNormBwd& op, Stream stream) {
+}  // namespace
+
+void launch_layer_norm_bwd_reduce(const LayerNormBwd& op, Stream stream) {
     const int warps = std::min(op.partials, kReduceWarps);
     Launch launch = launch_of(op, stream, "layer_norm_bwd_reduce");
     launch.grid = dim3(divide_up(op.cols, 32));
@@ -221,54 +234,59 @@ void launch_reduce(const LayerNormBwd& op, Stream stream) {
     gk::launch(layer_norm_bwd_reduce_kernel, launch, params);
 }
 
-}  // namespace
-
-int layer_norm_bwd_partials(int64_t rows, int cols, int device) {
+int layer_norm_bwd_partials(int64_t rows, int cols, int device, int candidate) {
+    if (capability(device) == 90) {
+        const int clusters = layer_norm_bwd_sm90_partials(rows, cols, device, candidate);
+        if (clusters > 0) return clusters;
+    }
     const int sms = multiprocessors(device);
-    const Plan plan = plan_of(cols, true);
-    const int most = plan.wide ? divide_up(4 * sms, column_blocks(cols))
-                               : ctas_of_sm(plan.groups) * sms;
-    return static_cast<int>(std::min<int64_t>(divide_up(rows, plan.teams), most));
+    const Sharing sharing = sharing_of(cols, true);
+    const int most = sharing.wide ? divide_up(4 * sms, column_blocks(cols))
+                               : ctas_of_sm(sharing.groups, true) * sms;
+    return static_cast<int>(std::min<int64_t>(divide_up(rows, sharing.teams), most));
 }
 
-void launch_layer_norm_bwd(const LayerNormBwd& op, Stream stream) {
+void launch_layer_norm_bwd(const LayerNormBwd& op, int candidate, Stream stream) {
     if (op.sum_dtype != DType::f32 && op.sum_dtype != op.x_dtype)
         throw Error("layer_norm_bwd on " + shape_of(op.rows, op.cols, op.x_dtype) +
                     ": the sum must have the dtype of x, or fp32");
-    const bool is_aligned = aligned(op.cols) && aligned(op.dy) && aligned(op.dsum) &&
-                            aligned(op.sum) && aligned(op.sum_stride) && aligned(op.weight) &&
-                            aligned(op.dx) && aligned(op.dresidual) &&
-                            aligned(op.partial_dweight) && aligned(op.partial_dbias);
+    if (by_clusters("layer_norm_bwd", shape_of(op.rows, op.cols, op.x_dtype), candidate,
+                    stream.device, layer_norm_bwd_sm90_refuses(op, candidate)))
+        return launch_layer_norm_bwd_sm90(op, candidate, stream);
+    const bool aligned_rows = is_aligned(op);
     const bool weights = op.partial_dweight != nullptr || op.partial_dbias != nullptr;
-    const Plan plan = plan_of(op.cols, is_aligned);
-    const Bwd params = {op, Divisor(op.cols), plan.warps};
+    const Sharing sharing = sharing_of(op.cols, aligned_rows);
+    const Bwd params = {op, Divisor(op.cols), sharing.warps, 1};
     dispatch_sum(op.x_dtype, op.sum_dtype, [&](auto x, auto s) {
         using X = decltype(x);
         using S = decltype(s);
-        if (!plan.wide) {
+        if (!sharing.wide) {
             Launch launch = launch_of(op, stream, "layer_norm_bwd");
             launch.grid = dim3(op.partials);
-            launch.threads = 32 * plan.warps * plan.teams;
+            launch.threads = 32 * sharing.warps * sharing.teams;
+            launch.tiles = divide_up(op.rows, sharing.teams);
             launch.shared_bytes =
                 kScratchBytes +
-                bytes_of_rows<X, S>(launch.threads, plan.groups, is_aligned, op.dsum != nullptr);
-            gk::launch(kernel_of<X, S>(plan.groups, is_aligned), launch, params);
+                (cta_warps(sharing.groups, aligned_rows) == 4
+                     ? bytes_of_rows<X, S, 128>(sharing.groups, aligned_rows, op.dsum != nullptr)
+                     : bytes_of_rows<X, S, 256>(sharing.groups, aligned_rows, op.dsum != nullptr));
+            gk::launch(kernel_of<X, S>(sharing.groups, aligned_rows), launch, params);
             return;
         }
         Launch launch = launch_of(op, stream, "layer_norm_bwd_wide");
         launch.grid = grid_of(op.rows, launch);
-        launch.threads = 32 * plan.warps;
-        launch.shared_bytes = plan.warps * sizeof(float2);
-        gk::launch(wide_kernel_of<X, S>(plan.groups, is_aligned), launch, params);
+        launch.threads = 32 * sharing.warps;
+        launch.shared_bytes = sharing.warps * sizeof(float2);
+        gk::launch(wide_kernel_of<X, S>(sharing.groups, aligned_rows), launch, params);
         if (!weights) return;
         launch = launch_of(op, stream, "layer_norm_bwd_weights");
         launch.grid = grid_of(static_cast<int64_t>(op.partials) * column_blocks(op.cols), launch);
         launch.threads = 32 * kWeightsWarps;
-        gk::launch(is_aligned ? layer_norm_bwd_weights_kernel<X, S, true>
+        gk::launch(aligned_rows ? layer_norm_bwd_weights_kernel<X, S, true>
                               : layer_norm_bwd_weights_kernel<X, S, false>,
                    launch, params);
     });
-    if (weights) launch_reduce(op, stream);
+    if (weights) launch_layer_norm_bwd_reduce(op, stream);
 }
 
 }  // namespace gk

@@ -1,18 +1,17 @@
-// How the kernels of LayerNorm's backward pass hold a row and work through many; formulas, shapes and
-// bytes are in layer_norm.h.
+// How the kernels of LayerNorm's backward pass hold a row and work through many; formulas, shapes
+// and bytes are in layer_norm.h.
 //
 // The CTAs, or clusters of them, are persistent: each takes rows in turn, keeps a row in registers
-// between its two passes (the sums over it, then its gradients) and adds up its share of dweight and
-// dbias over all its rows, in registers too, as is the weight. While it works on one row the next is
-// copied to shared memory: every thread copies what it will itself read, so that it waits for
-// nobody.
+// between its two passes (the sums over it, then its gradients) and adds up its share of dweight
+// and dbias over all its rows, in registers too, as is the weight. While it works on one row the
+// next is copied to shared memory: every thread copies what it will itself read, so that it waits
+// for nobody.
 #pragma once
 
 #include <algorithm>
 
 #include "device/cp_async.h"
 #include "device/reduce.h"
-#include "layer_norm.h"
 #include "layer_norm_row.h"
 
 namespace gk {
@@ -21,17 +20,23 @@ struct Bwd {
     LayerNormBwd op;
     Divisor cols;
     int warps;  // of a row, in one CTA
+    int ctas;   // of a row
 };
+
+// Adds up the shares of dweight and dbias; in layer_norm_bwd.cu.
+void launch_layer_norm_bwd_reduce(const LayerNormBwd& op, Stream stream);
 
 // Where a thread has the weight of its columns: for all rows in registers, or in its own pieces of
 // shared memory where those are short, or as it is given.
 enum class Weight { registers, shared, global };
 
-constexpr int kSharedWeight = 3;  // groups of a thread that leave no registers for it, where aligned
+// Whether so many groups of a thread leave no registers for it, where rows are aligned: with few a
+// thread has registers to spare, with many it shares its SM with fewer.
+constexpr bool kSharedWeight[] = {false, false, true, true, false};
 
 // One thread's part of a row, or of a chunk of it: kGroups groups from group `first` on; first is 0
-// unless the weight is global.
-template <class X, class S, int kGroups, bool kAligned, Weight kWeight>
+// unless the weight is global. kThreads: at most, of a CTA, so that pieces lie at known distances.
+template <class X, class S, int kGroups, bool kAligned, Weight kWeight, int kThreads>
 struct BwdPart {
     const LayerNormBwd& op;
     Team team;
@@ -63,7 +68,7 @@ struct BwdPart {
     }
 
     __device__ __forceinline__ float* weight_piece(int number) const {
-        return shared_weight + 4 * number * blockDim.x;
+        return shared_weight + 4 * number * kThreads;
     }
 
     // From here on it is about this row.
@@ -123,8 +128,8 @@ struct BwdPart {
         }
     }
 
-    // Of g and of g x^. What is past the end of the row has dy = 0. What the row gives to dweight and
-    // dbias is added there, by add(index, dy, x^).
+    // Of g and of g x^. What is past the end of the row has dy = 0. What the row gives to dweight
+    // and dbias is added there, by add(index, dy, x^).
     template <class Add>
     __device__ __forceinline__ float2 sums(int first, const Add& add) const {
         float2 sums = make_float2(0.0f, 0.0f);
@@ -189,25 +194,26 @@ struct WeightGradients {
 
 // Where a thread's part of the next row arrives, in shared memory: dy, s and dsum in pieces of 16
 // bytes, neighbouring threads' pieces side by side.
-template <class X, class S, int kGroups>
+template <class X, class S, int kGroups, int kThreads>
 struct Ahead {
     static constexpr int kPiecesOfX = kGroups * static_cast<int>(sizeof(X)) / 2;
     static constexpr int kPiecesOfS = kGroups * static_cast<int>(sizeof(S)) / 2;
 
     unsigned char* mine;  // of piece 0
 
-    static size_t bytes(unsigned threads, bool dsum) {
-        return size_t(16) * threads * (kPiecesOfX + (dsum ? 2 : 1) * kPiecesOfS);
+    static constexpr size_t bytes(bool dsum) {
+        return size_t(16) * kThreads * (kPiecesOfX + (dsum ? 2 : 1) * kPiecesOfS);
     }
 
     __device__ explicit Ahead(unsigned char* shared) : mine(shared + 16 * threadIdx.x) {}
 
     __device__ __forceinline__ unsigned char* piece(int number) const {
-        return mine + 16 * number * blockDim.x;
+        return mine + 16 * number * kThreads;
     }
 
     template <class T>
-    __device__ __forceinline__ void fetch(int number, const T* row, const Team& team, int cols) {
+    __device__ __forceinline__ void fetch(int number, const T* row, const Team& team,
+                                          int cols) const {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
             const int col = team.col(g);
@@ -263,31 +269,32 @@ __device__ __forceinline__ void store_share(float (&sums)[kGroups][kGroup], floa
 }
 
 // Shared memory of `gradients_of_rows`.
-template <class X, class S>
-size_t bytes_of_rows(unsigned threads, int groups, bool is_aligned, bool dsum) {
-    const size_t floats = sizeof(float) * kGroup * groups * threads;  // a weight, or a share
-    if (!is_aligned) return floats;
-    const size_t ahead = groups * Ahead<X, S, 1>::bytes(threads, dsum);
-    return std::max(floats, ahead) + (groups == kSharedWeight ? floats : 0);
+template <class X, class S, int kThreads>
+constexpr size_t bytes_of_rows(int groups, bool aligned_rows, bool dsum) {
+    const size_t floats = sizeof(float) * kGroup * groups * kThreads;  // a weight, or a share
+    if (!aligned_rows) return floats;
+    const size_t ahead = groups * Ahead<X, S, 1, kThreads>::bytes(dsum);
+    return std::max(floats, ahead) + (kSharedWeight[groups] ? floats : 0);
 }
 
 // total(sums, turn): of what each thread of the team brings, in each of them; the turns alternate
 // between 0 and 1.
-template <class X, class S, int kGroups, bool kAligned, class Total>
+template <class X, class S, int kGroups, bool kAligned, int kThreads, class Total>
 __device__ __forceinline__ void gradients_of_rows(const Bwd& p, const Team& team, const Rows& rows,
                                                   unsigned char* shared, const Total& total) {
     const LayerNormBwd& op = p.op;
     constexpr Weight kWeight =
-        kAligned && kGroups == kSharedWeight ? Weight::shared : Weight::registers;
-    BwdPart<X, S, kGroups, kAligned, kWeight> part{op, team};
+        kAligned && kSharedWeight[kGroups] ? Weight::shared : Weight::registers;
+    BwdPart<X, S, kGroups, kAligned, kWeight, kThreads> part{op, team};
     part.start(shared);
-    if constexpr (kWeight == Weight::shared) shared += sizeof(float) * kGroup * kGroups * blockDim.x;
+    if constexpr (kWeight == Weight::shared) shared += sizeof(float) * kGroup * kGroups * kThreads;
     WeightGradients<kGroups> gradients;
-    Ahead<X, S, kGroups> ahead(shared);
-    using Places = Ahead<X, S, kGroups>;
+    using Places = Ahead<X, S, kGroups, kThreads>;
+    Places ahead(shared);
     constexpr int kPieceOfS = Places::kPiecesOfX, kPieceOfDsum = kPieceOfS + Places::kPiecesOfS;
 
-    // Two groups of copies for each row: dsum, which is read last, makes room for the next one last.
+    // Two groups of copies for each row: dsum, which is read last, makes room for the next one
+    // last.
     const auto fetch = [&](int64_t row) {
         if constexpr (kAligned) {
             const int cols = row < op.rows ? op.cols : 0;
@@ -310,7 +317,7 @@ __device__ __forceinline__ void gradients_of_rows(const Bwd& p, const Team& team
     float2 statistics = part.statistics_of(row);
     int turn = 0;
     // A team without a row goes along for the barriers, with zeros.
-    for (int64_t first = rows.first; first < op.rows; first += rows.step, row += rows.step) {
+    for (; row - team.index < op.rows; row += rows.step) {
         part.take(row, statistics);
         if constexpr (kAligned) {
             cp_async_wait<1>();

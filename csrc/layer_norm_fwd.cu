@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "layer_norm_fwd_row.h"
+#include "layer_norm_sm90.h"
 
 namespace gk {
 namespace {
@@ -66,18 +67,18 @@ Kernel kernel_of(int groups, bool is_aligned) {
 
 }  // namespace
 
-void launch_layer_norm_fwd(const LayerNormFwd& op, Stream stream) {
+void launch_layer_norm_fwd(const LayerNormFwd& op, int candidate, Stream stream) {
     if (op.sum_dtype != DType::f32 &&
         (op.sum_dtype != op.x_dtype ||
          (op.residual != nullptr && op.residual_dtype == DType::f32)))
         throw Error("layer_norm_fwd on " + shape_of(op.rows, op.cols, op.x_dtype) +
                     ": the sum must have the dtype of x, or fp32, which a fp32 residual needs");
-    const bool is_aligned = aligned(op.cols) && aligned(op.x) && aligned(op.x_stride) &&
-                            aligned(op.residual) && aligned(op.residual_stride) &&
-                            aligned(op.weight) && aligned(op.bias) && aligned(op.y) &&
-                            aligned(op.sum);
+    if (by_clusters("layer_norm_fwd", shape_of(op.rows, op.cols, op.x_dtype), candidate,
+                    stream.device, layer_norm_fwd_sm90_refuses(op, candidate)))
+        return launch_layer_norm_fwd_sm90(op, candidate, stream);
+    const bool aligned_rows = is_aligned(op);
     const int groups = lane_groups(op.cols);
-    const int most = is_aligned ? 7 : 2, usual = is_aligned ? 4 : 2;  // of one warp, of several
+    const int most = aligned_rows ? 7 : 2, usual = aligned_rows ? 4 : 2;  // of one warp, of several
     const int warps = groups <= most ? 1 : std::min(divide_up(groups, usual), kMaxWarps);
     const int rows = warps == 1 ? kRowsOfCta : 1;
     Launch launch{};
@@ -89,8 +90,8 @@ void launch_layer_norm_fwd(const LayerNormFwd& op, Stream stream) {
     launch.stream = stream;
     dispatch_sum(op.x_dtype, op.sum_dtype, [&](auto x, auto s) {
         const Kernel kernel =
-            kernel_of<decltype(x), decltype(s)>(divide_up(groups, warps), is_aligned);
-        gk::launch(kernel, launch, Fwd{op, Divisor(op.cols), warps});
+            kernel_of<decltype(x), decltype(s)>(divide_up(groups, warps), aligned_rows);
+        gk::launch(kernel, launch, Fwd{op, Divisor(op.cols), warps, 1});
     });
 }
 

@@ -1,10 +1,9 @@
 // How the kernels of LayerNorm's forward pass work through a row; formulas, shapes and bytes are in
-// layer_norm.h. A row is read once and stays in registers, in the dtype of s, through both passes of
-// the statistics; or, too wide for that, it is read again in chunks for each.
+// layer_norm.h. A row is read once and stays in registers, in the dtype of s, through both passes
+// of the statistics; or, too wide for that, it is read again in chunks for each.
 #pragma once
 
 #include "device/reduce.h"
-#include "layer_norm.h"
 #include "layer_norm_row.h"
 
 namespace gk {
@@ -13,6 +12,7 @@ struct Fwd {
     LayerNormFwd op;
     Divisor cols;
     int warps;  // of a row, in one CTA
+    int ctas;   // of a row
 };
 
 // One thread's part of a row, or of a chunk of it: kGroups groups from group `first` on.

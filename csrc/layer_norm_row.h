@@ -1,49 +1,15 @@
-// How LayerNorm's kernels hold a row: in groups of eight columns, which are one 16-byte access in a
-// 16-bit dtype, two in fp32, and one Philox call. A team of neighbouring warps shares the row;
-// thread t of T holds groups t, t + T, t + 2T ...
-//
-// Rows are `aligned` when every pointer and row stride is a multiple of eight elements and 16
-// bytes, and so is the row's length. All other rows are read and written element by element.
+// How LayerNorm's kernels hold a row in groups of eight columns (layer_norm_shape.h). A team of
+// neighbouring warps, or a cluster, shares the row; thread t of T holds groups t, t + T, t + 2T ...
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
-#include <string>
 
 #include "device/philox.h"
 #include "device/vector.h"
+#include "layer_norm_shape.h"
 
 namespace gk {
-
-constexpr int kGroup = 8;
-
-// For errors.
-inline std::string shape_of(int64_t rows, int cols, DType x_dtype) {
-    const char* dtype = x_dtype == DType::f32 ? "fp32" : x_dtype == DType::bf16 ? "bf16" : "fp16";
-    return "x (" + std::to_string(rows) + ", " + std::to_string(cols) + ") " + dtype;
-}
-
-template <class A, class B>
-constexpr A divide_up(A a, B b) {
-    return static_cast<A>((a + b - 1) / b);
-}
-
-// A grid of so many CTAs. Throws Error for more than a launch can have.
-inline dim3 grid_of(int64_t ctas, const Launch& launch) {
-    if (ctas > std::numeric_limits<int32_t>::max())
-        throw Error(std::string(launch.name) + " on " + launch.shape + " needs " +
-                    std::to_string(ctas) + " CTAs, and a launch has at most 2**31 - 1");
-    return dim3(static_cast<unsigned>(ctas));
-}
-
-// A number to divide by, and 1 over it: prepared once on the host, where a division on the device
-// takes ten instructions and a path for special values.
-struct Divisor {
-    float value, inverse;
-
-    explicit Divisor(int of) : value(static_cast<float>(of)), inverse(1.0f / value) {}
-};
 
 // Rounded as a division is, exact where that is: the residual puts right what the product with the
 // inverse got wrong (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000
@@ -52,13 +18,6 @@ __device__ __forceinline__ float divide(float a, const Divisor& by) {
     const float quotient = a * by.inverse;
     return fmaf(fmaf(-quotient, by.value, a), by.inverse, quotient);
 }
-
-// Groups of a lane if one warp had the whole row.
-inline int lane_groups(int cols) { return divide_up(cols, kGroup * 32); }
-
-// Null is as aligned as anything.
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-inline bool aligned(int64_t elements) { return elements % kGroup == 0; }
 
 // Zero past the end of the row.
 template <bool kAligned, class T>
@@ -149,16 +108,20 @@ __device__ __forceinline__ void store_float(void* vector, DType dtype, int col, 
         static_cast<__half*>(vector)[col] = from_float<__half>(value);
 }
 
-// The threads that share a row: `warps` neighbouring warps.
+// The threads that share a row.
 struct Team {
     int index;    // within the CTA
     int thread;   // within the team
     int threads;  // of the team
 
+    // `warps` neighbouring warps of a CTA.
     __device__ explicit Team(int warps)
         : index(threadIdx.x / (32 * warps)),
           thread(threadIdx.x - index * 32 * warps),
           threads(32 * warps) {}
+    // A cluster of `ctas` CTAs, of which this is number `rank`.
+    __device__ Team(int rank, int ctas)
+        : index(0), thread(rank * blockDim.x + threadIdx.x), threads(ctas * blockDim.x) {}
 
     // First column of the thread's group g.
     __device__ int col(int g) const { return (thread + g * threads) * kGroup; }

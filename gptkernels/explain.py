@@ -285,7 +285,10 @@ def layer_norm(
         f"{rows} rows of {cols}{','.join(parts)}",
         dtype,
         dict(rows=rows, cols=cols),
-        (Direction("forward", forward, None), Direction("backward", backward, None)),
+        (
+            Direction("forward", forward, "layer_norm_fwd_candidates"),
+            Direction("backward", backward, "layer_norm_bwd_candidates"),
+        ),
     )
 
 

@@ -11,6 +11,7 @@
 
 #include "../launch.h"
 #include "../plan.h"
+#include "../resident.h"
 #include "asynchronous.h"
 #include "memory.h"
 
@@ -351,6 +352,13 @@ int capability(int) {
     if (given == "sm80") return 80;
     if (given == "sm90") return 90;
     throw Error("GPTKERNELS_EMULATE_ARCH must be sm80 or sm90, got " + given);
+}
+
+// Two: small inputs cross the loops of persistent clusters, which run one after the other.
+int detail::resident_clusters(const void*, const Launch& launch, int ctas_of_sm) {
+    const Plan* plan = Plan::elsewhere();
+    if (plan == nullptr) return 2;
+    return std::max(1, plan->multiprocessors * ctas_of_sm / static_cast<int>(launch.cluster));
 }
 
 void detail::launch(void* kernel, const Launch& launch, Invoke invoke, const void* params) {

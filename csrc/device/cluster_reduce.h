@@ -1,0 +1,31 @@
+// Sums across a cluster: every thread of all its CTAs receives the same bits, and the order of the
+// addends never changes.
+#pragma once
+
+#include "cluster.h"
+#include "reduce.h"
+
+namespace gk {
+
+__device__ __forceinline__ float added(float a, float b) { return a + b; }
+__device__ __forceinline__ float2 added(float2 a, float2 b) {
+    return make_float2(a.x + b.x, a.y + b.y);
+}
+
+// Every warp leaves its sum with each CTA: one barrier of the cluster does what would be a barrier
+// of each CTA, an exchange and another barrier, and what is read after it is a CTA's own. So no CTA
+// is reached into past this barrier, and may return; it must be known to run before, by a first
+// barrier. V: float or float2. scratch: shared memory, one V for each warp of the cluster. A next
+// sum needs another scratch; the one after it may have this again.
+template <class V>
+__device__ __forceinline__ V cluster_sum(V value, unsigned ctas, V* scratch) {
+    value = warp_sum(value);
+    const unsigned warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane < ctas) *cluster_map(scratch + cluster_rank() * warps + warp, lane) = value;
+    cluster_sync();
+    V total{};
+    for (unsigned i = lane; i < ctas * warps; i += 32) total = added(total, scratch[i]);
+    return warp_sum(total);
+}
+
+}  // namespace gk
