@@ -381,6 +381,16 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "CTA (0, 0, 0), thread 0, at <three_readers>: writes 4 bytes at byte 0 of c, which thread "
         "# read at <last reader>, with no barrier between",
     ),
+    "ten_readers": (
+        {"b": 320, "c": 1, "threads": 320},
+        "CTA (0, 0, 0), thread 0, at <ten_readers>: writes 4 bytes at byte 0 of c, "
+        "which thread # read at <tenth reader>, with no barrier between",
+    ),
+    "later_readers": (
+        {"b": 32, "c": 1},
+        "CTA (0, 0, 0), thread 0, at <later_readers>: writes 4 bytes at byte 0 of c, "
+        "which thread # read at <later reader>, with no barrier between",
+    ),
     "readers_of_line": (
         CTA,
         "CTA (0, 0, 0), thread 0, at <readers_of_line>: writes 4 bytes at byte 12 of shared "

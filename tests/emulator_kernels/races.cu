@@ -171,6 +171,29 @@ __global__ void three_readers(const Case p) {
     p.b[threadIdx.x] = value;
 }
 
+// The same with ten warps, of which the last is not waited for.
+__global__ void ten_readers(const Case p) {
+    auto total = static_cast<float*>(p.c);
+    unsigned warp = threadIdx.x / 32;
+    float value = *total;  // tenth reader
+    if (warp < 9) gk::emulator::barrier_sync(1, 288, "barrier");
+    if (!p.broken) __syncthreads();
+    if (threadIdx.x == 0) *total = value + 1.0f;  // ten_readers
+    p.b[threadIdx.x] = value;
+}
+
+// Of one warp the upper lanes read after a meeting of their own, and lane 0 waits for the lower.
+__global__ void later_readers(const Case p) {
+    auto total = static_cast<float*>(p.c);
+    bool upper = threadIdx.x >= 16;
+    if (upper) __syncwarp(0xffff0000u);
+    float value = *total;  // later reader
+    if (!upper) __syncwarp(0x0000ffffu);
+    if (!p.broken) __syncthreads();
+    if (threadIdx.x == 0) *total = value + 1.0f;  // later_readers
+    p.b[threadIdx.x] = value;
+}
+
 // n floats of shared memory. The same of a line that is read whole, and written in part.
 __global__ void readers_of_line(const Case p) {
     unsigned warp = threadIdx.x / 32;
@@ -201,6 +224,8 @@ const NamedCase kRaceCases[] = {
     {"reused_barrier", reused_barrier},
     {"two_readers", two_readers},
     {"three_readers", three_readers},
+    {"ten_readers", ten_readers},
+    {"later_readers", later_readers},
     {"readers_of_line", readers_of_line},
     {nullptr, nullptr},
 };
