@@ -1,5 +1,5 @@
-"""Attention backward's Hopper kernels, emulated: each way in which they are built against the fp64
-truth, from the outputs of another implementation's forward pass."""
+"""Attention backward's Hopper kernels, emulated or on such a GPU: each way in which they are built
+against the fp64 truth, from the outputs of another implementation's forward pass."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from gptkernels import attention, baseline, cuda, parity, reference
 from gptkernels.cuda import attention as launchers
 from gptkernels.ops.choice import unavailable
 
-pytestmark = [
-    pytest.mark.skipif(not cuda.EMULATED, reason="GPTKERNELS_EMULATE=1 runs them on a CPU"),
-    pytest.mark.skipif(
-        unavailable("cuda", "cpu", torch.bfloat16) is not None,
-        reason=str(unavailable("cuda", "cpu", torch.bfloat16)),
-    ),
-]
+DEVICE = "cuda" if torch.cuda.is_available() and not cuda.EMULATED else "cpu"
+NO_CUDA = unavailable("cuda", DEVICE, torch.bfloat16)
+if NO_CUDA is None and DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+    NO_CUDA = "the GPU's compute capability is not 9.0"
+pytestmark = pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA))
 BF16, FP16 = torch.bfloat16, torch.float16
 CANDIDATES = 8
 
@@ -60,7 +58,15 @@ def inputs(
     generator = torch.Generator().manual_seed(seed)
     Tk, Hk = Tq if Tk is None else Tk, H if Hk is None else Hk
     shapes = dict(q=(B, Tq, H, D), k=(B, Tk, Hk, D), v=(B, Tk, Hk, D))
-    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    return {n: torch.randn(s, generator=generator).to(DEVICE, dtype) for n, s in shapes.items()}
+
+
+def lengths(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def slopes(*values: float) -> Tensor:
+    return torch.tensor(values, device=DEVICE)
 
 
 class _Backward(torch.autograd.Function):
@@ -87,10 +93,9 @@ def gradients(
     left, right = options.get("window") or (-1, -1)
     if options.get("causal", True):
         right = 0
-    slopes = options.get("alibi_slopes")
     return launchers.attention_bwd(
         dout, dlse, q, k, *rest,
-        slopes, options.get("key_lengths"), None, None,
+        options.get("alibi_slopes"), options.get("key_lengths"), None, None,
         options.get("softmax_scale") or 1 / math.sqrt(q.shape[-1]),
         left, right, options.get("softcap", 0.0), 0.0,
         how.get("wanted", (True, True, True)), False, how["deterministic"],
@@ -139,29 +144,29 @@ CASES: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any]]]] = {
     "D 192, window": lambda: (inputs(Tq=200, D=192, dtype=FP16), dict(window=(70, 0))),
     "D 192, ALiBi": lambda: (
         inputs(Tq=100, D=192),
-        dict(softcap=2.0, alibi_slopes=torch.tensor([0.25]), causal=False),
+        dict(softcap=2.0, alibi_slopes=slopes(0.25), causal=False),
     ),
     "D 256": lambda: (inputs(Tq=130, Tk=70, D=256), dict(causal=False)),
     "D 256, lengths, softcap": lambda: (
         inputs(B=2, Tq=70, Tk=130, D=256, dtype=FP16),
-        dict(softcap=5.0, key_lengths=torch.tensor([100, 0], dtype=torch.int32)),
+        dict(softcap=5.0, key_lengths=lengths(100, 0)),
     ),
     "lengths": lambda: (
         inputs(B=4, Tq=100, Tk=300, D=64),
-        dict(causal=False, key_lengths=torch.tensor([0, 1, 130, 300], dtype=torch.int32)),
+        dict(causal=False, key_lengths=lengths(0, 1, 130, 300)),
     ),
     "causal lengths": lambda: (
         inputs(B=2, Tq=200, D=128),
-        dict(key_lengths=torch.tensor([0, 150], dtype=torch.int32)),
+        dict(key_lengths=lengths(0, 150)),
     ),
     "softcap": lambda: (inputs(Tq=150, D=64), dict(softcap=2.0)),
     "ALiBi": lambda: (
         inputs(Tq=150, H=2, Hk=1, D=128),
-        dict(alibi_slopes=torch.tensor([0.5, 0.0625])),
+        dict(alibi_slopes=slopes(0.5, 0.0625)),
     ),
     "both, D 80": lambda: (
         inputs(Tq=100, H=2, D=80, dtype=FP16),
-        dict(softcap=3.0, alibi_slopes=torch.tensor([0.5, 0.0625]), causal=False),
+        dict(softcap=3.0, alibi_slopes=slopes(0.5, 0.0625), causal=False),
     ),
     "negative scale": lambda: (inputs(Tq=100, D=64), dict(softmax_scale=-0.2)),
 }
@@ -204,13 +209,25 @@ def test_any_schedule(schedule: str, copies: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_deterministic_gradients_are_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the fp32 sums of dq, of which rounding would hide most of the order."""
     tensors = inputs(Tq=400, D=64)
+    sums: list[Tensor] = []
+    call = launchers.call
+
+    def spy(function: str, *arguments: Any, **named: Any) -> Any:
+        returned = call(function, *arguments, **named)
+        if function == "attention_bwd":
+            sums.append(named["outputs"]["dq_sum"])
+        return returned
+
+    monkeypatch.setattr(launchers, "call", spy)
     found = []
-    for schedule in ("forward", "reverse", "3"):
+    for schedule in ("forward", "reverse", "3", "4"):
         monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
         leaves = [x.clone().requires_grad_() for x in tensors.values()]
         out, _ = _Backward.apply(dict(options={}, deterministic=True), *leaves)
-        found.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+        gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        found.append([*gradients, sums[-1]])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
@@ -222,9 +239,9 @@ def test_what_is_not_wanted_is_not_written(wanted: tuple[bool, ...]) -> None:
     tensors = inputs(Tq=150, D=64)
     q, k, v = tensors.values()
     out, lse = attention(q, k, v, return_lse=True, impl="torch")
-    dout = torch.randn(out.shape).to(BF16)
+    dout = torch.randn_like(out)
     arguments = (dout, None, q, k, v, out, lse)
-    how = dict(options={}, deterministic=True)
+    how: dict[str, Any] = dict(options={}, deterministic=True)
     everything = gradients(how, *arguments)
     some = gradients({**how, "wanted": wanted}, *arguments)
     for name, x, y, is_wanted in zip("qkv", some, everything, wanted, strict=True):
@@ -240,14 +257,13 @@ class TestNotFinite:
         tensors = inputs(B=2, Tq=60, Tk=200, D=D)
         tensors["k"][1, 130:] = value
         tensors["v"][1, 130:] = -value
-        lengths = torch.tensor([200, 130], dtype=torch.int32)
-        assert_right(tensors, deterministic=(False,), causal=False, key_lengths=lengths)
+        assert_right(tensors, deterministic=(False,), causal=False, key_lengths=lengths(200, 130))
         assert launched == [True]
 
     @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
     @pytest.mark.parametrize("at", [60, 128])
     @pytest.mark.parametrize(
-        ("D", "softcap", "value"), [(64, 0.0, math.nan), (96, 2.0, math.inf), (256, 0.0, math.inf)]
+        ("D", "softcap", "value"), [(64, 0.0, math.nan), (96, 2.0, math.inf), (192, 0.0, math.nan)]
     )
     def test_only_those_who_see_it(
         self, where: str, at: int, D: int, softcap: float, value: float
@@ -257,14 +273,14 @@ class TestNotFinite:
         T, reach = 200, 40
         tensors = inputs(Tq=T, H=2, D=D)
         tensors["dout"] = inputs(Tq=T, H=2, D=D, seed=1)["q"]
-        options = dict(window=(reach, 0), softcap=softcap)
+        options: dict[str, Any] = dict(window=(reach, 0), softcap=softcap)
 
         def of(call: Callable[..., Any], given: dict[str, Any]) -> Sequence[Tensor]:
             leaves = [given[name].detach().requires_grad_() for name in "qkv"]
             return torch.autograd.grad(call(*leaves), leaves, given["dout"])
 
         # With masks PyTorch's own would spread NaN.
-        how = dict(options=options, deterministic=True, forward="cuda")
+        how: dict[str, Any] = dict(options=options, deterministic=True, forward="cuda")
         truth = of(
             functools.partial(reference.attention, **options),
             {name: x.double() for name, x in tensors.items()},
@@ -277,7 +293,7 @@ class TestNotFinite:
         for name, a, b, t, seen in zip(
             ("dq", "dk", "dv"), found, yardstick, truth, (rows, keys, keys), strict=True
         ):
-            apart = torch.ones(T, 2, dtype=torch.bool)
+            apart = torch.ones(T, 2, dtype=torch.bool, device=DEVICE)
             apart[seen[0] : seen[1] + 1, 1] = False
             measured = parity.compare(a[0][apart], b[0][apart], t[0][apart], k=3, name=name)
             assert measured.passed, str(measured)
@@ -295,7 +311,7 @@ class TestGeneric:
 
     def test_wide_heads_dropout_fp32_and_odd_strides(self, launched: list[bool]) -> None:
         tensors = inputs(Tq=40)
-        odd = {name: torch.zeros(1, 40, 1, 68, dtype=BF16) for name in tensors}
+        odd = {name: torch.zeros(1, 40, 1, 68, dtype=BF16, device=DEVICE) for name in tensors}
         for name, x in tensors.items():
             odd[name][..., :64] = x
         assert_right({name: x[..., :64] for name, x in odd.items()}, deterministic=(False,))
