@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 HERE = {"gpu": "none", "commit": "c", "build": "b"}
 BF16 = torch.bfloat16
 SMALL = {
-    "attention": explain.attention(1, 130, 2, 64, BF16, kv_heads=1),
+    "attention": explain.attention(2, 130, 2, 64, BF16, kv_heads=1),
     "gelu_mlp": explain.gelu_mlp(70, 64, 72, BF16),
     "layer_norm": explain.layer_norm(9, 512, BF16, residual=True),
 }
@@ -361,6 +361,22 @@ class TestProcesses:
         assert content["finished"]
         assert content["environment"]["versions"]["torch"] == torch.__version__
         assert [row["status"] for row in content["rows"]] == ["wrong"]
+
+
+def test_the_best_peer_is_the_fastest_that_ran(tmp_path: Path) -> None:
+    rows = rows_in(tmp_path)
+    assert tune.best_peer("o", "p", "d", rows) is None
+    for way, kind, status, time_s in (
+        ("slow", "peer", "timed", 2.0),
+        ("fast", "peer", "timed", 1.0),
+        ("ours", "ours", "timed", 0.5),
+        ("absent", "peer", "skipped", 0.1),
+    ):
+        rows.add(**(KEY | {"way": way}), kind=kind, status=status, time_s=time_s)
+    rows.add(
+        **(KEY | {"way": "elsewhere", "problem": "q"}), kind="peer", status="timed", time_s=0.1
+    )
+    assert tune.best_peer("o", "p", "d", rows) == "fast"
 
 
 def test_parts_cover_every_problem() -> None:
