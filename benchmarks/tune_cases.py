@@ -140,10 +140,10 @@ def _attention(problem: Problem, device: torch.device, machine: explain.Machine)
         # Not ours, whose mistakes would be found twice.
         out, lse = gptkernels.attention(q, k, v, **sees, return_lse=True, impl="torch")
 
-    def differentiate(_: int) -> Any:
+    def differentiate(candidate: int) -> Any:
         return attention_kernels.attention_bwd(
             dout, None, q, k, v, out, lse, None, None, None, None, *scalars, (True, True, True),
-            False, False,
+            False, False, candidate=candidate,
         )  # fmt: skip
 
     @functools.cache

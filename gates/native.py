@@ -36,12 +36,13 @@ MOST_SECONDS = 180  # of one core, for one source
 
 # Tensor cores where operands have 16 bits; accesses of 16 bytes a thread where data is moved.
 _PRODUCTS = r"(attention_(fwd|bwd_keys|bwd_queries)|product)_kernel<"
-_HOPPERS = r"(attention_fwd|product)_sm90_kernel<"
+_HOPPERS = r"(attention_fwd|attention_bwd|product)_sm90_kernel<"
 REQUIREMENTS = (
     Requirement(rf"{_PRODUCTS}(bf16|fp16)\b", "HMMA"),
     Requirement(_PRODUCTS, "LDGSTS.128"),
     # Hopper's own: tensor cores of four warps, tiles by the tensor memory accelerator both ways.
     *(Requirement(_HOPPERS, name) for name in ("HGMMA", "UTMALDG", "UTMASTG")),
+    Requirement(r"attention_bwd_sm90_kernel<", "UBLKRED|UTMAREDG"),  # dq
     Requirement(r"column_sums_kernel<", "LDG.128"),
     *(
         Requirement(r"attention_bwd_sm90_kernel<", name)

@@ -108,20 +108,25 @@ class Direction:
     def ways(
         self, machine: Machine, pick: Callable[[list[Launched]], Launched]
     ) -> list[tuple[int, Plan, bool]]:
-        """Each candidate that can take the problem: its number, its plan, and whether the rule of
-        the launcher makes the same launch of that which `pick` picks. Before them, as -1, the
-        kernel for any GPU where the rule takes that."""
+        """Each candidate for the problem: its number, its plan, and whether the rule of the launcher
+        makes the same launch of that which `pick` picks. Before them, as -1, the kernel for any GPU
+        where the rule takes that."""
         rule = self.plan(machine)
         own = pick(rule.launches)
         found = [] if own.built else [(-1, rule, True)]
+        widths = {}
         # Elsewhere no candidate can run.
-        for index in range(len(self.candidates()) if machine.arch == "sm90" else 0):
+        candidates = self.candidates() if machine.arch == "sm90" else []
+        for index, candidate in enumerate(candidates):
             try:
                 made = self.plan(machine, index)
             except ValueError:  # of another head width, say
                 continue
             found.append((index, made, pick(made.launches) == own))
-        return found
+            widths[index] = candidate["head_width"]
+        # One for wider heads than need be can take them, and only loses.
+        least = min(widths.values(), default=0)
+        return [way for way in found if widths.get(way[0], least) == least]
 
     def candidates(self) -> list[dict[str, Any]]:
         """Every way in which the kernel for Hopper is built; index is the candidate's number."""

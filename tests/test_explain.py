@@ -159,7 +159,6 @@ def test_every_candidate_asks_for_the_memory_that_it_says() -> None:
                     assert launched.shared_bytes == launched.built["shared_bytes"]
                     assert launched.threads == launched.built["threads"]
                     assert launched.cluster == launched.built["cluster"]
-                    assert launched.tiles > 0
                     seen.add((direction.list_name, index))
     wanted = {
         (direction.list_name, index)

@@ -139,15 +139,15 @@ def test_the_documents_have_this_table() -> None:
     assert predict.written(text, predict.summary(predict.predictions())) == text
 
 
-def test_a_candidate_that_cannot_is_left_out() -> None:
+def test_candidates_that_cannot_or_are_for_wider_heads_are_left_out() -> None:
     def plan(machine: explain.Machine, candidate: int = -1) -> explain.Plan:
         if candidate == 1:
             raise ValueError("not this one")
-        return explain.Plan([launched(100, {-1: 1, 0: 2, 2: 1}[candidate])], [])
+        return explain.Plan([launched(100, {-1: 1, 0: 2, 2: 1, 3: 4}[candidate])], [])
 
     class Direction(explain.Direction):
         def candidates(self) -> list[dict[str, Any]]:
-            return [{"name": "a"}, {"name": "b"}, {"name": "c"}]
+            return [{"head_width": width} for width in (64, 64, 64, 128)]
 
     direction = Direction("forward", lambda: None, None)
     object.__setattr__(direction, "plan", plan)
