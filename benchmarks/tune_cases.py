@@ -366,9 +366,11 @@ def _layer_norm(problem: Problem, device: torch.device, machine: explain.Machine
         )
         return list(y) if isinstance(y, tuple) else [y]
 
-    def normalise(_: int) -> Any:
+    def normalise(candidate: int) -> Any:
         dtype = None if residual is None else x.dtype
-        return layer_norm_kernels.layer_norm_fwd(x, weight, bias, residual, None, 0.0, 1e-5, dtype)
+        return layer_norm_kernels.layer_norm_fwd(
+            x, weight, bias, residual, None, 0.0, 1e-5, dtype, candidate=candidate
+        )
 
     def check(outputs: Any) -> parity.Measurement:
         results = outputs[: 1 if residual is None else 2]
@@ -388,10 +390,10 @@ def _layer_norm(problem: Problem, device: torch.device, machine: explain.Machine
 
     _, s, mean, rstd = normalise(-1)
 
-    def differentiate(_: int) -> Any:
+    def differentiate(candidate: int) -> Any:
         return layer_norm_kernels.layer_norm_bwd(
             dy, cotangents[1] if residual is not None else None, x if residual is None else s,
-            mean, rstd, weight, None, 0.0, x.dtype, None, True, True,
+            mean, rstd, weight, None, 0.0, x.dtype, None, True, True, candidate=candidate,
         )  # fmt: skip
 
     def gradients(layer_norm: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
