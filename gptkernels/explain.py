@@ -108,7 +108,7 @@ class Direction:
     def ways(
         self, machine: Machine, pick: Callable[[list[Launched]], Launched]
     ) -> list[tuple[int, Plan, bool]]:
-        """Each candidate for the problem: its number, its plan, and whether the rule of the launcher
+        """Each candidate for the problem: its number, its plan, and whether the launcher's rule
         makes the same launch of that which `pick` picks. Before them, as -1, the kernel for any GPU
         where the rule takes that."""
         rule = self.plan(machine)
