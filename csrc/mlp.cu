@@ -222,7 +222,7 @@ struct Epilogue {
             for (int i = 0; i < 8; ++i) d[i] += bias[i];
             if (p.out != nullptr) store(static_cast<T*>(p.out), row, d);
             if (p.activation != nullptr) {
-                activate<kTanh, T>(d);
+                activate<kTanh>(d, pack_floats<T>(d));
                 store(static_cast<T*>(p.activation), row, d);
             }
         }

@@ -8,10 +8,10 @@
 
 namespace gk {
 
-// The pre-activation, rounded as it is stored, becomes its gelu.
+// The gelu of the pre-activation as it is stored, rounded.
 template <bool kTanh, class T, int N>
-__device__ __forceinline__ void activate(float (&h)[N]) {
-    unpack_floats(h, pack_floats<T>(h));
+__device__ __forceinline__ void activate(float (&h)[N], const Pack<T, N>& rounded) {
+    unpack_floats(h, rounded);
 #pragma unroll
     for (int i = 0; i < N; ++i) h[i] *= gelu<kTanh>(h[i]).gate;
 }

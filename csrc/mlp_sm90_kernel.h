@@ -239,8 +239,7 @@ struct ProductConsumer {
         return static_cast<int>(threadIdx.x) / 32 % 4 * 16;
     }
 
-    __device__ __forceinline__ static void put(T* to, const float (&values)[8]) {
-        const Pack<T, 8> pack = pack_floats<T>(values);
+    __device__ __forceinline__ static void put(T* to, const Pack<T, 8>& pack) {
         uint32_t words[4];
         memcpy(words, &pack, sizeof words);
         stmatrix_x4(to, words);
@@ -269,10 +268,11 @@ struct ProductConsumer {
             const float2 low = floats_of<T>(bias_low), high = floats_of<T>(bias_high);
             d[0] += low.x, d[1] += low.y, d[2] += low.x, d[3] += low.y;
             d[4] += high.x, d[5] += high.y, d[6] += high.x, d[7] += high.y;
-            if (kFinish == Finish::plain || p.has_out) put(out, d);
+            const Pack<T, 8> rounded = pack_floats<T>(d);
+            if (kFinish == Finish::plain || p.has_out) put(out, rounded);
             if constexpr (kFinish != Finish::plain) {
-                activate<kTanh, T>(d);
-                put(activation, d);
+                activate<kTanh>(d, rounded);
+                put(activation, pack_floats<T>(d));
             }
         } else if constexpr (kFinish != Finish::plain) {
             uint32_t words[4];
@@ -282,10 +282,10 @@ struct ProductConsumer {
             float h[8];
             unpack_floats(h, pack);
             differentiate<kTanh>(d, h);
-            if (p.has_activation) put(activation, h);
-            put(out, d);
+            if (p.has_activation) put(activation, pack_floats<T>(h));
+            put(out, pack_floats<T>(d));
         } else {
-            put(out, d);
+            put(out, pack_floats<T>(d));
         }
     }
 
@@ -462,7 +462,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         consumer.run();
     }
     // The other CTA may still write to this one's shared memory and arrive at its barriers.
-    if constexpr (C::kCluster > 1) cluster_sync();
+    if constexpr (C::kCluster > 1) {
+        __syncwarp();
+        cluster_sync();
+    }
 }
 
 }  // namespace gk
