@@ -166,8 +166,11 @@ struct ProductConsumer {
     const ProductSm90& p;
     const int consumer;
     const unsigned rank;
-    RingPlace slot = {};
-    float acc[C::kBlocks][C::kN / 8][4];
+    RingPlace slot;
+    float acc[C::kBlocks][C::kN / 8][4];  // not set: a tile's first products do not add to it
+
+    __device__ __forceinline__ ProductConsumer(const ProductSm90& p, int consumer, unsigned rank)
+        : p(p), consumer(consumer), rank(rank) {}
 
     // acc = A B over one tile's steps.
     __device__ __forceinline__ void multiply(unsigned steps, PipelineState<C::kStages>& state) {
@@ -458,8 +461,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         }
     } else {
         warpgroup_reg_alloc<C::kManyRegisters>();
-        ProductConsumer<T, C, kLayout> consumer{p, group - 1, rank};
-        consumer.run();
+        ProductConsumer<T, C, kLayout>(p, group - 1, rank).run();
     }
     // The other CTA may still write to this one's shared memory and arrive at its barriers.
     if constexpr (C::kCluster > 1) {
