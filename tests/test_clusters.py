@@ -69,6 +69,10 @@ def test_arrivals_pass_on_what_was_written(machine: Emulator) -> None:
     assert b.equal(a + 1 + 1)
     machine("waited_by_one", a=a, b=b, threads=128, shared=STORES["shared"])
     assert b.equal(a)
+    for of_cluster in (0, 1):
+        b.fill_(float("nan"))
+        machine("waited_by_first", a=a, b=b, n=of_cluster, threads=128, shared=STORES["shared"])
+        assert b.equal(a)
 
 
 @pytest.mark.usefixtures("schedule")
@@ -96,9 +100,11 @@ def test_ctas_of_a_cluster_read_each_other(machine: Emulator, cluster: int) -> N
 @pytest.mark.usefixtures("schedule")
 def test_arrivals_at_another_cta(machine: Emulator) -> None:
     a, b = torch.randn(2, 64), torch.empty(2, 64)
-    machine("remote_arrival", **{**ARRIVAL, "a": a, "b": b})
-    assert b[0].equal(a[0])
-    assert b[1].equal(torch.full((64,), -1.0))
+    for name in ("remote_arrival", "remote_arrival_by_one"):
+        b.fill_(float("nan"))
+        machine(name, **{**ARRIVAL, "a": a, "b": b})
+        assert b[0].equal(a[0])
+        assert b[1].equal(torch.full((64,), -1.0))
 
 
 @pytest.mark.usefixtures("schedule")
@@ -292,6 +298,14 @@ BROKEN: list[tuple[str, int, dict[str, Any], str]] = [
         "written",
     ),
     (
+        "waited_by_first",
+        1,
+        STORES,
+        f"{THREAD} <before the first has waited>: reads 4 bytes at byte # of shared memory, which "
+        "a bulk copy may still write that thread 0 started at csrc/device/tma.h:#, called at "
+        "tests/emulator_kernels/mbarriers_sm90.cu:# and that has not been waited for",
+    ),
+    (
         "registers",
         1,  # one warp of four
         ROLES,
@@ -444,6 +458,13 @@ BROKEN: list[tuple[str, int, dict[str, Any], str]] = [
         ARRIVAL,
         f"{THREAD} <overwritten there>: writes 4 bytes at byte # of shared memory, which thread # "
         "of CTA (1, 0, 0) read at <reads there>, with no barrier between",
+    ),
+    (
+        "remote_arrival_by_one",
+        1,
+        ARRIVAL,
+        f"{THREAD} <overwritten after one arrival>: writes 4 bytes at byte # of shared memory, "
+        "which thread # of CTA (1, 0, 0) read at <read by all there>, with no barrier between",
     ),
     (
         "turns_of_ctas",

@@ -99,6 +99,28 @@ __global__ void remote_arrival(const Case p) {
     }
 }
 
+// The same by one thread, after a barrier of its CTA.
+__global__ void remote_arrival_by_one(const Case p) {
+    const unsigned i = threadIdx.x, rank = gk::cluster_rank();
+    auto bar = reinterpret_cast<uint64_t*>(arena() + blockDim.x);
+    if (i == 0) {
+        gk::mbarrier_init(bar, 1);
+        gk::mbarrier_init_fence();
+    }
+    arena()[i] = p.a[index()];
+    gk::cluster_sync();
+    if (rank == 1) {
+        p.b[i] = *gk::cluster_map(arena() + i, 0);  // read by all there
+        if (!p.broken) __syncthreads();
+        if (i == 0) gk::mbarrier_arrive_cluster(bar, 0);
+    } else {
+        gk::mbarrier_wait(bar, 0);
+        arena()[i] = -1.0f;  // overwritten after one arrival
+        p.b[blockDim.x + i] = arena()[i];
+    }
+    gk::cluster_sync();
+}
+
 // c (2,): an int32, whose turn it is, and how many have had theirs; b (ctas,) out: how many before.
 __global__ void turns_of_ctas(const Case p) {
     if (threadIdx.x != 0) return;
@@ -123,6 +145,7 @@ const NamedCase kClusterCases[] = {
     {"exchange", exchange},
     {"split", split},
     {"remote_arrival", remote_arrival},
+    {"remote_arrival_by_one", remote_arrival_by_one},
     {"turns_of_ctas", turns_of_ctas},
     {"ranks", ranks},
     {nullptr, nullptr},

@@ -1,6 +1,7 @@
 // Rings of stages whose mbarriers are waited on, filled and released; registers that warpgroups pass
 // to each other. `broken` is the number of a mistake.
 #include "cases.h"
+#include "device/cluster.h"
 #include "device/mbarrier.h"
 #include "device/pipeline.h"
 #include "device/tma.h"
@@ -145,6 +146,27 @@ __global__ void waited_by_one(const Case p) {
     p.b[threadIdx.x] = data[threadIdx.x];  // not waited
 }
 
+// The same for all threads by a barrier of the CTA, or with n of the cluster. Broken: all read before
+// anybody has waited.
+__global__ void waited_by_first(const Case p) {
+    float* data = ring().stages[0];
+    uint64_t* bar = &ring().full[0];
+    if (threadIdx.x == 0) {
+        gk::mbarrier_init(bar, 1);
+        gk::mbarrier_init_fence();
+        gk::mbarrier_arrive_expect_tx(bar, blockDim.x * 4);
+        gk::bulk_load(data, p.a, blockDim.x * 4, bar);
+        if (!p.broken) gk::mbarrier_wait(bar, 0);
+    }
+    if (p.n) {
+        gk::cluster_sync();
+    } else {
+        __syncthreads();
+    }
+    p.b[threadIdx.x] = data[threadIdx.x];  // before the first has waited
+    gk::mbarrier_wait(bar, 0);
+}
+
 // a, b (threads,): an mbarrier between ordinary stores and loads. Two rounds, one arrival a thread.
 __global__ void arrivals(const Case p) {
     float* data = ring().stages[0];
@@ -196,5 +218,6 @@ __global__ void registers(const Case p) {
 const NamedCase kMbarrierCases[] = {
     {"pipeline", pipeline},   {"released_by_one", released_by_one},
     {"arrivals", arrivals},   {"waited_by_one", waited_by_one},
-    {"registers", registers}, {nullptr, nullptr},
+    {"registers", registers}, {"waited_by_first", waited_by_first},
+    {nullptr, nullptr},
 };
