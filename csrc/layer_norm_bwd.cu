@@ -97,8 +97,10 @@ __global__ void __launch_bounds__(32 * kWideWarps)
         else
             part.forget_values();
         part.store(first, means, [&](int group) {
-            if constexpr (kDsumEarly) return dsum[group];
-            return part.load_dsum(first + group);
+            if constexpr (kDsumEarly)
+                return dsum[group];
+            else
+                return part.load_dsum(first + group);
         });
         first += kGroups;
     } while (kChunks && part.team.col(first) < op.cols);

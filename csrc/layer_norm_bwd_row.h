@@ -52,17 +52,18 @@ struct BwdPart {
     __device__ __forceinline__ void start(unsigned char* shared) {
         if (op.dropout.rng != nullptr) key = dropout_key(op.dropout);
         shared_weight = reinterpret_cast<float*>(shared) + 4 * threadIdx.x;
-        if constexpr (kWeight == Weight::global) return;
+        if constexpr (kWeight != Weight::global) {
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-            float(&loaded)[kGroup] = weight[kWeight == Weight::registers ? g : 0];
-            load_floats<kAligned>(loaded, op.weight, op.weight_dtype, team.col(g), op.cols);
-            if constexpr (kWeight == Weight::shared) {
+            for (int g = 0; g < kGroups; ++g) {
+                float(&loaded)[kGroup] = weight[kWeight == Weight::registers ? g : 0];
+                load_floats<kAligned>(loaded, op.weight, op.weight_dtype, team.col(g), op.cols);
+                if constexpr (kWeight == Weight::shared) {
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    st128_shared(weight_piece(2 * g + i),
-                                 Pack<float, 4>{{loaded[4 * i], loaded[4 * i + 1],
-                                                 loaded[4 * i + 2], loaded[4 * i + 3]}});
+                    for (int i = 0; i < 2; ++i)
+                        st128_shared(weight_piece(2 * g + i),
+                                     Pack<float, 4>{{loaded[4 * i], loaded[4 * i + 1],
+                                                     loaded[4 * i + 2], loaded[4 * i + 3]}});
+                }
             }
         }
     }
