@@ -193,7 +193,7 @@ enum PassingMistake {
 };
 
 // b (threads,) out. 384 threads start with 168 registers each: 24 and two times 240 are as many.
-__global__ void registers(const Case p) {
+__global__ void __launch_bounds__(384, 1) registers(const Case p) {
     const unsigned group = threadIdx.x / 128, warp = threadIdx.x / 32;
     if (group == 0) {
         if (p.broken == kGivesBackMore) {
