@@ -1,5 +1,5 @@
-// Stores of mma and wgmma accumulators, rounded, as rows of 16 bytes (PTX ISA, "stmatrix"), on Hopper
-// and later: the way back of ldmatrix (device/mma.h).
+// Stores of mma and wgmma accumulators, rounded, as rows of 16 bytes (PTX ISA, "stmatrix"), on
+// Hopper and later: the way back of ldmatrix (device/mma.h).
 #pragma once
 
 #include <cstdint>

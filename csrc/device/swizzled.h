@@ -1,25 +1,26 @@
-// A tile of a matrix of 16-bit elements in shared memory, as TMA with the 128-byte swizzle leaves it
-// and wgmma reads it.
+// A tile of a matrix of 16-bit elements in shared memory, as TMA with the 128-byte swizzle leaves
+// it and wgmma reads it.
 //
 // The tile is panels of 64 columns, one after another. A panel is its rows of 128 bytes, one after
 // another, in which the 16-byte chunks are swizzled: bits 4-6 of an address, the chunk, are XORed
-// with its bits 7-9, the row modulo 8 (PTX ISA, "Shared Memory Matrix Layout" and "Swizzling Modes").
-// Eight rows are an atom, 1,024 bytes, aligned to as many.
+// with its bits 7-9, the row modulo 8 (PTX ISA, "Shared Memory Matrix Layout" and "Swizzling
+// Modes"). Eight rows are an atom, 1,024 bytes, aligned to as many.
 //
-// A descriptor (PTX ISA, "Matrix Descriptor Format") holds, of bytes divided by 16: in bits 0-13 the
-// start address, 16-29 the leading dimension's offset (LBO), 32-45 the stride dimension's (SBO); in
-// 49-51 the base offset, 0 since atoms are aligned; in 62-63 the swizzle, 1 for 128 bytes. Offsets
-// (PTX ISA, "Leading Dimension Byte Offset", "Stride Dimension Byte Offset", "Canonical Layouts"; T =
-// 8 elements are 16 bytes):
+// A descriptor (PTX ISA, "Matrix Descriptor Format") holds, of bytes divided by 16: in bits 0-13
+// the start address, 16-29 the leading dimension's offset (LBO), 32-45 the stride dimension's
+// (SBO); in 49-51 the base offset, 0 since atoms are aligned; in 62-63 the swizzle, 1 for 128
+// bytes. Offsets (PTX ISA, "Leading Dimension Byte Offset", "Stride Dimension Byte Offset",
+// "Canonical Layouts"; T = 8 elements are 16 bytes):
 //     K-major    ((8, m), (T, 2k)) : ((8T, SBO), (1, T)). SBO leads from one group of 8 rows to the
 //                next: 1,024. LBO is not used, taken as 1. The 16 values of k are 32 of a row's 128
-//                bytes: the next step starts 32 bytes on, and the address bits that the swizzle reads
-//                stay as they are.
-//     MN-major   ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)). 64 columns are an atom's width, LBO
-//                leads to the next 64: a panel. SBO leads from 8 rows of k to the next: 1,024, so the
-//                next step, 16 values of k, starts 2,048 bytes on. The ISA writes these layouts for
-//                whole atoms, N a multiple of 64. Of others, such as heads of 96, the last panel is
-//                read in part: no rule forbids it, and tests/test_hopper.py asks a GPU.
+//                bytes: the next step starts 32 bytes on, and the address bits that the swizzle
+//                reads stay as they are.
+//     MN-major   ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)). 64 columns are an atom's width,
+//                LBO leads to the next 64: a panel. SBO leads from 8 rows of k to the next: 1,024,
+//                so the next step, 16 values of k, starts 2,048 bytes on. The ISA writes these
+//                layouts for whole atoms, N a multiple of 64. Of others, such as heads of 96, the
+//                last panel is read in part: no rule forbids it, and tests/test_hopper.py asks a
+//                GPU.
 #pragma once
 
 #include <cstdint>

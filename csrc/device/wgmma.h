@@ -1,15 +1,15 @@
 // Products by the tensor cores of a warpgroup, four warps of which the first has a number divisible
 // by 4, on Hopper alone: D (64 x N, fp32) (+)= A (64 x 16) B (16 x N), asynchronously.
 //
-// Layouts are those of the PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16": with g = lane /
-// 4 and t = lane % 4, warp w of the warpgroup has rows 16 w + g and 16 w + g + 8 of D and A, and in
-// acc[i], or in A's registers, what it would have in Mma<T> (device/mma.h) of columns 8 i ... 8 i + 7,
-// so that accumulators round into A by Mma<T>::from_accumulators. Operands in shared memory are named
-// by descriptors (device/swizzled.h).
+// Layouts are those of the PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16": with g = lane
+// / 4 and t = lane % 4, warp w of the warpgroup has rows 16 w + g and 16 w + g + 8 of D and A, and
+// in acc[i], or in A's registers, what it would have in Mma<T> (device/mma.h) of columns 8 i ... 8
+// i + 7, so that accumulators round into A by Mma<T>::from_accumulators. Operands in shared memory
+// are named by descriptors (device/swizzled.h).
 //
 // The order of things (PTX ISA, "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"):
-//     what threads wrote to operands in shared memory, then fence_proxy_async() (device/tma.h) and a
-//         barrier; what TMA wrote, after its mbarrier's wait, needs neither
+//     what threads wrote to operands in shared memory, then fence_proxy_async() (device/tma.h) and
+//         a barrier; what TMA wrote, after its mbarrier's wait, needs neither
 //     wgmma_fence()         after anything touched the accumulators or A's registers
 //     multiply(...)         several on the same accumulators run in order, if N is the same
 //     wgmma_commit()        all since the last commit make a group
@@ -32,8 +32,8 @@
 
 namespace gk {
 
-// Which way of an operand lies without gaps in shared memory: along k, or along the rows of A or the
-// columns of B (PTX ISA, "Shared Memory Matrix Layout").
+// Which way of an operand lies without gaps in shared memory: along k, or along the rows of A or
+// the columns of B (PTX ISA, "Shared Memory Matrix Layout").
 enum class Major { k, mn };
 
 __device__ __forceinline__ void wgmma_fence() {
