@@ -51,8 +51,9 @@ REQUIREMENTS = (
     Requirement(r"attention_bwd_sm90_(prepare|finish)_kernel<", "LDG.128"),
     Requirement(r"attention_bwd_sm90_(prepare|finish)_kernel<", "STG.128"),
     # Where rows are aligned.
-    Requirement(r"layer_norm_(fwd|bwd)_kernel<\w+, \w+, \d+, true\b", "LDG.128"),
-    Requirement(r"layer_norm_bwd_(weights|wide)_kernel<\w+, \w+, true>", "LDG.128"),
+    Requirement(r"layer_norm_(fwd|bwd|bwd_wide)(_sm90)?_kernel<\w+, \w+, \d+, true\b", "LDG.128"),
+    Requirement(r"layer_norm_bwd_weights_kernel<\w+, \w+, true>", "LDG.128"),
+    Requirement(r"layer_norm_bwd(_sm90)?_kernel<\w+, \w+, \d, true>", "LDGSTS.128"),
 )
 _SHORT = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}
 _CHOICES = (
