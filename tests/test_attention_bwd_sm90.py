@@ -45,6 +45,22 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the kernels of every device had to do a launch's work again."""
+    seen: list[bool] = []
+    call = launchers.call
+
+    def spy(function: str, *arguments: Any, **named: Any) -> Any:
+        returned = call(function, *arguments, **named)
+        if function == "attention_bwd":
+            seen.append(bool(named["outputs"]["turns"][0]))
+        return returned
+
+    monkeypatch.setattr(launchers, "call", spy)
+    return seen
+
+
 def inputs(
     B: int = 1,
     Tq: int = 150,
@@ -210,7 +226,8 @@ def test_any_schedule(schedule: str, copies: str, monkeypatch: pytest.MonkeyPatc
 
 def test_deterministic_gradients_are_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the fp32 sums of dq, of which rounding would hide most of the order."""
-    tensors = inputs(Tq=400, D=64)
+    tensors = inputs(Tq=100, Tk=700, D=64)  # six blocks of keys for one of rows
+    options = dict(causal=False)
     sums: list[Tensor] = []
     call = launchers.call
 
@@ -225,7 +242,7 @@ def test_deterministic_gradients_are_the_same_bits(monkeypatch: pytest.MonkeyPat
     for schedule in ("forward", "reverse", "3", "4"):
         monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
         leaves = [x.clone().requires_grad_() for x in tensors.values()]
-        out, _ = _Backward.apply(dict(options={}, deterministic=True), *leaves)
+        out, _ = _Backward.apply(dict(options=options, deterministic=True), *leaves)
         gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
         found.append([*gradients, sums[-1]])
     for other in found[1:]:
@@ -253,12 +270,27 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize("D", [64, 192])
-    def test_keys_past_the_length(self, D: int, value: float, launched: list[bool]) -> None:
+    def test_keys_past_the_length(self, D: int, value: float, again: list[bool]) -> None:
         tensors = inputs(B=2, Tq=60, Tk=200, D=D)
         tensors["k"][1, 130:] = value
         tensors["v"][1, 130:] = -value
         assert_right(tensors, deterministic=(False,), causal=False, key_lengths=lengths(200, 130))
-        assert launched == [True]
+        assert again == [False]
+
+    def test_without_dq(self, again: list[bool]) -> None:
+        """Which shows most of what is not finite."""
+        tensors = inputs(Tq=140, D=64)
+        q, k, v = tensors.values()
+        q[0, 100] = math.nan
+        out, lse = attention(q, k, v, return_lse=True, impl="cuda")
+        arguments = (torch.randn_like(v), None, q, k, v, out, lse)
+        how: dict[str, Any] = dict(options={}, deterministic=True)
+        everything = gradients(how, *arguments)
+        some = gradients({**how, "wanted": (False, True, True)}, *arguments)
+        for x, y in zip(some[1:], everything[1:], strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        assert torch.isfinite(some[1][:, 101:]).all()
+        assert again == [True, True]
 
     @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
     @pytest.mark.parametrize("at", [60, 128])
