@@ -149,7 +149,7 @@ void check_candidate(int candidate, DType dtype, const Product& p, const std::st
 ProductPlan plan_product_sm90(Layout layout, const Product& p, int candidate, int device) {
     constexpr int kMostSplits = 8, kLeastSteps = 4;  // each part of k fills the stages
     const int processors = multiprocessors(device);
-    const int64_t steps = ceil_div(p.k, 64);
+    const int64_t steps = ceil_div(p.k, kProductStep);
     const int most = layout == Layout::weight
                          ? static_cast<int>(std::clamp<int64_t>(steps / kLeastSteps, 1, kMostSplits))
                          : 1;
@@ -188,6 +188,10 @@ ProductPlan plan_product(DType dtype, Layout layout, const Product& p, int candi
 void launch_product(DType dtype, Layout layout, const Product& p, int candidate, Stream stream) {
     const ProductPlan plan = plan_product(dtype, layout, p, candidate, stream.device);
     if (plan.candidate >= 0) {
+        if (p.splits > ceil_div(p.k, kProductStep)) {
+            throw Error("the mlp product of " + shape_of(p.m, p.k) + " and " + shape_of(p.k, p.n) +
+                        " has fewer steps along k than parts, " + std::to_string(p.splits));
+        }
         switch (layout) {
             case Layout::forward: return launch_forward_sm90(plan.candidate, dtype, p, stream);
             case Layout::backward: return launch_backward_sm90(plan.candidate, dtype, p, stream);

@@ -29,12 +29,13 @@ constexpr int kUnitRows = 64;         // what one wgmma makes
 constexpr int kUnitRowBytes = 128;    // the span of the swizzle
 constexpr int kUnitBytes = kUnitRows * kUnitRowBytes;
 constexpr int kUnitCols = kUnitRowBytes / 2;  // of 16 bits; of fp32 half as many
+constexpr int kProductStep = 64;              // along k, of a stage
 
 // A CTA's tile of D, kM x kN, in steps of kK along k, kStages of which are in flight; kCluster CTAs,
 // one below the other, share B.
 template <int kTileM, int kTileN, int kTileStages, int kTileCluster, bool kTurns>
 struct ProductTile {
-    static constexpr int kM = kTileM, kN = kTileN, kK = 64, kStages = kTileStages;
+    static constexpr int kM = kTileM, kN = kTileN, kK = kProductStep, kStages = kTileStages;
     static constexpr int kCluster = kTileCluster;
     static constexpr bool kPingpong = kTurns;
     static constexpr int kConsumers = 2;

@@ -336,6 +336,13 @@ class TestChoice:
         with pytest.raises(RuntimeError, match=f"^candidate 3 cannot .*{reason}"):
             kernels._linear_fwd(a, b, None, out=filled(70, n, dtype=dtype), candidate=3)
 
+    def test_more_parts_of_k_than_steps(self) -> None:
+        a, b = integers(72, 40), integers(72, 64)
+        scalars = kernels._scalars(a, b, 64, 0) | {"m": 40, "k": 72, "splits": 3}
+        outputs = {"out": None, "partial": filled(3, 40 * 64, dtype=FP32)}
+        with pytest.raises(RuntimeError, match="fewer steps along k than parts, 3"):
+            cuda.call("mlp_weight_grad", a, inputs={"a": a, "b": b}, outputs=outputs, **scalars)
+
     def test_there_is_no_other_candidate(self) -> None:
         a, b = integers(70, 40), integers(64, 40)
         with pytest.raises(RuntimeError, match=r"candidate 7 cannot .*there are 7"):
