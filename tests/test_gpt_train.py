@@ -330,7 +330,7 @@ def test_samples_are_logged_and_move_no_random_number(text: Path, tmp_path: Path
     assert [record["step"] for record in samples] == [4, 8, 12]
     assert all(record["sample"].startswith("It") for record in samples)
     empty = dataclasses.replace(config, sample_prompt="")
-    with pytest.raises(ValueError, match="sample_prompt is empty"):
+    with pytest.raises(ValueError, match=r"sample_prompt is '', of which .* leave no token"):
         train([text], tmp_path / "empty", model=TINY, config=empty)
 
 
@@ -563,6 +563,24 @@ def test_a_failure_in_the_middle_of_a_save_leaves_the_old_checkpoint(
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(path, {**content, "step": 99})
     monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_file_that_cannot_grow_is_told_as_the_system_tells_it(tmp_path: Path) -> None:
+    """PyTorch itself raises a RuntimeError of its own then."""
+    resource = pytest.importorskip("resource", reason="needs POSIX limits")
+    path = tmp_path / "checkpoint.pt"
+    content = {key: kind() for key, kind in checkpoint.KEYS.items()}
+    checkpoint.save(path, content)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*checkpoint\.pt"):
+            checkpoint.save(path, {**content, "model": {"weight": torch.zeros(1 << 18)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 

@@ -70,8 +70,12 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        refused = error.__context__
+        # torch.save, having heard of it, raises a RuntimeError of its own on top.
+        if isinstance(error, RuntimeError) and isinstance(refused, OSError):
+            raise OSError(refused.errno, refused.strerror, str(path)) from None
         raise
     _sync_folder(path.parent)
 

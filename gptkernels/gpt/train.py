@@ -339,9 +339,14 @@ class _Run:
     def _prompt(self) -> list[int]:
         """The tokens that samples continue."""
         ids = self.tokenizer.encode(self.config.sample_prompt)
-        if self.config.sample_interval and not ids:
-            raise ValueError("sample_prompt is empty, it must hold at least one token")
-        return ids[-(self.model_config.block_size - 1) :]
+        kept = ids[max(0, len(ids) - self.model_config.block_size + 1) :]
+        if self.config.sample_interval and not kept:
+            raise ValueError(
+                f"sample_prompt is {self.config.sample_prompt!r}, of which the tokenizer "
+                f"{self.config.tokenizer!r} and block_size={self.model_config.block_size} leave no "
+                "token; at least one is wanted"
+            )
+        return kept
 
     def _sample(self) -> str:
         tokens = self.model.generate(
