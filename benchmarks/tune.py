@@ -320,6 +320,10 @@ def run(results: Path, until: float, about: dict[str, Any]) -> int:
     were done.
     """
     path = results / "tune.jsonl"
+    # Nothing runs yet: at these an earlier run ended as a whole.
+    before = Rows(path, about)
+    for row in before.started():
+        before.add(**(row | {"status": "unfinished", "reason": "the run ended", "time": _now()}))
     complete = True
     for op, which in PARTS:
         complete &= _run_part_apart(op, which, results, path, until, about)

@@ -351,6 +351,16 @@ class TestProcesses:
         assert done
         assert statuses == {"bad": "failed", "after": "failed"}
 
+    def test_what_a_stopped_run_began_is_done_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not taken for a crash of the first process of the next run."""
+        rows_in(tmp_path).add(**KEY, kind="ours", status="started")
+        self.command("", monkeypatch, tmp_path / "tune.jsonl")
+        assert tune.run(tmp_path, time.time() + 60, HERE) == 0
+        assert rows_in(tmp_path).found[tuple(KEY.values())]["status"] == "unfinished"
+        assert rows_in(tmp_path).get(*KEY.values()) is None
+
     def test_the_whole_ends_in_a_table(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
