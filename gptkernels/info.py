@@ -33,12 +33,13 @@ EXTRAS = {
         "pytest-xdist",
         "ruff",
         "setuptools",
+        "tensorboard",
         "transformers",
     ),
 }
 _PURPOSES = {
     "cli": "the commands verify, bench, demo, train and generate",
-    "gpt": "Hugging Face folders and GPT-2's tokenizer",
+    "gpt": "Hugging Face folders, and the tokenizers of GPT-1 and GPT-2",
     "bench": "plots and the demo's report",
     "test": "the test suite",
 }
