@@ -430,6 +430,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _empty(*sizes: int, dtype: torch.dtype) -> Tensor:
+    if math.prod(sizes) * dtype.itemsize >= 2**63:
+        raise ValueError(
+            f"a tensor of {'x'.join(map(str, sizes))} elements has 2**63 bytes or more"
+        )
     return torch.empty(sizes, dtype=dtype, device="meta")
 
 

@@ -81,6 +81,11 @@ def test_nothing_is_allocated_or_launched() -> None:
         assert direction.plan(H200).launches
 
 
+def test_sizes_past_all_memory_are_one_sentence() -> None:
+    with pytest.raises(ValueError, match="9223372036854775807x64 elements has"):
+        explain.parse("mlp", ["8", "64", "9223372036854775807", "bf16"])
+
+
 def test_a_plan_is_one_threads_and_ends_with_it() -> None:
     seen: list[Any] = []
 
