@@ -201,6 +201,9 @@ def _activation(given: Any) -> tuple[Activation, str | None]:
 def _merge(mask: Tensor | None, padding: Tensor | None, x: Tensor, nhead: int) -> Tensor | None:
     """Both masks as one that `gptkernels.attention` takes, which broadcasts to (B, nhead, T, T)."""
     B, T, _ = x.shape
+    for name, given in (("src_mask", mask), ("src_key_padding_mask", padding)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
     if mask is not None:
         shape = tuple(mask.shape)
         if shape not in ((T, T), (B * nhead, T, T)):

@@ -226,6 +226,8 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
     [
         ({"src": torch.zeros(5, 2, 23)}, ValueError, r"end in 24, got \(5, 2, 23\)"),
         ({"src": torch.zeros(1, 5, 2, 24)}, ValueError, "three dimensions"),
+        ({"src_mask": [[0.0]]}, TypeError, "src_mask must be a torch.Tensor, got list"),
+        ({"src_key_padding_mask": "none"}, TypeError, "must be a torch.Tensor, got str"),
         ({"src_mask": torch.zeros(5, 4)}, ValueError, r"\(5, 5\) or \(6, 5, 5\), got \(5, 4\)"),
         ({"src_mask": torch.zeros(5, 5, dtype=torch.int)}, TypeError, "boolean or floating"),
         ({"src_key_padding_mask": torch.zeros(5, 2)}, ValueError, r"shape \(2, 5\), got \(5, 2\)"),
