@@ -116,7 +116,7 @@ _SUMMARIES = {
     "verify": "Hold every operator to the truth: the parity table.",
     "bench": "Time the operators against plain PyTorch.",
     "demo": "Train a small GPT on real text, check it, time it, write a report.",
-    "train": "Train a GPT on text files.",
+    "train": "Train a GPT on text files or token shards.",
     "generate": "Continue a text with a trained model.",
 }
 
@@ -427,8 +427,8 @@ def _train(
     model: dict[str, Any],
     training: dict[str, Any],
 ) -> None:
-    """Train a GPT on the text FILES and write a folder: log.jsonl, checkpoint.pt, loss.png and
-    model/, which `generate` and Hugging Face's transformers read.
+    """Train a GPT on FILES, text or token shards (.bin), and write a folder: log.jsonl,
+    checkpoint.pt, loss.png and model/, which `generate` and Hugging Face's transformers read.
 
     The first options are the model's shape, the later ones how it is trained.
     """
@@ -446,7 +446,7 @@ def _train(
             result = training_module.resume(out, files=files or None, observer=bar, **training)
         else:
             if not files:
-                raise ValueError("files: name at least one text file to train on")
+                raise ValueError("files: name at least one text file or token shard to train on")
             config = TrainConfig(**training)
             shape = GPTConfig.named(name) if name else GPTConfig()
             model.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)

@@ -40,7 +40,9 @@ class TrainConfig:
     clip: float = _option(1.0, "largest norm of all gradients together; 0 does not clip")
     dtype: str = _option("float32", "float32, or bfloat16 for autocast (weights stay float32)")
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
-    impl: str = _option("auto", "implementation of the fused operations: auto, torch or triton")
+    impl: str = _option(
+        "auto", "implementation of the fused operations: auto, torch, triton or cuda"
+    )
     tokenizer: str = _option("bytes", "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words")
     token_dtype: str = _option("uint16", "of the ids in token shards (.bin): uint16 or uint32")
     seed: int = _option(1337, "of initial weights, dropout and batches")
