@@ -103,6 +103,8 @@ std::vector<Candidate> mlp_candidates() {
 std::string mlp_sm90_refuses(DType dtype, Layout layout, const Product& p) {
     if (dtype == DType::f32) return "wgmma has no products in full precision";
     if (p.n % 8 != 0) return "rows of the result are no multiple of 16 bytes";
+    // It is read in pairs.
+    if (reinterpret_cast<uintptr_t>(p.bias) % 4 != 0) return "bias: not at a multiple of 4 bytes";
     // Coordinates have 32 bits, and a last tile reaches past the end.
     constexpr int64_t kLongest = std::numeric_limits<int>::max() - 1024;
     if (std::max({p.m, p.n, p.k}) > kLongest) return "a dimension is too long for TMA";

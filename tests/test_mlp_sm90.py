@@ -323,6 +323,18 @@ class TestChoice:
             assert ("sm90" in launch["kernel"]) is not bool(why)
             assert [why in reason for reason in refused] == [True] * bool(why)
 
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_a_bias_that_pairs_cannot_be_read_from_goes_there_too(self, first: int) -> None:
+        a, b = integers(70, 40), integers(64, 40)
+        flat = integers(1, 65).view(-1)  # a view of many parameters, one of which is a number
+        bias = flat[first : first + 64]
+        out = filled(70, 64, dtype=BF16)
+        found = cuda.record(functools.partial(kernels._linear_fwd, a, b, bias, out=out))
+        (launch,) = found["launches"]
+        assert ("sm90" in launch["kernel"]) is (first == 0)
+        kernels._linear_fwd(a, b, bias, out=out)
+        assert torch.equal(out, a @ b.T + bias)
+
     @pytest.mark.parametrize(
         ("dtype", "n", "reason"),
         [
