@@ -6,6 +6,7 @@ The lengths are read on the host, which on a GPU waits for it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -31,8 +32,9 @@ def attention_varlen_fwd(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """out (total_q, H, D) and lse (H, total_q) fp32; see `reference.attention_varlen`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    # On a GPU nobody has looked whether the lengths cover q: queries of no sequence give 0.
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full((q.shape[1], q.shape[0]), -math.inf, device=q.device)
     for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k):
         out[rows], lse[:, rows] = (
             result[0]

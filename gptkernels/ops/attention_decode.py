@@ -74,8 +74,8 @@ def attention_decode(
         softmax_scale: 1 / sqrt(D) if None.
         window: (left, right), as for `gptkernels.attention`; right makes no difference.
         softcap, alibi_slopes: as for `gptkernels.attention`.
-        num_splits: into how many parts an entry's keys are cut, to be computed side by side and
-            combined; None chooses by the entry's own length.
+        num_splits: into how many parts an entry's keys are cut, each softmaxed by itself, before
+            they are combined by their lse; None leaves them whole.
         return_lse: also return lse.
         impl: "auto" or "torch"; the kernels of "triton" and "cuda" do not exist yet.
 
