@@ -50,6 +50,17 @@ def configurations() -> dict[str, Shipped]:
     return found
 
 
+def one_of_each_kernel(architecture: int) -> list[str]:
+    """Names of configurations for `architecture`: of each kernel and its types, the last, which is
+    the widest with every option."""
+    found = {
+        (shipped.kernel.__name__, *shipped.signature.items()): name
+        for name, shipped in configurations().items()
+        if architecture in shipped.architectures
+    }
+    return list(found.values())
+
+
 def measure_all(keys: list[Key], jobs: int) -> Iterator[tuple[Key, Resources]]:
     """Each configuration and architecture with its resources, as `jobs` processes compile them."""
     if jobs == 1 or len(keys) == 1:
