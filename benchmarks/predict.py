@@ -4,7 +4,7 @@
     python -m gptkernels.benchmarks.predict --write FILE.md     a shorter one, between FILE's marks
 
 For every problem of `PROBLEMS` the launchers are asked what they would launch
-(`gptkernels.explain`), by their own choice and with each candidate, and a launch is given
+(`gptkernels.plans`), by their own choice and with each candidate, and a launch is given
 
     time = 3 us (to launch) + max(makespan, bytes / copy rate)
 
@@ -47,10 +47,10 @@ from pathlib import Path
 
 import torch
 
-from gptkernels import explain
-from gptkernels.explain import Launched, Problem
+from gptkernels import plans
+from gptkernels.plans import Launched, Problem
 
-MACHINE = explain.MACHINES["sm90"]
+MACHINE = plans.MACHINES["sm90"]
 COPY_RATE = 4.3e12  # bytes a second, read and written
 PRODUCT_RATE = 785e12  # FLOP a second, bf16
 L2_RATE = 7e12
@@ -66,18 +66,18 @@ _EPILOGUE_OPERATIONS = {"plain": 6, "gelu": 26, "gelu'": 38}  # an element
 _BF16 = torch.bfloat16
 # Most valuable first; `make gpu-tune` goes through the same.
 PROBLEMS: tuple[Problem, ...] = (
-    explain.attention(2, 8192, 64, 128, _BF16, kv_heads=8),
-    explain.gelu_mlp(8192, 4096, 16384, _BF16),
-    explain.layer_norm(8192, 4096, _BF16, residual=True),
-    explain.attention(2, 8192, 32, 64, _BF16),
-    explain.attention(2, 2048, 64, 128, _BF16, kv_heads=8),
-    explain.attention(2, 8192, 16, 128, _BF16, causal=False),
-    explain.gelu_mlp(8192, 768, 3072, _BF16),
-    explain.layer_norm(8192, 768, _BF16, residual=True),
-    explain.attention(2, 8192, 16, 256, _BF16),
-    explain.attention(2, 8192, 16, 96, _BF16),
-    explain.attention(2, 8192, 16, 192, _BF16),
-    explain.layer_norm(2048, 32768, _BF16, residual=True),
+    plans.attention(2, 8192, 64, 128, _BF16, kv_heads=8),
+    plans.gelu_mlp(8192, 4096, 16384, _BF16),
+    plans.layer_norm(8192, 4096, _BF16, residual=True),
+    plans.attention(2, 8192, 32, 64, _BF16),
+    plans.attention(2, 2048, 64, 128, _BF16, kv_heads=8),
+    plans.attention(2, 8192, 16, 128, _BF16, causal=False),
+    plans.gelu_mlp(8192, 768, 3072, _BF16),
+    plans.layer_norm(8192, 768, _BF16, residual=True),
+    plans.attention(2, 8192, 16, 256, _BF16),
+    plans.attention(2, 8192, 16, 96, _BF16),
+    plans.attention(2, 8192, 16, 192, _BF16),
+    plans.layer_norm(2048, 32768, _BF16, residual=True),
 )
 
 

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from gptkernels import cuda, explain
+from gptkernels import cuda, plans
 
 from . import predict, timing, tune_cases
 from .report import Row, commit, environment, seconds, write_json
@@ -128,7 +128,7 @@ def here(device: torch.device) -> dict[str, Any]:
 
 def run_part(op: str, which: str, rows: Rows, device: torch.device, until: float) -> int:
     """0; or that the time (of time.time()) was up. Rows that are there already are skipped."""
-    machine = explain.machine_here()
+    machine = plans.machine_here()
     predicted = _predicted()
     for problem in _problems(op, which):
         try:
@@ -154,7 +154,7 @@ def _usable(device: torch.device) -> bool:
     return True
 
 
-def _problems(op: str, which: str) -> list[explain.Problem]:
+def _problems(op: str, which: str) -> list[plans.Problem]:
     found = [problem for problem in predict.PROBLEMS if problem.op == op]
     return found[:1] if which == "first" else found[1:]
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import gptkernels
-from gptkernels import baseline, cuda, explain, parity, philox, reference, verify
+from gptkernels import baseline, cuda, parity, philox, plans, reference, verify
 
 from . import OPERATORS
 from .report import Row, recorded
@@ -63,7 +63,7 @@ def emulate(op: str, seed: int, path: Path) -> Results:
     command = [sys.executable, "-P", "-m", "gptkernels.benchmarks.twins", "--save", f"--op={op}"]
     command += [f"--seed={seed}", "--device=cpu", f"--results={path}"]
     # As the GPU that is here, so that both run the same kernels.
-    added = {"GPTKERNELS_EMULATE": "1", cuda.ARCH_VARIABLE: explain.machine_here().arch}
+    added = {"GPTKERNELS_EMULATE": "1", cuda.ARCH_VARIABLE: plans.machine_here().arch}
     subprocess.run(command, env=os.environ | added, check=True)
     return torch.load(path, weights_only=True)
 

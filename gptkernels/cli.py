@@ -131,31 +131,41 @@ def commands(context: click.Context) -> None:
 
 
 @commands.command()
-@click.option("--explain", "op", metavar="OP", help="attention, mlp or layer_norm.")
+@click.option(
+    "--explain", "op", metavar="OP", help="attention, mlp, layer_norm or transformer_layer."
+)
 @click.argument("sizes", nargs=-1, metavar="[SIZES... DTYPE]")
 @click.option("--arch", help="sm80 or sm90; this machine's GPU, else sm90.")
 @click.option("--kv-heads", type=int, help="attention: heads of k and v.")
 @click.option("--keys", type=int, help="attention: keys where there are not T.")
-@click.option("--causal/--no-causal", default=None, help="attention; causal otherwise.")
+@click.option(
+    "--causal/--no-causal", default=None, help="attention: causal otherwise; transformer_layer."
+)
 @click.option("--window", type=int, nargs=2, help="attention: keys to the left and right; -1: all.")
 @click.option("--softcap", type=float, help="attention.")
 @click.option("--alibi", is_flag=True, default=None, help="attention.")
 @click.option("--key-lengths", is_flag=True, default=None, help="attention.")
 @click.option("--deterministic", is_flag=True, default=None, help="attention.")
-@click.option("--dropout", "dropout_p", type=float, help="attention, layer_norm.")
+@click.option("--dropout", "dropout_p", type=float, help="all but mlp; a layer's in training.")
 @click.option("--residual", is_flag=True, default=None, help="layer_norm.")
-@click.option("--bias/--no-bias", default=None, help="mlp; with biases otherwise.")
+@click.option("--prenorm/--no-prenorm", default=None, help="layer_norm; prenorm otherwise.")
+@click.option("--bias/--no-bias", default=None, help="all but attention; with biases otherwise.")
 @click.option("--recompute", is_flag=True, default=None, help="mlp.")
+@click.option("--activation", help="transformer_layer: relu or gelu; relu otherwise.")
+@click.option("--norm-first", is_flag=True, default=None, help="transformer_layer.")
+@click.option("--mask", is_flag=True, default=None, help="transformer_layer: it gets a mask.")
 def info(op: str | None, sizes: tuple[str, ...], arch: str | None, **options: Any) -> None:
     """What is installed, what can run here, and what is missing.
 
     With --explain, which CUDA C++ kernels a problem runs on a GPU, with tiles, stages, grid, waves
-    and shared memory, and why not another; no GPU is needed:
+    and shared memory, and why not another; of a TransformerLayer also what is not fused, and why.
+    No GPU is needed:
 
     \b
         gptkernels info --explain attention B T H D bf16 --kv-heads 8 --no-causal
         gptkernels info --explain mlp ROWS WIDTH INNER fp16
         gptkernels info --explain layer_norm ROWS COLS fp32 --residual --arch sm80
+        gptkernels info --explain transformer_layer B T WIDTH HEADS INNER bf16 --activation gelu
     """
     given = {name: value for name, value in options.items() if value is not None}
     if op is None:
@@ -163,10 +173,11 @@ def info(op: str | None, sizes: tuple[str, ...], arch: str | None, **options: An
             raise ValueError("sizes and options say what to --explain, which is missing")
         click.echo("\n".join(_info.lines()))
         return
-    from gptkernels import explain
+    from gptkernels import explain, plans
 
     problem = explain.parse(op, sizes, **given)
-    click.echo("\n".join(explain.lines(problem, explain.machine_here(arch))))
+    for line in explain.lines(problem, plans.machine_here(arch)):
+        click.echo(line)
 
 
 @commands.command()

@@ -3,7 +3,7 @@
     norm_first=False    x = LN(x + dropout(attention(x)));   x = LN(x + dropout(mlp(x)))
     norm_first=True     x = x + dropout(attention(LN(x)));   x = x + dropout(mlp(LN(x)))
 
-What is fused: attention without a mask tensor or with is_causal; every residual add with its
+What is fused: attention without a mask tensor that is read; every residual add with its
 dropout and the LayerNorm that follows it; the MLP where it is a GELU's without dropout inside.
 `TransformerLayer.not_fused` names what is not.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gptkernels.layers import FusedModule, LayerNorm, head_width
 from gptkernels.ops.attention import attention
-from gptkernels.ops.checks import check_count, check_probability, check_tensor
+from gptkernels.ops.checks import check_count, check_flag, check_probability, check_tensor
 from gptkernels.ops.choice import check_impl
 from gptkernels.ops.mlp import gelu_mlp
 
@@ -73,6 +73,9 @@ class TransformerLayer(FusedModule):
         head_width("d_model", d_model, nhead)
         check_count("dim_feedforward", dim_feedforward)
         check_probability("dropout", dropout)
+        check_flag("batch_first", batch_first)
+        check_flag("norm_first", norm_first)
+        check_flag("bias", bias)
         self.nhead, self.dropout = nhead, dropout
         self.batch_first, self.norm_first = batch_first, norm_first
         self.activation, self._gelu = _activation(activation)
@@ -127,8 +130,8 @@ class TransformerLayer(FusedModule):
     def not_fused(self, *, masked: bool = False, training: bool | None = None) -> dict[str, str]:
         """What runs as PyTorch's own operators with these options, and why: part -> reason.
 
-        masked: forward gets a mask tensor without is_causal. training: None means the mode that
-        the layer is in.
+        masked: forward gets a mask that is read: src_key_padding_mask, or src_mask without
+        is_causal. training: None means the mode that the layer is in.
         """
         reasons = {}
         if masked:

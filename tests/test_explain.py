@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 import gptkernels
-from gptkernels import cuda, explain
+from gptkernels import cuda, explain, plans
 
 pytestmark = pytest.mark.skipif(
     not cuda._EMULATOR.exists() and cuda.unavailable("cuda") is not None,
     reason="the CUDA C++ kernels are not built; `make emulator` builds them for this CPU",
 )
 
-H200, A100 = explain.MACHINES["sm90"], explain.MACHINES["sm80"]
+H200, A100 = plans.MACHINES["sm90"], plans.MACHINES["sm80"]
 EMULATED = pytest.mark.skipif(not cuda.EMULATED, reason="compares with a run in the emulator")
 
 
@@ -26,15 +26,15 @@ def leaf(*sizes: int) -> Tensor:
     return torch.randn(sizes, dtype=torch.bfloat16, requires_grad=True)
 
 
-def ran(call: Any, *tensors: Tensor) -> list[explain.Launched]:
+def ran(call: Any, *tensors: Tensor) -> list[plans.Launched]:
     """What is launched forward and backward."""
     made = cuda.record(lambda: torch.autograd.grad(call().sum(), tensors))
-    return [explain.Launched(**launch) for launch in made["launches"]]
+    return [plans.Launched(**launch) for launch in made["launches"]]
 
 
-def planned(problem: explain.Problem) -> list[explain.Launched]:
+def planned(problem: plans.Problem) -> list[plans.Launched]:
     """For the machine that the emulator is."""
-    machine = explain.Machine("emulator", "sm80", 80, 2, 100 * 1024)
+    machine = plans.Machine("emulator", "sm80", 80, 2, 100 * 1024)
     return [x for direction in problem.directions for x in direction.plan(machine).launches]
 
 
@@ -43,7 +43,7 @@ def test_attention_is_planned_as_it_runs() -> None:
     q, k, v = leaf(2, 33, 4, 40), leaf(2, 70, 2, 40), leaf(2, 70, 2, 40)
     options: dict[str, Any] = dict(window=(20, 0), softcap=3.0, deterministic=True)
     seen = ran(lambda: gptkernels.attention(q, k, v, **options, impl="cuda"), q, k, v)
-    problem = explain.attention(2, 33, 4, 40, torch.bfloat16, kv_heads=2, keys=70, **options)
+    problem = plans.attention(2, 33, 4, 40, torch.bfloat16, kv_heads=2, keys=70, **options)
     assert planned(problem) == seen
     assert problem.text == ("B2 T33/70 H4/2 D40 causal, window 20, 0, softcap 3, deterministic")
 
@@ -55,7 +55,7 @@ def test_mlp_is_planned_as_it_runs(bias: bool) -> None:
     b1, b2 = (leaf(130), leaf(33)) if bias else (None, None)
     wanted = [tensor for tensor in (x, w1, b1, w2, b2) if tensor is not None]
     seen = ran(lambda: gptkernels.gelu_mlp(x, w1, b1, w2, b2, impl="cuda"), *wanted)
-    assert planned(explain.gelu_mlp(70, 33, 130, torch.bfloat16, bias=bias)) == seen
+    assert planned(plans.gelu_mlp(70, 33, 130, torch.bfloat16, bias=bias)) == seen
 
 
 @EMULATED
@@ -69,14 +69,63 @@ def test_layer_norm_is_planned_as_it_runs(residual: bool) -> None:
         outputs = gptkernels.layer_norm(x, weight, bias, impl="cuda", **more)
         return sum(outputs) if residual else outputs
 
-    assert planned(explain.layer_norm(9, 768, torch.bfloat16, residual=residual)) == ran(
+    assert planned(plans.layer_norm(9, 768, torch.bfloat16, residual=residual)) == ran(
         call, *wanted
     )
 
 
+@EMULATED
+@pytest.mark.parametrize(
+    ("activation", "norm_first", "causal", "bias", "dropout_p"),
+    [
+        ("gelu", False, False, True, 0.0),
+        ("gelu", True, True, False, 0.0),
+        ("relu", True, False, True, 0.0),
+        ("gelu", False, True, True, 0.3),
+    ],
+)
+def test_transformer_layer_is_planned_as_it_runs(
+    activation: str, norm_first: bool, causal: bool, bias: bool, dropout_p: float
+) -> None:
+    options: dict[str, Any] = dict(activation=activation, norm_first=norm_first, bias=bias)
+    layer = gptkernels.TransformerLayer(64, 2, 96, dropout_p, **options, dtype=torch.bfloat16)
+    layer.impl = "cuda"
+    x = leaf(33, 2, 64)
+    seen = ran(lambda: layer(x, is_causal=causal), x, *layer.parameters())
+    options |= dict(causal=causal, dropout_p=dropout_p)
+    problem = plans.transformer_layer(2, 33, 64, 2, 96, torch.bfloat16, **options)
+    assert planned(problem) == seen
+    assert problem.not_fused == layer.not_fused()
+
+
+def test_a_layers_report_says_what_is_not_fused() -> None:
+    words = ["8", "512", "768", "12", "3072", "bf16"]
+
+    def report(**options: Any) -> list[str]:
+        return list(explain.lines(explain.parse("transformer_layer", words, **options), A100))
+
+    whole = report(activation="gelu")
+    assert whole[0] == "transformer_layer B8 T512 C768 H12 F3072 gelu, bfloat16"
+    assert whole[3] == "fused throughout"
+    parts = [line.split(":")[0] for line in whole if line[:1].isalpha()][3:]
+    names = ["attention", "norm1", "mlp", "norm2"]
+    assert parts == [
+        *(f"{name}, forward" for name in names),
+        *(f"{name}, backward" for name in reversed(names)),
+    ]
+    some = report(activation="gelu", norm_first=True, mask=True, dropout_p=0.1)
+    assert some[0].endswith(" gelu, norm first, with a mask, dropout 0.1, bfloat16")
+    assert some[3] == "not fused: these run as PyTorch's own operators"
+    assert [line.split(":")[0] for line in some[4:7]] == [
+        "  attention", "  mlp", "  last residual add",
+    ]  # fmt: skip
+    parts = [line.split(":")[0] for line in some if line[:1] == "n"][1:]
+    assert parts == ["norm1, forward", "norm2, forward", "norm2, backward", "norm1, backward"]
+
+
 def test_nothing_is_allocated_or_launched() -> None:
     """A problem of 16 TB, with addresses that lead nowhere."""
-    problem = explain.attention(1024, 131072, 128, 128, torch.bfloat16, kv_heads=8)
+    problem = plans.attention(1024, 131072, 128, 128, torch.bfloat16, kv_heads=8)
     for direction in problem.directions:
         assert direction.plan(H200).launches
 
@@ -114,21 +163,21 @@ def test_a_plan_is_one_threads_and_ends_with_it() -> None:
 
 def test_grids_follow_the_machine() -> None:
     """Split products fill the multiprocessors that there are."""
-    problem = explain.layer_norm(100_000, 768, torch.bfloat16)
+    problem = plans.layer_norm(100_000, 768, torch.bfloat16)
     backward = problem.directions[1]
     grids = [backward.plan(machine).launches[0].ctas for machine in (A100, H200)]
     assert grids[0] / 108 == grids[1] / 132
 
 
 def test_waves_and_residents() -> None:
-    launch = explain.Launched("k", "s", (264, 1, 1), 384, 1, 200 * 1024, 0, None)
+    launch = plans.Launched("k", "s", (264, 1, 1), 384, 1, 200 * 1024, 0, None)
     assert launch.resident(H200) == 1
     assert launch.waves(H200) == 2
-    persistent = explain.Launched("k", "s", (132, 1, 1), 384, 1, 200 * 1024, 1000, None)
+    persistent = plans.Launched("k", "s", (132, 1, 1), 384, 1, 200 * 1024, 1000, None)
     assert persistent.waves(H200) == 1000 / 132
-    few = explain.Launched("k", "s", (10, 1, 1), 384, 1, 200 * 1024, 20, None)
+    few = plans.Launched("k", "s", (10, 1, 1), 384, 1, 200 * 1024, 20, None)
     assert few.waves(H200) == 2
-    small = explain.Launched("k", "s", (132 * 8, 1, 1), 256, 1, 1000, 0, None)
+    small = plans.Launched("k", "s", (132 * 8, 1, 1), 256, 1, 1000, 0, None)
     assert small.resident(H200) == 8
     assert small.waves(H200) == 1
 
@@ -155,7 +204,7 @@ def test_report_of_hoppers_kernels() -> None:
 def test_every_candidate_asks_for_the_memory_that_it_says() -> None:
     seen = set()
     for D in (64, 96, 128, 192, 256):
-        problem = explain.attention(1, 512, 2, D, torch.bfloat16, causal=False)
+        problem = plans.attention(1, 512, 2, D, torch.bfloat16, causal=False)
         for direction in problem.directions:
             for index, made, _ in direction.ways(H200, lambda launches: launches[0]):
                 for launched in made.launches:
@@ -192,7 +241,7 @@ def test_report() -> None:
 @pytest.mark.parametrize(
     ("op", "words", "options", "sentence"),
     [
-        ("softmax", [], {}, "op must be one of attention, mlp, layer_norm"),
+        ("softmax", [], {}, "op must be one of attention, mlp, layer_norm, transformer_layer, got"),
         ("mlp", ["1", "2", "bf16"], {}, "mlp takes M C F dtype, such as 8192 4096 16384 bf16"),
         ("mlp", ["1", "2", "x", "bf16"], {}, "F cannot be 'x'"),
         ("mlp", ["1", "2", "0", "bf16"], {}, "F must be at least 1, got 0"),
@@ -202,6 +251,9 @@ def test_report() -> None:
         ("attention", ["1", "2", "4", "300", "fp16"], {}, "a head width D between 1 and 256"),
         ("attention", ["1", "2", "4", "64", "fp16"], {"kv_heads": 3}, "got 4 and 3"),
         ("attention", ["1", "2", "4", "64", "fp16"], {"window": (-2, 0)}, "window must be"),
+        ("transformer_layer", ["1", "2", "64", "5", "9", "bf16"], {}, "n_head must divide d_model"),
+        ("transformer_layer", ["1", "2", "64", "2", str(2**60), "bf16"], {}, "2\\*\\*63 bytes"),
+        ("transformer_layer", ["1", "2", "64", "2", "9", "bf16"], {"activation": "tanh"}, "'relu'"),
     ],
 )
 def test_refusals(op: str, words: list[str], options: dict[str, Any], sentence: str) -> None:
@@ -210,14 +262,14 @@ def test_refusals(op: str, words: list[str], options: dict[str, Any], sentence: 
 
 
 def test_what_a_launcher_refuses_is_one_sentence() -> None:
-    problem = explain.layer_norm(1, 2**30 + 1, torch.bfloat16)
+    problem = plans.layer_norm(1, 2**30 + 1, torch.bfloat16)
     with pytest.raises(ValueError, match=r"up to 2\*\*30 columns"):
         problem.directions[0].plan(H200)
 
 
 def test_architectures() -> None:
     with pytest.raises(ValueError, match="arch must be sm80 or sm90, got 'sm70'"):
-        explain.machine_here("sm70")
+        plans.machine_here("sm70")
     if not torch.cuda.is_available():
-        assert explain.machine_here() is H200
-        assert explain.machine_here("sm80") is A100
+        assert plans.machine_here() is H200
+        assert plans.machine_here("sm80") is A100

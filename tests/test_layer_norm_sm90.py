@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptkernels import baseline, cuda, explain, layer_norm, parity, philox, reference
+from gptkernels import baseline, cuda, explain, layer_norm, parity, philox, plans, reference
 from gptkernels.cuda import layer_norm as kernels
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -272,8 +272,8 @@ def test_what_clusters_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_choice_is_explained() -> None:
     def found(rows: int, cols: int, arch: str) -> str:
-        problem = explain.layer_norm(rows, cols, BF16)
-        return "\n".join(explain.lines(problem, explain.MACHINES[arch]))
+        problem = plans.layer_norm(rows, cols, BF16)
+        return "\n".join(explain.lines(problem, plans.MACHINES[arch]))
 
     narrow, wide = found(4096, 4096, "sm90"), found(4096, 32_768, "sm90")
     assert "not layer_norm_fwd_sm90: rows of fewer than 16384 columns need no cluster" in narrow

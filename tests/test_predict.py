@@ -12,7 +12,7 @@ pytest.importorskip("gptkernels.benchmarks", reason="the benchmarks are not inst
 
 from gptkernels.benchmarks import predict
 
-from gptkernels import cuda, explain
+from gptkernels import cuda, plans
 
 ROOT = Path(__file__).resolve().parent.parent
 SQUARE = dict(B=4, T=16384, Tk=16384, H=16, Hk=16, D=128, left=-1, right=-1)
@@ -82,12 +82,12 @@ def test_what_bounds_a_step() -> None:
     assert predict._Step(products=1.0, shared=1.0, l2=2.0, other=4.0).seconds(0.5) == 4.5
 
 
-def launched(tiles: int, cluster: int, **members: Any) -> explain.Launched:
+def launched(tiles: int, cluster: int, **members: Any) -> plans.Launched:
     built = dict(
         name="x", head_width=0, tile_m=128, tile_n=256, tile_k=64, stages=4, consumers=2,
         cluster=cluster, pingpong=False, threads=384, shared_bytes=220_000,
     )  # fmt: skip
-    return explain.Launched(
+    return plans.Launched(
         "mlp product, forward", "(8192, 4096) times (4096, 16384) bf16", (132, 1, 1), 384,
         cluster, 220_000, tiles, built | members,
     )  # fmt: skip
@@ -140,12 +140,12 @@ def test_the_documents_have_this_table() -> None:
 
 
 def test_candidates_that_cannot_or_are_for_wider_heads_are_left_out() -> None:
-    def plan(machine: explain.Machine, candidate: int = -1) -> explain.Plan:
+    def plan(machine: plans.Machine, candidate: int = -1) -> plans.Plan:
         if candidate == 1:
             raise ValueError("not this one")
-        return explain.Plan([launched(100, {-1: 1, 0: 2, 2: 1, 3: 4}[candidate])], [])
+        return plans.Plan([launched(100, {-1: 1, 0: 2, 2: 1, 3: 4}[candidate])], [])
 
-    class Direction(explain.Direction):
+    class Direction(plans.Direction):
         def candidates(self) -> list[dict[str, Any]]:
             return [{"head_width": width} for width in (64, 64, 64, 128)]
 
@@ -153,7 +153,7 @@ def test_candidates_that_cannot_or_are_for_wider_heads_are_left_out() -> None:
     object.__setattr__(direction, "plan", plan)
 
     def found(arch: str) -> list[tuple[int, bool]]:
-        ways = direction.ways(explain.MACHINES[arch], predict.main_launch)
+        ways = direction.ways(plans.MACHINES[arch], predict.main_launch)
         return [(index, chosen) for index, _, chosen in ways]
 
     assert found("sm90") == [(0, False), (2, True)]
@@ -171,7 +171,7 @@ def test_tables_are_written_between_marks(tmp_path: Path) -> None:
 
 @built_needed
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    few = (explain.layer_norm(64, 512, torch.bfloat16),)
+    few = (plans.layer_norm(64, 512, torch.bfloat16),)
     monkeypatch.setattr(predict, "predictions", lambda: _real(few))
     assert predict.main([]) == 0
     assert "| layer_norm 64 rows of 512 | forward | any GPU * |" in capsys.readouterr().out

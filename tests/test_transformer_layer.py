@@ -214,6 +214,10 @@ def test_it_tells_what_is_not_fused() -> None:
         ({"activation": 3}, TypeError, "activation must be 'relu', 'gelu' or a function, got 3"),
         ({"dim_feedforward": 0}, ValueError, "dim_feedforward must be at least 1"),
         ({"layer_norm_eps": 0.0}, ValueError, "eps must be positive"),
+        ({"batch_first": 1}, TypeError, "batch_first must be a bool, got 1"),
+        ({"norm_first": "yes"}, TypeError, "norm_first must be a bool, got 'yes'"),
+        ({"bias": None}, TypeError, "bias must be a bool, got None"),
+        ({"dropout": "0.1"}, TypeError, "dropout must be a number, got '0.1'"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("gptkernels.benchmarks", reason="the benchmarks are not inst
 
 from gptkernels.benchmarks import predict, timing, tune, tune_cases
 
-from gptkernels import cuda, explain
+from gptkernels import cuda, plans
 
 pytestmark = pytest.mark.skipif(
     not (cuda.EMULATED and cuda._EMULATOR.exists()),
@@ -28,9 +28,9 @@ CPU = torch.device("cpu")
 HERE = {"gpu": "none", "commit": "c", "build": "b"}
 BF16 = torch.bfloat16
 SMALL = {
-    "attention": explain.attention(2, 130, 2, 64, BF16, kv_heads=1),
-    "gelu_mlp": explain.gelu_mlp(70, 64, 72, BF16),
-    "layer_norm": explain.layer_norm(9, 512, BF16, residual=True),
+    "attention": plans.attention(2, 130, 2, 64, BF16, kv_heads=1),
+    "gelu_mlp": plans.gelu_mlp(70, 64, 72, BF16),
+    "layer_norm": plans.layer_norm(9, 512, BF16, residual=True),
 }
 
 
@@ -62,7 +62,7 @@ def rows_in(folder: Path, about: dict[str, Any] = HERE) -> tune.Rows:
     return tune.Rows(folder / "tune.jsonl", about)
 
 
-def small(op: str, monkeypatch: pytest.MonkeyPatch) -> explain.Problem:
+def small(op: str, monkeypatch: pytest.MonkeyPatch) -> plans.Problem:
     monkeypatch.setattr(predict, "PROBLEMS", (SMALL[op],))
     monkeypatch.setattr(
         tune, "_predicted", lambda: {(p.problem, p.direction, p.way): p.seconds for p in
@@ -130,7 +130,7 @@ def test_cases_are_those_that_are_predicted(op: str) -> None:
     predicted = {(p.direction, p.way): p for p in predict.predictions((SMALL[op],))}
     found = {
         (case.direction, way.name): (case, way)
-        for case in tune_cases.cases(SMALL[op], CPU, explain.machine_here("sm90"))
+        for case in tune_cases.cases(SMALL[op], CPU, plans.machine_here("sm90"))
         for way in case.ways
         if case.direction != "forward + backward"
     }
@@ -254,11 +254,11 @@ def test_inputs_that_do_not_fit_leave_the_other_problems(
     tmp_path: Path, compared: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small("layer_norm", monkeypatch)
-    large = explain.layer_norm(10, 512, BF16)
+    large = plans.layer_norm(10, 512, BF16)
     monkeypatch.setattr(predict, "PROBLEMS", (SMALL["layer_norm"], large, SMALL["layer_norm"]))
     real = tune_cases.cases
 
-    def cases(problem: explain.Problem, *arguments: Any) -> Any:
+    def cases(problem: plans.Problem, *arguments: Any) -> Any:
         if problem is large:
             raise torch.OutOfMemoryError("no memory is left")
         return real(problem, *arguments)

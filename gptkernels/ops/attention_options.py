@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from gptkernels.ops.checks import (
+    NUMBER,
+    check_flag,
+    check_number,
     check_probability,
     check_same_device,
     check_same_dtype,
@@ -18,7 +21,6 @@ from gptkernels.ops.checks import (
 )
 
 MAX_HEAD_DIM = 256
-_NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 _UNBOUNDED = 2**31 - 1  # no sequence is longer
 
 
@@ -47,15 +49,11 @@ def check_heads(H: int, Hk: int) -> None:
 
 def check_numbers(softmax_scale: float | None, softcap: float, dropout_p: float = 0.0) -> None:
     """Raises TypeError, ValueError."""
-    for name, number in (
-        ("softmax_scale", softmax_scale),
-        ("softcap", softcap),
-        ("dropout_p", dropout_p),
-    ):
-        if number is not None and not isinstance(number, _NUMBER):
-            raise TypeError(f"{name} must be a number, got {number!r}")
-    if softmax_scale is not None and not abs(softmax_scale) < math.inf:
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    if softmax_scale is not None:
+        check_number("softmax_scale", softmax_scale)
+        if not abs(softmax_scale) < math.inf:
+            raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    check_number("softcap", softcap)
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
     check_probability("dropout_p", dropout_p)
@@ -68,8 +66,7 @@ def scale(softmax_scale: float | None, q: Tensor) -> float:
 
 def bounds(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
     """(left, right) with `causal` folded in; -1 is no bound."""
-    if not isinstance(causal, bool | torch.SymBool):
-        raise TypeError(f"causal must be a bool, got {causal!r}")
+    check_flag("causal", causal)
     if window is None:
         return -1, 0 if causal else -1
     pair = tuple(window) if isinstance(window, tuple | list) else ()
@@ -97,7 +94,7 @@ def slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor, heads: int)
             raise NotImplementedError(
                 "alibi_slopes is not differentiable, got one that requires grad; detach it"
             )
-    elif isinstance(alibi_slopes, Sequence) and all(isinstance(s, _NUMBER) for s in alibi_slopes):
+    elif isinstance(alibi_slopes, Sequence) and all(isinstance(s, NUMBER) for s in alibi_slopes):
         given = torch.tensor([float(slope) for slope in alibi_slopes], device=q.device)
     else:
         raise TypeError(f"alibi_slopes must be a tensor or floats, got {alibi_slopes!r}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -61,8 +62,21 @@ def check_seed(name: str, value: int) -> None:
         raise ValueError(f"{name} must lie in -2**63...2**64 - 1 or be None, got {value}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """True or False. Raises TypeError."""
+    if not isinstance(value, bool | torch.SymBool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def check_number(name: str, value: float) -> None:
+    """An int or a float. Raises TypeError."""
+    if not isinstance(value, NUMBER):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def check_probability(name: str, value: float) -> None:
-    """A probability in [0, 1]. Raises ValueError."""
+    """A probability in [0, 1]. Raises TypeError, ValueError."""
+    check_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {value}")
 
