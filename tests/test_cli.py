@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from gptkernels import cli, cuda, parity, verify
+from gptkernels import cli, cli_generate, cuda, parity, verify
 from gptkernels.gpt import checkpoint, train
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
@@ -368,7 +368,7 @@ def test_the_weights_say_which_tokenizer_they_were_trained_with(call: Any, train
     for model in (trained, trained / "model"):
         result = call("generate", model, "--prompt", "x", "--max-new-tokens", "4")
         assert result.code == 0, result.err
-        loaded, tokenizer = cli._load(model, None)
+        loaded, tokenizer = cli_generate.load(model, None)
         assert (loaded.config.vocab_size, tokenizer.vocab_size) == (50257, 256)
 
 
