@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_emulator import Emulator, emulator, expected, extension, launched, machine
+from emulated import Emulator, emulator, expected, extension, launched, machine
 
 __all__ = ["emulator", "extension", "machine"]  # fixtures
 

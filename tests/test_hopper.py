@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_emulator import THREAD, Emulator, emulator, expected, extension, machine
+from emulated import THREAD, Emulator, emulator, expected, extension, machine
 from torch import Tensor
 
 from gptkernels import parity
@@ -122,7 +122,7 @@ FILL = "csrc/device/vector.h:#, called at <fill operand>, called at <fill A>"
 READ = "reads accumulators of a wgmma that has not been waited for"
 
 # name -> (what else there is to say of the launch, what is said after the kernel's name), as BROKEN
-# in tests/test_emulator.py.
+# in tests/test_emulator_mistakes.py.
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     # Accumulators and A's registers
     "product_without_wait": (

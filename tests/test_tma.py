@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_emulator import (  # extension: a fixture
+from emulated import (  # extension: a fixture
     ROOT,
     extension,  # noqa: F401
     sources,
 )
-from test_emulator import pytestmark as pytestmark
+from emulated import pytestmark as pytestmark
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_emulator import expected, extension  # noqa: F401
-from test_emulator import pytestmark as pytestmark
+from emulated import expected, extension  # noqa: F401
+from emulated import pytestmark as pytestmark
 from test_tma import Machine, Map, emulator, hopper  # noqa: F401
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def at_both(made: Callable[..., dict[str, Any]], tensor: Tensor, role: str) -> d
     return made(map=Map(tensor, (32, 32), role=role), b=tensor, b_is="")
 
 
-# name -> (its launch, `broken`, what is said after the kernel's name), as in test_emulator.py
+# name -> (its launch, `broken`, what is said after the name), as in test_emulator_mistakes.py
 BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], int, str]] = {
     "load_without_wait": (
         loads,

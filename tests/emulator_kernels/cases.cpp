@@ -1,4 +1,4 @@
-// Launches a case by its name: what tests/test_emulator.py calls, in the emulator, and on a GPU those
+// Launches a case by its name: what tests/emulated.py calls, in the emulator, and on a GPU those
 // cases that are right.
 #include "cases.h"
 

@@ -1,4 +1,4 @@
-// Small kernels for tests/test_emulator.py, which finds them by name. `broken` makes what a kernel
+// Small kernels for tests/emulated.py, which finds them by name. `broken` makes what a kernel
 // is there to do wrong; without it the same kernel is right.
 #pragma once
 

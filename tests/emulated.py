@@ -1,0 +1,190 @@
+"""Small kernels (tests/emulator_kernels) as tests run them: in the emulator and, where there is
+one, on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import platform
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "tests" / "emulator_kernels"
+HERE = f"{platform.machine()} {platform.system()}"
+pytestmark = pytest.mark.skipif(
+    HERE not in ("x86_64 Linux", "aarch64 Linux"),
+    reason=f"the emulator runs on x86-64 and aarch64 Linux, and this is {HERE}",
+)
+
+
+class Case(ctypes.Structure):
+    """As in tests/emulator_kernels/cases.h."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("c", ctypes.c_void_p),
+        ("n", ctypes.c_int),
+        ("broken", ctypes.c_int),
+    )
+
+
+class Emulator:
+    """Runs one case at a time."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        address, size = ctypes.c_void_p, ctypes.c_size_t
+        self.library.run.argtypes = [
+            *(ctypes.c_char_p, address, ctypes.c_uint, ctypes.c_uint, size),
+            *(address, ctypes.c_char_p, size),
+        ]
+
+    def __call__(
+        self,
+        name: str,
+        *,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        c: Tensor | None = None,
+        c_is: str = "inout",
+        n: int = 0,
+        broken: int = False,
+        grid: tuple[int, int, int] = (1, 1, 1),
+        cluster: int = 1,
+        threads: int = 32,
+        shared: int = 0,
+    ) -> None:
+        """a is an input, b an output, c what `c_is` says: in, out, or inout, updated in place.
+
+        Raises RuntimeError with what the launch throws.
+        """
+        for tensor, key, kind in ((a, b"a", "in"), (b, b"b", "out"), (c, b"c", c_is)):
+            for word, written in (("in", 1), ("out", 0)):
+                if tensor is not None and word in kind:
+                    self.declare(key, tensor, written)
+        params = Case(*(t.data_ptr() if t is not None else 0 for t in (a, b, c)), n, int(broken))
+        error = ctypes.create_string_buffer(4096)
+        failed = self.library.run(
+            *(name.encode(), (ctypes.c_uint * 3)(*grid), cluster, threads, shared),
+            *(ctypes.byref(params), error, len(error)),
+        )
+        self.forget()
+        if failed:
+            raise RuntimeError(error.value.decode())
+
+    def declare(self, name: bytes, tensor: Tensor, written: int) -> None:
+        declare = self.library.declare
+        declare.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        declare(name, tensor.data_ptr(), tensor.nbytes, written)
+
+    def forget(self) -> None:
+        self.library.forget()
+
+
+class Gpu(Emulator):
+    """The same cases as a GPU runs them; the tensors stay the caller's, on the CPU."""
+
+    def __call__(
+        self,
+        name: str,
+        *,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        c: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        there = {k: t.cuda() for k, t in {"a": a, "b": b, "c": c}.items() if t is not None}
+        torch.cuda.synchronize()
+        super().__call__(name, **there, **options)
+        for here, key in ((a, "a"), (b, "b"), (c, "c")):
+            if here is not None:
+                here.copy_(there[key])
+
+    def declare(self, name: bytes, tensor: Tensor, written: int) -> None:
+        """A GPU is told of no bounds."""
+
+    def forget(self) -> None:
+        """Likewise."""
+
+
+@pytest.fixture(scope="session")
+def extension() -> ModuleType:
+    """scripts/extension.py."""
+    spec = importlib.util.spec_from_file_location("extension", ROOT / "scripts" / "extension.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def sources(*stems: str) -> list[Path]:
+    files = (path for path in KERNELS.iterdir() if path.suffix in (".cpp", ".cu"))
+    return sorted(p.relative_to(ROOT) for p in files if not stems or p.stem in stems)
+
+
+@pytest.fixture(scope="session")
+def emulator(extension: ModuleType) -> Emulator:
+    try:
+        return Emulator(extension.emulated(sources(), ROOT / "build" / "emulator_kernels"))
+    except extension.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Emulator:
+    """What a building block gives is the same on both."""
+    if request.param == "emulator":
+        return request.getfixturevalue("emulator")
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    stems = ("cases", "primitives", "tiles", "dropout")
+    chosen = sources(*stems, "wgmma_sm90", "mbarriers_sm90", "clusters_sm90")
+    try:
+        return Gpu(extension.native_library(chosen, ROOT / "build" / "native_kernels"))
+    except extension.BuildError as error:
+        pytest.skip(str(error))
+
+
+def line(marker: str) -> str:
+    """ "file:line" of the one line of the kernels that ends with the comment."""
+    found = [
+        f"tests/emulator_kernels/{path.name}:{number}"
+        for path in KERNELS.glob("*.cu")
+        for number, text in enumerate(path.read_text().splitlines(), 1)
+        if text.endswith(f"// {marker}")
+    ]
+    assert len(found) == 1, (marker, found)
+    return found[0]
+
+
+N = 128
+WARP: dict[str, Any] = {"a": 32, "b": 32, "n": 32, "shared": 128}
+CTA: dict[str, Any] = {"a": N, "b": N, "n": N, "threads": N, "shared": 4 * N}
+COPY: dict[str, Any] = {**CTA, "threads": N // 4}
+THREAD = "CTA (0, 0, 0), thread #, at"
+
+
+def launched(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With a tensor of 0, 1, 2 ... for each length."""
+    made = {
+        key: torch.arange(value, dtype=torch.float32) if key in ("a", "b", "c") else value
+        for key, value in arguments.items()
+    }
+    return made
+
+
+def expected(name: str, sentence: str) -> str:
+    pattern = re.escape(sentence).replace("\\#", "#").replace("#", "[0-9]+")
+    pattern = re.sub(r"<(.+?)>", lambda found: re.escape(line(found[1].replace("\\", ""))), pattern)
+    return f"{name} on a small case(?:, |: ){pattern}"
