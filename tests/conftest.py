@@ -17,6 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
+# What several test files share: a failed assert there shows its values too.
+pytest.register_assert_rewrite("attention_cases", "emulated", "training")
+
 # Interpreted kernels are slow: no deadline, and a failing example is printed as found, not shrunk
 # for minutes.
 settings.register_profile(
