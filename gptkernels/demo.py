@@ -186,17 +186,14 @@ def _manual() -> str:
 
 @torch.no_grad()
 def _sample(model: GPT, seed: int, console: Console) -> str:
-    """A continuation of the prompt, longer than the context: half a context at a time."""
+    """A continuation of the prompt, longer than the context."""
     heading(console, "2. A sample", f"after {_PROMPT!r}, temperature 0.7")
     tokenizer = ByteTokenizer()
-    half = model.config.block_size // 2
-    device = next(model.parameters()).device
-    ids = tokenizer.encode(_PROMPT)
-    while len(ids) < _SAMPLE_TOKENS:
-        context = torch.tensor([ids[-half:]], device=device)
-        longer = model.generate(context, half, temperature=0.7, seed=seed + len(ids))
-        ids += longer[0, context.shape[1] :].tolist()
-    text = tokenizer.decode(ids[:_SAMPLE_TOKENS])
+    prompt = torch.tensor([tokenizer.encode(_PROMPT)], device=next(model.parameters()).device)
+    tokens = model.generate(
+        prompt, _SAMPLE_TOKENS - prompt.shape[1], temperature=0.7, seed=seed, slots=1
+    )
+    text = tokenizer.decode(tokens[0].tolist())
     console.print(escape(text), style="italic", soft_wrap=True)
     return text
 

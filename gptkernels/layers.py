@@ -12,12 +12,14 @@ only.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from gptkernels.ops.attention import attention
+from gptkernels.ops.attention_decode import attention_decode
 from gptkernels.ops.attention_options import MAX_HEAD_DIM, bounds
 from gptkernels.ops.checks import check_count, check_probability, check_tensor
 from gptkernels.ops.choice import check_impl
@@ -147,50 +149,36 @@ class MLP(FusedModule):
         return f"approximate={self.approximate!r}, impl={self.impl!r}"
 
 
+@dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens that an attention layer has seen, in buffers of fixed size.
+    """Where an attention layer keeps keys and values, and where those of its next tokens go.
 
-    The buffers (B, max_tokens, Hk, D) are allocated at the first append, from the shape, dtype and
-    device of what is appended. For inference alone: no gradient passes through the copies.
+    For inference alone: no gradient passes through a cache. `gptkernels.gpt.cache.SlotCache` makes
+    these, one a layer; it allocates the buffers once and counts the tokens.
+
+    Fields:
+        k, v: (R, Tmax, Hk, D): what each of R slots has seen.
+        positions: (R, T) int64: the places of the next T tokens in their slot; None where they
+            begin their slot, and so see nothing else.
+        lengths: (R,) int32: how many tokens each slot will hold with them.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = check_count("max_tokens", max_tokens)
-        self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+    k: Tensor
+    v: Tensor
+    positions: Tensor | None
+    lengths: Tensor
 
-    def check_room(self, tokens: int) -> None:
-        """Raise ValueError when so many more tokens would be more than max_tokens."""
-        if self.length + tokens > self.max_tokens:
-            raise ValueError(
-                f"the cache must hold at most max_tokens={self.max_tokens} tokens, "
-                f"got {tokens} after {self.length}"
-            )
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, T, Hk, D); return views of all so far, (B, length, Hk, D) each.
-
-        Raises ValueError when more than max_tokens would be held, or if B, Hk or D changes, and
-        RuntimeError where k or v would have to pass on a gradient.
-        """
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Store k and v, (R, T, Hk, D), in place. RuntimeError where a gradient would have to
+        pass."""
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise RuntimeError("a KVCache is for inference: call the model under torch.no_grad()")
-        batch, tokens, heads, width = k.shape
-        self.check_room(tokens)
-        if self._keys is None or self._values is None:
-            self._keys = k.new_empty(batch, self.max_tokens, heads, width)
-            self._values = v.new_empty(batch, self.max_tokens, heads, width)
-        first_batch, _, *first_rest = self._keys.shape
-        if [batch, heads, width] != [first_batch, *first_rest]:
-            raise ValueError(
-                "the cache must get the B, Hk and D that it began with, "
-                f"{(first_batch, *first_rest)}, got {(batch, heads, width)}"
-            )
-        start, self.length = self.length, self.length + tokens
-        self._keys[:, start : self.length] = k
-        self._values[:, start : self.length] = v
-        return self._keys[:, : self.length], self._values[:, : self.length]
+        for cache, new in ((self.k, k), (self.v, v)):
+            if self.positions is None:
+                cache[:, : new.shape[1]] = new
+            else:
+                rows = torch.arange(len(cache), device=cache.device)[:, None]
+                cache[rows, self.positions] = new.to(cache.dtype)
 
 
 class CausalSelfAttention(FusedModule):
@@ -235,9 +223,9 @@ class CausalSelfAttention(FusedModule):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """x (B, T, d_model) -> (B, T, d_model).
 
-        With a cache, x continues the tokens that the cache holds: their keys and values are seen
-        too, and those of x are added. Raises TypeError or ValueError for another x, and what
-        `KVCache.append` and `gptkernels.attention` raise.
+        With a cache, B is its number of slots: the keys and values of x are stored there, and each
+        row of x sees what its slot holds. Raises TypeError or ValueError for another x, and what
+        `KVCache.append`, `gptkernels.attention` and `gptkernels.attention_decode` raise.
         """
         check_tensor("x", x)
         if x.dim() != 3 or x.shape[-1] != self.c_attn.in_features:
@@ -248,16 +236,21 @@ class CausalSelfAttention(FusedModule):
         # Views: the op reads any strides with a unit last one, so nothing is copied or transposed.
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if cache is not None:
-            k, v = cache.append(k, v)
-        out = attention(
-            q,
-            k,
-            v,
-            causal=True,  # aligned at the last key, so queries continue what a cache holds
-            window=self.window,
-            dropout_p=self.dropout if self.training else 0.0,
-            impl=self.impl,
-        )
+            cache.append(k, v)
+        if cache is None or cache.positions is None:
+            out = attention(
+                q,
+                k,
+                v,
+                causal=True,
+                window=self.window,
+                dropout_p=self.dropout if self.training else 0.0,
+                impl=self.impl,
+            )
+        else:
+            out = attention_decode(
+                q, cache.k, cache.v, cache.lengths, window=self.window, impl=self.impl
+            )
         return self.c_proj(cast("Tensor", out).flatten(-2))
 
     def extra_repr(self) -> str:

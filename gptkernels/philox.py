@@ -15,6 +15,8 @@ accumulator elements that one thread of an mma fragment holds in a 16 x 16 tile.
     lane = ((i >> 3) & 1) * 4 + ((j >> 3) & 1) * 2 + (j & 1)
 Elementwise (LayerNorm's dropout), e the index of the element in its contiguous tensor:
     c0, c1 = low, high 32 bits of e >> 3     c2 = 0     lane = e & 7
+
+The tokens that generation samples come from the same generator (`uniform`).
 """
 
 from __future__ import annotations
@@ -88,6 +90,15 @@ def elementwise_keep(
     group = torch.arange((count + 7) // 8, dtype=torch.int64, device=rng.device)
     u16 = _lanes(rng, group & _WORD, group >> 32, torch.zeros_like(group))
     return u16.view(-1)[:count].view(shape) >= threshold(dropout_p)
+
+
+def uniform(seeds: Tensor, stream: Tensor, position: Tensor) -> Tensor:
+    """One fp64 number of 53 random bits in [0, 1) for each key: seeds (R,) int64, stream and
+    position (R,) int64 below 2**32. c0 = position, c1 = stream, c2 = c3 = 0; the high 27 bits are
+    those of word 0, the low 26 those of word 1."""
+    zero = torch.zeros_like(position)
+    high, low, _, _ = _philox4x32(seeds, position, stream, zero, zero)
+    return ((high >> 5) * 2**26 + (low >> 6)).double() / 2**53
 
 
 def _checked(rng: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import runpy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +19,6 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkernels import GPT, GPTConfig, baseline, philox, reference
-from gptkernels.layers import KVCache
 from gptkernels.ops.choice import IMPLEMENTATIONS, unavailable
 from gptkernels.parity import K_FORWARD, K_GRADIENT, assert_parity, compare
 
@@ -356,50 +355,6 @@ def test_the_model_compiles_whole() -> None:
         for i, (ours, plains, truth) in enumerate(zip(*results, strict=True)):
             measured = compare(ours, plains, truth, k=K_GRADIENT if i else K_FORWARD)
             assert measured.passed, measured
-
-
-def test_tokens_may_continue_what_caches_hold() -> None:
-    model = GPT(SMALL).eval()
-    tokens, _ = batch(SMALL)
-    caches = [KVCache(16) for _ in range(SMALL.n_layer)]
-    with torch.no_grad():
-        parts = [model(part, caches=caches) for part in tokens.split([5, 1, 10], dim=1)]
-    twin = with_parameters(plain_gpt.PlainGPT(SMALL), tokens)
-    named = {n.replace(".", "__"): p.detach() for n, p in model.named_parameters()}
-    assert_parity(lambda **_: torch.cat(parts, dim=1), twin, twin, named, gradients=False)
-    with pytest.raises(ValueError, match="fit into block_size=16, got T=1 after 16 in the cache"):
-        model(tokens[:, :1], caches=caches)
-    with pytest.raises(RuntimeError, match="a KVCache is for inference"):
-        model(tokens, caches=[KVCache(16), KVCache(16)])
-
-
-def filled(*lengths: int, room: int = 16) -> list[KVCache]:
-    """One cache for each length, holding so many tokens of SMALL."""
-    caches = [KVCache(room) for _ in lengths]
-    for cache, length in zip(caches, lengths, strict=True):
-        cache.append(*torch.randn(2, 1, length, SMALL.n_head, SMALL.head_dim))
-    return caches
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: filled(4), "one for each of the 2 blocks .* got 1 different in 1"),
-        (lambda: filled(4) * 2, "one for each .* all different, got 1 different in 2"),
-        (lambda: filled(4, 4, 4), "one for each of the 2 blocks .* got 3 different in 3"),
-        (lambda: filled(4, 0), r"must hold equally many tokens, got lengths \[4, 0\]"),
-        (lambda: filled(4) + filled(4, room=5), "at most max_tokens=5 tokens, got 3 after 4"),
-        (lambda: filled(14, 14, room=20), "fit into block_size=16, got T=3 after 14 in the cache"),
-    ],
-)
-def test_caches_that_do_not_fit_are_left_as_they_were(
-    make: Callable[[], list[KVCache]], message: str
-) -> None:
-    caches, tokens = make(), batch(SMALL, 1, 3)[0]
-    lengths = [cache.length for cache in caches]
-    with pytest.raises(ValueError, match=message), torch.no_grad():
-        GPT(SMALL)(tokens, caches=caches)
-    assert [cache.length for cache in caches] == lengths
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,25 @@
-"""Sampling from a GPT, one token after another.
+"""Continuing texts with a GPT: a whole batch at once, or events as tokens come.
 
-    p = softmax(logits / temperature), cut to the top_k likeliest tokens, then to the smallest set
-    of the likeliest whose probability reaches top_p (Holtzman et al., "The Curious Case of Neural
-    Text Degeneration", 2020)
-
-Each step computes the newest token alone: the keys and values of those before it stay in one
-`KVCache` a block.
+The engine is in engine.py, the choice of tokens in sampling.py, the keys and values in cache.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gptkernels.gpt.config import check_number
-from gptkernels.layers import KVCache
-from gptkernels.ops.checks import check_count, check_seed
+from gptkernels.gpt.engine import Engine, Event, Request
+from gptkernels.gpt.sampling import Sampling
+from gptkernels.gpt.tokenizer import Tokenizer
+from gptkernels.ops.checks import check_seed
 
 if TYPE_CHECKING:
     from gptkernels.gpt.model import GPT
 
 
-@torch.no_grad()
 def generate(
     model: GPT,
     tokens: Tensor,
@@ -36,142 +28,97 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     eos: int | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
-    use_cache: bool = True,
+    slots: int = 8,
 ) -> Tensor:
     """`tokens` (B, T) int64 with up to max_new_tokens more behind each row: (B, T + n) int64.
 
     temperature: 0 takes the likeliest token (the first of several); else the logits are divided by
     it.
-    top_k, top_p: sample among the top_k likeliest tokens; among the likeliest that together reach
-    top_p.
+    top_k, top_p, min_p: sample among the top_k likeliest tokens; among the likeliest that together
+    reach top_p; among those at least min_p times as likely as the likeliest.
+    repetition_penalty: above 1 makes tokens that the row holds already less likely.
     eos: an id that ends its row, which is then filled up with it; generation stops once every row
     has ended.
-    seed: for the same samples again (same device, same batch); None goes on with torch's own
-    generator.
+    seed: for the same samples again (same device): one for each row, whose samples then depend on
+    it and on the row's tokens alone; or one for all, of which row b takes sample b. None draws one
+    from PyTorch's generator for the CPU.
     vocab_size: choose among the ids below it alone, for a model whose vocabulary is padded past its
     tokenizer's; None chooses among all of the model's.
-    use_cache: False computes the whole text anew for each token: slower, to check the cache
-    against.
+    slots: how many rows run at a time. Every step computes so many, however few there are: that is
+    why a row's tokens do not depend on the others.
 
-    The model runs in evaluation mode, and is left in the mode it was in. Text past the context is
-    refused, not cut: T + max_new_tokens is at most block_size. Raises ValueError for that and for
-    any argument out of range, TypeError for tokens that are not int64 and for any argument of
-    another type.
+    T is at most block_size; text past that slides: once block_size tokens are held, the model goes
+    on from the last half of them. The model runs in evaluation mode, and is left in the mode it was
+    in. Raises ValueError for an argument out of range and for NaN in the model's logits
+    (RuntimeError), TypeError for tokens that are not int64 and for any argument of another type.
     """
-    ids = model.config.vocab_size if vocab_size is None else vocab_size
-    _check(model, tokens, max_new_tokens, temperature, top_k, top_p, eos, seed, ids)
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(device=tokens.device).manual_seed(seed)
-    prompt, total = tokens.shape[1], tokens.shape[1] + max_new_tokens
-    caches = None
-    if use_cache:
-        caches = [KVCache(total) for _ in range(model.config.n_layer)]
-    text = tokens.new_empty(tokens.shape[0], total)
-    text[:, :prompt] = tokens
-    ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    with _evaluating(model):
-        seen = 0  # how many tokens the caches hold
-        for end in range(prompt, total):
-            hidden = model.hidden_states(text[:, seen:end], caches=caches)
-            seen = end if use_cache else 0
-            logits = model.lm_head(hidden[:, -1])[:, :ids]
-            chosen = _choose(logits, temperature, top_k, top_p, generator)
-            if eos is not None:
-                chosen = chosen.masked_fill(ended, eos)
-                ended |= chosen == eos
-            text[:, end] = chosen
-            if eos is not None and ended.all():
-                return text[:, : end + 1]
+    model.check_tokens(tokens)
+    B, T = tokens.shape
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    numbered = isinstance(seed, int) or seed is None
+    requests = [
+        Request(
+            row, max_new_tokens, sampling, first_sample=b if numbered else 0, seed=given, eos=eos
+        )
+        for b, (row, given) in enumerate(zip(tokens.tolist(), _seeds(seed, B), strict=True))
+    ]
+    engine = Engine(model, slots=slots, vocab_size=vocab_size, max_tokens=T + max_new_tokens)
+    for request in requests:
+        engine.submit(request)
+    new: list[list[int]] = [[] for _ in requests]
+    while engine.busy:
+        for event in engine.step():
+            if event.token is not None:
+                new[event.request].append(event.token)
+    longest = max(map(len, new), default=max_new_tokens)
+    text = tokens.new_empty(B, T + longest)
+    text[:, :T] = tokens
+    for b, added in enumerate(new):
+        # A row is shorter than another only where eos ended it.
+        text[b, T:] = tokens.new_tensor(added + [eos or 0] * (longest - len(added)))
     return text
 
 
-def _choose(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """One id for each row of logits (B, V): (B,) int64."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # Less the largest, so that a tiny temperature gives 0 and -inf, not inf and NaN. In fp64,
-    # divided by a normal number at least: a GPU multiplies by the reciprocal, which would be inf.
-    logits = logits.double()
-    logits = logits - logits.amax(dim=-1, keepdim=True)
-    logits = (logits / max(temperature, sys.float_info.min)).float()
-    if top_k is not None and top_k < logits.shape[-1]:
-        _, kept = logits.topk(top_k)
-        logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
-    probabilities = logits.softmax(dim=-1)
-    if top_p is not None and top_p < 1:  # at 1 a rounded sum would cut the tail off
-        ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        # A token stays while those before it have not reached top_p; the first always does.
-        before = ordered.cumsum(dim=-1) - ordered
-        kept = ordered.masked_fill(before >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, kept)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _check(
+def stream(
     model: GPT,
-    tokens: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    eos: int | None,
-    seed: int | None,
-    vocab_size: int,
-) -> None:
-    model.check_tokens(tokens)
-    config = model.config
-    check_count("vocab_size", vocab_size)
-    if vocab_size > config.vocab_size:
-        raise ValueError(
-            f"vocab_size must be at most the model's {config.vocab_size}, got {vocab_size}"
-        )
-    _check_integer("max_new_tokens", max_new_tokens)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if tokens.shape[1] + max_new_tokens > config.block_size:
-        raise ValueError(
-            f"the prompt and max_new_tokens must fit into block_size={config.block_size} together, "
-            f"got {tokens.shape[1]} + {max_new_tokens}"
-        )
-    check_number("temperature", temperature)
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-    if top_k is not None:
-        check_count("top_k", top_k)
-    if top_p is not None:
-        check_number("top_p", top_p)
-        if not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p must lie above 0 and at most at 1, or be None, got {top_p}")
-    if eos is not None:
-        _check_integer("eos", eos)
-        if not 0 <= eos < vocab_size:
-            raise ValueError(f"eos must lie in 0...{vocab_size - 1} or be None, got {eos}")
-    if seed is not None:
-        check_seed("seed", seed)
+    requests: Iterable[Request],
+    *,
+    slots: int = 8,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[Event]:
+    """The tokens of all samples of all requests, as they are chosen: an `Event` each.
+
+    Requests are taken from the iterable when slots get free. Prompts may differ in length, and so
+    may everything else between requests. Arguments and errors are those of `Engine`.
+    """
+    engine = Engine(model, slots=slots, tokenizer=tokenizer, vocab_size=vocab_size)
+    waiting = iter(requests)
+    more = True
+    while more or engine.busy:
+        while more and engine.hungry:
+            request = next(waiting, None)
+            if request is None:
+                more = False
+            else:
+                engine.submit(request)
+        yield from engine.step()
 
 
-def _check_integer(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
+    """One for each row."""
+    if seed is None:
+        return [int(torch.randint(2**63 - 1, ()))] * rows
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != rows:
+            raise ValueError(f"seed must be one for each of {rows} rows, got {len(seed)}")
+        for one in seed:
+            check_seed("seed", one)
+        return list(seed)
+    check_seed("seed", seed)
+    return [seed] * rows

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptkernels.gpt import nanogpt, weights
+from gptkernels.gpt.cache import SlotCache
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.generate import generate
 from gptkernels.layers import MLP, CausalSelfAttention, KVCache, LayerNorm, set_impl
@@ -94,10 +95,11 @@ class Decoder(nn.Module):
         self.dropout = config.dropout
         self.recompute_blocks = False
 
-    def forward(self, tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
-        """tokens (B, T) int64 -> (B, T, C); with caches, tokens continue what they hold."""
-        start = 0 if caches is None else caches[0].length
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+    def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """tokens (B, T) int64 -> (B, T, C); with caches, one a block, at the places they name."""
+        positions = caches[0].positions if caches is not None else None
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
         embedded = self.wte(tokens) + self.wpe(positions)
         of_blocks = [None] * len(self.h) if caches is None else caches
         if self.ln_f is None:
@@ -137,20 +139,23 @@ class GPT(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
-        caches: Sequence[KVCache] | None = None,
+        cache: SlotCache | None = None,
+        slot: int | None = None,
     ) -> Tensor:
         """Logits of the next token, or with targets the loss.
 
         tokens: (B, T) int64, T at most block_size. targets: (B, T) int64; -100 marks a position
         that does not count.
-        caches: one `KVCache` for each block; tokens then continue what the caches hold, and are
-        added to them. Not where gradients are tracked (RuntimeError).
+        cache: keeps the keys and values. Tokens continue what its slots hold, B of them, or with
+        `slot`, of batch 1, they are all that this slot holds. Not where gradients are tracked
+        (RuntimeError).
 
         Returns logits (B, T, V); or the mean cross-entropy over the targets that count, a fp32
         scalar. Raises TypeError for tokens or targets that are not int64, and ValueError for a
-        wrong shape, a T past block_size, or, on a CPU, an id outside 0...vocab_size - 1.
+        wrong shape, a T past block_size or past what the cache has room for, or, on a CPU, an id
+        outside 0...vocab_size - 1.
         """
-        hidden = self.hidden_states(tokens, caches=caches)
+        hidden = self.hidden_states(tokens, cache=cache, slot=slot)
         if targets is None:
             return self.lm_head(hidden)
         self._check_targets(targets, tokens)
@@ -159,13 +164,18 @@ class GPT(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)
 
-    def hidden_states(self, tokens: Tensor, *, caches: Sequence[KVCache] | None = None) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, *, cache: SlotCache | None = None, slot: int | None = None
+    ) -> Tensor:
         """What the head reads: (B, T, C), the last LayerNorm's output. Otherwise as `forward`."""
-        if caches is None:
+        if cache is None:
             self.check_tokens(tokens)
-        else:
-            self._check_caches(caches, tokens)
-        return self.transformer(tokens, caches)
+            return self.transformer(tokens)
+        self._check_cache(cache, slot, tokens)
+        caches = cache.caches(tokens.shape[1], slot)
+        hidden = self.transformer(tokens, caches)
+        cache.keep(caches, slot)
+        return hidden
 
     def generate(
         self,
@@ -175,9 +185,12 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
         eos: int | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         vocab_size: int | None = None,
+        slots: int = 8,
     ) -> Tensor:
         """Continue `tokens` (B, T); see `gptkernels.gpt.generate.generate`."""
         return generate(
@@ -187,9 +200,12 @@ class GPT(nn.Module):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             eos=eos,
             seed=seed,
             vocab_size=vocab_size,
+            slots=slots,
         )
 
     @classmethod
@@ -285,19 +301,18 @@ class GPT(nn.Module):
             )
         self._check_values("tokens", tokens)
 
-    def _check_caches(self, caches: Sequence[KVCache], tokens: Tensor) -> None:
-        # All of it before the first block adds to its cache: a failure leaves every cache as it was
-        if not len(caches) == len(set(caches)) == self.config.n_layer:
+    def _check_cache(self, cache: SlotCache, slot: int | None, tokens: Tensor) -> None:
+        # What slots hold is looked at on a CPU alone: elsewhere it would wait for the device.
+        start = cache.longest() if slot is None and tokens.device.type == "cpu" else 0
+        self.check_tokens(tokens, start)
+        rows = cache.slots if slot is None else 1
+        if tokens.shape[0] != rows:
+            raise ValueError(f"tokens must have a row for each slot, {rows}, got {len(tokens)}")
+        if start + tokens.shape[1] > cache.max_tokens:
             raise ValueError(
-                f"caches must be one for each of the {self.config.n_layer} blocks and all "
-                f"different, got {len(set(caches))} different in {len(caches)}"
+                f"the cache must hold at most max_tokens={cache.max_tokens} tokens a slot, "
+                f"got {tokens.shape[1]} after {start}"
             )
-        lengths = [cache.length for cache in caches]
-        if len(set(lengths)) != 1:
-            raise ValueError(f"caches must hold equally many tokens, got lengths {lengths}")
-        self.check_tokens(tokens, lengths[0])
-        for cache in caches:
-            cache.check_room(tokens.shape[1])
 
     def _check_targets(self, targets: Tensor, tokens: Tensor) -> None:
         _check_ids("targets", targets)
