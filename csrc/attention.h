@@ -24,15 +24,24 @@ struct Strides {
     int64_t batch, token, head;
 };
 
-// What both directions need to know.
+// What both directions need to know. With cu_seqlens the batch is of sequences that lie end to end:
+// tensors are those of one batch entry of total_q and total_k tokens, sequence b has queries
+// cu_seqlens_q[b] up to cu_seqlens_q[b + 1], and so for keys. Queries of no sequence, before the
+// first or past the last one, give 0 and lse -inf, and like such keys have gradient 0.
 struct AttentionCall {
-    int batch, Tq, Tk, H, Hk, D;
+    int batch, Tq, Tk, H, Hk, D;  // Tq, Tk: of each entry, or of the longest sequence
     float scale;
     int left, right;             // position - left <= j <= position + right; negative: no bound
     float softcap;               // 0: none
     const float* alibi_slopes;   // (H,), or null
     const int32_t* key_lengths;  // (B,), or null; clamped to 0 ... Tk
     Dropout dropout;             // rng null: none
+    const int32_t* cu_seqlens_q;  // (batch + 1,), or null; clamped to 0 ... total_q
+    const int32_t* cu_seqlens_k;  // (batch + 1,), null where cu_seqlens_q is
+    int total_q, total_k;         // without cu_seqlens Tq and Tk
+
+    __host__ __device__ bool ragged() const { return cu_seqlens_q != nullptr; }
+    __host__ __device__ int entries() const { return ragged() ? 1 : batch; }  // of the tensors
 };
 
 struct AttentionFwd {
@@ -59,7 +68,8 @@ struct AttentionBwd {
     float* total;       // (B, H, Tq), workspace in fp32, else null
     float* dq_sum;      // workspace where dq is to be added up by atomics (16 bits, dk or dv wanted
                         // too), B * H * Tq * D with Tq rounded up to a multiple of 32 and D to 64,
-                        // 96, 128, 192 or 256; else null
+                        // 96, 128, 192 or 256; with cu_seqlens H * (total_q / 32 + batch) * 32 * D;
+                        // else null
     bool deterministic;   // of the Hopper kernels alone: dq is summed in one order
     float* row_stats;     // workspaces of the Hopper kernels, null where the generic ones run:
     int* turns;           // attention_bwd_workspaces says how large these and dq_sum then are
@@ -78,8 +88,10 @@ inline bool aligned_16(const void* address, int64_t element_size, const Strides&
 // For errors.
 inline std::string shape_of(const AttentionCall& c) {
     const auto text = [](int n) { return std::to_string(n); };
-    return "q (" + text(c.batch) + ", " + text(c.Tq) + ", " + text(c.H) + ", " + text(c.D) +
-           "), k (" + text(c.batch) + ", " + text(c.Tk) + ", " + text(c.Hk) + ", " + text(c.D) + ")";
+    const char* up_to = c.ragged() ? ", up to " : ", ";  // so many tokens a sequence
+    return "q (" + text(c.batch) + up_to + text(c.Tq) + ", " + text(c.H) + ", " + text(c.D) +
+           "), k (" + text(c.batch) + up_to + text(c.Tk) + ", " + text(c.Hk) + ", " + text(c.D) +
+           ")";
 }
 
 inline dim3 grid_of(const char* kernel, const AttentionCall& c, int64_t blocks) {

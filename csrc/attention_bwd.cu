@@ -3,7 +3,8 @@
 //     delta = sum_d dout * out - dlse                 (B, H, Tq) fp32
 //
 // With dropout too, sum_d dout * out equals sum_j p dp, which saves a pass over the keys. Reads out
-// and dout once, and clears the sum of dq where there is one.
+// and dout once, and clears the sum of dq where there is one, and the gradients of tokens that no
+// sequence has.
 //
 // Then, for dk and dv, the keys kernel; for dq the queries kernel (7 products in all, the same bits
 // every time) or, in 16 bits, atomics inside the keys kernel (5 products). Not deterministic is
@@ -43,13 +44,23 @@ __global__ void __launch_bounds__(kDeltaThreads)
          chunk += static_cast<int64_t>(gridDim.x) * kDeltaThreads)
         st128(p.dq_sum + 4 * chunk, Pack<float, 4>{});
     const int64_t index = thread / kDeltaLanes;
-    const bool exists = index < static_cast<int64_t>(call.batch) * call.Tq * call.H;
-    const int64_t h = index % call.H, i = index / call.H % call.Tq, b = index / call.H / call.Tq;
+    const int64_t h = index % call.H, token = index / call.H;
+    const int64_t i = token % call.total_q, b = token / call.total_q;
+    const bool exists = b < call.entries();
     const float delta = row_delta<T>(a, b, i, h, exists);
     if (exists && threadIdx.x % kDeltaLanes == 0) {
-        const int64_t at = (b * call.H + h) * call.Tq + i;
+        const int64_t at = (b * call.H + h) * call.total_q + i;
         p.delta[at] = p.dlse == nullptr ? delta : delta - p.dlse[at];
     }
+    if (!call.ragged()) return;
+    const auto clear = [&](void* gradient, int heads, const int32_t* cu_seqlens, int total) {
+        if (gradient != nullptr)
+            fill_outside(static_cast<T*>(gradient), int64_t{heads} * call.D, cu_seqlens, call.batch,
+                         total, T(0.0f), thread, static_cast<int64_t>(gridDim.x) * kDeltaThreads);
+    };
+    clear(p.dq, call.H, call.cu_seqlens_q, call.total_q);
+    clear(p.dk, call.Hk, call.cu_seqlens_k, call.total_k);
+    clear(p.dv, call.Hk, call.cu_seqlens_k, call.total_k);
 }
 
 extern template void launch_attention_bwd_queries<float>(const BwdArguments&, Stream);
@@ -65,7 +76,8 @@ template <class T>
 BwdArguments arguments_of(const AttentionBwd& p) {
     const AttentionCall& c = p.call;
     const int64_t size = sizeof(T);
-    const Strides out{static_cast<int64_t>(c.Tq) * c.H * c.D, static_cast<int64_t>(c.H) * c.D, c.D};
+    const Strides out{static_cast<int64_t>(c.total_q) * c.H * c.D,
+                      static_cast<int64_t>(c.H) * c.D, c.D};
     BwdArguments a{p,
                    aligned_16(p.q, size, p.q_strides),
                    aligned_16(p.k, size, p.k_strides),
@@ -80,13 +92,12 @@ BwdArguments arguments_of(const AttentionBwd& p) {
 template <class T>
 void launch_attention_bwd_delta(const BwdArguments& a, Stream stream) {
     const AttentionCall& c = a.p.call;
-    const int64_t rows = static_cast<int64_t>(c.batch) * c.Tq * c.H;
+    const int64_t rows = static_cast<int64_t>(c.entries()) * c.total_q * c.H;
     constexpr int64_t kRows = kDeltaThreads / kDeltaLanes;
     DeltaArguments arguments{a, 0};
     if (a.p.dq_sum != nullptr)
-        arguments.sum_chunks = static_cast<int64_t>(c.batch) * c.H *
-                               ((c.Tq + kSumRows - 1) / kSumRows) *
-                               (kSumRows * padded_width(c.D) / 4);
+        arguments.sum_chunks = static_cast<int64_t>(c.entries()) * c.H *
+                               tiles_of_head(c, kSumRows) * (kSumRows * padded_width(c.D) / 4);
     launch(attention_bwd_delta_kernel<T>,
            {"attention_bwd_delta_kernel", shape_of(c),
             grid_of("attention_bwd_delta_kernel", c, (rows + kRows - 1) / kRows), kDeltaThreads, 0,

@@ -51,13 +51,13 @@ struct RowStats {
     float dlse;   // in fp32
 };
 
-// total: (B, H, Tq), or null where it is not known yet.
+// Of row i of head h. total: (B, H, Tq), or null where it is not known yet.
 template <class T>
-__device__ __forceinline__ RowStats row_stats(const AttentionBwd& p, const float* total, int bh,
-                                              int i) {
+__device__ __forceinline__ RowStats row_stats(const AttentionBwd& p, const float* total,
+                                              const Entry& entry, int h, int i) {
     RowStats row{INFINITY, 0, 1, 0};  // past the end
-    if (i >= p.call.Tq) return row;
-    const int64_t at = static_cast<int64_t>(bh) * p.call.Tq + i;
+    if (i >= entry.Tq) return row;
+    const int64_t at = entry.row(p.call, h, i);
     const float lse = p.lse[at];
     row.delta = p.delta[at];
     if (lse != -INFINITY)  // else there is no key
@@ -65,6 +65,19 @@ __device__ __forceinline__ RowStats row_stats(const AttentionBwd& p, const float
     if (kExact<T> && total != nullptr) row.total = total[at];
     if (kExact<T> && p.dlse != nullptr) row.dlse = p.dlse[at];
     return row;
+}
+
+// dq_sum comes in tiles of `rows` queries, so many for each head. A sequence starts a tile of its
+// own: there is room for the part of a tile that each may leave.
+__host__ __device__ inline int tiles_of_head(const AttentionCall& c, int rows) {
+    return c.ragged() ? c.total_q / rows + c.batch : (c.Tq + rows - 1) / rows;
+}
+
+// The first of entry b and head h.
+__device__ inline int64_t first_tile(const AttentionCall& c, const Entry& entry, int b, int h,
+                                     int rows) {
+    return (static_cast<int64_t>(entry.in_memory) * c.H + h) * tiles_of_head(c, rows) +
+           (c.ragged() ? entry.q0 / rows + b : 0);
 }
 
 // p from the product q.k. kPlain: without softcap and ALiBi; the bits are the same either way.

@@ -34,7 +34,7 @@ __device__ __forceinline__ float row_delta(const BwdArguments& a, int64_t b, int
     float delta = 0;
     bool finite = true;
     if (exists) {
-        const T* out = static_cast<const T*>(p.out) + ((b * call.Tq + i) * call.H + h) * D;
+        const T* out = static_cast<const T*>(p.out) + ((b * call.total_q + i) * call.H + h) * D;
         const T* dout = static_cast<const T*>(p.dout) + b * p.dout_strides.batch +
                         i * p.dout_strides.token + h * p.dout_strides.head;
         const T* q = static_cast<const T*>(p.q) + b * p.q_strides.batch + i * p.q_strides.token +

@@ -50,7 +50,7 @@ struct KeysTiles {
     static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
 };
 
-// Tile by tile: (B, H, blocks of kRows queries), in each the accumulators of warp after warp as
+// Tile by tile: (B, H, tiles_of_head), in each the accumulators of warp after warp as
 // they lie in the registers, so that a warp's atomics fall into one line.
 template <class Tiles>
 struct DqSum {
@@ -110,7 +110,8 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
     const int j0 = static_cast<int>(blockIdx.x) % key_blocks * kKeys;
     const int bhk = static_cast<int>(blockIdx.x) / key_blocks;
     const int b = bhk / call.Hk, hk = bhk % call.Hk, group = call.H / call.Hk;
-    const int row_blocks = (call.Tq + kRows - 1) / kRows;
+    const Entry entry = entry_of(call, b);
+    if (j0 >= entry.Tk) return;  // a shorter sequence than the longest
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = lane_index();
     const int key0 = warp * 16 * kKeyTiles;     // this warp's first key of the tile
     const int j_first = j0 + key0 + lane / 4;   // this thread's keys: + 8, + 16, + 24
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
     RowStats* stats = reinterpret_cast<RowStats*>(arena + Tiles::kStats);  // [2][kRows]
     float* taint = reinterpret_cast<float*>(arena + Tiles::kTaint);        // [kKeys]
 
-    const Band band = band_of(call, b);
+    const Band band = band_of(call, entry);
     const Range queries = band.queries(j0, kKeys, kRows);
     const int blocks = queries.last > queries.first
                            ? (queries.last - queries.first + kRows - 1) / kRows
@@ -145,9 +146,9 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
         if (step < steps) {
             const int i0 = first_row(step);
             copy_tile<Tiles::kThreads>(tile,
-                                       static_cast<const T*>(source) + b * strides.batch +
-                                           head(step) * strides.head + i0 * strides.token,
-                                       strides.token, call.Tq - i0, call.D, aligned);
+                                       static_cast<const T*>(source) +
+                                           entry.at(strides, entry.q0, i0, head(step)),
+                                       strides.token, entry.Tq - i0, call.D, aligned);
         }
         cp_async_commit();
     };
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
         request(dout_tile, p.dout, p.dout_strides, a.dout_aligned, step);
     };
     auto stats_of = [&](int step) {
-        return row_stats<T>(p, p.total, b * call.H + head(step), first_row(step) + thread);
+        return row_stats<T>(p, p.total, entry, head(step), first_row(step) + thread);
     };
 
     float dk[kDk ? kKeyTiles : 1][kDk ? kHeadWidth / 8 : 1][4];
@@ -168,8 +169,8 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
         auto request_keys = [&](typename Tiles::Key tile, const void* source,
                                 const Strides& strides, bool aligned) {
             copy_tile<Tiles::kThreads>(tile,
-                                       static_cast<const T*>(source) + b * strides.batch +
-                                           hk * strides.head + j0 * strides.token,
+                                       static_cast<const T*>(source) +
+                                           entry.at(strides, entry.k0, j0, hk),
                                        strides.token, band.count - j0, call.D, aligned);
         };
         request_keys(k_tile, p.k, p.k_strides, a.k_aligned);
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
         if constexpr (Tiles::kDqHere) {
             if (adds_dq)
                 add_to_dq<Tiles, T>(p.dq_sum,
-                                    static_cast<int64_t>(bh) * row_blocks + i0 / kRows, ds_tile,
+                                    first_tile(call, entry, b, h, kRows) + i0 / kRows, ds_tile,
                                     k_tile);
         }
         if (thread < kRows && step + 1 < steps) stats[(step + 1) % 2 * kRows + thread] = next;
@@ -283,16 +284,16 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
         }
     }
 
-    const int64_t head_start = (static_cast<int64_t>(b) * call.Tk * call.Hk + hk) * call.D;
+    const int64_t head_start = entry.keys(call, hk);
     const int64_t row_stride = static_cast<int64_t>(call.Hk) * call.D;
     if constexpr (kDk) {
         if (p.dk != nullptr)
-            store_rows(static_cast<T*>(p.dk) + head_start, row_stride, j0 + key0, call.Tk, 0,
+            store_rows(static_cast<T*>(p.dk) + head_start, row_stride, j0 + key0, entry.Tk, 0,
                        call.D, dk, call.scale);
     }
     if constexpr (kDv) {
         if (p.dv != nullptr)
-            store_rows(static_cast<T*>(p.dv) + head_start, row_stride, j0 + key0, call.Tk, 0,
+            store_rows(static_cast<T*>(p.dv) + head_start, row_stride, j0 + key0, entry.Tk, 0,
                        call.D, dv, dropping ? call.dropout.scale : 1.0f);
     }
 }
@@ -307,19 +308,21 @@ __global__ void __launch_bounds__(32 * kDqWarps)
     const AttentionCall& call = a.p.call;
     const int row_blocks = (call.Tq + Tiles::kRows - 1) / Tiles::kRows;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kDqWarps + threadIdx.x / 32;
-    const int64_t tile = index / Sum::kParts;
     const int part = static_cast<int>(index % Sum::kParts);
-    const int64_t bh = tile / row_blocks;
-    if (bh >= static_cast<int64_t>(call.batch) * call.H) return;
+    const int64_t block = index / Sum::kParts;
+    const int i0 = static_cast<int>(block % row_blocks) * Tiles::kRows;
+    if (block >= static_cast<int64_t>(call.batch) * call.H * row_blocks) return;
+    const int bh = static_cast<int>(block / row_blocks), b = bh / call.H, h = bh % call.H;
+    const Entry entry = entry_of(call, b);
+    if (i0 >= entry.Tq) return;  // a shorter sequence than the longest
+    const int64_t tile = first_tile(call, entry, b, h, Tiles::kRows) + i0 / Tiles::kRows;
     float acc[1][Tiles::kDqCols / 8][4];
 #pragma unroll
     for (int n = 0; n < Tiles::kDqCols / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[0][n][e] = a.p.dq_sum[Sum::at(tile, part, n, e)];
-    const int64_t b = bh / call.H, h = bh % call.H;
-    store_rows(static_cast<T*>(a.p.dq) + (b * call.Tq * call.H + h) * call.D,
-               static_cast<int64_t>(call.H) * call.D,
-               static_cast<int>(tile % row_blocks) * Tiles::kRows + Sum::row(part), call.Tq,
+    store_rows(static_cast<T*>(a.p.dq) + entry.queries(call, h),
+               static_cast<int64_t>(call.H) * call.D, i0 + Sum::row(part), entry.Tq,
                Sum::col(part), call.D, acc, call.scale);
 }
 

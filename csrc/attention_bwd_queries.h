@@ -51,7 +51,10 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
     const int row_blocks = (call.Tq + kRows - 1) / kRows;
     const int i0 = (row_blocks - 1 - static_cast<int>(blockIdx.x) % row_blocks) * kRows;
     const int bh = static_cast<int>(blockIdx.x) / row_blocks;
-    const int b = bh / call.H, h = bh % call.H, hk = h / (call.H / call.Hk);
+    const int b = bh / call.H, h = bh % call.H;
+    const Entry entry = entry_of(call, b);
+    if (i0 >= entry.Tq) return;  // a shorter sequence than the longest
+    const int hk = h / (call.H / call.Hk);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_index();
     const int row0 = warp * 16 * kRowTiles;    // this warp's first row of the tile
     const int i_first = i0 + row0 + lane / 4;  // this thread's rows: + 8, + 16, + 24
@@ -62,7 +65,7 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
     const typename Tiles::Query dout_tile{reinterpret_cast<T*>(arena + Tiles::kDout)};
     float* taint = reinterpret_cast<float*>(arena + Tiles::kTaint);  // [kKeys], of a masked block
 
-    const Band band = band_of(call, b);
+    const Band band = band_of(call, entry);
     const Range keys = band.keys(i0, kRows, kKeys);
     const int blocks = keys.last > keys.first ? (keys.last - keys.first + kKeys - 1) / kKeys : 0;
     const int summing = kExact<T> ? blocks : 0;  // the first steps, for the rows' sums
@@ -82,12 +85,12 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
         if (step < steps) {
             const int j0 = first_key(step), valid = band.count - j0;
             copy_tile<Tiles::kThreads>(slot(Tiles::kK, step),
-                                       static_cast<const T*>(p.k) + b * p.k_strides.batch +
-                                           hk * p.k_strides.head + j0 * p.k_strides.token,
+                                       static_cast<const T*>(p.k) +
+                                           entry.at(p.k_strides, entry.k0, j0, hk),
                                        p.k_strides.token, valid, call.D, a.k_aligned);
             copy_tile<Tiles::kThreads>(slot(Tiles::kV, step),
-                                       static_cast<const T*>(p.v) + b * p.v_strides.batch +
-                                           hk * p.v_strides.head + j0 * p.v_strides.token,
+                                       static_cast<const T*>(p.v) +
+                                           entry.at(p.v_strides, entry.k0, j0, hk),
                                        p.v_strides.token, valid, call.D, a.v_aligned);
         }
         cp_async_commit();
@@ -98,7 +101,7 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            rows[r][half] = row_stats<T>(p, nullptr, bh, i_first + 16 * r + 8 * half);
+            rows[r][half] = row_stats<T>(p, nullptr, entry, h, i_first + 16 * r + 8 * half);
             // Sums for now. That delta of out is finite has gone into lse.
             if (kExact<T>) rows[r][half].delta = rows[r][half].total = 0;
         }
@@ -117,8 +120,8 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
                 if (row.total == 0) row.total = 1;
                 row.delta /= row.total;
                 const int i = i_first + 16 * r + 8 * half;
-                if (lane % 4 == 0 && i < call.Tq) {
-                    const int64_t at = static_cast<int64_t>(bh) * call.Tq + i;
+                if (lane % 4 == 0 && i < entry.Tq) {
+                    const int64_t at = entry.row(call, h, i);
                     p.delta[at] = row.delta;
                     p.total[at] = row.total;
                 }
@@ -129,13 +132,13 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
     clear(dq);
     if (steps > 0) {
         copy_tile<Tiles::kThreads>(q_tile,
-                                   static_cast<const T*>(p.q) + b * p.q_strides.batch +
-                                       h * p.q_strides.head + i0 * p.q_strides.token,
-                                   p.q_strides.token, call.Tq - i0, call.D, a.q_aligned);
+                                   static_cast<const T*>(p.q) +
+                                       entry.at(p.q_strides, entry.q0, i0, h),
+                                   p.q_strides.token, entry.Tq - i0, call.D, a.q_aligned);
         copy_tile<Tiles::kThreads>(dout_tile,
-                                   static_cast<const T*>(p.dout) + b * p.dout_strides.batch +
-                                       h * p.dout_strides.head + i0 * p.dout_strides.token,
-                                   p.dout_strides.token, call.Tq - i0, call.D, a.dout_aligned);
+                                   static_cast<const T*>(p.dout) +
+                                       entry.at(p.dout_strides, entry.q0, i0, h),
+                                   p.dout_strides.token, entry.Tq - i0, call.D, a.dout_aligned);
         request(0);
     }
 #pragma unroll 1
@@ -210,10 +213,10 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
     }
     if (kExact<T> && steps == summing) finish_sums();
 
-    const int64_t head_start = (static_cast<int64_t>(b) * call.Tq * call.H + h) * call.D;
     if (p.dq != nullptr)
-        store_rows(static_cast<T*>(p.dq) + head_start, static_cast<int64_t>(call.H) * call.D,
-                   i0 + row0, call.Tq, 0, call.D, dq, call.scale);
+        store_rows(static_cast<T*>(p.dq) + entry.queries(call, h),
+                   static_cast<int64_t>(call.H) * call.D, i0 + row0, entry.Tq, 0, call.D, dq,
+                   call.scale);
 }
 
 template <class T, int kWidth>

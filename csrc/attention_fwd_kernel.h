@@ -77,6 +77,19 @@ struct FwdPlace {
     }
 };
 
+// Queries of no sequence, by all threads of the grid.
+template <class T>
+__device__ void clear_outside(const AttentionFwd& p) {
+    const AttentionCall& c = p.call;
+    const int thread = static_cast<int>(threadIdx.x);
+    fill_outside(static_cast<T*>(p.out), int64_t{c.H} * c.D, c.cu_seqlens_q, c.batch, c.total_q,
+                 T(0.0f), static_cast<int64_t>(blockIdx.x) * kFwdThreads + thread,
+                 static_cast<int64_t>(gridDim.x) * kFwdThreads);
+    for (int64_t h = blockIdx.x; h < c.H; h += gridDim.x)
+        fill_outside(p.lse + h * c.total_q, 1, c.cu_seqlens_q, c.batch, c.total_q, -INFINITY,
+                     thread, kFwdThreads);
+}
+
 // NaN and Inf in a tile become 0, by all threads.
 template <class T, int kTileRows, int kTileCols>
 __device__ void zero_nonfinite(const SharedTile<T, kTileRows, kTileCols>& tile) {
@@ -94,6 +107,9 @@ __global__ void __launch_bounds__(kFwdThreads)
     const AttentionCall& call = p.call;
     const FwdPlace place(a, Tiles::kRows);
     const int i0 = place.i0, b = place.b, h = place.h;
+    if (call.ragged()) clear_outside<T>(p);
+    const Entry entry = entry_of(call, b);
+    if (i0 >= entry.Tq) return;  // a shorter sequence than the longest
     const int hk = h / (call.H / call.Hk);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_index();
     const int row0 = warp * 16 * kRowTiles;          // this warp's first row of the tile
@@ -103,12 +119,11 @@ __global__ void __launch_bounds__(kFwdThreads)
     const typename Tiles::Query q_tile{reinterpret_cast<T*>(shared_memory())};
     unsigned char* slots = shared_memory() + Tiles::Query::kBytes;
     int* flags = reinterpret_cast<int*>(slots + kSlots * Tiles::Key::kBytes);
-    const T* q = static_cast<const T*>(p.q) + b * p.q_strides.batch + h * p.q_strides.head +
-                 i0 * p.q_strides.token;
-    const T* k = static_cast<const T*>(p.k) + b * p.k_strides.batch + hk * p.k_strides.head;
-    const T* v = static_cast<const T*>(p.v) + b * p.v_strides.batch + hk * p.v_strides.head;
+    const T* q = static_cast<const T*>(p.q) + entry.at(p.q_strides, entry.q0, i0, h);
+    const T* k = static_cast<const T*>(p.k) + entry.at(p.k_strides, entry.k0, 0, hk);
+    const T* v = static_cast<const T*>(p.v) + entry.at(p.v_strides, entry.k0, 0, hk);
 
-    const Band band = band_of(call, b);
+    const Band band = band_of(call, entry);
     const Range keys = band.keys(i0, Tiles::kRows, kKeys);
     const int j_last = keys.last > keys.first ? (keys.last - 1) / kKeys * kKeys : -kKeys;
     const Score score = score_of_head(call, h);
@@ -138,7 +153,7 @@ __global__ void __launch_bounds__(kFwdThreads)
     };
 
     if (keys.last > keys.first)
-        copy_tile<kFwdThreads>(q_tile, q, p.q_strides.token, call.Tq - i0, call.D, a.q_aligned);
+        copy_tile<kFwdThreads>(q_tile, q, p.q_strides.token, entry.Tq - i0, call.D, a.q_aligned);
 
     float o[kRowTiles][kHeadWidth / 8][4];
     RowState state[kRowTiles];
@@ -251,8 +266,8 @@ __global__ void __launch_bounds__(kFwdThreads)
 
     // Out of the registers by way of this warp's own rows of q's tile, in whole rows of 16 bytes.
     const int64_t out_stride = static_cast<int64_t>(call.H) * call.D;
-    T* out = static_cast<T*>(p.out) + (static_cast<int64_t>(b) * call.Tq * call.H + h) * call.D;
-    float* lse = p.lse + (static_cast<int64_t>(b) * call.H + h) * call.Tq;
+    T* out = static_cast<T*>(p.out) + entry.queries(call, h);
+    float* lse = p.lse + entry.row(call, h, 0);
     const float kept_scale = kOptions && call.dropout.rng != nullptr ? call.dropout.scale : 1.0f;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
@@ -263,7 +278,7 @@ __global__ void __launch_bounds__(kFwdThreads)
             l += __shfl_xor_sync(0xffffffffu, l, 2);
             const int row = row0 + lane / 4 + 16 * r + 8 * half;
             const bool none = l == 0;
-            if (lane % 4 == 0 && i0 + row < call.Tq)
+            if (lane % 4 == 0 && i0 + row < entry.Tq)
                 lse[i0 + row] = none ? -INFINITY : fmaf(state[r].m[half], kLn2, logf(l));
             const float scale = none ? 0.0f : kept_scale / l;
 #pragma unroll
@@ -277,7 +292,7 @@ __global__ void __launch_bounds__(kFwdThreads)
 #pragma unroll 4
     for (int index = lane; index < 16 * kRowTiles * kChunks; index += 32) {
         const int row = row0 + index / kChunks, col = index % kChunks * kChunk;
-        if (i0 + row >= call.Tq || col >= call.D) continue;
+        if (i0 + row >= entry.Tq || col >= call.D) continue;
         T* to = out + (i0 + row) * out_stride + col;
         const T* from = q_tile.at(row, col);
         if (a.out_aligned) {
@@ -300,7 +315,8 @@ void launch_attention_fwd_tiles(const AttentionFwd& p, Stream stream) {
     const int64_t bytes_of_head = 2 * size * c.Tk * c.D * c.Hk / c.H;
     const int64_t together =
         std::max<int64_t>(1, kFwdCacheBytes / std::max<int64_t>(1, bytes_of_head));
-    const Strides out{static_cast<int64_t>(c.Tq) * c.H * c.D, static_cast<int64_t>(c.H) * c.D, c.D};
+    const Strides out{static_cast<int64_t>(c.total_q) * c.H * c.D,
+                      static_cast<int64_t>(c.H) * c.D, c.D};
     const FwdArguments arguments{p,
                                  static_cast<int>(row_blocks),
                                  static_cast<int>(std::min(together, heads)),

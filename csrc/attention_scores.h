@@ -62,14 +62,69 @@ struct Band {
     }
 };
 
-__device__ inline Band band_of(const AttentionCall& c, int b) {
+// The tokens of a batch entry, or of one of the sequences that lie end to end.
+struct Entry {
+    int in_memory;  // the batch entry of the tensors that holds them
+    int q0, k0;     // the first of them there
+    int Tq, Tk;     // how many
+
+    // Of row i of head h in lse and its like, (entries, H, total_q).
+    __device__ int64_t row(const AttentionCall& c, int h, int i) const {
+        return (static_cast<int64_t>(in_memory) * c.H + h) * c.total_q + q0 + i;
+    }
+    // Of the first element of head h in a contiguous (entries, total_q, H, D).
+    __device__ int64_t queries(const AttentionCall& c, int h) const {
+        return ((static_cast<int64_t>(in_memory) * c.total_q + q0) * c.H + h) * c.D;
+    }
+    // Of the first element of key head hk in a contiguous (entries, total_k, Hk, D).
+    __device__ int64_t keys(const AttentionCall& c, int hk) const {
+        return ((static_cast<int64_t>(in_memory) * c.total_k + k0) * c.Hk + hk) * c.D;
+    }
+    // Of the element where token i of a head starts, i counted from `first`, q0 or k0.
+    __device__ int64_t at(const Strides& strides, int first, int i, int head) const {
+        return in_memory * strides.batch + head * strides.head +
+               (static_cast<int64_t>(first) + i) * strides.token;
+    }
+};
+
+__device__ inline Entry entry_of(const AttentionCall& c, int b) {
+    Entry entry{b, 0, 0, c.Tq, c.Tk};
+    if (c.ragged()) {
+        entry.in_memory = 0;
+        entry.q0 = min(max(c.cu_seqlens_q[b], 0), c.total_q);
+        entry.k0 = min(max(c.cu_seqlens_k[b], 0), c.total_k);
+        entry.Tq = max(min(c.cu_seqlens_q[b + 1], c.total_q) - entry.q0, 0);
+        entry.Tk = max(min(c.cu_seqlens_k[b + 1], c.total_k) - entry.k0, 0);
+    }
+    return entry;
+}
+
+// What rows of tokens that no sequence has are to hold, (total, width) contiguous: those before the
+// first sequence and past the last one. By `threads` threads together.
+template <class T>
+__device__ void fill_outside(T* rows, int64_t width, const int32_t* cu_seqlens, int batch,
+                             int total, T value, int64_t thread, int64_t threads) {
+    const int first = min(max(cu_seqlens[0], 0), total);
+    const int end = max(min(cu_seqlens[batch], total), first);
+    const int64_t before = first * width, within = (end - first) * width;
+    for (int64_t i = thread; i < total * width - within; i += threads)
+        rows[i < before ? i : i + within] = value;
+}
+
+__device__ inline Band band_of(const AttentionCall& c, const Entry& entry) {
+    const int Tq = entry.Tq, Tk = entry.Tk;
     Band band;
-    band.shift = c.Tk - c.Tq;
-    band.left = c.left < 0 ? c.Tk : min(c.left, c.Tk);
-    band.right = c.right < 0 ? c.Tq : min(c.right, c.Tq);
-    band.Tq = c.Tq;
-    band.count = c.key_lengths == nullptr ? c.Tk : min(max(c.key_lengths[b], 0), c.Tk);
+    band.shift = Tk - Tq;
+    band.left = c.left < 0 ? Tk : min(c.left, Tk);
+    band.right = c.right < 0 ? Tq : min(c.right, Tq);
+    band.Tq = Tq;
+    band.count = c.key_lengths == nullptr ? Tk : min(max(c.key_lengths[entry.in_memory], 0), Tk);
     return band;
+}
+
+// Without cu_seqlens.
+__device__ inline Band band_of(const AttentionCall& c, int b) {
+    return band_of(c, Entry{b, 0, 0, c.Tq, c.Tk});
 }
 
 // Whether scores are more than scale * product with a positive scale, whose order is the products'.

@@ -28,6 +28,7 @@ inline TensorMapShape attention_map_shape(DType dtype, const void* base, const S
 // Why no Hopper kernel takes a call, "" if one may.
 inline std::string attention_sm90_refuses_call(DType dtype, const AttentionCall& c) {
     if (dtype == DType::f32) return "fp32 is multiplied in full precision, which wgmma does not do";
+    if (c.ragged()) return "its boxes end where a batch entry does, not where a sequence does";
     if (c.dropout.rng != nullptr) return "dropout is drawn in the layout of mma.sync";
     return "";
 }

@@ -76,16 +76,19 @@ void def_attention_bwd(py::module_& module, const char* name, F&& run) {
         name,
         [run](int device, uintptr_t stream, uintptr_t dout, uintptr_t dlse, uintptr_t q,
            uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t alibi_slopes,
-           uintptr_t key_lengths, uintptr_t rng, uintptr_t dq_sum, uintptr_t delta,
-           uintptr_t total, uintptr_t row_stats, uintptr_t turns, uintptr_t dq, uintptr_t dk,
-           uintptr_t dv, int dtype, int batch, int Tq, int Tk, int H, int Hk, int D,
+           uintptr_t key_lengths, uintptr_t rng, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k,
+           uintptr_t dq_sum, uintptr_t delta, uintptr_t total, uintptr_t row_stats,
+           uintptr_t turns, uintptr_t dq, uintptr_t dk, uintptr_t dv, int dtype, int batch, int Tq,
+           int Tk, int total_q, int total_k, int H, int Hk, int D,
            StrideTuple q_strides, StrideTuple k_strides, StrideTuple v_strides,
            StrideTuple dout_strides, float scale, int left, int right, float softcap,
            uint32_t dropout_threshold, float dropout_scale, bool deterministic, int candidate) {
             const gk::AttentionCall call{
                 batch, Tq, Tk, H, Hk, D, scale, left, right, softcap,
                 pointer<const float>(alibi_slopes), pointer<const int32_t>(key_lengths),
-                {pointer<const int64_t>(rng), dropout_threshold, dropout_scale}};
+                {pointer<const int64_t>(rng), dropout_threshold, dropout_scale},
+                pointer<const int32_t>(cu_seqlens_q), pointer<const int32_t>(cu_seqlens_k), total_q,
+                total_k};
             const gk::AttentionBwd p{call,
                                      pointer<const void>(q),
                                      pointer<const void>(k),
@@ -111,13 +114,13 @@ void def_attention_bwd(py::module_& module, const char* name, F&& run) {
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("dout"), py::arg("dlse"),
         py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
-        py::arg("alibi_slopes"), py::arg("key_lengths"), py::arg("rng"), py::arg("dq_sum"),
-        py::arg("delta"), py::arg("total"), py::arg("row_stats"), py::arg("turns"), py::arg("dq"),
-        py::arg("dk"), py::arg("dv"),
-        py::arg("dtype"), py::arg("batch"), py::arg("Tq"), py::arg("Tk"), py::arg("H"),
-        py::arg("Hk"), py::arg("D"), py::arg("q_strides"), py::arg("k_strides"),
-        py::arg("v_strides"), py::arg("dout_strides"), py::arg("scale"), py::arg("left"),
-        py::arg("right"), py::arg("softcap"), py::arg("dropout_threshold"),
+        py::arg("alibi_slopes"), py::arg("key_lengths"), py::arg("rng"), py::arg("cu_seqlens_q"),
+        py::arg("cu_seqlens_k"), py::arg("dq_sum"), py::arg("delta"), py::arg("total"),
+        py::arg("row_stats"), py::arg("turns"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
+        py::arg("dtype"), py::arg("batch"), py::arg("Tq"), py::arg("Tk"), py::arg("total_q"),
+        py::arg("total_k"), py::arg("H"), py::arg("Hk"), py::arg("D"), py::arg("q_strides"),
+        py::arg("k_strides"), py::arg("v_strides"), py::arg("dout_strides"), py::arg("scale"),
+        py::arg("left"), py::arg("right"), py::arg("softcap"), py::arg("dropout_threshold"),
         py::arg("dropout_scale"), py::arg("deterministic"), py::arg("candidate") = -1);
 }
 
@@ -156,15 +159,18 @@ PYBIND11_MODULE(_cuda, module) {
     module.def(
         "attention_fwd",
         [](int device, uintptr_t stream, uintptr_t q, uintptr_t k, uintptr_t v,
-           uintptr_t alibi_slopes, uintptr_t key_lengths, uintptr_t rng, uintptr_t out,
-           uintptr_t lse, int dtype, int batch, int Tq, int Tk, int H, int Hk, int D,
+           uintptr_t alibi_slopes, uintptr_t key_lengths, uintptr_t rng, uintptr_t cu_seqlens_q,
+           uintptr_t cu_seqlens_k, uintptr_t out, uintptr_t lse, int dtype, int batch, int Tq,
+           int Tk, int total_q, int total_k, int H, int Hk, int D,
            StrideTuple q_strides, StrideTuple k_strides, StrideTuple v_strides, float scale,
            int left, int right, float softcap, uint32_t dropout_threshold, float dropout_scale,
            int candidate) {
             const gk::AttentionCall call{
                 batch, Tq, Tk, H, Hk, D, scale, left, right, softcap,
                 pointer<const float>(alibi_slopes), pointer<const int32_t>(key_lengths),
-                {pointer<const int64_t>(rng), dropout_threshold, dropout_scale}};
+                {pointer<const int64_t>(rng), dropout_threshold, dropout_scale},
+                pointer<const int32_t>(cu_seqlens_q), pointer<const int32_t>(cu_seqlens_k), total_q,
+                total_k};
             const gk::AttentionFwd p{call,
                                      pointer<const void>(q),
                                      pointer<const void>(k),
@@ -179,8 +185,9 @@ PYBIND11_MODULE(_cuda, module) {
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("alibi_slopes"), py::arg("key_lengths"), py::arg("rng"),
-        py::arg("out"), py::arg("lse"), py::arg("dtype"), py::arg("batch"), py::arg("Tq"),
-        py::arg("Tk"), py::arg("H"), py::arg("Hk"), py::arg("D"), py::arg("q_strides"),
+        py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("out"), py::arg("lse"),
+        py::arg("dtype"), py::arg("batch"), py::arg("Tq"), py::arg("Tk"), py::arg("total_q"),
+        py::arg("total_k"), py::arg("H"), py::arg("Hk"), py::arg("D"), py::arg("q_strides"),
         py::arg("k_strides"), py::arg("v_strides"), py::arg("scale"), py::arg("left"),
         py::arg("right"), py::arg("softcap"), py::arg("dropout_threshold"),
         py::arg("dropout_scale"), py::arg("candidate"));

@@ -5,7 +5,7 @@ the formulas).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ from gptkernels.cuda import call, dtype_code
 
 _HEAD_WIDTHS = (64, 96, 128, 192, 256)  # that kernels are compiled for; a head takes the next one
 _ROWS_OF_SUM = 32  # the sum of dq comes in tiles of 16 or 32 rows
+
+
+class Sequences(NamedTuple):
+    """Of a batch whose sequences lie end to end; the tensors are those of one entry then."""
+
+    cu_seqlens_q: Tensor  # (B + 1,) int32
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int  # at least 1, as B and max_seqlen_k
+    max_seqlen_k: int
 
 
 def attention_fwd(
@@ -31,6 +40,7 @@ def attention_fwd(
     softcap: float,
     dropout_p: float,
     candidate: int = -1,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Tq, H, D) and lse (B, H, Tq) fp32. Raises NotImplementedError for an attn_mask.
 
@@ -49,10 +59,10 @@ def attention_fwd(
     call(
         "attention_fwd",
         q,
-        inputs=dict(q=q, k=k, v=v, **_vectors(alibi_slopes, key_lengths, rng)),
+        inputs=dict(q=q, k=k, v=v, **_vectors(alibi_slopes, key_lengths, rng, sequences)),
         outputs=dict(out=out, lse=lse),
         candidate=candidate,
-        **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p),
+        **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p, sequences),
     )
     return out, lse
 
@@ -78,6 +88,7 @@ def attention_bwd(
     mask_gradient: bool,
     deterministic: bool,
     candidate: int = -1,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk and dv contiguous, empty where `grad_mask` is False, and an empty tensor: there is no
     mask here.
@@ -104,14 +115,14 @@ def attention_bwd(
     inputs = dict(
         dout=dout, dlse=None if dlse is None else dlse.contiguous(),
         q=q, k=k, v=v, out=out, lse=lse,
-        **_vectors(alibi_slopes, key_lengths, rng),
+        **_vectors(alibi_slopes, key_lengths, rng, sequences),
     )  # fmt: skip
     outputs = dict(
         delta=delta, total=total, dq_sum=None, row_stats=None, turns=None, dq=dq, dk=dk, dv=dv
     )
     scalars = dict(
         dout_strides=dout.stride()[:3], deterministic=deterministic, candidate=candidate,
-        **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p),
+        **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p, sequences),
     )  # fmt: skip
     # On Hopper, where its kernels take the problem.
     sizes = call("attention_bwd_workspaces", q, inputs=inputs, outputs=outputs, **scalars)
@@ -120,18 +131,28 @@ def attention_bwd(
             outputs[name] = torch.empty(size, dtype=torch.float32, device=q.device)
         outputs["turns"] = torch.empty(sizes[2], dtype=torch.int32, device=q.device)
     elif grad_mask[0] and (grad_mask[1] or grad_mask[2]) and not (exact or deterministic):
-        rows = -(-Tq // _ROWS_OF_SUM) * _ROWS_OF_SUM
+        tiles = -(-Tq // _ROWS_OF_SUM)
+        if sequences is not None:  # each of them may leave a part of a tile
+            tiles = Tq // _ROWS_OF_SUM + sequences.cu_seqlens_q.shape[0] - 1
         width = next(width for width in _HEAD_WIDTHS if width >= D)
-        outputs["dq_sum"] = torch.empty((B, H, rows, width), dtype=torch.float32, device=q.device)
+        size = (B, H, tiles * _ROWS_OF_SUM, width)
+        outputs["dq_sum"] = torch.empty(size, dtype=torch.float32, device=q.device)
     call("attention_bwd", q, inputs=inputs, outputs=outputs, **scalars)
     return dq, dk, dv, q.new_empty(0)
 
 
 def _vectors(
-    alibi_slopes: Tensor | None, key_lengths: Tensor | None, rng: Tensor | None
+    alibi_slopes: Tensor | None,
+    key_lengths: Tensor | None,
+    rng: Tensor | None,
+    sequences: Sequences | None,
 ) -> dict[str, Tensor | None]:
     """What the kernels read without strides."""
-    named = dict(alibi_slopes=alibi_slopes, key_lengths=key_lengths, rng=rng)
+    cu_seqlens_q, cu_seqlens_k = (None, None) if sequences is None else sequences[:2]
+    named = dict(
+        alibi_slopes=alibi_slopes, key_lengths=key_lengths, rng=rng,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
     return {name: None if x is None else x.contiguous() for name, x in named.items()}
 
 
@@ -144,11 +165,16 @@ def _scalars(
     right: int,
     softcap: float,
     dropout_p: float,
+    sequences: Sequences | None,
 ) -> dict[str, Any]:
-    (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
+    (B, total_q, H, D), (total_k, Hk) = q.shape, k.shape[1:3]
+    Tq, Tk = total_q, total_k
+    if sequences is not None:
+        B = sequences.cu_seqlens_q.shape[0] - 1
+        Tq, Tk = sequences.max_seqlen_q, sequences.max_seqlen_k
     return dict(
         dtype=dtype_code(q.dtype),
-        batch=B, Tq=Tq, Tk=Tk, H=H, Hk=Hk, D=D,
+        batch=B, Tq=Tq, Tk=Tk, total_q=total_q, total_k=total_k, H=H, Hk=Hk, D=D,
         q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
         scale=softmax_scale, left=left, right=right, softcap=softcap,
         dropout_threshold=philox.threshold(dropout_p), dropout_scale=philox.scale(dropout_p),

@@ -37,9 +37,13 @@ def _attention_varlen_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *given, impl = arguments
     with torch.no_grad(), without_autocast(q):
         match impl:
+            case "cuda":
+                from gptkernels.cuda import attention_varlen as cuda_kernels
+
+                return cuda_kernels.attention_varlen_fwd(q, *given)
             case "torch":
                 return aten.attention_varlen_fwd(q, *given)
-    raise ValueError(f"impl must be 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda' or 'torch' here, got {impl!r}")
 
 
 @torch.library.impl(_LIBRARY, "attention_varlen_bwd", "CompositeExplicitAutograd")
@@ -47,9 +51,13 @@ def _attention_varlen_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
     *given, impl = arguments
     with torch.no_grad(), without_autocast(dout):
         match impl:
+            case "cuda":
+                from gptkernels.cuda import attention_varlen as cuda_kernels
+
+                return cuda_kernels.attention_varlen_bwd(dout, *given)
             case "torch":
                 return aten.attention_varlen_bwd(dout, *given)
-    raise ValueError(f"impl must be 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda' or 'torch' here, got {impl!r}")
 
 
 @torch.library.register_fake("gptkernels::attention_varlen_fwd", lib=_LIBRARY)
@@ -149,14 +157,15 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: of the longest sequence, or more.
         causal, softmax_scale, window, softcap, alibi_slopes, dropout_p, deterministic, return_lse:
             as for `gptkernels.attention`.
-        impl: "auto" or "torch"; the kernels of "triton" and "cuda" do not exist yet.
+        impl: "auto", "torch" or "cuda"; the kernels of "triton" do not exist yet.
 
     Returns:
         out (total_q, H, D) in q's dtype, or (out, lse), lse (H, total_q) fp32, differentiable too.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
-        NotImplementedError: impl is "triton" or "cuda".
+        RuntimeError: an explicit impl cannot run here.
+        NotImplementedError: impl is "triton".
 
     Differentiable once in q, k and v.
     """
@@ -166,8 +175,10 @@ def attention_varlen(
     slopes = options.slopes(alibi_slopes, q, q.shape[1])
     dtype = autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if impl in ("triton", "cuda"):
-        raise NotImplementedError(f"attention_varlen runs with impl='torch' only, got {impl!r}")
+    if impl == "triton":
+        raise NotImplementedError(
+            f"attention_varlen runs with impl='torch' or 'cuda' only, got {impl!r}"
+        )
     impl = choose(impl, q)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
