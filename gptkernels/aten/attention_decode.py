@@ -1,16 +1,23 @@
-"""Attention of a few new tokens to a cache, one batch entry after the other.
+"""Attention of a few new tokens to a cache, by PyTorch's own ops.
 
-Each entry is computed by itself, from its own length alone: so its bits do not depend on the
-others in the batch. The lengths are read on the host, which on a GPU waits for it.
+On a CPU one batch entry runs after the other, from its own length alone: so its bits do not depend
+on the others in the batch. Elsewhere reading the lengths would wait for the device, and a block of
+batch entries runs at once: its keys are gathered so that each entry's last key comes last, as
+`attention` aligns them, with a mask where an entry has fewer.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from gptkernels.aten import attention as one
 from gptkernels.reference import cache_of
+
+# Elements of gathered keys, and of values, that are held at a time.
+_GATHERED = 2**28
 
 
 def attention_decode(
@@ -22,65 +29,62 @@ def attention_decode(
     alibi_slopes: Tensor | None,
     softmax_scale: float,
     left: int,
-    right: int,
     softcap: float,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Tq, H, D) and lse (B, H, Tq) fp32; see `reference.attention_decode`.
 
-    num_splits: into how many parts the keys of an entry are cut, each softmaxed by itself, before
-    their results are combined by their lse; 0 leaves them whole.
+    num_splits is for kernels that cut keys into parts: here nothing does.
     """
     B, Tq, H, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full((B, H, Tq), -math.inf, device=q.device)
+    options = (softmax_scale, left, 0, softcap, 0.0)
+    if q.device.type != "cpu":
+        _at_once(q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, options, out, lse)
+        return out, lse
     for b, length in enumerate(cache_lengths.tolist()):
-        k, v = (cache_of(cache, b, length, block_table)[None] for cache in (k_cache, v_cache))
-        size = max(1, -(-length // max(1, num_splits)))
-        one_q = q[b, None]
-        if size < length:  # or parts would be rounded before they are combined
-            one_q, k, v = one_q.float(), k.float(), v.float()
-        parts = [
-            _part(one_q, k, v, first, min(first + size, length), alibi_slopes,
-                  softmax_scale, left, right, softcap)
-            for first in range(0, max(1, length), size)
-        ]  # fmt: skip
-        out[b], lse[b] = parts[0] if len(parts) == 1 else _combine(parts)
+        if length > 0:
+            k, v = (cache_of(cache, b, length, block_table)[None] for cache in (k_cache, v_cache))
+            result = one.attention_fwd(q[b, None], k, v, alibi_slopes, None, None, None, *options)
+            out[b], lse[b] = result[0][0], result[1][0]
     return out, lse
 
 
-def _part(
+def _at_once(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: int,
-    last: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
     alibi_slopes: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """out and lse of the keys first ... last - 1 alone; positions are those among all keys."""
-    length = k.shape[1]
-    mask = None
-    if last - first < length:
-        mask = torch.zeros(1, length, dtype=torch.bool, device=q.device)
-        mask[:, first:last] = True
-    out, lse = one.attention_fwd(
-        q, k, v, alibi_slopes, None, mask, None, scale, left, right, softcap, 0.0
-    )
-    return out[0], lse[0]
-
-
-def _combine(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """out = sum of exp(lse_s - lse) out_s, lse = log sum of exp(lse_s)."""
-    outs = torch.stack([out for out, _ in parts])  # (splits, Tq, H, D)
-    lses = torch.stack([lse for _, lse in parts])  # (splits, H, Tq)
-    highest = lses.amax(0)
-    highest = highest.masked_fill(highest == -torch.inf, 0)
-    weights = (lses - highest).exp()
-    total = weights.sum(0)
-    lse = highest + total.log()
-    weights = weights / total.masked_fill(total == 0, 1)
-    return (outs * weights.mT[..., None]).sum(0), lse
+    options: tuple[float, int, int, float, float],
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fill out and lse without reading a value on the host; lengths and pages are clamped."""
+    entries, page, Hk, D = k_cache.shape
+    capacity = page if block_table is None else page * block_table.shape[1]
+    if q.numel() == 0 or capacity == 0 or entries == 0:
+        return
+    column = torch.arange(capacity, device=q.device)
+    step = max(1, _GATHERED // (capacity * Hk * D))
+    for b in range(0, len(q), step):
+        few = slice(b, b + step)
+        # Column c of the gathered keys is key c - dead of an entry.
+        dead = capacity - cache_lengths[few, None].clamp(0, capacity)
+        alive = column >= dead
+        keys = (column - dead).clamp(min=0)
+        if block_table is None:
+            entry, place = torch.arange(entries, device=q.device)[few, None], keys
+        else:
+            entry = block_table[few].gather(1, keys // page).clamp(0, entries - 1)
+            place = keys % page
+        # 0 * NaN is NaN: what lies past a length must not reach a product.
+        k, v = (
+            torch.where(alive[..., None, None], cache[entry, place], 0)
+            for cache in (k_cache, v_cache)
+        )
+        out[few], lse[few] = one.attention_fwd(
+            q[few], k, v, alibi_slopes, None, alive[:, None, None], None, *options
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.aten import attention_decode as aten
+from gptkernels.attention_splits import NUM_SPLITS_LIMIT
 from gptkernels.ops import attention_options as options
 from gptkernels.ops.autocast import autocast_dtype, without_autocast
 from gptkernels.ops.checks import check_count, check_same_device, check_shape, dtype_name
@@ -17,8 +18,8 @@ from gptkernels.ops.choice import choose
 _LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
 _LIBRARY.define(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, "
-    "Tensor? block_table, Tensor? alibi_slopes, float softmax_scale, int left, int right, "
-    "float softcap, int num_splits, str impl) -> (Tensor out, Tensor lse)"
+    "Tensor? block_table, Tensor? alibi_slopes, float softmax_scale, int left, float softcap, "
+    "int num_splits, str impl) -> (Tensor out, Tensor lse)"
 )
 
 
@@ -27,9 +28,13 @@ def _attention_decode(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *given, impl = arguments
     with torch.no_grad(), without_autocast(q):
         match impl:
+            case "triton":
+                from gptkernels.triton_kernels import attention_decode as kernels
+
+                return kernels.attention_decode(q, *given)
             case "torch":
                 return aten.attention_decode(q, *given)
-    raise ValueError(f"impl must be 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.register_fake("gptkernels::attention_decode", lib=_LIBRARY)
@@ -60,7 +65,13 @@ def attention_decode(
 
     Query i of entry b sees the keys j < cache_lengths[b] - Tq + i + 1, as `gptkernels.attention`
     would have it for that entry alone. What an entry gets does not depend on the others in the
-    batch: the same bits alone and among many.
+    batch: the same bits alone and among many, at any place, whatever Tmax, contiguous or in pages.
+    (For impl="torch" that holds on a CPU; on a GPU its products may round otherwise in another
+    batch or cache.)
+
+    The kernels cut an entry's n keys into parts that run side by side and are combined in their
+    order. A part has 256 ceil(n / 16384) keys, so that there are at most 64; with num_splits
+    ceil(n / num_splits), rounded up to a multiple of 64. Parts outside the window are left out.
 
     Args:
         q: (B, Tq, H, D), float32, bfloat16 or float16, D <= 256, any strides with a unit last one.
@@ -68,16 +79,16 @@ def attention_decode(
             block_table, pages (N, page, Hk, D) that batch entries share out among them.
         v_cache: likewise. Keys and values of the new tokens are in the caches already.
         cache_lengths: (B,) int32: how many keys the last query sees, those of this step included.
-            Values are checked on a CPU.
-        block_table: (B, pages) int32: the numbers of an entry's pages, in order; entries past its
-            length are not read.
+            Values are checked on a CPU, and clamped to 0 ... Tmax (or pages * page) elsewhere.
+        block_table: (B, pages) int32: the numbers of an entry's pages, in order; those past its
+            length are not read, others are clamped to 0 ... N - 1 where they are not checked.
         softmax_scale: 1 / sqrt(D) if None.
         window: (left, right), as for `gptkernels.attention`; right makes no difference.
         softcap, alibi_slopes: as for `gptkernels.attention`.
-        num_splits: into how many parts an entry's keys are cut, each softmaxed by itself, before
-            they are combined by their lse; None leaves them whole.
+        num_splits: into how many parts at most the kernels cut an entry's keys; None: by its
+            length. impl="torch" leaves them whole.
         return_lse: also return lse.
-        impl: "auto" or "torch"; the kernels of "triton" and "cuda" do not exist yet.
+        impl: "auto", "triton" or "torch"; there are no kernels for "cuda" yet.
 
     Returns:
         out (B, Tq, H, D) in q's dtype, or (out, lse), lse (B, H, Tq) fp32.
@@ -85,7 +96,7 @@ def attention_decode(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError: a gradient would have to pass: there is no backward pass.
-        NotImplementedError: impl is "triton" or "cuda".
+        NotImplementedError: impl is "cuda".
     """
     _check(q, k_cache, v_cache, cache_lengths, block_table)
     options.check_numbers(softmax_scale, softcap)
@@ -93,16 +104,16 @@ def attention_decode(
         check_count("num_splits", num_splits)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
         raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
-    left, right = options.bounds(True, window)
+    left, _ = options.bounds(True, window)
     slopes = options.slopes(alibi_slopes, q, q.shape[2])
     dtype = autocast_dtype(q)
     q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
-    if impl in ("triton", "cuda"):
-        raise NotImplementedError(f"attention_decode runs with impl='torch' only, got {impl!r}")
+    if impl == "cuda":
+        raise NotImplementedError("attention_decode has no kernels for impl='cuda' yet")
     out, lse = _decode(
         q, k_cache, v_cache, cache_lengths, block_table, slopes,
-        options.scale(softmax_scale, q), left, right, float(softcap), num_splits or 0,
-        choose(impl, q),
+        options.scale(softmax_scale, q), left, float(softcap),
+        min(num_splits or 0, NUM_SPLITS_LIMIT), choose(impl, q),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
