@@ -25,6 +25,7 @@ from gptkernels.ops.checks import check_count, check_probability, check_tensor
 from gptkernels.ops.choice import check_impl
 from gptkernels.ops.layer_norm import layer_norm
 from gptkernels.ops.mlp import gelu_mlp
+from gptkernels.ops.norm_linear import norm_linear
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -220,19 +221,28 @@ class CausalSelfAttention(FusedModule):
         self.c_attn = nn.Linear(d_model, (n_head + 2 * n_kv_head) * self.head_dim, bias=bias)
         self.c_proj = nn.Linear(d_model, d_model, bias=bias)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        *,
+        normed: tuple[LayerNorm, Tensor] | None = None,
+    ) -> Tensor:
         """x (B, T, d_model) -> (B, T, d_model).
 
         With a cache, B is its number of slots: the keys and values of x are stored there, and each
         row of x sees what its slot holds. Raises TypeError or ValueError for another x, and what
         `KVCache.append`, `gptkernels.attention` and `gptkernels.attention_decode` raise.
+
+        normed = (norm, s) says that x is norm(s): the backward pass then computes x again from s
+        instead of keeping it. c_attn's parameters are used without calling the module.
         """
         check_tensor("x", x)
         if x.dim() != 3 or x.shape[-1] != self.c_attn.in_features:
             raise ValueError(
                 f"x must have shape (B, T, {self.c_attn.in_features}), got {tuple(x.shape)}"
             )
-        heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim))
+        heads = self._project(x, normed).unflatten(-1, (-1, self.head_dim))
         # Views: the op reads any strides with a unit last one, so nothing is copied or transposed.
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if cache is not None:
@@ -252,6 +262,21 @@ class CausalSelfAttention(FusedModule):
                 q, cache.k, cache.v, cache.lengths, window=self.window, impl=self.impl
             )
         return self.c_proj(cast("Tensor", out).flatten(-2))
+
+    def _project(self, x: Tensor, normed: tuple[LayerNorm, Tensor] | None) -> Tensor:
+        if normed is None or not torch.is_grad_enabled():
+            return self.c_attn(x)
+        norm, source = normed
+        return norm_linear(
+            x,
+            self.c_attn.weight,
+            self.c_attn.bias,
+            source=source,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=norm.eps,
+            impl=norm.impl,
+        )
 
     def extra_repr(self) -> str:
         """What repr shows."""

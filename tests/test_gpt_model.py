@@ -341,8 +341,10 @@ def test_set_impl_reaches_every_layer() -> None:
 # Use
 
 
-def test_the_model_compiles_whole() -> None:
-    model, plain = GPT(SMALL), plain_gpt.PlainGPT(SMALL)
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_the_model_compiles_whole(norm: str) -> None:
+    config = dataclasses.replace(SMALL, norm=norm)
+    model, plain = GPT(config), plain_gpt.PlainGPT(config)
     plain.load_state_dict(model.state_dict())
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for T in (16, 9):

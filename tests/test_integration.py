@@ -7,19 +7,19 @@ stay within 1e-3.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from gptkernels.examples.plain_gpt import PlainGPT
-from torch import Tensor, nn
+from gptkernels.examples.shakespeare import differences, plain_twin, read, train_plainly, write
 
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt import data
 from gptkernels.gpt.tokenizer import ByteTokenizer
-from gptkernels.gpt.train import parameter_groups, train
-from gptkernels.gpt.train_config import TrainConfig, learning_rate
+from gptkernels.gpt.train import train
+from gptkernels.gpt.train_config import TrainConfig
 
 STEPS = 100
 MODEL = GPTConfig(vocab_size=256, block_size=64, n_layer=3, n_head=4, n_embd=96)
@@ -47,43 +47,28 @@ def shakespeare() -> Path:
     return text
 
 
-def train_plainly(model: nn.Module, tokens: Tensor) -> list[float]:
-    """The loop of `train`, written out for a plain model."""
-    batches = data.Batches(tokens, MODEL.block_size, CONFIG.batch_size, CONFIG.seed)
-    groups = parameter_groups(model, CONFIG.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(CONFIG.beta1, CONFIG.beta2))
-    losses = []
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(CONFIG, step)
-        loss = model(*next(batches))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+def losses(curve: list[dict[str, float]]) -> list[float]:
+    return [record["loss"] for record in curve if "loss" in record]
 
 
 def test_training_on_shakespeare_beside_a_plain_twin(shakespeare: Path, tmp_path: Path) -> None:
-    torch.manual_seed(CONFIG.seed)  # as `train` does: the same initial weights
-    initial = GPT(MODEL).state_dict()
-    twin = PlainGPT(MODEL)
-    twin.load_state_dict(initial)
-    tokens, _ = data.split(
-        data.tokenize(data.read_text([shakespeare]), ByteTokenizer()),
-        CONFIG.validation_fraction,
-        MODEL.block_size,
-    )
-    wanted = train_plainly(twin, tokens)
+    twin, text = plain_twin(MODEL, CONFIG), read(shakespeare, MODEL, CONFIG)
+    plain = train_plainly(twin, *text, CONFIG)
 
-    result = train([shakespeare], tmp_path / "out", model=MODEL, config=CONFIG)
-    losses = [record["loss"] for record in result.records[1:]]
-    assert len(losses) == STEPS
-    assert max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) < 1e-3
+    ours = train([shakespeare], tmp_path / "out", model=MODEL, config=CONFIG).records
+    assert len(losses(ours)) == STEPS
+    for pairs in differences(ours, plain).values():
+        assert max(gap for _, gap in pairs) < 1e-3
     # Both learned: from log(256) = 5.5 to less than the text's letter frequencies give, 3.3.
-    assert losses[0] > 5.4
-    assert sum(losses[-10:]) / 10 < 3.2
+    assert losses(ours)[0] > 5.4
+    assert sum(losses(ours)[-10:]) / 10 < 3.2
+
+    largest = write(tmp_path, ours, plain)["largest_difference"]
+    kept = json.loads((tmp_path / "curves.json").read_text())
+    assert losses(kept["gptkernels"]) == losses(ours)
+    assert kept["plain"] == plain
+    assert largest == kept["largest_difference"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_comparison_notices_one_lost_gradient(shakespeare: Path) -> None:
@@ -97,5 +82,5 @@ def test_the_comparison_notices_one_lost_gradient(shakespeare: Path) -> None:
         model.load_state_dict(initial)
         if lost:
             model.transformer.h[0].mlp.c_fc.bias.register_hook(torch.zeros_like)
-        curves.append(train_plainly(model, tokens))
-    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) > 1e-3
+        curves.append(train_plainly(model, tokens, tokens[:1000], CONFIG))
+    assert max(gap for _, gap in differences(*curves)["loss"]) > 1e-3

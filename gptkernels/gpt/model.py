@@ -67,17 +67,26 @@ class PreNormBlock(_Block):
     ) -> tuple[Tensor, Tensor]:
         """(branch, stream), both (B, T, C), to the next pair; the first block has no stream."""
         x, stream = self.ln_1(branch, stream, dropout_p=self.dropout, prenorm=True)
-        x, stream = self.ln_2(self.attn(x, cache), stream, dropout_p=self.dropout, prenorm=True)
+        attended = self.attn(x, cache, normed=(self.ln_1, stream))
+        x, stream = self.ln_2(attended, stream, dropout_p=self.dropout, prenorm=True)
         return self.mlp(x), stream
 
 
 class PostNormBlock(_Block):
     """GPT-1's: each LayerNorm adds the branch that it comes after."""
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
-        x = self.ln_1(self.attn(x, cache), x, dropout_p=self.dropout)
-        return self.ln_2(self.mlp(x), x, dropout_p=self.dropout)
+    def forward(
+        self,
+        x: Tensor,
+        norm: LayerNorm | None = None,
+        s: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, C) to the next x, and the sum that it is ln_2 of. With norm and s, x is norm(s),
+        and not kept."""
+        normed = None if norm is None or s is None else (norm, s)
+        x = self.ln_1(self.attn(x, cache, normed=normed), x, dropout_p=self.dropout)
+        return self.ln_2(self.mlp(x), x, dropout_p=self.dropout, prenorm=True)
 
 
 class Decoder(nn.Module):
@@ -103,9 +112,12 @@ class Decoder(nn.Module):
         embedded = self.wte(tokens) + self.wpe(positions)
         of_blocks = [None] * len(self.h) if caches is None else caches
         if self.ln_f is None:
-            x = F.dropout(embedded, self.dropout, self.training)
+            x, norm, s = F.dropout(embedded, self.dropout, self.training), None, None
             for block, cache in zip(self.h, of_blocks, strict=True):
-                x = self._run(block, x, cache)
+                x, s = self._run(block, x, norm, s, cache)
+                norm = block.ln_2
+                if self.recompute_blocks:  # then x is kept in any case
+                    s = None
             return x
         # The first LayerNorm applies the embedding's dropout and opens the stream.
         branch, stream = embedded, None

@@ -58,7 +58,8 @@ class ProgressBar:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Loss, tokens per second and MFU of a log record, as far as it has them."""
+    """Loss, tokens per second, MFU and memory of activations of a log record, as far as it has
+    them."""
     parts = []
     if record.get("loss") is not None:
         parts.append(f"loss {record['loss']:.4f}")
@@ -66,4 +67,6 @@ def describe(record: dict[str, Any]) -> str:
         parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
     if record.get("mfu") is not None:
         parts.append(f"MFU {100 * record['mfu']:.1f}%")
+    if record.get("activation_bytes") is not None:
+        parts.append(f"activations {record['activation_bytes'] / 2**20:,.1f} MiB")
     return "  ".join(parts)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from gptkernels.device import choose_device
-from gptkernels.gpt import checkpoint, data
+from gptkernels.gpt import activations, checkpoint, data
 from gptkernels.gpt.average import Average
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.curve import draw_losses, figure_class
@@ -189,6 +189,7 @@ class _Run:
             betas=(config.beta1, config.beta2),
             fused=True,
         )
+        self.activation_bytes: int | None = None  # of a micro-batch, not yet measured
         self.step = 0
         self.tokens = 0
         self.seconds_before = 0.0
@@ -271,6 +272,7 @@ class _Run:
                     "epochs": self.batches.epochs,
                     "tokens_per_s": speed,
                     "mfu": None if peak is None else speed * flops / peak,
+                    "activation_bytes": self.activation_bytes,
                     "seconds": self.seconds,
                 }
                 self.losses.zero_()
@@ -296,7 +298,14 @@ class _Run:
         self.model.train()
         total = torch.zeros((), device=self.device)
         for _ in range(self.config.accumulation):
-            loss = self._loss(*next(self.batches)) / self.config.accumulation
+            tokens, targets = next(self.batches)
+            if self.activation_bytes is None:
+                with activations.measured(self.model) as measured:
+                    loss = self._loss(tokens, targets)
+                self.activation_bytes = measured.bytes
+            else:
+                loss = self._loss(tokens, targets)
+            loss = loss / self.config.accumulation
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)

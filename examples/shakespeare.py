@@ -1,0 +1,203 @@
+"""A character model on tinyshakespeare, and the same model in plain PyTorch beside it.
+
+    python -m gptkernels.examples.shakespeare TEXT --out DIR
+
+10.8 million parameters (6 layers, 6 heads, width 384), bytes, contexts of 128 tokens, no dropout.
+First `gptkernels.gpt.train.train`, then plain_gpt.py's model from the same initial weights, on the
+same batches in the same order, with the same optimiser and learning rates. What then separates the
+two curves is rounding, which training amplifies.
+
+DIR gets run/ (as `gptkernels train` leaves it), curves.json (both curves and their differences)
+and curves.png. TEXT is any UTF-8 file; the figures in docs/training.md are of
+https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gptkernels.examples.plain_gpt import PlainGPT
+from torch import Tensor, nn
+
+from gptkernels.device import choose_device
+from gptkernels.gpt import data
+from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.curve import figure_class
+from gptkernels.gpt.model import GPT
+from gptkernels.gpt.progress import ProgressBar
+from gptkernels.gpt.tokenizer import ByteTokenizer
+from gptkernels.gpt.train import Observer, parameter_groups, train
+from gptkernels.gpt.train_config import TrainConfig, learning_rate
+
+MODEL = GPTConfig(vocab_size=256, block_size=128, n_layer=6, n_head=6, n_embd=384)
+Curve = list[dict[str, Any]]
+"""Records as in log.jsonl: step, and loss (mean since the last record), validation_loss or both."""
+
+
+def training(steps: int, device: str) -> TrainConfig:
+    """How both are trained."""
+    return TrainConfig(
+        steps=steps,
+        batch_size=8,
+        learning_rate=1e-3,
+        warmup_steps=min(100, steps),
+        beta2=0.99,
+        validation_interval=100,
+        checkpoint_interval=500,
+        device=device,
+    )
+
+
+def plain_twin(config: GPTConfig, how: TrainConfig) -> PlainGPT:
+    """The plain model with the weights that `train` begins with."""
+    torch.manual_seed(how.seed)
+    initial = GPT(config).state_dict()
+    plain = PlainGPT(config)
+    plain.load_state_dict(initial)
+    return plain.to(choose_device(how.device))
+
+
+def read(text: Path, config: GPTConfig, how: TrainConfig) -> tuple[data.Tokens, data.Tokens]:
+    """The bytes to train on and those held out, as `train` splits them."""
+    tokens = data.tokenize(data.read_text([text]), ByteTokenizer())
+    return data.split(tokens, how.validation_fraction, config.block_size)
+
+
+def train_plainly(
+    model: GPT | PlainGPT,
+    tokens: data.Tokens,
+    held_out: data.Tokens,
+    how: TrainConfig,
+    observer: Observer | None = None,
+) -> Curve:
+    """The loop of `train`, written out; returns its records."""
+    device = next(model.parameters()).device
+    batches = data.Batches(tokens, model.config.block_size, how.batch_size, how.seed)
+    groups = parameter_groups(model, how.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(how.beta1, how.beta2), fused=True)
+    curve: Curve = [{"step": 0, "validation_loss": _validate(model, held_out, how)}]
+    since: list[Tensor] = []
+    for step in range(1, how.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(how, step - 1)
+        x, y = next(batches)
+        loss = model(x.to(device), y.to(device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), how.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        since.append(loss.detach())
+        validate = step == how.steps or step % how.validation_interval == 0
+        if validate or step % how.log_interval == 0:
+            record = {"step": step, "loss": torch.stack(since).mean().item()}
+            if validate:
+                record["validation_loss"] = _validate(model, held_out, how)
+            since.clear()
+            curve.append(record)
+            if observer is not None:
+                observer(record, step / how.steps)
+    return curve
+
+
+@torch.no_grad()
+def _validate(model: GPT | PlainGPT, held_out: data.Tokens, how: TrainConfig) -> float:
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for x, y in data.validation_batches(
+        held_out, model.config.block_size, how.batch_size, how.validation_batches
+    ):
+        total += model(x.to(device), y.to(device)).item() * len(x)
+        count += len(x)
+    return total / count
+
+
+def differences(ours: Curve, plain: Curve) -> dict[str, list[tuple[int, float]]]:
+    """|ours - plain| by step, of the losses and of the validation losses."""
+    return {
+        name: [
+            (a["step"], abs(a[name] - b[name]))
+            for a, b in zip(ours, plain, strict=True)
+            if name in a and name in b
+        ]
+        for name in ("loss", "validation_loss")
+    }
+
+
+def write(out: Path, ours: Curve, plain: Curve) -> dict[str, Any]:
+    """Write curves.json and curves.png into `out`; returns what the JSON holds."""
+    kept = ("step", "loss", "validation_loss")
+    by_step = differences(ours, plain)
+    content = {
+        "gptkernels": [{name: r[name] for name in kept if name in r} for r in ours],
+        "plain": plain,
+        "difference": by_step,
+        "largest_difference": {
+            name: max(gap for _, gap in pairs) for name, pairs in by_step.items()
+        },
+    }
+    (out / "curves.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw(ours, plain, by_step, out / "curves.png")
+    return content
+
+
+def draw(
+    ours: Curve, plain: Curve, by_step: dict[str, list[tuple[int, float]]], path: Path
+) -> None:
+    """Both curves above, their differences below."""
+    figure = figure_class()(figsize=(8, 6), dpi=100, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    # The plain twin wide and pale, ours thin on top: one that left the other would be seen.
+    for curve, name, wide in ((plain, "plain PyTorch", True), (ours, "gptkernels", False)):
+        for key, colour, kind in (
+            ("loss", "#2d6cc2", "training"),
+            ("validation_loss", "#c2452d", "validation"),
+        ):
+            above.plot(
+                *zip(*((r["step"], r[key]) for r in curve if key in r), strict=True),
+                color=colour,
+                alpha=0.35 if wide else 1.0,
+                linewidth=5 if wide else 1.2,
+                label=f"{name}, {kind}",
+            )
+    for key, colour in (("loss", "#2d6cc2"), ("validation_loss", "#c2452d")):
+        above_zero = [(step, gap) for step, gap in by_step[key] if gap > 0]
+        if above_zero:  # which is what a logarithm can show
+            below.plot(*zip(*above_zero, strict=True), color=colour, linewidth=1.2)
+    above.set_ylabel("loss (nats per byte)")
+    below.set_ylabel("difference")
+    below.set_yscale("log")
+    below.set_xlabel("step")
+    above.legend(frameon=False)
+    for axes in (above, below):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train both and write the folder."""
+    parser = argparse.ArgumentParser(description="A GPT on TEXT, beside its plain-PyTorch twin.")
+    parser.add_argument("text", type=Path, help="UTF-8 text, such as tinyshakespeare")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    given = parser.parse_args(arguments)
+    how = training(given.steps, given.device)
+    with ProgressBar() as bar:
+        ours = train([given.text], given.out / "run", model=MODEL, config=how, observer=bar).records
+    with ProgressBar() as bar:
+        plain = train_plainly(plain_twin(MODEL, how), *read(given.text, MODEL, how), how, bar)
+    largest = write(given.out, ours, plain)["largest_difference"]
+    print(
+        f"largest difference: training {largest['loss']:.2g}, "
+        f"validation {largest['validation_loss']:.2g}; see {given.out / 'curves.png'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
