@@ -43,6 +43,7 @@ struct FwdTiles {
                                  : kWidth == 128 ? 32
                                  : kWidth == 256 ? 32
                                                  : 64;
+    static constexpr bool kFenced = !kHalf && kWidth == 256;
     static constexpr int kSlots = kHalf ? (kWidth == 64 || kWidth == 256 ? 3 : 2)
                                         : (kWidth <= 96 ? 3 : 2);
 
@@ -88,14 +89,6 @@ __device__ void clear_outside(const AttentionFwd& p) {
     for (int64_t h = blockIdx.x; h < c.H; h += gridDim.x)
         fill_outside(p.lse + h * c.total_q, 1, c.cu_seqlens_q, c.batch, c.total_q, -INFINITY,
                      thread, kFwdThreads);
-}
-
-// NaN and Inf in a tile become 0, by all threads.
-template <class T, int kTileRows, int kTileCols>
-__device__ void zero_nonfinite(const SharedTile<T, kTileRows, kTileCols>& tile) {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kTileCols; i += kFwdThreads)
-        if (!is_finite(to_float(tile.data[i]))) tile.data[i] = from_float<T>(0.0f);
 }
 
 template <class T, int kHeadWidth, bool kOptions>
@@ -224,7 +217,7 @@ __global__ void __launch_bounds__(kFwdThreads)
                     }
             }
             if (careful) {
-                zero_nonfinite(slot(t + 1));
+                zero_nonfinite<kFwdThreads>(slot(t + 1));
                 __syncthreads();
             }
             value_products<Tiles, T>(o, s, slot(t + 1));

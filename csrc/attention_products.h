@@ -2,9 +2,11 @@
 // online softmax, o += p v.
 //
 // `Tiles` says how: kRowTiles, of 16 rows each that a warp owns; kKeys, of a block; kWidth, of a head,
-// and kHalf, whether elements have 16 bits; Query and Key, the SharedTiles.
+// kHalf, whether elements have 16 bits, and kFenced, whether registers are short; Query and Key, the
+// SharedTiles.
 #pragma once
 
+#include "attention_scores.h"
 #include "device/exp2.h"
 #include "device/mma.h"
 #include "device/tile.h"
@@ -59,7 +61,7 @@ __device__ __forceinline__ void value_products(
 #pragma unroll
         for (int d = 0; d < Tiles::kWidth; d += 16) {
             // A fence for ptxas, which would load fragments ahead into registers there are none of.
-            if (!Tiles::kHalf && Tiles::kWidth == 256) __syncwarp();
+            if (Tiles::kFenced) __syncwarp();
             typename M::B v[2];
             load_b_transposed(v, v_tile, j, d);
 #pragma unroll
@@ -109,6 +111,14 @@ __device__ __forceinline__ void softmax_step(float (&s)[kTiles][4], float (&o)[k
 #pragma unroll
             for (int c = 0; c < 2; ++c) o[d][2 * half + c] *= rescale;
     }
+}
+
+// NaN and Inf in a tile become 0, by the kThreads neighbouring threads that share it.
+template <int kThreads, class T, int kTileRows, int kTileCols>
+__device__ void zero_nonfinite(const SharedTile<T, kTileRows, kTileCols>& tile) {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x) % kThreads; i < kTileRows * kTileCols; i += kThreads)
+        if (!is_finite(to_float(tile.data[i]))) tile.data[i] = from_float<T>(0.0f);
 }
 
 }  // namespace gk

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "attention_decode.h"
 #include "launch.h"
 #include "layer_norm.h"
 #include "mlp.h"
@@ -203,6 +204,44 @@ PYBIND11_MODULE(_cuda, module) {
                               gk::attention_bwd_workspaces(dtype, p, stream.device, candidate);
                           return std::make_tuple(sizes.row_stats, sizes.dq_sum, sizes.turns);
                       });
+
+    module.def(
+        "attention_decode",
+        [](int device, uintptr_t stream, uintptr_t q, uintptr_t k, uintptr_t v,
+           uintptr_t cache_lengths, uintptr_t block_table, uintptr_t alibi_slopes,
+           uintptr_t partial_out, uintptr_t partial_stats, uintptr_t out, uintptr_t lse, int dtype,
+           int batch, int Tq, int Tk, int H, int Hk, int D, int pages, int page, int cache_pages,
+           StrideTuple q_strides, StrideTuple k_strides, StrideTuple v_strides, float scale,
+           int left, float softcap, int num_splits, int splits) {
+            gk::AttentionDecode p{};
+            p.call.batch = batch, p.call.Tq = Tq, p.call.Tk = Tk;
+            p.call.H = H, p.call.Hk = Hk, p.call.D = D;
+            p.call.scale = scale, p.call.softcap = softcap;
+            p.call.left = left, p.call.right = 0;
+            p.call.alibi_slopes = pointer<const float>(alibi_slopes);
+            p.call.key_lengths = pointer<const int32_t>(cache_lengths);
+            p.q = pointer<const void>(q);
+            p.k = pointer<const void>(k);
+            p.v = pointer<const void>(v);
+            p.q_strides = strides(q_strides);
+            p.k_strides = strides(k_strides);
+            p.v_strides = strides(v_strides);
+            p.block_table = pointer<const int32_t>(block_table);
+            p.pages = pages, p.page = page, p.cache_pages = cache_pages;
+            p.num_splits = num_splits, p.splits = splits;
+            p.partial_out = pointer<float>(partial_out);
+            p.partial_stats = pointer<float>(partial_stats);
+            p.out = pointer<void>(out);
+            p.lse = pointer<float>(lse);
+            gk::launch_attention_decode(static_cast<DType>(dtype), p, stream_of(device, stream));
+        },
+        py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("cache_lengths"), py::arg("block_table"), py::arg("alibi_slopes"),
+        py::arg("partial_out"), py::arg("partial_stats"), py::arg("out"), py::arg("lse"),
+        py::arg("dtype"), py::arg("batch"), py::arg("Tq"), py::arg("Tk"), py::arg("H"),
+        py::arg("Hk"), py::arg("D"), py::arg("pages"), py::arg("page"), py::arg("cache_pages"),
+        py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("scale"),
+        py::arg("left"), py::arg("softcap"), py::arg("num_splits"), py::arg("splits"));
 
     module.def(
         "mlp_plan",

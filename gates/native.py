@@ -35,7 +35,7 @@ CACHE = ROOT / "build" / "gates"
 MOST_SECONDS = 180  # of one core, for one source
 
 # Tensor cores where operands have 16 bits; accesses of 16 bytes a thread where data is moved.
-_PRODUCTS = r"(attention_(fwd|bwd_keys|bwd_queries)|product)_kernel<"
+_PRODUCTS = r"(attention_(fwd|decode|bwd_keys|bwd_queries)|product)_kernel<"
 _HOPPERS = r"(attention_fwd|attention_bwd|product)_sm90_kernel<"
 REQUIREMENTS = (
     Requirement(rf"{_PRODUCTS}(bf16|fp16)\b", "HMMA"),
@@ -43,7 +43,7 @@ REQUIREMENTS = (
     # Hopper's own: tensor cores of four warps, tiles by the tensor memory accelerator both ways.
     *(Requirement(_HOPPERS, name) for name in ("HGMMA", "UTMALDG", "UTMASTG")),
     Requirement(r"attention_bwd_sm90_kernel<", "UBLKRED|UTMAREDG"),  # dq
-    Requirement(r"column_sums_kernel<", "LDG.128"),
+    Requirement(r"(column_sums|attention_decode_combine)_kernel<", "LDG.128"),
     *(
         Requirement(r"attention_bwd_sm90_kernel<", name)
         for name in ("HGMMA", "UTMALDG", "UBLKCP", "UBLKRED", "UTMASTG")

@@ -18,7 +18,7 @@ from gptkernels.parity import assert_parity
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ("torch", "triton")
+IMPLS = ("torch", "triton", "cuda")
 RUNNABLE = [
     pytest.param(impl, dtype, id=f"{impl}-{str(dtype).removeprefix('torch.')}")
     for impl in IMPLS
@@ -404,7 +404,6 @@ PAGES = torch.zeros(2, 1, dtype=torch.int32)
         ({"block_table": PAGES + 2}, ValueError, r"must name pages 0 \.\.\. 1, got 2"),
         ({"num_splits": 0}, ValueError, "num_splits must be at least 1, got 0"),
         ({"num_splits": 1.5}, TypeError, r"num_splits must be an int, got 1\.5"),
-        ({"impl": "cuda"}, NotImplementedError, "no kernels for impl='cuda' yet"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:

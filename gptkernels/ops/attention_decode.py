@@ -28,13 +28,17 @@ def _attention_decode(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *given, impl = arguments
     with torch.no_grad(), without_autocast(q):
         match impl:
+            case "cuda":
+                from gptkernels.cuda import attention_decode as cuda_kernels
+
+                return cuda_kernels.attention_decode(q, *given)
             case "triton":
                 from gptkernels.triton_kernels import attention_decode as kernels
 
                 return kernels.attention_decode(q, *given)
             case "torch":
                 return aten.attention_decode(q, *given)
-    raise ValueError(f"impl must be 'triton' or 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.register_fake("gptkernels::attention_decode", lib=_LIBRARY)
@@ -88,15 +92,15 @@ def attention_decode(
         num_splits: into how many parts at most the kernels cut an entry's keys; None: by its
             length. impl="torch" leaves them whole.
         return_lse: also return lse.
-        impl: "auto", "triton" or "torch"; there are no kernels for "cuda" yet.
+        impl: "auto", "cuda", "triton" or "torch".
 
     Returns:
         out (B, Tq, H, D) in q's dtype, or (out, lse), lse (B, H, Tq) fp32.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
-        RuntimeError: a gradient would have to pass: there is no backward pass.
-        NotImplementedError: impl is "cuda".
+        RuntimeError: a gradient would have to pass, and there is no backward pass; or an explicit
+            `impl` cannot run on this machine.
     """
     _check(q, k_cache, v_cache, cache_lengths, block_table)
     options.check_numbers(softmax_scale, softcap)
@@ -108,8 +112,6 @@ def attention_decode(
     slopes = options.slopes(alibi_slopes, q, q.shape[2])
     dtype = autocast_dtype(q)
     q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
-    if impl == "cuda":
-        raise NotImplementedError("attention_decode has no kernels for impl='cuda' yet")
     out, lse = _decode(
         q, k_cache, v_cache, cache_lengths, block_table, slopes,
         options.scale(softmax_scale, q), left, float(softcap),
