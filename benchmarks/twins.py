@@ -115,9 +115,11 @@ def _run(
     def randn(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator).to(device=device, dtype=dtype)
 
-    exact = impl == "reference"
+    exact, differentiable = impl == "reference", "gradient" in case.directions
     leaves: dict[str, Any] = {
-        name: (value.double() if exact else value).requires_grad_() if _floating(value) else value
+        name: (value.double() if exact else value).requires_grad_(differentiable)
+        if _floating(value)
+        else value
         for name, value in case.inputs(randn).items()
     }
     rng = torch.tensor([seed, 0], device=device)
@@ -131,13 +133,14 @@ def _run(
             function = getattr(gptkernels, case.op)
             returned = function(**leaves, **case.options, **case.op_options, impl=impl)
     outputs = returned if isinstance(returned, tuple) else (returned,)
-    wanted = {name: value for name, value in leaves.items() if _floating(value)}
+    found = dict(zip(case.outputs, outputs, strict=True))
+    wanted = {name: value for name, value in leaves.items() if _floating(value) and differentiable}
     cotangents = [
         torch.randn(output.shape, generator=generator).to(dtype).to(output) for output in outputs
     ]
-    gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents)
-    found = dict(zip(case.outputs, outputs, strict=True))
-    found |= {f"d {name}": value for name, value in zip(wanted, gradients, strict=True)}
+    if wanted:
+        gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents)
+        found |= {f"d {name}": value for name, value in zip(wanted, gradients, strict=True)}
     return {name: value.detach().cpu() for name, value in found.items()}
 
 

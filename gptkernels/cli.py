@@ -25,7 +25,7 @@ from gptkernels import info as _info
 from gptkernels.cli_generate import IMPLS, generate
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_WIDTHS = (10, 44, 6, 8, 9, 9, 9, 0)
+_WIDTHS = (16, 44, 6, 8, 9, 9, 9, 0)
 _STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
 
 
@@ -276,7 +276,7 @@ def bench(
             value if name == "time" else f"{name} {value}"
             for name, value in report.figures(row).items()
         )
-        head = f"{row['op']:<10} {row['shape']:<32} {row['dtype']:<8} {row['direction']:<16}"
+        head = f"{row['op']:<16} {row['shape']:<32} {row['dtype']:<8} {row['direction']:<16}"
         _print(console, f"{head} {row['impl']:<7} {cells}")
     if plot is not None:
         report.plot(rows, plot)

@@ -349,7 +349,7 @@ def _missing_rows(rows: list[Row], status: str, reason: str) -> list[Row]:
         verify.Row(case.op, case.name, "triton", dtype, direction, status, reason=reason).as_dict()
         for case in verify.CASES
         for dtype in map(verify.dtype_name, verify.DTYPES)
-        for direction in ("forward", "gradient")
+        for direction in case.directions
         if (case.op, case.name, dtype, direction) not in there
     ]
 

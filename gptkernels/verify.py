@@ -32,6 +32,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     op_options: dict[str, Any] = field(default_factory=dict)  # change how, not what: recompute
     outputs: tuple[str, ...] = ("y",)
+    directions: tuple[str, ...] = ("forward", "gradient")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,22 @@ def _qkv(
     q, k, v = randn(B, Tq, H, D), randn(B, Tk, Hk, D), randn(B, Tk, Hk, D)
     ends = torch.tensor(lengths, dtype=torch.int32, device=q.device)
     return dict(q=q, k=k, v=v) | (dict(key_lengths=ends) if lengths else {})
+
+
+def _cache(
+    randn: Randn, lengths: tuple[int, ...], Tq: int, H: int, Hk: int, D: int, page: int | None
+) -> dict[str, Any]:
+    """attention_decode's inputs: caches of the longest length, or pages in reverse."""
+    B, Tmax = len(lengths), max(lengths)
+    q = randn(B, Tq, H, D)
+    ends = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    if page is None:
+        k, v = randn(B, Tmax, Hk, D), randn(B, Tmax, Hk, D)
+        return dict(q=q, k_cache=k, v_cache=v, cache_lengths=ends)
+    pages = B * -(-Tmax // page)
+    k, v = randn(pages, page, Hk, D), randn(pages, page, Hk, D)
+    table = torch.arange(pages, dtype=torch.int32, device=q.device).flip(0).view(B, -1)
+    return dict(q=q, k_cache=k, v_cache=v, cache_lengths=ends, block_table=table)
 
 
 CASES: tuple[Case, ...] = (
@@ -133,6 +150,23 @@ CASES: tuple[Case, ...] = (
         lambda randn: _qkv(randn, 2, 50, 50, 1, 1, 16, 50, 33),
         dict(dropout_p=0.2),
         outputs=("out",),
+    ),
+    Case(
+        "attention_decode",
+        "8 heads on 2, 300 and 13 keys, lse, D 64",
+        lambda randn: _cache(randn, (300, 13), 1, 8, 2, 64, None),
+        dict(return_lse=True),
+        outputs=("out", "lse"),
+        directions=("forward",),
+    ),
+    Case(
+        "attention_decode",
+        "3 tokens, pages, window, softcap, ALiBi, D 40",
+        lambda randn: _cache(randn, (90, 70), 3, 2, 1, 40, 16),
+        dict(window=(40, 0), softcap=5.0, alibi_slopes=(0.25, 0.0625)),
+        dict(num_splits=2),
+        outputs=("out",),
+        directions=("forward",),
     ),
     Case(
         "gelu_mlp",
@@ -221,13 +255,11 @@ def check(
     seed: int = 0,
     arch: str | None = None,
 ) -> list[Row]:
-    """The forward and the gradient row of one case; `arch` as for `run`."""
+    """The rows of one case, one a direction; `arch` as for `run`."""
     identity = (case.op, case.name, impl, dtype_name(dtype))
     reason = unavailable(impl, device.type, dtype)
     if reason is not None:
-        return [
-            Row(*identity, d, "skipped", reason=reason, arch=arch) for d in ("forward", "gradient")
-        ]
+        return [Row(*identity, d, "skipped", reason=reason, arch=arch) for d in case.directions]
     refusals: list[tuple[str, str]] = []
     try:
         if arch is None:
@@ -237,12 +269,13 @@ def check(
     except Exception as error:  # of one case, such as a kernel too large for this GPU: go on
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0]}"
+        # What an implementation does not have is no failure of it.
+        status = "skipped" if isinstance(error, NotImplementedError) else "fail"
         return [
-            Row(*identity, d, "fail", reason=reason, seed=seed, arch=arch)
-            for d in ("forward", "gradient")
+            Row(*identity, d, status, reason=reason, seed=seed, arch=arch) for d in case.directions
         ]
     rows = []
-    for direction in ("forward", "gradient"):
+    for direction in case.directions:
         worst = max((m for m in measurements if m.direction == direction), key=_closeness)
         passed = all(m.passed for m in measurements if m.direction == direction)
         rows.append(
@@ -306,6 +339,7 @@ def measure(
             lambda **leaves: getattr(baseline, case.op)(**leaves, **case.options, **drawn),
             lambda **leaves: getattr(reference, case.op)(**leaves, **case.options, **drawn),
             inputs,
+            gradients="gradient" in case.directions,
             names=case.outputs,
             seed=seed,
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from gptkernels import attention_decode, attention_splits, baseline, reference
 from gptkernels.aten import attention_decode as aten
 from gptkernels.ops.attention_decode import _decode
-from gptkernels.ops.choice import INTERPRETED, unavailable
+from gptkernels.ops.choice import unavailable
 from gptkernels.parity import assert_parity
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -367,10 +367,8 @@ def test_opcheck(impl: str, page: int | None) -> None:
     torch.library.opcheck(_decode, (*tensors.values(), *rest, impl))
 
 
-@pytest.mark.parametrize("impl", ["torch", "cuda"] if INTERPRETED else list(EACH))
+@each
 def test_compile(impl: str) -> None:
-    if impl not in EACH:
-        pytest.skip("it cannot run here")
     tensors, rest = cache([4, 7], 2, 4, 2, 8, 4)
     rest["block_table"].clamp_(min=0)
     compiled = torch.compile(attention_decode, backend="aot_eager", fullgraph=True)

@@ -250,7 +250,8 @@ def test_plain_attention_sees_what_ours_sees(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("op", benchmarks.OPERATORS)
 def test_every_case_runs(op: str) -> None:
     cases = list(benchmarks.suite(op).cases("cpu", ("triton", "torch"), quick=True))
-    assert {case.direction for case in cases} >= {"forward", "forward+backward"}
+    both = {"forward"} if op == "attention_decode" else {"forward", "forward+backward"}
+    assert {case.direction for case in cases} >= both
     for case in cases:
         assert case.op == op
         assert case.bytes_moved > 0

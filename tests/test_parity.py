@@ -108,7 +108,7 @@ def test_poison_reaches_the_backward_pass() -> None:
 
 
 def test_table_has_every_op() -> None:
-    assert set(verify.OPS) == {"attention", "gelu_mlp", "layer_norm"}
+    assert set(verify.OPS) == {"attention", "attention_decode", "gelu_mlp", "layer_norm"}
 
 
 def test_an_exception_fails_its_rows_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +119,16 @@ def test_an_exception_fails_its_rows_and_ends_nothing(monkeypatch: pytest.Monkey
     rows = list(verify.run(impls=["torch"], ops=["layer_norm"], dtypes=[torch.float32]))
     assert {row.status for row in rows} == {"fail"}
     assert rows[0].reason == "RuntimeError: out of resource: shared memory"
+
+
+def test_what_an_implementation_does_not_have_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_arguments: object, **_options: object) -> None:
+        raise NotImplementedError("runs with impl='torch' only")
+
+    monkeypatch.setattr("gptkernels.verify.measure", missing)
+    rows = list(verify.run(impls=["torch"], ops=["attention_decode"], dtypes=[torch.float32]))
+    assert {(row.direction, row.status) for row in rows} == {("forward", "skipped")}
+    assert rows[0].reason == "NotImplementedError: runs with impl='torch' only"
 
 
 def test_table_says_why_it_skips(monkeypatch: pytest.MonkeyPatch) -> None:
