@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_a_failure_in_the_middle_of_a_save_leaves_the_old_checkpoint(
 
     target = {"write": (torch, "save"), "fsync": (os, "fsync"), "rename": (os, "replace")}[failing]
     monkeypatch.setattr(*target, disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: .*checkpoint\.pt"):
         checkpoint.save(path, {**content, "step": 99})
     monkeypatch.undo()
     assert path.read_bytes() == before
@@ -65,6 +66,25 @@ def test_a_file_that_cannot_grow_is_told_as_the_system_tells_it(tmp_path: Path) 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("obstacle", ["folder", "read-only"])
+def test_a_folder_that_refuses_writes_keeps_the_checkpoint(
+    finished: tuple[Path, TrainResult], tmp_path: Path, obstacle: str
+) -> None:
+    if obstacle == "read-only" and os.geteuid() == 0:
+        pytest.skip("root may write into a read-only folder")
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    before = (run / "checkpoint.pt").read_bytes()
+    if obstacle == "folder":  # where the temporary file should go
+        (run / ".checkpoint.pt.tmp").mkdir()
+    else:
+        run.chmod(0o555)
+    with pytest.raises(OSError, match=r"directory.*checkpoint\.pt|denied.*log\.jsonl"):
+        resume(run, steps=18)
+    run.chmod(0o755)
+    assert (run / "checkpoint.pt").read_bytes() == before
 
 
 def test_truncated_and_foreign_checkpoints_are_refused_in_one_sentence(

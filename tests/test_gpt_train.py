@@ -140,6 +140,9 @@ def test_an_average_of_the_weights_is_validated_and_saved(text: Path, tmp_path: 
     assert all("ema_validation_loss" in r for r in result.records if "validation_loss" in r)
     own = GPT.from_pretrained(tmp_path / "run" / "model")
     assert_same_bits(own.state_dict(), result.model.state_dict())
+    # Without one, none is left that would pass for the average of the weights beside it.
+    resume(tmp_path / "run", steps=7, ema=0.0)
+    assert not (tmp_path / "run" / "model-ema").exists()
 
 
 def test_samples_are_logged_and_move_no_random_number(text: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ configurations by `config`: each refuses, in one sentence, what does not fit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -71,10 +72,11 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        refused = error.__context__
-        # torch.save, having heard of it, raises a RuntimeError of its own on top.
-        if isinstance(error, RuntimeError) and isinstance(refused, OSError):
+        with contextlib.suppress(OSError):  # the error at hand is the one to tell
+            temporary.unlink()
+        # torch.save, having heard of it, may raise a RuntimeError of its own on top.
+        refused = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(refused, OSError):  # of a write: it does not name the file
             raise OSError(refused.errno, refused.strerror, str(path)) from None
         raise
     _sync_folder(path.parent)

@@ -44,8 +44,12 @@ class Log:
         """Add a record, which has a "step". Raises OSError where it cannot be written."""
         # Opened for each line: a run of days loses no line, and `out` appears with the first one.
         self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / "log.jsonl").open("a" if self.records else "w", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
+        path = self.out / "log.jsonl"
+        try:
+            with path.open("a" if self.records else "w", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+        except OSError as error:  # of a write: it does not name the file
+            raise OSError(error.errno, error.strerror, str(path)) from None
         self.records.append(record)
         if self._writer_type is None:
             return

@@ -27,8 +27,8 @@ class Shards:
 
     dtype: "uint16" or "uint32". vocab_size: every id that is read must be less.
 
-    Raises FileNotFoundError for a file that is not there and ValueError for one that is empty or
-    no whole number of ids long, and for a big-endian machine.
+    Raises FileNotFoundError for a file that is not there and ValueError for a folder, a file that
+    is empty or no whole number of ids long, and for a big-endian machine.
     """
 
     def __init__(self, files: Sequence[str | Path], dtype: str, vocab_size: int) -> None:
@@ -115,6 +115,8 @@ class _Shard:
         return sha.digest()
 
     def _size(self) -> int:
-        if not self.path.is_file():
+        if not self.path.exists():
             raise FileNotFoundError(f"files: {self.path} does not exist, a token shard is wanted")
+        if not self.path.is_file():
+            raise ValueError(f"files: {self.path} is no file, a token shard is wanted")
         return os.stat(self.path).st_size

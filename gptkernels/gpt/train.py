@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ class _Run:
         self.model.to(self.device)
         self.forward: nn.Module = self.model
         if config.compile:
-            self.forward = torch.compile(self.model)  # type: ignore[assignment]
+            self.forward = torch.compile(self.model, fullgraph=True)  # type: ignore[assignment]
         self.average = Average(self.model, config.ema) if config.ema else None
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
@@ -227,6 +228,8 @@ class _Run:
             if self.average is not None:
                 with self.average.in_place():
                     self._save_model("model-ema")
+            elif (old := self.out / "model-ema").exists():  # resumed without an average
+                shutil.rmtree(old)
         best = self.best_validation_loss
         return TrainResult(self.model, self.log.records, best, self.seconds, stopped)
 
