@@ -205,12 +205,12 @@ def attention(
     scalars = (D**-0.5, left, right, softcap, dropout_p)
     out, lse = torch.empty_like(q), _empty(B, H, T, dtype=torch.float32)
 
-    def forward(**chosen: int) -> Any:
+    def forward(**chosen: Any) -> Any:
         return attention_kernels.attention_fwd(
             q, k, v, slopes, lengths, None, rng, *scalars, **chosen
         )
 
-    def backward(**chosen: int) -> Any:
+    def backward(**chosen: Any) -> Any:
         return attention_kernels.attention_bwd(
             torch.empty_like(q), None, q, k, v, out, lse, slopes, lengths, None, rng, *scalars,
             (True, True, True), False, deterministic, **chosen,
@@ -257,10 +257,10 @@ def gelu_mlp(
     gptkernels.gelu_mlp(x, w1, b1, w2, b2, approximate=approximate, impl="torch")
     h = None if recompute else _empty(M, F, dtype=dtype)
 
-    def forward(**chosen: int) -> Any:
+    def forward(**chosen: Any) -> Any:
         return mlp_kernels.gelu_mlp_fwd(x, w1, b1, w2, b2, approximate, not recompute, **chosen)
 
-    def backward(**chosen: int) -> Any:
+    def backward(**chosen: Any) -> Any:
         wanted = (True, True, bias, True, bias)
         return mlp_kernels.gelu_mlp_bwd(dy, x, w1, b1, w2, h, approximate, wanted, **chosen)
 
@@ -300,12 +300,12 @@ def layer_norm(
     has_sum = residual or dropout_p > 0
     of_sum = torch.empty_like(x) if residual and prenorm else None
 
-    def forward(**chosen: int) -> Any:
+    def forward(**chosen: Any) -> Any:
         return layer_norm_kernels.layer_norm_fwd(
             x, weight, shift, added, rng, dropout_p, 1e-5, dtype if has_sum else None, **chosen
         )
 
-    def backward(**chosen: int) -> Any:
+    def backward(**chosen: Any) -> Any:
         return layer_norm_kernels.layer_norm_bwd(
             torch.empty_like(x), of_sum, x, mean, rstd, weight, rng, dropout_p, dtype,
             dtype if residual and dropout_p > 0 else None, True, bias, **chosen,

@@ -121,8 +121,9 @@ class TransformerLayer(FusedModule):
             x = x + F.dropout(self._mlp(y, dropout), dropout)
         else:
             attended = self._attend(x, mask, is_causal, dropout)
-            x = self.norm1(attended, x, dropout_p=dropout)
-            x = self.norm2(self._mlp(x, dropout), x, dropout_p=dropout)
+            # Under autocast x stays as wide as it came, as PyTorch's own layer has it.
+            x = self.norm1(attended.to(x.dtype), x, dropout_p=dropout)
+            x = self.norm2(self._mlp(x, dropout).to(x.dtype), x, dropout_p=dropout)
         if src.dim() == 2:
             return x.squeeze(0)
         return x if self.batch_first else x.transpose(0, 1)

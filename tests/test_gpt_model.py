@@ -57,7 +57,7 @@ def impls() -> Iterator[Any]:
     for impl in IMPLEMENTATIONS:
         reason = unavailable(impl, "cpu", torch.float32)
         marks = pytest.mark.skip(reason=f"{impl}: {reason}") if reason else ()
-        yield pytest.param(impl, marks=marks)
+        yield pytest.param(impl, "pre", marks=marks)
 
 
 # Configuration
@@ -204,9 +204,11 @@ def test_dtypes() -> None:
     assert half(tokens, targets).dtype == torch.float32
 
 
-def test_autocast_is_no_worse_than_the_plain_gpts() -> None:
-    tokens, _ = batch(SMALL)
-    model, plain = GPT(SMALL), plain_gpt.PlainGPT(SMALL)
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_autocast_is_no_worse_than_the_plain_gpts(norm: str) -> None:
+    config = dataclasses.replace(SMALL, norm=norm, n_layer=4)
+    tokens, _ = batch(config)
+    model, plain = GPT(config), plain_gpt.PlainGPT(config)
     twin = with_parameters(plain, tokens)
 
     def autocast(model: Any) -> Any:
@@ -216,12 +218,12 @@ def test_autocast_is_no_worse_than_the_plain_gpts() -> None:
 
         return function
 
-    assert_parity(autocast(model), autocast(plain), twin, parameters(SMALL))
+    assert_parity(autocast(model), autocast(plain), twin, parameters(config))
 
 
-@pytest.mark.parametrize("impl", list(impls()))
-def test_every_implementation_with_and_without_dropout(impl: str) -> None:
-    config = GPTConfig(29, 18, n_layer=2, n_head=2, n_embd=16, dropout=0.3)
+@pytest.mark.parametrize(("impl", "norm"), [*impls(), pytest.param("torch", "post")])
+def test_every_implementation_with_and_without_dropout(impl: str, norm: str) -> None:
+    config = GPTConfig(29, 18, n_layer=2, n_head=2, n_embd=16, dropout=0.3, norm=norm)
     tokens, targets = batch(config)
     model = GPT(config).set_impl(impl)
     named = parameters(config)
@@ -256,15 +258,29 @@ def dropped_loss(
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, get(f"{name}__weight"), get(f"{name}__bias"))
 
-    x = drop(get("wte__weight")[tokens] + get("wpe__weight")[: tokens.shape[1]])
-    for i in range(config.n_layer):
-        heads = linear(norm(x, f"h__{i}__ln_1"), f"h__{i}__attn__c_attn")
-        q, k, v = heads.unflatten(-1, (3, H, -1)).unbind(-3)
+    def attend(x: Tensor, name: str) -> Tensor:
+        q, k, v = linear(x, f"{name}__c_attn").unflatten(-1, (3, H, -1)).unbind(-3)
         attended = ops.attention(q, k, v, dropout_p=p, rng=philox.draw("cpu")).flatten(-2)
-        x = x + drop(linear(attended, f"h__{i}__attn__c_proj"))
-        inner = F.gelu(linear(norm(x, f"h__{i}__ln_2"), f"h__{i}__mlp__c_fc"), approximate="tanh")
-        x = x + drop(linear(inner, f"h__{i}__mlp__c_proj"))
-    logits = norm(x, "ln_f") @ get("wte__weight").t()
+        return drop(linear(attended, f"{name}__c_proj"))
+
+    def mlp(x: Tensor, name: str) -> Tensor:
+        inner = F.gelu(linear(x, f"{name}__c_fc"), approximate="tanh")
+        return drop(linear(inner, f"{name}__c_proj"))
+
+    x = get("wte__weight")[tokens] + get("wpe__weight")[: tokens.shape[1]]
+    if config.norm == "post":
+        # Before no LayerNorm, whose contract it would be: PyTorch's own mask, that of fp32.
+        x = x * F.dropout(torch.ones(x.shape), p)
+        for i in range(config.n_layer):
+            x = norm(x + attend(x, f"h__{i}__attn"), f"h__{i}__ln_1")
+            x = norm(x + mlp(x, f"h__{i}__mlp"), f"h__{i}__ln_2")
+    else:
+        x = drop(x)
+        for i in range(config.n_layer):
+            x = x + attend(norm(x, f"h__{i}__ln_1"), f"h__{i}__attn")
+            x = x + mlp(norm(x, f"h__{i}__ln_2"), f"h__{i}__mlp")
+        x = norm(x, "ln_f")
+    logits = x @ get("wte__weight").t()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -357,6 +373,19 @@ def test_the_model_compiles_whole(norm: str) -> None:
         for i, (ours, plains, truth) in enumerate(zip(*results, strict=True)):
             measured = compare(ours, plains, truth, k=K_GRADIENT if i else K_FORWARD)
             assert measured.passed, measured
+
+
+@pytest.mark.parametrize(("norm", "recompute"), [("pre", "block"), ("post", "mlp")])
+def test_it_compiles_whole_while_it_recomputes(norm: str, recompute: str) -> None:
+    config = dataclasses.replace(SMALL, norm=norm, window=3, dropout=0.2)
+    model = GPT(config).set_recompute(recompute)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (compiled, model):
+        torch.manual_seed(1)
+        loss = run(*batch(config))
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def pair(**options: Any) -> tuple[TransformerLayer, nn.TransformerEncoderLayer]:
             parameter.add_(0.3 * torch.randn(parameter.shape))
     ours = TransformerLayer(**{**SHAPE, "dropout": 0.0, **options})
     ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
 
@@ -112,7 +113,54 @@ def test_results_are_those_of_the_layer_it_replaces(
         as_function(theirs.to(dtype), arguments),
         reference,
         inputs,
+        # Where rounding takes ReLU's input across 0, its slope is another.
+        gradients=dtype == torch.float32 or options["activation"] != "relu",
     )
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_autocast_is_no_worse_than_the_layer_it_replaces(norm_first: bool) -> None:
+    ours, theirs = pair(activation="gelu", norm_first=norm_first)
+
+    def stacked(layer: nn.Module, autocast: bool) -> Any:
+        function = as_function(layer, {})
+
+        def twice(**inputs: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                x = function(**inputs)
+                assert x.dtype == inputs["src"].dtype
+                return function(**{**inputs, "src": x})
+
+        return twice
+
+    inputs = {name.replace(".", "__"): p.detach() for name, p in ours.named_parameters()}
+    inputs["src"] = torch.randn(9, 2, D_MODEL)
+    truth = stacked(copy.deepcopy(theirs).double(), False)
+    assert_parity(stacked(ours, True), stacked(theirs, True), truth, inputs)
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float", "causal"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_inference_is_that_of_the_fast_path(activation: str, mask: str | None) -> None:
+    """PyTorch's layer has another implementation for evaluation without gradients."""
+    ours, theirs = pair(activation=activation, dropout=0.1, batch_first=True)
+    x = torch.randn(3, 7, D_MODEL)
+    padding = random_mask("bool", 3, 7, dtype=x.dtype)
+    arguments: dict[str, Any] = {"src_key_padding_mask": padding, "is_causal": mask == "causal"}
+    if mask == "causal":
+        arguments["src_mask"] = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    elif mask is not None:
+        arguments["src_mask"] = random_mask(mask, 7, 7, dtype=x.dtype)
+        arguments["src_key_padding_mask"] = random_mask(mask, 3, 7, dtype=x.dtype)
+    exact = as_function(copy.deepcopy(theirs).double().eval(), arguments)
+    with torch.inference_mode():
+        assert_parity(
+            lambda src: ours.eval()(src, **arguments),
+            lambda src: theirs.eval()(src, **arguments),
+            exact,
+            {"src": x},
+            gradients=False,
+        )
 
 
 def test_constructor_and_state_are_those_of_the_layer_it_replaces() -> None:

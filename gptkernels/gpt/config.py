@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from gptkernels.layers import head_width
-from gptkernels.ops.checks import check_count, check_probability
+from gptkernels.ops.checks import check_count, check_number, check_probability
 
 # name: (n_layer, n_head, n_embd)
 # Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, table 2.
@@ -84,7 +84,6 @@ class GPTConfig:
             raise ValueError(
                 f"layer_norm_eps must be positive and finite, got {self.layer_norm_eps}"
             )
-        check_number("dropout", self.dropout)
         check_probability("dropout", self.dropout)
         if not isinstance(self.bias, bool):
             raise TypeError(f"bias must be True or False, got {self.bias!r}")
@@ -131,9 +130,3 @@ class GPTConfig:
             return dataclasses.replace(shape, block_size=2048, window=_GPT3_WINDOW)
         names = ", ".join(("gpt1", *_GPT2, *_GPT3))
         raise ValueError(f"config name must be one of {names}, got {name!r}")
-
-
-def check_number(name: str, value: object) -> None:
-    """An int or a float, and no bool. Raises TypeError."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")

@@ -85,8 +85,10 @@ class PostNormBlock(_Block):
         """x (B, T, C) to the next x, and the sum that it is ln_2 of. With norm and s, x is norm(s),
         and not kept."""
         normed = None if norm is None or s is None else (norm, s)
-        x = self.ln_1(self.attn(x, cache, normed=normed), x, dropout_p=self.dropout)
-        return self.ln_2(self.mlp(x), x, dropout_p=self.dropout, prenorm=True)
+        attended = self.attn(x, cache, normed=normed)
+        # Under autocast a norm of the narrow branch would leave no wide stream to add to.
+        x = self.ln_1(attended.to(x.dtype), x, dropout_p=self.dropout)
+        return self.ln_2(self.mlp(x).to(x.dtype), x, dropout_p=self.dropout, prenorm=True)
 
 
 class Decoder(nn.Module):

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from gptkernels import philox
-from gptkernels.gpt.config import check_number
-from gptkernels.ops.checks import check_count
+from gptkernels.ops.checks import check_count, check_number
 
 # Of the integers that stand for probabilities: sums of as many as a vocabulary has stay below
 # 2**53, and so are exact in fp64 too.

@@ -69,8 +69,8 @@ def check_flag(name: str, value: bool) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """An int or a float. Raises TypeError."""
-    if not isinstance(value, NUMBER):
+    """An int or a float, and no bool. Raises TypeError."""
+    if not isinstance(value, NUMBER) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
