@@ -191,7 +191,8 @@ def test_a_compiled_model_trains_and_is_saved_as_it_is(
     real = torch.compile
 
     def spy(model: Any, **options: Any) -> Any:
-        compiled.append(real(model, backend="aot_eager", fullgraph=True, **options))
+        assert options == {"fullgraph": True}
+        compiled.append(real(model, backend="aot_eager", **options))
         return compiled[0]
 
     monkeypatch.setattr(torch, "compile", spy)
