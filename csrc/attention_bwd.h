@@ -16,6 +16,7 @@
 // is. In blocks without a mask every pair sees the other.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "attention_scores.h"
@@ -37,11 +38,38 @@ struct BwdArguments {
     // 16-byte addresses throughout
     bool q_aligned, k_aligned, v_aligned, dout_aligned, out_aligned;
     // Kernels return at once where it leads to a 0: the Hopper kernels before them have done their
-    // work.
+    // work. So that this costs little, no more CTAs are launched than run at a time, and blocks of
+    // work go round.
     const int* only_if;
-
-    __device__ bool done() const { return only_if != nullptr && *only_if == 0; }
 };
+
+// A kernel's work(block) for each block that is this CTA's: without only_if, and in fp32, which no
+// Hopper kernel takes, there is one. `next`: where 4 bytes of shared memory are, since the registers
+// are all taken.
+template <class T, class Work>
+__device__ __forceinline__ void for_blocks(const BwdArguments& a, unsigned blocks, int next,
+                                           Work&& work) {
+    unsigned block = blockIdx.x;
+    if (kExact<T>) return work(static_cast<int>(block));
+    if (a.only_if != nullptr && *a.only_if == 0) return;
+    unsigned* kept = reinterpret_cast<unsigned*>(shared_memory() + next);
+#pragma unroll 1
+    do {
+        if (threadIdx.x == 0) *kept = block + gridDim.x;
+        work(static_cast<int>(block));
+        __syncthreads();  // all are done with its tiles
+        block = *kept;
+        __syncthreads();  // and have read that
+    } while (block < blocks);
+}
+
+// A launch's CTAs, for so many blocks of work.
+template <class Tiles>
+int64_t ctas_of(const BwdArguments& a, int64_t blocks, int device) {
+    if (a.only_if == nullptr) return blocks;
+    // A multiprocessor has room for 256 threads of up to 256 registers.
+    return std::min<int64_t>(blocks, int64_t{multiprocessors(device)} * (256 / Tiles::kThreads));
+}
 
 // What ds needs to know of a row.
 struct RowStats {

@@ -46,7 +46,8 @@ struct KeysTiles {
     static constexpr int kDs = kDout + Query::kBytes;
     static constexpr int kStats = kDs + (kDqHere ? Slope::kBytes : 0);
     static constexpr int kTaint = kStats + 2 * kRows * static_cast<int>(sizeof(RowStats));
-    static constexpr int kSharedBytes = kTaint + (kDqHere ? 4 * kKeys : 0);
+    static constexpr int kNext = kTaint + (kDqHere ? 4 * kKeys : 0);
+    static constexpr int kSharedBytes = kNext + (kHalf ? 4 : 0);
     static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
 };
 
@@ -98,17 +99,15 @@ __device__ __forceinline__ void add_to_dq(float* dq_sum, int64_t tile,
 }
 
 template <class T, int kHeadWidth, bool kDk, bool kDv>
-__global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 1)
-    attention_bwd_keys_kernel(const __grid_constant__ BwdArguments a) {
+__device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block) {
     using Tiles = KeysTiles<T, kHeadWidth, kDk, kDv>;
     constexpr int kKeyTiles = Tiles::kKeyTiles, kKeys = Tiles::kKeys, kRows = Tiles::kRows;
-    if (!kExact<T> && a.done()) return;  // no Hopper kernel takes fp32
     const AttentionBwd& p = a.p;
     const AttentionCall& call = p.call;
     // Early keys of a causal triangle have the most queries, and come first.
     const int key_blocks = (call.Tk + kKeys - 1) / kKeys;
-    const int j0 = static_cast<int>(blockIdx.x) % key_blocks * kKeys;
-    const int bhk = static_cast<int>(blockIdx.x) / key_blocks;
+    const int j0 = block % key_blocks * kKeys;
+    const int bhk = block / key_blocks;
     const int b = bhk / call.Hk, hk = bhk % call.Hk, group = call.H / call.Hk;
     const Entry entry = entry_of(call, b);
     if (j0 >= entry.Tk) return;  // a shorter sequence than the longest
@@ -298,6 +297,16 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
     }
 }
 
+template <class T, int kHeadWidth, bool kDk, bool kDv>
+__global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 1)
+    attention_bwd_keys_kernel(const __grid_constant__ BwdArguments a) {
+    using Tiles = KeysTiles<T, kHeadWidth, kDk, kDv>;
+    const AttentionCall& c = a.p.call;
+    const unsigned blocks = (c.Tk + Tiles::kKeys - 1) / Tiles::kKeys * c.batch * c.Hk;
+    for_blocks<T>(a, blocks, Tiles::kNext,
+                  [&](int block) { bwd_keys_block<T, kHeadWidth, kDk, kDv>(a, block); });
+}
+
 constexpr int kDqWarps = 8;
 
 // dq = scale times its sum, a warp for each part of a tile.
@@ -330,11 +339,12 @@ template <class T, int kWidth, bool kDk, bool kDv>
 void launch_attention_bwd_keys_part(const BwdArguments& a, Stream stream) {
     using Tiles = KeysTiles<T, kWidth, kDk, kDv>;
     const AttentionCall& c = a.p.call;
-    const int64_t blocks = static_cast<int64_t>((c.Tk + Tiles::kKeys - 1) / Tiles::kKeys);
+    const int64_t blocks =
+        static_cast<int64_t>((c.Tk + Tiles::kKeys - 1) / Tiles::kKeys) * c.batch * c.Hk;
     launch(attention_bwd_keys_kernel<T, kWidth, kDk, kDv>,
            {"attention_bwd_keys_kernel", shape_of(c),
-            grid_of("attention_bwd_keys_kernel", c, blocks * c.batch * c.Hk), Tiles::kThreads,
-            Tiles::kSharedBytes, stream},
+            grid_of("attention_bwd_keys_kernel", c, ctas_of<Tiles>(a, blocks, stream.device)),
+            Tiles::kThreads, Tiles::kSharedBytes, stream, 1, a.only_if == nullptr ? 0 : blocks},
            a);
     if constexpr (Tiles::kDqHere) {
         if (a.p.dq_sum == nullptr) return;

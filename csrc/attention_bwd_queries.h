@@ -35,22 +35,21 @@ struct QueriesTiles {
     static constexpr int kK = 2 * Query::kBytes;
     static constexpr int kV = kK + kSlots * Key::kBytes;
     static constexpr int kTaint = kV + kSlots * Key::kBytes;
-    static constexpr int kSharedBytes = kTaint + 4 * kKeys;
+    static constexpr int kNext = kTaint + 4 * kKeys;
+    static constexpr int kSharedBytes = kNext + (kHalf ? 4 : 0);
     static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
 };
 
 template <class T, int kHeadWidth>
-__global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
-    attention_bwd_queries_kernel(const __grid_constant__ BwdArguments a) {
+__device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int block) {
     using Tiles = QueriesTiles<T, kHeadWidth>;
     constexpr int kRowTiles = Tiles::kRowTiles, kKeys = Tiles::kKeys, kRows = Tiles::kRows;
-    if (!kExact<T> && a.done()) return;  // no Hopper kernel takes fp32
     const AttentionBwd& p = a.p;
     const AttentionCall& call = p.call;
     // Late rows of a causal triangle have the most keys, and come first.
     const int row_blocks = (call.Tq + kRows - 1) / kRows;
-    const int i0 = (row_blocks - 1 - static_cast<int>(blockIdx.x) % row_blocks) * kRows;
-    const int bh = static_cast<int>(blockIdx.x) / row_blocks;
+    const int i0 = (row_blocks - 1 - block % row_blocks) * kRows;
+    const int bh = block / row_blocks;
     const int b = bh / call.H, h = bh % call.H;
     const Entry entry = entry_of(call, b);
     if (i0 >= entry.Tq) return;  // a shorter sequence than the longest
@@ -219,15 +218,26 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
                    call.scale);
 }
 
+template <class T, int kHeadWidth>
+__global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
+    attention_bwd_queries_kernel(const __grid_constant__ BwdArguments a) {
+    using Tiles = QueriesTiles<T, kHeadWidth>;
+    const AttentionCall& c = a.p.call;
+    const unsigned blocks = (c.Tq + Tiles::kRows - 1) / Tiles::kRows * c.batch * c.H;
+    for_blocks<T>(a, blocks, Tiles::kNext,
+                  [&](int block) { bwd_queries_block<T, kHeadWidth>(a, block); });
+}
+
 template <class T, int kWidth>
 void launch_attention_bwd_queries_width(const BwdArguments& a, Stream stream) {
     using Tiles = QueriesTiles<T, kWidth>;
     const AttentionCall& c = a.p.call;
-    const int64_t blocks = static_cast<int64_t>((c.Tq + Tiles::kRows - 1) / Tiles::kRows);
+    const int64_t blocks =
+        static_cast<int64_t>((c.Tq + Tiles::kRows - 1) / Tiles::kRows) * c.batch * c.H;
     launch(attention_bwd_queries_kernel<T, kWidth>,
            {"attention_bwd_queries_kernel", shape_of(c),
-            grid_of("attention_bwd_queries_kernel", c, blocks * c.batch * c.H), Tiles::kThreads,
-            Tiles::kSharedBytes, stream},
+            grid_of("attention_bwd_queries_kernel", c, ctas_of<Tiles>(a, blocks, stream.device)),
+            Tiles::kThreads, Tiles::kSharedBytes, stream, 1, a.only_if == nullptr ? 0 : blocks},
            a);
 }
 

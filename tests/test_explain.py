@@ -169,6 +169,16 @@ def test_grids_follow_the_machine() -> None:
     assert grids[0] / 108 == grids[1] / 132
 
 
+def test_kernels_that_mostly_have_nothing_to_do_start_few_ctas() -> None:
+    """After Hopper's own kernels, in case their result is not finite."""
+    backward = plans.attention(2, 8192, 32, 128, torch.bfloat16).directions[1]
+    names = ("attention_bwd_queries_kernel", "attention_bwd_keys_kernel")
+    launches = {x.kernel: x for x in backward.plan(H200).launches}
+    assert [(launches[name].ctas, launches[name].tiles) for name in names] == [(132, 4096)] * 2
+    (keys,) = (x for x in backward.plan(A100).launches if x.kernel == names[1])
+    assert (keys.ctas, keys.tiles) == (4096, 0)
+
+
 def test_waves_and_residents() -> None:
     launch = plans.Launched("k", "s", (264, 1, 1), 384, 1, 200 * 1024, 0, None)
     assert launch.resident(H200) == 1
