@@ -141,6 +141,7 @@ def commands(context: click.Context) -> None:
 @click.option("--softcap", type=float, help="attention.")
 @click.option("--alibi", is_flag=True, default=None, help="attention.")
 @click.option("--key-lengths", is_flag=True, default=None, help="attention.")
+@click.option("--varlen", is_flag=True, default=None, help="attention: B sequences end to end.")
 @click.option("--deterministic", is_flag=True, default=None, help="attention.")
 @click.option("--dropout", "dropout_p", type=float, help="all but mlp; a layer's in training.")
 @click.option("--residual", is_flag=True, default=None, help="layer_norm.")

@@ -184,10 +184,14 @@ def attention(
     softcap: float = 0.0,
     alibi: bool = False,
     key_lengths: bool = False,
+    varlen: bool = False,
     dropout_p: float = 0.0,
     deterministic: bool = False,
 ) -> Problem:
-    """Raises TypeError, ValueError as `gptkernels.attention` does."""
+    """With `varlen` of B sequences of T tokens laid end to end. Raises TypeError, ValueError as
+    `gptkernels.attention` does, or if such sequences are to have key lengths too."""
+    if varlen and key_lengths:
+        raise ValueError("sequences laid end to end have no key lengths")
     Hk, Tk = H if kv_heads is None else kv_heads, T if keys is None else keys
     _check_sizes(B=B, T=T, H=H, D=D, kv_heads=Hk, keys=Tk)
     q = _empty(B, T, H, D, dtype=dtype)
@@ -203,17 +207,22 @@ def attention(
     left, right = bounds(causal, window)
     rng = _empty(2, dtype=torch.int64) if dropout_p > 0 else None
     scalars = (D**-0.5, left, right, softcap, dropout_p)
-    out, lse = torch.empty_like(q), _empty(B, H, T, dtype=torch.float32)
+    sequences = None
+    if varlen:
+        q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
+        ends = _empty(B + 1, dtype=torch.int32)
+        sequences = attention_kernels.Sequences(ends, ends, T, Tk)
+    out, lse = torch.empty_like(q), _empty(q.shape[0], H, q.shape[1], dtype=torch.float32)
 
     def forward(**chosen: Any) -> Any:
         return attention_kernels.attention_fwd(
-            q, k, v, slopes, lengths, None, rng, *scalars, **chosen
+            q, k, v, slopes, lengths, None, rng, *scalars, sequences=sequences, **chosen
         )
 
     def backward(**chosen: Any) -> Any:
         return attention_kernels.attention_bwd(
             torch.empty_like(q), None, q, k, v, out, lse, slopes, lengths, None, rng, *scalars,
-            (True, True, True), False, deterministic, **chosen,
+            (True, True, True), False, deterministic, sequences=sequences, **chosen,
         )  # fmt: skip
 
     heads = f"H{H}" + (f"/{Hk}" if Hk != H else "")
@@ -228,7 +237,7 @@ def attention(
         *(["deterministic"] if deterministic else []),
     ]
     return Problem(
-        "attention",
+        "attention_varlen" if varlen else "attention",
         f"B{B} {tokens} {heads} D{D} {', '.join(parts)}",
         dtype,
         dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=Tk, left=left, right=right),

@@ -248,9 +248,25 @@ def test_report() -> None:
     )
 
 
+def test_report_of_sequences_laid_end_to_end() -> None:
+    problem = explain.parse("attention", ["3", "500", "8", "128", "bf16"], varlen=True)
+    text = "\n".join(explain.lines(problem, H200))
+    assert text.startswith("attention_varlen B3 T500 H8 D128 causal, bfloat16\n")
+    assert "attention_fwd_kernel on q (3, up to 500, 8, 128), k (3, up to 500, 8, 128)" in text
+    for direction in ("fwd_sm90_kernel", "bwd_sm90"):
+        assert f"not attention_{direction}: its boxes end where a batch entry does" in text
+    assert "candidates cannot take it" in text
+
+
 @pytest.mark.parametrize(
     ("op", "words", "options", "sentence"),
     [
+        (
+            "attention",
+            ["1", "2", "3", "4", "bf16"],
+            {"varlen": True, "key_lengths": True},
+            "sequences laid end to end have no key lengths",
+        ),
         ("softmax", [], {}, "op must be one of attention, mlp, layer_norm, transformer_layer, got"),
         ("mlp", ["1", "2", "bf16"], {}, "mlp takes M C F dtype, such as 8192 4096 16384 bf16"),
         ("mlp", ["1", "2", "x", "bf16"], {}, "F cannot be 'x'"),
