@@ -41,9 +41,13 @@ def _attention_varlen_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
                 from gptkernels.cuda import attention_varlen as cuda_kernels
 
                 return cuda_kernels.attention_varlen_fwd(q, *given)
+            case "triton":
+                from gptkernels.triton_kernels import attention_varlen as kernels
+
+                return kernels.attention_varlen_fwd(q, *given)
             case "torch":
                 return aten.attention_varlen_fwd(q, *given)
-    raise ValueError(f"impl must be 'cuda' or 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.impl(_LIBRARY, "attention_varlen_bwd", "CompositeExplicitAutograd")
@@ -55,9 +59,13 @@ def _attention_varlen_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
                 from gptkernels.cuda import attention_varlen as cuda_kernels
 
                 return cuda_kernels.attention_varlen_bwd(dout, *given)
+            case "triton":
+                from gptkernels.triton_kernels import attention_varlen as kernels
+
+                return kernels.attention_varlen_bwd(dout, *given)
             case "torch":
                 return aten.attention_varlen_bwd(dout, *given)
-    raise ValueError(f"impl must be 'cuda' or 'torch' here, got {impl!r}")
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
 
 
 @torch.library.register_fake("gptkernels::attention_varlen_fwd", lib=_LIBRARY)
@@ -157,7 +165,7 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: of the longest sequence, or more.
         causal, softmax_scale, window, softcap, alibi_slopes, dropout_p, deterministic, return_lse:
             as for `gptkernels.attention`.
-        impl: "auto", "torch" or "cuda"; the kernels of "triton" do not exist yet.
+        impl: "auto", "torch", "triton" or "cuda".
 
     Returns:
         out (total_q, H, D) in q's dtype, or (out, lse), lse (H, total_q) fp32, differentiable too.
@@ -165,7 +173,6 @@ def attention_varlen(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError: an explicit impl cannot run here.
-        NotImplementedError: impl is "triton".
 
     Differentiable once in q, k and v.
     """
@@ -175,10 +182,6 @@ def attention_varlen(
     slopes = options.slopes(alibi_slopes, q, q.shape[1])
     dtype = autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if impl == "triton":
-        raise NotImplementedError(
-            f"attention_varlen runs with impl='torch' or 'cuda' only, got {impl!r}"
-        )
     impl = choose(impl, q)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()

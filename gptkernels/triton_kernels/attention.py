@@ -67,26 +67,13 @@ def attention_fwd(
     """out (B, Tq, H, D) and lse (B, H, Tq) fp32. Raises NotImplementedError for an attn_mask."""
     if attn_mask is not None:
         raise NotImplementedError("attn_mask runs with impl='torch' only, got impl='triton'")
-    B, Tq, H, D = q.shape
-    out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+    B, Tq, H, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    if q.numel() == 0:
-        return out, lse
-    if k.shape[1] == 0:
-        return out.zero_(), lse.fill_(-float("inf"))
-    arguments, switches = _arguments(
-        q, k, alibi_slopes, key_lengths, softmax_scale, left, right, softcap, dropout_p
-    )
-    alibi_slopes, key_lengths, rng = _contiguous(alibi_slopes, key_lengths, rng)
-    room = _room(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
-    BM, BN, warps, stages = _FORWARD[room][max(64, _padded(D))]
-    with on_device(q):
-        attention_fwd_kernel[(triton.cdiv(Tq, BM) * B * H,)](
-            q, k, v, alibi_slopes, key_lengths, rng, out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *arguments,
-            D, _padded(D), BM, BN, *switches,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    forward(
+        q, k, v, alibi_slopes, key_lengths, rng, None,
+        softmax_scale, left, right, softcap, dropout_p, out, lse,
+    )  # fmt: skip
     return out, lse
 
 
@@ -116,21 +103,93 @@ def attention_bwd(
 
     No kernel uses atomics: the bits are the same on every run, asked for or not.
     """
+    gradients = backward(
+        dout, dlse, q, k, v, out, lse, alibi_slopes, key_lengths, rng, None,
+        softmax_scale, left, right, softcap, dropout_p, grad_mask, q.shape, k.shape,
+    )  # fmt: skip
+    return *gradients, q.new_empty(0)
+
+
+# cu_seqlens of queries and of keys, (B + 1,) int32, where q is (1, total_q, H, D); None in a batch.
+Sequences = tuple[Tensor, Tensor] | None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    key_lengths: Tensor | None,
+    rng: Tensor | None,
+    sequences: Sequences,
+    softmax_scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fill out and lse, which are contiguous, of a batch or of `sequences` laid end to end."""
+    if q.numel() == 0:
+        return
+    if k.shape[1] == 0:
+        out.zero_()
+        lse.fill_(-float("inf"))
+        return
+    H, D = q.shape[2:]
+    arguments, switches = _arguments(
+        q, k, alibi_slopes, key_lengths, sequences, softmax_scale, left, right, softcap, dropout_p
+    )
+    vectors = _contiguous(alibi_slopes, key_lengths, rng, *(sequences or (None, None)))
+    room = _room(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
+    BM, BN, warps, stages = _FORWARD[room][max(64, _padded(D))]
+    with on_device(q):
+        attention_fwd_kernel[_grid(q, H, BM, sequences)](
+            q, k, v, *vectors, out, lse,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *arguments,
+            D, _padded(D), BM, BN, *switches, sequences is not None,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    alibi_slopes: Tensor | None,
+    key_lengths: Tensor | None,
+    rng: Tensor | None,
+    sequences: Sequences,
+    softmax_scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+    grad_mask: Sequence[bool],
+    query_shape: Sequence[int],
+    key_shape: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv in those shapes, empty where `grad_mask` is False."""
     B, Tq, H, D = q.shape
-    Tk, Hk = k.shape[1], k.shape[2]
     exact = q.dtype == torch.float32
     # dk and dv come from one kernel; in fp32 it needs what the other one finds out about rows.
     keys_wanted = grad_mask[1] or grad_mask[2]
     queries_wanted = grad_mask[0] or (exact and keys_wanted)
-    key_shape = (B, Tk, Hk, D) if keys_wanted else (0,)
-    dq = torch.empty((B, Tq, H, D) if queries_wanted else (0,), dtype=q.dtype, device=q.device)
-    dk = torch.empty(key_shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(key_shape, dtype=v.dtype, device=v.device)
+    dq = torch.empty(query_shape if queries_wanted else (0,), dtype=q.dtype, device=q.device)
+    dk, dv = (
+        torch.empty(key_shape if keys_wanted else (0,), dtype=q.dtype, device=q.device)
+        for _ in range(2)
+    )
 
-    def asked_for() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def asked_for() -> tuple[Tensor, Tensor, Tensor]:
         found = zip((dq, dk, dv), grad_mask, strict=True)
         a, b, c = (gradient if wanted else q.new_empty(0) for gradient, wanted in found)
-        return a, b, c, q.new_empty(0)
+        return a, b, c
 
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
@@ -140,36 +199,45 @@ def attention_bwd(
         dout = dout.contiguous()
     delta = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     total = torch.empty_like(delta) if exact else None
-    vectors = _contiguous(alibi_slopes, key_lengths, rng)
+    vectors = _contiguous(alibi_slopes, key_lengths, rng, *(sequences or (None, None)))
     (dlse,) = _contiguous(dlse)
     arguments, switches = _arguments(
-        q, k, alibi_slopes, key_lengths, softmax_scale, left, right, softcap, dropout_p
+        q, k, alibi_slopes, key_lengths, sequences, softmax_scale, left, right, softcap, dropout_p
     )
     # In 16 bits the delta kernel takes dlse in.
-    switches = (*switches, exact, exact and dlse is not None)
+    switches = (*switches, exact, exact and dlse is not None, sequences is not None)
     inputs = (q, k, v, *vectors, dout, lse, delta, total, dlse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     BD = _padded(D)
     room = _room(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
     with on_device(q):
         if not exact:
+            # Row by row: where sequences end is nothing to it.
             attention_bwd_delta_kernel[(triton.cdiv(Tq, _DELTA_ROWS) * B * H,)](
                 out, dout, dlse, delta, *dout.stride()[:3], H, Tq, D, BD, _DELTA_ROWS,
                 dlse is not None, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         if queries_wanted:
             BM, BN, warps, stages = _QUERIES[room][max(64, BD)]
-            attention_bwd_queries_kernel[(triton.cdiv(Tq, BM) * B * H,)](
+            attention_bwd_queries_kernel[_grid(q, H, BM, sequences)](
                 *inputs, dq, *strides, *arguments, D, BD, BM, BN, *switches,
                 num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
         if keys_wanted:
             BM, BN, warps, stages = _KEYS[room][max(64, BD)]
-            attention_bwd_keys_kernel[(triton.cdiv(Tk, BN) * B * Hk,)](
+            attention_bwd_keys_kernel[_grid(k, k.shape[2], BN, sequences)](
                 *inputs, dk, dv, *strides, *arguments, D, BD, BM, BN, *switches,
                 num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
     return asked_for()
+
+
+def _grid(x: Tensor, heads: int, block: int, sequences: Sequences) -> tuple[int]:
+    """Programs for each block of x's tokens and each head, as `attention_place` counts them."""
+    B, T = x.shape[:2]
+    if sequences is None:
+        return (triton.cdiv(T, block) * B * heads,)
+    return ((T // block + sequences[0].shape[0] + 1) * heads,)
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -182,6 +250,7 @@ def _arguments(
     k: Tensor,
     alibi_slopes: Tensor | None,
     key_lengths: Tensor | None,
+    sequences: Sequences,
     softmax_scale: float,
     left: int,
     right: int,
@@ -189,13 +258,15 @@ def _arguments(
     dropout_p: float,
 ) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
     """What the kernels share: the scalars after the strides, the switches after the tile sizes."""
-    (Tq, H), (Tk, Hk) = q.shape[1:3], k.shape[1:3]
+    (B, Tq, H), (Tk, Hk) = q.shape[:3], k.shape[1:3]
+    if sequences is not None:
+        B = sequences[0].shape[0] - 1
     # A bound that no pair of these lengths reaches is none: one kernel less, and no comparison.
     has_left, has_right = 0 <= left < Tk - 1, 0 <= right < Tq - 1
     # Folding the scale into exp2 needs the largest product to give the largest score.
     scaled = softcap > 0 or alibi_slopes is not None or softmax_scale <= 0
     scalars = (
-        H, H // Hk, Tq, Tk, left if has_left else 0, right if has_right else 0,
+        B, H, H // Hk, Tq, Tk, left if has_left else 0, right if has_right else 0,
         softmax_scale, softcap, philox.threshold(dropout_p), philox.scale(dropout_p),
     )  # fmt: skip
     switches = (
@@ -228,7 +299,8 @@ def _reads_operands_from_shared_memory(device: torch.device) -> bool:
 def shipped() -> Iterator[Shipped]:
     """Every tile at its padded width: plain causal, and with every option on, the most registers.
 
-    fp16 takes the tiles and the instructions of bf16 in another type: one width stands for all.
+    fp16 takes the tiles and the instructions of bf16 in another type: one width stands for all, and
+    so does one chip for sequences laid end to end.
     """
     for D in (64, 128, 256):
         for kernel, tiles in (
@@ -236,6 +308,7 @@ def shipped() -> Iterator[Shipped]:
             (attention_bwd_queries_kernel, _QUERIES),
             (attention_bwd_keys_kernel, _KEYS),
         ):
+            yield _shipped(kernel, tiles["sm90"][D], D, "bf16", "varlen causal", (90,))
             yield _shipped(kernel, tiles["sm90"][D], D, "bf16", "causal", (90, 100))
             yield _shipped(kernel, tiles["sm80"][D], D, "bf16", "causal sm80", (80, 86))
             yield _shipped(kernel, tiles["sm90 options"][D], D, "bf16", "all", (90, 100))
@@ -252,7 +325,8 @@ def _shipped(
 ) -> Shipped:
     BM, BN, warps, stages = tile
     types = dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr", "total_ptr"), "*fp32")
-    types |= {"dlse_ptr": "*fp32", "lengths_ptr": "*i32", "rng_ptr": "*i64"}
+    types |= {"dlse_ptr": "*fp32", "rng_ptr": "*i64"}
+    types |= dict.fromkeys(("lengths_ptr", "cu_q_ptr", "cu_k_ptr"), "*i32")
     types |= dict.fromkeys(("scale", "softcap", "dropout_scale"), "fp32")
     everything = options.startswith("all")
     constexprs = {
@@ -260,6 +334,7 @@ def _shipped(
         "LENGTHS": everything, "SCALED": everything, "SOFTCAP": everything, "ALIBI": everything,
         "DROPOUT": everything, "EXACT": dtype == "fp32",
         "HAS_DLSE": everything and (dtype == "fp32" or kernel is attention_bwd_delta_kernel),
+        "VARLEN": options.startswith("varlen"),
     }  # fmt: skip
     signature = {}
     for name in kernel.arg_names:

@@ -20,6 +20,7 @@ Sums are fp32; dq, dk and dv are contiguous in the inputs' dtype.
 import triton
 import triton.language as tl
 
+from .attention_place import place
 from .attention_scores import (
     INFINITY,
     LOG2E,
@@ -69,6 +70,8 @@ def attention_bwd_keys_kernel(
     slopes_ptr,  # (H,) fp32, read when ALIBI
     lengths_ptr,  # (B,) int32, read when LENGTHS
     rng_ptr,  # (2,) int64, read when DROPOUT
+    cu_q_ptr,  # (B + 1,) int32, read when VARLEN, as the next
+    cu_k_ptr,
     dout_ptr,  # (B, Tq, H, D)
     lse_ptr,  # (B, H, Tq) fp32
     delta_ptr,  # (B, H, Tq) fp32
@@ -80,19 +83,23 @@ def attention_bwd_keys_kernel(
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh,
-    H, GROUP, Tq, Tk, left, right, scale, softcap, threshold, dropout_scale,
+    B, H, GROUP, total_q, total_k, left, right, scale, softcap, threshold, dropout_scale,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr, HAS_DLSE: tl.constexpr,
+    EXACT: tl.constexpr, HAS_DLSE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys of one key head."""
-    key_blocks = tl.cdiv(Tk, BN)
-    bhk = tl.program_id(0) // key_blocks
-    # Early keys of a causal triangle have the most rows, and come first.
-    j0 = tl.program_id(0) % key_blocks * BN
     key_heads = H // GROUP
-    b, hk = (bhk // key_heads).to(tl.int64), (bhk % key_heads).to(tl.int64)
+    b, hk, block, Tk, Tq, first_k, first_q = place(
+        cu_k_ptr, cu_q_ptr, total_k, total_q, key_heads, B, BN, VARLEN
+    )
+    if VARLEN:
+        past = block >= tl.cdiv(Tk, BN)
+        if past:
+            return
+    # Early keys of a causal triangle have the most rows, and come first.
+    j0 = block * BN
     shift = Tk - Tq
     kv_len = Tk
     if LENGTHS:
@@ -101,9 +108,11 @@ def attention_bwd_keys_kernel(
     cols = j0 + tl.arange(0, BN)
     dims = tl.arange(0, BD)
     j0_wide = j0.to(tl.int64)
+    k_first = first_k * stride_kt if VARLEN else b * stride_kb
+    v_first = first_k * stride_vt if VARLEN else b * stride_vb
     k_offsets = tl.arange(0, BN).to(tl.int64)[:, None] * stride_kt + dims[None, :]
     k = load_rows(
-        k_ptr + b * stride_kb + hk * stride_kh + j0_wide * stride_kt,
+        k_ptr + k_first + hk * stride_kh + j0_wide * stride_kt,
         k_offsets,
         cols < kv_len,
         D,
@@ -112,7 +121,7 @@ def attention_bwd_keys_kernel(
     )
     v_offsets = tl.arange(0, BN).to(tl.int64)[:, None] * stride_vt + dims[None, :]
     v = load_rows(
-        v_ptr + b * stride_vb + hk * stride_vh + j0_wide * stride_vt,
+        v_ptr + v_first + hk * stride_vh + j0_wide * stride_vt,
         v_offsets,
         cols < kv_len,
         D,
@@ -123,6 +132,8 @@ def attention_bwd_keys_kernel(
         j0, shift, left, right, Tq, kv_len, BM, BN, HAS_LEFT, HAS_RIGHT
     )
 
+    q_first = first_q * stride_qt if VARLEN else b * stride_qb
+    dout_first = first_q * stride_ot if VARLEN else b * stride_ob
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
     # First the blocks of rows at the edges, with masks; then those that see every key, without.
@@ -136,24 +147,25 @@ def attention_bwd_keys_kernel(
                 i0 += tl.where(i0 >= full_lo, full_hi - full_lo, 0)
             h = hk * GROUP + n // row_blocks
             bh = b * H + h
-            q_base = q_ptr + b * stride_qb + h * stride_qh
-            dout_base = dout_ptr + b * stride_ob + h * stride_oh
+            q_base = q_ptr + q_first + h * stride_qh
+            dout_base = dout_ptr + dout_first + h * stride_oh
+            sums = h * total_q + first_q if VARLEN else bh * Tq
             slope = 0.0
             if ALIBI:
                 slope = tl.load(slopes_ptr + h)
             rows = i0 + tl.arange(0, BM)
             i0_wide = tl.cast(i0, tl.int64)
             if masked:
-                lse = tl.load(lse_ptr + bh * Tq + rows, mask=rows < Tq, other=-INFINITY)
-                delta = tl.load(delta_ptr + bh * Tq + rows, mask=rows < Tq, other=0.0)
+                lse = tl.load(lse_ptr + sums + rows, mask=rows < Tq, other=-INFINITY)
+                delta = tl.load(delta_ptr + sums + rows, mask=rows < Tq, other=0.0)
                 # 0 * NaN is NaN: a row with NaN or Inf in q or dout, which shows in its lse or
                 # delta, would reach keys that it does not see. It is read as zeros, and lse
                 # carries a NaN to the keys that it does see.
                 sound = (tl.abs(lse) < INFINITY) & (tl.abs(delta) < INFINITY)
                 lse = tl.where(sound | (lse == -INFINITY), lse, float("nan"))
             else:
-                lse = tl.load(lse_ptr + bh * Tq + rows)
-                delta = tl.load(delta_ptr + bh * Tq + rows)
+                lse = tl.load(lse_ptr + sums + rows)
+                delta = tl.load(delta_ptr + sums + rows)
                 sound = rows >= 0
             # A row with no key has lse = -inf and weights 0; so has a row past the end.
             lse = tl.where(lse == -INFINITY, INFINITY, lse * LOG2E)
@@ -183,7 +195,7 @@ def attention_bwd_keys_kernel(
                 factor = scale * LOG2E
             p = tl.exp2(s * factor - lse[None, :])
             if EXACT:
-                total = tl.load(total_ptr + bh * Tq + rows, mask=rows < Tq, other=1.0)
+                total = tl.load(total_ptr + sums + rows, mask=rows < Tq, other=1.0)
                 p = tl.div_rn(p, tl.zeros_like(p) + total[None, :])
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
             kept = p
@@ -193,7 +205,7 @@ def attention_bwd_keys_kernel(
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
             dp -= delta[None, :]
             if HAS_DLSE:
-                dp += tl.load(dlse_ptr + bh * Tq + rows, mask=rows < Tq, other=0.0)[None, :]
+                dp += tl.load(dlse_ptr + sums + rows, mask=rows < Tq, other=0.0)[None, :]
             ds = p * dp * slope_of_cap
             if masked:
                 if SOFTCAP:
@@ -207,7 +219,7 @@ def attention_bwd_keys_kernel(
             dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee")
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
-    dk_offsets = ((b * Tk + cols.to(tl.int64)) * key_heads + hk)[:, None] * D + dims[None, :]
+    dk_offsets = ((first_k + cols.to(tl.int64)) * key_heads + hk)[:, None] * D + dims[None, :]
     inside = (cols < Tk)[:, None] & (dims < D)[None, :]
     tl.store(dk_ptr + dk_offsets, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + dk_offsets, (dv * dropout_scale).to(dv_ptr.dtype.element_ty), mask=inside)
@@ -221,6 +233,8 @@ def attention_bwd_queries_kernel(
     slopes_ptr,  # (H,) fp32, read when ALIBI
     lengths_ptr,  # (B,) int32, read when LENGTHS
     rng_ptr,  # (2,) int64, read when DROPOUT
+    cu_q_ptr,  # (B + 1,) int32, read when VARLEN, as the next
+    cu_k_ptr,
     dout_ptr,  # (B, Tq, H, D)
     lse_ptr,  # (B, H, Tq) fp32
     delta_ptr,  # (B, H, Tq) fp32, written when EXACT
@@ -231,17 +245,23 @@ def attention_bwd_queries_kernel(
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh,
-    H, GROUP, Tq, Tk, left, right, scale, softcap, threshold, dropout_scale,
+    B, H, GROUP, total_q, total_k, left, right, scale, softcap, threshold, dropout_scale,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr, HAS_DLSE: tl.constexpr,
+    EXACT: tl.constexpr, HAS_DLSE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of rows of one head."""
+    b, h, block, Tq, Tk, first_q, first_k = place(
+        cu_q_ptr, cu_k_ptr, total_q, total_k, H, B, BM, VARLEN
+    )
     row_blocks = tl.cdiv(Tq, BM)
-    bh = (tl.program_id(0) // row_blocks).to(tl.int64)
-    i0 = (row_blocks - 1 - tl.program_id(0) % row_blocks) * BM
-    b, h = bh // H, bh % H
+    if VARLEN:
+        past = block >= row_blocks
+        if past:
+            return
+    i0 = (row_blocks - 1 - block) * BM
+    bh = b * H + h
     shift = Tk - Tq
     kv_len = Tk
     if LENGTHS:
@@ -254,8 +274,9 @@ def attention_bwd_queries_kernel(
     dims = tl.arange(0, BD)
     i0_wide = i0.to(tl.int64)
     q_offsets = tl.arange(0, BM).to(tl.int64)[:, None] * stride_qt + dims[None, :]
+    q_first = first_q * stride_qt if VARLEN else b * stride_qb
     q = load_rows(
-        q_ptr + b * stride_qb + h * stride_qh + i0_wide * stride_qt,
+        q_ptr + q_first + h * stride_qh + i0_wide * stride_qt,
         q_offsets,
         rows < Tq,
         D,
@@ -263,20 +284,24 @@ def attention_bwd_queries_kernel(
         True,
     )
     dout_offsets = tl.arange(0, BM).to(tl.int64)[:, None] * stride_ot + dims[None, :]
-    dout_base = dout_ptr + b * stride_ob + h * stride_oh + i0_wide * stride_ot
+    dout_first = first_q * stride_ot if VARLEN else b * stride_ob
+    dout_base = dout_ptr + dout_first + h * stride_oh + i0_wide * stride_ot
     dout = load_rows(dout_base, dout_offsets, rows < Tq, D, BD, True)
-    lse = tl.load(lse_ptr + bh * Tq + rows, mask=rows < Tq, other=-INFINITY)
+    sums = h * total_q + first_q if VARLEN else bh * Tq
+    lse = tl.load(lse_ptr + sums + rows, mask=rows < Tq, other=-INFINITY)
     lse = tl.where(lse == -INFINITY, INFINITY, lse * LOG2E)
     if EXACT:
         delta = tl.zeros((BM,), tl.float32)
         total = tl.zeros((BM,), tl.float32)
     else:
-        delta = tl.load(delta_ptr + bh * Tq + rows, mask=rows < Tq, other=0.0)
+        delta = tl.load(delta_ptr + sums + rows, mask=rows < Tq, other=0.0)
     if HAS_DLSE:
-        dlse = tl.load(dlse_ptr + bh * Tq + rows, mask=rows < Tq, other=0.0)
+        dlse = tl.load(dlse_ptr + sums + rows, mask=rows < Tq, other=0.0)
 
-    k_base = k_ptr + b * stride_kb + h // GROUP * stride_kh
-    v_base = v_ptr + b * stride_vb + h // GROUP * stride_vh
+    k_first = first_k * stride_kt if VARLEN else b * stride_kb
+    v_first = first_k * stride_vt if VARLEN else b * stride_vb
+    k_base = k_ptr + k_first + h // GROUP * stride_kh
+    v_base = v_ptr + v_first + h // GROUP * stride_vh
     lo, full_lo, full_hi, hi = key_ranges(
         i0, Tq, shift, left, right, kv_len, BM, BN, HAS_LEFT, HAS_RIGHT
     )
@@ -347,9 +372,9 @@ def attention_bwd_queries_kernel(
         if summing:
             total = tl.where(total == 0.0, 1.0, total)
             delta = tl.div_rn(delta, total)
-            tl.store(delta_ptr + bh * Tq + rows, delta, mask=rows < Tq)
-            tl.store(total_ptr + bh * Tq + rows, total, mask=rows < Tq)
+            tl.store(delta_ptr + sums + rows, delta, mask=rows < Tq)
+            tl.store(total_ptr + sums + rows, total, mask=rows < Tq)
 
-    dq_offsets = ((b * Tq + rows.to(tl.int64)) * H + h)[:, None] * D + dims[None, :]
+    dq_offsets = ((first_q + rows.to(tl.int64)) * H + h)[:, None] * D + dims[None, :]
     inside = (rows < Tq)[:, None] & (dims < D)[None, :]
     tl.store(dq_ptr + dq_offsets, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)

@@ -14,6 +14,7 @@ drops p where it meets v; the normaliser l counts undropped scores.
 import triton
 import triton.language as tl
 
+from .attention_place import place
 from .attention_scores import (
     INFINITY,
     LOG2E,
@@ -36,23 +37,32 @@ def attention_fwd_kernel(
     slopes_ptr,  # (H,) fp32, read when ALIBI
     lengths_ptr,  # (B,) int32, read when LENGTHS
     rng_ptr,  # (2,) int64, read when DROPOUT
+    cu_q_ptr,  # (B + 1,) int32, read when VARLEN, as the next
+    cu_k_ptr,
     out_ptr,  # (B, Tq, H, D) contiguous
     lse_ptr,  # (B, H, Tq) fp32 contiguous
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
-    H, GROUP, Tq, Tk, left, right, scale, softcap, threshold, dropout_scale,
+    B, H, GROUP, total_q, total_k, left, right, scale, softcap, threshold, dropout_scale,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a block of rows of one head."""
+    b, h, block, Tq, Tk, first_q, first_k = place(
+        cu_q_ptr, cu_k_ptr, total_q, total_k, H, B, BM, VARLEN
+    )
     row_blocks = tl.cdiv(Tq, BM)
-    bh = tl.program_id(0) // row_blocks
+    if VARLEN:
+        past = block >= row_blocks
+        if past:
+            return
     # Late rows of a causal triangle have the most keys: start them first. Neighbours share a
     # head's keys in L2.
-    i0 = (row_blocks - 1 - tl.program_id(0) % row_blocks) * BM
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    i0 = (row_blocks - 1 - block) * BM
+    bh = b * H + h
     shift = Tk - Tq
     kv_len = Tk
     if LENGTHS:
@@ -64,11 +74,14 @@ def attention_fwd_kernel(
     rows = i0 + tl.arange(0, BM)
     dims = tl.arange(0, BD)
     q_offsets = tl.arange(0, BM).to(tl.int64)[:, None] * stride_qt + dims[None, :]
-    q_base = q_ptr + b * stride_qb + h * stride_qh + i0.to(tl.int64) * stride_qt
+    q_first = first_q * stride_qt if VARLEN else b * stride_qb
+    q_base = q_ptr + q_first + h * stride_qh + i0.to(tl.int64) * stride_qt
     q = load_rows(q_base, q_offsets, rows < Tq, D, BD, True)
 
-    k_base = k_ptr + b * stride_kb + h // GROUP * stride_kh
-    v_base = v_ptr + b * stride_vb + h // GROUP * stride_vh
+    k_first = first_k * stride_kt if VARLEN else b * stride_kb
+    v_first = first_k * stride_vt if VARLEN else b * stride_vb
+    k_base = k_ptr + k_first + h // GROUP * stride_kh
+    v_base = v_ptr + v_first + h // GROUP * stride_vh
     lo, full_lo, full_hi, hi = key_ranges(
         i0, Tq, shift, left, right, kv_len, BM, BN, HAS_LEFT, HAS_RIGHT
     )
@@ -135,8 +148,9 @@ def attention_fwd_kernel(
     l_used = tl.where(none, 1.0, l)
     acc *= (dropout_scale / l_used)[:, None]
     lse = tl.where(none, -INFINITY, (m + tl.log2(l_used)) / LOG2E)
-    tl.store(lse_ptr + bh.to(tl.int64) * Tq + rows, lse, mask=rows < Tq)
-    out_offsets = ((b * Tq + rows.to(tl.int64)) * H + h)[:, None] * D + dims[None, :]
+    lse_first = h * total_q + first_q if VARLEN else bh * Tq
+    tl.store(lse_ptr + lse_first + rows, lse, mask=rows < Tq)
+    out_offsets = ((first_q + rows.to(tl.int64)) * H + h)[:, None] * D + dims[None, :]
     tl.store(
         out_ptr + out_offsets,
         acc.to(out_ptr.dtype.element_ty),

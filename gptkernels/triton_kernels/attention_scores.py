@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 # Differ from call to call, and nothing is gained from a kernel of its own for some of their values.
-VARYING = ("Tq", "Tk", "left", "right", "threshold")
+VARYING = ("B", "Tq", "total_q", "total_k", "left", "right", "threshold")
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
