@@ -80,6 +80,26 @@ def _qkv(
     return dict(q=q, k=k, v=v) | (dict(key_lengths=ends) if lengths else {})
 
 
+def _packed(
+    randn: Randn, queries: tuple[int, ...], keys: tuple[int, ...], H: int, Hk: int, D: int
+) -> dict[str, Any]:
+    """attention_varlen's inputs for sequences of these lengths."""
+    q, k, v = randn(sum(queries), H, D), randn(sum(keys), Hk, D), randn(sum(keys), Hk, D)
+    ends_q, ends_k = (
+        torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32)
+        for lengths in (queries, keys)
+    )
+    return dict(
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=ends_q,
+        cu_seqlens_k=ends_k,
+        max_seqlen_q=max(queries),
+        max_seqlen_k=max(keys),
+    )
+
+
 def _cache(
     randn: Randn, lengths: tuple[int, ...], Tq: int, H: int, Hk: int, D: int, page: int | None
 ) -> dict[str, Any]:
@@ -150,6 +170,19 @@ CASES: tuple[Case, ...] = (
         lambda randn: _qkv(randn, 2, 50, 50, 1, 1, 16, 50, 33),
         dict(dropout_p=0.2),
         outputs=("out",),
+    ),
+    Case(
+        "attention_varlen",
+        "causal, T 30 + 0 + 140 + 1 + 70, D 64",
+        lambda randn: _packed(randn, (30, 0, 140, 1, 70), (30, 0, 140, 1, 70), 1, 1, 64),
+        outputs=("out",),
+    ),
+    Case(
+        "attention_varlen",
+        "T 33/40 + 10/70, window, ALiBi, dropout, lse, D 40",
+        lambda randn: _packed(randn, (33, 10), (40, 70), 2, 1, 40),
+        dict(window=(20, 0), alibi_slopes=(0.25, 0.0625), dropout_p=0.2, return_lse=True),
+        outputs=("out", "lse"),
     ),
     Case(
         "attention_decode",
@@ -257,23 +290,27 @@ def check(
 ) -> list[Row]:
     """The rows of one case, one a direction; `arch` as for `run`."""
     identity = (case.op, case.name, impl, dtype_name(dtype))
+
+    def unmeasured(status: str, reason: str, seed: int | None = None) -> list[Row]:
+        return [
+            Row(*identity, direction, status, reason=reason, seed=seed, arch=arch)
+            for direction in case.directions
+        ]
+
     reason = unavailable(impl, device.type, dtype)
     if reason is not None:
-        return [Row(*identity, d, "skipped", reason=reason, arch=arch) for d in case.directions]
+        return unmeasured("skipped", reason)
     refusals: list[tuple[str, str]] = []
     try:
         if arch is None:
             measurements = measure(case, impl, dtype, device, seed)
         else:
             measurements, refusals = _measure_as(arch, case, dtype, device, seed)
+    except NotImplementedError as error:
+        return unmeasured("skipped", str(error))
     except Exception as error:  # of one case, such as a kernel too large for this GPU: go on
         lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0]}"
-        # What an implementation does not have is no failure of it.
-        status = "skipped" if isinstance(error, NotImplementedError) else "fail"
-        return [
-            Row(*identity, d, status, reason=reason, seed=seed, arch=arch) for d in case.directions
-        ]
+        return unmeasured("fail", f"{type(error).__name__}: {lines[0]}", seed)
     rows = []
     for direction in case.directions:
         worst = max((m for m in measurements if m.direction == direction), key=_closeness)
