@@ -202,19 +202,6 @@ def test_verify_says_why_rows_were_skipped(call: Any) -> None:
     assert "\n(1) it runs on CUDA tensors (this one is on cpu)" in result.out
 
 
-def test_verify_skips_what_an_implementation_does_not_have(
-    call: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lacking(*arguments: Any, **options: Any) -> None:
-        raise NotImplementedError("masks of chocolate run elsewhere")
-
-    monkeypatch.setattr(verify, "measure", lacking)
-    result = call("verify", "--impl", "torch", "--op", "layer_norm", "--dtype", "float32")
-    assert result.code == 0
-    assert "0 fail" in result.out
-    assert "\n(1) masks of chocolate run elsewhere" in result.out
-
-
 def test_verify_fails_with_1(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any, **options: Any) -> list[parity.Measurement]:
         return [
