@@ -65,7 +65,7 @@ def test_the_cache_and_the_batch_change_no_token(
     model: GPT, prompt: int, new: int, seed: int, **options: Any
 ) -> None:
     tokens = prompts(2, prompt, seed)
-    text = model.generate(tokens, new, seed=[seed, 7], slots=3, **options)
+    text = model.generate(tokens, new, seed=[seed, 7], **options)
     wanted = Sampling(**options)
     for row, one, its_seed in zip(text, tokens, (seed, 7), strict=True):
         assert torch.equal(row, anew(model, one, new, wanted, its_seed))
@@ -87,7 +87,7 @@ def test_a_thousand_tokens_beyond_the_context() -> None:
     model = GPT(GPTConfig(VOCAB, size, n_layer=1, n_head=1, n_embd=16)).eval()
     for parameter in model.parameters():
         parameter.mul_(8.0)
-    text = model.generate(prompts(1, 1), size + 1000, temperature=0, slots=1)[0]
+    text = model.generate(prompts(1, 1), size + 1000, temperature=0)[0]
     start, contexts, last = 0, [], []
     for end in range(1, len(text)):
         if end - start > size:
@@ -103,7 +103,7 @@ def test_a_thousand_tokens_beyond_the_context() -> None:
 def test_the_smallest_contexts_slide(block_size: int) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(VOCAB, block_size, n_layer=1, n_head=1, n_embd=8))
-    text = model.generate(prompts(1, 1), 20, seed=[5], slots=1)
+    text = model.generate(prompts(1, 1), 20, seed=[5])
     assert torch.equal(text[0], anew(model, prompts(1, 1)[0], 20, Sampling(), 5))
 
 

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# So many rows cost little one by one: the products beside them take far longer.
+_FEW_ROWS = 64
+
 
 def gelu_mlp_fwd(
     x: Tensor,
@@ -20,8 +23,17 @@ def gelu_mlp_fwd(
 ) -> tuple[Tensor, Tensor]:
     """y (M, C) and h = x w1^T + b1 (M, F), h empty unless `keep_h`; all in one dtype."""
     h = F.linear(x, w1, b1)
-    y = F.linear(F.gelu(h, approximate=approximate), w2, b2)
+    y = F.linear(_gelu(h, approximate), w2, b2)
     return y, h if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
+
+
+def _gelu(h: Tensor, approximate: str) -> Tensor:
+    """gelu(h), a row of which depends on its own values alone where rows are few, as when texts
+    are continued: on a CPU PyTorch computes the ends of what each thread gets by other instructions
+    than the rest, and rounds otherwise there."""
+    if h.device.type != "cpu" or not 1 < len(h) <= _FEW_ROWS:
+        return F.gelu(h, approximate=approximate)
+    return torch.stack([F.gelu(row, approximate=approximate) for row in h.unbind()])
 
 
 def gelu_mlp_bwd(

@@ -7,8 +7,9 @@
 
 A step's shapes are the same however many slots are taken, and what a slot computes depends on no
 other: so a request gives the same bits alone, in any batch, in any order and in any slot, for a
-given R. Text past block_size slides: once a slot holds block_size tokens, the last half of them is
-prefilled anew, which again depends on the request alone.
+given R. R is a multiple of 8: matrix products on a CPU give the last of 5, 6 or 7 rows other bits
+than the first. Text past block_size slides: once a slot holds block_size tokens, the last half of
+them is prefilled anew, which again depends on the request alone.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from gptkernels.ops.checks import check_count, check_seed
 
 if TYPE_CHECKING:
     from gptkernels.gpt.model import GPT
+
+_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ class _Text:
 
 
 class Engine:
-    """Continues texts with `model` in R = `slots` slots.
+    """Continues texts with `model`, as many at a time as it has slots.
 
+    slots: rounded up to a multiple of 8.
     tokenizer: for the text in events, and for stop strings.
     vocab_size: choose among the ids below it alone, for a model whose vocabulary is padded past its
         tokenizer's; None chooses among all of the model's.
@@ -131,7 +135,7 @@ class Engine:
         vocab_size: int | None = None,
         max_tokens: int | None = None,
     ) -> None:
-        check_count("slots", slots)
+        slots = _MULTIPLE * -(-check_count("slots", slots) // _MULTIPLE)
         known = model.config.vocab_size
         self._ids = known if vocab_size is None else check_count("vocab_size", vocab_size)
         if self._ids > known:
@@ -170,6 +174,11 @@ class Engine:
         number = self._submitted
         if not request.tokens:
             raise ValueError(f"prompt {number} is empty; it must hold at least one token")
+        size = self._model.config.block_size
+        if len(request.tokens) > size:
+            raise ValueError(
+                f"prompt {number} must fit into block_size={size}, got {len(request.tokens)} tokens"
+            )
         self._model.check_tokens(torch.tensor([list(request.tokens)]))
         if request.eos is not None and not 0 <= request.eos < self._ids:
             raise ValueError(f"eos must lie in 0...{self._ids - 1} or be None, got {request.eos}")
