@@ -3,7 +3,10 @@ the emulator, both on CPU tensors."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +49,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@dataclasses.dataclass
+class Result:
+    """What a command left behind."""
+
+    code: Any
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs one command in this process, with no emulator: "cuda" cannot run without a GPU."""
+    from gptkernels import cli, cuda
+
+    monkeypatch.setattr(cuda, "EMULATED", False)
+
+    def run(*arguments: str | Path) -> Result:
+        with pytest.raises(SystemExit) as exited:
+            cli.run([str(argument) for argument in arguments])
+        return Result(exited.value.code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,6 @@ from rich.console import Console
 from gptkernels import cli, cli_generate, cuda, parity, verify
 from gptkernels.gpt import checkpoint, train
 from gptkernels.gpt.config import GPTConfig
-from gptkernels.gpt.model import GPT
 from gptkernels.gpt.progress import ProgressBar
 from gptkernels.gpt.train_config import TrainConfig
 
@@ -32,40 +31,11 @@ BATCHES = ["--batch-size", "2", "--validation-batches", "1", "--device", "cpu"]
 SMALL = [*SHAPE, *BATCHES, "--steps", "3", "--warmup-steps", "1"]
 
 
-@dataclasses.dataclass
-class Result:
-    code: Any
-    out: str
-    err: str
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs one command in this process, with no emulator: "cuda" cannot run without a GPU."""
-    monkeypatch.setattr(cuda, "EMULATED", False)
-
-    def run(*arguments: str | Path) -> Result:
-        with pytest.raises(SystemExit) as exited:
-            cli.run([str(argument) for argument in arguments])
-        return Result(exited.value.code, *capsys.readouterr())
-
-    return run
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
     file.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     return file
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tiny byte-level model in Hugging Face's layout."""
-    pytest.importorskip("safetensors")
-    config = GPTConfig(vocab_size=256, block_size=32, n_layer=1, n_head=2, n_embd=16)
-    GPT(config).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.fixture
@@ -79,7 +49,7 @@ def trained(call: Any, text: Path, tmp_path: Path) -> Path:
     return out
 
 
-def assert_refused(result: Result, *words: str) -> None:
+def assert_refused(result: Any, *words: str) -> None:
     assert result.code == 2
     assert result.err.startswith("gptkernels: ")
     assert result.err.count("\n") == 1, result.err
@@ -243,98 +213,6 @@ def test_bench_refuses(call: Any) -> None:
     assert_refused(call("bench", "--device", "cuda:99"), "cuda:99")
 
 
-# ---- generate
-
-
-def test_generate_is_greedy_and_repeatable(call: Any, folder: Path) -> None:
-    options = ["--prompt", "The ", "--max-new-tokens", "8", "--device", "cpu"]
-    greedy = [call("generate", folder, *options, "--temperature", "0") for _ in range(2)]
-    assert greedy[0].code == 0
-    assert greedy[0].out.startswith("The ")
-    assert greedy[0].out == greedy[1].out
-    sampled = [call("generate", folder, *options, "--seed", "7", "--top-k", "9") for _ in range(2)]
-    assert sampled[0].out == sampled[1].out
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        (["--prompt", ""], "prompt"),
-        (["--prompt", "x" * 40], "block_size"),
-        (["--prompt", "x", "--temperature", "-1"], "temperature"),
-        (["--prompt", "x", "--top-p", "2"], "top_p"),
-        (["--prompt", "x", "--top-k", "0"], "top_k"),
-        (["--prompt", "x", "--max-new-tokens", "-1"], "max_new_tokens"),
-        (["--prompt", "x", "--impl", "cuda"], "impl"),
-        (["--prompt", "x", "--tokenizer", "gpt2"], "tokenizer"),
-        ([], "--prompt"),
-    ],
-)
-def test_generate_refuses(call: Any, folder: Path, options: list[str], word: str) -> None:
-    result = call("generate", folder, "--device", "cpu", "--max-new-tokens", "4", *options)
-    assert_refused(result, word)
-    assert result.out == ""
-
-
-def test_any_character_is_printed_on_any_terminal(folder: Path) -> None:
-    arguments = ["--prompt", "snow \u2603", "--max-new-tokens", "0", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "gptkernels", "generate", str(folder), *arguments],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONUTF8": "1",
-            "PYTHONIOENCODING": "cp1252",
-        },
-        capture_output=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.rstrip() == b"snow ?"
-
-
-def test_generate_never_leaves_the_tokenizers_vocabulary(call: Any, tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
-    model = GPT(GPTConfig(vocab_size=5000, block_size=32, n_layer=1, n_head=2, n_embd=16))
-    model.save_pretrained(tmp_path, tokenizer="bytes")
-    result = call("generate", tmp_path, "--prompt", "x", "--max-new-tokens", "31")
-    assert result.code == 0, result.err
-
-
-def test_generate_refuses_a_contradictory_checkpoint(call: Any, trained: Path) -> None:
-    path = trained / "broken.pt"
-    content = checkpoint.load(trained / "checkpoint.pt")
-    for key, value in (
-        ("model_config", {**content["model_config"], "n_embd": 64}),
-        ("model_config", {**content["model_config"], "colour": "red"}),
-        ("model_config", None),
-        ("train_config", {}),
-    ):
-        checkpoint.save(path, {**content, key: value})
-        assert_refused(call("generate", path, "--prompt", "x"), f"checkpoint: {path}")
-
-
-def test_generate_from_a_nanogpt_checkpoint(call: Any, tmp_path: Path, folder: Path) -> None:
-    model = GPT.from_pretrained(folder)
-    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")
-    arguments = {name: getattr(model.config, name) for name in names}
-    content = {"model": model.state_dict(), "model_args": arguments, "iter_num": 1}
-    torch.save(content, tmp_path / "ckpt.pt")
-    options = ("--prompt", "The ", "--max-new-tokens", "8", "--temperature", "0")
-    assert call("generate", tmp_path / "ckpt.pt", *options).code == 0
-
-
-def test_generate_refuses_what_is_no_model(call: Any, tmp_path: Path, folder: Path) -> None:
-    assert_refused(call("generate", tmp_path / "absent", "--prompt", "x"), "absent")
-    (tmp_path / "empty").mkdir()
-    assert_refused(call("generate", tmp_path / "empty", "--prompt", "x"), "empty")
-    (tmp_path / "noise.pt").write_bytes(b"not a checkpoint")
-    assert_refused(call("generate", tmp_path / "noise.pt", "--prompt", "x"), "noise.pt")
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    assert_refused(call("generate", folder, "--prompt", "x"), "model.safetensors")
-
-
 # ---- train
 
 
@@ -428,6 +306,19 @@ def test_train_refuses_its_files(call: Any, tmp_path: Path) -> None:
     assert_refused(call("train", tmp_path / "empty.txt", *out))
     assert_refused(call("train", "--resume", "--out", tmp_path / "run"), "checkpoint")
     assert not (tmp_path / "run").exists()
+
+
+def test_generate_refuses_a_contradictory_checkpoint(call: Any, trained: Path) -> None:
+    path = trained / "broken.pt"
+    content = checkpoint.load(trained / "checkpoint.pt")
+    for key, value in (
+        ("model_config", {**content["model_config"], "n_embd": 64}),
+        ("model_config", {**content["model_config"], "colour": "red"}),
+        ("model_config", None),
+        ("train_config", {}),
+    ):
+        checkpoint.save(path, {**content, key: value})
+        assert_refused(call("generate", path, "--prompt", "x"), f"checkpoint: {path}")
 
 
 # ---- what is no bad input
