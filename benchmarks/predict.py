@@ -327,11 +327,11 @@ def _epilogue(direction: str, number: int) -> str:
 
 
 def _layer_norm(problem: Problem) -> Iterator[Prediction]:
-    elements = problem.sizes["rows"] * problem.sizes["cols"]
+    sizes = problem.sizes
     for direction in problem.directions:
-        residual = "residual" in problem.text
-        tensors = (4 if residual else 2) if direction.name == "forward" else (4 if residual else 3)
-        moved = 2.0 * tensors * elements
+        # x and y, with a residual that and the sum; dy, the sum and dx, with prenorm its gradient.
+        tensors = {"forward": 2 + 2 * sizes["residual"], "backward": 3 + sizes["prenorm"]}
+        moved = 2.0 * tensors[direction.name] * sizes["rows"] * sizes["cols"]
         for index, made, chosen in direction.ways(MACHINE, lambda launches: launches[0]):
             launches, main = made.launches, made.launches[0]
             waves = main.waves(MACHINE)

@@ -397,9 +397,10 @@ def table(rows: Rows) -> Iterator[str]:
     yield "| case | best of ours | measured | predicted | share | beside the best peer | error |"
     yield "| --- | --- | ---: | ---: | ---: | --- | --- |"
     for name in dict.fromkeys(key[:3] for key in rows.found if key[0] != "ceiling"):
-        ours = [row for key, row in rows.found.items() if key[:3] == name and row["kind"] == "ours"]
+        # Also a row of a problem whose inputs did not fit, which has no cases.
+        ours = [row for key, row in rows.found.items() if key[:3] == name and row["kind"] != "peer"]
         timed = [row for row in ours if row["status"] == "timed"]
-        case = " ".join(name)
+        case = " ".join(filter(None, name))
         if not timed:
             statuses = ", ".join(sorted({row["status"] for row in ours})) or "not tried"
             yield f"| {case} | none: {statuses} | | | | | |"

@@ -233,22 +233,22 @@ def _mlp(problem: Problem, device: torch.device, machine: plans.Machine) -> Iter
 
     def gelu(candidate: int) -> Any:
         outputs = torch.empty_like(h), torch.empty_like(h)
-        mlp_kernels._linear_fwd(
+        mlp_kernels.linear_fwd(
             x, w1, b1, out=outputs[0], activation=outputs[1], candidate=candidate
         )
         return outputs
 
     def plain(candidate: int) -> Any:
         y = torch.empty_like(x)
-        mlp_kernels._linear_fwd(a, w2, b2, out=y, candidate=candidate)
+        mlp_kernels.linear_fwd(a, w2, b2, out=y, candidate=candidate)
         return (y,)
 
     def slope(candidate: int) -> Any:
-        return mlp_kernels._linear_gelu_bwd(dy, w2, h, "tanh", True, True, candidate=candidate)[:2]
+        return mlp_kernels.linear_gelu_bwd(dy, w2, h, "tanh", True, True, candidate=candidate)[:2]
 
     def to_input(candidate: int) -> Any:
         dx = torch.empty_like(x)
-        mlp_kernels._linear_bwd(dh, w1, out=dx, candidate=candidate)
+        mlp_kernels.linear_bwd(dh, w1, out=dx, candidate=candidate)
         return (dx,)
 
     # Of each product: its rows, inner size and columns; ours; cuBLAS's; the same written out.
@@ -260,9 +260,9 @@ def _mlp(problem: Problem, device: torch.device, machine: plans.Machine) -> Iter
          lambda rows, wide: [wide(a[rows]) @ wide(w2).T + wide(b2)]),
         (backward, 0, (M, inner, C), slope, lambda: torch.mm(dy, w2),
          lambda rows, wide: _slopes(wide(dy[rows]) @ wide(w2), wide(h[rows]))),
-        (backward, 1, (C, inner, M), lambda i: (mlp_kernels._weight_grad(dy, a, candidate=i),),
+        (backward, 1, (C, inner, M), lambda i: (mlp_kernels.weight_grad(dy, a, candidate=i),),
          lambda: torch.mm(dy.T, a), lambda rows, wide: [wide(dy[:, rows]).T @ wide(a)]),
-        (backward, 2, (inner, C, M), lambda i: (mlp_kernels._weight_grad(dh, x, candidate=i),),
+        (backward, 2, (inner, C, M), lambda i: (mlp_kernels.weight_grad(dh, x, candidate=i),),
          lambda: torch.mm(dh.T, x), lambda rows, wide: [wide(dh[:, rows]).T @ wide(x)]),
         (backward, 3, (M, C, inner), to_input, lambda: torch.mm(dh, w1),
          lambda rows, wide: [wide(dh[rows]) @ wide(w1)]),
@@ -354,7 +354,7 @@ def _layer_norm(problem: Problem, device: torch.device, machine: plans.Machine) 
     rows, cols = problem.sizes["rows"], problem.sizes["cols"]
     draw = _randn(device, problem.dtype)
     x, dy, weight, bias = draw(rows, cols), draw(rows, cols), draw(cols), draw(cols)
-    residual = draw(rows, cols) if "residual" in problem.text else None
+    residual = draw(rows, cols) if problem.sizes["residual"] else None
     inputs = [t for t in (x, weight, bias, residual) if t is not None]
     cotangents = [dy] if residual is None else [dy, draw(rows, cols)]
 

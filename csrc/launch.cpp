@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "plan.h"
 #include "resident.h"
@@ -118,13 +121,19 @@ void opt_in_to_shared(const void* kernel, const Launch& launch) {
 int detail::resident_clusters(const void* kernel, const Launch& launch, int ctas_of_sm) {
     if (const Plan* plan = Plan::elsewhere())
         return std::max(1, plan->multiprocessors * ctas_of_sm / static_cast<int>(launch.cluster));
+    // The driver works it out anew at every call, and nothing of it changes.
+    static std::mutex mutex;
+    static std::map<std::tuple<const void*, int, unsigned, unsigned, size_t>, int> known;
+    const std::lock_guard lock(mutex);
+    int& clusters = known[{kernel, launch.stream.device, launch.cluster, launch.threads,
+                           launch.shared_bytes}];
+    if (clusters > 0) return clusters;
     const DeviceGuard guard(launch);
     opt_in_to_shared(kernel, launch);
     cudaLaunchAttribute cluster{};
     Launch one = launch;
     one.grid = dim3(launch.cluster);
     const cudaLaunchConfig_t config = configuration(one, cluster);
-    int clusters = 0;
     check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), launch,
           "to count the clusters that run at a time");
     if (clusters == 0)

@@ -330,7 +330,7 @@ def layer_norm(
         "layer_norm",
         f"{rows} rows of {cols}{','.join(parts)}",
         dtype,
-        dict(rows=rows, cols=cols),
+        dict(rows=rows, cols=cols, residual=int(residual), prenorm=int(residual and prenorm)),
         (
             Direction("forward", forward, "layer_norm_fwd_candidates"),
             Direction("backward", backward, "layer_norm_bwd_candidates"),

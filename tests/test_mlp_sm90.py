@@ -70,7 +70,7 @@ class TestProducts:
         m, n, k = sizes
         a, b, bias = integers(m, k), integers(n, k), integers(n)
         out, activation = filled(m, n, dtype=BF16), filled(m, n, dtype=BF16)
-        kernels._linear_fwd(a, b, bias, out=out, activation=activation, candidate=candidate)
+        kernels.linear_fwd(a, b, bias, out=out, activation=activation, candidate=candidate)
         assert torch.equal(out, (a.double() @ b.double().T + bias.double()).to(BF16))
         assert torch.equal(activation, self.gelu_of(out))
 
@@ -80,7 +80,7 @@ class TestProducts:
         m, n, k = sizes
         a, b = integers(m, k), integers(k, n)
         out = filled(m, n, dtype=BF16)
-        kernels._linear_bwd(a, b, out=out, candidate=candidate)
+        kernels.linear_bwd(a, b, out=out, candidate=candidate)
         assert torch.equal(out, exact(a, b, BF16))
 
     @every_candidate
@@ -89,7 +89,7 @@ class TestProducts:
         m, n, k = sizes
         m = -(-m // 8) * 8  # a column of a whose rows TMA can address
         a, b = integers(k, m), integers(k, n)
-        out = kernels._weight_grad(a, b, candidate=candidate)
+        out = kernels.weight_grad(a, b, candidate=candidate)
         assert torch.equal(out, exact(a.T, b, BF16))
 
     @every_candidate
@@ -117,14 +117,14 @@ class TestProducts:
         dy, w2 = integers(m, k), integers(k, n)
         h = torch.randn(m, n).to(device=DEVICE, dtype=BF16) * 2
         options = (dy, w2, h, approximate, True, True)
-        dh, a, partial = kernels._linear_gelu_bwd(*options, candidate=candidate)
+        dh, a, partial = kernels.linear_gelu_bwd(*options, candidate=candidate)
         assert partial.shape == (3, n)  # of 64 rows each
         for part, rows in zip(partial.double(), dh.double().split(64), strict=True):
             bound = 64 * 2.0**-24 * rows.abs().sum(0)  # of any sum of fp32
             assert ((part - rows.sum(0)).abs() <= bound).all()
         monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm80")
         if cuda.EMULATED:
-            wanted_dh, wanted_a, _ = kernels._linear_gelu_bwd(*options)
+            wanted_dh, wanted_a, _ = kernels.linear_gelu_bwd(*options)
             assert torch.equal(dh, wanted_dh)
             assert torch.equal(a, wanted_a)
 
@@ -136,7 +136,7 @@ class TestProducts:
     ) -> None:
         a, b = integers(70, 40, dtype=dtype), integers(328, 40, dtype=dtype)
         out, activation = (filled(70, 328, dtype=dtype) for _ in range(2))
-        kernels._linear_fwd(
+        kernels.linear_fwd(
             a,
             b,
             None,
@@ -158,7 +158,7 @@ class TestProducts:
         row = torch.zeros(1, -(-len(values) // 8) * 8, dtype=h.dtype, device=h.device)
         row[0, : len(values)] = values
         activation = torch.empty_like(row)
-        kernels._linear_fwd(
+        kernels.linear_fwd(
             torch.ones(1, 1, dtype=FP32, device=DEVICE).to(h.dtype),
             row.T.contiguous(),
             None,
@@ -273,8 +273,8 @@ class TestBits:
         x, w1, b1, w2, _ = inputs(70, 48, 136, dtype=dtype).values()
         h, a = (filled(70, 136, dtype=dtype) for _ in range(2))
         options: dict[str, Any] = {"approximate": approximate, "candidate": candidate}
-        kernels._linear_fwd(x, w1, b1, out=h, activation=a, **options)
-        _, rebuilt, _ = kernels._linear_gelu_bwd(
+        kernels.linear_fwd(x, w1, b1, out=h, activation=a, **options)
+        _, rebuilt, _ = kernels.linear_gelu_bwd(
             x, w2, h, approximate, True, False, candidate=candidate
         )
         assert torch.equal(a, rebuilt)
@@ -316,7 +316,7 @@ class TestChoice:
         for a, why in ((shifted, "a: the tensor does not start"), (x[:, :39], "")):
             b = w[:, : a.shape[1]]
             found = cuda.record(
-                functools.partial(kernels._linear_fwd, a, b, None, out=filled(70, 64, dtype=BF16))
+                functools.partial(kernels.linear_fwd, a, b, None, out=filled(70, 64, dtype=BF16))
             )
             (launch,) = found["launches"]
             refused = [reason for kernel, reason in found["refusals"] if "sm90" in kernel]
@@ -329,10 +329,10 @@ class TestChoice:
         flat = integers(1, 65).view(-1)  # a view of many parameters, one of which is a number
         bias = flat[first : first + 64]
         out = filled(70, 64, dtype=BF16)
-        found = cuda.record(functools.partial(kernels._linear_fwd, a, b, bias, out=out))
+        found = cuda.record(functools.partial(kernels.linear_fwd, a, b, bias, out=out))
         (launch,) = found["launches"]
         assert ("sm90" in launch["kernel"]) is (first == 0)
-        kernels._linear_fwd(a, b, bias, out=out)
+        kernels.linear_fwd(a, b, bias, out=out)
         assert torch.equal(out, a @ b.T + bias)
 
     @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ class TestChoice:
     def test_a_candidate_says_why_it_cannot(self, dtype: torch.dtype, n: int, reason: str) -> None:
         a, b = integers(70, 40, dtype=dtype), integers(n, 40, dtype=dtype)
         with pytest.raises(RuntimeError, match=f"^candidate 3 cannot .*{reason}"):
-            kernels._linear_fwd(a, b, None, out=filled(70, n, dtype=dtype), candidate=3)
+            kernels.linear_fwd(a, b, None, out=filled(70, n, dtype=dtype), candidate=3)
 
     def test_more_parts_of_k_than_steps(self) -> None:
         a, b = integers(72, 40), integers(72, 64)
@@ -358,19 +358,19 @@ class TestChoice:
     def test_there_is_no_other_candidate(self) -> None:
         a, b = integers(70, 40), integers(64, 40)
         with pytest.raises(RuntimeError, match=r"candidate 7 cannot .*there are 7"):
-            kernels._linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), candidate=7)
+            kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), candidate=7)
 
     @emulated
     def test_other_devices_have_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm80")
         a, b = integers(70, 40), integers(64, 40)
         with pytest.raises(RuntimeError, match=r"for compute capability 9\.0 alone"):
-            kernels._linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), candidate=0)
+            kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), candidate=0)
 
     def test_few_tiles_of_a_weight_gradient_are_made_in_parts_of_k(self) -> None:
         """As an H200 would be asked to, which no one has here: 9 tiles of 128 x 128, 132 places."""
         a, b = (torch.empty(16384, 384, dtype=BF16, device="meta") for _ in range(2))
-        planned = cuda.plan(lambda: kernels._weight_grad(a, b), capability=90, multiprocessors=132)[
+        planned = cuda.plan(lambda: kernels.weight_grad(a, b), capability=90, multiprocessors=132)[
             "launches"
         ]
         assert [launch["kernel"] for launch in planned[1:]] == [SPLIT_SUM]
@@ -382,6 +382,6 @@ class TestChoice:
         b = torch.empty(n, k, dtype=BF16, device="meta")
         out = torch.empty(m, n, dtype=BF16, device="meta")
         (launch,) = cuda.plan(
-            lambda: kernels._linear_fwd(a, b, None, out=out), capability=90, multiprocessors=132
+            lambda: kernels.linear_fwd(a, b, None, out=out), capability=90, multiprocessors=132
         )["launches"]
         assert "sm90" in launch["kernel"]

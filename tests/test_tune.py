@@ -270,6 +270,8 @@ def test_inputs_that_do_not_fit_leave_the_other_problems(
         "skipped"
     }
     assert any(row["status"] == "timed" for row in rows.found.values() if row["kind"] == "ours")
+    (line,) = (line for line in tune.table(rows) if large.text in line)
+    assert line == f"| layer_norm {large.text} | none: skipped | | | | | |"
 
 
 class TestProcesses:

@@ -31,8 +31,8 @@ def gelu_mlp_fwd(
     a = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
     h = torch.empty_like(a) if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
     y = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype, device=x.device)
-    _linear_fwd(x, w1, b1, out=h, activation=a, approximate=approximate, candidate=candidate)
-    _linear_fwd(a, w2, b2, out=y, candidate=candidate)
+    linear_fwd(x, w1, b1, out=h, activation=a, approximate=approximate, candidate=candidate)
+    linear_fwd(a, w2, b2, out=y, candidate=candidate)
     return y, h
 
 
@@ -59,21 +59,21 @@ def gelu_mlp_bwd(
         return dx, dw1, db1, dw2, db2
     if h is None:
         h = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
-        _linear_fwd(x, w1, b1, out=h, candidate=candidate)
-    dh, a, partial = _linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1, candidate=candidate)
+        linear_fwd(x, w1, b1, out=h, candidate=candidate)
+    dh, a, partial = linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1, candidate=candidate)
     if need_b1:
         db1 = _partial_sums(partial, dy.dtype)
     if need_w2:
-        dw2 = _weight_grad(dy, a, candidate=candidate)
+        dw2 = weight_grad(dy, a, candidate=candidate)
     if need_w1:
-        dw1 = _weight_grad(dh, x, candidate=candidate)
+        dw1 = weight_grad(dh, x, candidate=candidate)
     if need_x:
         dx = torch.empty((x.shape[0], w1.shape[1]), dtype=x.dtype, device=x.device)
-        _linear_bwd(dh, w1, out=dx, candidate=candidate)
+        linear_bwd(dh, w1, out=dx, candidate=candidate)
     return dx, dw1, db1, dw2, db2
 
 
-def _linear_fwd(
+def linear_fwd(
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
@@ -94,7 +94,7 @@ def _linear_fwd(
     )
 
 
-def _linear_bwd(
+def linear_bwd(
     a: Tensor,
     b: Tensor,
     *,
@@ -117,7 +117,7 @@ def _linear_bwd(
     )
 
 
-def _linear_gelu_bwd(
+def linear_gelu_bwd(
     dy: Tensor,
     w2: Tensor,
     h: Tensor,
@@ -138,7 +138,7 @@ def _linear_gelu_bwd(
         dtype=torch.float32,
         device=dy.device,
     )
-    _linear_bwd(
+    linear_bwd(
         dy,
         w2,
         out=dh,
@@ -151,7 +151,7 @@ def _linear_gelu_bwd(
     return dh, a, partial
 
 
-def _weight_grad(a: Tensor, b: Tensor, *, candidate: int = -1) -> Tensor:
+def weight_grad(a: Tensor, b: Tensor, *, candidate: int = -1) -> Tensor:
     """a^T b (m, n) of a (k, m) and b (k, n)."""
     rows, cols = a.shape[1], b.shape[1]
     scalars = _scalars(a, b, cols, candidate) | {"m": rows, "k": a.shape[0]}
