@@ -141,7 +141,7 @@ def test_head_widths(impl: str, D: int) -> None:
     heads=st.sampled_from([(1, 1), (4, 2), (8, 1)]),
     D=st.sampled_from([1, 8, 20]),
     page=st.sampled_from([None, 1, 5, 16]),
-    window=st.sampled_from([None, (0, 0), (6, -1)]),
+    window=st.sampled_from([None, (0, 0), (6, -1), (2**40, 0)]),
     num_splits=st.sampled_from([None, 1, 2, 7, 2**40]),
     return_lse=st.booleans(),
     impl=st.sampled_from(EACH),

@@ -17,7 +17,7 @@ from gptkernels.aten import attention as one
 from gptkernels.reference import cache_of
 
 # Elements of gathered keys, and of values, that are held at a time.
-_GATHERED = 2**28
+_GATHERED = 2**26
 
 
 def attention_decode(
@@ -67,14 +67,14 @@ def _at_once(
     capacity = page if block_table is None else page * block_table.shape[1]
     if q.numel() == 0 or capacity == 0 or entries == 0:
         return
-    column = torch.arange(capacity, device=q.device)
-    step = max(1, _GATHERED // (capacity * Hk * D))
+    left = options[1]
+    columns = min(capacity, left + q.shape[1]) if left >= 0 else capacity
+    step = max(1, _GATHERED // (columns * Hk * D))
     for b in range(0, len(q), step):
         few = slice(b, b + step)
-        # Column c of the gathered keys is key c - dead of an entry.
-        dead = capacity - cache_lengths[few, None].clamp(0, capacity)
-        alive = column >= dead
-        keys = (column - dead).clamp(min=0)
+        ends = cache_lengths[few, None].clamp(0, capacity)
+        keys = torch.arange(-columns, 0, device=q.device) + ends
+        alive, keys = keys >= 0, keys.clamp(min=0)
         if block_table is None:
             entry, place = torch.arange(entries, device=q.device)[few, None], keys
         else:
