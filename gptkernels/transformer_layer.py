@@ -50,7 +50,8 @@ class TransformerLayer(FusedModule):
     and `activation` may be any function as there. Results agree up to rounding in evaluation, and
     in training with dropout=0; with dropout the masks are others (of the contract of
     `gptkernels.attention` and `gptkernels.layer_norm`, and PyTorch's own inside the MLP). A query
-    that may see no key attends to nothing, and gives zeros where PyTorch gives NaN.
+    that may see no key attends to nothing, and gives zeros where PyTorch gives NaN. Under autocast
+    the result has src's dtype, as there.
 
     Raises TypeError and ValueError for arguments out of range, and for a head wider than 256.
     """
