@@ -5,7 +5,7 @@
 10.8 million parameters (6 layers, 6 heads, width 384), bytes, contexts of 128 tokens, no dropout.
 First `gptkernels.gpt.train.train`, then plain_gpt.py's model from the same initial weights, on the
 same batches in the same order, with the same optimiser and learning rates. What then separates the
-two curves is rounding, which training amplifies.
+two curves is rounding, which training amplifies; nothing does where PyTorch's own operators run.
 
 DIR gets run/ (as `gptkernels train` leaves it), curves.json (both curves and their differences)
 and curves.png. TEXT is any UTF-8 file; the figures in docs/training.md are of
@@ -39,7 +39,7 @@ Curve = list[dict[str, Any]]
 """Records as in log.jsonl: step, and loss (mean since the last record), validation_loss or both."""
 
 
-def training(steps: int, device: str) -> TrainConfig:
+def training(steps: int, device: str, impl: str) -> TrainConfig:
     """How both are trained."""
     return TrainConfig(
         steps=steps,
@@ -50,6 +50,7 @@ def training(steps: int, device: str) -> TrainConfig:
         validation_interval=100,
         checkpoint_interval=500,
         device=device,
+        impl=impl,
     )
 
 
@@ -165,12 +166,11 @@ def draw(
                 label=f"{name}, {kind}",
             )
     for key, colour in (("loss", "#2d6cc2"), ("validation_loss", "#c2452d")):
-        above_zero = [(step, gap) for step, gap in by_step[key] if gap > 0]
-        if above_zero:  # which is what a logarithm can show
-            below.plot(*zip(*above_zero, strict=True), color=colour, linewidth=1.2)
+        below.plot(*zip(*by_step[key], strict=True), color=colour, linewidth=1.2)
     above.set_ylabel("loss (nats per byte)")
     below.set_ylabel("difference")
-    below.set_yscale("log")
+    below.set_yscale("symlog", linthresh=1e-7)  # a logarithm that has a place for 0
+    below.set_ylim(bottom=0)
     below.set_xlabel("step")
     above.legend(frameon=False)
     for axes in (above, below):
@@ -186,8 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--impl", default="auto", help="auto, torch, triton or cuda")
     given = parser.parse_args(arguments)
-    how = training(given.steps, given.device)
+    how = training(given.steps, given.device, given.impl)
     with ProgressBar() as bar:
         ours = train([given.text], given.out / "run", model=MODEL, config=how, observer=bar).records
     with ProgressBar() as bar:
