@@ -97,23 +97,23 @@ SLOPES = [0.5, 0.25, 0.125, 0.1]
 
 @runnable
 @pytest.mark.parametrize(
-    ("page", "options"),
+    ("Tq", "page", "options"),
     [
-        (None, {}),
-        (4, {}),
-        (None, {"num_splits": 3, "return_lse": True}),
-        (5, {"num_splits": 2, "return_lse": True, "softcap": 2.0}),
-        (None, {"window": (5, 0), "return_lse": True}),
-        (16, {"window": (90, 0), "num_splits": 4, "return_lse": True}),
-        (None, {"alibi_slopes": SLOPES, "num_splits": 2, "return_lse": True}),
-        (64, {"alibi_slopes": SLOPES, "softcap": 2.0, "softmax_scale": -0.7}),
+        (1, None, {}),
+        (2, 4, {}),
+        (2, None, {"num_splits": 3, "return_lse": True}),
+        (1, 5, {"num_splits": 2, "return_lse": True, "softcap": 2.0}),
+        (1, None, {"window": (5, 0), "return_lse": True}),
+        (2, 16, {"window": (90, 0), "num_splits": 4, "return_lse": True}),
+        (1, None, {"alibi_slopes": SLOPES, "num_splits": 2, "return_lse": True}),
+        (2, 64, {"alibi_slopes": SLOPES, "softcap": 2.0, "softmax_scale": -0.7}),
     ],
     ids=str,
 )
 def test_each_option(
-    impl: str, dtype: torch.dtype, page: int | None, options: dict[str, Any]
+    impl: str, dtype: torch.dtype, Tq: int, page: int | None, options: dict[str, Any]
 ) -> None:
-    hold(*cache([130, 0, 1, 67], 2, 4, 2, 20, page, dtype), impl, **options)
+    hold(*cache([130, 0, 1, 67], Tq, 4, 2, 20, page, dtype), impl, **options)
 
 
 @each

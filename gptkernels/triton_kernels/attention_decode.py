@@ -280,6 +280,7 @@ def attention_decode(
     if k_cache.numel() == 0 or capacity == 0:
         return out.zero_(), lse.fill_(-float("inf"))
     splits = attention_splits.most_splits(capacity, num_splits)
+    bound = min(left, capacity)  # no position less a bound leaves int32
     parts = torch.empty((B, splits, Tq, H, D) if splits > 1 else 0, device=q.device)
     part_lse = torch.empty(parts.shape[:-1], device=q.device)
     cache_lengths = cache_lengths.contiguous()
@@ -294,7 +295,7 @@ def attention_decode(
             q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, out, lse,
             parts, part_lse, *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
             0 if block_table is None else block_table.stride(0),
-            Hk, H // Hk, Tq, entries, page, capacity, splits, num_splits, min(left, capacity),
+            Hk, H // Hk, Tq, entries, page, capacity, splits, num_splits, bound,
             softmax_scale, softcap, D, BD, BM, BN, block_table is not None, Tq > 1, left >= 0,
             softcap > 0 or alibi_slopes is not None or softmax_scale <= 0, softcap > 0,
             alibi_slopes is not None,
@@ -303,7 +304,7 @@ def attention_decode(
         if splits > 1:
             attention_decode_combine_kernel[(B * Tq * H,)](
                 cache_lengths, parts, part_lse, out, lse, H, Tq, capacity, splits, num_splits,
-                min(left, capacity), D, BD, _COMBINED, left >= 0, num_warps=4, enable_fp_fusion=True,
+                bound, D, BD, _COMBINED, left >= 0, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return out, lse
 
