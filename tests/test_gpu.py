@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 import gptkernels
 from gptkernels import GPT, GPTConfig, baseline, parity, reference, verify
+from gptkernels.gpt.activations import measured
 from gptkernels.ops.choice import unavailable
 
 pytestmark = [
@@ -332,6 +333,17 @@ def test_large(impl: str, call: Call, dtype: torch.dtype, seed: int) -> None:
             call.inputs(dtype, seed),
             seed,
         )
+
+
+def test_activations_take_at_least_what_blocks_keep() -> None:
+    config = GPTConfig(61, block_size=512, n_layer=2, n_head=4, n_embd=256)
+    model = GPT(config).cuda()
+    tokens = torch.randint(config.vocab_size, (8, 512), device="cuda")
+    with measured(model) as activations:
+        loss = model(tokens, tokens)
+    least = 2 * 8 * 512 * (7 * 256 + 1024) * 4
+    assert least < activations.bytes < 4 * least
+    loss.backward()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
