@@ -195,6 +195,22 @@ def test_the_same_bits_alone_and_in_a_batch_of_64(
         assert torch.equal(lse[0], together[1][b])
 
 
+@each
+@pytest.mark.parametrize("default", [BF16, torch.float64], ids=str)
+def test_the_default_dtype_changes_no_bit(impl: str, default: torch.dtype) -> None:
+    tensors, rest = cache([130, 0])
+    options = dict(alibi_slopes=(0.3, 0.1), num_splits=3, return_lse=True, impl=impl)
+    expected = attention_decode(**tensors, **rest, **options)
+    torch.set_default_dtype(default)
+    try:
+        found = attention_decode(**tensors, **rest, **options)
+    finally:
+        torch.set_default_dtype(FP32)
+    for x, right in zip(found, expected, strict=True):
+        assert x.dtype == right.dtype
+        assert torch.equal(x, right)
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_nonfinite_values_reach_the_tokens_that_see_them_alone(impl: str, num_splits: int) -> None:

@@ -38,7 +38,7 @@ def attention_decode(
     """
     B, Tq, H, _ = q.shape
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((B, H, Tq), -math.inf, device=q.device)
+    lse = torch.full((B, H, Tq), -math.inf, dtype=torch.float32, device=q.device)
     options = (softmax_scale, left, 0, softcap, 0.0)
     if q.device.type != "cpu":
         _at_once(q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, options, out, lse)

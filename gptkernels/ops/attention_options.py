@@ -95,7 +95,8 @@ def slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor, heads: int)
                 "alibi_slopes is not differentiable, got one that requires grad; detach it"
             )
     elif isinstance(alibi_slopes, Sequence) and all(isinstance(s, NUMBER) for s in alibi_slopes):
-        given = torch.tensor([float(slope) for slope in alibi_slopes], device=q.device)
+        floats = [float(slope) for slope in alibi_slopes]
+        given = torch.tensor(floats, dtype=torch.float32, device=q.device)
     else:
         raise TypeError(f"alibi_slopes must be a tensor or floats, got {alibi_slopes!r}")
     check_shape("alibi_slopes", given, (heads,), "one slope per head of q")

@@ -281,8 +281,9 @@ def attention_decode(
         return out.zero_(), lse.fill_(-float("inf"))
     splits = attention_splits.most_splits(capacity, num_splits)
     bound = min(left, capacity)  # no position less a bound leaves int32
-    parts = torch.empty((B, splits, Tq, H, D) if splits > 1 else 0, device=q.device)
-    part_lse = torch.empty(parts.shape[:-1], device=q.device)
+    shape = (B, splits, Tq, H) if splits > 1 else (0,)
+    parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     cache_lengths = cache_lengths.contiguous()
     if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
