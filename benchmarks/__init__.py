@@ -18,6 +18,7 @@ from types import ModuleType
 _MODULES = {
     "layer_norm": "bench_layer_norm",
     "attention": "bench_attention",
+    "attention_varlen": "bench_attention_varlen",
     "attention_decode": "bench_attention_decode",
     "gelu_mlp": "bench_mlp",
 }

@@ -262,6 +262,14 @@ def test_every_case_runs(op: str) -> None:
             assert mine.shape == plain.shape
 
 
+def test_packed_sequences_stand_beside_the_same_attention() -> None:
+    cases = list(benchmarks.suite("attention_varlen").cases("cpu", ("torch",)))
+    assert [case.shape.split(", PyTorch ")[1] for case in cases[::2]] == ["one by one", "padded"]
+    for case in cases:
+        mine, plain = (flat(case.candidates[name]()) for name in ("torch", "pytorch"))
+        torch.testing.assert_close(mine, plain)
+
+
 def flat(result: Any) -> list[torch.Tensor]:
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
