@@ -65,9 +65,9 @@ def lines(problem: Problem, machine: Machine) -> Iterator[str]:
     )
     yield from _layer_lines(problem)
     for direction in problem.directions:
+        made = direction.plan(machine)
         yield ""
         yield direction.name
-        made = direction.plan(machine)
         for launched in made.launches:
             yield f"  {launched.kernel} on {launched.shape}"
             yield from (f"    {line}" for line in described(launched, machine))
