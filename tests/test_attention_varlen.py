@@ -341,6 +341,20 @@ def test_lengths_are_clamped_to_what_the_tensors_hold() -> None:
 
 
 @each
+@pytest.mark.parametrize("lengths", [[], [0, 0], [3, 0]])
+def test_lse_is_fp32_whatever_the_default_dtype(impl: str, lengths: list[int]) -> None:
+    tensors = inputs(lengths, lengths)
+    torch.set_default_dtype(BF16)
+    try:
+        _, lse = attention_varlen(
+            **tensors, **arguments(lengths, lengths), return_lse=True, impl=impl
+        )
+    finally:
+        torch.set_default_dtype(FP32)
+    assert lse.dtype == FP32
+
+
+@each
 def test_strided_inputs_and_autocast(impl: str) -> None:
     lengths = [4, 3]
     tensors = inputs(lengths, lengths)

@@ -34,7 +34,7 @@ def attention_varlen_fwd(
     """out (total_q, H, D) and lse (H, total_q) fp32; see `reference.attention_varlen`."""
     # On a GPU nobody has looked whether the lengths cover q: queries of no sequence give 0.
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((q.shape[1], q.shape[0]), -math.inf, device=q.device)
+    lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32)
     for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k):
         out[rows], lse[:, rows] = (
             result[0]

@@ -38,7 +38,7 @@ def attention_varlen_fwd(
     """
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if sequences is None:
-        lse = torch.full((q.shape[1], q.shape[0]), -math.inf, device=q.device)
+        lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32)
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
     out, lse = one.attention_fwd(
         q[None], k[None], v[None], alibi_slopes, None, None, rng, softmax_scale, left, right,
