@@ -235,7 +235,7 @@ class CausalSelfAttention(FusedModule):
         `KVCache.append`, `gptkernels.attention` and `gptkernels.attention_decode` raise.
 
         normed = (norm, s) says that x is norm(s): the backward pass then computes x again from s
-        instead of keeping it. c_attn's parameters are used without calling the module.
+        instead of keeping it. An nn.Linear as c_attn is then not called: its hooks do not run.
         """
         check_tensor("x", x)
         if x.dim() != 3 or x.shape[-1] != self.c_attn.in_features:
@@ -264,7 +264,8 @@ class CausalSelfAttention(FusedModule):
         return self.c_proj(cast("Tensor", out).flatten(-2))
 
     def _project(self, x: Tensor, normed: tuple[LayerNorm, Tensor] | None) -> Tensor:
-        if normed is None or not torch.is_grad_enabled():
+        # What somebody put in place of c_attn (an adapter, say) computes what it computes.
+        if normed is None or not torch.is_grad_enabled() or type(self.c_attn) is not nn.Linear:
             return self.c_attn(x)
         norm, source = normed
         return norm_linear(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptkernels import GPT, GPTConfig, layer_norm, layers
 from gptkernels.gpt.activations import measured
@@ -147,6 +147,21 @@ def test_norm_linear_is_linear(
         strict=True,
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_what_replaces_c_attn_is_called() -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, tokens = GPT(CONFIG), torch.randint(CONFIG.vocab_size, (B, T))
+    for block in model.transformer.h:
+        adapted = Twice(C, 3 * C)
+        adapted.load_state_dict(block.attn.c_attn.state_dict())
+        block.attn.c_attn = adapted
+    with torch.no_grad():
+        wanted = model(tokens)
+    assert torch.equal(model(tokens), wanted)
 
 
 def test_training_reports_its_activations(tmp_path: Path) -> None:
