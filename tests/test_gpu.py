@@ -49,14 +49,19 @@ class Call:
         )
 
     def __call__(self, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
-        """Outputs, then the gradients of all inputs for cotangents of ones."""
-        leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+        """Outputs, then the gradients of all inputs that have one for cotangents of ones."""
+        leaves = {
+            name: value.detach().requires_grad_(value.is_floating_point())
+            for name, value in inputs.items()
+        }
         op = getattr(gptkernels, self.op)
         given = {**self.options, **self.op_options, **options}
         returned = op(**leaves, **given)
         outputs = returned if isinstance(returned, tuple) else (returned,)
         gradients = torch.autograd.grad(
-            outputs, list(leaves.values()), [torch.ones_like(output) for output in outputs]
+            outputs,
+            [leaf for leaf in leaves.values() if leaf.requires_grad],
+            [torch.ones_like(output) for output in outputs],
         )
         return (*(output.detach() for output in outputs), *gradients)
 
@@ -83,6 +88,19 @@ CALLS = (
             "v": randn(2, 300, 2, 64),
         },
         {"causal": True},
+        {"deterministic": True},
+    ),
+    # Its lengths stay on the GPU: reading them would break the capture of a graph.
+    Call(
+        "attention_varlen",
+        lambda randn: {
+            "q": randn(300, 6, 64),
+            "k": randn(310, 2, 64),
+            "v": randn(310, 2, 64),
+            "cu_seqlens_q": torch.tensor([0, 40, 40, 300], dtype=torch.int32, device="cuda"),
+            "cu_seqlens_k": torch.tensor([0, 45, 50, 310], dtype=torch.int32, device="cuda"),
+        },
+        {"max_seqlen_q": 260, "max_seqlen_k": 260},
         {"deterministic": True},
     ),
     Call(
@@ -306,7 +324,10 @@ def test_side_stream(impl: str, call: Call, seed: int) -> None:
     """Kernels run on the current stream: elsewhere they would read inputs before they are there."""
     fresh = call.inputs(torch.float16, seed)
     expected = call(fresh, impl=impl)
-    inputs = {name: torch.full_like(value, float("nan")) for name, value in fresh.items()}
+    inputs = {
+        name: torch.full_like(value, float("nan")) if value.is_floating_point() else value.clone()
+        for name, value in fresh.items()
+    }
     call(inputs, impl=impl)  # compiled and warm
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
