@@ -1,7 +1,8 @@
+"""Weights: Hugging Face folders and nanoGPT checkpoints, both ways."""
+
 from __future__ import annotations
 
 import json
-import shutil
 import stat
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from gptkernels.examples import plain_gpt
+from hf_folders import CONFIG, folder, randomize, saved, theirs
 from torch import Tensor
 
 from gptkernels import GPT, GPTConfig
@@ -21,46 +23,7 @@ pytest.importorskip("safetensors", reason="needs the package safetensors")
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-CONFIG = GPTConfig(vocab_size=67, block_size=24, n_layer=2, n_head=3, n_embd=24, n_inner=40)
-
-
-def theirs(**changes: Any) -> Any:
-    """A random GPT2LMHeadModel of CONFIG's shape, every parameter large enough to matter."""
-    settings = {
-        "vocab_size": 67,
-        "n_positions": 24,
-        "n_layer": 2,
-        "n_head": 3,
-        "n_embd": 24,
-        "n_inner": 40,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    torch.manual_seed(0)  # also for a module's fixture, which is made before any test seeds
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**settings, **changes}))
-    return randomize(model).eval()
-
-
-def randomize(model: Any) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("theirs")
-    theirs().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of a folder that transformers wrote, to be damaged."""
-    shutil.copytree(saved, tmp_path / "copy")
-    return tmp_path / "copy"
+__all__ = ["folder", "saved"]  # fixtures
 
 
 def assert_close(ours: Tensor, other: Tensor) -> None:
@@ -163,8 +126,8 @@ def theirs_gpt1() -> Any:
 
 def gpt1_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state_dict of ours with the names of theirs."""
-    for theirs, ours in (("tokens_embed", "wte"), ("positions_embed", "wpe")):
-        state = {name.replace(f".{ours}.", f".{theirs}."): value for name, value in state.items()}
+    for other, ours in (("tokens_embed", "wte"), ("positions_embed", "wpe")):
+        state = {name.replace(f".{ours}.", f".{other}."): value for name, value in state.items()}
     return state
 
 
@@ -414,185 +377,3 @@ def test_a_missing_extra_is_one_sentence(folder: Path, monkeypatch: pytest.Monke
         with pytest.raises(ImportError, match=r"'safetensors': pip install 'gptkernels\[gpt\]'$"):
             use(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_dropout_of_the_folder(folder: Path) -> None:
-    edit(folder, attn_pdrop=0.2)
-    with pytest.raises(ValueError, match=r"must be equal, got 0\.1, 0\.2 and 0\.1"):
-        GPT.from_pretrained(folder)
-    assert GPT.from_pretrained(folder, dropout=0.3).config.dropout == 0.3
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"model_type": "llama"},
-            "model_type must be one of 'gpt2', 'openai-gpt', 'gptkernels', got 'llama'",
-        ),
-        (
-            {"activation_function": "relu"},
-            "activation_function must be one of gelu_new, .* got 'relu'",
-        ),
-        ({"scale_attn_weights": False}, "scale_attn_weights must be true, got false"),
-        (
-            {"scale_attn_by_inverse_layer_idx": True},
-            "scale_attn_by_inverse_layer_idx must be false",
-        ),
-        ({"add_cross_attention": True}, "add_cross_attention must be false, got true"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings must be true, got false"),
-        ({"n_embd": "24"}, "n_embd must be an int, got '24'"),
-        ({"n_head": 5}, "n_head must divide n_embd, got n_embd=24 and n_head=5"),
-        (
-            {"vocab_size": 66},
-            r"wte.weight must have shape \(66, 24\) by its configuration, got \(67, 24\)",
-        ),
-        (
-            {"n_positions": 25},
-            r"wpe.weight must have shape \(25, 24\) by its configuration, got \(24, 24\)",
-        ),
-        (
-            {"n_inner": None},
-            r"c_fc.weight must have shape \(96, 24\) by its configuration, got \(40, 24\)",
-        ),
-        ({"n_layer": 3}, r"the weights lack transformer.h.2.ln_1.weight"),
-        ({"n_layer": 1}, r"the weights hold transformer.h.1.\S+, which"),
-        ({"bias": False}, '"bias": false, but transformer.h.0.attn.c_attn.bias is not zero'),
-    ],
-)
-def test_config_that_asks_for_something_else(
-    folder: Path, changes: dict[str, Any], message: str
-) -> None:
-    edit(folder, **changes)
-    with pytest.raises(ValueError, match=message) as caught:
-        GPT.from_pretrained(folder)
-    assert "\n" not in str(caught.value)
-
-
-def truncate(name: str, size: int) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
-
-
-def write(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def unlink(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def change(name: str, to: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
-    def changed(folder: Path) -> None:
-        state = load_file(folder / "model.safetensors")
-        state[name] = to(state.get(name, torch.zeros(67, 24)))
-        save_file(state, folder / "model.safetensors")
-
-    return changed
-
-
-def pickled(content: Any, size: int | None = None) -> Callable[[Path], None]:
-    def changed(folder: Path) -> None:
-        (folder / "model.safetensors").unlink()
-        torch.save(content, folder / "pytorch_model.bin")
-        truncate("pytorch_model.bin", size or 10**9)(folder)
-
-    return changed
-
-
-def binary(content: bytes) -> Callable[[Path], None]:
-    def changed(folder: Path) -> None:
-        (folder / "model.safetensors").unlink()
-        (folder / "pytorch_model.bin").write_bytes(content)
-
-    return changed
-
-
-def sharded(weight_map: Any) -> Callable[[Path], None]:
-    def changed(folder: Path) -> None:
-        (folder / "model.safetensors").rename(folder / "shard.safetensors")
-        index = folder / "model.safetensors.index.json"
-        index.write_text(json.dumps({"weight_map": weight_map}))
-
-    return changed
-
-
-@pytest.mark.parametrize(
-    ("damage", "error", "message"),
-    [
-        (shutil.rmtree, FileNotFoundError, "folder must be an existing folder, got "),
-        (unlink("config.json"), FileNotFoundError, "config.json is missing"),
-        (write("config.json", b""), ValueError, "config.json is no JSON file"),
-        (write("config.json", b"\xff\xfe{"), ValueError, "config.json is no JSON file"),
-        (write("config.json", b"[1]"), ValueError, "must hold a JSON object, got a list"),
-        (unlink("model.safetensors"), FileNotFoundError, "must hold model.safetensors, its shards"),
-        (write("model.safetensors", b""), ValueError, "no complete safetensors file"),
-        (write("model.safetensors", b"PK" * 99), ValueError, "no complete safetensors file"),
-        (truncate("model.safetensors", 40_000), ValueError, "no complete safetensors file"),
-        (truncate("model.safetensors", 100), ValueError, "no complete safetensors file"),
-        (
-            change("transformer.x.weight", Tensor.clone),
-            ValueError,
-            "hold transformer.x.weight, which",
-        ),
-        (change("lm_head.weight", Tensor.clone), ValueError, "lm_head.weight must equal"),
-        (change("transformer.ln_f.bias", Tensor.int), ValueError, "must be float32, .* got int32"),
-        (
-            change("transformer.h.0.mlp.c_fc.weight", lambda t: t.t().contiguous()),
-            ValueError,
-            "must have shape",
-        ),
-        (
-            change("transformer.h.0.mlp.c_fc.weight", lambda t: t[0].clone()),
-            ValueError,
-            "must have shape",
-        ),
-        (
-            change("transformer.wte.weight", Tensor.bfloat16),
-            ValueError,
-            r"must have the dtype of transformer\.\S+, (float32|bfloat16), got (float32|bfloat16)",
-        ),
-        (
-            change("transformer.ln_f.bias", Tensor.half),
-            ValueError,
-            r"must have the dtype of transformer\.\S+, (float32|float16), got (float32|float16)",
-        ),
-        (pickled([1, 2]), ValueError, "must hold a dictionary of tensors"),
-        (pickled({0: torch.ones(2)}), ValueError, "must hold a dictionary of tensors by name"),
-        (pickled({"wte.weight": 1}), ValueError, "must hold a dictionary of tensors by name"),
-        # A string cut in its length, a text, a list's end where none began: struct.error, KeyError
-        # and IndexError inside the unpickler.
-        (binary(b"\x80\x02X\x05"), ValueError, r"no complete PyTorch file .* alone \(.+\)"),
-        (binary(b"hello\n"), ValueError, r"no complete PyTorch file .* alone \(.+\)"),
-        (binary(b"\x80\x02e."), ValueError, r"no complete PyTorch file .* alone \(.+\)"),
-        (pickled({"wte.weight": torch.ones(999)}, 900), ValueError, "no complete PyTorch file"),
-        (pickled({"wte.weight": torch.ones(999)}, 1), ValueError, "no complete PyTorch file"),
-        (sharded([1]), ValueError, "weight_map must name a file for each tensor"),
-        (
-            sharded({"transformer.wte.weight": "gone.safetensors"}),
-            FileNotFoundError,
-            "gone.safetensors, which is missing",
-        ),
-        (
-            sharded({"transformer.wte.weight": "../x.safetensors"}),
-            ValueError,
-            "files in the folder itself",
-        ),
-        (
-            sharded({"transformer.y": "shard.safetensors"}),
-            ValueError,
-            "places transformer.y in shard",
-        ),
-    ],
-)
-def test_broken_folders(
-    folder: Path, damage: Callable[[Path], object], error: type[Exception], message: str
-) -> None:
-    damage(folder)
-    with pytest.raises(error, match=message) as caught:
-        GPT.from_pretrained(folder)
-    assert "\n" not in str(caught.value)
