@@ -19,7 +19,8 @@ pytest.importorskip("safetensors")
 from test_cli import assert_refused
 
 from gptkernels import GPT, GPTConfig
-from gptkernels.gpt.engine import Engine
+from gptkernels.cli_generate import _Printer
+from gptkernels.gpt.engine import Engine, Event, Request
 from gptkernels.gpt.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,25 @@ def test_several_prompts_and_samples_are_printed_in_their_order(call: Any, folde
     alone = objects(call("generate", folder, "--prompt", prompts[7], *options, "--json"))
     for one, row in zip(alone, rows[14:16], strict=True):
         assert one == {name: row[name] for name in one if name != "request"} | {"request": 0}
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_results_wait_for_their_turn(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
+    printer = _Printer(ByteTokenizer(), as_json, False)
+    for number in (0, 1):
+        printer.expect(number, "a", Request([97], 2, samples=2, seed=0))
+    for key in ((1, 1), (0, 1), (1, 0)):
+        printer.take(Event(*key, 98, -1.0, f"text {key}", "length"))
+    assert capsys.readouterr().out == ""
+    printer.take(Event(0, 0, 98, -1.0, "text", None))
+    assert capsys.readouterr().out == ("" if as_json else "atext")
+    printer.take(Event(0, 0, 98, -1.0, " (0, 0)", "length"))
+    out = capsys.readouterr().out
+    if as_json:
+        texts = [json.loads(line)["text"] for line in out.splitlines()]
+    else:
+        texts = [line.removeprefix("a") for line in ("atext" + out).splitlines()[::2]]
+    assert texts == ["text (0, 0)", "text (0, 1)", "text (1, 0)", "text (1, 1)"]
 
 
 def test_a_seed_that_was_drawn_is_told(call: Any, folder: Path) -> None:
