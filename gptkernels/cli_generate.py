@@ -54,7 +54,13 @@ _AHEAD = 64
 @click.option("--seed", type=int, help="For the same samples again, in any batch.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
 @click.option("--logprobs", is_flag=True, help="Log-probabilities of the tokens; with --json.")
-@click.option("--slots", type=int, default=8, show_default=True, help="Texts at a time.")
+@click.option(
+    "--slots",
+    type=int,
+    default=8,
+    show_default=True,
+    help="Texts at a time: 1, or a multiple of 8.",
+)
 @click.option(
     "--tokenizer", type=click.Choice(["bytes", "gpt1", "gpt2"]), help="Default: the model's own."
 )

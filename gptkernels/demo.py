@@ -190,7 +190,9 @@ def _sample(model: GPT, seed: int, console: Console) -> str:
     heading(console, "2. A sample", f"after {_PROMPT!r}, temperature 0.7")
     tokenizer = ByteTokenizer()
     prompt = torch.tensor([tokenizer.encode(_PROMPT)], device=next(model.parameters()).device)
-    tokens = model.generate(prompt, _SAMPLE_TOKENS - prompt.shape[1], temperature=0.7, seed=seed)
+    tokens = model.generate(
+        prompt, _SAMPLE_TOKENS - prompt.shape[1], temperature=0.7, seed=seed, slots=1
+    )
     text = tokenizer.decode(tokens[0].tolist())
     console.print(escape(text), style="italic", soft_wrap=True)
     return text

@@ -156,6 +156,16 @@ def test_a_prompt_may_come_while_others_run(model: GPT) -> None:
     assert len([e for e in late if e.request == 0]) == 5
 
 
+def test_one_slot_gives_the_same_bits_too(model: GPT) -> None:
+    requests = mixed(12)
+    whole = results(model, requests, slots=1)
+    backwards = results(model, requests[::-1], slots=1)
+    assert {11 - i: events for (i, _), events in backwards.items()} == {
+        i: events for (i, _), events in whole.items()
+    }
+    assert results(model, requests[5:6], slots=1)[0, 0] == whole[5, 0]
+
+
 # Text
 
 

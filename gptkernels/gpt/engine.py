@@ -7,9 +7,9 @@
 
 A step's shapes are the same however many slots are taken, and what a slot computes depends on no
 other: so a request gives the same bits alone, in any batch, in any order and in any slot, for a
-given R. R is a multiple of 8: matrix products on a CPU give the last of 5, 6 or 7 rows other bits
-than the first. Text past block_size slides: once a slot holds block_size tokens, the last half of
-them is prefilled anew, which again depends on the request alone.
+given R. R is 1 or a multiple of 8: matrix products on a CPU give the last of 5, 6 or 7 rows other
+bits than the first. Text past block_size slides: once a slot holds block_size tokens, the last half
+of them is prefilled anew, which again depends on the request alone.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class _Text:
 class Engine:
     """Continues texts with `model`, as many at a time as it has slots.
 
-    slots: rounded up to a multiple of 8.
+    slots: 1, or rounded up to a multiple of 8.
     tokenizer: for the text in events, and for stop strings.
     vocab_size: choose among the ids below it alone, for a model whose vocabulary is padded past its
         tokenizer's; None chooses among all of the model's.
@@ -135,7 +135,8 @@ class Engine:
         vocab_size: int | None = None,
         max_tokens: int | None = None,
     ) -> None:
-        slots = _MULTIPLE * -(-check_count("slots", slots) // _MULTIPLE)
+        if check_count("slots", slots) > 1:
+            slots = _MULTIPLE * -(-slots // _MULTIPLE)
         known = model.config.vocab_size
         self._ids = known if vocab_size is None else check_count("vocab_size", vocab_size)
         if self._ids > known:

@@ -49,8 +49,9 @@ def generate(
     from PyTorch's generator for the CPU.
     vocab_size: choose among the ids below it alone, for a model whose vocabulary is padded past its
     tokenizer's; None chooses among all of the model's.
-    slots: how many rows run at a time, rounded up to a multiple of 8. Every step computes so many,
-    however few there are: that is why a row's tokens do not depend on the others.
+    slots: how many rows run at a time: 1, or rounded up to a multiple of 8. Every step computes so
+    many, however few there are: that is why a row's tokens do not depend on the others. 1 is the
+    quickest for a single row.
 
     T is at most block_size; text past that slides: once block_size tokens are held, the model goes
     on from the last half of them. The model runs in evaluation mode, and is left in the mode it was

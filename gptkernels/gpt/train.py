@@ -367,6 +367,7 @@ class _Run:
             seed=self.config.seed,  # and so from a generator of its own
             eos=self.tokenizer.eos,
             vocab_size=self.tokenizer.vocab_size,
+            slots=1,
         )
         return self.tokenizer.decode(tokens[0].tolist())
 
