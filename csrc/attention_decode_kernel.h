@@ -38,8 +38,10 @@ struct DecodeTiles {
     static constexpr int kWarps = !kHalf && kWidth > 128 ? 2 : 4, kThreads = 32 * kWarps;
     static constexpr int kTeams = kAlone ? kWarps : 1, kTeamWarps = kWarps / kTeams;
     static constexpr int kRows = 16 * kRowTiles * kTeamWarps;
-    static constexpr int kKeys = kAlone ? (kHalf && kWidth == 64 ? 32 : 16)
-                                        : (kWidth == 64 ? 64 : 32);
+    static constexpr int kKeys = kAlone                    ? (kHalf && kWidth == 64 ? 32 : 16)
+                                 : kWidth == 64              ? 64
+                                 : kRowTiles * kWidth == 256 ? 16  // or registers spill
+                                                             : 32;
     static_assert(kSplitMultiple % kKeys == 0, "a split is whole blocks");
     static constexpr bool kFenced = !kHalf;
 
@@ -51,8 +53,8 @@ struct DecodeTiles {
     // Results of the teams lie where queries and keys were.
     static constexpr int kTileBytes = std::max(Query::kBytes + kTeams * kSlots * Key::kBytes,
                                                kTeams * Out::kBytes);
-    // Behind them maxima, sums and slopes of the teams' rows, and a flag for each warp.
-    static constexpr int kSharedBytes = kTileBytes + 12 * kTeams * kRows + 4 * kWarps;
+    // Behind them the teams' maxima and sums, what sets rows apart, and a flag for each warp.
+    static constexpr int kSharedBytes = kTileBytes + 8 * (kTeams + 1) * kRows + 4 * kWarps;
     static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
 };
 
@@ -82,8 +84,14 @@ struct CacheRows {
     }
 };
 
+// What sets the rows of a CTA apart: which keys one sees, how fast its weights fall.
+struct DecodeRowOptions {
+    int token;
+    float slope;
+};
+
 template <class T, int kHeadWidth, int kRowTilesOfWarp, bool kAlone>
-__global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kAlone>::kThreads)
+__global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kAlone>::kThreads, 2)
     attention_decode_kernel(const __grid_constant__ DecodeArguments a) {
     using Tiles = DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kAlone>;
     using Query = typename Tiles::Query;
@@ -127,8 +135,9 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
     const Query q_tile{reinterpret_cast<T*>(arena)};
     unsigned char* ring = arena + Query::kBytes + team * kSlots * Key::kBytes;
     float2* stats = reinterpret_cast<float2*>(arena + Tiles::kTileBytes);
-    float* slopes = reinterpret_cast<float*>(stats + Tiles::kTeams * Tiles::kRows);
-    int* flags = reinterpret_cast<int*>(slopes + Tiles::kTeams * Tiles::kRows);
+    DecodeRowOptions* of_rows =
+        reinterpret_cast<DecodeRowOptions*>(stats + Tiles::kTeams * Tiles::kRows);
+    int* flags = reinterpret_cast<int*>(of_rows + Tiles::kRows);
     auto meet = [] {  // of a team
         if constexpr (kAlone)
             __syncwarp();
@@ -160,7 +169,7 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
                 next_page = cache.page_of(key_of_lane(j + kStep));
             }
             const T* from = is_key ? k : v;
-            const int64_t own =
+            const int64_t of_lane =
                 cache.offset(key_of_lane(j), page, is_key ? p.k_strides : p.v_strides);
             const bool aligned = is_key ? a.k_aligned : a.v_aligned;
             const Key tile = slot(t);
@@ -168,7 +177,7 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
             for (int pass = 0; pass < kWarpKeys * kChunks / 32; ++pass) {
                 const int index = pass * 32 + lane, row = index / kChunks;
                 const int col = index % kChunks * kChunk, key = j + own_row + row;
-                const int64_t offset = __shfl_sync(0xffffffffu, own, row);
+                const int64_t offset = __shfl_sync(0xffffffffu, of_lane, row);
                 const bool there = key >= key_first && key < j_last;
                 const int valid = there ? max(0, min(call.D - col, kChunk)) : 0;
                 copy_chunk(tile.at(own_row + row, col), from + offset + col, valid, aligned);
@@ -195,19 +204,13 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
     }
     cp_async_commit();
 
-    // This thread's rows, lane / 4 + 8 half of each row tile: their tokens, and by way of shared
-    // memory their slopes.
-    int token[kRowTiles][2];
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = row0 + lane / 4 + 16 * r + 8 * half;
-            token[r][half] = (row_first + row) / a.group;
-            if (lane % 4 == 0 && call.alibi_slopes != nullptr)
-                slopes[team * Tiles::kRows + row] =
-                    call.alibi_slopes[hk * a.group + (row_first + row) % a.group] * kLog2e;
-        }
+    for (int row = static_cast<int>(threadIdx.x); row < Tiles::kRows; row += Tiles::kThreads) {
+        const int h = hk * a.group + (row_first + row) % a.group;
+        of_rows[row] = {(row_first + row) / a.group, score_of_head(call, h).slope};
+    }
+    // This thread's rows, two of each row tile. Where registers are short, it pays to read of them
+    // only what a block needs.
+    auto own = [&](int r, int half) { return of_rows[row0 + lane / 4 + 16 * r + 8 * half]; };
     Score score = score_of_head(call, 0);
     const float factor = a.plain ? score.factor : 1.0f;
 
@@ -248,10 +251,8 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
                 for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        const int row = row0 + lane / 4 + 16 * r + 8 * half;
-                        const int distance = token[r][half] + band.shift - j0 - j_offset;
-                        if (call.alibi_slopes != nullptr)
-                            score.slope = slopes[team * Tiles::kRows + row];
+                        const int distance = own(r, half).token + band.shift - j0 - j_offset;
+                        score.slope = own(r, half).slope;
 #pragma unroll
                         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
@@ -268,8 +269,8 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
                 for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        const int lowest = band.lowest(token[r][half]) - j;
-                        const int highest = band.highest(token[r][half]) - j;
+                        const int lowest = band.lowest(own(r, half).token) - j;
+                        const int highest = band.highest(own(r, half).token) - j;
 #pragma unroll
                         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
@@ -314,7 +315,7 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
                         for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
                             for (int half = 0; half < 2; ++half)
-                                if (band.sees(token[r][half], j)) o[r][d][2 * half + c] += value;
+                                if (band.sees(own(r, half).token, j)) o[r][d][2 * half + c] += value;
                     }
             }
     }
