@@ -120,6 +120,8 @@ def test_results_are_those_of_the_layer_it_replaces(
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_autocast_is_no_worse_than_the_layer_it_replaces(norm_first: bool) -> None:
+    # Of few elements in bf16 the largest error scatters by about the rule's factor: one draw of them.
+    torch.manual_seed(0)
     ours, theirs = pair(activation="gelu", norm_first=norm_first)
 
     def stacked(layer: nn.Module, autocast: bool) -> Any:
