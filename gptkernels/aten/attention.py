@@ -39,7 +39,8 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """out (B, Tq, H, D) and lse (B, H, Tq) fp32; see `reference.attention` for the formula."""
     if q.numel() == 0 or k.numel() == 0:
-        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, device=q.device)
+        rows = (q.shape[0], q.shape[2], q.shape[1])
+        lse = torch.full(rows, -math.inf, dtype=torch.float32, device=q.device)
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
     options = _AttentionOptions(
         alibi_slopes, key_lengths, attn_mask, rng, softmax_scale, left, right, softcap, dropout_p,

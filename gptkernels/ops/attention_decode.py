@@ -70,8 +70,8 @@ def attention_decode(
     Query i of entry b sees the keys j < cache_lengths[b] - Tq + i + 1, as `gptkernels.attention`
     would have it for that entry alone. What an entry gets does not depend on the others in the
     batch: the same bits alone and among many, at any place, whatever Tmax, contiguous or in pages.
-    (For impl="torch" that holds on a CPU; on a GPU its products may round otherwise in another
-    batch or cache.)
+    (For impl="torch" that holds on a CPU where every row of q, k and v begins at a multiple of 16
+    bytes; on a GPU its products may round otherwise in another batch or cache.)
 
     The kernels cut an entry's n keys into parts that run side by side and are combined in their
     order. A part has 256 ceil(n / 16384) keys, so that there are at most 64; with num_splits
@@ -85,10 +85,11 @@ def attention_decode(
         cache_lengths: (B,) int32: how many keys the last query sees, those of this step included.
             Values are checked on a CPU, and clamped to 0 ... Tmax (or pages * page) elsewhere.
         block_table: (B, pages) int32: the numbers of an entry's pages, in order; those past its
-            length are not read, others are clamped to 0 ... N - 1 where they are not checked.
+            length are not read. Values are checked on a CPU, and clamped to 0 ... N - 1 elsewhere.
         softmax_scale: 1 / sqrt(D) if None.
         window: (left, right), as for `gptkernels.attention`; right makes no difference.
-        softcap, alibi_slopes: as for `gptkernels.attention`.
+        softcap, alibi_slopes: as for `gptkernels.attention`; slopes given as floats are copied to
+            the device at every call, which waits for it: a tensor there does not.
         num_splits: into how many parts at most the kernels cut an entry's keys; None: by its
             length. impl="torch" leaves them whole.
         return_lse: also return lse.
@@ -96,6 +97,9 @@ def attention_decode(
 
     Returns:
         out (B, Tq, H, D) in q's dtype, or (out, lse), lse (B, H, Tq) fp32.
+
+    Under autocast everything is computed in its dtype, caches of another one being copied whole:
+    keep them in that dtype.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
