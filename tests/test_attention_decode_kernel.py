@@ -179,6 +179,24 @@ def test_values_that_are_not_finite_with_finite_weights() -> None:
     assert torch.isfinite(lse).all()
 
 
+@pytest.mark.parametrize("num_splits", [None, 3])
+@pytest.mark.parametrize("Tq", [1, 3, 9])
+def test_the_same_bits_in_16_bits(Tq: int, num_splits: int | None) -> None:
+    """In a batch, alone, in a larger cache, and in rows that are copied element by element."""
+    given = problem([300, 5, 90, 0], Tq, 8, 2, 64, dtype=BF16)
+    together = run(given, num_splits=num_splits)
+    for b, length in enumerate(given["cache_lengths"].tolist()):
+        alone = {name: x[b : b + 1] for name, x in given.items()}
+        larger, odd = dict(alone), dict(alone)
+        for name in ("k_cache", "v_cache"):
+            x = torch.full((1, 700, 2, 67), torch.nan, dtype=BF16, device=DEVICE)
+            x[:, :length, :, 1:65] = alone[name][:, :length]
+            odd[name], larger[name] = x[..., 1:65], x[..., 1:65].contiguous()
+        for other in (alone, larger, odd):
+            for one, all_of_them in zip(run(other, num_splits=num_splits), together, strict=True):
+                assert torch.equal(one[0], all_of_them[b])
+
+
 def test_strides() -> None:
     """Heads before tokens, rows that no 16-byte copy can read, gaps between them."""
     given = problem([40, 19], 2, 4, 2, 64, dtype=BF16)

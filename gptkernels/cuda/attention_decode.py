@@ -28,7 +28,7 @@ def attention_decode(
     if q.numel() == 0:
         return out, lse
     pages = 1 if block_table is None else block_table.shape[1]
-    room = pages * page
+    room = min(pages * page, 2**31 - 1)  # lengths are int32
     if room == 0 or entries == 0:
         return out.zero_(), lse.fill_(-float("inf"))
     splits = most_splits(room, num_splits)
