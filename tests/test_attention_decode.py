@@ -161,15 +161,17 @@ def test_any_shape(
     hold(*cache(lengths, Tq, *heads, D, page), **options)
 
 
-@pytest.mark.parametrize(("num_splits", "b"), [(None, 5), (3, 63)])
+@pytest.mark.parametrize(
+    ("num_splits", "b", "Tq", "D", "dtype"), [(None, 5, 1, 16, FP16), (3, 63, 3, 5, FP32)]
+)
 @pytest.mark.parametrize("impl", KEEPS_BITS)
 def test_the_same_bits_alone_and_in_a_batch_of_64(
-    impl: str, num_splits: int | None, b: int
+    impl: str, num_splits: int | None, b: int, Tq: int, D: int, dtype: torch.dtype
 ) -> None:
     """At any place in it, whatever the cache could hold, contiguous or in pages, any strides."""
     lengths = torch.randint(1, 30, (64,)).tolist()
     lengths[b] = 530 if num_splits is None else 170
-    tensors, rest = cache(lengths)
+    tensors, rest = cache(lengths, Tq, D=D, dtype=dtype)
     how = dict(num_splits=num_splits, return_lse=True, impl=impl)
     together = attention_decode(**tensors, **rest, **how)
     n = lengths[b]
@@ -180,7 +182,7 @@ def test_the_same_bits_alone_and_in_a_batch_of_64(
         name: x if name == "q" else x.transpose(1, 2).contiguous().transpose(1, 2)
         for name, x in fitting.items()
     }
-    padded = cache([n, 1], capacity=4 * n)[0]
+    padded = cache([n, 1], Tq, D=D, dtype=dtype, capacity=4 * n)[0]
     for name in ("k_cache", "v_cache"):
         padded[name][:1, :n] = one[name][:, :n]
     padded["q"][:1] = one["q"]

@@ -43,10 +43,14 @@ def attention_decode(
     if q.device.type != "cpu":
         _at_once(q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, options, out, lse)
         return out, lse
+    odd = q.shape[-1] * q.element_size() % 16 > 0
     for b, length in enumerate(cache_lengths.tolist()):
         if length > 0:
             k, v = (cache_of(cache, b, length, block_table)[None] for cache in (k_cache, v_cache))
-            result = one.attention_fwd(q[b, None], k, v, alibi_slopes, None, None, None, *options)
+            new = q[b, None]
+            if odd:  # products may round by where rows start
+                new, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (new, k, v))
+            result = one.attention_fwd(new, k, v, alibi_slopes, None, None, None, *options)
             out[b], lse[b] = result[0][0], result[1][0]
     return out, lse
 

@@ -79,13 +79,14 @@ def attention_decode(
 
     Args:
         q: (B, Tq, H, D), float32, bfloat16 or float16, D <= 256, any strides with a unit last one.
+            Under autocast caches of another dtype are copied to its dtype, whole, at every call.
         k_cache: (B, Tmax, Hk, D), of q's dtype and device, H a multiple of Hk; or, with a
             block_table, pages (N, page, Hk, D) that batch entries share out among them.
         v_cache: likewise. Keys and values of the new tokens are in the caches already.
         cache_lengths: (B,) int32: how many keys the last query sees, those of this step included.
-            Values are checked on a CPU, and clamped to 0 ... Tmax (or pages * page) elsewhere.
+            Values are checked on a CPU; the kernels clamp them to 0 ... Tmax (or pages * page).
         block_table: (B, pages) int32: the numbers of an entry's pages, in order; those past its
-            length are not read. Values are checked on a CPU, and clamped to 0 ... N - 1 elsewhere.
+            length are not read. Values are checked on a CPU; the kernels clamp them to 0 ... N - 1.
         softmax_scale: 1 / sqrt(D) if None.
         window: (left, right), as for `gptkernels.attention`; right makes no difference.
         softcap, alibi_slopes: as for `gptkernels.attention`; slopes given as floats are copied to

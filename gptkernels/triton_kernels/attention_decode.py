@@ -136,38 +136,53 @@ def attention_decode_kernel(
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
     broken = tl.full((), 0, tl.int1)
-    for j0 in tl.range(start, end, BN):
-        cols = j0 + tl.arange(0, BN)
-        wanted = (cols >= lo) & (cols < end)
-        entry, place = _where(table_ptr, stride_table, b, cols, wanted, pages, page, PAGED)
-        k_offsets = (entry * stride_kb + place * stride_kt)[:, None] + dims[None, :]
-        k = load_rows(k_base, k_offsets, wanted, D, BD, True)
-        product = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s, _ = scores(
-            product, tokens[:, None], cols[None, :], shift, scale, softcap, slope,
-            SCALED, SOFTCAP, ALIBI,
-        )  # fmt: skip
-        if TOKENS:
-            seen = (
-                sees(tokens[:, None], cols[None, :], shift, left, 0, length, HAS_LEFT, True)
-                & wanted[None, :]
-            )
-        else:
-            seen = wanted[None, :]
-        s = tl.where(seen, s, -INFINITY)
-        m_new = tl.maximum(m, tl.max(s, 1) * factor)
-        # A row that has met no key yet: subtract 0, so that its weights are exp2(-inf) = 0.
-        m_used = tl.where(m_new == -INFINITY, 0.0, m_new)
-        p = tl.exp2(s * factor - m_used[:, None])
-        rescale = tl.exp2(m - m_used)
-        l = l * rescale + tl.sum(p, 1)
-        acc *= rescale[:, None]
-        m = m_new
-        v_offsets = (entry * stride_vb + place * stride_vt)[:, None] + dims[None, :]
-        v = load_rows(v_base, v_offsets, wanted, D, BD, True)
-        if TOKENS:
-            v, broken = without_nonfinite(v, broken)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    # Blocks from full_lo to full_hi are seen whole by every row: they need no mask. With one token
+    # nothing is masked but the end of the keys.
+    full_lo = end
+    full_hi = end
+    if TOKENS:
+        full_lo = start
+        if HAS_LEFT:
+            full_lo = tl.maximum(start, tl.cdiv(last_token + shift - left, BN) * BN)
+        full_hi = tl.maximum(full_lo, tl.minimum(end, first_token + shift + 1) // BN * BN)
+        full_lo = tl.minimum(full_lo, end)
+        full_hi = tl.minimum(full_hi, end)
+    for masked in tl.static_range(1, -TOKENS, -1):
+        first, stop = (start, end - (full_hi - full_lo)) if masked else (full_lo, full_hi)
+        for step in tl.range(first, stop, BN):
+            j0 = step
+            if masked:
+                j0 += tl.where(step >= full_lo, full_hi - full_lo, 0)
+            cols = j0 + tl.arange(0, BN)
+            wanted = (cols >= lo) & (cols < end)
+            entry, place = _where(table_ptr, stride_table, b, cols, wanted, pages, page, PAGED)
+            k_offsets = (entry * stride_kb + place * stride_kt)[:, None] + dims[None, :]
+            k = load_rows(k_base, k_offsets, wanted, D, BD, masked)
+            product = tl.dot(q, tl.trans(k), input_precision="ieee")
+            s, _ = scores(
+                product, tokens[:, None], cols[None, :], shift, scale, softcap, slope,
+                SCALED, SOFTCAP, ALIBI,
+            )  # fmt: skip
+            if masked:
+                seen = wanted[None, :]
+                if TOKENS:
+                    seen = seen & sees(
+                        tokens[:, None], cols[None, :], shift, left, 0, length, HAS_LEFT, True
+                    )
+                s = tl.where(seen, s, -INFINITY)
+            m_new = tl.maximum(m, tl.max(s, 1) * factor)
+            # A row that has met no key yet: subtract 0, so that its weights are exp2(-inf) = 0.
+            m_used = tl.where(m_new == -INFINITY, 0.0, m_new)
+            p = tl.exp2(s * factor - m_used[:, None])
+            rescale = tl.exp2(m - m_used)
+            l = l * rescale + tl.sum(p, 1)
+            acc *= rescale[:, None]
+            m = m_new
+            v_offsets = (entry * stride_vb + place * stride_vt)[:, None] + dims[None, :]
+            v = load_rows(v_base, v_offsets, wanted, D, BD, masked)
+            if masked and TOKENS:
+                v, broken = without_nonfinite(v, broken)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     if broken:
         for j in range(tl.maximum(start, lo), end):
             entry, place = _where(table_ptr, stride_table, b, j, True, pages, page, PAGED)
