@@ -79,7 +79,6 @@ def attention_decode(
 
     Args:
         q: (B, Tq, H, D), float32, bfloat16 or float16, D <= 256, any strides with a unit last one.
-            Under autocast caches of another dtype are copied to its dtype, whole, at every call.
         k_cache: (B, Tmax, Hk, D), of q's dtype and device, H a multiple of Hk; or, with a
             block_table, pages (N, page, Hk, D) that batch entries share out among them.
         v_cache: likewise. Keys and values of the new tokens are in the caches already.
