@@ -43,16 +43,22 @@ def attention_decode(
     if q.device.type != "cpu":
         _at_once(q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, options, out, lse)
         return out, lse
-    odd = q.shape[-1] * q.element_size() % 16 > 0
+    odd = any(_starts_anywhere(x) for x in (q, k_cache, v_cache))
     for b, length in enumerate(cache_lengths.tolist()):
         if length > 0:
             k, v = (cache_of(cache, b, length, block_table)[None] for cache in (k_cache, v_cache))
             new = q[b, None]
-            if odd:  # products may round by where rows start
+            if odd:  # PyTorch's products may round by where rows start
                 new, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (new, k, v))
             result = one.attention_fwd(new, k, v, alibi_slopes, None, None, None, *options)
             out[b], lse[b] = result[0][0], result[1][0]
     return out, lse
+
+
+def _starts_anywhere(x: Tensor) -> bool:
+    """Whether a row may start at no multiple of 16 bytes."""
+    size = x.element_size()
+    return x.data_ptr() % 16 > 0 or any(stride * size % 16 > 0 for stride in x.stride()[:-1])
 
 
 def _at_once(

@@ -70,8 +70,8 @@ def attention_decode(
     Query i of entry b sees the keys j < cache_lengths[b] - Tq + i + 1, as `gptkernels.attention`
     would have it for that entry alone. What an entry gets does not depend on the others in the
     batch: the same bits alone and among many, at any place, whatever Tmax, contiguous or in pages.
-    (For impl="torch" that holds on a CPU where every row of q, k and v begins at a multiple of 16
-    bytes; on a GPU its products may round otherwise in another batch or cache.)
+    (For impl="torch" that holds on a CPU; on a GPU its products may round otherwise in another
+    batch or cache.)
 
     The kernels cut an entry's n keys into parts that run side by side and are combined in their
     order. A part has 256 ceil(n / 16384) keys, so that there are at most 64; with num_splits
