@@ -29,7 +29,7 @@ struct Strides {
 // cu_seqlens_q[b] up to cu_seqlens_q[b + 1], and so for keys. Queries of no sequence, before the
 // first or past the last one, give 0 and lse -inf, and like such keys have gradient 0.
 struct AttentionCall {
-    int batch, Tq, Tk, H, Hk, D;  // Tq, Tk: of each entry, or of the longest sequence
+    int batch, Tq, Tk, H, Hk, D;  // Tq, Tk: of each entry, or, for speed, the longest sequence
     float scale;
     int left, right;             // position - left <= j <= position + right; negative: no bound
     float softcap;               // 0: none

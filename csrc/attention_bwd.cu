@@ -97,7 +97,7 @@ void launch_attention_bwd_delta(const BwdArguments& a, Stream stream) {
     DeltaArguments arguments{a, 0};
     if (a.p.dq_sum != nullptr)
         arguments.sum_chunks = static_cast<int64_t>(c.entries()) * c.H *
-                               tiles_of_head(c, kSumRows) * (kSumRows * padded_width(c.D) / 4);
+                               query_blocks(c, kSumRows) * (kSumRows * padded_width(c.D) / 4);
     launch(attention_bwd_delta_kernel<T>,
            {"attention_bwd_delta_kernel", shape_of(c),
             grid_of("attention_bwd_delta_kernel", c, (rows + kRows - 1) / kRows), kDeltaThreads, 0,

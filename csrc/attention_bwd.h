@@ -44,7 +44,7 @@ struct BwdArguments {
 };
 
 // A kernel's work(block) for each block that is this CTA's: without only_if, and in fp32, which no
-// Hopper kernel takes, there is one. `next`: where 4 bytes of shared memory are, since the registers
+// Hopper kernel takes, there is one. `next`: where 4 bytes of shared memory are, since registers
 // are all taken.
 template <class T, class Work>
 __device__ __forceinline__ void for_blocks(const BwdArguments& a, unsigned blocks, int next,
@@ -63,12 +63,14 @@ __device__ __forceinline__ void for_blocks(const BwdArguments& a, unsigned block
     } while (block < blocks);
 }
 
-// A launch's CTAs, for so many blocks of work.
+// Of a kernel with so many blocks of work.
 template <class Tiles>
-int64_t ctas_of(const BwdArguments& a, int64_t blocks, int device) {
-    if (a.only_if == nullptr) return blocks;
+dim3 grid_for(const char* kernel, const BwdArguments& a, int64_t blocks, int device) {
+    const dim3 all = grid_of(kernel, a.p.call, blocks);
+    if (a.only_if == nullptr) return all;
     // A multiprocessor has room for 256 threads of up to 256 registers.
-    return std::min<int64_t>(blocks, int64_t{multiprocessors(device)} * (256 / Tiles::kThreads));
+    const int resident = multiprocessors(device) * (256 / Tiles::kThreads);
+    return dim3(std::min(all.x, static_cast<unsigned>(resident)));
 }
 
 // What ds needs to know of a row.
@@ -95,16 +97,11 @@ __device__ __forceinline__ RowStats row_stats(const AttentionBwd& p, const float
     return row;
 }
 
-// dq_sum comes in tiles of `rows` queries, so many for each head. A sequence starts a tile of its
-// own: there is room for the part of a tile that each may leave.
-__host__ __device__ inline int tiles_of_head(const AttentionCall& c, int rows) {
-    return c.ragged() ? c.total_q / rows + c.batch : (c.Tq + rows - 1) / rows;
-}
-
-// The first of entry b and head h.
+// dq_sum comes in tiles of `rows` queries, query_blocks for each head: the first of entry b and
+// head h.
 __device__ inline int64_t first_tile(const AttentionCall& c, const Entry& entry, int b, int h,
                                      int rows) {
-    return (static_cast<int64_t>(entry.in_memory) * c.H + h) * tiles_of_head(c, rows) +
+    return (static_cast<int64_t>(entry.in_memory) * c.H + h) * query_blocks(c, rows) +
            (c.ragged() ? entry.q0 / rows + b : 0);
 }
 

@@ -51,7 +51,7 @@ struct KeysTiles {
     static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
 };
 
-// Tile by tile: (B, H, tiles_of_head), in each the accumulators of warp after warp as
+// Tile by tile: (B, H, query_blocks), in each the accumulators of warp after warp as
 // they lie in the registers, so that a warp's atomics fall into one line.
 template <class Tiles>
 struct DqSum {
@@ -105,12 +105,12 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
     const AttentionBwd& p = a.p;
     const AttentionCall& call = p.call;
     // Early keys of a causal triangle have the most queries, and come first.
-    const int key_blocks = (call.Tk + kKeys - 1) / kKeys;
-    const int j0 = block % key_blocks * kKeys;
-    const int bhk = block / key_blocks;
-    const int b = bhk / call.Hk, hk = bhk % call.Hk, group = call.H / call.Hk;
+    const int blocks_of_head = key_blocks(call, kKeys);
+    const int key_head = block / blocks_of_head, hk = key_head % call.Hk;
+    const Place place = place_of_keys(call, key_head / call.Hk, block % blocks_of_head, kKeys);
+    const int b = place.b, j0 = place.start, group = call.H / call.Hk;
     const Entry entry = entry_of(call, b);
-    if (j0 >= entry.Tk) return;  // a shorter sequence than the longest
+    if (j0 >= entry.Tk) return;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = lane_index();
     const int key0 = warp * 16 * kKeyTiles;     // this warp's first key of the tile
     const int j_first = j0 + key0 + lane / 4;   // this thread's keys: + 8, + 16, + 24
@@ -283,16 +283,17 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
         }
     }
 
-    const int64_t head_start = entry.keys(call, hk);
+    const Entry again = entry_of(call, b);  // the loop has no registers to keep it in
+    const int64_t head_start = again.keys(call, hk);
     const int64_t row_stride = static_cast<int64_t>(call.Hk) * call.D;
     if constexpr (kDk) {
         if (p.dk != nullptr)
-            store_rows(static_cast<T*>(p.dk) + head_start, row_stride, j0 + key0, entry.Tk, 0,
+            store_rows(static_cast<T*>(p.dk) + head_start, row_stride, j0 + key0, again.Tk, 0,
                        call.D, dk, call.scale);
     }
     if constexpr (kDv) {
         if (p.dv != nullptr)
-            store_rows(static_cast<T*>(p.dv) + head_start, row_stride, j0 + key0, entry.Tk, 0,
+            store_rows(static_cast<T*>(p.dv) + head_start, row_stride, j0 + key0, again.Tk, 0,
                        call.D, dv, dropping ? call.dropout.scale : 1.0f);
     }
 }
@@ -302,7 +303,7 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
     attention_bwd_keys_kernel(const __grid_constant__ BwdArguments a) {
     using Tiles = KeysTiles<T, kHeadWidth, kDk, kDv>;
     const AttentionCall& c = a.p.call;
-    const unsigned blocks = (c.Tk + Tiles::kKeys - 1) / Tiles::kKeys * c.batch * c.Hk;
+    const unsigned blocks = key_blocks(c, Tiles::kKeys) * c.entries() * c.Hk;
     for_blocks<T>(a, blocks, Tiles::kNext,
                   [&](int block) { bwd_keys_block<T, kHeadWidth, kDk, kDv>(a, block); });
 }
@@ -315,15 +316,17 @@ __global__ void __launch_bounds__(32 * kDqWarps)
     attention_bwd_dq_kernel(const __grid_constant__ BwdArguments a) {
     using Sum = DqSum<Tiles>;
     const AttentionCall& call = a.p.call;
-    const int row_blocks = (call.Tq + Tiles::kRows - 1) / Tiles::kRows;
+    const int row_blocks = query_blocks(call, Tiles::kRows);
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kDqWarps + threadIdx.x / 32;
     const int part = static_cast<int>(index % Sum::kParts);
     const int64_t block = index / Sum::kParts;
-    const int i0 = static_cast<int>(block % row_blocks) * Tiles::kRows;
-    if (block >= static_cast<int64_t>(call.batch) * call.H * row_blocks) return;
-    const int bh = static_cast<int>(block / row_blocks), b = bh / call.H, h = bh % call.H;
+    if (block >= static_cast<int64_t>(call.entries()) * call.H * row_blocks) return;
+    const int head = static_cast<int>(block / row_blocks), h = head % call.H;
+    const Place place = place_of_queries(call, head / call.H,
+                                         static_cast<int>(block % row_blocks), Tiles::kRows);
+    const int b = place.b, i0 = place.start;
     const Entry entry = entry_of(call, b);
-    if (i0 >= entry.Tq) return;  // a shorter sequence than the longest
+    if (i0 >= entry.Tq) return;
     const int64_t tile = first_tile(call, entry, b, h, Tiles::kRows) + i0 / Tiles::kRows;
     float acc[1][Tiles::kDqCols / 8][4];
 #pragma unroll
@@ -339,17 +342,16 @@ template <class T, int kWidth, bool kDk, bool kDv>
 void launch_attention_bwd_keys_part(const BwdArguments& a, Stream stream) {
     using Tiles = KeysTiles<T, kWidth, kDk, kDv>;
     const AttentionCall& c = a.p.call;
-    const int64_t blocks =
-        static_cast<int64_t>((c.Tk + Tiles::kKeys - 1) / Tiles::kKeys) * c.batch * c.Hk;
+    const int64_t blocks = int64_t{key_blocks(c, Tiles::kKeys)} * c.entries() * c.Hk;
     launch(attention_bwd_keys_kernel<T, kWidth, kDk, kDv>,
            {"attention_bwd_keys_kernel", shape_of(c),
-            grid_of("attention_bwd_keys_kernel", c, ctas_of<Tiles>(a, blocks, stream.device)),
+            grid_for<Tiles>("attention_bwd_keys_kernel", a, blocks, stream.device),
             Tiles::kThreads, Tiles::kSharedBytes, stream, 1, a.only_if == nullptr ? 0 : blocks},
            a);
     if constexpr (Tiles::kDqHere) {
         if (a.p.dq_sum == nullptr) return;
-        const int64_t tiles = static_cast<int64_t>((c.Tq + Tiles::kRows - 1) / Tiles::kRows) *
-                              c.batch * c.H * DqSum<Tiles>::kParts;
+        const int64_t tiles = int64_t{query_blocks(c, Tiles::kRows)} * c.entries() * c.H *
+                              DqSum<Tiles>::kParts;
         launch(attention_bwd_dq_kernel<Tiles, T>,
                {"attention_bwd_dq_kernel", shape_of(c),
                 grid_of("attention_bwd_dq_kernel", c, (tiles + kDqWarps - 1) / kDqWarps),

@@ -47,12 +47,13 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     const AttentionBwd& p = a.p;
     const AttentionCall& call = p.call;
     // Late rows of a causal triangle have the most keys, and come first.
-    const int row_blocks = (call.Tq + kRows - 1) / kRows;
-    const int i0 = (row_blocks - 1 - block % row_blocks) * kRows;
-    const int bh = block / row_blocks;
-    const int b = bh / call.H, h = bh % call.H;
+    const int row_blocks = query_blocks(call, kRows);
+    const int head = block / row_blocks, h = head % call.H;
+    const Place place =
+        place_of_queries(call, head / call.H, row_blocks - 1 - block % row_blocks, kRows);
+    const int b = place.b, i0 = place.start, bh = b * call.H + h;
     const Entry entry = entry_of(call, b);
-    if (i0 >= entry.Tq) return;  // a shorter sequence than the longest
+    if (i0 >= entry.Tq) return;
     const int hk = h / (call.H / call.Hk);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_index();
     const int row0 = warp * 16 * kRowTiles;    // this warp's first row of the tile
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(QueriesTiles<T, kHeadWidth>::kThreads, 1)
     attention_bwd_queries_kernel(const __grid_constant__ BwdArguments a) {
     using Tiles = QueriesTiles<T, kHeadWidth>;
     const AttentionCall& c = a.p.call;
-    const unsigned blocks = (c.Tq + Tiles::kRows - 1) / Tiles::kRows * c.batch * c.H;
+    const unsigned blocks = query_blocks(c, Tiles::kRows) * c.entries() * c.H;
     for_blocks<T>(a, blocks, Tiles::kNext,
                   [&](int block) { bwd_queries_block<T, kHeadWidth>(a, block); });
 }
@@ -232,11 +233,10 @@ template <class T, int kWidth>
 void launch_attention_bwd_queries_width(const BwdArguments& a, Stream stream) {
     using Tiles = QueriesTiles<T, kWidth>;
     const AttentionCall& c = a.p.call;
-    const int64_t blocks =
-        static_cast<int64_t>((c.Tq + Tiles::kRows - 1) / Tiles::kRows) * c.batch * c.H;
+    const int64_t blocks = int64_t{query_blocks(c, Tiles::kRows)} * c.entries() * c.H;
     launch(attention_bwd_queries_kernel<T, kWidth>,
            {"attention_bwd_queries_kernel", shape_of(c),
-            grid_of("attention_bwd_queries_kernel", c, ctas_of<Tiles>(a, blocks, stream.device)),
+            grid_for<Tiles>("attention_bwd_queries_kernel", a, blocks, stream.device),
             Tiles::kThreads, Tiles::kSharedBytes, stream, 1, a.only_if == nullptr ? 0 : blocks},
            a);
 }

@@ -67,13 +67,15 @@ struct FwdPlace {
     int i0, b, h;
 
     __device__ FwdPlace(const FwdArguments& a, int rows) {
-        const int heads = a.p.call.batch * a.p.call.H;
+        const int heads = a.p.call.entries() * a.p.call.H;
         const int group = static_cast<int>(blockIdx.x) / (a.heads_together * a.row_blocks);
         const int within = static_cast<int>(blockIdx.x) % (a.heads_together * a.row_blocks);
         const int together = min(a.heads_together, heads - group * a.heads_together);
         const int bh = group * a.heads_together + within % together;
-        i0 = (a.row_blocks - 1 - within / together) * rows;
-        b = bh / a.p.call.H;
+        const Place place = place_of_queries(a.p.call, bh / a.p.call.H,
+                                             a.row_blocks - 1 - within / together, rows);
+        i0 = place.start;
+        b = place.b;
         h = bh % a.p.call.H;
     }
 };
@@ -100,9 +102,9 @@ __global__ void __launch_bounds__(kFwdThreads)
     const AttentionCall& call = p.call;
     const FwdPlace place(a, Tiles::kRows);
     const int i0 = place.i0, b = place.b, h = place.h;
-    if (call.ragged()) clear_outside<T>(p);
     const Entry entry = entry_of(call, b);
-    if (i0 >= entry.Tq) return;  // a shorter sequence than the longest
+    if (call.ragged()) clear_outside<T>(p);
+    if (i0 >= entry.Tq) return;
     const int hk = h / (call.H / call.Hk);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_index();
     const int row0 = warp * 16 * kRowTiles;          // this warp's first row of the tile
@@ -303,8 +305,8 @@ template <class T, int kWidth, bool kOptions>
 void launch_attention_fwd_tiles(const AttentionFwd& p, Stream stream) {
     using Tiles = FwdTiles<T, kWidth>;
     const AttentionCall& c = p.call;
-    const int64_t size = sizeof(T), heads = static_cast<int64_t>(c.batch) * c.H;
-    const int64_t row_blocks = (c.Tq + Tiles::kRows - 1) / Tiles::kRows;
+    const int64_t size = sizeof(T), heads = static_cast<int64_t>(c.entries()) * c.H;
+    const int64_t row_blocks = query_blocks(c, Tiles::kRows);
     const int64_t bytes_of_head = 2 * size * c.Tk * c.D * c.Hk / c.H;
     const int64_t together =
         std::max<int64_t>(1, kFwdCacheBytes / std::max<int64_t>(1, bytes_of_head));

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention.h"
+#include "device/tile.h"
 #include "launch.h"
 
 namespace gk {
@@ -97,6 +98,43 @@ __device__ inline Entry entry_of(const AttentionCall& c, int b) {
         entry.Tk = max(min(c.cu_seqlens_k[b + 1], c.total_k) - entry.k0, 0);
     }
     return entry;
+}
+
+// A head's work comes in blocks of `rows` queries, or keys: so many. Each sequence starts one of
+// its own, b the one of number cu_seqlens[b] / rows + b, and may leave a part of one: whatever the
+// lengths, there are few more blocks than have work.
+__host__ __device__ inline int query_blocks(const AttentionCall& c, int rows) {
+    return c.ragged() ? c.total_q / rows + c.batch : (c.Tq + rows - 1) / rows;
+}
+__host__ __device__ inline int key_blocks(const AttentionCall& c, int rows) {
+    return c.ragged() ? c.total_k / rows + c.batch : (c.Tk + rows - 1) / rows;
+}
+
+// Where a block starts: the batch entry or the sequence, and the token in it, past its last one
+// where a block has no work.
+struct Place {
+    int b, start;
+};
+
+// Of block `block` of a batch entry of the tensors. Whole warps.
+__device__ inline Place place_of(bool ragged, int entry, int block, int rows,
+                                 const int32_t* cu_seqlens, int batch, int total) {
+    if (!ragged) return {entry, block * rows};
+    const auto first_block = [&](int b) { return min(max(cu_seqlens[b], 0), total) / rows + b; };
+    int begun = 0;  // sequences that begin there or before
+    for (int first = 0; first == begun && first < batch; first += 32) {
+        const int b = first + lane_index();
+        begun += __popc(__ballot_sync(0xffffffffu, b < batch && first_block(b) <= block));
+    }
+    if (begun == 0) return {0, total};
+    const int64_t start = static_cast<int64_t>(block - first_block(begun - 1)) * rows;
+    return {begun - 1, static_cast<int>(start < total ? start : total)};
+}
+__device__ inline Place place_of_queries(const AttentionCall& c, int entry, int block, int rows) {
+    return place_of(c.ragged(), entry, block, rows, c.cu_seqlens_q, c.batch, c.total_q);
+}
+__device__ inline Place place_of_keys(const AttentionCall& c, int entry, int block, int rows) {
+    return place_of(c.ragged(), entry, block, rows, c.cu_seqlens_k, c.batch, c.total_k);
 }
 
 // What rows of tokens that no sequence has are to hold, (total, width) contiguous: those before the

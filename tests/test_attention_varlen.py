@@ -173,6 +173,13 @@ def test_any_lengths(
 
 
 @runnable
+def test_more_sequences_than_a_warp_has_lanes(impl: str, dtype: torch.dtype) -> None:
+    """Which look up together what a block of tokens belongs to."""
+    queries, keys = [i % 3 for i in range(70)], [i % 4 for i in range(70)]
+    hold(impl, queries, keys, inputs(queries, keys, 1, 1, 8, dtype), return_lse=True)
+
+
+@runnable
 def test_one_long_sequence_among_short_ones(impl: str, dtype: torch.dtype) -> None:
     """Of several of the kernels' own tiles, in the middle of them."""
     queries, keys = [1, 30, 140, 64, 3], [2, 30, 150, 64, 3]

@@ -253,6 +253,8 @@ def test_report_of_sequences_laid_end_to_end() -> None:
     text = "\n".join(explain.lines(problem, H200))
     assert text.startswith("attention_varlen B3 T500 H8 D128 causal, bfloat16\n")
     assert "attention_fwd_kernel on q (3, up to 500, 8, 128), k (3, up to 500, 8, 128)" in text
+    # Of 8 heads: 1,500 tokens fill 11 blocks of 128, and each sequence may leave a part of one.
+    assert "grid 112 of 128 threads" in text
     for direction in ("fwd_sm90_kernel", "bwd_sm90"):
         assert f"not attention_{direction}: its boxes end where a batch entry does" in text
     assert "candidates cannot take it" in text

@@ -33,8 +33,7 @@ def attention_varlen_fwd(
     """out (total_q, H, D) and lse (H, total_q) fp32.
 
     Nothing is read on the host. Lengths are clamped to what the tensors hold, so that no access is
-    out of bounds whatever cu_seqlens hold; where a sequence is longer than its max_seqlen, its last
-    rows are not written.
+    out of bounds whatever cu_seqlens hold.
     """
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if sequences is None:
