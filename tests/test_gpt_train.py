@@ -25,6 +25,7 @@ from training import (
 
 from gptkernels import GPT
 from gptkernels.gpt import checkpoint
+from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.train import (
     DivergedError,
     TrainResult,
@@ -146,13 +147,17 @@ def test_an_average_of_the_weights_is_validated_and_saved(text: Path, tmp_path: 
 
 
 def test_samples_are_logged_and_move_no_random_number(text: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, sample_interval=4, sample_prompt="It", sample_tokens=9)
+    config = dataclasses.replace(SHORT, sample_interval=4, sample_prompt="It", sample_tokens=20)
     sampled = train([text], tmp_path / "sampled", model=TINY, config=config)
     plain = train([text], tmp_path / "plain", model=TINY, config=SHORT)
     assert_same_bits(sampled.model.state_dict(), plain.model.state_dict())
     samples = [record for record in sampled.records if "sample" in record]
     assert [record["step"] for record in samples] == [4, 8, 12]
     assert all(record["sample"].startswith("It") for record in samples)
+    # 22 tokens of a context of 16: samples slide.
+    prompt = torch.tensor([list(b"It")])
+    continued = sampled.model.generate(prompt, 20, seed=config.seed, slots=1)
+    assert samples[-1]["sample"] == ByteTokenizer().decode(continued[0].tolist())
     empty = dataclasses.replace(config, sample_prompt="")
     with pytest.raises(ValueError, match=r"sample_prompt is '', of which .* leave no token"):
         train([text], tmp_path / "empty", model=TINY, config=empty)

@@ -351,7 +351,7 @@ class _Run:
     def _prompt(self) -> list[int]:
         """The tokens that samples continue."""
         ids = self.tokenizer.encode(self.config.sample_prompt)
-        kept = ids[max(0, len(ids) - self.model_config.block_size + 1) :]
+        kept = ids[max(0, len(ids) - self.model_config.block_size) :]
         if self.config.sample_interval and not kept:
             raise ValueError(
                 f"sample_prompt is {self.config.sample_prompt!r}, of which the tokenizer "
@@ -363,7 +363,7 @@ class _Run:
     def _sample(self) -> str:
         tokens = self.model.generate(
             torch.tensor([self.prompt], device=self.device),
-            min(self.config.sample_tokens, self.model_config.block_size - len(self.prompt)),
+            self.config.sample_tokens,
             seed=self.config.seed,  # and so from a generator of its own
             eos=self.tokenizer.eos,
             vocab_size=self.tokenizer.vocab_size,
