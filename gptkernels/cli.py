@@ -128,18 +128,21 @@ def commands(context: click.Context) -> None:
 
 @commands.command()
 @click.option(
-    "--explain", "op", metavar="OP", help="attention, mlp, layer_norm or transformer_layer."
+    "--explain",
+    "op",
+    metavar="OP",
+    help="attention, attention_decode, mlp, layer_norm or transformer_layer.",
 )
 @click.argument("sizes", nargs=-1, metavar="[SIZES... DTYPE]")
 @click.option("--arch", help="sm80 or sm90; this machine's GPU, else sm90.")
-@click.option("--kv-heads", type=int, help="attention: heads of k and v.")
+@click.option("--kv-heads", type=int, help="attention, attention_decode: heads of k and v.")
+@click.option("--window", type=int, nargs=2, help="Likewise: keys left and right; -1: all.")
+@click.option("--softcap", type=float, help="Likewise.")
+@click.option("--alibi", is_flag=True, default=None, help="Likewise.")
 @click.option("--keys", type=int, help="attention: keys where there are not T.")
 @click.option(
     "--causal/--no-causal", default=None, help="attention: causal otherwise; transformer_layer."
 )
-@click.option("--window", type=int, nargs=2, help="attention: keys to the left and right; -1: all.")
-@click.option("--softcap", type=float, help="attention.")
-@click.option("--alibi", is_flag=True, default=None, help="attention.")
 @click.option("--key-lengths", is_flag=True, default=None, help="attention.")
 @click.option("--varlen", is_flag=True, default=None, help="attention: B sequences end to end.")
 @click.option("--deterministic", is_flag=True, default=None, help="attention.")
@@ -160,6 +163,7 @@ def info(op: str | None, sizes: tuple[str, ...], arch: str | None, **options: An
 
     \b
         gptkernels info --explain attention B T H D bf16 --kv-heads 8 --no-causal
+        gptkernels info --explain attention_decode B NEW_TOKENS CACHE H D bf16 --kv-heads 8
         gptkernels info --explain mlp ROWS WIDTH INNER fp16
         gptkernels info --explain layer_norm ROWS COLS fp32 --residual --arch sm80
         gptkernels info --explain transformer_layer B T WIDTH HEADS INNER bf16 --activation gelu

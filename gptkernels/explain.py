@@ -15,6 +15,7 @@ from gptkernels.plans import Direction, Launched, Machine, Plan, Problem
 
 OPS: dict[str, Callable[..., Problem]] = {
     "attention": plans.attention,
+    "attention_decode": plans.attention_decode,
     "mlp": plans.gelu_mlp,
     "layer_norm": plans.layer_norm,
     "transformer_layer": plans.transformer_layer,
@@ -49,6 +50,7 @@ def parse(op: str, words: Sequence[str], **options: Any) -> Problem:
 
 _EXAMPLES = {
     "attention": "2 8192 32 128 bf16",
+    "attention_decode": "64 1 8192 32 128 bf16",
     "mlp": "8192 4096 16384 bf16",
     "layer_norm": "8192 4096 bf16",
     "transformer_layer": "8 512 768 12 3072 bf16",

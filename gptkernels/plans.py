@@ -16,6 +16,7 @@ from torch import Tensor
 import gptkernels
 from gptkernels import cuda
 from gptkernels.cuda import attention as attention_kernels
+from gptkernels.cuda import attention_decode as attention_decode_kernels
 from gptkernels.cuda import layer_norm as layer_norm_kernels
 from gptkernels.cuda import mlp as mlp_kernels
 from gptkernels.ops.attention_options import bounds
@@ -245,6 +246,53 @@ def attention(
             Direction("forward", forward, "attention_fwd_candidates"),
             Direction("backward", backward, "attention_bwd_candidates"),
         ),
+    )
+
+
+def attention_decode(
+    B: int,
+    T: int,
+    KEYS: int,
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+    *,
+    kv_heads: int | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi: bool = False,
+) -> Problem:
+    """T new tokens to caches with room for KEYS. Raises TypeError, ValueError as
+    `gptkernels.attention_decode` does."""
+    Hk = H if kv_heads is None else kv_heads
+    _check_sizes(B=B, T=T, KEYS=KEYS, H=H, D=D, kv_heads=Hk)
+    q = _empty(B, T, H, D, dtype=dtype)
+    k, v = (_empty(B, KEYS, Hk, D, dtype=dtype) for _ in range(2))
+    lengths = _empty(B, dtype=torch.int32)
+    slopes = _empty(H, dtype=torch.float32) if alibi else None
+    gptkernels.attention_decode(  # for its checks, as above
+        q, k, v, lengths, window=window, softcap=softcap, alibi_slopes=slopes, impl="torch"
+    )
+    left, _ = bounds(True, window)
+
+    def forward() -> Any:
+        return attention_decode_kernels.attention_decode(
+            q, k, v, lengths, None, slopes, D**-0.5, left, softcap, 0
+        )
+
+    heads = f"H{H}" + (f"/{Hk}" if Hk != H else "")
+    parts = [
+        f"B{B} T{T}/{KEYS} {heads} D{D}",
+        *([f"window {window[0]}, {window[1]}"] if window else []),
+        *([f"softcap {softcap:g}"] if softcap else []),
+        *(["ALiBi"] if alibi else []),
+    ]
+    return Problem(
+        "attention_decode",
+        ", ".join(parts),
+        dtype,
+        dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=KEYS, left=left),
+        (Direction("forward", forward, None),),
     )
 
 

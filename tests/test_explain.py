@@ -59,6 +59,21 @@ def test_mlp_is_planned_as_it_runs(bias: bool) -> None:
 
 
 @EMULATED
+@pytest.mark.parametrize(("keys", "kernels"), [(200, 1), (700, 2)])
+def test_attention_decode_is_planned_as_it_runs(keys: int, kernels: int) -> None:
+    q, k, v = (torch.randn(3, t, h, 64).bfloat16() for t, h in ((2, 4), (keys, 2), (keys, 2)))
+    lengths = torch.tensor([keys, 0, 5], dtype=torch.int32)
+    options: dict[str, Any] = dict(window=(99, 0), softcap=9.0)
+
+    made = cuda.record(
+        lambda: gptkernels.attention_decode(q, k, v, lengths, impl="cuda", **options)
+    )
+    problem = plans.attention_decode(3, 2, keys, 4, 64, torch.bfloat16, kv_heads=2, **options)
+    assert planned(problem) == [plans.Launched(**launch) for launch in made["launches"]]
+    assert len(made["launches"]) == kernels
+
+
+@EMULATED
 @pytest.mark.parametrize("residual", [True, False])
 def test_layer_norm_is_planned_as_it_runs(residual: bool) -> None:
     x, weight, bias, added = leaf(9, 768), leaf(768), leaf(768), leaf(9, 768)
@@ -269,7 +284,12 @@ def test_report_of_sequences_laid_end_to_end() -> None:
             {"varlen": True, "key_lengths": True},
             "sequences laid end to end have no key lengths",
         ),
-        ("softmax", [], {}, "op must be one of attention, mlp, layer_norm, transformer_layer, got"),
+        (
+            "softmax",
+            [],
+            {},
+            "op must be one of attention, attention_decode, mlp, layer_norm, transformer_layer",
+        ),
         ("mlp", ["1", "2", "bf16"], {}, "mlp takes M C F dtype, such as 8192 4096 16384 bf16"),
         ("mlp", ["1", "2", "x", "bf16"], {}, "F cannot be 'x'"),
         ("mlp", ["1", "2", "0", "bf16"], {}, "F must be at least 1, got 0"),
