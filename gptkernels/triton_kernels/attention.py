@@ -142,13 +142,13 @@ def forward(
         q, k, alibi_slopes, key_lengths, sequences, softmax_scale, left, right, softcap, dropout_p
     )
     vectors = _contiguous(alibi_slopes, key_lengths, rng, *(sequences or (None, None)))
-    room = _room(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
-    BM, BN, warps, stages = _FORWARD[room][max(64, _padded(D))]
+    room = room_of(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
+    BM, BN, warps, stages = _FORWARD[room][max(64, padded_width(D))]
     with on_device(q):
         attention_fwd_kernel[_grid(q, H, BM, sequences)](
             q, k, v, *vectors, out, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *arguments,
-            D, _padded(D), BM, BN, *switches, sequences is not None,
+            D, padded_width(D), BM, BN, *switches, sequences is not None,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -208,8 +208,8 @@ def backward(
     switches = (*switches, exact, exact and dlse is not None, sequences is not None)
     inputs = (q, k, v, *vectors, dout, lse, delta, total, dlse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    BD = _padded(D)
-    room = _room(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
+    BD = padded_width(D)
+    room = room_of(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
     with on_device(q):
         if not exact:
             # Row by row: where sequences end is nothing to it.
@@ -276,12 +276,12 @@ def _arguments(
     return scalars, switches
 
 
-def _padded(D: int) -> int:
+def padded_width(D: int) -> int:
     """The width that a tile takes: dots want powers of two from 16 on."""
     return max(16, triton.next_power_of_2(D))
 
 
-def _room(q: Tensor, costly: bool) -> str:
+def room_of(q: Tensor, costly: bool) -> str:
     """Which tiles; costly: with softcap, ALiBi or dropout."""
     if q.dtype == torch.float32:
         return "fp32"

@@ -25,7 +25,7 @@ from torch import Tensor
 from gptkernels import attention_splits
 from gptkernels.triton_kernels import Shipped, on_device
 
-from .attention import _padded, _room
+from .attention import padded_width, room_of
 from .attention_scores import (
     INFINITY,
     LOG2E,
@@ -302,8 +302,8 @@ def attention_decode(
     cache_lengths = cache_lengths.contiguous()
     if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
-    BD, rows = _padded(D), Tq * (H // Hk)
-    tiles = (_FEW if rows <= 16 else _MANY)[_room(q, False)]
+    BD, rows = padded_width(D), Tq * (H // Hk)
+    tiles = (_FEW if rows <= 16 else _MANY)[room_of(q, False)]
     BM, BN, warps, stages = tiles[max(64, BD)]
     grid = triton.cdiv(rows, BM) * Hk * splits * B
     with on_device(q):
