@@ -187,8 +187,36 @@ def given_out(prompt: list[int], tokens: list[int], stop: tuple[str, ...] = ()) 
 def test_pieces_of_text_are_the_text(prompt: Any, tokens: Any) -> None:
     prompt, tokens = list(prompt), list(tokens)
     decode = ByteTokenizer().decode
-    before = decode(prompt).removesuffix("\ufffd")
+    before = decode(prompt)
+    if before.encode() != bytes(prompt):
+        before = before.removesuffix("\ufffd")
     assert before + given_out(prompt, tokens) == decode(prompt + tokens)
+
+
+def test_a_prompt_that_ends_in_a_replacement_character() -> None:
+    """It is no unfinished character."""
+    for prompt in ("ab\ufffd", "\ufffd", "\ufffd\ufffd"):
+        assert given_out(list(prompt.encode()), list(b"cd")) == "cd"
+    snow = list("\u2603".encode())
+    assert given_out(list("a\ufffd".encode()), snow) == "\u2603"
+    assert given_out(list("a\ufffd".encode()) + snow[:2], snow[2:]) == "\u2603"
+
+
+def test_no_token_is_decoded_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is behind it, and whether or not a character is ever finished."""
+    decode, sizes = ByteTokenizer.decode, []
+
+    def spy(self: ByteTokenizer, ids: Any) -> str:
+        sizes.append(len(ids))
+        return decode(self, ids)
+
+    monkeypatch.setattr(ByteTokenizer, "decode", spy)
+    for tokens in ([0x80] * 50, [0xF0] * 50, list("\U0001f600".encode()) * 12, [97] * 50):
+        sizes.clear()
+        text = given_out([97] * 100, tokens, stop=("zz",))
+        assert len(sizes) <= 2 * len(tokens) + 2
+        assert max(sizes) <= 5
+        assert text == bytes(tokens).decode(errors="replace")
 
 
 @pytest.mark.parametrize("name", ["gpt1", "gpt2"])

@@ -13,6 +13,9 @@ from gptkernels.gpt.tokenizer import Tokenizer
 
 _UNFINISHED = "\ufffd"
 
+# Bytes of a character of UTF-8, and so tokens, at most.
+_LONGEST = 4
+
 
 class TextStream:
     """The text of what follows a prompt, one token after another, up to the first stop string.
@@ -23,11 +26,15 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._decode = tokenizer.decode
-        # Of all tokens those from a place on where no character was unfinished, but at least one
-        # that has been given out: GPT-1's decode sets a space between two words, not before one.
-        self._window = list(prompt)
-        self._whole = 0  # how many of them come before the latest such place
-        self._given = len(_finished(self._decode(prompt)))  # characters given out of their text
+        # The last of all tokens. What follows is decoded behind them as behind all, even where they
+        # begin within a character: an unfinished one begins in them. GPT-1's decode needs one, for
+        # the space between two words.
+        self._window = list(prompt)[-_LONGEST:]
+        text = self._decode(self._window)
+        # A prompt that comes back from its text ends in no unfinished character.
+        if text != _finished(text) and tokenizer.encode(tokenizer.decode(prompt)) != list(prompt):
+            text = _finished(text)
+        self._given = len(text)  # characters given out of the window's text
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
@@ -35,14 +42,9 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that became certain with `token`."""
         self._window.append(token)
-        text = self._decode(self._window)
-        finished = _finished(text)
-        new = finished[self._given :]
-        self._given = len(finished)
-        if finished == text:
-            del self._window[: self._whole]
-            self._whole = len(self._window)
-            self._given = len(self._decode(self._window))
+        new = _finished(self._decode(self._window))[self._given :]
+        del self._window[:-_LONGEST]
+        self._given = len(_finished(self._decode(self._window)))
         return self._up_to_stop(new)
 
     def end(self) -> str:
