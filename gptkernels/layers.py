@@ -159,14 +159,14 @@ class KVCache:
 
     Fields:
         k, v: (R, Tmax, Hk, D): what each of R slots has seen.
-        positions: (R, T) int64: the places of the next T tokens in their slot; None where they
-            begin their slot, and so see nothing else.
+        places: where the next T tokens go: (R, 1) int64, the slots 0...R - 1, and (R, T) int64, the
+            positions in them; None where they begin their slot, and so see nothing else.
         lengths: (R,) int32: how many tokens each slot will hold with them.
     """
 
     k: Tensor
     v: Tensor
-    positions: Tensor | None
+    places: tuple[Tensor, Tensor] | None
     lengths: Tensor
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -175,11 +175,10 @@ class KVCache:
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise RuntimeError("a KVCache is for inference: call the model under torch.no_grad()")
         for cache, new in ((self.k, k), (self.v, v)):
-            if self.positions is None:
+            if self.places is None:
                 cache[:, : new.shape[1]] = new
             else:
-                rows = torch.arange(len(cache), device=cache.device)[:, None]
-                cache[rows, self.positions] = new.to(cache.dtype)
+                cache[self.places] = new.to(cache.dtype)
 
 
 class CausalSelfAttention(FusedModule):
@@ -247,7 +246,7 @@ class CausalSelfAttention(FusedModule):
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if cache is not None:
             cache.append(k, v)
-        if cache is None or cache.positions is None:
+        if cache is None or cache.places is None:
             out = attention(
                 q,
                 k,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt.engine import Engine, Event, Request
@@ -125,6 +126,30 @@ def test_the_memory_of_the_cache_never_changes(model: GPT) -> None:
     while engine.busy:
         engine.step()
         assert places() == first
+
+
+def test_a_step_makes_no_indices_a_layer(model: GPT) -> None:
+    class Arange(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            self.count += func.overloadpacket is torch.ops.aten.arange
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (1, 5):
+        engine = Engine(GPT(dataclasses.replace(model.config, n_layer=layers)))
+        engine.submit(Request([1, 2], 3))
+        engine.step()
+        with Arange() as mode:
+            engine.step()
+        counts.append(mode.count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_max_tokens_is_counted_from_one(model: GPT) -> None:
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        Engine(model, max_tokens=0)
 
 
 def test_requests_are_taken_when_slots_are_free(model: GPT) -> None:
@@ -344,6 +369,15 @@ def test_logits_of_nan_are_one_sentence(model: GPT) -> None:
         ({"first_sample": -1}, ValueError, "first_sample must be at least 0, got -1"),
         ({"stop": "x"}, TypeError, "stop must be a sequence of str, got 'x'"),
         ({"stop": [1]}, TypeError, r"stop must be a sequence of str, got \[1\]"),
+        ({"stop": None}, TypeError, "stop must be a sequence of str, got None"),
+        ({"stop": 5}, TypeError, "stop must be a sequence of str, got 5"),
+        ({"tokens": [True, 2]}, TypeError, r"tokens must be a sequence of int, got \[True, 2\]"),
+        ({"tokens": "abc"}, TypeError, "tokens must be a sequence of int, got 'abc'"),
+        ({"tokens": torch.tensor([1, 2])}, TypeError, r"tokens must be a sequence of int, got ten"),
+        ({"tokens": 1}, TypeError, "tokens must be a sequence of int, got 1"),
+        ({"tokens": torch.tensor(1)}, TypeError, "tokens must be a sequence of int, got tensor"),
+        ({"sampling": None}, TypeError, "sampling must be a Sampling, got None"),
+        ({"sampling": {"top_k": 1}}, TypeError, "sampling must be a Sampling, got {'top_k': 1}"),
         ({"stop": ["a", ""]}, ValueError, "stop must hold no empty string"),
         ({"stop": ["a"]}, ValueError, "stop strings need a tokenizer, got none"),
         ({"seed": "1"}, TypeError, "seed must be an int, got '1'"),
@@ -357,3 +391,14 @@ def test_requests_are_checked(
     with pytest.raises(error, match=message):
         events += stream(model, [Request(**{"tokens": [1], "max_new_tokens": 3, **fields})])
     assert not events
+
+
+def test_iterators_are_read_once() -> None:
+    request = Request(iter([1, 2]), 3, stop=iter(["a"]))  # type: ignore[arg-type]
+    assert (request.tokens, request.stop) == ((1, 2), ("a",))
+
+
+@pytest.mark.parametrize(("given", "kind"), [([1, 2], "list"), (None, "NoneType")])
+def test_what_is_no_request(model: GPT, given: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"request must be a Request, got a {kind}"):
+        list(stream(model, [given]))

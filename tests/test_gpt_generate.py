@@ -39,7 +39,7 @@ def prompts(rows: int, length: int, seed: int = 0) -> Tensor:
 def anew(model: GPT, row: Tensor, new: int, wanted: Sampling, seed: int) -> Tensor:
     """The continuation of one row, the whole context computed again for each token."""
     sampler = Sampler(1, VOCAB, row.device)
-    sampler.begin(0, wanted, seed, 0, row)
+    sampler.begin(0, wanted, seed, 0, row.tolist())
     model = copy.deepcopy(model).eval()
     block_size, start = model.config.block_size, 0
     for _ in range(new):
@@ -170,6 +170,10 @@ def test_eos_ends_rows_and_stops(model: GPT) -> None:
 
 def test_no_rows(model: GPT) -> None:
     assert model.generate(prompts(0, 3), 4).shape == (0, 7)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 0, got -3"):
+        model.generate(prompts(0, 3), -3)
+    with pytest.raises(TypeError, match=r"eos must be an int, got 2\.5"):
+        model.generate(prompts(0, 3), 4, eos=2.5)
 
 
 def test_modes_are_restored_and_nothing_is_tracked(model: GPT) -> None:

@@ -173,7 +173,7 @@ def test_a_row_is_chosen_by_its_own_settings() -> None:
         sampler = Sampler(slots, V, device)
         got: dict[int, list[Any]] = {i: [] for i in order}
         for slot, i in enumerate(order):
-            sampler.begin(slot, MIXED[i], 5, i, text[i])
+            sampler.begin(slot, MIXED[i], 5, i, text[i].tolist())
         for step in logits:
             mine = torch.randn(slots, V)
             mine[: len(order)] = step[order]

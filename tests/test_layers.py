@@ -265,9 +265,11 @@ def test_attention_in_parts_with_a_cache(
     def in_parts(x: Tensor) -> Tensor:
         k, v = torch.full((2, 2, ends[-1] + 2, 2, 4), math.nan)
         parts = []
+        rows = torch.arange(2)[:, None]
         for part, end in zip(x.split(lengths, dim=1), ends, strict=True):
-            positions = None if not parts else torch.arange(end - part.shape[1], end).expand(2, -1)
-            cache = KVCache(k, v, positions, torch.full((2,), end, dtype=torch.int32))
+            positions = torch.arange(end - part.shape[1], end).expand(2, -1)
+            places = (rows, positions) if parts else None
+            cache = KVCache(k, v, places, torch.full((2,), end, dtype=torch.int32))
             parts.append(layer(part, cache))
         return torch.cat(parts, dim=1)
 

@@ -35,6 +35,7 @@ class SlotCache:
         self.max_tokens = check_count("max_tokens", max_tokens)
         device = model.transformer.wte.weight.device
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
+        self._rows = torch.arange(slots, device=device)[:, None]
         self._buffers = []
         for layer in model.modules():
             if isinstance(layer, CausalSelfAttention):
@@ -52,7 +53,7 @@ class SlotCache:
             return [KVCache(k[row], v[row], None, lengths) for k, v in self._buffers]
         positions = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
         lengths = (self.lengths + tokens) * (self.lengths > 0)
-        return [KVCache(k, v, positions, lengths) for k, v in self._buffers]
+        return [KVCache(k, v, (self._rows, positions), lengths) for k, v in self._buffers]
 
     def keep(self, caches: list[KVCache], slot: int | None = None) -> None:
         """Count the tokens that the blocks have stored in `caches`."""

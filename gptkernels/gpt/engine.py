@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import reprlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class Request:
         stop: strings that end a text, which then ends before them; they need a tokenizer.
         eos: an id that ends a text.
 
-    Raises TypeError and ValueError for values of another type or out of range.
+    tokens and stop become tuples. Raises TypeError and ValueError for values of another type or out
+    of range; what depends on the model is checked by `Engine.submit`.
     """
 
     tokens: Sequence[int]
@@ -63,15 +65,17 @@ class Request:
     eos: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("tokens", int), ("stop", str)):
+            object.__setattr__(self, name, _tuple_of(kind, name, getattr(self, name)))
         for name in ("max_new_tokens", "first_sample"):
             check_integer(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, got {self.sampling!r}")
         check_count("samples", self.samples)
         if self.seed is not None:
             check_seed("seed", self.seed)
-        if isinstance(self.stop, str) or not all(isinstance(stop, str) for stop in self.stop):
-            raise TypeError(f"stop must be a sequence of str, got {self.stop!r}")
         if not all(self.stop):
             raise ValueError("stop must hold no empty string")
         if self.eos is not None:
@@ -120,7 +124,8 @@ class Engine:
     tokenizer: for the text in events, and for stop strings.
     vocab_size: choose among the ids below it alone, for a model whose vocabulary is padded past its
         tokenizer's; None chooses among all of the model's.
-    max_tokens: the longest text that will be asked for, where it is less than block_size.
+    max_tokens: the longest text that will be asked for, where it is less than block_size. With
+        impl="torch" on a GPU, bits depend on it.
 
     The model runs in evaluation mode, and is left in the mode it was in. Raises TypeError and
     ValueError for numbers out of range.
@@ -142,9 +147,12 @@ class Engine:
         if self._ids > known:
             raise ValueError(f"vocab_size must be at most the model's {known}, got {vocab_size}")
         self._model = model
+        self._modules = list(model.modules())
         self._tokenizer = tokenizer
         block_size = model.config.block_size
-        self._context = min(block_size, check_count("max_tokens", max_tokens or block_size))
+        if max_tokens is None:
+            max_tokens = block_size
+        self._context = min(block_size, check_count("max_tokens", max_tokens))
         self._cache = SlotCache(model, slots, self._context)
         self._prompt = SlotCache(model, 1, self._context)  # of the request in line
         self._prompt_of = -1
@@ -170,8 +178,11 @@ class Engine:
         """Let `request` wait for slots; returns its number.
 
         Raises ValueError for a prompt that is empty, longer than block_size or not of the model's
-        ids, for an eos that is none, and for stop strings without a tokenizer.
+        ids, for an eos that is none, and for stop strings without a tokenizer; TypeError for what
+        is no Request.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f"request must be a Request, got a {type(request).__name__}")
         number = self._submitted
         if not request.tokens:
             raise ValueError(f"prompt {number} is empty; it must hold at least one token")
@@ -185,12 +196,11 @@ class Engine:
             raise ValueError(f"eos must lie in 0...{self._ids - 1} or be None, got {request.eos}")
         if request.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer, got none")
-        seed = request.seed
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
+        if request.seed is None:
+            request = replace(request, seed=int(torch.randint(2**63 - 1, ())))
         self._submitted += 1
         for sample in range(request.first_sample, request.first_sample + request.samples):
-            self._waiting.append((number, sample, replace(request, seed=seed)))
+            self._waiting.append((number, sample, request))
         return number
 
     @torch.no_grad()
@@ -200,11 +210,12 @@ class Engine:
         Raises RuntimeError where the model's logits give no probabilities, and whatever the model
         raises; the engine is then of no more use.
         """
-        with _evaluating(self._model):
+        with _evaluating(self._modules):
             events = self._fill()
             if any(self._texts):
                 tokens, logprobs = self._sampler.choose(self._logits)
-                events += self._take(tokens.tolist(), logprobs.tolist())
+                # One copy to the host, which waits once: fp64 holds both exactly.
+                events += self._take(*torch.stack([tokens.double(), logprobs.double()]).tolist())
                 self._run(tokens)
         return events
 
@@ -215,33 +226,32 @@ class Engine:
             if request.max_new_tokens == 0:
                 events.append(Event(number, sample, None, None, "", "length"))
                 continue
-            prompt = torch.tensor(request.tokens, device=self._cache.lengths.device)
             if self._prompt_of != number:
+                prompt = torch.tensor(request.tokens, device=self._cache.lengths.device)
                 self._prompt_logits = self._prefill(self._prompt, 0, prompt)
                 self._prompt_of = number
             slot = self._texts.index(None)
-            self._cache.copy(slot, self._prompt, 0, len(prompt))
+            tokens = list(request.tokens)
+            self._cache.copy(slot, self._prompt, 0, len(tokens))
             self._logits[slot] = self._prompt_logits
-            self._sampler.begin(slot, request.sampling, request.seed or 0, sample, prompt)
+            self._sampler.begin(slot, request.sampling, request.seed or 0, sample, tokens)
             stream = None
             if self._tokenizer is not None:
-                stream = TextStream(self._tokenizer, request.tokens, request.stop)
-            self._texts[slot] = _Text(
-                number, sample, request, list(request.tokens), len(prompt), stream
-            )
+                stream = TextStream(self._tokenizer, tokens, request.stop)
+            self._texts[slot] = _Text(number, sample, request, tokens, len(tokens), stream)
         return events
 
     def _prefill(self, cache: SlotCache, slot: int, tokens: Tensor) -> Tensor:
         hidden = self._model.hidden_states(tokens[None], cache=cache, slot=slot)
         return self._model.lm_head(hidden[:, -1])[0, : self._ids].float()
 
-    def _take(self, tokens: list[int], logprobs: list[float]) -> list[Event]:
+    def _take(self, tokens: list[float], logprobs: list[float]) -> list[Event]:
         """Add the chosen tokens to their texts; those that end leave their slots."""
         events = []
         for slot, text in enumerate(self._texts):
             if text is None:
                 continue
-            token, logprob = tokens[slot], logprobs[slot]
+            token, logprob = int(tokens[slot]), logprobs[slot]
             if not math.isfinite(logprob):
                 raise RuntimeError(
                     f"the model's logits hold NaN or infinity behind {len(text.tokens)} tokens of "
@@ -291,9 +301,9 @@ def _next_event(text: _Text, token: int, logprob: float) -> Event:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
     """Evaluation mode, and afterwards each module's own mode again."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
@@ -301,6 +311,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _tuple_of(kind: type, name: str, values: Any) -> tuple[Any, ...]:
+    """`values`, of which each must be a `kind` and no bool. Raises TypeError."""
+    # A str is a sequence of str, and a tensor of tensors: neither is meant.
+    if isinstance(values, Iterable) and not isinstance(values, str | Tensor):
+        items = tuple(values)
+        if all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
+            return items
+    raise TypeError(f"{name} must be a sequence of {kind.__name__}, got {reprlib.repr(values)}")
 
 
 def check_integer(name: str, value: object) -> None:

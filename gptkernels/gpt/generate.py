@@ -6,6 +6,7 @@ The engine is in engine.py, the choice of tokens in sampling.py, the keys and va
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,17 +56,17 @@ def generate(
 
     T is at most block_size; text past that slides: once block_size tokens are held, the model goes
     on from the last half of them. The model runs in evaluation mode, and is left in the mode it was
-    in. Raises ValueError for an argument out of range and for NaN in the model's logits
-    (RuntimeError), TypeError for tokens that are not int64 and for any argument of another type.
+    in. Raises ValueError for an argument out of range, TypeError for tokens that are not int64 and
+    for any argument of another type, and RuntimeError where the model's logits hold NaN or
+    infinity.
     """
     model.check_tokens(tokens)
     B, T = tokens.shape
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    wanted = Request((), max_new_tokens, sampling, eos=eos)
     numbered = isinstance(seed, int) or seed is None
     requests = [
-        Request(
-            row, max_new_tokens, sampling, first_sample=b if numbered else 0, seed=given, eos=eos
-        )
+        replace(wanted, tokens=row, first_sample=b if numbered else 0, seed=given)
         for b, (row, given) in enumerate(zip(tokens.tolist(), _seeds(seed, B), strict=True))
     ]
     engine = Engine(model, slots=slots, vocab_size=vocab_size, max_tokens=T + max_new_tokens)
@@ -103,8 +104,9 @@ def stream(
     more = True
     while more or engine.busy:
         while more and engine.hungry:
-            request = next(waiting, None)
-            if request is None:
+            try:
+                request = next(waiting)
+            except StopIteration:
                 more = False
             else:
                 engine.submit(request)

@@ -108,8 +108,9 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """tokens (B, T) int64 -> (B, T, C); with caches, one a block, at the places they name."""
-        positions = caches[0].positions if caches is not None else None
-        if positions is None:
+        if caches is not None and caches[0].places is not None:
+            _, positions = caches[0].places
+        else:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         embedded = self.wte(tokens) + self.wpe(positions)
         of_blocks = [None] * len(self.h) if caches is None else caches

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,8 +141,10 @@ class Sampler:
         self._positions = row(torch.int64)
         self._seen = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
 
-    def begin(self, slot: int, sampling: Sampling, seed: int, sample: int, text: Tensor) -> None:
-        """From now on choose for `slot` what follows `text` (T,) int64, on the device."""
+    def begin(
+        self, slot: int, sampling: Sampling, seed: int, sample: int, text: Sequence[int]
+    ) -> None:
+        """From now on choose for `slot` what follows the ids `text`."""
         self._settings[slot] = sampling
         self._greedy[slot] = sampling.temperature == 0
         self._temperature[slot] = sampling.temperature or 1.0
@@ -153,7 +156,9 @@ class Sampler:
         self._samples[slot] = sample
         self._positions[slot] = len(text)
         self._seen[slot] = False
-        self._seen[slot, text[text < self._seen.shape[1]]] = True
+        # Picked on the host: how many there are is not waited for.
+        known = [token for token in text if token < self._seen.shape[1]]
+        self._seen[slot, torch.tensor(known, dtype=torch.int64, device=self._seen.device)] = True
 
     def release(self, slot: int) -> None:
         """Choose anything for `slot`."""
