@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,31 +101,19 @@ def generate(
     from gptkernels.gpt.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    options = Request((), max_new_tokens, sampling, samples=samples, seed=seed, stop=stop)
 
     def request(prompt: str) -> Request:
-        return Request(
-            vocabulary.encode(prompt),
-            max_new_tokens,
-            sampling,
-            samples=samples,
-            seed=int(torch.randint(2**63 - 1, ())) if seed is None else seed,
-            stop=stop,
-            eos=vocabulary.eos,
-        )
+        drawn = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        tokens = vocabulary.encode(prompt)
+        return replace(options, tokens=tokens, seed=drawn, eos=vocabulary.eos)
 
     where = choose_device(device)
     network, vocabulary = load(model, tokenizer)
     network.set_impl(impl)
     network.to(where)
     given = [(prompt, request(prompt)) for prompt in prompts]
-    longest = max((len(wanted.tokens) for _, wanted in given), default=None)
-    engine = Engine(
-        network,
-        slots=slots,
-        tokenizer=vocabulary,
-        vocab_size=vocabulary.vocab_size,
-        max_tokens=None if longest is None else longest + max_new_tokens,
-    )
+    engine = Engine(network, slots=slots, tokenizer=vocabulary, vocab_size=vocabulary.vocab_size)
     printer = _Printer(vocabulary, as_json, logprobs)
     for prompt, wanted in given:
         printer.expect(engine.submit(wanted), prompt, wanted)

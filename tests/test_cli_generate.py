@@ -186,6 +186,37 @@ def test_a_line_that_is_refused_ends_the_rest(call: Any, folder: Path, given: An
     assert_refused(result, "prompt 1 is empty; it must hold at least one token")
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--samples", "0"], "samples"),
+        (["--max-new-tokens", "-4"], "max_new_tokens"),
+        (["--stop", ""], "stop"),
+    ],
+)
+def test_options_are_checked_before_any_line(
+    call: Any, folder: Path, given: Any, options: list[str], name: str
+) -> None:
+    given(b"")
+    assert_refused(call("generate", folder, *options), f"{name} must")
+
+
+def test_the_capacity_depends_on_no_prompt(
+    call: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it a GPU's products would round otherwise."""
+    seen = set()
+    step = Engine.step
+
+    def spy(self: Engine) -> Any:
+        seen.add(self._cache.max_tokens)
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", spy)
+    assert call("generate", folder, "--prompt", "One", *GREEDY).code == 0
+    assert seen == {32}
+
+
 def test_what_standard_input_may_hold(
     call: Any, folder: Path, given: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
