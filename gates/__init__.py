@@ -3,6 +3,7 @@
     python -m gates                         the installed Triton and nvcc, against their tables
     python -m gates --compiler nvcc         one of them
     python -m gates --compiler candidates   what the launchers of Hopper's kernels choose among
+    python -m gates --arch 80 90            Triton's kernels for these architectures alone
     python -m gates --triton 3.6.0 3.9.0    those versions, installed aside under build/
     python -m gates --update                rewrite these compilers' part of the tables
 

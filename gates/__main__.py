@@ -63,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         help="check with the Triton in this folder, where pip install --target put it",
     )
     parser.add_argument("--only", default="", help="configurations whose name contains this text")
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        type=int,
+        choices=sorted(tables.SHARED_LIMITS),
+        help="Triton's kernels for these compute capabilities alone",
+    )
     parser.add_argument("--update", action="store_true", help="write what is found to the table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     return parser
@@ -82,6 +89,7 @@ def _run_aside(version: str, options: argparse.Namespace) -> int:
         partial.rename(folder)
     command = [sys.executable, "-m", "gates", "--triton-path", str(folder)]
     command += ["--only", options.only, "--jobs", str(options.jobs)]
+    command += ["--arch", *map(str, options.arch)] if options.arch else []
     command += ["--update"] if options.update else []
     return subprocess.run(command, cwd=ROOT).returncode
 
@@ -99,8 +107,9 @@ def _triton(options: argparse.Namespace) -> int | None:
         keys = [(name, ARCHITECTURE_ASIDE) for name in one_of_each_kernel(ARCHITECTURE_ASIDE)]
     else:
         keys = [(name, a) for name, s in configurations().items() for a in s.architectures]
-    keys = [key for key in keys if options.only in key[0]]
-    if options.only and not keys:
+    wanted = options.arch or tables.SHARED_LIMITS
+    keys = [key for key in keys if options.only in key[0] and key[1] in wanted]
+    if (options.only or options.arch) and not keys:
         return None
     started = time.perf_counter()
     found: dict[Key, Resources] = {}
@@ -183,14 +192,20 @@ def _compare(
     _print(f"{compiler} {version}", found)
     if options.update:
         old = table.versions.get(version, {})
-        kept = {k: v for k, v in old.items() if options.only and options.only not in k[0]}
+        kept = {k: v for k, v in old.items() if not _asked_for(k, compiler, options)}
         table.versions[version] = {**kept, **found}
         lines = tables.changes(old, table.versions[version])
         print("\n".join(lines) or "The table stays as it is")
         tables.save(table, path)
-    return tables.violations(
-        compiler, version, found, table, requirements, complete=not options.only
-    )
+    complete = not options.only and (not options.arch or compiler != "Triton")
+    return tables.violations(compiler, version, found, table, requirements, complete=complete)
+
+
+def _asked_for(key: Key, compiler: str, options: argparse.Namespace) -> bool:
+    """Whether this run is about a row of the table."""
+    name, architecture = key
+    arch = options.arch if compiler == "Triton" else None
+    return options.only in name and (not arch or architecture in arch)
 
 
 def _verdict(name: str, found: Mapping[Key, Resources], broken: list[str], started: float) -> int:

@@ -169,6 +169,25 @@ class TestFile:
         for version, rows in committed.versions.items():
             assert violations("Triton", version, rows, committed) == []
 
+    def test_committed_table_has_what_is_shipped(self) -> None:
+        """Of every architecture: a run may be told to compile for some alone."""
+        version = pytest.importorskip("triton").__version__
+        committed = load(TRITON)
+        if version not in committed.versions:
+            pytest.skip(f"the table has no Triton {version}")
+        code = (
+            "from gates.compiling import configurations\n"
+            "for name, shipped in configurations().items():\n"
+            "    for architecture in shipped.architectures: print(architecture, name)"
+        )
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+        environment["PYTHONPATH"] = str(ROOT)
+        shipped = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()  # fmt: skip
+        assert sorted(shipped) == sorted(f"{a} {name}" for name, a in committed.versions[version])
+
     def test_committed_native_table_keeps_its_own_rules(self) -> None:
         committed = load(NATIVE)
         assert "13.0" in committed.versions
@@ -210,6 +229,9 @@ class TestCommand:
         assert changed.returncode == 1
         assert f"FAILED {self.ONLY} sm_90: " in changed.stdout
         assert "1 FAILED" in changed.stdout
+        others = self.run(tmp_path, "--only", self.ONLY, "--arch", "80", "86")
+        assert others.returncode == 0, others.stdout + others.stderr
+        assert "2 compiled kernels, all hold" in others.stdout
 
     def test_nothing_to_compile(self) -> None:
         pytest.importorskip("triton")
