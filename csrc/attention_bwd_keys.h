@@ -111,6 +111,8 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
     const int b = place.b, j0 = place.start, group = call.H / call.Hk;
     const Entry entry = entry_of(call, b);
     if (j0 >= entry.Tk) return;
+    // Looked up again inside and behind the loop, which has no registers to keep all of it in.
+    const auto again = [&] { return entry_of(call, b); };
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = lane_index();
     const int key0 = warp * 16 * kKeyTiles;     // this warp's first key of the tile
     const int j_first = j0 + key0 + lane / 4;   // this thread's keys: + 8, + 16, + 24
@@ -273,7 +275,7 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
         if constexpr (Tiles::kDqHere) {
             if (adds_dq)
                 add_to_dq<Tiles, T>(p.dq_sum,
-                                    first_tile(call, entry, b, h, kRows) + i0 / kRows, ds_tile,
+                                    first_tile(call, again(), b, h, kRows) + i0 / kRows, ds_tile,
                                     k_tile);
         }
         if (thread < kRows && step + 1 < steps) stats[(step + 1) % 2 * kRows + thread] = next;
@@ -283,17 +285,17 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
         }
     }
 
-    const Entry again = entry_of(call, b);  // the loop has no registers to keep it in
-    const int64_t head_start = again.keys(call, hk);
+    const Entry stored = again();
+    const int64_t head_start = stored.keys(call, hk);
     const int64_t row_stride = static_cast<int64_t>(call.Hk) * call.D;
     if constexpr (kDk) {
         if (p.dk != nullptr)
-            store_rows(static_cast<T*>(p.dk) + head_start, row_stride, j0 + key0, again.Tk, 0,
+            store_rows(static_cast<T*>(p.dk) + head_start, row_stride, j0 + key0, stored.Tk, 0,
                        call.D, dk, call.scale);
     }
     if constexpr (kDv) {
         if (p.dv != nullptr)
-            store_rows(static_cast<T*>(p.dv) + head_start, row_stride, j0 + key0, again.Tk, 0,
+            store_rows(static_cast<T*>(p.dv) + head_start, row_stride, j0 + key0, stored.Tk, 0,
                        call.D, dv, dropping ? call.dropout.scale : 1.0f);
     }
 }

@@ -54,6 +54,8 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     const int b = place.b, i0 = place.start, bh = b * call.H + h;
     const Entry entry = entry_of(call, b);
     if (i0 >= entry.Tq) return;
+    // Looked up again behind the loop, which has no registers to keep all of it in.
+    const auto again = [&] { return entry_of(call, b); };
     const int hk = h / (call.H / call.Hk);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_index();
     const int row0 = warp * 16 * kRowTiles;    // this warp's first row of the tile
@@ -121,7 +123,7 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
                 row.delta /= row.total;
                 const int i = i_first + 16 * r + 8 * half;
                 if (lane % 4 == 0 && i < entry.Tq) {
-                    const int64_t at = entry.row(call, h, i);
+                    const int64_t at = again().row(call, h, i);
                     p.delta[at] = row.delta;
                     p.total[at] = row.total;
                 }
@@ -213,9 +215,10 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     }
     if (kExact<T> && steps == summing) finish_sums();
 
+    const Entry stored = again();
     if (p.dq != nullptr)
-        store_rows(static_cast<T*>(p.dq) + entry.queries(call, h),
-                   static_cast<int64_t>(call.H) * call.D, i0 + row0, entry.Tq, 0, call.D, dq,
+        store_rows(static_cast<T*>(p.dq) + stored.queries(call, h),
+                   static_cast<int64_t>(call.H) * call.D, i0 + row0, stored.Tq, 0, call.D, dq,
                    call.scale);
 }
 

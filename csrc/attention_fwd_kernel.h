@@ -105,6 +105,9 @@ __global__ void __launch_bounds__(kFwdThreads)
     const Entry entry = entry_of(call, b);
     if (call.ragged()) clear_outside<T>(p);
     if (i0 >= entry.Tq) return;
+    // Looked up again inside and behind the loop, which has no registers to keep all of it in.
+    const auto again = [&] { return entry_of(call, b); };
+    const auto band_again = [&] { return band_of(call, again()); };
     const int hk = h / (call.H / call.Hk);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_index();
     const int row0 = warp * 16 * kRowTiles;          // this warp's first row of the tile
@@ -190,9 +193,10 @@ __global__ void __launch_bounds__(kFwdThreads)
             }
             if (keys.needs_mask(j0, kKeys)) {
                 // Against constants, from this thread's first row and column on.
+                const Band own = band_again();
                 const int j = j0 + j_offset;
-                const int lowest = band.lowest(i_first) - j, reach = band.reach(i_first) - j;
-                const int count = band.count - j;
+                const int lowest = own.lowest(i_first) - j, reach = own.reach(i_first) - j;
+                const int count = own.count - j;
 #pragma unroll
                 for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
@@ -254,15 +258,16 @@ __global__ void __launch_bounds__(kFwdThreads)
                     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
                         for (int half = 0; half < 2; ++half)
-                            if (band.sees(i_first + 16 * r + 8 * half, j))
+                            if (band_again().sees(i_first + 16 * r + 8 * half, j))
                                 o[r][d][2 * half + c] += value;
                 }
     }
 
     // Out of the registers by way of this warp's own rows of q's tile, in whole rows of 16 bytes.
     const int64_t out_stride = static_cast<int64_t>(call.H) * call.D;
-    T* out = static_cast<T*>(p.out) + entry.queries(call, h);
-    float* lse = p.lse + entry.row(call, h, 0);
+    const Entry stored = again();
+    T* out = static_cast<T*>(p.out) + stored.queries(call, h);
+    float* lse = p.lse + stored.row(call, h, 0);
     const float kept_scale = kOptions && call.dropout.rng != nullptr ? call.dropout.scale : 1.0f;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
@@ -273,7 +278,7 @@ __global__ void __launch_bounds__(kFwdThreads)
             l += __shfl_xor_sync(0xffffffffu, l, 2);
             const int row = row0 + lane / 4 + 16 * r + 8 * half;
             const bool none = l == 0;
-            if (lane % 4 == 0 && i0 + row < entry.Tq)
+            if (lane % 4 == 0 && i0 + row < stored.Tq)
                 lse[i0 + row] = none ? -INFINITY : fmaf(state[r].m[half], kLn2, logf(l));
             const float scale = none ? 0.0f : kept_scale / l;
 #pragma unroll
@@ -287,7 +292,7 @@ __global__ void __launch_bounds__(kFwdThreads)
 #pragma unroll 4
     for (int index = lane; index < 16 * kRowTiles * kChunks; index += 32) {
         const int row = row0 + index / kChunks, col = index % kChunks * kChunk;
-        if (i0 + row >= entry.Tq || col >= call.D) continue;
+        if (i0 + row >= stored.Tq || col >= call.D) continue;
         T* to = out + (i0 + row) * out_stride + col;
         const T* from = q_tile.at(row, col);
         if (a.out_aligned) {
