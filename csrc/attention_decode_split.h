@@ -7,6 +7,18 @@
 
 namespace gk {
 
+// Keys of an entry go in splits of so many, the last one maybe fewer, each softmaxed by itself before
+// they are combined. The rule is that of gptkernels/attention_splits.py: it follows from the entry's
+// own length and from num_splits alone, 0 where none is given.
+constexpr int kSplitKeys = 256, kMostSplits = 64;
+constexpr int kSplitMultiple = 64;
+
+__device__ inline int keys_of_split(int length, int num_splits) {
+    const int last = max(length, 1) - 1;
+    if (num_splits == 0) return kSplitKeys * (last / (kSplitKeys * kMostSplits) + 1);
+    return kSplitMultiple * (last / num_splits / kSplitMultiple + 1);
+}
+
 struct DecodeArguments {
     AttentionDecode p;
     int group, rows, row_blocks;  // H / Hk; group * Tq; blocks of them
