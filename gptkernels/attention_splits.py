@@ -2,8 +2,8 @@
 
 The rule looks at nothing but the entry's own length, and at num_splits where it is given: so a
 request gets the same bits alone and in any batch, at any place in it, whatever the cache could
-hold. csrc/attention_decode.h and triton_kernels/attention_decode.py have the same rule for lengths
-that only the GPU knows; the grid and the workspace come from the cache's capacity.
+hold. csrc/attention_decode_split.h and triton_kernels/attention_decode.py have the same rule for
+lengths that only the GPU knows; the grid and the workspace come from the cache's capacity.
 """
 
 from __future__ import annotations

@@ -324,7 +324,7 @@ class TestMemory:
         h = torch.empty(70, inner, dtype=dtype, device=DEVICE)
         a = torch.empty_like(h)
         cuda_kernels.linear_fwd(x, w1, b1, out=h, activation=a, approximate=approximate)
-        _, rebuilt, _ = cuda_kernels._linear_gelu_bwd(x, w2, h, approximate, True, False)
+        _, rebuilt, _ = cuda_kernels.linear_gelu_bwd(x, w2, h, approximate, True, False)
         assert torch.equal(a, rebuilt)
 
     @every
