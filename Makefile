@@ -71,42 +71,31 @@ gates: $(READY) ## compile every kernel ahead of time, Triton's and nvcc's, and 
 	$(if $(filter nvcc candidates,$(subst =, ,$(ARGS))),,$(if $(TRITON_ASIDE),$(PY) -m gates --triton $(TRITON_ASIDE) $(ARGS) || status=1;)) \
 	exit $$status
 
-# Nothing is installed or downloaded: the sources are laid out as an install would, and the active Python
-# runs them. The kernels are compiled for this GPU alone, by as many compilers as there are CPUs;
-# -lineinfo names source lines to compute-sanitizer and profilers.
+# Nothing is installed or downloaded: the active Python runs the checkout. The kernels are compiled for
+# this GPU alone, by as many compilers as there are CPUs; -lineinfo names source lines to
+# compute-sanitizer and profilers.
 capability = import sys, torch; \
 	torch.cuda.is_available() or sys.exit("make $@ needs an NVIDIA GPU that PyTorch can use, and finds none"); \
 	print("%d%d" % torch.cuda.get_device_capability())
-define lay_out
-@$(PYTHON) -c '$(capability)' >/dev/null
-rm -rf build/gpu
-mkdir -p build/gpu
-cp -R gptkernels build/gpu/gptkernels
-cp -R benchmarks examples build/gpu/gptkernels/
-rm -f build/gpu/gptkernels/_cuda*
-endef
 native_here = GPTKERNELS_CUDA_ARCHS=$$($(PYTHON) -c '$(capability)') NVCC_APPEND_FLAGS=-lineinfo \
-	$(PYTHON) scripts/extension.py native
-as_laid_out = env -u TRITON_INTERPRET -u GPTKERNELS_EMULATE -u GPTKERNELS_EMULATE_ARCH \
-	PYTHONPATH="$(CURDIR)/build/gpu$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -P
+	$(PYTHON) scripts/extension.py native && cp build/native/_cuda* gptkernels/
+in_place = env -u TRITON_INTERPRET -u GPTKERNELS_EMULATE -u GPTKERNELS_EMULATE_ARCH \
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -P
 
 gpu: PYTHON ?= python3
 gpu: ## on a machine with an NVIDIA GPU: test, verify and time the kernels; results as JSON in RESULTS
-	$(lay_out)
-	@# The emulator stands where a checkout has it.
+	@$(PYTHON) -c '$(capability)' >/dev/null
 	@if $(PYTHON) scripts/extension.py native --check; then \
 		$(PYTHON) scripts/extension.py emulator & \
-		$(native_here) && wait $$! && \
-		mkdir build/gpu/build && cp -R build/emulator build/gpu/build/ && \
-		cp build/native/_cuda* build/gpu/gptkernels/; \
-	else echo 'going on without the CUDA C++ kernels'; fi
-	$(as_laid_out) -m gptkernels.benchmarks.gpu --results "$(RESULTS)"
+		$(native_here) && wait $$!; \
+	else rm -f gptkernels/_cuda*; echo 'going on without the CUDA C++ kernels'; fi
+	$(in_place) -m benchmarks.gpu --results "$(RESULTS)"
 
 gpu-tune: PYTHON ?= python3
 gpu-tune: ## likewise: every way to build the CUDA C++ kernels, checked and timed beside the best of others
-	$(lay_out)
-	@since=$$(date +%s); $(native_here) && cp build/native/_cuda* build/gpu/gptkernels/ && \
-	$(as_laid_out) -m gptkernels.benchmarks.tune --results "$(RESULTS)" --since $$since $(ARGS)
+	@$(PYTHON) -c '$(capability)' >/dev/null
+	@since=$$(date +%s); $(native_here) && \
+	$(in_place) -m benchmarks.tune --results "$(RESULTS)" --since $$since $(ARGS)
 
 clean: ## remove what the targets made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -32,13 +32,19 @@ from pathlib import Path
 
 import torch
 
-from gptkernels.ops.choice import unavailable
-
-from . import OPERATORS, suite
-from .report import Row, environment, figures, recorded, write_json
+from gptkernels.bench import OPERATORS, suite
+from gptkernels.bench.report import Row, environment, figures, recorded, write_json
+from gptkernels.core.choice import unavailable
 
 _TESTS = tuple(
-    Path(f"tests/test_{name}.py") for name in ("gpu", "emulator", "clusters", "hopper", "tma")
+    Path(f"tests/{name}.py")
+    for name in (
+        "bench/test_gpu",
+        "emulator/test_emulator",
+        "emulator/test_clusters",
+        "emulator/test_hopper",
+        "emulator/test_tma",
+    )
 )
 # When each part must have ended, as a share of the whole time.
 _TESTS_END, _PARITY_END, _TWINS_END, _SANITIZED_END, _QUICK_END = 0.42, 0.55, 0.66, 0.77, 0.88
@@ -56,9 +62,7 @@ class _Part:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 1 where a test or parity row failed or was cut short; 2 where nothing can run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gptkernels.benchmarks.gpu", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--part", choices=("parity", "speed", "sanitized"), help=argparse.SUPPRESS)
@@ -130,18 +134,18 @@ def _shares(cpus: int) -> int:
 def _test_part(share: int, shares: int, path: Path) -> _Part:
     # No conftest: it serves the whole suite, and asks for packages that this run can do without.
     choice = ["--noconftest", "-p", "no:cacheprovider", "-m", "gpu", *map(str, _TESTS)]
-    record = ["-p", "gptkernels.benchmarks.record", f"--record={path}", f"--share={share}/{shares}"]
+    record = ["-p", "benchmarks.record", f"--record={path}", f"--share={share}/{shares}"]
     name = f"tests, share {share} of {shares}"
     return _Part(name, ["pytest", "-q", "--tb=short", *record, *choice], path)
 
 
 def _twins_part(op: str, path: Path) -> _Part:
-    arguments = ["gptkernels.benchmarks.twins", f"--op={op}", f"--results={path}"]
+    arguments = ["benchmarks.twins", f"--op={op}", f"--results={path}"]
     return _Part(f"twins of {op}", arguments, path)
 
 
 def _own_part(name: str, path: Path, *arguments: str) -> _Part:
-    return _Part(name, ["gptkernels.benchmarks.gpu", f"--results={path}", *arguments], path)
+    return _Part(name, ["benchmarks.gpu", f"--results={path}", *arguments], path)
 
 
 def _run(parts: list[_Part], end: float, together: Path) -> bool:
@@ -202,7 +206,7 @@ def _sanitize(end: float, path: Path) -> bool:
         record = path.with_name(f"sanitizer_{tool}_{op}.json")
         # Kernels of namespace gk; and every tensor in an allocation of its own, whose end shows.
         before = (program, f"--tool={tool}", "--error-exitcode=1", "--kernel-name=kns=_ZN2gk")
-        arguments = ["gptkernels.benchmarks.gpu", "--part=sanitized", f"--op={op}"]
+        arguments = ["benchmarks.gpu", "--part=sanitized", f"--op={op}"]
         variables = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
         name = f"{tool} of {op}"
         parts.append(_Part(name, [*arguments, f"--results={record}"], record, before, variables))
@@ -225,7 +229,7 @@ def _join(paths: list[Path], together: Path) -> None:
 
 
 def _parity(op: str, path: Path) -> int:
-    from gptkernels import verify
+    from gptkernels.truth import verify
 
     failed = 0
     rows = (row.as_dict() for row in verify.run(impls=_IMPLS, ops=[op], device="cuda"))
@@ -238,7 +242,7 @@ def _parity(op: str, path: Path) -> int:
 
 def _sanitized(op: str, path: Path) -> int:
     """Each case of the parity table in two dtypes; what is found is on compute-sanitizer to say."""
-    from gptkernels import verify
+    from gptkernels.truth import verify
 
     dtypes = (torch.bfloat16, torch.float32)
     rows = verify.run(impls=("cuda",), ops=[op], dtypes=dtypes, device="cuda")

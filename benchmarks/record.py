@@ -1,6 +1,6 @@
 """A pytest plugin: each test's outcome as JSON, as it comes, and a share of the tests on demand.
 
-`pytest -p gptkernels.benchmarks.record --record FILE --share 2/4 ...`
+`pytest -p benchmarks.record --record FILE --share 2/4 ...`
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .report import environment, write_json
+from gptkernels.bench.report import environment, write_json
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import OPERATORS, suite
+from gptkernels.bench import OPERATORS, suite
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,7 +1,7 @@
 """`make gpu-tune`: every way to build the CUDA C++ kernels, checked and timed on a GPU beside the
 best that others offer, most valuable first. A few minutes; needs PyTorch and the extension.
 
-    python -m gptkernels.benchmarks.tune --results FOLDER --minutes 8
+    python -m benchmarks.tune --results FOLDER --minutes 8
 
 For each case (of `tune_cases`, in the order of `predict.PROBLEMS`) the peers are timed, then each
 of our kernels is held to the truth, and where it is right timed beside the best peer, in turns.
@@ -34,10 +34,10 @@ from typing import Any
 
 import torch
 
-from gptkernels import cuda, plans
-
-from . import predict, timing, tune_cases
-from .report import Row, commit, environment, seconds, write_json
+from benchmarks import tune_cases
+from gptkernels.bench import dry_run, predict, timing
+from gptkernels.bench.report import Row, commit, environment, seconds, write_json
+from gptkernels.core import native
 
 # One process each, in this order: the most valuable problem of every operator, then the others.
 PARTS = (
@@ -119,7 +119,7 @@ def _now() -> str:
 def here(device: torch.device) -> dict[str, Any]:
     """What rows are about: the GPU, the commit, and the extension by its content."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    build = hashlib.sha256(Path(cuda.planner().__file__).read_bytes()).hexdigest()[:12]
+    build = hashlib.sha256(Path(native.planner().__file__).read_bytes()).hexdigest()[:12]
     return {"gpu": gpu, "commit": commit(), "build": build}
 
 
@@ -128,7 +128,7 @@ def here(device: torch.device) -> dict[str, Any]:
 
 def run_part(op: str, which: str, rows: Rows, device: torch.device, until: float) -> int:
     """0; or that the time (of time.time()) was up. Rows that are there already are skipped."""
-    machine = plans.machine_here()
+    machine = dry_run.machine_here()
     predicted = _predicted()
     for problem in _problems(op, which):
         try:
@@ -154,7 +154,7 @@ def _usable(device: torch.device) -> bool:
     return True
 
 
-def _problems(op: str, which: str) -> list[plans.Problem]:
+def _problems(op: str, which: str) -> list[dry_run.Problem]:
     found = [problem for problem in predict.PROBLEMS if problem.op == op]
     return found[:1] if which == "first" else found[1:]
 
@@ -389,7 +389,7 @@ def _wait(process: subprocess.Popen[Any], path: Path, until: float) -> tuple[int
 
 def _command(op: str, which: str, results: Path, until: float) -> list[str]:
     part = [f"--part={op}", f"--which={which}", f"--until={until}", f"--results={results}"]
-    return [sys.executable, "-P", "-m", "gptkernels.benchmarks.tune", *part]
+    return [sys.executable, "-P", "-m", "benchmarks.tune", *part]
 
 
 def table(rows: Rows) -> Iterator[str]:
@@ -420,7 +420,7 @@ def table(rows: Rows) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 1 as `run` does; 2 where nothing can run."""
     parser = argparse.ArgumentParser(
-        prog="python -m gptkernels.benchmarks.tune", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m benchmarks.tune", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--minutes", type=float, default=8.0)
@@ -432,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("make gpu-tune needs an NVIDIA GPU that PyTorch can use", file=sys.stderr)
         return 2
-    reason = cuda.unavailable("cuda")
+    reason = native.unavailable("cuda")
     if reason is not None:
         print(f"make gpu-tune needs the CUDA C++ kernels: {reason}", file=sys.stderr)
         return 2

@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gptkernels
-from gptkernels import baseline, parity, plans, reference
-from gptkernels.cuda import attention as attention_kernels
-from gptkernels.cuda import layer_norm as layer_norm_kernels
-from gptkernels.cuda import mlp as mlp_kernels
-from gptkernels.plans import Problem
-
-from . import predict
+from gptkernels.bench import dry_run, predict
+from gptkernels.bench.dry_run import Problem
+from gptkernels.ops.attention.cuda import dense as attention_kernels
+from gptkernels.ops.gelu_mlp import cuda as mlp_kernels
+from gptkernels.ops.layer_norm import cuda as layer_norm_kernels
+from gptkernels.truth import baseline, parity, reference
 
 Call = Callable[[], Any]
 _K = {"forward": parity.K_FORWARD, "backward": parity.K_GRADIENT}
@@ -57,16 +56,16 @@ class Case:
     peers: dict[str, Callable[[], Call]] = field(default_factory=dict)
 
 
-def cases(problem: Problem, device: torch.device, machine: plans.Machine) -> Iterator[Case]:
+def cases(problem: Problem, device: torch.device, machine: dry_run.Machine) -> Iterator[Case]:
     """Inputs are made as a case comes, and let go with it."""
     of_op = {"attention": _attention, "gelu_mlp": _mlp, "layer_norm": _layer_norm}
     yield from of_op[problem.op](problem, device, machine)
 
 
 def _ways(
-    direction: plans.Direction,
-    machine: plans.Machine,
-    pick: Callable[[list[plans.Launched]], plans.Launched],
+    direction: dry_run.Direction,
+    machine: dry_run.Machine,
+    pick: Callable[[list[dry_run.Launched]], dry_run.Launched],
     call: Callable[[int], Any],
 ) -> list[Way]:
     found = []
@@ -100,7 +99,7 @@ def _randn(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
 # ---- attention
 
 
-def _attention(problem: Problem, device: torch.device, machine: plans.Machine) -> Iterator[Case]:
+def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine) -> Iterator[Case]:
     sizes = problem.sizes
     B, T, Tk, H, Hk, D = (sizes[name] for name in ("B", "T", "Tk", "H", "Hk", "D"))
     left, right = sizes["left"], sizes["right"]
@@ -221,7 +220,7 @@ def _attention_peers(
 # ---- the MLP
 
 
-def _mlp(problem: Problem, device: torch.device, machine: plans.Machine) -> Iterator[Case]:
+def _mlp(problem: Problem, device: torch.device, machine: dry_run.Machine) -> Iterator[Case]:
     M, C, inner = (problem.sizes[name] for name in ("M", "C", "F"))
     draw = _randn(device, problem.dtype)
     x, dy = draw(M, C), draw(M, C)
@@ -350,7 +349,7 @@ def _same(x: Any) -> Any:
 # ---- LayerNorm
 
 
-def _layer_norm(problem: Problem, device: torch.device, machine: plans.Machine) -> Iterator[Case]:
+def _layer_norm(problem: Problem, device: torch.device, machine: dry_run.Machine) -> Iterator[Case]:
     rows, cols = problem.sizes["rows"], problem.sizes["cols"]
     draw = _randn(device, problem.dtype)
     x, dy, weight, bias = draw(rows, cols), draw(rows, cols), draw(cols), draw(cols)
@@ -377,7 +376,7 @@ def _layer_norm(problem: Problem, device: torch.device, machine: plans.Machine) 
         truth = through(reference.layer_norm, *(t.double() for t in inputs))
         return _measured(results, through(baseline.layer_norm, *inputs), truth, parity.K_FORWARD)
 
-    def first(launches: list[plans.Launched]) -> plans.Launched:
+    def first(launches: list[dry_run.Launched]) -> dry_run.Launched:
         return launches[0]
 
     forward, backward = problem.directions

@@ -1,6 +1,6 @@
 """The CUDA C++ kernels on a GPU beside the same kernels in the emulator, on the same inputs.
 
-    python -m gptkernels.benchmarks.twins --op attention --results FILE
+    python -m benchmarks.twins --op attention --results FILE
 
 The emulator cannot check machine code, and a GPU shows neither races nor stray reads: where both
 agree, what the emulator finds right is what a GPU runs. Every case of the parity table, its
@@ -25,19 +25,17 @@ import torch
 from torch import Tensor
 
 import gptkernels
-from gptkernels import baseline, cuda, parity, philox, plans, reference, verify
-
-from . import OPERATORS
-from .report import Row, recorded
+from gptkernels.bench import OPERATORS, dry_run
+from gptkernels.bench.report import Row, recorded
+from gptkernels.core import native, philox
+from gptkernels.truth import baseline, parity, reference, verify
 
 Results = dict[tuple[str, str], dict[str, Tensor]]  # (case, dtype) -> outputs and gradients
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 1 where a result differs, or one of the two cannot run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gptkernels.benchmarks.twins", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.twins", description=__doc__)
     parser.add_argument("--op", choices=OPERATORS, required=True)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=None)
@@ -60,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def emulate(op: str, seed: int, path: Path) -> Results:
     """`results` of the emulator, from a process that runs it. Raises CalledProcessError."""
-    command = [sys.executable, "-P", "-m", "gptkernels.benchmarks.twins", "--save", f"--op={op}"]
+    command = [sys.executable, "-P", "-m", "benchmarks.twins", "--save", f"--op={op}"]
     command += [f"--seed={seed}", "--device=cpu", f"--results={path}"]
     # As the GPU that is here, so that both run the same kernels.
-    added = {"GPTKERNELS_EMULATE": "1", cuda.ARCH_VARIABLE: plans.machine_here().arch}
+    added = {"GPTKERNELS_EMULATE": "1", native.ARCH_VARIABLE: dry_run.machine_here().arch}
     subprocess.run(command, env=os.environ | added, check=True)
     return torch.load(path, weights_only=True)
 

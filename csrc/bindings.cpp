@@ -6,14 +6,14 @@
 #include <tuple>
 #include <vector>
 
-#include "attention.h"
-#include "attention_decode.h"
-#include "launch.h"
-#include "layer_norm.h"
-#include "mlp.h"
-#include "plan.h"
+#include "attention/params.h"
+#include "attention/decode/params.h"
+#include "runtime/launch.h"
+#include "layer_norm/params.h"
+#include "gelu_mlp/params.h"
+#include "runtime/dry_run.h"
 #ifdef GK_EMULATE
-#include "emulator/memory.h"
+#include "emulator/memory/memory.h"
 #endif
 
 namespace py = pybind11;

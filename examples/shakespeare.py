@@ -1,6 +1,6 @@
 """A character model on tinyshakespeare, and the same model in plain PyTorch beside it.
 
-    python -m gptkernels.examples.shakespeare TEXT --out DIR
+    python -m examples.shakespeare TEXT --out DIR
 
 10.8 million parameters (6 layers, 6 heads, width 384), bytes, contexts of 128 tokens, no dropout.
 First `gptkernels.gpt.train.train`, then plain_gpt.py's model from the same initial weights, on the
@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gptkernels.examples.plain_gpt import PlainGPT
 from torch import Tensor, nn
 
-from gptkernels.device import choose_device
-from gptkernels.gpt import data
+from gptkernels.core.device import choose_device
 from gptkernels.gpt.config import GPTConfig
-from gptkernels.gpt.curve import figure_class
 from gptkernels.gpt.model import GPT
-from gptkernels.gpt.progress import ProgressBar
 from gptkernels.gpt.tokenizer import ByteTokenizer
-from gptkernels.gpt.train import Observer, parameter_groups, train
-from gptkernels.gpt.train_config import TrainConfig, learning_rate
+from gptkernels.gpt.training import data
+from gptkernels.gpt.training.config import TrainConfig, learning_rate
+from gptkernels.gpt.training.curve import figure_class
+from gptkernels.gpt.training.progress import ProgressBar
+from gptkernels.gpt.training.train import Observer, parameter_groups, train
+from gptkernels.truth.plain_gpt import PlainGPT
 
 MODEL = GPTConfig(vocab_size=256, block_size=128, n_layer=6, n_head=6, n_embd=384)
 Curve = list[dict[str, Any]]

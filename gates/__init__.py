@@ -8,10 +8,10 @@
     python -m gates --update                rewrite these compilers' part of the tables
 
 Triton kernels are compiled in each configuration that a launcher ships (`shipped()` of each of
-`gptkernels.triton_kernels`), for each architecture that would run it; CUDA C++ kernels as they are
-installed. A gate fails on a register spill that no written exemption allows, on more shared memory
-than a thread block may have there, on instructions that a kernel of its name must have and has not
-(tensor cores, 16-byte accesses, the tensor memory accelerator), on what ptxas says it had to undo
+`gptkernels.ops`), for each architecture that would run it; CUDA C++ kernels as they are installed.
+A gate fails on a register spill that no written exemption allows, on more shared memory than a
+thread block may have there, on instructions that a kernel of its name must have and has not (tensor
+cores, 16-byte accesses, the tensor memory accelerator), on what ptxas says it had to undo
 (setmaxnreg, overlapping wgmma: notes C75xx), on code for another architecture than a source is for,
 on a source that takes more than three minutes of one core, and on any number that differs from
 gates/triton.json or gates/native.json: what a change of a kernel costs shows where the change is

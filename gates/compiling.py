@@ -26,8 +26,8 @@ from triton.compiler import ASTSource
 
 from gates import sass
 from gates.table import SHARED_LIMITS, Key, Resources
-from gptkernels import triton_kernels
-from gptkernels.triton_kernels import Shipped
+from gptkernels import ops
+from gptkernels.core.triton_support import Shipped
 
 CACHE = Path(__file__).resolve().parent.parent / "build" / "gates"
 _WARP = 32
@@ -35,7 +35,7 @@ _WARP = 32
 
 @functools.cache
 def configurations() -> dict[str, Shipped]:
-    """Name -> configuration, of every module in `gptkernels.triton_kernels`.
+    """Name -> configuration, of every Triton module in `gptkernels.ops`.
 
     Raises ValueError for a name given twice or an architecture without a known limit.
     """
@@ -120,7 +120,9 @@ def read(cubin: Path, shared: int) -> Resources:
 
 
 def _shipped() -> Iterator[Shipped]:
-    for module in pkgutil.iter_modules(triton_kernels.__path__, f"{triton_kernels.__name__}."):
+    for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
+        if "triton" not in module.name.split("."):
+            continue
         shipped = getattr(importlib.import_module(module.name), "shipped", None)
         if shipped is not None and shipped.__module__ == module.name:
             yield from shipped()

@@ -2,7 +2,7 @@
 
 Objects are compiled as setup.py compiles them, for the architectures of a wheel, and kept with
 theirs (GPTKERNELS_OBJECT_CACHE, else build/objects); what is read from one is kept under
-build/gates. Kernels in *_sm90 sources are for sm_90a and for nothing else; they stand in the table
+build/gates. Kernels in sm90/ folders are for sm_90a and for nothing else; they stand in the table
 under sm_90. Shared memory is what a kernel declares, which is none: launchers choose its size, the
 emulator refuses a launch with more than the device has, and what each candidate of Hopper's kernels
 asks for is read from the launchers.
@@ -110,7 +110,7 @@ def misplaced(source: str, architectures: set[str]) -> Iterator[str]:
     wrong = {a for a in architectures if (a == "90a") != extension.hopper_only(Path(source))}
     for architecture in sorted(wrong):
         for_it = "sm_90a alone" if architecture != "90a" else "every GPU"
-        yield f"{source}: has code for sm_{architecture}, its name says {for_it}"
+        yield f"{source}: has code for sm_{architecture}, its folder says {for_it}"
 
 
 def slow(source: str, log: str) -> Iterator[str]:

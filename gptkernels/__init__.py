@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "attention": "gptkernels.ops.attention",
-    "attention_varlen": "gptkernels.ops.attention_varlen",
-    "attention_decode": "gptkernels.ops.attention_decode",
-    "layer_norm": "gptkernels.ops.layer_norm",
-    "gelu_mlp": "gptkernels.ops.mlp",
-    "LayerNorm": "gptkernels.layers",
-    "MLP": "gptkernels.layers",
-    "CausalSelfAttention": "gptkernels.layers",
-    "TransformerLayer": "gptkernels.transformer_layer",
+    "attention": "gptkernels.ops.attention.dense",
+    "attention_varlen": "gptkernels.ops.attention.varlen",
+    "attention_decode": "gptkernels.ops.attention.decode",
+    "layer_norm": "gptkernels.ops.layer_norm.op",
+    "gelu_mlp": "gptkernels.ops.gelu_mlp.op",
+    "LayerNorm": "gptkernels.nn.layers",
+    "MLP": "gptkernels.nn.layers",
+    "CausalSelfAttention": "gptkernels.nn.layers",
+    "TransformerLayer": "gptkernels.nn.transformer_layer",
     "GPT": "gptkernels.gpt.model",
     "GPTConfig": "gptkernels.gpt.config",
 }
@@ -43,13 +43,13 @@ __all__ = [
 if TYPE_CHECKING:
     from gptkernels.gpt.config import GPTConfig
     from gptkernels.gpt.model import GPT
-    from gptkernels.layers import MLP, CausalSelfAttention, LayerNorm
-    from gptkernels.ops.attention import attention
-    from gptkernels.ops.attention_decode import attention_decode
-    from gptkernels.ops.attention_varlen import attention_varlen
-    from gptkernels.ops.layer_norm import layer_norm
-    from gptkernels.ops.mlp import gelu_mlp
-    from gptkernels.transformer_layer import TransformerLayer
+    from gptkernels.nn.layers import MLP, CausalSelfAttention, LayerNorm
+    from gptkernels.nn.transformer_layer import TransformerLayer
+    from gptkernels.ops.attention.decode import attention_decode
+    from gptkernels.ops.attention.dense import attention
+    from gptkernels.ops.attention.varlen import attention_varlen
+    from gptkernels.ops.gelu_mlp.op import gelu_mlp
+    from gptkernels.ops.layer_norm.op import layer_norm
 
 
 def __getattr__(name: str) -> Any:

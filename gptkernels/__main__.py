@@ -15,7 +15,7 @@ def main() -> None:
         import rich  # noqa: F401
     except ImportError as error:
         if sys.argv[1:] == ["info"]:
-            from gptkernels.info import lines
+            from gptkernels.cli.info import lines
 
             print("\n".join(lines()))
             sys.exit(0)
@@ -25,7 +25,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from gptkernels.cli import run
+    from gptkernels.cli.main import run
 
     run()
 

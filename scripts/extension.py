@@ -2,8 +2,8 @@
 
     python scripts/extension.py emulator                 build/emulator/_cuda*.so, by g++
     python scripts/extension.py native                   build/native/_cuda*.so, by nvcc
-    python scripts/extension.py emulator layer_norm.cu   that file's object alone
-    python scripts/extension.py native layer_norm.cu     likewise, and what ptxas says about it
+    python scripts/extension.py emulator layer_norm/fwd.cu   that file's object alone
+    python scripts/extension.py native layer_norm/fwd.cu     likewise, and what ptxas says about it
     python scripts/extension.py native --check           whether it can be built here; if not, why
 
 `setup.py` installs the native extension as gptkernels._cuda. The emulator's is for the test suite
@@ -45,10 +45,10 @@ _MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
 # Machine code for A100, H100 and H200; the PTX of compute capability 8.0 serves all others.
 DEFAULT_ARCHITECTURES = "80+PTX;90a"
 _OLDEST_NVCC = (12, 8)
-# A source's stem has this among its parts: it is compiled for 90a and for nothing else.
+# A folder of this name holds sources that are compiled for 90a and for nothing else.
 _HOPPER_ONLY = "sm90"
 # Host code in csrc that the emulator has another version of.
-_NATIVE_ONLY = ("launch.cpp",)
+_NATIVE_ONLY = ("csrc/runtime/launch.cpp",)
 
 _HOST_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Errors name the callers that frame pointers lead to.
@@ -88,7 +88,7 @@ def emulator(only: Sequence[str] = ()) -> Path:
     """
     compiler = _compiler()
     base = [*compiler, *_EMULATOR_FLAGS, "-Icsrc", f"-isystem{_cuda_headers()}"]
-    objects = [*_emulated(compiler, _files("*.cu")), _bindings(base, _version(compiler))]
+    objects = [*_emulated(compiler, _files("**/*.cu")), _bindings(base, _version(compiler))]
     link = [*compiler, "-shared", f"-Wl,{_EXPORTS}"]
     return _build(ROOT / "build" / "emulator", objects, link, ["-pthread"], only)
 
@@ -109,10 +109,10 @@ def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]
     host = [*compiler, *_EMULATOR_FLAGS, *include]
     kernels = [*compiler, *_EMULATED_FLAGS, *_REPORTED, *include, "-xc++"]
     tools = _version(compiler)
-    shared = [file for file in _host_code(sources) if file.name not in _NATIVE_ONLY]
+    shared = [file for file in _host_code(sources) if file.as_posix() not in _NATIVE_ONLY]
     return [
         _Object(source, kernels if source.suffix == ".cu" else host, tools)
-        for source in (*_files("emulator/*.cpp"), *shared, *sources)
+        for source in (*_files("emulator/**/*.cpp"), *shared, *sources)
     ]
 
 
@@ -122,7 +122,7 @@ def native(only: Sequence[str] = (), folder: Path | None = None) -> Path:
 
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
-    host, objects, link = _natively(_files("*.cu"))
+    host, objects, link = _natively(_files("**/*.cu"))
     objects.append(_bindings(host, objects[-1].tools))
     link.append(f"-Xlinker={_EXPORTS},-s")
     return _build(folder or ROOT / "build" / "native", objects, link, [], only)
@@ -162,12 +162,12 @@ def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[s
 
 
 def kernels(folder: Path) -> dict[str, Path]:
-    """The native objects in `folder` of all kernels' sources, by file name, brought up to date.
+    """The native objects in `folder` of all kernels' sources, by path, brought up to date.
 
     What the compiler said of each is beside it, with .log at the end of its name. Raises as
     native() does.
     """
-    names = [source.name for source in _files("*.cu")]
+    names = [source.as_posix() for source in _files("**/*.cu")]
     if not names:
         raise BuildError(f"there are no kernels in {ROOT / _SOURCES}")
     native(names, folder)
@@ -231,8 +231,8 @@ def architectures() -> list[tuple[str, bool]]:
 
 
 def hopper_only(source: Path) -> bool:
-    """Whether a source's kernels are for compute capability 9.0 alone, as its name says."""
-    return _HOPPER_ONLY in source.stem.split("_")
+    """Whether a source's kernels are for compute capability 9.0 alone, as its folder says."""
+    return _HOPPER_ONLY in source.parts
 
 
 def _targets(source: Path) -> list[str]:
@@ -322,10 +322,10 @@ def _host_code(kernels: Sequence[Path]) -> list[Path]:
     """What launchers call, and nothing of Python; of an operator only beside its kernels."""
 
     def operators(files: Sequence[Path]) -> set[str]:
-        return {file.stem.split("_")[0] for file in files}
+        return {file.parts[1] for file in files}  # the folder in csrc
 
-    others = operators(_files("*.cu")) - operators(kernels)
-    files = [file for file in _files("*.cpp") if file != _BINDINGS]
+    others = operators(_files("**/*.cu")) - operators(kernels)
+    files = [file for file in _files("*/**/*.cpp") if file.parts[1] != "emulator"]
     return [file for file in files if not operators([file]) & others]
 
 
@@ -336,11 +336,11 @@ def _build(
     libraries: list[str],
     only: Sequence[str],
 ) -> Path:
-    """Writes folder/build.ninja and runs it. `only` are file names among the objects' sources."""
+    """Writes folder/build.ninja and runs it. `only` are paths among the objects' sources."""
     if not objects:
         raise BuildError(f"there are no kernels in {ROOT / _SOURCES}")
     module = folder / _MODULE
-    made = {o.source.name: _object(folder, o.source.name) for o in objects}
+    made = {o.source.as_posix(): _object(folder, o.source.as_posix()) for o in objects}
     unknown = [name for name in only if name not in made]
     if unknown:
         raise BuildError(f"there is no {unknown[0]} among {', '.join(made)}")
@@ -379,7 +379,7 @@ def _ninja_lines(
     yield f"  command = {_command(link)} $out $in {_command(libraries)}"
     yield "  description = $out"
     for o in objects:
-        compiled = _path(made[o.source.name])
+        compiled = _path(made[o.source.as_posix()])
         yield f"build {compiled}: compile {_path(ROOT / o.source)} | scripts/compile.py"
         yield f"  tools = {_command([o.tools])}"
         yield f"  compiler = {_command(o.command)}"
@@ -468,7 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         build = emulator if options.kind == "emulator" else native
-        made = build([Path(name).name for name in options.only])
+        made = build([_source(name) for name in options.only])
     except BuildError as error:
         print(error, file=sys.stderr)
         return 2
@@ -477,6 +477,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only and options.kind == "native":
         print(_readable(Path(f"{made}.log").read_text()), end="")
     return 0
+
+
+def _source(name: str) -> str:
+    """A path as objects have it, of one that may leave out csrc."""
+    return name if name.startswith(f"{_SOURCES}/") else f"{_SOURCES}/{name}"
 
 
 def _readable(text: str) -> str:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptkernels import attention, baseline, parity, philox, reference
-from gptkernels.ops.choice import unavailable
+from gptkernels import attention
+from gptkernels.core import philox
+from gptkernels.core.choice import unavailable
+from gptkernels.truth import baseline, parity, reference
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +99,7 @@ def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 def shrink_tiles(patch: pytest.MonkeyPatch, BM: int, BN: int) -> None:
-    kernels = pytest.importorskip("gptkernels.triton_kernels.attention")
+    kernels = pytest.importorskip("gptkernels.ops.attention.triton.dense")
     for name in ("_FORWARD", "_QUERIES", "_KEYS"):
         tables = {
             room: {D: (BM, BN, warps, stages) for D, (_, _, warps, stages) in tiles.items()}

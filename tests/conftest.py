@@ -63,13 +63,14 @@ class Result:
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs one command in this process, with no emulator: "cuda" cannot run without a GPU."""
-    from gptkernels import cli, cuda
+    from gptkernels.cli import main
+    from gptkernels.core import native
 
-    monkeypatch.setattr(cuda, "EMULATED", False)
+    monkeypatch.setattr(native, "EMULATED", False)
 
     def run(*arguments: str | Path) -> Result:
         with pytest.raises(SystemExit) as exited:
-            cli.run([str(argument) for argument in arguments])
+            main.run([str(argument) for argument in arguments])
         return Result(exited.value.code, *capsys.readouterr())
 
     return run

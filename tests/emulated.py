@@ -1,4 +1,4 @@
-"""Small kernels (tests/emulator_kernels) as tests run them: in the emulator and, where there is
+"""Small kernels (tests/emulator/kernels) as tests run them: in the emulator and, where there is
 one, on a GPU."""
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from harness import ROOT
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ROOT / "tests" / "emulator_kernels"
+KERNELS = ROOT / "tests" / "emulator" / "kernels"
 HERE = f"{platform.machine()} {platform.system()}"
 pytestmark = pytest.mark.skipif(
     HERE not in ("x86_64 Linux", "aarch64 Linux"),
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Case(ctypes.Structure):
-    """As in tests/emulator_kernels/cases.h."""
+    """As in tests/emulator/kernels/cases.h."""
 
     _fields_ = (
         ("a", ctypes.c_void_p),
@@ -129,8 +129,13 @@ def extension() -> ModuleType:
 
 
 def sources(*stems: str) -> list[Path]:
-    files = (path for path in KERNELS.iterdir() if path.suffix in (".cpp", ".cu"))
-    return sorted(p.relative_to(ROOT) for p in files if not stems or p.stem in stems)
+    """All of them, or those of these names, such as "sm90/wgmma"."""
+    files = {
+        path.relative_to(KERNELS).with_suffix("").as_posix(): path.relative_to(ROOT)
+        for path in KERNELS.rglob("*")
+        if path.suffix in (".cpp", ".cu")
+    }
+    return [files[stem] for stem in stems or sorted(files)]
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +154,7 @@ def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Emulator:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     stems = ("cases", "primitives", "tiles", "dropout")
-    chosen = sources(*stems, "wgmma_sm90", "mbarriers_sm90", "clusters_sm90")
+    chosen = sources(*stems, "sm90/wgmma", "sm90/mbarriers", "sm90/clusters")
     try:
         return Gpu(extension.native_library(chosen, ROOT / "build" / "native_kernels"))
     except extension.BuildError as error:
@@ -159,8 +164,8 @@ def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Emulator:
 def line(marker: str) -> str:
     """ "file:line" of the one line of the kernels that ends with the comment."""
     found = [
-        f"tests/emulator_kernels/{path.name}:{number}"
-        for path in KERNELS.glob("*.cu")
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in KERNELS.rglob("*.cu")
         for number, text in enumerate(path.read_text().splitlines(), 1)
         if text.endswith(f"// {marker}")
     ]

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from gptkernels import GPTConfig
-from gptkernels.gpt.train import (
-    TrainResult,
-    train,
-)
-from gptkernels.gpt.train_config import TrainConfig
+from gptkernels.gpt.training.config import TrainConfig
+from gptkernels.gpt.training.train import TrainResult, train
 
 TINY = GPTConfig(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
 SHORT = TrainConfig(

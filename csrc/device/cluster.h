@@ -5,10 +5,10 @@
 // cluster_sync(), until it returns: the last one to need it meets it at another.
 #pragma once
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 #ifdef GK_EMULATE
-#include "emulator/cluster.h"
+#include "emulator/fiber/cluster.h"
 #endif
 
 namespace gk {

@@ -2,8 +2,8 @@
 // addends never changes.
 #pragma once
 
-#include "cluster.h"
-#include "reduce.h"
+#include "device/cluster.h"
+#include "device/reduce.h"
 
 namespace gk {
 

@@ -5,10 +5,10 @@
 // barrier.
 #pragma once
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 #ifdef GK_EMULATE
-#include "emulator/cp_async.h"
+#include "emulator/async/cp_async.h"
 #endif
 
 namespace gk {

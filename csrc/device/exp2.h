@@ -2,7 +2,7 @@
 // units in the last place, PTX ISA "ex2") where results are rounded to 16 bits anyway.
 #pragma once
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 namespace gk {
 

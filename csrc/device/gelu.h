@@ -8,8 +8,8 @@
 // difference of near numbers, and no exponential that overflows.
 #pragma once
 
-#include "../launch.h"
-#include "exp2.h"
+#include "runtime/launch.h"
+#include "device/exp2.h"
 
 namespace gk {
 

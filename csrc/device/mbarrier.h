@@ -14,10 +14,10 @@
 #include <cstdint>
 
 #include "device/shared_address.h"
-#include "launch.h"
+#include "runtime/launch.h"
 
 #ifdef GK_EMULATE
-#include "emulator/mbarrier.h"
+#include "emulator/async/mbarrier.h"
 #endif
 
 namespace gk {

@@ -16,10 +16,10 @@
 #include <cstring>
 
 #include "device/vector.h"
-#include "launch.h"
+#include "runtime/launch.h"
 
 #ifdef GK_EMULATE
-#include "emulator/mma.h"
+#include "emulator/mma/mma.h"
 #endif
 
 namespace gk {

@@ -1,4 +1,4 @@
-// The dropout contract of gptkernels/philox.py, bit for bit: which element is dropped is a pure
+// The dropout contract of gptkernels/core/philox.py, bit for bit: which element is dropped is a pure
 // function of (seed, offset, position), so masks are never stored and every kernel rebuilds them.
 //
 // Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) with
@@ -8,8 +8,8 @@
 // Kept elements come as bits of an unsigned, bit l for lane l.
 #pragma once
 
-#include "../dropout.h"
-#include "../launch.h"
+#include "runtime/dropout.h"
+#include "runtime/launch.h"
 
 #include <cstdint>
 

@@ -5,7 +5,7 @@
 // empty[stage] with parity `phase ^ 1`: the first round finds every stage empty (device/mbarrier.h).
 #pragma once
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 namespace gk {
 

@@ -2,7 +2,7 @@
 // the same bits, and the order of the addends never changes.
 #pragma once
 
-#include "../launch.h"
+#include "runtime/launch.h"
 
 namespace gk {
 

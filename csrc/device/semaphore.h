@@ -3,10 +3,10 @@
 // number alone, else it may wait for one that its own waiting keeps from starting.
 #pragma once
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 #ifdef GK_EMULATE
-#include "emulator/semaphore.h"
+#include "emulator/async/semaphore.h"
 #endif
 
 namespace gk {

@@ -1,7 +1,7 @@
 // The address of something in shared memory as instructions take it: 32 bits, within the window.
 #pragma once
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 namespace gk {
 

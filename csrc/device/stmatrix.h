@@ -4,10 +4,10 @@
 
 #include <cstdint>
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 #ifdef GK_EMULATE
-#include "emulator/mma.h"
+#include "emulator/mma/mma.h"
 #endif
 
 namespace gk {

@@ -25,10 +25,10 @@
 
 #include <cstdint>
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 #ifdef GK_EMULATE
-#include "emulator/wgmma.h"
+#include "emulator/mma/wgmma.h"
 #endif
 
 namespace gk {

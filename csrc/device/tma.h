@@ -13,10 +13,10 @@
 #pragma once
 
 #include "device/shared_address.h"
-#include "tensor_map.h"
+#include "runtime/tensor_map.h"
 
 #ifdef GK_EMULATE
-#include "emulator/tma.h"
+#include "emulator/async/tma.h"
 #endif
 
 namespace gk {

@@ -1,7 +1,7 @@
 // Vectors in registers, and the 16-byte accesses that fill and empty them.
 #pragma once
 
-#include "../launch.h"
+#include "runtime/launch.h"
 
 namespace gk {
 

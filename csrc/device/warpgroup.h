@@ -2,10 +2,10 @@
 // each other, and barriers between some of the warps (PTX ISA, "setmaxnreg" and "barrier").
 #pragma once
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 #ifdef GK_EMULATE
-#include "emulator/registers.h"
+#include "emulator/fiber/registers.h"
 #endif
 
 namespace gk {

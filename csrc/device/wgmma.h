@@ -22,10 +22,10 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 #ifdef GK_EMULATE
-#include "emulator/wgmma.h"
+#include "emulator/mma/wgmma.h"
 #else
 #include "device/wgmma_shapes.h"
 #endif

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "launch.h"
+#include "runtime/launch.h"
 
 #ifndef GK_EMULATE
 

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from gptkernels.layers import head_width
-from gptkernels.ops.checks import check_count, check_number, check_probability
+from gptkernels.core.checks import check_count, check_number, check_probability
+from gptkernels.nn.layers import head_width
 
 # name: (n_layer, n_head, n_embd)
 # Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, table 2.

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptkernels.gpt import nanogpt, weights
-from gptkernels.gpt.cache import SlotCache
 from gptkernels.gpt.config import GPTConfig
-from gptkernels.gpt.generate import generate
-from gptkernels.layers import MLP, CausalSelfAttention, KVCache, LayerNorm, set_impl
+from gptkernels.gpt.generation.cache import SlotCache
+from gptkernels.gpt.generation.generate import generate
+from gptkernels.nn.layers import MLP, CausalSelfAttention, KVCache, LayerNorm, set_impl
 
 _INIT_STD = 0.02
 RECOMPUTE = ("none", "mlp", "block")

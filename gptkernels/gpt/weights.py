@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptkernels.core.checks import check_same_dtype, check_tensor
 from gptkernels.gpt import layouts
 from gptkernels.gpt.config import GPTConfig
-from gptkernels.ops.checks import check_same_dtype, check_tensor
 
 _CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 _TRANSPOSED = re.compile(

@@ -1,1 +1,1 @@
-"""The fused ops: one module each, from the public function down to the choice of implementation."""
+"""The ops: a folder each, with one module or folder an implementation."""

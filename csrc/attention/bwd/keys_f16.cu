@@ -1,0 +1,10 @@
+// Attention backward, dk and dv in fp16, for every width of a head; see attention/bwd/keys.h.
+#include "runtime/launch.h"
+
+#include "attention/bwd/keys.h"
+
+namespace gk {
+
+template void launch_attention_bwd_keys<__half>(const BwdArguments&, Stream);
+
+}  // namespace gk

@@ -1,0 +1,126 @@
+// Attention backward's launcher, and the kernel before the others. Formulas: attention/bwd/kernel.h.
+//
+//     delta = sum_d dout * out - dlse                 (B, H, Tq) fp32
+//
+// With dropout too, sum_d dout * out equals sum_j p dp, which saves a pass over the keys. Reads out
+// and dout once, and clears the sum of dq where there is one, and the gradients of tokens that no
+// sequence has.
+//
+// Then, for dk and dv, the keys kernel; for dq the queries kernel (7 products in all, the same bits
+// every time) or, in 16 bits, atomics inside the keys kernel (5 products). Not deterministic is
+// taken to be the faster: at D 128 each atomic of 4 bytes comes with 1,280 floating-point
+// operations of a CTA, at 300 TFLOP/s some 0.9 TB/s of additions in the L2 cache, against 40% more
+// products.
+//
+// On Hopper the kernels of attention/bwd/sm90/params.h run before them, where they take the problem.
+#include "runtime/launch.h"
+
+#include "attention/bwd/delta.h"
+#include "attention/bwd/sm90/params.h"
+
+namespace gk {
+
+constexpr int kSumRows = 32;                         // dq_sum comes in tiles of 32 rows, or 16
+
+// Of a head in the kernels for a head width D.
+inline int padded_width(int D) {
+    return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256;
+}
+
+struct DeltaArguments {
+    BwdArguments of;
+    int64_t sum_chunks;  // dq_sum's length in chunks of 16 bytes
+};
+
+template <class T>
+__global__ void __launch_bounds__(kDeltaThreads)
+    attention_bwd_delta_kernel(const __grid_constant__ DeltaArguments arguments) {
+    const BwdArguments& a = arguments.of;
+    const AttentionBwd& p = a.p;
+    const AttentionCall& call = p.call;
+    // Rows in the order of out in memory.
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x;
+    for (int64_t chunk = thread; chunk < arguments.sum_chunks;
+         chunk += static_cast<int64_t>(gridDim.x) * kDeltaThreads)
+        st128(p.dq_sum + 4 * chunk, Pack<float, 4>{});
+    const int64_t index = thread / kDeltaLanes;
+    const int64_t h = index % call.H, token = index / call.H;
+    const int64_t i = token % call.total_q, b = token / call.total_q;
+    const bool exists = b < call.entries();
+    const float delta = row_delta<T>(a, b, i, h, exists);
+    if (exists && threadIdx.x % kDeltaLanes == 0) {
+        const int64_t at = (b * call.H + h) * call.total_q + i;
+        p.delta[at] = p.dlse == nullptr ? delta : delta - p.dlse[at];
+    }
+    if (!call.ragged()) return;
+    const auto clear = [&](void* gradient, int heads, const int32_t* cu_seqlens, int total) {
+        if (gradient != nullptr)
+            fill_outside(static_cast<T*>(gradient), int64_t{heads} * call.D, cu_seqlens, call.batch,
+                         total, T(0.0f), thread, static_cast<int64_t>(gridDim.x) * kDeltaThreads);
+    };
+    clear(p.dq, call.H, call.cu_seqlens_q, call.total_q);
+    clear(p.dk, call.Hk, call.cu_seqlens_k, call.total_k);
+    clear(p.dv, call.Hk, call.cu_seqlens_k, call.total_k);
+}
+
+extern template void launch_attention_bwd_queries<float>(const BwdArguments&, Stream);
+extern template void launch_attention_bwd_queries<__nv_bfloat16>(const BwdArguments&, Stream);
+extern template void launch_attention_bwd_queries<__half>(const BwdArguments&, Stream);
+extern template void launch_attention_bwd_keys<float>(const BwdArguments&, Stream);
+extern template void launch_attention_bwd_keys<__nv_bfloat16>(const BwdArguments&, Stream);
+extern template void launch_attention_bwd_keys<__half>(const BwdArguments&, Stream);
+
+// What the kernels after the first take. On Hopper they only look whether they have to run, for
+// results that are not finite: then dq is not added up by atomics.
+template <class T>
+BwdArguments arguments_of(const AttentionBwd& p) {
+    const AttentionCall& c = p.call;
+    const int64_t size = sizeof(T);
+    const Strides out{static_cast<int64_t>(c.total_q) * c.H * c.D,
+                      static_cast<int64_t>(c.H) * c.D, c.D};
+    BwdArguments a{p,
+                   aligned_16(p.q, size, p.q_strides),
+                   aligned_16(p.k, size, p.k_strides),
+                   aligned_16(p.v, size, p.v_strides),
+                   aligned_16(p.dout, size, p.dout_strides),
+                   aligned_16(p.out, size, out),
+                   p.turns};
+    if (p.turns != nullptr) a.p.dq_sum = nullptr;
+    return a;
+}
+
+template <class T>
+void launch_attention_bwd_delta(const BwdArguments& a, Stream stream) {
+    const AttentionCall& c = a.p.call;
+    const int64_t rows = static_cast<int64_t>(c.entries()) * c.total_q * c.H;
+    constexpr int64_t kRows = kDeltaThreads / kDeltaLanes;
+    DeltaArguments arguments{a, 0};
+    if (a.p.dq_sum != nullptr)
+        arguments.sum_chunks = static_cast<int64_t>(c.entries()) * c.H *
+                               query_blocks(c, kSumRows) * (kSumRows * padded_width(c.D) / 4);
+    launch(attention_bwd_delta_kernel<T>,
+           {"attention_bwd_delta_kernel", shape_of(c),
+            grid_of("attention_bwd_delta_kernel", c, (rows + kRows - 1) / kRows), kDeltaThreads, 0,
+            stream},
+           arguments);
+}
+
+template <class T>
+void launch_attention_bwd_of(DType dtype, const AttentionBwd& p, Stream stream, int candidate) {
+    const BwdArguments a = arguments_of<T>(p);
+    if (p.turns != nullptr)
+        launch_attention_bwd_sm90(dtype, p, candidate, stream);
+    else
+        launch_attention_bwd_delta<T>(a, stream);
+    if (kExact<T> || (p.dq != nullptr && a.p.dq_sum == nullptr))
+        launch_attention_bwd_queries<T>(a, stream);
+    if (p.dk != nullptr || p.dv != nullptr) launch_attention_bwd_keys<T>(a, stream);
+}
+
+void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream, int candidate) {
+    dispatch(dtype, [&](auto zero) {
+        launch_attention_bwd_of<decltype(zero)>(dtype, p, stream, candidate);
+    });
+}
+
+}  // namespace gk

@@ -1,0 +1,10 @@
+// Attention backward, dq in fp16, for every width of a head; see attention/bwd/queries.h.
+#include "runtime/launch.h"
+
+#include "attention/bwd/queries.h"
+
+namespace gk {
+
+template void launch_attention_bwd_queries<__half>(const BwdArguments&, Stream);
+
+}  // namespace gk

@@ -1,0 +1,93 @@
+// Attention backward on Hopper, the main kernel: a block of keys stays in shared memory, and the
+// queries that see it pass by, of every query head that reads this key head (Shah et al.,
+// "FlashAttention-3", 2024). Formulas: attention/bwd/kernel.h.
+//
+// Warpgroup 0 moves data: one warp loads by TMA, and one for each other warpgroup adds its part of
+// dq to the fp32 sum in memory, by bulk copies out of shared memory. The others multiply; how they
+// divide the work is in attention/bwd/sm90/narrow.h and, from 192 columns on, _wide.h.
+//
+// q, dout (B, Tq, H, D), k, v (B, Tk, Hk, D), what TMA can address; dk, dv (B, Tk, Hk, D)
+// contiguous. Moves k, v, dk and dv once, q and dout once for each block of keys, and as often 4
+// bytes for each element of dq. dk and dv are summed in one order; dq too if `deterministic`: then
+// a block of rows is added to by one block of keys after another, from the last.
+#pragma once
+
+#include "attention/bwd/sm90/narrow.h"
+#include "attention/bwd/sm90/wide.h"
+
+namespace gk {
+
+template <class T, int kChoice, bool kOptions>
+__global__ void __launch_bounds__(BwdTiles<T, kChoice>::kThreads, 1)
+    attention_bwd_sm90_kernel(const __grid_constant__ BwdSm90 a) {
+    using Tiles = BwdTiles<T, kChoice>;
+    unsigned char* arena = shared_memory();
+    // The same in all lanes of a warp, which the compiler is to know.
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+    const int lane = lane_index();
+    if (warp == 0 && lane == 0) {
+        BwdBarriers<Tiles>(arena).init();
+        tma_prefetch(&a.k);
+        tma_prefetch(&a.q);
+        tma_prefetch(&a.v);
+        tma_prefetch(&a.dout);
+    }
+    __syncthreads();
+    const BwdWork<Tiles> work(a);
+    if (warp < 4) {
+        warpgroup_reg_dealloc<Tiles::kMoverRegisters>();
+        if (warp == 0) {
+            if (lane == 0) load_tiles<T>(a, work, arena);
+        } else if (warp <= Tiles::kConsumers) {
+            add_dq(a, work, arena, warp - 1);
+        }
+        return;
+    }
+    warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
+    using Consumer = std::conditional_t<Tiles::kWide, BwdWide<T, Tiles, kOptions>,
+                                        BwdNarrow<T, Tiles, kOptions>>;
+    Consumer me{{a, work, arena, warp / 4 - 1, 16 * (warp % 4) + lane / 4, 2 * (lane % 4)}};
+    me.run();
+    if (!__all_sync(0xffffffffu, me.finite()) && lane == 0) semaphore_release(a.p.turns, 1);
+    me.store();
+    if (threadIdx.x % 128 == 0) bulk_wait_read<0>();
+}
+
+template <class T, int kChoice>
+void launch_attention_bwd_sm90_choice(const BwdSm90& a, Stream stream) {
+    using Tiles = BwdTiles<T, kChoice>;
+    const AttentionCall& c = a.p.call;
+    const Launch how{"attention_bwd_sm90_kernel",
+                     shape_of(c),
+                     grid_of("attention_bwd_sm90_kernel", c,
+                             static_cast<int64_t>(a.key_blocks) * c.batch * c.Hk),
+                     Tiles::kThreads,
+                     Tiles::kSharedBytes,
+                     stream,
+                     1,
+                     0,
+                     Tiles::candidate()};
+    if constexpr (kChoice < kBwdRuleCount) {
+        if (c.softcap != 0 || c.alibi_slopes != nullptr)
+            return launch(attention_bwd_sm90_kernel<T, kChoice, true>, how, a);
+    }
+    if constexpr (kChoice < kBwdRuleCount || std::is_same_v<T, __nv_bfloat16>)
+        launch(attention_bwd_sm90_kernel<T, kChoice, false>, how, a);
+}
+
+template <class T, int kHeadWidth, int kChoice>
+void launch_attention_bwd_sm90_from(int choice, const BwdSm90& a, Stream stream) {
+    if constexpr (kChoice < kBwdChoiceCount) {
+        if constexpr (kBwdChoices[kChoice].width == kHeadWidth) {
+            if (choice == kChoice) return launch_attention_bwd_sm90_choice<T, kChoice>(a, stream);
+        }
+        launch_attention_bwd_sm90_from<T, kHeadWidth, kChoice + 1>(choice, a, stream);
+    }
+}
+
+template <class T, int kHeadWidth>
+void launch_attention_bwd_sm90_main(int choice, const BwdSm90& a, Stream stream) {
+    launch_attention_bwd_sm90_from<T, kHeadWidth, 0>(choice, a, stream);
+}
+
+}  // namespace gk

@@ -1,0 +1,118 @@
+// Decoding's launcher, and the step that combines the splits of an entry's keys. The kernel that does
+// the work is in attention/decode/kernel.h, with one file of instantiations for each dtype.
+//
+//     m = max_s m_s      l = sum_s l_s exp2(m_s - m)      out = sum_s o_s exp2(m_s - m) / l
+//
+// in the order of the splits. Reads of each row of each split D + 2 floats, which the L2 cache holds.
+#include "attention/decode/kernel.h"
+#include "device/reduce.h"
+
+namespace gk {
+
+extern template int launch_attention_decode_of<float>(const DecodeArguments&, Stream);
+extern template int launch_attention_decode_of<__nv_bfloat16>(const DecodeArguments&, Stream);
+extern template int launch_attention_decode_of<__half>(const DecodeArguments&, Stream);
+
+namespace {
+
+constexpr int kCombineWarps = 4, kCombineThreads = 32 * kCombineWarps;
+
+struct CombineArguments {
+    DecodeArguments a;
+    int rows_of_block;
+};
+
+// A CTA a row; its warps take every fourth split.
+template <class T>
+__global__ void __launch_bounds__(kCombineThreads)
+    attention_decode_combine_kernel(const __grid_constant__ CombineArguments arguments) {
+    const DecodeArguments& a = arguments.a;
+    const AttentionCall& call = a.p.call;
+    const int row = static_cast<int>(blockIdx.x) % a.rows;
+    const int head = static_cast<int>(blockIdx.x) / a.rows;
+    const int b = head / call.Hk, hk = head % call.Hk;
+    const Band band = decode_band(call, b);
+    const DecodeSplits splits(a, band, row / arguments.rows_of_block, arguments.rows_of_block, 1);
+    if (splits.one()) return;  // written already
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int64_t first = partial_of(a, b, hk, 0, row);  // the next split's is a.rows further
+    const float2* stats = reinterpret_cast<const float2*>(a.p.partial_stats) + first;
+    const int width = partial_width(call.D);
+    const float* partials = a.p.partial_out + first * width;
+
+    float m = -INFINITY;
+    for (int s = splits.first + lane; s < splits.last; s += 32)
+        m = fmaxf(m, stats[static_cast<int64_t>(s) * a.rows].x);
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2)
+        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, lanes));
+    float l = 0;
+    for (int s = splits.first + lane; s < splits.last; s += 32) {
+        const float2 own = stats[static_cast<int64_t>(s) * a.rows];
+        l = fmaf(own.y, weight_of<T>(own.x, m), l);
+    }
+    l = warp_sum(l);
+
+    float sum[2][4] = {};  // columns 4 lane ..., and 128 further
+#pragma unroll 4
+    for (int s = splits.first + warp; s < splits.last; s += kCombineWarps) {
+        const int64_t at = static_cast<int64_t>(s) * a.rows;
+        const float weight = weight_of<T>(stats[at].x, m);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            const int col = 128 * c + 4 * lane;
+            if (col >= width) continue;
+            const Pack<float, 4> values = ld128(partials + at * width + col);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[c][e] = fmaf(values.at[e], weight, sum[c][e]);
+        }
+    }
+    float* of_warps = reinterpret_cast<float*>(shared_memory());  // (warps, kMaxHeadWidth)
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+        st128_shared(of_warps + warp * kMaxHeadWidth + 128 * c + 4 * lane,
+                     Pack<float, 4>{sum[c][0], sum[c][1], sum[c][2], sum[c][3]});
+    __syncthreads();
+    const DecodeRow<T> to(a, b, hk, row);
+    if (threadIdx.x == 0) *to.lse = lse_of(m, l);
+    const float scale = l == 0 ? 0.0f : 1 / l;
+    for (int col = static_cast<int>(threadIdx.x); col < call.D; col += kCombineThreads) {
+        float all = 0;
+#pragma unroll
+        for (int w = 0; w < kCombineWarps; ++w) all += of_warps[w * kMaxHeadWidth + col];
+        to.out[col] = from_float<T>(all * scale);
+    }
+}
+
+template <class T>
+void launch_attention_decode_in(const AttentionDecode& p, Stream stream) {
+    const AttentionCall& c = p.call;
+    const int64_t size = sizeof(T);
+    const Strides out{static_cast<int64_t>(c.Tq) * c.H * c.D, static_cast<int64_t>(c.H) * c.D, c.D};
+    const int group = c.H / c.Hk;
+    const DecodeArguments a{p,
+                            group,
+                            group * c.Tq,
+                            1,
+                            scores_are_plain(c),
+                            aligned_16(p.q, size, p.q_strides),
+                            aligned_16(p.k, size, p.k_strides),
+                            aligned_16(p.v, size, p.v_strides),
+                            aligned_16(p.out, size, out)};
+    const int rows_of_block = launch_attention_decode_of<T>(a, stream);
+    if (p.splits == 1) return;
+    launch(attention_decode_combine_kernel<T>,
+           {"attention_decode_combine_kernel", shape_of(c),
+            grid_of("attention_decode_combine_kernel", c,
+                    static_cast<int64_t>(c.batch) * c.Hk * a.rows),
+            kCombineThreads, sizeof(float) * kCombineWarps * kMaxHeadWidth, stream},
+           CombineArguments{a, rows_of_block});
+}
+
+}  // namespace
+
+void launch_attention_decode(DType dtype, const AttentionDecode& p, Stream stream) {
+    dispatch(dtype, [&](auto zero) { launch_attention_decode_in<decltype(zero)>(p, stream); });
+}
+
+}  // namespace gk

@@ -1,0 +1,93 @@
+// Which keys a CTA of attention/decode/kernel.h takes, and where rows' results lie.
+#pragma once
+
+#include "attention/decode/params.h"
+#include "attention/scores.h"
+#include "device/exp2.h"
+
+namespace gk {
+
+// Keys of an entry go in splits of so many, the last one maybe fewer, each softmaxed by itself before
+// they are combined. The rule is that of gptkernels/ops/attention/splits.py: it follows from the entry's
+// own length and from num_splits alone, 0 where none is given.
+constexpr int kSplitKeys = 256, kMostSplits = 64;
+constexpr int kSplitMultiple = 64;
+
+__device__ inline int keys_of_split(int length, int num_splits) {
+    const int last = max(length, 1) - 1;
+    if (num_splits == 0) return kSplitKeys * (last / (kSplitKeys * kMostSplits) + 1);
+    return kSplitMultiple * (last / num_splits / kSplitMultiple + 1);
+}
+
+struct DecodeArguments {
+    AttentionDecode p;
+    int group, rows, row_blocks;  // H / Hk; group * Tq; blocks of them
+    bool plain;                   // scores_are_plain
+    bool q_aligned, k_aligned, v_aligned, out_aligned;  // 16-byte addresses throughout
+};
+
+// The band of an entry, whose queries are its newest tokens.
+__device__ inline Band decode_band(const AttentionCall& c, int b) {
+    Band band;
+    band.count = min(max(c.key_lengths[b], 0), c.Tk);
+    band.shift = band.count - c.Tq;
+    band.left = c.left < 0 ? band.count : min(c.left, band.count);
+    band.right = c.right < 0 ? c.Tq : min(c.right, c.Tq);
+    band.Tq = c.Tq;
+    return band;
+}
+
+// The keys that a block of rows sees, and their splits first <= s < last of `keys` keys each. A block
+// that sees none has one split, an empty one.
+struct DecodeSplits {
+    Range seen;
+    int keys, first, last;
+
+    __device__ DecodeSplits(const DecodeArguments& a, const Band& band, int row_block,
+                            int rows_of_block, int block) {
+        const int row = row_block * rows_of_block;
+        const int end = min(row + rows_of_block, a.rows);
+        const int i0 = row / a.group;
+        seen = band.keys(i0, (end - 1) / a.group + 1 - i0, block);
+        keys = keys_of_split(band.count, a.p.num_splits);
+        first = 0, last = 1;
+        if (seen.last > seen.first) {
+            first = seen.first / keys;
+            last = (seen.last - 1) / keys + 1;
+        }
+    }
+    __device__ bool has(int split) const { return split >= first && split < last; }
+    __device__ bool one() const { return last - first == 1; }
+};
+
+// Where a row's result goes. T: out's dtype.
+template <class T>
+struct DecodeRow {
+    T* out;
+    float* lse;
+
+    __device__ DecodeRow(const DecodeArguments& a, int b, int hk, int row) {
+        const AttentionCall& c = a.p.call;
+        const int i = row / a.group, h = hk * a.group + row % a.group;
+        out = static_cast<T*>(a.p.out) + ((static_cast<int64_t>(b) * c.Tq + i) * c.H + h) * c.D;
+        lse = a.p.lse + (static_cast<int64_t>(b) * c.H + h) * c.Tq + i;
+    }
+};
+
+// The number of a row's partial result in the workspaces.
+__device__ inline int64_t partial_of(const DecodeArguments& a, int b, int hk, int split, int row) {
+    const int64_t head = static_cast<int64_t>(b) * a.p.call.Hk + hk;
+    return (head * a.p.splits + split) * a.rows + row;
+}
+__host__ __device__ inline int partial_width(int D) { return (D + 3) / 4 * 4; }
+
+// The weights' unit when several results with maxima up to m are added: of one with maximum own.
+template <class T>
+__device__ __forceinline__ float weight_of(float own, float m) {
+    return exp2_for<T>(own - (m == -INFINITY ? 0.0f : m));
+}
+__device__ __forceinline__ float lse_of(float m, float l) {
+    return l == 0 ? -INFINITY : fmaf(m, kLn2, logf(l));
+}
+
+}  // namespace gk

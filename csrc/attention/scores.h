@@ -1,0 +1,200 @@
+// What attention's kernels share: which keys a query sees, its scores, and their slope.
+//
+// Query i stands at position i + Tk - Tq among the keys (bottom-right alignment). It sees key j
+// where  position - left <= j <= position + right,   0 <= j < count, the length of its batch entry.
+// Scores are in units of log2(e), so that weights are exp2(s - m).
+#pragma once
+
+#include "attention/params.h"
+#include "device/tile.h"
+#include "runtime/launch.h"
+
+namespace gk {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
+// first <= x < last, empty where last <= first. Blocks from full_first to full_last, both multiples
+// of the block, are seen whole and need no mask; they may be none.
+struct Range {
+    int first, last, full_first, full_last;
+
+    __device__ bool needs_mask(int start, int block) const {
+        return start < full_first || start + block > full_last;
+    }
+};
+
+// The band of keys that the queries of one batch entry see.
+struct Band {
+    int shift;        // Tk - Tq
+    int left, right;  // at most Tk and Tq: a bound that no pair reaches is none
+    int Tq;
+    int count;        // keys that exist
+
+    __device__ int lowest(int i) const { return i + shift - left; }
+    __device__ int reach(int i) const { return i + shift + right; }
+    __device__ int highest(int i) const { return min(reach(i), count - 1); }
+    __device__ bool sees(int i, int j) const { return j >= lowest(i) && j <= highest(i); }
+
+    // Keys that some of the queries i0 <= i < min(i0 + rows, Tq) see; first is a multiple of block.
+    __device__ Range keys(int i0, int rows, int block) const {
+        const int end = min(i0 + rows, Tq);
+        Range r;
+        r.first = max(lowest(i0), 0) / block * block;
+        r.last = highest(end - 1) + 1;
+        r.full_first = (max(lowest(end - 1), 0) + block - 1) / block * block;
+        r.full_last = max(highest(i0) + 1, 0) / block * block;
+        return r;
+    }
+
+    // Queries that see some of the keys j0 <= j < j0 + cols; first is a multiple of block. Keys
+    // that reach past the last one need their mask everywhere.
+    __device__ Range queries(int j0, int cols, int block) const {
+        const int end = min(j0 + cols, count);
+        Range r;
+        r.first = max(j0 - shift - right, 0) / block * block;
+        r.last = j0 < count ? min(end - shift + left, Tq) : 0;
+        r.full_first = (max(j0 + cols - 1 - shift - right, 0) + block - 1) / block * block;
+        r.full_last = min(max(j0 - shift + left + 1, 0), Tq) / block * block;
+        if (end < j0 + cols) r.full_last = 0;
+        return r;
+    }
+};
+
+// The tokens of a batch entry, or of one of the sequences that lie end to end.
+struct Entry {
+    int in_memory;  // the batch entry of the tensors that holds them
+    int q0, k0;     // the first of them there
+    int Tq, Tk;     // how many
+
+    // Of row i of head h in lse and its like, (entries, H, total_q).
+    __device__ int64_t row(const AttentionCall& c, int h, int i) const {
+        return (static_cast<int64_t>(in_memory) * c.H + h) * c.total_q + q0 + i;
+    }
+    // Of the first element of head h in a contiguous (entries, total_q, H, D).
+    __device__ int64_t queries(const AttentionCall& c, int h) const {
+        return ((static_cast<int64_t>(in_memory) * c.total_q + q0) * c.H + h) * c.D;
+    }
+    // Of the first element of key head hk in a contiguous (entries, total_k, Hk, D).
+    __device__ int64_t keys(const AttentionCall& c, int hk) const {
+        return ((static_cast<int64_t>(in_memory) * c.total_k + k0) * c.Hk + hk) * c.D;
+    }
+    // Of the element where token i of a head starts, i counted from `first`, q0 or k0.
+    __device__ int64_t at(const Strides& strides, int first, int i, int head) const {
+        return in_memory * strides.batch + head * strides.head +
+               (static_cast<int64_t>(first) + i) * strides.token;
+    }
+};
+
+__device__ inline Entry entry_of(const AttentionCall& c, int b) {
+    Entry entry{b, 0, 0, c.Tq, c.Tk};
+    if (c.ragged()) {
+        entry.in_memory = 0;
+        entry.q0 = min(max(c.cu_seqlens_q[b], 0), c.total_q);
+        entry.k0 = min(max(c.cu_seqlens_k[b], 0), c.total_k);
+        entry.Tq = max(min(c.cu_seqlens_q[b + 1], c.total_q) - entry.q0, 0);
+        entry.Tk = max(min(c.cu_seqlens_k[b + 1], c.total_k) - entry.k0, 0);
+    }
+    return entry;
+}
+
+// A head's work comes in blocks of `rows` queries, or keys: so many. Each sequence starts one of
+// its own, b the one of number cu_seqlens[b] / rows + b, and may leave a part of one: whatever the
+// lengths, there are few more blocks than have work.
+__host__ __device__ inline int query_blocks(const AttentionCall& c, int rows) {
+    return c.ragged() ? c.total_q / rows + c.batch : (c.Tq + rows - 1) / rows;
+}
+__host__ __device__ inline int key_blocks(const AttentionCall& c, int rows) {
+    return c.ragged() ? c.total_k / rows + c.batch : (c.Tk + rows - 1) / rows;
+}
+
+// Where a block starts: the batch entry or the sequence, and the token in it, past its last one
+// where a block has no work.
+struct Place {
+    int b, start;
+};
+
+// Of block `block` of a batch entry of the tensors. Whole warps.
+__device__ inline Place place_of(bool ragged, int entry, int block, int rows,
+                                 const int32_t* cu_seqlens, int batch, int total) {
+    if (!ragged) return {entry, block * rows};
+    const auto first_block = [&](int b) { return min(max(cu_seqlens[b], 0), total) / rows + b; };
+    int begun = 0;  // sequences that begin there or before
+    for (int first = 0; first == begun && first < batch; first += 32) {
+        const int b = first + lane_index();
+        begun += __popc(__ballot_sync(0xffffffffu, b < batch && first_block(b) <= block));
+    }
+    if (begun == 0) return {0, total};
+    const int64_t start = static_cast<int64_t>(block - first_block(begun - 1)) * rows;
+    return {begun - 1, static_cast<int>(start < total ? start : total)};
+}
+__device__ inline Place place_of_queries(const AttentionCall& c, int entry, int block, int rows) {
+    return place_of(c.ragged(), entry, block, rows, c.cu_seqlens_q, c.batch, c.total_q);
+}
+__device__ inline Place place_of_keys(const AttentionCall& c, int entry, int block, int rows) {
+    return place_of(c.ragged(), entry, block, rows, c.cu_seqlens_k, c.batch, c.total_k);
+}
+
+// What rows of tokens that no sequence has are to hold, (total, width) contiguous: those before the
+// first sequence and past the last one. By `threads` threads together.
+template <class T>
+__device__ void fill_outside(T* rows, int64_t width, const int32_t* cu_seqlens, int batch,
+                             int total, T value, int64_t thread, int64_t threads) {
+    const int first = min(max(cu_seqlens[0], 0), total);
+    const int end = max(min(cu_seqlens[batch], total), first);
+    const int64_t before = first * width, within = (end - first) * width;
+    for (int64_t i = thread; i < total * width - within; i += threads)
+        rows[i < before ? i : i + within] = value;
+}
+
+__device__ inline Band band_of(const AttentionCall& c, const Entry& entry) {
+    const int Tq = entry.Tq, Tk = entry.Tk;
+    Band band;
+    band.shift = Tk - Tq;
+    band.left = c.left < 0 ? Tk : min(c.left, Tk);
+    band.right = c.right < 0 ? Tq : min(c.right, Tq);
+    band.Tq = Tq;
+    band.count = c.key_lengths == nullptr ? Tk : min(max(c.key_lengths[entry.in_memory], 0), Tk);
+    return band;
+}
+
+// Without cu_seqlens.
+__device__ inline Band band_of(const AttentionCall& c, int b) {
+    return band_of(c, Entry{b, 0, 0, c.Tq, c.Tk});
+}
+
+// Whether scores are more than scale * product with a positive scale, whose order is the products'.
+inline bool scores_are_plain(const AttentionCall& c) {
+    return c.scale > 0 && c.softcap == 0 && c.alibi_slopes == nullptr && c.dropout.rng == nullptr;
+}
+
+// Scores in units of log2(e) from products q.k, for one head.
+struct Score {
+    float factor;   // scale log2(e); with a softcap scale / softcap
+    float ceiling;  // softcap log2(e), or 0
+    float slope;    // ALiBi's, times log2(e)
+
+    // distance = position - j. slope_of_cap = ds / d(scale * product), 1 without a softcap.
+    __device__ float operator()(float product, int distance, float& slope_of_cap) const {
+        float s = product * factor;
+        slope_of_cap = 1;
+        if (ceiling != 0) {
+            const float t = tanhf(s);
+            s = ceiling * t;
+            slope_of_cap = 1 - t * t;
+        }
+        return s - slope * fabsf(static_cast<float>(distance));
+    }
+};
+
+__device__ inline Score score_of_head(const AttentionCall& c, int h) {
+    Score score;
+    score.factor = c.softcap > 0 ? c.scale / c.softcap : c.scale * kLog2e;
+    score.ceiling = c.softcap * kLog2e;
+    score.slope = c.alibi_slopes == nullptr ? 0 : c.alibi_slopes[h] * kLog2e;
+    return score;
+}
+
+}  // namespace gk

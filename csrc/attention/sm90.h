@@ -1,0 +1,46 @@
+// What attention's Hopper kernels share, forward and backward: which calls they take, and how the
+// tensor memory accelerator sees their tensors.
+#pragma once
+
+#include <string>
+
+#include "attention/params.h"
+#include "runtime/tensor_map.h"
+
+namespace gk {
+
+// Columns of a panel of shared memory: 128 bytes of 16-bit elements, the widest swizzle there is.
+constexpr int kPanelCols = 64;
+
+// A tensor (B, T, H, D) as boxes of `rows` tokens of one head, a panel of columns wide. What a box
+// has past the last token or column is loaded as zeros and not stored.
+inline TensorMapShape attention_map_shape(DType dtype, const void* base, const Strides& strides,
+                                          int batch, int tokens, int heads, int D, int rows) {
+    return {dtype,
+            4,
+            base,
+            {D, heads, tokens, batch},
+            {1, strides.head, strides.token, strides.batch},
+            {kPanelCols, 1, rows, 1},
+            Swizzle::b128};
+}
+
+// Why no Hopper kernel takes a call, "" if one may.
+inline std::string attention_sm90_refuses_call(DType dtype, const AttentionCall& c) {
+    if (dtype == DType::f32) return "fp32 is multiplied in full precision, which wgmma does not do";
+    if (c.ragged()) return "its boxes end where a batch entry does, not where a sequence does";
+    if (c.dropout.rng != nullptr) return "dropout is drawn in the layout of mma.sync";
+    return "";
+}
+
+// Why the tensor memory accelerator cannot address a tensor, "" if it can.
+inline std::string attention_sm90_refuses_tensor(const char* name, const TensorMapShape& shape) {
+    const char* reason = tensor_map_refuses(shape);
+    return reason == nullptr ? "" : std::string(name) + ": " + reason;
+}
+
+inline Strides contiguous_strides(int tokens, int heads, int D) {
+    return {static_cast<int64_t>(tokens) * heads * D, static_cast<int64_t>(heads) * D, D};
+}
+
+}  // namespace gk

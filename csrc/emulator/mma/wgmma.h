@@ -1,0 +1,27 @@
+// Twins of the warpgroup's products (device/wgmma.h, device/swizzled.h), for the emulator.
+#pragma once
+
+#include <cstdint>
+
+#include "emulator/emulator.h"
+
+namespace gk::emulator {
+
+struct WgmmaForm {
+    int n;
+    bool bf16;         // else fp16
+    bool a_mn, b_mn;   // MN-major, else K-major
+};
+
+// `acc`: n / 2 floats of the calling thread. A is `a_registers`, 4 of them, or where those are
+// nullptr what descriptor `a` names.
+void wgmma(const WgmmaForm& form, float* acc, uint64_t a, const uint32_t* a_registers, uint64_t b,
+           bool accumulate);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int pending);
+
+// As descriptors name a place in the CTA's shared memory.
+unsigned shared_address(const void* shared);
+
+}  // namespace gk::emulator

@@ -1,0 +1,88 @@
+// Launches the kernel of gelu_mlp/sm90/kernel.h: tensor maps, counts of tiles, the grid.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <type_traits>
+
+#include "gelu_mlp/sm90/kernel.h"
+
+namespace gk {
+
+// Row tiles that share their columns of B run together, so that those columns stay in L2.
+constexpr int kProductGroupRows = 2048;
+
+template <class C, Layout kLayout>
+ProductSm90 product_sm90(DType dtype, const Product& p) {
+    const auto matrix = [&](const void* base, int64_t rows, int64_t cols, int64_t stride,
+                            int box_rows) {
+        return tensor_map({dtype, 2, base, {cols, rows}, {1, stride}, {kUnitCols, box_rows},
+                           Swizzle::b128});
+    };
+    ProductSm90 kernel{};
+    kernel.a = kLayout == Layout::weight ? matrix(p.a, p.k, p.m, p.a_stride, C::kK)
+                                         : matrix(p.a, p.m, p.k, p.a_stride, C::kM);
+    kernel.b = kLayout == Layout::forward
+                   ? matrix(p.b, p.n, p.k, p.b_stride, C::kN / C::kCluster)
+                   : matrix(p.b, p.k, p.n, p.b_stride, C::kK / C::kCluster);
+    if (p.splits > 1) {
+        kernel.out = tensor_map({DType::f32, 3, p.partial, {p.n, p.m, p.splits},
+                                 {1, p.n, p.m * p.n}, {kUnitCols / 2, kUnitRows, 1},
+                                 Swizzle::b128});
+    } else if (p.out != nullptr) {
+        kernel.out = matrix(p.out, p.m, p.n, p.n, kUnitRows);
+    }
+    if (p.activation != nullptr) kernel.activation = matrix(p.activation, p.m, p.n, p.n, kUnitRows);
+    if (p.h != nullptr) kernel.h = matrix(p.h, p.m, p.n, p.n, kUnitRows);
+    kernel.bias = p.bias;
+    kernel.partial = kLayout == Layout::backward ? p.partial : nullptr;
+    kernel.m = p.m;
+    kernel.n = p.n;
+    kernel.steps = static_cast<unsigned>(ceil_div(p.k, C::kK));
+    kernel.splits = static_cast<unsigned>(p.splits);
+    kernel.tiles_m = static_cast<unsigned>(ceil_div(p.m, C::kM * C::kCluster));
+    kernel.tiles_n = static_cast<unsigned>(ceil_div(p.n, C::kN));
+    kernel.group = std::min(kernel.tiles_m,
+                            static_cast<unsigned>(kProductGroupRows / (C::kM * C::kCluster)));
+    kernel.items = kernel.tiles_m * kernel.tiles_n * kernel.splits;
+    kernel.has_out = p.out != nullptr || p.splits > 1;
+    kernel.has_activation = p.activation != nullptr;
+    kernel.has_h = p.h != nullptr;
+    kernel.tanh = p.tanh;
+    return kernel;
+}
+
+template <class T, int kNumber, Layout kLayout>
+void launch_candidate(DType dtype, const Product& p, Stream stream) {
+    using C = ProductCandidate<kNumber>;
+    constexpr const char* kNames[] = {"mlp product for sm90, forward",
+                                      "mlp product for sm90, backward",
+                                      "mlp product for sm90, weight gradient"};
+    const ProductSm90 kernel = product_sm90<C, kLayout>(dtype, p);
+    const unsigned clusters =
+        std::min(kernel.items, std::max(1u, static_cast<unsigned>(multiprocessors(stream.device)) /
+                                                C::kCluster));
+    launch(product_sm90_kernel<T, C, kLayout>,
+           {kNames[static_cast<int>(kLayout)],
+            shape_of(p.m, p.k) + " times " + shape_of(p.k, p.n) + " " + name_of(dtype),
+            dim3(clusters * C::kCluster), C::kThreads, C::kSharedBytes, stream, C::kCluster,
+            int64_t{kernel.items} * C::kCluster, product_candidate(kNumber)},
+           kernel);
+}
+
+template <Layout kLayout, int kNumber = 0>
+void launch_product_sm90(int candidate, DType dtype, const Product& p, Stream stream) {
+    if constexpr (kNumber < kProductCandidates) {
+        if (candidate != kNumber) {
+            return launch_product_sm90<kLayout, kNumber + 1>(candidate, dtype, p, stream);
+        }
+        if (dtype == DType::bf16) {
+            return launch_candidate<__nv_bfloat16, kNumber, kLayout>(dtype, p, stream);
+        }
+        if constexpr (kNumber < kProductRule) {
+            return launch_candidate<__half, kNumber, kLayout>(dtype, p, stream);
+        }
+    }
+}
+
+}  // namespace gk

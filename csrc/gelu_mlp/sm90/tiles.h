@@ -1,0 +1,105 @@
+// The GELU MLP's products on Hopper: what mlp.cu makes, by TMA, wgmma and warp specialisation.
+//
+//     D (m, n) = A B in the three operand layouts of mlp.h, in bf16 or fp16, accumulated in fp32.
+//     forward    out = D + bias (m, n) and activation = gelu(out) (m, n), either may be absent
+//     backward   out = D gelu'(h) (m, n), activation = gelu(h), partial: column sums of out as
+//                stored, of 64 rows each; without h: out = D
+//     weight     out = D, or, k in parts, partial (splits, m, n) fp32
+//
+// Bytes: each CTA reads its tiles' operands once, half of B where two CTAs of a cluster share it;
+// h, out and activation pass once, through shared memory. Saved: nothing but h, which is `out` of
+// the forward product.
+//
+// Three kinds of warps meet at barriers in shared memory:
+//     one loads A and B into a ring of stages               full[stage], empty[stage]
+//     two warpgroups multiply and turn results into units of 64 rows of 128 bytes
+//     one for each of them brings h and takes units away    ready[slot], done[slot]
+// A grid has a cluster for each place on the chip; it walks over tiles until there are none. Where
+// the two warpgroups are cooperative each has half of a tile's rows; where they play ping-pong they
+// take tiles in turn, and the epilogue of one runs under the products of the other.
+#pragma once
+
+#include "runtime/build.h"
+#include "gelu_mlp/params.h"
+#include "runtime/tensor_map.h"
+
+namespace gk {
+
+constexpr int kUnitRows = 64;         // what one wgmma makes
+constexpr int kUnitRowBytes = 128;    // the span of the swizzle
+constexpr int kUnitBytes = kUnitRows * kUnitRowBytes;
+constexpr int kUnitCols = kUnitRowBytes / 2;  // of 16 bits; of fp32 half as many
+constexpr int kProductStep = 64;              // along k, of a stage
+
+// A CTA's tile of D, kM x kN, in steps of kK along k, kStages of which are in flight; kCluster CTAs,
+// one below the other, share B.
+template <int kTileM, int kTileN, int kTileStages, int kTileCluster, bool kTurns>
+struct ProductTile {
+    static constexpr int kM = kTileM, kN = kTileN, kK = kProductStep, kStages = kTileStages;
+    static constexpr int kCluster = kTileCluster;
+    static constexpr bool kPingpong = kTurns;
+    static constexpr int kConsumers = 2;
+    static constexpr int kRows = kPingpong ? kM : kM / kConsumers;  // of D that a consumer makes
+    static constexpr int kBlocks = kRows / kUnitRows;
+    static constexpr int kThreads = 128 * (1 + kConsumers);
+
+    static constexpr int kABytes = kM * kK * 2, kBBytes = kN * kK * 2;
+    static constexpr int kStageBytes = kABytes + kBBytes;
+    static constexpr int kBarrierBytes = 512;
+    // Of units, for each consumer: with two outputs the next two pairs where there is room, so that
+    // one is filled while the other is on its way.
+    static constexpr int kRoom = 227 * 1024 - kStages * kStageBytes - kBarrierBytes;
+    static constexpr int kSlots = kRoom >= kConsumers * 4 * kUnitBytes ? 4 : 2;
+    static constexpr int kSharedBytes =
+        kStages * kStageBytes + kConsumers * kSlots * kUnitBytes + kBarrierBytes;
+    static_assert(kRoom >= kConsumers * 2 * kUnitBytes, "a unit of each of two outputs");
+
+    // Registers of a thread that loads or stores, and of one that multiplies.
+    static constexpr int kFewRegisters = 40, kManyRegisters = 232;
+};
+
+// What there is to choose among, by number; the first kProductRule of them are the rule's, in every
+// dtype, the others are there for bf16 alone.
+template <int kNumber>
+struct ProductCandidate;
+template <>
+struct ProductCandidate<0> : ProductTile<128, 256, 4, 2, false> {};
+template <>
+struct ProductCandidate<1> : ProductTile<128, 192, 4, 2, true> {};
+template <>
+struct ProductCandidate<2> : ProductTile<128, 128, 4, 1, false> {};
+template <>
+struct ProductCandidate<3> : ProductTile<128, 256, 4, 1, false> {};
+template <>
+struct ProductCandidate<4> : ProductTile<128, 192, 4, 2, false> {};
+template <>
+struct ProductCandidate<5> : ProductTile<256, 128, 4, 2, false> {};
+template <>
+struct ProductCandidate<6> : ProductTile<64, 256, 4, 1, true> {};
+constexpr int kProductRule = 3, kProductCandidates = 7;
+
+Candidate product_candidate(int number);
+
+struct ProductSm90 {
+    TensorMap a, b;
+    TensorMap out;         // (m, n), or (splits, m, n) fp32
+    TensorMap activation;  // (m, n)
+    TensorMap h;           // (m, n)
+    const void* bias;      // (n,) or absent
+    float* partial;        // (ceil(m / 64), n) column sums, or absent
+    int64_t m, n;
+    unsigned steps, splits;           // along k
+    unsigned tiles_m, tiles_n, group; // tiles_m of whole clusters; `group` of them run together
+    unsigned items;                   // tiles and parts of k
+    bool has_out, has_activation, has_h, tanh;
+
+    // Slots that one unit takes.
+    __host__ __device__ int outputs() const { return has_out && has_activation ? 2 : 1; }
+};
+
+// A product by a candidate. One file for each layout.
+void launch_forward_sm90(int candidate, DType dtype, const Product& p, Stream stream);
+void launch_backward_sm90(int candidate, DType dtype, const Product& p, Stream stream);
+void launch_weight_sm90(int candidate, DType dtype, const Product& p, Stream stream);
+
+}  // namespace gk

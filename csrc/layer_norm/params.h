@@ -1,0 +1,87 @@
+// LayerNorm with dropout and residual.
+//
+//     s = dropout(x) + residual, rounded to the sum's dtype
+//     mean, rstd: of the rounded s, over the columns, in fp32
+//     y = (s - mean) * rstd * weight + bias
+// backward, with g = dy * weight and x^ = (s - mean) * rstd:
+//     ds_total = rstd * (g - mean(g) - x^ * mean(g x^)) + dsum
+//     dresidual = ds_total        dx = dropout'(ds_total)
+//     dweight = sum over rows of dy x^        dbias = sum over rows of dy
+//
+// Bytes (the floor): forward reads x, residual and writes y, s; backward reads dy, dsum, s and
+// writes dx (and dresidual where dropout or a dtype tells them apart). Saved for backward: s (x
+// itself where s is x), mean and rstd in fp32, the dropout seed, never a mask.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "runtime/build.h"
+#include "runtime/dropout.h"
+#include "runtime/launch.h"
+
+namespace gk {
+
+// Matrices are (rows, cols) with a unit stride between columns; contiguous unless a row stride, in
+// elements, is given. The sum's dtype is that of x, or fp32; a fp32 residual makes it fp32.
+struct LayerNormFwd {
+    const void* x;         // (rows, cols), x_dtype
+    const void* residual;  // (rows, cols), residual_dtype; or null
+    const void* weight;    // (cols,), weight_dtype
+    const void* bias;      // (cols,), weight_dtype; or null
+    void* y;               // (rows, cols), x_dtype
+    void* sum;             // (rows, cols), sum_dtype; or null: s is x
+    float* mean;           // (rows,)
+    float* rstd;           // (rows,)
+    int64_t rows, x_stride, residual_stride;
+    int cols;
+    float eps;
+    Dropout dropout;  // rng null: none
+    DType x_dtype, residual_dtype, weight_dtype, sum_dtype;
+};
+
+struct LayerNormBwd {
+    const void* dy;          // (rows, cols), x_dtype
+    const void* dsum;        // (rows, cols), sum_dtype; or null
+    const void* sum;         // (rows, cols), sum_dtype
+    const float* mean;       // (rows,)
+    const float* rstd;       // (rows,)
+    const void* weight;      // (cols,), weight_dtype
+    void* dx;                // (rows, cols), x_dtype
+    void* dresidual;         // (rows, cols), residual_dtype; or null: dx serves
+    float* partial_dweight;  // (partials, cols), workspace; or null: no dweight
+    float* partial_dbias;    // (partials, cols), workspace; or null: no dbias
+    void* dweight;           // (cols,), weight_dtype; or null
+    void* dbias;             // (cols,), weight_dtype; or null
+    int64_t rows, sum_stride;
+    int cols, partials;  // of `layer_norm_bwd_partials`
+    Dropout dropout;     // rng null: none
+    DType x_dtype, residual_dtype, weight_dtype, sum_dtype;
+};
+
+// rows and cols are at least 1. candidate: an index into the list below; -1: the rule's choice,
+// which is a cluster's kernel where one is predicted to win, else the kernels for any device. Throw
+// Error for dtypes that the sum cannot have, and where the candidate cannot take the problem.
+void launch_layer_norm_fwd(const LayerNormFwd& p, int candidate, Stream stream);
+void launch_layer_norm_bwd(const LayerNormBwd& p, int candidate, Stream stream);
+
+// How many CTAs, or clusters, the backward pass splits the rows among: rows of its workspaces. Any
+// other number is right too.
+int layer_norm_bwd_partials(int64_t rows, int cols, int device, int candidate);
+
+// Clusters of CTAs, each with its part of a row (compute capability 9.0): ways to share it out. The
+// threads are the most of a CTA, tile_n the columns that they hold.
+std::vector<Candidate> layer_norm_fwd_candidates();
+std::vector<Candidate> layer_norm_bwd_candidates();
+
+// Why clusters do not take a problem, by the rule (candidate -1) or at all; "" where they do.
+std::string layer_norm_fwd_sm90_refuses(const LayerNormFwd& p, int candidate);
+std::string layer_norm_bwd_sm90_refuses(const LayerNormBwd& p, int candidate);
+
+// What they do not refuse. Partials: 0 where they refuse.
+void launch_layer_norm_fwd_sm90(const LayerNormFwd& p, int candidate, Stream stream);
+void launch_layer_norm_bwd_sm90(const LayerNormBwd& p, int candidate, Stream stream);
+int layer_norm_bwd_sm90_partials(int64_t rows, int cols, int device, int candidate);
+
+}  // namespace gk

@@ -1,0 +1,104 @@
+// LayerNorm backward of wide rows by clusters; formulas, shapes and bytes are in layer_norm/params.h.
+//
+// A cluster of two, four or eight CTAs shares a row: thread t of all T has groups t, t + T, t + 2T
+// ... It works as one CTA does on a narrower row (layer_norm/bwd_row.h), and holds its share of
+// dweight and dbias for all columns in its registers. So dy and s are read once, where without
+// clusters another kernel reads them again for those: 3 tensors instead of 5 to move, 4 instead of
+// 6 with dsum.
+#include "device/cluster_reduce.h"
+#include "layer_norm/bwd_row.h"
+#include "layer_norm/sm90/choice.h"
+#include "runtime/resident.h"
+
+namespace gk {
+namespace {
+
+// CTAs that registers leave room for on an SM: one's barriers are hidden by the other where a
+// thread holds two groups.
+constexpr int ctas_of_sm(int groups, bool aligned_rows) {
+    return groups == 2 && aligned_rows ? 2 : 1;
+}
+
+// Sums of the cluster, in one half of the scratch after the other.
+struct ClusterTotal {
+    int ctas;
+    float2* scratch;
+
+    __device__ __forceinline__ float2 operator()(float2 sums, int turn) const {
+        return cluster_sum(sums, ctas, scratch + turn * ctas * blockDim.x / 32);
+    }
+};
+
+template <class X, class S, int kGroups, bool kAligned>
+__global__ void __launch_bounds__(kBwdClusterThreads, ctas_of_sm(kGroups, kAligned))
+    layer_norm_bwd_sm90_kernel(const __grid_constant__ Bwd p) {
+    cluster_arrive();
+    const Team team(cluster_rank(), p.ctas);
+    const int cluster = blockIdx.x / p.ctas, clusters = gridDim.x / p.ctas;
+    const Rows rows{cluster, clusters, 1, cluster};
+    const unsigned scratch = 2 * sizeof(float2) * p.ctas * blockDim.x / 32;
+    const ClusterTotal total{p.ctas, reinterpret_cast<float2*>(shared_memory())};
+    cluster_wait();  // for all CTAs to run
+    gradients_of_rows<X, S, kGroups, kAligned, kBwdClusterThreads>(
+        p, team, rows, shared_memory() + scratch, total);
+}
+
+using Kernel = void (*)(Bwd);
+
+template <class X, class S>
+Kernel kernel_of(int groups, bool aligned_rows) {
+    if (!aligned_rows) return layer_norm_bwd_sm90_kernel<X, S, 2, false>;
+    if (groups == 2) return layer_norm_bwd_sm90_kernel<X, S, 2, true>;
+    return layer_norm_bwd_sm90_kernel<X, S, 4, true>;
+}
+
+static_assert(bytes_of_rows<float, float, kBwdClusterThreads>(4, true, true) ==
+              kMostBytesOfBwdRows);
+
+template <class X, class S>
+Launch launch_of(const Split& split, bool aligned_rows, bool dsum) {
+    Launch launch{};
+    launch.name = "layer_norm_bwd_sm90";
+    launch.threads = 32 * split.warps;
+    launch.shared_bytes = bwd_scratch_bytes(split.ctas, split.warps) +
+                          bytes_of_rows<X, S, kBwdClusterThreads>(split.groups, aligned_rows, dsum);
+    launch.cluster = split.ctas;
+    return launch;
+}
+
+}  // namespace
+
+int layer_norm_bwd_sm90_partials(int64_t rows, int cols, int device, int candidate) {
+    const bool aligned_rows = aligned(cols);
+    const Split split = layer_norm_bwd_split(cols, aligned_rows, candidate);
+    if (split.groups == 0) return 0;
+    // As many as run at a time, since each has the same number of rows. The widest dtypes, since
+    // registers, not these bytes, say how many an SM holds.
+    Launch launch = launch_of<float, float>(split, aligned_rows, true);
+    launch.shape = shape_of(rows, cols, DType::f32);
+    launch.stream.device = device;
+    const int clusters = resident_clusters(kernel_of<float, float>(split.groups, aligned_rows),
+                                           launch, ctas_of_sm(split.groups, aligned_rows));
+    return static_cast<int>(std::min<int64_t>(rows, clusters));
+}
+
+void launch_layer_norm_bwd_sm90(const LayerNormBwd& op, int candidate, Stream stream) {
+    const bool aligned_rows = is_aligned(op);
+    const Split split = layer_norm_bwd_split(op.cols, aligned_rows, candidate);
+    dispatch_sum(op.x_dtype, op.sum_dtype, [&](auto x, auto s) {
+        using X = decltype(x);
+        using S = decltype(s);
+        Launch launch = launch_of<X, S>(split, aligned_rows, op.dsum != nullptr);
+        launch.shape = shape_of(op.rows, op.cols, op.x_dtype);
+        launch.grid = grid_of(static_cast<int64_t>(op.partials) * split.ctas, launch);
+        launch.stream = stream;
+        launch.tiles = op.rows * split.ctas;
+        launch.built = layer_norm_bwd_candidates()[split.candidate];
+        gk::launch(kernel_of<X, S>(split.groups, aligned_rows), launch,
+                   Bwd{op, Divisor(op.cols), split.warps, split.ctas});
+    });
+    if (op.partial_dweight != nullptr || op.partial_dbias != nullptr)
+        launch_layer_norm_bwd_reduce(op, stream);
+}
+
+}  // namespace gk

@@ -1,0 +1,71 @@
+// LayerNorm forward of wide rows by clusters; formulas, shapes and bytes are in layer_norm/params.h.
+//
+// A cluster of two, four or eight CTAs shares a row, which stays in registers: thread t of all T
+// has groups t, t + T, t + 2T ... The sums of each pass meet in every CTA's shared memory by one
+// barrier of the cluster. So a row is read once up to 131,072 columns (262,144 of a 16-bit s) where
+// one CTA holds a quarter of that; and in between, where one CTA would fill an SM and leave memory
+// idle while it adds up, an SM holds CTAs of several rows.
+#include "device/cluster_reduce.h"
+#include "layer_norm/fwd_row.h"
+#include "layer_norm/sm90/choice.h"
+
+namespace gk {
+namespace {
+
+constexpr int kMaxWarps = 16;
+// Sums of the cluster: first one of a float, then one of a float2.
+struct ClusterTotal {
+    int ctas;
+    unsigned char* scratch;
+
+    __device__ __forceinline__ float operator()(float sum) const {
+        cluster_wait();  // for all CTAs to run
+        return cluster_sum(sum, ctas, reinterpret_cast<float*>(scratch));
+    }
+    __device__ __forceinline__ float2 operator()(float2 sums) const {
+        const unsigned bytes = ctas * blockDim.x / 32 * sizeof(float);
+        return cluster_sum(sums, ctas, reinterpret_cast<float2*>(scratch + bytes));
+    }
+};
+
+// A row for each cluster.
+template <class X, class S, int kGroups, bool kAligned>
+__global__ void __launch_bounds__(32 * kMaxWarps)
+    layer_norm_fwd_sm90_kernel(const __grid_constant__ Fwd p) {
+    cluster_arrive();
+    const Team team(cluster_rank(), p.ctas);
+    const ClusterTotal total{p.ctas, shared_memory()};
+    normalise_row<X, S, kGroups, kAligned, false>(p, team, blockIdx.x / p.ctas, total);
+}
+
+using Kernel = void (*)(Fwd);
+
+template <class X, class S>
+Kernel kernel_of(int groups, bool aligned_rows) {
+    if (!aligned_rows) return layer_norm_fwd_sm90_kernel<X, S, 2, false>;
+    if (groups == 2) return layer_norm_fwd_sm90_kernel<X, S, 2, true>;
+    if constexpr (sizeof(S) == 2)
+        if (groups == 8) return layer_norm_fwd_sm90_kernel<X, S, 8, true>;
+    return layer_norm_fwd_sm90_kernel<X, S, 4, true>;
+}
+
+}  // namespace
+
+void launch_layer_norm_fwd_sm90(const LayerNormFwd& op, int candidate, Stream stream) {
+    const Split split = layer_norm_fwd_split(op, candidate);
+    Launch launch{};
+    launch.name = "layer_norm_fwd_sm90";
+    launch.shape = shape_of(op.rows, op.cols, op.x_dtype);
+    launch.grid = grid_of(op.rows * split.ctas, launch);
+    launch.threads = 32 * split.warps;
+    launch.shared_bytes = split.ctas * split.warps * (sizeof(float) + sizeof(float2));
+    launch.stream = stream;
+    launch.cluster = split.ctas;
+    launch.built = layer_norm_fwd_candidates()[split.candidate];
+    dispatch_sum(op.x_dtype, op.sum_dtype, [&](auto x, auto s) {
+        gk::launch(kernel_of<decltype(x), decltype(s)>(split.groups, is_aligned(op)), launch,
+                   Fwd{op, Divisor(op.cols), split.warps, split.ctas});
+    });
+}
+
+}  // namespace gk

@@ -1,0 +1,103 @@
+// How every kernel is launched, natively and in the emulator, and the few types that launchers share.
+#pragma once
+
+#ifdef GK_EMULATE
+#include "emulator/emulator.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "runtime/build.h"
+
+namespace gk {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// f(T{}) with the C++ type of a dtype.
+template <class F>
+auto dispatch(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::bf16: return f(__nv_bfloat16{});
+        case DType::f16: return f(__half{});
+        case DType::f32: break;
+    }
+    return f(float{});
+}
+
+// Where a launch goes. The emulator ignores it.
+struct Stream {
+    int device;
+    cudaStream_t handle;
+};
+
+struct Launch {
+    const char* name;    // of the kernel, for errors
+    std::string shape;   // of the problem, for errors: "x (64, 768) bf16"
+    dim3 grid;           // only x may pass 65,535
+    unsigned threads;    // of a CTA
+    size_t shared_bytes; // of the dynamic arena: there is no other shared memory
+    Stream stream;
+    unsigned cluster = 1;  // CTAs of a cluster, along x: 1, 2, 4 or 8, which divides the grid's x
+    int64_t tiles = 0;     // of work that a persistent grid shares; 0: one a CTA. For plans (plan.h)
+    Candidate built = {};  // how the kernel was built, where it has several ways. For plans
+};
+
+// One sentence that names the kernel, the shape and the cause. pybind11 makes it a RuntimeError.
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// Of the device, asked for once. The emulator has 2 multiprocessors: small inputs cross its loops.
+int multiprocessors(int device);
+// 90 for compute capability 9.0. The emulator's is that of GPTKERNELS_EMULATE_ARCH: sm80 (default)
+// or sm90.
+int capability(int device);
+
+namespace detail {
+// Writes the launch into the thread's plan (plan.h), if any; whether nothing is to be launched.
+bool planned(const Launch& launch);
+
+#ifdef GK_EMULATE
+using Invoke = void (*)(void* kernel, const void* params);
+void launch(void* kernel, const Launch& launch, Invoke invoke, const void* params);
+
+// Copies the params to the calling thread's own stack, where a kernel may read them.
+template <class Params>
+__attribute__((no_sanitize("thread"))) void invoke(void* kernel, const void* params) {
+    reinterpret_cast<void (*)(Params)>(kernel)(*static_cast<const Params*>(params));
+}
+#else
+void launch(const void* kernel, const Launch& launch, const void* params);
+#endif
+}  // namespace detail
+
+// Asynchronous on the stream, safe in a CUDA graph's capture. Throws Error.
+template <class Params>
+void launch(void (*kernel)(Params), const Launch& launch, const Params& params) {
+    if (detail::planned(launch)) return;
+#ifdef GK_EMULATE
+    detail::launch(reinterpret_cast<void*>(kernel), launch, detail::invoke<Params>, &params);
+#else
+    detail::launch(reinterpret_cast<const void*>(kernel), launch, &params);
+#endif
+}
+
+#ifdef GK_EMULATE
+inline unsigned char* shared_memory() { return emulator::shared_memory(); }
+#else
+// The CTA's one arena of shared memory.
+__device__ __forceinline__ unsigned char* shared_memory() {
+    extern __shared__ __align__(1024) unsigned char arena[];
+    return arena;
+}
+#endif
+
+}  // namespace gk

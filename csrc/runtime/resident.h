@@ -1,0 +1,20 @@
+// How many clusters of a launch a device runs at a time: for persistent grids, whose last clusters
+// would otherwise wait for the first to return.
+#pragma once
+
+#include "runtime/launch.h"
+
+namespace gk {
+
+namespace detail {
+int resident_clusters(const void* kernel, const Launch& launch, int ctas_of_sm);
+}  // namespace detail
+
+// Of any grid. For a plan, which has no device to ask, those that fill the multiprocessors by so many
+// CTAs each. Throws Error.
+template <class Params>
+int resident_clusters(void (*kernel)(Params), const Launch& launch, int ctas_of_sm) {
+    return detail::resident_clusters(reinterpret_cast<const void*>(kernel), launch, ctas_of_sm);
+}
+
+}  // namespace gk

@@ -1,0 +1,57 @@
+// Tensor maps: how the tensor memory accelerator (device/tma.h) finds a tensor in global memory and
+// what box of it one copy moves. Made on the host, a map travels in the params of a kernel, whose
+// parameter is then `const __grid_constant__`: the accelerator reads the map where it lies.
+#pragma once
+
+#include <cstdint>
+
+#include "runtime/launch.h"
+
+namespace gk {
+
+// The driver asks for a multiple of 64, its type since CUDA 13 for 128.
+struct alignas(128) TensorMap {
+    uint64_t opaque[16];
+};
+
+// 16-byte chunks of each row of a box are exchanged in shared memory, by the row, so that eight
+// rows of a column lie in different banks: address bits 4-6 ^= bits 7-9 (b128), 4-5 ^= 7-8 (b64),
+// 4 ^= 7 (b32), of addresses from a multiple of 1,024, 512, 256 bytes.
+enum class Swizzle : int { none, b32, b64, b128 };
+
+// Innermost dimension first. A box may reach past any end of the tensor: loads give zeros there,
+// stores and reductions leave them out.
+struct TensorMapShape {
+    DType dtype;
+    int rank;           // 1 to 5
+    const void* base;   // a multiple of 16
+    int64_t size[5];
+    int64_t stride[5];  // in elements, multiples of 16 bytes; [0] is 1. Ignored where size is 1
+    int box[5];         // 1 to 256 each; a row is as long as the span of its swizzle
+    Swizzle swizzle;
+};
+
+// Why there is no such map, or nullptr. Asks no driver, and refuses what that would refuse, and rows
+// shorter than the span of their swizzle, of which no document says how they lie.
+const char* tensor_map_refuses(const TensorMapShape& shape);
+
+// Throws Error with the reason where there is no such map. Lines of L2 are fetched 256 bytes at a
+// time.
+TensorMap tensor_map(const TensorMapShape& shape);
+
+namespace detail {
+
+constexpr int kSwizzleSpans[] = {0, 32, 64, 128};  // bytes; none has no span
+
+constexpr int bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// The stride of a dimension, in bytes: where it has one element, a stride that every map may have.
+constexpr int64_t byte_stride(const TensorMapShape& shape, int dimension) {
+    return shape.size[dimension] == 1 ? 16 : shape.stride[dimension] * bytes_of(shape.dtype);
+}
+
+// Of a shape that is not refused: by the driver, or as the emulator keeps it.
+TensorMap encode(const TensorMapShape& shape);
+
+}  // namespace detail
+}  // namespace gk

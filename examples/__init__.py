@@ -1,1 +1,0 @@
-"""Examples that stand on their own; installed as `gptkernels.examples`."""

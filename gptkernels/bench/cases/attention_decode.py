@@ -1,0 +1,130 @@
+"""Speed of `gptkernels.attention_decode` against F.scaled_dot_product_attention over the caches.
+
+PyTorch gets the lengths as a mask that is made before, none where every query sees all keys; pages
+it has to gather first, within its time. Two products, each of 2 H Tq D operations a key. Bytes:
+q and out, and the keys and values of every entry up to its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gptkernels
+from gptkernels.bench.timing import BASELINE, Case, untimeable
+from gptkernels.bench.timing import rows as timed_rows
+from gptkernels.truth import baseline
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of one step of decoding."""
+
+    batch: int
+    tokens: int  # keys of the longest entry
+    heads: int
+    key_heads: int
+    head_dim: int
+    queries: int = 1
+    page: int | None = None
+    ragged: bool = False  # lengths from tokens / batch up to tokens
+
+    def __str__(self) -> str:
+        sizes = f"B{self.batch} T{self.tokens} H{self.heads}/{self.key_heads} D{self.head_dim}"
+        queries = f" Tq{self.queries}" if self.queries > 1 else ""
+        pages = f" pages of {self.page}" if self.page is not None else ""
+        return sizes + queries + pages + (" ragged" if self.ragged else "")
+
+    @property
+    def lengths(self) -> list[int]:
+        if not self.ragged:
+            return [self.tokens] * self.batch
+        return [self.tokens * (b + 1) // self.batch for b in range(self.batch)]
+
+
+# A model of 64 heads on 8 alone and in a batch, at lengths of their own, in pages, and with a few
+# tokens to verify at a time; GPT-2's heads.
+_GPU_SHAPES = (
+    _Shape(1, 8192, 64, 8, 128),
+    _Shape(1, 32768, 64, 8, 128),
+    _Shape(32, 8192, 64, 8, 128),
+    _Shape(64, 8192, 64, 8, 128, ragged=True),
+    _Shape(32, 8192, 64, 8, 128, page=64),
+    _Shape(32, 8192, 64, 8, 128, queries=8),
+    _Shape(64, 1024, 12, 12, 64),
+)
+_CPU_SHAPES = (
+    _Shape(4, 512, 8, 2, 64),
+    _Shape(4, 512, 8, 2, 64, queries=4, page=16, ragged=True),
+)
+
+
+def rows(
+    device: torch.device | str, impls: Sequence[str], quick: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Timed rows of `cases`, as `timing.rows` describes them."""
+    return timed_rows(cases(device, impls, quick), device=device, budget_s=0.3 if quick else 1.0)
+
+
+def cases(device: torch.device | str, impls: Sequence[str], quick: bool = False) -> Iterator[Case]:
+    """Every shape; `quick`: the first one only."""
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    shapes = _GPU_SHAPES if on_gpu else _CPU_SHAPES
+    for shape in shapes[: 1 if quick else None]:
+        yield _case(device, impls, shape, torch.bfloat16 if on_gpu else torch.float32)
+
+
+def _case(device: torch.device, impls: Sequence[str], shape: _Shape, dtype: torch.dtype) -> Case:
+    B, T, H, Hk, D = shape.batch, shape.tokens, shape.heads, shape.key_heads, shape.head_dim
+    Tq, page = shape.queries, shape.page
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).to(dtype)
+
+    q = draw(B, Tq, H, D)
+    lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
+    table = None
+    if page is None:
+        k, v = draw(B, T, Hk, D), draw(B, T, Hk, D)
+    else:
+        pages = B * (T // page)
+        k, v = draw(pages, page, Hk, D), draw(pages, page, Hk, D)
+        order = torch.randperm(pages, generator=generator, device=device)
+        table = order.to(torch.int32).view(B, -1)
+    mask = None
+    if Tq > 1 or shape.ragged:
+        position = lengths[:, None] - Tq + torch.arange(Tq, device=device)
+        mask = (torch.arange(T, device=device) <= position[..., None])[:, None]
+
+    def plain() -> Any:
+        keys, values = (x if table is None else x[table].flatten(1, 2) for x in (k, v))
+        return baseline.attention(q, keys, values, causal=False, attn_mask=mask)
+
+    def call(impl: str) -> Any:
+        return gptkernels.attention_decode(q, k, v, lengths, block_table=table, impl=impl)
+
+    candidates: dict[str, Any] = {BASELINE: plain}
+    skipped = {}
+    for impl in impls:
+        reason = untimeable(impl, device, dtype)
+        if reason is None:
+            candidates[impl] = lambda impl=impl: call(impl)
+        else:
+            skipped[impl] = reason
+    keys = sum(shape.lengths)
+    return Case(
+        op="attention_decode",
+        shape=str(shape),
+        dtype=dtype,
+        direction="forward",
+        candidates=candidates,
+        bytes_moved=(2 * B * Tq * H + 2 * keys * Hk) * D * dtype.itemsize,
+        flops=4 * keys * H * Tq * D,
+        skipped=skipped,
+    )

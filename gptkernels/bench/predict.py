@@ -1,0 +1,436 @@
+"""Predicted times of the CUDA C++ kernels on an H200, from counts and stated rates. No GPU needed.
+
+    python -m gptkernels.bench.predict                     the table
+    python -m gptkernels.bench.predict --write FILE.md     a shorter one, between FILE's marks
+
+For every problem of `PROBLEMS` the launchers are asked what they would launch
+(`gptkernels.bench.dry_run`), by their own choice and with each candidate, and a launch is given
+
+    time = 3 us (to launch) + max(makespan, bytes / copy rate)
+
+    makespan   the units of work (tiles of output, or blocks of keys), longest first, each to the
+               place that is free first; a place is one of the 132 multiprocessors, of which a CTA
+               of a kernel for Hopper takes all; alike units take waves, rounded up, * unit
+    unit       steps * step + finish
+    step       max(tensor, shared, L2), of one slice along the sum, where
+      tensor   max(products, other) + x * min(products, other)
+      products FLOPs of the whole tile, masked parts included / (product rate / 132)
+      other    exponentials / (16 * clock) + other fp32 operations / (128 * clock) + bytes that
+               threads write to shared memory / (128 B * clock): what a warpgroup does between
+               products
+      shared   bytes of shared memory that wgmma reads and copies write / (128 B * clock)
+      L2       bytes that come from L2 or go there / (L2 rate / 132)
+    finish     what of a tile's end nothing hides
+
+x is what is left in sight where products and the rest overlap: 0.3 with ping-pong, 0.6 without.
+With these the formula comes within 3% of the 661 and 570 TFLOP/s of FlashAttention-3's ablation
+(Shah et al., 2024: D 128, 16k tokens, not causal, with and without warp specialisation). Kernels
+for any GPU are given the share of the product rate that mma.sync kernels of others reach. LayerNorm
+is bytes / copy rate, times waves rounded up over waves.
+
+Rates: 4.3 TB/s of copying and 785 TFLOP/s of bf16 products, both measured on an H200 by others; a
+clock of 1.75 GHz and 7 TB/s of L2, assumed. What is said here has been measured on no GPU: it is to
+be compared with what `make gpu-tune` measures, and to say what to try first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import heapq
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptkernels.bench import dry_run
+from gptkernels.bench.dry_run import Launched, Problem
+
+MACHINE = dry_run.MACHINES["sm90"]
+COPY_RATE = 4.3e12  # bytes a second, read and written
+PRODUCT_RATE = 785e12  # FLOP a second, bf16
+L2_RATE = 7e12
+CLOCK = 1.75e9
+LAUNCH_S = 3e-6
+_SHARED_RATE = 128 * CLOCK  # of one multiprocessor
+_EXPONENTIALS, _OPERATIONS = 16 * CLOCK, 128 * CLOCK
+_EXPOSED = {True: 0.3, False: 0.6}  # with ping-pong, without
+_FINISH_S = 0.5e-6  # attention: the last sums, and the output on its way to shared memory
+_GENERIC_SHARE = {"attention forward": 0.45, "attention backward": 0.35, "gelu_mlp": 0.5}
+_EPILOGUE_OPERATIONS = {"plain": 6, "gelu": 26, "gelu'": 38}  # an element
+
+_BF16 = torch.bfloat16
+# Most valuable first; `make gpu-tune` goes through the same.
+PROBLEMS: tuple[Problem, ...] = (
+    dry_run.attention(2, 8192, 64, 128, _BF16, kv_heads=8),
+    dry_run.gelu_mlp(8192, 4096, 16384, _BF16),
+    dry_run.layer_norm(8192, 4096, _BF16, residual=True),
+    dry_run.attention(2, 8192, 32, 64, _BF16),
+    dry_run.attention(2, 2048, 64, 128, _BF16, kv_heads=8),
+    dry_run.attention(2, 8192, 16, 128, _BF16, causal=False),
+    dry_run.gelu_mlp(8192, 768, 3072, _BF16),
+    dry_run.layer_norm(8192, 768, _BF16, residual=True),
+    dry_run.attention(2, 8192, 16, 256, _BF16),
+    dry_run.attention(2, 8192, 16, 96, _BF16),
+    dry_run.attention(2, 8192, 16, 192, _BF16),
+    dry_run.layer_norm(2048, 32768, _BF16, residual=True),
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one direction of a problem, or one product of it, by one way to build its kernel."""
+
+    op: str
+    problem: str
+    direction: str
+    way: str  # the candidate's name, or "any GPU"
+    candidate: int  # its number; -1: the kernel for any GPU
+    chosen: bool  # by the launcher's rule
+    waves: float
+    bound: str  # which of the times is the largest
+    seconds: float
+    flops: float
+    bytes: float
+
+    @property
+    def share(self) -> float:
+        """Of the ceiling: arithmetic's, or memory's where nothing is multiplied."""
+        if self.flops:
+            return self.flops / self.seconds / PRODUCT_RATE
+        return self.bytes / self.seconds / COPY_RATE
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Seconds of one multiprocessor."""
+
+    products: float
+    shared: float
+    l2: float
+    other: float
+
+    def seconds(self, exposed: float) -> float:
+        hidden = min(self.products, self.other)
+        tensor = max(self.products, self.other) + exposed * hidden
+        return max(tensor, self.shared, self.l2)
+
+    def bound(self) -> str:
+        names = {"products": self.products, "shared": self.shared, "L2": self.l2}
+        names["other"] = self.other
+        return max(names, key=lambda name: names[name])
+
+
+def predictions(problems: Iterable[Problem] = PROBLEMS) -> Iterator[Prediction]:
+    """Every candidate that can take a problem, the rule's own choice marked.
+
+    Raises ImportError where no module with the launchers is built.
+    """
+    of_op = {"attention": _attention, "gelu_mlp": _mlp, "layer_norm": _layer_norm}
+    for problem in problems:
+        yield from of_op[problem.op](problem)
+
+
+# ---- attention
+
+
+def visible(sizes: dict[str, int], first: int, last: int) -> tuple[int, int]:
+    """The keys that queries first ... last - 1 see: from, to."""
+    shift = sizes["Tk"] - sizes["T"]
+    left, right = sizes["left"], sizes["right"]
+    low = 0 if left < 0 else max(0, first + shift - left)
+    high = sizes["Tk"] if right < 0 else min(sizes["Tk"], last + shift + right)
+    return low, max(low, high)
+
+
+def attention_flops(sizes: dict[str, int], products: int) -> float:
+    """Of so many products, masked pairs left out."""
+    pairs = 0
+    for i in range(sizes["T"]):
+        low, high = visible(sizes, i, i + 1)
+        pairs += high - low
+    return products * 2.0 * sizes["B"] * sizes["H"] * sizes["D"] * pairs
+
+
+def _attention(problem: Problem) -> Iterator[Prediction]:
+    sizes = problem.sizes
+    for direction in problem.directions:
+        forward = direction.name == "forward"
+        flops = attention_flops(sizes, 2 if forward else 5)
+        of_q = 2.0 * sizes["B"] * sizes["T"] * sizes["H"] * sizes["D"]
+        of_k = 2.0 * sizes["B"] * sizes["Tk"] * sizes["Hk"] * sizes["D"]
+        moved = 2 * of_q + 2 * of_k if forward else 4 * of_q + 4 * of_k
+        for index, made, chosen in direction.ways(MACHINE, main_launch):
+            launches, main = made.launches, main_launch(made.launches)
+            if main.built is None:
+                share = _GENERIC_SHARE[f"attention {direction.name}"]
+                seconds = flops / (share * PRODUCT_RATE)
+                bound = "products"
+            else:
+                units, step = (_forward_units if forward else _backward_units)(sizes, main.built)
+                seconds, bound = makespan(units, MACHINE.multiprocessors), step.bound()
+                if seconds < moved / COPY_RATE:
+                    seconds, bound = moved / COPY_RATE, "memory"
+            # What runs before and after the products reads and writes tensors whole; dq is in fp32.
+            around = 0.0 if forward else (2 * of_q + 2 * of_q) + (2 * of_q + of_q)
+            seconds += LAUNCH_S * len(launches) + around / COPY_RATE
+            yield _row(problem, direction.name, index, chosen, main, bound, seconds, flops, moved)
+
+
+def main_launch(launches: Sequence[Launched]) -> Launched:
+    """The one that multiplies: made for Hopper, or the one with the largest tiles."""
+    return max(launches, key=lambda x: (x.built is not None, x.shared_bytes))
+
+
+def _forward_units(sizes: dict[str, int], built: dict) -> tuple[list[float], _Step]:
+    """Seconds of each tile of queries."""
+    m, n, width = built["tile_m"], built["tile_n"], built["head_width"]
+    read = m / 64 * (64 * width + n * width + n * width)  # Q and K, then V; P is in registers
+    step = _Step(
+        products=4.0 * m * n * width / (PRODUCT_RATE / MACHINE.multiprocessors),
+        shared=2.0 * (read + 2 * n * width) / _SHARED_RATE,
+        l2=2.0 * 2 * n * width / (L2_RATE / MACHINE.multiprocessors),
+        other=m * n * (1 / _EXPONENTIALS + 4 / _OPERATIONS),
+    )
+    once = step.seconds(_EXPOSED[built["pingpong"]])
+    units = []
+    for first in range(0, sizes["T"], m):
+        low, high = visible(sizes, first, min(first + m, sizes["T"]))
+        units += [_steps(low, high, n) * once + _FINISH_S] * (sizes["B"] * sizes["H"])
+    return units, step
+
+
+def _backward_units(sizes: dict[str, int], built: dict) -> tuple[list[float], _Step]:
+    """Seconds of each block of keys, for all query heads of its key head."""
+    m, n, width = built["tile_m"], built["tile_n"], built["head_width"]
+    scores = n / 64 * (64 * width + m * width)  # K or V, and Q or dout, for each warpgroup
+    sums = 2 * n / 64 * m * width  # dv and dk: Q and dout again
+    dq = m / 64 * (64 * n + n * width)  # dS and K
+    stored = 2.0 * m * n + 4.0 * m * width  # dS, and dq in fp32
+    step = _Step(
+        products=10.0 * m * n * width / (PRODUCT_RATE / MACHINE.multiprocessors),
+        shared=(2.0 * (2 * scores + sums + dq + 2 * m * width) + stored + 4.0 * m * width)
+        / _SHARED_RATE,
+        l2=(2.0 * 2 * m * width + 4.0 * m * width) / (L2_RATE / MACHINE.multiprocessors),
+        other=m * n * (1 / _EXPONENTIALS + 8 / _OPERATIONS) + stored / _SHARED_RATE,
+    )
+    once = step.seconds(_EXPOSED[built["pingpong"]])
+    group = sizes["H"] // sizes["Hk"]
+    # Seen from a key, the band is the other way round.
+    seen = sizes | dict(T=sizes["Tk"], Tk=sizes["T"], left=sizes["right"], right=sizes["left"])
+    units = []
+    for first in range(0, sizes["Tk"], n):
+        low, high = visible(seen, first, min(first + n, sizes["Tk"]))
+        steps = group * _steps(low, high, m)
+        units += [steps * once + 2 * _FINISH_S] * (sizes["B"] * sizes["Hk"])
+    return units, step
+
+
+def _steps(low: int, high: int, size: int) -> int:
+    """Blocks of a size that a range touches."""
+    return 0 if high <= low else -(-high // size) - low // size
+
+
+def makespan(units: Sequence[float], places: int) -> float:
+    """Seconds until the last unit ends, when the longest go first, each to the first free place."""
+    free = [0.0] * places
+    for unit in sorted(units, reverse=True):
+        heapq.heapreplace(free, free[0] + unit)
+    return max(free)
+
+
+# ---- the MLP's products
+
+
+def _mlp(problem: Problem) -> Iterator[Prediction]:
+    for direction in problem.directions:
+        for number in range(len(products(direction.plan(MACHINE).launches))):
+            pick = functools.partial(product, number)
+            for index, made, chosen in direction.ways(MACHINE, pick):
+                launched = pick(made.launches)
+                m, k, n = _product_sizes(launched)
+                flops, moved = 2.0 * m * n * k, 2.0 * (m * k + k * n + m * n)
+                kind = _epilogue(direction.name, number)
+                name = product_name(direction.name, number, (m, n, k))
+                if launched.built is None:
+                    seconds = flops / (_GENERIC_SHARE["gelu_mlp"] * PRODUCT_RATE)
+                    bound = "products"
+                else:
+                    seconds, bound = _product_seconds(launched, k, kind)
+                if seconds < moved / COPY_RATE:
+                    seconds, bound = moved / COPY_RATE, "memory"
+                seconds += LAUNCH_S
+                yield _row(problem, name, index, chosen, launched, bound, seconds, flops, moved)
+
+
+def _product_seconds(launched: Launched, k: int, kind: str) -> tuple[float, str]:
+    built = launched.built
+    assert built is not None
+    m, n, slice_, cluster = (built[name] for name in ("tile_m", "tile_n", "tile_k", "cluster"))
+    step = _Step(
+        products=2.0 * m * n * slice_ / (PRODUCT_RATE / MACHINE.multiprocessors),
+        shared=2.0 * slice_ * (m + m / 64 * n + m + n) / _SHARED_RATE,
+        l2=2.0 * slice_ * (m + n / cluster) / (L2_RATE / MACHINE.multiprocessors),
+        other=0.0,
+    )
+    splits = max(1, round(launched.tiles * m * n / _padded(launched)))
+    products = -(-k // (slice_ * splits)) * step.seconds(0.0)
+    finish = m * n * _EPILOGUE_OPERATIONS[kind] / _OPERATIONS
+    waves = math.ceil(launched.waves(MACHINE))
+    if built["pingpong"]:
+        return waves * max(products, finish) + min(products, finish), step.bound()
+    return waves * (products + finish), step.bound()
+
+
+def products(launches: Sequence[Launched]) -> list[Launched]:
+    """Those that multiply."""
+    return [launched for launched in launches if " times " in launched.shape]
+
+
+def product(number: int, launches: Sequence[Launched]) -> Launched:
+    """One of `products`."""
+    return products(launches)[number]
+
+
+def _product_sizes(launched: Launched) -> tuple[int, int, int]:
+    match = re.match(r"\((\d+), (\d+)\) times \(\d+, (\d+)\)", launched.shape)
+    assert match is not None, launched.shape
+    m, k, n = map(int, match.groups())
+    return m, k, n
+
+
+def _padded(launched: Launched) -> int:
+    """Elements of the product's whole tiles."""
+    assert launched.built is not None
+    m, _, n = _product_sizes(launched)
+    rows, cols = launched.built["tile_m"] * launched.cluster, launched.built["tile_n"]
+    return -(-m // rows) * rows * (-(-n // cols) * cols)
+
+
+def product_name(direction: str, number: int, sizes: tuple[int, int, int]) -> str:
+    """ "forward, product 1 (8192x16384x4096, gelu)"; sizes are m, n, k."""
+    kind = _epilogue(direction, number)
+    return f"{direction}, product {number + 1} ({'x'.join(map(str, sizes))}, {kind})"
+
+
+def _epilogue(direction: str, number: int) -> str:
+    if number:
+        return "plain"
+    return "gelu" if direction == "forward" else "gelu'"
+
+
+# ---- LayerNorm
+
+
+def _layer_norm(problem: Problem) -> Iterator[Prediction]:
+    sizes = problem.sizes
+    for direction in problem.directions:
+        # x and y, with a residual that and the sum; dy, the sum and dx, with prenorm its gradient.
+        tensors = {"forward": 2 + 2 * sizes["residual"], "backward": 3 + sizes["prenorm"]}
+        moved = 2.0 * tensors[direction.name] * sizes["rows"] * sizes["cols"]
+        for index, made, chosen in direction.ways(MACHINE, lambda launches: launches[0]):
+            launches, main = made.launches, made.launches[0]
+            waves = main.waves(MACHINE)
+            seconds = moved / COPY_RATE * max(1.0, math.ceil(waves) / waves if waves > 1 else 1.0)
+            seconds += LAUNCH_S * len(launches)
+            yield _row(problem, direction.name, index, chosen, main, "memory", seconds, 0.0, moved)
+
+
+# ---- all of them
+
+
+def _row(
+    problem: Problem,
+    direction: str,
+    index: int,
+    chosen: bool,
+    main: Launched,
+    bound: str,
+    seconds: float,
+    flops: float,
+    moved: float,
+) -> Prediction:
+    way = main.built["name"] if main.built else "any GPU"
+    waves = main.waves(MACHINE)
+    return Prediction(
+        problem.op, problem.text, direction, way, index, chosen, waves, bound, seconds, flops, moved
+    )
+
+
+def table(rows: Iterable[Prediction]) -> Iterator[str]:
+    """Markdown, a line for each prediction."""
+    yield "| problem | direction | way (* the rule's) | waves | bound by | predicted | share |"
+    yield "| --- | --- | --- | ---: | --- | ---: | ---: |"
+    for row in rows:
+        way = f"{row.way}{' *' if row.chosen else ''}"
+        yield (
+            f"| {row.op} {row.problem} | {row.direction} | {way} | {row.waves:.2f} | {row.bound} "
+            f"| {1e6 * row.seconds:.0f} us, {_rate(row)} | {100 * row.share:.0f}% |"
+        )
+
+
+def summary(rows: Iterable[Prediction]) -> Iterator[str]:
+    """Markdown, a line for each problem and direction: the rule's choice, then the others."""
+    yield "| problem | the rule's choice | waves | predicted | share | others, share |"
+    yield "| --- | --- | ---: | ---: | ---: | --- |"
+    cases: dict[tuple[str, str], list[Prediction]] = {}
+    for row in rows:
+        cases.setdefault((f"{row.op} {row.problem}", row.direction), []).append(row)
+    for (problem, direction), ways in cases.items():
+        own = next(row for row in ways if row.chosen)
+        others = "; ".join(
+            f"{row.way} {100 * row.share:.0f}%"
+            for row in sorted(ways, key=lambda row: row.seconds)
+            if row is not own
+        )
+        yield (
+            f"| {problem}: {direction} | {own.way} | {own.waves:.2f} "
+            f"| {1e6 * own.seconds:.0f} us, {_rate(own)} | {100 * own.share:.0f}% | {others} |"
+        )
+
+
+def _rate(row: Prediction) -> str:
+    if row.flops:
+        return f"{row.flops / row.seconds / 1e12:.0f} TFLOP/s"
+    return f"{row.bytes / row.seconds / 1e12:.2f} TB/s"
+
+
+BEGIN, END = "<!-- predictions: made by the command below -->", "<!-- end of predictions -->"
+
+
+def written(text: str, lines: Iterable[str]) -> str:
+    """The text with these lines between its marks. Raises ValueError where there are none."""
+    before, found, rest = text.partition(f"{BEGIN}\n")
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise ValueError(f"there is no place for the table: lines {BEGIN!r} and {END!r}")
+    body = "\n".join(lines)
+    return f"{before}{found}{body}\n{ended}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 2 where nothing can be predicted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gptkernels.bench.predict", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="a file with the marks")
+    options = parser.parse_args(arguments)
+    try:
+        rows = list(predictions())
+        if options.write is None:
+            print("\n".join(table(rows)))
+        else:
+            text = options.write.read_text()
+            options.write.write_text(written(text, summary(rows)))
+    except (ImportError, OSError, ValueError) as error:
+        print(f"predict: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The demo: train, sample, check, time, report."""

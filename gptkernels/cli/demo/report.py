@@ -1,0 +1,119 @@
+"""What the demo shows, on the terminal and as a folder with one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gptkernels import bench
+from gptkernels.bench import report
+
+Row = dict[str, Any]
+
+_STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
+
+
+def worst_rows(rows: Iterable[Row]) -> list[Row]:
+    """One row for each op, implementation, dtype and direction: of its cases the one that comes
+    closest to its limit, with how many `cases` there are, how many `passed`, and one `status`.
+    """
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("op", "impl", "dtype", "direction"))
+        groups.setdefault(key, []).append(row)
+    order = {op: i for i, op in enumerate(bench.OPERATORS)}
+    worst = []
+    for key in sorted(groups, key=lambda key: (order.get(key[0], len(order)), key[1] != "torch")):
+        group = groups[key]
+        statuses = [row["status"] for row in group]
+        measured = [row for row in group if row["limit"]]
+        closest = max(measured, key=lambda r: r["error"] / r["limit"], default=group[0])
+        status = next((s for s in ("fail", "pass", "skipped") if s in statuses), "skipped")
+        worst.append(
+            {
+                **closest,
+                "status": status,
+                "cases": len(group),
+                "passed": statuses.count("pass"),
+                "reason": "; ".join(reasons(row["reason"] for row in group)),
+            }
+        )
+    return worst
+
+
+def write(
+    out: Path, content: Row, prompt: str, parity_rows: list[Row], speed_rows: list[Row]
+) -> None:
+    """The report folder. The page comes last: where it is, everything else is."""
+    picture = (out / "training" / "loss.png").read_bytes()
+    logged = content["records"][1:]  # the first is the validation before training
+    (out / "loss.png").write_bytes(picture)
+    environment = content["environment"]
+    for name, rows in (("parity", parity_rows), ("speed", speed_rows)):
+        report.write_json(out / f"{name}.json", {"environment": environment, "rows": rows})
+    report.write_json(out / "summary.json", content)
+    page = _template().render(
+        **content,
+        picture=base64.b64encode(picture).decode("ascii"),
+        parity=worst_rows(parity_rows),
+        parity_all=parity_rows,
+        notes=Counter(row["reason"] for row in parity_rows if row["reason"]),
+        speed=speed_rows,
+        not_timed=reasons(f"{r['impl']}: {r['skipped']}" for r in speed_rows if "skipped" in r),
+        last=logged[-1],
+        rate=statistics.median(record["tokens_per_s"] for record in logged),
+        mfu=None if logged[-1]["mfu"] is None else statistics.median(r["mfu"] for r in logged),
+        prompt=prompt,
+    )
+    temporary = out / ".report.html.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(out / "report.html")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gptkernels.cli.demo", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(small=small, seconds=report.seconds)
+    return environment.get_template("report.html.j2")
+
+
+def table(console: Console, columns: dict[str, Callable[[Row], str]], rows: list[Row]) -> None:
+    """Print `rows`; a row's `status`, where it has one, colours its last cell."""
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for title in columns:
+        grid.add_column(title, overflow="fold")
+    for row in rows:
+        style = _STYLES.get(row.get("status", ""), "")
+        cells = [escape(cell(row)) for cell in columns.values()]
+        cells[-1] = f"[{style}]{cells[-1]}[/]" if style else cells[-1]
+        grid.add_row(*cells)
+    console.print(grid)
+
+
+def heading(console: Console, title: str, text: str) -> None:
+    """Print the title of a part, and in few words what it is about."""
+    console.print(f"\n[bold]{escape(title)}[/] [dim]{escape(text)}[/]", soft_wrap=True)
+
+
+def reasons(reasons: Iterable[str]) -> list[str]:
+    """Each reason once, in order, without the empty ones."""
+    return [reason for reason in dict.fromkeys(reasons) if reason]
+
+
+def small(value: float | None) -> str:
+    """An error as short text, nothing for None."""
+    return "" if value is None else f"{value:.2e}"

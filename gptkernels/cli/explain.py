@@ -1,0 +1,139 @@
+"""`gptkernels info --explain`: what `impl="cuda"` would launch for a problem given in words. No GPU
+is needed and nothing is launched (`gptkernels.bench.dry_run`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from gptkernels.bench import dry_run
+from gptkernels.bench.dry_run import Direction, Launched, Machine, Plan, Problem
+
+OPS: dict[str, Callable[..., Problem]] = {
+    "attention": dry_run.attention,
+    "attention_decode": dry_run.attention_decode,
+    "mlp": dry_run.gelu_mlp,
+    "layer_norm": dry_run.layer_norm,
+    "transformer_layer": dry_run.transformer_layer,
+}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
+
+
+def parse(op: str, words: Sequence[str], **options: Any) -> Problem:
+    """The problem that a command line names: sizes and a dtype in words, options by name.
+
+    Raises ValueError for a word or an option that is not as the op takes it.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    parameters = inspect.signature(OPS[op]).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    usage = f"{op} takes {' '.join(names)}, such as {_EXAMPLES[op]}"
+    if len(words) != len(names):
+        raise ValueError(f"{usage}; got {' '.join(words) or 'nothing'}")
+    *sizes, dtype = words
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    for name, size in zip(names, sizes, strict=False):
+        if not (size.isascii() and size.isdigit()):
+            raise ValueError(f"{usage}; {name} cannot be {size!r}")
+    for name in options:
+        if name not in {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}:
+            raise ValueError(f"{op} has no option {name.replace('_', '-')}")
+    return OPS[op](*map(int, sizes), _DTYPES[dtype], **options)
+
+
+_EXAMPLES = {
+    "attention": "2 8192 32 128 bf16",
+    "attention_decode": "64 1 8192 32 128 bf16",
+    "mlp": "8192 4096 16384 bf16",
+    "layer_norm": "8192 4096 bf16",
+    "transformer_layer": "8 512 768 12 3072 bf16",
+}
+
+
+def lines(problem: Problem, machine: Machine) -> Iterator[str]:
+    """The report, line by line. Raises ImportError where no module is built."""
+    dtype = str(problem.dtype).removeprefix("torch.")
+    yield f"{problem.op} {problem.text}, {dtype}"
+    yield (
+        f"planned for {machine.arch}: {machine.name}, {machine.multiprocessors} multiprocessors; "
+        'impl="auto" picks torch, this is impl="cuda"'
+    )
+    yield from _layer_lines(problem)
+    for direction in problem.directions:
+        made = direction.plan(machine)
+        yield ""
+        yield direction.name
+        for launched in made.launches:
+            yield f"  {launched.kernel} on {launched.shape}"
+            yield from (f"    {line}" for line in described(launched, machine))
+        for kernel, reason in made.refusals:
+            yield f"  not {kernel}: {reason}"
+        if machine.arch == "sm90":
+            yield from _candidate_lines(direction, machine, made)
+
+
+def _layer_lines(problem: Problem) -> Iterator[str]:
+    if problem.not_fused is None:
+        return
+    yield ""
+    if problem.not_fused:
+        yield "not fused: these run as PyTorch's own operators"
+        yield from (f"  {part}: {reason}" for part, reason in problem.not_fused.items())
+    else:
+        yield "fused throughout"
+    yield "  (the projections before and after attention are PyTorch's products in any case)"
+
+
+def _candidate_lines(direction: Direction, machine: Machine, made: Plan) -> Iterator[str]:
+    chosen = {launched.built["name"] for launched in made.launches if launched.built}
+    candidates, cannot = direction.candidates(), 0
+    for index, candidate in enumerate(candidates):
+        try:
+            direction.plan(machine, index)
+        except ValueError:  # of another head width, say
+            cannot += 1
+            continue
+        runs = "runs" if candidate["name"] in chosen else "could run"
+        yield f"  candidate {index}, {candidate['name']}: {runs}"
+    if cannot:
+        yield f"  {_count(cannot, 'candidate')} cannot take it"
+
+
+def described(launched: Launched, machine: Machine) -> Iterator[str]:
+    """Tile, stages and the like, where they are known; grid, shared memory, waves."""
+    if launched.built:
+        yield built_as(launched.built)
+    grid = "x".join(str(n) for n in launched.grid if n > 1 or n == launched.grid[0])
+    resident = launched.resident(machine)
+    cluster = f" in clusters of {launched.cluster}" if launched.cluster > 1 else ""
+    tiles = f", {launched.tiles} tiles" if launched.tiles else ""
+    yield (
+        f"grid {grid}{cluster} of {launched.threads} threads, "
+        f"{launched.shared_bytes / 1024:.1f} KiB of shared memory: at most {resident} "
+        f"{'CTA' if resident == 1 else 'CTAs'} an SM{tiles}, {launched.waves(machine):.2f} waves"
+    )
+
+
+def built_as(candidate: dict[str, Any]) -> str:
+    """A candidate's members in one line."""
+    tile = "x".join(
+        str(n) for n in (candidate["tile_m"], candidate["tile_n"], candidate["tile_k"]) if n
+    )
+    parts = [f"{candidate['name']}: tile {tile}", _count(candidate["stages"], "stage")]
+    if candidate["consumers"]:
+        turns = " taking turns" if candidate["pingpong"] else ""
+        parts.append(_count(candidate["consumers"], "consumer warpgroup") + turns)
+    if candidate["cluster"] > 1:
+        parts.append(f"clusters of {candidate['cluster']}")
+    return ", ".join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

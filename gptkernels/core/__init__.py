@@ -1,0 +1,1 @@
+"""What every op stands on: choice, checks, dropout's masks, the compiled module, Triton."""

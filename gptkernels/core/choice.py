@@ -1,0 +1,66 @@
+"""Which implementation runs: an explicit one runs or says why it cannot; only "auto" may choose.
+
+"auto" picks "torch" on every machine today: no kernel has been timed on a GPU yet, and one that
+nobody has measured must not replace one that works.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from gptkernels.core import native
+
+IMPLEMENTATIONS = ("torch", "triton", "cuda")
+
+# Triton reads the variable when a kernel is decorated, so it cannot change later in a process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def check_impl(impl: str, *, auto: bool = True) -> str:
+    """The name of an implementation, or "auto" where it is allowed. Raises ValueError for any
+    other."""
+    if impl not in IMPLEMENTATIONS and not (auto and impl == "auto"):
+        names = "'auto', 'cuda', 'triton' or 'torch'" if auto else "'cuda', 'triton' or 'torch'"
+        raise ValueError(f"impl must be {names}, got {impl!r}")
+    return impl
+
+
+def choose(impl: str, tensor: Tensor) -> str:
+    """The implementation that runs on `tensor`.
+
+    Raises ValueError for an unknown name, RuntimeError where an explicit choice cannot run on this
+    machine or tensor.
+    """
+    if check_impl(impl) == "auto":
+        return "torch"
+    reason = unavailable(impl, tensor.device.type, tensor.dtype)
+    if reason is None:
+        return impl
+    raise RuntimeError(f"impl={impl!r}: {reason}")
+
+
+def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why an implementation cannot run on tensors of this device type and dtype; None where it
+    can."""
+    match impl:
+        case "torch":
+            return None
+        case "triton":
+            if not _TRITON_INSTALLED:
+                return "Triton is not installed (pip install triton; Linux only)"
+            if INTERPRETED and dtype == torch.bfloat16:
+                return "Triton's interpreter computes bfloat16 wrongly; use float16 or float32"
+            if device_type != "cuda" and not INTERPRETED:
+                return (
+                    f"it runs on CUDA tensors (this one is on {device_type}), "
+                    "or anywhere under TRITON_INTERPRET=1"
+                )
+            return None
+        case "cuda":
+            return native.unavailable(device_type)
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch', got {impl!r}")

@@ -1,0 +1,1 @@
+"""Text from a GPT: a cache in slots, an engine, sampling."""

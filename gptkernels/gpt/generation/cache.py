@@ -1,0 +1,76 @@
+"""The keys and values of all texts that are being continued, allocated once.
+
+    slot r holds    k, v (Tmax, Hk, D) a layer, of which the first lengths[r] tokens count
+
+2 * n_layer * R * Tmax * Hk * D elements in all. Slots are independent: each has a length of its
+own, and is begun, continued and given up while the others stay as they are. Every step runs all
+slots, in shapes that never change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from gptkernels.core.autocast import autocast_dtype
+from gptkernels.core.checks import check_count
+from gptkernels.nn.layers import CausalSelfAttention, KVCache
+
+if TYPE_CHECKING:
+    from gptkernels.gpt.model import GPT
+
+
+class SlotCache:
+    """Keys and values of R slots of at most `max_tokens` tokens each, for every block of `model`,
+    on its device and in the dtype that its attention computes in.
+
+    lengths: (R,) int32, on the device: how many tokens each slot holds. A slot is empty until it is
+        begun; what continues all slots adds nothing to it, and its results mean nothing.
+    """
+
+    def __init__(self, model: GPT, slots: int, max_tokens: int) -> None:
+        """Raises TypeError and ValueError unless slots and max_tokens are ints of at least 1."""
+        self.slots = check_count("slots", slots)
+        self.max_tokens = check_count("max_tokens", max_tokens)
+        device = model.transformer.wte.weight.device
+        self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
+        self._rows = torch.arange(slots, device=device)[:, None]
+        self._buffers = []
+        for layer in model.modules():
+            if isinstance(layer, CausalSelfAttention):
+                shape = (slots, max_tokens, layer.n_kv_head, layer.head_dim)
+                dtype = autocast_dtype(layer.c_attn.weight)
+                k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+                self._buffers.append((k, v))
+
+    def caches(self, tokens: int, slot: int | None = None) -> list[KVCache]:
+        """For each block, where the next `tokens` tokens go: of all slots, behind what they hold;
+        or of `slot` alone, in place of it. `keep` then makes them count."""
+        if slot is not None:
+            row = slice(slot, slot + 1)
+            lengths = torch.full_like(self.lengths[row], tokens)
+            return [KVCache(k[row], v[row], None, lengths) for k, v in self._buffers]
+        positions = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
+        lengths = (self.lengths + tokens) * (self.lengths > 0)
+        return [KVCache(k, v, (self._rows, positions), lengths) for k, v in self._buffers]
+
+    def keep(self, caches: list[KVCache], slot: int | None = None) -> None:
+        """Count the tokens that the blocks have stored in `caches`."""
+        rows = slice(None) if slot is None else slice(slot, slot + 1)
+        self.lengths[rows] = caches[0].lengths
+
+    def copy(self, slot: int, source: SlotCache, source_slot: int, tokens: int) -> None:
+        """Let `slot` hold the first `tokens` tokens of a slot of `source`."""
+        self.lengths[slot] = tokens
+        for ours, theirs in zip(self._buffers, source._buffers, strict=True):
+            for mine, other in zip(ours, theirs, strict=True):
+                mine[slot, :tokens] = other[source_slot, :tokens]
+
+    def release(self, slot: int) -> None:
+        """Empty `slot`."""
+        self.lengths[slot] = 0
+
+    def longest(self) -> int:
+        """How many tokens the fullest slot holds. On a GPU this waits for the device."""
+        return int(self.lengths.max())

@@ -1,0 +1,329 @@
+"""The engine behind `generate`: many texts continued at once, in slots.
+
+    step    give free slots to waiting samples: prefill the prompt alone (once for all samples of a
+            request), copy its keys and values into the slot
+            choose a token for every slot from its logits; texts that end leave their slots
+            run the model on the newest token of all R slots
+
+A step's shapes are the same however many slots are taken, and what a slot computes depends on no
+other: so a request gives the same bits alone, in any batch, in any order and in any slot, for a
+given R. R is 1 or a multiple of 8: matrix products on a CPU give the last of 5, 6 or 7 rows other
+bits than the first. Text past block_size slides: once a slot holds block_size tokens, the last half
+of them is prefilled anew, which again depends on the request alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import reprlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gptkernels.core.checks import check_count, check_seed
+from gptkernels.gpt.generation.cache import SlotCache
+from gptkernels.gpt.generation.sampling import Sampler, Sampling
+from gptkernels.gpt.generation.text import TextStream
+from gptkernels.gpt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptkernels.gpt.model import GPT
+
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it.
+
+    Fields:
+        tokens: the prompt's ids, at least one and at most block_size.
+        max_new_tokens: the most tokens that are added.
+        sampling: how they are chosen.
+        samples: how many continuations; the prompt is computed once for all of them.
+        first_sample: the number of the first. A seed and a number make a continuation.
+        seed: None draws one from PyTorch's generator for the CPU.
+        stop: strings that end a text, which then ends before them; they need a tokenizer.
+        eos: an id that ends a text.
+
+    tokens and stop become tuples. Raises TypeError and ValueError for values of another type or out
+    of range; what depends on the model is checked by `Engine.submit`.
+    """
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    samples: int = 1
+    first_sample: int = 0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    eos: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("tokens", int), ("stop", str)):
+            object.__setattr__(self, name, _tuple_of(kind, name, getattr(self, name)))
+        for name in ("max_new_tokens", "first_sample"):
+            check_integer(name, getattr(self, name))
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, got {self.sampling!r}")
+        check_count("samples", self.samples)
+        if self.seed is not None:
+            check_seed("seed", self.seed)
+        if not all(self.stop):
+            raise ValueError("stop must hold no empty string")
+        if self.eos is not None:
+            check_integer("eos", self.eos)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of one sample, as it is chosen.
+
+    Fields:
+        request, sample: whose it is, counted from 0 in the order of submission, and from the
+            request's first_sample.
+        token: its id; None where max_new_tokens is 0.
+        logprob: its log-probability by the model's own distribution, before any of `Sampling`.
+        text: what became certain of the text with it: empty without a tokenizer, or while it may
+            be part of a character or of a stop string.
+        finish_reason: with the last token, what ended the text: "stop" (a stop string), "eos" or
+            "length"; else None.
+    """
+
+    request: int
+    sample: int
+    token: int | None
+    logprob: float | None
+    text: str
+    finish_reason: str | None
+
+
+@dataclass
+class _Text:
+    """What takes a slot."""
+
+    request: int
+    sample: int
+    wanted: Request
+    tokens: list[int]  # prompt and continuation
+    held: int  # how many tokens the slot holds
+    stream: TextStream | None
+
+
+class Engine:
+    """Continues texts with `model`, as many at a time as it has slots.
+
+    slots: 1, or rounded up to a multiple of 8.
+    tokenizer: for the text in events, and for stop strings.
+    vocab_size: choose among the ids below it alone, for a model whose vocabulary is padded past its
+        tokenizer's; None chooses among all of the model's.
+    max_tokens: the longest text that will be asked for, where it is less than block_size. With
+        impl="torch" on a GPU, bits depend on it.
+
+    The model runs in evaluation mode, and is left in the mode it was in. Raises TypeError and
+    ValueError for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        slots: int = 8,
+        tokenizer: Tokenizer | None = None,
+        vocab_size: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        if check_count("slots", slots) > 1:
+            slots = _MULTIPLE * -(-slots // _MULTIPLE)
+        known = model.config.vocab_size
+        self._ids = known if vocab_size is None else check_count("vocab_size", vocab_size)
+        if self._ids > known:
+            raise ValueError(f"vocab_size must be at most the model's {known}, got {vocab_size}")
+        self._model = model
+        self._modules = list(model.modules())
+        self._tokenizer = tokenizer
+        block_size = model.config.block_size
+        if max_tokens is None:
+            max_tokens = block_size
+        self._context = min(block_size, check_count("max_tokens", max_tokens))
+        self._cache = SlotCache(model, slots, self._context)
+        self._prompt = SlotCache(model, 1, self._context)  # of the request in line
+        self._prompt_of = -1
+        device = self._cache.lengths.device
+        self._sampler = Sampler(slots, self._ids, device)
+        self._logits = torch.zeros(slots, self._ids, device=device)
+        self._prompt_logits = self._logits[0]
+        self._texts: list[_Text | None] = [None] * slots
+        self._waiting: deque[tuple[int, int, Request]] = deque()
+        self._submitted = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._waiting) or any(self._texts)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether a further request would find a slot at the next step."""
+        return len(self._waiting) < self._texts.count(None)
+
+    def submit(self, request: Request) -> int:
+        """Let `request` wait for slots; returns its number.
+
+        Raises ValueError for a prompt that is empty, longer than block_size or not of the model's
+        ids, for an eos that is none, and for stop strings without a tokenizer; TypeError for what
+        is no Request.
+        """
+        if not isinstance(request, Request):
+            raise TypeError(f"request must be a Request, got a {type(request).__name__}")
+        number = self._submitted
+        if not request.tokens:
+            raise ValueError(f"prompt {number} is empty; it must hold at least one token")
+        size = self._model.config.block_size
+        if len(request.tokens) > size:
+            raise ValueError(
+                f"prompt {number} must fit into block_size={size}, got {len(request.tokens)} tokens"
+            )
+        self._model.check_tokens(torch.tensor([list(request.tokens)]))
+        if request.eos is not None and not 0 <= request.eos < self._ids:
+            raise ValueError(f"eos must lie in 0...{self._ids - 1} or be None, got {request.eos}")
+        if request.stop and self._tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, got none")
+        if request.seed is None:
+            request = replace(request, seed=int(torch.randint(2**63 - 1, ())))
+        self._submitted += 1
+        for sample in range(request.first_sample, request.first_sample + request.samples):
+            self._waiting.append((number, sample, request))
+        return number
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """One token more for every text; the events, in the order of slots.
+
+        Raises RuntimeError where the model's logits give no probabilities, and whatever the model
+        raises; the engine is then of no more use.
+        """
+        with _evaluating(self._modules):
+            events = self._fill()
+            if any(self._texts):
+                tokens, logprobs = self._sampler.choose(self._logits)
+                # One copy to the host, which waits once: fp64 holds both exactly.
+                events += self._take(*torch.stack([tokens.double(), logprobs.double()]).tolist())
+                self._run(tokens)
+        return events
+
+    def _fill(self) -> list[Event]:
+        events = []
+        while self._waiting and None in self._texts:
+            number, sample, request = self._waiting.popleft()
+            if request.max_new_tokens == 0:
+                events.append(Event(number, sample, None, None, "", "length"))
+                continue
+            if self._prompt_of != number:
+                prompt = torch.tensor(request.tokens, device=self._cache.lengths.device)
+                self._prompt_logits = self._prefill(self._prompt, 0, prompt)
+                self._prompt_of = number
+            slot = self._texts.index(None)
+            tokens = list(request.tokens)
+            self._cache.copy(slot, self._prompt, 0, len(tokens))
+            self._logits[slot] = self._prompt_logits
+            self._sampler.begin(slot, request.sampling, request.seed or 0, sample, tokens)
+            stream = None
+            if self._tokenizer is not None:
+                stream = TextStream(self._tokenizer, tokens, request.stop)
+            self._texts[slot] = _Text(number, sample, request, tokens, len(tokens), stream)
+        return events
+
+    def _prefill(self, cache: SlotCache, slot: int, tokens: Tensor) -> Tensor:
+        hidden = self._model.hidden_states(tokens[None], cache=cache, slot=slot)
+        return self._model.lm_head(hidden[:, -1])[0, : self._ids].float()
+
+    def _take(self, tokens: list[float], logprobs: list[float]) -> list[Event]:
+        """Add the chosen tokens to their texts; those that end leave their slots."""
+        events = []
+        for slot, text in enumerate(self._texts):
+            if text is None:
+                continue
+            token, logprob = int(tokens[slot]), logprobs[slot]
+            if not math.isfinite(logprob):
+                raise RuntimeError(
+                    f"the model's logits hold NaN or infinity behind {len(text.tokens)} tokens of "
+                    f"prompt {text.request}: its weights are broken, or too large for its dtype"
+                )
+            event = _next_event(text, token, logprob)
+            events.append(event)
+            if event.finish_reason is not None:
+                self._texts[slot] = None
+                self._cache.release(slot)
+                self._sampler.release(slot)
+        return events
+
+    def _run(self, tokens: Tensor) -> None:
+        """The logits behind the newest token of each text."""
+        sliding = []
+        for slot, text in enumerate(self._texts):
+            if text is not None and text.held == self._context:
+                sliding.append((slot, text))
+                self._cache.release(slot)
+        if self._texts.count(None) + len(sliding) < len(self._texts):
+            hidden = self._model.hidden_states(tokens[:, None], cache=self._cache)
+            self._logits = self._model.lm_head(hidden[:, 0])[:, : self._ids].float()
+        for text in filter(None, self._texts):
+            text.held += 1
+        for slot, text in sliding:
+            text.held = max(1, self._context // 2)
+            last = torch.tensor(text.tokens[-text.held :], device=tokens.device)
+            self._logits[slot] = self._prefill(self._cache, slot, last)
+
+
+def _next_event(text: _Text, token: int, logprob: float) -> Event:
+    wanted = text.wanted
+    text.tokens.append(token)
+    if token == wanted.eos:
+        reason, new = "eos", ""
+    else:
+        new = text.stream.push(token) if text.stream else ""
+        reason = None
+        if len(text.tokens) - len(wanted.tokens) == wanted.max_new_tokens:
+            reason = "length"
+    if reason is not None and text.stream is not None:
+        new += text.stream.end()
+    if text.stream is not None and text.stream.stopped:
+        reason = "stop"
+    return Event(text.request, text.sample, token, logprob, new, reason)
+
+
+@contextlib.contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's own mode again."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tuple_of(kind: type, name: str, values: Any) -> tuple[Any, ...]:
+    """`values`, of which each must be a `kind` and no bool. Raises TypeError."""
+    # A str is a sequence of str, and a tensor of tensors: neither is meant.
+    if isinstance(values, Iterable) and not isinstance(values, str | Tensor):
+        items = tuple(values)
+        if all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
+            return items
+    raise TypeError(f"{name} must be a sequence of {kind.__name__}, got {reprlib.repr(values)}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """An int, and no bool. Raises TypeError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")

@@ -1,0 +1,1 @@
+"""Training a GPT: data, loop, checkpoints, progress."""

@@ -1,0 +1,256 @@
+"""Checkpoints: one file that is either the old one or the new one, and never runs code when read.
+
+`save` writes a temporary file in the same folder, forces it to the disk, and renames it over the
+old checkpoint: a rename within one folder is atomic (POSIX rename(2), os.replace on Windows), so a
+failure at any moment leaves a whole file. `load` unpickles tensors and plain values only
+(`weights_only=True`).
+
+What is inside: {"format", "version", "model", "optimizer", "step", "tokens" (trained on so far),
+"seconds", "best_validation_loss", "since_log" (sum of the losses and number of the steps since the
+last line of the log), "average" (of the weights; empty where none is kept), "sampler", "random"
+(PyTorch's CPU and CUDA generators), "model_config", "train_config", "files", "text" (a fingerprint
+of what the files hold)}.
+
+Weights, optimizer and generators are taken up by `model`, `optimizer` and `generators`, the two
+configurations by `config`: each refuses, in one sentence, what does not fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.model import GPT
+from gptkernels.gpt.training.average import Average
+from gptkernels.gpt.training.data import Batches
+
+FORMAT = "gptkernels-checkpoint"
+VERSION = 2
+KEYS: dict[str, type] = {
+    "model": dict,
+    "optimizer": dict,
+    "step": int,
+    "tokens": int,
+    "seconds": float,
+    "best_validation_loss": float,
+    "since_log": dict,
+    "average": dict,
+    "sampler": dict,
+    "random": dict,
+    "model_config": dict,
+    "train_config": dict,
+    "files": list,
+    "text": str,
+}
+_Config = TypeVar("_Config")
+
+
+def save(path: str | Path, content: dict[str, Any]) -> None:
+    """Replace the checkpoint at `path` by `content` (the keys in `KEYS`), all of it or nothing.
+
+    Raises OSError when the disk refuses; the checkpoint that was there before is then untouched.
+    """
+    path = Path(path)
+    missing = [key for key in KEYS if key not in content]
+    if missing:
+        raise ValueError(f"content: a checkpoint needs {', '.join(missing)} too")
+    # One fixed name: what a killed run left behind is overwritten, not collected.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            torch.save({"format": FORMAT, "version": VERSION, **content}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the error at hand is the one to tell
+            temporary.unlink()
+        # torch.save, having heard of it, may raise a RuntimeError of its own on top.
+        refused = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(refused, OSError):  # of a write: it does not name the file
+            raise OSError(refused.errno, refused.strerror, str(path)) from None
+        raise
+    _sync_folder(path.parent)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The content of the checkpoint at `path`, tensors on the CPU.
+
+    Raises FileNotFoundError when there is none, and ValueError when the file is truncated or
+    damaged, was not written by `save`, has another version, or holds values of another type than
+    `KEYS` says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: {path} does not exist")
+    try:
+        # torch.load does not look at the sums that torch.save wrote: a flipped bit would train on.
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{damaged} does not have the sum it was written with")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        zipfile.BadZipFile,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(
+            f"checkpoint: {path} cannot be read, it is truncated, damaged or not a checkpoint"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint: {path} is not a training checkpoint of this package (its format is not "
+            f"{FORMAT!r})"
+        )
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"checkpoint: {path} has version {content.get('version')!r}, this package reads "
+            f"version {VERSION}"
+        )
+    missing = [key for key in KEYS if key not in content]
+    if missing:
+        raise ValueError(f"checkpoint: {path} lacks {', '.join(missing)}")
+    for key, kind in KEYS.items():
+        if not isinstance(content[key], kind):
+            raise ValueError(
+                f"checkpoint: {path} must hold {kind.__name__} as its {key}, "
+                f"got {type(content[key]).__name__}"
+            )
+    if not all(isinstance(file, str) for file in content["files"]):
+        raise ValueError(f"checkpoint: {path} must hold names as its files")
+    return content
+
+
+def config(path: str | Path, content: dict[str, Any], key: str, kind: type[_Config]) -> _Config:
+    """The dataclass `kind` that `content[key]` describes, with all of its fields and no other.
+
+    Raises ValueError when it does not.
+    """
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    wrong = sorted(map(str, fields ^ content[key].keys()))
+    if wrong:
+        raise ValueError(
+            f"checkpoint: {path} lacks or does not know {', '.join(wrong)} in its {key}"
+        )
+    try:
+        return kind(**content[key])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint: {path} has a {key} out of range ({error})") from None
+
+
+def model(path: str | Path, content: dict[str, Any]) -> GPT:
+    """The GPT in `content`, on the CPU. Raises ValueError when it contradicts its model_config."""
+    with torch.device("meta"):  # shapes alone: the weights are read, not drawn and thrown away
+        network = GPT(config(path, content, "model_config", GPTConfig))
+    _check_fit(path, "model", content["model"], network.state_dict())
+    network.load_state_dict(content["model"], assign=True)
+    network.tie_head()
+    return network
+
+
+def optimizer(path: str | Path, content: dict[str, Any], into: torch.optim.AdamW) -> None:
+    """Take up the step counts and moments; rates, betas and decay stay those that `into` has.
+
+    Raises ValueError when they are not those of its parameters.
+    """
+    groups = into.state_dict()["param_groups"]
+    parameters = [parameter for group in into.param_groups for parameter in group["params"]]
+    fitting = {
+        index: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for index, parameter in enumerate(parameters)
+    }
+    state = content["optimizer"].get("state")
+    _check_fit(path, "optimizer", state, fitting)
+    into.load_state_dict({"state": state, "param_groups": groups})
+
+
+def average(path: str | Path, content: dict[str, Any], into: Average) -> None:
+    """Take up the average of the weights. Raises ValueError when it is not that of a model."""
+    _check_fit(path, "average", content["average"], into.state_dict())
+    into.load_state_dict(content["average"])
+
+
+def since_log(path: str | Path, content: dict[str, Any]) -> tuple[Tensor, int]:
+    """The sum of the losses and the number of the steps since the last line of the log.
+
+    Raises ValueError for anything else.
+    """
+    _check_fit(path, "since_log", content["since_log"], {"loss": torch.zeros(()), "steps": 0})
+    return content["since_log"]["loss"], content["since_log"]["steps"]
+
+
+def generators(path: str | Path, content: dict[str, Any], sampler: Batches) -> None:
+    """Put the sampler and PyTorch's global generators where they were; CUDA's as far as this
+    machine has the devices.
+
+    Raises ValueError for what is no generator's state.
+    """
+    state = content["random"]
+    _check_fit(path, "sampler", content["sampler"], sampler.state_dict())
+    # There may be other GPUs than when it was saved.
+    _check_fit(path, "random", state, {**random_state(), "cuda": state.get("cuda")})
+    try:
+        sampler.load_state_dict(content["sampler"])
+        set_random_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint: {path} has a sampler or random that is no generator's state ({error})"
+        ) from None
+
+
+def random_state() -> dict[str, Any]:
+    """The state of PyTorch's global generators: what dropout draws from."""
+    cuda: list[Tensor] = []
+    if torch.cuda.is_initialized():  # asking an idle CUDA for its state would initialise it
+        cuda = torch.cuda.get_rng_state_all()
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put PyTorch's global generators where `random_state()` found them.
+
+    CUDA generators are set as far as this machine has the devices.
+    """
+    torch.set_rng_state(state["cpu"])
+    for device, device_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(device_state, device)
+
+
+def _check_fit(path: str | Path, key: str, state: object, own: object) -> None:
+    if _outline(state) != _outline(own):
+        raise ValueError(
+            f"checkpoint: {path} has another {key} than its configuration asks for (names, shapes "
+            "or dtypes differ)"
+        )
+
+
+def _outline(state: object) -> object:
+    """What decides whether a state fits: names, shapes and dtypes, not the numbers."""
+    if isinstance(state, dict):
+        return {name: _outline(value) for name, value in state.items()}
+    if isinstance(state, Tensor):
+        return state.shape, state.dtype
+    return type(state)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system lets a folder be opened."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

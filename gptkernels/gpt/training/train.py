@@ -1,0 +1,436 @@
+"""Training, readable in one sitting: text or token shards in, a folder with weights, log and loss
+curve out.
+
+    step:  for each of `accumulation` micro-batches: loss / accumulation, backward
+           clip the gradients' norm, AdamW (Loshchilov & Hutter 2019), next learning rate
+    out/   log.jsonl       one JSON object a line: step, loss, learning rate, tokens/s, MFU, ...
+           checkpoint.pt   replaced atomically; `resume(out)` goes on from it
+           loss.png        the curve
+           model/          the trained weights, as `GPT.save_pretrained` writes them
+           model-ema/      with `ema`: their average
+           tensorboard/    with `tensorboard`: the log for it
+
+A run that was interrupted and resumed ends with the same bits as one that was not, dropout
+included, on the same machine with the same number of threads: whatever has a state is in the
+checkpoint (weights, optimiser, PyTorch's generators, the sampler's generator), and log, validation,
+samples and saving draw no random numbers. The exception is `minutes`: there the learning rate
+follows the clock.
+
+SIGINT and SIGTERM end a run after the step that it is in, with a checkpoint to resume from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptkernels.core.device import choose_device
+from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.model import GPT
+from gptkernels.gpt.tokenizer import load_tokenizer
+from gptkernels.gpt.training import activations, checkpoint, data
+from gptkernels.gpt.training.average import Average
+from gptkernels.gpt.training.config import DECIDED, DTYPES, TrainConfig, learning_rate
+from gptkernels.gpt.training.curve import draw_losses, figure_class
+from gptkernels.gpt.training.log import Log
+from gptkernels.gpt.training.stopping import Stopping
+from gptkernels.gpt.training.throughput import flops_per_token, peak_flops
+from gptkernels.gpt.weights import safetensors_package
+
+Observer = Callable[[dict[str, Any], float], None]
+"""Called with each log record and the share of the run that is done, 0 to 1."""
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradients' norm became NaN or infinite."""
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's two groups: matrices (two dimensions or more) decay; biases and norms do not.
+
+    A parameter that is shared (the tied head) is listed once.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind, besides its folder."""
+
+    model: GPT
+    records: list[dict[str, Any]]
+    best_validation_loss: float
+    seconds: float
+    stopped: bool = False  # by SIGINT or SIGTERM, before its end
+
+
+def train(
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: GPTConfig,
+    config: TrainConfig | None = None,
+    observer: Observer | None = None,
+) -> TrainResult:
+    """Train a new GPT on `files`, text or token shards (.bin), and write the folder `out`.
+
+    Raises FileNotFoundError or ValueError for files that cannot be trained on, ValueError when
+    `out` already holds a checkpoint or `model` does not fit the tokenizer (its vocab_size may be
+    larger: a padded table), ImportError when matplotlib, safetensors, the tokenizer's package or
+    tensorboard is missing and needed, DivergedError when the loss is no longer finite (the last
+    checkpoint stays), RuntimeError when `config.impl` cannot run on the device, OSError when `out`
+    cannot be written (the last checkpoint stays).
+    """
+    config = config or TrainConfig()
+    out = Path(out)
+    if (out / "checkpoint.pt").exists():
+        raise ValueError(f"out: {out} already holds a checkpoint, resume it or name another folder")
+    torch.manual_seed(config.seed)
+    run = _Run([str(Path(file).resolve()) for file in files], out, model, config, observer)
+    return run.finish()
+
+
+def resume(
+    out: str | Path,
+    *,
+    files: Sequence[str | Path] | None = None,
+    observer: Observer | None = None,
+    **changes: Any,
+) -> TrainResult:
+    """Go on from `out`/checkpoint.pt, with its settings less the `changes` (fields of TrainConfig).
+
+    `files` names the same text when it has moved. Raises as `train` does, FileNotFoundError when
+    there is no checkpoint, and ValueError when the checkpoint cannot be read, when the text is not
+    the text it was, or when a change comes too late (seed, tokenizer, validation_fraction).
+    """
+    out = Path(out)
+    path = out / "checkpoint.pt"
+    content = checkpoint.load(path)
+    saved = checkpoint.config(path, content, "train_config", TrainConfig)
+    settings = dataclasses.asdict(saved)
+    for name, value in changes.items():
+        if name not in settings:
+            raise TypeError(f"{name} is not a setting of training")
+        if name in DECIDED and value != settings[name]:
+            raise ValueError(
+                f"{name} is {value!r}, but the run to resume has {settings[name]!r} and cannot "
+                "change it"
+            )
+    config = dataclasses.replace(saved, **changes)
+    texts = content["files"] if files is None else [str(Path(file).resolve()) for file in files]
+    model = checkpoint.model(path, content)
+    run = _Run(texts, out, model.config, config, observer, model)
+    run.restore(content)
+    return run.finish()
+
+
+class _Run:
+    """One run: everything that has a state, and the loop."""
+
+    def __init__(
+        self,
+        files: list[str],
+        out: Path,
+        model_config: GPTConfig,
+        config: TrainConfig,
+        observer: Observer | None,
+        model: GPT | None = None,
+    ) -> None:
+        # Better to hear now that a package is missing than after the training.
+        figure_class()
+        safetensors_package()
+        self.log = Log(out, config.tensorboard)
+        self.files, self.out, self.config, self.observer = files, out, config, observer
+        self.model_config = model_config
+        self.device = choose_device(config.device)
+        self.dtype = DTYPES[config.dtype]
+
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        if model_config.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"vocab_size is {model_config.vocab_size}, but the tokenizer {config.tokenizer!r} "
+                f"has {self.tokenizer.vocab_size} tokens"
+            )
+        self.prompt = self._prompt()
+        tokens, self.digest = data.read(
+            files, self.tokenizer, config.token_dtype, model_config.vocab_size
+        )
+        training, self.validation = data.split(
+            tokens, config.validation_fraction, model_config.block_size
+        )
+        self.batches = data.Batches(
+            training, model_config.block_size, config.batch_size, config.seed
+        )
+
+        # Initial weights are drawn on the CPU, so that they do not depend on the device.
+        self.model = GPT(model_config) if model is None else model
+        self.model.set_impl(config.impl).set_recompute(config.recompute)
+        self.model.to(self.device)
+        self.forward: nn.Module = self.model
+        if config.compile:
+            self.forward = torch.compile(self.model, fullgraph=True)  # type: ignore[assignment]
+        self.average = Average(self.model, config.ema) if config.ema else None
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+        self.activation_bytes: int | None = None  # of a micro-batch, not yet measured
+        self.step = 0
+        self.tokens = 0
+        self.seconds_before = 0.0
+        self.best_validation_loss = math.inf
+        # Since the last line of the log: the sum of the losses, and how many steps it is of.
+        self.losses, self.since = torch.zeros((), device=self.device), 0
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Take up the rest of a checkpoint, and the log as far as the checkpoint saw it."""
+        if content["text"] != self.digest:
+            raise ValueError(
+                f"files: the text of {', '.join(self.files)} is not the text that the run to "
+                "resume was trained on"
+            )
+        path = self.out / "checkpoint.pt"
+        checkpoint.optimizer(path, content, self.optimizer)
+        checkpoint.generators(path, content, self.batches)
+        if self.average is not None and content["average"]:
+            checkpoint.average(path, content, self.average)
+        self.step, self.tokens = content["step"], content["tokens"]
+        self.seconds_before = content["seconds"]
+        self.best_validation_loss = content["best_validation_loss"]
+        losses, self.since = checkpoint.since_log(path, content)
+        self.losses.copy_(losses)
+        self.log.take_up(self.step)
+
+    def finish(self) -> TrainResult:
+        """Train to the end of the budget, or until a signal asks to stop, and write what belongs
+        in `out`."""
+        with Stopping() as stopping, contextlib.closing(self.log):
+            stopped = self._train(stopping)
+        draw_losses(self.log.records, self.out / "loss.png")
+        if not stopped:
+            self._save_model("model")
+            if self.average is not None:
+                with self.average.in_place():
+                    self._save_model("model-ema")
+            elif (old := self.out / "model-ema").exists():  # resumed without an average
+                shutil.rmtree(old)
+        best = self.best_validation_loss
+        return TrainResult(self.model, self.log.records, best, self.seconds, stopped)
+
+    def _train(self, stopping: Stopping) -> bool:
+        """The loop; whether it was stopped before its end."""
+        config = self.config
+        peak = peak_flops(self.device, self.dtype)
+        flops = flops_per_token(
+            self.model,
+            self.model_config.n_layer,
+            self.model_config.n_embd,
+            self.model_config.block_size,
+        )
+        tokens_a_step = config.accumulation * config.batch_size * self.model_config.block_size
+        self.started = time.perf_counter()
+        if self.step == 0:
+            self._write({"step": 0, **self._validate(), "seconds": self.seconds})
+
+        clock, timed = time.perf_counter(), self.step
+        last = self.done and self.step > 0  # one step even where validating took all the time
+        while not last:
+            rate = learning_rate(config, self.step, self.seconds)
+            loss, norm = self._optimizer_step(rate)
+            self.losses += loss
+            self.since += 1
+            self.step += 1
+            self.tokens += tokens_a_step
+            last = self.done
+            stop = stopping.asked and not last
+            validate = last or self.step % config.validation_interval == 0
+            save = last or stop or self.step % config.checkpoint_interval == 0
+
+            if validate or self.step % config.log_interval == 0:
+                mean, norm_value = self.losses.item() / self.since, norm.item()  # waits for the GPU
+                steps, seconds = self.step - timed, time.perf_counter() - clock
+                speed = steps * tokens_a_step / seconds
+                record = {
+                    "step": self.step,
+                    "loss": mean,
+                    "learning_rate": rate,
+                    "gradient_norm": norm_value,
+                    "tokens": self.tokens,
+                    "epochs": self.batches.epochs,
+                    "tokens_per_s": speed,
+                    "mfu": None if peak is None else speed * flops / peak,
+                    "activation_bytes": self.activation_bytes,
+                    "seconds": self.seconds,
+                }
+                self.losses.zero_()
+                self.since = 0
+                if validate:
+                    self._check_finite(record)
+                    record |= self._validate()
+                self._write(record)
+                clock, timed = time.perf_counter(), self.step
+            if config.sample_interval and self.step % config.sample_interval == 0:
+                self._write({"step": self.step, "sample": self._sample()})
+            if save:
+                self._check_finite({"loss": loss.item(), "gradient_norm": norm.item()})
+                self._save()
+            if stop:
+                return True
+        return False
+
+    def _optimizer_step(self, rate: float) -> tuple[Tensor, Tensor]:
+        """One step: the mean loss over its micro-batches, the gradients' norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.config.accumulation):
+            tokens, targets = next(self.batches)
+            if self.activation_bytes is None:
+                with activations.measured(self.model) as measured:
+                    loss = self._loss(tokens, targets)
+                self.activation_bytes = measured.bytes
+            else:
+                loss = self._loss(tokens, targets)
+            loss = loss / self.config.accumulation
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
+        return total, norm
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        ):
+            loss: Tensor = self.forward(tokens.to(self.device), targets.to(self.device))
+        return loss
+
+    def _validate(self) -> dict[str, float]:
+        losses = {"validation_loss": self.validation_loss()}
+        self.best_validation_loss = min(self.best_validation_loss, losses["validation_loss"])
+        if self.average is not None:
+            with self.average.in_place():
+                losses["ema_validation_loss"] = self.validation_loss()
+        return losses
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean loss over the validation windows, without dropout; draws no random number."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for tokens, targets in data.validation_batches(
+            self.validation,
+            self.model_config.block_size,
+            self.config.batch_size,
+            self.config.validation_batches,
+        ):
+            total += self._loss(tokens, targets).item() * len(tokens)
+            count += len(tokens)
+        return total / count
+
+    def _prompt(self) -> list[int]:
+        """The tokens that samples continue."""
+        ids = self.tokenizer.encode(self.config.sample_prompt)
+        kept = ids[max(0, len(ids) - self.model_config.block_size) :]
+        if self.config.sample_interval and not kept:
+            raise ValueError(
+                f"sample_prompt is {self.config.sample_prompt!r}, of which the tokenizer "
+                f"{self.config.tokenizer!r} and block_size={self.model_config.block_size} leave no "
+                "token; at least one is wanted"
+            )
+        return kept
+
+    def _sample(self) -> str:
+        tokens = self.model.generate(
+            torch.tensor([self.prompt], device=self.device),
+            self.config.sample_tokens,
+            seed=self.config.seed,  # and so from a generator of its own
+            eos=self.tokenizer.eos,
+            vocab_size=self.tokenizer.vocab_size,
+            slots=1,
+        )
+        return self.tokenizer.decode(tokens[0].tolist())
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in this run, earlier parts included."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def share(self) -> float:
+        """How much of the run is behind us, 0 to 1."""
+        share = self.step / self.config.steps
+        if self.config.minutes is not None:
+            share = max(share, self.seconds / (60 * self.config.minutes))
+        return min(share, 1.0)
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget of steps or minutes is used up."""
+        return self.share >= 1.0
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._check_finite(record)
+        self.log.write(record)
+        if self.observer is not None:
+            self.observer(record, self.share)
+
+    def _save(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(
+            self.out / "checkpoint.pt",
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "best_validation_loss": self.best_validation_loss,
+                "since_log": {"loss": self.losses, "steps": self.since},
+                "average": {} if self.average is None else self.average.state_dict(),
+                "sampler": self.batches.state_dict(),
+                "random": checkpoint.random_state(),
+                "model_config": dataclasses.asdict(self.model_config),
+                "train_config": dataclasses.asdict(self.config),
+                "files": self.files,
+                "text": self.digest,
+            },
+        )
+
+    def _save_model(self, name: str) -> None:
+        self.model.save_pretrained(self.out / name, tokenizer=self.config.tokenizer)
+
+    def _check_finite(self, record: dict[str, Any]) -> None:
+        for name in ("loss", "gradient_norm", "validation_loss"):
+            if not math.isfinite(record.get(name, 0.0)):
+                raise DivergedError(self._divergence(name, record[name]))
+
+    def _divergence(self, name: str, value: float) -> str:
+        path = self.out / "checkpoint.pt"
+        kept = (
+            f"{path} is the last good state" if path.exists() else "no checkpoint was written yet"
+        )
+        return (
+            f"training diverged by step {self.step}, {name.replace('_', ' ')} is {value}: {kept}, "
+            "try a lower learning_rate or a longer warm-up"
+        )

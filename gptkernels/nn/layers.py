@@ -1,0 +1,304 @@
+"""Drop-in layers: nn.Modules over the fused ops, with the state_dict of what they replace.
+
+    LayerNorm            weight, bias                       as nn.LayerNorm
+    MLP                  c_fc, c_proj                       as nanoGPT's MLP
+    CausalSelfAttention  c_attn, c_proj                     as nanoGPT's CausalSelfAttention
+
+Each has an attribute `.impl`, "auto" unless set ("cuda", "triton" and "torch" are the others),
+which says which implementation of the op runs; `set_impl` sets it throughout a model. An
+implementation that cannot run raises when it is used, and says why. Dropout acts in training mode
+only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gptkernels.core.checks import check_count, check_probability, check_tensor
+from gptkernels.core.choice import check_impl
+from gptkernels.ops.attention.decode import attention_decode
+from gptkernels.ops.attention.dense import attention
+from gptkernels.ops.attention.options import MAX_HEAD_DIM, bounds
+from gptkernels.ops.gelu_mlp.op import gelu_mlp
+from gptkernels.ops.layer_norm.norm_linear import norm_linear
+from gptkernels.ops.layer_norm.op import layer_norm
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+class FusedModule(nn.Module):
+    """A module whose computation is one of the ops: the home of `.impl`."""
+
+    _impl = "auto"
+
+    @property
+    def impl(self) -> str:
+        """Which implementation runs; setting an unknown one raises ValueError."""
+        return self._impl
+
+    @impl.setter
+    def impl(self, impl: str) -> None:
+        self._impl = check_impl(impl)
+
+
+def set_impl(model: _Model, impl: str) -> _Model:
+    """Set `.impl` of every fused layer inside `model`, and return `model`.
+
+    Raises ValueError for an unknown implementation, and for a model without any fused layer.
+    """
+    check_impl(impl)
+    layers = [module for module in model.modules() if isinstance(module, FusedModule)]
+    if not layers:
+        raise ValueError(
+            f"model must contain a layer of gptkernels, got a {type(model).__name__} without one"
+        )
+    for layer in layers:
+        layer.impl = impl
+    return model
+
+
+class LayerNorm(FusedModule):
+    """LayerNorm over the last dimension; dropout and residual add before it are in the same op.
+
+    Parameters: weight (d_model,), bias (d_model,) or None. Ba, Kiros, Hinton, "Layer
+    Normalization", 2016. Raises ValueError for an eps that is not positive.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        if not eps > 0:
+            raise ValueError(f"eps must be positive, got {eps}")
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(check_count("d_model", d_model)))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        dropout_p: float = 0.0,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """y = LN(s), s = dropout(x) + residual; x, residual, y and s are (..., d_model).
+
+        Returns y in x's dtype, or (y, s) with prenorm=True. s is fp32 if asked or if residual is,
+        else in x's dtype. Without a residual s = dropout(x). Errors are those of
+        `gptkernels.layer_norm`.
+        """
+        return layer_norm(
+            x,
+            self.weight,
+            self.bias,
+            residual=residual,
+            dropout_p=dropout_p if self.training else 0.0,
+            eps=self.eps,
+            prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """What repr shows."""
+        bias = self.bias is not None
+        return f"{self.weight.shape[0]}, eps={self.eps}, bias={bias}, impl={self.impl!r}"
+
+
+class MLP(FusedModule):
+    """c_proj(gelu(c_fc(x))) as one op. Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
+
+    Parameters: c_fc.weight (d_inner, d_model), c_fc.bias (d_inner,), c_proj.weight (d_model,
+    d_inner), c_proj.bias (d_model,). The two nn.Linear modules hold parameters; forward never calls
+    them, so their hooks do not run. With `.recompute` = True the backward pass computes the
+    pre-activation again, which is then not kept.
+    """
+
+    recompute = False
+
+    def __init__(
+        self, d_model: int, d_inner: int, bias: bool = True, approximate: str = "tanh"
+    ) -> None:
+        super().__init__()
+        if approximate not in ("tanh", "none"):
+            raise ValueError(f"approximate must be 'tanh' or 'none', got {approximate!r}")
+        check_count("d_model", d_model)
+        check_count("d_inner", d_inner)
+        self.approximate = approximate
+        self.c_fc = nn.Linear(d_model, d_inner, bias=bias)
+        self.c_proj = nn.Linear(d_inner, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_model) -> (..., d_model). Errors are those of `gptkernels.gelu_mlp`."""
+        return gelu_mlp(
+            x,
+            self.c_fc.weight,
+            self.c_fc.bias,
+            self.c_proj.weight,
+            self.c_proj.bias,
+            approximate=self.approximate,
+            recompute=self.recompute,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """What repr shows."""
+        return f"approximate={self.approximate!r}, impl={self.impl!r}"
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Where an attention layer keeps keys and values, and where those of its next tokens go.
+
+    For inference alone: no gradient passes through a cache. `gptkernels.gpt.cache.SlotCache` makes
+    these, one a layer; it allocates the buffers once and counts the tokens.
+
+    Fields:
+        k, v: (R, Tmax, Hk, D): what each of R slots has seen.
+        places: where the next T tokens go: (R, 1) int64, the slots 0...R - 1, and (R, T) int64, the
+            positions in them; None where they begin their slot, and so see nothing else.
+        lengths: (R,) int32: how many tokens each slot will hold with them.
+    """
+
+    k: Tensor
+    v: Tensor
+    places: tuple[Tensor, Tensor] | None
+    lengths: Tensor
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Store k and v, (R, T, Hk, D), in place. RuntimeError where a gradient would have to
+        pass."""
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise RuntimeError("a KVCache is for inference: call the model under torch.no_grad()")
+        for cache, new in ((self.k, k), (self.v, v)):
+            if self.places is None:
+                cache[:, : new.shape[1]] = new
+            else:
+                cache[self.places] = new.to(cache.dtype)
+
+
+class CausalSelfAttention(FusedModule):
+    """Causal self-attention between two linear layers.
+
+    Vaswani et al., "Attention Is All You Need", 2017.
+
+    Parameters, D = d_model / n_head: c_attn.weight ((n_head + 2 n_kv_head) D, d_model), whose rows
+    make all queries, then all keys, then all values; c_proj.weight (d_model, d_model); biases if
+    `bias`. n_kv_head < n_head is grouped-query attention (Ainslie et al., 2023). `window` = (left,
+    right) limits each token to so many neighbours, as in `gptkernels.attention`. `dropout` falls on
+    the attention weights.
+
+    Raises ValueError for widths that do not divide, D over 256, a dropout outside 0...1, or a
+    window that is no pair of bounds.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        n_kv_head: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        window: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        n_kv_head = n_head if n_kv_head is None else n_kv_head
+        self.head_dim = head_width("d_model", d_model, n_head)
+        if n_head % check_count("n_kv_head", n_kv_head):
+            raise ValueError(
+                f"n_kv_head must divide n_head, got n_head={n_head} and n_kv_head={n_kv_head}"
+            )
+        check_probability("dropout", dropout)
+        bounds(True, window)  # its errors, here rather than at the first call
+        self.n_head, self.n_kv_head = n_head, n_kv_head
+        self.dropout = dropout
+        self.window = window
+        self.c_attn = nn.Linear(d_model, (n_head + 2 * n_kv_head) * self.head_dim, bias=bias)
+        self.c_proj = nn.Linear(d_model, d_model, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        *,
+        normed: tuple[LayerNorm, Tensor] | None = None,
+    ) -> Tensor:
+        """x (B, T, d_model) -> (B, T, d_model).
+
+        With a cache, B is its number of slots: the keys and values of x are stored there, and each
+        row of x sees what its slot holds. Raises TypeError or ValueError for another x, and what
+        `KVCache.append`, `gptkernels.attention` and `gptkernels.attention_decode` raise.
+
+        normed = (norm, s) says that x is norm(s): the backward pass then computes x again from s
+        instead of keeping it. An nn.Linear as c_attn is then not called: its hooks do not run.
+        """
+        check_tensor("x", x)
+        if x.dim() != 3 or x.shape[-1] != self.c_attn.in_features:
+            raise ValueError(
+                f"x must have shape (B, T, {self.c_attn.in_features}), got {tuple(x.shape)}"
+            )
+        heads = self._project(x, normed).unflatten(-1, (-1, self.head_dim))
+        # Views: the op reads any strides with a unit last one, so nothing is copied or transposed.
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
+        if cache is not None:
+            cache.append(k, v)
+        if cache is None or cache.places is None:
+            out = attention(
+                q,
+                k,
+                v,
+                causal=True,
+                window=self.window,
+                dropout_p=self.dropout if self.training else 0.0,
+                impl=self.impl,
+            )
+        else:
+            out = attention_decode(
+                q, cache.k, cache.v, cache.lengths, window=self.window, impl=self.impl
+            )
+        return self.c_proj(cast("Tensor", out).flatten(-2))
+
+    def _project(self, x: Tensor, normed: tuple[LayerNorm, Tensor] | None) -> Tensor:
+        # What somebody put in place of c_attn (an adapter, say) computes what it computes.
+        if normed is None or not torch.is_grad_enabled() or type(self.c_attn) is not nn.Linear:
+            return self.c_attn(x)
+        norm, source = normed
+        return norm_linear(
+            x,
+            self.c_attn.weight,
+            self.c_attn.bias,
+            source=source,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=norm.eps,
+            impl=norm.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """What repr shows."""
+        return (
+            f"n_head={self.n_head}, n_kv_head={self.n_kv_head}, dropout={self.dropout}, "
+            f"window={self.window}, impl={self.impl!r}"
+        )
+
+
+def head_width(name: str, width: int, n_head: int) -> int:
+    """Width of one of `n_head` heads that divide `width`, the argument called `name`.
+
+    Raises TypeError and ValueError for what is no count, does not divide, or gives a head wider
+    than attention runs.
+    """
+    check_count(name, width)
+    check_count("n_head", n_head)
+    if width % n_head:
+        raise ValueError(f"n_head must divide {name}, got {name}={width} and n_head={n_head}")
+    if width // n_head > MAX_HEAD_DIM:
+        raise ValueError(
+            f"the head width {name} / n_head must be at most {MAX_HEAD_DIM}, "
+            f"got {width} / {n_head} = {width // n_head}"
+        )
+    return width // n_head

@@ -1,0 +1,1 @@
+"""Attention: of a batch, of packed sequences, and of new tokens to a cache."""

@@ -1,0 +1,1 @@
+"""Launchers of attention's CUDA C++ kernels."""

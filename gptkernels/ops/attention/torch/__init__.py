@@ -1,0 +1,1 @@
+"""Attention from PyTorch's own operators."""

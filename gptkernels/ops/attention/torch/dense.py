@@ -1,0 +1,525 @@
+"""Attention by the fused ops behind F.scaled_dot_product_attention, else by the formula in rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from gptkernels.core import philox
+
+# Scores that the written-out attention holds at a time, and elements of a mask for the fused op:
+# blocks of query rows keep to it.
+_SCORES_HELD = 2**24
+# Batches, and heads, that the grids of PyTorch's fused CUDA ops take.
+_LAUNCH_LIMIT = 65535
+# Query rows a block where causal or a window spares most of the keys: few enough to spare them.
+_BAND_ROWS = 256
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    key_lengths: Tensor | None,
+    attn_mask: Tensor | None,
+    rng: Tensor | None,
+    softmax_scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Tq, H, D) and lse (B, H, Tq) fp32; see `reference.attention` for the formula."""
+    if q.numel() == 0 or k.numel() == 0:
+        rows = (q.shape[0], q.shape[2], q.shape[1])
+        lse = torch.full(rows, -math.inf, dtype=torch.float32, device=q.device)
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
+    options = _AttentionOptions(
+        alibi_slopes, key_lengths, attn_mask, rng, softmax_scale, left, right, softcap, dropout_p,
+        first_batch,
+    )  # fmt: skip
+    causal = options.plain(q, k)
+    if causal is not None:
+        fused = _fused_attention_fwd(q, k, v, causal, softmax_scale)
+        if fused is not None:
+            return fused
+    if options.only_masks(q):
+        return _masked_attention_fwd(q, k, v, options)
+    return _attention_rows_fwd(q, k, v, options)
+
+
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    alibi_slopes: Tensor | None,
+    key_lengths: Tensor | None,
+    attn_mask: Tensor | None,
+    rng: Tensor | None,
+    softmax_scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+    grad_mask: Sequence[bool],
+    mask_gradient: bool,
+    deterministic: bool,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk and dv, empty where `grad_mask` is False, and the gradient of an additive attn_mask,
+    empty unless `mask_gradient`.
+
+    PyTorch's fused backward passes take no dlse, and on CUDA only flash attention's keeps its bits,
+    under torch.use_deterministic_algorithms; elsewhere `deterministic` means the formula.
+    """
+    options = _AttentionOptions(
+        alibi_slopes, key_lengths, attn_mask, rng, softmax_scale, left, right, softcap, dropout_p,
+        first_batch,
+    )  # fmt: skip
+    gradients: Sequence[Tensor] | None = None
+    if q.numel() == 0 or k.numel() == 0:
+        dq, dk, dv = (
+            torch.zeros(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
+            for x, wanted in zip((q, k, v), grad_mask, strict=True)
+        )
+        if attn_mask is None or not mask_gradient:
+            return dq, dk, dv, q.new_empty(0)
+        return dq, dk, dv, torch.zeros_like(attn_mask)
+    causal = options.plain(q, k)
+    if causal is not None and dlse is None:
+        gradients = _fused_attention_bwd(
+            dout, q, k, v, out, lse, causal, softmax_scale, deterministic
+        )
+    if gradients is None and options.only_masks(q) and dlse is None:
+        gradients = _masked_attention_bwd(dout, q, k, v, out, lse, options)
+    if gradients is None:
+        return _attention_rows_bwd(dout, dlse, q, k, v, lse, options, grad_mask, mask_gradient)
+    dq, dk, dv = (
+        gradient if wanted else q.new_empty(0)
+        for gradient, wanted in zip(gradients, grad_mask, strict=True)
+    )
+    return dq, dk, dv, q.new_empty(0)
+
+
+@dataclass(frozen=True)
+class _AttentionOptions:
+    alibi_slopes: Tensor | None
+    key_lengths: Tensor | None
+    attn_mask: Tensor | None
+    rng: Tensor | None
+    scale: float
+    left: int
+    right: int
+    softcap: float
+    dropout_p: float
+    first_batch: int  # the number of the batch's first entry, for dropout
+
+    def plain(self, q: Tensor, k: Tensor) -> bool | None:
+        """Whether PyTorch's fused ops are to be causal; None where they lack an option."""
+        Tq, Tk = q.shape[1], k.shape[1]
+        extras = (self.alibi_slopes, self.key_lengths, self.attn_mask)
+        if any(extra is not None for extra in extras):
+            return None
+        if self.softcap > 0 or self.dropout_p > 0 or self.scale <= 0 or 0 <= self.left < Tk - 1:
+            return None
+        if self.right < 0 or self.right >= Tq - 1:
+            return False
+        return True if self.right == 0 and Tq == Tk else None
+
+    def only_masks(self, q: Tensor) -> bool:
+        """Whether PyTorch's fused op for CPUs can do it, given a mask.
+
+        An additive mask and ALiBi stay with the formula, which alone gives the mask a gradient and
+        keeps fp32 gradients to the accuracy of eager PyTorch, itself without a fused op there.
+        """
+        boolean = self.attn_mask is None or self.attn_mask.dtype == torch.bool
+        others = self.softcap > 0 or self.dropout_p > 0 or self.alibi_slopes is not None
+        return q.device.type == "cpu" and boolean and not others and self.scale > 0
+
+    def masked_rows(self, B: int, Tq: int, Tk: int) -> Iterator[slice]:
+        """Blocks of query rows for a mask (1 or B, 1 or H, rows, keys)."""
+        batches = 1 if self.key_lengths is None else B
+        leading = () if self.attn_mask is None else self.attn_mask.shape[:-2]
+        per_row = Tk * torch.broadcast_shapes((batches, 1), leading).numel()
+        banded = self.left >= 0 or self.right >= 0
+        return _row_blocks(per_row, Tq, _BAND_ROWS if banded else Tq)
+
+    def hidden(self, rows: slice, keys: slice, Tq: int, Tk: int, device: torch.device) -> Tensor:
+        """True where masked by anything but an additive mask; broadcasts to (B, H, rows, keys)."""
+        position = torch.arange(Tq, device=device)[rows, None] + Tk - Tq
+        key = torch.arange(Tk, device=device)[keys]
+        hidden = torch.zeros((1, 1), dtype=torch.bool, device=device)
+        if self.left >= 0:
+            hidden = hidden | (key < position - self.left)
+        if self.right >= 0:
+            hidden = hidden | (key > position + self.right)
+        if self.key_lengths is not None:
+            hidden = hidden | (key >= self.key_lengths.view(-1, 1, 1, 1))
+        if self.attn_mask is not None and self.attn_mask.dtype == torch.bool:
+            hidden = hidden | ~_mask_block(self.attn_mask, rows, keys)
+        return hidden
+
+    def keys(self, first: int, last: int, Tq: int, Tk: int) -> slice:
+        """The keys that the rows first ... last - 1 see between them, by causal and window."""
+        low = max(0, first + Tk - Tq - self.left) if self.left >= 0 else 0
+        high = min(Tk, last + Tk - Tq + self.right) if self.right >= 0 else Tk
+        return slice(min(low, Tk), max(low, high))
+
+
+def _fused_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """out and lse from the fused op that SDPA would pick; None where there is none."""
+    D = q.shape[-1]
+    q, k, v = (_heads_first(x) for x in (q, k, v))
+    match _fused_choice(q, k, v, causal, scale):
+        case "cpu":
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, causal, scale=scale
+            )
+        case "flash":
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+                q, k, v, 0.0, causal, False, scale=scale
+            )
+        case "efficient":
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+                q, k, v, None, True, 0.0, causal, scale=scale
+            )
+        case "cudnn":
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, True, 0.0, causal, False, scale=scale
+            )
+        case _:
+            return None
+    # Some pad lse to whole tiles, some give it a last dimension of 1.
+    lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.shape[2]]
+    return out.transpose(1, 2)[..., :D].contiguous(), lse.contiguous()
+
+
+def _fused_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, ...] | None:
+    """dq, dk and dv from the fused op that SDPA would pick; None where none will do."""
+    D, Tq, Tk = q.shape[-1], q.shape[1], k.shape[1]
+    dout, q, k, v, out = (_heads_first(x) for x in (dout, q, k, v, out))
+    backend = _fused_choice(q, k, v, causal, scale)
+    if backend == "flash" and not _flash_backward_takes(q):
+        return None
+    if deterministic and backend != "cpu":
+        enforced = (
+            torch.are_deterministic_algorithms_enabled()
+            and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+        if backend != "flash" or not enforced:
+            return None
+    # Philox state and cumulative lengths are read only with dropout and with packed sequences.
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)
+    match backend:
+        case "cpu":
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dout, q, k, v, out, lse, 0.0, causal, scale=scale
+            )
+        case "flash":
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                dout, q, k, v, out, lse, None, None, Tq, Tk, 0.0, causal, unused, unused,
+                scale=scale,
+            )  # fmt: skip
+        case "efficient":
+            # Its rows of lse start on multiples of 32.
+            lse = F.pad(lse, (0, -Tq % 32), value=math.inf)
+            *gradients, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+                dout, q, k, v, None, out, lse, unused, unused, 0.0, [True, True, True, False],
+                causal, scale=scale,
+            )  # fmt: skip
+        case "cudnn":
+            gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, None, None, Tq, Tk,
+                0.0, causal, scale=scale,
+            )  # fmt: skip
+        case _:
+            return None
+    return tuple(g.transpose(1, 2)[..., :D].contiguous() for g in gradients)
+
+
+def _fused_choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
+    """The name of the fused op for (B, H, T, D) inputs; None where only the formula will do."""
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.device.type != "cuda" or max(q.shape[:2]) > _LAUNCH_LIMIT:
+        return None
+    choice = torch._fused_sdp_choice(
+        q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    names = {
+        SDPBackend.FLASH_ATTENTION.value: "flash",
+        SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
+        SDPBackend.CUDNN_ATTENTION.value: "cudnn",
+    }
+    return names.get(choice)
+
+
+def _flash_backward_takes(q: Tensor) -> bool:
+    """On GPUs with little shared memory PyTorch's refuses head widths 193 ... 224."""
+    capability = torch.cuda.get_device_capability(q.device)
+    return not 192 < q.shape[-1] <= 224 or capability == (8, 0) or capability[0] in (9, 10)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """(B, T, H, D) -> (B, H, T, D), on CUDA with D padded to a multiple of 8, as the ops want."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.is_cuda and x.shape[-1] % 8:
+        x = F.pad(x, (0, -x.shape[-1] % 8))
+    return x.transpose(1, 2)
+
+
+def _masked_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, options: _AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's fused op for CPUs, given the mask of one block of query rows after another."""
+    (B, Tq, H, D), Tk = q.shape, k.shape[1]
+    out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    q = _heads_first(q)
+    k, v = (_living_keys(_heads_first(x), options.key_lengths) for x in (k, v))
+    for rows in options.masked_rows(B, Tq, Tk):
+        keys = options.keys(rows.start, rows.stop, Tq, Tk)
+        if keys.start == keys.stop:
+            out[:, rows], lse[:, :, rows] = 0, -math.inf
+            continue
+        hidden = options.hidden(rows, keys, Tq, Tk, q.device)
+        block, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, False,
+            attn_mask=_bias(hidden, q.dtype), scale=options.scale,
+        )  # fmt: skip
+        lse[:, :, rows], out[:, rows] = block_lse, block.transpose(1, 2)
+        empty = hidden.all(-1)
+        if empty.any():  # the op gives these lse 0, and to out a NaN in q
+            lse[:, :, rows].masked_fill_(empty, -math.inf)
+            out[:, rows].transpose(1, 2).masked_fill_(empty[..., None], 0)
+    return out, lse
+
+
+def _masked_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: _AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, as in `_masked_attention_fwd`; dk and dv are summed in fp32."""
+    (B, Tq, H, D), Tk = q.shape, k.shape[1]
+    dtype = q.dtype
+    dq = torch.empty((B, Tq, H, D), dtype=dtype, device=q.device)
+    dout, q, out = (_heads_first(x) for x in (dout, q, out))
+    k, v = (_living_keys(_heads_first(x), options.key_lengths) for x in (k, v))
+    dk, dv = (
+        torch.zeros((B, Tk, x.shape[1], D), dtype=torch.float32, device=x.device).transpose(1, 2)
+        for x in (k, v)
+    )
+    empty = (lse == -math.inf)[..., None]
+    fixing = bool(empty.any())
+    if fixing:  # rows without keys: weights exp(-inf - 0) = 0, which must not meet NaN
+        lse = lse.masked_fill(empty[..., 0], 0)
+        dout, q = dout.masked_fill(empty, 0), q.masked_fill(empty, 0)
+    for rows in options.masked_rows(B, Tq, Tk):
+        keys = options.keys(rows.start, rows.stop, Tq, Tk)
+        if keys.start == keys.stop:
+            dq[:, rows] = 0
+            continue
+        bias = _bias(options.hidden(rows, keys, Tq, Tk, q.device), dtype)
+        block, block_dk, block_dv = (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
+                lse[:, :, rows], 0.0, False, attn_mask=bias, scale=options.scale,
+            )
+        )  # fmt: skip
+        dq[:, rows] = block.transpose(1, 2)
+        dk[:, :, keys] += block_dk
+        dv[:, :, keys] += block_dv
+    if fixing:
+        dq.transpose(1, 2).masked_fill_(empty, 0)
+    dk, dv = (x.transpose(1, 2).to(dtype) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a key is seen, -inf where it is hidden: the fused op adds its mask to the scores."""
+    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return zeros.masked_fill_(hidden, -math.inf)
+
+
+def _attention_rows_fwd(
+    q: Tensor, k: Tensor, v: Tensor, options: _AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """The formula in fp32, one block of query rows after another."""
+    (B, Tq, H, D), Tk = q.shape, k.shape[1]
+    out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    k, v = (_living_keys(x.transpose(1, 2).float(), options.key_lengths) for x in (k, v))
+    for rows in _row_blocks(B * H * Tk, Tq):
+        keys = options.keys(rows.start, rows.stop, Tq, Tk)
+        if keys.start == keys.stop:
+            out[:, rows], lse[:, :, rows] = 0, -math.inf
+            continue
+        s, _ = _attention_scores(q, k, rows, keys, options)
+        highest = s.amax(-1, keepdim=True)
+        highest = highest.masked_fill(highest == -math.inf, 0)
+        p = s.sub_(highest).exp_()
+        total = p.sum(-1, keepdim=True)
+        lse[:, :, rows] = (highest + total.log()).squeeze(-1)
+        p = p.div_(total.masked_fill(total == 0, 1))
+        if options.dropout_p > 0:
+            p = p.mul_(_attention_dropout(q, rows, keys, options))
+        product = _by_group(p, k.shape[1]) @ v[:, :, keys]
+        out[:, rows] = product.view(B, H, -1, D).transpose(1, 2).to(q.dtype)
+    return out, lse
+
+
+def _attention_rows_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    options: _AttentionOptions,
+    grad_mask: Sequence[bool],
+    mask_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dS = P (dP - sum(P dP) + dlse), in fp32, one block of query rows after another."""
+    (B, Tq, H, D), (Tk, Hk), dtype = q.shape, k.shape[1:3], q.dtype
+    want_q, want_k, want_v = grad_mask
+    dq = torch.empty((B, Tq, H, D) if want_q else (0,), dtype=dtype, device=q.device)
+    k, v = (_living_keys(x.transpose(1, 2).float(), options.key_lengths) for x in (k, v))
+    dk, dv = (
+        torch.zeros((B, Hk, Tk, D) if wanted else (0,), dtype=torch.float32, device=q.device)
+        for wanted in (want_k, want_v)
+    )
+    mask = options.attn_mask if mask_gradient else None
+    shape = (0,) if mask is None else mask.shape
+    dmask = torch.zeros(shape, dtype=torch.float32, device=q.device)
+    for rows in _row_blocks(B * H * Tk, Tq):
+        keys = options.keys(rows.start, rows.stop, Tq, Tk)
+        if keys.start == keys.stop:
+            if want_q:
+                dq[:, rows] = 0
+            continue
+        s, cap = _attention_scores(q, k, rows, keys, options)
+        # The weights of a row without keys are 0. Products with them are 0 only where its q, dout
+        # and dlse, which may be NaN, are left out.
+        empty = lse[:, :, rows, None] == -math.inf
+        p = torch.softmax(s, -1).masked_fill_(empty, 0)  # exp(s - lse) has the rounding of lse too
+        do = _by_group(dout[:, rows].transpose(1, 2).float().masked_fill(empty, 0), Hk)
+        dp = (do @ v[:, :, keys].mT).view(p.shape)
+        kept = p
+        if options.dropout_p > 0:
+            dropout = _attention_dropout(q, rows, keys, options)
+            kept, dp = p * dropout, dp.mul_(dropout)
+        if want_v:
+            dv[:, :, keys] += _by_group(kept, Hk).mT @ do
+        ds = dp.sub_((p * dp).sum(-1, keepdim=True))
+        if dlse is not None:
+            ds += dlse[:, :, rows, None]
+        ds = ds.mul_(p).masked_fill_(empty, 0)
+        if mask_gradient:
+            _add_mask_gradient(dmask, ds, rows, keys)
+        if cap is not None:
+            ds = ds.mul_(cap).masked_fill_(empty, 0)
+        ds = _by_group(ds.mul_(options.scale), Hk)
+        if want_q:
+            dq[:, rows] = (ds @ k[:, :, keys]).view(B, H, -1, D).transpose(1, 2).to(dtype)
+        if want_k:
+            rows_q = q[:, rows].transpose(1, 2).float().masked_fill(empty, 0)
+            dk[:, :, keys] += ds.mT @ _by_group(rows_q, Hk)
+    dk, dv = (
+        d.transpose(1, 2).to(dtype).contiguous() if wanted else d.to(dtype)
+        for d, wanted in ((dk, want_k), (dv, want_v))
+    )
+    return dq, dk, dv, dmask.to(dtype if mask is None else mask.dtype)
+
+
+def _attention_scores(
+    q: Tensor, k: Tensor, rows: slice, keys: slice, options: _AttentionOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Scores (B, H, rows, keys) fp32, -inf where masked, and the softcap's slope, None without."""
+    (B, Tq, H), (Hk, Tk) = q.shape[:3], k.shape[1:3]
+    rows_q = _by_group(q[:, rows].transpose(1, 2).float(), Hk)
+    s = (rows_q @ k[:, :, keys].mT).mul_(options.scale).view(B, H, -1, keys.stop - keys.start)
+    cap = None
+    if options.softcap > 0:
+        t = torch.tanh(s / options.softcap)
+        s, cap = options.softcap * t, 1 - t * t
+    if options.alibi_slopes is not None:
+        position = torch.arange(Tq, device=q.device)[rows, None] + Tk - Tq
+        key = torch.arange(Tk, device=q.device)[keys]
+        s -= options.alibi_slopes[:, None, None] * (position - key).abs()
+    if options.attn_mask is not None and options.attn_mask.dtype != torch.bool:
+        s += _mask_block(options.attn_mask, rows, keys)
+    return s.masked_fill_(options.hidden(rows, keys, Tq, Tk, q.device), -math.inf), cap
+
+
+def _mask_block(mask: Tensor, rows: slice, keys: slice) -> Tensor:
+    """These rows and keys of a mask that broadcasts to (B, H, Tq, Tk): a view, 4 dimensions."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    every = slice(None)
+    return mask[:, :, rows if mask.shape[2] > 1 else every, keys if mask.shape[3] > 1 else every]
+
+
+def _row_blocks(scores_per_row: int, Tq: int, most: int | None = None) -> Iterator[slice]:
+    step = max(1, min(most or Tq, _SCORES_HELD // scores_per_row))
+    return (slice(first, min(first + step, Tq)) for first in range(0, Tq, step))
+
+
+def _living_keys(x: Tensor, key_lengths: Tensor | None) -> Tensor:
+    """(B, H, T, D), zero past the lengths: 0 * NaN is NaN."""
+    if key_lengths is None:
+        return x
+    dead = torch.arange(x.shape[2], device=x.device) >= key_lengths[:, None]
+    return x.masked_fill(dead[:, None, :, None], 0)
+
+
+def _by_group(x: Tensor, key_heads: int) -> Tensor:
+    """(B, H, rows, n) -> (B, Hk, H / Hk * rows, n): the query heads of one key head as rows."""
+    return x.reshape(x.shape[0], key_heads, -1, x.shape[-1])
+
+
+def _attention_dropout(q: Tensor, rows: slice, keys: slice, options: _AttentionOptions) -> Tensor:
+    """What weights are multiplied by: 0 where dropped, else the inverse of the keep probability."""
+    count = rows.stop - rows.start
+    keep = philox.attention_keep(
+        options.rng, options.dropout_p, q.shape[0], q.shape[2], count, keys.stop, rows.start,
+        options.first_batch,
+    )  # fmt: skip
+    return keep[..., keys.start :] * philox.scale(options.dropout_p)
+
+
+def _add_mask_gradient(dmask: Tensor, ds: Tensor, rows: slice, keys: slice) -> None:
+    """Adds a block of dS, summed over the dimensions that the mask broadcasts."""
+    target = _mask_block(dmask, rows, keys)
+    broadcast = [d for d in range(4) if target.shape[d] == 1 and ds.shape[d] != 1]
+    if broadcast:
+        ds = ds.sum(broadcast, keepdim=True)
+    target += ds

@@ -1,0 +1,383 @@
+"""Attention of a few new tokens to a cache: online softmax over one part of the keys a program
+(Dao et al., "Flash-Decoding", 2023), and a second kernel that combines the parts.
+
+    part s:  m_s = max_j s_j,  l_s = sum_j exp2(s_j - m_s),  o_s = sum_j exp2(s_j - m_s) v_j / l_s
+    z_s = m_s + log2 l_s,  z = log2 sum_s exp2(z_s)
+    out = sum_s exp2(z_s - z) o_s,   lse = z ln 2
+
+q (B, Tq, H, D), k and v (B, Tmax, Hk, D) or pages (N, page, Hk, D), any strides with a unit last
+one; out (B, Tq, H, D) and lse (B, H, Tq) fp32, contiguous. The group = H / Hk heads that share keys
+and the query tokens are rows of one product, row i * group + g for head g of token i: each key and
+value moves once for BM rows, and those bytes are what the time goes to. o_s and z_s are kept in
+fp32 between the kernels. Which keys make a part: `gptkernels.ops.attention.splits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptkernels.core.triton_support import Shipped, on_device
+from gptkernels.ops.attention.splits import (
+    ALIGNMENT,
+    LEAST_KEYS,
+    MOST_SPLITS,
+    most_splits,
+)
+from gptkernels.ops.attention.triton.dense import padded_width, room_of
+from gptkernels.ops.attention.triton.scores import (
+    INFINITY,
+    LOG2E,
+    load_rows,
+    nonfinite_part,
+    scores,
+    sees,
+    without_nonfinite,
+)
+
+# (rows BM, keys BN, warps, stages) by the padded width of a head, the least 64; the rooms are those
+# of `attention`, BN divides `ALIGNMENT`. Few rows: the keys are read once, and all
+# but one of the stages are on their way. Many rows need registers for their products. fp32 has
+# tiles of few rows alone, since arithmetic takes its time there. No GPU has timed them yet.
+_Tile = tuple[int, int, int, int]
+_FEW: dict[str, dict[int, _Tile]] = {
+    "sm90": {64: (16, 64, 4, 4), 128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
+    "sm80": {64: (16, 64, 4, 4), 128: (16, 32, 4, 4), 256: (16, 32, 4, 3)},
+    "fp32": {64: (16, 32, 4, 3), 128: (16, 32, 4, 2), 256: (16, 16, 8, 2)},
+}
+_MANY: dict[str, dict[int, _Tile]] = {
+    "sm90": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2)},
+    "sm80": {64: (64, 32, 8, 3), 128: (64, 32, 8, 3), 256: (32, 32, 8, 2)},
+    "fp32": _FEW["fp32"],
+}
+_COMBINED = 16  # parts that are added up at a time
+# None of them is part of the arithmetic: whatever the cache could hold, one kernel, the same bits.
+_VARYING = (
+    "Tq", "pages", "page", "capacity", "max_splits", "num_splits", "left", "stride_table",
+)  # fmt: skip
+
+_LEAST_KEYS = tl.constexpr(LEAST_KEYS)
+_MOST_SPLITS = tl.constexpr(MOST_SPLITS)
+_ALIGNMENT = tl.constexpr(ALIGNMENT)
+
+
+@triton.jit
+def _keys_per_split(length, num_splits):
+    """`ops.attention.splits.keys_per_split`."""
+    size = _LEAST_KEYS * tl.maximum(1, tl.cdiv(length, _LEAST_KEYS * _MOST_SPLITS))
+    if num_splits > 0:
+        size = _ALIGNMENT * tl.maximum(1, tl.cdiv(tl.cdiv(length, num_splits), _ALIGNMENT))
+    return size
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def attention_decode_kernel(
+    q_ptr,  # (B, Tq, H, D)
+    k_ptr,  # (B, capacity, Hk, D), or (pages, page, Hk, D) when PAGED
+    v_ptr,  # likewise
+    lengths_ptr,  # (B,) int32
+    table_ptr,  # (B, capacity / page) int32, read when PAGED
+    slopes_ptr,  # (H,) fp32, read when ALIBI
+    out_ptr,  # (B, Tq, H, D) contiguous
+    lse_ptr,  # (B, H, Tq) fp32 contiguous
+    part_ptr,  # (B, max_splits, Tq, H, D) fp32 contiguous, for entries of several parts
+    part_lse_ptr,  # (B, max_splits, Tq, H) fp32 contiguous, log2
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh,
+    stride_table,
+    Hk, GROUP, Tq, pages, page, capacity, max_splits, num_splits, left, scale, softcap,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr,
+    TOKENS: tl.constexpr, HAS_LEFT: tl.constexpr,
+    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys for a block of rows of one key head. TOKENS: Tq > 1, so that rows of a
+    block may see different keys."""
+    row_blocks = tl.cdiv(Tq * GROUP, BM)
+    # Neighbours read the same keys, then those of the next head, which lie beside them.
+    pid = tl.program_id(0)
+    r0 = pid % row_blocks * BM
+    kh = (pid // row_blocks % Hk).to(tl.int64)
+    split = pid // row_blocks // Hk % max_splits
+    b = (pid // row_blocks // Hk // max_splits).to(tl.int64)
+    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), capacity)
+    size = _keys_per_split(length, num_splits)
+    splits = tl.maximum(1, tl.cdiv(length, size))
+    if split >= splits:
+        return
+    shift = length - Tq
+    first_token = r0 // GROUP
+    last_token = tl.minimum((r0 + BM - 1) // GROUP, Tq - 1)
+    start = split * size
+    end = tl.minimum(start + size, last_token + shift + 1)
+    lo = 0
+    if HAS_LEFT:
+        lo = tl.maximum(first_token + shift - left, 0)
+        start = tl.maximum(start, lo // BN * BN)
+    if (start >= end) & (splits > 1):
+        return  # none of these rows sees a key here, and none looks for this part
+
+    rows = r0 + tl.arange(0, BM)
+    tokens = rows // GROUP
+    heads = kh * GROUP + rows % GROUP
+    alive = tokens < Tq
+    dims = tl.arange(0, BD)
+    q_offsets = (tokens.to(tl.int64) * stride_qt + heads * stride_qh)[:, None] + dims[None, :]
+    q = load_rows(q_ptr + b * stride_qb, q_offsets, alive, D, BD, True)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + heads, mask=alive, other=0.0)[:, None]
+    factor = 1.0 if SCALED else scale * LOG2E
+
+    k_base = k_ptr + kh * stride_kh
+    v_base = v_ptr + kh * stride_vh
+    m = tl.full((BM,), -INFINITY, tl.float32)
+    l = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    broken = tl.full((), 0, tl.int1)
+    # Blocks from full_lo to full_hi are seen whole by every row: they need no mask. With one token
+    # nothing is masked but the end of the keys.
+    full_lo = end
+    full_hi = end
+    if TOKENS:
+        full_lo = start
+        if HAS_LEFT:
+            full_lo = tl.maximum(start, tl.cdiv(last_token + shift - left, BN) * BN)
+        full_hi = tl.maximum(full_lo, tl.minimum(end, first_token + shift + 1) // BN * BN)
+        full_lo = tl.minimum(full_lo, end)
+        full_hi = tl.minimum(full_hi, end)
+    for masked in tl.static_range(1, -TOKENS, -1):
+        first, stop = (start, end - (full_hi - full_lo)) if masked else (full_lo, full_hi)
+        for step in tl.range(first, stop, BN):
+            j0 = step
+            if masked:
+                j0 += tl.where(step >= full_lo, full_hi - full_lo, 0)
+            cols = j0 + tl.arange(0, BN)
+            wanted = (cols >= lo) & (cols < end)
+            entry, place = _where(table_ptr, stride_table, b, cols, wanted, pages, page, PAGED)
+            k_offsets = (entry * stride_kb + place * stride_kt)[:, None] + dims[None, :]
+            k = load_rows(k_base, k_offsets, wanted, D, BD, masked)
+            product = tl.dot(q, tl.trans(k), input_precision="ieee")
+            s, _ = scores(
+                product, tokens[:, None], cols[None, :], shift, scale, softcap, slope,
+                SCALED, SOFTCAP, ALIBI,
+            )  # fmt: skip
+            if masked:
+                seen = wanted[None, :]
+                if TOKENS:
+                    seen = seen & sees(
+                        tokens[:, None], cols[None, :], shift, left, 0, length, HAS_LEFT, True
+                    )
+                s = tl.where(seen, s, -INFINITY)
+            m_new = tl.maximum(m, tl.max(s, 1) * factor)
+            # A row that has met no key yet: subtract 0, so that its weights are exp2(-inf) = 0.
+            m_used = tl.where(m_new == -INFINITY, 0.0, m_new)
+            p = tl.exp2(s * factor - m_used[:, None])
+            rescale = tl.exp2(m - m_used)
+            l = l * rescale + tl.sum(p, 1)
+            acc *= rescale[:, None]
+            m = m_new
+            v_offsets = (entry * stride_vb + place * stride_vt)[:, None] + dims[None, :]
+            v = load_rows(v_base, v_offsets, wanted, D, BD, masked)
+            if masked and TOKENS:
+                v, broken = without_nonfinite(v, broken)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    if broken:
+        for j in range(tl.maximum(start, lo), end):
+            entry, place = _where(table_ptr, stride_table, b, j, True, pages, page, PAGED)
+            lost = nonfinite_part(v_base + entry * stride_vb + place * stride_vt, D, BD)
+            seen = sees(tokens, j, shift, left, 0, length, HAS_LEFT, True)
+            acc += tl.where(seen[:, None], lost[None, :], 0.0)
+
+    none = l == 0.0
+    l_used = tl.where(none, 1.0, l)
+    acc = acc / l_used[:, None]
+    lse = tl.where(none, -INFINITY, m + tl.log2(l_used))
+    stored = alive[:, None] & (dims < D)[None, :]
+    if splits == 1:
+        row = (b * Tq + tokens) * (Hk * GROUP) + heads
+        tl.store(
+            out_ptr + row[:, None] * D + dims[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=stored,
+        )
+        tl.store(lse_ptr + (b * Hk * GROUP + heads) * Tq + tokens, lse / LOG2E, mask=alive)
+    else:
+        row = ((b * max_splits + split) * Tq + tokens) * (Hk * GROUP) + heads
+        tl.store(part_ptr + row[:, None] * D + dims[None, :], acc, mask=stored)
+        tl.store(part_lse_ptr + row, lse, mask=alive)
+
+
+@triton.jit
+def _where(table_ptr, stride_table, b, cols, wanted, pages, page, PAGED: tl.constexpr):
+    """(entry, place): where the caches keep the keys `cols` of batch entry b, int64."""
+    if PAGED:
+        number = tl.load(table_ptr + b * stride_table + cols // page, mask=wanted, other=0)
+        entry = tl.minimum(tl.maximum(number, 0), pages - 1).to(tl.int64)
+        return entry, tl.cast(cols % page, tl.int64)
+    else:
+        return b, tl.cast(cols, tl.int64)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def attention_decode_combine_kernel(
+    lengths_ptr,  # (B,) int32
+    part_ptr,  # (B, max_splits, Tq, H, D) fp32
+    part_lse_ptr,  # (B, max_splits, Tq, H) fp32, log2
+    out_ptr,  # (B, Tq, H, D)
+    lse_ptr,  # (B, H, Tq) fp32
+    H, Tq, capacity, max_splits, num_splits, left,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, HAS_LEFT: tl.constexpr,
+):  # fmt: skip
+    """One row of out and lse from the parts that hold keys of the row, in their order."""
+    row = tl.program_id(0).to(tl.int64) % (Tq * H)
+    b = tl.program_id(0).to(tl.int64) // (Tq * H)
+    token = row // H
+    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), capacity)
+    size = _keys_per_split(length, num_splits)
+    if length <= size:
+        return  # one part, which wrote what it found itself
+    hi = (token + length - Tq + 1).to(tl.int32)
+    first = 0
+    if HAS_LEFT:
+        first = tl.maximum(hi - 1 - left, 0) // size
+    last = tl.cdiv(tl.maximum(hi, 0), size)
+    base = b * max_splits * Tq * H + row
+    m = -INFINITY
+    for s0 in range(first, last, BS):
+        parts = s0 + tl.arange(0, BS)
+        z = tl.load(
+            part_lse_ptr + base + parts.to(tl.int64) * Tq * H, mask=parts < last, other=-INFINITY
+        )
+        m = tl.maximum(m, tl.max(z, 0))
+    m_used = tl.where(m == -INFINITY, 0.0, m)
+    dims = tl.arange(0, BD)
+    total = 0.0
+    acc = tl.zeros((BD,), tl.float32)
+    for s0 in range(first, last, BS):
+        parts = s0 + tl.arange(0, BS)
+        offsets = base + parts.to(tl.int64) * Tq * H
+        z = tl.load(part_lse_ptr + offsets, mask=parts < last, other=-INFINITY)
+        weights = tl.exp2(z - m_used)
+        o = load_rows(part_ptr, offsets[:, None] * D + dims[None, :], parts < last, D, BD, True)
+        total += tl.sum(weights, 0)
+        acc += tl.sum(weights[:, None] * o, 0)
+    none = total == 0.0
+    total_used = tl.where(none, 1.0, total)
+    out = acc / total_used
+    place = b * Tq * H + row
+    tl.store(out_ptr + place * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
+    lse = tl.where(none, -INFINITY, (m + tl.log2(total_used)) / LOG2E)
+    tl.store(lse_ptr + (b * H + row % H) * Tq + token, lse)
+
+
+def attention_decode(
+    q: Tensor,  # (B, Tq, H, D)
+    k_cache: Tensor,  # (B, Tmax, Hk, D) or (N, page, Hk, D)
+    v_cache: Tensor,
+    cache_lengths: Tensor,  # (B,) int32
+    block_table: Tensor | None,  # (B, pages) int32
+    alibi_slopes: Tensor | None,  # (H,) fp32
+    softmax_scale: float,
+    left: int,
+    softcap: float,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Tq, H, D) and lse (B, H, Tq) fp32."""
+    B, Tq, H, D = q.shape
+    entries, page, Hk = k_cache.shape[:3]
+    capacity = page if block_table is None else page * block_table.shape[1]
+    out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return out, lse
+    if k_cache.numel() == 0 or capacity == 0:
+        return out.zero_(), lse.fill_(-float("inf"))
+    splits = most_splits(capacity, num_splits)
+    bound = min(left, capacity)  # no position less a bound leaves int32
+    shape = (B, splits, Tq, H) if splits > 1 else (0,)
+    parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    cache_lengths = cache_lengths.contiguous()
+    if block_table is not None and block_table.stride(1) != 1:
+        block_table = block_table.contiguous()
+    BD, rows = padded_width(D), Tq * (H // Hk)
+    tiles = (_FEW if rows <= 16 else _MANY)[room_of(q, False)]
+    BM, BN, warps, stages = tiles[max(64, BD)]
+    grid = triton.cdiv(rows, BM) * Hk * splits * B
+    with on_device(q):
+        attention_decode_kernel[(grid,)](
+            q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, out, lse,
+            parts, part_lse, *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            0 if block_table is None else block_table.stride(0),
+            Hk, H // Hk, Tq, entries, page, capacity, splits, num_splits, bound,
+            softmax_scale, softcap, D, BD, BM, BN, block_table is not None, Tq > 1, left >= 0,
+            softcap > 0 or alibi_slopes is not None or softmax_scale <= 0, softcap > 0,
+            alibi_slopes is not None,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        )  # fmt: skip
+        if splits > 1:
+            attention_decode_combine_kernel[(B * Tq * H,)](
+                cache_lengths, parts, part_lse, out, lse, H, Tq, capacity, splits, num_splits,
+                bound, D, BD, _COMBINED, left >= 0, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out, lse
+
+
+def shipped() -> Iterator[Shipped]:
+    """Tiles of few rows with no option, of many rows with every option; all architectures at one
+    width, those with the least shared memory and with the most users at the others. fp16 takes the
+    tiles and the instructions of bf16 in another type."""
+    everything = (80, 86, 90, 100)
+    for D in (64, 128, 256):
+        architectures = everything if D == 128 else (86, 90)
+        for tiles, options in ((_FEW, "few rows"), (_MANY, "all")):
+            for where in ("sm90", "sm80"):
+                chosen = tuple(a for a in architectures if (a in (90, 100)) == (where == "sm90"))
+                yield _shipped(tiles[where][D], D, "bf16", options, where, chosen)
+        yield _shipped(_FEW["fp32"][D], D, "fp32", "all", "", architectures)
+    constexprs = dict(D=256, BD=256, BS=_COMBINED, HAS_LEFT=True)
+    yield _configuration(
+        "attention_decode_combine D256 bf16", attention_decode_combine_kernel, "bf16", constexprs,
+        4, 3, everything,
+    )  # fmt: skip
+
+
+def _shipped(
+    tile: _Tile, D: int, dtype: str, options: str, where: str, architectures: tuple[int, ...]
+) -> Shipped:
+    BM, BN, warps, stages = tile
+    switches = ("PAGED", "TOKENS", "HAS_LEFT", "SCALED", "SOFTCAP", "ALIBI")
+    constexprs = dict(D=D, BD=D, BM=BM, BN=BN) | dict.fromkeys(switches, options == "all")
+    name = f"attention_decode D{D} {dtype} {options}{' sm80' if where == 'sm80' else ''}"
+    kernel = attention_decode_kernel
+    return _configuration(name, kernel, dtype, constexprs, warps, stages, architectures)
+
+
+def _configuration(
+    name: str,
+    kernel: Any,
+    dtype: str,
+    constexprs: dict[str, Any],
+    warps: int,
+    stages: int,
+    architectures: tuple[int, ...],
+) -> Shipped:
+    types = dict(lengths_ptr="*i32", table_ptr="*i32", scale="fp32", softcap="fp32")
+    types |= dict.fromkeys(("slopes_ptr", "lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32")
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constexprs:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_ptr"):
+            signature[argument] = types.get(argument, f"*{dtype}")
+        else:
+            signature[argument] = types.get(argument, "i32")
+    aligned = tuple(n for n in signature if n.endswith("_ptr") or n.startswith("stride_"))
+    aligned = tuple(name for name in aligned if name not in _VARYING)
+    return Shipped(name, kernel, signature, constexprs, warps, stages, aligned, architectures)

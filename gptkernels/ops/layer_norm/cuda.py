@@ -1,0 +1,141 @@
+"""Launchers of the CUDA C++ LayerNorm kernels (csrc/layer_norm.h has the formulas)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptkernels.core import native, philox
+from gptkernels.core.native import call, dtype_code
+
+_WIDEST = 2**30  # the kernels count columns in 32 bits
+
+
+def layer_norm_fwd(
+    x: Tensor,  # (..., C)
+    weight: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
+    residual: Tensor | None,  # (..., C)
+    rng: Tensor | None,  # (2,) int64
+    dropout_p: float,
+    eps: float,
+    sum_dtype: torch.dtype | None,
+    candidate: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, s (empty without a sum_dtype: s is x), mean, rstd. candidate: of the module's
+    `layer_norm_fwd_candidates()`, for a GPU of compute capability 9.0; -1: the launcher's choice.
+
+    Raises NotImplementedError for rows of more than 2**30 elements, RuntimeError for a candidate
+    that cannot."""
+    C = x.shape[-1]
+    if C > _WIDEST:
+        raise NotImplementedError(f"layer_norm has CUDA kernels for up to 2**30 columns, got {C}")
+    rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
+    M = rows.shape[0]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    has_sum = sum_dtype is not None
+    s = torch.empty(x.shape if has_sum else (0,), dtype=sum_dtype or x.dtype, device=x.device)
+    mean = torch.empty(M, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if x.numel() == 0:
+        return y, s, mean, rstd
+    call(
+        "layer_norm_fwd",
+        x,
+        inputs=dict(
+            x=rows,
+            residual=residual_rows,
+            weight=weight.contiguous(),
+            bias=None if bias is None else bias.contiguous(),
+            rng=rng if dropout_p > 0 else None,
+        ),
+        outputs=dict(y=y, sum=s, mean=mean, rstd=rstd),
+        rows=M,
+        cols=C,
+        x_stride=rows.stride(0),
+        residual_stride=0 if residual_rows is None else residual_rows.stride(0),
+        eps=eps,
+        dropout_threshold=philox.threshold(dropout_p),
+        dropout_scale=philox.scale(dropout_p),
+        x_dtype=dtype_code(x.dtype),
+        residual_dtype=dtype_code(x.dtype if residual is None else residual.dtype),
+        weight_dtype=dtype_code(weight.dtype),
+        sum_dtype=dtype_code(sum_dtype or x.dtype),
+        candidate=candidate,
+    )
+    return y, s, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,  # (..., C)
+    dsum: Tensor | None,  # (..., C)
+    s: Tensor,  # (..., C)
+    mean: Tensor,  # (M,)
+    rstd: Tensor,  # (M,)
+    weight: Tensor,  # (C,)
+    rng: Tensor | None,  # (2,) int64
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_gradient: bool,
+    bias_gradient: bool,
+    candidate: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, dweight, dbias; empty where not asked for (no residual_dtype: dx serves).
+    candidate: as above, of `layer_norm_bwd_candidates()`."""
+    C = s.shape[-1]
+    rows = _rows(s)
+    M = rows.shape[0]
+    split = residual_dtype is not None
+    dx = torch.empty(s.shape, dtype=x_dtype, device=s.device)
+    dresidual = torch.empty(
+        s.shape if split else (0,), dtype=residual_dtype or x_dtype, device=s.device
+    )
+    dweight = torch.empty(C if weight_gradient else 0, dtype=weight.dtype, device=s.device)
+    dbias = torch.empty(C if bias_gradient else 0, dtype=weight.dtype, device=s.device)
+    if s.numel() == 0:
+        return dx, dresidual, dweight.zero_(), dbias.zero_()
+    partials = native.module().layer_norm_bwd_partials(M, C, max(s.get_device(), 0), candidate)
+    partial_dweight, partial_dbias = (
+        torch.empty((partials if wanted else 0, C), dtype=torch.float32, device=s.device)
+        for wanted in (weight_gradient, bias_gradient)
+    )
+    call(
+        "layer_norm_bwd",
+        s,
+        inputs=dict(
+            dy=dy.to(x_dtype).contiguous(),
+            dsum=None if dsum is None else dsum.to(s.dtype).contiguous(),
+            sum=rows,
+            mean=mean,
+            rstd=rstd,
+            weight=weight.contiguous(),
+            rng=rng if dropout_p > 0 else None,
+        ),
+        outputs=dict(
+            dx=dx,
+            dresidual=dresidual,
+            partial_dweight=partial_dweight,
+            partial_dbias=partial_dbias,
+            dweight=dweight,
+            dbias=dbias,
+        ),
+        rows=M,
+        cols=C,
+        partials=partials,
+        sum_stride=rows.stride(0),
+        dropout_threshold=philox.threshold(dropout_p),
+        dropout_scale=philox.scale(dropout_p),
+        x_dtype=dtype_code(x_dtype),
+        residual_dtype=dtype_code(residual_dtype or x_dtype),
+        weight_dtype=dtype_code(weight.dtype),
+        sum_dtype=dtype_code(s.dtype),
+        candidate=candidate,
+    )
+    return dx, dresidual, dweight, dbias
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as a matrix (M, C) with a unit last stride: a view wherever the strides allow one."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

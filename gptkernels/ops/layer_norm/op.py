@@ -1,0 +1,255 @@
+"""`layer_norm`: dropout, residual addition and LayerNorm as one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptkernels.core import philox
+from gptkernels.core.autocast import without_autocast
+from gptkernels.core.checks import (
+    check_probability,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
+from gptkernels.core.choice import choose
+from gptkernels.ops.layer_norm import torch as aten
+from gptkernels.truth.reference import sum_dtype
+
+_LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
+_LIBRARY.define(
+    "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? rng, "
+    "float dropout_p, float eps, ScalarType? sum_dtype, str impl) "
+    "-> (Tensor y, Tensor s, Tensor mean, Tensor rstd)"
+)
+_LIBRARY.define(
+    "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor s, Tensor mean, Tensor rstd, "
+    "Tensor weight, Tensor? rng, float dropout_p, ScalarType x_dtype, ScalarType? residual_dtype, "
+    "bool weight_gradient, bool bias_gradient, str impl) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+)
+
+
+@torch.library.impl(_LIBRARY, "layer_norm_fwd", "CompositeExplicitAutograd")
+def _layer_norm_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *given, impl = arguments
+    with torch.no_grad(), without_autocast(x):
+        match impl:
+            case "cuda":
+                from gptkernels.ops.layer_norm import cuda as cuda_kernels
+
+                return cuda_kernels.layer_norm_fwd(x, *given)
+            case "triton":
+                from gptkernels.ops.layer_norm.triton import launch as kernels
+
+                return kernels.layer_norm_fwd(x, *given)
+            case "torch":
+                return aten.layer_norm_fwd(x, *given)
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
+
+
+@torch.library.impl(_LIBRARY, "layer_norm_bwd", "CompositeExplicitAutograd")
+def _layer_norm_bwd(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *given, impl = arguments
+    with torch.no_grad(), without_autocast(dy):
+        match impl:
+            case "cuda":
+                from gptkernels.ops.layer_norm import cuda as cuda_kernels
+
+                return cuda_kernels.layer_norm_bwd(dy, *given)
+            case "triton":
+                from gptkernels.ops.layer_norm.triton import launch as kernels
+
+                return kernels.layer_norm_bwd(dy, *given)
+            case "torch":
+                return aten.layer_norm_bwd(dy, *given)
+    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
+
+
+@torch.library.register_fake("gptkernels::layer_norm_fwd", lib=_LIBRARY)
+def _layer_norm_fwd_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    sum_dtype: torch.dtype | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((0,) if sum_dtype is None else x.shape, dtype=sum_dtype or x.dtype),
+        statistics,
+        torch.empty_like(statistics),
+    )
+
+
+@torch.library.register_fake("gptkernels::layer_norm_bwd", lib=_LIBRARY)
+def _layer_norm_bwd_fake(
+    dy: Tensor,
+    dsum: Tensor | None,
+    s: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    rng: Tensor | None,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_gradient: bool,
+    bias_gradient: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        s.new_empty(s.shape, dtype=x_dtype),
+        s.new_empty((0,) if residual_dtype is None else s.shape, dtype=residual_dtype or x_dtype),
+        weight.new_empty(weight.shape if weight_gradient else (0,)),
+        weight.new_empty(weight.shape if bias_gradient else (0,)),
+    )
+
+
+fwd = torch.ops.gptkernels.layer_norm_fwd.default
+_bwd = torch.ops.gptkernels.layer_norm_bwd.default
+
+
+class _LayerNorm(torch.autograd.Function):
+    """(y, s); s is empty where it would be x itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        rng: Tensor | None,
+        dropout_p: float,
+        eps: float,
+        sum_dtype: torch.dtype | None,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        y, s, mean, rstd = fwd(x, weight, bias, residual, rng, dropout_p, eps, sum_dtype, impl)
+        ctx.save_for_backward(x if sum_dtype is None else s, mean, rstd, weight, rng)
+        ctx.dropout_p, ctx.x_dtype, ctx.impl = dropout_p, x.dtype, impl
+        # A gradient of its own only where dropout or a dtype tells it from x's.
+        ctx.residual_dtype = None
+        if residual is not None and (dropout_p > 0 or residual.dtype != x.dtype):
+            ctx.residual_dtype = residual.dtype
+        ctx.set_materialize_grads(False)
+        return y, s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        s, mean, rstd, weight, rng = ctx.saved_tensors
+        _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+        if dsum is not None and dsum.shape != s.shape:
+            dsum = None  # torch.compile sends zeros for the empty s that stood for x
+        if dy is None:  # only s was used
+            dy = torch.zeros(s.shape, dtype=ctx.x_dtype, device=s.device)
+        residual_dtype = ctx.residual_dtype if need_residual else None
+        dx, dresidual, dweight, dbias = _bwd(
+            dy, dsum, s, mean, rstd, weight, rng, ctx.dropout_p, ctx.x_dtype, residual_dtype,
+            need_weight, need_bias, ctx.impl,
+        )  # fmt: skip
+        if residual_dtype is None:
+            dresidual = dx
+        return (
+            dx,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            dresidual if need_residual else None,
+            *(None,) * 5,
+        )
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm of a residual sum.
+
+        s = dropout(x) + residual
+        y = (s - mean) / sqrt(var + eps) * weight + bias
+
+    Ba, Kiros and Hinton, "Layer Normalization", 2016. Mean and (biased) variance are taken over C,
+    of the rounded s, in fp32.
+
+    Args:
+        x: (..., C), float32, bfloat16 or float16, any strides.
+        weight: (C,), one of the same dtypes, not necessarily that of x.
+        bias: (C,), weight's dtype, or None.
+        residual: x's shape, any of the dtypes, or None.
+        dropout_p: probability of dropping an element of x, rounded to a multiple of 1/65536;
+            always active when > 0. The mask is that of `gptkernels.core.philox`, drawn from
+            PyTorch's generator of x's device.
+        eps: added to the variance.
+        prenorm: also return s, the residual stream of a pre-norm block.
+        residual_in_fp32: keep s in float32. It is also float32 where residual is; otherwise it has
+            x's dtype.
+        impl: "auto", "torch", "triton" or "cuda".
+
+    Returns:
+        y with x's shape and dtype, or (y, s). Where s would equal x, the s returned is x.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or range is wrong.
+        RuntimeError, NotImplementedError: an explicit impl cannot run here.
+
+    Differentiable once in x, weight, bias and residual; gradients have the same bits on every run.
+    """
+    _check(x, weight, bias, residual, dropout_p, eps)
+    impl = choose(impl, x)
+    rng = philox.draw(x.device) if dropout_p > 0 else None
+    dtype = sum_dtype(x, residual, residual_in_fp32)
+    is_x = residual is None and dropout_p == 0 and dtype == x.dtype
+    y, s = _LayerNorm.apply(
+        x, weight, bias, residual, rng, float(dropout_p), float(eps), None if is_x else dtype, impl
+    )
+    if not prenorm:
+        return y
+    return y, x if is_x else s
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    eps: float,
+) -> None:
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have shape (..., C) with C >= 1, got {tuple(x.shape)}")
+    check_shape("weight", weight, (x.shape[-1],), "the last dimension of x")
+    check_same_device("weight", weight, "x", x)
+    if bias is not None:
+        check_tensor("bias", bias)
+        check_shape("bias", bias, (x.shape[-1],), "the last dimension of x")
+        check_same_dtype("bias", bias, "weight", weight)
+        check_same_device("bias", bias, "x", x)
+    if residual is not None:
+        check_tensor("residual", residual)
+        check_shape("residual", residual, tuple(x.shape), "that of x")
+        check_same_device("residual", residual, "x", x)
+    check_probability("dropout_p", dropout_p)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")

@@ -1,0 +1,1 @@
+"""LayerNorm's Triton kernels and their launchers."""

@@ -1,0 +1,221 @@
+"""LayerNorm with dropout and residual, in Triton.
+
+    s = dropout(x) + residual, rounded to the sum's dtype
+    mean, rstd: of the rounded s, over C, in fp32
+    y = (s - mean) * rstd * weight + bias
+backward, with g = dy * weight and x^ = (s - mean) * rstd:
+    ds_total = rstd * (g - mean(g) - x^ * mean(g x^)) + ds
+    dresidual = ds_total        dx = dropout'(ds_total)
+    dweight = sum over rows of dy x^        dbias = sum over rows of dy
+
+Shapes: x, residual, y, s (M, C); weight, bias (C,); mean, rstd (M,).
+Bytes (the floor): forward reads x, residual and writes y, s; backward reads dy, ds, s and writes
+dx (and dresidual where dropout or a dtype tells them apart). Saved for backward: s (x itself where
+s is x), mean and rstd in fp32, the dropout seed, never a mask.
+
+Up to 8,192 columns a row stays in registers, so everything is read once. Wider rows go through the
+`_wide` kernels, which loop over chunks of columns and read a row again from L2. Gradients of
+weight and bias: each program sums its own rows, a second small kernel adds the programs' sums in a
+fixed order: no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from gptkernels.core import philox
+from gptkernels.core.triton_support import Shipped, multiprocessors, on_device
+from gptkernels.ops.layer_norm.triton.bwd import (
+    backward_kernel,
+    backward_wide_kernel,
+    reduce_kernel,
+    weights_wide_kernel,
+)
+from gptkernels.ops.layer_norm.triton.fwd import forward_kernel, forward_wide_kernel
+
+_WIDEST_IN_REGISTERS = 8192
+_WIDE_CHUNK = 4096
+# Elements of a tile of 8 warps, which narrow rows share: 16 a thread forward. Half as many
+# backward, where each is held six times over: more than 128 registers a thread would leave few
+# threads.
+_FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 4096, 2048
+_REDUCE_ROWS, _REDUCE_COLS, _REDUCE_WARPS = 64, 32, 4
+
+
+def layer_norm_fwd(
+    x: Tensor,  # (..., C)
+    weight: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
+    residual: Tensor | None,  # (..., C)
+    rng: Tensor | None,  # (2,) int64
+    dropout_p: float,
+    eps: float,
+    sum_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, s (empty without a sum_dtype: s is x), mean, rstd."""
+    C = x.shape[-1]
+    rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    M = rows.shape[0]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    has_sum = sum_dtype is not None
+    s = torch.empty(x.shape if has_sum else (0,), dtype=sum_dtype or x.dtype, device=x.device)
+    mean = torch.empty(M, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if x.numel() == 0:
+        return y, s, mean, rstd
+    strides = (rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0))
+    arguments = (
+        rows, residual_rows, weight, bias, rng, y, s, mean, rstd, M, C, *strides,
+        eps, philox.threshold(dropout_p), philox.scale(dropout_p),
+        residual is not None, bias is not None, dropout_p > 0, has_sum, _aligned(C, *strides),
+    )  # fmt: skip
+    tile_rows, tile_cols, warps = _tile(C, _FORWARD_ELEMENTS)
+    kernel = forward_kernel if C <= _WIDEST_IN_REGISTERS else forward_wide_kernel
+    with on_device(x):
+        kernel[(triton.cdiv(M, tile_rows),)](
+            *arguments, tile_rows, tile_cols, num_warps=warps, enable_fp_fusion=True
+        )
+    return y, s, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,  # (..., C)
+    dsum: Tensor | None,  # (..., C)
+    s: Tensor,  # (..., C)
+    mean: Tensor,  # (M,)
+    rstd: Tensor,  # (M,)
+    weight: Tensor,  # (C,)
+    rng: Tensor | None,  # (2,) int64
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_gradient: bool,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, dweight, dbias; empty where not asked for (no residual_dtype: dx serves)."""
+    C = s.shape[-1]
+    rows = _rows(s)
+    M = rows.shape[0]
+    split = residual_dtype is not None
+    dx = torch.empty(s.shape, dtype=x_dtype, device=s.device)
+    dresidual = torch.empty(
+        s.shape if split else (0,), dtype=residual_dtype or x_dtype, device=s.device
+    )
+    dweight = torch.empty(C if weight_gradient else 0, dtype=weight.dtype, device=s.device)
+    dbias = torch.empty(C if bias_gradient else 0, dtype=weight.dtype, device=s.device)
+    if s.numel() == 0:
+        return dx, dresidual, dweight.zero_(), dbias.zero_()
+    dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
+    weight = weight.contiguous()
+    tile_rows, tile_cols, warps = _tile(C, _BACKWARD_ELEMENTS)
+    options = dict(ROWS=tile_rows, COLS=tile_cols, num_warps=warps, enable_fp_fusion=True)
+    programs = min(triton.cdiv(M, tile_rows), multiprocessors(s) * _programs_per_multiprocessor(C))
+    partial_dweight, partial_dbias = (
+        torch.empty((programs if wanted else 0, C), dtype=torch.float32, device=s.device)
+        for wanted in (weight_gradient, bias_gradient)
+    )
+    stride = rows.stride(0)
+    inputs = (dy, dsum, rows, mean, rstd, weight, rng, dx, dresidual)
+    sizes = (M, C, stride, philox.threshold(dropout_p), philox.scale(dropout_p))
+    flags = (dsum is not None, split, dropout_p > 0, _aligned(C, stride))
+    partials = (partial_dweight, partial_dbias)
+    wanted = (weight_gradient, bias_gradient)
+    with on_device(s):
+        if C <= _WIDEST_IN_REGISTERS:
+            backward_kernel[(programs,)](
+                *inputs, *partials, *sizes, programs, *flags, *wanted, **options
+            )
+        else:
+            backward_wide_kernel[(M,)](*inputs, *sizes, *flags, **options)
+            if any(wanted):
+                weights_wide_kernel[(programs * triton.cdiv(C, tile_cols),)](
+                    dy, rows, mean, rstd, *partials, M, C, stride, programs, *wanted, **options
+                )
+        if any(wanted):
+            reduce_kernel[(triton.cdiv(C, _REDUCE_COLS),)](
+                *partials, dweight, dbias, programs, C, *wanted, _REDUCE_ROWS, _REDUCE_COLS,
+                num_warps=_REDUCE_WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+    return dx, dresidual, dweight, dbias
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as a matrix (M, C) with a unit last stride: a view wherever the strides allow one."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def _aligned(*sizes: int) -> bool:
+    """Rows start on multiples of 8 elements: 16-byte accesses, and whole Philox calls."""
+    return all(size % 8 == 0 for size in sizes)
+
+
+def _tile(C: int, elements: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program whose 8 warps would hold so many elements."""
+    if C > _WIDEST_IN_REGISTERS:
+        return 1, _WIDE_CHUNK, 8
+    cols = max(16, triton.next_power_of_2(C))
+    rows = max(1, min(16, elements // cols))
+    return rows, cols, max(1, min(16, rows * cols * 8 // elements))
+
+
+def _programs_per_multiprocessor(C: int) -> int:
+    """Enough programs to keep memory busy, few enough that their partial sums stay small beside
+    the rows."""
+    return 8 if C <= 256 else 4 if C <= 1024 else 2 if C <= 4096 else 1
+
+
+def shipped() -> Iterator[Shipped]:
+    """Every kernel with every option on, which takes the most registers.
+
+    Each tile of `_tile` in the mixture of dtypes that a pre-norm model has under autocast; some
+    tiles in one dtype alone.
+    """
+    mixed = {"x_ptr": "*bf16", "y_ptr": "*bf16", "dy_ptr": "*bf16", "dx_ptr": "*bf16"}
+    for C in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        yield _shipped(forward_kernel, "fwd", C, "bf16/fp32", mixed, "*fp32")
+        yield _shipped(backward_kernel, "bwd", C, "bf16/fp32", mixed, "*fp32")
+    for dtype in ("fp32", "bf16", "fp16"):
+        for C in (1024, 8192):
+            yield _shipped(forward_kernel, "fwd", C, dtype, {}, f"*{dtype}")
+            yield _shipped(backward_kernel, "bwd", C, dtype, {}, f"*{dtype}")
+        for kernel, name in (
+            (forward_wide_kernel, "fwd_wide"),
+            (backward_wide_kernel, "bwd_wide"),
+            (weights_wide_kernel, "bwd_weights_wide"),
+            (reduce_kernel, "bwd_reduce"),
+        ):
+            yield _shipped(kernel, name, 65536, dtype, {}, f"*{dtype}")
+
+
+def _shipped(
+    kernel: Any, name: str, C: int, dtypes: str, pointers: dict[str, str], other_pointers: str
+) -> Shipped:
+    elements = _FORWARD_ELEMENTS if name.startswith("fwd") else _BACKWARD_ELEMENTS
+    rows, cols, warps = _tile(C, elements)
+    types = {
+        "rng_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr": "*fp32",
+        "partial_dweight_ptr": "*fp32", "partial_dbias_ptr": "*fp32",
+        "M": "i32", "C": "i32", "programs": "i32", "threshold": "i32",
+        "x_stride": "i32", "residual_stride": "i32", "sum_stride": "i32",
+        "eps": "fp32", "scale": "fp32",
+    } | pointers  # fmt: skip
+    if kernel is reduce_kernel:
+        rows, cols, warps = _REDUCE_ROWS, _REDUCE_COLS, _REDUCE_WARPS
+    else:  # a program's own sums
+        types |= {"dweight_ptr": "*fp32", "dbias_ptr": "*fp32"}
+    switches = [n for n in kernel.arg_names if n.isupper() and n not in ("M", "C")]
+    constexprs = {n: {"ROWS": rows, "COLS": cols}.get(n, True) for n in switches}
+    signature = {
+        n: "constexpr" if n in constexprs else types.get(n, other_pointers)
+        for n in kernel.arg_names
+    }
+    aligned = tuple(n for n in signature if n.endswith(("_ptr", "stride")) or n == "C")
+    label = f"layer_norm_{name} C{C} {dtypes}"
+    return Shipped(label, kernel, signature, constexprs, warps, 3, aligned)

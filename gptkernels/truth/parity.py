@@ -1,0 +1,200 @@
+"""What "right" means, measured one way for tests, `gptkernels verify`, the demo and the benchmarks.
+
+The truth is the written-out formula in fp64 (`gptkernels.truth.reference`) on the same inputs.
+The yardstick is eager PyTorch at the same dtype (`gptkernels.truth.baseline`). A result passes when
+
+    max|result - truth| <= k * max|baseline - truth| + 2 * eps * max|truth|
+    k = 2 forward, 3 gradients
+
+with eps that of the result's dtype: at most a small multiple of the rounding error that PyTorch
+itself makes, never a tolerance somebody picked. Infinities must stand exactly where the truth has
+them; a NaN passes only where the truth is NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+K_FORWARD, K_GRADIENT = 2.0, 3.0
+
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The error of one tensor: an output ("forward") or the gradient of an input ("gradient")."""
+
+    name: str
+    direction: str
+    error: float  # max|result - truth|; inf where a non-finite value stands in the wrong place
+    baseline_error: float  # max|baseline - truth|
+    limit: float  # the largest error that passes
+    passed: bool
+
+    def __str__(self) -> str:
+        verdict = "pass" if self.passed else "FAIL"
+        return (
+            f"{verdict} {self.direction} {self.name}: error {self.error:.3e}, "
+            f"limit {self.limit:.3e}, PyTorch's error {self.baseline_error:.3e}"
+        )
+
+
+def compare(
+    result: Tensor,
+    baseline: Tensor,
+    truth: Tensor,
+    *,
+    k: float,
+    name: str = "y",
+    direction: str = "forward",
+) -> Measurement:
+    """Hold one result to the rule above. All three have one shape; truth is fp64."""
+    if result.shape != truth.shape:
+        raise ValueError(
+            f"{name}: the result has shape {tuple(result.shape)}, the truth {tuple(truth.shape)}"
+        )
+    error, baseline_error = _max_error(result, truth), _max_error(baseline, truth)
+    finite = truth[torch.isfinite(truth)].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    limit = k * baseline_error + 2 * torch.finfo(result.dtype).eps * largest
+    # An infinite limit would pass anything: a baseline that loses infinities or NaN proves nothing.
+    return Measurement(name, direction, error, baseline_error, limit, error <= limit < float("inf"))
+
+
+def measure(
+    candidate: Op,
+    baseline: Op,
+    truth: Op,
+    inputs: Mapping[str, Any],
+    *,
+    gradients: bool = True,
+    k_forward: float = K_FORWARD,
+    k_gradient: float = K_GRADIENT,
+    seed: int = 0,
+    names: Sequence[str] = (),
+) -> list[Measurement]:
+    """Outputs of `candidate(**inputs)`, and gradients with respect to every floating input,
+    against the truth.
+
+    The candidate runs under `poisoned_outputs`.
+    `truth` is called on the floating inputs upcast to fp64 (exact). Cotangents are random, drawn
+    once from `seed` in each output's dtype. `names` names the outputs, in order. Raises whatever
+    the callables raise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with poisoned_outputs():  # what it allocates in the backward pass too
+        results = _run(candidate, inputs, gradients, generator, None)
+    cotangents = results.cotangents
+    baselines = _run(baseline, inputs, gradients, generator, cotangents)
+    truths = _run(
+        truth, {k: _upcast(v) for k, v in inputs.items()}, gradients, generator, cotangents
+    )
+    measurements = []
+    for i, (r, b, t) in enumerate(
+        zip(results.outputs, baselines.outputs, truths.outputs, strict=True)
+    ):
+        name = names[i] if i < len(names) else f"output {i}"
+        measurements.append(compare(r, b, t, k=k_forward, name=name, direction="forward"))
+    for name, r in results.gradients.items():
+        b, t = baselines.gradients[name], truths.gradients[name]
+        measurements.append(compare(r, b, t, k=k_gradient, name=f"d{name}", direction="gradient"))
+    return measurements
+
+
+def assert_parity(
+    candidate: Op, baseline: Op, truth: Op, inputs: Mapping[str, Any], **options: Any
+) -> None:
+    """`measure`, raising AssertionError that lists every tensor that fails the rule."""
+    measurements = measure(candidate, baseline, truth, inputs, **options)
+    failures = [str(m) for m in measurements if not m.passed]
+    if failures:
+        raise AssertionError("\n".join(failures))
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fill what launchers allocate with NaN (integers: the largest value), so that an element
+    nobody writes shows."""
+    with (
+        mock.patch.object(torch, "empty", _poisoning(torch.empty)),
+        mock.patch.object(torch, "empty_like", _poisoning(torch.empty_like)),
+    ):
+        yield
+
+
+def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        poison = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        return tensor.fill_(poison)
+
+    return poisoned
+
+
+@dataclass(frozen=True)
+class _Results:
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+    cotangents: list[Tensor]
+
+
+def _run(
+    op: Op,
+    inputs: Mapping[str, Any],
+    gradients: bool,
+    generator: torch.Generator,
+    cotangents: list[Tensor] | None,
+) -> _Results:
+    leaves = {k: _leaf(v) if gradients else v for k, v in inputs.items()}
+    returned = op(**leaves)
+    outputs = list(returned) if isinstance(returned, tuple) else [returned]
+    if cotangents is None:
+        cotangents = [
+            torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype)
+            for o in outputs
+        ]
+    if not gradients:
+        return _Results(outputs, {}, cotangents)
+    wanted = {k: v for k, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
+    pairs = [
+        (o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad
+    ]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs],
+        list(wanted.values()),
+        [c for _, c in pairs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return _Results(
+        [o.detach() for o in outputs], dict(zip(wanted, found, strict=True)), cotangents
+    )
+
+
+def _leaf(value: Any) -> Any:
+    """A fresh leaf with the same strides: kernels must see the caller's layout."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().requires_grad_()
+    return value
+
+
+def _upcast(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _max_error(result: Tensor, truth: Tensor) -> float:
+    result = result.double()
+    finite = torch.isfinite(truth)
+    if not torch.allclose(result[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True):
+        return float("inf")
+    error = (result[finite] - truth[finite]).abs()
+    if error.numel() == 0:
+        return 0.0
+    return float("inf") if error.isnan().any() else error.max().item()

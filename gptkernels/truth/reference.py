@@ -1,0 +1,246 @@
+"""The ops as formulas, written out in plain PyTorch: the definition of every result.
+
+Any floating dtype; in fp64 this is the truth that everything else is held to
+(`gptkernels.truth.parity`). Signatures are those of the public functions less `impl`, plus `rng`,
+the (seed, offset) of `gptkernels.core.philox` that dropout uses. Differentiable by autograd.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptkernels.core import philox
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    rng: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """s = dropout(x) + residual; y = (s - mean) / sqrt(var + eps) * weight + bias.
+
+    Ba et al., 2016. x, residual (..., C); weight, bias (C,). Mean and mean squared deviation are
+    taken over C. Returns y in x.dtype, or (y, s).
+    """
+    s = x
+    if dropout_p > 0:
+        keep = philox.elementwise_keep(rng, dropout_p, x.shape)
+        s = torch.where(keep, s * philox.scale(dropout_p), 0)
+    if residual is not None:
+        s = s + residual
+    s = s.to(sum_dtype(x, residual, residual_in_fp32))
+    mean = s.mean(dim=-1, keepdim=True)
+    variance = (s - mean).square().mean(dim=-1, keepdim=True)
+    y = (s - mean) / torch.sqrt(variance + eps) * weight
+    if bias is not None:
+        y = y + bias
+    y = y.to(x.dtype)
+    return (y, s) if prenorm else y
+
+
+def sum_dtype(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
+    """dtype of s: that of x, or fp32 where asked or where the residual stream is kept in it."""
+    wants_fp32 = residual_in_fp32 or (residual is not None and residual.dtype == torch.float32)
+    return torch.promote_types(x.dtype, torch.float32) if wants_fp32 else x.dtype
+
+
+def gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str = "tanh",
+) -> Tensor:
+    """y = gelu(x w1^T + b1) w2^T + b2; x (..., C), w1 (F, C), b1 (F,), w2 (C, F), b2 (C,).
+
+    gelu(h) = h Phi(h), Phi the normal distribution function: exact ("none"), or approximated by
+    0.5 (1 + tanh(sqrt(2 / pi) (h + 0.044715 h^3))) ("tanh") (Hendrycks and Gimpel, 2016).
+    """
+    h = x @ w1.T
+    if b1 is not None:
+        h = h + b1
+    if approximate == "tanh":
+        phi = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    else:
+        phi = 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+    y = (h * phi) @ w2.T
+    return y if b2 is None else y + b2
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | Sequence[float] | None = None,
+    key_lengths: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    rng: Tensor | None = None,
+    first_batch: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out = dropout(softmax(s)) v; q (B, Tq, H, D), k and v (B, Tk, Hk, D), H % Hk == 0.
+
+    s = scale q.k, then softcap tanh(s / softcap), then - slope |i + Tk - Tq - j|, then the mask
+    added. Returns out (B, Tq, H, D), or with lse = log sum exp s, (B, H, Tq). A row that sees no
+    key, or -inf scores alone, gives out 0 and lse -inf, and no gradient. `first_batch` is the
+    number of the batch's first entry, for dropout.
+    """
+    (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
+    if key_lengths is not None:
+        # What lies past a length may be NaN, and 0 * NaN is NaN.
+        dead = torch.arange(Tk, device=k.device) >= key_lengths[:, None]
+        k, v = (x.masked_fill(dead[:, :, None, None], 0) for x in (k, v))
+    k, v = (x.repeat_interleave(H // Hk, dim=2) for x in (k, v))
+    scale = 1 / math.sqrt(D) if softmax_scale is None else softmax_scale
+    s = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    if softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+    position = torch.arange(Tq, device=q.device)[:, None] + Tk - Tq
+    key = torch.arange(Tk, device=q.device)
+    if alibi_slopes is not None:
+        slopes = torch.as_tensor(alibi_slopes, device=s.device).to(s.dtype)
+        s = s - slopes[:, None, None] * (position - key).abs()
+    visible = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible & (key <= position)
+    if window is not None:
+        left, right = window
+        if left >= 0:
+            visible = visible & (position - left <= key)
+        if right >= 0:
+            visible = visible & (key <= position + right)
+    if key_lengths is not None:
+        visible = visible & (key < key_lengths[:, None])[:, None, None, :]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            visible = visible & attn_mask
+        else:
+            s = s + attn_mask.to(s.dtype)
+    s = s.masked_fill(~visible, -math.inf)
+    highest = s.detach().amax(-1, keepdim=True) if Tk else s.new_full((B, H, Tq, 1), -math.inf)
+    highest = highest.masked_fill(highest == -math.inf, 0)
+    weights = torch.exp(s - highest)
+    total = weights.sum(-1, keepdim=True)
+    none = total == 0
+    total = total.masked_fill(none, 1)
+    lse = (highest + torch.log(total)).masked_fill(none, -math.inf)
+    p = weights / total
+    if dropout_p > 0:
+        keep = philox.attention_keep(rng, dropout_p, B, H, Tq, Tk, first_batch=first_batch)
+        p = p * keep * philox.scale(dropout_p)
+    out = torch.einsum("bhij,bjhd->bihd", p, v)
+    return (out, lse.squeeze(-1)) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of each sequence by itself, laid end to end: q (total_q, H, D), k and v
+    (total_k, Hk, D). Sequence b has queries cu_seqlens_q[b] ... cu_seqlens_q[b + 1] - 1 and the
+    keys that cu_seqlens_k tells likewise. Returns out (total_q, H, D), or with lse (H, total_q).
+    """
+    return packed(attention, q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse, options)
+
+
+def packed(
+    attention: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    return_lse: bool,
+    options: Mapping[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `attention_varlen` is by a given `attention`."""
+    ends = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
+    outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0)]
+    for b, ((q0, k0), (q1, k1)) in enumerate(itertools.pairwise(ends)):
+        sequences = (
+            x[None, first:last] for x, first, last in ((q, q0, q1), (k, k0, k1), (v, k0, k1))
+        )
+        result = attention(*sequences, return_lse=return_lse, first_batch=b, **options)
+        out, lse = result if return_lse else (result, None)
+        outs.append(out[0])
+        if lse is not None:
+            lses.append(lse[0])
+    out = torch.cat(outs)
+    return (out, torch.cat(lses, dim=1)) if return_lse else out
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal `attention` of each batch entry to the first cache_lengths[b] keys of its cache.
+
+    q (B, Tq, H, D); caches (B, Tmax, Hk, D), or pages (N, page, Hk, D) of which block_table
+    (B, pages) names those of each entry, in order. The last query sees all those keys.
+    """
+    return cached(attention, q, k_cache, v_cache, cache_lengths, block_table, return_lse, options)
+
+
+def cached(
+    attention: Callable[..., Any],
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    return_lse: bool,
+    options: Mapping[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `attention_decode` is by a given `attention`."""
+    results = []
+    for b, length in enumerate(cache_lengths.tolist()):
+        k, v = (cache_of(x, b, length, block_table)[None] for x in (k_cache, v_cache))
+        results.append(attention(q[b : b + 1], k, v, return_lse=return_lse, **options))
+    if return_lse:
+        outs, lses = zip(*results, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+    return torch.cat(results)
+
+
+def cache_of(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> Tensor:
+    """The first `length` entries of batch entry b in a cache or its pages: (length, Hk, D)."""
+    if block_table is None:
+        return cache[b, :length]
+    page = cache.shape[1]
+    pages = block_table[b, : -(-length // page)].long()
+    return cache[pages].flatten(0, 1)[:length]

@@ -1,0 +1,380 @@
+"""The kernels, Triton's and the CUDA C++ ones, natively on an NVIDIA GPU: every test marked `gpu`.
+
+Stands apart from the rest of the suite (no conftest, no hypothesis), so that it also runs where
+only PyTorch, Triton, pytest and numpy are installed. The most telling tests come first. Inputs are
+new on every run; a failure names the seed that gives them again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import gptkernels
+from gptkernels import GPT, GPTConfig
+from gptkernels.core.choice import unavailable
+from gptkernels.gpt.training.activations import measured
+from gptkernels.truth import baseline, parity, reference, verify
+from gptkernels.truth.plain_gpt import PlainGPT
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REPEATS = 250
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator: how to draw its inputs, and its options."""
+
+    op: str
+    draw: Callable[[verify.Randn], dict[str, Tensor]]
+    options: dict[str, Any] = field(default_factory=dict)
+    op_options: dict[str, Any] = field(default_factory=dict)  # change how, not what
+    name: str = ""
+
+    def inputs(self, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return self.draw(
+            lambda *sizes: torch.randn(sizes, generator=generator).to(device="cuda", dtype=dtype)
+        )
+
+    def __call__(self, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
+        """Outputs, then the gradients of all inputs that have one for cotangents of ones."""
+        leaves = {
+            name: value.detach().requires_grad_(value.is_floating_point())
+            for name, value in inputs.items()
+        }
+        op = getattr(gptkernels, self.op)
+        given = {**self.options, **self.op_options, **options}
+        returned = op(**leaves, **given)
+        outputs = returned if isinstance(returned, tuple) else (returned,)
+        gradients = torch.autograd.grad(
+            outputs,
+            [leaf for leaf in leaves.values() if leaf.requires_grad],
+            [torch.ones_like(output) for output in outputs],
+        )
+        return (*(output.detach() for output in outputs), *gradients)
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}".strip()
+
+
+CALLS = (
+    Call(
+        "layer_norm",
+        lambda randn: {
+            "x": randn(500, 768),
+            "weight": randn(768),
+            "bias": randn(768),
+            "residual": randn(500, 768),
+        },
+        {"prenorm": True},
+    ),
+    Call(
+        "attention",
+        lambda randn: {
+            "q": randn(2, 300, 6, 64),
+            "k": randn(2, 300, 2, 64),
+            "v": randn(2, 300, 2, 64),
+        },
+        {"causal": True},
+        {"deterministic": True},
+    ),
+    # Its lengths stay on the GPU: reading them would break the capture of a graph.
+    Call(
+        "attention_varlen",
+        lambda randn: {
+            "q": randn(300, 6, 64),
+            "k": randn(310, 2, 64),
+            "v": randn(310, 2, 64),
+            "cu_seqlens_q": torch.tensor([0, 40, 40, 300], dtype=torch.int32, device="cuda"),
+            "cu_seqlens_k": torch.tensor([0, 45, 50, 310], dtype=torch.int32, device="cuda"),
+        },
+        {"max_seqlen_q": 260, "max_seqlen_k": 260},
+        {"deterministic": True},
+    ),
+    Call(
+        "gelu_mlp",
+        lambda randn: {
+            "x": randn(300, 256),
+            "w1": randn(1000, 256) / 16,
+            "b1": randn(1000),
+            "w2": randn(256, 1000) / 32,
+            "b2": randn(256),
+        },
+    ),
+)
+
+
+def large_tiles(randn: verify.Randn) -> dict[str, Tensor]:
+    """gelu_mlp's inputs for its large tiles: more than 108 of 128 x 128, the last ones cut."""
+    return {
+        "x": randn(1500, 256),
+        "w1": randn(1200, 256) / 16,
+        "b1": randn(1200),
+        "w2": randn(256, 1200) / 35,
+        "b2": randn(256),
+    }
+
+
+REPEATED = (*CALLS, Call("gelu_mlp", large_tiles, name="large tiles"))
+
+# Shapes of real models, and sizes past what a 16-bit grid dimension holds.
+LARGE = (
+    Call(
+        "layer_norm",
+        lambda randn: {"x": randn(4096, 1600), "weight": randn(1600), "bias": randn(1600)},
+        name="GPT-2 XL",
+    ),
+    Call(
+        "attention",
+        lambda randn: {name: randn(2, 1024, 12, 64) for name in "qkv"},
+        name="GPT-2",
+    ),
+    Call(
+        "attention",
+        lambda randn: {
+            "q": randn(1, 777, 8, 128),
+            "k": randn(1, 777, 2, 128),
+            "v": randn(1, 777, 2, 128),
+        },
+        name="D 128, grouped heads",
+    ),
+    Call(
+        "gelu_mlp",
+        lambda randn: {
+            "x": randn(2048, 768),
+            "w1": randn(3072, 768) / 28,
+            "b1": randn(3072),
+            "w2": randn(768, 3072) / 55,
+            "b2": randn(768),
+        },
+        name="GPT-2",
+    ),
+    Call(
+        "gelu_mlp",
+        large_tiles,
+        {"approximate": "none"},
+        {"recompute": True},
+        name="large tiles, erf, recompute",
+    ),
+    Call(
+        "layer_norm",
+        lambda randn: {"x": randn(70_001, 64), "weight": randn(64), "residual": randn(70_001, 64)},
+        name="70001 rows",
+    ),
+    Call(
+        "attention",
+        lambda randn: {name: randn(5500, 17, 12, 16) for name in "qkv"},
+        name="66000 heads x batch",
+    ),
+    Call(
+        "attention",
+        lambda randn: {
+            "q": randn(1, 70_001, 1, 16),
+            "k": randn(1, 33, 1, 16),
+            "v": randn(1, 33, 1, 16),
+        },
+        {"causal": False},
+        name="70001 queries",
+    ),
+    Call(
+        "gelu_mlp",
+        lambda randn: {
+            "x": randn(70_001, 40),
+            "w1": randn(72, 40) / 6,
+            "b1": randn(72),
+            "w2": randn(40, 72) / 8,
+            "b2": randn(40),
+        },
+        name="70001 rows",
+    ),
+)
+
+
+kernels = pytest.mark.parametrize("impl", ["triton", "cuda"])
+
+
+@pytest.fixture(autouse=True)
+def usable(request: pytest.FixtureRequest) -> None:
+    """Skips what is not installed, and says so."""
+    if "impl" in request.fixturenames:
+        reason = unavailable(request.getfixturevalue("impl"), "cuda", torch.float32)
+        if reason is not None:
+            pytest.skip(reason)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of a test's inputs; GPTKERNELS_TEST_SEED gives them again."""
+    return int(os.environ.get("GPTKERNELS_TEST_SEED", "0")) or verify.fresh_seed()
+
+
+def replay(seed: int) -> str:
+    return f"GPTKERNELS_TEST_SEED={seed} replays this test's inputs"
+
+
+def assert_parity(
+    candidate: parity.Op, plain: parity.Op, truth: parity.Op, inputs: dict[str, Tensor], seed: int
+) -> None:
+    measurements = parity.measure(candidate, plain, truth, inputs, seed=seed)
+    assert [str(m) for m in measurements if not m.passed] == [], replay(seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", verify.CASES, ids=lambda case: f"{case.op} {case.name}")
+@kernels
+def test_parity(impl: str, case: verify.Case, dtype: torch.dtype, seed: int) -> None:
+    """Every row of the parity table, into outputs poisoned with NaN."""
+    for row in verify.check(case, impl, dtype, torch.device("cuda"), seed):
+        assert row.status == "pass", row  # which has the seed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", ["triton", "cuda", "torch"])
+def test_gpt(impl: str, dtype: torch.dtype, seed: int) -> None:
+    """A whole model, and every parameter's gradient, against its twin in plain PyTorch."""
+    torch.manual_seed(seed)
+    config = GPTConfig(vocab_size=61, block_size=100, n_layer=2, n_head=3, n_embd=96)
+    tokens = torch.randint(config.vocab_size, (2, config.block_size), device="cuda")
+    model = GPT(config).set_impl(impl)
+    parameters = {  # large enough that each one matters
+        name.replace(".", "__"): (p.detach() + 0.2 * torch.randn(p.shape)).to("cuda", dtype)
+        for name, p in model.named_parameters()
+    }
+
+    def of_parameters(network: nn.Module) -> parity.Op:
+        def function(**named: Tensor) -> Tensor:
+            state = {name.replace("__", "."): value for name, value in named.items()}
+            return functional_call(network, state, (tokens,), tie_weights=True)
+
+        return function
+
+    twin = of_parameters(PlainGPT(config))
+    assert_parity(of_parameters(model), twin, twin, parameters, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("call", REPEATED, ids=str)
+@kernels
+def test_repeated_runs_give_the_same_bits(
+    impl: str, call: Call, dtype: torch.dtype, seed: int
+) -> None:
+    inputs = call.inputs(dtype, seed)
+    first = call(inputs, impl=impl)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(REPEATS):
+        for again, expected in zip(call(inputs, impl=impl), first, strict=True):
+            different += (again != expected).sum()
+    assert different.item() == 0, replay(seed)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@kernels
+def test_cuda_graph_replays_with_new_inputs(impl: str, call: Call, seed: int) -> None:
+    inputs = call.inputs(torch.float16, seed)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(inputs, impl=impl)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(inputs, impl=impl)
+    fresh = call.inputs(torch.float16, seed + 1)
+    for name, value in fresh.items():
+        inputs[name].copy_(value)
+    graph.replay()
+    for replayed, expected in zip(captured, call(fresh, impl=impl), strict=True):
+        assert torch.equal(replayed, expected), replay(seed)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "attention"])
+@kernels
+def test_cuda_graph_draws_a_new_dropout_mask_at_each_replay(impl: str, op: str, seed: int) -> None:
+    call = next(call for call in CALLS if call.op == op)
+    inputs = call.inputs(torch.float16, seed)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(inputs, impl=impl, dropout_p=0.5)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(inputs, impl=impl, dropout_p=0.5)
+    graph.replay()
+    first = captured[0].clone()
+    graph.replay()
+    assert not torch.equal(captured[0], first), replay(seed)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@kernels
+def test_side_stream(impl: str, call: Call, seed: int) -> None:
+    """Kernels run on the current stream: elsewhere they would read inputs before they are there."""
+    fresh = call.inputs(torch.float16, seed)
+    expected = call(fresh, impl=impl)
+    inputs = {
+        name: torch.full_like(value, float("nan")) if value.is_floating_point() else value.clone()
+        for name, value in fresh.items()
+    }
+    call(inputs, impl=impl)  # compiled and warm
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # tens of milliseconds
+        for name, value in fresh.items():
+            inputs[name].copy_(value)
+        results = call(inputs, impl=impl)
+    side.synchronize()
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted), replay(seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("call", LARGE, ids=str)
+@kernels
+def test_large(impl: str, call: Call, dtype: torch.dtype, seed: int) -> None:
+    op = getattr(gptkernels, call.op)
+    with parity.poisoned_outputs():  # of the backward pass too
+        assert_parity(
+            lambda **leaves: op(**leaves, **call.options, **call.op_options, impl=impl),
+            lambda **leaves: getattr(baseline, call.op)(**leaves, **call.options),
+            lambda **leaves: getattr(reference, call.op)(**leaves, **call.options),
+            call.inputs(dtype, seed),
+            seed,
+        )
+
+
+def test_activations_take_at_least_what_blocks_keep() -> None:
+    config = GPTConfig(61, block_size=512, n_layer=2, n_head=4, n_embd=256)
+    model = GPT(config).cuda()
+    tokens = torch.randint(config.vocab_size, (8, 512), device="cuda")
+    with measured(model) as activations:
+        loss = model(tokens, tokens)
+    least = 2 * 8 * 512 * (7 * 256 + 1024) * 4
+    assert least < activations.bytes < 4 * least
+    loss.backward()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@kernels
+def test_second_device(impl: str, call: Call, seed: int) -> None:
+    """Tensors of a device that is not the current one."""
+    inputs = call.inputs(torch.float16, seed)
+    elsewhere = {name: value.to("cuda:1") for name, value in inputs.items()}
+    for result, expected in zip(call(elsewhere, impl=impl), call(inputs, impl=impl), strict=True):
+        assert result.device == torch.device("cuda:1")
+        assert torch.equal(result.cpu(), expected.cpu()), replay(seed)

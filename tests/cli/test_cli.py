@@ -1,0 +1,363 @@
+"""The command line: exit codes, and one sentence, no traceback, for bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import ROOT
+
+pytest.importorskip("click")
+pytest.importorskip("rich")
+
+from rich.console import Console
+
+from gptkernels.cli import generate, main
+from gptkernels.core import native
+from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.training import checkpoint, train
+from gptkernels.gpt.training.config import TrainConfig
+from gptkernels.gpt.training.progress import ProgressBar
+from gptkernels.truth import parity, verify
+
+SHAPE = ["--block-size", "16", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"]
+BATCHES = ["--batch-size", "2", "--validation-batches", "1", "--device", "cpu"]
+SMALL = [*SHAPE, *BATCHES, "--steps", "3", "--warmup-steps", "1"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return file
+
+
+@pytest.fixture
+def trained(call: Any, text: Path, tmp_path: Path) -> Path:
+    """What `train` leaves of a byte-level model whose table is as large as GPT-2's."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("safetensors")
+    out = tmp_path / "padded"
+    result = call("train", text, "--out", out, *SMALL, "--steps", "1", "--vocab-size", "50257")
+    assert result.code == 0, result.err
+    return out
+
+
+def assert_refused(result: Any, *words: str) -> None:
+    assert result.code == 2
+    assert result.err.startswith("gptkernels: ")
+    assert result.err.count("\n") == 1, result.err
+    for word in words:
+        assert word in result.err
+
+
+# ---- info and help
+
+
+def test_no_arguments_shows_every_command(call: Any) -> None:
+    result = call()
+    assert result.code == 0
+    for name in ("info", "verify", "bench", "demo", "train", "generate"):
+        assert f"\n  {name} " in result.out
+
+
+@pytest.mark.parametrize("name", ["info", "verify", "bench", "demo", "train", "generate"])
+def test_help(call: Any, name: str) -> None:
+    result = call(name, "--help")
+    assert result.code == 0
+    assert f"gptkernels {name}" in result.out
+
+
+def test_info(call: Any) -> None:
+    result = call("info")
+    assert result.code == 0
+    assert f"PyTorch     {torch.__version__}" in result.out
+    if not torch.cuda.is_available():
+        assert "\n  cuda    not usable: it runs on CUDA tensors" in result.out
+    assert "\n  torch   usable" in result.out
+
+
+@pytest.mark.skipif(not native._EMULATOR.exists(), reason="the emulator is not built")
+def test_info_explains(call: Any) -> None:
+    sizes = ["2", "8192", "32", "128", "bf16"]
+    options = ["--alibi", "--kv-heads", "8", "--no-causal", "--window", "64", "-1"]
+    result = call("info", "--explain", "attention", *sizes, *options, "--arch", "sm80")
+    assert result.code == 0
+    first, second, _, direction, kernel, *_ = result.out.splitlines()
+    assert first == "attention B2 T8192 H32/8 D128 not causal, window 64, -1, ALiBi, bfloat16"
+    assert second.startswith("planned for sm80: ")
+    assert (direction, kernel[:25]) == ("forward", "  attention_fwd_kernel on")
+
+
+def test_info_tells_what_is_not_fused_without_kernels(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planner() -> Any:
+        raise ImportError("a plan needs the kernels")
+
+    monkeypatch.setattr(native, "planner", planner)
+    sizes = ["2", "9", "64", "2", "96", "fp16", "--norm-first", "--activation", "gelu"]
+    result = call("info", "--explain", "transformer_layer", *sizes)
+    assert_refused(result, "a plan needs the kernels")
+    head, _, _, *reasons = result.out.rstrip().splitlines()
+    assert head == "transformer_layer B2 T9 C64 H2 F96 gelu, norm first, float16"
+    assert [line.split(":")[0].strip() for line in reasons][:2] == [
+        "not fused",
+        "last residual add",
+    ]
+    assert len(reasons) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["3"], "--explain"),
+        (["--residual"], "--explain"),
+        (["--explain", "gelu", "1"], "op must be one of"),
+        (["--explain", "mlp", "64", "64", "bf16"], "mlp takes M C F dtype"),
+        (["--explain", "mlp", "64", "64", "64", "bf16", "--arch", "sm75"], "arch"),
+        (["--explain", "layer_norm", "64", "64", "bf16", "--kv-heads", "3"], "kv-heads"),
+    ],
+)
+def test_info_refuses(call: Any, arguments: list[str], word: str) -> None:
+    assert_refused(call("info", *arguments), word)
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gptkernels", "verify", "--op", "nothing"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gptkernels: op must be one of ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes")
+@pytest.mark.parametrize(
+    "arguments", [["info"], ["verify", "--impl", "cuda", "--op", "layer_norm"]], ids=str
+)
+def test_output_that_nobody_reads_is_no_failed_check(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "gptkernels", *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["verify", "--nothing"], ["train", "x"]])
+def test_wrong_usage_is_one_sentence(call: Any, arguments: list[str]) -> None:
+    assert_refused(call(*arguments))
+
+
+# ---- verify
+
+
+def test_verify_passes_and_writes_json(call: Any, tmp_path: Path) -> None:
+    pytest.importorskip("gptkernels.bench")
+    path = tmp_path / "rows.json"
+    arguments = ["--impl", "torch", "--op", "layer_norm", "--dtype", "float32", "--device", "cpu"]
+    result = call("verify", *arguments, "--json", path)
+    assert result.code == 0
+    assert "0 fail, 0 skipped" in result.out
+    content = json.loads(path.read_text())
+    assert content["finished"]
+    assert content["environment"]["versions"]["torch"] == torch.__version__
+    assert {row["status"] for row in content["rows"]} == {"pass"}
+    assert {row["direction"] for row in content["rows"]} == {"forward", "gradient"}
+
+
+def test_verify_says_why_rows_were_skipped(call: Any) -> None:
+    result = call("verify", "--impl", "cuda", "--op", "layer_norm", "--device", "cpu")
+    assert result.code == 0
+    assert "skipped (1)" in result.out
+    assert "\n(1) it runs on CUDA tensors (this one is on cpu)" in result.out
+
+
+def test_verify_fails_with_1(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: Any, **options: Any) -> list[parity.Measurement]:
+        return [
+            parity.Measurement("y", "forward", 1.0, 1e-7, 2e-7, False),
+            parity.Measurement("dx", "gradient", 1e-7, 1e-7, 3e-7, True),
+        ]
+
+    monkeypatch.setattr(verify, "measure", wrong)
+    result = call("verify", "--impl", "torch", "--op", "layer_norm", "--dtype", "float32")
+    assert result.code == 1
+    assert " fail" in result.out
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--op", "softmax"),
+        ("--impl", "cutlass"),
+        ("--impl", "auto"),
+        ("--dtype", "float64"),
+        ("--device", "tpu9"),
+        ("--device", "meta"),
+        ("--device", "mps"),
+        ("--seed", "99999999999999999999"),
+        ("--arch", "sm70"),
+    ],
+)
+def test_verify_refuses(call: Any, option: str, value: str) -> None:
+    assert_refused(call("verify", option, value), option[2:], value)
+
+
+# ---- bench
+
+
+def test_bench_refuses(call: Any) -> None:
+    pytest.importorskip("gptkernels.bench")
+    assert_refused(call("bench", "--op", "softmax"), "softmax", "layer_norm")
+    assert_refused(call("bench", "--impl", "cutlass"), "cutlass", "torch")
+    assert_refused(call("bench", "--device", "cuda:99"), "cuda:99")
+
+
+# ---- train
+
+
+def test_train_offers_every_field(call: Any) -> None:
+    shown = call("train", "--help").out
+    for kind in (GPTConfig, TrainConfig):
+        for field in dataclasses.fields(kind):
+            assert f"--{field.name.replace('_', '-')}" in shown
+
+
+def test_train_then_generate_then_resume(call: Any, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "run"
+    result = call("train", text, "--out", out, *SMALL)
+    assert result.code == 0, result.err
+    assert "best validation loss" in result.out
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 3
+    for model in (out, out / "checkpoint.pt", out / "model"):
+        result = call("generate", model, "--prompt", "The", "--max-new-tokens", "4")
+        assert result.code == 0, result.err
+        assert result.out.startswith("The")
+    assert_refused(call("train", text, "--out", out, *SMALL), "checkpoint")
+    result = call("train", "--resume", "--out", out, "--steps", "5")
+    assert result.code == 0, result.err
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 5
+    assert_refused(call("train", "--resume", "--out", out, "--n-layer", "2"), "n_layer")
+
+
+def test_the_weights_say_which_tokenizer_they_were_trained_with(call: Any, trained: Path) -> None:
+    for model in (trained, trained / "model"):
+        result = call("generate", model, "--prompt", "x", "--max-new-tokens", "4")
+        assert result.code == 0, result.err
+        loaded, tokenizer = generate.load(model, None)
+        assert (loaded.config.vocab_size, tokenizer.vocab_size) == (50257, 256)
+
+
+def test_a_published_shape_takes_the_tokenizers_vocabulary(
+    call: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[GPTConfig] = []
+
+    def spy(files: Any, out: Path, *, model: GPTConfig, **options: Any) -> Any:
+        seen.append(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", spy)
+    call("train", text, "--out", tmp_path / "run", "--config", "gpt2-medium")
+    call("train", text, "--out", tmp_path / "run", "--config", "gpt2", "--vocab-size", "300")
+    assert [shape.vocab_size for shape in seen] == [256, 300]
+    assert seen[0].n_embd == 1024
+
+
+def test_a_refused_run_shows_no_progress_bar() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=100)
+    with pytest.raises(ValueError, match="refused"), ProgressBar(console):
+        raise ValueError("refused")
+    assert shown.getvalue() == ""
+    with ProgressBar(console) as bar:
+        bar({"step": 3, "loss": 1.0}, 0.5)
+    assert "step 3" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--n-head", "3"], "n_head"),
+        (["--config", "gpt9"], "gpt9"),
+        (["--steps", "0"], "steps"),
+        (["--steps", "many"], "--steps"),
+        (["--impl", "cuda"], "impl"),
+        (["--device", "cuda:99"], "device"),
+        (["--device", "meta"], "device"),
+        (["--vocab-size", "10"], "vocab_size"),
+        (["--dropout", "1.5"], "dropout"),
+    ],
+)
+def test_train_refuses_and_writes_nothing(
+    call: Any, text: Path, tmp_path: Path, options: list[str], word: str
+) -> None:
+    assert_refused(call("train", text, "--out", tmp_path / "run", *SMALL, *options), word)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_its_files(call: Any, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "run", *SMALL]
+    assert_refused(call("train", *out), "files")
+    assert_refused(call("train", tmp_path / "absent.txt", *out), "absent.txt")
+    (tmp_path / "empty.txt").touch()
+    assert_refused(call("train", tmp_path / "empty.txt", *out))
+    assert_refused(call("train", "--resume", "--out", tmp_path / "run"), "checkpoint")
+    assert not (tmp_path / "run").exists()
+
+
+def test_generate_refuses_a_contradictory_checkpoint(call: Any, trained: Path) -> None:
+    path = trained / "broken.pt"
+    content = checkpoint.load(trained / "checkpoint.pt")
+    for key, value in (
+        ("model_config", {**content["model_config"], "n_embd": 64}),
+        ("model_config", {**content["model_config"], "colour": "red"}),
+        ("model_config", None),
+        ("train_config", {}),
+    ):
+        checkpoint.save(path, {**content, key: value})
+        assert_refused(call("generate", path, "--prompt", "x"), f"checkpoint: {path}")
+
+
+# ---- what is no bad input
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where it has the type of a refusal, and strikes inside this package."""
+    monkeypatch.setattr(verify, "unavailable", None)
+    with pytest.raises(TypeError, match="not callable"):
+        main.run(["verify"])
+    monkeypatch.setattr(verify, "unavailable", lambda *arguments: int("seven"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main.run(["verify"])
+
+
+def test_a_missing_package_is_one_sentence(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(**options: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'wonder'", name="wonder")
+
+    monkeypatch.setattr(verify, "run", lacking)
+    assert_refused(call("verify"), "pip install wonder")

@@ -1,0 +1,105 @@
+"""Which implementation runs: an explicit one runs or says in one sentence why it cannot."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gptkernels import layer_norm
+from gptkernels.core import choice, native
+
+CPU, GPU = "cpu", "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_answers() -> Any:
+    answers = (native._native_unavailable, native._emulator_unavailable, native._emulator)
+    for answer in answers:
+        answer.cache_clear()
+    yield
+    for answer in answers:
+        answer.cache_clear()
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_torch_runs_anywhere(impl: str) -> None:
+    assert choice.choose(impl, torch.zeros(1)) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("emulated", "device", "sentence"),
+    [
+        (False, CPU, "runs on CUDA tensors .this one is on cpu., or on CPU tensors under GPTK"),
+        (False, GPU, "built without nvcc, so it has no CUDA C.. kernels; install from source"),
+        (True, GPU, "GPTKERNELS_EMULATE=1 runs it on CPU tensors, this one is on cuda"),
+        (True, CPU, "the emulator is not built here; `make emulator` builds it"),
+    ],
+)
+def test_cuda_says_why_it_cannot_run(
+    emulated: bool, device: str, sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(native, "EMULATED", emulated)
+    monkeypatch.setattr(native, "_EMULATOR", tmp_path / "absent.so")
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda _name: None)
+    tensor: Any = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=f"^impl='cuda': .*{sentence}") as caught:
+        choice.choose("cuda", tensor)
+    assert "\n" not in str(caught.value)
+
+
+def test_cuda_needs_compute_capability_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "EMULATED", False)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    capabilities = {0: (7, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    reason = choice.unavailable("cuda", GPU, torch.float16)
+    assert reason is not None
+    assert reason.endswith("a GPU of compute capability 8.0 or later, and there is 7.5")
+    capabilities[1] = (8, 0)
+    native._native_unavailable.cache_clear()
+    assert choice.unavailable("cuda", GPU, torch.float16) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    native._native_unavailable.cache_clear()
+    reason = choice.unavailable("cuda", GPU, torch.float16)
+    assert reason is not None
+    assert reason.endswith("and there is none")
+
+
+def test_a_module_that_is_not_there_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(native, "EMULATED", True)
+    monkeypatch.setattr(native, "_EMULATOR", tmp_path / "absent.so")
+    with pytest.raises(ImportError, match="make emulator"):
+        native.module()
+
+
+def test_threads_emulate_one_at_a_time() -> None:
+    if not native.EMULATED or native.unavailable(CPU):
+        pytest.skip("the emulator does not run here")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # between declaring tensors and launching, among other places
+    failures: list[Exception] = []
+
+    def work(rows: int) -> None:
+        try:
+            for _ in range(100):
+                layer_norm(torch.randn(rows, 8), torch.ones(8), impl="cuda")
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(rows,)) for rows in (1, 2, 3, 4)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures

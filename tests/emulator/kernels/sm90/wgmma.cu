@@ -1,0 +1,633 @@
+// wgmma and its descriptors (device/wgmma.h, device/swizzled.h), stmatrix: products in every form,
+// and what is forgotten around them.
+#include "../cases.h"
+#include "device/mma.h"
+#include "device/stmatrix.h"
+#include "device/swizzled.h"
+#include "device/tile.h"
+#include "device/tma.h"
+#include "device/vector.h"
+#include "device/warpgroup.h"
+#include "device/wgmma.h"
+
+namespace {
+
+using gk::Major;
+using Bf16 = __nv_bfloat16;
+
+constexpr int kDepth = 128;
+
+// Row-major `source` into the tile, by all 128 threads of the first warpgroup.
+template <class T, int kRows, int kCols>
+__device__ void fill(const gk::SwizzledTile<T, kRows, kCols>& tile, const T* source) {
+    for (int i = int(threadIdx.x) * 8; i < kRows * kCols; i += 128 * 8) {
+        gk::st128_shared(tile.at(i / kCols, i % kCols), gk::ld128(source + i));  // fill operand
+    }
+}
+
+__device__ void publish() {
+    gk::fence_proxy_async();
+    __syncthreads();
+}
+
+// An accumulator's place in D (64, N).
+__device__ int row_of(int i) {
+    return int(threadIdx.x) / 32 % 4 * 16 + gk::lane_index() / 4 + i / 2 * 8;
+}
+__device__ int column_of(int tile, int i) { return 8 * tile + gk::lane_index() % 4 * 2 + i % 2; }
+
+template <int N>
+__device__ void write_out(float* to, const float (&acc)[N / 8][4]) {
+    for (int tile = 0; tile < N / 8; ++tile) {
+        for (int i = 0; i < 4; ++i) {
+            to[row_of(i) * N + column_of(tile, i)] = acc[tile][i];  // write_out
+        }
+    }
+}
+
+// D (+)= A B over kDepth, operands as they are stored.
+template <class T, int N, Major kA, Major kB>
+__device__ void multiply_shared(float (&acc)[N / 8][4], T* a, T* b, bool accumulate) {
+    gk::wgmma_fence_registers(acc);
+    gk::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+        uint64_t left, right;
+        if constexpr (kA == Major::k) {
+            left = gk::SwizzledTile<T, 64, kDepth>{a}.k_major(0, k);
+        } else {
+            left = gk::SwizzledTile<T, kDepth, 64>{a}.mn_major(k, 0);
+        }
+        if constexpr (kB == Major::k) {
+            right = gk::SwizzledTile<T, N, kDepth>{b}.k_major(0, k);
+        } else {
+            right = gk::SwizzledTile<T, kDepth, N>{b}.mn_major(k, 0);
+        }
+        gk::Wgmma<T, N, kA, kB>::multiply(acc, left, right, accumulate || k > 0);
+    }
+    gk::wgmma_commit();
+    gk::wgmma_wait<0>();
+    gk::wgmma_fence_registers(acc);
+}
+
+// The same with A, which is K-major, from registers.
+template <class T, int N, Major kB>
+__device__ void multiply_registers(float (&acc)[N / 8][4], const typename gk::Mma<T>::A* a, T* b,
+                                   bool accumulate) {
+    gk::wgmma_fence_registers(acc);
+    gk::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+        uint64_t right;
+        if constexpr (kB == Major::k) {
+            right = gk::SwizzledTile<T, N, kDepth>{b}.k_major(0, k);
+        } else {
+            right = gk::SwizzledTile<T, kDepth, N>{b}.mn_major(k, 0);
+        }
+        gk::Wgmma<T, N, Major::k, kB>::multiply(acc, a[k / 16].r, right, accumulate || k > 0);
+    }
+    gk::wgmma_commit();
+    gk::wgmma_wait<0>();
+    gk::wgmma_fence_registers(acc);
+}
+
+enum Form { kAccumulate = 1, kTransposedA = 2, kTransposedB = 4, kFromRegisters = 8 };
+
+// b (64, N) out: A B, added to c (64, N) where p.n says kAccumulate. a, elements of T: A (64, 128)
+// or with kTransposedA (128, 64), then B, (N, 128) or with kTransposedB (128, N). 128 threads.
+template <class T, int N>
+__global__ void wgmma_product(const Case p) {
+    T* a = reinterpret_cast<T*>(gk::shared_memory());
+    T* b = a + 64 * kDepth;
+    const T* source = reinterpret_cast<const T*>(p.a);
+    const bool accumulate = p.n & kAccumulate;
+    if (p.n & kTransposedA) {
+        fill(gk::SwizzledTile<T, kDepth, 64>{a}, source);
+    } else {
+        fill(gk::SwizzledTile<T, 64, kDepth>{a}, source);
+    }
+    source += 64 * kDepth;
+    if (p.n & kTransposedB) {
+        fill(gk::SwizzledTile<T, kDepth, N>{b}, source);
+    } else {
+        fill(gk::SwizzledTile<T, N, kDepth>{b}, source);
+    }
+    publish();
+
+    float acc[N / 8][4];
+    const float* start = static_cast<const float*>(p.c);
+    for (int tile = 0; accumulate && tile < N / 8; ++tile) {
+        for (int i = 0; i < 4; ++i) acc[tile][i] = start[row_of(i) * N + column_of(tile, i)];
+    }
+    typename gk::Mma<T>::A left[kDepth / 16];
+    if (p.n & kFromRegisters) {
+        const gk::SwizzledTile<T, 64, kDepth> tile{a};
+        const int row = int(threadIdx.x) / 32 * 16 + gk::lane_index() % 16;
+#pragma unroll
+        for (int k = 0; k < kDepth; k += 16) {
+            gk::ldmatrix_x4(left[k / 16].r, tile.at(row, k + gk::lane_index() / 16 * 8));
+        }
+    }
+    switch (p.n & ~kAccumulate) {
+        case 0: multiply_shared<T, N, Major::k, Major::k>(acc, a, b, accumulate); break;
+        case kTransposedA: multiply_shared<T, N, Major::mn, Major::k>(acc, a, b, accumulate); break;
+        case kTransposedB: multiply_shared<T, N, Major::k, Major::mn>(acc, a, b, accumulate); break;
+        case kTransposedA | kTransposedB:
+            multiply_shared<T, N, Major::mn, Major::mn>(acc, a, b, accumulate);
+            break;
+        case kFromRegisters: multiply_registers<T, N, Major::k>(acc, left, b, accumulate); break;
+        case kFromRegisters | kTransposedB:
+            multiply_registers<T, N, Major::mn>(acc, left, b, accumulate);
+            break;
+    }
+    write_out<N>(p.b, acc);
+}
+
+// ---- Two steps of what kernels do, right or with one mistake: D (64, 64) = A B with A (64, 64)
+// and B (64, 64), bf16, both K-major and one after the other in a; b out. 128 threads unless it
+// says more.
+
+using Tile = gk::SwizzledTile<Bf16, 64, 64>;
+using Product = gk::Wgmma<Bf16, 64>;
+
+__device__ Tile tile_a() { return {reinterpret_cast<Bf16*>(gk::shared_memory())}; }
+__device__ Tile tile_b() { return {tile_a().data + Tile::kBytes / 2}; }
+
+__device__ void fill_both(const Case& p) {
+    fill(tile_a(), reinterpret_cast<const Bf16*>(p.a));             // fill A
+    fill(tile_b(), reinterpret_cast<const Bf16*>(p.a) + 64 * 64);  // fill B
+}
+
+__device__ void issue(float (&acc)[8][4], int first, int end) {
+#pragma unroll
+    for (int k = first; k < end; k += 16) {
+        Product::multiply(acc, tile_a().k_major(0, k), tile_b().k_major(0, k), k > 0);  // issue
+    }
+}
+
+__device__ void finish(float (&acc)[8][4], float* to) {
+    gk::wgmma_wait<0>();  // wait for products
+    gk::wgmma_fence_registers(acc);
+    write_out<64>(to, acc);  // finish
+}
+
+__global__ void product_without_wait(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);
+    gk::wgmma_commit();
+    if (!p.broken) gk::wgmma_wait<0>();
+    gk::wgmma_fence_registers(acc);
+    write_out<64>(p.b, acc);  // product_without_wait
+    gk::wgmma_wait<0>();
+}
+
+// What no commit has closed is not waited for.
+__global__ void product_without_commit(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);
+    if (!p.broken) gk::wgmma_commit();
+    finish(acc, p.b);  // product_without_commit
+}
+
+__global__ void product_wait_short_by_one(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4], other[8][4];
+    gk::wgmma_fence();
+    issue(other, 0, 16);
+    gk::wgmma_commit();
+    issue(acc, 0, 64);
+    gk::wgmma_commit();
+    gk::wgmma_wait<1>();
+    gk::wgmma_fence_registers(other);
+    if (!p.broken) gk::wgmma_wait<0>();
+    gk::wgmma_fence_registers(acc);
+    write_out<64>(p.b, acc);  // product_wait_short_by_one
+    gk::wgmma_wait<0>();
+}
+
+// Two groups on the same accumulators, of which one is waited for.
+__global__ void product_half_waited_for(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 32);
+    gk::wgmma_commit();
+    issue(acc, 32, 64);
+    gk::wgmma_commit();
+    gk::wgmma_wait<1>();
+    if (!p.broken) gk::wgmma_wait<0>();
+    gk::wgmma_fence_registers(acc);
+    write_out<64>(p.b, acc);  // product_half_waited_for
+    gk::wgmma_wait<0>();
+}
+
+__global__ void product_without_fence(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    if (!p.broken) gk::wgmma_fence();
+    issue(acc, 0, 64);  // product_without_fence
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+// A sum begins again before the one before it has been waited for.
+__global__ void product_started_anew(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 48);
+    issue(acc, 0, 64);
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+// Twice half of the product's first half, then its second.
+__global__ void product_rescaled(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 32);
+    gk::wgmma_commit();
+    gk::wgmma_wait<0>();
+    gk::wgmma_fence_registers(acc);
+    for (int tile = 0; tile < 8; ++tile) {
+        for (int i = 0; i < 4; ++i) acc[tile][i] *= 2.0f;
+    }
+    if (!p.broken) gk::wgmma_fence();
+    issue(acc, 32, 64);  // product_rescaled
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+// The accumulators rounded are A of a second product: (A B) B.
+__global__ void product_rounded(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4], sums[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);
+    gk::wgmma_commit();
+    gk::wgmma_wait<0>();
+    gk::wgmma_fence_registers(acc);
+    if (p.broken) gk::wgmma_fence();
+    gk::Mma<Bf16>::A left[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) left[k] = gk::Mma<Bf16>::from_accumulators(acc + 2 * k);
+    if (!p.broken) gk::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        Product::multiply(sums, left[k].r, tile_b().k_major(0, 16 * k), k > 0);  // product_rounded
+    }
+    gk::wgmma_commit();
+    finish(sums, p.b);
+}
+
+// n: 1 for A, else B
+__global__ void product_operand_overwritten(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);  // reads what is overwritten
+    gk::wgmma_commit();
+    if (!p.broken) gk::wgmma_wait<0>();
+    __syncthreads();
+    Bf16* at = p.n ? tile_a().at(5, 20) : tile_b().at(5, 20);
+    if (threadIdx.x == 0) *at = __float2bfloat16(100.0f);  // overwritten
+    finish(acc, p.b);
+}
+
+// As a store that the emulator does not see.
+__attribute__((noinline, no_sanitize("thread"))) __device__ void change(Bf16* at) {
+    *at = __float2bfloat16(100.0f);
+}
+
+// n: 1 for A, else B
+__global__ void product_operand_changed(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);
+    gk::wgmma_commit();
+    if (!p.broken) gk::wgmma_wait<0>();
+    __syncthreads();
+    change(p.n ? tile_a().at(5, 20) : tile_b().at(5, 20));
+    finish(acc, p.b);  // product_operand_changed
+}
+
+// As a store to an accumulator that the emulator does not see.
+__attribute__((noinline, no_sanitize("thread"))) __device__ void change(float* at) { *at = 100.0f; }
+
+__global__ void product_accumulator_changed(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);
+    gk::wgmma_commit();
+    if (!p.broken) gk::wgmma_wait<0>();
+    change(&acc[1][2]);
+    finish(acc, p.b);  // product_accumulator_changed
+}
+
+// Not all threads come to the wait.
+__global__ void product_not_waited_for_by_all(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 16);
+    if (!p.broken || threadIdx.x != 77) issue(acc, 16, 64);  // all but one
+    if (p.broken && threadIdx.x == 77) return;
+    gk::wgmma_commit();
+    finish(acc, p.b);  // product_not_waited_for_by_all
+}
+
+// 256 threads: the second warpgroup overwrites B when the first, at a barrier, has given it back.
+__global__ void product_given_back_early(const Case p) {
+    if (threadIdx.x < 128) fill_both(p);
+    publish();
+    if (threadIdx.x >= 128) {
+        gk::named_barrier_sync(1, 256);
+        tile_b().data[threadIdx.x] = __float2bfloat16(100.0f);  // product_given_back_early
+        return;
+    }
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);  // reads what is given back
+    gk::wgmma_commit();
+    if (p.broken) gk::named_barrier_arrive(1, 256);
+    gk::wgmma_wait<0>();
+    if (!p.broken) gk::named_barrier_arrive(1, 256);
+    finish(acc, p.b);
+}
+
+// 384 threads: the same by two warpgroups, of which the second gives B back too early.
+__global__ void product_given_back_by_one(const Case p) {
+    const unsigned warpgroup = threadIdx.x / 128;
+    if (warpgroup == 0) fill_both(p);
+    publish();
+    if (warpgroup == 2) {
+        gk::named_barrier_sync(1, 384);
+        tile_b().data[threadIdx.x] = __float2bfloat16(100.0f);  // product_given_back_by_one
+        return;
+    }
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);  // reads what one gives back
+    gk::wgmma_commit();
+    const bool early = p.broken && warpgroup == 1;
+    if (early) gk::named_barrier_arrive(1, 384);
+    gk::wgmma_wait<0>();
+    gk::wgmma_fence_registers(acc);
+    if (!early) gk::named_barrier_arrive(1, 384);
+    if (warpgroup == 0) write_out<64>(p.b, acc);
+}
+
+__global__ void product_without_proxy_fence(const Case p) {
+    fill_both(p);  // without proxy fence
+    if (!p.broken) gk::fence_proxy_async();
+    __syncthreads();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);  // product_without_proxy_fence
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+__global__ void product_without_barrier(const Case p) {
+    fill_both(p);  // without barrier of stores
+    gk::fence_proxy_async();
+    if (!p.broken) __syncthreads();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);  // product_without_barrier
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+// Each warp multiplies rows of A that it wrote itself: no barrier of the warpgroup is needed.
+__global__ void product_of_own_rows(const Case p) {
+    fill(tile_b(), reinterpret_cast<const Bf16*>(p.a) + 64 * 64);
+    publish();
+    const int warp = int(threadIdx.x) / 32, lane = gk::lane_index();
+    for (int i = lane; i < 16 * 8; i += 32) {
+        const int row = 16 * (p.broken ? 3 - warp : warp) + i / 8, col = i % 8 * 8;
+        gk::st128_shared(tile_a().at(row, col),
+                         gk::ld128(reinterpret_cast<const Bf16*>(p.a) + row * 64 + col));
+    }
+    gk::fence_proxy_async();
+    __syncwarp();
+    float acc[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 64);  // product_of_own_rows
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+// The same with A transposed, (depth, rows): a warp writes its 16 columns.
+__global__ void product_of_own_columns(const Case p) {
+    fill(tile_b(), reinterpret_cast<const Bf16*>(p.a) + 64 * 64);
+    publish();
+    const int warp = int(threadIdx.x) / 32;
+    for (int i = gk::lane_index(); i < 64 * 2; i += 32) {
+        const int col = 16 * (p.broken ? 3 - warp : warp) + i % 2 * 8;
+        gk::st128_shared(tile_a().at(i / 2, col),
+                         gk::ld128(reinterpret_cast<const Bf16*>(p.a) + i / 2 * 64 + col));
+    }
+    gk::fence_proxy_async();
+    __syncwarp();
+    float acc[8][4];
+    gk::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 64; k += 16) {
+        const uint64_t a = tile_a().mn_major(k, 0), b = tile_b().k_major(0, k);
+        gk::Wgmma<Bf16, 64, Major::mn>::multiply(acc, a, b, k > 0);  // product_of_own_columns
+    }
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+__global__ void product_diverges(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+    if (p.broken && threadIdx.x < 64) {
+        issue(acc, 0, 64);  // product_diverges: low
+    } else {
+        issue(acc, 0, 64);  // product_diverges: high
+    }
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+// Warps of one warpgroup name different columns of B, or with n = 1 of A, or start otherwise (n =
+// 2).
+__global__ void product_of_two_minds(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    gk::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 64; k += 16) {
+        const int other = p.broken && threadIdx.x >= 96;
+        const uint64_t a = tile_a().k_major(0, other && p.n == 1 ? k ^ 16 : k);
+        const uint64_t b = tile_b().k_major(0, other && p.n == 0 ? k ^ 16 : k);
+        Product::multiply(acc, a, b, k > 0 || (other && p.n == 2));  // product_of_two_minds
+    }
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+#ifdef GK_EMULATE
+// Warps go on with different accumulators: on a GPU these are registers, which no address chooses.
+__global__ void product_of_two_sums(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4], spare[8][4];
+    gk::wgmma_fence();
+    issue(acc, 0, 32);
+    auto& sums = p.broken && threadIdx.x >= 96 ? spare : acc;
+    issue(sums, 32, 64);  // product_of_two_sums
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+#endif
+
+// A product of another shape on accumulators in flight.
+__global__ void product_of_two_shapes(const Case p) {
+    fill_both(p);
+    publish();
+    float acc[8][4];
+    auto& half = reinterpret_cast<float(&)[4][4]>(acc);
+    gk::wgmma_fence();
+    issue(acc, 0, 48);
+    if (!p.broken) {
+        issue(acc, 48, 64);
+    } else {
+        const uint64_t a = tile_a().k_major(0, 48), b = tile_b().k_major(0, 48);
+        gk::Wgmma<Bf16, 32>::multiply(half, a, b, true);  // product_of_two_shapes
+    }
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+// 96 threads
+__global__ void product_of_three_warps(const Case p) {
+    float acc[8][4];
+    if (p.broken) gk::wgmma_fence();  // product_of_three_warps
+    if (p.broken) issue(acc, 0, 64);
+}
+
+// c int32 (2,): what is added to B's descriptor, low and high bits; n: whether B is MN-major.
+__global__ void product_of_descriptor(const Case p) {
+    fill_both(p);
+    publish();
+    const auto* change = static_cast<const unsigned*>(p.c);
+    const uint64_t bits = uint64_t(change[1]) << 32 | change[0];
+    float acc[8][4];
+    gk::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 64; k += 16) {
+        const uint64_t b = (p.n ? tile_b().mn_major(k, 0) : tile_b().k_major(0, k)) + bits;
+        const uint64_t a = tile_a().k_major(0, k);
+        if (p.n) {
+            gk::Wgmma<Bf16, 64, Major::k, Major::mn>::multiply(acc, a, b, k > 0);
+        } else {
+            Product::multiply(acc, a, b, k > 0);
+        }
+    }
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
+// a (64, 64) bf16 in; c (2, 64, 64) bf16 out: each warp takes its 16 rows as accumulators'
+// fragments and stores them by stmatrix, straight and, a 16 x 16 block at a time, transposed. 128
+// threads.
+__global__ void stmatrix(const Case p) {
+    const auto* source = reinterpret_cast<const Bf16*>(p.a);
+    const Tile tile{tile_a()}, turned{tile_b()};
+    const int warp = int(threadIdx.x) / 32, lane = gk::lane_index();
+    for (int col = 0; col < 64; col += 16) {
+        uint32_t r[4];
+        for (int i = 0; i < 4; ++i) {
+            const int row = 16 * warp + lane / 4 + i % 2 * 8;
+            memcpy(&r[i], source + row * 64 + col + i / 2 * 8 + lane % 4 * 2, sizeof r[i]);
+        }
+        gk::stmatrix_x4(tile.at(16 * warp + lane % 16, col + lane / 16 * 8), r);
+        const int row = 16 * warp + lane / 16 * 8 + lane % 8;
+        gk::stmatrix_x4_trans(turned.at(row, col + lane / 8 % 2 * 8), r);
+    }
+    __syncthreads();
+    auto* out = static_cast<Bf16*>(p.c);
+    for (int i = int(threadIdx.x) * 8; i < 64 * 64; i += 128 * 8) {
+        gk::st128(out + i, gk::ld128(tile.at(i / 64, i % 64)));
+        gk::st128(out + 64 * 64 + i, gk::ld128(turned.at(i / 64, i % 64)));
+    }
+}
+
+}  // namespace
+
+#define GK_PRODUCTS(N)                                   \
+    {"wgmma_bf16_" #N, wgmma_product<Bf16, N>},          \
+    {"wgmma_f16_" #N, wgmma_product<__half, N>}
+
+const NamedCase kWgmmaCases[] = {
+    GK_PRODUCTS(16),
+    GK_PRODUCTS(32),
+    GK_PRODUCTS(48),
+    GK_PRODUCTS(64),
+    GK_PRODUCTS(80),
+    GK_PRODUCTS(96),
+    GK_PRODUCTS(112),
+    GK_PRODUCTS(128),
+    GK_PRODUCTS(144),
+    GK_PRODUCTS(160),
+    GK_PRODUCTS(176),
+    GK_PRODUCTS(192),
+    GK_PRODUCTS(208),
+    GK_PRODUCTS(224),
+    GK_PRODUCTS(240),
+    GK_PRODUCTS(256),
+    {"product_without_wait", product_without_wait},
+    {"product_without_commit", product_without_commit},
+    {"product_wait_short_by_one", product_wait_short_by_one},
+    {"product_half_waited_for", product_half_waited_for},
+    {"product_without_fence", product_without_fence},
+    {"product_started_anew", product_started_anew},
+    {"product_rescaled", product_rescaled},
+    {"product_rounded", product_rounded},
+    {"product_operand_overwritten", product_operand_overwritten},
+    {"product_operand_changed", product_operand_changed},
+    {"product_accumulator_changed", product_accumulator_changed},
+    {"product_not_waited_for_by_all", product_not_waited_for_by_all},
+    {"product_given_back_early", product_given_back_early},
+    {"product_given_back_by_one", product_given_back_by_one},
+    {"product_without_proxy_fence", product_without_proxy_fence},
+    {"product_without_barrier", product_without_barrier},
+    {"product_of_own_rows", product_of_own_rows},
+    {"product_of_own_columns", product_of_own_columns},
+    {"product_diverges", product_diverges},
+    {"product_of_two_minds", product_of_two_minds},
+#ifdef GK_EMULATE
+    {"product_of_two_sums", product_of_two_sums},
+#endif
+    {"product_of_two_shapes", product_of_two_shapes},
+    {"product_of_three_warps", product_of_three_warps},
+    {"product_of_descriptor", product_of_descriptor},
+    {"stmatrix", stmatrix},
+    {nullptr, nullptr},
+};

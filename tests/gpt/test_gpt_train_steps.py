@@ -1,0 +1,158 @@
+"""What a training step is made of: schedule, decay groups, accumulation, clipping, FLOPs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from training import (
+    SHORT,
+    TINY,
+    text,
+)
+
+from gptkernels import GPT, GPTConfig
+from gptkernels.gpt.tokenizer import ByteTokenizer
+from gptkernels.gpt.training import data
+from gptkernels.gpt.training.config import TrainConfig, learning_rate
+from gptkernels.gpt.training.throughput import flops_per_token, peak_flops
+from gptkernels.gpt.training.train import parameter_groups, train
+from gptkernels.truth.parity import compare
+from gptkernels.truth.plain_gpt import PlainGPT
+
+__all__ = ["text"]  # a fixture
+
+
+def test_schedule_warms_up_and_falls_by_half_a_cosine() -> None:
+    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.2)
+    rates = [learning_rate(config, step) for step in range(111)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.6)  # half way down
+    assert rates[35] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rates[110] == pytest.approx(0.2)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    # With a time limit the clock takes over where it is ahead of the steps.
+    timed = dataclasses.replace(config, minutes=1.0)
+    assert learning_rate(timed, 10, seconds=30.0) == pytest.approx(0.6)
+    assert learning_rate(timed, 110, seconds=0.0) == pytest.approx(0.2)
+    assert learning_rate(timed, 20, seconds=90.0) == pytest.approx(0.2)
+    assert learning_rate(dataclasses.replace(config, warmup_steps=0), 0) == 1.0
+
+
+def test_matrices_decay_biases_and_norms_do_not() -> None:
+    model = GPT(TINY)
+    decayed, kept = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert all("ln_" in names[p] or names[p].endswith("bias") for p in kept["params"])
+    assert all(names[p].endswith("weight") and "ln_" not in names[p] for p in decayed["params"])
+    everything = decayed["params"] + kept["params"]
+    assert len(everything) == len(set(everything)) == len(list(model.parameters()))
+
+
+def test_weight_decay_shrinks_matrices_alone() -> None:
+    model = GPT(TINY)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.1 * 0.5 if parameter.dim() > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), factor * before[name])
+
+
+def test_flops_per_token_counts_gpt2_as_the_formula_says() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig.named("gpt2"))
+    counted = 124_439_808 - 1024 * 768
+    assert flops_per_token(model, 12, 768, 1024) == 6 * counted + 12 * 12 * 768 * 1024
+
+
+def test_cpu_peak_is_measured_and_draws_no_random_number() -> None:
+    before = torch.get_rng_state()
+    peak = peak_flops(torch.device("cpu"), torch.float32)
+    assert peak is not None
+    assert peak > 1e6
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA H200", 989.4e12, 66.9e12),
+        ("NVIDIA A100-SXM4-80GB", 311.9e12, 19.5e12),
+        ("NVIDIA A10", 125e12, 31.2e12),
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA H100 PCIe", 756.5e12, 51.2e12),
+    ],
+)
+def test_gpu_peak_comes_from_the_data_sheet_or_is_unknown(
+    monkeypatch: pytest.MonkeyPatch, name: str, bf16: float | None, fp32: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == pytest.approx(bf16)
+    assert peak_flops(torch.device("cuda"), torch.float32) == pytest.approx(fp32)
+
+
+def test_accumulation_equals_one_big_batch(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients of 4 micro-batches of 2, held to the fp64 gradients of a batch of 8."""
+    model = dataclasses.replace(TINY, dropout=0.0)
+    config = dataclasses.replace(
+        SHORT, steps=1, batch_size=2, accumulation=4, clip=0.0, learning_rate=1e-3, warmup_steps=0
+    )
+    accumulated: list[Tensor] = []
+
+    def capture(parameters: Any, limit: float) -> Tensor:
+        assert limit == math.inf
+        accumulated.extend(p.grad.clone() for p in parameters)
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", capture)
+    result = train([text], tmp_path / "a", model=model, config=config)
+    torch.manual_seed(config.seed)
+    initial = GPT(model).state_dict()
+    tokens, _ = data.split(
+        data.tokenize(data.read_text([text]), ByteTokenizer()), 0.1, model.block_size
+    )
+    x, y = next(data.Batches(tokens, model.block_size, 8, config.seed))
+
+    def big_batch(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        plain = PlainGPT(model).to(dtype)
+        plain.load_state_dict(initial)
+        loss = F.cross_entropy(plain(x).flatten(0, 1), y.flatten())
+        return loss.detach(), list(torch.autograd.grad(loss, list(plain.parameters())))
+
+    (truth_loss, truth), (baseline_loss, baseline) = map(big_batch, (torch.float64, torch.float32))
+    loss = torch.tensor(result.records[1]["loss"])
+    assert compare(loss, baseline_loss, truth_loss, k=2.0).passed
+    for triple in zip(accumulated, baseline, truth, strict=True):
+        measurement = compare(*triple, k=3.0)
+        assert measurement.passed, str(measurement)
+
+
+def test_clipping_bounds_the_norm_and_logs_it_unclipped(text: Path, tmp_path: Path) -> None:
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def spy(self: Any, *args: Any) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients])).item())
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spy)
+        config = dataclasses.replace(SHORT, steps=2, log_interval=1, clip=0.01)
+        result = train([text], tmp_path / "out", model=TINY, config=config)
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert all(record["gradient_norm"] > 0.1 for record in result.records[1:])

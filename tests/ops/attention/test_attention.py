@@ -1,0 +1,243 @@
+"""`attention` against the truth in every implementation: sizes, options, strides."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    assert_right,
+    assert_same,
+    each,
+    inputs,
+    lengths,
+    run,
+    runnable,
+    seeded,
+    shrink_tiles,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gptkernels import attention
+from gptkernels.ops.attention.torch import dense as aten
+from gptkernels.truth import baseline, parity, reference
+
+
+class TestParity:
+    @runnable
+    @given(
+        sizes=st.tuples(
+            st.integers(1, 2),  # B
+            st.integers(1, 100),  # Tq
+            st.integers(1, 100),  # Tk
+            st.integers(1, 2),  # query heads a key head
+            st.integers(1, 2),  # Hk, 1 in a batch of 2
+            st.sampled_from([8, 16, 20, 64]),  # D
+        ),
+        causal=st.booleans(),
+        window=st.none() | st.tuples(st.integers(-1, 70), st.integers(-1, 70)),
+        softcap=st.sampled_from([0.0, 0.0, 2.0, 50.0]),
+        alibi=st.booleans(),
+        ends=st.none() | st.tuples(st.integers(0, 100), st.integers(0, 100)),
+        dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
+        return_lse=st.booleans(),
+        tile=st.sampled_from([(16, 16), (32, 16), (16, 32)]),
+        seed=st.integers(0, 2**20),
+    )
+    def test_any_size_and_option(
+        self,
+        impl: str,
+        dtype: torch.dtype,
+        sizes: tuple[int, ...],
+        causal: bool,
+        window: tuple[int, int] | None,
+        softcap: float,
+        alibi: bool,
+        ends: tuple[int, int] | None,
+        dropout_p: float,
+        return_lse: bool,
+        tile: tuple[int, int],
+        seed: int,
+    ) -> None:
+        B, Tq, Tk, group, Hk, D = sizes
+        Hk = min(Hk, 3 - B) if Tq > 4 else 8  # of a few numbers PyTorch's error is anything
+        H = group * Hk
+        tensors = inputs(B, Tq, Tk, H, Hk, D, dtype, seed)
+        with pytest.MonkeyPatch.context() as patch:
+            # A few rows a block, so that the written-out formula has many of them.
+            patch.setattr(aten, "_SCORES_HELD", B * H * Tk * 40)
+            patch.setattr(aten, "_BAND_ROWS", 24)
+            if impl == "triton" and dtype != FP32:
+                # Tiles as large as the lengths here would have no inner blocks.
+                shrink_tiles(patch, *tile)
+            masks = dict(
+                causal=causal,
+                window=window,
+                key_lengths=lengths(*(min(end, Tk) for end in ends[:B])) if ends else None,
+            )
+            # Where no row sees two keys dq and dk are 0, and rounding noise has no yardstick.
+            flat = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+            _, counts = reference.attention(**flat, **masks, return_lse=True)
+            assert_right(
+                tensors,
+                impl,
+                seed,
+                gradients=bool(counts.max() > 0.5),
+                softcap=softcap,
+                alibi_slopes=[2.0**-h for h in range(H)] if alibi else None,
+                dropout_p=dropout_p,
+                return_lse=return_lse,
+                **masks,
+            )
+
+    @runnable
+    @pytest.mark.parametrize("lse", [False, True])
+    @pytest.mark.parametrize(("Tq", "Tk"), [(1, 1), (63, 65), (128, 128), (130, 200), (200, 130)])
+    def test_edges_of_tiles(
+        self, impl: str, dtype: torch.dtype, Tq: int, Tk: int, lse: bool, seed: int
+    ) -> None:
+        heads = 8 if Tq == 1 else 1  # of one number PyTorch's error is anything
+        tensors = inputs(1, Tq, Tk, heads, D=16, dtype=dtype, seed=seed)
+        # With a single key dq and dk are 0, and rounding noise has no yardstick.
+        assert_right(tensors, impl, seed, gradients=Tk > 1, causal=not lse, return_lse=lse)
+
+    @runnable
+    @pytest.mark.parametrize("D", [1, 17, 65, 96, 128, 160, 256])
+    def test_head_widths(self, impl: str, dtype: torch.dtype, D: int, seed: int) -> None:
+        tensors = inputs(1, 70, 75, 2, 1, D, dtype, seed)
+        assert_right(tensors, impl, seed, window=(60, 0), return_lse=True)
+
+    @runnable
+    @pytest.mark.parametrize("D", [8, 40, 63, 64, 80, 97, 129, 192, 193])
+    def test_more_head_widths_forward(
+        self, impl: str, dtype: torch.dtype, D: int, seed: int
+    ) -> None:
+        tensors = inputs(1, 70, 75, 2, 1, D, dtype, seed)
+        assert_right(tensors, impl, seed, gradients=False, dropout_p=0.1, return_lse=True)
+
+    @each
+    def test_heads_that_do_not_fit_in_the_cache_together(self, impl: str, seed: int) -> None:
+        """At this length the CUDA kernels take the three heads two at a time, then one."""
+        tensors = inputs(1, 140, 16000, 3, D=64, seed=seed)
+        assert_right(tensors, impl, seed, gradients=False, window=(100, 0), return_lse=True)
+
+    @runnable
+    @pytest.mark.parametrize(
+        "options",
+        [
+            dict(dropout_p=0.2),
+            dict(window=(100, 0), alibi_slopes=[0.1, 0.02]),
+            dict(window=(170, 20), causal=False, softcap=3.0, return_lse=True),
+            dict(key_lengths=(270,), causal=False, dropout_p=0.4, return_lse=True),
+            dict(window=(5, 0)),
+            dict(window=(0, -1), causal=False),
+        ],
+        ids=str,
+    )
+    def test_many_tiles(
+        self, impl: str, dtype: torch.dtype, options: dict[str, Any], seed: int
+    ) -> None:
+        if "key_lengths" in options:
+            options = options | dict(key_lengths=lengths(*options["key_lengths"]))
+        assert_right(inputs(1, 140, 290, 2, 1, 16, dtype, seed), impl, seed, **options)
+
+    @runnable
+    def test_eight_query_heads_read_one(self, impl: str, dtype: torch.dtype, seed: int) -> None:
+        tensors = inputs(2, 40, 45, 8, 1, 24, dtype, seed)
+        assert_right(tensors, impl, seed, dropout_p=0.1, return_lse=True)
+
+    @runnable
+    @pytest.mark.parametrize(
+        "options",
+        [
+            dict(softmax_scale=-0.3),
+            dict(softmax_scale=0.0),
+            dict(softmax_scale=3.0, softcap=20.0),
+            dict(dropout_p=1.0),
+            dict(window=(1, 0), causal=False),
+            dict(window=(2**40, 2**40), causal=False),
+            dict(window=(-1, 3)),  # causal caps right at 0
+            dict(window=(3, -1), causal=False),
+        ],
+        ids=str,
+    )
+    def test_options(
+        self, impl: str, dtype: torch.dtype, options: dict[str, Any], seed: int
+    ) -> None:
+        assert_right(inputs(1, 40, 45, dtype=dtype, seed=seed), impl, seed, **options)
+
+    @runnable
+    def test_strides(self, impl: str, dtype: torch.dtype, seed: int) -> None:
+        """Slices of one projection, heads before tokens, and one key head expanded."""
+        torch.manual_seed(seed)
+        draw = functools.partial(torch.randn, device=DEVICE, dtype=dtype)
+        q, k, v = draw(2, 40, 3, 2, 24).unbind(2)
+        assert_right(dict(q=q, k=k, v=v), impl, seed)
+        q, k, v = (x.transpose(1, 2) for x in draw(3, 2, 2, 40, 24))
+        assert_right(dict(q=q, k=k, v=v), impl, seed)
+        k = draw(1, 40, 1, 24).expand(2, 40, 2, 24)
+        assert_right(dict(q=q, k=k, v=k), impl, seed)
+
+    @each
+    @pytest.mark.parametrize(
+        "ends",
+        [torch.tensor([[7, 0], [20, 0], [31, 0]]).int()[:, 0], torch.tensor([9]).int().expand(3)],
+        ids=["column", "expanded"],
+    )
+    def test_strided_lengths_and_slopes(self, impl: str, ends: Tensor) -> None:
+        tensors = inputs(3, 40)
+        slopes = torch.tensor([0.5], device=DEVICE).expand(2)
+        call = functools.partial(attention, impl=impl, dropout_p=0.2)
+        ends = ends.to(DEVICE)
+        assert ends.stride() != (1,)
+        strided = functools.partial(call, key_lengths=ends, alibi_slopes=slopes)
+        dense = functools.partial(call, key_lengths=ends.contiguous(), alibi_slopes=[0.5, 0.5])
+        assert_same(seeded(strided, tensors), seeded(dense, tensors))
+
+    @each
+    def test_expanded_cotangent(self, impl: str) -> None:
+        tensors = inputs(2, 20, D=24)
+        call = functools.partial(attention, impl=impl)
+        found = run(lambda **leaves: call(**leaves).sum(), tensors)[1:]
+        assert_same(found, run(call, tensors)[1:])
+
+    @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+    @pytest.mark.parametrize("shape", [(2, 3, 40, 45), (40, 45), (2, 1, 1, 45), (3, 40, 1)])
+    @pytest.mark.parametrize("kind", ["bool", "additive"])
+    def test_attn_mask(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        kind: str,
+        seed: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(aten, "_SCORES_HELD", 2 * 3 * 45 * 16)
+        tensors = inputs(2, 40, 45, 3, D=24, dtype=dtype, seed=seed)
+        mask = torch.randn(shape).to(device=DEVICE, dtype=dtype)
+        if kind == "bool":
+            assert_right(tensors, "auto", seed, attn_mask=mask > -0.5, softcap=5.0)
+        elif shape[-1] > 1:  # its gradient too; that of one value for a whole row is 0, all noise
+            assert_right(tensors | dict(attn_mask=mask), "auto", seed, softcap=5.0)
+        else:
+            assert_right(tensors, "auto", seed, attn_mask=mask)
+
+    @each
+    def test_lse_alone(self, impl: str, seed: int) -> None:
+        tensors = inputs(1, 30, 33, seed=seed)
+        tensors.pop("v")
+        v = torch.zeros_like(tensors["k"])
+        parity.assert_parity(
+            lambda q, k: attention(q, k, v, return_lse=True, impl=impl)[1],
+            lambda q, k: baseline.attention(q, k, v, return_lse=True)[1],
+            lambda q, k: reference.attention(q, k, v.double(), return_lse=True)[1],
+            tensors,
+        )

@@ -1,0 +1,354 @@
+"""Attention backward's Hopper kernels, emulated or on such a GPU: each way in which they are built
+against the fp64 truth, from the outputs of another implementation's forward pass."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptkernels import attention
+from gptkernels.core import native
+from gptkernels.core.choice import unavailable
+from gptkernels.ops.attention.cuda import dense as launchers
+from gptkernels.truth import baseline, parity, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() and not native.EMULATED else "cpu"
+NO_CUDA = unavailable("cuda", DEVICE, torch.bfloat16)
+if NO_CUDA is None and DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+    NO_CUDA = "the GPU's compute capability is not 9.0"
+pytestmark = pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA))
+BF16, FP16 = torch.bfloat16, torch.float16
+CANDIDATES = 8
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm90")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each launch of the backward pass took the Hopper kernels."""
+    seen: list[bool] = []
+    call = launchers.call
+
+    def spy(function: str, *arguments: Any, **named: Any) -> Any:
+        if function == "attention_bwd":
+            seen.append(named["outputs"]["turns"] is not None)
+        return call(function, *arguments, **named)
+
+    monkeypatch.setattr(launchers, "call", spy)
+    return seen
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the kernels of every device had to do a launch's work again."""
+    seen: list[bool] = []
+    call = launchers.call
+
+    def spy(function: str, *arguments: Any, **named: Any) -> Any:
+        returned = call(function, *arguments, **named)
+        if function == "attention_bwd":
+            seen.append(bool(named["outputs"]["turns"][0]))
+        return returned
+
+    monkeypatch.setattr(launchers, "call", spy)
+    return seen
+
+
+def inputs(
+    B: int = 1,
+    Tq: int = 150,
+    Tk: int | None = None,
+    H: int = 1,
+    Hk: int | None = None,
+    D: int = 64,
+    dtype: torch.dtype = BF16,
+    seed: int = 0,
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    Tk, Hk = Tq if Tk is None else Tk, H if Hk is None else Hk
+    shapes = dict(q=(B, Tq, H, D), k=(B, Tk, Hk, D), v=(B, Tk, Hk, D))
+    return {n: torch.randn(s, generator=generator).to(DEVICE, dtype) for n, s in shapes.items()}
+
+
+def lengths(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def slopes(*values: float) -> Tensor:
+    return torch.tensor(values, device=DEVICE)
+
+
+class _Backward(torch.autograd.Function):
+    """Another forward pass, and ours backward."""
+
+    @staticmethod
+    def forward(ctx: Any, how: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Any:
+        impl = how.get("forward", "torch")
+        out, lse = attention(q, k, v, **how["options"], return_lse=True, impl=impl)
+        ctx.how = how
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        return None, *gradients(ctx.how, dout, dlse, q, k, v, out, lse)
+
+
+def gradients(
+    how: dict[str, Any], dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, *rest: Tensor
+) -> tuple[Tensor, ...]:
+    options = how["options"]
+    left, right = options.get("window") or (-1, -1)
+    if options.get("causal", True):
+        right = 0
+    return launchers.attention_bwd(
+        dout, dlse, q, k, *rest,
+        options.get("alibi_slopes"), options.get("key_lengths"), None, None,
+        options.get("softmax_scale") or 1 / math.sqrt(q.shape[-1]),
+        left, right, options.get("softcap", 0.0), 0.0,
+        how.get("wanted", (True, True, True)), False, how["deterministic"],
+        candidate=how.get("candidate", -1),
+    )[:3]  # fmt: skip
+
+
+def assert_right(
+    tensors: dict[str, Any],
+    *,
+    deterministic: Sequence[bool] = (False, True),
+    candidate: int = -1,
+    lse: bool = True,
+    **options: Any,
+) -> None:
+    def ours(ordered: bool, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        how = dict(options=options, deterministic=ordered, candidate=candidate)
+        found = _Backward.apply(how, q, k, v)
+        return found if lse else found[0]
+
+    for ordered in deterministic:
+        parity.assert_parity(
+            functools.partial(ours, ordered),
+            functools.partial(baseline.attention, **options, return_lse=lse),
+            functools.partial(reference.attention, **options, return_lse=lse),
+            tensors,
+        )
+
+
+CASES: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any]]]] = {
+    "one tile": lambda: (inputs(Tq=1), dict(causal=False)),
+    "a whole tile": lambda: (inputs(Tq=128), {}),
+    "causal": lambda: (inputs(Tq=300, D=64), {}),
+    "not causal": lambda: (inputs(Tq=140, Tk=270, D=128), dict(causal=False)),
+    "fp16": lambda: (inputs(Tq=150, D=128, dtype=FP16), {}),
+    "few queries": lambda: (inputs(Tq=70, Tk=260, D=128), {}),
+    "rows without keys": lambda: (inputs(Tq=260, Tk=70, D=128), {}),
+    "window": lambda: (inputs(Tq=300, D=64), dict(window=(40, 0))),
+    "window both ways": lambda: (inputs(Tq=200, D=128), dict(causal=False, window=(100, 30))),
+    "8 heads share keys": lambda: (inputs(Tq=70, H=8, Hk=1, D=64), {}),
+    "2 heads each": lambda: (inputs(B=2, Tq=140, H=4, Hk=2, D=128, dtype=FP16), {}),
+    "D 40": lambda: (inputs(Tq=150, D=40), {}),
+    "D 80": lambda: (inputs(Tq=150, D=80), {}),
+    "D 96": lambda: (inputs(Tq=70, Tk=140, H=2, D=96, dtype=FP16), {}),
+    "D 160": lambda: (inputs(Tq=130, Tk=200, D=160, H=2, Hk=1), {}),
+    "D 192, window": lambda: (inputs(Tq=200, D=192, dtype=FP16), dict(window=(70, 0))),
+    "D 192, ALiBi": lambda: (
+        inputs(Tq=100, D=192),
+        dict(softcap=2.0, alibi_slopes=slopes(0.25), causal=False),
+    ),
+    "D 256": lambda: (inputs(Tq=130, Tk=70, D=256), dict(causal=False)),
+    "D 256, lengths, softcap": lambda: (
+        inputs(B=2, Tq=70, Tk=130, D=256, dtype=FP16),
+        dict(softcap=5.0, key_lengths=lengths(100, 0)),
+    ),
+    "lengths": lambda: (
+        inputs(B=4, Tq=100, Tk=300, D=64),
+        dict(causal=False, key_lengths=lengths(0, 1, 130, 300)),
+    ),
+    "causal lengths": lambda: (
+        inputs(B=2, Tq=200, D=128),
+        dict(key_lengths=lengths(0, 150)),
+    ),
+    "softcap": lambda: (inputs(Tq=150, D=64), dict(softcap=2.0)),
+    "ALiBi": lambda: (
+        inputs(Tq=150, H=2, Hk=1, D=128),
+        dict(alibi_slopes=slopes(0.5, 0.0625)),
+    ),
+    "both, D 80": lambda: (
+        inputs(Tq=100, H=2, D=80, dtype=FP16),
+        dict(softcap=3.0, alibi_slopes=slopes(0.5, 0.0625), causal=False),
+    ),
+    "negative scale": lambda: (inputs(Tq=100, D=64), dict(softmax_scale=-0.2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case: str, launched: list[bool]) -> None:
+    tensors, options = CASES[case]()
+    assert_right(tensors, **options)
+    assert launched == [True, True]
+
+
+@pytest.mark.parametrize("number", range(CANDIDATES))
+def test_every_candidate(number: int, launched: list[bool]) -> None:
+    built = native.module().attention_bwd_candidates()[number]
+    tensors = inputs(Tq=150, Tk=280, D=built["head_width"])
+    assert_right(tensors, candidate=number, deterministic=(False,))
+    assert launched == [True]
+
+
+def test_there_are_no_other_candidates() -> None:
+    assert len(native.module().attention_bwd_candidates()) == CANDIDATES
+    for number, tensors, options, reason in (
+        (CANDIDATES, inputs(), {}, f"there are {CANDIDATES} candidates"),
+        (0, inputs(D=128), {}, "heads up to 64 wide"),
+        (5, inputs(dtype=FP16), {}, "bf16"),
+        (5, inputs(), dict(softcap=2.0), "without softcap"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            assert_right(tensors, candidate=number, deterministic=(False,), **options)
+
+
+@pytest.mark.parametrize("copies", ["late", "early"])
+@pytest.mark.parametrize("schedule", ["reverse", "7"])
+def test_any_schedule(schedule: str, copies: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
+    monkeypatch.setenv("GPTKERNELS_EMULATE_COPIES", copies)
+    assert_right(inputs(Tq=200, D=128, H=2, Hk=1), deterministic=(True,))
+    assert_right(inputs(Tq=280, D=64), deterministic=(False,))
+
+
+def test_deterministic_gradients_are_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the fp32 sums of dq, of which rounding would hide most of the order."""
+    tensors = inputs(Tq=300, Tk=700, D=64)  # six blocks of keys, three of rows
+    options = dict(causal=False)
+    sums: list[Tensor] = []
+    call = launchers.call
+
+    def spy(function: str, *arguments: Any, **named: Any) -> Any:
+        returned = call(function, *arguments, **named)
+        if function == "attention_bwd":
+            sums.append(named["outputs"]["dq_sum"])
+        return returned
+
+    monkeypatch.setattr(launchers, "call", spy)
+    found = []
+    for schedule in ("forward", "reverse", "3", "4", "5"):
+        monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
+        leaves = [x.clone().requires_grad_() for x in tensors.values()]
+        out, _ = _Backward.apply(dict(options=options, deterministic=True), *leaves)
+        gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        found.append([*gradients, sums[-1]])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_what_is_not_wanted_is_not_written(wanted: tuple[bool, ...]) -> None:
+    tensors = inputs(Tq=150, D=64)
+    q, k, v = tensors.values()
+    out, lse = attention(q, k, v, return_lse=True, impl="torch")
+    dout = torch.randn_like(out)
+    arguments = (dout, None, q, k, v, out, lse)
+    how: dict[str, Any] = dict(options={}, deterministic=True)
+    everything = gradients(how, *arguments)
+    some = gradients({**how, "wanted": wanted}, *arguments)
+    for name, x, y, is_wanted in zip("qkv", some, everything, wanted, strict=True):
+        assert torch.equal(x, y) if is_wanted else x.numel() == 0, name
+
+
+class TestNotFinite:
+    """0 * NaN is NaN: what a row does not see must not reach it."""
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("D", [64, 192])
+    def test_keys_past_the_length(self, D: int, value: float, again: list[bool]) -> None:
+        tensors = inputs(B=2, Tq=60, Tk=200, D=D)
+        tensors["k"][1, 130:] = value
+        tensors["v"][1, 130:] = -value
+        assert_right(tensors, deterministic=(False,), causal=False, key_lengths=lengths(200, 130))
+        assert again == [False]
+
+    def test_without_dq(self, again: list[bool]) -> None:
+        """Which shows most of what is not finite."""
+        tensors = inputs(Tq=140, D=64)
+        q, k, v = tensors.values()
+        q[0, 100] = math.nan
+        out, lse = attention(q, k, v, return_lse=True, impl="cuda")
+        arguments = (torch.randn_like(v), None, q, k, v, out, lse)
+        how: dict[str, Any] = dict(options={}, deterministic=True)
+        everything = gradients(how, *arguments)
+        some = gradients({**how, "wanted": (False, True, True)}, *arguments)
+        for x, y in zip(some[1:], everything[1:], strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        assert torch.isfinite(some[1][:, 101:]).all()
+        assert again == [True, True]
+
+    @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+    @pytest.mark.parametrize("at", [60, 128])
+    @pytest.mark.parametrize(
+        ("D", "softcap", "value"), [(64, 0.0, math.nan), (96, 2.0, math.inf), (192, 0.0, math.nan)]
+    )
+    def test_only_those_who_see_it(
+        self, where: str, at: int, D: int, softcap: float, value: float
+    ) -> None:
+        """As in test_attention.py, in tiles of which some need no mask: with a window of 40 rows
+        at ... at + 40 see key `at`, and row `at` sees keys at - 40 ... at."""
+        T, reach = 200, 40
+        tensors = inputs(Tq=T, H=2, D=D)
+        tensors["dout"] = inputs(Tq=T, H=2, D=D, seed=1)["q"]
+        options: dict[str, Any] = dict(window=(reach, 0), softcap=softcap)
+
+        def of(call: Callable[..., Any], given: dict[str, Any]) -> Sequence[Tensor]:
+            leaves = [given[name].detach().requires_grad_() for name in "qkv"]
+            return torch.autograd.grad(call(*leaves), leaves, given["dout"])
+
+        # With masks PyTorch's own would spread NaN.
+        how: dict[str, Any] = dict(options=options, deterministic=True, forward="cuda")
+        truth = of(
+            functools.partial(reference.attention, **options),
+            {name: x.double() for name, x in tensors.items()},
+        )
+        yardstick = of(functools.partial(baseline.attention, **options), tensors)
+        tensors[where][0, at, 1, 3] = value
+        found = of(lambda *leaves: _Backward.apply(how, *leaves)[0], tensors)
+        rows = (at, at) if where in ("q", "dout") else (at, at + reach)
+        keys = (at - reach, rows[1])
+        for name, a, b, t, seen in zip(
+            ("dq", "dk", "dv"), found, yardstick, truth, (rows, keys, keys), strict=True
+        ):
+            apart = torch.ones(T, 2, dtype=torch.bool, device=DEVICE)
+            apart[seen[0] : seen[1] + 1, 1] = False
+            measured = parity.compare(a[0][apart], b[0][apart], t[0][apart], k=3, name=name)
+            assert measured.passed, str(measured)
+        dq, dk, dv = found
+        if where == "q":
+            assert torch.isnan(dk[:, keys[0] : keys[1] + 1, 1, 3]).all()
+        if where == "k":
+            assert torch.isnan(dq[:, rows[0] : rows[1] + 1, 1, 3]).all()
+        if where == "dout":
+            assert not torch.isfinite(dv[:, keys[0] : keys[1] + 1, 1, 3]).any()
+
+
+class TestGeneric:
+    """What the Hopper kernels do not take."""
+
+    def test_wide_heads_dropout_fp32_and_odd_strides(self, launched: list[bool]) -> None:
+        tensors = inputs(Tq=40)
+        odd = {name: torch.zeros(1, 40, 1, 68, dtype=BF16, device=DEVICE) for name in tensors}
+        for name, x in tensors.items():
+            odd[name][..., :64] = x
+        assert_right({name: x[..., :64] for name, x in odd.items()}, deterministic=(False,))
+        assert_right(inputs(Tq=40, D=36), deterministic=(False,))
+        assert_right(inputs(Tq=20, dtype=torch.float32), deterministic=(False,))
+        assert launched == [False, False, False]

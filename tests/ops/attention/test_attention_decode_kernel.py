@@ -1,0 +1,215 @@
+"""The CUDA C++ kernel of `attention_decode` (csrc/attention_decode_kernel.h): each way in which it
+is built, in the emulator or on a GPU. tests/test_attention_decode.py holds every implementation to
+the truth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gptkernels import attention_decode
+from gptkernels.core import native
+from gptkernels.truth import baseline, reference
+from gptkernels.truth.parity import assert_parity
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WHY_NOT = native.unavailable(DEVICE)
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+def problem(
+    lengths: list[int],
+    Tq: int,
+    H: int,
+    Hk: int,
+    D: int,
+    page: int | None = None,
+    dtype: torch.dtype = FP32,
+    room: int | None = None,
+) -> dict[str, Any]:
+    """Arguments. What lies past a length, and pages of nobody, are NaN; they are never named."""
+    room = max(*lengths, 1) + 3 if room is None else room
+    pages, size = (1, room) if page is None else (-(-room // page), page)
+    spare = 2 if page else 0
+    table = torch.randperm(len(lengths) * pages + spare)[: len(lengths) * pages]
+    if page is None:
+        table = torch.arange(len(lengths))
+    table = table.view(len(lengths), pages)
+    k, v = (
+        torch.full((len(lengths) * pages + spare, size, Hk, D), torch.nan, dtype=dtype)
+        for _ in range(2)
+    )
+    for b, length in enumerate(lengths):
+        for x in (k, v):
+            for n in range(-(-length // size)):
+                rows = min(size, length - n * size)
+                x[table[b, n], :rows] = torch.randn(rows, Hk, D).to(dtype)
+        table[b, -(-length // size) :] = -7  # never read
+    given = dict(
+        q=torch.randn(len(lengths), Tq, H, D).to(dtype),
+        k_cache=k,
+        v_cache=v,
+        cache_lengths=torch.tensor(lengths, dtype=torch.int32),
+    )
+    if page is not None:
+        given["block_table"] = table.to(torch.int32)
+    return {name: x.to(DEVICE) for name, x in given.items()}
+
+
+def hold(given: dict[str, Any], num_splits: int | None = None, **options: Any) -> None:
+    """out and lse, by the rule of parity."""
+    tensors = {name: given[name] for name in ("q", "k_cache", "v_cache")}
+    rest = {name: x for name, x in given.items() if name not in tensors} | options
+    assert_parity(
+        lambda **x: attention_decode(
+            **x, **rest, num_splits=num_splits, return_lse=True, impl="cuda"
+        ),
+        lambda **x: baseline.attention_decode(**x, **rest, return_lse=True),
+        lambda **x: reference.attention_decode(**x, **rest, return_lse=True),
+        tensors,
+        gradients=False,
+        names=("out", "lse"),
+    )
+
+
+def run(given: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
+    found = attention_decode(**given, **options, return_lse=True, impl="cuda")
+    assert isinstance(found, tuple)
+    return found
+
+
+# Rows, heads that share a key head times tokens: 16 at most, where warps have keys of their own;
+# 64 at most; 128 at most; more than one block of rows.
+ROWS = {"1 row": (1, 2, 2), "16 rows": (4, 8, 2), "40 rows": (5, 8, 1), "136 rows": (17, 8, 1)}
+
+
+@pytest.mark.parametrize("D", [64, 96, 128, 192, 256, 20])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_every_build_in_16_bits(rows: tuple[int, int, int], D: int) -> None:
+    Tq, H, Hk = rows
+    hold(problem([70, 0, 21], Tq, H, Hk, D, dtype=BF16), num_splits=2, window=(30, 0))
+    if D % 128 == 0:
+        hold(problem([70], Tq, H, Hk, D, dtype=FP16), num_splits=2)
+
+
+@pytest.mark.parametrize("D", [64, 96, 128, 192, 256, 20])
+@pytest.mark.parametrize("Tq", [1, 5])
+def test_every_build_in_32_bits(Tq: int, D: int) -> None:
+    """Of which there is one for each width, with blocks of 16 rows."""
+    hold(problem([70, 0, 21], Tq, 4, 1, D), num_splits=2, window=(30, 0))
+
+
+@pytest.mark.parametrize("page", [None, 1, 7, 64])
+@pytest.mark.parametrize("length", [255, 256, 257, 700])
+def test_splits_by_the_length(length: int, page: int | None) -> None:
+    """One split up to 256 keys, and three of 700: results come by two ways."""
+    hold(
+        problem([length, 3], 2, 4, 2, 64, page, BF16), softcap=2.0, alibi_slopes=[0.5, 0.2, 0.1, 0]
+    )
+
+
+def test_a_window_far_from_the_first_split() -> None:
+    given = problem([900, 300], 3, 2, 1, 64, 16, FP16)
+    hold(given, window=(20, 0))
+    hold(given, window=(400, 0), num_splits=9)
+
+
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=3),
+    Tq=st.integers(1, 20),
+    heads=st.sampled_from([(1, 1), (6, 2), (8, 1)]),
+    D=st.sampled_from([1, 8, 64, 72, 130]),
+    page=st.sampled_from([None, 1, 5, 16]),
+    dtype=st.sampled_from([FP32, BF16, FP16]),
+    window=st.sampled_from([None, (0, 0), (6, -1), (100, 0)]),
+    num_splits=st.sampled_from([None, 1, 2, 7, 40]),
+    seed=st.integers(0, 2**32),
+)
+def test_any_shape(
+    lengths: list[int],
+    Tq: int,
+    heads: tuple[int, int],
+    D: int,
+    page: int | None,
+    dtype: torch.dtype,
+    window: tuple[int, int] | None,
+    num_splits: int | None,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    hold(problem(lengths, Tq, *heads, D, page, dtype), num_splits, window=window)
+
+
+@pytest.mark.parametrize("Tq", [1, 3, 20])
+def test_nan_reaches_the_rows_that_see_it_alone(Tq: int) -> None:
+    """Also keys in front of a window, and with several tokens the last key, which only the last
+    token sees."""
+    length, left = 150, 40
+    given = problem([length], Tq, 8, 2, 64, dtype=BF16)
+    clean = {name: x.clone() for name, x in given.items()}
+    for x in (given["k_cache"], given["v_cache"]):
+        x[:, : length - Tq - left] = torch.nan  # nobody's
+        x[:, length - 1, 1, 5] = torch.nan
+    out, lse = run(given, window=(left, 0))
+    expected, expected_lse = run(clean, window=(left, 0))
+    sees = torch.zeros_like(lse, dtype=torch.bool)
+    sees[:, 4:, -1] = True  # heads of key head 1
+    assert not torch.isfinite(lse[sees]).any()
+    torch.testing.assert_close(lse[~sees], expected_lse[~sees], rtol=0, atol=0)
+    rows = sees.mT
+    assert not torch.isfinite(out[rows]).any()
+    torch.testing.assert_close(out[~rows], expected[~rows], rtol=0, atol=0)
+
+
+def test_values_that_are_not_finite_with_finite_weights() -> None:
+    given = problem([90], 5, 4, 2, 64, 16, FP16)
+    page, place = int(given["block_table"][0, 88 // 16]), 88 % 16
+    given["v_cache"][page, place, 0, 7] = -torch.inf  # the last two tokens see it
+    out, lse = run(given)
+    infinite = torch.zeros_like(out, dtype=torch.bool)
+    infinite[:, 3:, :2, 7] = True
+    assert torch.equal(out == -torch.inf, infinite)
+    assert torch.isfinite(out[~infinite]).all()
+    assert torch.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("num_splits", [None, 3])
+@pytest.mark.parametrize("Tq", [1, 3, 9])
+def test_the_same_bits_in_16_bits(Tq: int, num_splits: int | None) -> None:
+    """In a batch, alone, in a larger cache, and in rows that are copied element by element."""
+    given = problem([300, 5, 90, 0], Tq, 8, 2, 64, dtype=BF16)
+    together = run(given, num_splits=num_splits)
+    for b, length in enumerate(given["cache_lengths"].tolist()):
+        alone = {name: x[b : b + 1] for name, x in given.items()}
+        larger, odd = dict(alone), dict(alone)
+        for name in ("k_cache", "v_cache"):
+            x = torch.full((1, 700, 2, 67), torch.nan, dtype=BF16, device=DEVICE)
+            x[:, :length, :, 1:65] = alone[name][:, :length]
+            odd[name], larger[name] = x[..., 1:65], x[..., 1:65].contiguous()
+        for other in (alone, larger, odd):
+            for one, all_of_them in zip(run(other, num_splits=num_splits), together, strict=True):
+                assert torch.equal(one[0], all_of_them[b])
+
+
+def test_strides() -> None:
+    """Heads before tokens, rows that no 16-byte copy can read, gaps between them."""
+    given = problem([40, 19], 2, 4, 2, 64, dtype=BF16)
+    by_heads = {
+        name: given[name].transpose(1, 2).contiguous().transpose(1, 2)
+        for name in ("q", "k_cache", "v_cache")
+    }
+    hold(given | by_heads)
+    odd = {}
+    for name in ("q", "k_cache", "v_cache"):
+        wide = torch.full((*given[name].shape[:-1], 67), torch.nan, dtype=BF16, device=DEVICE)
+        wide[..., 1:65] = given[name]
+        odd[name] = wide[..., 1:65]
+    hold(given | odd, num_splits=1)

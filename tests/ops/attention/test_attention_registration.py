@@ -1,0 +1,262 @@
+"""`attention` as a registered op: opcheck, torch.compile, checkpointing, autocast; and
+which of PyTorch's own ops impl="torch" is made of."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    MASKED,
+    assert_same,
+    each,
+    inputs,
+    lengths,
+    noting,
+    run,
+    seeded,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from gptkernels import attention
+from gptkernels.core import philox
+from gptkernels.core.choice import INTERPRETED
+from gptkernels.ops.attention.torch import dense as aten
+
+
+class TestTorchImplementation:
+    @pytest.mark.parametrize(
+        ("options", "fused"),
+        [
+            (dict(), True),
+            (dict(causal=False), True),
+            (dict(Tq=1), True),
+            (dict(Tq=4), MASKED),
+            (dict(Tq=4, causal=False), True),
+            (dict(window=(100, 100)), True),
+            (dict(window=(3, 0)), MASKED),
+            (dict(attn_mask=torch.ones(9, 9, dtype=torch.bool, device=DEVICE)), MASKED),
+            (dict(attn_mask=torch.ones(9, 9, dtype=BF16, device=DEVICE)), False),
+            (dict(alibi_slopes=[1.0, 1.0, 1.0, 1.0]), False),
+            (dict(softcap=1.0), False),
+            (dict(dropout_p=0.1), False),
+            (dict(key_lengths=(9,)), MASKED),
+        ],
+        ids=str,
+    )
+    def test_it_is_fused_where_the_options_allow(
+        self, options: dict[str, Any], fused: bool
+    ) -> None:
+        options = dict(options)
+        tensors = inputs(1, options.pop("Tq", 9), 9, H=4, Hk=2, D=16, dtype=BF16)
+        if "key_lengths" in options:
+            options["key_lengths"] = lengths(*options["key_lengths"])
+        seen: list[str] = []
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                seen.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        def call(**leaves: Any) -> Tensor:
+            with Recorder():
+                return attention(**leaves, **options, impl="torch")
+
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        with Recorder():
+            call(**leaves).sum().backward()
+        assert any("gptkernels.attention_fwd" in name for name in seen)
+        assert any("gptkernels.attention_bwd" in name for name in seen)
+        parts: list[str] = []
+        monitored = [
+            aten._fused_attention_fwd,
+            aten._fused_attention_bwd,
+            aten._masked_attention_fwd,
+            aten._masked_attention_bwd,
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            for function in monitored:
+                patch.setattr(aten, function.__name__, noting(function, parts))
+            run(functools.partial(attention, **options, impl="torch"), tensors)
+        assert bool(parts) == fused
+        assert len(parts) in (0, 2)
+
+    def test_fused_cuda_ops_take_only_what_their_grids_can(self) -> None:
+        for shape in ((65536, 1, 1, 16), (1, 65536, 1, 16)):
+            q = SimpleNamespace(device=torch.device("cuda"), shape=shape)
+            assert aten._fused_choice(q, q, q, True, 1.0) is None
+
+    def test_widths_that_flash_backward_refuses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for capability, fits in (((8, 0), True), ((8, 6), False), ((9, 0), True), ((12, 0), False)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+            for D, accepted in ((192, True), (200, fits), (224, fits), (232, True)):
+                q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 1, 1, D))
+                assert aten._flash_backward_takes(q) == accepted
+
+    def test_memory_stays_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No tensor of the written-out formula holds more scores than the bound."""
+        monkeypatch.setattr(aten, "_SCORES_HELD", 2000)
+        largest = 0
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                nonlocal largest
+                result = func(*args, **(kwargs or {}))
+                if isinstance(result, Tensor):
+                    largest = max(largest, result.numel())
+                return result
+
+        tensors = inputs(1, 300, H=1, D=4)
+        with Watch():
+            out, lse = aten.attention_fwd(
+                *tensors.values(), None, None, None, None, 0.5, 100, 0, 2.0, 0.0
+            )
+            aten.attention_bwd(
+                out, lse, *tensors.values(), out, lse, None, None, None, None, 0.5, 100, 0, 2.0,
+                0.0, [True] * 3, False, True,
+            )  # fmt: skip
+        assert largest <= 2000
+
+
+class TestRegistration:
+    @each
+    @pytest.mark.parametrize("everything", [False, True])
+    def test_opcheck(self, impl: str, everything: bool) -> None:
+        q, k, v = inputs(2, 6, 9, 4, 2, 16).values()
+        slopes = torch.ones(4, device=DEVICE) if everything else None
+        rng = philox.draw(DEVICE) if everything else None
+        mask = torch.randn(2, 1, 6, 9, device=DEVICE) if everything and impl == "torch" else None
+        extras = (slopes, lengths(3, 9) if everything else None, mask, rng)
+        options = (0.3, 4, 0, 2.0, 0.1) if everything else (0.3, -1, -1, 0.0, 0.0)
+        ops = torch.ops.gptkernels
+        torch.library.opcheck(ops.attention_fwd.default, (q, k, v, *extras, *options, impl))
+        out, lse = ops.attention_fwd(q, k, v, *extras, *options, impl)
+        torch.library.opcheck(
+            ops.attention_bwd.default,
+            (
+                torch.randn_like(out),
+                torch.randn_like(lse) if everything else None,
+                *(q, k, v, out, lse),
+                *extras,
+                *options,
+                [True, not everything, True],
+                mask is not None,
+                False,
+                impl,
+            ),
+        )
+
+    @each
+    @pytest.mark.parametrize(
+        "options",
+        [dict(), dict(window=(4, 2), softcap=3.0, alibi_slopes=[0.5, 1.0], return_lse=True)],
+        ids=["plain", "options"],
+    )
+    def test_compile_equals_eager(self, impl: str, options: dict[str, Any]) -> None:
+        def call(**leaves: Any) -> Any:
+            result = attention(**leaves, **options, impl=impl)
+            return (result[0] * 2, result[1]) if isinstance(result, tuple) else result * 2
+
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+        for T in (9, 12):
+            tensors = inputs(2, T, T + 3)
+            assert_same(run(compiled, tensors), run(call, tensors))
+
+    def test_compile_keeps_the_fused_backward(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(aten, "_attention_rows_bwd", None)  # what a gradient of lse would need
+        torch._dynamo.reset()
+        call = functools.partial(attention, impl="torch")
+        compiled = torch.compile(lambda q, k, v: call(q, k, v), fullgraph=True, backend="aot_eager")
+        assert_same(run(compiled, inputs()), run(call, inputs()))
+
+    @each
+    def test_compile_with_key_lengths_and_dropout(self, impl: str) -> None:
+        def call(ends: Tensor, **leaves: Any) -> Any:
+            return attention(**leaves, key_lengths=ends, dropout_p=0.3, impl=impl)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+        for T in (9, 12):
+            found, wanted = (
+                seeded(functools.partial(f, lengths(3, T)), inputs(2, T)) for f in (compiled, call)
+            )
+            assert_same(found, wanted)
+
+    @each
+    @pytest.mark.parametrize(
+        ("policy", "runs"),
+        [(CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.MUST_RECOMPUTE, 2)],
+    )
+    def test_selective_checkpointing_sees_the_op(
+        self, impl: str, policy: CheckpointPolicy, runs: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names = dict(torch="aten", triton="triton_kernels", cuda="cuda")
+        module = pytest.importorskip(f"gptkernels.{names[impl]}.attention")
+
+        def choose(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+            ours = op is torch.ops.gptkernels.attention_fwd.default
+            return policy if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+        call = functools.partial(attention, impl=impl)
+
+        def checkpointed(**leaves: Any) -> Tensor:
+            contexts = functools.partial(create_selective_checkpoint_contexts, choose)
+            return checkpoint(call, **leaves, use_reentrant=False, context_fn=contexts)
+
+        tensors = inputs()
+        wanted = run(call, tensors)
+        count: list[str] = []
+        monkeypatch.setattr(module, "attention_fwd", noting(module.attention_fwd, count))
+        assert_same(run(checkpointed, tensors), wanted)
+        assert len(count) == runs
+
+    @each
+    def test_recomputation_replays_dropout(self, impl: str) -> None:
+        call = functools.partial(attention, dropout_p=0.4, impl=impl)
+        tensors = inputs()
+        recomputed = functools.partial(checkpoint, call, use_reentrant=False)
+        assert_same(seeded(recomputed, tensors), seeded(call, tensors))
+
+    @each
+    def test_autocast(self, impl: str) -> None:
+        dtype = FP16 if impl == "triton" and INTERPRETED else BF16
+        tensors = inputs(D=24)
+        call = functools.partial(attention, impl=impl)
+
+        def cast(**leaves: Any) -> Tensor:
+            with torch.autocast(DEVICE, dtype=dtype):
+                return call(**leaves)
+
+        found = run(cast, tensors)
+        assert found[0].dtype == dtype
+        assert all(gradient.dtype == FP32 for gradient in found[1:])
+        wanted = run(call, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+        assert_same(found, [a.to(b.dtype) for a, b in zip(wanted, found, strict=True)])
+
+    @each
+    def test_backward_under_autocast_keeps_the_dtype(self, impl: str) -> None:
+        tensors = inputs(D=24)
+        call = functools.partial(attention, impl=impl, softcap=5.0)
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        out = call(**leaves)
+        with torch.autocast(DEVICE, dtype=BF16):
+            found = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+        assert_same(list(found), run(call, tensors)[1:])

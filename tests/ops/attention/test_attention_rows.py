@@ -1,0 +1,269 @@
+"""What rows and keys of `attention` have to do with each other: rows without keys, keys past a
+length, NaN, sizes of 0; the same bits again; dropout's mask."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import (
+    BF16,
+    CUDA,
+    DEVICE,
+    FP16,
+    FP32,
+    HOPPER,
+    assert_same,
+    each,
+    inputs,
+    lengths,
+    run,
+    runnable,
+)
+from torch import Tensor
+
+from gptkernels import attention
+from gptkernels.core import philox
+from gptkernels.truth import parity
+
+
+class TestRowsAndKeysThatAreApart:
+    @each
+    @pytest.mark.parametrize(
+        ("options", "empty"),
+        [
+            (dict(key_lengths=(0, 5)), lambda b, i: b == 0 or i < -10),
+            (dict(key_lengths=(70, 9), window=(3, 0)), lambda b, i: b == 1 and i >= 12),
+            (dict(Tq=90), lambda b, i: i < 20),
+        ],
+        ids=["no keys", "a window past the end", "more queries than keys"],
+    )
+    def test_a_row_without_keys(
+        self, impl: str, options: dict[str, Any], empty: Callable[[int, int], bool]
+    ) -> None:
+        options = dict(options)
+        Tq = options.pop("Tq", 70)
+        tensors = inputs(2, Tq, 70)
+        if "key_lengths" in options:
+            options["key_lengths"] = lengths(*options["key_lengths"])
+        call = functools.partial(attention, return_lse=True, impl=impl, **options)
+        with parity.poisoned_outputs():
+            out, lse, dq, dk, dv = run(call, tensors)
+        assert all(torch.isfinite(x).all() for x in (out, dq, dk, dv))
+        for b, i in itertools.product(range(2), range(Tq)):
+            assert (lse[b, :, i] == -torch.inf).all() == empty(b, i), (b, i)
+            assert (out[b, i] == 0).all() == empty(b, i)
+            if empty(b, i):
+                assert (dq[b, i] == 0).all()
+
+    @each
+    @pytest.mark.parametrize("where", ["q", "out", "lse"])
+    @pytest.mark.parametrize("softcap", [0.0, 3.0])
+    def test_a_row_without_keys_passes_nothing_on(
+        self, impl: str, where: str, softcap: float
+    ) -> None:
+        """Of six queries and four keys the first two queries stand before every key."""
+        tensors = inputs(1, 6, 4)
+        cotangents = [torch.randn_like(tensors["q"]), torch.randn(1, 2, 6, device=DEVICE)]
+        call = functools.partial(attention, return_lse=True, softcap=softcap, impl=impl)
+        wanted = run(call, tensors, cotangents)
+        rows = dict(q=tensors["q"], out=cotangents[0], lse=cotangents[1].mT)[where]
+        rows[:, :2] = torch.nan
+        assert_same(run(call, tensors, cotangents), wanted)
+
+    @each
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_what_lies_past_a_length_never_leaks(self, impl: str, value: float) -> None:
+        tensors = inputs(3, 40, 70, 1)
+        ends = lengths(0, 33, 64)
+        dead = torch.arange(70, device=DEVICE) >= ends[:, None]
+        call = functools.partial(attention, key_lengths=ends, return_lse=True, impl=impl)
+        wanted = run(call, tensors)
+        for name in ("k", "v"):
+            tensors[name] = tensors[name].masked_fill(dead[..., None, None], value)
+        found = run(call, tensors)
+        assert_same(found, wanted)
+        assert (found[3][dead] == 0).all()
+        assert (found[4][dead] == 0).all()
+
+    @pytest.mark.parametrize(
+        ("impl", "dtype", "deterministic"),
+        [
+            pytest.param("triton", FP32, True, id="triton"),
+            *(
+                pytest.param("cuda", dtype, deterministic, id=f"cuda-{name}", marks=CUDA.marks)
+                for dtype, deterministic, name in (
+                    (FP32, True, "float32"),
+                    (BF16, True, "deterministic"),
+                    (BF16, False, "atomics"),
+                )
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+    @pytest.mark.parametrize("at", [25, 50])
+    @pytest.mark.parametrize("softcap", [0.0, 2.0])
+    def test_not_a_number_reaches_only_those_who_see_it(
+        self,
+        impl: str,
+        dtype: torch.dtype,
+        deterministic: bool,
+        where: str,
+        at: int,
+        value: float,
+        softcap: float,
+    ) -> None:
+        """Causal with a window of 12: rows at ... at + 12 see key `at`, row `at` sees keys
+        at - 12 ... at, and what those rows see lies between at - 12 and at + 12."""
+        if HOPPER and impl == "cuda" and dtype == BF16:
+            pytest.skip("Hopper's kernels then sum in another order: test_attention_*_sm90.py")
+        T, reach = 70, 12
+        tensors = inputs(1, T, dtype=dtype)
+        cotangent = torch.randn(1, T, 2, 16, device=DEVICE, dtype=dtype)
+        call = functools.partial(
+            attention,
+            window=(reach, 0),
+            softcap=softcap,
+            deterministic=deterministic,
+            impl=impl,
+        )
+        wanted = run(call, tensors, [cotangent])
+        broken = cotangent if where == "dout" else tensors[where]
+        broken = broken.clone()
+        broken[:, at, 1, 3] = value
+        if where == "dout":
+            cotangent = broken
+        else:
+            tensors[where] = broken
+        found = run(call, tensors, [cotangent])
+        rows = (at, at) if where in ("q", "dout") else (at, at + reach)
+        keys = (at - reach, rows[1])
+        for name, a, b, (first, last) in zip(
+            ("out", "dq", "dk", "dv"), found, wanted, (rows, rows, keys, keys), strict=True
+        ):
+            apart = torch.ones(T, dtype=torch.bool)
+            apart[first : last + 1] = False
+            assert torch.equal(a[:, :, 0], b[:, :, 0]), name
+            assert torch.equal(a[:, apart], b[:, apart]), name
+        out, dq, dk, dv = found
+        if where == "v":
+            assert not torch.isfinite(out[:, rows[0] : rows[1] + 1, 1, 3]).any()
+            assert torch.isfinite(out[:, :, 1, 4]).all()
+        if (value != value and where in ("q", "k")) or (where == "q" and not softcap):
+            assert torch.isnan(out[:, at, 1]).all()
+        if where == "q":
+            assert torch.isnan(dk[:, keys[0] : keys[1] + 1, 1, 3]).all()
+        if where == "k":
+            assert torch.isnan(dq[:, rows[0] : rows[1] + 1, 1, 3]).all()
+        if where == "dout":
+            assert torch.equal(out, wanted[0])
+            assert not torch.isfinite(dv[:, keys[0] : keys[1] + 1, 1, 3]).any()
+            assert not torch.isfinite(dk[:, keys[0] : keys[1] + 1, 1]).any()
+
+    @each
+    @pytest.mark.parametrize(
+        "sizes",
+        [dict(B=0), dict(Tq=0), dict(Tk=0), dict(Tq=0, Tk=0), dict(H=0, Hk=1)],
+        ids=str,
+    )
+    def test_zero_sizes(self, impl: str, sizes: dict[str, int]) -> None:
+        tensors = inputs(**(dict(B=2, Tq=5, Tk=7, H=2, Hk=2, D=8) | sizes))
+        call = functools.partial(attention, return_lse=True, impl=impl)
+        with parity.poisoned_outputs():
+            out, lse, dq, dk, dv = run(call, tensors)
+        assert (out == 0).all()
+        assert (lse == -torch.inf).all()
+        for gradient, name in ((dq, "q"), (dk, "k"), (dv, "v")):
+            assert gradient.shape == tensors[name].shape
+            assert (gradient == 0).all()
+
+    @runnable
+    @pytest.mark.parametrize(
+        "options", [dict(), dict(window=(9, 0)), dict(softcap=3.0), dict(D=200)], ids=str
+    )
+    def test_only_the_gradients_asked_for(
+        self, impl: str, dtype: torch.dtype, options: dict[str, Any]
+    ) -> None:
+        options = dict(options)
+        tensors = inputs(1, 20, D=options.pop("D", 16), dtype=dtype)
+
+        def gradients(*wanted: str) -> dict[str, Tensor]:
+            leaves = {n: x.detach().requires_grad_(n in wanted) for n, x in tensors.items()}
+            out = attention(**leaves, **options, deterministic=True, impl=impl)
+            out.square().sum().backward()
+            return {n: x.grad for n, x in leaves.items() if x.grad is not None}
+
+        every = gradients(*tensors)
+        for name in tensors:
+            alone = gradients(name)
+            assert list(alone) == [name]
+            assert torch.equal(alone[name], every[name])
+
+    @pytest.mark.parametrize("dtype", [FP32, FP16])
+    def test_no_kernel_runs_for_nobody(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kernels = pytest.importorskip("gptkernels.ops.attention.triton.dense")
+        ran: list[str] = []
+
+        class Spy:
+            def __init__(self, name: str) -> None:
+                self.name, self.kernel = name, getattr(kernels, name)
+
+            def __getitem__(self, grid: Any) -> Any:
+                ran.append(self.name.split("_")[2])
+                return self.kernel[grid]
+
+        for part in ("delta", "queries", "keys"):
+            name = f"attention_bwd_{part}_kernel"
+            monkeypatch.setattr(kernels, name, Spy(name))
+        first = [] if dtype == FP32 else ["delta"]
+        after_queries = ["queries", "keys"] if dtype == FP32 else ["keys"]
+        for name, expected in (("q", ["queries"]), ("k", after_queries), ("v", after_queries)):
+            ran.clear()
+            leaves = {n: x.requires_grad_(n == name) for n, x in inputs(dtype=dtype).items()}
+            attention(**leaves, impl="triton").sum().backward()
+            assert ran == first + expected
+
+    @runnable
+    @pytest.mark.parametrize("deterministic", [False, True])
+    def test_the_same_bits_again(
+        self, impl: str, dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only dq may differ, only where the CUDA kernels add it up by atomics: from three blocks
+        of keys here, in whatever order."""
+        tensors = inputs(1, 40, 270, 2, 1, 24, dtype)
+
+        def call(**leaves: Any) -> Any:
+            torch.manual_seed(1)
+            return attention(
+                **leaves, dropout_p=0.2, return_lse=True, deterministic=deterministic, impl=impl
+            )
+
+        wanted = run(call, tensors)
+        by_atomics = impl == "cuda" and dtype != FP32 and not deterministic
+        for schedule in ("reverse", "7"):  # of the emulator
+            monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
+            found = run(call, tensors)
+            if by_atomics:
+                torch.testing.assert_close(found.pop(2), wanted[2])
+            assert_same(found, wanted[:2] + wanted[3:] if by_atomics else wanted)
+
+    @each
+    def test_dropout_takes_the_mask_of_the_contract(self, impl: str) -> None:
+        """Values that are unit vectors show the mask itself."""
+        T = 70
+        q = torch.zeros(2, T, 2, 8, device=DEVICE)
+        v = torch.eye(T, device=DEVICE)[None, :, None].expand(2, T, 2, T)
+        q, v = torch.zeros(2, T, 2, T, device=DEVICE), v.contiguous()
+        torch.manual_seed(3)
+        rng = philox.draw(DEVICE)
+        keep = philox.attention_keep(rng, 0.25, 2, 2, T, T)
+        torch.manual_seed(3)
+        out = attention(q, q, v, causal=False, dropout_p=0.25, impl=impl)
+        assert torch.equal(out.transpose(1, 2) != 0, keep)

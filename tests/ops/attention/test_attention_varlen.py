@@ -1,0 +1,436 @@
+"""`attention_varlen` against the truth: sequences of any lengths, laid end to end."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gptkernels import attention, attention_varlen
+from gptkernels.core import philox
+from gptkernels.core.choice import unavailable
+from gptkernels.ops.attention.varlen import _bwd, _fwd
+from gptkernels.truth import baseline, reference
+from gptkernels.truth.parity import assert_parity, poisoned_outputs
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLS = [impl for impl in ("torch", "triton", "cuda") if unavailable(impl, DEVICE, FP32) is None]
+RUNNABLE = [
+    pytest.param(impl, dtype, id=f"{impl}-{str(dtype).removeprefix('torch.')}")
+    for impl in IMPLS
+    for dtype in (FP32, BF16, FP16)
+    if unavailable(impl, DEVICE, dtype) is None
+]
+runnable = pytest.mark.parametrize(("impl", "dtype"), RUNNABLE)
+each = pytest.mark.parametrize("impl", IMPLS)
+each_kernel = pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "torch"])
+needs = {
+    impl: pytest.mark.skipif(impl not in IMPLS, reason=str(unavailable(impl, DEVICE, FP32)))
+    for impl in ("triton", "cuda")
+}
+
+
+def ends(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+
+
+def inputs(
+    queries: list[int],
+    keys: list[int],
+    H: int = 2,
+    Hk: int = 1,
+    D: int = 16,
+    dtype: torch.dtype = FP32,
+) -> dict[str, Tensor]:
+    sizes = {"q": (sum(queries), H, D), "k": (sum(keys), Hk, D), "v": (sum(keys), Hk, D)}
+    return {name: torch.randn(size).to(DEVICE, dtype) for name, size in sizes.items()}
+
+
+def arguments(queries: list[int], keys: list[int]) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": ends(queries),
+        "cu_seqlens_k": ends(keys),
+        "max_seqlen_q": max(queries, default=0),
+        "max_seqlen_k": max(keys, default=0),
+    }
+
+
+def hold(
+    impl: str, queries: list[int], keys: list[int], tensors: dict[str, Tensor], **options: Any
+) -> None:
+    given = arguments(queries, keys)
+    seed = int(torch.randint(2**31, ()))
+
+    def seeded(op: Any, **drawn: Any) -> Any:
+        def run(**named: Any) -> Any:
+            torch.manual_seed(seed)
+            if options.get("dropout_p") and not drawn:
+                return op(**named, **given, **options, rng=philox.draw(torch.device(DEVICE)))
+            return op(**named, **given, **options, **drawn)
+
+        return run
+
+    # In 16 bits the CUDA C++ kernels have two ways to dq.
+    two_ways = impl == "cuda" and tensors["q"].dtype != FP32
+    for deterministic in (False, True) if two_ways else (None,):
+        assert_parity(
+            seeded(attention_varlen, impl=impl, deterministic=deterministic),
+            seeded(baseline.attention_varlen),
+            seeded(reference.attention_varlen),
+            tensors,
+            names=("out", "lse"),
+            seed=seed,
+        )
+
+
+def run(call: Callable[..., Any], tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Outputs, then gradients of the sum of their squares, where lse is finite."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    torch.manual_seed(1)
+    outputs = call(**leaves, **options)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    cotangents = [2 * x.detach().nan_to_num(neginf=0.0) for x in outputs]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    return [*(output.detach() for output in outputs), *gradients]
+
+
+@contextlib.contextmanager
+def small_tiles(impl: str) -> Iterator[None]:
+    """Several blocks in a sequence of some twenty tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        if impl == "triton":
+            kernels = pytest.importorskip("gptkernels.ops.attention.triton.dense")
+            for name in ("_FORWARD", "_QUERIES", "_KEYS"):
+                tiles = dict.fromkeys((64, 128, 256), (16, 16, 4, 2))
+                patch.setattr(kernels, name, dict.fromkeys(getattr(kernels, name), tiles))
+        yield
+
+
+ONE_BY_ONE = (
+    {},
+    {"causal": False},
+    {"window": (3, 0)},
+    {"causal": False, "window": (2, 1)},
+    {"alibi_slopes": [0.5, 0.125]},
+    {"softcap": 2.0, "return_lse": True},
+    {"dropout_p": 0.3},
+    {"softmax_scale": 0.7},
+)
+# What kernels do to a sequence `attention`'s tests show: here, where its positions begin.
+TOGETHER = (
+    {"window": (7, 0), "alibi_slopes": [0.5, 0.125], "dropout_p": 0.3},
+    {"causal": False, "window": (2, 1), "softcap": 2.0, "return_lse": True},
+)
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "options"),
+    [
+        pytest.param(impl, dtype, options, id=f"{case.id}-{options}")
+        for case in RUNNABLE
+        for impl, dtype in [case.values]
+        for options in (ONE_BY_ONE if impl == "torch" else TOGETHER)
+    ],
+)
+def test_each_option_by_positions_of_each_sequence(
+    impl: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    queries, keys = [5, 0, 1, 37, 3], [9, 4, 0, 37, 1]
+    with small_tiles(impl):
+        hold(impl, queries, keys, inputs(queries, keys, dtype=dtype), **options)
+
+
+@each
+@settings(max_examples=6)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 24), st.integers(0, 24)), max_size=4),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+    D=st.sampled_from([1, 8, 20]),
+    causal=st.booleans(),
+    window=st.sampled_from([None, (0, 0), (4, -1), (-1, 3)]),
+    dropout_p=st.sampled_from([0.0, 0.5]),
+    return_lse=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_any_lengths(
+    impl: str,
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int],
+    D: int,
+    seed: int,
+    **options: Any,
+) -> None:
+    torch.manual_seed(seed)
+    queries, keys = [q for q, _ in lengths], [k for _, k in lengths]
+    with small_tiles(impl):
+        hold(impl, queries, keys, inputs(queries, keys, *heads, D), **options)
+
+
+@runnable
+def test_more_sequences_than_a_warp_has_lanes(impl: str, dtype: torch.dtype) -> None:
+    """Which look up together what a block of tokens belongs to."""
+    queries, keys = [i % 3 for i in range(70)], [i % 4 for i in range(70)]
+    hold(impl, queries, keys, inputs(queries, keys, 1, 1, 8, dtype), return_lse=True)
+
+
+@runnable
+def test_one_long_sequence_among_short_ones(impl: str, dtype: torch.dtype) -> None:
+    """Of several of the kernels' own tiles, in the middle of them."""
+    queries, keys = [1, 30, 140, 64, 3], [2, 30, 150, 64, 3]
+    hold(impl, queries, keys, inputs(queries, keys, 1, 1, 64, dtype), return_lse=True)
+
+
+@each
+def test_a_batch_of_equal_lengths_is_attention(impl: str) -> None:
+    B, T = 2, 21
+    tensors = inputs([B * T], [B * T])
+    batch = {name: tensor.unflatten(0, (B, T)) for name, tensor in tensors.items()}
+    options = {"dropout_p": 0.4, "deterministic": True, "impl": impl}
+    with small_tiles(impl):
+        packed = run(attention_varlen, tensors, **arguments([T] * B, [T] * B), **options)
+        whole = run(attention, batch, **options)
+    for a, b in zip(packed, whole, strict=True):
+        assert torch.equal(a, b.flatten(0, 1))
+
+
+@each_kernel
+@settings(max_examples=4)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 140), st.integers(0, 140)), min_size=1, max_size=3),
+    D=st.sampled_from([8, 66, 200]),
+    dtype=st.sampled_from([FP32, FP16, BF16]),
+    window=st.sampled_from([None, (40, 5)]),
+    deterministic=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_a_sequence_gets_the_bits_that_attention_gives_it_alone(
+    impl: str,
+    lengths: list[tuple[int, int]],
+    D: int,
+    dtype: torch.dtype,
+    seed: int,
+    **options: Any,
+) -> None:
+    dtype = dtype if impl == "cuda" else FP16  # whose tiles are large: fewer for the interpreter
+    torch.manual_seed(seed)
+    queries, keys = [q for q, _ in lengths], [k for _, k in lengths]
+    tensors = inputs(queries, keys, 2, 1, D, dtype)
+    longest = {"max_seqlen_q": 1000, "max_seqlen_k": 2000}  # "or more"
+    options |= {"impl": impl, "causal": False}
+    with poisoned_outputs():
+        packed = run(attention_varlen, tensors, **arguments(queries, keys) | longest, **options)
+    q, k, v = tensors.values()
+    parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
+    alone = [
+        run(attention, {n: x[None] for n, x in zip("qkv", part, strict=True)}, **options)
+        for part in parts
+    ]
+    for name, found, wanted in zip(
+        ("out", "dq", "dk", "dv"), packed, zip(*alone, strict=True), strict=True
+    ):
+        whole = torch.cat([x[0] for x in wanted])
+        if name == "dq" and impl == "cuda" and not options["deterministic"]:
+            torch.testing.assert_close(found, whole)  # atomics, in any order
+        else:
+            assert torch.equal(found, whole), name
+
+
+@each
+def test_no_sequence_reaches_another(impl: str) -> None:
+    lengths = [4, 3, 6]
+    tensors, given = inputs(lengths, lengths), arguments(lengths, lengths)
+    options = {"causal": False, "deterministic": True, "impl": impl}
+    before = run(attention_varlen, tensors, **given, **options)
+    for tensor in tensors.values():
+        tensor[4:7] = torch.nan
+    for a, b in zip(run(attention_varlen, tensors, **given, **options), before, strict=True):
+        assert torch.equal(a[:4], b[:4])
+        assert torch.equal(a[7:], b[7:])
+
+
+def call_ops(
+    impl: str, tensors: dict[str, Tensor], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> list[Tensor]:
+    """The registered ops, which check nothing: out, lse, dq, dk, dv of causal attention."""
+    lengths, numbers = (cu_seqlens_q, cu_seqlens_k), (50, 50, 0.25, -1, 0, 0.0, 0.0)
+    q, k, v, dout = tensors.values()
+    out, lse = _fwd(q, k, v, *lengths, None, None, *numbers, impl)
+    gradients = _bwd(
+        dout, torch.ones_like(lse), q, k, v, out, lse, *lengths, None, None, *numbers, [True] * 3,
+        True, impl,
+    )  # fmt: skip
+    return [out, lse, *gradients]
+
+
+@runnable
+def test_tokens_of_no_sequence(impl: str, dtype: torch.dtype) -> None:
+    """Some before the first sequence and more than a block behind the last, as a GPU's callers may
+    have them: 0, lse -inf, no gradient whatever they hold; the others are as without them."""
+    queries, keys = [10, 3], [4, 20]
+    inner = inputs(queries, keys, dtype=dtype)
+    inner["dout"] = torch.randn_like(inner["q"])
+    outer = {
+        name: torch.cat([x.new_full((n, *x.shape[1:]), torch.nan) for n in (7, len(x), 150)])
+        for name, x in inner.items()
+    }
+    for name, x in inner.items():
+        outer[name][7:-150] = x
+    with poisoned_outputs():
+        wanted = call_ops(impl, inner, ends(queries), ends(keys))
+        found = call_ops(impl, outer, ends(queries) + 7, ends(keys) + 7)
+    wanted[1], found[1] = wanted[1].mT, found[1].mT
+    for a, b, nothing in zip(found, wanted, (0.0, -torch.inf, 0.0, 0.0, 0.0), strict=True):
+        assert torch.equal(a[7:-150], b)
+        assert (a[:7] == nothing).all()
+        assert (a[-150:] == nothing).all()
+
+
+@needs["triton"]
+@pytest.mark.parametrize(
+    ("cu_seqlens_q", "cu_seqlens_k"),
+    [
+        ([0, 12, 30], [0, 20, 10]),  # falls
+        ([-9, 20, 2**31 - 1], [5, -(2**31), 2**31 - 1]),  # far outside
+        ([40, 20, 0], [50, 1, 40]),
+        ([2**31 - 1] * 3, [-1, 50, 25]),
+    ],
+)
+def test_lengths_that_are_none_stay_within_the_tensors(
+    cu_seqlens_q: list[int], cu_seqlens_k: list[int]
+) -> None:
+    """NaN lies around everything: read, it would show in what is written; written, it is gone."""
+    T, around = 30, 40
+    guarded: list[Tensor] = []
+
+    def guard(*size: Any, dtype: torch.dtype, device: Any) -> Tensor:
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        edge = around * 32
+        count = int(torch.tensor(shape).prod())
+        whole = torch.full((count + 2 * edge,), torch.nan, dtype=dtype, device=device)
+        guarded.append(whole)
+        return whole[edge : edge + count].zero_().view(shape)
+
+    tensors = {
+        name: guard(T, heads, 16, dtype=FP32, device=DEVICE).copy_(torch.randn(T, heads, 16))
+        for name, heads in (("q", 2), ("k", 1), ("v", 1), ("dout", 2))
+    }
+    lengths = (
+        torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cu_seqlens_q, cu_seqlens_k)
+    )
+    with small_tiles("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", guard)
+        results = call_ops("triton", tensors, *lengths)
+    assert len(guarded) >= len(tensors) + len(results)
+    for whole in guarded:
+        assert int(whole.isnan().sum()) == 2 * around * 32
+
+
+@needs["cuda"]
+def test_lengths_are_clamped_to_what_the_tensors_hold() -> None:
+    """The emulator finds every access that is out of bounds."""
+    tensors = inputs([7], [7], dtype=FP16).values()
+    for wild in ([0, 4, 900], [-5, 4, 7], [0, 4, 2**31 - 1], [-(2**31), 4, 7]):
+        lengths = torch.tensor(wild, dtype=torch.int32, device=DEVICE)
+        for cu_seqlens in (lengths, lengths.clamp(0, 7)):
+            numbers = (1000, 1000, 0.25, -1, 0, 0.0, 0.0)
+            extras = (cu_seqlens, cu_seqlens, None, None, *numbers)
+            out, lse = _fwd(*tensors, *extras, "cuda")
+            gradients = _bwd(out, None, *tensors, out, lse, *extras, [True] * 3, True, "cuda")
+            if cu_seqlens is lengths:
+                found = (out, lse, *gradients)
+        assert all(map(torch.equal, found, (out, lse, *gradients)))
+
+
+@each
+@pytest.mark.parametrize("lengths", [[], [0, 0], [3, 0]])
+def test_lse_is_fp32_whatever_the_default_dtype(impl: str, lengths: list[int]) -> None:
+    tensors = inputs(lengths, lengths)
+    torch.set_default_dtype(BF16)
+    try:
+        _, lse = attention_varlen(
+            **tensors, **arguments(lengths, lengths), return_lse=True, impl=impl
+        )
+    finally:
+        torch.set_default_dtype(FP32)
+    assert lse.dtype == FP32
+
+
+@each
+def test_strided_inputs_and_autocast(impl: str) -> None:
+    lengths = [4, 3]
+    tensors = inputs(lengths, lengths)
+    wide = {
+        name: torch.randn(7, 2 * x.shape[1], 24, device=DEVICE)[:, ::2, :16]
+        for name, x in tensors.items()
+    }
+    hold(impl, lengths, lengths, wide)
+    given = arguments(lengths, lengths)
+    every_other = torch.tensor([0, 9, 4, 9, 7], dtype=torch.int32, device=DEVICE)[::2]
+    assert every_other.tolist() == given["cu_seqlens_q"].tolist()
+    strided = given | {"cu_seqlens_q": every_other, "cu_seqlens_k": every_other}
+    call = functools.partial(attention_varlen, impl=impl)
+    for a, b in zip(run(call, tensors, **strided), run(call, tensors, **given), strict=True):
+        assert torch.equal(a, b)
+    dtype = BF16 if unavailable(impl, DEVICE, BF16) is None else FP16
+    with torch.autocast(DEVICE, dtype=dtype):
+        assert call(**tensors, **given).dtype == dtype
+
+
+@each
+def test_opcheck(impl: str) -> None:
+    queries, keys = [5, 0], [4, 2]
+    q, k, v = inputs(queries, keys, H=1).values()
+    lengths = (ends(queries), ends(keys))
+    rng = philox.draw(torch.device(DEVICE))
+    numbers = (5, 4, 0.25, -1, 0, 0.0, 0.3)
+    torch.library.opcheck(_fwd, (q, k, v, *lengths, None, rng, *numbers, impl))
+    out, lse = _fwd(q, k, v, *lengths, None, rng, *numbers, impl)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    tensors = (dout, dlse, q, k, v, out, lse, *lengths, None, rng)
+    torch.library.opcheck(_bwd, (*tensors, *numbers, [True, False, True], False, impl))
+
+
+@each
+def test_compile_equals_eager(impl: str) -> None:
+    """One graph for any total and any longest length."""
+    torch._dynamo.reset()
+    call = functools.partial(attention_varlen, impl=impl, dropout_p=0.2, return_lse=True)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for queries, keys in (([5, 4, 3], [4, 2, 3]), ([9, 3, 4], [2, 12, 7])):
+        tensors, given = inputs(queries, keys), arguments(queries, keys)
+        for a, b in zip(run(compiled, tensors, **given), run(call, tensors, **given), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cu_seqlens_q": ends([4, 3]).long()}, TypeError, "cu_seqlens_q must be int32, got int64"),
+        ({"cu_seqlens_q": ends([4, 3])[None]}, ValueError, r"must have shape \(B \+ 1,\)"),
+        ({"cu_seqlens_q": ends([4, 3]) + 1}, ValueError, "from 0 to the 7 tokens of q, got 1 to 8"),
+        ({"cu_seqlens_q": ends([4, 2])}, ValueError, "from 0 to the 7 tokens of q, got 0 to 6"),
+        ({"cu_seqlens_k": ends([9, -2])}, ValueError, "must never fall, got 9 and then 7"),
+        ({"cu_seqlens_k": ends([4, 3, 0])}, ValueError, r"shape \(3,\) .* got \(4,\)"),
+        ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q must be at least the longest length 4"),
+        ({"max_seqlen_k": 4.0}, TypeError, r"max_seqlen_k must be an int, got 4\.0"),
+        ({"q": torch.zeros(1, 7, 4, 16)}, ValueError, r"q must have shape \(total_q, H, D\)"),
+        ({"k": torch.zeros(7, 3, 16), "v": torch.zeros(7, 3, 16)}, ValueError, "a multiple of"),
+        ({"v": torch.zeros(6, 1, 16)}, ValueError, r"v must have shape \(7, 1, 16\)"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1"),
+        ({"impl": "mystery"}, ValueError, "impl must be"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {**inputs([4, 3], [4, 3]), **arguments([4, 3], [4, 3])}
+    given = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in given.items()}
+    changes = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in changes.items()}
+    with pytest.raises(error, match=message):
+        attention_varlen(**{**given, **changes})

@@ -1,0 +1,389 @@
+"""The products of csrc/mlp_sm90.h: emulated on a machine that says it is Hopper, or on one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptkernels import gelu_mlp
+from gptkernels.core import native
+from gptkernels.core.choice import unavailable
+from gptkernels.ops.gelu_mlp import cuda as kernels
+from gptkernels.truth import baseline, parity, reference
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RULE, CANDIDATES = range(3), range(7)  # the rule's are there in every dtype, the others in bf16
+SPLIT_SUM = "mlp partial sums"
+
+
+def _lacks() -> str | None:
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        return "needs compute capability 9.0"
+    return unavailable("cuda", DEVICE, FP32)
+
+
+pytestmark = pytest.mark.skipif(_lacks() is not None, reason=str(_lacks()))
+emulated = pytest.mark.skipif(not native.EMULATED, reason="a GPU has one schedule")
+both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16])
+every_candidate = pytest.mark.parametrize("candidate", CANDIDATES)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm90")
+
+
+def integers(*shape: int, dtype: torch.dtype = BF16, span: int = 2) -> Tensor:
+    """Whole numbers: their products and sums are exact in fp32, in any order."""
+    return torch.randint(-span, span + 1, shape).to(device=DEVICE, dtype=dtype)
+
+
+def filled(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An output that nobody has written."""
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+def exact(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return (a.double() @ b.double()).to(dtype)
+
+
+def launched(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    return native.record(run)["launches"]
+
+
+# (m, n, k): one tile exactly; a corner of one tile; more tiles than CTAs, none of them whole, and
+# more steps along k than stages; a row; one step after a whole round of stages.
+SIZES = [(128, 256, 64), (40, 24, 8), (300, 520, 392), (1, 264, 72), (200, 136, 320)]
+
+
+class TestProducts:
+    """Whole numbers, so that there is one right answer to each product, bit for bit."""
+
+    @every_candidate
+    @pytest.mark.parametrize("sizes", SIZES)
+    def test_forward(self, candidate: int, sizes: tuple[int, int, int], seed: int) -> None:
+        m, n, k = sizes
+        a, b, bias = integers(m, k), integers(n, k), integers(n)
+        out, activation = filled(m, n, dtype=BF16), filled(m, n, dtype=BF16)
+        kernels.linear_fwd(a, b, bias, out=out, activation=activation, candidate=candidate)
+        assert torch.equal(out, (a.double() @ b.double().T + bias.double()).to(BF16))
+        assert torch.equal(activation, self.gelu_of(out))
+
+    @every_candidate
+    @pytest.mark.parametrize("sizes", SIZES)
+    def test_backward(self, candidate: int, sizes: tuple[int, int, int], seed: int) -> None:
+        m, n, k = sizes
+        a, b = integers(m, k), integers(k, n)
+        out = filled(m, n, dtype=BF16)
+        kernels.linear_bwd(a, b, out=out, candidate=candidate)
+        assert torch.equal(out, exact(a, b, BF16))
+
+    @every_candidate
+    @pytest.mark.parametrize("sizes", SIZES)
+    def test_weight(self, candidate: int, sizes: tuple[int, int, int], seed: int) -> None:
+        m, n, k = sizes
+        m = -(-m // 8) * 8  # a column of a whose rows TMA can address
+        a, b = integers(k, m), integers(k, n)
+        out = kernels.weight_grad(a, b, candidate=candidate)
+        assert torch.equal(out, exact(a.T, b, BF16))
+
+    @every_candidate
+    @pytest.mark.parametrize("splits", [2, 5])
+    def test_parts_of_k(self, candidate: int, splits: int, seed: int) -> None:
+        """Each part is the product of its own rows, as many steps of 64 as others, or one more."""
+        m, n, k = 136, 264, 5 * 64 + 8
+        a, b = integers(k, m), integers(k, n)
+        partial = filled(splits, m * n, dtype=FP32)
+        scalars = kernels._scalars(a, b, n, candidate) | {"m": m, "k": k, "splits": splits}
+        tensors = {"inputs": {"a": a, "b": b}, "outputs": {"out": None, "partial": partial}}
+        native.call("mlp_weight_grad", a, **tensors, **scalars)
+        ends = [6 * part // splits * 64 for part in range(splits)] + [k]
+        for part, (first, last) in enumerate(itertools.pairwise(ends)):
+            wanted = exact(a[first:last].T, b[first:last], FP32)
+            assert torch.equal(partial[part].view(m, n), wanted), part
+
+    @every_candidate
+    @pytest.mark.parametrize("approximate", ["tanh", "none"])
+    def test_slope(
+        self, candidate: int, approximate: str, seed: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The same bits as the kernel for any device, whose products are exact too."""
+        m, n, k = 150, 328, 72
+        dy, w2 = integers(m, k), integers(k, n)
+        h = torch.randn(m, n).to(device=DEVICE, dtype=BF16) * 2
+        options = (dy, w2, h, approximate, True, True)
+        dh, a, partial = kernels.linear_gelu_bwd(*options, candidate=candidate)
+        assert partial.shape == (3, n)  # of 64 rows each
+        for part, rows in zip(partial.double(), dh.double().split(64), strict=True):
+            bound = 64 * 2.0**-24 * rows.abs().sum(0)  # of any sum of fp32
+            assert ((part - rows.sum(0)).abs() <= bound).all()
+        monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm80")
+        if native.EMULATED:
+            wanted_dh, wanted_a, _ = kernels.linear_gelu_bwd(*options)
+            assert torch.equal(dh, wanted_dh)
+            assert torch.equal(a, wanted_a)
+
+    @both_dtypes
+    @pytest.mark.parametrize("candidate", RULE)
+    @pytest.mark.parametrize("outputs", ["out", "activation", "both"])
+    def test_outputs_left_out(
+        self, dtype: torch.dtype, candidate: int, outputs: str, seed: int
+    ) -> None:
+        a, b = integers(70, 40, dtype=dtype), integers(328, 40, dtype=dtype)
+        out, activation = (filled(70, 328, dtype=dtype) for _ in range(2))
+        kernels.linear_fwd(
+            a,
+            b,
+            None,
+            out=out if outputs != "activation" else out[:0],
+            activation=activation if outputs != "out" else None,
+            candidate=candidate,
+        )
+        wanted = exact(a, b.T, dtype)
+        if outputs != "activation":
+            assert torch.equal(out, wanted)
+        if outputs != "out":
+            assert torch.equal(activation, self.gelu_of(wanted))
+
+    @staticmethod
+    def gelu_of(h: Tensor) -> Tensor:
+        """By the kernel for any device, from a product with the identity, which is exact: of each
+        value once, which fits a row."""
+        values, place = h.unique(return_inverse=True)
+        row = torch.zeros(1, -(-len(values) // 8) * 8, dtype=h.dtype, device=h.device)
+        row[0, : len(values)] = values
+        activation = torch.empty_like(row)
+        kernels.linear_fwd(
+            torch.ones(1, 1, dtype=FP32, device=DEVICE).to(h.dtype),
+            row.T.contiguous(),
+            None,
+            out=row.new_empty(row.shape),
+            activation=activation,
+        )
+        return activation[0][place]
+
+
+def inputs(*sizes: int, dtype: torch.dtype, biases: bool = True, seed: int = 0) -> dict[str, Any]:
+    """x (M, C), weights and biases for sizes (M, C, F), scaled so that h and y are about 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device=DEVICE, dtype=dtype)
+
+    rows, width, inner = sizes
+    drawn = {
+        "x": draw(rows, width),
+        "w1": draw(inner, width, scale=width**-0.5),
+        "b1": draw(inner),
+        "w2": draw(width, inner, scale=inner**-0.5),
+        "b2": draw(width),
+    }
+    return drawn if biases else drawn | {"b1": None, "b2": None}
+
+
+@pytest.fixture
+def candidate_for_all(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets every product of the public op be made by one candidate."""
+
+    def choose(candidate: int) -> None:
+        for name in ("gelu_mlp_fwd", "gelu_mlp_bwd"):
+            launcher = functools.partial(getattr(kernels, name), candidate=candidate)
+            monkeypatch.setattr(kernels, name, launcher)
+
+    return choose
+
+
+class TestParity:
+    @both_dtypes
+    @pytest.mark.parametrize("candidate", [-1, *RULE])
+    @pytest.mark.parametrize(
+        ("approximate", "biases", "recompute"),
+        [("tanh", True, False), ("none", False, True)],
+    )
+    def test_against_the_truth(
+        self,
+        dtype: torch.dtype,
+        candidate: int,
+        approximate: str,
+        biases: bool,
+        recompute: bool,
+        seed: int,
+        candidate_for_all: Callable[[int], None],
+    ) -> None:
+        candidate_for_all(candidate)
+
+        def ours(**leaves: Any) -> Tensor:
+            with parity.poisoned_outputs():
+                return gelu_mlp(**leaves, approximate=approximate, recompute=recompute, impl="cuda")
+
+        tensors = inputs(200, 72, 264, dtype=dtype, biases=biases, seed=seed)
+        parity.assert_parity(
+            ours,
+            functools.partial(baseline.gelu_mlp, approximate=approximate),
+            functools.partial(reference.gelu_mlp, approximate=approximate),
+            tensors,
+            seed=seed,
+        )
+
+    def test_the_rule_takes_hopper_kernels(self) -> None:
+        """Or the tests above would say nothing of -1."""
+        x, w1, b1, w2, b2 = inputs(200, 72, 264, dtype=BF16).values()
+        found = launched(lambda: kernels.gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", True))
+        assert len(found) == 2
+        assert all("sm90" in launch["kernel"] and launch["built"] for launch in found)
+
+
+def everything(dtype: torch.dtype, candidate: int, *sizes: int, **changed: Tensor) -> list[Tensor]:
+    """Every result of one MLP forward and backward: y, h, dx, dw1, db1, dw2, db2."""
+    x, w1, b1, w2, b2, dy = (
+        inputs(*sizes, dtype=dtype) | {"dy": torch.ones(sizes[:2]).to(DEVICE, dtype)} | changed
+    ).values()
+    y, h = kernels.gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", True, candidate=candidate)
+    grads = kernels.gelu_mlp_bwd(dy, x, w1, b1, w2, h, "tanh", [True] * 5, candidate=candidate)
+    return [y, h, *grads]
+
+
+class TestBits:
+    @emulated
+    @every_candidate
+    @pytest.mark.parametrize(
+        ("variable", "value"),
+        [("SCHEDULE", "reverse"), ("SCHEDULE", "1"), ("COPIES", "early")],
+    )
+    def test_order_of_threads_and_copies_changes_none(
+        self, candidate: int, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes = (200, 72, 264) if candidate in RULE else (136, 40, 264)
+        wanted = everything(BF16, candidate, *sizes)
+        monkeypatch.setenv(f"GPTKERNELS_EMULATE_{variable}", value)
+        for a, b in zip(everything(BF16, candidate, *sizes), wanted, strict=True):
+            assert torch.equal(a, b)
+
+    @both_dtypes
+    @pytest.mark.parametrize("approximate", ["tanh", "none"])
+    @pytest.mark.parametrize("candidate", RULE)
+    def test_activation_is_rebuilt_bit_for_bit(
+        self, dtype: torch.dtype, approximate: str, candidate: int
+    ) -> None:
+        x, w1, b1, w2, _ = inputs(70, 48, 136, dtype=dtype).values()
+        h, a = (filled(70, 136, dtype=dtype) for _ in range(2))
+        options: dict[str, Any] = {"approximate": approximate, "candidate": candidate}
+        kernels.linear_fwd(x, w1, b1, out=h, activation=a, **options)
+        _, rebuilt, _ = kernels.linear_gelu_bwd(
+            x, w2, h, approximate, True, False, candidate=candidate
+        )
+        assert torch.equal(a, rebuilt)
+
+
+class TestIsolation:
+    @pytest.mark.parametrize("candidate", RULE)
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_bad_row_stays_alone(self, candidate: int, value: float) -> None:
+        clean = everything(BF16, candidate, 150, 72, 136)
+        x = inputs(150, 72, 136, dtype=BF16)["x"]
+        x[149, 7] = value  # a row of the last tile, whose other rows lie outside
+        dirty = everything(BF16, candidate, 150, 72, 136, x=x)
+        for a, b in zip(clean[:3], dirty[:3], strict=True):  # y, h, dx
+            assert torch.equal(a[:149], b[:149])
+            assert not torch.isfinite(b[149]).all()
+
+    @pytest.mark.parametrize("candidate", RULE)
+    def test_nothing_beside_the_operands_reaches_the_result(self, candidate: int) -> None:
+        """Rows of other tensors go on past their ends, along k and along n, with NaN."""
+        clean = everything(BF16, candidate, 150, 72, 136)
+        tensors = inputs(150, 72, 136, dtype=BF16)
+        tensors["dy"] = torch.ones_like(tensors["x"])
+        for name in ("x", "w1", "w2", "dy"):
+            rows, cols = tensors[name].shape
+            padded = filled(rows + 64, cols + 64, dtype=BF16)
+            padded[:rows, :cols] = tensors[name]
+            tensors[name] = padded[:rows, :cols]
+        for a, b in zip(clean, everything(BF16, candidate, 150, 72, 136, **tensors), strict=True):
+            assert torch.equal(a, b)
+
+
+class TestChoice:
+    def test_what_tma_cannot_address_goes_to_the_kernel_for_any_device(self) -> None:
+        x = inputs(70, 40, 64, dtype=BF16)["x"]
+        shifted = torch.empty(70 * 48 + 1, dtype=BF16, device=DEVICE)[1:].view(70, 48)[:, :40]
+        shifted.copy_(x)
+        w = integers(64, 40)
+        for a, why in ((shifted, "a: the tensor does not start"), (x[:, :39], "")):
+            b = w[:, : a.shape[1]]
+            found = native.record(
+                functools.partial(kernels.linear_fwd, a, b, None, out=filled(70, 64, dtype=BF16))
+            )
+            (launch,) = found["launches"]
+            refused = [reason for kernel, reason in found["refusals"] if "sm90" in kernel]
+            assert ("sm90" in launch["kernel"]) is not bool(why)
+            assert [why in reason for reason in refused] == [True] * bool(why)
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_a_bias_that_pairs_cannot_be_read_from_goes_there_too(self, first: int) -> None:
+        a, b = integers(70, 40), integers(64, 40)
+        flat = integers(1, 65).view(-1)  # a view of many parameters, one of which is a number
+        bias = flat[first : first + 64]
+        out = filled(70, 64, dtype=BF16)
+        found = native.record(functools.partial(kernels.linear_fwd, a, b, bias, out=out))
+        (launch,) = found["launches"]
+        assert ("sm90" in launch["kernel"]) is (first == 0)
+        kernels.linear_fwd(a, b, bias, out=out)
+        assert torch.equal(out, a @ b.T + bias)
+
+    @pytest.mark.parametrize(
+        ("dtype", "n", "reason"),
+        [
+            (FP32, 64, "no products in full precision"),
+            (BF16, 60, "no multiple of 16 bytes"),
+            (FP16, 64, "for bf16 alone"),
+        ],
+    )
+    def test_a_candidate_says_why_it_cannot(self, dtype: torch.dtype, n: int, reason: str) -> None:
+        a, b = integers(70, 40, dtype=dtype), integers(n, 40, dtype=dtype)
+        with pytest.raises(RuntimeError, match=f"^candidate 3 cannot .*{reason}"):
+            kernels.linear_fwd(a, b, None, out=filled(70, n, dtype=dtype), candidate=3)
+
+    def test_more_parts_of_k_than_steps(self) -> None:
+        a, b = integers(72, 40), integers(72, 64)
+        scalars = kernels._scalars(a, b, 64, 0) | {"m": 40, "k": 72, "splits": 3}
+        outputs = {"out": None, "partial": filled(3, 40 * 64, dtype=FP32)}
+        with pytest.raises(RuntimeError, match="fewer steps along k than parts, 3"):
+            native.call("mlp_weight_grad", a, inputs={"a": a, "b": b}, outputs=outputs, **scalars)
+
+    def test_there_is_no_other_candidate(self) -> None:
+        a, b = integers(70, 40), integers(64, 40)
+        with pytest.raises(RuntimeError, match=r"candidate 7 cannot .*there are 7"):
+            kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), candidate=7)
+
+    @emulated
+    def test_other_devices_have_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm80")
+        a, b = integers(70, 40), integers(64, 40)
+        with pytest.raises(RuntimeError, match=r"for compute capability 9\.0 alone"):
+            kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), candidate=0)
+
+    def test_few_tiles_of_a_weight_gradient_are_made_in_parts_of_k(self) -> None:
+        """As an H200 would be asked to, which no one has here: 9 tiles of 128 x 128, 132 places."""
+        a, b = (torch.empty(16384, 384, dtype=BF16, device="meta") for _ in range(2))
+        planned = native.plan(
+            lambda: kernels.weight_grad(a, b), capability=90, multiprocessors=132
+        )["launches"]
+        assert [launch["kernel"] for launch in planned[1:]] == [SPLIT_SUM]
+        assert planned[0]["tiles"] > 9
+
+    @pytest.mark.parametrize(("m", "n", "k"), [(8192, 3072, 768), (8192, 768, 3072)])
+    def test_gpt2_takes_hopper_kernels(self, m: int, n: int, k: int) -> None:
+        a = torch.empty(m, k, dtype=BF16, device="meta")
+        b = torch.empty(n, k, dtype=BF16, device="meta")
+        out = torch.empty(m, n, dtype=BF16, device="meta")
+        (launch,) = native.plan(
+            lambda: kernels.linear_fwd(a, b, None, out=out), capability=90, multiprocessors=132
+        )["launches"]
+        assert "sm90" in launch["kernel"]

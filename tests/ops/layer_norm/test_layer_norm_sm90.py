@@ -1,0 +1,289 @@
+"""LayerNorm of wide rows by clusters (csrc/layer_norm/sm90): in the emulator as a
+machine of compute capability 9.0, or on such a GPU. Candidates take narrow rows too, quickly.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptkernels import layer_norm
+from gptkernels.bench import dry_run
+from gptkernels.cli import explain
+from gptkernels.core import native, philox
+from gptkernels.ops.layer_norm import cuda as kernels
+from gptkernels.truth import baseline, parity, reference
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOPPER = native.EMULATED or (DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0))
+WHY_NOT = native.unavailable(DEVICE) or (None if HOPPER else "no GPU of compute capability 9.0")
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+emulated = pytest.mark.skipif(not native.EMULATED, reason="of the emulator alone")
+
+FWD = [] if WHY_NOT else native.module().layer_norm_fwd_candidates()
+BWD = [] if WHY_NOT else native.module().layer_norm_bwd_candidates()
+by_candidates = pytest.mark.parametrize(
+    ("forward", "backward"), [(i, min(i, len(BWD) - 1)) for i in range(len(FWD))]
+)
+# Clusters of 2, 4 and 8.
+by_cluster = pytest.mark.parametrize("candidate", [0, 1, 2])
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.ARCH_VARIABLE, "sm90")
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes the op take these candidates."""
+
+    def chosen(forward: int, backward: int) -> None:
+        for name, candidate in (("layer_norm_fwd", forward), ("layer_norm_bwd", backward)):
+            launcher = functools.partial(getattr(kernels, name), candidate=candidate)
+            monkeypatch.setattr(kernels, name, launcher)
+
+    return chosen
+
+
+def tensors(M: int, C: int, dtype: torch.dtype, residual: torch.dtype | None = None) -> Any:
+    draw = functools.partial(torch.randn, device=DEVICE)
+    return dict(
+        x=(draw(M, C) + 0.5).to(dtype),
+        weight=draw(C).to(dtype),
+        bias=draw(C).to(dtype),
+        residual=None if residual is None else draw(M, C).to(residual),
+    )
+
+
+def assert_right(inputs: dict[str, Any], seed: int, **options: Any) -> list[dict[str, Any]]:
+    """By the rule of parity, with gradients. Returns what was launched, of CPU tensors."""
+    torch.manual_seed(seed)
+    rng = philox.draw(inputs["x"].device)
+
+    def candidate(**leaves: Any) -> Any:
+        torch.manual_seed(seed)
+        return layer_norm(**leaves, **options, impl="cuda")
+
+    return native.record(
+        lambda: parity.assert_parity(
+            candidate,
+            functools.partial(baseline.layer_norm, **options, rng=rng),
+            functools.partial(reference.layer_norm, **options, rng=rng),
+            inputs,
+            names=("y", "s"),
+            seed=seed,
+        )
+    )["launches"]
+
+
+def clusters(launches: list[dict[str, Any]], kernel: str) -> set[tuple[int, int]]:
+    """(CTAs, threads) of the launches of this kernel."""
+    return {(x["cluster"], x["threads"]) for x in launches if x["kernel"] == kernel}
+
+
+@by_candidates
+@pytest.mark.parametrize(("C", "dtype"), [(1003, FP32), (3000, FP16), (4104, BF16)])
+def test_every_candidate(
+    forward: int, backward: int, C: int, dtype: torch.dtype, choose: Any, seed: int
+) -> None:
+    """Odd rows, and rows that end within a cluster; more rows than clusters."""
+    choose(forward, backward)
+    assert_right(tensors(5, C, dtype), seed)
+    launches = assert_right(tensors(5, C, dtype, dtype), seed, prenorm=True, dropout_p=0.2)
+    if native.EMULATED:
+        for kernel, of in (("fwd", FWD[forward]), ("bwd", BWD[backward])):
+            ((ctas, threads),) = clusters(launches, f"layer_norm_{kernel}_sm90")
+            assert ctas == of["cluster"]
+            assert threads <= of["threads"]
+
+
+@pytest.mark.parametrize(
+    ("C", "dtype", "forward", "backward"),
+    [
+        (8200, FP32, None, (4, 160)),  # backward from where one CTA cannot hold the sums
+        (16_384, BF16, (2, 256), (4, 256)),
+        (16_392, FP16, (4, 160), (8, 160)),
+        (16_385, FP32, (8, 160), (8, 160)),  # element by element, two groups a thread
+        (32_776, BF16, (8, 160), (8, 160)),  # backward four groups a thread
+    ],
+)
+def test_sizes_of_the_rule(
+    C: int,
+    dtype: torch.dtype,
+    forward: tuple[int, int] | None,
+    backward: tuple[int, int],
+    seed: int,
+) -> None:
+    launches = assert_right(tensors(3, C, dtype, dtype), seed, prenorm=True)
+    if native.EMULATED:
+        assert clusters(launches, "layer_norm_fwd_sm90") == ({forward} if forward else set())
+        assert clusters(launches, "layer_norm_bwd_sm90") == {backward}
+
+
+@pytest.mark.parametrize(
+    ("C", "dtype", "forward"),
+    [
+        (131_072, FP32, {(8, 512)}),
+        (131_080, BF16, {(8, 288)}),  # eight groups a thread
+        (131_080, FP32, set()),
+        (65_536, BF16, {(8, 256)}),
+        (65_537, BF16, set()),
+    ],
+)
+def test_the_widest_rows(
+    C: int, dtype: torch.dtype, forward: set[tuple[int, int]], seed: int
+) -> None:
+    """And those past them, which go to the kernels for any device, as do rows past 65,536 columns
+    backward."""
+    launches = assert_right(tensors(1, C, dtype), seed)
+    if native.EMULATED:
+        assert clusters(launches, "layer_norm_fwd_sm90") == forward
+        backward = {(8, 256)} if C == 65_536 else set()
+        assert clusters(launches, "layer_norm_bwd_sm90") == backward
+
+
+@by_cluster
+@pytest.mark.parametrize("x_dtype", [FP32, FP16, BF16], ids=str)
+def test_mixtures_of_dtypes(candidate: int, x_dtype: torch.dtype, choose: Any, seed: int) -> None:
+    choose(candidate, candidate)
+    for residual in (FP32, FP16, BF16):
+        inputs = tensors(4, 520, x_dtype, residual)
+        inputs["weight"], inputs["bias"] = (inputs[n].to(residual) for n in ("weight", "bias"))
+        options = dict(prenorm=True, residual_in_fp32=(seed + candidate) % 2 == 0)
+        assert_right(inputs, seed, dropout_p=0.3, **options)
+
+
+@by_cluster
+def test_strided_rows(candidate: int, choose: Any, seed: int) -> None:
+    """Aligned by a stride of 16 elements, and not by one of 13, or by the address."""
+    choose(candidate, candidate)
+    for C, wider in ((400, 416), (400, 413), (399, 416)):
+        base = torch.randn(4, wider, device=DEVICE, dtype=BF16)
+        inputs = tensors(4, C, BF16)
+        assert_right(inputs | dict(x=base[:, :C]), seed)
+        assert_right(inputs | dict(residual=base[:, wider - C :]), seed, prenorm=True)
+
+
+@by_cluster
+def test_large_mean_and_no_variance(candidate: int, choose: Any, seed: int) -> None:
+    choose(candidate, candidate)
+    inputs = tensors(5, 1200, FP32)
+    assert_right(inputs | dict(x=inputs["x"] + 1000), seed)
+    for C in (1200, 779):
+        bias = torch.randn(C, device=DEVICE)
+        x = torch.cat((torch.randn(12), torch.tensor([0.0, 1.0, 1e4 / 3, 1e15])))[:, None]
+        x = x.to(DEVICE).expand(16, C)
+        y = layer_norm(x, torch.ones(C, device=DEVICE), bias, eps=1e-30, impl="cuda")
+        assert torch.equal(y, bias.expand(16, C))
+
+
+@by_cluster
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_stays_in_its_row(candidate: int, poison: float, choose: Any) -> None:
+    choose(candidate, candidate)
+    x = torch.randn(6, 1000, device=DEVICE, requires_grad=True)
+    weight = torch.randn(1000, device=DEVICE)
+    dirty = x.detach().clone()
+    dirty[2, 997] = poison
+    dirty.requires_grad_()
+    clean_y, dirty_y = (layer_norm(t, weight, impl="cuda") for t in (x, dirty))
+    others = torch.arange(6, device=DEVICE) != 2
+    assert dirty_y[2].isnan().all()
+    assert torch.equal(dirty_y[others], clean_y[others])
+    clean_y.sum().backward()
+    dirty_y.sum().backward()
+    assert dirty.grad[2].isnan().all()
+    assert torch.equal(dirty.grad[others], x.grad[others])
+
+
+@by_cluster
+@pytest.mark.parametrize("partials", [1, 3, 9])
+def test_any_number_of_partial_sums(
+    candidate: int, partials: int, choose: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows than clusters, some clusters with one row more than others, and some with none."""
+    choose(candidate, candidate)
+    monkeypatch.setattr(native.module(), "layer_norm_bwd_partials", lambda *_sizes: partials)
+    assert_right(tensors(7, 600, FP32), seed)
+
+
+@by_cluster
+def test_only_the_gradients_asked_for(candidate: int) -> None:
+    x, dy = (torch.randn(5, 600, device=DEVICE) for _ in range(2))
+    weight = torch.randn(600, device=DEVICE)
+    _, _, mean, rstd = kernels.layer_norm_fwd(
+        x, weight, None, None, None, 0.0, 1e-5, None, candidate=candidate
+    )
+    given = (dy, None, x, mean, rstd, weight, None, 0.0, x.dtype, None)
+    both, dweight, dbias, neither = (
+        kernels.layer_norm_bwd(*given, *wanted, candidate=candidate)
+        for wanted in ((True, True), (True, False), (False, True), (False, False))
+    )
+    assert torch.equal(dweight[2], both[2])
+    assert torch.equal(dbias[3], both[3])
+    assert torch.equal(neither[0], both[0])
+    assert dweight[3].numel() == dbias[2].numel() == neither[2].numel() == 0
+
+
+@emulated
+@by_cluster
+def test_any_schedule_gives_the_same_bits(
+    candidate: int, choose: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever CTA of a cluster comes first, and whenever copies arrive."""
+    choose(candidate, candidate)
+    x, weight = torch.randn(5, 1000, requires_grad=True), torch.randn(1000, requires_grad=True)
+    results: list[list[Tensor]] = []
+    for schedule in ("forward", "reverse", str(seed)):
+        monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
+        for copies in ("late", "early"):
+            monkeypatch.setenv("GPTKERNELS_EMULATE_COPIES", copies)
+            y = layer_norm(x, weight, residual=x.detach(), prenorm=True, impl="cuda")
+            total = sum(part.square().sum() for part in y)
+            results.append([*y, *torch.autograd.grad(total, (x, weight))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@emulated
+def test_what_clusters_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.zeros(1, 9000), torch.ones(9000)
+    run = functools.partial(kernels.layer_norm_fwd, x, weight, None, None, None, 0.0, 1e-5, None)
+    many = f"candidate 9 cannot run: there are {len(FWD)} candidates"
+    with pytest.raises(RuntimeError, match=rf"layer_norm_fwd on x \(1, 9000\) fp32: {many}"):
+        run(candidate=9)
+    wide = torch.zeros(1, 70_000)
+    with pytest.raises(
+        RuntimeError, match="70000 columns do not fit in the registers of 2 CTAs of"
+    ):
+        kernels.layer_norm_fwd(wide, wide[0], None, None, None, 0.0, 1e-5, None, candidate=0)
+    ones = torch.ones(1)
+    given = (wide, None, wide, ones, ones, wide[0], None, 0.0, FP32, None, True, True)
+    with pytest.raises(RuntimeError, match=r"layer_norm_bwd .*: candidate 2 cannot run: rows of"):
+        kernels.layer_norm_bwd(*given, candidate=2)
+    monkeypatch.setenv(native.ARCH_VARIABLE, "sm80")
+    with pytest.raises(RuntimeError, match="cannot run: clusters need a GPU of compute capab"):
+        run(candidate=0)
+    assert [x["kernel"] for x in native.record(run)["launches"]] == ["layer_norm_fwd"]
+
+
+def test_the_choice_is_explained() -> None:
+    def found(rows: int, cols: int, arch: str) -> str:
+        problem = dry_run.layer_norm(rows, cols, BF16)
+        return "\n".join(explain.lines(problem, dry_run.MACHINES[arch]))
+
+    narrow, wide = found(4096, 4096, "sm90"), found(4096, 32_768, "sm90")
+    assert "not layer_norm_fwd_sm90: rows of fewer than 16384 columns need no cluster" in narrow
+    assert "not layer_norm_bwd_sm90: rows of up to 8192 columns need no cluster" in narrow
+    assert "candidate 1, 4 CTAs of 256 threads: could run" in narrow
+    assert "grid 16384 in clusters of 4 of 256 threads" in wide
+    assert "grid 264 in clusters of 8 of 256 threads" in wide  # two CTAs an SM of 132
+    assert "2 candidates cannot take it" in wide
+    assert "cluster" not in found(4096, 32_768, "sm80")

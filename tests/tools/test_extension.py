@@ -1,0 +1,226 @@
+"""How the CUDA kernels are built: architectures, what depends on what, the cache of objects."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from harness import ROOT
+
+
+@pytest.fixture(scope="module")
+def extension() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("extension", ROOT / "scripts" / "extension.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GPTKERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "GPTKERNELS_OBJECT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+A80, A90 = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"
+PTX80 = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs", "targets"),
+    [
+        (None, None, [PTX80, A90]),
+        ("", "", [PTX80, A90]),
+        ("80", None, [A80]),
+        ("90a", "8.0", [A90]),
+        ("80;90;90a", None, [A80, A90]),
+        ("80;90+PTX;90a", None, [A80, "-gencode=arch=compute_90,code=[sm_90,compute_90]"]),
+        (None, "8.0 9.0a", [A80, A90]),
+        (None, "7.5;8.0+PTX, 9.0", [PTX80, A90]),
+        ("120+PTX", None, ["-gencode=arch=compute_120,code=[sm_120,compute_120]"]),
+    ],
+)
+def test_architectures(
+    ours: str | None,
+    torchs: str | None,
+    targets: list[str],
+    extension: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("GPTKERNELS_CUDA_ARCHS", ours), ("TORCH_CUDA_ARCH_LIST", torchs)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert extension._targets(Path("csrc/gelu_mlp/products.cu")) == targets
+    # Hopper's own instructions exist for 90a alone, whatever is asked for.
+    hoppers = ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert extension._targets(Path("csrc/gelu_mlp/sm90/forward.cu")) == hoppers
+    assert extension._targets(Path("csrc/attention/fwd/sm90/launch.cu")) == hoppers
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("GPTKERNELS_CUDA_ARCHS", "Hopper", "GPTKERNELS_CUDA_ARCHS names 'Hopper'"),
+        ("TORCH_CUDA_ARCH_LIST", "8.0 native", "TORCH_CUDA_ARCH_LIST names 'native'"),
+        ("GPTKERNELS_CUDA_ARCHS", "75", r"\(75\) has no compute capability from 8\.0"),
+    ],
+)
+def test_architectures_that_cannot_be(
+    name: str, value: str, sentence: str, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(extension.BuildError, match=sentence):
+        extension.architectures()
+
+
+def test_threads_of_nvcc_are_no_part_of_the_commands(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVCC_THREADS", "4")
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    assert extension._environment()["NVCC_APPEND_FLAGS"] == "-lineinfo --threads 4"
+
+
+@pytest.mark.parametrize(("given", "jobs"), [("3", 3), ("", len(os.sched_getaffinity(0)))])
+def test_jobs(
+    given: str, jobs: int, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", given)
+    assert extension._jobs() == jobs
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "abc", "1.5"])
+def test_jobs_that_cannot_be(
+    given: str, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", given)
+    with pytest.raises(extension.BuildError, match=f"MAX_JOBS is .*, 1 or more, not '{given}'"):
+        extension._jobs()
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that CUDA_HOME names, with what a build looks for in it."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.1\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "include" / "crt").mkdir(parents=True)
+    for header in ("cuda_runtime.h", "crt/host_defines.h"):
+        (tmp_path / "include" / header).touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_toolkit_of_cuda_home(
+    toolkit: Path, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build as it is handed to ninja."""
+    monkeypatch.setattr(extension, "_ninja", lambda: "true")
+    monkeypatch.setenv("NVCC_CCBIN", "/opt/another/g++")
+    extension.native(folder=toolkit / "build")
+    written = (toolkit / "build" / "build.ninja").read_text()
+    assert f"compiler = {toolkit}/bin/nvcc -std=c++17" in written
+    assert f"-isystem{toolkit}/include" in written
+    assert re.search(r"tools = .*release 13\.0, V13\.0\.1\s+/opt/another/g\+\+'$", written, re.M)
+
+
+class TestWhatLacks:
+    def test_nothing(self, toolkit: Path, extension: ModuleType) -> None:
+        assert extension.lacks() is None
+        assert extension.main(["native", "--check"]) == 0
+
+    def test_new_enough_nvcc(
+        self, toolkit: Path, extension: ModuleType, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        nvcc = toolkit / "bin" / "nvcc"
+        nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.6, V12.6.85\n")
+        sentence = f"the CUDA kernels need nvcc 12.8 or newer, {nvcc} is: "
+        assert extension.lacks().startswith(sentence)
+        assert extension.main(["native", "--check"]) == 2
+        assert capsys.readouterr().out.startswith(sentence)
+
+    def test_compiler(
+        self, toolkit: Path, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CXX", "no-such-compiler -O2")
+        assert extension.lacks() == (
+            "the CUDA kernels need a C++ compiler, and no-such-compiler is not on PATH"
+        )
+
+
+class TestObjectCache:
+    """With a compiler that writes its source and counts."""
+
+    @pytest.fixture
+    def checkout(self, tmp_path: Path) -> Path:
+        compiler = tmp_path / "compiler"
+        compiler.write_text(
+            '#!/bin/sh\n# FLAGS -c SOURCE -o OBJECT -MMD -MF DEPFILE\necho x >> "$COUNT"\n'
+            'for last; do :; done\ncp "$3" "$5"\necho "$5: $3 csrc/used.h" > "$last"\n'
+            'echo "a note"\nif [ "$1" = -fail ]; then exit 3; fi\n'
+        )
+        compiler.chmod(0o755)
+        return self.copy(tmp_path / "one")
+
+    def copy(self, folder: Path) -> Path:
+        (folder / "csrc" / "device").mkdir(parents=True)
+        (folder / "csrc" / "a.cu").write_text('  #  include "device/used.h"\nint a;\n')
+        (folder / "csrc" / "device" / "used.h").write_text('#include "../also.h"\n')
+        (folder / "csrc" / "also.h").touch()
+        (folder / "csrc" / "unused.h").touch()
+        return folder
+
+    def compile(self, checkout: Path, made: str, *, flag: str = "-O3", tools: str = "1") -> int:
+        """The exit code."""
+        shared = checkout.parent
+        command = [sys.executable, str(ROOT / "scripts" / "compile.py"), f"--tools={tools}"]
+        command += [f"--object={made}", "csrc/a.cu", "--", str(shared / "compiler"), flag]
+        cache = {"GPTKERNELS_OBJECT_CACHE": str(shared / "cache"), "COUNT": str(shared / "count")}
+        return subprocess.run(command, cwd=checkout, env=os.environ | cache).returncode
+
+    def count(self, checkout: Path) -> int:
+        return len((checkout.parent / "count").read_text().splitlines())
+
+    def test_another_checkout_takes_what_one_has_compiled(self, checkout: Path) -> None:
+        assert self.compile(checkout, "build/a.o") == 0
+        other = self.copy(checkout.parent / "other")
+        assert self.compile(other, "elsewhere/b.o") == 0
+        assert self.count(checkout) == 1
+        made = other / "elsewhere" / "b.o"
+        assert made.read_text() == (other / "csrc" / "a.cu").read_text()
+        assert Path(f"{made}.d").read_text() == "elsewhere/b.o: csrc/a.cu csrc/used.h\n"
+        log = Path(f"{made}.log").read_text()
+        assert re.fullmatch(r"a note\ncompiled in \d+\.\d s of one core\n", log)
+
+    def test_whatever_an_object_depends_on_makes_another(self, checkout: Path) -> None:
+        def compiled(**options: str) -> bool:
+            before = self.count(checkout)
+            assert self.compile(checkout, "a.o", **options) == 0
+            return self.count(checkout) > before
+
+        self.compile(checkout, "a.o")
+        assert not compiled()
+        assert compiled(flag="-O2")
+        assert compiled(tools="2")
+        for name, counts in (("a.cu", 1), ("device/used.h", 1), ("also.h", 1), ("unused.h", 0)):
+            with open(checkout / "csrc" / name, "a") as file:
+                file.write("// changed\n")
+            assert compiled() == counts, name
+
+    def test_what_fails_is_not_kept(
+        self, checkout: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        for attempt in (1, 2):
+            assert self.compile(checkout, "a.o", flag="-fail") == 3
+            assert self.count(checkout) == attempt
+        assert capfd.readouterr().out == 2 * "a note\n"
