@@ -68,7 +68,7 @@ lint: $(READY) ## ruff and mypy
 gates: $(READY) ## compile every kernel ahead of time, Triton's and nvcc's, and hold it to the committed tables
 	@status=0; \
 	$(PY) -m gates $(ARGS) || status=1; \
-	$(if $(filter nvcc candidates,$(subst =, ,$(ARGS))),,$(if $(TRITON_ASIDE),$(PY) -m gates --triton $(TRITON_ASIDE) $(ARGS) || status=1;)) \
+	$(if $(filter nvcc builds,$(subst =, ,$(ARGS))),,$(if $(TRITON_ASIDE),$(PY) -m gates --triton $(TRITON_ASIDE) $(ARGS) || status=1;)) \
 	exit $$status
 
 # Nothing is installed or downloaded: the active Python runs the checkout. The kernels are compiled for

@@ -119,7 +119,7 @@ def _now() -> str:
 def here(device: torch.device) -> dict[str, Any]:
     """What rows are about: the GPU, the commit, and the extension by its content."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    build = hashlib.sha256(Path(native.planner().__file__).read_bytes()).hexdigest()[:12]
+    build = hashlib.sha256(Path(native.dry_run_module().__file__).read_bytes()).hexdigest()[:12]
     return {"gpu": gpu, "commit": commit(), "build": build}
 
 
@@ -214,7 +214,7 @@ def _try_way(
     """Checks one of our kernels, and times it beside the best peer where it is right."""
     head = {
         **_head(case, way.name, "ours"),
-        "candidate": way.candidate,
+        "build": way.build,
         "chosen": way.chosen,
         "predicted_s": predicted,
     }

@@ -35,7 +35,7 @@ class Way:
     """One of our kernels for a case."""
 
     name: str
-    candidate: int  # -1: the launcher's own choice
+    build: int  # -1: the launcher's own choice
     chosen: bool  # by the launcher's own rule
     call: Call
 
@@ -112,9 +112,9 @@ def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine)
     group = H // Hk
     mine = (q[:1, :, :group], k[:1, :, :1], v[:1, :, :1])
 
-    def attend(candidate: int) -> Any:
+    def attend(build: int) -> Any:
         return attention_kernels.attention_fwd(
-            q, k, v, None, None, None, None, *scalars, candidate=candidate
+            q, k, v, None, None, None, None, *scalars, build=build
         )
 
     @functools.cache
@@ -139,10 +139,10 @@ def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine)
         # Not ours, whose mistakes would be found twice.
         out, lse = gptkernels.attention(q, k, v, **sees, return_lse=True, impl="torch")
 
-    def differentiate(candidate: int) -> Any:
+    def differentiate(build: int) -> Any:
         return attention_kernels.attention_bwd(
             dout, None, q, k, v, out, lse, None, None, None, None, *scalars, (True, True, True),
-            False, False, candidate=candidate,
+            False, False, build=build,
         )  # fmt: skip
 
     @functools.cache
@@ -230,24 +230,22 @@ def _mlp(problem: Problem, device: torch.device, machine: dry_run.Machine) -> It
     a = F.gelu(h, approximate="tanh")
     dh = torch.ops.aten.gelu_backward(dy @ w2, h, approximate="tanh")
 
-    def gelu(candidate: int) -> Any:
+    def gelu(build: int) -> Any:
         outputs = torch.empty_like(h), torch.empty_like(h)
-        mlp_kernels.linear_fwd(
-            x, w1, b1, out=outputs[0], activation=outputs[1], candidate=candidate
-        )
+        mlp_kernels.linear_fwd(x, w1, b1, out=outputs[0], activation=outputs[1], build=build)
         return outputs
 
-    def plain(candidate: int) -> Any:
+    def plain(build: int) -> Any:
         y = torch.empty_like(x)
-        mlp_kernels.linear_fwd(a, w2, b2, out=y, candidate=candidate)
+        mlp_kernels.linear_fwd(a, w2, b2, out=y, build=build)
         return (y,)
 
-    def slope(candidate: int) -> Any:
-        return mlp_kernels.linear_gelu_bwd(dy, w2, h, "tanh", True, True, candidate=candidate)[:2]
+    def slope(build: int) -> Any:
+        return mlp_kernels.linear_gelu_bwd(dy, w2, h, "tanh", True, True, build=build)[:2]
 
-    def to_input(candidate: int) -> Any:
+    def to_input(build: int) -> Any:
         dx = torch.empty_like(x)
-        mlp_kernels.linear_bwd(dh, w1, out=dx, candidate=candidate)
+        mlp_kernels.linear_bwd(dh, w1, out=dx, build=build)
         return (dx,)
 
     # Of each product: its rows, inner size and columns; ours; cuBLAS's; the same written out.
@@ -259,9 +257,9 @@ def _mlp(problem: Problem, device: torch.device, machine: dry_run.Machine) -> It
          lambda rows, wide: [wide(a[rows]) @ wide(w2).T + wide(b2)]),
         (backward, 0, (M, inner, C), slope, lambda: torch.mm(dy, w2),
          lambda rows, wide: _slopes(wide(dy[rows]) @ wide(w2), wide(h[rows]))),
-        (backward, 1, (C, inner, M), lambda i: (mlp_kernels.weight_grad(dy, a, candidate=i),),
+        (backward, 1, (C, inner, M), lambda i: (mlp_kernels.weight_grad(dy, a, build=i),),
          lambda: torch.mm(dy.T, a), lambda rows, wide: [wide(dy[:, rows]).T @ wide(a)]),
-        (backward, 2, (inner, C, M), lambda i: (mlp_kernels.weight_grad(dh, x, candidate=i),),
+        (backward, 2, (inner, C, M), lambda i: (mlp_kernels.weight_grad(dh, x, build=i),),
          lambda: torch.mm(dh.T, x), lambda rows, wide: [wide(dh[:, rows]).T @ wide(x)]),
         (backward, 3, (M, C, inner), to_input, lambda: torch.mm(dh, w1),
          lambda rows, wide: [wide(dh[rows]) @ wide(w1)]),
@@ -365,10 +363,10 @@ def _layer_norm(problem: Problem, device: torch.device, machine: dry_run.Machine
         )
         return list(y) if isinstance(y, tuple) else [y]
 
-    def normalise(candidate: int) -> Any:
+    def normalise(build: int) -> Any:
         dtype = None if residual is None else x.dtype
         return layer_norm_kernels.layer_norm_fwd(
-            x, weight, bias, residual, None, 0.0, 1e-5, dtype, candidate=candidate
+            x, weight, bias, residual, None, 0.0, 1e-5, dtype, build=build
         )
 
     def check(outputs: Any) -> parity.Measurement:
@@ -389,10 +387,10 @@ def _layer_norm(problem: Problem, device: torch.device, machine: dry_run.Machine
 
     _, s, mean, rstd = normalise(-1)
 
-    def differentiate(candidate: int) -> Any:
+    def differentiate(build: int) -> Any:
         return layer_norm_kernels.layer_norm_bwd(
             dy, cotangents[1] if residual is not None else None, x if residual is None else s,
-            mean, rstd, weight, None, 0.0, x.dtype, None, True, True, candidate=candidate,
+            mean, rstd, weight, None, 0.0, x.dtype, None, True, True, build=build,
         )  # fmt: skip
 
     def gradients(layer_norm: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:

@@ -38,7 +38,7 @@ gk::Strides strides(const StrideTuple& of) {
     return {std::get<0>(of), std::get<1>(of), std::get<2>(of)};
 }
 
-py::dict described(const gk::Candidate& c) {
+py::dict described(const gk::Build& c) {
     return py::dict(py::arg("name") = c.name, py::arg("head_width") = c.head_width,
                     py::arg("tile_m") = c.tile_m, py::arg("tile_n") = c.tile_n,
                     py::arg("tile_k") = c.tile_k, py::arg("stages") = c.stages,
@@ -47,16 +47,16 @@ py::dict described(const gk::Candidate& c) {
                     py::arg("shared_bytes") = c.shared_bytes);
 }
 
-py::list described(const std::vector<gk::Candidate>& candidates) {
+py::list described(const std::vector<gk::Build>& builds) {
     py::list all;
-    for (const gk::Candidate& c : candidates) all.append(described(c));
+    for (const gk::Build& c : builds) all.append(described(c));
     return all;
 }
 
-// What is in a plan: see plan.h.
-py::dict described(const gk::Plan& plan) {
+// What is in a plan: see dry_run.h.
+py::dict described(const gk::DryRun& plan) {
     py::list launches, refusals;
-    for (const gk::Planned& p : plan.launches) {
+    for (const gk::DryLaunch& p : plan.launches) {
         py::object built = py::none();
         if (p.built.name != nullptr) built = described(p.built);
         launches.append(py::dict(
@@ -83,7 +83,7 @@ void def_attention_bwd(py::module_& module, const char* name, F&& run) {
            int Tk, int total_q, int total_k, int H, int Hk, int D,
            StrideTuple q_strides, StrideTuple k_strides, StrideTuple v_strides,
            StrideTuple dout_strides, float scale, int left, int right, float softcap,
-           uint32_t dropout_threshold, float dropout_scale, bool deterministic, int candidate) {
+           uint32_t dropout_threshold, float dropout_scale, bool deterministic, int build) {
             const gk::AttentionCall call{
                 batch, Tq, Tk, H, Hk, D, scale, left, right, softcap,
                 pointer<const float>(alibi_slopes), pointer<const int32_t>(key_lengths),
@@ -111,7 +111,7 @@ void def_attention_bwd(py::module_& module, const char* name, F&& run) {
                                      pointer<void>(dq),
                                      pointer<void>(dk),
                                      pointer<void>(dv)};
-            return run(static_cast<DType>(dtype), p, stream_of(device, stream), candidate);
+            return run(static_cast<DType>(dtype), p, stream_of(device, stream), build);
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("dout"), py::arg("dlse"),
         py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
@@ -122,7 +122,7 @@ void def_attention_bwd(py::module_& module, const char* name, F&& run) {
         py::arg("total_k"), py::arg("H"), py::arg("Hk"), py::arg("D"), py::arg("q_strides"),
         py::arg("k_strides"), py::arg("v_strides"), py::arg("dout_strides"), py::arg("scale"),
         py::arg("left"), py::arg("right"), py::arg("softcap"), py::arg("dropout_threshold"),
-        py::arg("dropout_scale"), py::arg("deterministic"), py::arg("candidate") = -1);
+        py::arg("dropout_scale"), py::arg("deterministic"), py::arg("build") = -1);
 }
 
 }  // namespace
@@ -141,9 +141,9 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("emulated") = false;
 #endif
     module.def(
-        "plan",
+        "dry_run",
         [](int capability, int multiprocessors, const py::function& run) {
-            const gk::Plan plan(capability, multiprocessors);
+            const gk::DryRun plan(capability, multiprocessors);
             run();
             return described(plan);
         },
@@ -151,7 +151,7 @@ PYBIND11_MODULE(_cuda, module) {
     module.def(
         "record",
         [](const py::function& run) {
-            const gk::Plan plan;
+            const gk::DryRun plan;
             run();
             return described(plan);
         },
@@ -165,7 +165,7 @@ PYBIND11_MODULE(_cuda, module) {
            int Tk, int total_q, int total_k, int H, int Hk, int D,
            StrideTuple q_strides, StrideTuple k_strides, StrideTuple v_strides, float scale,
            int left, int right, float softcap, uint32_t dropout_threshold, float dropout_scale,
-           int candidate) {
+           int build) {
             const gk::AttentionCall call{
                 batch, Tq, Tk, H, Hk, D, scale, left, right, softcap,
                 pointer<const float>(alibi_slopes), pointer<const int32_t>(key_lengths),
@@ -182,7 +182,7 @@ PYBIND11_MODULE(_cuda, module) {
                                      pointer<void>(out),
                                      pointer<float>(lse)};
             gk::launch_attention_fwd(static_cast<DType>(dtype), p, stream_of(device, stream),
-                                     candidate);
+                                     build);
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("alibi_slopes"), py::arg("key_lengths"), py::arg("rng"),
@@ -191,17 +191,17 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("total_k"), py::arg("H"), py::arg("Hk"), py::arg("D"), py::arg("q_strides"),
         py::arg("k_strides"), py::arg("v_strides"), py::arg("scale"), py::arg("left"),
         py::arg("right"), py::arg("softcap"), py::arg("dropout_threshold"),
-        py::arg("dropout_scale"), py::arg("candidate"));
-    module.def("attention_fwd_candidates",
-               [] { return described(gk::attention_fwd_candidates()); });
+        py::arg("dropout_scale"), py::arg("build"));
+    module.def("attention_fwd_builds",
+               [] { return described(gk::attention_fwd_builds()); });
 
-    module.def("attention_bwd_candidates",
-               [] { return described(gk::attention_bwd_candidates()); });
+    module.def("attention_bwd_builds",
+               [] { return described(gk::attention_bwd_builds()); });
     def_attention_bwd(module, "attention_bwd", &gk::launch_attention_bwd);
     def_attention_bwd(module, "attention_bwd_workspaces",
-                      [](DType dtype, const gk::AttentionBwd& p, gk::Stream stream, int candidate) {
+                      [](DType dtype, const gk::AttentionBwd& p, gk::Stream stream, int build) {
                           const gk::BwdWorkspaces sizes =
-                              gk::attention_bwd_workspaces(dtype, p, stream.device, candidate);
+                              gk::attention_bwd_workspaces(dtype, p, stream.device, build);
                           return std::make_tuple(sizes.row_stats, sizes.dq_sum, sizes.turns);
                       });
 
@@ -244,10 +244,10 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("left"), py::arg("softcap"), py::arg("num_splits"), py::arg("splits"));
 
     module.def(
-        "mlp_plan",
+        "mlp_choice",
         [](int device, int layout, uintptr_t a, uintptr_t b, uintptr_t h, uintptr_t out,
            uintptr_t activation, int dtype, int64_t m, int64_t n, int64_t k, int64_t a_stride,
-           int64_t b_stride, int candidate) {
+           int64_t b_stride, int build) {
             gk::Product p{};
             p.a = pointer<const void>(a);
             p.b = pointer<const void>(b);
@@ -257,25 +257,25 @@ PYBIND11_MODULE(_cuda, module) {
             p.m = m, p.n = n, p.k = k;
             p.a_stride = a_stride, p.b_stride = b_stride;
             p.splits = 1;
-            const auto plan = gk::plan_product(static_cast<DType>(dtype),
-                                               static_cast<gk::Layout>(layout), p, candidate,
+            const auto plan = gk::choose_product(static_cast<DType>(dtype),
+                                               static_cast<gk::Layout>(layout), p, build,
                                                device);
-            return std::make_tuple(plan.candidate, plan.tile_rows, plan.splits);
+            return std::make_tuple(plan.build, plan.tile_rows, plan.splits);
         },
         py::arg("device"), py::arg("layout"), py::kw_only(), py::arg("a"), py::arg("b"),
         py::arg("h"), py::arg("out"), py::arg("activation"), py::arg("dtype"), py::arg("m"),
         py::arg("n"), py::arg("k"), py::arg("a_stride"), py::arg("b_stride"),
-        py::arg("candidate"));
-    module.def("mlp_candidates", [] {
+        py::arg("build"));
+    module.def("mlp_builds", [] {
         py::list all;
-        for (const gk::Candidate& c : gk::mlp_candidates()) all.append(described(c));
+        for (const gk::Build& c : gk::mlp_builds()) all.append(described(c));
         return all;
     });
     module.def(
         "mlp_linear_fwd",
         [](int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t out,
            uintptr_t activation, int dtype, int64_t m, int64_t n, int64_t k,
-           int64_t a_stride, int64_t b_stride, bool tanh, int candidate) {
+           int64_t a_stride, int64_t b_stride, bool tanh, int build) {
             gk::Product p{};
             p.a = pointer<const void>(a);
             p.b = pointer<const void>(b);
@@ -286,18 +286,18 @@ PYBIND11_MODULE(_cuda, module) {
             p.a_stride = a_stride, p.b_stride = b_stride;
             p.splits = 1;
             p.tanh = tanh;
-            gk::launch_product(static_cast<DType>(dtype), gk::Layout::forward, p, candidate,
+            gk::launch_product(static_cast<DType>(dtype), gk::Layout::forward, p, build,
                                stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("a"), py::arg("b"),
         py::arg("bias"), py::arg("out"), py::arg("activation"), py::arg("dtype"), py::arg("m"),
         py::arg("n"), py::arg("k"), py::arg("a_stride"), py::arg("b_stride"),
-        py::arg("tanh"), py::arg("candidate"));
+        py::arg("tanh"), py::arg("build"));
     module.def(
         "mlp_linear_bwd",
         [](int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t h, uintptr_t out,
            uintptr_t activation, uintptr_t partial, int dtype, int64_t m, int64_t n, int64_t k,
-           int64_t a_stride, int64_t b_stride, bool tanh, int candidate) {
+           int64_t a_stride, int64_t b_stride, bool tanh, int build) {
             gk::Product p{};
             p.a = pointer<const void>(a);
             p.b = pointer<const void>(b);
@@ -309,18 +309,18 @@ PYBIND11_MODULE(_cuda, module) {
             p.a_stride = a_stride, p.b_stride = b_stride;
             p.splits = 1;
             p.tanh = tanh;
-            gk::launch_product(static_cast<DType>(dtype), gk::Layout::backward, p, candidate,
+            gk::launch_product(static_cast<DType>(dtype), gk::Layout::backward, p, build,
                                stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("a"), py::arg("b"),
         py::arg("h"), py::arg("out"), py::arg("activation"), py::arg("partial"), py::arg("dtype"),
         py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a_stride"), py::arg("b_stride"),
-        py::arg("tanh"), py::arg("candidate"));
+        py::arg("tanh"), py::arg("build"));
     module.def(
         "mlp_weight_grad",
         [](int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out,
            uintptr_t partial, int dtype, int64_t m, int64_t n, int64_t k, int64_t a_stride,
-           int64_t b_stride, int splits, int candidate) {
+           int64_t b_stride, int splits, int build) {
             gk::Product p{};
             p.a = pointer<const void>(a);
             p.b = pointer<const void>(b);
@@ -329,13 +329,13 @@ PYBIND11_MODULE(_cuda, module) {
             p.m = m, p.n = n, p.k = k;
             p.a_stride = a_stride, p.b_stride = b_stride;
             p.splits = splits;
-            gk::launch_product(static_cast<DType>(dtype), gk::Layout::weight, p, candidate,
+            gk::launch_product(static_cast<DType>(dtype), gk::Layout::weight, p, build,
                                stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("a"), py::arg("b"),
         py::arg("out"), py::arg("partial"), py::arg("dtype"), py::arg("m"), py::arg("n"),
         py::arg("k"), py::arg("a_stride"), py::arg("b_stride"), py::arg("splits"),
-        py::arg("candidate"));
+        py::arg("build"));
     module.attr("mlp_column_sum_rows") = gk::kColumnSumRows;
     module.def(
         "mlp_column_sums",
@@ -366,7 +366,7 @@ PYBIND11_MODULE(_cuda, module) {
            uintptr_t bias, uintptr_t rng, uintptr_t y, uintptr_t sum, uintptr_t mean,
            uintptr_t rstd, int64_t rows, int cols, int64_t x_stride, int64_t residual_stride,
            float eps, uint32_t dropout_threshold, float dropout_scale, int x_dtype,
-           int residual_dtype, int weight_dtype, int sum_dtype, int candidate) {
+           int residual_dtype, int weight_dtype, int sum_dtype, int build) {
             gk::LayerNormFwd p;
             p.x = pointer<const void>(x);
             p.residual = pointer<const void>(residual);
@@ -386,18 +386,18 @@ PYBIND11_MODULE(_cuda, module) {
             p.residual_dtype = static_cast<DType>(residual_dtype);
             p.weight_dtype = static_cast<DType>(weight_dtype);
             p.sum_dtype = static_cast<DType>(sum_dtype);
-            gk::launch_layer_norm_fwd(p, candidate, stream_of(device, stream));
+            gk::launch_layer_norm_fwd(p, build, stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("x"), py::arg("residual"),
         py::arg("weight"), py::arg("bias"), py::arg("rng"), py::arg("y"), py::arg("sum"),
         py::arg("mean"), py::arg("rstd"), py::arg("rows"), py::arg("cols"), py::arg("x_stride"),
         py::arg("residual_stride"), py::arg("eps"), py::arg("dropout_threshold"),
         py::arg("dropout_scale"), py::arg("x_dtype"), py::arg("residual_dtype"),
-        py::arg("weight_dtype"), py::arg("sum_dtype"), py::arg("candidate"));
-    module.def("layer_norm_fwd_candidates", [] { return described(gk::layer_norm_fwd_candidates()); });
-    module.def("layer_norm_bwd_candidates", [] { return described(gk::layer_norm_bwd_candidates()); });
+        py::arg("weight_dtype"), py::arg("sum_dtype"), py::arg("build"));
+    module.def("layer_norm_fwd_builds", [] { return described(gk::layer_norm_fwd_builds()); });
+    module.def("layer_norm_bwd_builds", [] { return described(gk::layer_norm_bwd_builds()); });
     module.def("layer_norm_bwd_partials", &gk::layer_norm_bwd_partials, py::arg("rows"),
-               py::arg("cols"), py::arg("device"), py::arg("candidate"));
+               py::arg("cols"), py::arg("device"), py::arg("build"));
     module.def(
         "layer_norm_bwd",
         [](int device, uintptr_t stream, uintptr_t dy, uintptr_t dsum, uintptr_t sum,
@@ -405,7 +405,7 @@ PYBIND11_MODULE(_cuda, module) {
            uintptr_t dresidual, uintptr_t partial_dweight, uintptr_t partial_dbias,
            uintptr_t dweight, uintptr_t dbias, int64_t rows, int cols, int partials,
            int64_t sum_stride, uint32_t dropout_threshold, float dropout_scale, int x_dtype,
-           int residual_dtype, int weight_dtype, int sum_dtype, int candidate) {
+           int residual_dtype, int weight_dtype, int sum_dtype, int build) {
             gk::LayerNormBwd p;
             p.dy = pointer<const void>(dy);
             p.dsum = pointer<const void>(dsum);
@@ -428,7 +428,7 @@ PYBIND11_MODULE(_cuda, module) {
             p.residual_dtype = static_cast<DType>(residual_dtype);
             p.weight_dtype = static_cast<DType>(weight_dtype);
             p.sum_dtype = static_cast<DType>(sum_dtype);
-            gk::launch_layer_norm_bwd(p, candidate, stream_of(device, stream));
+            gk::launch_layer_norm_bwd(p, build, stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("dy"), py::arg("dsum"),
         py::arg("sum"), py::arg("mean"), py::arg("rstd"), py::arg("weight"), py::arg("rng"),
@@ -436,5 +436,5 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("dweight"), py::arg("dbias"), py::arg("rows"), py::arg("cols"),
         py::arg("partials"), py::arg("sum_stride"), py::arg("dropout_threshold"),
         py::arg("dropout_scale"), py::arg("x_dtype"), py::arg("residual_dtype"),
-        py::arg("weight_dtype"), py::arg("sum_dtype"), py::arg("candidate"));
+        py::arg("weight_dtype"), py::arg("sum_dtype"), py::arg("build"));
 }

@@ -2,7 +2,7 @@
 
     python -m gates                         the installed Triton and nvcc, against their tables
     python -m gates --compiler nvcc         one of them
-    python -m gates --compiler candidates   what the launchers of Hopper's kernels choose among
+    python -m gates --compiler builds   what the launchers of Hopper's kernels choose among
     python -m gates --arch 80 90            Triton's kernels for these architectures alone
     python -m gates --triton 3.6.0 3.9.0    those versions, installed aside under build/
     python -m gates --update                rewrite these compilers' part of the tables
@@ -15,7 +15,7 @@ cores, 16-byte accesses, the tensor memory accelerator), on what ptxas says it h
 (setmaxnreg, overlapping wgmma: notes C75xx), on code for another architecture than a source is for,
 on a source that takes more than three minutes of one core, and on any number that differs from
 gates/triton.json or gates/native.json: what a change of a kernel costs shows where the change is
-reviewed. Candidates are asked for from the module that is built for this CPU, and held to gates/
+reviewed. Builds are asked for from the module that is built for this CPU, and held to gates/
 native.json and to the shared memory of a thread block. Without nvcc its part is skipped, and says
 so.
 """

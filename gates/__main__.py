@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.triton_path:
         sys.path.insert(0, str(options.triton_path))
         options.compiler = "triton"
-    runs = {"triton": _triton, "nvcc": _nvcc, "candidates": _candidates}
+    runs = {"triton": _triton, "nvcc": _nvcc, "builds": _builds}
     wanted = [options.compiler] if options.compiler else list(runs)
     codes = [runs[name](options) for name in wanted]
     if all(code is None for code in codes):
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m gates", description=__doc__)
-    parser.add_argument("--compiler", choices=("triton", "nvcc", "candidates"), help="default: all")
+    parser.add_argument("--compiler", choices=("triton", "nvcc", "builds"), help="default: all")
     parser.add_argument(
         "--triton",
         nargs="+",
@@ -150,30 +150,30 @@ def _nvcc(options: argparse.Namespace) -> int | None:
     return _verdict(f"nvcc {version}", found, [*notes, *broken], started)
 
 
-def _candidates(options: argparse.Namespace) -> int | None:
+def _builds(options: argparse.Namespace) -> int | None:
     """The exit code; None with --only, since launchers are asked for all of them or none."""
     from gates import native
 
     if options.only:
         return None
     try:
-        found = native.candidates()
+        found = native.builds()
     except native.extension.BuildError as error:
-        print(f"candidates: skipped, {error}")
+        print(f"builds: skipped, {error}")
         return 0
     except subprocess.CalledProcessError:
         print("gates: the launchers do not compile for this CPU (see above)", file=sys.stderr)
         return 1
     table = tables.load(tables.NATIVE)
     if options.update:
-        table.candidates = found
+        table.builds = found
         tables.save(table, tables.NATIVE)
-    broken = tables.candidate_violations(found, table)
+    broken = tables.build_violations(found, table)
     for sentence in broken:
         print(f"FAILED {sentence}")
     most = max((launch.shared for launch in found.values()), default=0)
     verdict = f"{len(broken)} FAILED" if broken else "all hold"
-    print(f"launchers: {len(found)} candidates, at most {most / 1024:.1f} KiB each, {verdict}")
+    print(f"launchers: {len(found)} builds, at most {most / 1024:.1f} KiB each, {verdict}")
     return 1 if broken else 0
 
 

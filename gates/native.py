@@ -4,7 +4,7 @@ Objects are compiled as setup.py compiles them, for the architectures of a wheel
 theirs (GPTKERNELS_OBJECT_CACHE, else build/objects); what is read from one is kept under
 build/gates. Kernels in sm90/ folders are for sm_90a and for nothing else; they stand in the table
 under sm_90. Shared memory is what a kernel declares, which is none: launchers choose its size, the
-emulator refuses a launch with more than the device has, and what each candidate of Hopper's kernels
+emulator refuses a launch with more than the device has, and what each build of Hopper's kernels
 asks for is read from the launchers.
 """
 
@@ -122,7 +122,7 @@ def slow(source: str, log: str) -> Iterator[str]:
         yield f"{source}: took {match[1]} s of one core to compile, {MOST_SECONDS} s is the limit"
 
 
-def candidates() -> dict[str, Launch]:
+def builds() -> dict[str, Launch]:
     """What the launchers of Hopper's kernels choose among, from the module built for this CPU.
 
     Raises extension.BuildError or subprocess.CalledProcessError where it cannot be built.
@@ -135,7 +135,7 @@ def candidates() -> dict[str, Launch]:
     loader.exec_module(module)
     found: dict[str, Launch] = {}
     for function in sorted(vars(module)):
-        op = function.removesuffix("_candidates")
+        op = function.removesuffix("_builds")
         if op == function:
             continue
         for index, one in enumerate(getattr(module, function)()):

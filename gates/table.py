@@ -66,7 +66,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Launch:
-    """How one candidate of an op is launched: see csrc/candidate.h."""
+    """How one build of an op is launched: see csrc/build.h."""
 
     threads: int
     shared: int  # bytes that the launcher asks for
@@ -84,11 +84,11 @@ class Launch:
 @dataclass
 class Table:
     """Compiler's version -> compiled kernel -> resources; exemptions, which hold for all; and the
-    candidates that launchers choose among, by op and name."""
+    builds that launchers choose among, by op and name."""
 
     versions: dict[str, dict[Key, Resources]] = field(default_factory=dict)
     exemptions: list[Exemption] = field(default_factory=list)
-    candidates: dict[str, Launch] = field(default_factory=dict)
+    builds: dict[str, Launch] = field(default_factory=dict)
 
 
 def load(path: Path) -> Table:
@@ -107,10 +107,10 @@ def load(path: Path) -> Table:
             Exemption(e["configuration"], tuple(e["architectures"]), e["reason"])
             for e in raw["exemptions"]
         ]
-        candidates = {name: Launch(*row) for name, row in raw.get("candidates", {}).items()}
+        builds = {name: Launch(*row) for name, row in raw.get("builds", {}).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a table of the gates: {error!r}") from error
-    return Table(versions, exemptions, candidates)
+    return Table(versions, exemptions, builds)
 
 
 def save(table: Table, path: Path) -> None:
@@ -122,16 +122,14 @@ def save(table: Table, path: Path) -> None:
         for version, kernels in sorted(table.versions.items())
     ]
     exemptions = [f"    {json.dumps(asdict(e))}" for e in table.exemptions]
-    candidates = [
+    builds = [
         f"    {json.dumps(name)}: {json.dumps(astuple(launch))}"
-        for name, launch in table.candidates.items()
+        for name, launch in table.builds.items()
     ]
     text = f'{{\n  "columns": {json.dumps(names)},\n  "exemptions": [\n{_lines(exemptions)}  ],\n'
-    if candidates:
+    if builds:
         columns = json.dumps([f.name for f in fields(Launch)])
-        text += (
-            f'  "candidate_columns": {columns},\n  "candidates": {{\n{_lines(candidates)}  }},\n'
-        )
+        text += f'  "build_columns": {columns},\n  "builds": {{\n{_lines(builds)}  }},\n'
     text += f'  "versions": {{\n{_lines(versions)}  }}\n}}\n'
     path.write_text(text)
 
@@ -170,8 +168,8 @@ def violations(
     return broken
 
 
-def candidate_violations(found: Mapping[str, Launch], table: Table) -> list[str]:
-    """One sentence for each candidate that no GPU could launch, or that the table has otherwise."""
+def build_violations(found: Mapping[str, Launch], table: Table) -> list[str]:
+    """One sentence for each build that no GPU could launch, or that the table has otherwise."""
     limit = SHARED_LIMITS[90]
     broken = [
         f"{name}: {launch.shared} B of dynamic shared memory, {limit} B is the limit"
@@ -179,12 +177,12 @@ def candidate_violations(found: Mapping[str, Launch], table: Table) -> list[str]
         if launch.shared > limit
     ]
     for name, launch in found.items():
-        if name not in table.candidates:
-            broken.append(f"{name}: not among the table's candidates ({launch})")
-        elif launch != table.candidates[name]:
-            broken.append(f"{name}: {launch}, the table has {table.candidates[name]}")
-    stale = [name for name in table.candidates if name not in found]
-    return broken + [f"{name}: a candidate of the table that is none" for name in stale]
+        if name not in table.builds:
+            broken.append(f"{name}: not among the table's builds ({launch})")
+        elif launch != table.builds[name]:
+            broken.append(f"{name}: {launch}, the table has {table.builds[name]}")
+    stale = [name for name in table.builds if name not in found]
+    return broken + [f"{name}: a build of the table that is none" for name in stale]
 
 
 def stale_exemptions(table: Table) -> list[str]:

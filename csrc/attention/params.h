@@ -100,30 +100,30 @@ inline dim3 grid_of(const char* kernel, const AttentionCall& c, int64_t blocks) 
     return dim3(static_cast<unsigned>(blocks));
 }
 
-// candidate: an index into attention_fwd_candidates(), ways to build the kernel for compute
+// build: an index into attention_fwd_builds(), ways to build the kernel for compute
 // capability 9.0; -1: what the rules choose there, and the kernel of every device elsewhere. Throws
-// Error where the candidate cannot take the call.
-void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream, int candidate = -1);
+// Error where the build cannot take the call.
+void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream, int build = -1);
 
 // Why the kernel for compute capability 9.0 does not take a call, "" if it does.
 std::string attention_fwd_sm90_refuses(DType dtype, const AttentionFwd& p);
-std::vector<Candidate> attention_fwd_candidates();
-void launch_attention_fwd_sm90(DType dtype, const AttentionFwd& p, Stream stream, int candidate);
+std::vector<Build> attention_fwd_builds();
+void launch_attention_fwd_sm90(DType dtype, const AttentionFwd& p, Stream stream, int build);
 
-// candidate: one of attention_bwd_candidates, or -1 for the rule's choice.
-void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream, int candidate = -1);
+// build: one of attention_bwd_builds, or -1 for the rule's choice.
+void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream, int build = -1);
 
 // Attention backward's Hopper kernels: how they are built, and why the generic ones run, "" where
 // these do.
-std::vector<Candidate> attention_bwd_candidates();
+std::vector<Build> attention_bwd_builds();
 std::string attention_bwd_sm90_refuses(DType dtype, const AttentionBwd& p);
 
 // Numbers of elements; all 0 where the generic kernels run, whose workspaces are as above. Throws
-// Error for a candidate that cannot take the problem.
+// Error for a build that cannot take the problem.
 struct BwdWorkspaces {
     int64_t row_stats, dq_sum, turns;
 };
 BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int device,
-                                       int candidate);
+                                       int build);
 
 }  // namespace gk

@@ -11,7 +11,7 @@ namespace gk {
 namespace {
 
 template <class C>
-constexpr Candidate described(const char* name) {
+constexpr Build described(const char* name) {
     return {name,       0,           C::kM,        C::kN,       C::kK,         C::kStages,
             C::kConsumers, C::kCluster, C::kPingpong, C::kThreads, C::kSharedBytes};
 }
@@ -36,7 +36,7 @@ constexpr double kGenericGain = 0.75;
 
 struct Choice {
     double clocks;
-    int candidate, splits;
+    int build, splits;
 };
 
 double waves(int64_t items, int64_t places) { return static_cast<double>(ceil_div(items, places)); }
@@ -45,7 +45,7 @@ double unit_clocks(const Product& p) {
     return p.h != nullptr ? kDifferentiate : p.activation != nullptr ? kActivate : kRound;
 }
 
-double clocks_of(const Candidate& c, Layout layout, const Product& p, int splits, int processors) {
+double clocks_of(const Build& c, Layout layout, const Product& p, int splits, int processors) {
     const int64_t places = std::max(1, processors / c.cluster);
     const int64_t items =
         ceil_div(p.m, int64_t{c.tile_m} * c.cluster) * ceil_div(p.n, c.tile_n) * splits;
@@ -82,21 +82,21 @@ double generic_clocks(const Product& p, int processors) {
 
 }  // namespace
 
-Candidate product_candidate(int number) {
+Build product_build(int number) {
     switch (number) {
-        case 0: return described<ProductCandidate<0>>("128x256, cooperative, cluster of 2");
-        case 1: return described<ProductCandidate<1>>("128x192, ping-pong, cluster of 2");
-        case 2: return described<ProductCandidate<2>>("128x128, cooperative");
-        case 3: return described<ProductCandidate<3>>("128x256, cooperative");
-        case 4: return described<ProductCandidate<4>>("128x192, cooperative, cluster of 2");
-        case 5: return described<ProductCandidate<5>>("256x128, cooperative, cluster of 2");
-        default: return described<ProductCandidate<6>>("64x256, ping-pong");
+        case 0: return described<ProductBuild<0>>("128x256, cooperative, cluster of 2");
+        case 1: return described<ProductBuild<1>>("128x192, ping-pong, cluster of 2");
+        case 2: return described<ProductBuild<2>>("128x128, cooperative");
+        case 3: return described<ProductBuild<3>>("128x256, cooperative");
+        case 4: return described<ProductBuild<4>>("128x192, cooperative, cluster of 2");
+        case 5: return described<ProductBuild<5>>("256x128, cooperative, cluster of 2");
+        default: return described<ProductBuild<6>>("64x256, ping-pong");
     }
 }
 
-std::vector<Candidate> mlp_candidates() {
-    std::vector<Candidate> all;
-    for (int i = 0; i < kProductCandidates; ++i) all.push_back(product_candidate(i));
+std::vector<Build> mlp_builds() {
+    std::vector<Build> all;
+    for (int i = 0; i < kProductBuilds; ++i) all.push_back(product_build(i));
     return all;
 }
 
@@ -132,23 +132,23 @@ std::string mlp_sm90_refuses(DType dtype, Layout layout, const Product& p) {
 
 namespace {
 
-// Throws Error where there is no such candidate for the dtype, or where p is refused for a reason.
-void check_candidate(int candidate, DType dtype, const Product& p, const std::string& refusal) {
+// Throws Error where there is no such build for the dtype, or where p is refused for a reason.
+void check_build(int build, DType dtype, const Product& p, const std::string& refusal) {
     std::string reason = refusal;
-    if (candidate >= kProductCandidates) {
-        reason = "there are " + std::to_string(kProductCandidates) + " of them";
-    } else if (reason.empty() && candidate >= kProductRule && dtype != DType::bf16) {
+    if (build >= kProductBuilds) {
+        reason = "there are " + std::to_string(kProductBuilds) + " of them";
+    } else if (reason.empty() && build >= kProductRule && dtype != DType::bf16) {
         reason = "it is there for bf16 alone";
     }
     if (reason.empty()) return;
-    throw Error("candidate " + std::to_string(candidate) + " cannot make the mlp product of " +
+    throw Error("build " + std::to_string(build) + " cannot make the mlp product of " +
                 shape_of(p.m, p.k) + " and " + shape_of(p.k, p.n) + " " + name_of(dtype) + ": " +
                 reason);
 }
 
-// The rule's choice, whose candidate is -1 where the kernel for any device is predicted to be faster;
-// or the plan of a candidate. p is not refused.
-ProductPlan plan_product_sm90(Layout layout, const Product& p, int candidate, int device) {
+// The rule's choice, whose build is -1 where the kernel for any device is predicted to be faster;
+// or the plan of a build. p is not refused.
+ProductChoice choose_product_sm90(Layout layout, const Product& p, int build, int device) {
     constexpr int kMostSplits = 8, kLeastSteps = 4;  // each part of k fills the stages
     const int processors = multiprocessors(device);
     const int64_t steps = ceil_div(p.k, kProductStep);
@@ -156,15 +156,15 @@ ProductPlan plan_product_sm90(Layout layout, const Product& p, int candidate, in
                          ? static_cast<int>(std::clamp<int64_t>(steps / kLeastSteps, 1, kMostSplits))
                          : 1;
     constexpr double kNever = std::numeric_limits<double>::infinity();
-    Choice best{candidate >= 0 ? kNever : generic_clocks(p, processors) / kGenericGain, -1, 1};
-    for (int i = 0; i < kProductCandidates; ++i) {
-        if (candidate >= 0 ? i != candidate : i >= kProductRule) continue;
+    Choice best{build >= 0 ? kNever : generic_clocks(p, processors) / kGenericGain, -1, 1};
+    for (int i = 0; i < kProductBuilds; ++i) {
+        if (build >= 0 ? i != build : i >= kProductRule) continue;
         for (int splits = 1; splits <= most; ++splits) {
-            const double clocks = clocks_of(product_candidate(i), layout, p, splits, processors);
+            const double clocks = clocks_of(product_build(i), layout, p, splits, processors);
             if (clocks < best.clocks) best = {clocks, i, splits};
         }
     }
-    return {best.candidate, kUnitRows, best.splits};
+    return {best.build, kUnitRows, best.splits};
 }
 
 // Why no kernel for Hopper can make the product, or "".
@@ -175,34 +175,34 @@ std::string refusal(DType dtype, Layout layout, const Product& p, int device) {
 
 }  // namespace
 
-ProductPlan plan_product(DType dtype, Layout layout, const Product& p, int candidate, int device) {
-    if (candidate >= 0) {
-        check_candidate(candidate, dtype, p, refusal(dtype, layout, p, device));
-        return plan_product_sm90(layout, p, candidate, device);
+ProductChoice choose_product(DType dtype, Layout layout, const Product& p, int build, int device) {
+    if (build >= 0) {
+        check_build(build, dtype, p, refusal(dtype, layout, p, device));
+        return choose_product_sm90(layout, p, build, device);
     }
     if (refusal(dtype, layout, p, device).empty()) {
-        const ProductPlan plan = plan_product_sm90(layout, p, candidate, device);
-        if (plan.candidate >= 0) return plan;
+        const ProductChoice plan = choose_product_sm90(layout, p, build, device);
+        if (plan.build >= 0) return plan;
     }
-    return plan_product_any(layout, p.m, p.n, p.k, device);
+    return choose_product_any(layout, p.m, p.n, p.k, device);
 }
 
-void launch_product(DType dtype, Layout layout, const Product& p, int candidate, Stream stream) {
-    const ProductPlan plan = plan_product(dtype, layout, p, candidate, stream.device);
-    if (plan.candidate >= 0) {
+void launch_product(DType dtype, Layout layout, const Product& p, int build, Stream stream) {
+    const ProductChoice plan = choose_product(dtype, layout, p, build, stream.device);
+    if (plan.build >= 0) {
         if (p.splits > ceil_div(p.k, kProductStep)) {
             throw Error("the mlp product of " + shape_of(p.m, p.k) + " and " + shape_of(p.k, p.n) +
                         " has fewer steps along k than parts, " + std::to_string(p.splits));
         }
         switch (layout) {
-            case Layout::forward: return launch_forward_sm90(plan.candidate, dtype, p, stream);
-            case Layout::backward: return launch_backward_sm90(plan.candidate, dtype, p, stream);
-            case Layout::weight: return launch_weight_sm90(plan.candidate, dtype, p, stream);
+            case Layout::forward: return launch_forward_sm90(plan.build, dtype, p, stream);
+            case Layout::backward: return launch_backward_sm90(plan.build, dtype, p, stream);
+            case Layout::weight: return launch_weight_sm90(plan.build, dtype, p, stream);
         }
     }
-    if (Plan::current() != nullptr && capability(stream.device) == 90) {
+    if (DryRun::current() != nullptr && capability(stream.device) == 90) {
         const std::string reason = mlp_sm90_refuses(dtype, layout, p);
-        plan_refused("mlp product for sm90",
+        dry_run_refused("mlp product for sm90",
                      reason.empty() ? "it is predicted to be slower" : reason);
     }
     launch_product_any(dtype, layout, p, plan.tile_rows, stream);

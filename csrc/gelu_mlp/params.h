@@ -45,27 +45,27 @@ struct Product {
 };
 
 // Which kernel makes a product, and what its workspace follows from.
-struct ProductPlan {
-    int candidate;  // of mlp_candidates(), kernels for Hopper; -1: the one for any device, mlp.cu's
+struct ProductChoice {
+    int build;  // of mlp_builds(), kernels for Hopper; -1: the one for any device, mlp.cu's
     int tile_rows;  // partial column sums: ceil(m / tile_rows) rows
     int splits;
 };
 
-// `candidate`: -1 for the rule's choice. The plan asks for everything of the product but `partial`
+// `build`: -1 for the rule's choice. The plan asks for everything of the product but `partial`
 // and `splits`; the launch, for which these follow from it, makes the same plan again. Both throw
-// Error with the reason where a candidate cannot make the product.
-ProductPlan plan_product(DType dtype, Layout layout, const Product& product, int candidate,
+// Error with the reason where a build cannot make the product.
+ProductChoice choose_product(DType dtype, Layout layout, const Product& product, int build,
                          int device);
-void launch_product(DType dtype, Layout layout, const Product& product, int candidate,
+void launch_product(DType dtype, Layout layout, const Product& product, int build,
                     Stream stream);
 
 // mlp.cu: the kernel for any device.
-ProductPlan plan_product_any(Layout layout, int64_t m, int64_t n, int64_t k, int device);
+ProductChoice choose_product_any(Layout layout, int64_t m, int64_t n, int64_t k, int device);
 void launch_product_any(DType dtype, Layout layout, const Product& product, int tile_rows,
                         Stream stream);
 
 // The kernels for Hopper, and why none of them can make a product ("": they can).
-std::vector<Candidate> mlp_candidates();
+std::vector<Build> mlp_builds();
 std::string mlp_sm90_refuses(DType dtype, Layout layout, const Product& product);
 
 // partial[i, c] = sum of x[r, c] over the rows r of block i.

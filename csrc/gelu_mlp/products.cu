@@ -400,7 +400,7 @@ void launch_layout(ProductKernel& kernel, DType dtype, int tile_rows, Stream str
 
 // Large tiles where there are enough of them to give every multiprocessor work. The weights'
 // gradients have a long k and few tiles: k is split where that fills the last wave of CTAs better.
-ProductPlan plan_product_any(Layout layout, int64_t m, int64_t n, int64_t k, int device) {
+ProductChoice choose_product_any(Layout layout, int64_t m, int64_t n, int64_t k, int device) {
     constexpr int kLeastDepth = 1024;  // of a part of k: enough steps to hide its start and its sum
     constexpr int kMostSplits = 4;     // each writes and reads a whole result in fp32
     const int most = layout == Layout::weight
@@ -412,7 +412,7 @@ ProductPlan plan_product_any(Layout layout, int64_t m, int64_t n, int64_t k, int
     const int64_t tiles = large ? large_tiles : ceil_div(m, 64) * ceil_div(n, 64);
     const int64_t resident = processors * (large ? 2 : 3);
 
-    ProductPlan plan{-1, large ? 128 : 64, 1};
+    ProductChoice plan{-1, large ? 128 : 64, 1};
     double least = 0.0;
     for (int splits = 1; splits <= most; ++splits) {
         const double waves = static_cast<double>(ceil_div(tiles * splits, resident)) / splits;

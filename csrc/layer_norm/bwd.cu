@@ -236,9 +236,9 @@ void launch_layer_norm_bwd_reduce(const LayerNormBwd& op, Stream stream) {
     gk::launch(layer_norm_bwd_reduce_kernel, launch, params);
 }
 
-int layer_norm_bwd_partials(int64_t rows, int cols, int device, int candidate) {
+int layer_norm_bwd_partials(int64_t rows, int cols, int device, int build) {
     if (capability(device) == 90) {
-        const int clusters = layer_norm_bwd_sm90_partials(rows, cols, device, candidate);
+        const int clusters = layer_norm_bwd_sm90_partials(rows, cols, device, build);
         if (clusters > 0) return clusters;
     }
     const int sms = multiprocessors(device);
@@ -248,13 +248,13 @@ int layer_norm_bwd_partials(int64_t rows, int cols, int device, int candidate) {
     return static_cast<int>(std::min<int64_t>(divide_up(rows, sharing.teams), most));
 }
 
-void launch_layer_norm_bwd(const LayerNormBwd& op, int candidate, Stream stream) {
+void launch_layer_norm_bwd(const LayerNormBwd& op, int build, Stream stream) {
     if (op.sum_dtype != DType::f32 && op.sum_dtype != op.x_dtype)
         throw Error("layer_norm_bwd on " + shape_of(op.rows, op.cols, op.x_dtype) +
                     ": the sum must have the dtype of x, or fp32");
-    if (by_clusters("layer_norm_bwd", shape_of(op.rows, op.cols, op.x_dtype), candidate,
-                    stream.device, layer_norm_bwd_sm90_refuses(op, candidate)))
-        return launch_layer_norm_bwd_sm90(op, candidate, stream);
+    if (by_clusters("layer_norm_bwd", shape_of(op.rows, op.cols, op.x_dtype), build,
+                    stream.device, layer_norm_bwd_sm90_refuses(op, build)))
+        return launch_layer_norm_bwd_sm90(op, build, stream);
     const bool aligned_rows = is_aligned(op);
     const bool weights = op.partial_dweight != nullptr || op.partial_dbias != nullptr;
     const Sharing sharing = sharing_of(op.cols, aligned_rows);

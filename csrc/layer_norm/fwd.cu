@@ -67,15 +67,15 @@ Kernel kernel_of(int groups, bool is_aligned) {
 
 }  // namespace
 
-void launch_layer_norm_fwd(const LayerNormFwd& op, int candidate, Stream stream) {
+void launch_layer_norm_fwd(const LayerNormFwd& op, int build, Stream stream) {
     if (op.sum_dtype != DType::f32 &&
         (op.sum_dtype != op.x_dtype ||
          (op.residual != nullptr && op.residual_dtype == DType::f32)))
         throw Error("layer_norm_fwd on " + shape_of(op.rows, op.cols, op.x_dtype) +
                     ": the sum must have the dtype of x, or fp32, which a fp32 residual needs");
-    if (by_clusters("layer_norm_fwd", shape_of(op.rows, op.cols, op.x_dtype), candidate,
-                    stream.device, layer_norm_fwd_sm90_refuses(op, candidate)))
-        return launch_layer_norm_fwd_sm90(op, candidate, stream);
+    if (by_clusters("layer_norm_fwd", shape_of(op.rows, op.cols, op.x_dtype), build,
+                    stream.device, layer_norm_fwd_sm90_refuses(op, build)))
+        return launch_layer_norm_fwd_sm90(op, build, stream);
     const bool aligned_rows = is_aligned(op);
     const int groups = lane_groups(op.cols);
     const int most = aligned_rows ? 7 : 2, usual = aligned_rows ? 4 : 2;  // of one warp, of several

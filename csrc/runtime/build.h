@@ -1,15 +1,15 @@
 // One way in which a kernel is built: what a launcher may choose among, and what tuning times.
 //
-// An op with several offers `std::vector<Candidate> <op>_candidates()`; its launcher takes an index
+// An op with several offers `std::vector<Build> <op>_builds()`; its launcher takes an index
 // into that list, or -1 for the choice of its own rule, and throws Error with the reason where a
-// candidate cannot take a problem.
+// build cannot take a problem.
 #pragma once
 
 #include <cstddef>
 
 namespace gk {
 
-struct Candidate {
+struct Build {
     const char* name;     // unique within its op: "128x128, 2 consumers, ping-pong"
     int head_width;       // largest that it takes; 0: no attention
     int tile_m, tile_n;   // of the output: rows, columns; attention: queries, keys

@@ -5,38 +5,38 @@
 namespace gk {
 namespace {
 
-thread_local Plan* current_plan = nullptr;
+thread_local DryRun* current_run = nullptr;
 
-void begin(Plan* plan) {
-    if (current_plan != nullptr) throw Error("this thread makes a plan already");
-    current_plan = plan;
+void begin(DryRun* run) {
+    if (current_run != nullptr) throw Error("this thread makes a dry run already");
+    current_run = run;
 }
 
 }  // namespace
 
-Plan::Plan() { begin(this); }
+DryRun::DryRun() { begin(this); }
 
-Plan::Plan(int capability, int multiprocessors)
+DryRun::DryRun(int capability, int multiprocessors)
     : capability(capability), multiprocessors(multiprocessors) {
     begin(this);
 }
 
-Plan::~Plan() { current_plan = nullptr; }
+DryRun::~DryRun() { current_run = nullptr; }
 
-Plan* Plan::current() { return current_plan; }
+DryRun* DryRun::current() { return current_run; }
 
-const Plan* Plan::elsewhere() {
-    return current_plan != nullptr && current_plan->multiprocessors > 0 ? current_plan : nullptr;
+const DryRun* DryRun::elsewhere() {
+    return current_run != nullptr && current_run->multiprocessors > 0 ? current_run : nullptr;
 }
 
-void plan_refused(const char* kernel, const std::string& reason) {
-    if (Plan* plan = Plan::current()) plan->refusals.push_back({kernel, reason});
+void dry_run_refused(const char* kernel, const std::string& reason) {
+    if (DryRun* run = DryRun::current()) run->refusals.push_back({kernel, reason});
 }
 
-bool detail::planned(const Launch& launch) {
-    Plan* plan = Plan::current();
-    if (plan == nullptr) return false;
-    plan->launches.push_back({launch.name,
+bool detail::dry(const Launch& launch) {
+    DryRun* run = DryRun::current();
+    if (run == nullptr) return false;
+    run->launches.push_back({launch.name,
                               launch.shape,
                               {launch.grid.x, launch.grid.y, launch.grid.z},
                               launch.threads,
@@ -44,7 +44,7 @@ bool detail::planned(const Launch& launch) {
                               launch.shared_bytes,
                               launch.tiles,
                               launch.built});
-    return Plan::elsewhere() != nullptr;
+    return DryRun::elsewhere() != nullptr;
 }
 
 }  // namespace gk

@@ -1,7 +1,7 @@
 // What launchers launch, or would launch on a machine that is not there: for `gptkernels verify`,
 // `gptkernels info --explain` and for predictions.
 //
-// While a thread has a Plan, `launch` writes into it what it is asked to launch. A plan for some
+// While a thread has a DryRun, `launch` writes into it what it is asked to launch. A plan for some
 // machine is all that comes of it: `capability` and `multiprocessors` are that machine's, tensor maps
 // are left empty and addresses need not lead anywhere. Launchers know nothing of it, so what is
 // planned is what would run.
@@ -16,13 +16,13 @@
 namespace gk {
 
 // One launch; Launch in launch.h says what the members mean.
-struct Planned {
+struct DryLaunch {
     std::string kernel, shape;
     unsigned grid[3];
     unsigned threads, cluster;
     size_t shared_bytes;
     int64_t tiles;
-    Candidate built;
+    Build built;
 };
 
 // A kernel that was not chosen, and why.
@@ -30,26 +30,26 @@ struct Refusal {
     std::string kernel, reason;
 };
 
-class Plan {
+class DryRun {
   public:
     // The calling thread's, until it is destroyed. Throws Error where there is one already.
-    Plan();                                     // launches happen as ever, and are written down
-    Plan(int capability, int multiprocessors);  // for such a machine: nothing is launched
-    ~Plan();
-    Plan(const Plan&) = delete;
-    Plan& operator=(const Plan&) = delete;
+    DryRun();                                     // launches happen as ever, and are written down
+    DryRun(int capability, int multiprocessors);  // for such a machine: nothing is launched
+    ~DryRun();
+    DryRun(const DryRun&) = delete;
+    DryRun& operator=(const DryRun&) = delete;
 
     // The calling thread's, or null.
-    static Plan* current();
+    static DryRun* current();
     // Likewise, if it is for a machine of its own.
-    static const Plan* elsewhere();
+    static const DryRun* elsewhere();
 
     const int capability = 0, multiprocessors = 0;
-    std::vector<Planned> launches;
+    std::vector<DryLaunch> launches;
     std::vector<Refusal> refusals;
 };
 
 // For launchers: a kernel made for this device cannot take this problem. Kept by a plan alone.
-void plan_refused(const char* kernel, const std::string& reason);
+void dry_run_refused(const char* kernel, const std::string& reason);
 
 }  // namespace gk

@@ -69,7 +69,7 @@ int remembered(Known& known, int device, const char* what, Ask&& ask) {
 }  // namespace
 
 int multiprocessors(int device) {
-    if (const Plan* plan = Plan::elsewhere()) return plan->multiprocessors;
+    if (const DryRun* run = DryRun::elsewhere()) return run->multiprocessors;
     static Known known{};
     return remembered(known, device, "the multiprocessors", [](int* count, int number) {
         return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, number);
@@ -77,7 +77,7 @@ int multiprocessors(int device) {
 }
 
 int capability(int device) {
-    if (const Plan* plan = Plan::elsewhere()) return plan->capability;
+    if (const DryRun* run = DryRun::elsewhere()) return run->capability;
     static Known known{};
     return remembered(known, device, "the compute capability", [](int* capability, int number) {
         int major = 0, minor = 0;
@@ -119,8 +119,8 @@ void opt_in_to_shared(const void* kernel, const Launch& launch) {
 }  // namespace
 
 int detail::resident_clusters(const void* kernel, const Launch& launch, int ctas_of_sm) {
-    if (const Plan* plan = Plan::elsewhere())
-        return std::max(1, plan->multiprocessors * ctas_of_sm / static_cast<int>(launch.cluster));
+    if (const DryRun* run = DryRun::elsewhere())
+        return std::max(1, run->multiprocessors * ctas_of_sm / static_cast<int>(launch.cluster));
     // The driver works it out anew at every call, and nothing of it changes.
     static std::mutex mutex;
     static std::map<std::tuple<const void*, int, unsigned, unsigned, size_t>, int> known;

@@ -46,8 +46,8 @@ struct Launch {
     size_t shared_bytes; // of the dynamic arena: there is no other shared memory
     Stream stream;
     unsigned cluster = 1;  // CTAs of a cluster, along x: 1, 2, 4 or 8, which divides the grid's x
-    int64_t tiles = 0;     // of work that a persistent grid shares; 0: one a CTA. For plans (plan.h)
-    Candidate built = {};  // how the kernel was built, where it has several ways. For plans
+    int64_t tiles = 0;     // of work that a persistent grid shares; 0: one a CTA. For plans (dry_run.h)
+    Build built = {};  // how the kernel was built, where it has several ways. For plans
 };
 
 // One sentence that names the kernel, the shape and the cause. pybind11 makes it a RuntimeError.
@@ -62,8 +62,8 @@ int multiprocessors(int device);
 int capability(int device);
 
 namespace detail {
-// Writes the launch into the thread's plan (plan.h), if any; whether nothing is to be launched.
-bool planned(const Launch& launch);
+// Writes the launch into the thread's plan (dry_run.h), if any; whether nothing is to be launched.
+bool dry(const Launch& launch);
 
 #ifdef GK_EMULATE
 using Invoke = void (*)(void* kernel, const void* params);
@@ -82,7 +82,7 @@ void launch(const void* kernel, const Launch& launch, const void* params);
 // Asynchronous on the stream, safe in a CUDA graph's capture. Throws Error.
 template <class Params>
 void launch(void (*kernel)(Params), const Launch& launch, const Params& params) {
-    if (detail::planned(launch)) return;
+    if (detail::dry(launch)) return;
 #ifdef GK_EMULATE
     detail::launch(reinterpret_cast<void*>(kernel), launch, detail::invoke<Params>, &params);
 #else

@@ -60,7 +60,7 @@ TensorMap tensor_map(const TensorMapShape& shape) {
     if (const char* reason = tensor_map_refuses(shape)) {
         throw Error(std::string("there is no tensor map for this tensor: ") + reason);
     }
-    if (Plan::elsewhere() != nullptr) return {};
+    if (DryRun::elsewhere() != nullptr) return {};
     return detail::encode(shape);
 }
 

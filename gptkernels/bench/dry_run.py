@@ -29,7 +29,7 @@ _RESERVED, _MOST_THREADS, _MOST_CTAS = 1024, 2048, 32
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan has to know of a GPU."""
+    """What a dry run has to know of a GPU."""
 
     name: str
     arch: str
@@ -72,7 +72,7 @@ def machine_here(arch: str | None = None) -> Machine:
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch of a plan."""
+    """One launch of a dry run."""
 
     kernel: str
     shape: str
@@ -81,7 +81,7 @@ class Launched:
     cluster: int
     shared_bytes: int
     tiles: int  # of work that a persistent grid shares; 0: one a CTA
-    built: dict[str, Any] | None  # the candidate's members, as csrc/candidate.h names them
+    built: dict[str, Any] | None  # the build's members, as csrc/build.h names them
 
     @property
     def ctas(self) -> int:
@@ -100,7 +100,7 @@ class Launched:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DryRun:
     """What one direction of a problem would launch, and what was made for the GPU but cannot."""
 
     launches: list[Launched]
@@ -112,15 +112,15 @@ class Direction:
     """The forward or the backward pass of a problem."""
 
     name: str
-    run: Callable[..., Any]  # the launcher; takes candidate=N where the kernels have candidates
-    list_name: str | None  # of the candidates, in the module
+    run: Callable[..., Any]  # the launcher; takes build=N where the kernels have builds
+    list_name: str | None  # of the builds, in the module
 
-    def plan(self, machine: Machine, candidate: int = -1) -> Plan:
+    def dry_run(self, machine: Machine, build: int = -1) -> DryRun:
         """Raises ImportError where no module is built, ValueError where a launcher, or the
-        candidate, cannot take the problem."""
-        chosen = {"candidate": candidate} if candidate >= 0 else {}
+        build, cannot take the problem."""
+        chosen = {"build": build} if build >= 0 else {}
         try:
-            made = native.plan(
+            made = native.dry_run(
                 lambda: self.run(**chosen),
                 capability=machine.capability,
                 multiprocessors=machine.multiprocessors,
@@ -128,34 +128,34 @@ class Direction:
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(str(error)) from error
         launches = [Launched(**launch) for launch in made["launches"]]
-        return Plan(launches, list(dict.fromkeys(made["refusals"])))
+        return DryRun(launches, list(dict.fromkeys(made["refusals"])))
 
     def ways(
         self, machine: Machine, pick: Callable[[list[Launched]], Launched]
-    ) -> list[tuple[int, Plan, bool]]:
-        """Each candidate for the problem: its number, its plan, and whether the launcher's rule
+    ) -> list[tuple[int, DryRun, bool]]:
+        """Each build for the problem: its number, its dry run, and whether the launcher's rule
         makes the same launch of that which `pick` picks. Before them, as -1, the kernel for any GPU
         where the rule takes that."""
-        rule = self.plan(machine)
+        rule = self.dry_run(machine)
         own = pick(rule.launches)
         found = [] if own.built else [(-1, rule, True)]
         widths = {}
-        # Elsewhere no candidate can run.
-        candidates = self.candidates() if machine.arch == "sm90" else []
-        for index, candidate in enumerate(candidates):
+        # Elsewhere no build can run.
+        builds = self.builds() if machine.arch == "sm90" else []
+        for index, build in enumerate(builds):
             try:
-                made = self.plan(machine, index)
+                made = self.dry_run(machine, index)
             except ValueError:  # of another head width, say
                 continue
             found.append((index, made, pick(made.launches) == own))
-            widths[index] = candidate["head_width"]
+            widths[index] = build["head_width"]
         # One for wider heads than need be can take them, and only loses.
         least = min(widths.values(), default=0)
         return [way for way in found if widths.get(way[0], least) == least]
 
-    def candidates(self) -> list[dict[str, Any]]:
-        """Every way in which the kernel for Hopper is built; index is the candidate's number."""
-        return getattr(native.planner(), self.list_name)() if self.list_name else []
+    def builds(self) -> list[dict[str, Any]]:
+        """Every way in which the kernel for Hopper is built; index is the build's number."""
+        return getattr(native.dry_run_module(), self.list_name)() if self.list_name else []
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ def attention(
         dtype,
         dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=Tk, left=left, right=right),
         (
-            Direction("forward", forward, "attention_fwd_candidates"),
-            Direction("backward", backward, "attention_bwd_candidates"),
+            Direction("forward", forward, "attention_fwd_builds"),
+            Direction("backward", backward, "attention_bwd_builds"),
         ),
     )
 
@@ -328,8 +328,8 @@ def gelu_mlp(
         dtype,
         dict(M=M, C=C, F=F),
         (
-            Direction("forward", forward, "mlp_candidates"),
-            Direction("backward", backward, "mlp_candidates"),
+            Direction("forward", forward, "mlp_builds"),
+            Direction("backward", backward, "mlp_builds"),
         ),
     )
 
@@ -380,8 +380,8 @@ def layer_norm(
         dtype,
         dict(rows=rows, cols=cols, residual=int(residual), prenorm=int(residual and prenorm)),
         (
-            Direction("forward", forward, "layer_norm_fwd_candidates"),
-            Direction("backward", backward, "layer_norm_bwd_candidates"),
+            Direction("forward", forward, "layer_norm_fwd_builds"),
+            Direction("backward", backward, "layer_norm_bwd_builds"),
         ),
     )
 

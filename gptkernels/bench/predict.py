@@ -4,7 +4,7 @@
     python -m gptkernels.bench.predict --write FILE.md     a shorter one, between FILE's marks
 
 For every problem of `PROBLEMS` the launchers are asked what they would launch
-(`gptkernels.bench.dry_run`), by their own choice and with each candidate, and a launch is given
+(`gptkernels.bench.dry_run`), by their own choice and with each build, and a launch is given
 
     time = 3 us (to launch) + max(makespan, bytes / copy rate)
 
@@ -88,8 +88,8 @@ class Prediction:
     op: str
     problem: str
     direction: str
-    way: str  # the candidate's name, or "any GPU"
-    candidate: int  # its number; -1: the kernel for any GPU
+    way: str  # the build's name, or "any GPU"
+    build: int  # its number; -1: the kernel for any GPU
     chosen: bool  # by the launcher's rule
     waves: float
     bound: str  # which of the times is the largest
@@ -126,7 +126,7 @@ class _Step:
 
 
 def predictions(problems: Iterable[Problem] = PROBLEMS) -> Iterator[Prediction]:
-    """Every candidate that can take a problem, the rule's own choice marked.
+    """Every build that can take a problem, the rule's own choice marked.
 
     Raises ImportError where no module with the launchers is built.
     """
@@ -248,7 +248,7 @@ def makespan(units: Sequence[float], places: int) -> float:
 
 def _mlp(problem: Problem) -> Iterator[Prediction]:
     for direction in problem.directions:
-        for number in range(len(products(direction.plan(MACHINE).launches))):
+        for number in range(len(products(direction.dry_run(MACHINE).launches))):
             pick = functools.partial(product, number)
             for index, made, chosen in direction.ways(MACHINE, pick):
                 launched = pick(made.launches)

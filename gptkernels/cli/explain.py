@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gptkernels.bench import dry_run
-from gptkernels.bench.dry_run import Direction, Launched, Machine, Plan, Problem
+from gptkernels.bench.dry_run import Direction, DryRun, Launched, Machine, Problem
 
 OPS: dict[str, Callable[..., Problem]] = {
     "attention": dry_run.attention,
@@ -67,7 +67,7 @@ def lines(problem: Problem, machine: Machine) -> Iterator[str]:
     )
     yield from _layer_lines(problem)
     for direction in problem.directions:
-        made = direction.plan(machine)
+        made = direction.dry_run(machine)
         yield ""
         yield direction.name
         for launched in made.launches:
@@ -76,7 +76,7 @@ def lines(problem: Problem, machine: Machine) -> Iterator[str]:
         for kernel, reason in made.refusals:
             yield f"  not {kernel}: {reason}"
         if machine.arch == "sm90":
-            yield from _candidate_lines(direction, machine, made)
+            yield from _build_lines(direction, machine, made)
 
 
 def _layer_lines(problem: Problem) -> Iterator[str]:
@@ -91,19 +91,19 @@ def _layer_lines(problem: Problem) -> Iterator[str]:
     yield "  (the projections before and after attention are PyTorch's products in any case)"
 
 
-def _candidate_lines(direction: Direction, machine: Machine, made: Plan) -> Iterator[str]:
+def _build_lines(direction: Direction, machine: Machine, made: DryRun) -> Iterator[str]:
     chosen = {launched.built["name"] for launched in made.launches if launched.built}
-    candidates, cannot = direction.candidates(), 0
-    for index, candidate in enumerate(candidates):
+    builds, cannot = direction.builds(), 0
+    for index, build in enumerate(builds):
         try:
-            direction.plan(machine, index)
+            direction.dry_run(machine, index)
         except ValueError:  # of another head width, say
             cannot += 1
             continue
-        runs = "runs" if candidate["name"] in chosen else "could run"
-        yield f"  candidate {index}, {candidate['name']}: {runs}"
+        runs = "runs" if build["name"] in chosen else "could run"
+        yield f"  build {index}, {build['name']}: {runs}"
     if cannot:
-        yield f"  {_count(cannot, 'candidate')} cannot take it"
+        yield f"  {_count(cannot, 'build')} cannot take it"
 
 
 def described(launched: Launched, machine: Machine) -> Iterator[str]:
@@ -121,17 +121,15 @@ def described(launched: Launched, machine: Machine) -> Iterator[str]:
     )
 
 
-def built_as(candidate: dict[str, Any]) -> str:
-    """A candidate's members in one line."""
-    tile = "x".join(
-        str(n) for n in (candidate["tile_m"], candidate["tile_n"], candidate["tile_k"]) if n
-    )
-    parts = [f"{candidate['name']}: tile {tile}", _count(candidate["stages"], "stage")]
-    if candidate["consumers"]:
-        turns = " taking turns" if candidate["pingpong"] else ""
-        parts.append(_count(candidate["consumers"], "consumer warpgroup") + turns)
-    if candidate["cluster"] > 1:
-        parts.append(f"clusters of {candidate['cluster']}")
+def built_as(build: dict[str, Any]) -> str:
+    """A build's members in one line."""
+    tile = "x".join(str(n) for n in (build["tile_m"], build["tile_n"], build["tile_k"]) if n)
+    parts = [f"{build['name']}: tile {tile}", _count(build["stages"], "stage")]
+    if build["consumers"]:
+        turns = " taking turns" if build["pingpong"] else ""
+        parts.append(_count(build["consumers"], "consumer warpgroup") + turns)
+    if build["cluster"] > 1:
+        parts.append(f"clusters of {build['cluster']}")
     return ", ".join(parts)
 
 

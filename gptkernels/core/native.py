@@ -31,7 +31,7 @@ _OLDEST_CAPABILITY = (8, 0)
 # The emulator knows one launch and its tensors; autograd and users call from other threads.
 _ONE_AT_A_TIME = threading.RLock()
 
-# In a plan: the address of a whole tensor as PyTorch would place it. Nothing is there.
+# In a dry run: the address of a whole tensor as PyTorch would place it. Nothing is there.
 _SOMEWHERE = 1 << 20
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -84,8 +84,8 @@ def _native_unavailable() -> str | None:
 
 def module() -> Any:
     """The compiled module. Raises ImportError with one sentence where there is none."""
-    if _PLANS.module is not None:
-        return _PLANS.module
+    if _DRY.module is not None:
+        return _DRY.module
     if EMULATED:
         with _ONE_AT_A_TIME:  # or two threads would load it twice
             return _emulator()
@@ -110,50 +110,50 @@ def _emulator() -> Any:
     return loaded
 
 
-class _Plans(threading.local):
-    """The module that the thread makes a plan with, if it makes one."""
+class _Dry(threading.local):
+    """The module that the thread makes a dry run with, if it makes one."""
 
     module: Any = None
 
 
-_PLANS = _Plans()
+_DRY = _Dry()
 
 
-def plan(run: Callable[[], Any], *, capability: int, multiprocessors: int) -> dict[str, Any]:
+def dry_run(run: Callable[[], Any], *, capability: int, multiprocessors: int) -> dict[str, Any]:
     """What the launchers that `run` calls, with meta tensors, would launch on such a GPU, which
     need not be there: nothing is launched.
 
     Returns "launches", each with kernel, shape, grid, threads, cluster, shared_bytes, tiles (of
-    work that a persistent grid shares, else 0) and built (the `gk::Candidate`, or None), and
+    work that a persistent grid shares, else 0) and built (the `gk::Build`, or None), and
     "refusals", pairs of a kernel that was made for the GPU and why it cannot take the problem.
 
     Raises ImportError with one sentence where no module is built, natively or for the emulator.
     """
-    _PLANS.module = planner()
+    _DRY.module = dry_run_module()
     try:
-        return _PLANS.module.plan(capability, multiprocessors, run)
+        return _DRY.module.dry_run(capability, multiprocessors, run)
     finally:
-        _PLANS.module = None
+        _DRY.module = None
 
 
 def record(run: Callable[[], Any]) -> dict[str, Any]:
-    """What `run` launches on the calling thread while it runs, as `plan` has it; PyTorch runs the
-    backward passes of CPU tensors on that thread, of CUDA tensors on others.
+    """What `run` launches on the calling thread while it runs, as `dry_run` has it. PyTorch runs
+    the backward passes of CPU tensors on that thread, of CUDA tensors on others.
 
     Raises ImportError as `module` does.
     """
     return module().record(run)
 
 
-def planner() -> Any:
-    """The module whose launchers make plans. Raises ImportError with one sentence where there is
+def dry_run_module() -> Any:
+    """The module whose launchers make dry runs. Raises ImportError with one sentence where there is
     none."""
     if not EMULATED and importlib.util.find_spec("gptkernels._cuda") is not None:
         return _native()
     if not _EMULATOR.exists():
         raise ImportError(
-            "a plan needs the CUDA C++ kernels: an installation that had nvcc, or `make emulator` "
-            "in a checkout of the sources"
+            "a dry run needs the CUDA C++ kernels: an installation that had nvcc, or `make "
+            "emulator` in a checkout of the sources"
         )
     with _ONE_AT_A_TIME:
         return _emulator()
@@ -182,8 +182,8 @@ def call(
     Raises RuntimeError with the kernel, the shape and the cause of a launch that failed.
     """
     where = addresses(inputs) | addresses(outputs)
-    if _PLANS.module is not None:
-        return getattr(_PLANS.module, function)(0, 0, **where, **scalars)
+    if _DRY.module is not None:
+        return getattr(_DRY.module, function)(0, 0, **where, **scalars)
     if EMULATED:
         return _emulate(function, inputs, outputs, where, scalars)
     device = like.get_device()
@@ -193,9 +193,9 @@ def call(
 
 
 def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
-    """Of each, under its name; 0 for None and for an empty one. While a plan is made all others lie
+    """Of each, under its name; 0 for None and for an empty one. In a dry run all others lie
     at one address that leads nowhere."""
-    if _PLANS.module is not None:
+    if _DRY.module is not None:
         return {k: _SOMEWHERE if t is not None and t.numel() else 0 for k, t in tensors.items()}
     return {k: t.data_ptr() if t is not None and t.numel() else 0 for k, t in tensors.items()}
 

@@ -138,18 +138,18 @@ def test_the_documents_have_this_table() -> None:
     assert predict.written(text, predict.summary(predict.predictions())) == text
 
 
-def test_candidates_that_cannot_or_are_for_wider_heads_are_left_out() -> None:
-    def plan(machine: dry_run.Machine, candidate: int = -1) -> dry_run.Plan:
-        if candidate == 1:
+def test_builds_that_cannot_or_are_for_wider_heads_are_left_out() -> None:
+    def run(machine: dry_run.Machine, build: int = -1) -> dry_run.DryRun:
+        if build == 1:
             raise ValueError("not this one")
-        return dry_run.Plan([launched(100, {-1: 1, 0: 2, 2: 1, 3: 4}[candidate])], [])
+        return dry_run.DryRun([launched(100, {-1: 1, 0: 2, 2: 1, 3: 4}[build])], [])
 
     class Direction(dry_run.Direction):
-        def candidates(self) -> list[dict[str, Any]]:
+        def builds(self) -> list[dict[str, Any]]:
             return [{"head_width": width} for width in (64, 64, 64, 128)]
 
     direction = Direction("forward", lambda: None, None)
-    object.__setattr__(direction, "plan", plan)
+    object.__setattr__(direction, "dry_run", run)
 
     def found(arch: str) -> list[tuple[int, bool]]:
         ways = direction.ways(dry_run.MACHINES[arch], predict.main_launch)

@@ -138,7 +138,7 @@ def test_cases_are_those_that_are_predicted(op: str) -> None:
     for key, (case, way) in found.items():
         assert case.flops == predicted[key].flops
         assert case.bytes == predicted[key].bytes
-        assert (way.candidate, way.chosen) == (predicted[key].candidate, predicted[key].chosen)
+        assert (way.build, way.chosen) == (predicted[key].build, predicted[key].chosen)
 
 
 @pytest.mark.parametrize("op", SMALL)
@@ -215,7 +215,7 @@ def test_what_raises_leaves_a_row_and_the_others(
     right = tune_cases.layer_norm_kernels.layer_norm_bwd
 
     def broken(*arguments: Any, **options: Any) -> Any:
-        if arguments[0].is_meta:  # of a plan, which launches nothing
+        if arguments[0].is_meta:  # of a dry run, which launches nothing
             return right(*arguments, **options)
         raise kind("layer_norm_bwd on x (9, 512) failed to launch\nmore")
 

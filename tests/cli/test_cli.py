@@ -100,13 +100,13 @@ def test_info_explains(call: Any) -> None:
 def test_info_tells_what_is_not_fused_without_kernels(
     call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def planner() -> Any:
-        raise ImportError("a plan needs the kernels")
+    def missing() -> Any:
+        raise ImportError("a dry run needs the kernels")
 
-    monkeypatch.setattr(native, "planner", planner)
+    monkeypatch.setattr(native, "dry_run_module", missing)
     sizes = ["2", "9", "64", "2", "96", "fp16", "--norm-first", "--activation", "gelu"]
     result = call("info", "--explain", "transformer_layer", *sizes)
-    assert_refused(result, "a plan needs the kernels")
+    assert_refused(result, "a dry run needs the kernels")
     head, _, _, *reasons = result.out.rstrip().splitlines()
     assert head == "transformer_layer B2 T9 C64 H2 F96 gelu, norm first, float16"
     assert [line.split(":")[0].strip() for line in reasons][:2] == [

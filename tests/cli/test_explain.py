@@ -37,7 +37,7 @@ def ran(call: Any, *tensors: Tensor) -> list[dry_run.Launched]:
 def planned(problem: dry_run.Problem) -> list[dry_run.Launched]:
     """For the machine that the emulator is."""
     machine = dry_run.Machine("emulator", "sm80", 80, 2, 100 * 1024)
-    return [x for direction in problem.directions for x in direction.plan(machine).launches]
+    return [x for direction in problem.directions for x in direction.dry_run(machine).launches]
 
 
 @EMULATED
@@ -144,7 +144,7 @@ def test_nothing_is_allocated_or_launched() -> None:
     """A problem of 16 TB, with addresses that lead nowhere."""
     problem = dry_run.attention(1024, 131072, 128, 128, torch.bfloat16, kv_heads=8)
     for direction in problem.directions:
-        assert direction.plan(H200).launches
+        assert direction.dry_run(H200).launches
 
 
 def test_sizes_past_all_memory_are_one_sentence() -> None:
@@ -156,25 +156,27 @@ def test_a_plan_is_one_threads_and_ends_with_it() -> None:
     seen: list[Any] = []
 
     def elsewhere() -> None:
-        seen.append(native._PLANS.module)
+        seen.append(native._DRY.module)
 
     def run() -> None:
         other = threading.Thread(target=elsewhere)
         other.start()
         other.join()
-        seen.append(native._PLANS.module)
+        seen.append(native._DRY.module)
         raise KeyError("of the caller")
 
     with pytest.raises(KeyError, match="of the caller"):
-        native.plan(run, capability=90, multiprocessors=132)
+        native.dry_run(run, capability=90, multiprocessors=132)
     assert seen[0] is None
-    assert seen[1] is native.planner()
-    assert native._PLANS.module is None
-    empty = native.plan(lambda: None, capability=90, multiprocessors=132)
+    assert seen[1] is native.dry_run_module()
+    assert native._DRY.module is None
+    empty = native.dry_run(lambda: None, capability=90, multiprocessors=132)
     assert empty == {"launches": [], "refusals": []}
-    with pytest.raises(RuntimeError, match="this thread makes a plan already"):
-        native.plan(
-            lambda: native.planner().plan(90, 1, lambda: None), capability=90, multiprocessors=132
+    with pytest.raises(RuntimeError, match="this thread makes a dry run already"):
+        native.dry_run(
+            lambda: native.dry_run_module().dry_run(90, 1, lambda: None),
+            capability=90,
+            multiprocessors=132,
         )
 
 
@@ -182,7 +184,7 @@ def test_grids_follow_the_machine() -> None:
     """Split products fill the multiprocessors that there are."""
     problem = dry_run.layer_norm(100_000, 768, torch.bfloat16)
     backward = problem.directions[1]
-    grids = [backward.plan(machine).launches[0].ctas for machine in (A100, H200)]
+    grids = [backward.dry_run(machine).launches[0].ctas for machine in (A100, H200)]
     assert grids[0] / 108 == grids[1] / 132
 
 
@@ -190,9 +192,9 @@ def test_kernels_that_mostly_have_nothing_to_do_start_few_ctas() -> None:
     """After Hopper's own kernels, in case their result is not finite."""
     backward = dry_run.attention(2, 8192, 32, 128, torch.bfloat16).directions[1]
     names = ("attention_bwd_queries_kernel", "attention_bwd_keys_kernel")
-    launches = {x.kernel: x for x in backward.plan(H200).launches}
+    launches = {x.kernel: x for x in backward.dry_run(H200).launches}
     assert [(launches[name].ctas, launches[name].tiles) for name in names] == [(132, 4096)] * 2
-    (keys,) = (x for x in backward.plan(A100).launches if x.kernel == names[1])
+    (keys,) = (x for x in backward.dry_run(A100).launches if x.kernel == names[1])
     assert (keys.ctas, keys.tiles) == (4096, 0)
 
 
@@ -217,18 +219,18 @@ def test_report_of_hoppers_kernels() -> None:
     assert re.match(
         r"    grid 132 of 384 threads, .* 1 CTA an SM, 2048 tiles, 15.52 waves", lines[6]
     )
-    candidates = [line for line in lines[7:] if line.startswith("  candidate ")]
-    assert sum(line.endswith(": runs") for line in candidates) >= 1
-    assert any(line.endswith(": could run") for line in candidates)
-    assert all("D128" in line for line in candidates[:2])
+    builds = [line for line in lines[7:] if line.startswith("  build ")]
+    assert sum(line.endswith(": runs") for line in builds) >= 1
+    assert any(line.endswith(": could run") for line in builds)
+    assert all("D128" in line for line in builds[:2])
     refused = list(explain.lines(explain.parse("attention", words, dropout_p=0.1), H200))
     assert refused[4].startswith("  attention_fwd_kernel on q")
     assert refused[6].startswith("  not attention_fwd_sm90_kernel: dropout ")
     elsewhere = list(explain.lines(explain.parse("attention", words), A100))
-    assert not any("sm90_kernel" in line or "candidate" in line for line in elsewhere)
+    assert not any("sm90_kernel" in line or "build" in line for line in elsewhere)
 
 
-def test_every_candidate_asks_for_the_memory_that_it_says() -> None:
+def test_every_build_asks_for_the_memory_that_it_says() -> None:
     seen = set()
     for D in (64, 96, 128, 192, 256):
         problem = dry_run.attention(1, 512, 2, D, torch.bfloat16, causal=False)
@@ -244,7 +246,7 @@ def test_every_candidate_asks_for_the_memory_that_it_says() -> None:
     wanted = {
         (direction.list_name, index)
         for direction in problem.directions
-        for index in range(len(direction.candidates()))
+        for index in range(len(direction.builds()))
     }
     assert wanted <= seen
 
@@ -274,7 +276,7 @@ def test_report_of_sequences_laid_end_to_end() -> None:
     assert "grid 112 of 128 threads" in text
     for direction in ("fwd_sm90_kernel", "bwd_sm90"):
         assert f"not attention_{direction}: its boxes end where a batch entry does" in text
-    assert "candidates cannot take it" in text
+    assert "builds cannot take it" in text
 
 
 @pytest.mark.parametrize(
@@ -314,7 +316,7 @@ def test_refusals(op: str, words: list[str], options: dict[str, Any], sentence: 
 def test_what_a_launcher_refuses_is_one_sentence() -> None:
     problem = dry_run.layer_norm(1, 2**30 + 1, torch.bfloat16)
     with pytest.raises(ValueError, match=r"up to 2\*\*30 columns"):
-        problem.directions[0].plan(H200)
+        problem.directions[0].dry_run(H200)
 
 
 def test_architectures() -> None:

@@ -26,7 +26,7 @@ from gates.table import (
     Requirement,
     Resources,
     Table,
-    candidate_violations,
+    build_violations,
     changes,
     load,
     save,
@@ -139,7 +139,7 @@ class TestFile:
         assert "instructions" not in path.read_text()
         written.versions["3.7.1"]["a", 80] = dataclasses.replace(CLEAN, instructions="HMMA")
         written.versions["3.7.1"]["a", 86] = dataclasses.replace(CLEAN, roles="24 240")
-        written.candidates = {"op 0: 128x128": Launch(384, 200_000, 2, 2, 1)}
+        written.builds = {"op 0: 128x128": Launch(384, 200_000, 2, 2, 1)}
         save(written, path)
         assert load(path) == written
         assert '["registers", "spills", "stack", "shared", "instructions", "roles"]' in (
@@ -348,37 +348,37 @@ class TestNative:
             "a.cu: nothing says how long it took to compile"
         ]
 
-    def test_candidates(self) -> None:
+    def test_builds(self) -> None:
         most = SHARED_LIMITS[90]
         fits = Launch(threads=384, shared=most, stages=2, consumers=2, cluster=1)
-        committed = Table(candidates={"op 0: a": fits, "op 1: b": fits})
-        assert candidate_violations({"op 0: a": fits, "op 1: b": fits}, committed) == []
+        committed = Table(builds={"op 0: a": fits, "op 1: b": fits})
+        assert build_violations({"op 0: a": fits, "op 1: b": fits}, committed) == []
         large = dataclasses.replace(fits, shared=most + 1)
-        committed.candidates["op 1: b"] = large
+        committed.builds["op 1: b"] = large
         found = {"op 0: a": dataclasses.replace(fits, stages=3), "op 1: b": large, "op 2: c": fits}
-        assert candidate_violations(found, committed) == [
+        assert build_violations(found, committed) == [
             f"op 1: b: {most + 1} B of dynamic shared memory, {most} B is the limit",
             f"op 0: a: {found['op 0: a']}, the table has {fits}",
-            f"op 2: c: not among the table's candidates ({fits})",
+            f"op 2: c: not among the table's builds ({fits})",
         ]
-        assert candidate_violations({"op 0: a": fits}, committed) == [
-            "op 1: b: a candidate of the table that is none"
+        assert build_violations({"op 0: a": fits}, committed) == [
+            "op 1: b: a build of the table that is none"
         ]
 
     @pytest.mark.skipif(not EMULATOR.exists(), reason="the emulator is not built")
-    def test_committed_candidates_are_the_launchers(self) -> None:
+    def test_committed_builds_are_the_launchers(self) -> None:
         from gptkernels.core import native
 
-        module = native.planner()
-        names = [name for name in vars(module) if name.endswith("_candidates")]
+        module = native.dry_run_module()
+        names = [name for name in vars(module) if name.endswith("_builds")]
         found = {
-            f"{name.removesuffix('_candidates')} {index}: {one['name']}": one["shared_bytes"]
+            f"{name.removesuffix('_builds')} {index}: {one['name']}": one["shared_bytes"]
             for name in names
             for index, one in enumerate(getattr(module, name)())
         }
-        committed = load(NATIVE).candidates
+        committed = load(NATIVE).builds
         assert {name: launch.shared for name, launch in committed.items()} == found
-        assert candidate_violations(committed, load(NATIVE)) == []
+        assert build_violations(committed, load(NATIVE)) == []
 
     def copy(self, folder: Path) -> None:
         for name in ("gates", "scripts"):

@@ -106,10 +106,10 @@ void launch_attention_bwd_delta(const BwdArguments& a, Stream stream) {
 }
 
 template <class T>
-void launch_attention_bwd_of(DType dtype, const AttentionBwd& p, Stream stream, int candidate) {
+void launch_attention_bwd_of(DType dtype, const AttentionBwd& p, Stream stream, int build) {
     const BwdArguments a = arguments_of<T>(p);
     if (p.turns != nullptr)
-        launch_attention_bwd_sm90(dtype, p, candidate, stream);
+        launch_attention_bwd_sm90(dtype, p, build, stream);
     else
         launch_attention_bwd_delta<T>(a, stream);
     if (kExact<T> || (p.dq != nullptr && a.p.dq_sum == nullptr))
@@ -117,9 +117,9 @@ void launch_attention_bwd_of(DType dtype, const AttentionBwd& p, Stream stream, 
     if (p.dk != nullptr || p.dv != nullptr) launch_attention_bwd_keys<T>(a, stream);
 }
 
-void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream, int candidate) {
+void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream, int build) {
     dispatch(dtype, [&](auto zero) {
-        launch_attention_bwd_of<decltype(zero)>(dtype, p, stream, candidate);
+        launch_attention_bwd_of<decltype(zero)>(dtype, p, stream, build);
     });
 }
 

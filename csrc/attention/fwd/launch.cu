@@ -13,14 +13,14 @@ extern template void launch_attention_fwd_of<float>(const AttentionFwd&, Stream)
 extern template void launch_attention_fwd_of<__nv_bfloat16>(const AttentionFwd&, Stream);
 extern template void launch_attention_fwd_of<__half>(const AttentionFwd&, Stream);
 
-void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream, int candidate) {
+void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream, int build) {
     const bool hopper = capability(stream.device) == 90;
     const std::string reason = !hopper ? "the device is not of compute capability 9.0"
                                        : attention_fwd_sm90_refuses(dtype, p);
-    if (reason.empty()) return launch_attention_fwd_sm90(dtype, p, stream, candidate);
-    if (candidate >= 0)
+    if (reason.empty()) return launch_attention_fwd_sm90(dtype, p, stream, build);
+    if (build >= 0)
         throw Error("attention_fwd_sm90_kernel on " + shape_of(p.call) + ": " + reason);
-    if (hopper) plan_refused("attention_fwd_sm90_kernel", reason);
+    if (hopper) dry_run_refused("attention_fwd_sm90_kernel", reason);
     dispatch(dtype, [&](auto zero) { launch_attention_fwd_of<decltype(zero)>(p, stream); });
 }
 

@@ -341,12 +341,12 @@ unsigned char* shared_memory() { return running->cta->shared; }
 namespace gk {
 
 int multiprocessors(int) {
-    const Plan* plan = Plan::elsewhere();
-    return plan != nullptr ? plan->multiprocessors : emulator::kMultiprocessors;
+    const DryRun* run = DryRun::elsewhere();
+    return run != nullptr ? run->multiprocessors : emulator::kMultiprocessors;
 }
 
 int capability(int) {
-    if (const Plan* plan = Plan::elsewhere()) return plan->capability;
+    if (const DryRun* run = DryRun::elsewhere()) return run->capability;
     const char* name = std::getenv("GPTKERNELS_EMULATE_ARCH");
     const std::string given = name ? name : "sm80";
     if (given == "sm80") return 80;
@@ -356,9 +356,9 @@ int capability(int) {
 
 // Two: small inputs cross the loops of persistent clusters, which run one after the other.
 int detail::resident_clusters(const void*, const Launch& launch, int ctas_of_sm) {
-    const Plan* plan = Plan::elsewhere();
-    if (plan == nullptr) return 2;
-    return std::max(1, plan->multiprocessors * ctas_of_sm / static_cast<int>(launch.cluster));
+    const DryRun* run = DryRun::elsewhere();
+    if (run == nullptr) return 2;
+    return std::max(1, run->multiprocessors * ctas_of_sm / static_cast<int>(launch.cluster));
 }
 
 void detail::launch(void* kernel, const Launch& launch, Invoke invoke, const void* params) {

@@ -3,8 +3,8 @@
 
 namespace gk {
 
-void launch_backward_sm90(int candidate, DType dtype, const Product& p, Stream stream) {
-    launch_product_sm90<Layout::backward>(candidate, dtype, p, stream);
+void launch_backward_sm90(int build, DType dtype, const Product& p, Stream stream) {
+    launch_product_sm90<Layout::backward>(build, dtype, p, stream);
 }
 
 }  // namespace gk

@@ -3,8 +3,8 @@
 
 namespace gk {
 
-void launch_forward_sm90(int candidate, DType dtype, const Product& p, Stream stream) {
-    launch_product_sm90<Layout::forward>(candidate, dtype, p, stream);
+void launch_forward_sm90(int build, DType dtype, const Product& p, Stream stream) {
+    launch_product_sm90<Layout::forward>(build, dtype, p, stream);
 }
 
 }  // namespace gk

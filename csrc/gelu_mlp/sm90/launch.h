@@ -53,8 +53,8 @@ ProductSm90 product_sm90(DType dtype, const Product& p) {
 }
 
 template <class T, int kNumber, Layout kLayout>
-void launch_candidate(DType dtype, const Product& p, Stream stream) {
-    using C = ProductCandidate<kNumber>;
+void launch_build(DType dtype, const Product& p, Stream stream) {
+    using C = ProductBuild<kNumber>;
     constexpr const char* kNames[] = {"mlp product for sm90, forward",
                                       "mlp product for sm90, backward",
                                       "mlp product for sm90, weight gradient"};
@@ -66,21 +66,21 @@ void launch_candidate(DType dtype, const Product& p, Stream stream) {
            {kNames[static_cast<int>(kLayout)],
             shape_of(p.m, p.k) + " times " + shape_of(p.k, p.n) + " " + name_of(dtype),
             dim3(clusters * C::kCluster), C::kThreads, C::kSharedBytes, stream, C::kCluster,
-            int64_t{kernel.items} * C::kCluster, product_candidate(kNumber)},
+            int64_t{kernel.items} * C::kCluster, product_build(kNumber)},
            kernel);
 }
 
 template <Layout kLayout, int kNumber = 0>
-void launch_product_sm90(int candidate, DType dtype, const Product& p, Stream stream) {
-    if constexpr (kNumber < kProductCandidates) {
-        if (candidate != kNumber) {
-            return launch_product_sm90<kLayout, kNumber + 1>(candidate, dtype, p, stream);
+void launch_product_sm90(int build, DType dtype, const Product& p, Stream stream) {
+    if constexpr (kNumber < kProductBuilds) {
+        if (build != kNumber) {
+            return launch_product_sm90<kLayout, kNumber + 1>(build, dtype, p, stream);
         }
         if (dtype == DType::bf16) {
-            return launch_candidate<__nv_bfloat16, kNumber, kLayout>(dtype, p, stream);
+            return launch_build<__nv_bfloat16, kNumber, kLayout>(dtype, p, stream);
         }
         if constexpr (kNumber < kProductRule) {
-            return launch_candidate<__half, kNumber, kLayout>(dtype, p, stream);
+            return launch_build<__half, kNumber, kLayout>(dtype, p, stream);
         }
     }
 }

@@ -61,24 +61,24 @@ struct ProductTile {
 // What there is to choose among, by number; the first kProductRule of them are the rule's, in every
 // dtype, the others are there for bf16 alone.
 template <int kNumber>
-struct ProductCandidate;
+struct ProductBuild;
 template <>
-struct ProductCandidate<0> : ProductTile<128, 256, 4, 2, false> {};
+struct ProductBuild<0> : ProductTile<128, 256, 4, 2, false> {};
 template <>
-struct ProductCandidate<1> : ProductTile<128, 192, 4, 2, true> {};
+struct ProductBuild<1> : ProductTile<128, 192, 4, 2, true> {};
 template <>
-struct ProductCandidate<2> : ProductTile<128, 128, 4, 1, false> {};
+struct ProductBuild<2> : ProductTile<128, 128, 4, 1, false> {};
 template <>
-struct ProductCandidate<3> : ProductTile<128, 256, 4, 1, false> {};
+struct ProductBuild<3> : ProductTile<128, 256, 4, 1, false> {};
 template <>
-struct ProductCandidate<4> : ProductTile<128, 192, 4, 2, false> {};
+struct ProductBuild<4> : ProductTile<128, 192, 4, 2, false> {};
 template <>
-struct ProductCandidate<5> : ProductTile<256, 128, 4, 2, false> {};
+struct ProductBuild<5> : ProductTile<256, 128, 4, 2, false> {};
 template <>
-struct ProductCandidate<6> : ProductTile<64, 256, 4, 1, true> {};
-constexpr int kProductRule = 3, kProductCandidates = 7;
+struct ProductBuild<6> : ProductTile<64, 256, 4, 1, true> {};
+constexpr int kProductRule = 3, kProductBuilds = 7;
 
-Candidate product_candidate(int number);
+Build product_build(int number);
 
 struct ProductSm90 {
     TensorMap a, b;
@@ -97,9 +97,9 @@ struct ProductSm90 {
     __host__ __device__ int outputs() const { return has_out && has_activation ? 2 : 1; }
 };
 
-// A product by a candidate. One file for each layout.
-void launch_forward_sm90(int candidate, DType dtype, const Product& p, Stream stream);
-void launch_backward_sm90(int candidate, DType dtype, const Product& p, Stream stream);
-void launch_weight_sm90(int candidate, DType dtype, const Product& p, Stream stream);
+// A product by a build. One file for each layout.
+void launch_forward_sm90(int build, DType dtype, const Product& p, Stream stream);
+void launch_backward_sm90(int build, DType dtype, const Product& p, Stream stream);
+void launch_weight_sm90(int build, DType dtype, const Product& p, Stream stream);
 
 }  // namespace gk

@@ -3,8 +3,8 @@
 
 namespace gk {
 
-void launch_weight_sm90(int candidate, DType dtype, const Product& p, Stream stream) {
-    launch_product_sm90<Layout::weight>(candidate, dtype, p, stream);
+void launch_weight_sm90(int build, DType dtype, const Product& p, Stream stream) {
+    launch_product_sm90<Layout::weight>(build, dtype, p, stream);
 }
 
 }  // namespace gk

@@ -68,9 +68,9 @@ Launch launch_of(const Split& split, bool aligned_rows, bool dsum) {
 
 }  // namespace
 
-int layer_norm_bwd_sm90_partials(int64_t rows, int cols, int device, int candidate) {
+int layer_norm_bwd_sm90_partials(int64_t rows, int cols, int device, int build) {
     const bool aligned_rows = aligned(cols);
-    const Split split = layer_norm_bwd_split(cols, aligned_rows, candidate);
+    const Split split = layer_norm_bwd_split(cols, aligned_rows, build);
     if (split.groups == 0) return 0;
     // As many as run at a time, since each has the same number of rows. The widest dtypes, since
     // registers, not these bytes, say how many an SM holds.
@@ -82,9 +82,9 @@ int layer_norm_bwd_sm90_partials(int64_t rows, int cols, int device, int candida
     return static_cast<int>(std::min<int64_t>(rows, clusters));
 }
 
-void launch_layer_norm_bwd_sm90(const LayerNormBwd& op, int candidate, Stream stream) {
+void launch_layer_norm_bwd_sm90(const LayerNormBwd& op, int build, Stream stream) {
     const bool aligned_rows = is_aligned(op);
-    const Split split = layer_norm_bwd_split(op.cols, aligned_rows, candidate);
+    const Split split = layer_norm_bwd_split(op.cols, aligned_rows, build);
     dispatch_sum(op.x_dtype, op.sum_dtype, [&](auto x, auto s) {
         using X = decltype(x);
         using S = decltype(s);
@@ -93,7 +93,7 @@ void launch_layer_norm_bwd_sm90(const LayerNormBwd& op, int candidate, Stream st
         launch.grid = grid_of(static_cast<int64_t>(op.partials) * split.ctas, launch);
         launch.stream = stream;
         launch.tiles = op.rows * split.ctas;
-        launch.built = layer_norm_bwd_candidates()[split.candidate];
+        launch.built = layer_norm_bwd_builds()[split.build];
         gk::launch(kernel_of<X, S>(split.groups, aligned_rows), launch,
                    Bwd{op, Divisor(op.cols), split.warps, split.ctas});
     });

@@ -51,8 +51,8 @@ Kernel kernel_of(int groups, bool aligned_rows) {
 
 }  // namespace
 
-void launch_layer_norm_fwd_sm90(const LayerNormFwd& op, int candidate, Stream stream) {
-    const Split split = layer_norm_fwd_split(op, candidate);
+void launch_layer_norm_fwd_sm90(const LayerNormFwd& op, int build, Stream stream) {
+    const Split split = layer_norm_fwd_split(op, build);
     Launch launch{};
     launch.name = "layer_norm_fwd_sm90";
     launch.shape = shape_of(op.rows, op.cols, op.x_dtype);
@@ -61,7 +61,7 @@ void launch_layer_norm_fwd_sm90(const LayerNormFwd& op, int candidate, Stream st
     launch.shared_bytes = split.ctas * split.warps * (sizeof(float) + sizeof(float2));
     launch.stream = stream;
     launch.cluster = split.ctas;
-    launch.built = layer_norm_fwd_candidates()[split.candidate];
+    launch.built = layer_norm_fwd_builds()[split.build];
     dispatch_sum(op.x_dtype, op.sum_dtype, [&](auto x, auto s) {
         gk::launch(kernel_of<decltype(x), decltype(s)>(split.groups, is_aligned(op)), launch,
                    Fwd{op, Divisor(op.cols), split.warps, split.ctas});

@@ -1,6 +1,6 @@
 """GELU MLP in CUDA C++: csrc/mlp.cu's products, with the workspaces that they need.
 
-`candidate` is a kernel for Hopper of module().mlp_candidates(), for every product; -1 leaves the
+`build` is a kernel for Hopper of module().mlp_builds(), for every product; -1 leaves the
 choice to the rule of csrc/mlp_choice.cpp. RuntimeError where that kernel cannot make one of them.
 """
 
@@ -25,14 +25,14 @@ def gelu_mlp_fwd(
     approximate: str,
     keep_h: bool,
     *,
-    candidate: int = -1,
+    build: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """y (M, C) and h (M, F), h empty unless `keep_h`. Last strides are 1, no size is 0."""
     a = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
     h = torch.empty_like(a) if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
     y = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype, device=x.device)
-    linear_fwd(x, w1, b1, out=h, activation=a, approximate=approximate, candidate=candidate)
-    linear_fwd(a, w2, b2, out=y, candidate=candidate)
+    linear_fwd(x, w1, b1, out=h, activation=a, approximate=approximate, build=build)
+    linear_fwd(a, w2, b2, out=y, build=build)
     return y, h
 
 
@@ -46,7 +46,7 @@ def gelu_mlp_bwd(
     approximate: str,
     grad_mask: Sequence[bool],
     *,
-    candidate: int = -1,
+    build: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, those `grad_mask` asks for, the others empty; h None: rebuilt."""
     need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
@@ -59,17 +59,17 @@ def gelu_mlp_bwd(
         return dx, dw1, db1, dw2, db2
     if h is None:
         h = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
-        linear_fwd(x, w1, b1, out=h, candidate=candidate)
-    dh, a, partial = linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1, candidate=candidate)
+        linear_fwd(x, w1, b1, out=h, build=build)
+    dh, a, partial = linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1, build=build)
     if need_b1:
         db1 = _partial_sums(partial, dy.dtype)
     if need_w2:
-        dw2 = weight_grad(dy, a, candidate=candidate)
+        dw2 = weight_grad(dy, a, build=build)
     if need_w1:
-        dw1 = weight_grad(dh, x, candidate=candidate)
+        dw1 = weight_grad(dh, x, build=build)
     if need_x:
         dx = torch.empty((x.shape[0], w1.shape[1]), dtype=x.dtype, device=x.device)
-        linear_bwd(dh, w1, out=dx, candidate=candidate)
+        linear_bwd(dh, w1, out=dx, build=build)
     return dx, dw1, db1, dw2, db2
 
 
@@ -81,7 +81,7 @@ def linear_fwd(
     out: Tensor,
     activation: Tensor | None = None,
     approximate: str = "tanh",
-    candidate: int = -1,
+    build: int = -1,
 ) -> None:
     """out = a (m, k) b^T (n, k) + bias, unless it is empty; activation = gelu(out)."""
     native.call(
@@ -89,7 +89,7 @@ def linear_fwd(
         a,
         inputs={"a": a, "b": b, "bias": bias},
         outputs={"out": out, "activation": activation},
-        **_scalars(a, b, b.shape[0], candidate),
+        **_scalars(a, b, b.shape[0], build),
         tanh=approximate == "tanh",
     )
 
@@ -103,7 +103,7 @@ def linear_bwd(
     activation: Tensor | None = None,
     partial: Tensor | None = None,
     approximate: str = "tanh",
-    candidate: int = -1,
+    build: int = -1,
 ) -> None:
     """out = a (m, k) b (k, n); with h (m, n) times gelu'(h), gelu(h) into activation, and column
     sums of out for each tile of rows into partial."""
@@ -112,7 +112,7 @@ def linear_bwd(
         a,
         inputs={"a": a, "b": b, "h": h},
         outputs={"out": out, "activation": activation, "partial": partial},
-        **_scalars(a, b, b.shape[1], candidate),
+        **_scalars(a, b, b.shape[1], build),
         tanh=approximate == "tanh",
     )
 
@@ -125,13 +125,13 @@ def linear_gelu_bwd(
     store_a: bool,
     sum_columns: bool,
     *,
-    candidate: int = -1,
+    build: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh (M, F), a (M, F) or empty, partial column sums of dh (tiles, F) fp32 or empty."""
     rows, inner = dy.shape[0], w2.shape[1]
     dh = torch.empty((rows, inner), dtype=dy.dtype, device=dy.device)
     a = torch.empty((rows, inner) if store_a else (0,), dtype=dy.dtype, device=dy.device)
-    scalars = _scalars(dy, w2, inner, candidate)
+    scalars = _scalars(dy, w2, inner, build)
     _, tile_rows, _ = _plan(_BACKWARD, dy, w2, scalars, h=h, out=dh, activation=a)
     partial = torch.empty(
         (-(-rows // tile_rows), inner) if sum_columns else (0,),
@@ -146,15 +146,15 @@ def linear_gelu_bwd(
         activation=a,
         partial=partial,
         approximate=approximate,
-        candidate=candidate,
+        build=build,
     )
     return dh, a, partial
 
 
-def weight_grad(a: Tensor, b: Tensor, *, candidate: int = -1) -> Tensor:
+def weight_grad(a: Tensor, b: Tensor, *, build: int = -1) -> Tensor:
     """a^T b (m, n) of a (k, m) and b (k, n)."""
     rows, cols = a.shape[1], b.shape[1]
-    scalars = _scalars(a, b, cols, candidate) | {"m": rows, "k": a.shape[0]}
+    scalars = _scalars(a, b, cols, build) | {"m": rows, "k": a.shape[0]}
     _, _, splits = _plan(_WEIGHT, a, b, scalars)
     out = partial = None
     if splits > 1:
@@ -219,14 +219,14 @@ def _plan(
     out: Tensor | None = None,
     activation: Tensor | None = None,
 ) -> tuple[int, int, int]:
-    """The candidate that makes a product (-1: the kernel for any device), the rows of a tile whose
+    """The build that makes a product (-1: the kernel for any device), the rows of a tile whose
     columns it sums, and in how many parts it takes k."""
     tensors = {"a": a, "b": b, "h": h, "out": out, "activation": activation}
     device = max(a.get_device(), 0)
-    return native.module().mlp_plan(device, layout, **native.addresses(tensors), **scalars)
+    return native.module().mlp_choice(device, layout, **native.addresses(tensors), **scalars)
 
 
-def _scalars(a: Tensor, b: Tensor, cols: int, candidate: int) -> dict[str, int]:
+def _scalars(a: Tensor, b: Tensor, cols: int, build: int) -> dict[str, int]:
     rows, depth = a.shape
     return {
         "dtype": native.dtype_code(a.dtype),
@@ -235,5 +235,5 @@ def _scalars(a: Tensor, b: Tensor, cols: int, candidate: int) -> dict[str, int]:
         "k": depth,
         "a_stride": a.stride(0),
         "b_stride": b.stride(0),
-        "candidate": candidate,
+        "build": build,
     }

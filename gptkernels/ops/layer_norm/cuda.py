@@ -20,12 +20,12 @@ def layer_norm_fwd(
     dropout_p: float,
     eps: float,
     sum_dtype: torch.dtype | None,
-    candidate: int = -1,
+    build: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, s (empty without a sum_dtype: s is x), mean, rstd. candidate: of the module's
-    `layer_norm_fwd_candidates()`, for a GPU of compute capability 9.0; -1: the launcher's choice.
+    """y, s (empty without a sum_dtype: s is x), mean, rstd. build: of the module's
+    `layer_norm_fwd_builds()`, for a GPU of compute capability 9.0; -1: the launcher's choice.
 
-    Raises NotImplementedError for rows of more than 2**30 elements, RuntimeError for a candidate
+    Raises NotImplementedError for rows of more than 2**30 elements, RuntimeError for a build
     that cannot."""
     C = x.shape[-1]
     if C > _WIDEST:
@@ -61,7 +61,7 @@ def layer_norm_fwd(
         residual_dtype=dtype_code(x.dtype if residual is None else residual.dtype),
         weight_dtype=dtype_code(weight.dtype),
         sum_dtype=dtype_code(sum_dtype or x.dtype),
-        candidate=candidate,
+        build=build,
     )
     return y, s, mean, rstd
 
@@ -79,10 +79,10 @@ def layer_norm_bwd(
     residual_dtype: torch.dtype | None,
     weight_gradient: bool,
     bias_gradient: bool,
-    candidate: int = -1,
+    build: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dresidual, dweight, dbias; empty where not asked for (no residual_dtype: dx serves).
-    candidate: as above, of `layer_norm_bwd_candidates()`."""
+    build: as above, of `layer_norm_bwd_builds()`."""
     C = s.shape[-1]
     rows = _rows(s)
     M = rows.shape[0]
@@ -95,7 +95,7 @@ def layer_norm_bwd(
     dbias = torch.empty(C if bias_gradient else 0, dtype=weight.dtype, device=s.device)
     if s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
-    partials = native.module().layer_norm_bwd_partials(M, C, max(s.get_device(), 0), candidate)
+    partials = native.module().layer_norm_bwd_partials(M, C, max(s.get_device(), 0), build)
     partial_dweight, partial_dbias = (
         torch.empty((partials if wanted else 0, C), dtype=torch.float32, device=s.device)
         for wanted in (weight_gradient, bias_gradient)
@@ -130,7 +130,7 @@ def layer_norm_bwd(
         residual_dtype=dtype_code(residual_dtype or x_dtype),
         weight_dtype=dtype_code(weight.dtype),
         sum_dtype=dtype_code(s.dtype),
-        candidate=candidate,
+        build=build,
     )
     return dx, dresidual, dweight, dbias
 

@@ -21,7 +21,6 @@ from gptkernels.core.choice import choose
 from gptkernels.ops.layer_norm import op
 
 
-
 class _NormLinear(torch.autograd.Function):
     """z (M, N) of y (M, C), w (N, C) and b (N,), of one dtype."""
 

@@ -24,7 +24,7 @@ if NO_CUDA is None and DEVICE == "cuda" and torch.cuda.get_device_capability() !
     NO_CUDA = "the GPU's compute capability is not 9.0"
 pytestmark = pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA))
 BF16, FP16 = torch.bfloat16, torch.float16
-CANDIDATES = 8
+BUILDS = 8
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def gradients(
         options.get("softmax_scale") or 1 / math.sqrt(q.shape[-1]),
         left, right, options.get("softcap", 0.0), 0.0,
         how.get("wanted", (True, True, True)), False, how["deterministic"],
-        candidate=how.get("candidate", -1),
+        build=how.get("build", -1),
     )[:3]  # fmt: skip
 
 
@@ -125,12 +125,12 @@ def assert_right(
     tensors: dict[str, Any],
     *,
     deterministic: Sequence[bool] = (False, True),
-    candidate: int = -1,
+    build: int = -1,
     lse: bool = True,
     **options: Any,
 ) -> None:
     def ours(ordered: bool, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        how = dict(options=options, deterministic=ordered, candidate=candidate)
+        how = dict(options=options, deterministic=ordered, build=build)
         found = _Backward.apply(how, q, k, v)
         return found if lse else found[0]
 
@@ -197,24 +197,24 @@ def test_gradients(case: str, launched: list[bool]) -> None:
     assert launched == [True, True]
 
 
-@pytest.mark.parametrize("number", range(CANDIDATES))
-def test_every_candidate(number: int, launched: list[bool]) -> None:
-    built = native.module().attention_bwd_candidates()[number]
+@pytest.mark.parametrize("number", range(BUILDS))
+def test_every_build(number: int, launched: list[bool]) -> None:
+    built = native.module().attention_bwd_builds()[number]
     tensors = inputs(Tq=150, Tk=280, D=built["head_width"])
-    assert_right(tensors, candidate=number, deterministic=(False,))
+    assert_right(tensors, build=number, deterministic=(False,))
     assert launched == [True]
 
 
-def test_there_are_no_other_candidates() -> None:
-    assert len(native.module().attention_bwd_candidates()) == CANDIDATES
+def test_there_are_no_other_builds() -> None:
+    assert len(native.module().attention_bwd_builds()) == BUILDS
     for number, tensors, options, reason in (
-        (CANDIDATES, inputs(), {}, f"there are {CANDIDATES} candidates"),
+        (BUILDS, inputs(), {}, f"there are {BUILDS} builds"),
         (0, inputs(D=128), {}, "heads up to 64 wide"),
         (5, inputs(dtype=FP16), {}, "bf16"),
         (5, inputs(), dict(softcap=2.0), "without softcap"),
     ):
         with pytest.raises(RuntimeError, match=reason):
-            assert_right(tensors, candidate=number, deterministic=(False,), **options)
+            assert_right(tensors, build=number, deterministic=(False,), **options)
 
 
 @pytest.mark.parametrize("copies", ["late", "early"])

@@ -23,7 +23,7 @@ WHY_NOT = native.unavailable(DEVICE) or (None if HOPPER else "no GPU of compute 
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 KERNEL = "attention_fwd_sm90_kernel"
-CANDIDATES = [] if WHY_NOT else native.module().attention_fwd_candidates()
+BUILDS = [] if WHY_NOT else native.module().attention_fwd_builds()
 by_dtype = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 
 
@@ -61,13 +61,13 @@ def assert_right(tensors: dict[str, Any], built: str | None = None, **options: A
     """By the rule of parity; and it was Hopper's kernel, built as `built`."""
     launches: list[dict[str, Any]] = []
 
-    def candidate(**leaves: Any) -> tuple[Tensor, Tensor]:
+    def build(**leaves: Any) -> tuple[Tensor, Tensor]:
         found: list[tuple[Tensor, Tensor]] = []
         launches.extend(native.record(lambda: found.append(forward(leaves, **options)))["launches"])
         return found[0]
 
     parity.assert_parity(
-        candidate,
+        build,
         functools.partial(baseline.attention, **options, return_lse=True),
         functools.partial(reference.attention, **options, return_lse=True),
         tensors,
@@ -133,16 +133,16 @@ def test_more_options(options: dict[str, Any]) -> None:
     assert_right(inputs(1, 140, 290, 1, 1, 16), **options)
 
 
-@pytest.mark.parametrize("number", range(len(CANDIDATES)))
-def test_every_candidate(number: int) -> None:
+@pytest.mark.parametrize("number", range(len(BUILDS)))
+def test_every_build(number: int) -> None:
     """Causal, with fewer queries than keys: from a tile to the next, and several blocks of each."""
-    built = CANDIDATES[number]
+    built = BUILDS[number]
     D = built["head_width"]
     tensors = inputs(1, 2 * built["tile_m"] - 30, 2 * built["tile_m"] + 75, 2, 1, D)
     call = functools.partial(
         attention_fwd,
         alibi_slopes=None, key_lengths=None, attn_mask=None, rng=None, softmax_scale=D**-0.5,
-        left=-1, right=0, softcap=0.0, dropout_p=0.0, candidate=number,
+        left=-1, right=0, softcap=0.0, dropout_p=0.0, build=number,
     )  # fmt: skip
     parity.assert_parity(
         call,
@@ -158,21 +158,21 @@ def test_every_candidate(number: int) -> None:
         assert launch["grid"][0] == 2  # of two multiprocessors: CTAs go from tile to tile
 
 
-def test_candidates_that_cannot() -> None:
+def test_builds_that_cannot() -> None:
     call = functools.partial(
         attention_fwd,
         alibi_slopes=None, key_lengths=None, attn_mask=None, rng=None, softmax_scale=1.0,
         left=-1, right=0, softcap=0.0, dropout_p=0.0,
     )  # fmt: skip
-    widths = [built["head_width"] for built in CANDIDATES]
+    widths = [built["head_width"] for built in BUILDS]
     with pytest.raises(RuntimeError, match=r"D128 .* is for other head widths than 64"):
-        call(**inputs(D=64), candidate=widths.index(128))
+        call(**inputs(D=64), build=widths.index(128))
     with pytest.raises(RuntimeError, match=f"there is no number {len(widths)}"):
-        call(**inputs(D=64), candidate=len(widths))
+        call(**inputs(D=64), build=len(widths))
     with pytest.raises(RuntimeError, match="not built for this dtype"):
-        call(**inputs(D=64, dtype=FP16), candidate=1)
+        call(**inputs(D=64, dtype=FP16), build=1)
     with pytest.raises(RuntimeError, match="fp32"):
-        call(**inputs(D=64, dtype=FP32), candidate=0)
+        call(**inputs(D=64, dtype=FP32), build=0)
 
 
 def test_dense_keys_come_in_wider_blocks() -> None:

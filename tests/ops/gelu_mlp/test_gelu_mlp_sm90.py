@@ -19,7 +19,7 @@ from gptkernels.truth import baseline, parity, reference
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RULE, CANDIDATES = range(3), range(7)  # the rule's are there in every dtype, the others in bf16
+RULE, BUILDS = range(3), range(7)  # the rule's are there in every dtype, the others in bf16
 SPLIT_SUM = "mlp partial sums"
 
 
@@ -32,7 +32,7 @@ def _lacks() -> str | None:
 pytestmark = pytest.mark.skipif(_lacks() is not None, reason=str(_lacks()))
 emulated = pytest.mark.skipif(not native.EMULATED, reason="a GPU has one schedule")
 both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16])
-every_candidate = pytest.mark.parametrize("candidate", CANDIDATES)
+every_build = pytest.mark.parametrize("build", BUILDS)
 
 
 @pytest.fixture(autouse=True)
@@ -66,42 +66,42 @@ SIZES = [(128, 256, 64), (40, 24, 8), (300, 520, 392), (1, 264, 72), (200, 136, 
 class TestProducts:
     """Whole numbers, so that there is one right answer to each product, bit for bit."""
 
-    @every_candidate
+    @every_build
     @pytest.mark.parametrize("sizes", SIZES)
-    def test_forward(self, candidate: int, sizes: tuple[int, int, int], seed: int) -> None:
+    def test_forward(self, build: int, sizes: tuple[int, int, int], seed: int) -> None:
         m, n, k = sizes
         a, b, bias = integers(m, k), integers(n, k), integers(n)
         out, activation = filled(m, n, dtype=BF16), filled(m, n, dtype=BF16)
-        kernels.linear_fwd(a, b, bias, out=out, activation=activation, candidate=candidate)
+        kernels.linear_fwd(a, b, bias, out=out, activation=activation, build=build)
         assert torch.equal(out, (a.double() @ b.double().T + bias.double()).to(BF16))
         assert torch.equal(activation, self.gelu_of(out))
 
-    @every_candidate
+    @every_build
     @pytest.mark.parametrize("sizes", SIZES)
-    def test_backward(self, candidate: int, sizes: tuple[int, int, int], seed: int) -> None:
+    def test_backward(self, build: int, sizes: tuple[int, int, int], seed: int) -> None:
         m, n, k = sizes
         a, b = integers(m, k), integers(k, n)
         out = filled(m, n, dtype=BF16)
-        kernels.linear_bwd(a, b, out=out, candidate=candidate)
+        kernels.linear_bwd(a, b, out=out, build=build)
         assert torch.equal(out, exact(a, b, BF16))
 
-    @every_candidate
+    @every_build
     @pytest.mark.parametrize("sizes", SIZES)
-    def test_weight(self, candidate: int, sizes: tuple[int, int, int], seed: int) -> None:
+    def test_weight(self, build: int, sizes: tuple[int, int, int], seed: int) -> None:
         m, n, k = sizes
         m = -(-m // 8) * 8  # a column of a whose rows TMA can address
         a, b = integers(k, m), integers(k, n)
-        out = kernels.weight_grad(a, b, candidate=candidate)
+        out = kernels.weight_grad(a, b, build=build)
         assert torch.equal(out, exact(a.T, b, BF16))
 
-    @every_candidate
+    @every_build
     @pytest.mark.parametrize("splits", [2, 5])
-    def test_parts_of_k(self, candidate: int, splits: int, seed: int) -> None:
+    def test_parts_of_k(self, build: int, splits: int, seed: int) -> None:
         """Each part is the product of its own rows, as many steps of 64 as others, or one more."""
         m, n, k = 136, 264, 5 * 64 + 8
         a, b = integers(k, m), integers(k, n)
         partial = filled(splits, m * n, dtype=FP32)
-        scalars = kernels._scalars(a, b, n, candidate) | {"m": m, "k": k, "splits": splits}
+        scalars = kernels._scalars(a, b, n, build) | {"m": m, "k": k, "splits": splits}
         tensors = {"inputs": {"a": a, "b": b}, "outputs": {"out": None, "partial": partial}}
         native.call("mlp_weight_grad", a, **tensors, **scalars)
         ends = [6 * part // splits * 64 for part in range(splits)] + [k]
@@ -109,17 +109,17 @@ class TestProducts:
             wanted = exact(a[first:last].T, b[first:last], FP32)
             assert torch.equal(partial[part].view(m, n), wanted), part
 
-    @every_candidate
+    @every_build
     @pytest.mark.parametrize("approximate", ["tanh", "none"])
     def test_slope(
-        self, candidate: int, approximate: str, seed: int, monkeypatch: pytest.MonkeyPatch
+        self, build: int, approximate: str, seed: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The same bits as the kernel for any device, whose products are exact too."""
         m, n, k = 150, 328, 72
         dy, w2 = integers(m, k), integers(k, n)
         h = torch.randn(m, n).to(device=DEVICE, dtype=BF16) * 2
         options = (dy, w2, h, approximate, True, True)
-        dh, a, partial = kernels.linear_gelu_bwd(*options, candidate=candidate)
+        dh, a, partial = kernels.linear_gelu_bwd(*options, build=build)
         assert partial.shape == (3, n)  # of 64 rows each
         for part, rows in zip(partial.double(), dh.double().split(64), strict=True):
             bound = 64 * 2.0**-24 * rows.abs().sum(0)  # of any sum of fp32
@@ -131,10 +131,10 @@ class TestProducts:
             assert torch.equal(a, wanted_a)
 
     @both_dtypes
-    @pytest.mark.parametrize("candidate", RULE)
+    @pytest.mark.parametrize("build", RULE)
     @pytest.mark.parametrize("outputs", ["out", "activation", "both"])
     def test_outputs_left_out(
-        self, dtype: torch.dtype, candidate: int, outputs: str, seed: int
+        self, dtype: torch.dtype, build: int, outputs: str, seed: int
     ) -> None:
         a, b = integers(70, 40, dtype=dtype), integers(328, 40, dtype=dtype)
         out, activation = (filled(70, 328, dtype=dtype) for _ in range(2))
@@ -144,7 +144,7 @@ class TestProducts:
             None,
             out=out if outputs != "activation" else out[:0],
             activation=activation if outputs != "out" else None,
-            candidate=candidate,
+            build=build,
         )
         wanted = exact(a, b.T, dtype)
         if outputs != "activation":
@@ -189,12 +189,12 @@ def inputs(*sizes: int, dtype: torch.dtype, biases: bool = True, seed: int = 0) 
 
 
 @pytest.fixture
-def candidate_for_all(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets every product of the public op be made by one candidate."""
+def build_for_all(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets every product of the public op be made by one build."""
 
-    def choose(candidate: int) -> None:
+    def choose(build: int) -> None:
         for name in ("gelu_mlp_fwd", "gelu_mlp_bwd"):
-            launcher = functools.partial(getattr(kernels, name), candidate=candidate)
+            launcher = functools.partial(getattr(kernels, name), build=build)
             monkeypatch.setattr(kernels, name, launcher)
 
     return choose
@@ -202,7 +202,7 @@ def candidate_for_all(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 class TestParity:
     @both_dtypes
-    @pytest.mark.parametrize("candidate", [-1, *RULE])
+    @pytest.mark.parametrize("build", [-1, *RULE])
     @pytest.mark.parametrize(
         ("approximate", "biases", "recompute"),
         [("tanh", True, False), ("none", False, True)],
@@ -210,14 +210,14 @@ class TestParity:
     def test_against_the_truth(
         self,
         dtype: torch.dtype,
-        candidate: int,
+        build: int,
         approximate: str,
         biases: bool,
         recompute: bool,
         seed: int,
-        candidate_for_all: Callable[[int], None],
+        build_for_all: Callable[[int], None],
     ) -> None:
-        candidate_for_all(candidate)
+        build_for_all(build)
 
         def ours(**leaves: Any) -> Tensor:
             with parity.poisoned_outputs():
@@ -240,64 +240,62 @@ class TestParity:
         assert all("sm90" in launch["kernel"] and launch["built"] for launch in found)
 
 
-def everything(dtype: torch.dtype, candidate: int, *sizes: int, **changed: Tensor) -> list[Tensor]:
+def everything(dtype: torch.dtype, build: int, *sizes: int, **changed: Tensor) -> list[Tensor]:
     """Every result of one MLP forward and backward: y, h, dx, dw1, db1, dw2, db2."""
     x, w1, b1, w2, b2, dy = (
         inputs(*sizes, dtype=dtype) | {"dy": torch.ones(sizes[:2]).to(DEVICE, dtype)} | changed
     ).values()
-    y, h = kernels.gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", True, candidate=candidate)
-    grads = kernels.gelu_mlp_bwd(dy, x, w1, b1, w2, h, "tanh", [True] * 5, candidate=candidate)
+    y, h = kernels.gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", True, build=build)
+    grads = kernels.gelu_mlp_bwd(dy, x, w1, b1, w2, h, "tanh", [True] * 5, build=build)
     return [y, h, *grads]
 
 
 class TestBits:
     @emulated
-    @every_candidate
+    @every_build
     @pytest.mark.parametrize(
         ("variable", "value"),
         [("SCHEDULE", "reverse"), ("SCHEDULE", "1"), ("COPIES", "early")],
     )
     def test_order_of_threads_and_copies_changes_none(
-        self, candidate: int, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+        self, build: int, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        sizes = (200, 72, 264) if candidate in RULE else (136, 40, 264)
-        wanted = everything(BF16, candidate, *sizes)
+        sizes = (200, 72, 264) if build in RULE else (136, 40, 264)
+        wanted = everything(BF16, build, *sizes)
         monkeypatch.setenv(f"GPTKERNELS_EMULATE_{variable}", value)
-        for a, b in zip(everything(BF16, candidate, *sizes), wanted, strict=True):
+        for a, b in zip(everything(BF16, build, *sizes), wanted, strict=True):
             assert torch.equal(a, b)
 
     @both_dtypes
     @pytest.mark.parametrize("approximate", ["tanh", "none"])
-    @pytest.mark.parametrize("candidate", RULE)
+    @pytest.mark.parametrize("build", RULE)
     def test_activation_is_rebuilt_bit_for_bit(
-        self, dtype: torch.dtype, approximate: str, candidate: int
+        self, dtype: torch.dtype, approximate: str, build: int
     ) -> None:
         x, w1, b1, w2, _ = inputs(70, 48, 136, dtype=dtype).values()
         h, a = (filled(70, 136, dtype=dtype) for _ in range(2))
-        options: dict[str, Any] = {"approximate": approximate, "candidate": candidate}
+        options: dict[str, Any] = {"approximate": approximate, "build": build}
         kernels.linear_fwd(x, w1, b1, out=h, activation=a, **options)
-        _, rebuilt, _ = kernels.linear_gelu_bwd(
-            x, w2, h, approximate, True, False, candidate=candidate
-        )
+        _, rebuilt, _ = kernels.linear_gelu_bwd(x, w2, h, approximate, True, False, build=build)
         assert torch.equal(a, rebuilt)
 
 
 class TestIsolation:
-    @pytest.mark.parametrize("candidate", RULE)
+    @pytest.mark.parametrize("build", RULE)
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_a_bad_row_stays_alone(self, candidate: int, value: float) -> None:
-        clean = everything(BF16, candidate, 150, 72, 136)
+    def test_a_bad_row_stays_alone(self, build: int, value: float) -> None:
+        clean = everything(BF16, build, 150, 72, 136)
         x = inputs(150, 72, 136, dtype=BF16)["x"]
         x[149, 7] = value  # a row of the last tile, whose other rows lie outside
-        dirty = everything(BF16, candidate, 150, 72, 136, x=x)
+        dirty = everything(BF16, build, 150, 72, 136, x=x)
         for a, b in zip(clean[:3], dirty[:3], strict=True):  # y, h, dx
             assert torch.equal(a[:149], b[:149])
             assert not torch.isfinite(b[149]).all()
 
-    @pytest.mark.parametrize("candidate", RULE)
-    def test_nothing_beside_the_operands_reaches_the_result(self, candidate: int) -> None:
+    @pytest.mark.parametrize("build", RULE)
+    def test_nothing_beside_the_operands_reaches_the_result(self, build: int) -> None:
         """Rows of other tensors go on past their ends, along k and along n, with NaN."""
-        clean = everything(BF16, candidate, 150, 72, 136)
+        clean = everything(BF16, build, 150, 72, 136)
         tensors = inputs(150, 72, 136, dtype=BF16)
         tensors["dy"] = torch.ones_like(tensors["x"])
         for name in ("x", "w1", "w2", "dy"):
@@ -305,7 +303,7 @@ class TestIsolation:
             padded = filled(rows + 64, cols + 64, dtype=BF16)
             padded[:rows, :cols] = tensors[name]
             tensors[name] = padded[:rows, :cols]
-        for a, b in zip(clean, everything(BF16, candidate, 150, 72, 136, **tensors), strict=True):
+        for a, b in zip(clean, everything(BF16, build, 150, 72, 136, **tensors), strict=True):
             assert torch.equal(a, b)
 
 
@@ -345,10 +343,10 @@ class TestChoice:
             (FP16, 64, "for bf16 alone"),
         ],
     )
-    def test_a_candidate_says_why_it_cannot(self, dtype: torch.dtype, n: int, reason: str) -> None:
+    def test_a_build_says_why_it_cannot(self, dtype: torch.dtype, n: int, reason: str) -> None:
         a, b = integers(70, 40, dtype=dtype), integers(n, 40, dtype=dtype)
-        with pytest.raises(RuntimeError, match=f"^candidate 3 cannot .*{reason}"):
-            kernels.linear_fwd(a, b, None, out=filled(70, n, dtype=dtype), candidate=3)
+        with pytest.raises(RuntimeError, match=f"^build 3 cannot .*{reason}"):
+            kernels.linear_fwd(a, b, None, out=filled(70, n, dtype=dtype), build=3)
 
     def test_more_parts_of_k_than_steps(self) -> None:
         a, b = integers(72, 40), integers(72, 64)
@@ -357,22 +355,22 @@ class TestChoice:
         with pytest.raises(RuntimeError, match="fewer steps along k than parts, 3"):
             native.call("mlp_weight_grad", a, inputs={"a": a, "b": b}, outputs=outputs, **scalars)
 
-    def test_there_is_no_other_candidate(self) -> None:
+    def test_there_is_no_other_build(self) -> None:
         a, b = integers(70, 40), integers(64, 40)
-        with pytest.raises(RuntimeError, match=r"candidate 7 cannot .*there are 7"):
-            kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), candidate=7)
+        with pytest.raises(RuntimeError, match=r"build 7 cannot .*there are 7"):
+            kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), build=7)
 
     @emulated
     def test_other_devices_have_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm80")
         a, b = integers(70, 40), integers(64, 40)
         with pytest.raises(RuntimeError, match=r"for compute capability 9\.0 alone"):
-            kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), candidate=0)
+            kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), build=0)
 
     def test_few_tiles_of_a_weight_gradient_are_made_in_parts_of_k(self) -> None:
         """As an H200 would be asked to, which no one has here: 9 tiles of 128 x 128, 132 places."""
         a, b = (torch.empty(16384, 384, dtype=BF16, device="meta") for _ in range(2))
-        planned = native.plan(
+        planned = native.dry_run(
             lambda: kernels.weight_grad(a, b), capability=90, multiprocessors=132
         )["launches"]
         assert [launch["kernel"] for launch in planned[1:]] == [SPLIT_SUM]
@@ -383,7 +381,7 @@ class TestChoice:
         a = torch.empty(m, k, dtype=BF16, device="meta")
         b = torch.empty(n, k, dtype=BF16, device="meta")
         out = torch.empty(m, n, dtype=BF16, device="meta")
-        (launch,) = native.plan(
+        (launch,) = native.dry_run(
             lambda: kernels.linear_fwd(a, b, None, out=out), capability=90, multiprocessors=132
         )["launches"]
         assert "sm90" in launch["kernel"]

@@ -1,5 +1,5 @@
 """LayerNorm of wide rows by clusters (csrc/layer_norm/sm90): in the emulator as a
-machine of compute capability 9.0, or on such a GPU. Candidates take narrow rows too, quickly.
+machine of compute capability 9.0, or on such a GPU. Builds take narrow rows too, quickly.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ WHY_NOT = native.unavailable(DEVICE) or (None if HOPPER else "no GPU of compute 
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 emulated = pytest.mark.skipif(not native.EMULATED, reason="of the emulator alone")
 
-FWD = [] if WHY_NOT else native.module().layer_norm_fwd_candidates()
-BWD = [] if WHY_NOT else native.module().layer_norm_bwd_candidates()
-by_candidates = pytest.mark.parametrize(
+FWD = [] if WHY_NOT else native.module().layer_norm_fwd_builds()
+BWD = [] if WHY_NOT else native.module().layer_norm_bwd_builds()
+by_builds = pytest.mark.parametrize(
     ("forward", "backward"), [(i, min(i, len(BWD) - 1)) for i in range(len(FWD))]
 )
 # Clusters of 2, 4 and 8.
-by_cluster = pytest.mark.parametrize("candidate", [0, 1, 2])
+by_cluster = pytest.mark.parametrize("build", [0, 1, 2])
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +42,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Makes the op take these candidates."""
+    """Makes the op take these builds."""
 
     def chosen(forward: int, backward: int) -> None:
-        for name, candidate in (("layer_norm_fwd", forward), ("layer_norm_bwd", backward)):
-            launcher = functools.partial(getattr(kernels, name), candidate=candidate)
+        for name, build in (("layer_norm_fwd", forward), ("layer_norm_bwd", backward)):
+            launcher = functools.partial(getattr(kernels, name), build=build)
             monkeypatch.setattr(kernels, name, launcher)
 
     return chosen
@@ -67,13 +67,13 @@ def assert_right(inputs: dict[str, Any], seed: int, **options: Any) -> list[dict
     torch.manual_seed(seed)
     rng = philox.draw(inputs["x"].device)
 
-    def candidate(**leaves: Any) -> Any:
+    def build(**leaves: Any) -> Any:
         torch.manual_seed(seed)
         return layer_norm(**leaves, **options, impl="cuda")
 
     return native.record(
         lambda: parity.assert_parity(
-            candidate,
+            build,
             functools.partial(baseline.layer_norm, **options, rng=rng),
             functools.partial(reference.layer_norm, **options, rng=rng),
             inputs,
@@ -88,9 +88,9 @@ def clusters(launches: list[dict[str, Any]], kernel: str) -> set[tuple[int, int]
     return {(x["cluster"], x["threads"]) for x in launches if x["kernel"] == kernel}
 
 
-@by_candidates
+@by_builds
 @pytest.mark.parametrize(("C", "dtype"), [(1003, FP32), (3000, FP16), (4104, BF16)])
-def test_every_candidate(
+def test_every_build(
     forward: int, backward: int, C: int, dtype: torch.dtype, choose: Any, seed: int
 ) -> None:
     """Odd rows, and rows that end within a cluster; more rows than clusters."""
@@ -151,19 +151,19 @@ def test_the_widest_rows(
 
 @by_cluster
 @pytest.mark.parametrize("x_dtype", [FP32, FP16, BF16], ids=str)
-def test_mixtures_of_dtypes(candidate: int, x_dtype: torch.dtype, choose: Any, seed: int) -> None:
-    choose(candidate, candidate)
+def test_mixtures_of_dtypes(build: int, x_dtype: torch.dtype, choose: Any, seed: int) -> None:
+    choose(build, build)
     for residual in (FP32, FP16, BF16):
         inputs = tensors(4, 520, x_dtype, residual)
         inputs["weight"], inputs["bias"] = (inputs[n].to(residual) for n in ("weight", "bias"))
-        options = dict(prenorm=True, residual_in_fp32=(seed + candidate) % 2 == 0)
+        options = dict(prenorm=True, residual_in_fp32=(seed + build) % 2 == 0)
         assert_right(inputs, seed, dropout_p=0.3, **options)
 
 
 @by_cluster
-def test_strided_rows(candidate: int, choose: Any, seed: int) -> None:
+def test_strided_rows(build: int, choose: Any, seed: int) -> None:
     """Aligned by a stride of 16 elements, and not by one of 13, or by the address."""
-    choose(candidate, candidate)
+    choose(build, build)
     for C, wider in ((400, 416), (400, 413), (399, 416)):
         base = torch.randn(4, wider, device=DEVICE, dtype=BF16)
         inputs = tensors(4, C, BF16)
@@ -172,8 +172,8 @@ def test_strided_rows(candidate: int, choose: Any, seed: int) -> None:
 
 
 @by_cluster
-def test_large_mean_and_no_variance(candidate: int, choose: Any, seed: int) -> None:
-    choose(candidate, candidate)
+def test_large_mean_and_no_variance(build: int, choose: Any, seed: int) -> None:
+    choose(build, build)
     inputs = tensors(5, 1200, FP32)
     assert_right(inputs | dict(x=inputs["x"] + 1000), seed)
     for C in (1200, 779):
@@ -186,8 +186,8 @@ def test_large_mean_and_no_variance(candidate: int, choose: Any, seed: int) -> N
 
 @by_cluster
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_nan_stays_in_its_row(candidate: int, poison: float, choose: Any) -> None:
-    choose(candidate, candidate)
+def test_nan_stays_in_its_row(build: int, poison: float, choose: Any) -> None:
+    choose(build, build)
     x = torch.randn(6, 1000, device=DEVICE, requires_grad=True)
     weight = torch.randn(1000, device=DEVICE)
     dirty = x.detach().clone()
@@ -206,24 +206,24 @@ def test_nan_stays_in_its_row(candidate: int, poison: float, choose: Any) -> Non
 @by_cluster
 @pytest.mark.parametrize("partials", [1, 3, 9])
 def test_any_number_of_partial_sums(
-    candidate: int, partials: int, choose: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+    build: int, partials: int, choose: Any, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More rows than clusters, some clusters with one row more than others, and some with none."""
-    choose(candidate, candidate)
+    choose(build, build)
     monkeypatch.setattr(native.module(), "layer_norm_bwd_partials", lambda *_sizes: partials)
     assert_right(tensors(7, 600, FP32), seed)
 
 
 @by_cluster
-def test_only_the_gradients_asked_for(candidate: int) -> None:
+def test_only_the_gradients_asked_for(build: int) -> None:
     x, dy = (torch.randn(5, 600, device=DEVICE) for _ in range(2))
     weight = torch.randn(600, device=DEVICE)
     _, _, mean, rstd = kernels.layer_norm_fwd(
-        x, weight, None, None, None, 0.0, 1e-5, None, candidate=candidate
+        x, weight, None, None, None, 0.0, 1e-5, None, build=build
     )
     given = (dy, None, x, mean, rstd, weight, None, 0.0, x.dtype, None)
     both, dweight, dbias, neither = (
-        kernels.layer_norm_bwd(*given, *wanted, candidate=candidate)
+        kernels.layer_norm_bwd(*given, *wanted, build=build)
         for wanted in ((True, True), (True, False), (False, True), (False, False))
     )
     assert torch.equal(dweight[2], both[2])
@@ -235,10 +235,10 @@ def test_only_the_gradients_asked_for(candidate: int) -> None:
 @emulated
 @by_cluster
 def test_any_schedule_gives_the_same_bits(
-    candidate: int, choose: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+    build: int, choose: Any, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever CTA of a cluster comes first, and whenever copies arrive."""
-    choose(candidate, candidate)
+    choose(build, build)
     x, weight = torch.randn(5, 1000, requires_grad=True), torch.randn(1000, requires_grad=True)
     results: list[list[Tensor]] = []
     for schedule in ("forward", "reverse", str(seed)):
@@ -256,21 +256,21 @@ def test_any_schedule_gives_the_same_bits(
 def test_what_clusters_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.zeros(1, 9000), torch.ones(9000)
     run = functools.partial(kernels.layer_norm_fwd, x, weight, None, None, None, 0.0, 1e-5, None)
-    many = f"candidate 9 cannot run: there are {len(FWD)} candidates"
+    many = f"build 9 cannot run: there are {len(FWD)} builds"
     with pytest.raises(RuntimeError, match=rf"layer_norm_fwd on x \(1, 9000\) fp32: {many}"):
-        run(candidate=9)
+        run(build=9)
     wide = torch.zeros(1, 70_000)
     with pytest.raises(
         RuntimeError, match="70000 columns do not fit in the registers of 2 CTAs of"
     ):
-        kernels.layer_norm_fwd(wide, wide[0], None, None, None, 0.0, 1e-5, None, candidate=0)
+        kernels.layer_norm_fwd(wide, wide[0], None, None, None, 0.0, 1e-5, None, build=0)
     ones = torch.ones(1)
     given = (wide, None, wide, ones, ones, wide[0], None, 0.0, FP32, None, True, True)
-    with pytest.raises(RuntimeError, match=r"layer_norm_bwd .*: candidate 2 cannot run: rows of"):
-        kernels.layer_norm_bwd(*given, candidate=2)
+    with pytest.raises(RuntimeError, match=r"layer_norm_bwd .*: build 2 cannot run: rows of"):
+        kernels.layer_norm_bwd(*given, build=2)
     monkeypatch.setenv(native.ARCH_VARIABLE, "sm80")
     with pytest.raises(RuntimeError, match="cannot run: clusters need a GPU of compute capab"):
-        run(candidate=0)
+        run(build=0)
     assert [x["kernel"] for x in native.record(run)["launches"]] == ["layer_norm_fwd"]
 
 
@@ -282,8 +282,8 @@ def test_the_choice_is_explained() -> None:
     narrow, wide = found(4096, 4096, "sm90"), found(4096, 32_768, "sm90")
     assert "not layer_norm_fwd_sm90: rows of fewer than 16384 columns need no cluster" in narrow
     assert "not layer_norm_bwd_sm90: rows of up to 8192 columns need no cluster" in narrow
-    assert "candidate 1, 4 CTAs of 256 threads: could run" in narrow
+    assert "build 1, 4 CTAs of 256 threads: could run" in narrow
     assert "grid 16384 in clusters of 4 of 256 threads" in wide
     assert "grid 264 in clusters of 8 of 256 threads" in wide  # two CTAs an SM of 132
-    assert "2 candidates cannot take it" in wide
+    assert "2 builds cannot take it" in wide
     assert "cluster" not in found(4096, 32_768, "sm80")

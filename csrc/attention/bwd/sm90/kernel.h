@@ -66,7 +66,7 @@ void launch_attention_bwd_sm90_choice(const BwdSm90& a, Stream stream) {
                      stream,
                      1,
                      0,
-                     Tiles::candidate()};
+                     Tiles::build()};
     if constexpr (kChoice < kBwdRuleCount) {
         if (c.softcap != 0 || c.alibi_slopes != nullptr)
             return launch(attention_bwd_sm90_kernel<T, kChoice, true>, how, a);

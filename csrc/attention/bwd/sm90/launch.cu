@@ -106,21 +106,21 @@ constexpr int kNone = -1;
 
 // The choice for a problem, or kNone with the reason. The rule's are in the order of their widths,
 // up to kMaxHeadWidth.
-int choice_of(DType dtype, const AttentionBwd& p, int candidate, std::string& reason) {
+int choice_of(DType dtype, const AttentionBwd& p, int build, std::string& reason) {
     const AttentionCall& c = p.call;
-    if (candidate < 0) {
+    if (build < 0) {
         int choice = 0;
         while (c.D > kBwdChoices[choice].width) ++choice;
         return choice;
     }
-    if (candidate >= kBwdChoiceCount)
-        reason = "there are " + std::to_string(kBwdChoiceCount) + " candidates, counted from 0";
-    else if (c.D > kBwdChoices[candidate].width)
-        reason = "it takes heads up to " + std::to_string(kBwdChoices[candidate].width) + " wide";
-    else if (candidate >= kBwdRuleCount &&
+    if (build >= kBwdChoiceCount)
+        reason = "there are " + std::to_string(kBwdChoiceCount) + " builds, counted from 0";
+    else if (c.D > kBwdChoices[build].width)
+        reason = "it takes heads up to " + std::to_string(kBwdChoices[build].width) + " wide";
+    else if (build >= kBwdRuleCount &&
              (dtype != DType::bf16 || c.softcap != 0 || c.alibi_slopes != nullptr))
         reason = "it is built for bf16 without softcap and ALiBi alone";
-    return reason.empty() ? candidate : kNone;
+    return reason.empty() ? build : kNone;
 }
 
 // Why none of them can be taken, "" where some can.
@@ -142,8 +142,8 @@ void refuse(DType dtype, const AttentionBwd& p, std::string& reason) {
 }
 
 template <size_t... i>
-void add_candidates(std::vector<Candidate>& all, std::index_sequence<i...>) {
-    (all.push_back(BwdTiles<__nv_bfloat16, i>::candidate()), ...);
+void add_builds(std::vector<Build>& all, std::index_sequence<i...>) {
+    (all.push_back(BwdTiles<__nv_bfloat16, i>::build()), ...);
 }
 
 int blocks_of(int tokens, int block) { return (tokens + block - 1) / block; }
@@ -228,9 +228,9 @@ void launch_of(DType dtype, const AttentionBwd& p, int choice, Stream stream) {
 
 }  // namespace
 
-std::vector<Candidate> attention_bwd_candidates() {
-    std::vector<Candidate> all;
-    add_candidates(all, std::make_index_sequence<kBwdChoiceCount>());
+std::vector<Build> attention_bwd_builds() {
+    std::vector<Build> all;
+    add_builds(all, std::make_index_sequence<kBwdChoiceCount>());
     return all;
 }
 
@@ -241,25 +241,25 @@ std::string attention_bwd_sm90_refuses(DType dtype, const AttentionBwd& p) {
 }
 
 BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int device,
-                                       int candidate) {
+                                       int build) {
     std::string reason;
     if (capability(device) != 90)
         reason = "the device's compute capability is not 9.0";
     else
         refuse(dtype, p, reason);
     int choice = kNone;
-    if (reason.empty()) choice = choice_of(dtype, p, candidate, reason);
+    if (reason.empty()) choice = choice_of(dtype, p, build, reason);
     if (choice != kNone) return workspaces_of(p, choice);
-    if (candidate >= 0)
-        throw Error("attention backward on " + shape_of(p.call) + " by candidate " +
-                    std::to_string(candidate) + ": " + reason);
-    if (capability(device) == 90) plan_refused("attention_bwd_sm90", reason);
+    if (build >= 0)
+        throw Error("attention backward on " + shape_of(p.call) + " by build " +
+                    std::to_string(build) + ": " + reason);
+    if (capability(device) == 90) dry_run_refused("attention_bwd_sm90", reason);
     return {0, 0, 0};
 }
 
-void launch_attention_bwd_sm90(DType dtype, const AttentionBwd& p, int candidate, Stream stream) {
+void launch_attention_bwd_sm90(DType dtype, const AttentionBwd& p, int build, Stream stream) {
     std::string reason;
-    const int choice = choice_of(dtype, p, candidate, reason);
+    const int choice = choice_of(dtype, p, build, reason);
     if (dtype == DType::bf16)
         launch_of<__nv_bfloat16>(dtype, p, choice, stream);
     else

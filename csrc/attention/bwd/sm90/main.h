@@ -53,7 +53,7 @@ struct BwdTiles {
     static constexpr int kSharedBytes = kBarriers + 8 * (2 + 2 * kBwdSlots + 2 * kDoutStages);
     static_assert(kSharedBytes <= 227 * 1024, "what a CTA has");
 
-    static constexpr Candidate candidate() {
+    static constexpr Build build() {
         return {kBuilt.name,
                 kWidth,
                 kRows,

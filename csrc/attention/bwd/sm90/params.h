@@ -64,7 +64,7 @@ constexpr int kBwdRuleCount = 5;
 template <class T, int kHeadWidth>
 void launch_attention_bwd_sm90_main(int choice, const BwdSm90& a, Stream stream);
 
-// With the workspaces of the candidate.
-void launch_attention_bwd_sm90(DType dtype, const AttentionBwd& p, int candidate, Stream stream);
+// With the workspaces of the build.
+void launch_attention_bwd_sm90(DType dtype, const AttentionBwd& p, int build, Stream stream);
 
 }  // namespace gk

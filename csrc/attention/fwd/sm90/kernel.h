@@ -399,7 +399,7 @@ constexpr int64_t kFwdSm90CacheBytes = 25 << 20;
 constexpr int64_t kFwdSm90RoundsOfPairs = 4, kFwdSm90BlocksForPairs = 5;
 
 template <class Tiles, bool kOptions>
-void launch_attention_fwd_sm90_tiles(const AttentionFwd& p, const Candidate& built, Stream stream) {
+void launch_attention_fwd_sm90_tiles(const AttentionFwd& p, const Build& built, Stream stream) {
     using T = typename Tiles::Type;
     constexpr DType kDType = std::is_same<T, __half>::value ? DType::f16 : DType::bf16;
     const AttentionCall& c = p.call;

@@ -9,7 +9,7 @@ namespace gk {
 namespace {
 
 template <class Tiles>
-constexpr Candidate described(const char* name) {
+constexpr Build described(const char* name) {
     return {name,
             Tiles::kWidth,
             Tiles::kRows,
@@ -23,21 +23,21 @@ constexpr Candidate described(const char* name) {
             Tiles::kSharedBytes};
 }
 
-using LaunchTiles = void (*)(const AttentionFwd& p, const Candidate& built, Stream stream);
+using LaunchTiles = void (*)(const AttentionFwd& p, const Build& built, Stream stream);
 
 // One way to build the kernel, and its launchers; null where it is not built so.
-struct Build {
-    Candidate candidate;
+struct Entry {
+    Build build;
     LaunchTiles plain_bf16, plain_f16, options_bf16, options_f16;
 };
 
 // What the rule chooses is built in both dtypes, kPlain without options and kOptions with them;
 // what tuning compares with it in bf16 without options.
 template <template <class> class Tiles, bool kPlain, bool kOptions>
-Build build(const char* name) {
+Entry entry(const char* name) {
     using Bf16 = Tiles<__nv_bfloat16>;
     using F16 = Tiles<__half>;
-    Build found{described<Bf16>(name), launch_attention_fwd_sm90_tiles<Bf16, false>, nullptr,
+    Entry found{described<Bf16>(name), launch_attention_fwd_sm90_tiles<Bf16, false>, nullptr,
                 nullptr, nullptr};
     if constexpr (kPlain) found.plain_f16 = launch_attention_fwd_sm90_tiles<F16, false>;
     if constexpr (kOptions) {
@@ -49,22 +49,22 @@ Build build(const char* name) {
 
 // Of each head width, what the rule chooses comes first. Tiles are FlashAttention-3's
 // (hopper/tile_size.h there) where their weights fit in registers; options need registers too.
-const std::vector<Build>& builds() {
-    static const std::vector<Build> all{
-        build<Fwd64, true, true>("D64 192x128, 3 consumers, ping-pong"),
-        build<Fwd64Apart, false, false>("D64 192x128, 3 consumers"),
-        build<Fwd64Low, false, false>("D64 128x128, 2 consumers, ping-pong"),
-        build<Fwd64Wide, false, false>("D64 128x192, 2 consumers, ping-pong"),
-        build<Fwd96, true, true>("D96 128x128, 2 consumers, ping-pong"),
-        build<Fwd96High, false, false>("D96 192x96, 3 consumers, ping-pong"),
-        build<Fwd128, true, true>("D128 128x128, 2 consumers, ping-pong"),
-        build<Fwd128Wide, true, false>("D128 128x176, 2 consumers, ping-pong"),
-        build<Fwd128Apart, false, false>("D128 128x128, 2 consumers"),
-        build<Fwd128High, false, false>("D128 192x80, 3 consumers, ping-pong"),
-        build<Fwd192, true, false>("D192 128x112, 2 consumers"),
-        build<Fwd192Narrow, false, true>("D192 128x80, 2 consumers"),
-        build<Fwd256, true, false>("D256 128x80, 2 consumers"),
-        build<Fwd256Narrow, false, true>("D256 128x64, 2 consumers"),
+const std::vector<Entry>& table() {
+    static const std::vector<Entry> all{
+        entry<Fwd64, true, true>("D64 192x128, 3 consumers, ping-pong"),
+        entry<Fwd64Apart, false, false>("D64 192x128, 3 consumers"),
+        entry<Fwd64Low, false, false>("D64 128x128, 2 consumers, ping-pong"),
+        entry<Fwd64Wide, false, false>("D64 128x192, 2 consumers, ping-pong"),
+        entry<Fwd96, true, true>("D96 128x128, 2 consumers, ping-pong"),
+        entry<Fwd96High, false, false>("D96 192x96, 3 consumers, ping-pong"),
+        entry<Fwd128, true, true>("D128 128x128, 2 consumers, ping-pong"),
+        entry<Fwd128Wide, true, false>("D128 128x176, 2 consumers, ping-pong"),
+        entry<Fwd128Apart, false, false>("D128 128x128, 2 consumers"),
+        entry<Fwd128High, false, false>("D128 192x80, 3 consumers, ping-pong"),
+        entry<Fwd192, true, false>("D192 128x112, 2 consumers"),
+        entry<Fwd192Narrow, false, true>("D192 128x80, 2 consumers"),
+        entry<Fwd256, true, false>("D256 128x80, 2 consumers"),
+        entry<Fwd256Narrow, false, true>("D256 128x64, 2 consumers"),
     };
     return all;
 }
@@ -75,9 +75,9 @@ int bucket_of(int D) {
     return kMaxHeadWidth;
 }
 
-LaunchTiles launcher(const Build& build, DType dtype, const AttentionCall& c) {
-    if (dtype == DType::f16) return scores_are_plain(c) ? build.plain_f16 : build.options_f16;
-    return scores_are_plain(c) ? build.plain_bf16 : build.options_bf16;
+LaunchTiles launcher(const Entry& entry, DType dtype, const AttentionCall& c) {
+    if (dtype == DType::f16) return scores_are_plain(c) ? entry.plain_f16 : entry.options_f16;
+    return scores_are_plain(c) ? entry.plain_bf16 : entry.options_bf16;
 }
 
 // The first that is built for the call; where every row sees every key, a wider block of keys, if
@@ -85,13 +85,13 @@ LaunchTiles launcher(const Build& build, DType dtype, const AttentionCall& c) {
 int choice(const AttentionCall& c) {
     const bool dense = c.left < 0 && c.right < 0;
     int found = -1;
-    for (int i = 0; i < static_cast<int>(builds().size()); ++i) {
-        const Build& build = builds()[i];
+    for (int i = 0; i < static_cast<int>(table().size()); ++i) {
+        const Entry& entry = table()[i];
         // The rule's are those that are built in fp16 too.
-        if (build.candidate.head_width != bucket_of(c.D) || !launcher(build, DType::f16, c))
+        if (entry.build.head_width != bucket_of(c.D) || !launcher(entry, DType::f16, c))
             continue;
-        const int keys = build.candidate.tile_n, past = (keys - c.Tk % keys) % keys;
-        if (found < 0 || (dense && keys > builds()[found].candidate.tile_n && past <= c.Tk / 16))
+        const int keys = entry.build.tile_n, past = (keys - c.Tk % keys) % keys;
+        if (found < 0 || (dense && keys > table()[found].build.tile_n && past <= c.Tk / 16))
             found = i;
     }
     return found;
@@ -99,9 +99,9 @@ int choice(const AttentionCall& c) {
 
 }  // namespace
 
-std::vector<Candidate> attention_fwd_candidates() {
-    std::vector<Candidate> found;
-    for (const Build& build : builds()) found.push_back(build.candidate);
+std::vector<Build> attention_fwd_builds() {
+    std::vector<Build> found;
+    for (const Entry& entry : table()) found.push_back(entry.build);
     return found;
 }
 
@@ -122,19 +122,19 @@ std::string attention_fwd_sm90_refuses(DType dtype, const AttentionFwd& p) {
     return reason;
 }
 
-void launch_attention_fwd_sm90(DType dtype, const AttentionFwd& p, Stream stream, int candidate) {
-    const int count = static_cast<int>(builds().size());
-    if (candidate >= count)
+void launch_attention_fwd_sm90(DType dtype, const AttentionFwd& p, Stream stream, int build) {
+    const int count = static_cast<int>(table().size());
+    if (build >= count)
         throw Error("attention's forward kernel has " + std::to_string(count) +
-                    " candidates, there is no number " + std::to_string(candidate));
-    const Build& build = builds()[candidate < 0 ? choice(p.call) : candidate];
-    const std::string name = "candidate " + std::string(build.candidate.name);
-    if (build.candidate.head_width != bucket_of(p.call.D))
+                    " builds, there is no number " + std::to_string(build));
+    const Entry& entry = table()[build < 0 ? choice(p.call) : build];
+    const std::string name = "build " + std::string(entry.build.name);
+    if (entry.build.head_width != bucket_of(p.call.D))
         throw Error(name + " is for other head widths than " + std::to_string(p.call.D));
-    const LaunchTiles launch = launcher(build, dtype, p.call);
+    const LaunchTiles launch = launcher(entry, dtype, p.call);
     if (launch == nullptr)
         throw Error(name + " is not built for this dtype with these options");
-    launch(p, build.candidate, stream);
+    launch(p, entry.build, stream);
 }
 
 }  // namespace gk

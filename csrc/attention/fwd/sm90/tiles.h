@@ -79,8 +79,8 @@ struct FwdSm90Arguments {
 };
 
 // kOptions: softcap or ALiBi, or a scale that is not positive (see scores_are_plain). Instantiated
-// in attention/fwd/sm90/kernel_bf16.cu, _f16.cu and _candidates.cu.
+// in attention/fwd/sm90/kernel_bf16.cu, _f16.cu and _builds.cu.
 template <class Tiles, bool kOptions>
-void launch_attention_fwd_sm90_tiles(const AttentionFwd& p, const Candidate& built, Stream stream);
+void launch_attention_fwd_sm90_tiles(const AttentionFwd& p, const Build& built, Stream stream);
 
 }  // namespace gk

@@ -37,13 +37,13 @@ def attention_fwd(
     right: int,
     softcap: float,
     dropout_p: float,
-    candidate: int = -1,
+    build: int = -1,
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Tq, H, D) and lse (B, H, Tq) fp32. Raises NotImplementedError for an attn_mask.
 
-    `candidate` is a way to build the kernel of compute capability 9.0, an index into the module's
-    attention_fwd_candidates(); RuntimeError where it cannot take the call.
+    `build` is a way to build the kernel of compute capability 9.0, an index into the module's
+    attention_fwd_builds(); RuntimeError where it cannot take the call.
     """
     if attn_mask is not None:
         raise NotImplementedError("attn_mask runs with impl='torch' only, got impl='cuda'")
@@ -59,7 +59,7 @@ def attention_fwd(
         q,
         inputs=dict(q=q, k=k, v=v, **_vectors(alibi_slopes, key_lengths, rng, sequences)),
         outputs=dict(out=out, lse=lse),
-        candidate=candidate,
+        build=build,
         **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p, sequences),
     )
     return out, lse
@@ -85,15 +85,15 @@ def attention_bwd(
     grad_mask: Sequence[bool],
     mask_gradient: bool,
     deterministic: bool,
-    candidate: int = -1,
+    build: int = -1,
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk and dv contiguous, empty where `grad_mask` is False, and an empty tensor: there is no
     mask here.
 
     In 16 bits dq is added up in another order on every run (by the generic kernels only where dk or
-    dv is wanted too); not if `deterministic`. `candidate` is a number of the module's
-    attention_bwd_candidates, -1 for the choice of its rule; RuntimeError with the reason where it
+    dv is wanted too); not if `deterministic`. `build` is a number of the module's
+    attention_bwd_builds, -1 for the choice of its rule; RuntimeError with the reason where it
     cannot take the problem.
     """
     B, Tq, H, D = q.shape
@@ -119,7 +119,7 @@ def attention_bwd(
         delta=delta, total=total, dq_sum=None, row_stats=None, turns=None, dq=dq, dk=dk, dv=dv
     )
     scalars = dict(
-        dout_strides=dout.stride()[:3], deterministic=deterministic, candidate=candidate,
+        dout_strides=dout.stride()[:3], deterministic=deterministic, build=build,
         **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p, sequences),
     )  # fmt: skip
     # On Hopper, where its kernels take the problem.

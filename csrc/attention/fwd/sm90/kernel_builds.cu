@@ -6,7 +6,7 @@ namespace gk {
 
 #define GK_INSTANTIATE(Tiles, options)                                                      \
     template void launch_attention_fwd_sm90_tiles<Tiles<__nv_bfloat16>, options>(           \
-        const AttentionFwd&, const Candidate&, Stream)
+        const AttentionFwd&, const Build&, Stream)
 GK_INSTANTIATE(Fwd64Apart, false);
 GK_INSTANTIATE(Fwd64Low, false);
 GK_INSTANTIATE(Fwd64Wide, false);
