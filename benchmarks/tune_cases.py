@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gptkernels
 from gptkernels.bench import dry_run, predict
 from gptkernels.bench.dry_run import Problem
-from gptkernels.ops.attention.cuda import dense as attention_kernels
+from gptkernels.ops.attention import cuda as attention_kernels
+from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.gelu_mlp import cuda as mlp_kernels
 from gptkernels.ops.layer_norm import cuda as layer_norm_kernels
 from gptkernels.truth import baseline, parity, reference
@@ -107,15 +108,13 @@ def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine)
     q, k, v = draw(B, T, H, D), draw(B, Tk, Hk, D), draw(B, Tk, Hk, D)
     dout = draw(B, T, H, D)
     sees: dict[str, Any] = dict(causal=right == 0, window=(left, right) if left >= 0 else None)
-    scalars = (D**-0.5, left, right, 0.0, 0.0)
+    options = AttentionOptions(softmax_scale=D**-0.5, left=left, right=right)
     forward, backward = problem.directions
     group = H // Hk
     mine = (q[:1, :, :group], k[:1, :, :1], v[:1, :, :1])
 
     def attend(build: int) -> Any:
-        return attention_kernels.attention_fwd(
-            q, k, v, None, None, None, None, *scalars, build=build
-        )
+        return attention_kernels.attention_fwd(q, k, v, options, build=build)
 
     @functools.cache
     def expected() -> tuple[Any, Any]:
@@ -141,9 +140,8 @@ def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine)
 
     def differentiate(build: int) -> Any:
         return attention_kernels.attention_bwd(
-            dout, None, q, k, v, out, lse, None, None, None, None, *scalars, (True, True, True),
-            False, False, build=build,
-        )  # fmt: skip
+            dout, None, q, k, v, out, lse, options, (True, True, True, False), False, build=build
+        )
 
     @functools.cache
     def expected_gradients() -> tuple[list[Tensor], list[Tensor]]:

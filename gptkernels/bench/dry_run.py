@@ -16,9 +16,8 @@ from torch import Tensor
 import gptkernels
 from gptkernels.core import native
 from gptkernels.nn.transformer_layer import TransformerLayer
-from gptkernels.ops.attention.cuda import decode as attention_decode_kernels
-from gptkernels.ops.attention.cuda import dense as attention_kernels
-from gptkernels.ops.attention.options import bounds
+from gptkernels.ops.attention import cuda as attention_kernels
+from gptkernels.ops.attention.options import AttentionOptions, bounds
 from gptkernels.ops.gelu_mlp import cuda as mlp_kernels
 from gptkernels.ops.layer_norm import cuda as layer_norm_kernels
 
@@ -206,24 +205,31 @@ def attention(
         impl="torch",
     )  # fmt: skip
     left, right = bounds(causal, window)
-    rng = _empty(2, dtype=torch.int64) if dropout_p > 0 else None
-    scalars = (D**-0.5, left, right, softcap, dropout_p)
-    sequences = None
+    record = AttentionOptions(
+        softmax_scale=D**-0.5,
+        left=left,
+        right=right,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        alibi_slopes=slopes,
+        key_lengths=lengths,
+        rng=_empty(2, dtype=torch.int64) if dropout_p > 0 else None,
+    )
     if varlen:
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
         ends = _empty(B + 1, dtype=torch.int32)
-        sequences = attention_kernels.Sequences(ends, ends, T, Tk)
+        record = record._replace(
+            max_seqlen_q=T, max_seqlen_k=Tk, cu_seqlens_q=ends, cu_seqlens_k=ends
+        )
     out, lse = torch.empty_like(q), _empty(q.shape[0], H, q.shape[1], dtype=torch.float32)
 
     def forward(**chosen: Any) -> Any:
-        return attention_kernels.attention_fwd(
-            q, k, v, slopes, lengths, None, rng, *scalars, sequences=sequences, **chosen
-        )
+        return attention_kernels.attention_fwd(q, k, v, record, **chosen)
 
     def backward(**chosen: Any) -> Any:
         return attention_kernels.attention_bwd(
-            torch.empty_like(q), None, q, k, v, out, lse, slopes, lengths, None, rng, *scalars,
-            (True, True, True), False, deterministic, sequences=sequences, **chosen,
+            torch.empty_like(q), None, q, k, v, out, lse, record, (True, True, True, False),
+            deterministic, **chosen,
         )  # fmt: skip
 
     heads = f"H{H}" + (f"/{Hk}" if Hk != H else "")
@@ -276,9 +282,15 @@ def attention_decode(
     left, _ = bounds(True, window)
 
     def forward() -> Any:
-        return attention_decode_kernels.attention_decode(
-            q, k, v, lengths, None, slopes, D**-0.5, left, softcap, 0
+        options = AttentionOptions(
+            softmax_scale=D**-0.5,
+            left=left,
+            right=0,
+            softcap=softcap,
+            alibi_slopes=slopes,
+            key_lengths=lengths,
         )
+        return attention_kernels.attention_decode_fwd(q, k, v, None, 0, options)
 
     heads = f"H{H}" + (f"/{Hk}" if Hk != H else "")
     parts = [

@@ -1,53 +1,39 @@
-"""`attention_decode`: attention of new tokens to a cache. Schema, fake, choice, public function."""
+"""`attention_decode`: attention of new tokens to a cache. The op and the public function."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptkernels.core.autocast import autocast_dtype, without_autocast
+from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.checks import check_count, check_same_device, check_shape, dtype_name
 from gptkernels.core.choice import choose
-from gptkernels.ops.attention import options
-from gptkernels.ops.attention.splits import NUM_SPLITS_LIMIT
-from gptkernels.ops.attention.torch import decode as aten
-
-_LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
-_LIBRARY.define(
-    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, "
-    "Tensor? block_table, Tensor? alibi_slopes, float softmax_scale, int left, float softcap, "
-    "int num_splits, str impl) -> (Tensor out, Tensor lse)"
+from gptkernels.core.registry import register
+from gptkernels.ops.attention.options import (
+    AttentionOptions,
+    check_heads,
+    check_tensors,
+    complete,
+    scale,
 )
+from gptkernels.ops.attention.splits import NUM_SPLITS_LIMIT
 
 
-@torch.library.impl(_LIBRARY, "attention_decode", "CompositeExplicitAutograd")
-def _attention_decode(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *given, impl = arguments
-    with torch.no_grad(), without_autocast(q):
-        match impl:
-            case "cuda":
-                from gptkernels.ops.attention.cuda import decode as cuda_kernels
-
-                return cuda_kernels.attention_decode(q, *given)
-            case "triton":
-                from gptkernels.ops.attention.triton import decode as kernels
-
-                return kernels.attention_decode(q, *given)
-            case "torch":
-                return aten.attention_decode(q, *given)
-    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
-
-
-@torch.library.register_fake("gptkernels::attention_decode", lib=_LIBRARY)
-def _attention_decode_fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+@register("gptkernels.ops.attention")
+def attention_decode_fwd(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    num_splits: int,
+    options: AttentionOptions,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Tq, H, D) and lse (B, H, Tq) fp32; the key lengths are those of the caches."""
     B, Tq, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
-
-
-_decode = torch.ops.gptkernels.attention_decode.default
 
 
 def attention_decode(
@@ -107,20 +93,19 @@ def attention_decode(
             `impl` cannot run on this machine.
     """
     _check(q, k_cache, v_cache, cache_lengths, block_table)
-    options.check_numbers(softmax_scale, softcap)
     if num_splits is not None:
         check_count("num_splits", num_splits)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
         raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
-    left, _ = options.bounds(True, window)
-    slopes = options.slopes(alibi_slopes, q, q.shape[2])
+    impl = choose(impl, q)
+    options = AttentionOptions(
+        softmax_scale=scale(softmax_scale, q), softcap=softcap, key_lengths=cache_lengths
+    )
+    options = complete(options, q, causal=True, window=window, alibi_slopes=alibi_slopes)
     dtype = autocast_dtype(q)
-    q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
-    out, lse = _decode(
-        q, k_cache, v_cache, cache_lengths, block_table, slopes,
-        options.scale(softmax_scale, q), left, float(softcap),
-        min(num_splits or 0, NUM_SPLITS_LIMIT), choose(impl, q),
-    )  # fmt: skip
+    tensors = (q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), block_table)
+    splits = min(num_splits or 0, NUM_SPLITS_LIMIT)
+    out, lse = attention_decode_fwd(*tensors, splits, *options, impl)
     return (out, lse) if return_lse else out
 
 
@@ -133,11 +118,11 @@ def _check(
 ) -> None:
     cache = "(B, Tmax, Hk, D)" if block_table is None else "(N, page, Hk, D)"
     names, kinds = ("q", "k_cache", "v_cache"), ("(B, Tq, H, D)", cache, cache)
-    options.check_tensors(names, (q, k_cache, v_cache), kinds)
+    check_tensors(names, (q, k_cache, v_cache), kinds)
     (B, _, H, D), (entries, size, Hk) = q.shape, k_cache.shape[:3]
     check_shape("k_cache", k_cache, (entries, size, Hk, D), "head width of q")
     check_shape("v_cache", v_cache, (entries, size, Hk, D), "that of k_cache")
-    options.check_heads(H, Hk)
+    check_heads(H, Hk)
     _check_indices("cache_lengths", cache_lengths, q)
     check_shape("cache_lengths", cache_lengths, (B,), "one length per batch entry of q")
     most = size

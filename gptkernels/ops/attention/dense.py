@@ -1,4 +1,4 @@
-"""`attention`: softmax(q k^T) v as one op. Schema, fake, autograd, choice, public function."""
+"""`attention`: softmax(q k^T) v as one op. The registered ops, autograd, the public function."""
 
 from __future__ import annotations
 
@@ -9,85 +9,49 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptkernels.core import philox
-from gptkernels.core.autocast import autocast_dtype, without_autocast
+from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.checks import check_same_device, check_shape, check_tensor, dtype_name
 from gptkernels.core.choice import choose
-from gptkernels.ops.attention import options
-from gptkernels.ops.attention.torch import dense as aten
-
-_LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
-_LIBRARY.define(
-    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? key_lengths, "
-    "Tensor? attn_mask, Tensor? rng, float softmax_scale, int left, int right, float softcap, "
-    "float dropout_p, str impl) -> (Tensor out, Tensor lse)"
-)
-_LIBRARY.define(
-    "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor lse, Tensor? alibi_slopes, Tensor? key_lengths, Tensor? attn_mask, Tensor? rng, "
-    "float softmax_scale, int left, int right, float softcap, float dropout_p, "
-    "bool[3] grad_mask, bool mask_gradient, bool deterministic, str impl) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)"
+from gptkernels.core.registry import register
+from gptkernels.ops.attention.options import (
+    AttentionOptions,
+    check_heads,
+    check_tensors,
+    complete,
+    scale,
 )
 
 
-@torch.library.impl(_LIBRARY, "attention_fwd", "CompositeExplicitAutograd")
-def _attention_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *given, impl = arguments
-    with torch.no_grad(), without_autocast(q):
-        match impl:
-            case "cuda":
-                from gptkernels.ops.attention.cuda import dense as cuda_kernels
-
-                return cuda_kernels.attention_fwd(q, *given)
-            case "triton":
-                from gptkernels.ops.attention.triton import dense as kernels
-
-                return kernels.attention_fwd(q, *given)
-            case "torch":
-                return aten.attention_fwd(q, *given)
-    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
-
-
-@torch.library.impl(_LIBRARY, "attention_bwd", "CompositeExplicitAutograd")
-def _attention_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *given, impl = arguments
-    with torch.no_grad(), without_autocast(dout):
-        match impl:
-            case "cuda":
-                from gptkernels.ops.attention.cuda import dense as cuda_kernels
-
-                return cuda_kernels.attention_bwd(dout, *given)
-            case "triton":
-                from gptkernels.ops.attention.triton import dense as kernels
-
-                return kernels.attention_bwd(dout, *given)
-            case "torch":
-                return aten.attention_bwd(dout, *given)
-    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
-
-
-@torch.library.register_fake("gptkernels::attention_fwd", lib=_LIBRARY)
-def _attention_fwd_fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+@register("gptkernels.ops.attention")
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, impl: str
+) -> tuple[Tensor, Tensor]:
+    """out (B, Tq, H, D) and lse (B, H, Tq) fp32."""
     B, Tq, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
 
 
-@torch.library.register_fake("gptkernels::attention_bwd", lib=_LIBRARY)
-def _attention_bwd_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *arguments: Any
+@register("gptkernels.ops.attention")
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    grad_mask: Sequence[bool],
+    deterministic: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    attn_mask, grad_mask, mask_gradient = arguments[4], arguments[11], arguments[12]
-    dmask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else q.new_empty(0)
-    dq, dk, dv = (
-        x.new_empty(x.shape if wanted else (0,))
-        for x, wanted in zip((q, k, v), grad_mask, strict=True)
+    """The gradients of q, k, v and attn_mask, empty where `grad_mask` is False."""
+    inputs = (q, k, v, options.attn_mask)
+    dq, dk, dv, dmask = (
+        q.new_empty(0) if x is None or not wanted else x.new_empty(x.shape)
+        for x, wanted in zip(inputs, grad_mask, strict=True)
     )
     return dq, dk, dv, dmask
-
-
-_fwd = torch.ops.gptkernels.attention_fwd.default
-_bwd = torch.ops.gptkernels.attention_bwd.default
 
 
 class _Attention(torch.autograd.Function):
@@ -96,27 +60,18 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        alibi_slopes: Tensor | None,
-        key_lengths: Tensor | None,
-        attn_mask: Tensor | None,
-        rng: Tensor | None,
-        softmax_scale: float,
-        left: int,
-        right: int,
-        softcap: float,
-        dropout_p: float,
         deterministic: bool,
         return_lse: bool,
         impl: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *fields: Any,
     ) -> tuple[Tensor, Tensor]:
-        tensors = (alibi_slopes, key_lengths, attn_mask, rng)
-        numbers = (softmax_scale, left, right, softcap, dropout_p)
-        out, lse = _fwd(q, k, v, *tensors, *numbers, impl)
-        ctx.save_for_backward(q, k, v, out, lse, *tensors)
-        ctx.numbers = numbers
+        options = AttentionOptions(*fields)
+        out, lse = attention_fwd(q, k, v, *options, impl)
+        ctx.save_for_backward(q, k, v, out, lse, *options.tensors)
+        ctx.numbers = options.numbers
         ctx.deterministic, ctx.return_lse, ctx.impl = deterministic, return_lse, impl
         ctx.set_materialize_grads(False)
         return out, lse
@@ -124,20 +79,23 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:  # only lse was used
-            dout = torch.zeros_like(tensors[3])
+            dout = torch.zeros_like(out)
         if not ctx.return_lse:  # torch.compile passes zeros, which would cost the fused backward
             dlse = None
-        grad_mask, mask_gradient = list(ctx.needs_input_grad[:3]), ctx.needs_input_grad[5]
-        *gradients, dmask = _bwd(
-            dout, dlse, *tensors, *ctx.numbers, grad_mask, mask_gradient, ctx.deterministic,
+        needed = dict(zip(_INPUTS, ctx.needs_input_grad, strict=True))
+        grad_mask = [needed[name] for name in _DIFFERENTIABLE]
+        gradients = attention_bwd(
+            dout, dlse, q, k, v, out, lse, *ctx.numbers, *tensors, grad_mask, ctx.deterministic,
             ctx.impl,
         )  # fmt: skip
-        wanted = (
-            gradient if want else None for gradient, want in zip(gradients, grad_mask, strict=True)
-        )
-        return *wanted, None, None, dmask if mask_gradient else None, *(None,) * 9
+        found = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
+        return tuple(found[name] if wanted else None for name, wanted in needed.items())
+
+
+_INPUTS = ("deterministic", "return_lse", "impl", "q", "k", "v", *AttentionOptions._fields)
+_DIFFERENTIABLE = ("q", "k", "v", "attn_mask")
 
 
 def attention(
@@ -201,42 +159,49 @@ def attention(
     to the rows and keys that see them; with impl="torch" PyTorch's own ops let them reach others,
     but never from past a length.
     """
-    _check(q, k, v, softmax_scale, softcap, key_lengths, attn_mask, dropout_p)
-    left, right = options.bounds(causal, window)
-    slopes = options.slopes(alibi_slopes, q, q.shape[2])
-    dtype = autocast_dtype(q)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check(q, k, v, key_lengths, attn_mask)
     if attn_mask is not None and impl in ("triton", "cuda"):
         raise NotImplementedError(f"attn_mask runs with impl='torch' or 'auto' only, got {impl!r}")
     impl = "torch" if impl == "auto" and attn_mask is not None else choose(impl, q)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    rng = philox.draw(q.device) if dropout_p > 0 else None
-    scale = options.scale(softmax_scale, q)
-    out, lse = _Attention.apply(
-        q, k, v, slopes, key_lengths, attn_mask, rng, scale, left, right, float(softcap),
-        float(dropout_p), bool(deterministic), bool(return_lse), impl,
-    )  # fmt: skip
+    options = AttentionOptions(
+        softmax_scale=scale(softmax_scale, q),
+        softcap=softcap,
+        dropout_p=dropout_p,
+        key_lengths=key_lengths,
+        attn_mask=attn_mask,
+    )
+    options = complete(options, q, causal=causal, window=window, alibi_slopes=alibi_slopes)
+    out, lse = attend(q, k, v, options, deterministic, return_lse, impl)
     return (out, lse) if return_lse else out
 
 
-def _check(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    softmax_scale: float | None,
-    softcap: float,
-    key_lengths: Tensor | None,
-    attn_mask: Tensor | None,
-    dropout_p: float,
+    options: AttentionOptions,
+    deterministic: bool | None,
+    return_lse: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a batch, or of packed sequences, in autocast's dtype; differentiable."""
+    dtype = autocast_dtype(q)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    return _Attention.apply(
+        bool(deterministic), bool(return_lse), impl, q.to(dtype), k.to(dtype), v.to(dtype), *options
+    )
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, attn_mask: Tensor | None
 ) -> None:
     kinds = ("(B, Tq, H, D)", "(B, Tk, Hk, D)", "(B, Tk, Hk, D)")
-    options.check_tensors(("q", "k", "v"), (q, k, v), kinds)
+    check_tensors(("q", "k", "v"), (q, k, v), kinds)
     (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
     check_shape("k", k, (B, Tk, Hk, D), "batch and head width of q")
     check_shape("v", v, (B, Tk, Hk, D), "that of k")
-    options.check_heads(H, Hk)
-    options.check_numbers(softmax_scale, softcap, dropout_p)
+    check_heads(H, Hk)
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q, Tk)
     if attn_mask is not None:

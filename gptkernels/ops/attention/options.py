@@ -1,13 +1,16 @@
-"""What the attention ops' arguments have in common: checks, bounds, slopes, the scale."""
+"""What attention is asked for besides q, k and v: one record, from the public functions to the
+launchers of every implementation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gptkernels.core import philox
 from gptkernels.core.checks import (
     NUMBER,
     check_flag,
@@ -22,6 +25,72 @@ from gptkernels.core.checks import (
 
 MAX_HEAD_DIM = 256
 _UNBOUNDED = 2**31 - 1  # no sequence is longer
+
+
+class AttentionOptions(NamedTuple):
+    """The numbers first, then the tensors.
+
+    With cu_seqlens the sequences of the batch lie end to end in q (1, total_q, H, D) and in k and v
+    (1, total_k, Hk, D), and lse is (1, H, total_q).
+    """
+
+    softmax_scale: float
+    left: int = -1  # keys from position - left on; -1: from the first on
+    right: int = -1  # keys up to position + right; -1: up to the last one
+    softcap: float = 0.0  # 0: none
+    dropout_p: float = 0.0
+    max_seqlen_q: int = 0  # of the longest sequence or more; with cu_seqlens alone
+    max_seqlen_k: int = 0
+    alibi_slopes: Tensor | None = None  # (H,) fp32
+    key_lengths: Tensor | None = None  # (B,) int32
+    attn_mask: Tensor | None = None  # bool or floating, broadcasts to (B, H, Tq, Tk)
+    rng: Tensor | None = None  # (2,) int64, seed and offset; with dropout alone
+    cu_seqlens_q: Tensor | None = None  # (B + 1,) int32
+    cu_seqlens_k: Tensor | None = None  # (B + 1,) int32
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """The fields that are no tensors, which come first."""
+        return self[:_NUMBERS]
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """The other fields, tensors or None."""
+        return self[_NUMBERS:]
+
+    @property
+    def costly(self) -> bool:
+        """Whether scores take more than a product and an exponential each."""
+        return self.softcap > 0 or self.alibi_slopes is not None or self.dropout_p > 0
+
+
+_NUMBERS = AttentionOptions._fields.index("alibi_slopes")
+
+
+def complete(
+    options: AttentionOptions,
+    q: Tensor,
+    *,
+    causal: bool,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | Sequence[float] | None,
+) -> AttentionOptions:
+    """The options as the op takes them, from what a user gave: numbers are checked and converted,
+    `causal` and `window` become bounds, and dropout draws its seed. Raises TypeError, ValueError.
+    """
+    check_number("softcap", options.softcap)
+    if not 0 <= options.softcap < math.inf:
+        raise ValueError(f"softcap must be positive, or 0 for none, got {options.softcap}")
+    check_probability("dropout_p", options.dropout_p)
+    left, right = bounds(causal, window)
+    return options._replace(
+        left=left,
+        right=right,
+        softcap=float(options.softcap),
+        dropout_p=float(options.dropout_p),
+        alibi_slopes=slopes(alibi_slopes, q),
+        rng=philox.draw(q.device) if options.dropout_p > 0 else None,
+    )
 
 
 def check_tensors(names: Sequence[str], tensors: Sequence[Tensor], shapes: Sequence[str]) -> None:
@@ -47,21 +116,14 @@ def check_heads(H: int, Hk: int) -> None:
         raise ValueError(f"the heads of q must be a multiple of those of k and v, got {H} and {Hk}")
 
 
-def check_numbers(softmax_scale: float | None, softcap: float, dropout_p: float = 0.0) -> None:
-    """Raises TypeError, ValueError."""
-    if softmax_scale is not None:
-        check_number("softmax_scale", softmax_scale)
-        if not abs(softmax_scale) < math.inf:
-            raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
-    check_number("softcap", softcap)
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
-    check_probability("dropout_p", dropout_p)
-
-
 def scale(softmax_scale: float | None, q: Tensor) -> float:
-    """What scores are multiplied by: 1 / sqrt(D) unless given."""
-    return 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    """What scores are multiplied by: 1 / sqrt(D) unless given. Raises TypeError, ValueError."""
+    if softmax_scale is None:
+        return 1 / math.sqrt(q.shape[-1])
+    check_number("softmax_scale", softmax_scale)
+    if not abs(softmax_scale) < math.inf:
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    return float(softmax_scale)
 
 
 def bounds(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
@@ -82,7 +144,7 @@ def bounds(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
-def slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor, heads: int) -> Tensor | None:
+def slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor) -> Tensor | None:
     """(H,) fp32 on q's device."""
     if alibi_slopes is None:
         return None
@@ -99,5 +161,5 @@ def slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor, heads: int)
         given = torch.tensor(floats, dtype=torch.float32, device=q.device)
     else:
         raise TypeError(f"alibi_slopes must be a tensor or floats, got {alibi_slopes!r}")
-    check_shape("alibi_slopes", given, (heads,), "one slope per head of q")
+    check_shape("alibi_slopes", given, (q.shape[-2],), "one slope per head of q")
     return given.contiguous()

@@ -1,133 +1,22 @@
-"""`attention_varlen`: attention of sequences laid end to end. Schema, fake, autograd, choice."""
+"""`attention_varlen`: attention of packed sequences, by the op of `attention`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gptkernels.core import philox
-from gptkernels.core.autocast import autocast_dtype, without_autocast
 from gptkernels.core.checks import check_same_device, check_shape, dtype_name
 from gptkernels.core.choice import choose
-from gptkernels.ops.attention import options
-from gptkernels.ops.attention.torch import varlen as aten
-
-_LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
-_LIBRARY.define(
-    "attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "Tensor? alibi_slopes, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "float softmax_scale, int left, int right, float softcap, float dropout_p, str impl) "
-    "-> (Tensor out, Tensor lse)"
+from gptkernels.ops.attention.dense import attend
+from gptkernels.ops.attention.options import (
+    AttentionOptions,
+    check_heads,
+    check_tensors,
+    complete,
+    scale,
 )
-_LIBRARY.define(
-    "attention_varlen_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? rng, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, int left, int right, "
-    "float softcap, float dropout_p, bool[3] grad_mask, bool deterministic, str impl) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)"
-)
-
-
-@torch.library.impl(_LIBRARY, "attention_varlen_fwd", "CompositeExplicitAutograd")
-def _attention_varlen_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *given, impl = arguments
-    with torch.no_grad(), without_autocast(q):
-        match impl:
-            case "cuda":
-                from gptkernels.ops.attention.cuda import varlen as cuda_kernels
-
-                return cuda_kernels.attention_varlen_fwd(q, *given)
-            case "triton":
-                from gptkernels.ops.attention.triton import varlen as kernels
-
-                return kernels.attention_varlen_fwd(q, *given)
-            case "torch":
-                return aten.attention_varlen_fwd(q, *given)
-    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
-
-
-@torch.library.impl(_LIBRARY, "attention_varlen_bwd", "CompositeExplicitAutograd")
-def _attention_varlen_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *given, impl = arguments
-    with torch.no_grad(), without_autocast(dout):
-        match impl:
-            case "cuda":
-                from gptkernels.ops.attention.cuda import varlen as cuda_kernels
-
-                return cuda_kernels.attention_varlen_bwd(dout, *given)
-            case "triton":
-                from gptkernels.ops.attention.triton import varlen as kernels
-
-                return kernels.attention_varlen_bwd(dout, *given)
-            case "torch":
-                return aten.attention_varlen_bwd(dout, *given)
-    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
-
-
-@torch.library.register_fake("gptkernels::attention_varlen_fwd", lib=_LIBRARY)
-def _attention_varlen_fwd_fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-@torch.library.register_fake("gptkernels::attention_varlen_bwd", lib=_LIBRARY)
-def _attention_varlen_bwd_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    grad_mask = arguments[13]
-    return tuple(
-        x.new_empty(x.shape if wanted else (0,))
-        for x, wanted in zip((q, k, v), grad_mask, strict=True)
-    )
-
-
-_fwd = torch.ops.gptkernels.attention_varlen_fwd.default
-_bwd = torch.ops.gptkernels.attention_varlen_bwd.default
-
-
-class _AttentionVarlen(torch.autograd.Function):
-    """(out, lse)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        alibi_slopes: Tensor | None,
-        rng: Tensor | None,
-        numbers: tuple[Any, ...],
-        deterministic: bool,
-        return_lse: bool,
-        impl: str,
-    ) -> tuple[Tensor, Tensor]:
-        tensors = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng)
-        out, lse = _fwd(q, k, v, *tensors, *numbers, impl)
-        ctx.save_for_backward(q, k, v, out, lse, *tensors)
-        ctx.numbers = numbers
-        ctx.deterministic, ctx.return_lse, ctx.impl = deterministic, return_lse, impl
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        if dout is None:  # only lse was used
-            dout = torch.zeros_like(tensors[3])
-        if not ctx.return_lse:  # torch.compile passes zeros, which would cost the fused backward
-            dlse = None
-        grad_mask = list(ctx.needs_input_grad[:3])
-        gradients = _bwd(dout, dlse, *tensors, *ctx.numbers, grad_mask, ctx.deterministic, ctx.impl)
-        wanted = (
-            gradient if want else None for gradient, want in zip(gradients, grad_mask, strict=True)
-        )
-        return *wanted, *(None,) * 8
 
 
 def attention_varlen(
@@ -177,24 +66,19 @@ def attention_varlen(
     Differentiable once in q, k and v.
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options.check_numbers(softmax_scale, softcap, dropout_p)
-    left, right = options.bounds(causal, window)
-    slopes = options.slopes(alibi_slopes, q, q.shape[1])
-    dtype = autocast_dtype(q)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     impl = choose(impl, q)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    rng = philox.draw(q.device) if dropout_p > 0 else None
-    numbers = (
-        max_seqlen_q, max_seqlen_k, options.scale(softmax_scale, q), left, right, float(softcap),
-        float(dropout_p),
-    )  # fmt: skip
-    out, lse = _AttentionVarlen.apply(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng, numbers, bool(deterministic),
-        bool(return_lse), impl,
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+    options = AttentionOptions(
+        softmax_scale=scale(softmax_scale, q),
+        softcap=softcap,
+        dropout_p=dropout_p,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    options = complete(options, q, causal=causal, window=window, alibi_slopes=alibi_slopes)
+    out, lse = attend(q[None], k[None], v[None], options, deterministic, return_lse, impl)
+    return (out[0], lse[0]) if return_lse else out[0]
 
 
 def _check(
@@ -207,11 +91,11 @@ def _check(
     max_seqlen_k: int,
 ) -> None:
     kinds = ("(total_q, H, D)", "(total_k, Hk, D)", "(total_k, Hk, D)")
-    options.check_tensors(("q", "k", "v"), (q, k, v), kinds)
+    check_tensors(("q", "k", "v"), (q, k, v), kinds)
     (_, H, D), (total_k, Hk) = q.shape, k.shape[:2]
     check_shape("k", k, (total_k, Hk, D), "head width of q")
     check_shape("v", v, (total_k, Hk, D), "that of k")
-    options.check_heads(H, Hk)
+    check_heads(H, Hk)
     for name, lengths, longest, x in (
         ("q", cu_seqlens_q, max_seqlen_q, q),
         ("k", cu_seqlens_k, max_seqlen_k, k),

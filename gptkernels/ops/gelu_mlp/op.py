@@ -1,4 +1,4 @@
-"""`gelu_mlp`: linear, GELU, linear as one op. Schema, fake, autograd, choice, public function."""
+"""`gelu_mlp`: linear, GELU, linear as one op. The registered ops, autograd, the public function."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptkernels.core.autocast import autocast_dtype, without_autocast
+from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.checks import (
     check_same_device,
     check_shape,
@@ -17,60 +17,11 @@ from gptkernels.core.checks import (
     check_unit_last_stride,
 )
 from gptkernels.core.choice import choose
-from gptkernels.ops.gelu_mlp import torch as aten
-
-_LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
-_LIBRARY.define(
-    "gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str approximate, "
-    "bool keep_h, str impl) -> (Tensor y, Tensor h)"
-)
-_LIBRARY.define(
-    "gelu_mlp_bwd(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? h, "
-    "str approximate, bool[5] grad_mask, str impl) "
-    "-> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)"
-)
+from gptkernels.core.registry import register
 
 
-@torch.library.impl(_LIBRARY, "gelu_mlp_fwd", "CompositeExplicitAutograd")
-def _gelu_mlp_fwd(x: Tensor, w1: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *inputs, impl = arguments
-    with torch.no_grad(), without_autocast(x):
-        match impl:
-            case "triton" if x.numel() and w1.numel():  # with a zero size there is nothing to fuse
-                from gptkernels.ops.gelu_mlp import triton as kernels
-
-                return kernels.gelu_mlp_fwd(x, w1, *inputs)
-            case "cuda" if x.numel() and w1.numel():
-                from gptkernels.ops.gelu_mlp import cuda as cuda_kernels
-
-                return cuda_kernels.gelu_mlp_fwd(x, w1, *inputs)
-            case "cuda" | "triton" | "torch":
-                return aten.gelu_mlp_fwd(x, w1, *inputs)
-    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
-
-
-@torch.library.impl(_LIBRARY, "gelu_mlp_bwd", "CompositeExplicitAutograd")
-def _gelu_mlp_bwd(
-    dy: Tensor, x: Tensor, w1: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *inputs, impl = arguments
-    with torch.no_grad(), without_autocast(x):
-        match impl:
-            case "triton" if x.numel() and w1.numel():
-                from gptkernels.ops.gelu_mlp import triton as kernels
-
-                return kernels.gelu_mlp_bwd(dy, x, w1, *inputs)
-            case "cuda" if x.numel() and w1.numel():
-                from gptkernels.ops.gelu_mlp import cuda as cuda_kernels
-
-                return cuda_kernels.gelu_mlp_bwd(dy, x, w1, *inputs)
-            case "cuda" | "triton" | "torch":
-                return aten.gelu_mlp_bwd(dy, x, w1, *inputs)
-    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
-
-
-@torch.library.register_fake("gptkernels::gelu_mlp_fwd", lib=_LIBRARY)
-def _gelu_mlp_fwd_fake(
+@register("gptkernels.ops.gelu_mlp")
+def gelu_mlp_fwd(
     x: Tensor,
     w1: Tensor,
     b1: Tensor | None,
@@ -80,12 +31,13 @@ def _gelu_mlp_fwd_fake(
     keep_h: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    """y (M, C) of x (M, C), and the pre-activation h (M, F), empty unless `keep_h`."""
     h_shape = (x.shape[0], w1.shape[0]) if keep_h else (0,)
     return x.new_empty(x.shape), x.new_empty(h_shape)
 
 
-@torch.library.register_fake("gptkernels::gelu_mlp_bwd", lib=_LIBRARY)
-def _gelu_mlp_bwd_fake(
+@register("gptkernels.ops.gelu_mlp")
+def gelu_mlp_bwd(
     dy: Tensor,
     x: Tensor,
     w1: Tensor,
@@ -96,16 +48,13 @@ def _gelu_mlp_bwd_fake(
     grad_mask: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dw1, db1, dw2 and db2, empty where `grad_mask` is False; h None: computed again."""
     shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     dx, dw1, db1, dw2, db2 = (
         x.new_empty(shape if wanted else (0,))
         for shape, wanted in zip(shapes, grad_mask, strict=True)
     )
     return dx, dw1, db1, dw2, db2
-
-
-_fwd = torch.ops.gptkernels.gelu_mlp_fwd.default
-_bwd = torch.ops.gptkernels.gelu_mlp_bwd.default
 
 
 class _GeluMLP(torch.autograd.Function):
@@ -123,7 +72,7 @@ class _GeluMLP(torch.autograd.Function):
         keep_h: bool,
         impl: str,
     ) -> Tensor:
-        y, h = _fwd(x, w1, b1, w2, b2, approximate, keep_h, impl)
+        y, h = gelu_mlp_fwd(x, w1, b1, w2, b2, approximate, keep_h, impl)
         if keep_h:
             ctx.save_for_backward(x, w1, None, w2, h)
         else:
@@ -137,7 +86,7 @@ class _GeluMLP(torch.autograd.Function):
         x, w1, b1, w2, h = ctx.saved_tensors
         approximate, impl = ctx.options
         grad_mask = list(ctx.needs_input_grad[:5])
-        gradients = _bwd(dy, x, w1, b1, w2, h, approximate, grad_mask, impl)
+        gradients = gelu_mlp_bwd(dy, x, w1, b1, w2, h, approximate, grad_mask, impl)
         wanted = (
             gradient if want else None for gradient, want in zip(gradients, grad_mask, strict=True)
         )
@@ -190,6 +139,8 @@ def gelu_mlp(
     b1 = None if b1 is None else b1.to(dtype)
     b2 = None if b2 is None else b2.to(dtype)
     impl = choose(impl, rows)
+    if not (rows.numel() and w1.numel()):  # with a zero size there is nothing to fuse
+        impl = "torch"
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, w1, b1, w2, b2)
     )

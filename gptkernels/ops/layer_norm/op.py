@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptkernels.core import philox
-from gptkernels.core.autocast import without_autocast
 from gptkernels.core.checks import (
     check_probability,
     check_same_device,
@@ -18,61 +17,11 @@ from gptkernels.core.checks import (
     check_tensor,
 )
 from gptkernels.core.choice import choose
-from gptkernels.ops.layer_norm import torch as aten
-from gptkernels.truth.reference import sum_dtype
-
-_LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
-_LIBRARY.define(
-    "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? rng, "
-    "float dropout_p, float eps, ScalarType? sum_dtype, str impl) "
-    "-> (Tensor y, Tensor s, Tensor mean, Tensor rstd)"
-)
-_LIBRARY.define(
-    "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor s, Tensor mean, Tensor rstd, "
-    "Tensor weight, Tensor? rng, float dropout_p, ScalarType x_dtype, ScalarType? residual_dtype, "
-    "bool weight_gradient, bool bias_gradient, str impl) "
-    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
-)
+from gptkernels.core.registry import register
 
 
-@torch.library.impl(_LIBRARY, "layer_norm_fwd", "CompositeExplicitAutograd")
-def _layer_norm_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *given, impl = arguments
-    with torch.no_grad(), without_autocast(x):
-        match impl:
-            case "cuda":
-                from gptkernels.ops.layer_norm import cuda as cuda_kernels
-
-                return cuda_kernels.layer_norm_fwd(x, *given)
-            case "triton":
-                from gptkernels.ops.layer_norm.triton import launch as kernels
-
-                return kernels.layer_norm_fwd(x, *given)
-            case "torch":
-                return aten.layer_norm_fwd(x, *given)
-    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
-
-
-@torch.library.impl(_LIBRARY, "layer_norm_bwd", "CompositeExplicitAutograd")
-def _layer_norm_bwd(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *given, impl = arguments
-    with torch.no_grad(), without_autocast(dy):
-        match impl:
-            case "cuda":
-                from gptkernels.ops.layer_norm import cuda as cuda_kernels
-
-                return cuda_kernels.layer_norm_bwd(dy, *given)
-            case "triton":
-                from gptkernels.ops.layer_norm.triton import launch as kernels
-
-                return kernels.layer_norm_bwd(dy, *given)
-            case "torch":
-                return aten.layer_norm_bwd(dy, *given)
-    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch' here, got {impl!r}")
-
-
-@torch.library.register_fake("gptkernels::layer_norm_fwd", lib=_LIBRARY)
-def _layer_norm_fwd_fake(
+@register("gptkernels.ops.layer_norm")
+def layer_norm_fwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -83,6 +32,7 @@ def _layer_norm_fwd_fake(
     sum_dtype: torch.dtype | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, s (empty without a sum_dtype: s is x), mean and rstd (M,) fp32."""
     statistics = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     return (
         x.new_empty(x.shape),
@@ -92,8 +42,8 @@ def _layer_norm_fwd_fake(
     )
 
 
-@torch.library.register_fake("gptkernels::layer_norm_bwd", lib=_LIBRARY)
-def _layer_norm_bwd_fake(
+@register("gptkernels.ops.layer_norm")
+def layer_norm_bwd(
     dy: Tensor,
     dsum: Tensor | None,
     s: Tensor,
@@ -108,16 +58,13 @@ def _layer_norm_bwd_fake(
     bias_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, dweight, dbias; empty where not asked for (no residual_dtype: dx serves)."""
     return (
         s.new_empty(s.shape, dtype=x_dtype),
         s.new_empty((0,) if residual_dtype is None else s.shape, dtype=residual_dtype or x_dtype),
         weight.new_empty(weight.shape if weight_gradient else (0,)),
         weight.new_empty(weight.shape if bias_gradient else (0,)),
     )
-
-
-fwd = torch.ops.gptkernels.layer_norm_fwd.default
-_bwd = torch.ops.gptkernels.layer_norm_bwd.default
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -136,7 +83,9 @@ class _LayerNorm(torch.autograd.Function):
         sum_dtype: torch.dtype | None,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
-        y, s, mean, rstd = fwd(x, weight, bias, residual, rng, dropout_p, eps, sum_dtype, impl)
+        y, s, mean, rstd = layer_norm_fwd(
+            x, weight, bias, residual, rng, dropout_p, eps, sum_dtype, impl
+        )
         ctx.save_for_backward(x if sum_dtype is None else s, mean, rstd, weight, rng)
         ctx.dropout_p, ctx.x_dtype, ctx.impl = dropout_p, x.dtype, impl
         # A gradient of its own only where dropout or a dtype tells it from x's.
@@ -156,7 +105,7 @@ class _LayerNorm(torch.autograd.Function):
         if dy is None:  # only s was used
             dy = torch.zeros(s.shape, dtype=ctx.x_dtype, device=s.device)
         residual_dtype = ctx.residual_dtype if need_residual else None
-        dx, dresidual, dweight, dbias = _bwd(
+        dx, dresidual, dweight, dbias = layer_norm_bwd(
             dy, dsum, s, mean, rstd, weight, rng, ctx.dropout_p, ctx.x_dtype, residual_dtype,
             need_weight, need_bias, ctx.impl,
         )  # fmt: skip
@@ -217,7 +166,9 @@ def layer_norm(
     _check(x, weight, bias, residual, dropout_p, eps)
     impl = choose(impl, x)
     rng = philox.draw(x.device) if dropout_p > 0 else None
-    dtype = sum_dtype(x, residual, residual_in_fp32)
+    dtype = x.dtype
+    if residual_in_fp32 or (residual is not None and residual.dtype == torch.float32):
+        dtype = torch.float32
     is_x = residual is None and dropout_p == 0 and dtype == x.dtype
     y, s = _LayerNorm.apply(
         x, weight, bias, residual, rng, float(dropout_p), float(eps), None if is_x else dtype, impl

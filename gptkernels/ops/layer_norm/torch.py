@@ -19,7 +19,7 @@ def layer_norm_fwd(
     sum_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, s (empty without a sum_dtype: s is x), mean, rstd. Formulas and shapes are in
-    `triton_kernels.layer_norm`."""
+    `ops/layer_norm/triton/launch.py`."""
     s = x
     if dropout_p > 0:
         s = _dropout(s, rng, dropout_p)

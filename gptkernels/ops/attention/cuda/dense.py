@@ -2,65 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptkernels.core import philox
 from gptkernels.core.native import call, dtype_code
+from gptkernels.ops.attention.options import AttentionOptions
 
 _HEAD_WIDTHS = (64, 96, 128, 192, 256)  # that kernels are compiled for; a head takes the next one
 _ROWS_OF_SUM = 32  # the sum of dq comes in tiles of 16 or 32 rows
-
-
-class Sequences(NamedTuple):
-    """Of a batch whose sequences lie end to end; the tensors are those of one entry then."""
-
-    cu_seqlens_q: Tensor  # (B + 1,) int32
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int  # at least 1, as B and max_seqlen_k
-    max_seqlen_k: int
 
 
 def attention_fwd(
     q: Tensor,  # (B, Tq, H, D)
     k: Tensor,  # (B, Tk, Hk, D)
     v: Tensor,  # (B, Tk, Hk, D)
-    alibi_slopes: Tensor | None,  # (H,) fp32
-    key_lengths: Tensor | None,  # (B,) int32
-    attn_mask: Tensor | None,
-    rng: Tensor | None,  # (2,) int64
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
+    options: AttentionOptions,
+    *,
     build: int = -1,
-    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Tq, H, D) and lse (B, H, Tq) fp32. Raises NotImplementedError for an attn_mask.
 
-    `build` is a way to build the kernel of compute capability 9.0, an index into the module's
-    attention_fwd_builds(); RuntimeError where it cannot take the call.
+    `build` is an index into the module's attention_fwd_builds(), kernels for compute capability
+    9.0; -1 is the launcher's choice. RuntimeError where that kernel cannot take the call.
     """
-    if attn_mask is not None:
+    if options.attn_mask is not None:
         raise NotImplementedError("attn_mask runs with impl='torch' only, got impl='cuda'")
-    B, Tq, H, D = q.shape
-    out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+    B, Tq, H, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    if q.numel() == 0:
-        return out, lse
-    if k.shape[1] == 0:
-        return out.zero_(), lse.fill_(-float("inf"))
+    if _nothing_to_see(q, k, options):
+        return out.zero_(), lse.fill_(-math.inf)
     call(
         "attention_fwd",
         q,
-        inputs=dict(q=q, k=k, v=v, **_vectors(alibi_slopes, key_lengths, rng, sequences)),
+        inputs=dict(q=q, k=k, v=v, **vectors(options)),
         outputs=dict(out=out, lse=lse),
         build=build,
-        **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p, sequences),
+        **_scalars(q, k, v, options),
     )
     return out, lse
 
@@ -73,37 +56,26 @@ def attention_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    attn_mask: Tensor | None,
-    rng: Tensor | None,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
+    options: AttentionOptions,
     grad_mask: Sequence[bool],
-    mask_gradient: bool,
     deterministic: bool,
+    *,
     build: int = -1,
-    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk and dv contiguous, empty where `grad_mask` is False, and an empty tensor: there is no
     mask here.
 
     In 16 bits dq is added up in another order on every run (by the generic kernels only where dk or
-    dv is wanted too); not if `deterministic`. `build` is a number of the module's
-    attention_bwd_builds, -1 for the choice of its rule; RuntimeError with the reason where it
-    cannot take the problem.
+    dv is wanted too); not if `deterministic`. `build` as above, of attention_bwd_builds().
     """
     B, Tq, H, D = q.shape
     dq, dk, dv = (
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
-        for x, wanted in zip((q, k, v), grad_mask, strict=True)
+        for x, wanted in zip((q, k, v), grad_mask, strict=False)
     )
-    if q.numel() == 0 or k.numel() == 0:
+    if _nothing_to_see(q, k, options):
         return dq.zero_(), dk.zero_(), dv.zero_(), q.new_empty(0)
-    if not any(grad_mask):
+    if not any(grad_mask[:3]):
         return dq, dk, dv, q.new_empty(0)
     if dout.stride(-1) != 1:  # an expanded cotangent
         dout = dout.contiguous()
@@ -113,14 +85,14 @@ def attention_bwd(
     inputs = dict(
         dout=dout, dlse=None if dlse is None else dlse.contiguous(),
         q=q, k=k, v=v, out=out, lse=lse,
-        **_vectors(alibi_slopes, key_lengths, rng, sequences),
+        **vectors(options),
     )  # fmt: skip
     outputs = dict(
         delta=delta, total=total, dq_sum=None, row_stats=None, turns=None, dq=dq, dk=dk, dv=dv
     )
     scalars = dict(
         dout_strides=dout.stride()[:3], deterministic=deterministic, build=build,
-        **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p, sequences),
+        **_scalars(q, k, v, options),
     )  # fmt: skip
     # On Hopper, where its kernels take the problem.
     sizes = call("attention_bwd_workspaces", q, inputs=inputs, outputs=outputs, **scalars)
@@ -130,8 +102,8 @@ def attention_bwd(
         outputs["turns"] = torch.empty(sizes[2], dtype=torch.int32, device=q.device)
     elif grad_mask[0] and (grad_mask[1] or grad_mask[2]) and not (exact or deterministic):
         tiles = -(-Tq // _ROWS_OF_SUM)
-        if sequences is not None:  # each of them may leave a part of a tile
-            tiles = Tq // _ROWS_OF_SUM + sequences.cu_seqlens_q.shape[0] - 1
+        if options.cu_seqlens_q is not None:  # each sequence may leave a part of a tile
+            tiles = Tq // _ROWS_OF_SUM + options.cu_seqlens_q.shape[0] - 1
         width = next(width for width in _HEAD_WIDTHS if width >= D)
         size = (B, H, tiles * _ROWS_OF_SUM, width)
         outputs["dq_sum"] = torch.empty(size, dtype=torch.float32, device=q.device)
@@ -139,41 +111,38 @@ def attention_bwd(
     return dq, dk, dv, q.new_empty(0)
 
 
-def _vectors(
-    alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    rng: Tensor | None,
-    sequences: Sequences | None,
-) -> dict[str, Tensor | None]:
-    """What the kernels read without strides."""
-    cu_seqlens_q, cu_seqlens_k = (None, None) if sequences is None else sequences[:2]
-    named = dict(
-        alibi_slopes=alibi_slopes, key_lengths=key_lengths, rng=rng,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-    )  # fmt: skip
-    return {name: None if x is None else x.contiguous() for name, x in named.items()}
+def vectors(options: AttentionOptions) -> dict[str, Tensor | None]:
+    """The options that kernels read through a pointer and without strides."""
+    fields = zip(AttentionOptions._fields[-len(options.tensors) :], options.tensors, strict=True)
+    return {
+        name: None if tensor is None else tensor.contiguous()
+        for name, tensor in fields
+        if name != "attn_mask"
+    }
 
 
-def _scalars(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
-    sequences: Sequences | None,
-) -> dict[str, Any]:
-    (B, total_q, H, D), (total_k, Hk) = q.shape, k.shape[1:3]
-    Tq, Tk = total_q, total_k
-    if sequences is not None:
-        B = sequences.cu_seqlens_q.shape[0] - 1
-        Tq, Tk = sequences.max_seqlen_q, sequences.max_seqlen_k
+def _lengths(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[int, int, int]:
+    """Sequences, and queries and keys of the longest one."""
+    if options.cu_seqlens_q is None:
+        return q.shape[0], q.shape[1], k.shape[1]
+    longest = min(options.max_seqlen_q, q.shape[1]), min(options.max_seqlen_k, k.shape[1])
+    return options.cu_seqlens_q.shape[0] - 1, *longest
+
+
+def _nothing_to_see(q: Tensor, k: Tensor, options: AttentionOptions) -> bool:
+    """Whether no query sees a key."""
+    return q.numel() == 0 or min(_lengths(q, k, options)) <= 0
+
+
+def _scalars(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> dict[str, Any]:
+    batch, Tq, Tk = _lengths(q, k, options)
+    (_, total_q, H, D), (total_k, Hk) = q.shape, k.shape[1:3]
     return dict(
         dtype=dtype_code(q.dtype),
-        batch=B, Tq=Tq, Tk=Tk, total_q=total_q, total_k=total_k, H=H, Hk=Hk, D=D,
+        batch=batch, Tq=Tq, Tk=Tk, total_q=total_q, total_k=total_k, H=H, Hk=Hk, D=D,
         q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
-        scale=softmax_scale, left=left, right=right, softcap=softcap,
-        dropout_threshold=philox.threshold(dropout_p), dropout_scale=philox.scale(dropout_p),
+        scale=options.softmax_scale,
+        left=options.left, right=options.right, softcap=options.softcap,
+        dropout_threshold=philox.threshold(options.dropout_p),
+        dropout_scale=philox.scale(options.dropout_p),
     )  # fmt: skip

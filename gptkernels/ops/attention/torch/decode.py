@@ -13,24 +13,20 @@ import math
 import torch
 from torch import Tensor
 
+from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import dense as one
-from gptkernels.truth.reference import cache_of
 
 # Elements of gathered keys, and of values, that are held at a time.
 _GATHERED = 2**26
 
 
-def attention_decode(
+def attention_decode_fwd(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cache_lengths: Tensor,
     block_table: Tensor | None,
-    alibi_slopes: Tensor | None,
-    softmax_scale: float,
-    left: int,
-    softcap: float,
     num_splits: int,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Tq, H, D) and lse (B, H, Tq) fp32; see `reference.attention_decode`.
 
@@ -39,20 +35,29 @@ def attention_decode(
     B, Tq, H, _ = q.shape
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((B, H, Tq), -math.inf, dtype=torch.float32, device=q.device)
-    options = (softmax_scale, left, 0, softcap, 0.0)
+    assert options.key_lengths is not None
     if q.device.type != "cpu":
-        _at_once(q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, options, out, lse)
+        _at_once(q, k_cache, v_cache, block_table, options, out, lse)
         return out, lse
     odd = any(_starts_anywhere(x) for x in (q, k_cache, v_cache))
-    for b, length in enumerate(cache_lengths.tolist()):
+    alone = options._replace(key_lengths=None)
+    for b, length in enumerate(options.key_lengths.tolist()):
         if length > 0:
-            k, v = (cache_of(cache, b, length, block_table)[None] for cache in (k_cache, v_cache))
+            k, v = (_keys_of(cache, b, length, block_table) for cache in (k_cache, v_cache))
             new = q[b, None]
             if odd:  # PyTorch's products may round by where rows start
                 new, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (new, k, v))
-            result = one.attention_fwd(new, k, v, alibi_slopes, None, None, None, *options)
+            result = one.attention_fwd(new, k, v, alone)
             out[b], lse[b] = result[0][0], result[1][0]
     return out, lse
+
+
+def _keys_of(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> Tensor:
+    """(1, length, Hk, D): the first keys, or values, of a batch entry."""
+    if block_table is None:
+        return cache[b, None, :length]
+    pages = block_table[b, : -(-length // cache.shape[1])]
+    return cache[pages].flatten(0, 1)[None, :length]
 
 
 def _starts_anywhere(x: Tensor) -> bool:
@@ -65,10 +70,8 @@ def _at_once(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cache_lengths: Tensor,
     block_table: Tensor | None,
-    alibi_slopes: Tensor | None,
-    options: tuple[float, int, int, float, float],
+    options: AttentionOptions,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -77,12 +80,12 @@ def _at_once(
     capacity = page if block_table is None else page * block_table.shape[1]
     if q.numel() == 0 or capacity == 0 or entries == 0:
         return
-    left = options[1]
-    columns = min(capacity, left + q.shape[1]) if left >= 0 else capacity
+    columns = capacity if options.left < 0 else min(capacity, options.left + q.shape[1])
+    assert options.key_lengths is not None
     step = max(1, _GATHERED // (columns * Hk * D))
     for b in range(0, len(q), step):
         few = slice(b, b + step)
-        ends = cache_lengths[few, None].clamp(0, capacity)
+        ends = options.key_lengths[few, None].clamp(0, capacity)
         keys = torch.arange(-columns, 0, device=q.device) + ends
         alive, keys = keys >= 0, keys.clamp(min=0)
         if block_table is None:
@@ -95,6 +98,7 @@ def _at_once(
             torch.where(alive[..., None, None], cache[entry, place], 0)
             for cache in (k_cache, v_cache)
         )
+        mask = alive[:, None, None]
         out[few], lse[few] = one.attention_fwd(
-            q[few], k, v, alibi_slopes, None, alive[:, None, None], None, *options
+            q[few], k, v, options._replace(key_lengths=None, attn_mask=mask)
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from gptkernels.core import philox
+from gptkernels.ops.attention.options import AttentionOptions
 
 # Scores that the written-out attention holds at a time, and elements of a mask for the fused op:
 # blocks of query rows keep to it.
@@ -23,37 +23,24 @@ _BAND_ROWS = 256
 
 
 def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    attn_mask: Tensor | None,
-    rng: Tensor | None,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
-    first_batch: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, first_batch: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, D) and lse (B, H, Tq) fp32; see `reference.attention` for the formula."""
+    """out (B, Tq, H, D) and lse (B, H, Tq) fp32; see `reference.attention` for the formula.
+
+    `first_batch` is the number of q's first entry in the whole batch, for dropout's mask.
+    """
     if q.numel() == 0 or k.numel() == 0:
         rows = (q.shape[0], q.shape[2], q.shape[1])
         lse = torch.full(rows, -math.inf, dtype=torch.float32, device=q.device)
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
-    options = _AttentionOptions(
-        alibi_slopes, key_lengths, attn_mask, rng, softmax_scale, left, right, softcap, dropout_p,
-        first_batch,
-    )  # fmt: skip
-    causal = options.plain(q, k)
+    causal = _plain(options, q, k)
     if causal is not None:
-        fused = _fused_attention_fwd(q, k, v, causal, softmax_scale)
+        fused = _fused_attention_fwd(q, k, v, causal, options.softmax_scale)
         if fused is not None:
             return fused
-    if options.only_masks(q):
+    if _only_masks(options, q):
         return _masked_attention_fwd(q, k, v, options)
-    return _attention_rows_fwd(q, k, v, options)
+    return _attention_rows_fwd(q, k, v, options, first_batch)
 
 
 def attention_bwd(
@@ -64,118 +51,95 @@ def attention_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    attn_mask: Tensor | None,
-    rng: Tensor | None,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
+    options: AttentionOptions,
     grad_mask: Sequence[bool],
-    mask_gradient: bool,
     deterministic: bool,
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk and dv, empty where `grad_mask` is False, and the gradient of an additive attn_mask,
-    empty unless `mask_gradient`.
+    """The gradients of q, k, v and of an additive attn_mask, empty where `grad_mask` is False.
 
     PyTorch's fused backward passes take no dlse, and on CUDA only flash attention's keeps its bits,
     under torch.use_deterministic_algorithms; elsewhere `deterministic` means the formula.
     """
-    options = _AttentionOptions(
-        alibi_slopes, key_lengths, attn_mask, rng, softmax_scale, left, right, softcap, dropout_p,
-        first_batch,
-    )  # fmt: skip
-    gradients: Sequence[Tensor] | None = None
     if q.numel() == 0 or k.numel() == 0:
-        dq, dk, dv = (
-            torch.zeros(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
-            for x, wanted in zip((q, k, v), grad_mask, strict=True)
+        inputs = (q, k, v, options.attn_mask)
+        dq, dk, dv, dmask = (
+            torch.zeros_like(x) if x is not None and wanted else q.new_empty(0)
+            for x, wanted in zip(inputs, grad_mask, strict=True)
         )
-        if attn_mask is None or not mask_gradient:
-            return dq, dk, dv, q.new_empty(0)
-        return dq, dk, dv, torch.zeros_like(attn_mask)
-    causal = options.plain(q, k)
+        return dq, dk, dv, dmask
+    gradients: Sequence[Tensor] | None = None
+    causal = _plain(options, q, k)
     if causal is not None and dlse is None:
         gradients = _fused_attention_bwd(
-            dout, q, k, v, out, lse, causal, softmax_scale, deterministic
+            dout, q, k, v, out, lse, causal, options.softmax_scale, deterministic
         )
-    if gradients is None and options.only_masks(q) and dlse is None:
+    if gradients is None and _only_masks(options, q) and dlse is None:
         gradients = _masked_attention_bwd(dout, q, k, v, out, lse, options)
     if gradients is None:
-        return _attention_rows_bwd(dout, dlse, q, k, v, lse, options, grad_mask, mask_gradient)
+        return _attention_rows_bwd(dout, dlse, q, k, v, lse, options, grad_mask, first_batch)
     dq, dk, dv = (
         gradient if wanted else q.new_empty(0)
-        for gradient, wanted in zip(gradients, grad_mask, strict=True)
+        for gradient, wanted in zip(gradients, grad_mask, strict=False)
     )
     return dq, dk, dv, q.new_empty(0)
 
 
-@dataclass(frozen=True)
-class _AttentionOptions:
-    alibi_slopes: Tensor | None
-    key_lengths: Tensor | None
-    attn_mask: Tensor | None
-    rng: Tensor | None
-    scale: float
-    left: int
-    right: int
-    softcap: float
-    dropout_p: float
-    first_batch: int  # the number of the batch's first entry, for dropout
+def _plain(options: AttentionOptions, q: Tensor, k: Tensor) -> bool | None:
+    """Whether PyTorch's fused ops are to be causal; None where they lack an option."""
+    Tq, Tk = q.shape[1], k.shape[1]
+    if options.costly or options.key_lengths is not None or options.attn_mask is not None:
+        return None
+    if options.softmax_scale <= 0 or 0 <= options.left < Tk - 1:
+        return None
+    if options.right < 0 or options.right >= Tq - 1:
+        return False
+    return True if options.right == 0 and Tq == Tk else None
 
-    def plain(self, q: Tensor, k: Tensor) -> bool | None:
-        """Whether PyTorch's fused ops are to be causal; None where they lack an option."""
-        Tq, Tk = q.shape[1], k.shape[1]
-        extras = (self.alibi_slopes, self.key_lengths, self.attn_mask)
-        if any(extra is not None for extra in extras):
-            return None
-        if self.softcap > 0 or self.dropout_p > 0 or self.scale <= 0 or 0 <= self.left < Tk - 1:
-            return None
-        if self.right < 0 or self.right >= Tq - 1:
-            return False
-        return True if self.right == 0 and Tq == Tk else None
 
-    def only_masks(self, q: Tensor) -> bool:
-        """Whether PyTorch's fused op for CPUs can do it, given a mask.
+def _only_masks(options: AttentionOptions, q: Tensor) -> bool:
+    """Whether PyTorch's fused op for CPUs can do it, given a mask.
 
-        An additive mask and ALiBi stay with the formula, which alone gives the mask a gradient and
-        keeps fp32 gradients to the accuracy of eager PyTorch, itself without a fused op there.
-        """
-        boolean = self.attn_mask is None or self.attn_mask.dtype == torch.bool
-        others = self.softcap > 0 or self.dropout_p > 0 or self.alibi_slopes is not None
-        return q.device.type == "cpu" and boolean and not others and self.scale > 0
+    An additive mask and ALiBi stay with the formula, which alone gives the mask a gradient and
+    keeps fp32 gradients to the accuracy of eager PyTorch, itself without a fused op there.
+    """
+    boolean = options.attn_mask is None or options.attn_mask.dtype == torch.bool
+    return q.device.type == "cpu" and boolean and not options.costly and options.softmax_scale > 0
 
-    def masked_rows(self, B: int, Tq: int, Tk: int) -> Iterator[slice]:
-        """Blocks of query rows for a mask (1 or B, 1 or H, rows, keys)."""
-        batches = 1 if self.key_lengths is None else B
-        leading = () if self.attn_mask is None else self.attn_mask.shape[:-2]
-        per_row = Tk * torch.broadcast_shapes((batches, 1), leading).numel()
-        banded = self.left >= 0 or self.right >= 0
-        return _row_blocks(per_row, Tq, _BAND_ROWS if banded else Tq)
 
-    def hidden(self, rows: slice, keys: slice, Tq: int, Tk: int, device: torch.device) -> Tensor:
-        """True where masked by anything but an additive mask; broadcasts to (B, H, rows, keys)."""
-        position = torch.arange(Tq, device=device)[rows, None] + Tk - Tq
-        key = torch.arange(Tk, device=device)[keys]
-        hidden = torch.zeros((1, 1), dtype=torch.bool, device=device)
-        if self.left >= 0:
-            hidden = hidden | (key < position - self.left)
-        if self.right >= 0:
-            hidden = hidden | (key > position + self.right)
-        if self.key_lengths is not None:
-            hidden = hidden | (key >= self.key_lengths.view(-1, 1, 1, 1))
-        if self.attn_mask is not None and self.attn_mask.dtype == torch.bool:
-            hidden = hidden | ~_mask_block(self.attn_mask, rows, keys)
-        return hidden
+def _masked_rows(options: AttentionOptions, B: int, Tq: int, Tk: int) -> Iterator[slice]:
+    """Blocks of query rows for a mask (1 or B, 1 or H, rows, keys)."""
+    batches = 1 if options.key_lengths is None else B
+    leading = () if options.attn_mask is None else options.attn_mask.shape[:-2]
+    per_row = Tk * torch.broadcast_shapes((batches, 1), leading).numel()
+    banded = options.left >= 0 or options.right >= 0
+    return _row_blocks(per_row, Tq, _BAND_ROWS if banded else Tq)
 
-    def keys(self, first: int, last: int, Tq: int, Tk: int) -> slice:
-        """The keys that the rows first ... last - 1 see between them, by causal and window."""
-        low = max(0, first + Tk - Tq - self.left) if self.left >= 0 else 0
-        high = min(Tk, last + Tk - Tq + self.right) if self.right >= 0 else Tk
-        return slice(min(low, Tk), max(low, high))
+
+def _hidden(
+    options: AttentionOptions, rows: slice, keys: slice, Tq: int, Tk: int, device: torch.device
+) -> Tensor:
+    """True where masked by anything but an additive mask; broadcasts to (B, H, rows, keys)."""
+    position = torch.arange(Tq, device=device)[rows, None] + Tk - Tq
+    key = torch.arange(Tk, device=device)[keys]
+    hidden = torch.zeros((1, 1), dtype=torch.bool, device=device)
+    if options.left >= 0:
+        hidden = hidden | (key < position - options.left)
+    if options.right >= 0:
+        hidden = hidden | (key > position + options.right)
+    if options.key_lengths is not None:
+        hidden = hidden | (key >= options.key_lengths.view(-1, 1, 1, 1))
+    if options.attn_mask is not None and options.attn_mask.dtype == torch.bool:
+        hidden = hidden | ~_mask_block(options.attn_mask, rows, keys)
+    return hidden
+
+
+def _seen_keys(options: AttentionOptions, rows: slice, Tq: int, Tk: int) -> slice:
+    """The keys that these rows see between them, by causal and window."""
+    left, right = options.left, options.right
+    low = max(0, rows.start + Tk - Tq - left) if left >= 0 else 0
+    high = min(Tk, rows.stop + Tk - Tq + right) if right >= 0 else Tk
+    return slice(min(low, Tk), max(low, high))
 
 
 def _fused_attention_fwd(
@@ -294,7 +258,7 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _masked_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, options: _AttentionOptions
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's fused op for CPUs, given the mask of one block of query rows after another."""
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
@@ -302,15 +266,15 @@ def _masked_attention_fwd(
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     q = _heads_first(q)
     k, v = (_living_keys(_heads_first(x), options.key_lengths) for x in (k, v))
-    for rows in options.masked_rows(B, Tq, Tk):
-        keys = options.keys(rows.start, rows.stop, Tq, Tk)
+    for rows in _masked_rows(options, B, Tq, Tk):
+        keys = _seen_keys(options, rows, Tq, Tk)
         if keys.start == keys.stop:
             out[:, rows], lse[:, :, rows] = 0, -math.inf
             continue
-        hidden = options.hidden(rows, keys, Tq, Tk, q.device)
+        hidden = _hidden(options, rows, keys, Tq, Tk, q.device)
         block, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, False,
-            attn_mask=_bias(hidden, q.dtype), scale=options.scale,
+            attn_mask=_bias(hidden, q.dtype), scale=options.softmax_scale,
         )  # fmt: skip
         lse[:, :, rows], out[:, rows] = block_lse, block.transpose(1, 2)
         empty = hidden.all(-1)
@@ -327,7 +291,7 @@ def _masked_attention_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    options: _AttentionOptions,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, as in `_masked_attention_fwd`; dk and dv are summed in fp32."""
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
@@ -344,16 +308,16 @@ def _masked_attention_bwd(
     if fixing:  # rows without keys: weights exp(-inf - 0) = 0, which must not meet NaN
         lse = lse.masked_fill(empty[..., 0], 0)
         dout, q = dout.masked_fill(empty, 0), q.masked_fill(empty, 0)
-    for rows in options.masked_rows(B, Tq, Tk):
-        keys = options.keys(rows.start, rows.stop, Tq, Tk)
+    for rows in _masked_rows(options, B, Tq, Tk):
+        keys = _seen_keys(options, rows, Tq, Tk)
         if keys.start == keys.stop:
             dq[:, rows] = 0
             continue
-        bias = _bias(options.hidden(rows, keys, Tq, Tk, q.device), dtype)
+        bias = _bias(_hidden(options, rows, keys, Tq, Tk, q.device), dtype)
         block, block_dk, block_dv = (
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
-                lse[:, :, rows], 0.0, False, attn_mask=bias, scale=options.scale,
+                lse[:, :, rows], 0.0, False, attn_mask=bias, scale=options.softmax_scale,
             )
         )  # fmt: skip
         dq[:, rows] = block.transpose(1, 2)
@@ -372,7 +336,7 @@ def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _attention_rows_fwd(
-    q: Tensor, k: Tensor, v: Tensor, options: _AttentionOptions
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, first_batch: int
 ) -> tuple[Tensor, Tensor]:
     """The formula in fp32, one block of query rows after another."""
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
@@ -380,7 +344,7 @@ def _attention_rows_fwd(
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     k, v = (_living_keys(x.transpose(1, 2).float(), options.key_lengths) for x in (k, v))
     for rows in _row_blocks(B * H * Tk, Tq):
-        keys = options.keys(rows.start, rows.stop, Tq, Tk)
+        keys = _seen_keys(options, rows, Tq, Tk)
         if keys.start == keys.stop:
             out[:, rows], lse[:, :, rows] = 0, -math.inf
             continue
@@ -392,7 +356,7 @@ def _attention_rows_fwd(
         lse[:, :, rows] = (highest + total.log()).squeeze(-1)
         p = p.div_(total.masked_fill(total == 0, 1))
         if options.dropout_p > 0:
-            p = p.mul_(_attention_dropout(q, rows, keys, options))
+            p = p.mul_(_attention_dropout(q, rows, keys, options, first_batch))
         product = _by_group(p, k.shape[1]) @ v[:, :, keys]
         out[:, rows] = product.view(B, H, -1, D).transpose(1, 2).to(q.dtype)
     return out, lse
@@ -405,24 +369,24 @@ def _attention_rows_bwd(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
-    options: _AttentionOptions,
+    options: AttentionOptions,
     grad_mask: Sequence[bool],
-    mask_gradient: bool,
+    first_batch: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dS = P (dP - sum(P dP) + dlse), in fp32, one block of query rows after another."""
     (B, Tq, H, D), (Tk, Hk), dtype = q.shape, k.shape[1:3], q.dtype
-    want_q, want_k, want_v = grad_mask
+    want_q, want_k, want_v, want_mask = grad_mask
     dq = torch.empty((B, Tq, H, D) if want_q else (0,), dtype=dtype, device=q.device)
     k, v = (_living_keys(x.transpose(1, 2).float(), options.key_lengths) for x in (k, v))
     dk, dv = (
         torch.zeros((B, Hk, Tk, D) if wanted else (0,), dtype=torch.float32, device=q.device)
         for wanted in (want_k, want_v)
     )
-    mask = options.attn_mask if mask_gradient else None
+    mask = options.attn_mask if want_mask else None
     shape = (0,) if mask is None else mask.shape
     dmask = torch.zeros(shape, dtype=torch.float32, device=q.device)
     for rows in _row_blocks(B * H * Tk, Tq):
-        keys = options.keys(rows.start, rows.stop, Tq, Tk)
+        keys = _seen_keys(options, rows, Tq, Tk)
         if keys.start == keys.stop:
             if want_q:
                 dq[:, rows] = 0
@@ -436,7 +400,7 @@ def _attention_rows_bwd(
         dp = (do @ v[:, :, keys].mT).view(p.shape)
         kept = p
         if options.dropout_p > 0:
-            dropout = _attention_dropout(q, rows, keys, options)
+            dropout = _attention_dropout(q, rows, keys, options, first_batch)
             kept, dp = p * dropout, dp.mul_(dropout)
         if want_v:
             dv[:, :, keys] += _by_group(kept, Hk).mT @ do
@@ -444,11 +408,11 @@ def _attention_rows_bwd(
         if dlse is not None:
             ds += dlse[:, :, rows, None]
         ds = ds.mul_(p).masked_fill_(empty, 0)
-        if mask_gradient:
+        if want_mask:
             _add_mask_gradient(dmask, ds, rows, keys)
         if cap is not None:
             ds = ds.mul_(cap).masked_fill_(empty, 0)
-        ds = _by_group(ds.mul_(options.scale), Hk)
+        ds = _by_group(ds.mul_(options.softmax_scale), Hk)
         if want_q:
             dq[:, rows] = (ds @ k[:, :, keys]).view(B, H, -1, D).transpose(1, 2).to(dtype)
         if want_k:
@@ -462,12 +426,16 @@ def _attention_rows_bwd(
 
 
 def _attention_scores(
-    q: Tensor, k: Tensor, rows: slice, keys: slice, options: _AttentionOptions
+    q: Tensor, k: Tensor, rows: slice, keys: slice, options: AttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Scores (B, H, rows, keys) fp32, -inf where masked, and the softcap's slope, None without."""
     (B, Tq, H), (Hk, Tk) = q.shape[:3], k.shape[1:3]
     rows_q = _by_group(q[:, rows].transpose(1, 2).float(), Hk)
-    s = (rows_q @ k[:, :, keys].mT).mul_(options.scale).view(B, H, -1, keys.stop - keys.start)
+    s = (
+        (rows_q @ k[:, :, keys].mT)
+        .mul_(options.softmax_scale)
+        .view(B, H, -1, keys.stop - keys.start)
+    )
     cap = None
     if options.softcap > 0:
         t = torch.tanh(s / options.softcap)
@@ -478,7 +446,7 @@ def _attention_scores(
         s -= options.alibi_slopes[:, None, None] * (position - key).abs()
     if options.attn_mask is not None and options.attn_mask.dtype != torch.bool:
         s += _mask_block(options.attn_mask, rows, keys)
-    return s.masked_fill_(options.hidden(rows, keys, Tq, Tk, q.device), -math.inf), cap
+    return s.masked_fill_(_hidden(options, rows, keys, Tq, Tk, q.device), -math.inf), cap
 
 
 def _mask_block(mask: Tensor, rows: slice, keys: slice) -> Tensor:
@@ -506,12 +474,14 @@ def _by_group(x: Tensor, key_heads: int) -> Tensor:
     return x.reshape(x.shape[0], key_heads, -1, x.shape[-1])
 
 
-def _attention_dropout(q: Tensor, rows: slice, keys: slice, options: _AttentionOptions) -> Tensor:
+def _attention_dropout(
+    q: Tensor, rows: slice, keys: slice, options: AttentionOptions, first_batch: int
+) -> Tensor:
     """What weights are multiplied by: 0 where dropped, else the inverse of the keep probability."""
     count = rows.stop - rows.start
     keep = philox.attention_keep(
         options.rng, options.dropout_p, q.shape[0], q.shape[2], count, keys.stop, rows.start,
-        options.first_batch,
+        first_batch,
     )  # fmt: skip
     return keep[..., keys.start :] * philox.scale(options.dropout_p)
 

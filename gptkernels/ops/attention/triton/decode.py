@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptkernels.core.triton_support import Shipped, on_device
+from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.splits import (
     ALIGNMENT,
     LEAST_KEYS,
@@ -276,17 +277,13 @@ def attention_decode_combine_kernel(
     tl.store(lse_ptr + (b * H + row % H) * Tq + token, lse)
 
 
-def attention_decode(
+def attention_decode_fwd(
     q: Tensor,  # (B, Tq, H, D)
     k_cache: Tensor,  # (B, Tmax, Hk, D) or (N, page, Hk, D)
     v_cache: Tensor,
-    cache_lengths: Tensor,  # (B,) int32
     block_table: Tensor | None,  # (B, pages) int32
-    alibi_slopes: Tensor | None,  # (H,) fp32
-    softmax_scale: float,
-    left: int,
-    softcap: float,
     num_splits: int,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Tq, H, D) and lse (B, H, Tq) fp32."""
     B, Tq, H, D = q.shape
@@ -299,11 +296,13 @@ def attention_decode(
     if k_cache.numel() == 0 or capacity == 0:
         return out.zero_(), lse.fill_(-float("inf"))
     splits = most_splits(capacity, num_splits)
+    left, alibi = options.left, options.alibi_slopes is not None
     bound = min(left, capacity)  # no position less a bound leaves int32
     shape = (B, splits, Tq, H) if splits > 1 else (0,)
     parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-    cache_lengths = cache_lengths.contiguous()
+    assert options.key_lengths is not None
+    cache_lengths = options.key_lengths.contiguous()
     if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
     BD, rows = padded_width(D), Tq * (H // Hk)
@@ -312,13 +311,12 @@ def attention_decode(
     grid = triton.cdiv(rows, BM) * Hk * splits * B
     with on_device(q):
         attention_decode_kernel[(grid,)](
-            q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, out, lse,
+            q, k_cache, v_cache, cache_lengths, block_table, options.alibi_slopes, out, lse,
             parts, part_lse, *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
             0 if block_table is None else block_table.stride(0),
             Hk, H // Hk, Tq, entries, page, capacity, splits, num_splits, bound,
-            softmax_scale, softcap, D, BD, BM, BN, block_table is not None, Tq > 1, left >= 0,
-            softcap > 0 or alibi_slopes is not None or softmax_scale <= 0, softcap > 0,
-            alibi_slopes is not None,
+            options.softmax_scale, options.softcap, D, BD, BM, BN, block_table is not None, Tq > 1,
+            left >= 0, options.costly or options.softmax_scale <= 0, options.softcap > 0, alibi,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:

@@ -1,10 +1,9 @@
-"""Launchers of the attention kernels and the tiles they use; the formulas are in `attention_fwd`
-and `attention_bwd`.
-"""
+"""Launchers of the attention kernels and the tiles they use; formulas are in `fwd` and `bwd`."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from gptkernels.core import philox
 from gptkernels.core.triton_support import Shipped, on_device
+from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.triton.bwd import (
     attention_bwd_delta_kernel,
     attention_bwd_keys_kernel,
@@ -54,26 +54,27 @@ def attention_fwd(
     q: Tensor,  # (B, Tq, H, D)
     k: Tensor,  # (B, Tk, Hk, D)
     v: Tensor,  # (B, Tk, Hk, D)
-    alibi_slopes: Tensor | None,  # (H,) fp32
-    key_lengths: Tensor | None,  # (B,) int32
-    attn_mask: Tensor | None,
-    rng: Tensor | None,  # (2,) int64
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Tq, H, D) and lse (B, H, Tq) fp32. Raises NotImplementedError for an attn_mask."""
-    if attn_mask is not None:
+    if options.attn_mask is not None:
         raise NotImplementedError("attn_mask runs with impl='torch' only, got impl='triton'")
-    B, Tq, H, _ = q.shape
+    B, Tq, H, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    forward(
-        q, k, v, alibi_slopes, key_lengths, rng, None,
-        softmax_scale, left, right, softcap, dropout_p, out, lse,
-    )  # fmt: skip
+    if q.numel() == 0:
+        return out, lse
+    if k.shape[1] == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    arguments, switches = _arguments(q, k, options)
+    BM, BN, warps, stages = _FORWARD[room_of(q, options.costly)][max(64, padded_width(D))]
+    with on_device(q):
+        attention_fwd_kernel[_grid(q, H, BM, options.cu_seqlens_q)](
+            q, k, v, *_vectors(options), out, lse,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *arguments,
+            D, padded_width(D), BM, BN, *switches, options.cu_seqlens_q is not None,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        )  # fmt: skip
     return out, lse
 
 
@@ -85,17 +86,8 @@ def attention_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    attn_mask: Tensor | None,
-    rng: Tensor | None,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
+    options: AttentionOptions,
     grad_mask: Sequence[bool],
-    mask_gradient: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk and dv contiguous, empty where `grad_mask` is False, and an empty tensor: there is no
@@ -103,113 +95,37 @@ def attention_bwd(
 
     No kernel uses atomics: the bits are the same on every run, asked for or not.
     """
-    gradients = backward(
-        dout, dlse, q, k, v, out, lse, alibi_slopes, key_lengths, rng, None,
-        softmax_scale, left, right, softcap, dropout_p, grad_mask, q.shape, k.shape,
-    )  # fmt: skip
-    return *gradients, q.new_empty(0)
-
-
-# cu_seqlens of queries and of keys, (B + 1,) int32, where q is (1, total_q, H, D); None in a batch.
-Sequences = tuple[Tensor, Tensor] | None
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    rng: Tensor | None,
-    sequences: Sequences,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Fill out and lse, which are contiguous, of a batch or of `sequences` laid end to end."""
-    if q.numel() == 0:
-        return
-    if k.shape[1] == 0:
-        out.zero_()
-        lse.fill_(-float("inf"))
-        return
-    H, D = q.shape[2:]
-    arguments, switches = _arguments(
-        q, k, alibi_slopes, key_lengths, sequences, softmax_scale, left, right, softcap, dropout_p
-    )
-    vectors = _contiguous(alibi_slopes, key_lengths, rng, *(sequences or (None, None)))
-    room = room_of(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
-    BM, BN, warps, stages = _FORWARD[room][max(64, padded_width(D))]
-    with on_device(q):
-        attention_fwd_kernel[_grid(q, H, BM, sequences)](
-            q, k, v, *vectors, out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *arguments,
-            D, padded_width(D), BM, BN, *switches, sequences is not None,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
-
-
-def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    rng: Tensor | None,
-    sequences: Sequences,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
-    grad_mask: Sequence[bool],
-    query_shape: Sequence[int],
-    key_shape: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv in those shapes, empty where `grad_mask` is False."""
     B, Tq, H, D = q.shape
     exact = q.dtype == torch.float32
     # dk and dv come from one kernel; in fp32 it needs what the other one finds out about rows.
     keys_wanted = grad_mask[1] or grad_mask[2]
     queries_wanted = grad_mask[0] or (exact and keys_wanted)
-    dq = torch.empty(query_shape if queries_wanted else (0,), dtype=q.dtype, device=q.device)
-    dk, dv = (
-        torch.empty(key_shape if keys_wanted else (0,), dtype=q.dtype, device=q.device)
-        for _ in range(2)
+    dq, dk, dv = gradients = tuple(
+        torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
+        for x, wanted in ((q, queries_wanted), (k, keys_wanted), (v, keys_wanted))
     )
 
-    def asked_for() -> tuple[Tensor, Tensor, Tensor]:
-        found = zip((dq, dk, dv), grad_mask, strict=True)
+    def asked_for() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = zip(gradients, grad_mask, strict=False)
         a, b, c = (gradient if wanted else q.new_empty(0) for gradient, wanted in found)
-        return a, b, c
+        return a, b, c, q.new_empty(0)
 
     if q.numel() == 0 or k.numel() == 0:
-        for gradient in (dq, dk, dv):
+        for gradient in gradients:
             gradient.zero_()
         return asked_for()
     if dout.stride(-1) != 1:  # an expanded cotangent
         dout = dout.contiguous()
     delta = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     total = torch.empty_like(delta) if exact else None
-    vectors = _contiguous(alibi_slopes, key_lengths, rng, *(sequences or (None, None)))
-    (dlse,) = _contiguous(dlse)
-    arguments, switches = _arguments(
-        q, k, alibi_slopes, key_lengths, sequences, softmax_scale, left, right, softcap, dropout_p
-    )
+    dlse = None if dlse is None else dlse.contiguous()
+    arguments, switches = _arguments(q, k, options)
     # In 16 bits the delta kernel takes dlse in.
-    switches = (*switches, exact, exact and dlse is not None, sequences is not None)
-    inputs = (q, k, v, *vectors, dout, lse, delta, total, dlse)
+    switches = (*switches, exact, exact and dlse is not None, options.cu_seqlens_q is not None)
+    inputs = (q, k, v, *_vectors(options), dout, lse, delta, total, dlse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     BD = padded_width(D)
-    room = room_of(q, softcap > 0 or alibi_slopes is not None or dropout_p > 0)
+    room = room_of(q, options.costly)
     with on_device(q):
         if not exact:
             # Row by row: where sequences end is nothing to it.
@@ -219,59 +135,63 @@ def backward(
             )  # fmt: skip
         if queries_wanted:
             BM, BN, warps, stages = _QUERIES[room][max(64, BD)]
-            attention_bwd_queries_kernel[_grid(q, H, BM, sequences)](
+            attention_bwd_queries_kernel[_grid(q, H, BM, options.cu_seqlens_q)](
                 *inputs, dq, *strides, *arguments, D, BD, BM, BN, *switches,
                 num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
         if keys_wanted:
             BM, BN, warps, stages = _KEYS[room][max(64, BD)]
-            attention_bwd_keys_kernel[_grid(k, k.shape[2], BN, sequences)](
+            attention_bwd_keys_kernel[_grid(k, k.shape[2], BN, options.cu_seqlens_q)](
                 *inputs, dk, dv, *strides, *arguments, D, BD, BM, BN, *switches,
                 num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
     return asked_for()
 
 
-def _grid(x: Tensor, heads: int, block: int, sequences: Sequences) -> tuple[int]:
-    """Programs for each block of x's tokens and each head, as `attention_place` counts them."""
+def _grid(x: Tensor, heads: int, block: int, cu_seqlens: Tensor | None) -> tuple[int]:
+    """Programs for each block of x's tokens and each head, as `place` counts them."""
     B, T = x.shape[:2]
-    if sequences is None:
+    if cu_seqlens is None:
         return (triton.cdiv(T, block) * B * heads,)
-    return ((T // block + sequences[0].shape[0] + 1) * heads,)
+    return ((T // block + cu_seqlens.shape[0] + 1) * heads,)
 
 
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What the kernels read without strides."""
+def _vectors(options: AttentionOptions) -> tuple[Tensor | None, ...]:
+    """What the kernels read without strides, in the order of their parameters."""
+    tensors = (
+        options.alibi_slopes,
+        options.key_lengths,
+        options.rng,
+        options.cu_seqlens_q,
+        options.cu_seqlens_k,
+    )
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def _arguments(
-    q: Tensor,
-    k: Tensor,
-    alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    sequences: Sequences,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
+    q: Tensor, k: Tensor, options: AttentionOptions
 ) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
     """What the kernels share: the scalars after the strides, the switches after the tile sizes."""
     (B, Tq, H), (Tk, Hk) = q.shape[:3], k.shape[1:3]
-    if sequences is not None:
-        B = sequences[0].shape[0] - 1
+    if options.cu_seqlens_q is not None:
+        B = options.cu_seqlens_q.shape[0] - 1
+    left, right = options.left, options.right
     # A bound that no pair of these lengths reaches is none: one kernel less, and no comparison.
     has_left, has_right = 0 <= left < Tk - 1, 0 <= right < Tq - 1
+    softcap, alibi, dropout = (
+        options.softcap > 0,
+        options.alibi_slopes is not None,
+        options.dropout_p,
+    )
     # Folding the scale into exp2 needs the largest product to give the largest score.
-    scaled = softcap > 0 or alibi_slopes is not None or softmax_scale <= 0
+    scaled = softcap or alibi or options.softmax_scale <= 0
     scalars = (
         B, H, H // Hk, Tq, Tk, left if has_left else 0, right if has_right else 0,
-        softmax_scale, softcap, philox.threshold(dropout_p), philox.scale(dropout_p),
+        options.softmax_scale, options.softcap, philox.threshold(dropout), philox.scale(dropout),
     )  # fmt: skip
     switches = (
-        has_left, has_right, key_lengths is not None,
-        scaled, softcap > 0, alibi_slopes is not None, dropout_p > 0,
+        has_left, has_right, options.key_lengths is not None,
+        scaled, softcap, alibi, dropout > 0,
     )  # fmt: skip
     return scalars, switches
 

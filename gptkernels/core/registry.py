@@ -1,0 +1,92 @@
+"""One definition of a registered op: its signature, its fake, and where its implementations are.
+
+    @register("gptkernels.ops.layer_norm")
+    def layer_norm_fwd(x: Tensor, weight: Tensor, ..., impl: str) -> tuple[Tensor, ...]:
+        return x.new_empty(x.shape), ...
+
+defines `torch.ops.gptkernels.layer_norm_fwd`. The schema follows from the annotations and the body
+is the fake: shapes and dtypes of the results, which torch.compile asks for. A call runs the
+function of the same name in the module `gptkernels.ops.layer_norm.<impl>`, which takes all
+arguments but `impl`; only that module is imported.
+
+A parameter that is annotated with a NamedTuple stands for all of its fields, in the schema and in
+calls; the fake and the implementations get the record.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from gptkernels.core.autocast import without_autocast
+from gptkernels.core.choice import check_impl
+
+_LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
+
+
+def register(home: str) -> Callable[[Callable[..., Any]], Any]:
+    """Defines the op that the decorated function is the fake of, and returns it for calls.
+
+    Args:
+        home: the package whose modules `torch`, `triton`, `cuda` implement the op.
+    """
+
+    def define(fake: Callable[..., Any]) -> Any:
+        name = fake.__name__
+        signature = inspect.signature(fake, eval_str=True)
+        parameters = tuple(signature.parameters.values())
+
+        def run(*arguments: Any) -> Any:
+            *given, impl = _pack(parameters, arguments)
+            function = getattr(_implementation(home, impl), name)
+            with torch.no_grad(), without_autocast(given[0]):
+                return function(*given)
+
+        def describe(*arguments: Any) -> Any:
+            return fake(*_pack(parameters, arguments))
+
+        flat = signature.replace(parameters=tuple(_flat(parameters)))
+        describe.__signature__ = flat  # type: ignore[attr-defined]
+        _LIBRARY.define(torch.library.infer_schema(describe, op_name=name, mutates_args=()))
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gptkernels::{name}", describe, lib=_LIBRARY)
+        return getattr(torch.ops.gptkernels, name).default
+
+    return define
+
+
+@functools.cache
+def _implementation(home: str, impl: str) -> ModuleType:
+    return importlib.import_module(f"{home}.{check_impl(impl, auto=False)}")
+
+
+def _record(parameter: inspect.Parameter) -> Any:
+    """The NamedTuple that a parameter is annotated with; None for any other annotation."""
+    annotation = parameter.annotation
+    return annotation if hasattr(annotation, "_fields") else None
+
+
+def _flat(parameters: Sequence[inspect.Parameter]) -> Iterator[inspect.Parameter]:
+    """The parameters, with the fields of a record in its place."""
+    for parameter in parameters:
+        record = _record(parameter)
+        if record is None:
+            yield parameter
+            continue
+        for name, annotation in typing.get_type_hints(record).items():
+            yield parameter.replace(name=name, annotation=annotation)
+
+
+def _pack(parameters: Sequence[inspect.Parameter], arguments: Sequence[Any]) -> Iterator[Any]:
+    """The arguments, with a record in the place of its fields."""
+    rest = iter(arguments)
+    for parameter in parameters:
+        record = _record(parameter)
+        yield next(rest) if record is None else record(*(next(rest) for _ in record._fields))
