@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptkernels.core.products import linear, mm
+
 # So many rows cost little one by one: the products beside them take far longer.
 _FEW_ROWS = 64
 
@@ -22,8 +24,8 @@ def gelu_mlp_fwd(
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (M, C) and h = x w1^T + b1 (M, F), h empty unless `keep_h`; all in one dtype."""
-    h = F.linear(x, w1, b1)
-    y = F.linear(_gelu(h, approximate), w2, b2)
+    h = linear(x, w1, b1)
+    y = linear(_gelu(h, approximate), w2, b2)
     return y, h if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
 
 
@@ -55,15 +57,15 @@ def gelu_mlp_bwd(
     if not (need_x or need_w1 or need_b1 or need_w2):
         return dx, dw1, db1, dw2, db2
     if h is None:
-        h = F.linear(x, w1, b1)
+        h = linear(x, w1, b1)
     if need_w2:
-        dw2 = torch.mm(dy.t(), F.gelu(h, approximate=approximate))
+        dw2 = mm(dy.t(), F.gelu(h, approximate=approximate))
     if need_x or need_w1 or need_b1:
-        dh = torch.ops.aten.gelu_backward(torch.mm(dy, w2), h, approximate=approximate)
+        dh = torch.ops.aten.gelu_backward(mm(dy, w2), h, approximate=approximate)
         if need_b1:
             db1 = dh.sum(0, dtype=torch.float32).to(dh.dtype)
         if need_w1:
-            dw1 = torch.mm(dh.t(), x)
+            dw1 = mm(dh.t(), x)
         if need_x:
-            dx = torch.mm(dh, w1)
+            dx = mm(dh, w1)
     return dx, dw1, db1, dw2, db2

@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptkernels.core.autocast import autocast_dtype, without_autocast
 from gptkernels.core.choice import choose
+from gptkernels.core.products import linear, mm
 from gptkernels.ops.layer_norm.op import layer_norm_fwd
 
 
@@ -38,7 +38,7 @@ class _NormLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(w, *((s, norm_weight, norm_bias) if ctx.needs_input_grad[1] else ()))
         ctx.options = (eps, impl)
-        return F.linear(y, w, b)
+        return linear(y, w, b)
 
     @staticmethod
     @once_differentiable
@@ -50,10 +50,10 @@ class _NormLinear(torch.autograd.Function):
         # The products that F.linear's own backward pass makes, in the same order of sums.
         with without_autocast(dz):
             if need_y:
-                dy = dz.mm(w)
+                dy = mm(dz, w)
             if need_w:
                 y, *_ = layer_norm_fwd(*source, None, None, 0.0, eps, None, impl)
-                dw = dz.t().mm(y.to(dz.dtype).view(-1, w.shape[1]))
+                dw = mm(dz.t(), y.to(dz.dtype).view(-1, w.shape[1]))
             if need_b:
                 db = dz.sum(0)
         return dy, dw, db, *(None,) * 5

@@ -16,6 +16,7 @@ from gptkernels import attention
 from gptkernels.core import native
 from gptkernels.core.choice import unavailable
 from gptkernels.ops.attention.cuda import dense as launchers
+from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.truth import baseline, parity, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() and not native.EMULATED else "cpu"
@@ -111,14 +112,18 @@ def gradients(
     left, right = options.get("window") or (-1, -1)
     if options.get("causal", True):
         right = 0
-    return launchers.attention_bwd(
-        dout, dlse, q, k, *rest,
-        options.get("alibi_slopes"), options.get("key_lengths"), None, None,
+    record = AttentionOptions(
         options.get("softmax_scale") or 1 / math.sqrt(q.shape[-1]),
-        left, right, options.get("softcap", 0.0), 0.0,
-        how.get("wanted", (True, True, True)), False, how["deterministic"],
-        build=how.get("build", -1),
-    )[:3]  # fmt: skip
+        left,
+        right,
+        options.get("softcap", 0.0),
+        alibi_slopes=options.get("alibi_slopes"),
+        key_lengths=options.get("key_lengths"),
+    )
+    wanted = (*how.get("wanted", (True, True, True)), False)
+    return launchers.attention_bwd(
+        dout, dlse, q, k, *rest, record, wanted, how["deterministic"], build=how.get("build", -1)
+    )[:3]
 
 
 def assert_right(

@@ -13,7 +13,8 @@ from torch import Tensor
 from gptkernels import attention_decode
 from gptkernels.core.choice import unavailable
 from gptkernels.ops.attention import splits
-from gptkernels.ops.attention.decode import _decode
+from gptkernels.ops.attention.decode import attention_decode_fwd
+from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import decode as aten
 from gptkernels.truth import baseline, reference
 from gptkernels.truth.parity import assert_parity
@@ -261,7 +262,9 @@ def test_kernels_clamp_lengths_and_pages(impl: str, page: int | None) -> None:
         right["block_table"] = wrong["block_table"].clamp(0, tensors["k_cache"].shape[0] - 1)
     table = (wrong.get("block_table"), right.get("block_table"))
     outs = [
-        _decode(*tensors.values(), x["cache_lengths"], t, None, 0.25, -1, 0.0, 0, impl)
+        attention_decode_fwd(
+            *tensors.values(), t, 0, *AttentionOptions(0.25, key_lengths=x["cache_lengths"]), impl
+        )
         for x, t in zip((wrong, right), table, strict=True)
     ]
     assert torch.equal(outs[0][0], outs[1][0])
@@ -282,8 +285,10 @@ def at_once(
 ) -> Any:
     slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, device=q.device)
     out, lse = torch.zeros_like(q), q.new_full((len(q), q.shape[2], q.shape[1]), -torch.inf)
-    options = (q.shape[-1] ** -0.5, window[0], 0, softcap, 0.0)
-    aten._at_once(q, k_cache, v_cache, cache_lengths, block_table, slopes, options, out, lse)
+    options = AttentionOptions(
+        q.shape[-1] ** -0.5, window[0], 0, softcap, alibi_slopes=slopes, key_lengths=cache_lengths
+    )
+    aten._at_once(q, k_cache, v_cache, block_table, options, out, lse)
     return (out, lse) if return_lse else out
 
 
@@ -326,9 +331,8 @@ class TestTorchOnAGpu:
         tensors, rest = cache([13, 0], 2, 4, 2, 16, page)
         q, k, v, lengths, *table = (x.to("meta") for x in (*tensors.values(), *rest.values()))
         slopes = torch.ones(4, device="meta")
-        out, lse = aten.attention_decode(
-            q, k, v, lengths, table[0] if table else None, slopes, 0.25, 5, 2.0, 0
-        )
+        options = AttentionOptions(0.25, 5, 0, 2.0, alibi_slopes=slopes, key_lengths=lengths)
+        out, lse = aten.attention_decode_fwd(q, k, v, table[0] if table else None, 0, options)
         assert out.shape == q.shape
         assert lse.shape == (2, 4, 2)
 
@@ -390,8 +394,8 @@ def test_opcheck(impl: str, page: int | None) -> None:
     table = None if table is None else table.clamp(min=0)
     for x in (tensors["k_cache"], tensors["v_cache"]):
         x.nan_to_num_()
-    rest = (rest["cache_lengths"], table, None, 0.25, -1, 0.0, 2)
-    torch.library.opcheck(_decode, (*tensors.values(), *rest, impl))
+    options = AttentionOptions(0.25, right=0, key_lengths=rest["cache_lengths"])
+    torch.library.opcheck(attention_decode_fwd, (*tensors.values(), table, 2, *options, impl))
 
 
 @each

@@ -14,6 +14,7 @@ from torch import Tensor
 from gptkernels import attention
 from gptkernels.core import native
 from gptkernels.ops.attention.cuda.dense import attention_fwd
+from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.truth import baseline, parity, reference
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -139,11 +140,8 @@ def test_every_build(number: int) -> None:
     built = BUILDS[number]
     D = built["head_width"]
     tensors = inputs(1, 2 * built["tile_m"] - 30, 2 * built["tile_m"] + 75, 2, 1, D)
-    call = functools.partial(
-        attention_fwd,
-        alibi_slopes=None, key_lengths=None, attn_mask=None, rng=None, softmax_scale=D**-0.5,
-        left=-1, right=0, softcap=0.0, dropout_p=0.0, build=number,
-    )  # fmt: skip
+    options = AttentionOptions(softmax_scale=D**-0.5, right=0)
+    call = functools.partial(attention_fwd, options=options, build=number)
     parity.assert_parity(
         call,
         functools.partial(baseline.attention, return_lse=True),
@@ -159,11 +157,7 @@ def test_every_build(number: int) -> None:
 
 
 def test_builds_that_cannot() -> None:
-    call = functools.partial(
-        attention_fwd,
-        alibi_slopes=None, key_lengths=None, attn_mask=None, rng=None, softmax_scale=1.0,
-        left=-1, right=0, softcap=0.0, dropout_p=0.0,
-    )  # fmt: skip
+    call = functools.partial(attention_fwd, options=AttentionOptions(softmax_scale=1.0, right=0))
     widths = [built["head_width"] for built in BUILDS]
     with pytest.raises(RuntimeError, match=r"D128 .* is for other head widths than 64"):
         call(**inputs(D=64), build=widths.index(128))

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import (
 from gptkernels import attention
 from gptkernels.core import philox
 from gptkernels.core.choice import INTERPRETED
+from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import dense as aten
 
 
@@ -125,13 +126,10 @@ class TestTorchImplementation:
 
         tensors = inputs(1, 300, H=1, D=4)
         with Watch():
-            out, lse = aten.attention_fwd(
-                *tensors.values(), None, None, None, None, 0.5, 100, 0, 2.0, 0.0
-            )
-            aten.attention_bwd(
-                out, lse, *tensors.values(), out, lse, None, None, None, None, 0.5, 100, 0, 2.0,
-                0.0, [True] * 3, False, True,
-            )  # fmt: skip
+            options = AttentionOptions(0.5, left=100, right=0, softcap=2.0)
+            out, lse = aten.attention_fwd(*tensors.values(), options)
+            mask = [True, True, True, False]
+            aten.attention_bwd(out, lse, *tensors.values(), out, lse, options, mask, True)
         assert largest <= 2000
 
 
@@ -143,21 +141,23 @@ class TestRegistration:
         slopes = torch.ones(4, device=DEVICE) if everything else None
         rng = philox.draw(DEVICE) if everything else None
         mask = torch.randn(2, 1, 6, 9, device=DEVICE) if everything and impl == "torch" else None
-        extras = (slopes, lengths(3, 9) if everything else None, mask, rng)
-        options = (0.3, 4, 0, 2.0, 0.1) if everything else (0.3, -1, -1, 0.0, 0.0)
+        options = AttentionOptions(0.3)
+        if everything:
+            options = AttentionOptions(
+                0.3, left=4, right=0, softcap=2.0, dropout_p=0.1, alibi_slopes=slopes,
+                key_lengths=lengths(3, 9), attn_mask=mask, rng=rng,
+            )  # fmt: skip
         ops = torch.ops.gptkernels
-        torch.library.opcheck(ops.attention_fwd.default, (q, k, v, *extras, *options, impl))
-        out, lse = ops.attention_fwd(q, k, v, *extras, *options, impl)
+        torch.library.opcheck(ops.attention_fwd.default, (q, k, v, *options, impl))
+        out, lse = ops.attention_fwd(q, k, v, *options, impl)
         torch.library.opcheck(
             ops.attention_bwd.default,
             (
                 torch.randn_like(out),
                 torch.randn_like(lse) if everything else None,
                 *(q, k, v, out, lse),
-                *extras,
                 *options,
-                [True, not everything, True],
-                mask is not None,
+                [True, not everything, True, mask is not None],
                 False,
                 impl,
             ),
@@ -208,8 +208,7 @@ class TestRegistration:
     def test_selective_checkpointing_sees_the_op(
         self, impl: str, policy: CheckpointPolicy, runs: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        names = dict(torch="aten", triton="triton_kernels", cuda="cuda")
-        module = pytest.importorskip(f"gptkernels.{names[impl]}.attention")
+        module = pytest.importorskip(f"gptkernels.ops.attention.{impl}")
 
         def choose(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
             ours = op is torch.ops.gptkernels.attention_fwd.default

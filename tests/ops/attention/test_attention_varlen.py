@@ -16,7 +16,8 @@ from torch import Tensor
 from gptkernels import attention, attention_varlen
 from gptkernels.core import philox
 from gptkernels.core.choice import unavailable
-from gptkernels.ops.attention.varlen import _bwd, _fwd
+from gptkernels.ops.attention.dense import attention_bwd, attention_fwd
+from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.truth import baseline, reference
 from gptkernels.truth.parity import assert_parity, poisoned_outputs
 
@@ -260,14 +261,17 @@ def call_ops(
     impl: str, tensors: dict[str, Tensor], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> list[Tensor]:
     """The registered ops, which check nothing: out, lse, dq, dk, dv of causal attention."""
-    lengths, numbers = (cu_seqlens_q, cu_seqlens_k), (50, 50, 0.25, -1, 0, 0.0, 0.0)
-    q, k, v, dout = tensors.values()
-    out, lse = _fwd(q, k, v, *lengths, None, None, *numbers, impl)
-    gradients = _bwd(
-        dout, torch.ones_like(lse), q, k, v, out, lse, *lengths, None, None, *numbers, [True] * 3,
-        True, impl,
+    options = AttentionOptions(
+        0.25, right=0, max_seqlen_q=50, max_seqlen_k=50, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
-    return [out, lse, *gradients]
+    q, k, v, dout = (x[None] for x in tensors.values())
+    out, lse = attention_fwd(q, k, v, *options, impl)
+    mask = [True, True, True, False]
+    *gradients, _ = attention_bwd(
+        dout, torch.ones_like(lse), q, k, v, out, lse, *options, mask, True, impl
+    )
+    return [x[0] for x in (out, lse, *gradients)]
 
 
 @runnable
@@ -336,14 +340,17 @@ def test_lengths_that_are_none_stay_within_the_tensors(
 @needs["cuda"]
 def test_lengths_are_clamped_to_what_the_tensors_hold() -> None:
     """The emulator finds every access that is out of bounds."""
-    tensors = inputs([7], [7], dtype=FP16).values()
+    tensors = [x[None] for x in inputs([7], [7], dtype=FP16).values()]
     for wild in ([0, 4, 900], [-5, 4, 7], [0, 4, 2**31 - 1], [-(2**31), 4, 7]):
         lengths = torch.tensor(wild, dtype=torch.int32, device=DEVICE)
         for cu_seqlens in (lengths, lengths.clamp(0, 7)):
-            numbers = (1000, 1000, 0.25, -1, 0, 0.0, 0.0)
-            extras = (cu_seqlens, cu_seqlens, None, None, *numbers)
-            out, lse = _fwd(*tensors, *extras, "cuda")
-            gradients = _bwd(out, None, *tensors, out, lse, *extras, [True] * 3, True, "cuda")
+            options = AttentionOptions(
+                0.25, right=0, max_seqlen_q=1000, max_seqlen_k=1000, cu_seqlens_q=cu_seqlens,
+                cu_seqlens_k=cu_seqlens,
+            )  # fmt: skip
+            out, lse = attention_fwd(*tensors, *options, "cuda")
+            mask = [True, True, True, False]
+            gradients = attention_bwd(out, None, *tensors, out, lse, *options, mask, True, "cuda")
             if cu_seqlens is lengths:
                 found = (out, lse, *gradients)
         assert all(map(torch.equal, found, (out, lse, *gradients)))
@@ -387,15 +394,16 @@ def test_strided_inputs_and_autocast(impl: str) -> None:
 @each
 def test_opcheck(impl: str) -> None:
     queries, keys = [5, 0], [4, 2]
-    q, k, v = inputs(queries, keys, H=1).values()
-    lengths = (ends(queries), ends(keys))
-    rng = philox.draw(torch.device(DEVICE))
-    numbers = (5, 4, 0.25, -1, 0, 0.0, 0.3)
-    torch.library.opcheck(_fwd, (q, k, v, *lengths, None, rng, *numbers, impl))
-    out, lse = _fwd(q, k, v, *lengths, None, rng, *numbers, impl)
-    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    tensors = (dout, dlse, q, k, v, out, lse, *lengths, None, rng)
-    torch.library.opcheck(_bwd, (*tensors, *numbers, [True, False, True], False, impl))
+    q, k, v = (x[None] for x in inputs(queries, keys, H=1).values())
+    options = AttentionOptions(
+        0.25, right=0, dropout_p=0.3, max_seqlen_q=5, max_seqlen_k=4,
+        rng=philox.draw(torch.device(DEVICE)), cu_seqlens_q=ends(queries), cu_seqlens_k=ends(keys),
+    )  # fmt: skip
+    torch.library.opcheck(attention_fwd, (q, k, v, *options, impl))
+    out, lse = attention_fwd(q, k, v, *options, impl)
+    tensors = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse)
+    mask = [True, False, True, False]
+    torch.library.opcheck(attention_bwd, (*tensors, *options, mask, False, impl))
 
 
 @each

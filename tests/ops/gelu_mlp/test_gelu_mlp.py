@@ -280,13 +280,13 @@ class TestMemory:
         from gptkernels.ops.gelu_mlp import op
 
         asked: list[bool] = []
-        op = op._fwd
+        registered = op.gelu_mlp_fwd
 
         def spy(*arguments: Any) -> Any:
             asked.append(arguments[6])
-            return op(*arguments)
+            return registered(*arguments)
 
-        monkeypatch.setattr(op, "_fwd", spy)
+        monkeypatch.setattr(op, "gelu_mlp_fwd", spy)
         leaves = {k: v.requires_grad_() for k, v in inputs(6, 10, 20).items()}
         with torch.no_grad():
             gelu_mlp(**leaves, impl=impl)
