@@ -1,8 +1,9 @@
 // A cluster: Launch::cluster neighbouring CTAs that run at the same time, on chips from compute
 // capability 9.0, and reach each other's shared memory (PTX ISA, "barrier.cluster" and "mapa").
 //
-// Shared memory of a CTA may be touched by the others from when it is known to run, after a first
-// cluster_sync(), until it returns: the last one to need it meets it at another.
+// Another CTA may access this CTA's shared memory from the time it is known to run, which is after
+// a first cluster_sync(), until it returns. So the CTAs meet at another cluster_sync() before they
+// return.
 #pragma once
 
 #include "runtime/launch.h"
@@ -13,7 +14,7 @@
 
 namespace gk {
 
-// Of the running CTA: blockIdx.x % Launch::cluster.
+// The number of this CTA in its cluster: blockIdx.x % Launch::cluster.
 __device__ inline unsigned cluster_rank() {
 #ifdef GK_EMULATE
     return emulator::cluster_rank();
@@ -24,7 +25,7 @@ __device__ inline unsigned cluster_rank() {
 #endif
 }
 
-// Whole warps: every thread of the cluster arrives, then waits, by turns.
+// Whole warps call these. Every thread of the cluster arrives, then waits, then may arrive again.
 __device__ inline void cluster_arrive() {
 #ifdef GK_EMULATE
     emulator::cluster_arrive();
@@ -50,7 +51,8 @@ __device__ inline void cluster_sync() {
 #endif
 }
 
-// What lies at `mine` in this CTA's shared memory, in that of CTA `rank`: for plain loads and stores.
+// The address, for plain loads and stores, of the place in CTA `rank`'s shared memory that `mine`
+// is in this CTA's.
 template <class T>
 __device__ inline T* cluster_map(T* mine, unsigned rank) {
 #ifdef GK_EMULATE

@@ -12,11 +12,12 @@ __device__ __forceinline__ float2 added(float2 a, float2 b) {
     return make_float2(a.x + b.x, a.y + b.y);
 }
 
-// Every warp leaves its sum with each CTA: one barrier of the cluster does what would be a barrier
-// of each CTA, an exchange and another barrier, and what is read after it is a CTA's own. So no CTA
-// is reached into past this barrier, and may return; it must be known to run before, by a first
-// barrier. V: float or float2. scratch: shared memory, one V for each warp of the cluster. A next
-// sum needs another scratch; the one after it may have this again.
+// Every warp writes its sum into the shared memory of each CTA. So one barrier of the cluster is
+// enough (reducing within each CTA first would take two more), and after it a CTA reads only its
+// own memory. No CTA accesses another one after that barrier, so a CTA may return. Before the call
+// every CTA must be known to run: call cluster_sync() once. V: float or float2. scratch: shared
+// memory, one V for each warp of the cluster. Two sums in a row need two scratches; the third may
+// use the first scratch again.
 template <class V>
 __device__ __forceinline__ V cluster_sum(V value, unsigned ctas, V* scratch) {
     value = warp_sum(value);

@@ -1,6 +1,6 @@
-// A tile of a matrix from global to shared memory, by all threads of a CTA, asynchronously where
-// the matrix's alignment allows it. The reader waits for the group that holds the copy, then at a
-// barrier.
+// Copies a tile of a matrix from global to shared memory, by all threads of a CTA. The copy is
+// asynchronous if the matrix is aligned. A reader waits for the group that holds the copy, then at
+// a barrier.
 #pragma once
 
 #include "device/cp_async.h"
@@ -14,9 +14,9 @@ namespace gk {
 template <int kThreads, class Tile, class T>
 __device__ inline void copy_tile(Tile tile, const T* source, int64_t row_stride, int rows_valid,
                           int cols_valid, bool aligned) {
-    // Threads stand kSpan chunks wide, and move down by a multiple of 8 rows: one pointer to add
-    // to, and offsets into the tile that differ by constants, where row-major order of all chunks
-    // would keep an address for each in registers.
+    // The threads cover kSpan chunks of a row and step down by a multiple of 8 rows. So a thread
+    // adds to one pointer, and its offsets into the tile differ by constants. If the threads took
+    // all chunks in row-major order, each chunk's address would need registers of its own.
     constexpr int kSpan = static_cast<int>(Tile::kSpan), kStep = kThreads / kSpan;
     static_assert(kStep % 8 == 0, "the swizzle repeats every 8 rows");
     const int thread = static_cast<int>(threadIdx.x), col0 = thread % kSpan * Tile::kChunk;

@@ -1,8 +1,8 @@
 // Asynchronous copies from global to shared memory (PTX ISA, "cp.async" and "cp.async.wait_group").
 //
 // A copy belongs to the group that the thread's next cp_async_commit closes. cp_async_wait<N>
-// returns when all but the thread's N newest groups have landed; other threads see them after a
-// barrier.
+// returns when all but the thread's N newest groups have arrived; other threads see the data after
+// a barrier.
 #pragma once
 
 #include "runtime/launch.h"
@@ -13,9 +13,9 @@
 
 namespace gk {
 
-// 16 bytes to `shared`: `bytes` (0 ... 16) of them from `global`, then zeros. Both are 16-byte
-// aligned. By way of L1 where a warp's copies leave gaps that its next ones fill: 32 bytes are
-// fetched at least.
+// Writes 16 bytes to `shared`: `bytes` (0 ... 16) of them from `global`, then zeros. Both addresses
+// are 16-byte aligned. kByL1 keeps the data in L1 too. It helps if a warp's copies leave gaps that
+// its next copies fill, since at least 32 bytes are fetched each time.
 template <bool kByL1 = false>
 __device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
 #ifdef GK_EMULATE

@@ -1,12 +1,12 @@
-// 2^x as softmax wants it: at full precision for fp32, by the hardware's own instruction (about two
-// units in the last place, PTX ISA "ex2") where results are rounded to 16 bits anyway.
+// 2^x for softmax. fp32 gets full precision. Where results are rounded to 16 bits anyway, the
+// hardware's own instruction is used (off by about two units in the last place, PTX ISA "ex2").
 #pragma once
 
 #include "runtime/launch.h"
 
 namespace gk {
 
-// One instruction; what would be denormal is 0.
+// One instruction; a result that would be denormal is 0.
 __device__ __forceinline__ float exp2_flushed(float x) {
 #ifdef GK_EMULATE
     return exp2f(x);
@@ -17,7 +17,7 @@ __device__ __forceinline__ float exp2_flushed(float x) {
 #endif
 }
 
-// T is the dtype of the result that the weights end up in. 0 for -inf, NaN for NaN.
+// T is the dtype of the result that the weights are summed into. 0 for -inf, NaN for NaN.
 template <class T>
 __device__ __forceinline__ float exp2_for(float x) {
     return sizeof(T) == 2 ? exp2_flushed(x) : exp2f(x);

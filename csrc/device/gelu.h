@@ -3,9 +3,9 @@
 //     tanh:  gelu(h) = h sigmoid(2u), u = sqrt(2/pi) (h + 0.044715 h^3), as 0.5 h (1 + tanh u)
 //     erf:   gelu(h) = h Phi(h) = h (0.5 + 0.5 erf(h / sqrt 2))
 //
-// Explicit fma: left to itself, the compiler might contract the gate differently in two kernels,
-// and an activation that the backward pass rebuilds must have the forward pass's bits. No
-// difference of near numbers, and no exponential that overflows.
+// The fma calls are explicit. Otherwise the compiler might fuse the gate's operations differently
+// in two kernels, and an activation that the backward pass computes again must have the forward
+// pass's bits. No formula subtracts nearly equal numbers, and no exponential overflows.
 #pragma once
 
 #include "runtime/launch.h"
@@ -33,7 +33,8 @@ __device__ __forceinline__ Gelu gelu(float h) {
     }
 }
 
-// gelu'(h). Powers of h that would overflow meet the exact zero of the bell's tail first.
+// gelu'(h). h is first multiplied by the bell, which is exactly 0 wherever a power of h would
+// overflow.
 template <bool kTanh>
 __device__ __forceinline__ float gelu_slope(float h, Gelu gelu) {
     const float q = h * gelu.bell;

@@ -1,14 +1,14 @@
 // Barriers in shared memory that count arrivals and the bytes of asynchronous copies (PTX ISA,
 // "mbarrier").
 //
-// A phase is complete when the `count` arrivals have come and no expected byte is left; then the
-// next one begins. mbarrier_wait(bar, parity) returns once the phase of that parity is complete,
-// where a fresh barrier is in phase 0, and the phase before it, of parity 1, counts as complete. So
-// consumers that start with parity 0 wait for the first filling, and producers that start with
-// parity 1 go ahead. Waiters acquire what those who arrived did before.
+// A phase is complete when `count` arrivals have come and all expected bytes have arrived; then the
+// next phase begins. mbarrier_wait(bar, parity) returns when the phase of that parity is complete.
+// A new barrier is in phase 0, and the phase before it, of parity 1, counts as complete. So
+// consumers, which start with parity 0, wait for the first data, and producers, which start with
+// parity 1, do not wait. After the wait a thread sees what the others did before they arrived.
 //
-// One thread initialises, calls mbarrier_init_fence(), and then all meet at __syncthreads(), or at
-// cluster_sync() where other CTAs of the cluster arrive or copy too.
+// One thread initialises the barrier and calls mbarrier_init_fence(). Then all threads meet at
+// __syncthreads(), or at cluster_sync() if other CTAs of the cluster arrive or copy too.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ __device__ inline void mbarrier_init(uint64_t* bar, unsigned count) {
 #endif
 }
 
-// What the thread has initialised, the cluster and the asynchronous engine see after a barrier.
+// After this and a barrier, the cluster and the asynchronous engine see the thread's mbarriers.
 __device__ inline void mbarrier_init_fence() {
 #ifdef GK_EMULATE
     emulator::mbarrier_init_fence();
@@ -49,7 +49,7 @@ __device__ inline void mbarrier_arrive(uint64_t* bar) {
 #endif
 }
 
-// Arrives, and lets the phase also wait for so many bytes of copies.
+// Arrives, and makes the phase wait for `bytes` bytes of copies as well.
 __device__ inline void mbarrier_arrive_expect_tx(uint64_t* bar, unsigned bytes) {
 #ifdef GK_EMULATE
     emulator::mbarrier_arrive_expect_tx(bar, bytes);
@@ -72,10 +72,10 @@ __device__ inline void mbarrier_expect_tx(uint64_t* bar, unsigned bytes) {
 #endif
 }
 
-// Arrives at the barrier in the same place of CTA `rank` of the cluster, which must not have
-// returned by then: this thread has done with what it read there. It publishes nothing that the
-// thread wrote: that would take a release at the cluster's scope, which costs a fence of the whole
-// GPU's (MEMBAR.GPU in SASS) at each stage, and an acquire that empties L1.
+// Arrives at the barrier in the same place of CTA `rank` of the cluster, to say that this thread
+// has finished reading there. That CTA must not have returned. The arrival publishes nothing that
+// the thread wrote. Publishing would take a release at the cluster's scope, which costs a fence of
+// the whole GPU (MEMBAR.GPU in SASS) at each stage, and an acquire that empties L1.
 __device__ inline void mbarrier_arrive_cluster(uint64_t* bar, unsigned rank) {
 #ifdef GK_EMULATE
     emulator::mbarrier_arrive_cluster(bar, rank);

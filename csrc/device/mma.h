@@ -1,7 +1,7 @@
 // Products of small matrices by one warp: D (16 x 8, fp32) += A (16 x K) B (K x 8).
 //
-// bf16 and fp16 run on the tensor cores, K = 16; fp32 runs the same tile by FFMA, K = 8, in full
-// precision and never in tf32, so that one kernel source serves every dtype.
+// bf16 and fp16 run on the tensor cores, with K = 16. fp32 computes the same tile by FFMA, with
+// K = 8, in full precision and never in tf32. So one kernel source serves every dtype.
 //
 // Layouts are those of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"
 // and "ldmatrix". With g = lane / 4 and t = lane % 4, a lane holds of
@@ -24,8 +24,8 @@
 
 namespace gk {
 
-// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, 16
-// bytes in shared memory, and receives elements 2t and 2t + 1 of row g of each.
+// Loads four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix
+// l / 8, which is 16 bytes of shared memory. It receives elements 2t and 2t + 1 of row g of each.
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 #ifdef GK_EMULATE
     emulator::ldmatrix_x4(r, row);
@@ -49,7 +49,7 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 #endif
 }
 
-// acc += A B on the tensor cores; the last argument only tells the type of A's and B's elements.
+// acc += A B on the tensor cores; the last argument only names the type of the elements of A and B.
 __device__ inline void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                     __nv_bfloat16) {
 #ifdef GK_EMULATE
@@ -116,8 +116,8 @@ struct Mma<float> {
         float cols[2][8];
     };
 
-    // The eight products are summed apart: over a long k, added one by one to a sum that has grown
-    // large, they would lose nearly three times as much.
+    // The eight products are summed first and then added to acc. Added one by one to a sum that has
+    // grown large over a long k, they would lose nearly three times as much to rounding.
     __device__ static void multiply(float (&acc)[4], const A& a, const B& b) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -128,7 +128,8 @@ struct Mma<float> {
         }
     }
 
-    // One accumulator tile (16 x 8) as A: a lane needs its two rows whole, which its quad holds.
+    // One accumulator tile (16 x 8) as A. A lane needs two whole rows; the four lanes of its quad
+    // hold them.
     __device__ static A from_accumulators(const float (*acc)[4]) {
         A a;
         int quad = threadIdx.x & 28;

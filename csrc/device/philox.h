@@ -1,11 +1,11 @@
-// The dropout contract of gptkernels/core/philox.py, bit for bit: which element is dropped is a pure
-// function of (seed, offset, position), so masks are never stored and every kernel rebuilds them.
+// The dropout contract of gptkernels/core/philox.py, bit for bit. Whether an element is dropped
+// depends on (seed, offset, position) only, so no mask is stored and every kernel rebuilds it.
 //
 // Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) with
-// key = seed, eight elements a call: lane l is the 16-bit half l & 1, low half first, of word
-// l >> 1, and the element is kept iff that number >= threshold = round(65536 p).
+// key = seed gives eight elements a call. Lane l is the 16-bit half l & 1, low half first, of word
+// l >> 1. The element is kept iff that number >= threshold = round(65536 p).
 //
-// Kept elements come as bits of an unsigned, bit l for lane l.
+// The functions return which elements are kept as bits of an unsigned number, bit l for lane l.
 #pragma once
 
 #include "runtime/dropout.h"
@@ -15,7 +15,7 @@
 
 namespace gk {
 
-// What a thread needs of it: read once, before any loop.
+// What a thread needs to know of the dropout; it is read once, before any loop.
 struct DropoutKey {
     uint2 key;
     uint32_t offset;
@@ -45,7 +45,7 @@ __device__ __forceinline__ uint4 philox4x32_10(uint4 counter, uint2 key) {
     return counter;
 }
 
-// The eight lanes of one call.
+// The keep bits of the eight lanes of one Philox call.
 __device__ __forceinline__ uint32_t keep8(const uint4& words, uint32_t threshold) {
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
     uint32_t keep = 0;
@@ -64,8 +64,9 @@ __device__ __forceinline__ uint32_t elementwise_group_keep8(uint64_t group,
     return keep8(philox4x32_10(counter, dropout.key), dropout.threshold);
 }
 
-// Elementwise dropout: bit l for element first + l of the contiguous tensor. One call where
-// `first` is a multiple of 8, two where the eight elements straddle the lanes of two calls.
+// Elementwise dropout: bit l is for element first + l of the contiguous tensor. This takes one
+// Philox call if `first` is a multiple of 8, else two, since the eight elements belong to two
+// calls.
 __device__ __forceinline__ uint32_t elementwise_keep8(int64_t first, const DropoutKey& dropout) {
     const uint64_t group = static_cast<uint64_t>(first) >> 3;
     const int skipped = static_cast<int>(first & 7);
@@ -78,18 +79,19 @@ __device__ __forceinline__ uint32_t elementwise_keep8(int64_t first, const Dropo
 // Attention's dropout. Query row i, key j, batch_head = b * H + h:
 //     c0 = (j >> 4) * 4 + ((j >> 1) & 3)     c1 = (i >> 4) * 8 + (i & 7)     c2 = batch_head
 //     lane = ((i >> 3) & 1) * 4 + ((j >> 3) & 1) * 2 + (j & 1)
-// The lanes of one call are what one thread holds of a 16 x 16 block of scores: two neighbouring
-// 16 x 8 accumulator tiles, whose element k = 0 ... 3 lies in row lane / 4 + 8 * (k >> 1) and
-// column 2 * (lane % 4) + (k & 1). Both functions below give this thread's eight bits in one
-// layout, which `kept` reads. Rows and columns that are not there cost nothing extra: their bits
-// are simply not looked at.
+// The lanes of one call are the elements that one thread holds of a 16 x 16 block of scores: two
+// neighbouring 16 x 8 accumulator tiles, whose element k = 0 ... 3 lies in row
+// lane / 4 + 8 * (k >> 1) and column 2 * (lane % 4) + (k & 1). Both functions below return this
+// thread's eight bits in one layout, which `kept` reads. Rows and columns outside the matrix need
+// no special case: nobody reads their bits.
 
-// Of tile 0 or 1 (columns 0-7 or 8-15 of the block), accumulator element k.
+// Whether to keep accumulator element k of tile 0 or 1 (columns 0-7 or 8-15 of the block).
 __device__ __forceinline__ bool kept(uint32_t keep, int tile, int k) {
     return keep >> (4 * (k >> 1) + 2 * tile + (k & 1)) & 1u;
 }
 
-// Scores with queries as rows, block at (query0, key0), both multiples of 16. One call.
+// For scores with queries as rows; the block starts at (query0, key0), both multiples of 16. One
+// Philox call.
 __device__ __forceinline__ uint32_t attention_keep(int query0, int key0, int batch_head,
                                                    const DropoutKey& dropout) {
     const uint32_t lane = threadIdx.x % 32;
@@ -99,15 +101,16 @@ __device__ __forceinline__ uint32_t attention_keep(int query0, int key0, int bat
     return keep8(philox4x32_10(counter, dropout.key), dropout.threshold);
 }
 
-// Scores with keys as rows, block at (key0, query0). This thread's eight elements are halves of
-// two calls (query parity e = 0, 1), whose other halves (of the other key parity) belong to
-// thread lane ^ 4: each of the two makes one call and they exchange. Still one call for eight
-// elements, and one shuffle: the whole warp must be here.
+// For scores with keys as rows; the block starts at (key0, query0). This thread's eight elements
+// are halves of two calls (query parity e = 0, 1). The other halves, of the other key parity,
+// belong to thread lane ^ 4. Each of the two threads makes one call, and they exchange halves. That
+// is still one call for eight elements, and one shuffle, for which the whole warp must be here.
 __device__ __forceinline__ uint32_t attention_keep_transposed(int key0, int query0, int batch_head,
                                                               const DropoutKey& dropout) {
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t key_parity = lane / 4 % 2;
-    // Key row lane / 4, query columns 2 * (lane % 4) + e; this thread calls for e = key_parity.
+    // Key row lane / 4, query columns 2 * (lane % 4) + e; this thread's call is the one of
+    // e = key_parity.
     const uint4 counter =
         make_uint4((static_cast<uint32_t>(key0) >> 4) * 4 + lane / 8,
                    (static_cast<uint32_t>(query0) >> 4) * 8 + lane % 4 * 2 + key_parity,
@@ -115,7 +118,7 @@ __device__ __forceinline__ uint32_t attention_keep_transposed(int key0, int quer
     const uint32_t own = keep8(philox4x32_10(counter, dropout.key), dropout.threshold);
     const uint32_t other = __shfl_xor_sync(0xffffffffu, own, 4);
     const uint32_t even = key_parity ? other : own, odd = key_parity ? own : other;
-    // Bit 4 * query half + 2 * key half + e; then the halves change places, since keys are rows.
+    // Bit 4 * query half + 2 * key half + e. Then the two halves swap, since keys are rows here.
     const uint32_t keep = (even >> key_parity & 0x55u) | (odd >> key_parity & 0x55u) << 1;
     return (keep & 0xc3u) | (keep & 0x0cu) << 2 | (keep & 0x30u) >> 2;
 }

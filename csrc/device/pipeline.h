@@ -1,8 +1,9 @@
 // Where a thread stands in a ring of stages whose mbarriers it waits on.
 //
-// Each stage has a `full` barrier, which those who fill it complete, and an `empty` one, which those
-// who have used it complete. Consumers wait for full[stage] with parity `phase`, producers for
-// empty[stage] with parity `phase ^ 1`: the first round finds every stage empty (device/mbarrier.h).
+// Each stage has two barriers: producers complete `full` when they have filled it, consumers
+// complete `empty` when they have used it. Consumers wait for full[stage] with parity `phase`,
+// producers for empty[stage] with parity `phase ^ 1`, so that in the first round every stage counts
+// as empty (device/mbarrier.h).
 #pragma once
 
 #include "runtime/launch.h"

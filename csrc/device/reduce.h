@@ -23,10 +23,10 @@ __device__ __forceinline__ float2 warp_sum(float2 value) {
     return value;
 }
 
-// Of a team of up to 32 neighbouring warps; the CTA may be several teams of equal size, all of
-// which call this together. V: float or float2. scratch: shared memory, one V for each warp of the
-// CTA. A next sum needs another scratch, or a barrier before it: a slow warp may still be reading
-// this one.
+// The sum over a team of up to 32 neighbouring warps. A CTA may have several teams of equal size;
+// all of them call this together. V: float or float2. scratch: shared memory, one V for each warp
+// of the CTA. The next sum needs another scratch, or a barrier first: a slow warp may still be
+// reading this one.
 template <class V>
 __device__ __forceinline__ V team_sum(V value, int warps_of_team, V* scratch) {
     value = warp_sum(value);

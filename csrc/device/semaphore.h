@@ -1,6 +1,6 @@
-// An order between CTAs of one launch, through a counter in global memory that starts at 0 (PTX ISA,
-// "Memory Consistency Model"). CTAs are started by rising number: one may wait for those of lower
-// number alone, else it may wait for one that its own waiting keeps from starting.
+// Orders CTAs of one launch through a counter in global memory that starts at 0 (PTX ISA, "Memory
+// Consistency Model"). CTAs start in the order of their numbers. So a CTA may wait only for CTAs of
+// lower number: a later one might not start until this one ends.
 #pragma once
 
 #include "runtime/launch.h"
@@ -11,8 +11,9 @@
 
 namespace gk {
 
-// One thread waits until *flag is `value`. What the thread, and after a barrier its CTA, does then,
-// bulk copies and reductions too, comes after what the others did before they released.
+// One thread waits until *flag is `value`. What this thread does then, and what its CTA does after
+// a barrier, comes after what the others did before they released. That includes bulk copies and
+// reductions.
 __device__ inline void semaphore_wait(const int* flag, int value) {
 #ifdef GK_EMULATE
     emulator::semaphore_wait(flag, value);
@@ -28,7 +29,8 @@ __device__ inline void semaphore_wait(const int* flag, int value) {
 #endif
 }
 
-// One thread, after a barrier with those who worked, and after bulk_wait<0>() for its bulk copies.
+// One thread calls this, after a barrier with the threads whose work it announces, and after
+// bulk_wait<0>() for its own bulk copies.
 __device__ inline void semaphore_release(int* flag, int add) {
 #ifdef GK_EMULATE
     emulator::semaphore_release(flag, add);

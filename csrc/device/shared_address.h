@@ -1,4 +1,5 @@
-// The address of something in shared memory as instructions take it: 32 bits, within the window.
+// The address of something in shared memory as PTX instructions take it: a 32-bit offset into the
+// shared window.
 #pragma once
 
 #include "runtime/launch.h"

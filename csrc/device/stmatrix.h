@@ -1,5 +1,5 @@
-// Stores of mma and wgmma accumulators, rounded, as rows of 16 bytes (PTX ISA, "stmatrix"), on
-// Hopper and later: the way back of ldmatrix (device/mma.h).
+// Stores rounded mma and wgmma accumulators as rows of 16 bytes (PTX ISA, "stmatrix"), on Hopper
+// and later: the reverse of ldmatrix (device/mma.h).
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,9 @@
 
 namespace gk {
 
-// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, 16
-// bytes in shared memory, and elements 2t and 2t + 1 of row g of each (g = l / 4, t = l % 4).
+// Stores four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix
+// l / 8, which is 16 bytes of shared memory, and elements 2t and 2t + 1 of row g of each matrix
+// (g = l / 4, t = l % 4).
 __device__ inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
 #ifdef GK_EMULATE
     emulator::stmatrix_x4(row, r);

@@ -1,26 +1,27 @@
-// A tile of a matrix of 16-bit elements in shared memory, as TMA with the 128-byte swizzle leaves
-// it and wgmma reads it.
+// A tile of a matrix of 16-bit elements in shared memory, laid out as TMA writes it with the
+// 128-byte swizzle and as wgmma reads it.
 //
-// The tile is panels of 64 columns, one after another. A panel is its rows of 128 bytes, one after
-// another, in which the 16-byte chunks are swizzled: bits 4-6 of an address, the chunk, are XORed
-// with its bits 7-9, the row modulo 8 (PTX ISA, "Shared Memory Matrix Layout" and "Swizzling
-// Modes"). Eight rows are an atom, 1,024 bytes, aligned to as many.
+// The tile is a row of panels, each 64 columns wide, one after another in memory. A panel's rows of
+// 128 bytes follow one another too. Within a row the 16-byte chunks are swizzled: bits 4-6 of an
+// address, which number the chunk, are XORed with its bits 7-9, the row modulo 8 (PTX ISA, "Shared
+// Memory Matrix Layout" and "Swizzling Modes"). Eight rows make an atom of 1,024 bytes, which is
+// aligned to 1,024 bytes.
 //
-// A descriptor (PTX ISA, "Matrix Descriptor Format") holds, of bytes divided by 16: in bits 0-13
-// the start address, 16-29 the leading dimension's offset (LBO), 32-45 the stride dimension's
-// (SBO); in 49-51 the base offset, 0 since atoms are aligned; in 62-63 the swizzle, 1 for 128
-// bytes. Offsets (PTX ISA, "Leading Dimension Byte Offset", "Stride Dimension Byte Offset",
-// "Canonical Layouts"; T = 8 elements are 16 bytes):
+// A descriptor (PTX ISA, "Matrix Descriptor Format") holds three numbers of bytes, each divided by
+// 16: the start address in bits 0-13, the leading dimension's offset (LBO) in bits 16-29, and the
+// stride dimension's offset (SBO) in bits 32-45. Bits 49-51 are the base offset, 0 since atoms are
+// aligned; bits 62-63 are the swizzle, 1 for 128 bytes. Offsets (PTX ISA, "Leading Dimension Byte
+// Offset", "Stride Dimension Byte Offset", "Canonical Layouts"; T = 8 elements are 16 bytes):
 //     K-major    ((8, m), (T, 2k)) : ((8T, SBO), (1, T)). SBO leads from one group of 8 rows to the
-//                next: 1,024. LBO is not used, taken as 1. The 16 values of k are 32 of a row's 128
-//                bytes: the next step starts 32 bytes on, and the address bits that the swizzle
-//                reads stay as they are.
-//     MN-major   ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)). 64 columns are an atom's width,
-//                LBO leads to the next 64: a panel. SBO leads from 8 rows of k to the next: 1,024,
-//                so the next step, 16 values of k, starts 2,048 bytes on. The ISA writes these
-//                layouts for whole atoms, N a multiple of 64. Of others, such as heads of 96, the
-//                last panel is read in part: no rule forbids it, and tests/test_hopper.py asks a
-//                GPU.
+//                next: 1,024. LBO is not used and set to 1. The 16 values of k are 32 of a row's
+//                128 bytes. So the next step starts 32 bytes later, and the address bits that the
+//                swizzle reads do not change.
+//     MN-major   ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)). An atom is 64 columns wide; LBO
+//                leads to the next 64, which is the next panel. SBO leads from 8 rows of k to the
+//                next 8: 1,024. So the next step, 16 values of k, starts 2,048 bytes later. The ISA
+//                describes these layouts for whole atoms, N a multiple of 64. With other widths,
+//                such as heads of 96, the last panel is read in part. No rule forbids that;
+//                tests/emulator/test_hopper.py checks it on a GPU.
 #pragma once
 
 #include <cstdint>
@@ -54,21 +55,22 @@ struct SwizzledTile {
         return data + c / kPanelCols * (kRows * kPanelCols) + r * kPanelCols + chunk * 8 + c % 8;
     }
 
-    // Of an operand whose rows or columns, M or N, are the tile's rows and whose k are its columns,
-    // from (row, k) on. row: a multiple of 8; k: of 16.
+    // The descriptor of an operand whose M or N dimension is the tile's rows and whose k is its
+    // columns, starting at (row, k). row: a multiple of 8; k: a multiple of 16.
     __device__ uint64_t k_major(int row, int k) const {
         return descriptor(k / kPanelCols * kPanelBytes + row * 128 + k % kPanelCols * 2, 16);
     }
 
-    // Of an operand whose k are the tile's rows and whose rows or columns, M or N, are its columns,
-    // from (k, col) on. k: a multiple of 8; col: of 64.
+    // The descriptor of an operand whose k is the tile's rows and whose M or N dimension is its
+    // columns, starting at (k, col). k: a multiple of 8; col: a multiple of 64.
     __device__ uint64_t mn_major(int k, int col) const {
         return descriptor(col / kPanelCols * kPanelBytes + k * 128, kPanelBytes);
     }
 
   private:
-    // The two sums of 16-byte units cannot overflow their 14 bits: shared memory ends before. So
-    // what is constant in `offset` is one addition to a descriptor that a loop's steps share.
+    // The sums of 16-byte units cannot overflow their 14 bits, since shared memory is smaller than
+    // that. So a constant part of `offset` is one addition to a descriptor that a loop's steps
+    // share.
     __device__ uint64_t descriptor(int offset, int leading) const {
 #ifdef GK_EMULATE
         const unsigned start = emulator::shared_address(data);

@@ -1,8 +1,7 @@
-// A tile of a matrix in shared memory, and the warp's mma fragments out of it.
+// A tile of a matrix in shared memory, and functions that load a warp's mma fragments from it.
 //
-// Chunks of 16 bytes are swizzled: eight consecutive rows hold their chunk c in eight different
-// groups of four banks, so that ldmatrix, which reads such a column of chunks, has no bank
-// conflict.
+// Chunks of 16 bytes are swizzled: chunk c of eight consecutive rows lies in eight different groups
+// of four banks. ldmatrix reads such a column of chunks, so it has no bank conflict.
 #pragma once
 
 #include "device/mma.h"
@@ -10,7 +9,7 @@
 
 namespace gk {
 
-// kRows x kCols of T, 16-byte aligned, rows of a multiple of 16 bytes.
+// kRows x kCols elements of T, 16-byte aligned; a row is a multiple of 16 bytes.
 template <class T, int kTileRows, int kTileCols>
 struct SharedTile {
     static constexpr int kRows = kTileRows, kCols = kTileCols;
@@ -18,19 +17,19 @@ struct SharedTile {
     static constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
     static constexpr unsigned kChunks = kCols / kChunk;              // of a row
     static_assert(kCols % kChunk == 0, "a row is whole chunks of 16 bytes");
-    // The largest power of two, up to 8, that divides a row's chunks. 8 / kSpan rows stand side by
-    // side in the banks; only from one such set of rows to the next does the chunk have to move.
+    // The largest power of two, up to 8, that divides the number of chunks of a row. 8 / kSpan rows
+    // lie in different banks anyway; only from one such set of rows to the next must chunks move.
     static constexpr unsigned kSpan = kChunks % 8 == 0   ? 8
                                       : kChunks % 4 == 0 ? 4
                                       : kChunks % 2 == 0 ? 2
                                                          : 1;
 
-    // What a row's chunks are moved by: XORed with the lowest bits of their number.
+    // A row's chunks are moved by this: it is XORed with the lowest bits of their number.
     __host__ __device__ static constexpr unsigned swizzle(unsigned row) {
         return row / (8 / kSpan) % kSpan;
     }
 
-    // Eight rows' chunks of one number lie in eight different groups of banks.
+    // Whether the chunks of one number in eight rows lie in eight different groups of banks.
     __host__ __device__ static constexpr bool conflict_free() {
         for (unsigned chunk = 0; chunk < kSpan; ++chunk) {
             unsigned groups = 0;
@@ -47,16 +46,16 @@ struct SharedTile {
     __device__ T* at(int row, int col) const {
         static_assert(conflict_free(), "ldmatrix would wait for its own banks");
         unsigned r = static_cast<unsigned>(row), c = static_cast<unsigned>(col);
-        // Only the lowest bits of the chunk move: what lies above them stays a constant offset in
-        // unrolled loops.
+        // Only the lowest bits of the chunk's number change. The bits above them stay a constant
+        // offset in unrolled loops.
         unsigned low = (c / kChunk % kSpan) ^ swizzle(r);
         unsigned high = c / kChunk / kSpan * kSpan;
         return data + row * kCols + static_cast<int>(high * kChunk) +
                static_cast<int>(low * kChunk + c % kChunk);
     }
 
-    // The same, `down` rows lower, a multiple of 8: the swizzle is that of `row`, and a constant
-    // `down` costs no register and no addition.
+    // The same, `down` rows lower. down: a multiple of 8, so that the swizzle is that of `row`; if
+    // it is constant, it costs no register and no addition.
     __device__ T* at(int down, int row, int col) const { return at(row, col) + down * kCols; }
 };
 
@@ -74,7 +73,8 @@ __device__ inline void load_8(float (&values)[8], const SharedTile<float, kRows,
     }
 }
 
-// Rows and columns given to the loads below are multiples of 8. Fragments' layouts: device/mma.h.
+// The rows and columns given to the loads below are multiples of 8. Layouts of fragments:
+// device/mma.h.
 
 // A[16 x K] = tile[row ..., k ...]
 template <class T, int kRows, int kCols>

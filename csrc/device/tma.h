@@ -1,14 +1,16 @@
 // The tensor memory accelerator: copies between global and shared memory that one thread starts and
 // no thread carries out (PTX ISA, "cp.async.bulk.tensor", "cp.reduce.async.bulk" and neighbours).
 //
-// Loads land on a barrier (device/mbarrier.h): they take their bytes off what it expects, and are
-// visible to who has waited for its phase. A box counts in full, with its parts outside the tensor,
-// which are zero. Stores and reductions belong to the group that the thread's next bulk_commit
-// closes; the thread waits for its groups before the shared memory is written again
-// (bulk_wait_read) and before it ends. They read shared memory by another way than ordinary stores
-// write it: who wrote calls fence_proxy_async before the barrier at which the storing thread waits.
+// A load reports to a barrier (device/mbarrier.h): its bytes count towards those that the barrier
+// expects. A thread that has waited for the barrier's phase sees the data. A box counts in full,
+// also the parts outside the tensor, which are zero.
 //
-// Every function is for one thread. Shared addresses are multiples of 128 for boxes, of 16 for
+// Stores and reductions belong to the group that the thread's next bulk_commit closes. The thread
+// waits for its groups before the shared memory is written again (bulk_wait_read) and before it
+// ends. They read shared memory through another path, the asynchronous proxy. So each thread that
+// wrote the data calls fence_proxy_async before the barrier at which the storing thread waits.
+//
+// One thread calls each function. Shared addresses are multiples of 128 for boxes, of 16 for
 // contiguous bytes.
 #pragma once
 
@@ -21,21 +23,21 @@
 
 namespace gk {
 
-// Of a box's first element in each dimension, innermost first; may be negative.
+// Where a box's first element is in each dimension, innermost first; may be negative.
 template <int N>
 struct Coordinates {
     static_assert(N >= 1 && N <= 5, "a tensor map has 1 to 5 dimensions");
     int at[N];
 };
 
-// What L2 does with lines that a load brings: keys and values that all of a head's tiles read stay,
-// what is read once goes first.
+// What L2 does with the lines of a load. evict_last is for data that is read again, such as the
+// keys and values that all tiles of a head read; evict_first is for data that is read once.
 enum class CacheHint { none, evict_first, evict_last };
 
 namespace detail {
 
 #ifndef GK_EMULATE
-// What createpolicy.fractional gives for all of the lines.
+// The policies that createpolicy.fractional returns for all of the lines.
 __device__ __forceinline__ uint64_t cache_policy(CacheHint hint) {
     switch (hint) {
         case CacheHint::evict_first: return 0x12f0000000000000;
@@ -45,7 +47,7 @@ __device__ __forceinline__ uint64_t cache_policy(CacheHint hint) {
     return 0x1000000000000000;
 }
 
-// One instruction for each rank, whose coordinates are its last operands.
+// One instruction for each rank; the coordinates are its last operands.
 #define GK_COORDINATES_1(c) "r"((c)[0])
 #define GK_COORDINATES_2(c) GK_COORDINATES_1(c), "r"((c)[1])
 #define GK_COORDINATES_3(c) GK_COORDINATES_2(c), "r"((c)[2])
@@ -111,7 +113,7 @@ __device__ __forceinline__ void store_box(const TensorMap* map, unsigned from, c
 
 }  // namespace detail
 
-// Fetches the map itself, for the copies to come.
+// Fetches the map itself, so that the first copy need not wait for it.
 __device__ __forceinline__ void tma_prefetch(const TensorMap* map) {
 #ifdef GK_EMULATE
     emulator::tma_prefetch(map);
@@ -120,7 +122,7 @@ __device__ __forceinline__ void tma_prefetch(const TensorMap* map) {
 #endif
 }
 
-// The box at `at` to shared memory, row after row, swizzled as the map says.
+// Loads the box at `at` into shared memory, row after row, swizzled as the map says.
 template <int N>
 __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uint64_t* bar,
                                          Coordinates<N> at, CacheHint hint = CacheHint::none) {
@@ -132,8 +134,8 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uin
 #endif
 }
 
-// The same to every CTA of the cluster whose rank's bit is set in `mask`, each at the same place in
-// its own shared memory, and on its own barrier there.
+// The same, into every CTA of the cluster whose bit is set in `mask`: to the same place in its own
+// shared memory, reported to its own barrier at the same place.
 template <int N>
 __device__ __forceinline__ void tma_load_multicast(void* shared, const TensorMap* map,
                                                    uint64_t* bar, Coordinates<N> at, uint16_t mask,
@@ -146,7 +148,7 @@ __device__ __forceinline__ void tma_load_multicast(void* shared, const TensorMap
 #endif
 }
 
-// The box at `at` from shared memory, where it lies as a load would leave it.
+// Stores the box at `at` from shared memory, where it is laid out as a load would leave it.
 template <int N>
 __device__ __forceinline__ void tma_store(const TensorMap* map, const void* shared,
                                           Coordinates<N> at) {
@@ -157,7 +159,8 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, const void* shar
 #endif
 }
 
-// The same, added to what is there: each element at once, in any order among several.
+// The same, but adds to what is there. Each element's addition is atomic; several additions to one
+// element come in any order.
 template <int N>
 __device__ __forceinline__ void tma_reduce_add(const TensorMap* map, const void* shared,
                                                Coordinates<N> at) {
@@ -168,7 +171,7 @@ __device__ __forceinline__ void tma_reduce_add(const TensorMap* map, const void*
 #endif
 }
 
-// Contiguous bytes, with no map: addresses and `bytes` are multiples of 16.
+// Copies of contiguous bytes, without a map. Addresses and `bytes` are multiples of 16.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, unsigned bytes,
                                           uint64_t* bar) {
 #ifdef GK_EMULATE
@@ -212,7 +215,7 @@ __device__ __forceinline__ void bulk_commit() {
 #endif
 }
 
-// Until all but the thread's N newest groups have read their shared memory, which may then be
+// Waits until all but the thread's N newest groups have read their shared memory, which may then be
 // written again.
 template <int N>
 __device__ __forceinline__ void bulk_wait_read() {
@@ -223,7 +226,7 @@ __device__ __forceinline__ void bulk_wait_read() {
 #endif
 }
 
-// Until they have also written global memory, where this thread then sees it.
+// Waits until they have also written global memory; this thread then sees what they wrote.
 template <int N>
 __device__ __forceinline__ void bulk_wait() {
 #ifdef GK_EMULATE
@@ -233,8 +236,8 @@ __device__ __forceinline__ void bulk_wait() {
 #endif
 }
 
-// What this thread wrote to shared memory by ordinary stores comes before what copies and wgmma do
-// there after the barrier that follows.
+// Copies and wgmma that come after the next barrier see what this thread wrote to shared memory by
+// ordinary stores.
 __device__ __forceinline__ void fence_proxy_async() {
 #ifdef GK_EMULATE
     emulator::fence_proxy_async();

@@ -1,11 +1,11 @@
-// Vectors in registers, and the 16-byte accesses that fill and empty them.
+// Vectors in registers, and the 16-byte loads and stores that move them.
 #pragma once
 
 #include "runtime/launch.h"
 
 namespace gk {
 
-// N elements. Aligned as one access of up to 16 bytes.
+// N elements, aligned so that up to 16 bytes of them are one access.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
     static_assert(((sizeof(T) * N) & (sizeof(T) * N - 1)) == 0, "a power of two of bytes");
@@ -16,9 +16,9 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
 template <class T>
 constexpr int kPer128 = 16 / static_cast<int>(sizeof(T));
 
-// One 16-byte access to global or shared memory; the address must be a multiple of 16. Plain
-// loads of a vector type would not do: g++ splits them, and the emulator could not see that the
-// GPU would fault.
+// One 16-byte access to global or shared memory; the address must be a multiple of 16. It is a call
+// of its own because g++ splits plain loads of a vector type: the emulator could then not see an
+// alignment at which a GPU would fault.
 template <class T>
 __device__ __forceinline__ Pack<T, kPer128<T>> ld128(const T* source) {
     Pack<T, kPer128<T>> pack;
@@ -30,8 +30,8 @@ __device__ __forceinline__ Pack<T, kPer128<T>> ld128(const T* source) {
     return pack;
 }
 
-// To global memory. Spelled out, since where an element path stands beside it the compiler makes four
-// small stores of one large.
+// To global memory. This is inline PTX because the compiler would split the store into four small
+// ones wherever an element-by-element path stands beside it.
 template <class T>
 __device__ __forceinline__ void st128(T* target, const Pack<T, kPer128<T>>& pack) {
 #ifdef GK_EMULATE
@@ -54,7 +54,7 @@ __device__ __forceinline__ void st128_shared(T* target, const Pack<T, kPer128<T>
 #endif
 }
 
-// N neighbouring elements by as many 16-byte accesses as that takes.
+// N neighbouring elements, by as many 16-byte accesses as they take.
 template <int N, class T>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
     static_assert(N % kPer128<T> == 0, "whole 16-byte accesses");
@@ -73,8 +73,8 @@ __device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack) {
         st128(target + i, *reinterpret_cast<const Pack<T, kPer128<T>>*>(pack.at + i));
 }
 
-// The compiler forgets what it computed from the pack: it is to be unpacked again, instead of held
-// unpacked, in twice the registers, until then.
+// Makes the compiler forget what it computed from the pack. So it unpacks the pack again at the
+// next use, and does not keep the unpacked values, which take twice the registers.
 template <class T, int N>
 __device__ __forceinline__ void forget(Pack<T, N>& pack) {
 #ifndef GK_EMULATE
@@ -85,8 +85,8 @@ __device__ __forceinline__ void forget(Pack<T, N>& pack) {
 #endif
 }
 
-// The same where only the first `valid` elements exist, of a row that may not be `aligned` to 16
-// bytes: those that do not exist are read as 0 and not written.
+// load_pack and store_pack for a row that ends or is not aligned to 16 bytes: only the first
+// `valid` elements exist. The others are read as 0 and not written.
 template <int N, class T>
 __device__ __forceinline__ Pack<T, N> load_valid(const T* source, int valid, bool aligned) {
     if (aligned && valid >= N) return load_pack<N>(source);
@@ -129,7 +129,7 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
     return __float2half_rn(x);
 }
 
-// Two at a time: one instruction where two single conversions are three.
+// Two at a time: this takes one instruction, two single conversions take three.
 template <class T>
 __device__ __forceinline__ Pack<T, 2> from_floats(float low, float high);
 template <>
@@ -148,8 +148,8 @@ __device__ __forceinline__ Pack<__half, 2> from_floats<__half>(float low, float 
     return {{pair.x, pair.y}};
 }
 
-// Conversions of packs go by the 32-bit registers that hold two 16-bit elements: ptxas would spread
-// the elements over a register each.
+// Packs are converted through the 32-bit registers that hold two 16-bit elements each. Otherwise
+// ptxas would give every element a register of its own.
 template <class T>
 __device__ __forceinline__ float2 floats_of(uint32_t word);
 template <>

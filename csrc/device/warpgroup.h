@@ -1,5 +1,6 @@
-// Roles within a CTA: registers that warpgroups (four warps, the first a multiple of four) pass to
-// each other, and barriers between some of the warps (PTX ISA, "setmaxnreg" and "barrier").
+// For CTAs whose warps have different roles: registers that warpgroups pass to each other, and
+// barriers between some of the warps (PTX ISA, "setmaxnreg" and "barrier"). A warpgroup is four
+// warps, the number of the first of which is a multiple of four.
 #pragma once
 
 #include "runtime/launch.h"
@@ -10,9 +11,10 @@
 
 namespace gk {
 
-// Registers of a thread from here on, a multiple of 8 from 24 to 256. All of a warpgroup call it.
-// A kernel starts with what __launch_bounds__ leaves to each thread; what one warpgroup gives back
-// others may take, and who takes waits until enough is there.
+// Sets the registers of a thread from here on: a multiple of 8 from 24 to 256. All threads of a
+// warpgroup call it. A kernel starts with as many as __launch_bounds__ leaves to each thread. What
+// one warpgroup gives back by _dealloc, others may take by _alloc, which waits until enough are
+// free.
 template <int kRegisters>
 __device__ inline void warpgroup_reg_alloc() {
     static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "as setmaxnreg");
@@ -33,8 +35,8 @@ __device__ inline void warpgroup_reg_dealloc() {
 #endif
 }
 
-// Waits at barrier `id`, 1 to 15 (0 is __syncthreads'), until `threads` threads, whole warps, have
-// come; those who only arrive go on at once.
+// Waits at barrier `id`, 1 to 15 (0 is __syncthreads'), until `threads` threads have come, in whole
+// warps. Threads that only arrive count too, and go on at once.
 __device__ inline void named_barrier_sync(unsigned id, unsigned threads) {
 #ifdef GK_EMULATE
     emulator::barrier_sync(id, threads, "named_barrier_sync");

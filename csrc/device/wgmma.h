@@ -1,22 +1,23 @@
 // Products by the tensor cores of a warpgroup, four warps of which the first has a number divisible
 // by 4, on Hopper alone: D (64 x N, fp32) (+)= A (64 x 16) B (16 x N), asynchronously.
 //
-// Layouts are those of the PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16": with g = lane
-// / 4 and t = lane % 4, warp w of the warpgroup has rows 16 w + g and 16 w + g + 8 of D and A, and
-// in acc[i], or in A's registers, what it would have in Mma<T> (device/mma.h) of columns 8 i ... 8
-// i + 7, so that accumulators round into A by Mma<T>::from_accumulators. Operands in shared memory
-// are named by descriptors (device/swizzled.h).
+// Layouts are those of the PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16". With
+// g = lane / 4 and t = lane % 4, warp w of the warpgroup holds rows 16 w + g and 16 w + g + 8 of D
+// and A. acc[i] holds what an accumulator of Mma<T> (device/mma.h) would hold of columns 8 i ... 8
+// i + 7, and A's registers hold what Mma<T>::A would. So Mma<T>::from_accumulators rounds
+// accumulators into A. Descriptors (device/swizzled.h) name operands in shared memory.
 //
-// The order of things (PTX ISA, "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"):
-//     what threads wrote to operands in shared memory, then fence_proxy_async() (device/tma.h) and
-//         a barrier; what TMA wrote, after its mbarrier's wait, needs neither
-//     wgmma_fence()         after anything touched the accumulators or A's registers
+// The order of calls (PTX ISA, "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"):
+//     fence_proxy_async() (device/tma.h) and a barrier   if threads wrote the operands in shared
+//         memory. If TMA wrote them, waiting for its mbarrier is enough.
+//     wgmma_fence()         if anything has touched the accumulators or A's registers
 //     multiply(...)         several on the same accumulators run in order, if N is the same
-//     wgmma_commit()        all since the last commit make a group
-//     wgmma_wait<N>()       all but the N newest groups are done: only now may the accumulators be
-//         touched and operands be overwritten
-//     wgmma_fence_registers(acc)   the compiler knows nothing of the wait: uses stay behind it
-// All threads of the warpgroup come to each of them, with the same descriptors.
+//     wgmma_commit()        everything since the last commit becomes a group
+//     wgmma_wait<N>()       returns when all but the N newest groups are done: only now may the
+//         accumulators be touched and operands be overwritten
+//     wgmma_fence_registers(acc)   keeps the compiler, which does not know of the wait, from moving
+//         uses of acc before it
+// All threads of the warpgroup make each call, with the same descriptors.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,8 @@
 
 namespace gk {
 
-// Which way of an operand lies without gaps in shared memory: along k, or along the rows of A or
-// the columns of B (PTX ISA, "Shared Memory Matrix Layout").
+// The direction in which an operand is contiguous in shared memory: along k, or along the rows of A
+// or the columns of B (PTX ISA, "Shared Memory Matrix Layout").
 enum class Major { k, mn };
 
 __device__ __forceinline__ void wgmma_fence() {
@@ -62,8 +63,9 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// No access to the registers moves across. To the compiler an accumulator has its sum as soon as
-// `multiply` is issued, and it would read it before the wait. No instruction comes of this.
+// The compiler moves no access to the registers across this. It believes that an accumulator has
+// its sum as soon as `multiply` is issued, so it might read it before the wait. No instruction is
+// made.
 template <int kTiles>
 __device__ __forceinline__ void wgmma_fence_registers(float (&acc)[kTiles][4]) {
 #ifdef GK_EMULATE
@@ -85,7 +87,7 @@ struct Wgmma {
     static_assert(kBf16 || std::is_same<T, __half>::value, "bf16 or fp16");
     static_assert(N % 16 == 0 && 16 <= N && N <= 256, "a multiple of 16, up to 256");
 
-    // `accumulate`: to what the accumulators hold, else to 0; the same in all threads.
+    // `accumulate`: add to what the accumulators hold, else start from 0; the same in all threads.
     __device__ __forceinline__ static void multiply(float (&acc)[N / 8][4], uint64_t a, uint64_t b,
                                                     bool accumulate) {
 #ifdef GK_EMULATE

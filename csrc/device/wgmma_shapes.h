@@ -1,6 +1,6 @@
 // wgmma.mma_async.m64nNk16 for each N (PTX ISA, "Asynchronous Multiply-and-Accumulate
-// Instruction: wgmma.mma_async"), as device/wgmma.h calls them: inline PTX wants every register of
-// the accumulators spelled out, in the text and among the operands.
+// Instruction: wgmma.mma_async"), as device/wgmma.h calls it. Inline PTX needs every register of
+// the accumulators written out, in the text and among the operands.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@
 #define GK_NUMBERS_240 GK_NUMBERS_224 ", %112, %113, %114, %115, %116, %117, %118, %119"
 #define GK_NUMBERS_256 GK_NUMBERS_240 ", %120, %121, %122, %123, %124, %125, %126, %127"
 
-// What is alike in both forms: the sum starts from the accumulators if operand `add` is not 0.
+// What both forms share: the sum starts from the accumulators if operand `add` is not 0.
 #define GK_WGMMA(N, TYPE, add, a, rest)                                                          \
     "{\n.reg .pred p;\nsetp.ne.b32 p, %" #add ", 0;\n"                                            \
     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" GK_NUMBERS_##N "}, " a   \
