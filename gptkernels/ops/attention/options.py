@@ -86,8 +86,6 @@ def complete(
     return options._replace(
         left=left,
         right=right,
-        softcap=float(options.softcap),
-        dropout_p=float(options.dropout_p),
         alibi_slopes=slopes(alibi_slopes, q),
         rng=philox.draw(q.device) if options.dropout_p > 0 else None,
     )
