@@ -21,7 +21,6 @@ nanoGPT's names, so its checkpoints load.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,36 +191,8 @@ class GPT(nn.Module):
         cache.keep(caches, slot)
         return hidden
 
-    def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        eos: int | None = None,
-        seed: int | Sequence[int] | None = None,
-        vocab_size: int | None = None,
-        slots: int = 8,
-    ) -> Tensor:
-        """Continue `tokens` (B, T); see `gptkernels.gpt.generate.generate`."""
-        return generate(
-            self,
-            tokens,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            eos=eos,
-            seed=seed,
-            vocab_size=vocab_size,
-            slots=slots,
-        )
+    # model.generate(tokens, max_new_tokens, ...): the function's first argument is the model.
+    generate = generate
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dropout: float | None = None) -> GPT:

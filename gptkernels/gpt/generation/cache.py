@@ -9,16 +9,40 @@ slots, in shapes that never change.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.checks import check_count
+from gptkernels.gpt.config import GPTConfig
 from gptkernels.nn.layers import CausalSelfAttention, KVCache
 
-if TYPE_CHECKING:
-    from gptkernels.gpt.model import GPT
+
+class CachingModel(Protocol):
+    """What generation needs of a model. `gptkernels.GPT` has it; generation does not import it."""
+
+    @property
+    def config(self) -> GPTConfig:
+        """Its vocab_size and block_size."""
+
+    @property
+    def lm_head(self) -> Callable[[Tensor], Tensor]:
+        """Hidden states (..., C) to logits (..., V)."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As `nn.Module.modules`."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As `nn.Module.parameters`."""
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise TypeError or ValueError for tokens that the model cannot take."""
+
+    def hidden_states(self, tokens: Tensor, *, cache: SlotCache, slot: int | None = None) -> Tensor:
+        """Tokens (B, T) to hidden states (B, T, C); `cache` takes their keys and values."""
 
 
 class SlotCache:
@@ -29,11 +53,11 @@ class SlotCache:
         begun; what continues all slots adds nothing to it, and its results mean nothing.
     """
 
-    def __init__(self, model: GPT, slots: int, max_tokens: int) -> None:
+    def __init__(self, model: CachingModel, slots: int, max_tokens: int) -> None:
         """Raises TypeError and ValueError unless slots and max_tokens are ints of at least 1."""
         self.slots = check_count("slots", slots)
         self.max_tokens = check_count("max_tokens", max_tokens)
-        device = model.transformer.wte.weight.device
+        device = next(model.parameters()).device
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
         self._rows = torch.arange(slots, device=device)[:, None]
         self._buffers = []

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_seed
-from gptkernels.gpt.generation.engine import Engine, Event, Request
+from gptkernels.gpt.generation.cache import CachingModel
+from gptkernels.gpt.generation.engine import Engine
+from gptkernels.gpt.generation.request import Event, Request
 from gptkernels.gpt.generation.sampling import Sampling
 from gptkernels.gpt.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from gptkernels.gpt.model import GPT
-
 
 def generate(
-    model: GPT,
+    model: CachingModel,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -87,7 +85,7 @@ def generate(
 
 
 def stream(
-    model: GPT,
+    model: CachingModel,
     requests: Iterable[Request],
     *,
     slots: int = 8,
