@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from gptkernels.core.device import choose_device
+from gptkernels.core.figure import figure_class
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
 from gptkernels.gpt.training.config import TrainConfig, learning_rate
-from gptkernels.gpt.training.curve import figure_class
 from gptkernels.gpt.training.progress import ProgressBar
 from gptkernels.gpt.training.train import Observer, parameter_groups, train
 from gptkernels.truth.plain_gpt import PlainGPT

@@ -35,13 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from gptkernels.core.device import choose_device
+from gptkernels.core.figure import figure_class
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import load_tokenizer
 from gptkernels.gpt.training import activations, checkpoint, data
 from gptkernels.gpt.training.average import Average
 from gptkernels.gpt.training.config import DECIDED, DTYPES, TrainConfig, learning_rate
-from gptkernels.gpt.training.curve import draw_losses, figure_class
+from gptkernels.gpt.training.curve import draw_losses
 from gptkernels.gpt.training.log import Log
 from gptkernels.gpt.training.stopping import Stopping
 from gptkernels.gpt.training.throughput import flops_per_token, peak_flops
