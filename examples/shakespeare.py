@@ -30,8 +30,9 @@ from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
 from gptkernels.gpt.training.config import TrainConfig, learning_rate
+from gptkernels.gpt.training.learner import parameter_groups
 from gptkernels.gpt.training.progress import ProgressBar
-from gptkernels.gpt.training.train import Observer, parameter_groups, train
+from gptkernels.gpt.training.train import Observer, train
 from gptkernels.truth.plain_gpt import PlainGPT
 
 MODEL = GPTConfig(vocab_size=256, block_size=128, n_layer=6, n_head=6, n_embd=384)

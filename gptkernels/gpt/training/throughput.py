@@ -61,6 +61,24 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 
+class Speed:
+    """Tokens per second, and MFU by the FLOP of a token and the machine's peak, if it is known."""
+
+    def __init__(self, flops: float, peak: float | None) -> None:
+        self._flops, self._peak = flops, peak
+        self.restart(0)
+
+    def restart(self, tokens: int) -> None:
+        """Count from now on, when `tokens` tokens have been trained on."""
+        self._tokens, self._start = tokens, time.perf_counter()
+
+    def read(self, tokens: int) -> dict[str, float | None]:
+        """What it was since `restart`, now that `tokens` tokens have been trained on."""
+        speed = (tokens - self._tokens) / (time.perf_counter() - self._start)
+        mfu = None if self._peak is None else speed * self._flops / self._peak
+        return {"tokens_per_s": speed, "mfu": mfu}
+
+
 def _measured_matmul_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.3) -> float:
     """FLOP per second of the fastest of many (size, size) products on the CPU.
 
