@@ -52,8 +52,8 @@ class GPTConfig:
         bias: whether linear layers and LayerNorms have biases.
         norm: "pre", GPT-2's and GPT-3's: a LayerNorm before each branch, and one at the end;
             "post", GPT-1's: a LayerNorm after each residual add.
-        window: how many tokens a token of an odd block sees, itself included (GPT-3's banded
-            attention); even blocks, of which the first is one, see all. None: all blocks do.
+        window: how many tokens each token sees in odd blocks, itself included (GPT-3's banded
+            attention). In even blocks, the first among them, it sees all. None: in all blocks.
 
     Raises TypeError for a field of the wrong type and ValueError for one out of range.
     """
@@ -103,8 +103,8 @@ class GPTConfig:
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
     def window_of(self, block: int) -> tuple[int, int] | None:
-        """The bounds of the attention in a block, counted from 0, as `gptkernels.attention` takes
-        them; None where it sees all tokens before."""
+        """The window of the attention in a block, counted from 0, as `gptkernels.attention` takes
+        it; None where each token sees all before it."""
         return None if self.window is None or block % 2 == 0 else (self.window - 1, 0)
 
     @classmethod

@@ -3,9 +3,8 @@
     {"model": state_dict,
      "model_args": {n_layer, n_head, n_embd, block_size, bias, vocab_size, dropout}, ...}
 
-Parameters have the names that a GPT's have, behind "_orig_mod." where the model was compiled;
-causal masks of old checkpoints are ignored. Its GELU is the exact one. Optimiser and progress are
-not read.
+Parameters have the names of a GPT's, after "_orig_mod." where the model was compiled. nanoGPT's
+GELU is the exact one. Causal masks of old checkpoints, optimiser and progress are not read.
 """
 
 from __future__ import annotations

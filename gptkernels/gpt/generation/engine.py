@@ -5,11 +5,11 @@
             choose a token for every slot from its logits; texts that end leave their slots
             run the model on the newest token of all R slots
 
-A step's shapes are the same however many slots are taken, and what a slot computes depends on no
-other: so a request gives the same bits alone, in any batch, in any order and in any slot, for a
-given R. R is 1 or a multiple of 8: matrix products on a CPU give the last of 5, 6 or 7 rows other
-bits than the first. Text past block_size slides: once a slot holds block_size tokens, the last half
-of them is prefilled anew, which again depends on the request alone.
+A step has the same shapes however many slots are taken, and no slot depends on another. So, for a
+given R, a request gives the same bits alone, in any batch, in any order and in any slot. R is 1 or
+a multiple of 8: of 5, 6 or 7 rows, a matrix product on a CPU rounds the last differently from the
+first. A text longer than block_size slides: when its slot holds block_size tokens, the last half of
+them is prefilled again, which depends on the request alone too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MULTIPLE = 8
 
 @dataclass
 class _Text:
-    """What takes a slot."""
+    """A sample that has a slot."""
 
     request: int
     sample: int
@@ -49,11 +49,11 @@ class Engine:
     """Continues texts with `model`, as many at a time as it has slots.
 
     slots: 1, or rounded up to a multiple of 8.
-    tokenizer: for the text in events, and for stop strings.
-    vocab_size: choose among the ids below it alone, for a model whose vocabulary is padded past its
-        tokenizer's; None chooses among all of the model's.
-    max_tokens: the longest text that will be asked for, where it is less than block_size. With
-        impl="torch" on a GPU, bits depend on it.
+    tokenizer: gives the text in events, and finds stop strings.
+    vocab_size: only ids below it are chosen, for a model whose vocabulary is padded past its
+        tokenizer's; None allows all of the model's.
+    max_tokens: length of the longest text that will be asked for, where that is less than
+        block_size. With impl="torch" on a GPU, the last bits of results depend on it.
 
     The model runs in evaluation mode, and is left in the mode it was in. Raises TypeError and
     ValueError for numbers out of range.
@@ -82,7 +82,7 @@ class Engine:
             max_tokens = block_size
         self._context = min(block_size, check_count("max_tokens", max_tokens))
         self._cache = SlotCache(model, slots, self._context)
-        self._prompt = SlotCache(model, 1, self._context)  # of the request in line
+        self._prompt = SlotCache(model, 1, self._context)  # of the request that was begun last
         self._prompt_of = -1
         device = self._cache.lengths.device
         self._sampler = Sampler(slots, self._ids, device)
@@ -106,7 +106,7 @@ class Engine:
         """Let `request` wait for slots; returns its number.
 
         Raises ValueError for a prompt that is empty, longer than block_size or not of the model's
-        ids, for an eos that is none, and for stop strings without a tokenizer; TypeError for what
+        ids, for an eos that is no id, and for stop strings without a tokenizer; TypeError for what
         is no Request.
         """
         if not isinstance(request, Request):
@@ -133,16 +133,16 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """One token more for every text; the events, in the order of slots.
+        """Add a token to every text; returns the events, in the order of slots.
 
         Raises RuntimeError where the model's logits give no probabilities, and whatever the model
-        raises; the engine is then of no more use.
+        raises; the engine cannot be used after that.
         """
         with _evaluating(self._modules):
             events = self._fill()
             if any(self._texts):
                 tokens, logprobs = self._sampler.choose(self._logits)
-                # One copy to the host, which waits once: fp64 holds both exactly.
+                # A single copy, so that the host waits once; fp64 holds both exactly.
                 events += self._take(*torch.stack([tokens.double(), logprobs.double()]).tolist())
                 self._run(tokens)
         return events
@@ -194,7 +194,7 @@ class Engine:
         return events
 
     def _run(self, tokens: Tensor) -> None:
-        """The logits behind the newest token of each text."""
+        """Compute the logits that follow the newest token of each text."""
         sliding = []
         for slot, text in enumerate(self._texts):
             if text is not None and text.held == self._context:
@@ -230,7 +230,7 @@ def _next_event(text: _Text, token: int, logprob: float) -> Event:
 
 @contextlib.contextmanager
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again."""
+    """Run the modules in evaluation mode, then give each its own mode back."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False

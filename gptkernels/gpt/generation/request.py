@@ -22,7 +22,7 @@ class Request:
         max_new_tokens: the most tokens that are added.
         sampling: how they are chosen.
         samples: how many continuations; the prompt is computed once for all of them.
-        first_sample: the number of the first. A seed and a number make a continuation.
+        first_sample: the number of the first. Seed and number together decide a continuation.
         seed: None draws one from PyTorch's generator for the CPU.
         stop: strings that end a text, which then ends before them; they need a tokenizer.
         eos: an id that ends a text.
@@ -63,14 +63,14 @@ class Event:
     """One token of one sample, as it is chosen.
 
     Fields:
-        request, sample: whose it is, counted from 0 in the order of submission, and from the
-            request's first_sample.
+        request: number of the request, as `Engine.submit` returned it.
+        sample: number of the sample; the first has the request's first_sample.
         token: its id; None where max_new_tokens is 0.
-        logprob: its log-probability by the model's own distribution, before any of `Sampling`.
-        text: what became certain of the text with it: empty without a tokenizer, or while it may
-            be part of a character or of a stop string.
-        finish_reason: with the last token, what ended the text: "stop" (a stop string), "eos" or
-            "length"; else None.
+        logprob: its log-probability by the model's own distribution, before `Sampling` changes it.
+        text: the text that this token makes certain: empty without a tokenizer, or while it may
+            be part of a longer character or of a stop string.
+        finish_reason: what ended the text, with its last token: "stop" (a stop string), "eos" or
+            "length"; None with the others.
     """
 
     request: int
@@ -82,8 +82,8 @@ class Event:
 
 
 def _tuple_of(kind: type, name: str, values: Any) -> tuple[Any, ...]:
-    """`values`, of which each must be a `kind` and no bool. Raises TypeError."""
-    # A str is a sequence of str, and a tensor of tensors: neither is meant.
+    """`values` as a tuple; each must be a `kind` and no bool. Raises TypeError."""
+    # A str is a sequence of strs too, and a tensor one of tensors: neither is meant.
     if isinstance(values, Iterable) and not isinstance(values, str | Tensor):
         items = tuple(values)
         if all(isinstance(item, kind) and not isinstance(item, bool) for item in items):

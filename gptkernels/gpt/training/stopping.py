@@ -1,16 +1,16 @@
-"""SIGINT and SIGTERM as a wish to stop, heard between two steps of training."""
+"""SIGINT and SIGTERM stop training, once the present step is done."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 
 
 class Stopping:
-    """While entered, the first SIGINT or SIGTERM sets `asked`; a second does what it did before.
+    """In this context the first SIGINT or SIGTERM sets `asked`; a second one acts as outside it.
 
-    Signals go to the main thread alone: in another one this hears nothing, and changes nothing.
+    Only the main thread receives signals: in another thread this context does nothing.
     """
 
     def __init__(self) -> None:
@@ -25,9 +25,7 @@ class Stopping:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        *error: object,
     ) -> None:
         self._restore()
 

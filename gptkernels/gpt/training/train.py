@@ -9,12 +9,12 @@ curve out.
            tensorboard/    with `tensorboard`: the log for it
 
 A run that was interrupted and resumed ends with the same bits as one that was not, dropout
-included, on the same machine with the same number of threads: whatever has a state is in the
-checkpoint (weights, optimiser, PyTorch's generators, the sampler's generator), and log, validation,
-samples and saving draw no random numbers. The exception is `minutes`: there the learning rate
-follows the clock.
+included, on the same machine with the same number of threads. This is because the checkpoint holds
+everything that has a state (weights, optimiser, PyTorch's generators, the sampler's generator), and
+log, validation, samples and saving leave these generators alone. The exception is a run with
+`minutes`, whose learning rate follows the clock.
 
-SIGINT and SIGTERM end a run after the step that it is in, with a checkpoint to resume from.
+SIGINT and SIGTERM end a run after the present step, with a checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def resume(
     observer: Observer | None = None,
     **changes: Any,
 ) -> TrainResult:
-    """Go on from `out`/checkpoint.pt, with its settings less the `changes` (fields of TrainConfig).
+    """Go on from `out`/checkpoint.pt; `changes` are fields of TrainConfig that get a new value.
 
     `files` names the same text when it has moved. Raises as `train` does, FileNotFoundError when
     there is no checkpoint, and ValueError when the checkpoint cannot be read, when the text is not
@@ -137,7 +137,7 @@ class _Run:
         observer: Observer | None,
         model: GPT | None = None,
     ) -> None:
-        # Better to hear now that a package is missing than after the training.
+        # Better to report a missing package now than after the training.
         figure_class()
         safetensors_package()
         self.log = Log(out, config.tensorboard)
@@ -165,11 +165,11 @@ class _Run:
         self.tokens = 0
         self.seconds_before = 0.0
         self.best_validation_loss = math.inf
-        # Since the last line of the log: the sum of the losses, and how many steps it is of.
+        # Since the last line of the log: the sum of the losses, and the number of steps.
         self.losses, self.since = torch.zeros((), device=self.device), 0
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Take up the rest of a checkpoint, and the log as far as the checkpoint saw it."""
+        """Go on from a checkpoint, and from the log up to its step."""
         if content["text"] != self.digest:
             raise ValueError(
                 f"files: the text of {', '.join(self.files)} is not the text that the run to "
@@ -280,7 +280,7 @@ class _Run:
         tokens = self.model.generate(
             torch.tensor([self.prompt], device=self.device),
             self.config.sample_tokens,
-            seed=self.config.seed,  # and so from a generator of its own
+            seed=self.config.seed,  # sampling then draws nothing from PyTorch's generators
             eos=self.tokenizer.eos,
             vocab_size=self.tokenizer.vocab_size,
             slots=1,
