@@ -18,8 +18,8 @@ _GPT2 = {
     "gpt2-xl": (48, 25, 1600),
 }
 # Brown et al., "Language Models are Few-Shot Learners", 2020, table 2.1. Two of its rows do not
-# multiply out: 1.3B's 24 heads of 128 are more than its width of 2,048, which holds 16, and 13B's
-# width of 5,140 is no multiple of 128, which 5,120 is.
+# multiply out: 1.3B's 24 heads of 128 do not fit its width of 2,048, which holds 16; and 13B's
+# width of 5,140 is not a multiple of 128, as 5,120 is.
 _GPT3 = {
     "gpt3-125M": (12, 12, 768),
     "gpt3-350M": (24, 16, 1024),

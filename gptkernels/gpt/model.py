@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptkernels.core.checks import dtype_name
 from gptkernels.gpt import nanogpt, weights
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.generation.cache import SlotCache
@@ -333,4 +334,4 @@ def _check_ids(name: str, ids: Tensor) -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
     if ids.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {str(ids.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name} must be int64, got {dtype_name(ids.dtype)}")

@@ -62,12 +62,12 @@ def recognises(path: Path) -> bool:
 def load(path: Path) -> dict[str, Any]:
     """The checkpoint's content, tensors and plain values alone.
 
-    Raises ValueError for a file that is no such checkpoint.
+    Raises ValueError for any other file.
     """
     content = weights.unpickle(path)
     for key in ("model", "model_args"):
         if not isinstance(content, dict) or not isinstance(content.get(key), dict):
-            raise ValueError(f"{path} is no checkpoint of nanoGPT: it has no dictionary {key!r}")
+            raise ValueError(f"{path} is not a checkpoint of nanoGPT: it has no dictionary {key!r}")
     if not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
         raise ValueError(f"{path} must hold tensors alone in its dictionary 'model'")
     return content

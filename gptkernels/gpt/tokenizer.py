@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
         """The id that ends a text, or None where the vocabulary has none."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is no str, ValueError if UTF-8 cannot hold it."""
+        """Ids of `text`. TypeError if it is not a str, ValueError if UTF-8 cannot hold it."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
@@ -45,7 +45,7 @@ class ByteTokenizer:
     eos = None
 
     def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of `text`. TypeError if it is no str, ValueError for a lone surrogate."""
+        """UTF-8 bytes of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
         return list(_utf8(text))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -85,7 +85,7 @@ class GPT2Tokenizer:
         return _END_OF_TEXT_ID
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is no str, ValueError for a lone surrogate."""
+        """Ids of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
         _utf8(text)
         return self._tokenizer.encode(text).ids
 
@@ -137,7 +137,7 @@ class GPT1Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is no str, ValueError for a lone surrogate."""
+        """Ids of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
         _utf8(text)
         return self._tokenizer.encode(text).ids
 

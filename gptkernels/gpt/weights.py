@@ -189,7 +189,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return package.torch.load_file(path)
     except package.SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error})") from None
+        raise ValueError(f"{path} is not a complete safetensors file ({error})") from None
 
 
 def unpickle(path: Path) -> Any:
@@ -202,7 +202,7 @@ def unpickle(path: Path) -> Any:
     except Exception as error:  # broken bytes make the unpickler raise nearly anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{path} is no complete PyTorch file of tensors alone ({reason})"
+            f"{path} is not a complete PyTorch file of tensors alone ({reason})"
         ) from None
 
 
@@ -225,7 +225,7 @@ def _check_head(folder: Path, state: dict[str, Tensor]) -> None:
         raise ValueError(f"{folder}: the weights lack {_EMBEDDING}")
     embedding = state[_EMBEDDING]
     if not torch.equal(state.setdefault(_HEAD, embedding), embedding):
-        raise ValueError(f"{folder}: {_HEAD} must equal {_EMBEDDING}, for the head is tied")
+        raise ValueError(f"{folder}: {_HEAD} must equal {_EMBEDDING}, because the head is tied")
 
 
 def _drop_zero_biases(folder: Path, state: dict[str, Tensor]) -> None:
@@ -248,7 +248,7 @@ def _check_state(folder: Path, shapes: Mapping[str, torch.Size], state: dict[str
     unknown = sorted(state.keys() - shapes.keys())
     if unknown:
         raise ValueError(
-            f"{folder}: the weights hold {unknown[0]}, which a model of its configuration does not have"
+            f"{folder}: the weights hold {unknown[0]}, which its configuration does not ask for"
         )
     try:
         _check_dtypes(state)
@@ -274,7 +274,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSON's own and UTF-8's errors are both ValueErrors
-        raise ValueError(f"{path} is no JSON file ({error})") from None
+        raise ValueError(f"{path} is not a JSON file ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
     return content

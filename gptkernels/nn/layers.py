@@ -195,7 +195,7 @@ class CausalSelfAttention(FusedModule):
     the attention weights.
 
     Raises ValueError for widths that do not divide, D over 256, a dropout outside 0...1, or a
-    window that is no pair of bounds.
+    window that is not a pair of bounds.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ class CausalSelfAttention(FusedModule):
 def head_width(name: str, width: int, n_head: int) -> int:
     """The width of a head, width / n_head. `name` is what errors call `width`.
 
-    Raises TypeError and ValueError for numbers that are no counts, do not divide, or give a head
+    Raises TypeError and ValueError for numbers that are not counts, do not divide, or give a head
     that is too wide for attention.
     """
     check_count(name, width)

@@ -129,8 +129,8 @@ def sharded(weight_map: Any) -> Callable[[Path], None]:
     [
         (shutil.rmtree, FileNotFoundError, "folder must be an existing folder, got "),
         (unlink("config.json"), FileNotFoundError, "config.json is missing"),
-        (write("config.json", b""), ValueError, "config.json is no JSON file"),
-        (write("config.json", b"\xff\xfe{"), ValueError, "config.json is no JSON file"),
+        (write("config.json", b""), ValueError, "config.json is not a JSON file"),
+        (write("config.json", b"\xff\xfe{"), ValueError, "config.json is not a JSON file"),
         (write("config.json", b"[1]"), ValueError, "must hold a JSON object, got a list"),
         (unlink("model.safetensors"), FileNotFoundError, "must hold model.safetensors, its shards"),
         (write("model.safetensors", b""), ValueError, "no complete safetensors file"),

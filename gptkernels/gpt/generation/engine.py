@@ -106,8 +106,8 @@ class Engine:
         """Let `request` wait for slots; returns its number.
 
         Raises ValueError for a prompt that is empty, longer than block_size or not of the model's
-        ids, for an eos that is no id, and for stop strings without a tokenizer; TypeError for what
-        is no Request.
+        ids, for an eos that is not an id, and for stop strings without a tokenizer; TypeError for
+        anything but a Request.
         """
         if not isinstance(request, Request):
             raise TypeError(f"request must be a Request, got a {type(request).__name__}")

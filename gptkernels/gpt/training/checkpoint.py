@@ -194,7 +194,7 @@ def since_log(path: str | Path, content: dict[str, Any]) -> tuple[Tensor, int]:
 def generators(path: str | Path, content: dict[str, Any], sampler: Batches) -> None:
     """Restore the sampler and PyTorch's global generators.
 
-    Raises ValueError for what is no generator's state.
+    Raises ValueError for anything but generators' states.
     """
     state = content["random"]
     _check_fit(path, "sampler", content["sampler"], sampler.state_dict())
@@ -205,7 +205,7 @@ def generators(path: str | Path, content: dict[str, Any], sampler: Batches) -> N
         set_random_state(state)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"checkpoint: {path} has a sampler or random that is no generator's state ({error})"
+            f"checkpoint: {path} has a sampler or random that is not a generator's state ({error})"
         ) from None
 
 

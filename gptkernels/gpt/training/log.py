@@ -31,7 +31,7 @@ class Log:
             except json.JSONDecodeError:
                 break  # a killed run may have left half a line
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(f"{path} holds a line that is no record of a run: {line[:80]}")
+                raise ValueError(f"{path} has a line that is not a record of a run: {line[:80]}")
             if record["step"] <= step:
                 self.records.append(record)
         shorter = self.out / ".log.jsonl.tmp"

@@ -118,5 +118,5 @@ class _Shard:
         if not self.path.exists():
             raise FileNotFoundError(f"files: {self.path} does not exist, a token shard is wanted")
         if not self.path.is_file():
-            raise ValueError(f"files: {self.path} is no file, a token shard is wanted")
+            raise ValueError(f"files: {self.path} is not a file, a token shard is wanted")
         return os.stat(self.path).st_size

@@ -267,12 +267,11 @@ class _Run:
     def _prompt(self) -> list[int]:
         """The tokens that samples continue."""
         ids = self.tokenizer.encode(self.config.sample_prompt)
-        kept = ids[max(0, len(ids) - self.model_config.block_size) :]
+        kept = ids[-self.model_config.block_size :]
         if self.config.sample_interval and not kept:
             raise ValueError(
-                f"sample_prompt is {self.config.sample_prompt!r}, of which the tokenizer "
-                f"{self.config.tokenizer!r} and block_size={self.model_config.block_size} leave no "
-                "token; at least one is wanted"
+                f"sample_prompt is {self.config.sample_prompt!r}, which the tokenizer "
+                f"{self.config.tokenizer!r} turns into no token; at least one is wanted"
             )
         return kept
 
