@@ -20,7 +20,7 @@ from gptkernels.gpt.training.config import DTYPES, TrainConfig
 
 
 class Learner:
-    """Teaches `model` the `training` tokens, on `device`, as `config` says; tests it on others."""
+    """Trains `model` on the tokens `training`, as `config` says, and validates it on others."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Learner:
         return losses
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, by the checkpoint's keys."""
+        """Its part of a checkpoint, by the checkpoint's keys."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -92,7 +92,7 @@ class Learner:
         }
 
     def restore(self, path: Path, content: dict[str, Any]) -> None:
-        """Go on from the checkpoint at `path`, whose model it was made with. Raises ValueError."""
+        """Restore all but the model from the checkpoint at `path`. Raises ValueError."""
         checkpoint.optimizer(path, content, self.optimizer)
         checkpoint.generators(path, content, self.batches)
         if self.average is not None and content["average"]:

@@ -31,10 +31,7 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(
-        self,
-        *error: object,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._progress.live.is_started:
             self._progress.stop()
 

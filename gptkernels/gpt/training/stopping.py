@@ -23,10 +23,7 @@ class Stopping:
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(
-        self,
-        *error: object,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

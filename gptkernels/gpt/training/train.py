@@ -1,5 +1,5 @@
 """Training, readable in one sitting: text or token shards in, a folder with weights, log and loss
-curve out.
+curve out. learner.py makes the steps.
 
     out/   log.jsonl       one JSON object a line: step, loss, learning rate, tokens/s, MFU, ...
            checkpoint.pt   replaced atomically; `resume(out)` goes on from it
@@ -126,7 +126,7 @@ def resume(
 
 
 class _Run:
-    """One run: everything that has a state, and the loop."""
+    """One run: its budget, its log, its checkpoints and the loop."""
 
     def __init__(
         self,
@@ -213,7 +213,9 @@ class _Run:
             self._write({"step": 0, **self._validate(), "seconds": self.seconds})
 
         speed.restart(self.tokens)
-        last = self.done and self.step > 0  # one step even where validating took all the time
+        last = (
+            self.done and self.step > 0
+        )  # at least one step, even if validating took all the time
         while not last:
             rate = learning_rate(config, self.step, self.seconds)
             loss, norm = self.learner.step(rate)
