@@ -65,13 +65,14 @@ def _op(module: str) -> str | None:
     return parts[2] if _layer(module) == "ops" and len(parts) > 2 else None
 
 
-def _wrong(allowed: Callable[[str, str], bool]) -> list[str]:
-    return [
+def _check(allowed: Callable[[str, str], bool]) -> None:
+    wrong = [
         f"{_FILES[module].relative_to(_ROOT.parent)}:{line} imports {imported}"
         for module, imports in _IMPORTS.items()
         for line, imported in imports
         if not allowed(module, imported)
     ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_folder_is_a_layer() -> None:
@@ -85,7 +86,7 @@ def test_imports_point_down() -> None:
         beside = layer not in _BELOW  # a module beside the folders, which none of them imports
         return beside or other == layer or other in _BELOW[layer]
 
-    assert _wrong(allowed) == []
+    _check(allowed)
 
 
 def test_an_op_imports_no_other_op() -> None:
@@ -93,7 +94,7 @@ def test_an_op_imports_no_other_op() -> None:
         op, other = _op(module), _op(imported)
         return None in (op, other) or op == other
 
-    assert _wrong(allowed) == []
+    _check(allowed)
 
 
 def test_no_module_imports_itself_through_others() -> None:
@@ -101,4 +102,4 @@ def test_no_module_imports_itself_through_others() -> None:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        raise AssertionError(" <- ".join(error.args[1])) from None
+        raise AssertionError(" imports ".join(reversed(error.args[1]))) from None
