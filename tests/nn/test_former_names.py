@@ -20,6 +20,8 @@ from gptkernels.nn import layers, transformer_layer
 FORMER = {layers: "gptkernels.layers", transformer_layer: "gptkernels.transformer_layer"}
 TINY = GPTConfig(vocab_size=16, block_size=8, n_layer=2, n_head=2, n_embd=16)
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 
 def _pickled_under_former_names(model: nn.Module) -> bytes:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
@@ -66,6 +68,5 @@ def test_a_pickle_under_former_names_loads(
 
 
 @pytest.mark.parametrize(("module", "former"), FORMER.items())
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_former_name_is_the_module_itself(module: ModuleType, former: str) -> None:
     assert importlib.import_module(former) is module
