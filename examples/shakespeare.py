@@ -3,9 +3,10 @@
     python -m examples.shakespeare TEXT --out DIR
 
 10.8 million parameters (6 layers, 6 heads, width 384), bytes, contexts of 128 tokens, no dropout.
-First `gptkernels.gpt.train.train`, then plain_gpt.py's model from the same initial weights, on the
-same batches in the same order, with the same optimiser and learning rates. What then separates the
-two curves is rounding, which training amplifies; nothing does where PyTorch's own operators run.
+First `gptkernels.gpt.training.train.train`, then plain_gpt.py's model from the same initial
+weights, on the same batches in the same order, with the same optimiser and learning rates. What
+then separates the two curves is rounding, which training amplifies; nothing does where PyTorch's
+own operators run.
 
 DIR gets run/ (as `gptkernels train` leaves it), curves.json (both curves and their differences)
 and curves.png. TEXT is any UTF-8 file; the figures in docs/training.md are of
@@ -24,14 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from gptkernels.core.device import choose_device
+from gptkernels.core.figure import figure_class
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
 from gptkernels.gpt.training.config import TrainConfig, learning_rate
-from gptkernels.gpt.training.curve import figure_class
+from gptkernels.gpt.training.learner import parameter_groups
 from gptkernels.gpt.training.progress import ProgressBar
-from gptkernels.gpt.training.train import Observer, parameter_groups, train
+from gptkernels.gpt.training.train import Observer, train
 from gptkernels.truth.plain_gpt import PlainGPT
 
 MODEL = GPTConfig(vocab_size=256, block_size=128, n_layer=6, n_head=6, n_embd=384)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from gptkernels.gpt.training.curve import figure_class
+from gptkernels.core.figure import figure_class
 
 Row = dict[str, Any]
 

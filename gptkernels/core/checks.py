@@ -54,10 +54,15 @@ def check_unit_last_stride(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_seed(name: str, value: int) -> None:
-    """A given seed: an int that PyTorch's generators take. Raises TypeError, or ValueError."""
+def check_integer(name: str, value: int) -> None:
+    """An int, and no bool. Raises TypeError."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def check_seed(name: str, value: int) -> None:
+    """A given seed: an int that PyTorch's generators take. Raises TypeError, or ValueError."""
+    check_integer(name, value)
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{name} must lie in -2**63...2**64 - 1 or be None, got {value}")
 
@@ -88,8 +93,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def check_count(name: str, value: int) -> int:
     """An integer of at least 1, and the value itself. Raises TypeError, ValueError."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+    check_integer(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value

@@ -18,8 +18,8 @@ _GPT2 = {
     "gpt2-xl": (48, 25, 1600),
 }
 # Brown et al., "Language Models are Few-Shot Learners", 2020, table 2.1. Two of its rows do not
-# multiply out: 1.3B's 24 heads of 128 are more than its width of 2,048, which holds 16, and 13B's
-# width of 5,140 is no multiple of 128, which 5,120 is.
+# multiply out: 1.3B's 24 heads of 128 do not fit its width of 2,048, which holds 16; and 13B's
+# width of 5,140 is not a multiple of 128, as 5,120 is.
 _GPT3 = {
     "gpt3-125M": (12, 12, 768),
     "gpt3-350M": (24, 16, 1024),
@@ -52,8 +52,8 @@ class GPTConfig:
         bias: whether linear layers and LayerNorms have biases.
         norm: "pre", GPT-2's and GPT-3's: a LayerNorm before each branch, and one at the end;
             "post", GPT-1's: a LayerNorm after each residual add.
-        window: how many tokens a token of an odd block sees, itself included (GPT-3's banded
-            attention); even blocks, of which the first is one, see all. None: all blocks do.
+        window: how many tokens each token sees in odd blocks, itself included (GPT-3's banded
+            attention). In even blocks, the first among them, it sees all. None: in all blocks.
 
     Raises TypeError for a field of the wrong type and ValueError for one out of range.
     """
@@ -103,8 +103,8 @@ class GPTConfig:
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
     def window_of(self, block: int) -> tuple[int, int] | None:
-        """The bounds of the attention in a block, counted from 0, as `gptkernels.attention` takes
-        them; None where it sees all tokens before."""
+        """The window of the attention in a block, counted from 0, as `gptkernels.attention` takes
+        it; None where each token sees all before it."""
         return None if self.window is None or block % 2 == 0 else (self.window - 1, 0)
 
     @classmethod

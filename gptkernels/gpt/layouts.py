@@ -1,4 +1,4 @@
-"""What config.json says of a GPT, in the three kinds of folder that are read and written.
+"""What config.json says about a GPT, in the three kinds of folder that are read and written.
 
 model_type     written for                               read by others as
 gpt2           norm="pre" without a window               GPT2LMHeadModel
@@ -19,13 +19,17 @@ from gptkernels.gpt.config import GPTConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of folder describes and names what a GPT has.
+    """How one kind of folder describes a GPT and names its parts.
 
-    Fields: the model_type; the class of transformers that reads it; the key and the values of the
-    activation, with GPTConfig's `approximate` for each; what that class assumes for keys left out;
-    settings that change what a model computes, and the one value that a GPT computes; names of
-    modules, theirs and ours; whether weights of linear layers are stored transposed, and biases
-    even where they are all zero.
+    Fields:
+        model_type: what config.json calls it.
+        architecture: the class of transformers that reads it.
+        activation_key, activations: the activation's key, and `approximate` for each of its values.
+        defaults: what that class assumes for keys that are left out.
+        required: settings of which a GPT computes one value only, and that value.
+        renamed: names of modules, theirs and ours.
+        transposed: whether the weights of linear layers are stored transposed.
+        has_biases: whether biases are stored even where the model has none, as zeros.
     """
 
     model_type: str
@@ -61,8 +65,8 @@ _GPT2 = Layout(
         "activation_function": "gelu_new",
         "bias": True,
     },
-    # reorder_and_upcast_attn is not among them: either value is right, since attention here always
-    # sums and exponentiates in fp32.
+    # reorder_and_upcast_attn may have either value: attention here always sums and exponentiates
+    # in fp32.
     required={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
@@ -122,7 +126,7 @@ def their_name(layout: Layout, name: str) -> str:
 def read(path: Path, given: dict[str, Any], dropout: float | None = None) -> GPTConfig:
     """The configuration that the config.json at `path` describes; `dropout` replaces its three.
 
-    Raises ValueError, in one sentence, for what a GPT does not compute or cannot be.
+    Raises ValueError, in one sentence, for a setting that a GPT does not have.
     """
     layout = of_file(path, given)
     try:

@@ -7,10 +7,10 @@
                     logits = x @ wte^T
 
 GPT-3 is GPT-2 with banded attention in every other block. Every residual add, the dropout on what
-is added, and the LayerNorm that follows are one op. So a block of GPT-2 does not return x: it
-returns the pair (branch, stream) whose sum x is, and the next LayerNorm, in whichever block it
-stands, adds them. The stream of B * T * C elements is thus read once and written once for each add
-and norm together. In GPT-1 the add and its norm stand in the same block.
+is added, and the LayerNorm that follows are one op. So a block of GPT-2 does not return x. It
+returns the pair (branch, stream), of which x is the sum: the next LayerNorm adds the two, even if
+it belongs to the next block. An add and its norm together read the stream (B * T * C elements) once
+and write it once. In GPT-1 an add and its norm are in the same block.
 
 B batch, T tokens, C width (n_embd), V vocabulary. Radford et al., "Improving Language Understanding
 by Generative Pre-Training", 2018; Radford et al., "Language Models are Unsupervised Multitask
@@ -21,7 +21,6 @@ nanoGPT's names, so its checkpoints load.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptkernels.core.checks import dtype_name
 from gptkernels.gpt import nanogpt, weights
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.generation.cache import SlotCache
@@ -60,12 +60,12 @@ class _Block(nn.Module):
 
 
 class PreNormBlock(_Block):
-    """GPT-2's: each LayerNorm first adds what came before it."""
+    """GPT-2's block: each LayerNorm first adds the branch before it to the stream."""
 
     def forward(
         self, branch: Tensor, stream: Tensor | None, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(branch, stream), both (B, T, C), to the next pair; the first block has no stream."""
+        """(branch, stream), both (B, T, C) -> the next pair. The first block gets no stream."""
         x, stream = self.ln_1(branch, stream, dropout_p=self.dropout, prenorm=True)
         attended = self.attn(x, cache, normed=(self.ln_1, stream))
         x, stream = self.ln_2(attended, stream, dropout_p=self.dropout, prenorm=True)
@@ -73,7 +73,7 @@ class PreNormBlock(_Block):
 
 
 class PostNormBlock(_Block):
-    """GPT-1's: each LayerNorm adds the branch that it comes after."""
+    """GPT-1's block: each LayerNorm adds the branch before it to x."""
 
     def forward(
         self,
@@ -82,11 +82,13 @@ class PostNormBlock(_Block):
         s: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) to the next x, and the sum that it is ln_2 of. With norm and s, x is norm(s),
-        and not kept."""
+        """x (B, T, C) -> the next x, and the sum that it is ln_2 of.
+
+        `norm` and `s` say that x is norm(s): the backward pass then computes x again from s.
+        """
         normed = None if norm is None or s is None else (norm, s)
         attended = self.attn(x, cache, normed=normed)
-        # Under autocast a norm of the narrow branch would leave no wide stream to add to.
+        # Under autocast the branch is narrow; widened, it leaves the next x as wide as x.
         x = self.ln_1(attended.to(x.dtype), x, dropout_p=self.dropout)
         return self.ln_2(self.mlp(x).to(x.dtype), x, dropout_p=self.dropout, prenorm=True)
 
@@ -107,7 +109,7 @@ class Decoder(nn.Module):
         self.recompute_blocks = False
 
     def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """tokens (B, T) int64 -> (B, T, C); with caches, one a block, at the places they name."""
+        """tokens (B, T) int64 -> (B, T, C). `caches`, one for each block, say where tokens go."""
         if caches is not None and caches[0].places is not None:
             _, positions = caches[0].places
         else:
@@ -119,10 +121,10 @@ class Decoder(nn.Module):
             for block, cache in zip(self.h, of_blocks, strict=True):
                 x, s = self._run(block, x, norm, s, cache)
                 norm = block.ln_2
-                if self.recompute_blocks:  # then x is kept in any case
+                if self.recompute_blocks:  # x, the next block's input, is kept anyway
                     s = None
             return x
-        # The first LayerNorm applies the embedding's dropout and opens the stream.
+        # The first LayerNorm applies the embedding's dropout and starts the stream.
         branch, stream = embedded, None
         for block, cache in zip(self.h, of_blocks, strict=True):
             branch, stream = self._run(block, branch, stream, cache)
@@ -161,9 +163,9 @@ class GPT(nn.Module):
 
         tokens: (B, T) int64, T at most block_size. targets: (B, T) int64; -100 marks a position
         that does not count.
-        cache: keeps the keys and values. Tokens continue what its slots hold, B of them, or with
-        `slot`, of batch 1, they are all that this slot holds. Not where gradients are tracked
-        (RuntimeError).
+        cache: stores the keys and values. Row b of tokens continues what slot b holds. With `slot`,
+        tokens has one row, which replaces what this slot holds. RuntimeError where gradients are
+        tracked.
 
         Returns logits (B, T, V); or the mean cross-entropy over the targets that count, a fp32
         scalar. Raises TypeError for tokens or targets that are not int64, and ValueError for a
@@ -182,7 +184,7 @@ class GPT(nn.Module):
     def hidden_states(
         self, tokens: Tensor, *, cache: SlotCache | None = None, slot: int | None = None
     ) -> Tensor:
-        """What the head reads: (B, T, C), the last LayerNorm's output. Otherwise as `forward`."""
+        """What the head reads, (B, T, C). Arguments and errors are those of `forward`."""
         if cache is None:
             self.check_tokens(tokens)
             return self.transformer(tokens)
@@ -192,36 +194,8 @@ class GPT(nn.Module):
         cache.keep(caches, slot)
         return hidden
 
-    def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        eos: int | None = None,
-        seed: int | Sequence[int] | None = None,
-        vocab_size: int | None = None,
-        slots: int = 8,
-    ) -> Tensor:
-        """Continue `tokens` (B, T); see `gptkernels.gpt.generate.generate`."""
-        return generate(
-            self,
-            tokens,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            eos=eos,
-            seed=seed,
-            vocab_size=vocab_size,
-            slots=slots,
-        )
+    # model.generate(tokens, max_new_tokens, ...): the function's first argument is the model.
+    generate = generate
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dropout: float | None = None) -> GPT:
@@ -230,7 +204,7 @@ class GPT(nn.Module):
 
         Reads config.json (model_type "gpt2", "openai-gpt", or "gptkernels", see `save_pretrained`)
         and model.safetensors (or its shards, or pytorch_model.bin with weights_only=True). The
-        folder's three dropout probabilities must be equal, or `dropout` given, which replaces them.
+        folder's three dropout probabilities must be equal, unless `dropout` replaces them.
         Raises FileNotFoundError for a missing file and ValueError, in one sentence, for one that is
         broken, foreign, contradicted by the others, or asks for something this model does not have.
         """
@@ -240,7 +214,7 @@ class GPT(nn.Module):
             config = weights.read_config(path, dropout)
         else:
             config = nanogpt.read_config(path, content, dropout)
-        with torch.device("meta"):  # shapes alone: the weights are read, not drawn and thrown away
+        with torch.device("meta"):  # shapes alone: random weights would be drawn in vain
             model = cls(config)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if content is None:
@@ -255,8 +229,8 @@ class GPT(nn.Module):
         """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them, or
         OpenAIGPTLMHeadModel for norm="post".
 
-        What neither can say (a window; norm="post" with another MLP than GPT-1's or without biases)
-        is written with model_type "gptkernels", which other readers refuse.
+        A model that neither class can hold (a window; norm="post" with another MLP than GPT-1's or
+        without biases) gets the model_type "gptkernels", which other readers refuse.
 
         The name of a `tokenizer` is kept in config.json, where `gptkernels generate` finds it.
         Each file is complete before it gets its name. Raises TypeError, before anything is
@@ -272,10 +246,12 @@ class GPT(nn.Module):
     def set_recompute(self, what: str) -> GPT:
         """Choose what the backward pass computes again instead of keeping it; returns the model.
 
-        "none"; "mlp": the MLPs' pre-activations, which are a third of a block's activations, for
-        one product more; "block": everything within a block but its input, for a forward pass more
-        (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016). The numbers stay the
-        same, dropout included. ValueError for any other name.
+        "none": nothing.
+        "mlp": the MLPs' pre-activations, a third of a block's activations. Costs one more product.
+        "block": everything in a block but its input. Costs one more forward pass (Chen et al.,
+            "Training Deep Nets with Sublinear Memory Cost", 2016).
+
+        Results stay the same, dropout included. ValueError for any other name.
         """
         if what not in RECOMPUTE:
             raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {what!r}")
@@ -290,8 +266,8 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight
 
     def _init_weights(self) -> None:
-        # Each block of GPT-2 adds two branches to the stream; the scale keeps its variance from
-        # growing with depth. GPT-1's norms do.
+        # Each block of GPT-2 adds two branches to the stream; the smaller scale keeps the stream's
+        # variance from growing with depth. GPT-1's norms do that themselves.
         adds = 2 * self.config.n_layer if self.config.norm == "pre" else 1
         residual_std = _INIT_STD / math.sqrt(adds)
         for name, module in self.transformer.named_modules():  # the head is tied to wte
@@ -302,7 +278,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def check_tokens(self, tokens: Tensor, start: int = 0) -> None:
-        """Raise what `forward` raises for tokens that it cannot take after `start` others."""
+        """Raise TypeError or ValueError for tokens that cannot follow `start` others in a text."""
         _check_ids("tokens", tokens)
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(
@@ -317,7 +293,7 @@ class GPT(nn.Module):
         self._check_values("tokens", tokens)
 
     def _check_cache(self, cache: SlotCache, slot: int | None, tokens: Tensor) -> None:
-        # What slots hold is looked at on a CPU alone: elsewhere it would wait for the device.
+        # Only on a CPU: on a GPU, reading the lengths would wait for the device.
         start = cache.longest() if slot is None and tokens.device.type == "cpu" else 0
         self.check_tokens(tokens, start)
         rows = cache.slots if slot is None else 1
@@ -339,8 +315,8 @@ class GPT(nn.Module):
         self._check_values("targets", targets, _IGNORED)
 
     def _check_values(self, name: str, ids: Tensor, ignored: int | None = None) -> None:
-        # Only on a CPU, where looking at values makes nothing wait; and never while compiling,
-        # which cannot look at them.
+        # Only on a CPU: on a GPU, reading the ids would wait for the device. Not while compiling,
+        # when there are no values to read.
         if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
             return
         wrong = (ids < 0) | (ids >= self.config.vocab_size)
@@ -358,4 +334,4 @@ def _check_ids(name: str, ids: Tensor) -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
     if ids.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {str(ids.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name} must be int64, got {dtype_name(ids.dtype)}")

@@ -3,9 +3,8 @@
     {"model": state_dict,
      "model_args": {n_layer, n_head, n_embd, block_size, bias, vocab_size, dropout}, ...}
 
-Parameters have the names that a GPT's have, behind "_orig_mod." where the model was compiled;
-causal masks of old checkpoints are ignored. Its GELU is the exact one. Optimiser and progress are
-not read.
+Parameters have the names of a GPT's, after "_orig_mod." where the model was compiled. nanoGPT's
+GELU is the exact one. Causal masks of old checkpoints, optimiser and progress are not read.
 """
 
 from __future__ import annotations
@@ -63,12 +62,12 @@ def recognises(path: Path) -> bool:
 def load(path: Path) -> dict[str, Any]:
     """The checkpoint's content, tensors and plain values alone.
 
-    Raises ValueError for a file that is no such checkpoint.
+    Raises ValueError for any other file.
     """
     content = weights.unpickle(path)
     for key in ("model", "model_args"):
         if not isinstance(content, dict) or not isinstance(content.get(key), dict):
-            raise ValueError(f"{path} is no checkpoint of nanoGPT: it has no dictionary {key!r}")
+            raise ValueError(f"{path} is not a checkpoint of nanoGPT: it has no dictionary {key!r}")
     if not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
         raise ValueError(f"{path} must hold tensors alone in its dictionary 'model'")
     return content

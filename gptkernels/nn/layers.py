@@ -31,7 +31,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 class FusedModule(nn.Module):
-    """A module whose computation is one of the ops: the home of `.impl`."""
+    """A module that computes one of the ops, by the implementation that `.impl` names."""
 
     _impl = "auto"
 
@@ -115,7 +115,7 @@ class MLP(FusedModule):
     Parameters: c_fc.weight (d_inner, d_model), c_fc.bias (d_inner,), c_proj.weight (d_model,
     d_inner), c_proj.bias (d_model,). The two nn.Linear modules hold parameters; forward never calls
     them, so their hooks do not run. With `.recompute` = True the backward pass computes the
-    pre-activation again, which is then not kept.
+    pre-activation again instead of keeping it.
     """
 
     recompute = False
@@ -152,15 +152,17 @@ class MLP(FusedModule):
 
 @dataclass(frozen=True)
 class KVCache:
-    """Where an attention layer keeps keys and values, and where those of its next tokens go.
+    """Where an attention layer stores keys and values, and where it puts those of the next tokens.
 
-    For inference alone: no gradient passes through a cache. `gptkernels.gpt.cache.SlotCache` makes
-    these, one a layer; it allocates the buffers once and counts the tokens.
+    For inference alone: no gradient passes through a cache.
+    `gptkernels.gpt.generation.cache.SlotCache` makes one for each layer; it allocates the buffers
+    once and counts the tokens.
 
     Fields:
         k, v: (R, Tmax, Hk, D): what each of R slots has seen.
         places: where the next T tokens go: (R, 1) int64, the slots 0...R - 1, and (R, T) int64, the
-            positions in them; None where they begin their slot, and so see nothing else.
+            positions in them; None where they go to the start of their slot, and so see nothing
+            but each other.
         lengths: (R,) int32: how many tokens each slot will hold with them.
     """
 
@@ -170,8 +172,8 @@ class KVCache:
     lengths: Tensor
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Store k and v, (R, T, Hk, D), in place. RuntimeError where a gradient would have to
-        pass."""
+        """Store k and v, (R, T, Hk, D), in place. Raises RuntimeError where they need a
+        gradient."""
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise RuntimeError("a KVCache is for inference: call the model under torch.no_grad()")
         for cache, new in ((self.k, k), (self.v, v)):
@@ -189,11 +191,11 @@ class CausalSelfAttention(FusedModule):
     Parameters, D = d_model / n_head: c_attn.weight ((n_head + 2 n_kv_head) D, d_model), whose rows
     make all queries, then all keys, then all values; c_proj.weight (d_model, d_model); biases if
     `bias`. n_kv_head < n_head is grouped-query attention (Ainslie et al., 2023). `window` = (left,
-    right) limits each token to so many neighbours, as in `gptkernels.attention`. `dropout` falls on
+    right) limits each token to so many neighbours, as in `gptkernels.attention`. `dropout` acts on
     the attention weights.
 
     Raises ValueError for widths that do not divide, D over 256, a dropout outside 0...1, or a
-    window that is no pair of bounds.
+    window that is not a pair of bounds.
     """
 
     def __init__(
@@ -213,7 +215,7 @@ class CausalSelfAttention(FusedModule):
                 f"n_kv_head must divide n_head, got n_head={n_head} and n_kv_head={n_kv_head}"
             )
         check_probability("dropout", dropout)
-        bounds(True, window)  # its errors, here rather than at the first call
+        bounds(True, window)  # raises its errors now, not at the first call
         self.n_head, self.n_kv_head = n_head, n_kv_head
         self.dropout = dropout
         self.window = window
@@ -242,7 +244,7 @@ class CausalSelfAttention(FusedModule):
                 f"x must have shape (B, T, {self.c_attn.in_features}), got {tuple(x.shape)}"
             )
         heads = self._project(x, normed).unflatten(-1, (-1, self.head_dim))
-        # Views: the op reads any strides with a unit last one, so nothing is copied or transposed.
+        # Views: the op reads any strides whose last is 1, so nothing is copied or transposed.
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if cache is not None:
             cache.append(k, v)
@@ -263,7 +265,7 @@ class CausalSelfAttention(FusedModule):
         return self.c_proj(cast("Tensor", out).flatten(-2))
 
     def _project(self, x: Tensor, normed: tuple[LayerNorm, Tensor] | None) -> Tensor:
-        # What somebody put in place of c_attn (an adapter, say) computes what it computes.
+        # Whatever replaces c_attn (an adapter, say) has a forward of its own, which must run.
         if normed is None or not torch.is_grad_enabled() or type(self.c_attn) is not nn.Linear:
             return self.c_attn(x)
         norm, source = normed
@@ -287,10 +289,10 @@ class CausalSelfAttention(FusedModule):
 
 
 def head_width(name: str, width: int, n_head: int) -> int:
-    """Width of one of `n_head` heads that divide `width`, the argument called `name`.
+    """The width of a head, width / n_head. `name` is what errors call `width`.
 
-    Raises TypeError and ValueError for what is no count, does not divide, or gives a head wider
-    than attention runs.
+    Raises TypeError and ValueError for numbers that are not counts, do not divide, or give a head
+    that is too wide for attention.
     """
     check_count(name, width)
     check_count("n_head", n_head)

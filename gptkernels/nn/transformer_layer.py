@@ -3,9 +3,9 @@
     norm_first=False    x = LN(x + dropout(attention(x)));   x = LN(x + dropout(mlp(x)))
     norm_first=True     x = x + dropout(attention(LN(x)));   x = x + dropout(mlp(LN(x)))
 
-What is fused: attention without a mask tensor that is read; every residual add with its
-dropout and the LayerNorm that follows it; the MLP where it is a GELU's without dropout inside.
-`TransformerLayer.not_fused` names what is not.
+Fused are attention, unless it reads a mask tensor; every residual add with its dropout and the
+LayerNorm that follows it; and the MLP, if its activation is GELU and it has no dropout inside.
+`TransformerLayer.not_fused` names the parts that are not, and says why.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class TransformerLayer(FusedModule):
 
     Arguments and parameters are those of nn.TransformerEncoderLayer, batch_first=False included,
     and `activation` may be any function as there. Results agree up to rounding in evaluation, and
-    in training with dropout=0; with dropout the masks are others (of the contract of
-    `gptkernels.attention` and `gptkernels.layer_norm`, and PyTorch's own inside the MLP). A query
-    that may see no key attends to nothing, and gives zeros where PyTorch gives NaN. Under autocast
-    the result has src's dtype, as there.
+    in training with dropout=0. With dropout the masks differ: they are those of
+    `gptkernels.attention` and `gptkernels.layer_norm`, and PyTorch's own inside the MLP. A query
+    that may see no key gives zeros, where PyTorch gives NaN. Under autocast the result has src's
+    dtype, as there.
 
     Raises TypeError and ValueError for arguments out of range, and for a head wider than 256.
     """
@@ -106,12 +106,12 @@ class TransformerLayer(FusedModule):
         """src (T, B, d_model), or (B, T, d_model) with batch_first, or (T, d_model), to the same.
 
         src_mask: (T, T) or (B * nhead, T, T); src_key_padding_mask: (B, T), or (T,) for a src
-        without a batch. Where a boolean one is True nothing is seen; a floating one is added to the
-        scores. is_causal: each token sees itself and those before; it is taken at its word, and a
-        src_mask given with it, which must then be the causal one, is not read.
+        without a batch. A boolean mask is True where a key must not be seen; a floating one is
+        added to the scores. is_causal: each token sees itself and those before it. A src_mask given
+        with it must be the causal one, and is not read.
 
         Raises TypeError and ValueError for a src or mask of another shape or dtype, and
-        NotImplementedError for a mask with an `impl` that runs none.
+        NotImplementedError for a mask with an `impl` that takes none.
         """
         x = self._batched(src)
         mask = _merge(src_mask if not is_causal else None, src_key_padding_mask, x, self.nhead)
@@ -122,7 +122,7 @@ class TransformerLayer(FusedModule):
             x = x + F.dropout(self._mlp(y, dropout), dropout)
         else:
             attended = self._attend(x, mask, is_causal, dropout)
-            # Under autocast x stays as wide as it came, as PyTorch's own layer has it.
+            # Under autocast x keeps its dtype, as in PyTorch's own layer.
             x = self.norm1(attended.to(x.dtype), x, dropout_p=dropout)
             x = self.norm2(self._mlp(x, dropout).to(x.dtype), x, dropout_p=dropout)
         if src.dim() == 2:
@@ -132,8 +132,8 @@ class TransformerLayer(FusedModule):
     def not_fused(self, *, masked: bool = False, training: bool | None = None) -> dict[str, str]:
         """What runs as PyTorch's own operators with these options, and why: part -> reason.
 
-        masked: forward gets a mask that is read: src_key_padding_mask, or src_mask without
-        is_causal. training: None means the mode that the layer is in.
+        masked: whether forward reads a mask: src_key_padding_mask, or src_mask without is_causal.
+        training: whether it is in training mode; None means the mode that the layer is in.
         """
         reasons = {}
         if masked:
@@ -191,7 +191,7 @@ class TransformerLayer(FusedModule):
 
 
 def _activation(given: Any) -> tuple[Activation, str | None]:
-    """The function, and which GELU it is, if it is one."""
+    """The function and, if it is a GELU, its `approximate`."""
     if isinstance(given, str):
         if given not in ("relu", "gelu"):
             raise ValueError(f"activation must be 'relu', 'gelu' or a function, got {given!r}")
@@ -230,7 +230,7 @@ def _merge(mask: Tensor | None, padding: Tensor | None, x: Tensor, nhead: int) -
 
 
 def _attention_mask(name: str, mask: Tensor, x: Tensor) -> Tensor:
-    """As `gptkernels.attention` has it: True where a key is seen, or what is added to scores."""
+    """`mask` as `gptkernels.attention` takes it: True where a key is seen, or added to scores."""
     if mask.dtype == torch.bool:
         return ~mask
     if not mask.is_floating_point():

@@ -194,7 +194,7 @@ def test_shards_that_cannot_be_read_are_refused_in_one_sentence(tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match=r"nothere\.bin does not exist"):
         Shards([tmp_path / "nothere.bin"], "uint16", 60)
     (tmp_path / "folder.bin").mkdir()
-    with pytest.raises(ValueError, match=r"folder\.bin is no file, a token shard is wanted"):
+    with pytest.raises(ValueError, match=r"folder\.bin is not a file, a token shard is wanted"):
         Shards([tmp_path / "folder.bin"], "uint16", 60)
     with pytest.raises(ValueError, match="do not mix"):
         data.read([*files, tmp_path / "text"], ByteTokenizer(), "uint16", 60)

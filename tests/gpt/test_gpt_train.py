@@ -154,7 +154,7 @@ def test_samples_are_logged_and_move_no_random_number(text: Path, tmp_path: Path
     continued = sampled.model.generate(prompt, 20, seed=config.seed, slots=1)
     assert samples[-1]["sample"] == ByteTokenizer().decode(continued[0].tolist())
     empty = dataclasses.replace(config, sample_prompt="")
-    with pytest.raises(ValueError, match=r"sample_prompt is '', of which .* leave no token"):
+    with pytest.raises(ValueError, match=r"sample_prompt is '', which .* turns into no token"):
         train([text], tmp_path / "empty", model=TINY, config=empty)
 
 

@@ -22,8 +22,9 @@ from gptkernels import GPT, GPTConfig
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
 from gptkernels.gpt.training.config import TrainConfig, learning_rate
+from gptkernels.gpt.training.learner import parameter_groups
 from gptkernels.gpt.training.throughput import flops_per_token, peak_flops
-from gptkernels.gpt.training.train import parameter_groups, train
+from gptkernels.gpt.training.train import train
 from gptkernels.truth.parity import compare
 from gptkernels.truth.plain_gpt import PlainGPT
 

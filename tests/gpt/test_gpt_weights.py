@@ -238,7 +238,7 @@ def test_nanogpt_checkpoints(tmp_path: Path, prefix: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_args": None}, "no checkpoint of nanoGPT: it has no dictionary 'model_args'"),
+        ({"model_args": None}, "not a checkpoint of nanoGPT: it has no dictionary 'model_args'"),
         ({"model": {"transformer.wte.weight": 3}}, "must hold tensors alone"),
         ({"model_args": {"n_layer": 2}}, "model_args lack vocab_size, block_size, n_head"),
         ({"model": {}}, r"the weights lack transformer\.wte\.weight"),
@@ -254,7 +254,7 @@ def test_what_is_no_nanogpt_checkpoint(
 
 def test_no_nanogpt_checkpoint_runs_code(tmp_path: Path) -> None:
     torch.save({"model": Evil(tmp_path / "ran"), "model_args": {}}, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match="no complete PyTorch file of tensors alone"):
+    with pytest.raises(ValueError, match="not a complete PyTorch file of tensors alone"):
         GPT.from_pretrained(tmp_path / "ckpt.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -364,7 +364,7 @@ class Evil:
 def test_no_pickle_runs_code(folder: Path, tmp_path: Path) -> None:
     torch.save({"transformer.wte.weight": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no complete PyTorch file of tensors alone"):
+    with pytest.raises(ValueError, match="not a complete PyTorch file of tensors alone"):
         GPT.from_pretrained(folder)
     assert not (tmp_path / "ran").exists()
 

@@ -129,14 +129,14 @@ def sharded(weight_map: Any) -> Callable[[Path], None]:
     [
         (shutil.rmtree, FileNotFoundError, "folder must be an existing folder, got "),
         (unlink("config.json"), FileNotFoundError, "config.json is missing"),
-        (write("config.json", b""), ValueError, "config.json is no JSON file"),
-        (write("config.json", b"\xff\xfe{"), ValueError, "config.json is no JSON file"),
+        (write("config.json", b""), ValueError, "config.json is not a JSON file"),
+        (write("config.json", b"\xff\xfe{"), ValueError, "config.json is not a JSON file"),
         (write("config.json", b"[1]"), ValueError, "must hold a JSON object, got a list"),
         (unlink("model.safetensors"), FileNotFoundError, "must hold model.safetensors, its shards"),
-        (write("model.safetensors", b""), ValueError, "no complete safetensors file"),
-        (write("model.safetensors", b"PK" * 99), ValueError, "no complete safetensors file"),
-        (truncate("model.safetensors", 40_000), ValueError, "no complete safetensors file"),
-        (truncate("model.safetensors", 100), ValueError, "no complete safetensors file"),
+        (write("model.safetensors", b""), ValueError, "not a complete safetensors file"),
+        (write("model.safetensors", b"PK" * 99), ValueError, "not a complete safetensors file"),
+        (truncate("model.safetensors", 40_000), ValueError, "not a complete safetensors file"),
+        (truncate("model.safetensors", 100), ValueError, "not a complete safetensors file"),
         (
             change("transformer.x.weight", Tensor.clone),
             ValueError,
@@ -169,11 +169,11 @@ def sharded(weight_map: Any) -> Callable[[Path], None]:
         (pickled({"wte.weight": 1}), ValueError, "must hold a dictionary of tensors by name"),
         # A string cut in its length, a text, a list's end where none began: struct.error, KeyError
         # and IndexError inside the unpickler.
-        (binary(b"\x80\x02X\x05"), ValueError, r"no complete PyTorch file .* alone \(.+\)"),
-        (binary(b"hello\n"), ValueError, r"no complete PyTorch file .* alone \(.+\)"),
-        (binary(b"\x80\x02e."), ValueError, r"no complete PyTorch file .* alone \(.+\)"),
-        (pickled({"wte.weight": torch.ones(999)}, 900), ValueError, "no complete PyTorch file"),
-        (pickled({"wte.weight": torch.ones(999)}, 1), ValueError, "no complete PyTorch file"),
+        (binary(b"\x80\x02X\x05"), ValueError, r"not a complete PyTorch file .* alone \(.+\)"),
+        (binary(b"hello\n"), ValueError, r"not a complete PyTorch file .* alone \(.+\)"),
+        (binary(b"\x80\x02e."), ValueError, r"not a complete PyTorch file .* alone \(.+\)"),
+        (pickled({"wte.weight": torch.ones(999)}, 900), ValueError, "not a complete PyTorch file"),
+        (pickled({"wte.weight": torch.ones(999)}, 1), ValueError, "not a complete PyTorch file"),
         (sharded([1]), ValueError, "weight_map must name a file for each tensor"),
         (
             sharded({"transformer.wte.weight": "gone.safetensors"}),

@@ -41,12 +41,12 @@ from gptkernels.bench import report, timing
 from gptkernels.cli.demo.report import Row, heading, reasons, small, table, worst_rows, write
 from gptkernels.core.choice import IMPLEMENTATIONS, unavailable
 from gptkernels.core.device import choose_device
+from gptkernels.core.figure import figure_class
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
 from gptkernels.gpt.training.config import TrainConfig
-from gptkernels.gpt.training.curve import figure_class
 from gptkernels.gpt.training.progress import ProgressBar
 from gptkernels.gpt.training.throughput import flops_per_token
 from gptkernels.gpt.training.train import TrainResult, train

@@ -1,39 +1,63 @@
 """The keys and values of all texts that are being continued, allocated once.
 
-    slot r holds    k, v (Tmax, Hk, D) a layer, of which the first lengths[r] tokens count
+    slot r holds    k, v (Tmax, Hk, D) for each layer; the first lengths[r] tokens count
 
-2 * n_layer * R * Tmax * Hk * D elements in all. Slots are independent: each has a length of its
-own, and is begun, continued and given up while the others stay as they are. Every step runs all
-slots, in shapes that never change.
+2 * n_layer * R * Tmax * Hk * D elements in all. Slots are independent: each has its own length, and
+can be filled, continued and emptied while the others stay as they are. Every step runs all slots,
+so shapes never change.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.checks import check_count
+from gptkernels.gpt.config import GPTConfig
 from gptkernels.nn.layers import CausalSelfAttention, KVCache
 
-if TYPE_CHECKING:
-    from gptkernels.gpt.model import GPT
+
+class CachingModel(Protocol):
+    """What generation needs of a model. `gptkernels.GPT` has it; generation does not import it."""
+
+    @property
+    def config(self) -> GPTConfig:
+        """Its vocab_size and block_size."""
+
+    @property
+    def lm_head(self) -> Callable[[Tensor], Tensor]:
+        """Hidden states (..., C) to logits (..., V)."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As `nn.Module.modules`."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As `nn.Module.parameters`."""
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise TypeError or ValueError for tokens that the model cannot take."""
+
+    def hidden_states(self, tokens: Tensor, *, cache: SlotCache, slot: int | None = None) -> Tensor:
+        """Tokens (B, T) to hidden states (B, T, C); `cache` takes their keys and values."""
 
 
 class SlotCache:
     """Keys and values of R slots of at most `max_tokens` tokens each, for every block of `model`,
     on its device and in the dtype that its attention computes in.
 
-    lengths: (R,) int32, on the device: how many tokens each slot holds. A slot is empty until it is
-        begun; what continues all slots adds nothing to it, and its results mean nothing.
+    lengths: (R,) int32, on the device: how many tokens each slot holds. An empty
+        slot stays empty when all slots are continued; the results for it mean nothing.
     """
 
-    def __init__(self, model: GPT, slots: int, max_tokens: int) -> None:
+    def __init__(self, model: CachingModel, slots: int, max_tokens: int) -> None:
         """Raises TypeError and ValueError unless slots and max_tokens are ints of at least 1."""
         self.slots = check_count("slots", slots)
         self.max_tokens = check_count("max_tokens", max_tokens)
-        device = model.transformer.wte.weight.device
+        device = next(model.parameters()).device
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
         self._rows = torch.arange(slots, device=device)[:, None]
         self._buffers = []
@@ -45,8 +69,8 @@ class SlotCache:
                 self._buffers.append((k, v))
 
     def caches(self, tokens: int, slot: int | None = None) -> list[KVCache]:
-        """For each block, where the next `tokens` tokens go: of all slots, behind what they hold;
-        or of `slot` alone, in place of it. `keep` then makes them count."""
+        """For each block, where the next `tokens` tokens go: behind what each slot holds or, with
+        `slot`, to the start of this slot alone. `keep` then makes them count."""
         if slot is not None:
             row = slice(slot, slot + 1)
             lengths = torch.full_like(self.lengths[row], tokens)

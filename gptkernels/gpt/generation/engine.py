@@ -5,109 +5,37 @@
             choose a token for every slot from its logits; texts that end leave their slots
             run the model on the newest token of all R slots
 
-A step's shapes are the same however many slots are taken, and what a slot computes depends on no
-other: so a request gives the same bits alone, in any batch, in any order and in any slot, for a
-given R. R is 1 or a multiple of 8: matrix products on a CPU give the last of 5, 6 or 7 rows other
-bits than the first. Text past block_size slides: once a slot holds block_size tokens, the last half
-of them is prefilled anew, which again depends on the request alone.
+A step has the same shapes however many slots are taken, and no slot depends on another. So, for a
+given R, a request gives the same bits alone, in any batch, in any order and in any slot. R is 1 or
+a multiple of 8: of 5, 6 or 7 rows, a matrix product on a CPU rounds the last differently from the
+first. A text longer than block_size slides: when its slot holds block_size tokens, the last half of
+them is prefilled again, which depends on the request alone too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import reprlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from gptkernels.core.checks import check_count, check_seed
-from gptkernels.gpt.generation.cache import SlotCache
-from gptkernels.gpt.generation.sampling import Sampler, Sampling
+from gptkernels.core.checks import check_count
+from gptkernels.gpt.generation.cache import CachingModel, SlotCache
+from gptkernels.gpt.generation.request import Event, Request
+from gptkernels.gpt.generation.sampling import Sampler
 from gptkernels.gpt.generation.text import TextStream
 from gptkernels.gpt.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from gptkernels.gpt.model import GPT
 
 _MULTIPLE = 8
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to continue it.
-
-    Fields:
-        tokens: the prompt's ids, at least one and at most block_size.
-        max_new_tokens: the most tokens that are added.
-        sampling: how they are chosen.
-        samples: how many continuations; the prompt is computed once for all of them.
-        first_sample: the number of the first. A seed and a number make a continuation.
-        seed: None draws one from PyTorch's generator for the CPU.
-        stop: strings that end a text, which then ends before them; they need a tokenizer.
-        eos: an id that ends a text.
-
-    tokens and stop become tuples. Raises TypeError and ValueError for values of another type or out
-    of range; what depends on the model is checked by `Engine.submit`.
-    """
-
-    tokens: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    samples: int = 1
-    first_sample: int = 0
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    eos: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, kind in (("tokens", int), ("stop", str)):
-            object.__setattr__(self, name, _tuple_of(kind, name, getattr(self, name)))
-        for name in ("max_new_tokens", "first_sample"):
-            check_integer(name, getattr(self, name))
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not isinstance(self.sampling, Sampling):
-            raise TypeError(f"sampling must be a Sampling, got {self.sampling!r}")
-        check_count("samples", self.samples)
-        if self.seed is not None:
-            check_seed("seed", self.seed)
-        if not all(self.stop):
-            raise ValueError("stop must hold no empty string")
-        if self.eos is not None:
-            check_integer("eos", self.eos)
-
-
-@dataclass(frozen=True)
-class Event:
-    """One token of one sample, as it is chosen.
-
-    Fields:
-        request, sample: whose it is, counted from 0 in the order of submission, and from the
-            request's first_sample.
-        token: its id; None where max_new_tokens is 0.
-        logprob: its log-probability by the model's own distribution, before any of `Sampling`.
-        text: what became certain of the text with it: empty without a tokenizer, or while it may
-            be part of a character or of a stop string.
-        finish_reason: with the last token, what ended the text: "stop" (a stop string), "eos" or
-            "length"; else None.
-    """
-
-    request: int
-    sample: int
-    token: int | None
-    logprob: float | None
-    text: str
-    finish_reason: str | None
-
-
 @dataclass
 class _Text:
-    """What takes a slot."""
+    """A sample that has a slot."""
 
     request: int
     sample: int
@@ -121,11 +49,11 @@ class Engine:
     """Continues texts with `model`, as many at a time as it has slots.
 
     slots: 1, or rounded up to a multiple of 8.
-    tokenizer: for the text in events, and for stop strings.
-    vocab_size: choose among the ids below it alone, for a model whose vocabulary is padded past its
-        tokenizer's; None chooses among all of the model's.
-    max_tokens: the longest text that will be asked for, where it is less than block_size. With
-        impl="torch" on a GPU, bits depend on it.
+    tokenizer: gives the text in events, and finds stop strings.
+    vocab_size: only ids below it are chosen, for a model whose vocabulary is padded past its
+        tokenizer's; None allows all of the model's.
+    max_tokens: length of the longest text that will be asked for, where that is less than
+        block_size. With impl="torch" on a GPU, the last bits of results depend on it.
 
     The model runs in evaluation mode, and is left in the mode it was in. Raises TypeError and
     ValueError for numbers out of range.
@@ -133,7 +61,7 @@ class Engine:
 
     def __init__(
         self,
-        model: GPT,
+        model: CachingModel,
         *,
         slots: int = 8,
         tokenizer: Tokenizer | None = None,
@@ -154,7 +82,7 @@ class Engine:
             max_tokens = block_size
         self._context = min(block_size, check_count("max_tokens", max_tokens))
         self._cache = SlotCache(model, slots, self._context)
-        self._prompt = SlotCache(model, 1, self._context)  # of the request in line
+        self._prompt = SlotCache(model, 1, self._context)  # of the request that was begun last
         self._prompt_of = -1
         device = self._cache.lengths.device
         self._sampler = Sampler(slots, self._ids, device)
@@ -178,8 +106,8 @@ class Engine:
         """Let `request` wait for slots; returns its number.
 
         Raises ValueError for a prompt that is empty, longer than block_size or not of the model's
-        ids, for an eos that is none, and for stop strings without a tokenizer; TypeError for what
-        is no Request.
+        ids, for an eos that is not an id, and for stop strings without a tokenizer; TypeError for
+        anything but a Request.
         """
         if not isinstance(request, Request):
             raise TypeError(f"request must be a Request, got a {type(request).__name__}")
@@ -205,16 +133,16 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """One token more for every text; the events, in the order of slots.
+        """Add a token to every text; returns the events, in the order of slots.
 
         Raises RuntimeError where the model's logits give no probabilities, and whatever the model
-        raises; the engine is then of no more use.
+        raises; the engine cannot be used after that.
         """
         with _evaluating(self._modules):
             events = self._fill()
             if any(self._texts):
                 tokens, logprobs = self._sampler.choose(self._logits)
-                # One copy to the host, which waits once: fp64 holds both exactly.
+                # A single copy, so that the host waits once; fp64 holds both exactly.
                 events += self._take(*torch.stack([tokens.double(), logprobs.double()]).tolist())
                 self._run(tokens)
         return events
@@ -266,7 +194,7 @@ class Engine:
         return events
 
     def _run(self, tokens: Tensor) -> None:
-        """The logits behind the newest token of each text."""
+        """Compute the logits that follow the newest token of each text."""
         sliding = []
         for slot, text in enumerate(self._texts):
             if text is not None and text.held == self._context:
@@ -302,7 +230,7 @@ def _next_event(text: _Text, token: int, logprob: float) -> Event:
 
 @contextlib.contextmanager
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again."""
+    """Run the modules in evaluation mode, then give each its own mode back."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
@@ -311,19 +239,3 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _tuple_of(kind: type, name: str, values: Any) -> tuple[Any, ...]:
-    """`values`, of which each must be a `kind` and no bool. Raises TypeError."""
-    # A str is a sequence of str, and a tensor of tensors: neither is meant.
-    if isinstance(values, Iterable) and not isinstance(values, str | Tensor):
-        items = tuple(values)
-        if all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
-            return items
-    raise TypeError(f"{name} must be a sequence of {kind.__name__}, got {reprlib.repr(values)}")
-
-
-def check_integer(name: str, value: object) -> None:
-    """An int, and no bool. Raises TypeError."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")

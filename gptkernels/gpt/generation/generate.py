@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_seed
-from gptkernels.gpt.generation.engine import Engine, Event, Request
+from gptkernels.gpt.generation.cache import CachingModel
+from gptkernels.gpt.generation.engine import Engine
+from gptkernels.gpt.generation.request import Event, Request
 from gptkernels.gpt.generation.sampling import Sampling
 from gptkernels.gpt.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from gptkernels.gpt.model import GPT
-
 
 def generate(
-    model: GPT,
+    model: CachingModel,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -38,23 +36,25 @@ def generate(
 ) -> Tensor:
     """`tokens` (B, T) int64 with up to max_new_tokens more behind each row: (B, T + n) int64.
 
-    temperature: 0 takes the likeliest token (the first of several); else the logits are divided by
-    it.
-    top_k, top_p, min_p: sample among the top_k likeliest tokens; among the likeliest that together
-    reach top_p; among those at least min_p times as likely as the likeliest.
-    repetition_penalty: above 1 makes tokens that the row holds already less likely.
+    It is also a method of the model: `model.generate(tokens, max_new_tokens, ...)`.
+
+    temperature: the logits are divided by it; 0 takes the likeliest token (the first of several).
+    top_k: sample among the top_k likeliest tokens.
+    top_p: sample among the likeliest tokens that together reach this probability.
+    min_p: sample among the tokens at least min_p times as likely as the likeliest.
+    repetition_penalty: above 1 makes tokens that the row already holds less likely.
     eos: an id that ends its row, which is then filled up with it; generation stops once every row
     has ended.
-    seed: for the same samples again (same device): one for each row, whose samples then depend on
-    it and on the row's tokens alone; or one for all, of which row b takes sample b. None draws one
-    from PyTorch's generator for the CPU.
-    vocab_size: choose among the ids below it alone, for a model whose vocabulary is padded past its
-    tokenizer's; None chooses among all of the model's.
-    slots: how many rows run at a time: 1, or rounded up to a multiple of 8. Every step computes so
-    many, however few there are: that is why a row's tokens do not depend on the others. 1 is the
-    quickest for a single row.
+    seed: gives the same tokens again on the same device. A sequence has a seed for each row, whose
+    tokens then depend on its seed and its prompt alone. A single seed serves all rows: row b takes
+    its sample b. None draws a seed from PyTorch's generator for the CPU.
+    vocab_size: only ids below it are chosen, for a model whose vocabulary is padded past its
+    tokenizer's; None allows all of the model's.
+    slots: how many rows run at a time: 1, or rounded up to a multiple of 8. Every step computes
+    that many rows, even where fewer are left, so that a row's tokens do not depend on the others.
+    1 is the quickest for a single row.
 
-    T is at most block_size; text past that slides: once block_size tokens are held, the model goes
+    T is at most block_size. A longer text slides: when it holds block_size tokens, the model goes
     on from the last half of them. The model runs in evaluation mode, and is left in the mode it was
     in. Raises ValueError for an argument out of range, TypeError for tokens that are not int64 and
     for any argument of another type, and RuntimeError where the model's logits hold NaN or
@@ -87,17 +87,17 @@ def generate(
 
 
 def stream(
-    model: GPT,
+    model: CachingModel,
     requests: Iterable[Request],
     *,
     slots: int = 8,
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Event]:
-    """The tokens of all samples of all requests, as they are chosen: an `Event` each.
+    """An `Event` for each token of each sample of each request, as it is chosen.
 
-    Requests are taken from the iterable when slots get free. Prompts may differ in length, and so
-    may everything else between requests. Arguments and errors are those of `Engine`.
+    Requests are taken from the iterable when slots get free. They may differ in everything, such as
+    the length of their prompts. Arguments and errors are those of `Engine`.
     """
     engine = Engine(model, slots=slots, tokenizer=tokenizer, vocab_size=vocab_size)
     waiting = iter(requests)
@@ -114,7 +114,7 @@ def stream(
 
 
 def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
-    """One for each row."""
+    """A seed for each row."""
     if seed is None:
         return [int(torch.randint(2**63 - 1, ()))] * rows
     if isinstance(seed, Sequence) and not isinstance(seed, str):

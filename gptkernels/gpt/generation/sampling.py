@@ -1,19 +1,19 @@
 """From logits to tokens: pure functions of (R, V) logits, and the settings of R slots.
 
     s = logits in fp32; then, in this order, which is that of transformers' generate:
-    repetition_penalty   s / penalty where s >= 0, s * penalty where s < 0, of tokens that the text
-                         holds, its prompt included (Keskar et al., "CTRL", 2019)
-    temperature          (s - max s) / temperature; at 0 the largest s is taken, and that is all
-    top_k                keeps what is no less than the k-th largest
-    top_p                keeps the fewest of the likeliest that reach p together (Holtzman et al.,
+    repetition_penalty   s / penalty where s >= 0, s * penalty where s < 0, for the tokens of the
+                         text, its prompt included (Keskar et al., "CTRL", 2019)
+    temperature          (s - max s) / temperature; 0 takes the largest s and skips the rest
+    top_k                keeps the tokens whose s is no less than the k-th largest
+    top_p                keeps the likeliest tokens, as few as reach p together (Holtzman et al.,
                          "The Curious Case of Neural Text Degeneration", 2020)
-    min_p                keeps what is at least min_p times as likely as the likeliest (Nguyen et
+    min_p                keeps the tokens at least min_p times as likely as the likeliest (Nguyen et
                          al., "Turning Up the Heat", 2024)
     draw                 the token at which the summed probabilities pass u, u in [0, 1) by Philox
                          from (seed, sample, position)
 
-A row's result depends on nothing but that row: probabilities are summed as integers, which no order
-of addition changes, and u belongs to a place in a text, not to a slot or a step.
+A row's result depends on that row alone: probabilities are summed as integers, so that the order of
+addition does not matter, and u depends on the place in the text, not on the slot or the step.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor
 from gptkernels.core import philox
 from gptkernels.core.checks import check_count, check_number
 
-# Of the integers that stand for probabilities: sums of as many as a vocabulary has stay below
-# 2**53, and so are exact in fp64 too.
+# The integer that stands for probability 1. The sum over a vocabulary stays below 2**53, so fp64
+# holds it exactly.
 _ONE = 2**52
 
 
@@ -39,8 +39,8 @@ class Sampling:
     """How tokens are chosen. Raises TypeError and ValueError for values out of range.
 
     temperature: 0 takes the likeliest token (the first of several).
-    top_k, top_p, min_p: None cuts nothing.
-    repetition_penalty: above 1 makes tokens of the text so far less likely.
+    top_k, top_p, min_p: None removes no token.
+    repetition_penalty: above 1 makes the tokens that the text already holds less likely.
     """
 
     temperature: float = 1.0
@@ -73,31 +73,32 @@ class Sampling:
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """scores (R, V) with the penalty (R,) on what is seen (R, V) bool."""
+    """scores (R, V) with the penalty (R,) applied where seen (R, V) is True."""
     penalty = penalty[:, None]
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def cool(scores: Tensor, temperature: Tensor) -> Tensor:
     """(scores - max) / temperature, (R, V) fp32; temperature (R,) fp64, positive."""
-    # Less the largest, so that a tiny temperature gives 0 and -inf, not inf and NaN. In fp64,
-    # divided by a normal number at least: a GPU multiplies by the reciprocal, which would be inf.
+    # The largest is subtracted so that a tiny temperature gives 0 and -inf, not inf and NaN. The
+    # divisor is at least the smallest normal number: a GPU multiplies by the reciprocal, and that
+    # of a smaller one is inf.
     scores = scores.double()
     scores = scores - scores.amax(dim=-1, keepdim=True)
     return (scores / temperature.clamp(min=sys.float_info.min)[:, None]).float()
 
 
 def keep_top_k(scores: Tensor, k: Tensor, most: int) -> Tensor:
-    """scores (R, V), -inf where below the k-th largest; k (R,) int64, 0 keeps all, at most
-    `most`."""
+    """scores (R, V), with -inf where they are below the k-th largest. k (R,) int64 is at most
+    `most`; 0 keeps all."""
     largest = scores.topk(min(most, scores.shape[-1])).values
     last = largest.gather(-1, (k.clamp(1, largest.shape[-1]) - 1)[:, None])
     return scores.masked_fill((scores < last) & (k > 0)[:, None], -math.inf)
 
 
 def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
-    """scores (R, V), -inf where all that are at least as small make up no more than 1 - p; the
-    largest always stays. p (R,) fp64, 1 keeps all."""
+    """scores (R, V), with -inf for the unlikeliest tokens, as many as have a probability of at most
+    1 - p together; the likeliest always stays. p (R,) fp64; 1 keeps all."""
     ascending, ids = scores.sort(dim=-1, stable=True)
     summed = _integers(ascending).cumsum(dim=-1)
     cut = summed <= ((1 - p) * summed[:, -1])[:, None]
@@ -107,19 +108,20 @@ def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
 
 
 def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
-    """scores (R, V), -inf where less likely than min_p (R,) times the likeliest; 0 keeps all."""
+    """scores (R, V), with -inf where less likely than min_p (R,) times the likeliest; 0 keeps
+    all."""
     probabilities = scores.softmax(dim=-1)
     least = min_p[:, None] * probabilities.amax(dim=-1, keepdim=True)
     return scores.masked_fill(probabilities < least, -math.inf)
 
 
 def draw(scores: Tensor, u: Tensor) -> Tensor:
-    """One id for each row of scores (R, V), with probabilities softmax(scores): (R,) int64. u (R,)
-    fp64 in [0, 1) decides."""
+    """An id for each row of scores (R, V), with probabilities softmax(scores): (R,) int64. u (R,)
+    fp64 in [0, 1) decides which."""
     summed = _integers(scores).cumsum(dim=-1)
     wanted = (u * summed[:, -1]).floor().long()
     chosen = torch.searchsorted(summed, wanted[:, None], right=True)[:, 0]
-    return chosen.clamp(max=scores.shape[-1] - 1)  # past the end for NaN alone
+    return chosen.clamp(max=scores.shape[-1] - 1)  # only NaN leads past the end
 
 
 def _integers(scores: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ class Sampler:
     def begin(
         self, slot: int, sampling: Sampling, seed: int, sample: int, text: Sequence[int]
     ) -> None:
-        """From now on choose for `slot` what follows the ids `text`."""
+        """From now on continue the ids `text` in `slot`."""
         self._settings[slot] = sampling
         self._greedy[slot] = sampling.temperature == 0
         self._temperature[slot] = sampling.temperature or 1.0
@@ -156,20 +158,20 @@ class Sampler:
         self._samples[slot] = sample
         self._positions[slot] = len(text)
         self._seen[slot] = False
-        # Picked on the host: how many there are is not waited for.
+        # Filtered on the host: on a GPU, the number of ids left would have to be waited for.
         known = [token for token in text if token < self._seen.shape[1]]
         self._seen[slot, torch.tensor(known, dtype=torch.int64, device=self._seen.device)] = True
 
     def release(self, slot: int) -> None:
-        """Choose anything for `slot`."""
+        """Stop choosing for `slot`: `choose` may give it any token."""
         self._settings[slot] = None
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of each slot, (R,) int64, and its log-probability, (R,) fp32, by the
-        logits (R, V) fp32 as they are; NaN where those give no probabilities."""
+        unchanged logits (R, V) fp32; it is NaN where those give no probabilities."""
         scores = logits
         active = [sampling for sampling in self._settings if sampling is not None]
-        # What no slot asks for is left out: it would change nothing.
+        # A setting that no slot uses is skipped: it would change nothing.
         if any(sampling.repetition_penalty != 1 for sampling in active):
             scores = penalise(scores, self._seen, self._penalty)
         tokens = scores.argmax(dim=-1)

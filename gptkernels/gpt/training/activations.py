@@ -1,8 +1,8 @@
-"""How much memory a forward pass takes that the backward pass will need: the activations.
+"""Memory of the activations: what a forward pass keeps for the backward pass.
 
-On a GPU, the most that was allocated during the forward pass beyond what was allocated before it.
-Elsewhere nothing counts allocations, so what autograd keeps is added up, each storage once: without
-temporaries, and without what recomputation will take for a moment in the backward pass.
+On a GPU, this is the peak of allocated memory during the forward pass, less what was allocated
+before it. Elsewhere nothing counts allocations, so the storages that autograd keeps are added up,
+each once. This leaves out temporaries, and what recomputation needs in the backward pass.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 @dataclass
 class Activations:
-    """Their bytes, once the forward pass is over."""
+    """Their bytes; 0 until the forward pass is over."""
 
     bytes: int = 0
 
 
 @contextlib.contextmanager
 def measured(model: nn.Module) -> Iterator[Activations]:
-    """Measure what is kept of a forward pass of `model` made in this context; the model's own
-    parameters and buffers do not count."""
+    """Measure what a forward pass of `model` in this context keeps; the model's own parameters and
+    buffers do not count."""
     activations = Activations()
     first = next(model.parameters())
     if first.device.type == "cuda":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Average:
-    """Of every parameter of `model`, begun at its present value."""
+    """The average of every parameter of `model`; it begins at the present value."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -25,12 +25,12 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the weights by one step."""
+        """Move the averages towards the weights by one step."""
         torch._foreach_lerp_(self._averages, [w.detach() for w in self._weights], 1 - self.decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the averages for weights, and afterwards its own again."""
+        """In this context the model's weights are the averages."""
         self._swap()
         try:
             yield

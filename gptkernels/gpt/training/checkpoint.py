@@ -1,4 +1,4 @@
-"""Checkpoints: one file that is either the old one or the new one, and never runs code when read.
+"""Checkpoints: a file that is always whole, the old one or the new, and runs no code when read.
 
 `save` writes a temporary file in the same folder, forces it to the disk, and renames it over the
 old checkpoint: a rename within one folder is atomic (POSIX rename(2), os.replace on Windows), so a
@@ -11,8 +11,8 @@ last line of the log), "average" (of the weights; empty where none is kept), "sa
 (PyTorch's CPU and CUDA generators), "model_config", "train_config", "files", "text" (a fingerprint
 of what the files hold)}.
 
-Weights, optimizer and generators are taken up by `model`, `optimizer` and `generators`, the two
-configurations by `config`: each refuses, in one sentence, what does not fit.
+`model`, `optimizer`, `average`, `since_log`, `generators` and `config` restore the parts of the
+content: each refuses, in one sentence, what does not fit.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise ValueError(f"content: a checkpoint needs {', '.join(missing)} too")
-    # One fixed name: what a killed run left behind is overwritten, not collected.
+    # One fixed name: the next save overwrites what a killed run left behind.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as stream:
@@ -72,11 +72,11 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the error at hand is the one to tell
+        with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink()
-        # torch.save, having heard of it, may raise a RuntimeError of its own on top.
+        # When a write fails, torch.save may raise a RuntimeError of its own on top.
         refused = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(refused, OSError):  # of a write: it does not name the file
+        if isinstance(refused, OSError):  # from a write, which does not name the file
             raise OSError(refused.errno, refused.strerror, str(path)) from None
         raise
     _sync_folder(path.parent)
@@ -93,7 +93,7 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} does not exist")
     try:
-        # torch.load does not look at the sums that torch.save wrote: a flipped bit would train on.
+        # torch.load ignores the checksums that torch.save wrote: a flipped bit would go unnoticed.
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{damaged} does not have the sum it was written with")
@@ -152,7 +152,7 @@ def config(path: str | Path, content: dict[str, Any], key: str, kind: type[_Conf
 
 def model(path: str | Path, content: dict[str, Any]) -> GPT:
     """The GPT in `content`, on the CPU. Raises ValueError when it contradicts its model_config."""
-    with torch.device("meta"):  # shapes alone: the weights are read, not drawn and thrown away
+    with torch.device("meta"):  # shapes alone: random weights would be drawn in vain
         network = GPT(config(path, content, "model_config", GPTConfig))
     _check_fit(path, "model", content["model"], network.state_dict())
     network.load_state_dict(content["model"], assign=True)
@@ -161,9 +161,9 @@ def model(path: str | Path, content: dict[str, Any]) -> GPT:
 
 
 def optimizer(path: str | Path, content: dict[str, Any], into: torch.optim.AdamW) -> None:
-    """Take up the step counts and moments; rates, betas and decay stay those that `into` has.
+    """Restore step counts and moments; `into` keeps its own rates, betas and decay.
 
-    Raises ValueError when they are not those of its parameters.
+    Raises ValueError when they do not fit its parameters.
     """
     groups = into.state_dict()["param_groups"]
     parameters = [parameter for group in into.param_groups for parameter in group["params"]]
@@ -177,7 +177,7 @@ def optimizer(path: str | Path, content: dict[str, Any], into: torch.optim.AdamW
 
 
 def average(path: str | Path, content: dict[str, Any], into: Average) -> None:
-    """Take up the average of the weights. Raises ValueError when it is not that of a model."""
+    """Restore the average of the weights. Raises ValueError when it does not fit the model."""
     _check_fit(path, "average", content["average"], into.state_dict())
     into.load_state_dict(content["average"])
 
@@ -192,10 +192,9 @@ def since_log(path: str | Path, content: dict[str, Any]) -> tuple[Tensor, int]:
 
 
 def generators(path: str | Path, content: dict[str, Any], sampler: Batches) -> None:
-    """Put the sampler and PyTorch's global generators where they were; CUDA's as far as this
-    machine has the devices.
+    """Restore the sampler and PyTorch's global generators.
 
-    Raises ValueError for what is no generator's state.
+    Raises ValueError for anything but generators' states.
     """
     state = content["random"]
     _check_fit(path, "sampler", content["sampler"], sampler.state_dict())
@@ -206,7 +205,7 @@ def generators(path: str | Path, content: dict[str, Any], sampler: Batches) -> N
         set_random_state(state)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"checkpoint: {path} has a sampler or random that is no generator's state ({error})"
+            f"checkpoint: {path} has a sampler or random that is not a generator's state ({error})"
         ) from None
 
 
@@ -219,9 +218,9 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put PyTorch's global generators where `random_state()` found them.
+    """Give PyTorch's global generators the state that `random_state()` returned.
 
-    CUDA generators are set as far as this machine has the devices.
+    Of CUDA's generators, only those of this machine's devices are set.
     """
     torch.set_rng_state(state["cpu"])
     for device, device_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
@@ -246,7 +245,7 @@ def _outline(state: object) -> object:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where the system lets a folder be opened."""
+    """Make the rename survive a power cut, where the system can open a folder."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

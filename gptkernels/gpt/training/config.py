@@ -13,7 +13,7 @@ from gptkernels.gpt.model import RECOMPUTE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# What decided the part of the run that already happened: a resumed run cannot choose it again.
+# The steps already made depend on these settings: a resumed run cannot change them.
 DECIDED = ("seed", "tokenizer", "token_dtype", "validation_fraction")
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptkernels.core.figure import figure_class
+
 
 def draw_losses(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Write a PNG of training and validation loss over the steps of `records` (lines of log.jsonl).
@@ -35,17 +37,3 @@ def draw_losses(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     if training or validation:
         axes.legend(frameon=False)
     figure.savefig(path)
-
-
-def figure_class() -> Any:
-    """matplotlib's Figure, used without pyplot: no display, no global state.
-
-    Raises ImportError, in one sentence, when matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "drawing the loss curve needs matplotlib: pip install 'gptkernels[all]'"
-        ) from None
-    return Figure

@@ -1,4 +1,4 @@
-"""Training data: text or token shards to one line of tokens, split in two, cut into batches.
+"""Training data: one sequence of tokens, from text or token shards, split in two and batched.
 
     text = the files, joined by a blank line          -> tokens (N,) int32
     shards (.bin)                                     -> tokens, mapped into memory
@@ -6,10 +6,10 @@
     epoch: a random offset o < T, then every window from o, o + T, o + 2 T ... once, in random order
     batch: the next `batch_size` starts s             x = tokens[s : s+T], y = tokens[s+1 : s+T+1]
 
-The order of the batches belongs to a `torch.Generator` of its own: neither dropout nor
-initialisation nor validation moves it, and its state is part of a checkpoint, so that a resumed run
-sees the batches that the uninterrupted run would have seen, in the middle of an epoch too.
-Validation walks evenly spaced windows: no randomness at all.
+The order of the batches has a `torch.Generator` of its own, so that it does not depend on dropout,
+initialisation or validation. Its state is part of a checkpoint: a resumed run sees the batches that
+the uninterrupted run would have seen, even in the middle of an epoch. Validation reads evenly
+spaced windows, without randomness.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Tokens: TypeAlias = Tensor | Shards
 def read(
     files: Sequence[str | Path], tokenizer: Tokenizer, token_dtype: str, vocab_size: int
 ) -> tuple[Tokens, str]:
-    """The tokens of `files`, all of them text or all of them shards (.bin), and a fingerprint: a
-    resumed run must read what it read before.
+    """The tokens of `files`, all of them text or all of them shards (.bin), and a fingerprint, by
+    which a resumed run knows that it reads the same.
 
     Raises ValueError for a mixture, and what `read_text` and `Shards` raise.
     """
@@ -61,7 +61,7 @@ def read_text(files: Sequence[str | Path]) -> str:
         if not file.is_file():
             raise ValueError(f"files: {file} is a folder, a UTF-8 text file is wanted")
         try:
-            # Bytes first: text mode would turn \r\n into \n, and the tokens would depend on it.
+            # As bytes: text mode would turn \r\n into \n, which changes the tokens.
             text = file.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
@@ -133,7 +133,7 @@ class Batches:
 
     @property
     def epochs(self) -> float:
-        """How many epochs have been drawn so far, the current one's share included."""
+        """How many epochs have been drawn so far; the fraction is of the current one."""
         return self._epoch + self._position / len(self._starts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

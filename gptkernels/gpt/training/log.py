@@ -21,7 +21,7 @@ class Log:
         self._writer: Any = None
 
     def take_up(self, step: int) -> None:
-        """Begin with what an earlier run wrote, up to `step`: later steps happen again."""
+        """Keep what an earlier run wrote, up to `step`: later steps will be made again."""
         path = self.out / "log.jsonl"
         if not path.is_file():
             return
@@ -31,7 +31,7 @@ class Log:
             except json.JSONDecodeError:
                 break  # a killed run may have left half a line
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(f"{path} holds a line that is no record of a run: {line[:80]}")
+                raise ValueError(f"{path} has a line that is not a record of a run: {line[:80]}")
             if record["step"] <= step:
                 self.records.append(record)
         shorter = self.out / ".log.jsonl.tmp"
@@ -42,18 +42,18 @@ class Log:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record, which has a "step". Raises OSError where it cannot be written."""
-        # Opened for each line: a run of days loses no line, and `out` appears with the first one.
+        # Opened for each line: a crash loses no line, and `out` is made with the first one.
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "log.jsonl"
         try:
             with path.open("a" if self.records else "w", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")
-        except OSError as error:  # of a write: it does not name the file
+        except OSError as error:  # from a write, which does not name the file
             raise OSError(error.errno, error.strerror, str(path)) from None
         self.records.append(record)
         if self._writer_type is None:
             return
-        if self._writer is None:  # what was written after the checkpoint is not shown
+        if self._writer is None:  # later steps of a killed run are hidden
             self._writer = self._writer_type(self.out / "tensorboard", purge_step=record["step"])
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -32,12 +31,7 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._progress.live.is_started:
             self._progress.stop()
 
@@ -46,7 +40,7 @@ class ProgressBar:
         if "sample" in record:
             self.console.print(record["sample"], style="dim", markup=False, highlight=False)
             return
-        self._progress.start()  # not before: a run that is refused shows no bar
+        self._progress.start()  # only now: a run that is refused shows no bar
         figures = describe(record)
         self._progress.update(self._task, completed=done, step=record["step"], figures=figures)
         if "validation_loss" in record:
@@ -58,8 +52,7 @@ class ProgressBar:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Loss, tokens per second, MFU and memory of activations of a log record, as far as it has
-    them."""
+    """Loss, tokens per second, MFU and memory of activations in a log record, where it has them."""
     parts = []
     if record.get("loss") is not None:
         parts.append(f"loss {record['loss']:.4f}")

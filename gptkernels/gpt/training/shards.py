@@ -1,9 +1,9 @@
 """Token shards: binary files of token ids, mapped into memory and read as one sequence.
 
 A shard is nothing but ids, little-endian uint16 or uint32, as nanoGPT's prepare scripts write
-them. Nothing is loaded until it is read, so a sequence may be much larger than memory. Whether a
-shard is still what it was is looked at before every read, since one that shrinks under a mapping
-would end the process without a word.
+them. Nothing is loaded until it is read, so a sequence may be much larger than memory. The size of
+a shard is checked before every read: reading past the end of a mapped file that has shrunk kills
+the process without a message.
 """
 
 from __future__ import annotations
@@ -118,5 +118,5 @@ class _Shard:
         if not self.path.exists():
             raise FileNotFoundError(f"files: {self.path} does not exist, a token shard is wanted")
         if not self.path.is_file():
-            raise ValueError(f"files: {self.path} is no file, a token shard is wanted")
+            raise ValueError(f"files: {self.path} is not a file, a token shard is wanted")
         return os.stat(self.path).st_size

@@ -1,16 +1,16 @@
-"""SIGINT and SIGTERM as a wish to stop, heard between two steps of training."""
+"""SIGINT and SIGTERM stop training, once the present step is done."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 
 
 class Stopping:
-    """While entered, the first SIGINT or SIGTERM sets `asked`; a second does what it did before.
+    """In this context the first SIGINT or SIGTERM sets `asked`; a second one acts as outside it.
 
-    Signals go to the main thread alone: in another one this hears nothing, and changes nothing.
+    Only the main thread receives signals: in another thread this context does nothing.
     """
 
     def __init__(self) -> None:
@@ -23,12 +23,7 @@ class Stopping:
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@
 
 The peak is the documented dense rate of a known GPU at the dtype of the products. On a CPU nobody
 documents one, so it is measured: the best rate of a large square matrix product with as many
-threads as the run has. Elsewhere the peak is unknown and so is the MFU (None), rather than a guess.
+threads as the run has. Elsewhere the peak is unknown, and the MFU is None rather than a guess.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 
 # Dense TFLOP/s without sparsity, from NVIDIA's data sheets: (name as the driver spells it, bf16
 # with fp32 accumulation, fp32 on CUDA cores, since fp32 is computed here without tf32). The first
-# name that stands as whole words in the device's name decides, so longer names come first.
+# name that occurs as whole words in the device's name decides, so longer names come first.
 _PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250.0, 75.0),
     ("GH200", 989.4, 66.9),
@@ -49,7 +49,7 @@ def flops_per_token(model: nn.Module, n_layer: int, n_embd: int, block_size: int
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations per second that `device` reaches at best at `dtype`; None when unknown."""
+    """The most FLOP per second that `device` reaches at `dtype`; None when unknown."""
     if device.type == "cpu":
         return _measured_matmul_rate(dtype)
     if device.type != "cuda":
@@ -61,12 +61,30 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 
+class Speed:
+    """Tokens per second, and MFU by the FLOP of a token and the machine's peak, if it is known."""
+
+    def __init__(self, flops: float, peak: float | None) -> None:
+        self._flops, self._peak = flops, peak
+        self.restart(0)
+
+    def restart(self, tokens: int) -> None:
+        """Count from now on, when `tokens` tokens have been trained on."""
+        self._tokens, self._start = tokens, time.perf_counter()
+
+    def read(self, tokens: int) -> dict[str, float | None]:
+        """What it was since `restart`, now that `tokens` tokens have been trained on."""
+        speed = (tokens - self._tokens) / (time.perf_counter() - self._start)
+        mfu = None if self._peak is None else speed * self._flops / self._peak
+        return {"tokens_per_s": speed, "mfu": mfu}
+
+
 def _measured_matmul_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.3) -> float:
     """FLOP per second of the fastest of many (size, size) products on the CPU.
 
-    Small enough that some run undisturbed between two turns of a busy machine's other programs.
+    They are small enough that even on a busy machine some run without interruption.
     """
-    # A generator of its own: measuring must not move the numbers that training draws.
+    # A generator of its own: measuring must not change the numbers that training draws.
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(size, size, generator=generator).to(dtype)
     b = torch.randn(size, size, generator=generator).to(dtype)

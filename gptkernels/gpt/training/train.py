@@ -1,8 +1,6 @@
 """Training, readable in one sitting: text or token shards in, a folder with weights, log and loss
-curve out.
+curve out. learner.py makes the steps.
 
-    step:  for each of `accumulation` micro-batches: loss / accumulation, backward
-           clip the gradients' norm, AdamW (Loshchilov & Hutter 2019), next learning rate
     out/   log.jsonl       one JSON object a line: step, loss, learning rate, tokens/s, MFU, ...
            checkpoint.pt   replaced atomically; `resume(out)` goes on from it
            loss.png        the curve
@@ -11,12 +9,12 @@ curve out.
            tensorboard/    with `tensorboard`: the log for it
 
 A run that was interrupted and resumed ends with the same bits as one that was not, dropout
-included, on the same machine with the same number of threads: whatever has a state is in the
-checkpoint (weights, optimiser, PyTorch's generators, the sampler's generator), and log, validation,
-samples and saving draw no random numbers. The exception is `minutes`: there the learning rate
-follows the clock.
+included, on the same machine with the same number of threads. This is because the checkpoint holds
+everything that has a state (weights, optimiser, PyTorch's generators, the sampler's generator), and
+log, validation, samples and saving leave these generators alone. The exception is a run with
+`minutes`, whose learning rate follows the clock.
 
-SIGINT and SIGTERM end a run after the step that it is in, with a checkpoint to resume from.
+SIGINT and SIGTERM end a run after the present step, with a checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -32,19 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptkernels.core.device import choose_device
+from gptkernels.core.figure import figure_class
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import load_tokenizer
-from gptkernels.gpt.training import activations, checkpoint, data
-from gptkernels.gpt.training.average import Average
-from gptkernels.gpt.training.config import DECIDED, DTYPES, TrainConfig, learning_rate
-from gptkernels.gpt.training.curve import draw_losses, figure_class
+from gptkernels.gpt.training import checkpoint, data
+from gptkernels.gpt.training.config import DECIDED, TrainConfig, learning_rate
+from gptkernels.gpt.training.curve import draw_losses
+from gptkernels.gpt.training.learner import Learner
 from gptkernels.gpt.training.log import Log
 from gptkernels.gpt.training.stopping import Stopping
-from gptkernels.gpt.training.throughput import flops_per_token, peak_flops
+from gptkernels.gpt.training.throughput import Speed, flops_per_token, peak_flops
 from gptkernels.gpt.weights import safetensors_package
 
 Observer = Callable[[dict[str, Any], float], None]
@@ -53,18 +52,6 @@ Observer = Callable[[dict[str, Any], float], None]
 
 class DivergedError(RuntimeError):
     """The loss or the gradients' norm became NaN or infinite."""
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's two groups: matrices (two dimensions or more) decay; biases and norms do not.
-
-    A parameter that is shared (the tied head) is listed once.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 @dataclass(frozen=True)
@@ -111,7 +98,7 @@ def resume(
     observer: Observer | None = None,
     **changes: Any,
 ) -> TrainResult:
-    """Go on from `out`/checkpoint.pt, with its settings less the `changes` (fields of TrainConfig).
+    """Go on from `out`/checkpoint.pt; `changes` are fields of TrainConfig that get a new value.
 
     `files` names the same text when it has moved. Raises as `train` does, FileNotFoundError when
     there is no checkpoint, and ValueError when the checkpoint cannot be read, when the text is not
@@ -139,7 +126,7 @@ def resume(
 
 
 class _Run:
-    """One run: everything that has a state, and the loop."""
+    """One run: its budget, its log, its checkpoints and the loop."""
 
     def __init__(
         self,
@@ -150,14 +137,13 @@ class _Run:
         observer: Observer | None,
         model: GPT | None = None,
     ) -> None:
-        # Better to hear now that a package is missing than after the training.
+        # Better to report a missing package now than after the training.
         figure_class()
         safetensors_package()
         self.log = Log(out, config.tensorboard)
         self.files, self.out, self.config, self.observer = files, out, config, observer
         self.model_config = model_config
         self.device = choose_device(config.device)
-        self.dtype = DTYPES[config.dtype]
 
         self.tokenizer = load_tokenizer(config.tokenizer)
         if model_config.vocab_size < self.tokenizer.vocab_size:
@@ -169,47 +155,28 @@ class _Run:
         tokens, self.digest = data.read(
             files, self.tokenizer, config.token_dtype, model_config.vocab_size
         )
-        training, self.validation = data.split(
+        training, validation = data.split(
             tokens, config.validation_fraction, model_config.block_size
         )
-        self.batches = data.Batches(
-            training, model_config.block_size, config.batch_size, config.seed
-        )
-
         # Initial weights are drawn on the CPU, so that they do not depend on the device.
         self.model = GPT(model_config) if model is None else model
-        self.model.set_impl(config.impl).set_recompute(config.recompute)
-        self.model.to(self.device)
-        self.forward: nn.Module = self.model
-        if config.compile:
-            self.forward = torch.compile(self.model, fullgraph=True)  # type: ignore[assignment]
-        self.average = Average(self.model, config.ema) if config.ema else None
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
-        self.activation_bytes: int | None = None  # of a micro-batch, not yet measured
+        self.learner = Learner(self.model, config, self.device, training, validation)
         self.step = 0
         self.tokens = 0
         self.seconds_before = 0.0
         self.best_validation_loss = math.inf
-        # Since the last line of the log: the sum of the losses, and how many steps it is of.
+        # Since the last line of the log: the sum of the losses, and the number of steps.
         self.losses, self.since = torch.zeros((), device=self.device), 0
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Take up the rest of a checkpoint, and the log as far as the checkpoint saw it."""
+        """Go on from a checkpoint, and from the log up to its step."""
         if content["text"] != self.digest:
             raise ValueError(
                 f"files: the text of {', '.join(self.files)} is not the text that the run to "
                 "resume was trained on"
             )
         path = self.out / "checkpoint.pt"
-        checkpoint.optimizer(path, content, self.optimizer)
-        checkpoint.generators(path, content, self.batches)
-        if self.average is not None and content["average"]:
-            checkpoint.average(path, content, self.average)
+        self.learner.restore(path, content)
         self.step, self.tokens = content["step"], content["tokens"]
         self.seconds_before = content["seconds"]
         self.best_validation_loss = content["best_validation_loss"]
@@ -225,8 +192,8 @@ class _Run:
         draw_losses(self.log.records, self.out / "loss.png")
         if not stopped:
             self._save_model("model")
-            if self.average is not None:
-                with self.average.in_place():
+            if (average := self.learner.average) is not None:
+                with average.in_place():
                     self._save_model("model-ema")
             elif (old := self.out / "model-ema").exists():  # resumed without an average
                 shutil.rmtree(old)
@@ -235,24 +202,23 @@ class _Run:
 
     def _train(self, stopping: Stopping) -> bool:
         """The loop; whether it was stopped before its end."""
-        config = self.config
-        peak = peak_flops(self.device, self.dtype)
-        flops = flops_per_token(
-            self.model,
-            self.model_config.n_layer,
-            self.model_config.n_embd,
-            self.model_config.block_size,
+        config, shape = self.config, self.model_config
+        speed = Speed(
+            flops_per_token(self.model, shape.n_layer, shape.n_embd, shape.block_size),
+            peak_flops(self.device, self.learner.dtype),
         )
-        tokens_a_step = config.accumulation * config.batch_size * self.model_config.block_size
+        tokens_a_step = config.accumulation * config.batch_size * shape.block_size
         self.started = time.perf_counter()
         if self.step == 0:
             self._write({"step": 0, **self._validate(), "seconds": self.seconds})
 
-        clock, timed = time.perf_counter(), self.step
-        last = self.done and self.step > 0  # one step even where validating took all the time
+        speed.restart(self.tokens)
+        last = (
+            self.done and self.step > 0
+        )  # at least one step, even if validating took all the time
         while not last:
             rate = learning_rate(config, self.step, self.seconds)
-            loss, norm = self._optimizer_step(rate)
+            loss, norm = self.learner.step(rate)
             self.losses += loss
             self.since += 1
             self.step += 1
@@ -263,28 +229,7 @@ class _Run:
             save = last or stop or self.step % config.checkpoint_interval == 0
 
             if validate or self.step % config.log_interval == 0:
-                mean, norm_value = self.losses.item() / self.since, norm.item()  # waits for the GPU
-                steps, seconds = self.step - timed, time.perf_counter() - clock
-                speed = steps * tokens_a_step / seconds
-                record = {
-                    "step": self.step,
-                    "loss": mean,
-                    "learning_rate": rate,
-                    "gradient_norm": norm_value,
-                    "tokens": self.tokens,
-                    "epochs": self.batches.epochs,
-                    "tokens_per_s": speed,
-                    "mfu": None if peak is None else speed * flops / peak,
-                    "activation_bytes": self.activation_bytes,
-                    "seconds": self.seconds,
-                }
-                self.losses.zero_()
-                self.since = 0
-                if validate:
-                    self._check_finite(record)
-                    record |= self._validate()
-                self._write(record)
-                clock, timed = time.perf_counter(), self.step
+                self._log(rate, norm, speed, validate)
             if config.sample_interval and self.step % config.sample_interval == 0:
                 self._write({"step": self.step, "sample": self._sample()})
             if save:
@@ -294,69 +239,41 @@ class _Run:
                 return True
         return False
 
-    def _optimizer_step(self, rate: float) -> tuple[Tensor, Tensor]:
-        """One step: the mean loss over its micro-batches, the gradients' norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.model.train()
-        total = torch.zeros((), device=self.device)
-        for _ in range(self.config.accumulation):
-            tokens, targets = next(self.batches)
-            if self.activation_bytes is None:
-                with activations.measured(self.model) as measured:
-                    loss = self._loss(tokens, targets)
-                self.activation_bytes = measured.bytes
-            else:
-                loss = self._loss(tokens, targets)
-            loss = loss / self.config.accumulation
-            loss.backward()
-            total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update()
-        return total, norm
-
-    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        ):
-            loss: Tensor = self.forward(tokens.to(self.device), targets.to(self.device))
-        return loss
+    def _log(self, rate: float, norm: Tensor, speed: Speed, validate: bool) -> None:
+        """Write a line about the steps since the last one; with `validate`, of a validation too."""
+        loss, gradient_norm = self.losses.item() / self.since, norm.item()  # waits for the GPU
+        record = {
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": rate,
+            "gradient_norm": gradient_norm,
+            "tokens": self.tokens,
+            "epochs": self.learner.batches.epochs,
+            **speed.read(self.tokens),
+            "activation_bytes": self.learner.activation_bytes,
+            "seconds": self.seconds,
+        }
+        self.losses.zero_()
+        self.since = 0
+        if validate:
+            self._check_finite(record)
+            record |= self._validate()
+        self._write(record)
+        speed.restart(self.tokens)
 
     def _validate(self) -> dict[str, float]:
-        losses = {"validation_loss": self.validation_loss()}
+        losses = self.learner.validate()
         self.best_validation_loss = min(self.best_validation_loss, losses["validation_loss"])
-        if self.average is not None:
-            with self.average.in_place():
-                losses["ema_validation_loss"] = self.validation_loss()
         return losses
-
-    @torch.no_grad()
-    def validation_loss(self) -> float:
-        """Mean loss over the validation windows, without dropout; draws no random number."""
-        self.model.eval()
-        total, count = 0.0, 0
-        for tokens, targets in data.validation_batches(
-            self.validation,
-            self.model_config.block_size,
-            self.config.batch_size,
-            self.config.validation_batches,
-        ):
-            total += self._loss(tokens, targets).item() * len(tokens)
-            count += len(tokens)
-        return total / count
 
     def _prompt(self) -> list[int]:
         """The tokens that samples continue."""
         ids = self.tokenizer.encode(self.config.sample_prompt)
-        kept = ids[max(0, len(ids) - self.model_config.block_size) :]
+        kept = ids[-self.model_config.block_size :]
         if self.config.sample_interval and not kept:
             raise ValueError(
-                f"sample_prompt is {self.config.sample_prompt!r}, of which the tokenizer "
-                f"{self.config.tokenizer!r} and block_size={self.model_config.block_size} leave no "
-                "token; at least one is wanted"
+                f"sample_prompt is {self.config.sample_prompt!r}, which the tokenizer "
+                f"{self.config.tokenizer!r} turns into no token; at least one is wanted"
             )
         return kept
 
@@ -364,7 +281,7 @@ class _Run:
         tokens = self.model.generate(
             torch.tensor([self.prompt], device=self.device),
             self.config.sample_tokens,
-            seed=self.config.seed,  # and so from a generator of its own
+            seed=self.config.seed,  # sampling then draws nothing from PyTorch's generators
             eos=self.tokenizer.eos,
             vocab_size=self.tokenizer.vocab_size,
             slots=1,
@@ -400,16 +317,12 @@ class _Run:
         checkpoint.save(
             self.out / "checkpoint.pt",
             {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                **self.learner.state(),
                 "step": self.step,
                 "tokens": self.tokens,
                 "seconds": self.seconds,
                 "best_validation_loss": self.best_validation_loss,
                 "since_log": {"loss": self.losses, "steps": self.since},
-                "average": {} if self.average is None else self.average.state_dict(),
-                "sampler": self.batches.state_dict(),
-                "random": checkpoint.random_state(),
                 "model_config": dataclasses.asdict(self.model_config),
                 "train_config": dataclasses.asdict(self.config),
                 "files": self.files,

@@ -1,0 +1,133 @@
+"""What a step of training changes: the weights, their average, the optimiser, the batches' order.
+
+step:  for each of `accumulation` micro-batches: loss / accumulation, backward
+       clip the gradients' norm, AdamW (Loshchilov & Hutter 2019)
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptkernels.gpt.model import GPT
+from gptkernels.gpt.training import activations, checkpoint, data
+from gptkernels.gpt.training.average import Average
+from gptkernels.gpt.training.config import DTYPES, TrainConfig
+
+
+class Learner:
+    """Trains `model` on the tokens `training`, as `config` says, and validates it on others."""
+
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        device: torch.device,
+        training: data.Tokens,
+        validation: data.Tokens,
+    ) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.dtype = DTYPES[config.dtype]
+        self.model.set_impl(config.impl).set_recompute(config.recompute)
+        self.model.to(device)
+        self.forward: nn.Module = self.model
+        if config.compile:
+            self.forward = torch.compile(self.model, fullgraph=True)  # type: ignore[assignment]
+        self.block_size = model.config.block_size
+        self.batches = data.Batches(training, self.block_size, config.batch_size, config.seed)
+        self.validation = validation
+        self.average = Average(self.model, config.ema) if config.ema else None
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+        self.activation_bytes: int | None = None  # of a micro-batch, once one was measured
+
+    def step(self, rate: float) -> tuple[Tensor, Tensor]:
+        """One step: the mean loss over its micro-batches, the gradients' norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.config.accumulation):
+            tokens, targets = next(self.batches)
+            if self.activation_bytes is None:
+                with activations.measured(self.model) as measured:
+                    loss = self._loss(tokens, targets)
+                self.activation_bytes = measured.bytes
+            else:
+                loss = self._loss(tokens, targets)
+            loss = loss / self.config.accumulation
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
+        return total, norm
+
+    def validate(self) -> dict[str, float]:
+        """The validation loss of the weights and, where one is kept, of their average."""
+        losses = {"validation_loss": self._validation_loss()}
+        if self.average is not None:
+            with self.average.in_place():
+                losses["ema_validation_loss"] = self._validation_loss()
+        return losses
+
+    def state(self) -> dict[str, Any]:
+        """Its part of a checkpoint, by the checkpoint's keys."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": {} if self.average is None else self.average.state_dict(),
+            "sampler": self.batches.state_dict(),
+            "random": checkpoint.random_state(),
+        }
+
+    def restore(self, path: Path, content: dict[str, Any]) -> None:
+        """Restore all but the model from the checkpoint at `path`. Raises ValueError."""
+        checkpoint.optimizer(path, content, self.optimizer)
+        checkpoint.generators(path, content, self.batches)
+        if self.average is not None and content["average"]:
+            checkpoint.average(path, content, self.average)
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        ):
+            loss: Tensor = self.forward(tokens.to(self.device), targets.to(self.device))
+        return loss
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        """Mean loss over the validation windows, without dropout; draws no random number."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for tokens, targets in data.validation_batches(
+            self.validation,
+            self.block_size,
+            self.config.batch_size,
+            self.config.validation_batches,
+        ):
+            total += self._loss(tokens, targets).item() * len(tokens)
+            count += len(tokens)
+        return total / count
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's two groups: matrices (two dimensions or more) decay; biases and norms do not.
+
+    A parameter that is shared (the tied head) is listed once.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]

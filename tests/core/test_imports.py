@@ -1,0 +1,105 @@
+"""Imports point down: cli -> (bench, gpt, truth) -> nn -> ops -> core.
+
+A layer imports itself and the layers that `_BELOW` lists, whether at the top of a module, inside a
+function or for type checking only. `gptkernels` itself is what a user imports: the public
+functions. Only layers that use the package as a user does may import it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import gptkernels
+
+_ROOT = Path(gptkernels.__file__).parent
+_PUBLIC = "gptkernels"
+_BELOW = {
+    "core": set(),
+    "ops": {"core"},
+    "nn": {"core", "ops"},
+    "gpt": {"core", "ops", "nn"},
+    # What is right is written apart from what is held to it.
+    "truth": {"core", _PUBLIC},
+    # Beside gpt: neither imports the other.
+    "bench": {"core", "ops", "nn", "truth", _PUBLIC},
+    "cli": {"core", "ops", "nn", "gpt", "truth", "bench", _PUBLIC},
+}
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(_ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+_FILES = {_name(path): path for path in sorted(_ROOT.rglob("*.py"))}
+
+
+def _imported(path: Path) -> Iterator[tuple[int, str]]:
+    """The line and the module of each import of this package."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "gptkernels":
+                yield node.lineno, name if name in _FILES else name.rpartition(".")[0]
+
+
+_IMPORTS = {module: list(_imported(path)) for module, path in _FILES.items()}
+
+
+def _layer(module: str) -> str:
+    """The folder below gptkernels, or the module beside the folders."""
+    return module.split(".")[1] if "." in module else _PUBLIC
+
+
+def _op(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[2] if _layer(module) == "ops" and len(parts) > 2 else None
+
+
+def _check(allowed: Callable[[str, str], bool]) -> None:
+    wrong = [
+        f"{_FILES[module].relative_to(_ROOT.parent)}:{line} imports {imported}"
+        for module, imports in _IMPORTS.items()
+        for line, imported in imports
+        if not allowed(module, imported)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_folder_is_a_layer() -> None:
+    folders = {path.name for path in _ROOT.iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(_BELOW)
+
+
+def test_imports_point_down() -> None:
+    def allowed(module: str, imported: str) -> bool:
+        layer, other = _layer(module), _layer(imported)
+        beside = layer not in _BELOW  # a module beside the folders, which none of them imports
+        return beside or other == layer or other in _BELOW[layer]
+
+    _check(allowed)
+
+
+def test_an_op_imports_no_other_op() -> None:
+    def allowed(module: str, imported: str) -> bool:
+        op, other = _op(module), _op(imported)
+        return None in (op, other) or op == other
+
+    _check(allowed)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {module: {imported for _, imported in imports} for module, imports in _IMPORTS.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" imports ".join(reversed(error.args[1]))) from None
