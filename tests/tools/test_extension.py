@@ -129,7 +129,7 @@ def test_toolkit_of_cuda_home(
     monkeypatch.setenv("NVCC_CCBIN", "/opt/another/g++")
     extension.native(folder=toolkit / "build")
     written = (toolkit / "build" / "build.ninja").read_text()
-    assert f"compiler = {toolkit}/bin/nvcc -std=c++17" in written
+    assert f"compiler = {toolkit}/bin/nvcc -std=c++20" in written
     assert f"-isystem{toolkit}/include" in written
     assert re.search(r"tools = .*release 13\.0, V13\.0\.1\s+/opt/another/g\+\+'$", written, re.M)
 
