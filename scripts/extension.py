@@ -4,7 +4,7 @@
     python scripts/extension.py native                   build/native/_cuda*.so, by nvcc
     python scripts/extension.py emulator layer_norm/fwd.cu   that file's object alone
     python scripts/extension.py native layer_norm/fwd.cu     likewise, and what ptxas says about it
-    python scripts/extension.py native attention/fwd/kernel.cu.bf16     one row of csrc/instances.toml
+    python scripts/extension.py native attention/fwd/kernel.cu.bf16   one row of its instances
     python scripts/extension.py native --check           whether it can be built here; if not, why
 
 `setup.py` installs the native extension as gptkernels._cuda. The emulator's is for the test suite
@@ -109,7 +109,7 @@ class _Library:
         return self.folder / "objects" / f"{o.name}.o"
 
     def named(self, name: str) -> list[Path]:
-        """The objects of a source, or the one of a row of it. Raises BuildError for another name."""
+        """The objects of a source, or the one of a row of it. Raises BuildError for other names."""
         found = [self.path(o) for o in self.objects if name in (o.source.as_posix(), o.name)]
         if not found:
             raise BuildError(f"there is no {name} among {', '.join(o.name for o in self.objects)}")

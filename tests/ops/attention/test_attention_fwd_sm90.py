@@ -165,7 +165,7 @@ def test_builds_that_cannot() -> None:
         left=-1, right=0, softcap=0.0, dropout_p=0.0,
     )  # fmt: skip
     widths = [built["head_width"] for built in BUILDS]
-    with pytest.raises(RuntimeError, match="heads up to 128 wide, and these are .* width 64"):
+    with pytest.raises(RuntimeError, match=r"heads up to 128 wide, and these are .* width 64"):
         call(**inputs(D=64), build=widths.index(128))
     with pytest.raises(RuntimeError, match=f"there are {len(widths)} builds"):
         call(**inputs(D=64), build=len(widths))
