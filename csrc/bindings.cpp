@@ -64,7 +64,7 @@ py::dict described(const gk::DryRun& plan) {
             py::arg("grid") = py::make_tuple(p.grid[0], p.grid[1], p.grid[2]),
             py::arg("threads") = p.threads, py::arg("cluster") = p.cluster,
             py::arg("shared_bytes") = p.shared_bytes, py::arg("tiles") = p.tiles,
-            py::arg("built") = built));
+            py::arg("built") = built, py::arg("clocks") = p.clocks));
     }
     for (const gk::Refusal& r : plan.refusals) refusals.append(py::make_tuple(r.kernel, r.reason));
     return py::dict(py::arg("launches") = launches, py::arg("refusals") = refusals);
@@ -111,7 +111,7 @@ void def_attention_bwd(py::module_& module, const char* name, F&& run) {
                                      pointer<void>(dq),
                                      pointer<void>(dk),
                                      pointer<void>(dv)};
-            return run(static_cast<DType>(dtype), p, stream_of(device, stream), build);
+            return run(static_cast<DType>(dtype), p, build, stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("dout"), py::arg("dlse"),
         py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
@@ -181,8 +181,8 @@ PYBIND11_MODULE(_cuda, module) {
                                      strides(v_strides),
                                      pointer<void>(out),
                                      pointer<float>(lse)};
-            gk::launch_attention_fwd(static_cast<DType>(dtype), p, stream_of(device, stream),
-                                     build);
+            gk::launch_attention_fwd(static_cast<DType>(dtype), p, build,
+                                     stream_of(device, stream));
         },
         py::arg("device"), py::arg("stream"), py::kw_only(), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("alibi_slopes"), py::arg("key_lengths"), py::arg("rng"),
@@ -199,9 +199,9 @@ PYBIND11_MODULE(_cuda, module) {
                [] { return described(gk::attention_bwd_builds()); });
     def_attention_bwd(module, "attention_bwd", &gk::launch_attention_bwd);
     def_attention_bwd(module, "attention_bwd_workspaces",
-                      [](DType dtype, const gk::AttentionBwd& p, gk::Stream stream, int build) {
+                      [](DType dtype, const gk::AttentionBwd& p, int build, gk::Stream stream) {
                           const gk::BwdWorkspaces sizes =
-                              gk::attention_bwd_workspaces(dtype, p, stream.device, build);
+                              gk::attention_bwd_workspaces(dtype, p, build, stream);
                           return std::make_tuple(sizes.row_stats, sizes.dq_sum, sizes.turns);
                       });
 

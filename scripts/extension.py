@@ -4,6 +4,7 @@
     python scripts/extension.py native                   build/native/_cuda*.so, by nvcc
     python scripts/extension.py emulator layer_norm/fwd.cu   that file's object alone
     python scripts/extension.py native layer_norm/fwd.cu     likewise, and what ptxas says about it
+    python scripts/extension.py native attention/fwd/kernel.cu.bf16   one row of its instances
     python scripts/extension.py native --check           whether it can be built here; if not, why
 
 `setup.py` installs the native extension as gptkernels._cuda. The emulator's is for the test suite
@@ -22,6 +23,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -30,6 +32,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +53,7 @@ _HOPPER_ONLY = "sm90"
 # Host code in csrc that the emulator has another version of.
 _NATIVE_ONLY = ("csrc/runtime/launch.cpp",)
 
-_HOST_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+_HOST_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Errors name the callers that frame pointers lead to.
 _EMULATED_FLAGS = [*_HOST_FLAGS, "-DGK_EMULATE", "-g", "-fno-omit-frame-pointer", "-Wno-psabi"]
 if platform.machine() == "aarch64":
@@ -65,7 +68,7 @@ _REPORTED = [
     *("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
 ]
 _NVCC_FLAGS = [
-    *("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"),
     *("-Werror=all-warnings", "-Xptxas=--warning-as-error", "-Xptxas=-v"),
 ]
 
@@ -79,18 +82,54 @@ class _Object:
     source: Path
     command: list[str]
     tools: str  # the versions that its content depends on
+    row: tuple[str, ...] = ()  # of csrc/instances.toml: the values of its macros
+
+    @property
+    def name(self) -> str:
+        """Its source's path, then its row: csrc/attention/fwd/kernel.cu.bf16."""
+        return ".".join((self.source.as_posix(), *self.row))
 
 
-def emulator(only: Sequence[str] = ()) -> Path:
-    """The emulator's module, brought up to date; or the last of the objects of the sources `only`.
+@dataclass(frozen=True)
+class _Library:
+    """A shared library in a folder, and what it is made of."""
+
+    folder: Path
+    objects: list[_Object]
+    link: list[str]  # the command, without its files
+    libraries: list[str]
+
+    @property
+    def module(self) -> Path:
+        """The library itself."""
+        return self.folder / _MODULE
+
+    def path(self, o: _Object) -> Path:
+        """Where one of the objects is written."""
+        return self.folder / "objects" / f"{o.name}.o"
+
+    def named(self, name: str) -> list[Path]:
+        """The objects of a source, or the one of a row of it. Raises BuildError for other names."""
+        found = [self.path(o) for o in self.objects if name in (o.source.as_posix(), o.name)]
+        if not found:
+            raise BuildError(f"there is no {name} among {', '.join(o.name for o in self.objects)}")
+        return found
+
+
+def emulator() -> Path:
+    """The emulator's module, brought up to date.
 
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
+    return _build(_emulator())
+
+
+def _emulator() -> _Library:
     compiler = _compiler()
     base = [*compiler, *_EMULATOR_FLAGS, "-Icsrc", f"-isystem{_cuda_headers()}"]
-    objects = [*_emulated(compiler, _files("**/*.cu")), _bindings(base, _version(compiler))]
+    objects = [*_emulated(compiler, _kernels()), _bindings(base, _version(compiler))]
     link = [*compiler, "-shared", f"-Wl,{_EXPORTS}"]
-    return _build(ROOT / "build" / "emulator", objects, link, ["-pthread"], only)
+    return _Library(ROOT / "build" / "emulator", objects, link, ["-pthread"])
 
 
 def emulated(sources: Sequence[Path], folder: Path) -> Path:
@@ -98,7 +137,8 @@ def emulated(sources: Sequence[Path], folder: Path) -> Path:
     code in others, brought up to date. Paths are relative to ROOT. Raises as `emulator` does.
     """
     compiler = _compiler()
-    return _build(folder, _emulated(compiler, sources), [*compiler, "-shared"], ["-pthread"], [])
+    objects = _emulated(compiler, sources)
+    return _build(_Library(folder, objects, [*compiler, "-shared"], ["-pthread"]))
 
 
 def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]:
@@ -111,21 +151,38 @@ def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]
     tools = _version(compiler)
     shared = [file for file in _host_code(sources) if file.as_posix() not in _NATIVE_ONLY]
     return [
-        _Object(source, kernels if source.suffix == ".cu" else host, tools)
+        o
         for source in (*_files("emulator/**/*.cpp"), *shared, *sources)
+        for o in _objects(source, kernels if source.suffix == ".cu" else host, tools)
     ]
 
 
-def native(only: Sequence[str] = (), folder: Path | None = None) -> Path:
-    """The extension for GPUs in `folder` (build/native), brought up to date; or the last of the
-    objects of the sources `only`.
+def _objects(source: Path, command: list[str], tools: str) -> Iterator[_Object]:
+    """One for each row that csrc/instances.toml has of a source; one for a source it does not name.
+
+    A source's rows are the combinations of its macros' values.
+    """
+    table = tomllib.loads((ROOT / _SOURCES / "instances.toml").read_text())
+    macros = table.get(source.as_posix().removeprefix(f"{_SOURCES}/"), {})
+    for values in itertools.product(*macros.values()):
+        row = tuple(map(str, values))
+        defined = [f"-D{name}={value}" for name, value in zip(macros, row, strict=True)]
+        yield _Object(source, [*command, *defined], tools, row)
+
+
+def native(folder: Path | None = None) -> Path:
+    """The extension for GPUs in `folder` (build/native), brought up to date.
 
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
-    host, objects, link = _natively(_files("**/*.cu"))
+    return _build(_native(folder or ROOT / "build" / "native"))
+
+
+def _native(folder: Path) -> _Library:
+    host, objects, link = _natively(_kernels())
     objects.append(_bindings(host, objects[-1].tools))
     link.append(f"-Xlinker={_EXPORTS},-s")
-    return _build(folder or ROOT / "build" / "native", objects, link, [], only)
+    return _Library(folder, objects, link, [])
 
 
 def native_library(sources: Sequence[Path], folder: Path) -> Path:
@@ -133,7 +190,7 @@ def native_library(sources: Sequence[Path], folder: Path) -> Path:
     what launches them, brought up to date. Paths are relative to ROOT. Raises as `native` does.
     """
     _, objects, link = _natively(sources)
-    return _build(folder, objects, link, [], [])
+    return _build(_Library(folder, objects, link, []))
 
 
 def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[str]]:
@@ -152,26 +209,26 @@ def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[s
     tools = " ".join((_version([nvcc]), *added)).strip()
     host = [*compiler, *_HOST_FLAGS, "-O2", "-Icsrc", f"-isystem{_cuda_headers()}"]
     both = f"{tools}, {_version(compiler)}"
-    objects = [
-        _Object(source, [nvcc, *_NVCC_FLAGS, *_targets(source), "-Icsrc"], tools)
-        if source.suffix == ".cu"
-        else _Object(source, host, both)
-        for source in (*sources, *_host_code(sources))
-    ]
+    objects: list[_Object] = []
+    for source in (*sources, *_host_code(sources)):
+        if source.suffix == ".cu":
+            kernels = [nvcc, *_NVCC_FLAGS, *_targets(source), "-Icsrc"]
+            objects += _objects(source, kernels, tools)
+        else:
+            objects.append(_Object(source, host, both))
     return host, objects, [nvcc, "-shared", "--cudart=static"]
 
 
 def kernels(folder: Path) -> dict[str, Path]:
-    """The native objects in `folder` of all kernels' sources, by path, brought up to date.
+    """The native objects in `folder` of all kernels, by source and row, brought up to date.
 
     What the compiler said of each is beside it, with .log at the end of its name. Raises as
     native() does.
     """
-    names = [source.as_posix() for source in _files("**/*.cu")]
-    if not names:
-        raise BuildError(f"there are no kernels in {ROOT / _SOURCES}")
-    native(names, folder)
-    return {name: _object(folder, name) for name in names}
+    library = _native(folder)
+    made = {o.name: library.path(o) for o in library.objects if o.source.suffix == ".cu"}
+    _build(library, list(made.values()))
+    return made
 
 
 def lacks() -> str | None:
@@ -318,6 +375,13 @@ def _files(pattern: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in (ROOT / _SOURCES).glob(pattern))
 
 
+def _kernels() -> list[Path]:
+    sources = _files("**/*.cu")
+    if not sources:
+        raise BuildError(f"there are no kernels in {ROOT / _SOURCES}")
+    return sources
+
+
 def _host_code(kernels: Sequence[Path]) -> list[Path]:
     """What launchers call, and nothing of Python; of an operator only beside its kernels."""
 
@@ -329,62 +393,40 @@ def _host_code(kernels: Sequence[Path]) -> list[Path]:
     return [file for file in files if not operators([file]) & others]
 
 
-def _build(
-    folder: Path,
-    objects: list[_Object],
-    link: list[str],
-    libraries: list[str],
-    only: Sequence[str],
-) -> Path:
-    """Writes folder/build.ninja and runs it. `only` are paths among the objects' sources."""
-    if not objects:
-        raise BuildError(f"there are no kernels in {ROOT / _SOURCES}")
-    module = folder / _MODULE
-    made = {o.source.as_posix(): _object(folder, o.source.as_posix()) for o in objects}
-    unknown = [name for name in only if name not in made]
-    if unknown:
-        raise BuildError(f"there is no {unknown[0]} among {', '.join(made)}")
-    wanted = [made[name] for name in only] or [module]
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        file = folder / "build.ninja"
-        text = "\n".join(_ninja_lines(folder, objects, made, [*link, "-o"], libraries, module))
+def _build(library: _Library, only: Sequence[Path] = ()) -> Path:
+    """Writes build.ninja in the library's folder and runs it, for the library or some objects."""
+    library.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(library.folder):
+        file = library.folder / "build.ninja"
+        text = "\n".join(_ninja_lines(library))
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
-        command = [_ninja(), "-f", str(file), "-j", str(_jobs()), *map(_named, wanted)]
+        wanted = map(_named, only or [library.module])
+        command = [_ninja(), "-f", str(file), "-j", str(_jobs()), *wanted]
         subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
-    return wanted[-1]
+    return library.module
 
 
-def _object(folder: Path, source: str) -> Path:
-    return folder / "objects" / f"{source}.o"
-
-
-def _ninja_lines(
-    folder: Path,
-    objects: list[_Object],
-    made: dict[str, Path],
-    link: list[str],
-    libraries: list[str],
-    module: Path,
-) -> Iterator[str]:
+def _ninja_lines(library: _Library) -> Iterator[str]:
     compile_one = [sys.executable, "scripts/compile.py"]
-    yield f"builddir = {_path(folder)}"
+    link, libraries = _command([*library.link, "-o"]), _command(library.libraries)
+    yield f"builddir = {_path(library.folder)}"
     yield "rule compile"
     yield f"  command = {_command(compile_one)} --tools $tools --object $out $in -- $compiler"
-    yield "  description = $in"
+    yield "  description = $name"
     yield "  depfile = $out.d"
     yield "  deps = gcc"
     yield "rule link"
-    yield f"  command = {_command(link)} $out $in {_command(libraries)}"
+    yield f"  command = {link} $out $in {libraries}"
     yield "  description = $out"
-    for o in objects:
-        compiled = _path(made[o.source.as_posix()])
-        yield f"build {compiled}: compile {_path(ROOT / o.source)} | scripts/compile.py"
+    for o in library.objects:
+        source = _path(ROOT / o.source)
+        yield f"build {_path(library.path(o))}: compile {source} | scripts/compile.py"
+        yield f"  name = {o.name}"
         yield f"  tools = {_command([o.tools])}"
         yield f"  compiler = {_command(o.command)}"
-    compiled = " ".join(map(_path, made.values()))
-    yield f"build {_path(module)}: link {compiled} | csrc/module.map"
+    compiled = " ".join(_path(library.path(o)) for o in library.objects)
+    yield f"build {_path(library.module)}: link {compiled} | csrc/module.map"
     yield ""
 
 
@@ -467,15 +509,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"skipped: the emulator runs on x86-64 and aarch64 Linux, and this is {here}")
         return 0
     try:
-        build = emulator if options.kind == "emulator" else native
-        made = build([_source(name) for name in options.only])
+        library = _emulator() if options.kind == "emulator" else _native(ROOT / "build" / "native")
+        only = [path for name in options.only for path in library.named(_source(name))]
+        _build(library, only)
     except BuildError as error:
         print(error, file=sys.stderr)
         return 2
     except subprocess.CalledProcessError:
         return 1
-    if options.only and options.kind == "native":
-        print(_readable(Path(f"{made}.log").read_text()), end="")
+    if options.kind == "native":
+        for path in only:
+            print(_readable(Path(f"{path}.log").read_text()), end="")
     return 0
 
 

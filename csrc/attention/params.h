@@ -8,7 +8,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "runtime/build.h"
@@ -16,8 +15,6 @@
 #include "runtime/launch.h"
 
 namespace gk {
-
-constexpr int kMaxHeadWidth = 256;
 
 // Elements from one batch entry, token or head to the next; the last dimension has stride 1.
 struct Strides {
@@ -78,52 +75,20 @@ struct AttentionBwd {
     void* dv;           // (B, Tk, Hk, D) contiguous, or null
 };
 
-// Whether every row of a head starts at a multiple of 16 bytes.
-inline bool aligned_16(const void* address, int64_t element_size, const Strides& strides) {
-    const int64_t all = reinterpret_cast<intptr_t>(address) | strides.batch * element_size |
-                        strides.token * element_size | strides.head * element_size;
-    return all % 16 == 0;
-}
-
-// For errors.
-inline std::string shape_of(const AttentionCall& c) {
-    const auto text = [](int n) { return std::to_string(n); };
-    const char* up_to = c.ragged() ? ", up to " : ", ";  // so many tokens a sequence
-    return "q (" + text(c.batch) + up_to + text(c.Tq) + ", " + text(c.H) + ", " + text(c.D) +
-           "), k (" + text(c.batch) + up_to + text(c.Tk) + ", " + text(c.Hk) + ", " + text(c.D) +
-           ")";
-}
-
-inline dim3 grid_of(const char* kernel, const AttentionCall& c, int64_t blocks) {
-    if (blocks > INT32_MAX)
-        throw Error(std::string(kernel) + " on " + shape_of(c) + ": more blocks than a grid takes");
-    return dim3(static_cast<unsigned>(blocks));
-}
-
-// build: an index into attention_fwd_builds(), ways to build the kernel for compute
-// capability 9.0; -1: what the rules choose there, and the kernel of every device elsewhere. Throws
-// Error where the build cannot take the call.
-void launch_attention_fwd(DType dtype, const AttentionFwd& p, Stream stream, int build = -1);
-
-// Why the kernel for compute capability 9.0 does not take a call, "" if it does.
-std::string attention_fwd_sm90_refuses(DType dtype, const AttentionFwd& p);
+// The builds of the kernels for Hopper, by number. A launcher's `build` is a number, or kRule. It
+// throws Error with the reason where the build cannot take the problem.
 std::vector<Build> attention_fwd_builds();
-void launch_attention_fwd_sm90(DType dtype, const AttentionFwd& p, Stream stream, int build);
-
-// build: one of attention_bwd_builds, or -1 for the rule's choice.
-void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream, int build = -1);
-
-// Attention backward's Hopper kernels: how they are built, and why the generic ones run, "" where
-// these do.
 std::vector<Build> attention_bwd_builds();
-std::string attention_bwd_sm90_refuses(DType dtype, const AttentionBwd& p);
 
-// Numbers of elements; all 0 where the generic kernels run, whose workspaces are as above. Throws
-// Error for a build that cannot take the problem.
+void launch_attention_fwd(DType dtype, const AttentionFwd& p, int build, Stream stream);
+void launch_attention_bwd(DType dtype, const AttentionBwd& p, int build, Stream stream);
+
+// How many elements the workspaces of backward's Hopper kernels have. All are 0 where the kernels for
+// any GPU run: the size of their workspace is at `dq_sum` above.
 struct BwdWorkspaces {
     int64_t row_stats, dq_sum, turns;
 };
-BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int device,
-                                       int build);
+BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int build,
+                                       Stream stream);
 
 }  // namespace gk

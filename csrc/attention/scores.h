@@ -5,9 +5,8 @@
 // Scores are in units of log2(e), so that weights are exp2(s - m).
 #pragma once
 
-#include "attention/params.h"
+#include "attention/shape.h"
 #include "device/tile.h"
-#include "runtime/launch.h"
 
 namespace gk {
 

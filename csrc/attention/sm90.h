@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "attention/params.h"
+#include "attention/shape.h"
 #include "runtime/tensor_map.h"
 
 namespace gk {
@@ -37,10 +37,6 @@ inline std::string attention_sm90_refuses_call(DType dtype, const AttentionCall&
 inline std::string attention_sm90_refuses_tensor(const char* name, const TensorMapShape& shape) {
     const char* reason = tensor_map_refuses(shape);
     return reason == nullptr ? "" : std::string(name) + ": " + reason;
-}
-
-inline Strides contiguous_strides(int tokens, int heads, int D) {
-    return {static_cast<int64_t>(tokens) * heads * D, static_cast<int64_t>(heads) * D, D};
 }
 
 }  // namespace gk

@@ -1,20 +1,14 @@
 // Which kernel makes each of the MLP's products, in how large tiles, and in how many parts of k.
-#include "gelu_mlp/sm90/tiles.h"
+#include "gelu_mlp/choice.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "runtime/launch.h"
+#include "gelu_mlp/sm90/tiles.h"
 #include "runtime/dry_run.h"
 
 namespace gk {
 namespace {
-
-template <class C>
-constexpr Build described(const char* name) {
-    return {name,       0,           C::kM,        C::kN,       C::kK,         C::kStages,
-            C::kConsumers, C::kCluster, C::kPingpong, C::kThreads, C::kSharedBytes};
-}
 
 // ---- predictions, in clocks of a multiprocessor. Not measured: rates are the data sheet's and what
 // others have measured; they only have to put the choices in the right order.
@@ -34,12 +28,9 @@ constexpr double kGenericLarge = 0.5, kGenericSmall = 0.3, kGenericFinish = 0.6;
 // In doubt Hopper's: the other is chosen where it is predicted to take less than this of its time.
 constexpr double kGenericGain = 0.75;
 
-struct Choice {
-    double clocks;
-    int build, splits;
-};
+constexpr const char* kName = "mlp product for sm90";
 
-double waves(int64_t items, int64_t places) { return static_cast<double>(ceil_div(items, places)); }
+double waves(int64_t items, int64_t places) { return static_cast<double>(divide_up(items, places)); }
 
 double unit_clocks(const Product& p) {
     return p.h != nullptr ? kDifferentiate : p.activation != nullptr ? kActivate : kRound;
@@ -48,12 +39,12 @@ double unit_clocks(const Product& p) {
 double clocks_of(const Build& c, Layout layout, const Product& p, int splits, int processors) {
     const int64_t places = std::max(1, processors / c.cluster);
     const int64_t items =
-        ceil_div(p.m, int64_t{c.tile_m} * c.cluster) * ceil_div(p.n, c.tile_n) * splits;
+        divide_up(p.m, int64_t{c.tile_m} * c.cluster) * divide_up(p.n, c.tile_n) * splits;
     const double bytes = 2.0 * c.tile_k * (c.tile_m + static_cast<double>(c.tile_n) / c.cluster);
     const double loading = static_cast<double>(std::min(items, places) * c.cluster);
     const double step = std::max(static_cast<double>(c.tile_m) * c.tile_n * c.tile_k / kProducts,
                                  bytes / std::min(kIntoOne, kFromL2 / loading));
-    const double products = step * static_cast<double>(ceil_div(ceil_div(p.k, c.tile_k), splits));
+    const double products = step * static_cast<double>(divide_up(divide_up(p.k, c.tile_k), splits));
     const double finish = unit_clocks(p) * (splits > 1 ? 2.0 : 1.0) * c.tile_m * c.tile_n / (64.0 * 64.0) /
                           (c.pingpong ? 1 : c.consumers);
     double total = kStart + finish;
@@ -71,7 +62,7 @@ double clocks_of(const Build& c, Layout layout, const Product& p, int splits, in
 
 double generic_clocks(const Product& p, int processors) {
     const auto of = [&](int size, int resident, double rate) {
-        const int64_t tiles = ceil_div(p.m, size) * ceil_div(p.n, size);
+        const int64_t tiles = divide_up(p.m, size) * divide_up(p.n, size);
         const double products = size * size * static_cast<double>(p.k) / (kProducts * rate);
         const double finish = kGenericFinish * unit_clocks(p) * size * size / (64.0 * 64.0);
         return kStart + waves(tiles, int64_t{processors} * resident) * resident *
@@ -80,27 +71,8 @@ double generic_clocks(const Product& p, int processors) {
     return std::min(of(128, 2, kGenericLarge), of(64, 3, kGenericSmall));
 }
 
-}  // namespace
-
-Build product_build(int number) {
-    switch (number) {
-        case 0: return described<ProductBuild<0>>("128x256, cooperative, cluster of 2");
-        case 1: return described<ProductBuild<1>>("128x192, ping-pong, cluster of 2");
-        case 2: return described<ProductBuild<2>>("128x128, cooperative");
-        case 3: return described<ProductBuild<3>>("128x256, cooperative");
-        case 4: return described<ProductBuild<4>>("128x192, cooperative, cluster of 2");
-        case 5: return described<ProductBuild<5>>("256x128, cooperative, cluster of 2");
-        default: return described<ProductBuild<6>>("64x256, ping-pong");
-    }
-}
-
-std::vector<Build> mlp_builds() {
-    std::vector<Build> all;
-    for (int i = 0; i < kProductBuilds; ++i) all.push_back(product_build(i));
-    return all;
-}
-
-std::string mlp_sm90_refuses(DType dtype, Layout layout, const Product& p) {
+// Why no build can make the product, "" if some can.
+std::string refuses(DType dtype, Layout layout, const Product& p) {
     if (dtype == DType::f32) return "wgmma has no products in full precision";
     if (p.n % 8 != 0) return "rows of the result are no multiple of 16 bytes";
     // It is read in pairs.
@@ -130,82 +102,84 @@ std::string mlp_sm90_refuses(DType dtype, Layout layout, const Product& p) {
     return "";
 }
 
-namespace {
+// So many parts of k, and how long the product is predicted to take by a build.
+struct Split {
+    int parts;
+    double clocks;
+};
 
-// Throws Error where there is no such build for the dtype, or where p is refused for a reason.
-void check_build(int build, DType dtype, const Product& p, const std::string& refusal) {
-    std::string reason = refusal;
-    if (build >= kProductBuilds) {
-        reason = "there are " + std::to_string(kProductBuilds) + " of them";
-    } else if (reason.empty() && build >= kProductRule && dtype != DType::bf16) {
-        reason = "it is there for bf16 alone";
-    }
-    if (reason.empty()) return;
-    throw Error("build " + std::to_string(build) + " cannot make the mlp product of " +
-                shape_of(p.m, p.k) + " and " + shape_of(p.k, p.n) + " " + name_of(dtype) + ": " +
-                reason);
-}
-
-// The rule's choice, whose build is -1 where the kernel for any device is predicted to be faster;
-// or the plan of a build. p is not refused.
-ProductChoice choose_product_sm90(Layout layout, const Product& p, int build, int device) {
+// The best number of parts.
+Split split_of(const Build& build, Layout layout, const Product& p, int processors) {
     constexpr int kMostSplits = 8, kLeastSteps = 4;  // each part of k fills the stages
-    const int processors = multiprocessors(device);
-    const int64_t steps = ceil_div(p.k, kProductStep);
+    const int64_t steps = divide_up(p.k, kProductStep);
     const int most = layout == Layout::weight
                          ? static_cast<int>(std::clamp<int64_t>(steps / kLeastSteps, 1, kMostSplits))
                          : 1;
-    constexpr double kNever = std::numeric_limits<double>::infinity();
-    Choice best{build >= 0 ? kNever : generic_clocks(p, processors) / kGenericGain, -1, 1};
-    for (int i = 0; i < kProductBuilds; ++i) {
-        if (build >= 0 ? i != build : i >= kProductRule) continue;
-        for (int splits = 1; splits <= most; ++splits) {
-            const double clocks = clocks_of(product_build(i), layout, p, splits, processors);
-            if (clocks < best.clocks) best = {clocks, i, splits};
-        }
+    Split best{1, clocks_of(build, layout, p, 1, processors)};
+    for (int parts = 2; parts <= most; ++parts) {
+        const double clocks = clocks_of(build, layout, p, parts, processors);
+        if (clocks < best.clocks) best = {parts, clocks};
     }
-    return {best.build, kUnitRows, best.splits};
+    return best;
 }
 
-// Why no kernel for Hopper can make the product, or "".
-std::string refusal(DType dtype, Layout layout, const Product& p, int device) {
-    if (capability(device) != 90) return "it is for compute capability 9.0 alone";
-    return mlp_sm90_refuses(dtype, layout, p);
+// The build that is predicted to be the fastest, unless the kernel for any GPU is.
+Choice by_rule(Layout layout, const Product& p, int processors) {
+    Choice best{kAnyGpu, "it is predicted to be slower"};
+    double least = generic_clocks(p, processors) / kGenericGain;
+    for (int i = 0; i < kProductCount; ++i) {
+        if (kProductBuilds[i].rule == Rule::never) continue;
+        const double clocks = split_of(kProductBuilds[i], layout, p, processors).clocks;
+        if (clocks >= least) continue;
+        least = clocks;
+        best = {i};
+    }
+    return best;
+}
+
+Choice choose_build(DType dtype, Layout layout, const Product& p, int build, int device) {
+    return choose(
+        kName, kProductBuilds, p, build, device, [&] { return refuses(dtype, layout, p); },
+        [&](int number) { return build_refuses(kProductBuilds[number], dtype); },
+        [&] { return by_rule(layout, p, multiprocessors(device)); });
+}
+
+// What follows from the choice of a build.
+ProductChoice product_choice(Layout layout, const Product& p, int build, int device) {
+    const int processors = multiprocessors(device);
+    if (build != kAnyGpu) {
+        const Split split = split_of(kProductBuilds[build], layout, p, processors);
+        return {build, kUnitRows, split.parts, split.clocks};
+    }
+    ProductChoice choice = choose_product_any(layout, p.m, p.n, p.k, device);
+    if (capability(device) == 90) choice.clocks = generic_clocks(p, processors);
+    return choice;
 }
 
 }  // namespace
 
+std::vector<Build> mlp_builds() { return {kProductBuilds.begin(), kProductBuilds.end()}; }
+
 ProductChoice choose_product(DType dtype, Layout layout, const Product& p, int build, int device) {
-    if (build >= 0) {
-        check_build(build, dtype, p, refusal(dtype, layout, p, device));
-        return choose_product_sm90(layout, p, build, device);
-    }
-    if (refusal(dtype, layout, p, device).empty()) {
-        const ProductChoice plan = choose_product_sm90(layout, p, build, device);
-        if (plan.build >= 0) return plan;
-    }
-    return choose_product_any(layout, p.m, p.n, p.k, device);
+    const Choice choice = choose_build(dtype, layout, p, build, device);
+    return product_choice(layout, p, choice.build, device);
 }
 
 void launch_product(DType dtype, Layout layout, const Product& p, int build, Stream stream) {
-    const ProductChoice plan = choose_product(dtype, layout, p, build, stream.device);
-    if (plan.build >= 0) {
-        if (p.splits > ceil_div(p.k, kProductStep)) {
-            throw Error("the mlp product of " + shape_of(p.m, p.k) + " and " + shape_of(p.k, p.n) +
-                        " has fewer steps along k than parts, " + std::to_string(p.splits));
-        }
-        switch (layout) {
-            case Layout::forward: return launch_forward_sm90(plan.build, dtype, p, stream);
-            case Layout::backward: return launch_backward_sm90(plan.build, dtype, p, stream);
-            case Layout::weight: return launch_weight_sm90(plan.build, dtype, p, stream);
-        }
+    const Choice chosen = choose_build(dtype, layout, p, build, stream.device);
+    const ProductChoice choice = product_choice(layout, p, chosen.build, stream.device);
+    dry_run_refused(kName, chosen.reason);
+    if (choice.build == kAnyGpu) return launch_product_any(dtype, layout, p, choice, stream);
+    if (p.splits > divide_up(p.k, kProductStep)) {
+        throw Error("the mlp product of " + shape_of(p) + " has fewer steps along k than parts, " +
+                    std::to_string(p.splits));
     }
-    if (DryRun::current() != nullptr && capability(stream.device) == 90) {
-        const std::string reason = mlp_sm90_refuses(dtype, layout, p);
-        dry_run_refused("mlp product for sm90",
-                     reason.empty() ? "it is predicted to be slower" : reason);
+    switch (layout) {
+        case Layout::forward: return launch_product_sm90<Layout::forward>(dtype, p, choice, stream);
+        case Layout::backward:
+            return launch_product_sm90<Layout::backward>(dtype, p, choice, stream);
+        case Layout::weight: return launch_product_sm90<Layout::weight>(dtype, p, choice, stream);
     }
-    launch_product_any(dtype, layout, p, plan.tile_rows, stream);
 }
 
 }  // namespace gk

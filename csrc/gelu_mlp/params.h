@@ -7,18 +7,9 @@
 
 #include "runtime/build.h"
 #include "runtime/launch.h"
+#include "runtime/shape.h"
 
 namespace gk {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline const char* name_of(DType dtype) {
-    return dtype == DType::f32 ? "fp32" : dtype == DType::bf16 ? "bf16" : "fp16";
-}
-
-inline std::string shape_of(int64_t rows, int64_t cols) {
-    return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
-}
 
 // How a product D (m, n) = A B reads its operands; the last dimension is contiguous.
 enum class Layout : int {
@@ -44,29 +35,28 @@ struct Product {
     bool tanh;          // GELU's approximation
 };
 
-// Which kernel makes a product, and what its workspace follows from.
+// For errors.
+inline std::string shape_of(const Product& p) {
+    return shape_of(p.m, p.k) + " times " + shape_of(p.k, p.n);
+}
+
+// The builds of the kernel for Hopper, by number.
+std::vector<Build> mlp_builds();
+
+// Which kernel makes a product, and what the size of its workspace depends on.
 struct ProductChoice {
-    int build;  // of mlp_builds(), kernels for Hopper; -1: the one for any device, mlp.cu's
+    int build;      // a number; kAnyGpu: the kernel for any GPU, gelu_mlp/products.cu
     int tile_rows;  // partial column sums: ceil(m / tile_rows) rows
-    int splits;
+    int splits;     // of k
+    double clocks;  // predicted, of a multiprocessor; 0: nothing is predicted
 };
 
-// `build`: -1 for the rule's choice. The plan asks for everything of the product but `partial`
-// and `splits`; the launch, for which these follow from it, makes the same plan again. Both throw
+// build: a number, or kRule. choose_product reads everything of the product but `partial` and `splits`,
+// which the caller sets by its answer; launch_product then chooses again, and so the same. Both throw
 // Error with the reason where a build cannot make the product.
 ProductChoice choose_product(DType dtype, Layout layout, const Product& product, int build,
-                         int device);
-void launch_product(DType dtype, Layout layout, const Product& product, int build,
-                    Stream stream);
-
-// mlp.cu: the kernel for any device.
-ProductChoice choose_product_any(Layout layout, int64_t m, int64_t n, int64_t k, int device);
-void launch_product_any(DType dtype, Layout layout, const Product& product, int tile_rows,
-                        Stream stream);
-
-// The kernels for Hopper, and why none of them can make a product ("": they can).
-std::vector<Build> mlp_builds();
-std::string mlp_sm90_refuses(DType dtype, Layout layout, const Product& product);
+                             int device);
+void launch_product(DType dtype, Layout layout, const Product& product, int build, Stream stream);
 
 // partial[i, c] = sum of x[r, c] over the rows r of block i.
 struct ColumnSums {

@@ -13,8 +13,6 @@
 //
 // Accumulation is in fp32. No atomics: partial sums (over row tiles for db1, over the parts of a
 // split k for dw1 and dw2) are added up in a fixed order by gelu_mlp/sums.cu.
-#include "runtime/launch.h"
-
 #include <algorithm>
 #include <type_traits>
 
@@ -22,7 +20,7 @@
 #include "device/mma.h"
 #include "device/tile.h"
 #include "device/vector.h"
-#include "gelu_mlp/params.h"
+#include "gelu_mlp/choice.h"
 #include "gelu_mlp/epilogue.h"
 
 namespace gk {
@@ -359,41 +357,37 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
 
 // ---- host
 
-bool aligned(const void* base, int64_t row_bytes) {
-    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && row_bytes % 16 == 0;
-}
-
 template <class T, class C, Layout kLayout>
-void launch_tiles(ProductKernel& kernel, DType dtype, Stream stream) {
+void launch_tiles(ProductKernel& kernel, DType dtype, const ProductChoice& choice, Stream stream) {
     const Product& p = kernel.p;
-    const int64_t tiles_m = ceil_div(p.m, C::kM), tiles_n = ceil_div(p.n, C::kN);
+    const int64_t tiles_m = divide_up(p.m, C::kM), tiles_n = divide_up(p.n, C::kN);
     const int64_t ctas = tiles_m * tiles_n * p.splits;
-    const std::string shape =
-        shape_of(p.m, p.k) + " times " + shape_of(p.k, p.n) + " " + name_of(dtype);
+    const std::string shape = shape_of(p) + " " + name_of(dtype);
     constexpr const char* kNames[] = {"mlp product, forward", "mlp product, backward",
                                       "mlp product, weight gradient"};
     const char* kernel_name = kNames[static_cast<int>(kLayout)];
-    if (ctas > 0x7fffffff) {
-        throw Error(std::string(kernel_name) + " on " + shape + " needs " + std::to_string(ctas) +
-                    " thread blocks, a grid has 2147483647");
-    }
     kernel.tiles_m = static_cast<unsigned>(tiles_m);
     kernel.tiles_n = static_cast<unsigned>(tiles_n);
     kernel.group = static_cast<unsigned>(std::min<int64_t>(tiles_m, kGroup));
-    kernel.split_steps = static_cast<int>(ceil_div(ceil_div(p.k, C::kK), p.splits));
+    kernel.split_steps = static_cast<int>(divide_up(divide_up(p.k, C::kK), p.splits));
     launch(product_kernel<T, C, kLayout>,
-           {kernel_name, shape, dim3(static_cast<unsigned>(ctas)), C::kThreads, C::kSharedBytes,
-            stream},
+           {.name = kernel_name,
+            .shape = shape,
+            .grid = grid_of(kernel_name, shape, ctas),
+            .threads = C::kThreads,
+            .shared_bytes = C::kSharedBytes,
+            .stream = stream,
+            .clocks = choice.clocks},
            kernel);
 }
 
 template <class T, Layout kLayout>
-void launch_layout(ProductKernel& kernel, DType dtype, int tile_rows, Stream stream) {
-    if (tile_rows == Large<T>::kM) {
-        launch_tiles<T, Large<T>, kLayout>(kernel, dtype, stream);
-    } else {
-        launch_tiles<T, Small<T>, kLayout>(kernel, dtype, stream);
-    }
+void launch_layout(ProductKernel& kernel, DType dtype, const ProductChoice& choice,
+                   Stream stream) {
+    if (choice.tile_rows == Large<T>::kM)
+        launch_tiles<T, Large<T>, kLayout>(kernel, dtype, choice, stream);
+    else
+        launch_tiles<T, Small<T>, kLayout>(kernel, dtype, choice, stream);
 }
 
 }  // namespace
@@ -406,46 +400,46 @@ ProductChoice choose_product_any(Layout layout, int64_t m, int64_t n, int64_t k,
     const int most = layout == Layout::weight
                          ? static_cast<int>(std::clamp<int64_t>(k / kLeastDepth, 1, kMostSplits))
                          : 1;
-    const int64_t large_tiles = ceil_div(m, 128) * ceil_div(n, 128);
+    const int64_t large_tiles = divide_up(m, 128) * divide_up(n, 128);
     const int64_t processors = multiprocessors(device);
     const bool large = large_tiles * most >= processors;
-    const int64_t tiles = large ? large_tiles : ceil_div(m, 64) * ceil_div(n, 64);
+    const int64_t tiles = large ? large_tiles : divide_up(m, 64) * divide_up(n, 64);
     const int64_t resident = processors * (large ? 2 : 3);
 
-    ProductChoice plan{-1, large ? 128 : 64, 1};
+    ProductChoice choice{kAnyGpu, large ? 128 : 64, 1, 0};
     double least = 0.0;
     for (int splits = 1; splits <= most; ++splits) {
-        const double waves = static_cast<double>(ceil_div(tiles * splits, resident)) / splits;
+        const double waves = static_cast<double>(divide_up(tiles * splits, resident)) / splits;
         const double cost = waves * (1.0 + splits / 16.0);
         if (splits == 1 || cost < least) {
             least = cost;
-            plan.splits = splits;
+            choice.splits = splits;
         }
     }
-    return plan;
+    return choice;
 }
 
-void launch_product_any(DType dtype, Layout layout, const Product& p, int tile_rows,
+void launch_product_any(DType dtype, Layout layout, const Product& p, const ProductChoice& choice,
                         Stream stream) {
     const int64_t size = dtype == DType::f32 ? 4 : 2;
     ProductKernel kernel{};
     kernel.p = p;
-    kernel.a_aligned = aligned(p.a, p.a_stride * size);
-    kernel.b_aligned = aligned(p.b, p.b_stride * size);
+    kernel.a_aligned = aligned_16(p.a, p.a_stride * size);
+    kernel.b_aligned = aligned_16(p.b, p.b_stride * size);
     kernel.out_aligned = true;
     for (const void* matrix : {p.h, static_cast<const void*>(p.out),
                                static_cast<const void*>(p.activation)}) {
-        kernel.out_aligned &= aligned(matrix, p.n * size);
+        kernel.out_aligned &= aligned_16(matrix, p.n * size);
     }
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         switch (layout) {
             case Layout::forward:
-                return launch_layout<T, Layout::forward>(kernel, dtype, tile_rows, stream);
+                return launch_layout<T, Layout::forward>(kernel, dtype, choice, stream);
             case Layout::backward:
-                return launch_layout<T, Layout::backward>(kernel, dtype, tile_rows, stream);
+                return launch_layout<T, Layout::backward>(kernel, dtype, choice, stream);
             case Layout::weight:
-                return launch_layout<T, Layout::weight>(kernel, dtype, tile_rows, stream);
+                return launch_layout<T, Layout::weight>(kernel, dtype, choice, stream);
         }
     });
 }

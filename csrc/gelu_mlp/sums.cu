@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kSumThreads)
 }  // namespace
 
 void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream) {
-    const int64_t ctas = ceil_div(sums.rows, kColumnSumRows) * ceil_div(sums.cols, 32 * 8);
+    const int64_t ctas = divide_up(sums.rows, kColumnSumRows) * divide_up(sums.cols, 32 * 8);
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         launch(column_sums_kernel<T>,
@@ -99,7 +99,7 @@ void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream) {
 void launch_partial_sums(DType dtype, const PartialSums& sums, Stream stream) {
     // Many parts and few columns (db1, db2): more threads a column. Few parts (dw1, dw2): one.
     const int teams = sums.parts >= 16 ? 8 : 1;
-    const int64_t ctas = ceil_div(sums.cols, kSumThreads / teams);
+    const int64_t ctas = divide_up(sums.cols, kSumThreads / teams);
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         launch(partial_sums_kernel<T>,

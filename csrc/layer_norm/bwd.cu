@@ -8,12 +8,11 @@
 // another reads dy and s again for the shares of dweight and dbias, by columns. A row stays in
 // registers between its two passes up to 16,384 columns, or 20,480 where x and s have 16 bits; a
 // wider one is read twice, the second time from L2.
-#include "runtime/launch.h"
-
 #include <algorithm>
 
 #include "layer_norm/bwd_row.h"
 #include "layer_norm/sm90/choice.h"
+#include "runtime/dry_run.h"
 
 namespace gk {
 namespace {
@@ -218,7 +217,7 @@ int column_blocks(int cols) { return divide_up(cols, 32 * kWeightsWarps * kGroup
 Launch launch_of(const LayerNormBwd& op, Stream stream, const char* name) {
     Launch launch{};
     launch.name = name;
-    launch.shape = shape_of(op.rows, op.cols, op.x_dtype);
+    launch.shape = shape_of(op);
     launch.stream = stream;
     return launch;
 }
@@ -250,11 +249,11 @@ int layer_norm_bwd_partials(int64_t rows, int cols, int device, int build) {
 
 void launch_layer_norm_bwd(const LayerNormBwd& op, int build, Stream stream) {
     if (op.sum_dtype != DType::f32 && op.sum_dtype != op.x_dtype)
-        throw Error("layer_norm_bwd on " + shape_of(op.rows, op.cols, op.x_dtype) +
+        throw Error("layer_norm_bwd on " + shape_of(op) +
                     ": the sum must have the dtype of x, or fp32");
-    if (by_clusters("layer_norm_bwd", shape_of(op.rows, op.cols, op.x_dtype), build,
-                    stream.device, layer_norm_bwd_sm90_refuses(op, build)))
-        return launch_layer_norm_bwd_sm90(op, build, stream);
+    const Choice choice = choose_layer_norm_bwd(op, build, stream.device);
+    if (choice.build != kAnyGpu) return launch_layer_norm_bwd_sm90(op, choice.build, stream);
+    dry_run_refused(kLayerNormBwdSm90, choice.reason);
     const bool aligned_rows = is_aligned(op);
     const bool weights = op.partial_dweight != nullptr || op.partial_dbias != nullptr;
     const Sharing sharing = sharing_of(op.cols, aligned_rows);
@@ -276,13 +275,14 @@ void launch_layer_norm_bwd(const LayerNormBwd& op, int build, Stream stream) {
             return;
         }
         Launch launch = launch_of(op, stream, "layer_norm_bwd_wide");
-        launch.grid = grid_of(op.rows, launch);
+        launch.grid = grid_of(launch.name, launch.shape, op.rows);
         launch.threads = 32 * sharing.warps;
         launch.shared_bytes = sharing.warps * sizeof(float2);
         gk::launch(wide_kernel_of<X, S>(sharing.groups, aligned_rows), launch, params);
         if (!weights) return;
         launch = launch_of(op, stream, "layer_norm_bwd_weights");
-        launch.grid = grid_of(static_cast<int64_t>(op.partials) * column_blocks(op.cols), launch);
+        launch.grid = grid_of(launch.name, launch.shape,
+                              static_cast<int64_t>(op.partials) * column_blocks(op.cols));
         launch.threads = 32 * kWeightsWarps;
         gk::launch(aligned_rows ? layer_norm_bwd_weights_kernel<X, S, true>
                               : layer_norm_bwd_weights_kernel<X, S, false>,

@@ -4,12 +4,11 @@
 // statistics: one warp a row up to 1,792 columns (every GPT-2 width), several warps above, 16 of
 // them up to 32,768 columns of a 16-bit s or 28,672 of a fp32 one. Wider rows go through the same
 // kernel in chunks, which the second and third pass read again from L2.
-#include "runtime/launch.h"
-
 #include <algorithm>
 
 #include "layer_norm/fwd_row.h"
 #include "layer_norm/sm90/choice.h"
+#include "runtime/dry_run.h"
 
 namespace gk {
 namespace {
@@ -71,11 +70,11 @@ void launch_layer_norm_fwd(const LayerNormFwd& op, int build, Stream stream) {
     if (op.sum_dtype != DType::f32 &&
         (op.sum_dtype != op.x_dtype ||
          (op.residual != nullptr && op.residual_dtype == DType::f32)))
-        throw Error("layer_norm_fwd on " + shape_of(op.rows, op.cols, op.x_dtype) +
+        throw Error("layer_norm_fwd on " + shape_of(op) +
                     ": the sum must have the dtype of x, or fp32, which a fp32 residual needs");
-    if (by_clusters("layer_norm_fwd", shape_of(op.rows, op.cols, op.x_dtype), build,
-                    stream.device, layer_norm_fwd_sm90_refuses(op, build)))
-        return launch_layer_norm_fwd_sm90(op, build, stream);
+    const Choice choice = choose_layer_norm_fwd(op, build, stream.device);
+    if (choice.build != kAnyGpu) return launch_layer_norm_fwd_sm90(op, choice.build, stream);
+    dry_run_refused(kLayerNormFwdSm90, choice.reason);
     const bool aligned_rows = is_aligned(op);
     const int groups = lane_groups(op.cols);
     const int most = aligned_rows ? 7 : 2, usual = aligned_rows ? 4 : 2;  // of one warp, of several
@@ -83,8 +82,8 @@ void launch_layer_norm_fwd(const LayerNormFwd& op, int build, Stream stream) {
     const int rows = warps == 1 ? kRowsOfCta : 1;
     Launch launch{};
     launch.name = "layer_norm_fwd";
-    launch.shape = shape_of(op.rows, op.cols, op.x_dtype);
-    launch.grid = grid_of(divide_up(op.rows, rows), launch);
+    launch.shape = shape_of(op);
+    launch.grid = grid_of(launch.name, launch.shape, divide_up(op.rows, rows));
     launch.threads = 32 * warps * rows;
     launch.shared_bytes = warps == 1 ? 0 : kSharedBytes;
     launch.stream = stream;

@@ -14,7 +14,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "runtime/build.h"
@@ -60,28 +59,19 @@ struct LayerNormBwd {
     DType x_dtype, residual_dtype, weight_dtype, sum_dtype;
 };
 
-// rows and cols are at least 1. build: an index into the list below; -1: the rule's choice,
-// which is a cluster's kernel where one is predicted to win, else the kernels for any device. Throw
-// Error for dtypes that the sum cannot have, and where the build cannot take the problem.
+// Clusters of CTAs, each with its part of a row (compute capability 9.0): their builds, by number. The
+// threads are the most of a CTA, tile_n the columns that they hold.
+std::vector<Build> layer_norm_fwd_builds();
+std::vector<Build> layer_norm_bwd_builds();
+
+// rows and cols are at least 1. build: a number, or kRule: a cluster where one is predicted to win, else
+// the kernels for any GPU. Throw Error for dtypes that the sum cannot have, and where the build cannot
+// take the problem.
 void launch_layer_norm_fwd(const LayerNormFwd& p, int build, Stream stream);
 void launch_layer_norm_bwd(const LayerNormBwd& p, int build, Stream stream);
 
 // How many CTAs, or clusters, the backward pass splits the rows among: rows of its workspaces. Any
 // other number is right too.
 int layer_norm_bwd_partials(int64_t rows, int cols, int device, int build);
-
-// Clusters of CTAs, each with its part of a row (compute capability 9.0): ways to share it out. The
-// threads are the most of a CTA, tile_n the columns that they hold.
-std::vector<Build> layer_norm_fwd_builds();
-std::vector<Build> layer_norm_bwd_builds();
-
-// Why clusters do not take a problem, by the rule (build -1) or at all; "" where they do.
-std::string layer_norm_fwd_sm90_refuses(const LayerNormFwd& p, int build);
-std::string layer_norm_bwd_sm90_refuses(const LayerNormBwd& p, int build);
-
-// What they do not refuse. Partials: 0 where they refuse.
-void launch_layer_norm_fwd_sm90(const LayerNormFwd& p, int build, Stream stream);
-void launch_layer_norm_bwd_sm90(const LayerNormBwd& p, int build, Stream stream);
-int layer_norm_bwd_sm90_partials(int64_t rows, int cols, int device, int build);
 
 }  // namespace gk

@@ -6,32 +6,21 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <string>
 
 #include "layer_norm/params.h"
+#include "runtime/shape.h"
 
 namespace gk {
 
 constexpr int kGroup = 8;
 
 // For errors.
-inline std::string shape_of(int64_t rows, int cols, DType x_dtype) {
-    const char* dtype = x_dtype == DType::f32 ? "fp32" : x_dtype == DType::bf16 ? "bf16" : "fp16";
-    return "x (" + std::to_string(rows) + ", " + std::to_string(cols) + ") " + dtype;
+inline std::string shape_of(const LayerNormFwd& op) {
+    return "x " + shape_of(op.rows, op.cols) + " " + name_of(op.x_dtype);
 }
-
-template <class A, class B>
-constexpr A divide_up(A a, B b) {
-    return static_cast<A>((a + b - 1) / b);
-}
-
-// A grid of so many CTAs. Throws Error for more than a launch can have.
-inline dim3 grid_of(int64_t ctas, const Launch& launch) {
-    if (ctas > std::numeric_limits<int32_t>::max())
-        throw Error(std::string(launch.name) + " on " + launch.shape + " needs " +
-                    std::to_string(ctas) + " CTAs, and a launch has at most 2**31 - 1");
-    return dim3(static_cast<unsigned>(ctas));
+inline std::string shape_of(const LayerNormBwd& op) {
+    return "x " + shape_of(op.rows, op.cols) + " " + name_of(op.x_dtype);
 }
 
 // A number to divide by, and 1 over it: prepared once on the host, where a division on the device
@@ -45,20 +34,20 @@ struct Divisor {
 // Groups of a lane if one warp had the whole row.
 inline int lane_groups(int cols) { return divide_up(cols, kGroup * 32); }
 
-// Null is as aligned as anything.
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-inline bool aligned(int64_t elements) { return elements % kGroup == 0; }
+// Whether a row's length, or stride, is of whole groups.
+inline bool in_groups(int64_t elements) { return elements % kGroup == 0; }
 
 inline bool is_aligned(const LayerNormFwd& op) {
-    return aligned(op.cols) && aligned(op.x) && aligned(op.x_stride) && aligned(op.residual) &&
-           aligned(op.residual_stride) && aligned(op.weight) && aligned(op.bias) &&
-           aligned(op.y) && aligned(op.sum);
+    return in_groups(op.cols) && in_groups(op.x_stride) && in_groups(op.residual_stride) &&
+           aligned_16(op.x) && aligned_16(op.residual) && aligned_16(op.weight) &&
+           aligned_16(op.bias) && aligned_16(op.y) && aligned_16(op.sum);
 }
 
 inline bool is_aligned(const LayerNormBwd& op) {
-    return aligned(op.cols) && aligned(op.dy) && aligned(op.dsum) && aligned(op.sum) &&
-           aligned(op.sum_stride) && aligned(op.weight) && aligned(op.dx) &&
-           aligned(op.dresidual) && aligned(op.partial_dweight) && aligned(op.partial_dbias);
+    return in_groups(op.cols) && in_groups(op.sum_stride) && aligned_16(op.dy) &&
+           aligned_16(op.dsum) && aligned_16(op.sum) && aligned_16(op.weight) &&
+           aligned_16(op.dx) && aligned_16(op.dresidual) && aligned_16(op.partial_dweight) &&
+           aligned_16(op.partial_dbias);
 }
 
 }  // namespace gk

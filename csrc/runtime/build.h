@@ -1,13 +1,17 @@
-// One way in which a kernel is built: what a launcher may choose among, and what tuning times.
-//
-// An op with several offers `std::vector<Build> <op>_builds()`; its launcher takes an index
-// into that list, or -1 for the choice of its own rule, and throws Error with the reason where a
-// build cannot take a problem.
+// A build: one way in which a kernel for Hopper is compiled or laid out. Every op with such kernels has
+// a table of them. What is said of a build is for `gptkernels info --explain`, for tuning, which times
+// all of them, and for predictions; choose.h has how one of them is chosen.
 #pragma once
 
+#include <array>
 #include <cstddef>
+#include <type_traits>
+#include <utility>
 
 namespace gk {
+
+// The calls for which an op's rule may choose a build. Options are what attention adds to its scores.
+enum class Rule { never, plain, options, always };
 
 struct Build {
     const char* name;     // unique within its op: "128x128, 2 consumers, ping-pong"
@@ -20,6 +24,24 @@ struct Build {
     bool pingpong;        // consumers take turns at the tensor cores
     unsigned threads;     // of a CTA
     size_t shared_bytes;  // of a CTA
+    Rule rule;
 };
+
+// The table {of(0), of(1), ...} of kCount builds; `of` takes std::integral_constant<int, kNumber>.
+template <int kCount, class Of>
+constexpr std::array<Build, kCount> build_table(Of of) {
+    return [&]<int... kNumbers>(std::integer_sequence<int, kNumbers...>) {
+        return std::array<Build, kCount>{of(std::integral_constant<int, kNumbers>{})...};
+    }(std::make_integer_sequence<int, kCount>{});
+}
+
+// f(std::integral_constant<int, kNumber>{}) for the kNumber, below kCount, that equals `number`.
+template <int kCount, int kNumber = 0, class F>
+void with_number(int number, F&& f) {
+    if constexpr (kNumber < kCount) {
+        if (number == kNumber) return f(std::integral_constant<int, kNumber>{});
+        with_number<kCount, kNumber + 1>(number, f);
+    }
+}
 
 }  // namespace gk

@@ -30,6 +30,7 @@ const DryRun* DryRun::elsewhere() {
 }
 
 void dry_run_refused(const char* kernel, const std::string& reason) {
+    if (reason.empty()) return;
     if (DryRun* run = DryRun::current()) run->refusals.push_back({kernel, reason});
 }
 
@@ -37,13 +38,14 @@ bool detail::dry(const Launch& launch) {
     DryRun* run = DryRun::current();
     if (run == nullptr) return false;
     run->launches.push_back({launch.name,
-                              launch.shape,
-                              {launch.grid.x, launch.grid.y, launch.grid.z},
-                              launch.threads,
-                              launch.cluster,
-                              launch.shared_bytes,
-                              launch.tiles,
-                              launch.built});
+                             launch.shape,
+                             {launch.grid.x, launch.grid.y, launch.grid.z},
+                             launch.threads,
+                             launch.cluster,
+                             launch.shared_bytes,
+                             launch.tiles,
+                             launch.built,
+                             launch.clocks});
     return DryRun::elsewhere() != nullptr;
 }
 

@@ -1,10 +1,10 @@
 // What launchers launch, or would launch on a machine that is not there: for `gptkernels verify`,
 // `gptkernels info --explain` and for predictions.
 //
-// While a thread has a DryRun, `launch` writes into it what it is asked to launch. A plan for some
-// machine is all that comes of it: `capability` and `multiprocessors` are that machine's, tensor maps
-// are left empty and addresses need not lead anywhere. Launchers know nothing of it, so what is
-// planned is what would run.
+// While a thread has a DryRun, `launch` writes into it what it is asked to launch. In a dry run for
+// another machine that is all that happens: `capability` and `multiprocessors` are that machine's,
+// tensor maps are left empty, and pointers may point anywhere. Launchers do not know of it, so a dry
+// run says what would really run.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,7 @@ struct DryLaunch {
     size_t shared_bytes;
     int64_t tiles;
     Build built;
+    double clocks;
 };
 
 // A kernel that was not chosen, and why.
@@ -49,7 +50,8 @@ class DryRun {
     std::vector<Refusal> refusals;
 };
 
-// For launchers: a kernel made for this device cannot take this problem. Kept by a plan alone.
+// For launchers: a kernel made for this GPU does not take this problem. Does nothing for the reason "",
+// or where the thread makes no dry run.
 void dry_run_refused(const char* kernel, const std::string& reason);
 
 }  // namespace gk

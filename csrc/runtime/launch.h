@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "runtime/build.h"
 
@@ -21,15 +22,20 @@ namespace gk {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
+// The C++ type of a dtype.
+template <DType kDType>
+using TypeOf = std::conditional_t<kDType == DType::f32, float,
+                                  std::conditional_t<kDType == DType::bf16, __nv_bfloat16, __half>>;
+
 // f(T{}) with the C++ type of a dtype.
 template <class F>
 auto dispatch(DType dtype, F&& f) {
     switch (dtype) {
-        case DType::bf16: return f(__nv_bfloat16{});
-        case DType::f16: return f(__half{});
+        case DType::bf16: return f(TypeOf<DType::bf16>{});
+        case DType::f16: return f(TypeOf<DType::f16>{});
         case DType::f32: break;
     }
-    return f(float{});
+    return f(TypeOf<DType::f32>{});
 }
 
 // Where a launch goes. The emulator ignores it.
@@ -46,8 +52,10 @@ struct Launch {
     size_t shared_bytes; // of the dynamic arena: there is no other shared memory
     Stream stream;
     unsigned cluster = 1;  // CTAs of a cluster, along x: 1, 2, 4 or 8, which divides the grid's x
-    int64_t tiles = 0;     // of work that a persistent grid shares; 0: one a CTA. For plans (dry_run.h)
-    Build built = {};  // how the kernel was built, where it has several ways. For plans
+    // What a dry run (dry_run.h) is told besides.
+    int64_t tiles = 0;  // of work that a persistent grid shares; 0: one a CTA
+    Build built = {};   // the build that runs, where there are several
+    double clocks = 0;  // predicted for the launch, of a multiprocessor; 0: nothing is predicted
 };
 
 // One sentence that names the kernel, the shape and the cause. pybind11 makes it a RuntimeError.
@@ -62,7 +70,8 @@ int multiprocessors(int device);
 int capability(int device);
 
 namespace detail {
-// Writes the launch into the thread's plan (dry_run.h), if any; whether nothing is to be launched.
+// Writes the launch into the thread's dry run (dry_run.h), if it has one. Returns whether that is all
+// that is to happen.
 bool dry(const Launch& launch);
 
 #ifdef GK_EMULATE

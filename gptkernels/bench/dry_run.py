@@ -80,7 +80,8 @@ class Launched:
     cluster: int
     shared_bytes: int
     tiles: int  # of work that a persistent grid shares; 0: one a CTA
-    built: dict[str, Any] | None  # the build's members, as csrc/build.h names them
+    built: dict[str, Any] | None  # the build's members, as csrc/runtime/build.h names them
+    clocks: float = 0.0  # that the launcher predicts, of a multiprocessor; 0: it predicts nothing
 
     @property
     def ctas(self) -> int:

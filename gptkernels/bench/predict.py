@@ -22,6 +22,10 @@ For every problem of `PROBLEMS` the launchers are asked what they would launch
       L2       bytes that come from L2 or go there / (L2 rate / 132)
     finish     what of a tile's end nothing hides
 
+The launchers of the GELU MLP choose among builds by predictions of their own, in clocks
+(csrc/gelu_mlp/choice.cpp). There these are the makespan, each clock as long as a multiprocessor
+needs for 4,096 FLOPs at the product rate.
+
 x is what is left in sight where products and the rest overlap: 0.3 with ping-pong, 0.6 without.
 With these the formula comes within 3% of the 661 and 570 TFLOP/s of FlashAttention-3's ablation
 (Shah et al., 2024: D 128, 16k tokens, not causal, with and without warp specialisation). Kernels
@@ -60,8 +64,8 @@ _SHARED_RATE = 128 * CLOCK  # of one multiprocessor
 _EXPONENTIALS, _OPERATIONS = 16 * CLOCK, 128 * CLOCK
 _EXPOSED = {True: 0.3, False: 0.6}  # with ping-pong, without
 _FINISH_S = 0.5e-6  # attention: the last sums, and the output on its way to shared memory
-_GENERIC_SHARE = {"attention forward": 0.45, "attention backward": 0.35, "gelu_mlp": 0.5}
-_EPILOGUE_OPERATIONS = {"plain": 6, "gelu": 26, "gelu'": 38}  # an element
+_GENERIC_SHARE = {"forward": 0.45, "backward": 0.35}  # attention
+_CLOCKS_OF_PRODUCTS = PRODUCT_RATE / (4096 * MACHINE.multiprocessors)  # a second
 
 _BF16 = torch.bfloat16
 # Most valuable first; `make gpu-tune` goes through the same.
@@ -167,8 +171,7 @@ def _attention(problem: Problem) -> Iterator[Prediction]:
         for index, made, chosen in direction.ways(MACHINE, main_launch):
             launches, main = made.launches, main_launch(made.launches)
             if main.built is None:
-                share = _GENERIC_SHARE[f"attention {direction.name}"]
-                seconds = flops / (share * PRODUCT_RATE)
+                seconds = flops / (_GENERIC_SHARE[direction.name] * PRODUCT_RATE)
                 bound = "products"
             else:
                 units, step = (_forward_units if forward else _backward_units)(sizes, main.built)
@@ -254,36 +257,12 @@ def _mlp(problem: Problem) -> Iterator[Prediction]:
                 launched = pick(made.launches)
                 m, k, n = _product_sizes(launched)
                 flops, moved = 2.0 * m * n * k, 2.0 * (m * k + k * n + m * n)
-                kind = _epilogue(direction.name, number)
                 name = product_name(direction.name, number, (m, n, k))
-                if launched.built is None:
-                    seconds = flops / (_GENERIC_SHARE["gelu_mlp"] * PRODUCT_RATE)
-                    bound = "products"
-                else:
-                    seconds, bound = _product_seconds(launched, k, kind)
+                seconds, bound = launched.clocks / _CLOCKS_OF_PRODUCTS, "products"
                 if seconds < moved / COPY_RATE:
                     seconds, bound = moved / COPY_RATE, "memory"
                 seconds += LAUNCH_S
                 yield _row(problem, name, index, chosen, launched, bound, seconds, flops, moved)
-
-
-def _product_seconds(launched: Launched, k: int, kind: str) -> tuple[float, str]:
-    built = launched.built
-    assert built is not None
-    m, n, slice_, cluster = (built[name] for name in ("tile_m", "tile_n", "tile_k", "cluster"))
-    step = _Step(
-        products=2.0 * m * n * slice_ / (PRODUCT_RATE / MACHINE.multiprocessors),
-        shared=2.0 * slice_ * (m + m / 64 * n + m + n) / _SHARED_RATE,
-        l2=2.0 * slice_ * (m + n / cluster) / (L2_RATE / MACHINE.multiprocessors),
-        other=0.0,
-    )
-    splits = max(1, round(launched.tiles * m * n / _padded(launched)))
-    products = -(-k // (slice_ * splits)) * step.seconds(0.0)
-    finish = m * n * _EPILOGUE_OPERATIONS[kind] / _OPERATIONS
-    waves = math.ceil(launched.waves(MACHINE))
-    if built["pingpong"]:
-        return waves * max(products, finish) + min(products, finish), step.bound()
-    return waves * (products + finish), step.bound()
 
 
 def products(launches: Sequence[Launched]) -> list[Launched]:
@@ -301,14 +280,6 @@ def _product_sizes(launched: Launched) -> tuple[int, int, int]:
     assert match is not None, launched.shape
     m, k, n = map(int, match.groups())
     return m, k, n
-
-
-def _padded(launched: Launched) -> int:
-    """Elements of the product's whole tiles."""
-    assert launched.built is not None
-    m, _, n = _product_sizes(launched)
-    rows, cols = launched.built["tile_m"] * launched.cluster, launched.built["tile_n"]
-    return -(-m // rows) * rows * (-(-n // cols) * cols)
 
 
 def product_name(direction: str, number: int, sizes: tuple[int, int, int]) -> str:

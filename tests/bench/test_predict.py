@@ -92,20 +92,45 @@ def launched(tiles: int, cluster: int, **members: Any) -> dry_run.Launched:
     )  # fmt: skip
 
 
+def product_clocks(problem: dry_run.Problem, direction: int, number: int, build: int) -> float:
+    """That a launcher predicts for one of a problem's products."""
+    made = problem.directions[direction].dry_run(predict.MACHINE, build)
+    launched = predict.product(number, made.launches)
+    assert launched.clocks > 0
+    return launched.clocks
+
+
+def test_sizes_of_a_product() -> None:
+    assert predict._product_sizes(launched(64 * 64, 2)) == (8192, 4096, 16384)
+
+
+@built_needed
 def test_products() -> None:
-    whole = launched(64 * 64, 2)
-    assert predict._product_sizes(whole) == (8192, 4096, 16384)
-    flops = 2.0 * 8192 * 4096 * 16384
-    plain, bound = predict._product_seconds(whole, 4096, "plain")
+    large = dry_run.gelu_mlp(8192, 4096, 16384, torch.bfloat16)
+    cooperative, pingpong = 0, 1
+    gelu = product_clocks(large, 0, 0, cooperative)
+    seconds = gelu / predict._CLOCKS_OF_PRODUCTS
     # 31.03 waves take the time of 32, and the epilogue is not hidden.
-    assert plain > flops / predict.PRODUCT_RATE * 32 / (64 * 64 / 132)
-    assert bound == "products"
-    assert plain < predict._product_seconds(whole, 4096, "gelu")[0]
-    hidden = predict._product_seconds(launched(64 * 64, 2, pingpong=True), 4096, "gelu")[0]
-    assert hidden < plain
-    # Two parts of k: twice the tiles, half the steps.
-    halves = predict._product_seconds(launched(2 * 64 * 64, 2), 4096, "plain")[0]
-    assert halves == pytest.approx(plain, rel=0.1)
+    flops = 2.0 * 8192 * 4096 * 16384
+    assert seconds > flops / predict.PRODUCT_RATE * 32 / (64 * 64 / 132)
+    # Backward the same product has the slope of GELU too; in ping-pong it is hidden.
+    assert gelu < product_clocks(large, 1, 0, cooperative)
+    assert product_clocks(large, 0, 0, pingpong) < gelu
+    assert product_clocks(large, 1, 0, pingpong) < 1.01 * product_clocks(large, 0, 0, pingpong)
+    # One more tile is one more wave.
+    one_wave, more = (dry_run.gelu_mlp(rows, 4096, 256, torch.bfloat16) for rows in (1024, 33_792))
+    waves = product_clocks(more, 0, 0, cooperative) / product_clocks(one_wave, 0, 0, cooperative)
+    assert waves > 1.5
+
+
+@built_needed
+def test_the_rule_takes_the_product_with_the_fewest_clocks() -> None:
+    large = dry_run.gelu_mlp(8192, 4096, 16384, torch.bfloat16)
+    for direction in range(2):
+        rule = large.directions[direction].dry_run(predict.MACHINE)
+        for number, chosen in enumerate(predict.products(rule.launches)):
+            clocks = [product_clocks(large, direction, number, build) for build in range(3)]
+            assert chosen.clocks == min(clocks)
 
 
 @built_needed

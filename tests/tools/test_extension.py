@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -62,7 +63,7 @@ def test_architectures(
     assert extension._targets(Path("csrc/gelu_mlp/products.cu")) == targets
     # Hopper's own instructions exist for 90a alone, whatever is asked for.
     hoppers = ["-gencode=arch=compute_90a,code=sm_90a"]
-    assert extension._targets(Path("csrc/gelu_mlp/sm90/forward.cu")) == hoppers
+    assert extension._targets(Path("csrc/gelu_mlp/sm90/products.cu")) == hoppers
     assert extension._targets(Path("csrc/attention/fwd/sm90/launch.cu")) == hoppers
 
 
@@ -129,9 +130,35 @@ def test_toolkit_of_cuda_home(
     monkeypatch.setenv("NVCC_CCBIN", "/opt/another/g++")
     extension.native(folder=toolkit / "build")
     written = (toolkit / "build" / "build.ninja").read_text()
-    assert f"compiler = {toolkit}/bin/nvcc -std=c++17" in written
+    assert f"compiler = {toolkit}/bin/nvcc -std=c++20" in written
     assert f"-isystem{toolkit}/include" in written
     assert re.search(r"tools = .*release 13\.0, V13\.0\.1\s+/opt/another/g\+\+'$", written, re.M)
+
+
+def test_a_source_is_compiled_for_each_row_of_the_table(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table = tmp_path / "csrc" / "instances.toml"
+    table.parent.mkdir()
+    table.write_text('["op/a.cu"]\nTYPE = ["bf16", "f16"]\nWIDTH = [64, 96]\n')
+    monkeypatch.setattr(extension, "ROOT", tmp_path)
+    rows = list(extension._objects(Path("csrc/op/a.cu"), ["cc"], "1"))
+    assert [o.name for o in rows] == [
+        f"csrc/op/a.cu.{row}" for row in ("bf16.64", "bf16.96", "f16.64", "f16.96")
+    ]
+    assert rows[1].command == ["cc", "-DTYPE=bf16", "-DWIDTH=96"]
+    (other,) = extension._objects(Path("csrc/op/b.cu"), ["cc"], "1")
+    assert (other.name, other.command) == ("csrc/op/b.cu", ["cc"])
+    library = extension._Library(tmp_path, [*rows, other], ["cc"], [])
+    assert library.named("csrc/op/a.cu") == [library.path(o) for o in rows]
+    assert library.named("csrc/op/a.cu.f16.64") == [library.path(rows[2])]
+    with pytest.raises(extension.BuildError, match=r"no csrc/op/a\.cu\.f32 among csrc/op/a"):
+        library.named("csrc/op/a.cu.f32")
+
+
+def test_the_table_names_sources() -> None:
+    table = tomllib.loads((ROOT / "csrc" / "instances.toml").read_text())
+    assert [name for name in table if not (ROOT / "csrc" / name).is_file()] == []
 
 
 class TestWhatLacks:

@@ -348,14 +348,23 @@ class TestKernels:
             assert done.returncode == 0, done.stdout + done.stderr
             return re.findall(r"^\[\d+/\d+\] (csrc/\S+)$", done.stdout, re.M)
 
-        sources = [f"csrc/{path.name}" for path in unpacked.glob("csrc/*.c*")]
-        assert sorted(compiled()) == sorted(sources)
+        def sources(objects: list[str]) -> set[str]:
+            return {re.sub(r"(\.c\w+)\..+", r"\1", name) for name in objects}
+
+        every = {
+            path.relative_to(unpacked).as_posix()
+            for path in unpacked.glob("csrc/**/*.c*")
+            if "emulator" not in path.parts
+        }
+        assert sources(compiled()) == every
         assert list(unpacked.joinpath("gptkernels").glob("_cuda*.so"))
         assert compiled() == []
-        os.utime(unpacked / sources[0])
-        assert compiled() == sources[:1]
-        os.utime(unpacked / "csrc" / "launch.h")
-        assert len(compiled()) == len(sources)
+        products = "csrc/gelu_mlp/sm90/products.cu"
+        os.utime(unpacked / products)
+        rows = ("forward", "backward", "weight")
+        assert sorted(compiled()) == sorted(f"{products}.{layout}" for layout in rows)
+        os.utime(unpacked / "csrc" / "runtime" / "launch.h")
+        assert sources(compiled()) == every
 
     def test_pip_installs(self, unpacked: Path, tmp_path: Path) -> None:
         if importlib.util.find_spec("pip") is None:

@@ -43,6 +43,19 @@ struct BwdArguments {
     const int* only_if;
 };
 
+template <class T>
+BwdArguments bwd_arguments(const AttentionBwd& p) {
+    const AttentionCall& c = p.call;
+    const int64_t size = sizeof(T);
+    return {p,
+            aligned_rows(p.q, size, p.q_strides),
+            aligned_rows(p.k, size, p.k_strides),
+            aligned_rows(p.v, size, p.v_strides),
+            aligned_rows(p.dout, size, p.dout_strides),
+            aligned_rows(p.out, size, contiguous_strides(c.total_q, c.H, c.D)),
+            nullptr};
+}
+
 // A kernel's work(block) for each block that is this CTA's: without only_if, and in fp32, which no
 // Hopper kernel takes, there is one. `next`: where 4 bytes of shared memory are, since registers
 // are all taken.
@@ -65,8 +78,9 @@ __device__ __forceinline__ void for_blocks(const BwdArguments& a, unsigned block
 
 // Of a kernel with so many blocks of work.
 template <class Tiles>
-dim3 grid_for(const char* kernel, const BwdArguments& a, int64_t blocks, int device) {
-    const dim3 all = grid_of(kernel, a.p.call, blocks);
+dim3 grid_for(const char* kernel, const std::string& shape, const BwdArguments& a, int64_t blocks,
+              int device) {
+    const dim3 all = grid_of(kernel, shape, blocks);
     if (a.only_if == nullptr) return all;
     // A multiprocessor has room for 256 threads of up to 256 registers.
     const int resident = multiprocessors(device) * (256 / Tiles::kThreads);

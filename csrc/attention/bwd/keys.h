@@ -345,9 +345,10 @@ void launch_attention_bwd_keys_part(const BwdArguments& a, Stream stream) {
     using Tiles = KeysTiles<T, kWidth, kDk, kDv>;
     const AttentionCall& c = a.p.call;
     const int64_t blocks = int64_t{key_blocks(c, Tiles::kKeys)} * c.entries() * c.Hk;
+    const std::string shape = shape_of(c);
     launch(attention_bwd_keys_kernel<T, kWidth, kDk, kDv>,
-           {"attention_bwd_keys_kernel", shape_of(c),
-            grid_for<Tiles>("attention_bwd_keys_kernel", a, blocks, stream.device),
+           {"attention_bwd_keys_kernel", shape,
+            grid_for<Tiles>("attention_bwd_keys_kernel", shape, a, blocks, stream.device),
             Tiles::kThreads, Tiles::kSharedBytes, stream, 1, a.only_if == nullptr ? 0 : blocks},
            a);
     if constexpr (Tiles::kDqHere) {
@@ -355,8 +356,8 @@ void launch_attention_bwd_keys_part(const BwdArguments& a, Stream stream) {
         const int64_t tiles = int64_t{query_blocks(c, Tiles::kRows)} * c.entries() * c.H *
                               DqSum<Tiles>::kParts;
         launch(attention_bwd_dq_kernel<Tiles, T>,
-               {"attention_bwd_dq_kernel", shape_of(c),
-                grid_of("attention_bwd_dq_kernel", c, (tiles + kDqWarps - 1) / kDqWarps),
+               {"attention_bwd_dq_kernel", shape,
+                grid_of("attention_bwd_dq_kernel", shape, divide_up(tiles, kDqWarps)),
                 32 * kDqWarps, 0, stream},
                a);
     }
@@ -375,12 +376,8 @@ void launch_attention_bwd_keys_width(const BwdArguments& a, Stream stream) {
 
 template <class T>
 void launch_attention_bwd_keys(const BwdArguments& a, Stream stream) {
-    const int D = a.p.call.D;
-    if (D <= 64) return launch_attention_bwd_keys_width<T, 64>(a, stream);
-    if (D <= 96) return launch_attention_bwd_keys_width<T, 96>(a, stream);
-    if (D <= 128) return launch_attention_bwd_keys_width<T, 128>(a, stream);
-    if (D <= 192) return launch_attention_bwd_keys_width<T, 192>(a, stream);
-    return launch_attention_bwd_keys_width<T, 256>(a, stream);
+    dispatch_width(a.p.call.D,
+                   [&](auto width) { launch_attention_bwd_keys_width<T, width>(a, stream); });
 }
 
 }  // namespace gk

@@ -13,19 +13,12 @@
 // products.
 //
 // On Hopper the kernels of attention/bwd/sm90/params.h run before them, where they take the problem.
-#include "runtime/launch.h"
-
 #include "attention/bwd/delta.h"
 #include "attention/bwd/sm90/params.h"
 
 namespace gk {
 
-constexpr int kSumRows = 32;                         // dq_sum comes in tiles of 32 rows, or 16
-
-// Of a head in the kernels for a head width D.
-inline int padded_width(int D) {
-    return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256;
-}
+constexpr int kSumRows = 32;  // dq_sum comes in tiles of 32 rows, or 16
 
 struct DeltaArguments {
     BwdArguments of;
@@ -63,28 +56,12 @@ __global__ void __launch_bounds__(kDeltaThreads)
     clear(p.dv, call.Hk, call.cu_seqlens_k, call.total_k);
 }
 
-extern template void launch_attention_bwd_queries<float>(const BwdArguments&, Stream);
-extern template void launch_attention_bwd_queries<__nv_bfloat16>(const BwdArguments&, Stream);
-extern template void launch_attention_bwd_queries<__half>(const BwdArguments&, Stream);
-extern template void launch_attention_bwd_keys<float>(const BwdArguments&, Stream);
-extern template void launch_attention_bwd_keys<__nv_bfloat16>(const BwdArguments&, Stream);
-extern template void launch_attention_bwd_keys<__half>(const BwdArguments&, Stream);
-
 // What the kernels after the first take. On Hopper they only look whether they have to run, for
 // results that are not finite: then dq is not added up by atomics.
 template <class T>
 BwdArguments arguments_of(const AttentionBwd& p) {
-    const AttentionCall& c = p.call;
-    const int64_t size = sizeof(T);
-    const Strides out{static_cast<int64_t>(c.total_q) * c.H * c.D,
-                      static_cast<int64_t>(c.H) * c.D, c.D};
-    BwdArguments a{p,
-                   aligned_16(p.q, size, p.q_strides),
-                   aligned_16(p.k, size, p.k_strides),
-                   aligned_16(p.v, size, p.v_strides),
-                   aligned_16(p.dout, size, p.dout_strides),
-                   aligned_16(p.out, size, out),
-                   p.turns};
+    BwdArguments a = bwd_arguments<T>(p);
+    a.only_if = p.turns;
     if (p.turns != nullptr) a.p.dq_sum = nullptr;
     return a;
 }
@@ -98,15 +75,16 @@ void launch_attention_bwd_delta(const BwdArguments& a, Stream stream) {
     if (a.p.dq_sum != nullptr)
         arguments.sum_chunks = static_cast<int64_t>(c.entries()) * c.H *
                                query_blocks(c, kSumRows) * (kSumRows * padded_width(c.D) / 4);
+    const std::string shape = shape_of(c);
     launch(attention_bwd_delta_kernel<T>,
-           {"attention_bwd_delta_kernel", shape_of(c),
-            grid_of("attention_bwd_delta_kernel", c, (rows + kRows - 1) / kRows), kDeltaThreads, 0,
+           {"attention_bwd_delta_kernel", shape,
+            grid_of("attention_bwd_delta_kernel", shape, divide_up(rows, kRows)), kDeltaThreads, 0,
             stream},
            arguments);
 }
 
 template <class T>
-void launch_attention_bwd_of(DType dtype, const AttentionBwd& p, Stream stream, int build) {
+void launch_attention_bwd_of(DType dtype, const AttentionBwd& p, int build, Stream stream) {
     const BwdArguments a = arguments_of<T>(p);
     if (p.turns != nullptr)
         launch_attention_bwd_sm90(dtype, p, build, stream);
@@ -117,9 +95,9 @@ void launch_attention_bwd_of(DType dtype, const AttentionBwd& p, Stream stream, 
     if (p.dk != nullptr || p.dv != nullptr) launch_attention_bwd_keys<T>(a, stream);
 }
 
-void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream, int build) {
+void launch_attention_bwd(DType dtype, const AttentionBwd& p, int build, Stream stream) {
     dispatch(dtype, [&](auto zero) {
-        launch_attention_bwd_of<decltype(zero)>(dtype, p, stream, build);
+        launch_attention_bwd_of<decltype(zero)>(dtype, p, build, stream);
     });
 }
 

@@ -237,21 +237,19 @@ void launch_attention_bwd_queries_width(const BwdArguments& a, Stream stream) {
     using Tiles = QueriesTiles<T, kWidth>;
     const AttentionCall& c = a.p.call;
     const int64_t blocks = int64_t{query_blocks(c, Tiles::kRows)} * c.entries() * c.H;
+    const std::string shape = shape_of(c);
     launch(attention_bwd_queries_kernel<T, kWidth>,
-           {"attention_bwd_queries_kernel", shape_of(c),
-            grid_for<Tiles>("attention_bwd_queries_kernel", a, blocks, stream.device),
+           {"attention_bwd_queries_kernel", shape,
+            grid_for<Tiles>("attention_bwd_queries_kernel", shape, a, blocks, stream.device),
             Tiles::kThreads, Tiles::kSharedBytes, stream, 1, a.only_if == nullptr ? 0 : blocks},
            a);
 }
 
 template <class T>
 void launch_attention_bwd_queries(const BwdArguments& a, Stream stream) {
-    const int D = a.p.call.D;
-    if (D <= 64) return launch_attention_bwd_queries_width<T, 64>(a, stream);
-    if (D <= 96) return launch_attention_bwd_queries_width<T, 96>(a, stream);
-    if (D <= 128) return launch_attention_bwd_queries_width<T, 128>(a, stream);
-    if (D <= 192) return launch_attention_bwd_queries_width<T, 192>(a, stream);
-    return launch_attention_bwd_queries_width<T, 256>(a, stream);
+    dispatch_width(a.p.call.D, [&](auto width) {
+        launch_attention_bwd_queries_width<T, width>(a, stream);
+    });
 }
 
 }  // namespace gk

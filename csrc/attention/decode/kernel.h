@@ -384,10 +384,11 @@ template <class T, int kWidth, int kRowTiles, bool kAlone>
 int launch_attention_decode_tiles(DecodeArguments a, Stream stream) {
     using Tiles = DecodeTiles<T, kWidth, kRowTiles, kAlone>;
     const AttentionCall& c = a.p.call;
-    a.row_blocks = (a.rows - 1) / Tiles::kRows + 1;
+    a.row_blocks = divide_up(a.rows, Tiles::kRows);
     const int64_t blocks = static_cast<int64_t>(c.batch) * c.Hk * a.p.splits * a.row_blocks;
+    const std::string shape = shape_of(c);
     launch(attention_decode_kernel<T, kWidth, kRowTiles, kAlone>,
-           {"attention_decode_kernel", shape_of(c), grid_of("attention_decode_kernel", c, blocks),
+           {"attention_decode_kernel", shape, grid_of("attention_decode_kernel", shape, blocks),
             Tiles::kThreads, Tiles::kSharedBytes, stream},
            a);
     return Tiles::kRows;
@@ -404,15 +405,11 @@ int launch_attention_decode_width(const DecodeArguments& a, Stream stream) {
     return launch_attention_decode_tiles<T, kWidth, 1, true>(a, stream);
 }
 
-// The number of rows that a CTA takes. One translation unit for each T.
 template <class T>
 int launch_attention_decode_of(const DecodeArguments& a, Stream stream) {
-    const int D = a.p.call.D;
-    if (D <= 64) return launch_attention_decode_width<T, 64>(a, stream);
-    if (D <= 96) return launch_attention_decode_width<T, 96>(a, stream);
-    if (D <= 128) return launch_attention_decode_width<T, 128>(a, stream);
-    if (D <= 192) return launch_attention_decode_width<T, 192>(a, stream);
-    return launch_attention_decode_width<T, 256>(a, stream);
+    return dispatch_width(a.p.call.D, [&](auto width) {
+        return launch_attention_decode_width<T, width>(a, stream);
+    });
 }
 
 }  // namespace gk

@@ -1,17 +1,14 @@
 // Decoding's launcher, and the step that combines the splits of an entry's keys. The kernel that does
-// the work is in attention/decode/kernel.h, with one file of instantiations for each dtype.
+// the work is in attention/decode/kernel.h.
 //
 //     m = max_s m_s      l = sum_s l_s exp2(m_s - m)      out = sum_s o_s exp2(m_s - m) / l
 //
 // in the order of the splits. Reads of each row of each split D + 2 floats, which the L2 cache holds.
-#include "attention/decode/kernel.h"
+#include "attention/decode/split.h"
 #include "device/reduce.h"
+#include "device/vector.h"
 
 namespace gk {
-
-extern template int launch_attention_decode_of<float>(const DecodeArguments&, Stream);
-extern template int launch_attention_decode_of<__nv_bfloat16>(const DecodeArguments&, Stream);
-extern template int launch_attention_decode_of<__half>(const DecodeArguments&, Stream);
 
 namespace {
 
@@ -88,22 +85,22 @@ template <class T>
 void launch_attention_decode_in(const AttentionDecode& p, Stream stream) {
     const AttentionCall& c = p.call;
     const int64_t size = sizeof(T);
-    const Strides out{static_cast<int64_t>(c.Tq) * c.H * c.D, static_cast<int64_t>(c.H) * c.D, c.D};
     const int group = c.H / c.Hk;
     const DecodeArguments a{p,
                             group,
                             group * c.Tq,
                             1,
                             scores_are_plain(c),
-                            aligned_16(p.q, size, p.q_strides),
-                            aligned_16(p.k, size, p.k_strides),
-                            aligned_16(p.v, size, p.v_strides),
-                            aligned_16(p.out, size, out)};
+                            aligned_rows(p.q, size, p.q_strides),
+                            aligned_rows(p.k, size, p.k_strides),
+                            aligned_rows(p.v, size, p.v_strides),
+                            aligned_rows(p.out, size, contiguous_strides(c.Tq, c.H, c.D))};
     const int rows_of_block = launch_attention_decode_of<T>(a, stream);
     if (p.splits == 1) return;
+    const std::string shape = shape_of(c);
     launch(attention_decode_combine_kernel<T>,
-           {"attention_decode_combine_kernel", shape_of(c),
-            grid_of("attention_decode_combine_kernel", c,
+           {"attention_decode_combine_kernel", shape,
+            grid_of("attention_decode_combine_kernel", shape,
                     static_cast<int64_t>(c.batch) * c.Hk * a.rows),
             kCombineThreads, sizeof(float) * kCombineWarps * kMaxHeadWidth, stream},
            CombineArguments{a, rows_of_block});

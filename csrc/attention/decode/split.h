@@ -26,6 +26,10 @@ struct DecodeArguments {
     bool q_aligned, k_aligned, v_aligned, out_aligned;  // 16-byte addresses throughout
 };
 
+// Returns how many rows a CTA takes. One translation unit for each T.
+template <class T>
+int launch_attention_decode_of(const DecodeArguments& a, Stream stream);
+
 // The band of an entry, whose queries are its newest tokens.
 __device__ inline Band decode_band(const AttentionCall& c, int b) {
     Band band;

@@ -315,39 +315,29 @@ void launch_attention_fwd_tiles(const AttentionFwd& p, Stream stream) {
     const int64_t bytes_of_head = 2 * size * c.Tk * c.D * c.Hk / c.H;
     const int64_t together =
         std::max<int64_t>(1, kFwdCacheBytes / std::max<int64_t>(1, bytes_of_head));
-    const Strides out{static_cast<int64_t>(c.total_q) * c.H * c.D,
-                      static_cast<int64_t>(c.H) * c.D, c.D};
     const FwdArguments arguments{p,
                                  static_cast<int>(row_blocks),
                                  static_cast<int>(std::min(together, heads)),
-                                 aligned_16(p.q, size, p.q_strides),
-                                 aligned_16(p.k, size, p.k_strides),
-                                 aligned_16(p.v, size, p.v_strides),
-                                 aligned_16(p.out, size, out)};
+                                 aligned_rows(p.q, size, p.q_strides),
+                                 aligned_rows(p.k, size, p.k_strides),
+                                 aligned_rows(p.v, size, p.v_strides),
+                                 aligned_rows(p.out, size, contiguous_strides(c.total_q, c.H, c.D))};
+    const std::string shape = shape_of(c);
     launch(attention_fwd_kernel<T, kWidth, kOptions>,
-           {"attention_fwd_kernel", shape_of(c),
-            grid_of("attention_fwd_kernel", c, row_blocks * heads), kFwdThreads,
+           {"attention_fwd_kernel", shape,
+            grid_of("attention_fwd_kernel", shape, row_blocks * heads), kFwdThreads,
             Tiles::kSharedBytes, stream},
            arguments);
 }
 
-template <class T, int kWidth>
-void launch_attention_fwd_width(const AttentionFwd& p, Stream stream) {
-    if (scores_are_plain(p.call))
-        launch_attention_fwd_tiles<T, kWidth, false>(p, stream);
-    else
-        launch_attention_fwd_tiles<T, kWidth, true>(p, stream);
-}
-
-// One translation unit for each T.
 template <class T>
 void launch_attention_fwd_of(const AttentionFwd& p, Stream stream) {
-    const int D = p.call.D;
-    if (D <= 64) return launch_attention_fwd_width<T, 64>(p, stream);
-    if (D <= 96) return launch_attention_fwd_width<T, 96>(p, stream);
-    if (D <= 128) return launch_attention_fwd_width<T, 128>(p, stream);
-    if (D <= 192) return launch_attention_fwd_width<T, 192>(p, stream);
-    return launch_attention_fwd_width<T, 256>(p, stream);
+    dispatch_width(p.call.D, [&](auto width) {
+        if (scores_are_plain(p.call))
+            launch_attention_fwd_tiles<T, width, false>(p, stream);
+        else
+            launch_attention_fwd_tiles<T, width, true>(p, stream);
+    });
 }
 
 }  // namespace gk

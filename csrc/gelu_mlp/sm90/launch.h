@@ -38,10 +38,10 @@ ProductSm90 product_sm90(DType dtype, const Product& p) {
     kernel.partial = kLayout == Layout::backward ? p.partial : nullptr;
     kernel.m = p.m;
     kernel.n = p.n;
-    kernel.steps = static_cast<unsigned>(ceil_div(p.k, C::kK));
+    kernel.steps = static_cast<unsigned>(divide_up(p.k, C::kK));
     kernel.splits = static_cast<unsigned>(p.splits);
-    kernel.tiles_m = static_cast<unsigned>(ceil_div(p.m, C::kM * C::kCluster));
-    kernel.tiles_n = static_cast<unsigned>(ceil_div(p.n, C::kN));
+    kernel.tiles_m = static_cast<unsigned>(divide_up(p.m, C::kM * C::kCluster));
+    kernel.tiles_n = static_cast<unsigned>(divide_up(p.n, C::kN));
     kernel.group = std::min(kernel.tiles_m,
                             static_cast<unsigned>(kProductGroupRows / (C::kM * C::kCluster)));
     kernel.items = kernel.tiles_m * kernel.tiles_n * kernel.splits;
@@ -53,7 +53,7 @@ ProductSm90 product_sm90(DType dtype, const Product& p) {
 }
 
 template <class T, int kNumber, Layout kLayout>
-void launch_build(DType dtype, const Product& p, Stream stream) {
+void launch_product_build(DType dtype, const Product& p, double clocks, const Stream& stream) {
     using C = ProductBuild<kNumber>;
     constexpr const char* kNames[] = {"mlp product for sm90, forward",
                                       "mlp product for sm90, backward",
@@ -63,26 +63,29 @@ void launch_build(DType dtype, const Product& p, Stream stream) {
         std::min(kernel.items, std::max(1u, static_cast<unsigned>(multiprocessors(stream.device)) /
                                                 C::kCluster));
     launch(product_sm90_kernel<T, C, kLayout>,
-           {kNames[static_cast<int>(kLayout)],
-            shape_of(p.m, p.k) + " times " + shape_of(p.k, p.n) + " " + name_of(dtype),
-            dim3(clusters * C::kCluster), C::kThreads, C::kSharedBytes, stream, C::kCluster,
-            int64_t{kernel.items} * C::kCluster, product_build(kNumber)},
+           {.name = kNames[static_cast<int>(kLayout)],
+            .shape = shape_of(p) + " " + name_of(dtype),
+            .grid = dim3(clusters * C::kCluster),
+            .threads = C::kThreads,
+            .shared_bytes = C::kSharedBytes,
+            .stream = stream,
+            .cluster = C::kCluster,
+            .tiles = int64_t{kernel.items} * C::kCluster,
+            .built = kProductBuilds[kNumber],
+            .clocks = clocks},
            kernel);
 }
 
-template <Layout kLayout, int kNumber = 0>
-void launch_product_sm90(int build, DType dtype, const Product& p, Stream stream) {
-    if constexpr (kNumber < kProductBuilds) {
-        if (build != kNumber) {
-            return launch_product_sm90<kLayout, kNumber + 1>(build, dtype, p, stream);
-        }
-        if (dtype == DType::bf16) {
-            return launch_build<__nv_bfloat16, kNumber, kLayout>(dtype, p, stream);
-        }
-        if constexpr (kNumber < kProductRule) {
-            return launch_build<__half, kNumber, kLayout>(dtype, p, stream);
-        }
-    }
+template <Layout kLayout>
+void launch_product_sm90(DType dtype, const Product& p, const ProductChoice& choice,
+                         Stream stream) {
+    with_number<kProductCount>(choice.build, [&](auto number) {
+        if (dtype == DType::bf16)
+            return launch_product_build<__nv_bfloat16, number, kLayout>(dtype, p, choice.clocks,
+                                                                        stream);
+        if constexpr (is_compiled(kProductRows[number].rule, DType::f16, false))
+            launch_product_build<__half, number, kLayout>(dtype, p, choice.clocks, stream);
+    });
 }
 
 }  // namespace gk

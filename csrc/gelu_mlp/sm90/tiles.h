@@ -1,6 +1,6 @@
-// The GELU MLP's products on Hopper: what mlp.cu makes, by TMA, wgmma and warp specialisation.
+// The GELU MLP's products on Hopper: what gelu_mlp/products.cu makes, by TMA, wgmma and warp specialisation.
 //
-//     D (m, n) = A B in the three operand layouts of mlp.h, in bf16 or fp16, accumulated in fp32.
+//     D (m, n) = A B in the three operand layouts of gelu_mlp/params.h, in bf16 or fp16, accumulated in fp32.
 //     forward    out = D + bias (m, n) and activation = gelu(out) (m, n), either may be absent
 //     backward   out = D gelu'(h) (m, n), activation = gelu(h), partial: column sums of out as
 //                stored, of 64 rows each; without h: out = D
@@ -19,8 +19,10 @@
 // take tiles in turn, and the epilogue of one runs under the products of the other.
 #pragma once
 
-#include "runtime/build.h"
+#include <iterator>
+
 #include "gelu_mlp/params.h"
+#include "runtime/choose.h"
 #include "runtime/tensor_map.h"
 
 namespace gk {
@@ -58,27 +60,46 @@ struct ProductTile {
     static constexpr int kFewRegisters = 40, kManyRegisters = 232;
 };
 
-// What there is to choose among, by number; the first kProductRule of them are the rule's, in every
-// dtype, the others are there for bf16 alone.
-template <int kNumber>
-struct ProductBuild;
-template <>
-struct ProductBuild<0> : ProductTile<128, 256, 4, 2, false> {};
-template <>
-struct ProductBuild<1> : ProductTile<128, 192, 4, 2, true> {};
-template <>
-struct ProductBuild<2> : ProductTile<128, 128, 4, 1, false> {};
-template <>
-struct ProductBuild<3> : ProductTile<128, 256, 4, 1, false> {};
-template <>
-struct ProductBuild<4> : ProductTile<128, 192, 4, 2, false> {};
-template <>
-struct ProductBuild<5> : ProductTile<256, 128, 4, 2, false> {};
-template <>
-struct ProductBuild<6> : ProductTile<64, 256, 4, 1, true> {};
-constexpr int kProductRule = 3, kProductBuilds = 7;
+// What the kernel is built of, by number.
+struct ProductRow {
+    const char* name;
+    int tile_m, tile_n, stages, cluster;
+    bool pingpong;
+    Rule rule;
+};
 
-Build product_build(int number);
+constexpr ProductRow kProductRows[] = {
+    {"128x256, cooperative, cluster of 2", 128, 256, 4, 2, false, Rule::always},
+    {"128x192, ping-pong, cluster of 2", 128, 192, 4, 2, true, Rule::always},
+    {"128x128, cooperative", 128, 128, 4, 1, false, Rule::always},
+    {"128x256, cooperative", 128, 256, 4, 1, false, Rule::never},
+    {"128x192, cooperative, cluster of 2", 128, 192, 4, 2, false, Rule::never},
+    {"256x128, cooperative, cluster of 2", 256, 128, 4, 2, false, Rule::never},
+    {"64x256, ping-pong", 64, 256, 4, 1, true, Rule::never},
+};
+constexpr int kProductCount = std::size(kProductRows);
+
+template <int kNumber>
+struct ProductBuild
+    : ProductTile<kProductRows[kNumber].tile_m, kProductRows[kNumber].tile_n,
+                  kProductRows[kNumber].stages, kProductRows[kNumber].cluster,
+                  kProductRows[kNumber].pingpong> {};
+
+constexpr auto kProductBuilds = build_table<kProductCount>([](auto number) {
+    using Tile = ProductBuild<number>;
+    return Build{.name = kProductRows[number].name,
+                 .head_width = 0,
+                 .tile_m = Tile::kM,
+                 .tile_n = Tile::kN,
+                 .tile_k = Tile::kK,
+                 .stages = Tile::kStages,
+                 .consumers = Tile::kConsumers,
+                 .cluster = Tile::kCluster,
+                 .pingpong = Tile::kPingpong,
+                 .threads = Tile::kThreads,
+                 .shared_bytes = Tile::kSharedBytes,
+                 .rule = kProductRows[number].rule};
+});
 
 struct ProductSm90 {
     TensorMap a, b;
@@ -97,9 +118,9 @@ struct ProductSm90 {
     __host__ __device__ int outputs() const { return has_out && has_activation ? 2 : 1; }
 };
 
-// A product by a build. One file for each layout.
-void launch_forward_sm90(int build, DType dtype, const Product& p, Stream stream);
-void launch_backward_sm90(int build, DType dtype, const Product& p, Stream stream);
-void launch_weight_sm90(int build, DType dtype, const Product& p, Stream stream);
+// A product by the build of a choice. One translation unit for each layout.
+template <Layout kLayout>
+void launch_product_sm90(DType dtype, const Product& p, const ProductChoice& choice,
+                         Stream stream);
 
 }  // namespace gk

@@ -56,46 +56,48 @@ static_assert(bytes_of_rows<float, float, kBwdClusterThreads>(4, true, true) ==
               kMostBytesOfBwdRows);
 
 template <class X, class S>
-Launch launch_of(const Split& split, bool aligned_rows, bool dsum) {
+Launch launch_of(const ClusterRow& row, bool aligned_rows, bool dsum) {
     Launch launch{};
-    launch.name = "layer_norm_bwd_sm90";
-    launch.threads = 32 * split.warps;
-    launch.shared_bytes = bwd_scratch_bytes(split.ctas, split.warps) +
-                          bytes_of_rows<X, S, kBwdClusterThreads>(split.groups, aligned_rows, dsum);
-    launch.cluster = split.ctas;
+    launch.name = kLayerNormBwdSm90;
+    launch.threads = 32 * row.warps;
+    launch.shared_bytes = bwd_scratch_bytes(row.ctas, row.warps) +
+                          bytes_of_rows<X, S, kBwdClusterThreads>(row.groups, aligned_rows, dsum);
+    launch.cluster = row.ctas;
     return launch;
 }
 
 }  // namespace
 
 int layer_norm_bwd_sm90_partials(int64_t rows, int cols, int device, int build) {
-    const bool aligned_rows = aligned(cols);
-    const Split split = layer_norm_bwd_split(cols, aligned_rows, build);
-    if (split.groups == 0) return 0;
+    const bool aligned_rows = in_groups(cols);
+    const int number = layer_norm_bwd_sm90_build(cols, aligned_rows, build);
+    if (number == kAnyGpu) return 0;
+    const ClusterRow row = layer_norm_bwd_row(cols, aligned_rows, number);
     // As many as run at a time, since each has the same number of rows. The widest dtypes, since
     // registers, not these bytes, say how many an SM holds.
-    Launch launch = launch_of<float, float>(split, aligned_rows, true);
-    launch.shape = shape_of(rows, cols, DType::f32);
+    Launch launch = launch_of<float, float>(row, aligned_rows, true);
+    launch.shape = "x " + shape_of(rows, cols);
     launch.stream.device = device;
-    const int clusters = resident_clusters(kernel_of<float, float>(split.groups, aligned_rows),
-                                           launch, ctas_of_sm(split.groups, aligned_rows));
+    const int clusters = resident_clusters(kernel_of<float, float>(row.groups, aligned_rows),
+                                           launch, ctas_of_sm(row.groups, aligned_rows));
     return static_cast<int>(std::min<int64_t>(rows, clusters));
 }
 
 void launch_layer_norm_bwd_sm90(const LayerNormBwd& op, int build, Stream stream) {
     const bool aligned_rows = is_aligned(op);
-    const Split split = layer_norm_bwd_split(op.cols, aligned_rows, build);
+    const ClusterRow row = layer_norm_bwd_row(op.cols, aligned_rows, build);
     dispatch_sum(op.x_dtype, op.sum_dtype, [&](auto x, auto s) {
         using X = decltype(x);
         using S = decltype(s);
-        Launch launch = launch_of<X, S>(split, aligned_rows, op.dsum != nullptr);
-        launch.shape = shape_of(op.rows, op.cols, op.x_dtype);
-        launch.grid = grid_of(static_cast<int64_t>(op.partials) * split.ctas, launch);
+        Launch launch = launch_of<X, S>(row, aligned_rows, op.dsum != nullptr);
+        launch.shape = shape_of(op);
+        launch.grid =
+            grid_of(launch.name, launch.shape, static_cast<int64_t>(op.partials) * row.ctas);
         launch.stream = stream;
-        launch.tiles = op.rows * split.ctas;
-        launch.built = layer_norm_bwd_builds()[split.build];
-        gk::launch(kernel_of<X, S>(split.groups, aligned_rows), launch,
-                   Bwd{op, Divisor(op.cols), split.warps, split.ctas});
+        launch.tiles = op.rows * row.ctas;
+        launch.built = layer_norm_bwd_builds()[build];
+        gk::launch(kernel_of<X, S>(row.groups, aligned_rows), launch,
+                   Bwd{op, Divisor(op.cols), row.warps, row.ctas});
     });
     if (op.partial_dweight != nullptr || op.partial_dbias != nullptr)
         launch_layer_norm_bwd_reduce(op, stream);

@@ -1,136 +1,164 @@
-// Which clusters share a row of LayerNorm: the builds, the rule that chooses among them, and
-// what it leaves to the kernels for any device.
+// Which clusters share a row of LayerNorm: the builds, the rule that chooses among them, and what it
+// leaves to the kernels for any GPU.
 #include "layer_norm/sm90/choice.h"
-
-#include "layer_norm/shape.h"
-#include "runtime/dry_run.h"
 
 namespace gk {
 namespace {
 
-// Forward: columns from which a CTA of the kernel for any device is alone on its SM, so that memory
-// is idle while it adds up.
+// Forward: columns from which a CTA of the kernel for any GPU is alone on its SM, so that memory is idle
+// while it adds up.
 constexpr int kFewestFwdCols = 16384;
-constexpr int kUsualFwdGroups = 4;  // of a thread, where that is enough
+// Groups of a thread, where that is enough, and where rows are not aligned.
+constexpr int kUsualFwdGroups = 4, kUsualBwdGroups = 2, kUnalignedGroups = 2;
 
-// In the order of preference; the first that holds the row in the usual number of groups is the
-// rule's choice. Several smaller CTAs on an SM hide each other's barriers.
-const std::vector<int> kFwdPreferred = {0, 1, 2, 3};
-const std::vector<int> kBwdPreferred = {1, 2};
-constexpr int kUsualBwdGroups = 2;
-constexpr int kUnalignedGroups = 2;  // where rows are not aligned
+constexpr Build fwd(const char* name, int ctas, unsigned threads, Rule rule) {
+    const int warps = ctas * static_cast<int>(threads) / 32;
+    return {.name = name,
+            .head_width = 0,
+            .tile_m = 1,
+            .tile_n = 32 * warps * kUsualFwdGroups * kGroup,
+            .tile_k = 0,
+            .stages = 1,
+            .consumers = 0,
+            .cluster = ctas,
+            .pingpong = false,
+            .threads = threads,
+            .shared_bytes = warps * (sizeof(float) + sizeof(float2)),
+            .rule = rule};
+}
 
-int lanes_of(const Build& by) { return by.cluster * static_cast<int>(by.threads) / 32; }
+constexpr Build bwd(const char* name, int ctas, unsigned threads, Rule rule) {
+    const int warps = static_cast<int>(threads) / 32;
+    return {.name = name,
+            .head_width = 0,
+            .tile_m = 1,
+            .tile_n = 32 * warps * ctas * 4 * kGroup,
+            .tile_k = 0,
+            .stages = 2,
+            .consumers = 0,
+            .cluster = ctas,
+            .pingpong = false,
+            .threads = threads,
+            .shared_bytes = bwd_scratch_bytes(ctas, warps) + kMostBytesOfBwdRows,
+            .rule = rule};
+}
+
+// The rule prefers the first. Several smaller CTAs on an SM hide each other's barriers. Any build runs
+// in every dtype: the kernels are the same.
+constexpr Build kFwdBuilds[] = {
+    fwd("2 CTAs of 256 threads", 2, 256, Rule::always),
+    fwd("4 CTAs of 256 threads", 4, 256, Rule::always),
+    fwd("8 CTAs of 256 threads", 8, 256, Rule::always),
+    fwd("8 CTAs of 512 threads", 8, 512, Rule::always),
+    fwd("4 CTAs of 128 threads", 4, 128, Rule::never),
+    fwd("8 CTAs of 128 threads", 8, 128, Rule::never),
+    fwd("2 CTAs of 512 threads", 2, 512, Rule::never),
+};
+constexpr Build kBwdBuilds[] = {
+    bwd("2 CTAs of 256 threads", 2, 256, Rule::never),
+    bwd("4 CTAs of 256 threads", 4, 256, Rule::always),
+    bwd("8 CTAs of 256 threads", 8, 256, Rule::always),
+    bwd("4 CTAs of 128 threads", 4, 128, Rule::never),
+    bwd("8 CTAs of 128 threads", 8, 128, Rule::never),
+};
+
+int lanes_of(const Build& build) { return build.cluster * static_cast<int>(build.threads) / 32; }
 
 // groups: of a thread, that there are kernels for, rising.
-Split split_of(int cols, const std::vector<Build>& builds, int index,
-               const std::vector<int>& groups) {
-    const Build& by = builds[index];
+ClusterRow row_of(int cols, const Build& build, std::initializer_list<int> groups) {
     const int lanes = lane_groups(cols);
     for (const int each : groups)
-        if (lanes <= each * lanes_of(by))
-            return {index, by.cluster, divide_up(lanes, each * by.cluster), each};
-    return {index, by.cluster, 0, 0};
+        if (lanes <= each * lanes_of(build))
+            return {build.cluster, divide_up(lanes, each * build.cluster), each};
+    return {build.cluster, 0, 0};
 }
 
-int chosen(int cols, const std::vector<Build>& builds, const std::vector<int>& preferred,
-           int groups) {
-    for (const int index : preferred)
-        if (lane_groups(cols) <= groups * lanes_of(builds[index])) return index;
-    return preferred.back();
+// The first of the rule's builds that holds a row in so many groups of a thread, else its last.
+int preferred(std::span<const Build> builds, int cols, int groups) {
+    int found = kAnyGpu;
+    for (int i = 0; i < static_cast<int>(builds.size()); ++i) {
+        if (builds[i].rule == Rule::never) continue;
+        found = i;
+        if (lane_groups(cols) <= groups * lanes_of(builds[i])) break;
+    }
+    return found;
 }
 
-Build fwd(const char* name, int ctas, unsigned threads) {
-    const size_t warps = ctas * threads / 32;
-    const int cols = ctas * static_cast<int>(threads) * kUsualFwdGroups * kGroup;
-    return {name, 0,    1,     cols,    0, 1,
-            0,    ctas, false, threads, warps * (sizeof(float) + sizeof(float2))};
-}
-
-Build bwd(const char* name, int ctas, unsigned threads) {
-    const int cols = ctas * static_cast<int>(threads) * 4 * kGroup;
-    const int warps = static_cast<int>(threads) / 32;
-    return {name, 0,    1,     cols,    0, 2,
-            0,    ctas, false, threads, bwd_scratch_bytes(ctas, warps) + kMostBytesOfBwdRows};
-}
-
-std::string unknown(int build, size_t builds) {
-    if (build < static_cast<int>(builds)) return "";
-    return "there are " + std::to_string(builds) + " builds";
-}
-
-std::string too_wide(int cols, const Build& by) {
+// Why a build cannot hold a row, "" if it can.
+std::string too_wide(int cols, const Build& build, const ClusterRow& row) {
+    if (row.groups > 0) return "";
     return "rows of " + std::to_string(cols) + " columns do not fit in the registers of " +
-           std::to_string(by.cluster) + " CTAs of " + std::to_string(by.threads) + " threads";
+           std::to_string(build.cluster) + " CTAs of " + std::to_string(build.threads) +
+           " threads";
+}
+
+auto fwd_refuses(const LayerNormFwd& op) {
+    return [&op](int number) {
+        return too_wide(op.cols, kFwdBuilds[number], layer_norm_fwd_row(op, number));
+    };
+}
+auto bwd_refuses(int cols, bool aligned_rows) {
+    return [=](int number) {
+        return too_wide(cols, kBwdBuilds[number], layer_norm_bwd_row(cols, aligned_rows, number));
+    };
+}
+
+// A build, unless it is refused.
+template <class Refuses>
+Choice fitting(int number, Refuses&& refuses) {
+    const std::string reason = refuses(number);
+    return {reason.empty() ? number : kAnyGpu, reason};
+}
+
+Choice fwd_by_rule(const LayerNormFwd& op) {
+    if (op.cols < kFewestFwdCols)
+        return {kAnyGpu, "rows of fewer than " + std::to_string(kFewestFwdCols) +
+                             " columns need no cluster"};
+    const int groups = is_aligned(op) ? kUsualFwdGroups : kUnalignedGroups;
+    return fitting(preferred(kFwdBuilds, op.cols, groups), fwd_refuses(op));
+}
+
+Choice bwd_by_rule(int cols, bool aligned_rows) {
+    if (cols <= kMostColsOfBwdCta)
+        return {kAnyGpu, "rows of up to " + std::to_string(kMostColsOfBwdCta) +
+                             " columns need no cluster"};
+    return fitting(preferred(kBwdBuilds, cols, kUsualBwdGroups), bwd_refuses(cols, aligned_rows));
 }
 
 }  // namespace
 
-std::vector<Build> layer_norm_fwd_builds() {
-    return {fwd("2 CTAs of 256 threads", 2, 256), fwd("4 CTAs of 256 threads", 4, 256),
-            fwd("8 CTAs of 256 threads", 8, 256), fwd("8 CTAs of 512 threads", 8, 512),
-            fwd("4 CTAs of 128 threads", 4, 128), fwd("8 CTAs of 128 threads", 8, 128),
-            fwd("2 CTAs of 512 threads", 2, 512)};
-}
+std::vector<Build> layer_norm_fwd_builds() { return {std::begin(kFwdBuilds), std::end(kFwdBuilds)}; }
+std::vector<Build> layer_norm_bwd_builds() { return {std::begin(kBwdBuilds), std::end(kBwdBuilds)}; }
 
-std::vector<Build> layer_norm_bwd_builds() {
-    return {bwd("2 CTAs of 256 threads", 2, 256), bwd("4 CTAs of 256 threads", 4, 256),
-            bwd("8 CTAs of 256 threads", 8, 256), bwd("4 CTAs of 128 threads", 4, 128),
-            bwd("8 CTAs of 128 threads", 8, 128)};
-}
-
-Split layer_norm_fwd_split(const LayerNormFwd& op, int build) {
-    const std::vector<Build> builds = layer_norm_fwd_builds();
-    if (build < 0 && op.cols < kFewestFwdCols) return {};
-    const bool aligned_rows = is_aligned(op);
-    if (build < 0)
-        build = chosen(op.cols, builds, kFwdPreferred,
-                           aligned_rows ? kUsualFwdGroups : kUnalignedGroups);
-    if (!aligned_rows) return split_of(op.cols, builds, build, {kUnalignedGroups});
+ClusterRow layer_norm_fwd_row(const LayerNormFwd& op, int build) {
+    if (!is_aligned(op)) return row_of(op.cols, kFwdBuilds[build], {kUnalignedGroups});
     if (op.sum_dtype == DType::f32)
-        return split_of(op.cols, builds, build, {2, kUsualFwdGroups});
-    return split_of(op.cols, builds, build, {2, kUsualFwdGroups, 8});
+        return row_of(op.cols, kFwdBuilds[build], {2, kUsualFwdGroups});
+    return row_of(op.cols, kFwdBuilds[build], {2, kUsualFwdGroups, 8});
 }
 
-Split layer_norm_bwd_split(int cols, bool aligned_rows, int build) {
-    const std::vector<Build> builds = layer_norm_bwd_builds();
-    if (build >= static_cast<int>(builds.size())) return {};
-    if (build < 0 && cols <= kMostColsOfBwdCta) return {};
-    if (build < 0) build = chosen(cols, builds, kBwdPreferred, kUsualBwdGroups);
-    if (!aligned_rows) return split_of(cols, builds, build, {kUnalignedGroups});
-    return split_of(cols, builds, build, {kUsualBwdGroups, 4});
+ClusterRow layer_norm_bwd_row(int cols, bool aligned_rows, int build) {
+    if (!aligned_rows) return row_of(cols, kBwdBuilds[build], {kUnalignedGroups});
+    return row_of(cols, kBwdBuilds[build], {kUsualBwdGroups, 4});
 }
 
-std::string layer_norm_fwd_sm90_refuses(const LayerNormFwd& op, int build) {
-    const std::vector<Build> builds = layer_norm_fwd_builds();
-    const std::string reason = unknown(build, builds.size());
-    if (!reason.empty()) return reason;
-    if (build < 0 && op.cols < kFewestFwdCols)
-        return "rows of fewer than " + std::to_string(kFewestFwdCols) + " columns need no cluster";
-    const Split split = layer_norm_fwd_split(op, build);
-    return split.groups > 0 ? "" : too_wide(op.cols, builds[split.build]);
+Choice choose_layer_norm_fwd(const LayerNormFwd& op, int build, int device) {
+    return choose(
+        kLayerNormFwdSm90, kFwdBuilds, op, build, device, [] { return std::string(); },
+        fwd_refuses(op), [&] { return fwd_by_rule(op); });
 }
 
-std::string layer_norm_bwd_sm90_refuses(const LayerNormBwd& op, int build) {
-    const std::vector<Build> builds = layer_norm_bwd_builds();
-    const std::string reason = unknown(build, builds.size());
-    if (!reason.empty()) return reason;
-    if (build < 0 && op.cols <= kMostColsOfBwdCta)
-        return "rows of up to " + std::to_string(kMostColsOfBwdCta) + " columns need no cluster";
-    const Split split = layer_norm_bwd_split(op.cols, is_aligned(op), build);
-    return split.groups > 0 ? "" : too_wide(op.cols, builds[split.build]);
+Choice choose_layer_norm_bwd(const LayerNormBwd& op, int build, int device) {
+    const bool aligned_rows = is_aligned(op);
+    return choose(
+        kLayerNormBwdSm90, kBwdBuilds, op, build, device, [] { return std::string(); },
+        bwd_refuses(op.cols, aligned_rows), [&] { return bwd_by_rule(op.cols, aligned_rows); });
 }
 
-bool by_clusters(const char* op, const std::string& shape, int build, int device,
-                 const std::string& refused) {
-    const bool hopper = capability(device) == 90;
-    if (hopper && refused.empty()) return true;
-    if (build >= 0)
-        throw Error(std::string(op) + " on " + shape + ": build " + std::to_string(build) +
-                    " cannot run: " +
-                    (hopper ? refused : "clusters need a GPU of compute capability 9.0"));
-    if (hopper) dry_run_refused((std::string(op) + "_sm90").c_str(), refused);
-    return false;
+int layer_norm_bwd_sm90_build(int cols, bool aligned_rows, int build) {
+    if (build < 0) return bwd_by_rule(cols, aligned_rows).build;
+    if (build >= static_cast<int>(std::size(kBwdBuilds))) return kAnyGpu;
+    return fitting(build, bwd_refuses(cols, aligned_rows)).build;
 }
 
 }  // namespace gk

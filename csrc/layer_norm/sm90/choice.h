@@ -1,40 +1,50 @@
 // How LayerNorm's cluster kernels share out a row, for their launchers (compute capability 9.0).
 //
-// A build names a cluster and the most threads of each of its CTAs; the columns then say how
-// many groups a thread holds, by the kernels that there are, and with that how many warps are
-// needed.
+// A build names a cluster and the most threads of each of its CTAs. The columns then say how many groups
+// a thread holds, by the kernels that there are, and with that how many warps are needed.
 #pragma once
 
-#include <string>
-
-#include "layer_norm/params.h"
+#include "layer_norm/shape.h"
+#include "runtime/choose.h"
 
 namespace gk {
 
+constexpr const char* kLayerNormFwdSm90 = "layer_norm_fwd_sm90";
+constexpr const char* kLayerNormBwdSm90 = "layer_norm_bwd_sm90";
+
 constexpr int kBwdClusterThreads = 256;  // of a CTA of the backward kernels, at most
-// Columns past which the backward kernels for any device read dy and s twice.
+// Columns past which the backward kernels for any GPU read dy and s twice.
 constexpr int kMostColsOfBwdCta = 8192;
 
-struct Split {
-    int build;
-    int ctas;    // of a cluster
+// A row in a cluster.
+struct ClusterRow {
+    int ctas;    // of the cluster
     int warps;   // of a CTA, no more than hold some of the row
-    int groups;  // of a thread; 0: clusters refuse the row
+    int groups;  // of a thread; 0: the row does not fit
 };
 
-Split layer_norm_fwd_split(const LayerNormFwd& p, int build);
-Split layer_norm_bwd_split(int cols, bool aligned_rows, int build);
+ClusterRow layer_norm_fwd_row(const LayerNormFwd& op, int build);
+ClusterRow layer_norm_bwd_row(int cols, bool aligned_rows, int build);
 
-// Of the two halves in which a backward cluster's sums meet.
+// The choice for a problem. Throws Error where a build is asked for that cannot run.
+Choice choose_layer_norm_fwd(const LayerNormFwd& op, int build, int device);
+Choice choose_layer_norm_bwd(const LayerNormBwd& op, int build, int device);
+
+// The build for rows that no launch is known of yet; kAnyGpu where clusters do not take them.
+int layer_norm_bwd_sm90_build(int cols, bool aligned_rows, int build);
+
+// Bytes of the two scratch buffers in which a backward cluster adds up its sums, by turns.
 constexpr size_t bwd_scratch_bytes(int ctas, int warps) {
     return 2 * sizeof(float2) * ctas * warps;
 }
-// Beside it, at most: of four groups a thread, fp32, with dsum.
+// Beside them, at most: of four groups a thread, fp32, with dsum.
 constexpr size_t kMostBytesOfBwdRows = 4 * 96 * kBwdClusterThreads;
 
-// Whether clusters take a problem that they refuse for this reason, "" where they do not refuse.
-// Throws Error where a build was asked for and cannot run.
-bool by_clusters(const char* op, const std::string& shape, int build, int device,
-                 const std::string& refused);
+// build: a number that was chosen.
+void launch_layer_norm_fwd_sm90(const LayerNormFwd& op, int build, Stream stream);
+void launch_layer_norm_bwd_sm90(const LayerNormBwd& op, int build, Stream stream);
+
+// How many clusters share the rows; 0 where clusters do not take them. build: a number, or kRule.
+int layer_norm_bwd_sm90_partials(int64_t rows, int cols, int device, int build);
 
 }  // namespace gk

@@ -52,19 +52,19 @@ Kernel kernel_of(int groups, bool aligned_rows) {
 }  // namespace
 
 void launch_layer_norm_fwd_sm90(const LayerNormFwd& op, int build, Stream stream) {
-    const Split split = layer_norm_fwd_split(op, build);
+    const ClusterRow row = layer_norm_fwd_row(op, build);
     Launch launch{};
-    launch.name = "layer_norm_fwd_sm90";
-    launch.shape = shape_of(op.rows, op.cols, op.x_dtype);
-    launch.grid = grid_of(op.rows * split.ctas, launch);
-    launch.threads = 32 * split.warps;
-    launch.shared_bytes = split.ctas * split.warps * (sizeof(float) + sizeof(float2));
+    launch.name = kLayerNormFwdSm90;
+    launch.shape = shape_of(op);
+    launch.grid = grid_of(launch.name, launch.shape, op.rows * row.ctas);
+    launch.threads = 32 * row.warps;
+    launch.shared_bytes = row.ctas * row.warps * (sizeof(float) + sizeof(float2));
     launch.stream = stream;
-    launch.cluster = split.ctas;
-    launch.built = layer_norm_fwd_builds()[split.build];
+    launch.cluster = row.ctas;
+    launch.built = layer_norm_fwd_builds()[build];
     dispatch_sum(op.x_dtype, op.sum_dtype, [&](auto x, auto s) {
-        gk::launch(kernel_of<decltype(x), decltype(s)>(split.groups, is_aligned(op)), launch,
-                   Fwd{op, Divisor(op.cols), split.warps, split.ctas});
+        gk::launch(kernel_of<decltype(x), decltype(s)>(row.groups, is_aligned(op)), launch,
+                   Fwd{op, Divisor(op.cols), row.warps, row.ctas});
     });
 }
 

@@ -215,8 +215,8 @@ def test_there_are_no_other_builds() -> None:
     for number, tensors, options, reason in (
         (BUILDS, inputs(), {}, f"there are {BUILDS} builds"),
         (0, inputs(D=128), {}, "heads up to 64 wide"),
-        (5, inputs(dtype=FP16), {}, "bf16"),
-        (5, inputs(), dict(softcap=2.0), "without softcap"),
+        (5, inputs(dtype=FP16), {}, "not built for fp16"),
+        (5, inputs(), dict(softcap=2.0), "not built for bf16 with options"),
     ):
         with pytest.raises(RuntimeError, match=reason):
             assert_right(tensors, build=number, deterministic=(False,), **options)

@@ -340,12 +340,12 @@ class TestChoice:
         [
             (FP32, 64, "no products in full precision"),
             (BF16, 60, "no multiple of 16 bytes"),
-            (FP16, 64, "for bf16 alone"),
+            (FP16, 64, "not built for fp16"),
         ],
     )
     def test_a_build_says_why_it_cannot(self, dtype: torch.dtype, n: int, reason: str) -> None:
         a, b = integers(70, 40, dtype=dtype), integers(n, 40, dtype=dtype)
-        with pytest.raises(RuntimeError, match=f"^build 3 cannot .*{reason}"):
+        with pytest.raises(RuntimeError, match=f"build 3 cannot .*{reason}"):
             kernels.linear_fwd(a, b, None, out=filled(70, n, dtype=dtype), build=3)
 
     def test_more_parts_of_k_than_steps(self) -> None:

@@ -257,7 +257,7 @@ def test_what_clusters_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.zeros(1, 9000), torch.ones(9000)
     run = functools.partial(kernels.layer_norm_fwd, x, weight, None, None, None, 0.0, 1e-5, None)
     many = f"build 9 cannot run: there are {len(FWD)} builds"
-    with pytest.raises(RuntimeError, match=rf"layer_norm_fwd on x \(1, 9000\) fp32: {many}"):
+    with pytest.raises(RuntimeError, match=rf"layer_norm_fwd_sm90 on x \(1, 9000\) fp32: {many}"):
         run(build=9)
     wide = torch.zeros(1, 70_000)
     with pytest.raises(
@@ -266,10 +266,10 @@ def test_what_clusters_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.layer_norm_fwd(wide, wide[0], None, None, None, 0.0, 1e-5, None, build=0)
     ones = torch.ones(1)
     given = (wide, None, wide, ones, ones, wide[0], None, 0.0, FP32, None, True, True)
-    with pytest.raises(RuntimeError, match=r"layer_norm_bwd .*: build 2 cannot run: rows of"):
+    with pytest.raises(RuntimeError, match=r"layer_norm_bwd_sm90 .*: build 2 cannot run: rows of"):
         kernels.layer_norm_bwd(*given, build=2)
     monkeypatch.setenv(native.ARCH_VARIABLE, "sm80")
-    with pytest.raises(RuntimeError, match="cannot run: clusters need a GPU of compute capab"):
+    with pytest.raises(RuntimeError, match=r"cannot run: it is for compute capability 9\.0 alone"):
         run(build=0)
     assert [x["kernel"] for x in native.record(run)["launches"]] == ["layer_norm_fwd"]
 

@@ -17,10 +17,10 @@
 
 namespace gk {
 
-template <class T, int kChoice, bool kOptions>
-__global__ void __launch_bounds__(BwdTiles<T, kChoice>::kThreads, 1)
+template <class T, int kNumber, bool kOptions>
+__global__ void __launch_bounds__(BwdTiles<T, kNumber>::kThreads, 1)
     attention_bwd_sm90_kernel(const __grid_constant__ BwdSm90 a) {
-    using Tiles = BwdTiles<T, kChoice>;
+    using Tiles = BwdTiles<T, kNumber>;
     unsigned char* arena = shared_memory();
     // The same in all lanes of a warp, which the compiler is to know.
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
@@ -53,41 +53,38 @@ __global__ void __launch_bounds__(BwdTiles<T, kChoice>::kThreads, 1)
     if (threadIdx.x % 128 == 0) bulk_wait_read<0>();
 }
 
-template <class T, int kChoice>
-void launch_attention_bwd_sm90_choice(const BwdSm90& a, Stream stream) {
-    using Tiles = BwdTiles<T, kChoice>;
+template <class T, int kNumber, bool kOptions>
+void launch_attention_bwd_sm90_build(const BwdSm90& a, const Stream& stream) {
+    using Tiles = BwdTiles<T, kNumber>;
     const AttentionCall& c = a.p.call;
-    const Launch how{"attention_bwd_sm90_kernel",
-                     shape_of(c),
-                     grid_of("attention_bwd_sm90_kernel", c,
-                             static_cast<int64_t>(a.key_blocks) * c.batch * c.Hk),
-                     Tiles::kThreads,
-                     Tiles::kSharedBytes,
-                     stream,
-                     1,
-                     0,
-                     Tiles::build()};
-    if constexpr (kChoice < kBwdRuleCount) {
-        if (c.softcap != 0 || c.alibi_slopes != nullptr)
-            return launch(attention_bwd_sm90_kernel<T, kChoice, true>, how, a);
-    }
-    if constexpr (kChoice < kBwdRuleCount || std::is_same_v<T, __nv_bfloat16>)
-        launch(attention_bwd_sm90_kernel<T, kChoice, false>, how, a);
+    const std::string shape = shape_of(c);
+    launch(attention_bwd_sm90_kernel<T, kNumber, kOptions>,
+           {.name = "attention_bwd_sm90_kernel",
+            .shape = shape,
+            .grid = grid_of("attention_bwd_sm90_kernel", shape,
+                            static_cast<int64_t>(a.key_blocks) * c.batch * c.Hk),
+            .threads = Tiles::kThreads,
+            .shared_bytes = Tiles::kSharedBytes,
+            .stream = stream,
+            .built = kBwdBuilds[kNumber]},
+           a);
 }
 
-template <class T, int kHeadWidth, int kChoice>
-void launch_attention_bwd_sm90_from(int choice, const BwdSm90& a, Stream stream) {
-    if constexpr (kChoice < kBwdChoiceCount) {
-        if constexpr (kBwdChoices[kChoice].width == kHeadWidth) {
-            if (choice == kChoice) return launch_attention_bwd_sm90_choice<T, kChoice>(a, stream);
+template <class T, int kWidth>
+void launch_attention_bwd_sm90_main(const BwdSm90& a, int build, Stream stream) {
+    constexpr DType kDType = std::is_same_v<T, __half> ? DType::f16 : DType::bf16;
+    with_number<kBwdCount>(build, [&](auto number) {
+        constexpr BwdRow kRow = kBwdRows[number];
+        if constexpr (kRow.width == kWidth) {
+            if (bwd_has_options(a.p.call)) {
+                if constexpr (is_compiled(kRow.rule, kDType, true))
+                    launch_attention_bwd_sm90_build<T, number, true>(a, stream);
+            } else {
+                if constexpr (is_compiled(kRow.rule, kDType, false))
+                    launch_attention_bwd_sm90_build<T, number, false>(a, stream);
+            }
         }
-        launch_attention_bwd_sm90_from<T, kHeadWidth, kChoice + 1>(choice, a, stream);
-    }
-}
-
-template <class T, int kHeadWidth>
-void launch_attention_bwd_sm90_main(int choice, const BwdSm90& a, Stream stream) {
-    launch_attention_bwd_sm90_from<T, kHeadWidth, 0>(choice, a, stream);
+    });
 }
 
 }  // namespace gk

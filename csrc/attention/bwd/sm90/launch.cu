@@ -3,10 +3,7 @@
 //
 // prepare reads out and dout once, and writes 4 bytes for each element of the sum of dq, which it
 // clears, and 12 for each row. finish reads the sum and writes dq, (B, Tq, H, D) contiguous.
-#include "runtime/launch.h"
-
 #include <algorithm>
-#include <utility>
 
 #include "attention/bwd/delta.h"
 #include "attention/bwd/sm90/main.h"
@@ -102,57 +99,48 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 namespace {
 
-constexpr int kNone = -1;
+constexpr const char* kName = "attention_bwd_sm90";
 
-// The choice for a problem, or kNone with the reason. The rule's are in the order of their widths,
-// up to kMaxHeadWidth.
-int choice_of(DType dtype, const AttentionBwd& p, int build, std::string& reason) {
+// Why none of the builds can take a problem, "" where some can.
+std::string refuses(DType dtype, const AttentionBwd& p) {
     const AttentionCall& c = p.call;
-    if (build < 0) {
-        int choice = 0;
-        while (c.D > kBwdChoices[choice].width) ++choice;
-        return choice;
-    }
-    if (build >= kBwdChoiceCount)
-        reason = "there are " + std::to_string(kBwdChoiceCount) + " builds, counted from 0";
-    else if (c.D > kBwdChoices[build].width)
-        reason = "it takes heads up to " + std::to_string(kBwdChoices[build].width) + " wide";
-    else if (build >= kBwdRuleCount &&
-             (dtype != DType::bf16 || c.softcap != 0 || c.alibi_slopes != nullptr))
-        reason = "it is built for bf16 without softcap and ALiBi alone";
-    return reason.empty() ? build : kNone;
-}
-
-// Why none of them can be taken, "" where some can.
-void refuse(DType dtype, const AttentionBwd& p, std::string& reason) {
-    const AttentionCall& c = p.call;
-    reason = attention_sm90_refuses_call(dtype, c);
+    std::string reason = attention_sm90_refuses_call(dtype, c);
     if (reason.empty() && c.D % 8 != 0) reason = "a head's width is not a multiple of 8";
-    const auto look = [&](const char* name, const void* base, const Strides& strides, int tokens,
-                          int heads) {
-        if (!reason.empty()) return;
-        const TensorMapShape shape =
-            attention_map_shape(dtype, base, strides, c.batch, tokens, heads, c.D, 64);
-        if (const char* why = tensor_map_refuses(shape)) reason = std::string(name) + ": " + why;
+    const auto ask = [&](const char* name, const void* base, const Strides& strides, int tokens,
+                         int heads) {
+        if (reason.empty())
+            reason = attention_sm90_refuses_tensor(
+                name,
+                attention_map_shape(dtype, base, strides, c.batch, tokens, heads, c.D, 64));
     };
-    look("q", p.q, p.q_strides, c.Tq, c.H);
-    look("k", p.k, p.k_strides, c.Tk, c.Hk);
-    look("v", p.v, p.v_strides, c.Tk, c.Hk);
-    look("dout", p.dout, p.dout_strides, c.Tq, c.H);
+    ask("q", p.q, p.q_strides, c.Tq, c.H);
+    ask("k", p.k, p.k_strides, c.Tk, c.Hk);
+    ask("v", p.v, p.v_strides, c.Tk, c.Hk);
+    ask("dout", p.dout, p.dout_strides, c.Tq, c.H);
+    return reason;
 }
 
-template <size_t... i>
-void add_builds(std::vector<Build>& all, std::index_sequence<i...>) {
-    (all.push_back(BwdTiles<__nv_bfloat16, i>::build()), ...);
+// One build of each head width, which takes options and none, is the rule's.
+Choice by_rule(int width) {
+    int number = 0;
+    while (kBwdRows[number].width != width || kBwdRows[number].rule != Rule::always) ++number;
+    return {number};
 }
 
-int blocks_of(int tokens, int block) { return (tokens + block - 1) / block; }
+Choice choose_attention_bwd(DType dtype, const AttentionBwd& p, int build, int device) {
+    const int width = padded_width(p.call.D);
+    return choose(
+        kName, kBwdBuilds, p.call, build, device, [&] { return refuses(dtype, p); },
+        [&](int number) {
+            return build_refuses(kBwdBuilds[number], dtype, bwd_has_options(p.call), width);
+        },
+        [&] { return by_rule(width); });
+}
 
 // The first turn is the flag.
-BwdWorkspaces workspaces_of(const AttentionBwd& p, int choice) {
-    const BwdChoice& built = kBwdChoices[choice];
-    const int64_t tiles =
-        int64_t{p.call.batch} * p.call.H * blocks_of(p.call.Tq, built.rows);
+BwdWorkspaces workspaces_of(const AttentionBwd& p, int build) {
+    const BwdRow& built = kBwdRows[build];
+    const int64_t tiles = int64_t{p.call.batch} * p.call.H * divide_up(p.call.Tq, built.rows);
     return {tiles * built.rows * 2, p.dq == nullptr ? 0 : tiles * built.rows * built.width,
             1 + (p.deterministic && p.dq != nullptr ? tiles * built.consumers : 0)};
 }
@@ -167,35 +155,21 @@ int heads_together(const AttentionCall& c) {
 }
 
 template <class T>
-void launch_main(int choice, const BwdSm90& a, Stream stream) {
-    switch (kBwdChoices[choice].width) {
-        case 64: return launch_attention_bwd_sm90_main<T, 64>(choice, a, stream);
-        case 96: return launch_attention_bwd_sm90_main<T, 96>(choice, a, stream);
-        case 128: return launch_attention_bwd_sm90_main<T, 128>(choice, a, stream);
-        case 192: return launch_attention_bwd_sm90_main<T, 192>(choice, a, stream);
-        default: return launch_attention_bwd_sm90_main<T, 256>(choice, a, stream);
-    }
-}
-
-template <class T>
-void launch_of(DType dtype, const AttentionBwd& p, int choice, Stream stream) {
+void launch_of(DType dtype, const AttentionBwd& p, int build, Stream stream) {
     const AttentionCall& c = p.call;
-    const BwdChoice& built = kBwdChoices[choice];
-    const int64_t size = sizeof(T);
-    const int row_blocks = blocks_of(c.Tq, built.rows), key_blocks = blocks_of(c.Tk, built.keys);
+    const BwdRow& built = kBwdRows[build];
+    const int row_blocks = divide_up(c.Tq, built.rows), key_blocks = divide_up(c.Tk, built.keys);
     const int64_t tiles = int64_t{c.batch} * c.H * row_blocks;
-    const BwdWorkspaces sizes = workspaces_of(p, choice);
+    const BwdWorkspaces sizes = workspaces_of(p, build);
+    const std::string shape = shape_of(c);
 
-    const PrepareArguments prepare{
-        {p, aligned_16(p.q, size, p.q_strides), aligned_16(p.k, size, p.k_strides),
-         aligned_16(p.v, size, p.v_strides), aligned_16(p.dout, size, p.dout_strides),
-         aligned_16(p.out, size, contiguous_strides(c.Tq, c.H, c.D))},
-        row_blocks, built.rows, sizes.dq_sum / 4, sizes.turns};
+    const PrepareArguments prepare{bwd_arguments<T>(p), row_blocks, built.rows, sizes.dq_sum / 4,
+                                   sizes.turns};
     constexpr int64_t kRows = kDeltaThreads / kDeltaLanes;
     launch(attention_bwd_sm90_prepare_kernel<T>,
-           {"attention_bwd_sm90_prepare_kernel", shape_of(c),
-            grid_of("attention_bwd_sm90_prepare_kernel", c,
-                    (tiles * built.rows + kRows - 1) / kRows),
+           {"attention_bwd_sm90_prepare_kernel", shape,
+            grid_of("attention_bwd_sm90_prepare_kernel", shape,
+                    divide_up(tiles * built.rows, kRows)),
             kDeltaThreads, 0, stream},
            prepare);
 
@@ -216,54 +190,36 @@ void launch_of(DType dtype, const AttentionBwd& p, int choice, Stream stream) {
     a.row_blocks = row_blocks;
     a.key_blocks = key_blocks;
     a.heads_together = heads_together(c);
-    launch_main<T>(choice, a, stream);
+    dispatch_width(c.D, [&](auto width) {
+        launch_attention_bwd_sm90_main<T, width>(a, build, stream);
+    });
 
     if (p.dq == nullptr) return;
     launch(attention_bwd_sm90_finish_kernel<T>,
-           {"attention_bwd_sm90_finish_kernel", shape_of(c),
-            grid_of("attention_bwd_sm90_finish_kernel", c, tiles * (built.rows / 64)),
+           {"attention_bwd_sm90_finish_kernel", shape,
+            grid_of("attention_bwd_sm90_finish_kernel", shape, tiles * (built.rows / 64)),
             kFinishThreads, 0, stream},
            {p, row_blocks, built.rows, built.width});
 }
 
 }  // namespace
 
-std::vector<Build> attention_bwd_builds() {
-    std::vector<Build> all;
-    add_builds(all, std::make_index_sequence<kBwdChoiceCount>());
-    return all;
-}
+std::vector<Build> attention_bwd_builds() { return {kBwdBuilds.begin(), kBwdBuilds.end()}; }
 
-std::string attention_bwd_sm90_refuses(DType dtype, const AttentionBwd& p) {
-    std::string reason;
-    refuse(dtype, p, reason);
-    return reason;
-}
-
-BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int device,
-                                       int build) {
-    std::string reason;
-    if (capability(device) != 90)
-        reason = "the device's compute capability is not 9.0";
-    else
-        refuse(dtype, p, reason);
-    int choice = kNone;
-    if (reason.empty()) choice = choice_of(dtype, p, build, reason);
-    if (choice != kNone) return workspaces_of(p, choice);
-    if (build >= 0)
-        throw Error("attention backward on " + shape_of(p.call) + " by build " +
-                    std::to_string(build) + ": " + reason);
-    if (capability(device) == 90) dry_run_refused("attention_bwd_sm90", reason);
+BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int build,
+                                       Stream stream) {
+    const Choice choice = choose_attention_bwd(dtype, p, build, stream.device);
+    if (choice.build != kAnyGpu) return workspaces_of(p, choice.build);
+    dry_run_refused(kName, choice.reason);
     return {0, 0, 0};
 }
 
 void launch_attention_bwd_sm90(DType dtype, const AttentionBwd& p, int build, Stream stream) {
-    std::string reason;
-    const int choice = choice_of(dtype, p, build, reason);
+    const Choice choice = choose_attention_bwd(dtype, p, build, stream.device);
     if (dtype == DType::bf16)
-        launch_of<__nv_bfloat16>(dtype, p, choice, stream);
+        launch_of<__nv_bfloat16>(dtype, p, choice.build, stream);
     else
-        launch_of<__half>(dtype, p, choice, stream);
+        launch_of<__half>(dtype, p, choice.build, stream);
 }
 
 }  // namespace gk

@@ -16,9 +16,9 @@ namespace gk {
 
 constexpr int kBwdSlots = 2;  // blocks of q in flight
 
-template <class T, int kChoice>
+template <class T, int kNumber>
 struct BwdTiles {
-    static constexpr BwdChoice kBuilt = kBwdChoices[kChoice];
+    static constexpr BwdRow kBuilt = kBwdRows[kNumber];
     static constexpr int kWidth = kBuilt.width, kRows = kBuilt.rows, kKeys = kBuilt.keys;
     static constexpr int kConsumers = kBuilt.consumers, kConsumerThreads = 128 * kConsumers;
     static constexpr int kThreads = 128 + kConsumerThreads;
@@ -52,21 +52,23 @@ struct BwdTiles {
     static constexpr int kBarriers = kStats + kBwdSlots * kStatsBytes;
     static constexpr int kSharedBytes = kBarriers + 8 * (2 + 2 * kBwdSlots + 2 * kDoutStages);
     static_assert(kSharedBytes <= 227 * 1024, "what a CTA has");
-
-    static constexpr Build build() {
-        return {kBuilt.name,
-                kWidth,
-                kRows,
-                kKeys,
-                0,
-                kBwdSlots,
-                kConsumers,
-                1,
-                false,
-                unsigned{kThreads},
-                size_t{kSharedBytes}};
-    }
 };
+
+constexpr auto kBwdBuilds = build_table<kBwdCount>([](auto number) {
+    using Tiles = BwdTiles<__nv_bfloat16, number>;
+    return Build{.name = kBwdRows[number].name,
+                 .head_width = Tiles::kWidth,
+                 .tile_m = Tiles::kRows,
+                 .tile_n = Tiles::kKeys,
+                 .tile_k = 0,
+                 .stages = kBwdSlots,
+                 .consumers = Tiles::kConsumers,
+                 .cluster = 1,
+                 .pingpong = false,
+                 .threads = Tiles::kThreads,
+                 .shared_bytes = Tiles::kSharedBytes,
+                 .rule = kBwdRows[number].rule};
+});
 
 // Numbers of named barriers; the last three have one for each consumer.
 enum BwdBarrier : unsigned {

@@ -9,10 +9,11 @@
 // after them in any case, do everything again; else they return at once.
 #pragma once
 
-#include <vector>
+#include <iterator>
 
 #include "attention/bwd/kernel.h"
 #include "attention/sm90.h"
+#include "runtime/choose.h"
 
 namespace gk {
 
@@ -33,38 +34,42 @@ __host__ __device__ constexpr int dq_index(int width, int row64, int col8, int t
     return ((row64 * (width / 8) + col8) * 128 + thread) * 4;
 }
 
-// How the main kernel is built: first one way for each width of a head, the rule's choice, then
-// what tuning times beside them, in bf16 and without options alone.
-struct BwdChoice {
+// What the main kernel is built of, by number.
+struct BwdRow {
     const char* name;
-    int width;        // of a head
+    int width;        // of a head, at most
     int rows, keys;   // queries of a step, keys of a CTA
     int consumers;    // warpgroups that multiply
     int dout_stages;  // blocks of dout in flight; of q there are two
     bool early;       // dv is multiplied while ds is computed, else after it
+    Rule rule;
     // From 192 on dk and dv of 64 keys fill a warpgroup's registers: there it has 64 or 128 columns
     // of them, for all keys.
     constexpr bool wide() const { return width > 128; }
 };
 
-constexpr BwdChoice kBwdChoices[] = {
-    {"64: 128x128", 64, 128, 128, 2, 2, false},
-    {"96: 64x128", 96, 64, 128, 2, 2, true},
-    {"128: 64x128", 128, 64, 128, 2, 2, true},
-    {"192: 64x96", 192, 64, 96, 3, 1, false},
-    {"256: 64x64", 256, 64, 64, 2, 1, false},
-    {"64: 128x128, one stage of dout", 64, 128, 128, 2, 1, false},
-    {"128: 64x128, dv after ds", 128, 64, 128, 2, 2, false},
-    {"128: 64x128, one stage of dout", 128, 64, 128, 2, 1, true},
+constexpr BwdRow kBwdRows[] = {
+    {"64: 128x128", 64, 128, 128, 2, 2, false, Rule::always},
+    {"96: 64x128", 96, 64, 128, 2, 2, true, Rule::always},
+    {"128: 64x128", 128, 64, 128, 2, 2, true, Rule::always},
+    {"192: 64x96", 192, 64, 96, 3, 1, false, Rule::always},
+    {"256: 64x64", 256, 64, 64, 2, 1, false, Rule::always},
+    {"64: 128x128, one stage of dout", 64, 128, 128, 2, 1, false, Rule::never},
+    {"128: 64x128, dv after ds", 128, 64, 128, 2, 2, false, Rule::never},
+    {"128: 64x128, one stage of dout", 128, 64, 128, 2, 1, true, Rule::never},
 };
-constexpr int kBwdChoiceCount = sizeof(kBwdChoices) / sizeof(kBwdChoices[0]);
-constexpr int kBwdRuleCount = 5;
+constexpr int kBwdCount = std::size(kBwdRows);
 
-// One translation unit for each width of a head and dtype; `choice` is one of that width.
-template <class T, int kHeadWidth>
-void launch_attention_bwd_sm90_main(int choice, const BwdSm90& a, Stream stream);
+// What attention adds to its scores.
+inline bool bwd_has_options(const AttentionCall& c) {
+    return c.softcap != 0 || c.alibi_slopes != nullptr;
+}
 
-// With the workspaces of the build.
+// build: a number, of a build for heads of this width. One translation unit for each T and width.
+template <class T, int kWidth>
+void launch_attention_bwd_sm90_main(const BwdSm90& a, int build, Stream stream);
+
+// With the workspaces that attention_bwd_workspaces says for the same arguments.
 void launch_attention_bwd_sm90(DType dtype, const AttentionBwd& p, int build, Stream stream);
 
 }  // namespace gk

@@ -398,16 +398,17 @@ constexpr int64_t kFwdSm90CacheBytes = 25 << 20;
 // after the mean so, 2-5% with single tiles where they are few, up to 36% where they are many.
 constexpr int64_t kFwdSm90RoundsOfPairs = 4, kFwdSm90BlocksForPairs = 5;
 
-template <class Tiles, bool kOptions>
-void launch_attention_fwd_sm90_tiles(const AttentionFwd& p, const Build& built, Stream stream) {
-    using T = typename Tiles::Type;
-    constexpr DType kDType = std::is_same<T, __half>::value ? DType::f16 : DType::bf16;
+// kOptions: softcap or ALiBi, or a scale that is not positive (see scores_are_plain).
+template <class T, int kNumber, bool kOptions>
+void launch_attention_fwd_sm90_build(const AttentionFwd& p, const Stream& stream) {
+    using Tiles = FwdTilesOf<T, kNumber>;
+    constexpr DType kDType = std::is_same_v<T, __half> ? DType::f16 : DType::bf16;
     const AttentionCall& c = p.call;
     const int64_t heads = static_cast<int64_t>(c.batch) * c.H;
-    const int64_t row_blocks = (c.Tq + Tiles::kRows - 1) / Tiles::kRows;
+    const int64_t row_blocks = divide_up(c.Tq, Tiles::kRows);
     const int64_t tiles = row_blocks * heads;
     const int64_t ctas = std::min<int64_t>(tiles, multiprocessors(stream.device));
-    const int64_t pairs_of_head = (row_blocks + 1) / 2;
+    const int64_t pairs_of_head = divide_up(row_blocks, 2);
     const bool paired = c.left < 0 && c.right >= 0 && row_blocks >= kFwdSm90BlocksForPairs &&
                         pairs_of_head * heads >= kFwdSm90RoundsOfPairs * ctas;
     const int64_t items_of_head = paired ? pairs_of_head : row_blocks;
@@ -431,15 +432,34 @@ void launch_attention_fwd_sm90_tiles(const AttentionFwd& p, const Build& built, 
         static_cast<unsigned>(row_blocks),
         static_cast<unsigned>(heads),
         static_cast<unsigned>(std::min(together, heads))};
-    Launch how{"attention_fwd_sm90_kernel",
-               shape_of(c),
-               grid_of("attention_fwd_sm90_kernel", c, ctas),
-               Tiles::kThreads,
-               Tiles::kSharedBytes,
-               stream};
-    how.tiles = tiles;
-    how.built = built;
-    launch(attention_fwd_sm90_kernel<Tiles, kOptions>, how, arguments);
+    const std::string shape = shape_of(c);
+    launch(attention_fwd_sm90_kernel<Tiles, kOptions>,
+           {.name = "attention_fwd_sm90_kernel",
+            .shape = shape,
+            .grid = grid_of("attention_fwd_sm90_kernel", shape, ctas),
+            .threads = Tiles::kThreads,
+            .shared_bytes = Tiles::kSharedBytes,
+            .stream = stream,
+            .tiles = tiles,
+            .built = kFwdBuilds[kNumber]},
+           arguments);
+}
+
+template <class T, int kWidth>
+void launch_attention_fwd_sm90_of(const AttentionFwd& p, int build, Stream stream) {
+    constexpr DType kDType = std::is_same_v<T, __half> ? DType::f16 : DType::bf16;
+    with_number<kFwdCount>(build, [&](auto number) {
+        constexpr FwdRow kRow = kFwdRows[number];
+        if constexpr (kRow.width == kWidth) {
+            if (scores_are_plain(p.call)) {
+                if constexpr (is_compiled(kRow.rule, kDType, false))
+                    launch_attention_fwd_sm90_build<T, number, false>(p, stream);
+            } else {
+                if constexpr (is_compiled(kRow.rule, kDType, true))
+                    launch_attention_fwd_sm90_build<T, number, true>(p, stream);
+            }
+        }
+    });
 }
 
 }  // namespace gk

@@ -1,10 +1,10 @@
 // How attention forward is built for Hopper: tiles, roles, what a launch takes. The kernel is in
-// attention/fwd/sm90/kernel.h, the choice among ways to build it in attention/fwd/sm90/launch.cu.
+// attention/fwd/sm90/kernel.h, the choice among the builds in attention/fwd/sm90/launch.cu.
 #pragma once
 
 #include "attention/scores.h"
 #include "attention/sm90.h"
-#include "runtime/build.h"
+#include "runtime/choose.h"
 #include "device/mma.h"
 #include "device/swizzled.h"
 
@@ -50,21 +50,53 @@ struct FwdSm90Tiles {
     static_assert(kSharedBytes <= kSharedLimitSm90, "what a CTA may have");
 };
 
-// The ways in which it is built, by the widest head that they take.
-template <class T> using Fwd64 = FwdSm90Tiles<T, 64, 128, 3, true>;
-template <class T> using Fwd64Apart = FwdSm90Tiles<T, 64, 128, 3, false>;
-template <class T> using Fwd64Low = FwdSm90Tiles<T, 64, 128, 2, true>;
-template <class T> using Fwd64Wide = FwdSm90Tiles<T, 64, 192, 2, true>;
-template <class T> using Fwd96 = FwdSm90Tiles<T, 96, 128, 2, true>;
-template <class T> using Fwd96High = FwdSm90Tiles<T, 96, 96, 3, true>;
-template <class T> using Fwd128 = FwdSm90Tiles<T, 128, 128, 2, true>;
-template <class T> using Fwd128Wide = FwdSm90Tiles<T, 128, 176, 2, true>;
-template <class T> using Fwd128Apart = FwdSm90Tiles<T, 128, 128, 2, false>;
-template <class T> using Fwd128High = FwdSm90Tiles<T, 128, 80, 3, true>;
-template <class T> using Fwd192 = FwdSm90Tiles<T, 192, 112, 2, false>;
-template <class T> using Fwd192Narrow = FwdSm90Tiles<T, 192, 80, 2, false>;
-template <class T> using Fwd256 = FwdSm90Tiles<T, 256, 80, 2, false>;
-template <class T> using Fwd256Narrow = FwdSm90Tiles<T, 256, 64, 2, false>;
+// What the kernel is built of, by number.
+struct FwdRow {
+    const char* name;
+    int width, keys, consumers;  // of a head, at most; of a block; warpgroups that multiply
+    bool pingpong;
+    Rule rule;
+};
+
+// Of each head width, what the rule prefers comes first. Tiles are FlashAttention-3's
+// (hopper/tile_size.h there) where their weights fit in registers; options need registers too.
+constexpr FwdRow kFwdRows[] = {
+    {"D64 192x128, 3 consumers, ping-pong", 64, 128, 3, true, Rule::always},
+    {"D64 192x128, 3 consumers", 64, 128, 3, false, Rule::never},
+    {"D64 128x128, 2 consumers, ping-pong", 64, 128, 2, true, Rule::never},
+    {"D64 128x192, 2 consumers, ping-pong", 64, 192, 2, true, Rule::never},
+    {"D96 128x128, 2 consumers, ping-pong", 96, 128, 2, true, Rule::always},
+    {"D96 192x96, 3 consumers, ping-pong", 96, 96, 3, true, Rule::never},
+    {"D128 128x128, 2 consumers, ping-pong", 128, 128, 2, true, Rule::always},
+    {"D128 128x176, 2 consumers, ping-pong", 128, 176, 2, true, Rule::plain},
+    {"D128 128x128, 2 consumers", 128, 128, 2, false, Rule::never},
+    {"D128 192x80, 3 consumers, ping-pong", 128, 80, 3, true, Rule::never},
+    {"D192 128x112, 2 consumers", 192, 112, 2, false, Rule::plain},
+    {"D192 128x80, 2 consumers", 192, 80, 2, false, Rule::options},
+    {"D256 128x80, 2 consumers", 256, 80, 2, false, Rule::plain},
+    {"D256 128x64, 2 consumers", 256, 64, 2, false, Rule::options},
+};
+constexpr int kFwdCount = std::size(kFwdRows);
+
+template <class T, int kNumber>
+using FwdTilesOf = FwdSm90Tiles<T, kFwdRows[kNumber].width, kFwdRows[kNumber].keys,
+                                kFwdRows[kNumber].consumers, kFwdRows[kNumber].pingpong>;
+
+constexpr auto kFwdBuilds = build_table<kFwdCount>([](auto number) {
+    using Tiles = FwdTilesOf<__nv_bfloat16, number>;
+    return Build{.name = kFwdRows[number].name,
+                 .head_width = Tiles::kWidth,
+                 .tile_m = Tiles::kRows,
+                 .tile_n = Tiles::kKeys,
+                 .tile_k = 0,
+                 .stages = kFwdSm90Stages,
+                 .consumers = Tiles::kConsumers,
+                 .cluster = 1,
+                 .pingpong = Tiles::kPingPong,
+                 .threads = Tiles::kThreads,
+                 .shared_bytes = Tiles::kSharedBytes,
+                 .rule = kFwdRows[number].rule};
+});
 
 struct FwdSm90Arguments {
     AttentionFwd p;
@@ -78,9 +110,8 @@ struct FwdSm90Arguments {
     unsigned heads_together;  // heads of the batch whose k and v share the L2 cache
 };
 
-// kOptions: softcap or ALiBi, or a scale that is not positive (see scores_are_plain). Instantiated
-// in attention/fwd/sm90/kernel_bf16.cu, _f16.cu and _builds.cu.
-template <class Tiles, bool kOptions>
-void launch_attention_fwd_sm90_tiles(const AttentionFwd& p, const Build& built, Stream stream);
+// build: a number, of a build for heads of this width. One translation unit for each T and width.
+template <class T, int kWidth>
+void launch_attention_fwd_sm90_of(const AttentionFwd& p, int build, Stream stream);
 
 }  // namespace gk

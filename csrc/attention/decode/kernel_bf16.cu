@@ -1,8 +1,0 @@
-// Decoding in bf16, for every width of a head; see attention/decode/kernel.h.
-#include "attention/decode/kernel.h"
-
-namespace gk {
-
-template int launch_attention_decode_of<__nv_bfloat16>(const DecodeArguments&, Stream);
-
-}  // namespace gk

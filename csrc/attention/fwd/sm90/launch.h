@@ -1,0 +1,17 @@
+// Attention forward on Hopper, for the launcher in attention/fwd/launch.cu.
+#pragma once
+
+#include "attention/params.h"
+#include "runtime/choose.h"
+
+namespace gk {
+
+constexpr const char* kFwdSm90Name = "attention_fwd_sm90_kernel";
+
+// Throws Error where a build is asked for that cannot run.
+Choice choose_attention_fwd(DType dtype, const AttentionFwd& p, int build, int device);
+
+// build: a number that was chosen.
+void launch_attention_fwd_sm90(DType dtype, const AttentionFwd& p, int build, Stream stream);
+
+}  // namespace gk

@@ -1,0 +1,39 @@
+// What launchers say of a problem in errors, and what they ask of its sizes and addresses.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "runtime/launch.h"
+
+namespace gk {
+
+inline const char* name_of(DType dtype) {
+    return dtype == DType::f32 ? "fp32" : dtype == DType::bf16 ? "bf16" : "fp16";
+}
+
+inline std::string shape_of(int64_t rows, int64_t cols) {
+    return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
+}
+
+template <class A, class B>
+constexpr A divide_up(A a, B b) {
+    return static_cast<A>((a + b - 1) / b);
+}
+
+// Whether an address, and those that are so many bytes further, are multiples of 16. Null is.
+template <class... Bytes>
+bool aligned_16(const void* address, Bytes... further) {
+    return ((reinterpret_cast<intptr_t>(address) | ... | further)) % 16 == 0;
+}
+
+// A grid of so many CTAs. Throws Error for more than a launch can have.
+inline dim3 grid_of(const char* kernel, const std::string& shape, int64_t ctas) {
+    if (ctas > std::numeric_limits<int32_t>::max())
+        throw Error(std::string(kernel) + " on " + shape + " needs " + std::to_string(ctas) +
+                    " CTAs, and a launch has at most 2**31 - 1");
+    return dim3(static_cast<unsigned>(ctas));
+}
+
+}  // namespace gk
