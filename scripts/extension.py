@@ -50,7 +50,7 @@ _HOPPER_ONLY = "sm90"
 # Host code in csrc that the emulator has another version of.
 _NATIVE_ONLY = ("csrc/runtime/launch.cpp",)
 
-_HOST_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+_HOST_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Errors name the callers that frame pointers lead to.
 _EMULATED_FLAGS = [*_HOST_FLAGS, "-DGK_EMULATE", "-g", "-fno-omit-frame-pointer", "-Wno-psabi"]
 if platform.machine() == "aarch64":
@@ -65,7 +65,7 @@ _REPORTED = [
     *("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
 ]
 _NVCC_FLAGS = [
-    *("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"),
     *("-Werror=all-warnings", "-Xptxas=--warning-as-error", "-Xptxas=-v"),
 ]
 

@@ -27,7 +27,7 @@ __device__ __forceinline__ void score_products(float (&s)[Tiles::kRowTiles][Tile
 #pragma unroll
             for (int e = 0; e < 4; ++e) s[r][n][e] = 0;
     // FFMAs by the thousand gain nothing from being written out, and cost ptxas half a minute.
-    constexpr int kUnrolled = Tiles::kHalf ? Tiles::kWidth / M::K : 1;
+    [[maybe_unused]] constexpr int kUnrolled = Tiles::kHalf ? Tiles::kWidth / M::K : 1;
 #pragma unroll kUnrolled
     for (int d = 0; d < Tiles::kWidth; d += M::K) {
         typename M::A q[Tiles::kRowTiles];

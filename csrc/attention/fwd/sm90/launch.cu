@@ -26,7 +26,7 @@ constexpr Build described(const char* name) {
 using LaunchTiles = void (*)(const AttentionFwd& p, const Build& built, Stream stream);
 
 // One way to build the kernel, and its launchers; null where it is not built so.
-struct Entry {
+struct Row {
     Build build;
     LaunchTiles plain_bf16, plain_f16, options_bf16, options_f16;
 };
@@ -34,10 +34,10 @@ struct Entry {
 // What the rule chooses is built in both dtypes, kPlain without options and kOptions with them;
 // what tuning compares with it in bf16 without options.
 template <template <class> class Tiles, bool kPlain, bool kOptions>
-Entry entry(const char* name) {
+Row row(const char* name) {
     using Bf16 = Tiles<__nv_bfloat16>;
     using F16 = Tiles<__half>;
-    Entry found{described<Bf16>(name), launch_attention_fwd_sm90_tiles<Bf16, false>, nullptr,
+    Row found{described<Bf16>(name), launch_attention_fwd_sm90_tiles<Bf16, false>, nullptr,
                 nullptr, nullptr};
     if constexpr (kPlain) found.plain_f16 = launch_attention_fwd_sm90_tiles<F16, false>;
     if constexpr (kOptions) {
@@ -49,22 +49,22 @@ Entry entry(const char* name) {
 
 // Of each head width, what the rule chooses comes first. Tiles are FlashAttention-3's
 // (hopper/tile_size.h there) where their weights fit in registers; options need registers too.
-const std::vector<Entry>& table() {
-    static const std::vector<Entry> all{
-        entry<Fwd64, true, true>("D64 192x128, 3 consumers, ping-pong"),
-        entry<Fwd64Apart, false, false>("D64 192x128, 3 consumers"),
-        entry<Fwd64Low, false, false>("D64 128x128, 2 consumers, ping-pong"),
-        entry<Fwd64Wide, false, false>("D64 128x192, 2 consumers, ping-pong"),
-        entry<Fwd96, true, true>("D96 128x128, 2 consumers, ping-pong"),
-        entry<Fwd96High, false, false>("D96 192x96, 3 consumers, ping-pong"),
-        entry<Fwd128, true, true>("D128 128x128, 2 consumers, ping-pong"),
-        entry<Fwd128Wide, true, false>("D128 128x176, 2 consumers, ping-pong"),
-        entry<Fwd128Apart, false, false>("D128 128x128, 2 consumers"),
-        entry<Fwd128High, false, false>("D128 192x80, 3 consumers, ping-pong"),
-        entry<Fwd192, true, false>("D192 128x112, 2 consumers"),
-        entry<Fwd192Narrow, false, true>("D192 128x80, 2 consumers"),
-        entry<Fwd256, true, false>("D256 128x80, 2 consumers"),
-        entry<Fwd256Narrow, false, true>("D256 128x64, 2 consumers"),
+const std::vector<Row>& table() {
+    static const std::vector<Row> all{
+        row<Fwd64, true, true>("D64 192x128, 3 consumers, ping-pong"),
+        row<Fwd64Apart, false, false>("D64 192x128, 3 consumers"),
+        row<Fwd64Low, false, false>("D64 128x128, 2 consumers, ping-pong"),
+        row<Fwd64Wide, false, false>("D64 128x192, 2 consumers, ping-pong"),
+        row<Fwd96, true, true>("D96 128x128, 2 consumers, ping-pong"),
+        row<Fwd96High, false, false>("D96 192x96, 3 consumers, ping-pong"),
+        row<Fwd128, true, true>("D128 128x128, 2 consumers, ping-pong"),
+        row<Fwd128Wide, true, false>("D128 128x176, 2 consumers, ping-pong"),
+        row<Fwd128Apart, false, false>("D128 128x128, 2 consumers"),
+        row<Fwd128High, false, false>("D128 192x80, 3 consumers, ping-pong"),
+        row<Fwd192, true, false>("D192 128x112, 2 consumers"),
+        row<Fwd192Narrow, false, true>("D192 128x80, 2 consumers"),
+        row<Fwd256, true, false>("D256 128x80, 2 consumers"),
+        row<Fwd256Narrow, false, true>("D256 128x64, 2 consumers"),
     };
     return all;
 }
@@ -75,9 +75,9 @@ int bucket_of(int D) {
     return kMaxHeadWidth;
 }
 
-LaunchTiles launcher(const Entry& entry, DType dtype, const AttentionCall& c) {
-    if (dtype == DType::f16) return scores_are_plain(c) ? entry.plain_f16 : entry.options_f16;
-    return scores_are_plain(c) ? entry.plain_bf16 : entry.options_bf16;
+LaunchTiles launcher(const Row& row, DType dtype, const AttentionCall& c) {
+    if (dtype == DType::f16) return scores_are_plain(c) ? row.plain_f16 : row.options_f16;
+    return scores_are_plain(c) ? row.plain_bf16 : row.options_bf16;
 }
 
 // The first that is built for the call; where every row sees every key, a wider block of keys, if
@@ -86,11 +86,11 @@ int choice(const AttentionCall& c) {
     const bool dense = c.left < 0 && c.right < 0;
     int found = -1;
     for (int i = 0; i < static_cast<int>(table().size()); ++i) {
-        const Entry& entry = table()[i];
+        const Row& row = table()[i];
         // The rule's are those that are built in fp16 too.
-        if (entry.build.head_width != bucket_of(c.D) || !launcher(entry, DType::f16, c))
+        if (row.build.head_width != bucket_of(c.D) || !launcher(row, DType::f16, c))
             continue;
-        const int keys = entry.build.tile_n, past = (keys - c.Tk % keys) % keys;
+        const int keys = row.build.tile_n, past = (keys - c.Tk % keys) % keys;
         if (found < 0 || (dense && keys > table()[found].build.tile_n && past <= c.Tk / 16))
             found = i;
     }
@@ -101,7 +101,7 @@ int choice(const AttentionCall& c) {
 
 std::vector<Build> attention_fwd_builds() {
     std::vector<Build> found;
-    for (const Entry& entry : table()) found.push_back(entry.build);
+    for (const Row& row : table()) found.push_back(row.build);
     return found;
 }
 
@@ -127,14 +127,14 @@ void launch_attention_fwd_sm90(DType dtype, const AttentionFwd& p, Stream stream
     if (build >= count)
         throw Error("attention's forward kernel has " + std::to_string(count) +
                     " builds, there is no number " + std::to_string(build));
-    const Entry& entry = table()[build < 0 ? choice(p.call) : build];
-    const std::string name = "build " + std::string(entry.build.name);
-    if (entry.build.head_width != bucket_of(p.call.D))
+    const Row& row = table()[build < 0 ? choice(p.call) : build];
+    const std::string name = "build " + std::string(row.build.name);
+    if (row.build.head_width != bucket_of(p.call.D))
         throw Error(name + " is for other head widths than " + std::to_string(p.call.D));
-    const LaunchTiles launch = launcher(entry, dtype, p.call);
+    const LaunchTiles launch = launcher(row, dtype, p.call);
     if (launch == nullptr)
         throw Error(name + " is not built for this dtype with these options");
-    launch(p, entry.build, stream);
+    launch(p, row.build, stream);
 }
 
 }  // namespace gk
