@@ -94,13 +94,13 @@ Build product_build(int number) {
     }
 }
 
-std::vector<Build> mlp_builds() {
+std::vector<Build> gelu_mlp_builds() {
     std::vector<Build> all;
     for (int i = 0; i < kProductBuilds; ++i) all.push_back(product_build(i));
     return all;
 }
 
-std::string mlp_sm90_refuses(DType dtype, Layout layout, const Product& p) {
+std::string gelu_mlp_sm90_refuses(DType dtype, Layout layout, const Product& p) {
     if (dtype == DType::f32) return "wgmma has no products in full precision";
     if (p.n % 8 != 0) return "rows of the result are no multiple of 16 bytes";
     // It is read in pairs.
@@ -170,7 +170,7 @@ ProductChoice choose_product_sm90(Layout layout, const Product& p, int build, in
 // Why no kernel for Hopper can make the product, or "".
 std::string refusal(DType dtype, Layout layout, const Product& p, int device) {
     if (capability(device) != 90) return "it is for compute capability 9.0 alone";
-    return mlp_sm90_refuses(dtype, layout, p);
+    return gelu_mlp_sm90_refuses(dtype, layout, p);
 }
 
 }  // namespace
@@ -187,6 +187,11 @@ ProductChoice choose_product(DType dtype, Layout layout, const Product& p, int b
     return choose_product_any(layout, p.m, p.n, p.k, device);
 }
 
+int64_t product_partials(DType dtype, Layout layout, const Product& p, int build, Stream stream) {
+    const ProductChoice plan = choose_product(dtype, layout, p, build, stream.device);
+    return layout == Layout::weight ? plan.splits : ceil_div(p.m, plan.tile_rows);
+}
+
 void launch_product(DType dtype, Layout layout, const Product& p, int build, Stream stream) {
     const ProductChoice plan = choose_product(dtype, layout, p, build, stream.device);
     if (plan.build >= 0) {
@@ -201,7 +206,7 @@ void launch_product(DType dtype, Layout layout, const Product& p, int build, Str
         }
     }
     if (DryRun::current() != nullptr && capability(stream.device) == 90) {
-        const std::string reason = mlp_sm90_refuses(dtype, layout, p);
+        const std::string reason = gelu_mlp_sm90_refuses(dtype, layout, p);
         dry_run_refused("mlp product for sm90",
                      reason.empty() ? "it is predicted to be slower" : reason);
     }

@@ -36,8 +36,8 @@ struct Product {
                         // gelu'
     void* out;          // (m, n): the product, with bias; dh; forward: may be absent
     void* activation;   // (m, n) or absent: gelu of h, forward: of the rounded `out`
-    float* partial;     // absent, or backward: (row tiles, n), column sums of dh before rounding;
-                        // weight: (splits, m, n), to be summed, in place of `out`
+    float* partial;     // absent, or `product_partials` rows; backward: of n, column sums of dh
+                        // before rounding; weight: of m * n, to be summed, in place of `out`
     int64_t m, n, k;
     int64_t a_stride, b_stride;
     int splits;         // of k; weight only
@@ -46,7 +46,7 @@ struct Product {
 
 // Which kernel makes a product, and what its workspace follows from.
 struct ProductChoice {
-    int build;  // of mlp_builds(), kernels for Hopper; -1: the one for any device, mlp.cu's
+    int build;  // of gelu_mlp_builds(), kernels for Hopper; -1: the one for any device, mlp.cu's
     int tile_rows;  // partial column sums: ceil(m / tile_rows) rows
     int splits;
 };
@@ -59,22 +59,27 @@ ProductChoice choose_product(DType dtype, Layout layout, const Product& product,
 void launch_product(DType dtype, Layout layout, const Product& product, int build,
                     Stream stream);
 
+// Rows of `partial`; weight: 1 says that k is not split, and that the product goes to `out`.
+int64_t product_partials(DType dtype, Layout layout, const Product& product, int build,
+                         Stream stream);
+
 // mlp.cu: the kernel for any device.
 ProductChoice choose_product_any(Layout layout, int64_t m, int64_t n, int64_t k, int device);
 void launch_product_any(DType dtype, Layout layout, const Product& product, int tile_rows,
                         Stream stream);
 
 // The kernels for Hopper, and why none of them can make a product ("": they can).
-std::vector<Build> mlp_builds();
-std::string mlp_sm90_refuses(DType dtype, Layout layout, const Product& product);
+std::vector<Build> gelu_mlp_builds();
+std::string gelu_mlp_sm90_refuses(DType dtype, Layout layout, const Product& product);
 
 // partial[i, c] = sum of x[r, c] over the rows r of block i.
 struct ColumnSums {
     const void* x;   // (rows, cols), rows `stride` elements apart
-    float* partial;  // (ceil(rows / kColumnSumRows), cols)
+    float* partial;  // (column_sum_parts(rows), cols)
     int64_t rows, cols, stride;
 };
 constexpr int kColumnSumRows = 128;
+inline int64_t column_sum_parts(int64_t rows) { return ceil_div(rows, kColumnSumRows); }
 
 void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream);
 

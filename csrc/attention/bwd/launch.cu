@@ -27,6 +27,10 @@ inline int padded_width(int D) {
     return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256;
 }
 
+inline int64_t dq_sum_elements(const AttentionCall& c) {
+    return int64_t{c.entries()} * c.H * query_blocks(c, kSumRows) * kSumRows * padded_width(c.D);
+}
+
 struct DeltaArguments {
     BwdArguments of;
     int64_t sum_chunks;  // dq_sum's length in chunks of 16 bytes
@@ -95,9 +99,7 @@ void launch_attention_bwd_delta(const BwdArguments& a, Stream stream) {
     const int64_t rows = static_cast<int64_t>(c.entries()) * c.total_q * c.H;
     constexpr int64_t kRows = kDeltaThreads / kDeltaLanes;
     DeltaArguments arguments{a, 0};
-    if (a.p.dq_sum != nullptr)
-        arguments.sum_chunks = static_cast<int64_t>(c.entries()) * c.H *
-                               query_blocks(c, kSumRows) * (kSumRows * padded_width(c.D) / 4);
+    if (a.p.dq_sum != nullptr) arguments.sum_chunks = dq_sum_elements(c) / 4;
     launch(attention_bwd_delta_kernel<T>,
            {"attention_bwd_delta_kernel", shape_of(c),
             grid_of("attention_bwd_delta_kernel", c, (rows + kRows - 1) / kRows), kDeltaThreads, 0,
@@ -115,6 +117,19 @@ void launch_attention_bwd_of(DType dtype, const AttentionBwd& p, Stream stream, 
     if (kExact<T> || (p.dq != nullptr && a.p.dq_sum == nullptr))
         launch_attention_bwd_queries<T>(a, stream);
     if (p.dk != nullptr || p.dv != nullptr) launch_attention_bwd_keys<T>(a, stream);
+}
+
+BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, Stream stream,
+                                       int build) {
+    const AttentionCall& c = p.call;
+    const bool exact = dtype == DType::f32;
+    BwdWorkspaces sizes = attention_bwd_sm90_workspaces(dtype, p, stream.device, build);
+    sizes.delta = int64_t{c.entries()} * c.H * c.total_q;
+    sizes.total = exact ? sizes.delta : 0;
+    const bool by_atomics = p.dq != nullptr && (p.dk != nullptr || p.dv != nullptr) && !exact &&
+                            !p.deterministic;
+    if (sizes.turns == 0 && by_atomics) sizes.dq_sum = dq_sum_elements(c);
+    return sizes;
 }
 
 void launch_attention_bwd(DType dtype, const AttentionBwd& p, Stream stream, int build) {

@@ -90,17 +90,18 @@ void launch_attention_decode_in(const AttentionDecode& p, Stream stream) {
     const int64_t size = sizeof(T);
     const Strides out{static_cast<int64_t>(c.Tq) * c.H * c.D, static_cast<int64_t>(c.H) * c.D, c.D};
     const int group = c.H / c.Hk;
-    const DecodeArguments a{p,
-                            group,
-                            group * c.Tq,
-                            1,
-                            scores_are_plain(c),
-                            aligned_16(p.q, size, p.q_strides),
-                            aligned_16(p.k, size, p.k_strides),
-                            aligned_16(p.v, size, p.v_strides),
-                            aligned_16(p.out, size, out)};
+    DecodeArguments a{p,
+                      group,
+                      group * c.Tq,
+                      1,
+                      scores_are_plain(c),
+                      aligned_16(p.q, size, p.q_strides),
+                      aligned_16(p.k, size, p.k_strides),
+                      aligned_16(p.v, size, p.v_strides),
+                      aligned_16(p.out, size, out)};
+    a.p.splits = most_splits(c.Tk, p.num_splits);
     const int rows_of_block = launch_attention_decode_of<T>(a, stream);
-    if (p.splits == 1) return;
+    if (a.p.splits == 1) return;
     launch(attention_decode_combine_kernel<T>,
            {"attention_decode_combine_kernel", shape_of(c),
             grid_of("attention_decode_combine_kernel", c,
@@ -110,6 +111,14 @@ void launch_attention_decode_in(const AttentionDecode& p, Stream stream) {
 }
 
 }  // namespace
+
+DecodeWorkspaces attention_decode_workspaces(const AttentionDecode& p) {
+    const AttentionCall& c = p.call;
+    const int splits = most_splits(c.Tk, p.num_splits);
+    if (splits == 1) return {0, 0};
+    const int64_t partials = int64_t{c.batch} * c.Hk * splits * (c.H / c.Hk * c.Tq);
+    return {partials * partial_width(c.D), partials * 2};
+}
 
 void launch_attention_decode(DType dtype, const AttentionDecode& p, Stream stream) {
     dispatch(dtype, [&](auto zero) { launch_attention_decode_in<decltype(zero)>(p, stream); });

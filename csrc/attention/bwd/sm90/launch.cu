@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kFinishThreads)
             const Pack<float, 4> four = ld128(sum + dq_index(a.width, row64, col8, 4 * quad + t));
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                of_row[e / 2][2 * t + e % 2] = four.at[e] * call.scale;
+                of_row[e / 2][2 * t + e % 2] = four.at[e] * call.softmax_scale;
                 finite = finite && is_finite(of_row[e / 2][2 * t + e % 2]);
             }
         }
@@ -153,8 +153,11 @@ BwdWorkspaces workspaces_of(const AttentionBwd& p, int choice) {
     const BwdChoice& built = kBwdChoices[choice];
     const int64_t tiles =
         int64_t{p.call.batch} * p.call.H * blocks_of(p.call.Tq, built.rows);
-    return {tiles * built.rows * 2, p.dq == nullptr ? 0 : tiles * built.rows * built.width,
-            1 + (p.deterministic && p.dq != nullptr ? tiles * built.consumers : 0)};
+    BwdWorkspaces sizes{};
+    sizes.dq_sum = p.dq == nullptr ? 0 : tiles * built.rows * built.width;
+    sizes.row_stats = tiles * built.rows * 2;
+    sizes.turns = 1 + (p.deterministic && p.dq != nullptr ? tiles * built.consumers : 0);
+    return sizes;
 }
 
 // A key head's blocks side by side with those of others, as far as what they all read stays in L2;
@@ -240,8 +243,8 @@ std::string attention_bwd_sm90_refuses(DType dtype, const AttentionBwd& p) {
     return reason;
 }
 
-BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int device,
-                                       int build) {
+BwdWorkspaces attention_bwd_sm90_workspaces(DType dtype, const AttentionBwd& p, int device,
+                                            int build) {
     std::string reason;
     if (capability(device) != 90)
         reason = "the device's compute capability is not 9.0";
@@ -254,7 +257,7 @@ BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int d
         throw Error("attention backward on " + shape_of(p.call) + " by build " +
                     std::to_string(build) + ": " + reason);
     if (capability(device) == 90) dry_run_refused("attention_bwd_sm90", reason);
-    return {0, 0, 0};
+    return {};
 }
 
 void launch_attention_bwd_sm90(DType dtype, const AttentionBwd& p, int build, Stream stream) {
