@@ -1,4 +1,4 @@
-"""Launcher of the CUDA C++ decoding kernel (csrc/attention_decode_kernel.h has the formula)."""
+"""Launcher of the CUDA C++ decoding kernel (csrc/attention/decode/kernel.h has the formula)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.native import call, dtype_code
-from gptkernels.ops.attention.splits import most_splits
 
 
 def attention_decode(
@@ -31,27 +30,21 @@ def attention_decode(
     room = min(pages * page, 2**31 - 1)  # lengths are int32
     if room == 0 or entries == 0:
         return out.zero_(), lse.fill_(-float("inf"))
-    splits = most_splits(room, num_splits)
-    partial_out = partial_stats = None
-    if splits > 1:
-        partials = (B, Hk, splits, Tq * H // Hk)
-        width = -(-D // 4) * 4
-        partial_out = torch.empty((*partials, width), dtype=torch.float32, device=q.device)
-        partial_stats = torch.empty((*partials, 2), dtype=torch.float32, device=q.device)
     call(
         "attention_decode",
         q,
         inputs=dict(
             q=q, k=k_cache, v=v_cache,
-            cache_lengths=cache_lengths.contiguous(),
-            block_table=None if block_table is None else block_table.contiguous(),
             alibi_slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
+            key_lengths=cache_lengths.contiguous(),
+            block_table=None if block_table is None else block_table.contiguous(),
         ),
-        outputs=dict(partial_out=partial_out, partial_stats=partial_stats, out=out, lse=lse),
+        outputs=dict(out=out, lse=lse),
+        workspaces=dict(partial_out=torch.float32, partial_stats=torch.float32),
         dtype=dtype_code(q.dtype),
-        batch=B, Tq=Tq, Tk=room, H=H, Hk=Hk, D=D,
-        pages=pages, page=page, cache_pages=entries,
         q_strides=q.stride()[:3], k_strides=k_cache.stride()[:3], v_strides=v_cache.stride()[:3],
-        scale=softmax_scale, left=left, softcap=softcap, num_splits=num_splits, splits=splits,
+        batch=B, Tq=Tq, Tk=room, H=H, Hk=Hk, D=D,
+        softmax_scale=softmax_scale, left=left, right=0, softcap=softcap,
+        pages=pages, page=page, cache_pages=entries, num_splits=num_splits,
     )  # fmt: skip
     return out, lse

@@ -11,9 +11,6 @@ from torch import Tensor
 from gptkernels.core import philox
 from gptkernels.core.native import call, dtype_code
 
-_HEAD_WIDTHS = (64, 96, 128, 192, 256)  # that kernels are compiled for; a head takes the next one
-_ROWS_OF_SUM = 32  # the sum of dq comes in tiles of 16 or 32 rows
-
 
 class Sequences(NamedTuple):
     """Of a batch whose sequences lie end to end; the tensors are those of one entry then."""
@@ -59,8 +56,8 @@ def attention_fwd(
         q,
         inputs=dict(q=q, k=k, v=v, **_vectors(alibi_slopes, key_lengths, rng, sequences)),
         outputs=dict(out=out, lse=lse),
-        build=build,
         **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p, sequences),
+        build=build,
     )
     return out, lse
 
@@ -96,7 +93,6 @@ def attention_bwd(
     attention_bwd_builds, -1 for the choice of its rule; RuntimeError with the reason where it
     cannot take the problem.
     """
-    B, Tq, H, D = q.shape
     dq, dk, dv = (
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
         for x, wanted in zip((q, k, v), grad_mask, strict=True)
@@ -107,35 +103,24 @@ def attention_bwd(
         return dq, dk, dv, q.new_empty(0)
     if dout.stride(-1) != 1:  # an expanded cotangent
         dout = dout.contiguous()
-    exact = q.dtype == torch.float32
-    delta = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    total = torch.empty_like(delta) if exact else None
-    inputs = dict(
-        dout=dout, dlse=None if dlse is None else dlse.contiguous(),
-        q=q, k=k, v=v, out=out, lse=lse,
-        **_vectors(alibi_slopes, key_lengths, rng, sequences),
-    )  # fmt: skip
-    outputs = dict(
-        delta=delta, total=total, dq_sum=None, row_stats=None, turns=None, dq=dq, dk=dk, dv=dv
-    )
-    scalars = dict(
-        dout_strides=dout.stride()[:3], deterministic=deterministic, build=build,
+    call(
+        "attention_bwd",
+        q,
+        inputs=dict(
+            q=q, k=k, v=v, dout=dout, out=out, lse=lse,
+            dlse=None if dlse is None else dlse.contiguous(),
+            **_vectors(alibi_slopes, key_lengths, rng, sequences),
+        ),
+        outputs=dict(dq=dq, dk=dk, dv=dv),
+        workspaces=dict(
+            delta=torch.float32, total=torch.float32, dq_sum=torch.float32,
+            row_stats=torch.float32, turns=torch.int32,
+        ),
         **_scalars(q, k, v, softmax_scale, left, right, softcap, dropout_p, sequences),
+        dout_strides=dout.stride()[:3],
+        deterministic=deterministic,
+        build=build,
     )  # fmt: skip
-    # On Hopper, where its kernels take the problem.
-    sizes = call("attention_bwd_workspaces", q, inputs=inputs, outputs=outputs, **scalars)
-    if any(sizes):
-        for name, size in zip(("row_stats", "dq_sum"), sizes, strict=False):
-            outputs[name] = torch.empty(size, dtype=torch.float32, device=q.device)
-        outputs["turns"] = torch.empty(sizes[2], dtype=torch.int32, device=q.device)
-    elif grad_mask[0] and (grad_mask[1] or grad_mask[2]) and not (exact or deterministic):
-        tiles = -(-Tq // _ROWS_OF_SUM)
-        if sequences is not None:  # each of them may leave a part of a tile
-            tiles = Tq // _ROWS_OF_SUM + sequences.cu_seqlens_q.shape[0] - 1
-        width = next(width for width in _HEAD_WIDTHS if width >= D)
-        size = (B, H, tiles * _ROWS_OF_SUM, width)
-        outputs["dq_sum"] = torch.empty(size, dtype=torch.float32, device=q.device)
-    call("attention_bwd", q, inputs=inputs, outputs=outputs, **scalars)
     return dq, dk, dv, q.new_empty(0)
 
 
@@ -172,8 +157,9 @@ def _scalars(
         Tq, Tk = sequences.max_seqlen_q, sequences.max_seqlen_k
     return dict(
         dtype=dtype_code(q.dtype),
-        batch=B, Tq=Tq, Tk=Tk, total_q=total_q, total_k=total_k, H=H, Hk=Hk, D=D,
         q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
-        scale=softmax_scale, left=left, right=right, softcap=softcap,
+        batch=B, Tq=Tq, Tk=Tk, H=H, Hk=Hk, D=D,
+        softmax_scale=softmax_scale, left=left, right=right, softcap=softcap,
         dropout_threshold=philox.threshold(dropout_p), dropout_scale=philox.scale(dropout_p),
+        total_q=total_q, total_k=total_k,
     )  # fmt: skip
