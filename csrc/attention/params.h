@@ -27,7 +27,7 @@ struct Strides {
 // first or past the last one, give 0 and lse -inf, and like such keys have gradient 0.
 struct AttentionCall {
     int batch, Tq, Tk, H, Hk, D;  // Tq, Tk: of each entry, or, for speed, the longest sequence
-    float scale;
+    float softmax_scale;
     int left, right;             // position - left <= j <= position + right; negative: no bound
     float softcap;               // 0: none
     const float* alibi_slopes;   // (H,), or null
@@ -61,18 +61,16 @@ struct AttentionBwd {
     const void* out;    // (B, Tq, H, D) contiguous
     const float* lse;   // (B, H, Tq)
     const float* dlse;  // (B, H, Tq), or null
-    float* delta;       // (B, H, Tq), workspace
-    float* total;       // (B, H, Tq), workspace in fp32, else null
-    float* dq_sum;      // workspace where dq is to be added up by atomics (16 bits, dk or dv wanted
-                        // too), B * H * Tq * D with Tq rounded up to a multiple of 32 and D to 64,
-                        // 96, 128, 192 or 256; with cu_seqlens H * (total_q / 32 + batch) * 32 * D;
-                        // else null
-    bool deterministic;   // of the Hopper kernels alone: dq is summed in one order
-    float* row_stats;     // workspaces of the Hopper kernels, null where the generic ones run:
-    int* turns;           // attention_bwd_workspaces says how large these and dq_sum then are
-    void* dq;           // (B, Tq, H, D) contiguous, or null: not wanted
-    void* dk;           // (B, Tk, Hk, D) contiguous, or null
-    void* dv;           // (B, Tk, Hk, D) contiguous, or null
+    // Workspaces, as large as attention_bwd_workspaces says; null where that is 0.
+    float* delta;        // (B, H, Tq)
+    float* total;        // (B, H, Tq)
+    float* dq_sum;       // tiles of dq, where several blocks of keys add to it
+    bool deterministic;  // dq is summed in one order
+    float* row_stats;    // workspaces of the Hopper kernels alone
+    int* turns;
+    void* dq;  // (B, Tq, H, D) contiguous, or null: not wanted
+    void* dk;  // (B, Tk, Hk, D) contiguous, or null
+    void* dv;  // (B, Tk, Hk, D) contiguous, or null
 };
 
 // The builds of the kernels for Hopper, by number. A launcher's `build` is a number, or kRule. It
@@ -83,12 +81,14 @@ std::vector<Build> attention_bwd_builds();
 void launch_attention_fwd(DType dtype, const AttentionFwd& p, int build, Stream stream);
 void launch_attention_bwd(DType dtype, const AttentionBwd& p, int build, Stream stream);
 
-// How many elements the workspaces of backward's Hopper kernels have. All are 0 where the kernels for
-// any GPU run: the size of their workspace is at `dq_sum` above.
+// How many elements backward's workspaces have, 0 where one is not needed. Reads everything of the
+// params but the workspaces; the second function is for the kernels for Hopper alone.
 struct BwdWorkspaces {
-    int64_t row_stats, dq_sum, turns;
+    int64_t delta, total, dq_sum, row_stats, turns;
 };
 BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int build,
                                        Stream stream);
+BwdWorkspaces attention_bwd_sm90_workspaces(DType dtype, const AttentionBwd& p, int build,
+                                            Stream stream);
 
 }  // namespace gk

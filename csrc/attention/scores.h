@@ -166,7 +166,7 @@ __device__ inline Band band_of(const AttentionCall& c, int b) {
 
 // Whether scores are more than scale * product with a positive scale, whose order is the products'.
 inline bool scores_are_plain(const AttentionCall& c) {
-    return c.scale > 0 && c.softcap == 0 && c.alibi_slopes == nullptr && c.dropout.rng == nullptr;
+    return c.softmax_scale > 0 && c.softcap == 0 && c.alibi_slopes == nullptr && c.dropout.rng == nullptr;
 }
 
 // Scores in units of log2(e) from products q.k, for one head.
@@ -190,7 +190,7 @@ struct Score {
 
 __device__ inline Score score_of_head(const AttentionCall& c, int h) {
     Score score;
-    score.factor = c.softcap > 0 ? c.scale / c.softcap : c.scale * kLog2e;
+    score.factor = c.softcap > 0 ? c.softmax_scale / c.softcap : c.softmax_scale * kLog2e;
     score.ceiling = c.softcap * kLog2e;
     score.slope = c.alibi_slopes == nullptr ? 0 : c.alibi_slopes[h] * kLog2e;
     return score;

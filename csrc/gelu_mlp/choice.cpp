@@ -158,11 +158,16 @@ ProductChoice product_choice(Layout layout, const Product& p, int build, int dev
 
 }  // namespace
 
-std::vector<Build> mlp_builds() { return {kProductBuilds.begin(), kProductBuilds.end()}; }
+std::vector<Build> gelu_mlp_builds() { return {kProductBuilds.begin(), kProductBuilds.end()}; }
 
 ProductChoice choose_product(DType dtype, Layout layout, const Product& p, int build, int device) {
     const Choice choice = choose_build(dtype, layout, p, build, device);
     return product_choice(layout, p, choice.build, device);
+}
+
+int64_t product_partials(DType dtype, Layout layout, const Product& p, int build, Stream stream) {
+    const ProductChoice plan = choose_product(dtype, layout, p, build, stream.device);
+    return layout == Layout::weight ? plan.splits : divide_up(p.m, plan.tile_rows);
 }
 
 void launch_product(DType dtype, Layout layout, const Product& p, int build, Stream stream) {

@@ -27,8 +27,8 @@ struct Product {
                         // gelu'
     void* out;          // (m, n): the product, with bias; dh; forward: may be absent
     void* activation;   // (m, n) or absent: gelu of h, forward: of the rounded `out`
-    float* partial;     // absent, or backward: (row tiles, n), column sums of dh before rounding;
-                        // weight: (splits, m, n), to be summed, in place of `out`
+    float* partial;     // absent, or `product_partials` rows; backward: of n, column sums of dh
+                        // before rounding; weight: of m * n, to be summed, in place of `out`
     int64_t m, n, k;
     int64_t a_stride, b_stride;
     int splits;         // of k; weight only
@@ -41,7 +41,7 @@ inline std::string shape_of(const Product& p) {
 }
 
 // The builds of the kernel for Hopper, by number.
-std::vector<Build> mlp_builds();
+std::vector<Build> gelu_mlp_builds();
 
 // Which kernel makes a product, and what the size of its workspace depends on.
 struct ProductChoice {
@@ -58,13 +58,18 @@ ProductChoice choose_product(DType dtype, Layout layout, const Product& product,
                              int device);
 void launch_product(DType dtype, Layout layout, const Product& product, int build, Stream stream);
 
+// Rows of `partial`. For weights 1 says that k is not split, and that the product goes to `out`.
+int64_t product_partials(DType dtype, Layout layout, const Product& product, int build,
+                         Stream stream);
+
 // partial[i, c] = sum of x[r, c] over the rows r of block i.
 struct ColumnSums {
     const void* x;   // (rows, cols), rows `stride` elements apart
-    float* partial;  // (ceil(rows / kColumnSumRows), cols)
+    float* partial;  // (column_sum_parts(rows), cols)
     int64_t rows, cols, stride;
 };
 constexpr int kColumnSumRows = 128;
+inline int64_t column_sum_parts(int64_t rows) { return divide_up(rows, kColumnSumRows); }
 
 void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream);
 

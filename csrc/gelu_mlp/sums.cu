@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kSumThreads)
 }  // namespace
 
 void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream) {
-    const int64_t ctas = divide_up(sums.rows, kColumnSumRows) * divide_up(sums.cols, 32 * 8);
+    const int64_t ctas = column_sum_parts(sums.rows) * divide_up(sums.cols, 32 * 8);
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         launch(column_sums_kernel<T>,

@@ -341,8 +341,8 @@ def gelu_mlp(
         dtype,
         dict(M=M, C=C, F=F),
         (
-            Direction("forward", forward, "mlp_builds"),
-            Direction("backward", backward, "mlp_builds"),
+            Direction("forward", forward, "gelu_mlp_builds"),
+            Direction("backward", backward, "gelu_mlp_builds"),
         ),
     )
 

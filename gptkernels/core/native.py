@@ -11,9 +11,10 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import itertools
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,50 +172,85 @@ def call(
     *,
     inputs: Mapping[str, Tensor | None],
     outputs: Mapping[str, Tensor | None],
+    workspaces: Mapping[str, torch.dtype] | None = None,
     **scalars: Any,
 ) -> Any:
     """Launch on the device and the current stream of `like`, asynchronously; returns what the
     module's function does.
 
-    Tensors go by address under their names, 0 for None and for empty ones. Inputs are only read,
-    outputs only read where the same call has written them: the emulator holds kernels to that.
+    Tensors go by address, None and empty ones as 0. Inputs are only read, outputs only read where
+    the same call has written them: the emulator holds kernels to that. Workspaces are outputs that
+    are allocated here, as large as the module's `<function>_workspaces` says.
 
-    Raises RuntimeError with the kernel, the shape and the cause of a launch that failed.
+    Everything goes by position, in the order of the module's `fields`: TypeError with the first
+    name that differs. Raises RuntimeError with the kernel, the shape and the cause of a launch that
+    failed.
     """
-    where = addresses(inputs) | addresses(outputs)
-    if _DRY.module is not None:
-        return getattr(_DRY.module, function)(0, 0, **where, **scalars)
-    if EMULATED:
-        return _emulate(function, inputs, outputs, where, scalars)
-    device = like.get_device()
-    # What torch.cuda.current_stream() wraps in an object, at many times the cost.
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    return getattr(module(), function)(device, stream, **where, **scalars)
+    target, needed = module(), workspaces or {}
+    names = (*inputs, *outputs, *needed, *scalars)
+    if names != target.fields[function]:
+        raise TypeError(_difference(function, names, target.fields[function]))
+    where = 0, 0
+    if not EMULATED and _DRY.module is None:
+        device = like.get_device()
+        # What torch.cuda.current_stream() wraps in an object, at many times the cost.
+        where = device, torch._C._cuda_getCurrentRawStream(device)
+    given = [*map(_address, inputs.values()), *map(_address, outputs.values())]
+    values = scalars.values()
+    if needed:
+        sizes = getattr(target, f"{function}_workspaces")
+        made = allocate(needed, sizes(*where, *given, *[0] * len(needed), *values), like.device)
+        given += map(_address, made.values())
+        outputs = {**outputs, **made}
+    if EMULATED and _DRY.module is None:
+        return _emulate(function, inputs, outputs, given, values)
+    return getattr(target, function)(*where, *given, *values)
 
 
-def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
-    """Of each, under its name; 0 for None and for an empty one. In a dry run all others lie
-    at one address that leads nowhere."""
-    if _DRY.module is not None:
-        return {k: _SOMEWHERE if t is not None and t.numel() else 0 for k, t in tensors.items()}
-    return {k: t.data_ptr() if t is not None and t.numel() else 0 for k, t in tensors.items()}
+def allocate(
+    dtypes: Mapping[str, torch.dtype], sizes: Iterable[int], device: torch.device
+) -> dict[str, Tensor | None]:
+    """A workspace of each dtype and number of elements; None for none."""
+    return {
+        name: torch.empty(size, dtype=dtype, device=device) if size else None
+        for (name, dtype), size in zip(dtypes.items(), sizes, strict=True)
+    }
+
+
+def _difference(function: str, given: Sequence[str], fields: Sequence[str]) -> str:
+    pairs = enumerate(itertools.zip_longest(given, fields, fillvalue="nothing more"))
+    place, (name, field) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    return (
+        f"field {place} of the compiled module's {function} must be {field}, got {name}: is the "
+        "module older than gptkernels?"
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    """0 for None and for an empty one. In a dry run all others lie at one address that leads
+    nowhere."""
+    if tensor is None or not tensor.numel():
+        return 0
+    return tensor.data_ptr() if _DRY.module is None else _SOMEWHERE
 
 
 def _emulate(
     function: str,
     inputs: Mapping[str, Tensor | None],
     outputs: Mapping[str, Tensor | None],
-    addresses: Mapping[str, int],
-    scalars: Mapping[str, Any],
+    addresses: Sequence[int],
+    values: Iterable[Any],
 ) -> Any:
+    tensors = [(item, True) for item in inputs.items()] + [
+        (item, False) for item in outputs.items()
+    ]
     with _ONE_AT_A_TIME:
         emulator = module()
         try:
-            for group, written in ((inputs, True), (outputs, False)):
-                for name, tensor in group.items():
-                    if tensor is not None and tensor.numel():
-                        emulator.emulator_declare(name, addresses[name], _extent(tensor), written)
-            return getattr(emulator, function)(0, 0, **addresses, **scalars)
+            for ((name, tensor), written), address in zip(tensors, addresses, strict=True):
+                if tensor is not None and address:
+                    emulator.emulator_declare(name, address, _extent(tensor), written)
+            return getattr(emulator, function)(0, 0, *addresses, *values)
         finally:
             emulator.emulator_forget()
 

@@ -291,7 +291,7 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
     if constexpr (kDk) {
         if (p.dk != nullptr)
             store_rows(static_cast<T*>(p.dk) + head_start, row_stride, j0 + key0, stored.Tk, 0,
-                       call.D, dk, call.scale);
+                       call.D, dk, call.softmax_scale);
     }
     if constexpr (kDv) {
         if (p.dv != nullptr)
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(32 * kDqWarps)
         for (int e = 0; e < 4; ++e) acc[0][n][e] = a.p.dq_sum[Sum::at(tile, part, n, e)];
     store_rows(static_cast<T*>(a.p.dq) + entry.queries(call, h),
                static_cast<int64_t>(call.H) * call.D, i0 + Sum::row(part), entry.Tq,
-               Sum::col(part), call.D, acc, call.scale);
+               Sum::col(part), call.D, acc, call.softmax_scale);
 }
 
 template <class T, int kWidth, bool kDk, bool kDv>

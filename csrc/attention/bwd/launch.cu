@@ -20,6 +20,10 @@ namespace gk {
 
 constexpr int kSumRows = 32;  // dq_sum comes in tiles of 32 rows, or 16
 
+inline int64_t dq_sum_elements(const AttentionCall& c) {
+    return int64_t{c.entries()} * c.H * query_blocks(c, kSumRows) * kSumRows * padded_width(c.D);
+}
+
 struct DeltaArguments {
     BwdArguments of;
     int64_t sum_chunks;  // dq_sum's length in chunks of 16 bytes
@@ -72,9 +76,7 @@ void launch_attention_bwd_delta(const BwdArguments& a, Stream stream) {
     const int64_t rows = static_cast<int64_t>(c.entries()) * c.total_q * c.H;
     constexpr int64_t kRows = kDeltaThreads / kDeltaLanes;
     DeltaArguments arguments{a, 0};
-    if (a.p.dq_sum != nullptr)
-        arguments.sum_chunks = static_cast<int64_t>(c.entries()) * c.H *
-                               query_blocks(c, kSumRows) * (kSumRows * padded_width(c.D) / 4);
+    if (a.p.dq_sum != nullptr) arguments.sum_chunks = dq_sum_elements(c) / 4;
     const std::string shape = shape_of(c);
     launch(attention_bwd_delta_kernel<T>,
            {"attention_bwd_delta_kernel", shape,
@@ -93,6 +95,19 @@ void launch_attention_bwd_of(DType dtype, const AttentionBwd& p, int build, Stre
     if (kExact<T> || (p.dq != nullptr && a.p.dq_sum == nullptr))
         launch_attention_bwd_queries<T>(a, stream);
     if (p.dk != nullptr || p.dv != nullptr) launch_attention_bwd_keys<T>(a, stream);
+}
+
+BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int build,
+                                       Stream stream) {
+    const AttentionCall& c = p.call;
+    const bool exact = dtype == DType::f32;
+    BwdWorkspaces sizes = attention_bwd_sm90_workspaces(dtype, p, build, stream);
+    sizes.delta = int64_t{c.entries()} * c.H * c.total_q;
+    sizes.total = exact ? sizes.delta : 0;
+    const bool by_atomics = p.dq != nullptr && (p.dk != nullptr || p.dv != nullptr) && !exact &&
+                            !p.deterministic;
+    if (sizes.turns == 0 && by_atomics) sizes.dq_sum = dq_sum_elements(c);
+    return sizes;
 }
 
 void launch_attention_bwd(DType dtype, const AttentionBwd& p, int build, Stream stream) {

@@ -219,7 +219,7 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     if (p.dq != nullptr)
         store_rows(static_cast<T*>(p.dq) + stored.queries(call, h),
                    static_cast<int64_t>(call.H) * call.D, i0 + row0, stored.Tq, 0, call.D, dq,
-                   call.scale);
+                   call.softmax_scale);
 }
 
 template <class T, int kHeadWidth>

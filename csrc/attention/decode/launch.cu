@@ -86,17 +86,18 @@ void launch_attention_decode_in(const AttentionDecode& p, Stream stream) {
     const AttentionCall& c = p.call;
     const int64_t size = sizeof(T);
     const int group = c.H / c.Hk;
-    const DecodeArguments a{p,
-                            group,
-                            group * c.Tq,
-                            1,
-                            scores_are_plain(c),
-                            aligned_rows(p.q, size, p.q_strides),
-                            aligned_rows(p.k, size, p.k_strides),
-                            aligned_rows(p.v, size, p.v_strides),
-                            aligned_rows(p.out, size, contiguous_strides(c.Tq, c.H, c.D))};
+    DecodeArguments a{p,
+                      group,
+                      group * c.Tq,
+                      1,
+                      scores_are_plain(c),
+                      aligned_rows(p.q, size, p.q_strides),
+                      aligned_rows(p.k, size, p.k_strides),
+                      aligned_rows(p.v, size, p.v_strides),
+                      aligned_rows(p.out, size, contiguous_strides(c.Tq, c.H, c.D))};
+    a.p.splits = most_splits(c.Tk, p.num_splits);
     const int rows_of_block = launch_attention_decode_of<T>(a, stream);
-    if (p.splits == 1) return;
+    if (a.p.splits == 1) return;
     const std::string shape = shape_of(c);
     launch(attention_decode_combine_kernel<T>,
            {"attention_decode_combine_kernel", shape,
@@ -107,6 +108,14 @@ void launch_attention_decode_in(const AttentionDecode& p, Stream stream) {
 }
 
 }  // namespace
+
+DecodeWorkspaces attention_decode_workspaces(const AttentionDecode& p) {
+    const AttentionCall& c = p.call;
+    const int splits = most_splits(c.Tk, p.num_splits);
+    if (splits == 1) return {0, 0};
+    const int64_t partials = int64_t{c.batch} * c.Hk * splits * (c.H / c.Hk * c.Tq);
+    return {partials * partial_width(c.D), partials * 2};
+}
 
 void launch_attention_decode(DType dtype, const AttentionDecode& p, Stream stream) {
     dispatch(dtype, [&](auto zero) { launch_attention_decode_in<decltype(zero)>(p, stream); });

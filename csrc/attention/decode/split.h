@@ -1,6 +1,8 @@
 // Which keys a CTA of attention/decode/kernel.h takes, and where rows' results lie.
 #pragma once
 
+#include <algorithm>
+
 #include "attention/decode/params.h"
 #include "attention/scores.h"
 #include "device/exp2.h"
@@ -12,6 +14,12 @@ namespace gk {
 // own length and from num_splits alone, 0 where none is given.
 constexpr int kSplitKeys = 256, kMostSplits = 64;
 constexpr int kSplitMultiple = 64;
+
+// The most splits that an entry of up to `capacity` keys has.
+inline int most_splits(int capacity, int num_splits) {
+    const int keys = num_splits == 0 ? kSplitKeys : kSplitMultiple;
+    return std::min(num_splits == 0 ? kMostSplits : num_splits, (capacity - 1) / keys + 1);
+}
 
 __device__ inline int keys_of_split(int length, int num_splits) {
     const int last = max(length, 1) - 1;

@@ -59,6 +59,11 @@ class AttentionOptions(NamedTuple):
         return self[_NUMBERS:]
 
     @property
+    def scores(self) -> dict[str, Any]:
+        """The numbers that scores depend on, as kernels take them."""
+        return dict(zip(self._fields[:4], self, strict=False))
+
+    @property
     def costly(self) -> bool:
         """Whether scores take more than a product and an exponential each."""
         return self.softcap > 0 or self.alibi_slopes is not None or self.dropout_p > 0

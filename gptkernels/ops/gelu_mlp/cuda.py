@@ -1,7 +1,8 @@
-"""GELU MLP in CUDA C++: csrc/mlp.cu's products, with the workspaces that they need.
+"""GELU MLP in CUDA C++: the products of csrc/gelu_mlp, with the workspaces that they need.
 
-`build` is a kernel for Hopper of module().mlp_builds(), for every product; -1 leaves the
-choice to the rule of csrc/mlp_choice.cpp. RuntimeError where that kernel cannot make one of them.
+`build` is a kernel for Hopper of module().gelu_mlp_builds(), for every product; -1 leaves the
+choice to the rule of csrc/gelu_mlp/choice.cpp. RuntimeError where that kernel cannot make one of
+them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from gptkernels.core import native
 
-_BACKWARD, _WEIGHT = 1, 2  # of gk::Layout
+_FORWARD, _BACKWARD, _WEIGHT = 0, 1, 2  # of gk::Layout
+_MADE, _PARTIALS = "gelu_mlp_product", "gelu_mlp_product_partials"
 
 
 def gelu_mlp_fwd(
@@ -84,14 +86,10 @@ def linear_fwd(
     build: int = -1,
 ) -> None:
     """out = a (m, k) b^T (n, k) + bias, unless it is empty; activation = gelu(out)."""
-    native.call(
-        "mlp_linear_fwd",
-        a,
-        inputs={"a": a, "b": b, "bias": bias},
-        outputs={"out": out, "activation": activation},
-        **_scalars(a, b, b.shape[0], build),
-        tanh=approximate == "tanh",
-    )
+    _product(
+        _MADE, _FORWARD, a, b, bias=bias, out=out, activation=activation,
+        approximate=approximate, build=build,
+    )  # fmt: skip
 
 
 def linear_bwd(
@@ -107,14 +105,10 @@ def linear_bwd(
 ) -> None:
     """out = a (m, k) b (k, n); with h (m, n) times gelu'(h), gelu(h) into activation, and column
     sums of out for each tile of rows into partial."""
-    native.call(
-        "mlp_linear_bwd",
-        a,
-        inputs={"a": a, "b": b, "h": h},
-        outputs={"out": out, "activation": activation, "partial": partial},
-        **_scalars(a, b, b.shape[1], build),
-        tanh=approximate == "tanh",
-    )
+    _product(
+        _MADE, _BACKWARD, a, b, h=h, out=out, activation=activation, partial=partial,
+        approximate=approximate, build=build,
+    )  # fmt: skip
 
 
 def linear_gelu_bwd(
@@ -131,13 +125,12 @@ def linear_gelu_bwd(
     rows, inner = dy.shape[0], w2.shape[1]
     dh = torch.empty((rows, inner), dtype=dy.dtype, device=dy.device)
     a = torch.empty((rows, inner) if store_a else (0,), dtype=dy.dtype, device=dy.device)
-    scalars = _scalars(dy, w2, inner, build)
-    _, tile_rows, _ = _plan(_BACKWARD, dy, w2, scalars, h=h, out=dh, activation=a)
-    partial = torch.empty(
-        (-(-rows // tile_rows), inner) if sum_columns else (0,),
-        dtype=torch.float32,
-        device=dy.device,
+    partials = (
+        _product(_PARTIALS, _BACKWARD, dy, w2, h=h, out=dh, activation=a, build=build)
+        if sum_columns
+        else 0
     )
+    partial = torch.empty((partials, inner), dtype=torch.float32, device=dy.device)
     linear_bwd(
         dy,
         w2,
@@ -154,21 +147,13 @@ def linear_gelu_bwd(
 def weight_grad(a: Tensor, b: Tensor, *, build: int = -1) -> Tensor:
     """a^T b (m, n) of a (k, m) and b (k, n)."""
     rows, cols = a.shape[1], b.shape[1]
-    scalars = _scalars(a, b, cols, build) | {"m": rows, "k": a.shape[0]}
-    _, _, splits = _plan(_WEIGHT, a, b, scalars)
+    splits = _product(_PARTIALS, _WEIGHT, a, b, build=build)
     out = partial = None
     if splits > 1:
         partial = torch.empty((splits, rows * cols), dtype=torch.float32, device=a.device)
     else:
         out = torch.empty((rows, cols), dtype=a.dtype, device=a.device)
-    native.call(
-        "mlp_weight_grad",
-        a,
-        inputs={"a": a, "b": b},
-        outputs={"out": out, "partial": partial},
-        **scalars,
-        splits=splits,
-    )
+    _product(_MADE, _WEIGHT, a, b, out=out, partial=partial, splits=splits, build=build)
     if partial is not None:
         out = _partial_sums(partial, a.dtype).view(rows, cols)
     assert out is not None
@@ -178,10 +163,10 @@ def weight_grad(a: Tensor, b: Tensor, *, build: int = -1) -> Tensor:
 def _column_sums(x: Tensor) -> Tensor:
     """The sums of x (rows, cols) over its rows, (cols,)."""
     rows, cols = x.shape
-    parts = -(-rows // native.module().mlp_column_sum_rows)
+    parts = native.module().gelu_mlp_column_sum_parts(rows)
     partial = torch.empty((parts, cols), dtype=torch.float32, device=x.device)
     native.call(
-        "mlp_column_sums",
+        "gelu_mlp_column_sums",
         x,
         inputs={"x": x},
         outputs={"partial": partial},
@@ -198,7 +183,7 @@ def _partial_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
     parts, cols = partial.shape
     out = torch.empty(cols, dtype=dtype, device=partial.device)
     native.call(
-        "mlp_partial_sums",
+        "gelu_mlp_partial_sums",
         partial,
         inputs={"partial": partial},
         outputs={"out": out},
@@ -209,31 +194,38 @@ def _partial_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _plan(
+def _product(
+    function: str,
     layout: int,
     a: Tensor,
     b: Tensor,
-    scalars: dict[str, int],
     *,
+    bias: Tensor | None = None,
     h: Tensor | None = None,
     out: Tensor | None = None,
     activation: Tensor | None = None,
-) -> tuple[int, int, int]:
-    """The build that makes a product (-1: the kernel for any device), the rows of a tile whose
-    columns it sums, and in how many parts it takes k."""
-    tensors = {"a": a, "b": b, "h": h, "out": out, "activation": activation}
-    device = max(a.get_device(), 0)
-    return native.module().mlp_choice(device, layout, **native.addresses(tensors), **scalars)
-
-
-def _scalars(a: Tensor, b: Tensor, cols: int, build: int) -> dict[str, int]:
-    rows, depth = a.shape
-    return {
-        "dtype": native.dtype_code(a.dtype),
-        "m": rows,
-        "n": cols,
-        "k": depth,
-        "a_stride": a.stride(0),
-        "b_stride": b.stride(0),
-        "build": build,
-    }
+    partial: Tensor | None = None,
+    splits: int = 1,
+    approximate: str = "tanh",
+    build: int = -1,
+) -> int:
+    """_MADE: the product of a and b, in the layout's way to read them. _PARTIALS: how many rows its
+    `partial` has; of a weight's gradient 1 is none, there `out` takes the product.
+    """
+    rows, depth = a.T.shape if layout == _WEIGHT else a.shape
+    return native.call(
+        function,
+        a,
+        inputs=dict(a=a, b=b, bias=bias, h=h),
+        outputs=dict(out=out, activation=activation, partial=partial),
+        dtype=native.dtype_code(a.dtype),
+        layout=layout,
+        m=rows,
+        n=b.shape[0 if layout == _FORWARD else 1],
+        k=depth,
+        a_stride=a.stride(0),
+        b_stride=b.stride(0),
+        splits=splits,
+        tanh=approximate == "tanh",
+        build=build,
+    )

@@ -1,4 +1,4 @@
-"""Launchers of the CUDA C++ LayerNorm kernels (csrc/layer_norm.h has the formulas)."""
+"""Launchers of the CUDA C++ LayerNorm kernels (csrc/layer_norm/params.h has the formulas)."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ def layer_norm_fwd(
         inputs=dict(
             x=rows,
             residual=residual_rows,
-            weight=weight.contiguous(),
             bias=None if bias is None else bias.contiguous(),
+            weight=weight.contiguous(),
             rng=rng if dropout_p > 0 else None,
         ),
         outputs=dict(y=y, sum=s, mean=mean, rstd=rstd),
         rows=M,
         cols=C,
-        x_stride=rows.stride(0),
-        residual_stride=0 if residual_rows is None else residual_rows.stride(0),
-        eps=eps,
         dropout_threshold=philox.threshold(dropout_p),
         dropout_scale=philox.scale(dropout_p),
         x_dtype=dtype_code(x.dtype),
         residual_dtype=dtype_code(x.dtype if residual is None else residual.dtype),
         weight_dtype=dtype_code(weight.dtype),
         sum_dtype=dtype_code(sum_dtype or x.dtype),
+        x_stride=rows.stride(0),
+        residual_stride=0 if residual_rows is None else residual_rows.stride(0),
+        eps=eps,
         build=build,
     )
     return y, s, mean, rstd
@@ -122,14 +122,14 @@ def layer_norm_bwd(
         ),
         rows=M,
         cols=C,
-        partials=partials,
-        sum_stride=rows.stride(0),
         dropout_threshold=philox.threshold(dropout_p),
         dropout_scale=philox.scale(dropout_p),
         x_dtype=dtype_code(x_dtype),
         residual_dtype=dtype_code(residual_dtype or x_dtype),
         weight_dtype=dtype_code(weight.dtype),
         sum_dtype=dtype_code(s.dtype),
+        sum_stride=rows.stride(0),
+        partials=partials,
         build=build,
     )
     return dx, dresidual, dweight, dbias

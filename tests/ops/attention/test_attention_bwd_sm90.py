@@ -26,6 +26,7 @@ if NO_CUDA is None and DEVICE == "cuda" and torch.cuda.get_device_capability() !
 pytestmark = pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA))
 BF16, FP16 = torch.bfloat16, torch.float16
 BUILDS = 8
+Launched = list[dict[str, Tensor | None]]
 
 
 @pytest.fixture(autouse=True)
@@ -34,34 +35,27 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each launch of the backward pass took the Hopper kernels."""
-    seen: list[bool] = []
-    call = launchers.call
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """The workspaces of each launch of the backward pass."""
+    seen: Launched = []
+    allocate = native.allocate
 
-    def spy(function: str, *arguments: Any, **named: Any) -> Any:
-        if function == "attention_bwd":
-            seen.append(named["outputs"]["turns"] is not None)
-        return call(function, *arguments, **named)
+    def spy(*arguments: Any) -> dict[str, Tensor | None]:
+        seen.append(allocate(*arguments))
+        return seen[-1]
 
-    monkeypatch.setattr(launchers, "call", spy)
+    monkeypatch.setattr(native, "allocate", spy)
     return seen
 
 
-@pytest.fixture
-def again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def by_hopper(launched: Launched) -> list[bool]:
+    """Whether each launch took the Hopper kernels."""
+    return [made["turns"] is not None for made in launched]
+
+
+def again(launched: Launched) -> list[bool]:
     """Whether the kernels of every device had to do a launch's work again."""
-    seen: list[bool] = []
-    call = launchers.call
-
-    def spy(function: str, *arguments: Any, **named: Any) -> Any:
-        returned = call(function, *arguments, **named)
-        if function == "attention_bwd":
-            seen.append(bool(named["outputs"]["turns"][0]))
-        return returned
-
-    monkeypatch.setattr(launchers, "call", spy)
-    return seen
+    return [bool(made["turns"][0]) for made in launched]  # type: ignore[index]
 
 
 def inputs(
@@ -196,18 +190,18 @@ CASES: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients(case: str, launched: list[bool]) -> None:
+def test_gradients(case: str, launched: Launched) -> None:
     tensors, options = CASES[case]()
     assert_right(tensors, **options)
-    assert launched == [True, True]
+    assert by_hopper(launched) == [True, True]
 
 
 @pytest.mark.parametrize("number", range(BUILDS))
-def test_every_build(number: int, launched: list[bool]) -> None:
+def test_every_build(number: int, launched: Launched) -> None:
     built = native.module().attention_bwd_builds()[number]
     tensors = inputs(Tq=150, Tk=280, D=built["head_width"])
     assert_right(tensors, build=number, deterministic=(False,))
-    assert launched == [True]
+    assert by_hopper(launched) == [True]
 
 
 def test_there_are_no_other_builds() -> None:
@@ -231,27 +225,19 @@ def test_any_schedule(schedule: str, copies: str, monkeypatch: pytest.MonkeyPatc
     assert_right(inputs(Tq=280, D=64), deterministic=(False,))
 
 
-def test_deterministic_gradients_are_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_gradients_are_the_same_bits(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the fp32 sums of dq, of which rounding would hide most of the order."""
     tensors = inputs(Tq=300, Tk=700, D=64)  # six blocks of keys, three of rows
     options = dict(causal=False)
-    sums: list[Tensor] = []
-    call = launchers.call
-
-    def spy(function: str, *arguments: Any, **named: Any) -> Any:
-        returned = call(function, *arguments, **named)
-        if function == "attention_bwd":
-            sums.append(named["outputs"]["dq_sum"])
-        return returned
-
-    monkeypatch.setattr(launchers, "call", spy)
     found = []
     for schedule in ("forward", "reverse", "3", "4", "5"):
         monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
         leaves = [x.clone().requires_grad_() for x in tensors.values()]
         out, _ = _Backward.apply(dict(options=options, deterministic=True), *leaves)
         gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
-        found.append([*gradients, sums[-1]])
+        found.append([*gradients, launched[-1]["dq_sum"]])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
@@ -277,14 +263,14 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize("D", [64, 192])
-    def test_keys_past_the_length(self, D: int, value: float, again: list[bool]) -> None:
+    def test_keys_past_the_length(self, D: int, value: float, launched: Launched) -> None:
         tensors = inputs(B=2, Tq=60, Tk=200, D=D)
         tensors["k"][1, 130:] = value
         tensors["v"][1, 130:] = -value
         assert_right(tensors, deterministic=(False,), causal=False, key_lengths=lengths(200, 130))
-        assert again == [False]
+        assert again(launched) == [False]
 
-    def test_without_dq(self, again: list[bool]) -> None:
+    def test_without_dq(self, launched: Launched) -> None:
         """Which shows most of what is not finite."""
         tensors = inputs(Tq=140, D=64)
         q, k, v = tensors.values()
@@ -297,7 +283,7 @@ class TestNotFinite:
         for x, y in zip(some[1:], everything[1:], strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
         assert torch.isfinite(some[1][:, 101:]).all()
-        assert again == [True, True]
+        assert again(launched) == [True, True]
 
     @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
     @pytest.mark.parametrize("at", [60, 128])
@@ -348,7 +334,7 @@ class TestNotFinite:
 class TestGeneric:
     """What the Hopper kernels do not take."""
 
-    def test_wide_heads_dropout_fp32_and_odd_strides(self, launched: list[bool]) -> None:
+    def test_wide_heads_dropout_fp32_and_odd_strides(self, launched: Launched) -> None:
         tensors = inputs(Tq=40)
         odd = {name: torch.zeros(1, 40, 1, 68, dtype=BF16, device=DEVICE) for name in tensors}
         for name, x in tensors.items():
@@ -356,4 +342,4 @@ class TestGeneric:
         assert_right({name: x[..., :64] for name, x in odd.items()}, deterministic=(False,))
         assert_right(inputs(Tq=40, D=36), deterministic=(False,))
         assert_right(inputs(Tq=20, dtype=torch.float32), deterministic=(False,))
-        assert launched == [False, False, False]
+        assert by_hopper(launched) == [False, False, False]

@@ -164,8 +164,7 @@ class TestParity:
     def test_many_rows_in_cuda(self, dtype: torch.dtype, rows: int, seed: int) -> None:
         """The weights' gradients sum their rows in parts, the biases' in many partial sums."""
         a, b = (torch.empty(rows, cols, dtype=dtype, device=DEVICE) for cols in (12, 20))
-        scalars = cuda_kernels._scalars(a, b, 20, -1) | {"m": 12, "k": rows}
-        _, _, splits = cuda_kernels._plan(cuda_kernels._WEIGHT, a, b, scalars)
+        splits = cuda_kernels._product(cuda_kernels._PARTIALS, cuda_kernels._WEIGHT, a, b)
         assert splits == rows // 1024
         assert_right(inputs(rows, 12, 20, dtype=dtype, seed=seed), impl="cuda", seed=seed)
 

@@ -101,9 +101,8 @@ class TestProducts:
         m, n, k = 136, 264, 5 * 64 + 8
         a, b = integers(k, m), integers(k, n)
         partial = filled(splits, m * n, dtype=FP32)
-        scalars = kernels._scalars(a, b, n, build) | {"m": m, "k": k, "splits": splits}
-        tensors = {"inputs": {"a": a, "b": b}, "outputs": {"out": None, "partial": partial}}
-        native.call("mlp_weight_grad", a, **tensors, **scalars)
+        weight = kernels._MADE, kernels._WEIGHT
+        kernels._product(*weight, a, b, partial=partial, splits=splits, build=build)
         ends = [6 * part // splits * 64 for part in range(splits)] + [k]
         for part, (first, last) in enumerate(itertools.pairwise(ends)):
             wanted = exact(a[first:last].T, b[first:last], FP32)
@@ -350,10 +349,10 @@ class TestChoice:
 
     def test_more_parts_of_k_than_steps(self) -> None:
         a, b = integers(72, 40), integers(72, 64)
-        scalars = kernels._scalars(a, b, 64, 0) | {"m": 40, "k": 72, "splits": 3}
-        outputs = {"out": None, "partial": filled(3, 40 * 64, dtype=FP32)}
+        partial = filled(3, 40 * 64, dtype=FP32)
+        weight = kernels._MADE, kernels._WEIGHT
         with pytest.raises(RuntimeError, match="fewer steps along k than parts, 3"):
-            native.call("mlp_weight_grad", a, inputs={"a": a, "b": b}, outputs=outputs, **scalars)
+            kernels._product(*weight, a, b, partial=partial, splits=3, build=0)
 
     def test_there_is_no_other_build(self) -> None:
         a, b = integers(70, 40), integers(64, 40)

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kFinishThreads)
             const Pack<float, 4> four = ld128(sum + dq_index(a.width, row64, col8, 4 * quad + t));
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                of_row[e / 2][2 * t + e % 2] = four.at[e] * call.scale;
+                of_row[e / 2][2 * t + e % 2] = four.at[e] * call.softmax_scale;
                 finite = finite && is_finite(of_row[e / 2][2 * t + e % 2]);
             }
         }
@@ -141,8 +141,11 @@ Choice choose_attention_bwd(DType dtype, const AttentionBwd& p, int build, int d
 BwdWorkspaces workspaces_of(const AttentionBwd& p, int build) {
     const BwdRow& built = kBwdRows[build];
     const int64_t tiles = int64_t{p.call.batch} * p.call.H * divide_up(p.call.Tq, built.rows);
-    return {tiles * built.rows * 2, p.dq == nullptr ? 0 : tiles * built.rows * built.width,
-            1 + (p.deterministic && p.dq != nullptr ? tiles * built.consumers : 0)};
+    BwdWorkspaces sizes{};
+    sizes.dq_sum = p.dq == nullptr ? 0 : tiles * built.rows * built.width;
+    sizes.row_stats = tiles * built.rows * 2;
+    sizes.turns = 1 + (p.deterministic && p.dq != nullptr ? tiles * built.consumers : 0);
+    return sizes;
 }
 
 // A key head's blocks side by side with those of others, as far as what they all read stays in L2;
@@ -206,12 +209,12 @@ void launch_of(DType dtype, const AttentionBwd& p, int build, Stream stream) {
 
 std::vector<Build> attention_bwd_builds() { return {kBwdBuilds.begin(), kBwdBuilds.end()}; }
 
-BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int build,
-                                       Stream stream) {
+BwdWorkspaces attention_bwd_sm90_workspaces(DType dtype, const AttentionBwd& p, int build,
+                                            Stream stream) {
     const Choice choice = choose_attention_bwd(dtype, p, build, stream.device);
     if (choice.build != kAnyGpu) return workspaces_of(p, choice.build);
     dry_run_refused(kName, choice.reason);
-    return {0, 0, 0};
+    return {};
 }
 
 void launch_attention_bwd_sm90(DType dtype, const AttentionBwd& p, int build, Stream stream) {

@@ -192,7 +192,7 @@ struct BwdNarrow : BwdConsumer<T, Tiles> {
         }
         wgmma_fence_registers(dk);
         wgmma_fence_registers(dv);
-        multiply_by(dk, a.p.call.scale);
+        multiply_by(dk, a.p.call.softmax_scale);
     }
 
     __device__ bool finite() const { return all_finite(dk) && all_finite(dv); }

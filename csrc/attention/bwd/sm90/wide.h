@@ -129,7 +129,7 @@ struct BwdWide : BwdConsumer<T, Tiles> {
         for (int panel = 0; panel < kPanels; ++panel) {
             wgmma_fence_registers(dk[panel]);
             wgmma_fence_registers(dv[panel]);
-            multiply_by(dk[panel], a.p.call.scale);
+            multiply_by(dk[panel], a.p.call.softmax_scale);
         }
     }
 

@@ -215,7 +215,7 @@ struct FwdSm90Consumer {
         const int i = i0 + 16 * warp() + lane() / 4, j_offset = 2 * (lane() % 4);
         const Band band = band_of(call, place.b);
         const Score score =
-            kOptions ? score_of_head(call, place.h) : Score{call.scale * kLog2e, 0, 0};
+            kOptions ? score_of_head(call, place.h) : Score{call.softmax_scale * kLog2e, 0, 0};
         const float factor = kOptions ? 1.0f : score.factor;
         // Blocks that the CTA loads, and those of them that this consumer's rows see.
         const Range all = keys_of_tile(band, place.i0, Tiles::kRows, kKeys);

@@ -13,9 +13,6 @@ from gptkernels.core import philox
 from gptkernels.core.native import call, dtype_code
 from gptkernels.ops.attention.options import AttentionOptions
 
-_HEAD_WIDTHS = (64, 96, 128, 192, 256)  # that kernels are compiled for; a head takes the next one
-_ROWS_OF_SUM = 32  # the sum of dq comes in tiles of 16 or 32 rows
-
 
 def attention_fwd(
     q: Tensor,  # (B, Tq, H, D)
@@ -42,8 +39,8 @@ def attention_fwd(
         q,
         inputs=dict(q=q, k=k, v=v, **vectors(options)),
         outputs=dict(out=out, lse=lse),
-        build=build,
         **_scalars(q, k, v, options),
+        build=build,
     )
     return out, lse
 
@@ -68,7 +65,6 @@ def attention_bwd(
     In 16 bits dq is added up in another order on every run (by the generic kernels only where dk or
     dv is wanted too); not if `deterministic`. `build` as above, of attention_bwd_builds().
     """
-    B, Tq, H, D = q.shape
     dq, dk, dv = (
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
         for x, wanted in zip((q, k, v), grad_mask, strict=False)
@@ -79,35 +75,24 @@ def attention_bwd(
         return dq, dk, dv, q.new_empty(0)
     if dout.stride(-1) != 1:  # an expanded cotangent
         dout = dout.contiguous()
-    exact = q.dtype == torch.float32
-    delta = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    total = torch.empty_like(delta) if exact else None
-    inputs = dict(
-        dout=dout, dlse=None if dlse is None else dlse.contiguous(),
-        q=q, k=k, v=v, out=out, lse=lse,
-        **vectors(options),
-    )  # fmt: skip
-    outputs = dict(
-        delta=delta, total=total, dq_sum=None, row_stats=None, turns=None, dq=dq, dk=dk, dv=dv
-    )
-    scalars = dict(
-        dout_strides=dout.stride()[:3], deterministic=deterministic, build=build,
+    call(
+        "attention_bwd",
+        q,
+        inputs=dict(
+            q=q, k=k, v=v, dout=dout, out=out, lse=lse,
+            dlse=None if dlse is None else dlse.contiguous(),
+            **vectors(options),
+        ),
+        outputs=dict(dq=dq, dk=dk, dv=dv),
+        workspaces=dict(
+            delta=torch.float32, total=torch.float32, dq_sum=torch.float32,
+            row_stats=torch.float32, turns=torch.int32,
+        ),
         **_scalars(q, k, v, options),
+        dout_strides=dout.stride()[:3],
+        deterministic=deterministic,
+        build=build,
     )  # fmt: skip
-    # On Hopper, where its kernels take the problem.
-    sizes = call("attention_bwd_workspaces", q, inputs=inputs, outputs=outputs, **scalars)
-    if any(sizes):
-        for name, size in zip(("row_stats", "dq_sum"), sizes, strict=False):
-            outputs[name] = torch.empty(size, dtype=torch.float32, device=q.device)
-        outputs["turns"] = torch.empty(sizes[2], dtype=torch.int32, device=q.device)
-    elif grad_mask[0] and (grad_mask[1] or grad_mask[2]) and not (exact or deterministic):
-        tiles = -(-Tq // _ROWS_OF_SUM)
-        if options.cu_seqlens_q is not None:  # each sequence may leave a part of a tile
-            tiles = Tq // _ROWS_OF_SUM + options.cu_seqlens_q.shape[0] - 1
-        width = next(width for width in _HEAD_WIDTHS if width >= D)
-        size = (B, H, tiles * _ROWS_OF_SUM, width)
-        outputs["dq_sum"] = torch.empty(size, dtype=torch.float32, device=q.device)
-    call("attention_bwd", q, inputs=inputs, outputs=outputs, **scalars)
     return dq, dk, dv, q.new_empty(0)
 
 
@@ -139,10 +124,9 @@ def _scalars(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> dict
     (_, total_q, H, D), (total_k, Hk) = q.shape, k.shape[1:3]
     return dict(
         dtype=dtype_code(q.dtype),
-        batch=batch, Tq=Tq, Tk=Tk, total_q=total_q, total_k=total_k, H=H, Hk=Hk, D=D,
         q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
-        scale=options.softmax_scale,
-        left=options.left, right=options.right, softcap=options.softcap,
+        batch=batch, Tq=Tq, Tk=Tk, H=H, Hk=Hk, D=D, **options.scores,
         dropout_threshold=philox.threshold(options.dropout_p),
         dropout_scale=philox.scale(options.dropout_p),
+        total_q=total_q, total_k=total_k,
     )  # fmt: skip
