@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from gptkernels.bench import OPERATORS, suite
+from gptkernels.bench import OPERATORS, rows_of
 from gptkernels.bench.report import Row, environment, figures, recorded, write_json
 from gptkernels.core.choice import unavailable
 
@@ -260,7 +260,7 @@ def _speed(quick: bool, path: Path) -> int:
 
 def _interleaved(quick: bool) -> Iterator[Row]:
     """The operators' rows by turns, so that a run cut short has measured some of each."""
-    iterators = [suite(op).rows("cuda", _IMPLS, quick) for op in OPERATORS]
+    iterators = [rows_of(op, "cuda", _IMPLS, quick) for op in OPERATORS]
     for turn in itertools.zip_longest(*iterators):
         yield from (row for row in turn if row is not None)
 

@@ -17,7 +17,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,27 @@ def untimeable(impl: str, device: torch.device | str, dtype: torch.dtype) -> str
         where = "Triton's interpreter" if impl == "triton" else "the emulator"
         return f"it would run in {where}, whose time says nothing about the kernels"
     return reason
+
+
+def compared(
+    plain: Callable[[], Any],
+    ours: Callable[[str], Callable[[], Any]],
+    impls: Sequence[str],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """A case's `candidates` and `skipped`: plain PyTorch, and `ours(impl)` for each of `impls` that
+    can be timed here.
+    """
+    candidates = {BASELINE: plain}
+    skipped = {}
+    for impl in impls:
+        reason = untimeable(impl, device, dtype)
+        if reason is None:
+            candidates[impl] = ours(impl)
+        else:
+            skipped[impl] = reason
+    return candidates, skipped
 
 
 def compare(

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("gptkernels.bench", reason="the benchmarks are not installed")
-
 from benchmarks import tune, tune_cases
 from gptkernels.bench import dry_run, predict, timing
 from gptkernels.core import native

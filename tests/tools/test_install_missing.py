@@ -196,7 +196,7 @@ def test_make_gpu_without_a_gpu_says_so_and_builds_nothing(target: str, tmp_path
         ("", True),
         ("--compiler nvcc", False),
         ("--compiler=nvcc", False),
-        ("--compiler candidates", False),
+        ("--compiler builds", False),
     ],
 )
 def test_make_gates_of_nvcc_leave_triton_out(arguments: str, triton: bool) -> None:
