@@ -4,6 +4,7 @@ is needed and nothing is launched (`gptkernels.bench.dry_run`).
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,8 +16,9 @@ from gptkernels.bench.dry_run import Direction, DryRun, Launched, Machine, Probl
 
 OPS: dict[str, Callable[..., Problem]] = {
     "attention": dry_run.attention,
+    "attention_varlen": functools.partial(dry_run.attention, varlen=True),
     "attention_decode": dry_run.attention_decode,
-    "mlp": dry_run.gelu_mlp,
+    "gelu_mlp": dry_run.gelu_mlp,
     "layer_norm": dry_run.layer_norm,
     "transformer_layer": dry_run.transformer_layer,
 }
@@ -50,8 +52,9 @@ def parse(op: str, words: Sequence[str], **options: Any) -> Problem:
 
 _EXAMPLES = {
     "attention": "2 8192 32 128 bf16",
+    "attention_varlen": "2 8192 32 128 bf16",
     "attention_decode": "64 1 8192 32 128 bf16",
-    "mlp": "8192 4096 16384 bf16",
+    "gelu_mlp": "8192 4096 16384 bf16",
     "layer_norm": "8192 4096 bf16",
     "transformer_layer": "8 512 768 12 3072 bf16",
 }
@@ -62,7 +65,7 @@ def lines(problem: Problem, machine: Machine) -> Iterator[str]:
     dtype = str(problem.dtype).removeprefix("torch.")
     yield f"{problem.op} {problem.text}, {dtype}"
     yield (
-        f"planned for {machine.arch}: {machine.name}, {machine.multiprocessors} multiprocessors; "
+        f"dry run for {machine.arch}: {machine.name}, {machine.multiprocessors} multiprocessors; "
         'impl="auto" picks torch, this is impl="cuda"'
     )
     yield from _layer_lines(problem)

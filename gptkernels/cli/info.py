@@ -1,0 +1,78 @@
+"""The command `gptkernels info`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gptkernels.cli import installed
+
+
+@click.command("info")
+@click.option(
+    "--explain",
+    "op",
+    metavar="OP",
+    help="attention, attention_varlen, attention_decode, gelu_mlp, layer_norm or "
+    "transformer_layer.",
+)
+@click.argument("sizes", nargs=-1, metavar="[SIZES... DTYPE]")
+@click.option("--arch", help="sm80 or sm90; default: this machine's GPU, or sm90 without one.")
+@click.option("--kv-heads", type=int, help="attention*: heads of k and v; default: H.")
+@click.option("--window", type=int, nargs=2, help="attention*: keys left and right; -1: all.")
+@click.option("--softcap", type=float, help="attention*.")
+@click.option("--alibi", is_flag=True, default=None, help="attention*.")
+@click.option("--keys", type=int, help="attention, attention_varlen; default: T.")
+@click.option(
+    "--causal/--no-causal",
+    default=None,
+    help="attention, attention_varlen: default yes; transformer_layer: default no.",
+)
+@click.option("--key-lengths", is_flag=True, default=None, help="attention.")
+@click.option("--deterministic", is_flag=True, default=None, help="attention, attention_varlen.")
+@click.option(
+    "--dropout",
+    "dropout_p",
+    type=float,
+    help="attention, attention_varlen, layer_norm, transformer_layer.",
+)
+@click.option("--residual", is_flag=True, default=None, help="layer_norm.")
+@click.option("--prenorm/--no-prenorm", default=None, help="layer_norm; default: yes.")
+@click.option(
+    "--bias/--no-bias",
+    default=None,
+    help="gelu_mlp, layer_norm, transformer_layer; default: yes.",
+)
+@click.option("--recompute", is_flag=True, default=None, help="gelu_mlp.")
+@click.option("--activation", help="transformer_layer: relu or gelu; default: relu.")
+@click.option("--norm-first", is_flag=True, default=None, help="transformer_layer.")
+@click.option("--mask", is_flag=True, default=None, help="transformer_layer: it gets a mask.")
+def command(op: str | None, sizes: tuple[str, ...], arch: str | None, **options: Any) -> None:
+    """What is installed, what can run here, and what is missing.
+
+    --explain OP shows which CUDA C++ kernels would run for a problem, with tiles, stages, grid,
+    waves and shared memory, and why the others would not. For a TransformerLayer it also shows
+    which parts are not fused, and why. No GPU is needed. "attention*" below means the three
+    attention ops. Examples:
+
+    \b
+        gptkernels info --explain attention B T H D bf16 --kv-heads 8 --no-causal
+        gptkernels info --explain attention_varlen B T H D bf16
+        gptkernels info --explain attention_decode B NEW_TOKENS CACHE H D bf16 --kv-heads 8
+        gptkernels info --explain gelu_mlp ROWS WIDTH INNER fp16
+        gptkernels info --explain layer_norm ROWS COLS fp32 --residual --arch sm80
+        gptkernels info --explain transformer_layer B T WIDTH HEADS INNER bf16 --activation gelu
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if op is None:
+        if sizes or arch or given:
+            raise ValueError("sizes and options need --explain OP, which is missing")
+        click.echo("\n".join(installed.lines()))
+        return
+    from gptkernels.bench import dry_run
+    from gptkernels.cli import explain
+
+    problem = explain.parse(op, sizes, **given)
+    for line in explain.lines(problem, dry_run.machine_here(arch)):
+        click.echo(line)
