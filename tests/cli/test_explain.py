@@ -292,8 +292,8 @@ def test_report_of_sequences_laid_end_to_end() -> None:
             "softmax",
             [],
             {},
-            "op must be one of attention, attention_varlen, attention_decode, gelu_mlp, layer_norm, "
-            "transformer_layer",
+            "op must be one of attention, attention_varlen, attention_decode, gelu_mlp, "
+            "layer_norm, transformer_layer",
         ),
         (
             "gelu_mlp",
