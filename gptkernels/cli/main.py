@@ -21,7 +21,7 @@ import gptkernels
 
 _SUMMARIES = {
     "info": "What is installed, what can run here, and what is missing.",
-    "verify": "Hold every operator to the truth: the parity table.",
+    "verify": "Compare every operator with its formulas in fp64: the parity table.",
     "bench": "Time the operators against plain PyTorch.",
     "demo": "Train a small GPT on real text, check it, time it, write a report.",
     "train": "Train a GPT on text files or token shards.",
@@ -67,7 +67,7 @@ def _missing(error: ImportError) -> str:
 
 
 def _is_deliberate(error: BaseException) -> bool:
-    """Whether one of this package's own `raise` statements made the error: else it is a bug."""
+    """Whether a `raise` statement of this package made the error; any other error is a bug."""
     frame = error.__traceback__
     if frame is None:
         return False
@@ -85,7 +85,7 @@ class _Commands(click.Group):
     """
 
     def invoke(self, context: click.Context) -> Any:
-        # Here, because click itself would exit with 1, as a failed check does.
+        # Caught here, because click would exit with 1, which says that a check failed.
         try:
             return super().invoke(context)
         except BrokenPipeError:
