@@ -53,7 +53,7 @@ _GRACE_S = 10.0  # after its time a process is stopped
 _STUCK_S = 90.0  # so is one that has added no row for so long: a kernel waits for itself
 _POLL_S = 0.2
 _OUT_OF_TIME, _POISONED = 3, 4  # exit codes of a process; the latter: its GPU takes no more calls
-# Of a row: what can be had again by going on.
+# Statuses of rows that another run does again.
 _UNFINISHED = ("started", "unfinished")
 
 
@@ -397,7 +397,7 @@ def table(rows: Rows) -> Iterator[str]:
     yield "| case | best of ours | measured | predicted | share | beside the best peer | error |"
     yield "| --- | --- | ---: | ---: | ---: | --- | --- |"
     for name in dict.fromkeys(key[:3] for key in rows.found if key[0] != "ceiling"):
-        # Also a row of a problem whose inputs did not fit, which has no cases.
+        # A problem whose inputs did not fit has a row, though it has no cases.
         ours = [row for key, row in rows.found.items() if key[:3] == name and row["kind"] != "peer"]
         timed = [row for row in ours if row["status"] == "timed"]
         case = " ".join(filter(None, name))
@@ -405,7 +405,7 @@ def table(rows: Rows) -> Iterator[str]:
             statuses = ", ".join(sorted({row["status"] for row in ours})) or "not tried"
             yield f"| {case} | none: {statuses} | | | | | |"
             continue
-        # By the ratio where there is one: both were timed in alternation.
+        # The ratio is compared first, because it comes from calls that alternated.
         best = max(timed, key=lambda row: (row.get("ratio") or 0.0, -row["time_s"]))
         chosen = " (the rule's)" if best["chosen"] else ""
         peer = f"{best['ratio']:.2f}x {best['peer']}" if best.get("ratio") else "no peer ran"

@@ -127,7 +127,7 @@ def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine)
     )  # fmt: skip
 
     with torch.no_grad():
-        # Not ours, whose mistakes would be found twice.
+        # PyTorch computes these, so that a mistake of our forward kernel is not counted here too.
         out, lse = gptkernels.attention(q, k, v, **sees, return_lse=True, impl="torch")
 
     def differentiate(build: int) -> Any:
@@ -193,7 +193,7 @@ def _mlp(problem: Problem, device: torch.device, machine: dry_run.Machine) -> It
         mlp_kernels.linear_bwd(dh, w1, out=dx, build=build)
         return (dx,)
 
-    # Of each product: its rows, inner size and columns; ours; cuBLAS's; the same written out.
+    # Of each product: direction, number, (m, n, k), our kernel, cuBLAS's, and the same written out.
     forward, backward = problem.directions
     listed: list[tuple[Any, int, tuple[int, int, int], Any, Call, Any]] = [
         (forward, 0, (M, inner, C), gelu, lambda: torch.mm(x, w1.T),

@@ -14,7 +14,7 @@ import torch
 from gptkernels.bench import dry_run
 from gptkernels.bench.dry_run import Direction, DryRun, Launched, Machine, Problem
 
-# Of each op: what makes a problem of sizes and options, and sizes for example.
+# For each op: the function that makes a problem from sizes and options, and an example of sizes.
 _OPS: dict[str, tuple[Callable[..., Problem], str]] = {
     "attention": (dry_run.attention, "2 8192 32 128 bf16"),
     "attention_varlen": (

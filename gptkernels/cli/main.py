@@ -32,7 +32,7 @@ _SUMMARIES = {
 def run(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits the process."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A model may write any character, and a terminal may not know all of them.
+        # A model may write characters that the terminal cannot show.
         sys.stdout.reconfigure(errors="replace")
     try:
         code = commands.main(arguments, prog_name="gptkernels", standalone_mode=False)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gptkernels.gpt.generation.engine import Event, Request
     from gptkernels.gpt.tokenizer import Tokenizer
 
-# Lines that are read ahead of those in work.
+# How many lines are read before they are needed.
 _AHEAD = 64
 
 

@@ -44,8 +44,8 @@ class _Shape:
         return [self.tokens * (b + 1) // self.batch for b in range(self.batch)]
 
 
-# A model of 64 heads on 8 alone and in a batch, at lengths of their own, in pages, and with a few
-# tokens to verify at a time; GPT-2's heads.
+# 64 query heads on 8 key heads: one sequence, longer, a batch, ragged lengths, a paged cache, 8
+# new tokens at a time; GPT-2's heads.
 GPU_SHAPES = (
     _Shape(1, 8192, 64, 8, 128),
     _Shape(1, 32768, 64, 8, 128),

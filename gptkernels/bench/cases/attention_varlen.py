@@ -43,8 +43,8 @@ def _evenly(count: int, longest: int) -> tuple[int, ...]:
     return tuple(longest * (b + 1) // count for b in range(count))
 
 
-# Documents of GPT-2's; of a model of 32 heads on 8, long; one long one among many short, whose
-# padded batch no GPU would hold.
+# Short documents with GPT-2's heads; long ones with 32 query heads on 8 key heads; a long document
+# among many short ones, whose padded batch fits on no GPU.
 GPU_SHAPES = (
     _Shape(_evenly(32, 1024), 12, 12, 64),
     _Shape(_evenly(8, 8192), 32, 8, 128),

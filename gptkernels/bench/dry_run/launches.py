@@ -87,7 +87,7 @@ class Direction:
         own = pick(rule.launches)
         found = [] if own.built else [(-1, rule, True)]
         widths = {}
-        # Elsewhere no build can run.
+        # The builds are made for Hopper alone.
         builds = self.builds() if machine.arch == "sm90" else []
         for index, build in enumerate(builds):
             try:
@@ -96,7 +96,7 @@ class Direction:
                 continue
             found.append((index, made, pick(made.launches) == own))
             widths[index] = build["head_width"]
-        # One for wider heads than need be can take them, and only loses.
+        # A build for wider heads can run too, but is never faster.
         least = min(widths.values(), default=0)
         return [way for way in found if widths.get(way[0], least) == least]
 
@@ -114,5 +114,5 @@ class Problem:
     dtype: torch.dtype
     sizes: dict[str, int]
     directions: tuple[Direction, ...]
-    # What of a layer runs as PyTorch's own operators, and why; None: an op, which is one kernel's.
+    # Parts of a layer that run as PyTorch's own operators, and why; None for an op.
     not_fused: dict[str, str] | None = None

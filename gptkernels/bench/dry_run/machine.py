@@ -36,7 +36,7 @@ def machine_here(arch: str | None = None) -> Machine:
         raise ValueError(f"arch must be {' or '.join(MACHINES)}, got {arch!r}")
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
-        # What is newer than Hopper or in between runs as sm_80 does.
+        # Every other GPU runs the kernels for sm80.
         here = "sm90" if (found.major, found.minor) == (9, 0) else "sm80"
         if arch in (None, here):
             known = MACHINES[here]

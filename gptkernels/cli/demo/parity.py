@@ -65,7 +65,7 @@ def _interpreter() -> Iterator[Callable[[], list[Row]]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         process = subprocess.Popen(
-            # -P: the package that runs here, not another that lies in the current folder
+            # -P: a package gptkernels in the current folder must not replace the one that runs here
             [
                 sys.executable,
                 "-P",
@@ -85,7 +85,7 @@ def _interpreter() -> Iterator[Callable[[], list[Row]]]:
         def finish() -> list[Row]:
             try:
                 _, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-                # What it did not reach although it had the time is as bad as a wrong result.
+                # It had the time: rows that it did not reach count as failed.
                 status = "fail"
                 ended = (errors.strip().splitlines() or ["no message"])[-1]
                 reason = f"{_INTERPRETER_COMMAND} ended with {process.returncode}: {ended}"

@@ -56,7 +56,7 @@ def train_model(
     on_gpu = choose_device(device).type == "cuda"
     model = GPU_MODEL if on_gpu else CPU_MODEL
     config = TrainConfig(
-        # On a CPU the clock ends the run; a GPU would read the text a hundred times by then.
+        # On a CPU the minutes end the run; a GPU could read the text a hundred times in them.
         steps=2000 if on_gpu else 10**6,
         minutes=minutes,
         batch_size=64 if on_gpu else CPU_BATCH,
@@ -71,7 +71,7 @@ def train_model(
         seed=seed,
     )
     content = manual() if text is None else data.read_text([text])
-    # All that can be refused, before anything is removed.
+    # Everything that can be refused is refused before anything is removed.
     tokens = data.tokenize(content, ByteTokenizer())
     data.split(tokens, config.validation_fraction, model.block_size)
     figure_class()

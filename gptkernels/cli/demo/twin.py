@@ -40,7 +40,7 @@ def twin_table(trained: Training, console: Console) -> list[Row]:
         )
     rows = []
     for kind, measurements in measured.items():
-        # The one that comes closest to its limit speaks for all of its kind.
+        # Of each kind the tensor that is nearest to its limit is shown.
         worst = max(measurements, key=lambda m: m.error / m.limit if m.limit else 0.0)
         passed = all(m.passed for m in measurements)
         rows.append(
