@@ -2,8 +2,8 @@
 
 1. every test that is marked `gpu`: the native kernels and a GPT against the truth, repeated,
    captured, on side streams (`tests/bench/test_gpu.py`); the CUDA kernels' building blocks against
-   cases worked by hand, which the emulator is held to as well (`test_emulator.py`, `test_clusters.py`,
-   `test_hopper.py` and `test_tma.py` in `tests/emulator`);
+   cases worked by hand, which the emulator is held to as well (test_emulator.py, test_clusters.py,
+   test_hopper.py and test_tma.py in `tests/emulator`);
 2. the parity table of `gptkernels verify`;
 3. the CUDA C++ kernels, where they are built, beside the emulator (benchmarks/twins.py);
 4. the same kernels under compute-sanitizer's memcheck and racecheck, where it is and can run;
