@@ -15,7 +15,7 @@ RESULTS ?= benchmarks/results
 TRITON_ASIDE ?= 3.6.0 3.9.0
 # Workers of the test suite.
 JOBS ?= 2
-# Compiled kernels, so that no two of an install, the gates and the tests compile the same one.
+# Compiled objects, which installs, gates and tests share: none compiles what another has compiled.
 export GPTKERNELS_OBJECT_CACHE ?= $(CURDIR)/build/objects
 # More arguments for the command behind a target, such as ARGS="--text book.txt".
 ARGS ?=
@@ -28,7 +28,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 endif
 
-# Where no GPU is, an install leaves the CUDA kernels out: nothing would run what takes minutes to compile.
+# Without a GPU an install leaves the CUDA kernels out: compiling takes minutes, and nothing could run them.
 gpu_here := nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
 define for_this_machine
 if ! { $(gpu_here); }; then export GPTKERNELS_BUILD_CUDA="$${GPTKERNELS_BUILD_CUDA:-0}"; fi

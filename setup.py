@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
-# Build front ends run this file with no folder of the sources on the path.
+# Build front ends run this file without its folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
 
 import extension

@@ -1,9 +1,9 @@
 """`make gpu`: what a few minutes on a machine with an NVIDIA GPU can tell, most valuable first.
 
 1. every test that is marked `gpu`: the native kernels and a GPT against the truth, repeated,
-   captured, on side streams (`tests/test_gpu.py`); the CUDA kernels' building blocks against cases
-   worked by hand, which the emulator is held to as well (`tests/test_emulator.py`, and those of
-   Hopper's own: `tests/test_clusters.py`, `test_hopper.py`, `test_tma.py`);
+   captured, on side streams (`tests/bench/test_gpu.py`); the CUDA kernels' building blocks against
+   cases worked by hand, which the emulator is held to as well (test_emulator.py, test_clusters.py,
+   test_hopper.py and test_tma.py in `tests/emulator`);
 2. the parity table of `gptkernels verify`;
 3. the CUDA C++ kernels, where they are built, beside the emulator (benchmarks/twins.py);
 4. the same kernels under compute-sanitizer's memcheck and racecheck, where it is and can run;
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from gptkernels.bench import OPERATORS, suite
+from gptkernels.bench import OPERATORS, rows_of
 from gptkernels.bench.report import Row, environment, figures, recorded, write_json
 from gptkernels.core.choice import unavailable
 
@@ -93,11 +93,11 @@ def _all(results: Path, seconds: float) -> int:
     def until(share: float) -> float:
         return started + share * seconds
 
-    # Side by side, since nearly all of the time goes to compiling, on the CPU.
+    # Side by side, because compiling on the CPU takes nearly all of the time.
     shares = _shares(os.cpu_count() or 1)
     tests = [_test_part(k, shares, results / f"tests_{k}.json") for k in range(1, shares + 1)]
     right = _run(tests, until(_TESTS_END), results / "tests.json")
-    # Compiled by now. One process an operator, so that one's fault does not take the others along.
+    # The kernels are compiled by now. Each operator has a process, so that a crash stops no other.
     parity = [
         _own_part(f"parity of {op}", results / f"parity_{op}.json", "--part=parity", f"--op={op}")
         for op in OPERATORS
@@ -110,7 +110,7 @@ def _all(results: Path, seconds: float) -> int:
         right &= _sanitize(until(_SANITIZED_END), results / "sanitizer.json")
     else:
         print(f"=== twins and compute-sanitizer: skipped, {reason}", flush=True)
-    # Timed alone.
+    # One after the other: what runs beside a kernel would change its time.
     for name, end, extra in (("quick", _QUICK_END, ["--quick"]), ("full", 1.0, [])):
         path = results / f"speed_{name}.json"
         _run([_own_part(f"speed, {name}", path, "--part=speed", *extra)], until(end), path)
@@ -132,7 +132,7 @@ def _shares(cpus: int) -> int:
 
 
 def _test_part(share: int, shares: int, path: Path) -> _Part:
-    # No conftest: it serves the whole suite, and asks for packages that this run can do without.
+    # Without conftest.py, which needs packages that this run can do without.
     choice = ["--noconftest", "-p", "no:cacheprovider", "-m", "gpu", *map(str, _TESTS)]
     record = ["-p", "benchmarks.record", f"--record={path}", f"--share={share}/{shares}"]
     name = f"tests, share {share} of {shares}"
@@ -153,7 +153,7 @@ def _run(parts: list[_Part], end: float, together: Path) -> bool:
     file `together`, and tells whether all passed.
     """
     with contextlib.ExitStack() as stack:
-        # Files, since a pipe that nobody reads yet would fill up and stop its process.
+        # Files, because a pipe that nobody reads fills up and blocks its process.
         outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in parts]
         processes = [
             subprocess.Popen(
@@ -204,7 +204,8 @@ def _sanitize(end: float, path: Path) -> bool:
     parts = []
     for tool, op in itertools.product(("memcheck", "racecheck"), OPERATORS):
         record = path.with_name(f"sanitizer_{tool}_{op}.json")
-        # Kernels of namespace gk; and every tensor in an allocation of its own, whose end shows.
+        # Only kernels of namespace gk. Each tensor gets its own allocation (below), so that an
+        # access past its end is found.
         before = (program, f"--tool={tool}", "--error-exitcode=1", "--kernel-name=kns=_ZN2gk")
         arguments = ["benchmarks.gpu", "--part=sanitized", f"--op={op}"]
         variables = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
@@ -260,7 +261,7 @@ def _speed(quick: bool, path: Path) -> int:
 
 def _interleaved(quick: bool) -> Iterator[Row]:
     """The operators' rows by turns, so that a run cut short has measured some of each."""
-    iterators = [suite(op).rows("cuda", _IMPLS, quick) for op in OPERATORS]
+    iterators = [rows_of(op, "cuda", _IMPLS, quick) for op in OPERATORS]
     for turn in itertools.zip_longest(*iterators):
         yield from (row for row in turn if row is not None)
 

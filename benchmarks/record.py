@@ -42,7 +42,7 @@ class _Recorder:
         write_json(path, self.content)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # A test that passes reports three times; setup and teardown matter when they go wrong.
+        # pytest reports setup, call and teardown; setup and teardown matter only when they fail.
         if report.when != "call" and report.outcome == "passed":
             return
         row: dict[str, Any] = {

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from gptkernels.bench import OPERATORS, suite
+from gptkernels.bench import OPERATORS, cases_of
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _calls() -> Iterator[Any]:
     for op in OPERATORS:
-        for case in suite(op).cases(_DEVICE, ("triton", "torch"), quick=True):
+        for case in cases_of(op, _DEVICE, ("triton", "torch"), quick=True):
             group = f"{op} {case.shape} {case.dtype} {case.direction}"
             for impl, call in case.candidates.items():
                 yield pytest.param(

@@ -19,10 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
-import hashlib
-import json
 import math
 import signal
 import subprocess
@@ -35,8 +32,9 @@ from typing import Any
 import torch
 
 from benchmarks import tune_cases
+from benchmarks.tune_rows import Rows, best_peer, here, now, say, table
 from gptkernels.bench import dry_run, predict, timing
-from gptkernels.bench.report import Row, commit, environment, seconds, write_json
+from gptkernels.bench.report import Row, environment, write_json
 from gptkernels.core import native
 
 # One process each, in this order: the most valuable problem of every operator, then the others.
@@ -53,74 +51,6 @@ _GRACE_S = 10.0  # after its time a process is stopped
 _STUCK_S = 90.0  # so is one that has added no row for so long: a kernel waits for itself
 _POLL_S = 0.2
 _OUT_OF_TIME, _POISONED = 3, 4  # exit codes of a process; the latter: its GPU takes no more calls
-# Of a row: what can be had again by going on.
-_UNFINISHED = ("started", "unfinished")
-
-
-class Rows:
-    """The rows of a file, one a line, of which those count that are about these kernels here."""
-
-    def __init__(self, path: Path, here: dict[str, Any]) -> None:
-        self.path, self.here = path, here
-        self.found: dict[tuple[str, ...], Row] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # the last line of a run that was stopped
-                    continue
-                if _about(row, here):
-                    self.found[_key(row)] = row
-
-    def add(self, **row: Any) -> Row:
-        """Writes a row, which replaces one of the same name."""
-        full = {"time": _now(), **self.here, **row}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # On a line of its own, also after a line that was cut short.
-        with open(self.path, "a+b") as file:
-            end = file.seek(0, 2)
-            if end:
-                file.seek(end - 1)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(full).encode() + b"\n")
-        self.found[_key(full)] = full
-        return full
-
-    def get(self, *key: str) -> Row | None:
-        """The row called so, unless it was never finished."""
-        row = self.found.get(key)
-        return None if row is None or row["status"] in _UNFINISHED else row
-
-    def started(self) -> list[Row]:
-        """Rows at which a process ended."""
-        return [row for row in self.found.values() if row["status"] == "started"]
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return tuple(str(row.get(name, "")) for name in ("op", "problem", "direction", "way"))
-
-
-def _about(row: Row, here: dict[str, Any]) -> bool:
-    """The same GPU and the same kernels: by the extension's content, or by a commit without
-    changes."""
-    if row.get("gpu") != here["gpu"]:
-        return False
-    unchanged = here["commit"] and not here["commit"].endswith("+changes")
-    return row.get("build") == here["build"] or bool(
-        unchanged and row.get("commit") == here["commit"]
-    )
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def here(device: torch.device) -> dict[str, Any]:
-    """What rows are about: the GPU, the commit, and the extension by its content."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    build = hashlib.sha256(Path(native.dry_run_module().__file__).read_bytes()).hexdigest()[:12]
-    return {"gpu": gpu, "commit": commit(), "build": build}
 
 
 # ---- one process
@@ -141,7 +71,7 @@ def run_part(op: str, which: str, rows: Rows, device: torch.device, until: float
                         return _POISONED
         except torch.OutOfMemoryError as error:  # of the inputs: the other problems may fit
             head = {"op": op, "problem": problem.text, "kind": "inputs", "status": "skipped"}
-            _print(rows.add(**head, direction="", way="", reason=_sentence(error)))
+            say(rows.add(**head, direction="", way="", reason=_sentence(error)))
     return 0
 
 
@@ -199,9 +129,9 @@ def _time_peer(case: tune_cases.Case, peer: str, rows: Rows, device: torch.devic
         call = case.peers[peer]()
         timed = timing.compare({peer: call}, device=device, budget_s=_BUDGET_S)[peer]
     except Exception as error:  # not importable, or not for this problem
-        _print(rows.add(**head, status="skipped", reason=_sentence(error)))
+        say(rows.add(**head, status="skipped", reason=_sentence(error)))
         return
-    _print(rows.add(**head, status="timed", **_figures(case, timed, rows, device)))
+    say(rows.add(**head, status="timed", **_figures(case, timed, rows, device)))
 
 
 def _try_way(
@@ -223,14 +153,14 @@ def _try_way(
         measured = case.check(way.call())
     except torch.OutOfMemoryError as error:  # the truth takes more than the kernel
         torch.cuda.empty_cache()
-        _print(rows.add(**head, status="skipped", reason=_sentence(error)))
+        say(rows.add(**head, status="skipped", reason=_sentence(error)))
         return
     except Exception as error:
-        _print(rows.add(**head, status="failed", reason=_sentence(error)))
+        say(rows.add(**head, status="failed", reason=_sentence(error)))
         return
     head |= {"error": _finite(measured.error), "limit": _finite(measured.limit)}
     if not measured.passed:
-        _print(rows.add(**head, status="wrong"))
+        say(rows.add(**head, status="wrong"))
         return
     calls = {way.name: way.call}
     best = best_peer(case.op, case.problem, case.direction, rows)
@@ -239,26 +169,14 @@ def _try_way(
             calls[best] = case.peers[best]()
         timed = timing.compare(calls, device=device, budget_s=_BUDGET_S)
     except Exception as error:
-        _print(rows.add(**head, status="failed", reason=_sentence(error)))
+        say(rows.add(**head, status="failed", reason=_sentence(error)))
         return
     beside = {}
     if best is not None:
         peer_s = timed[best].median_s
         beside = {"peer": best, "peer_s": peer_s, "ratio": peer_s / timed[way.name].median_s}
     figures = _figures(case, timed[way.name], rows, device)
-    _print(rows.add(**head, status="timed", **figures, **beside))
-
-
-def best_peer(op: str, problem: str, direction: str, rows: Rows) -> str | None:
-    """The name of the fastest that ran; None where none did."""
-    ran = [
-        row
-        for key, row in rows.found.items()
-        if key[:3] == (op, problem, direction)
-        and row["kind"] == "peer"
-        and row["status"] == "timed"
-    ]
-    return min(ran, key=lambda row: row["time_s"])["way"] if ran else None
+    say(rows.add(**head, status="timed", **figures, **beside))
 
 
 def _figures(
@@ -293,23 +211,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no others
 
 
-def _print(row: Row) -> None:
-    said = f"{row['op']} {row['problem']} {row['direction']}: {row['way']}: {row['status']}"
-    if row["status"] == "timed":
-        said += f" {seconds(row['time_s'])}, {_rate(row)}, {100 * row['share']:.0f}%"
-        if row.get("ratio"):
-            said += f", {row['ratio']:.2f}x {row['peer']}"
-    if row.get("reason"):
-        said += f" ({row['reason']})"
-    print(said, flush=True)
-
-
-def _rate(row: Row) -> str:
-    if row["flops"]:
-        return f"{row['rate'] / 1e12:.0f} TFLOP/s"
-    return f"{row['rate'] / 1e9:.0f} GB/s"
-
-
 # ---- all of them
 
 
@@ -323,7 +224,7 @@ def run(results: Path, until: float, about: dict[str, Any]) -> int:
     # Nothing runs yet: at these an earlier run ended as a whole.
     before = Rows(path, about)
     for row in before.started():
-        before.add(**(row | {"status": "unfinished", "reason": "the run ended", "time": _now()}))
+        before.add(**(row | {"status": "unfinished", "reason": "the run ended", "time": now()}))
     complete = True
     for op, which in PARTS:
         complete &= _run_part_apart(op, which, results, path, until, about)
@@ -340,7 +241,7 @@ def run(results: Path, until: float, about: dict[str, Any]) -> int:
     print(f"Rows are in {path}, the table in {results / 'tune.json'}")
     broken = [row for row in rows.found.values() if row["status"] in ("wrong", "failed", "crashed")]
     for row in broken:
-        _print(row)
+        say(row)
     return 0 if complete and not broken else 1
 
 
@@ -355,7 +256,7 @@ def _run_part_apart(
         crashed = rows.started()
         for row in crashed:
             status = "unfinished" if code == _OUT_OF_TIME else "crashed"
-            _print(rows.add(**(row | {"status": status, "reason": ended, "time": _now()})))
+            say(rows.add(**(row | {"status": status, "reason": ended, "time": now()})))
         if code == 0:
             return True
         if code == _OUT_OF_TIME:
@@ -390,31 +291,6 @@ def _wait(process: subprocess.Popen[Any], path: Path, until: float) -> tuple[int
 def _command(op: str, which: str, results: Path, until: float) -> list[str]:
     part = [f"--part={op}", f"--which={which}", f"--until={until}", f"--results={results}"]
     return [sys.executable, "-P", "-m", "benchmarks.tune", *part]
-
-
-def table(rows: Rows) -> Iterator[str]:
-    """Markdown: of each case the best of our kernels, beside the best peer."""
-    yield "| case | best of ours | measured | predicted | share | beside the best peer | error |"
-    yield "| --- | --- | ---: | ---: | ---: | --- | --- |"
-    for name in dict.fromkeys(key[:3] for key in rows.found if key[0] != "ceiling"):
-        # Also a row of a problem whose inputs did not fit, which has no cases.
-        ours = [row for key, row in rows.found.items() if key[:3] == name and row["kind"] != "peer"]
-        timed = [row for row in ours if row["status"] == "timed"]
-        case = " ".join(filter(None, name))
-        if not timed:
-            statuses = ", ".join(sorted({row["status"] for row in ours})) or "not tried"
-            yield f"| {case} | none: {statuses} | | | | | |"
-            continue
-        # By the ratio where there is one: both were timed in alternation.
-        best = max(timed, key=lambda row: (row.get("ratio") or 0.0, -row["time_s"]))
-        chosen = " (the rule's)" if best["chosen"] else ""
-        peer = f"{best['ratio']:.2f}x {best['peer']}" if best.get("ratio") else "no peer ran"
-        predicted = seconds(best["predicted_s"])
-        yield (
-            f"| {case} | {best['way']}{chosen} | {seconds(best['time_s'])}, {_rate(best)} "
-            f"| {predicted} | {100 * best['share']:.0f}% | {peer} "
-            f"| {best['error']:.1e} of {best['limit']:.1e} |"
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gptkernels
-from gptkernels.bench import dry_run, predict
+from gptkernels.bench import dry_run, peers, predict
+from gptkernels.bench.cases.workload import normal
 from gptkernels.bench.dry_run import Problem
+from gptkernels.bench.peers import Call, Peers
 from gptkernels.ops.attention import cuda as attention_kernels
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.gelu_mlp import cuda as mlp_kernels
 from gptkernels.ops.layer_norm import cuda as layer_norm_kernels
 from gptkernels.truth import baseline, parity, reference
 
-Call = Callable[[], Any]
 _K = {"forward": parity.K_FORWARD, "backward": parity.K_GRADIENT}
 _EDGE_ROWS = 64  # of the MLP's products, at either end
 
@@ -54,7 +54,7 @@ class Case:
     bytes: float
     ways: list[Way]
     check: Callable[[Any], parity.Measurement]
-    peers: dict[str, Callable[[], Call]] = field(default_factory=dict)
+    peers: Peers = field(default_factory=dict)
 
 
 def cases(problem: Problem, device: torch.device, machine: dry_run.Machine) -> Iterator[Case]:
@@ -88,15 +88,6 @@ def _measured(
     return max(found, key=lambda m: m.error / m.limit if m.limit else float(m.error > 0))
 
 
-def _randn(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*sizes: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(sizes, generator=generator, device=device) * scale).to(dtype)
-
-    return draw
-
-
 # ---- attention
 
 
@@ -104,7 +95,7 @@ def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine)
     sizes = problem.sizes
     B, T, Tk, H, Hk, D = (sizes[name] for name in ("B", "T", "Tk", "H", "Hk", "D"))
     left, right = sizes["left"], sizes["right"]
-    draw = _randn(device, problem.dtype)
+    draw = normal(device, problem.dtype)
     q, k, v = draw(B, T, H, D), draw(B, Tk, Hk, D), draw(B, Tk, Hk, D)
     dout = draw(B, T, H, D)
     sees: dict[str, Any] = dict(causal=right == 0, window=(left, right) if left >= 0 else None)
@@ -131,11 +122,11 @@ def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine)
         "attention", problem.text, "forward", problem.dtype,
         predict.attention_flops(sizes, 2), 2 * of_q + 2 * of_k,
         _ways(forward, machine, predict.main_launch, attend), check,
-        _attention_peers(q, k, v, None, sees),
+        peers.attention(q, k, v, None, sees),
     )  # fmt: skip
 
     with torch.no_grad():
-        # Not ours, whose mistakes would be found twice.
+        # PyTorch computes these, so that a mistake of our forward kernel is not counted here too.
         out, lse = gptkernels.attention(q, k, v, **sees, return_lse=True, impl="torch")
 
     def differentiate(build: int) -> Any:
@@ -165,54 +156,8 @@ def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine)
         "attention", problem.text, "backward", problem.dtype,
         predict.attention_flops(sizes, 5), 4 * of_q + 4 * of_k,
         _ways(backward, machine, predict.main_launch, differentiate), check_gradients,
-        _attention_peers(q, k, v, dout, sees),
+        peers.attention(q, k, v, dout, sees),
     )  # fmt: skip
-
-
-def _attention_peers(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, sees: dict[str, Any]
-) -> dict[str, Callable[[], Call]]:
-    """PyTorch's backends, FlashAttention 3 and 4. With dout, their backward passes alone."""
-    if sees["window"] is not None:  # which PyTorch's have no option for
-        return {}
-    causal = sees["causal"]
-
-    def made(attention: Callable[..., Any]) -> Call:
-        if dout is None:
-            return lambda: attention(q, k, v)
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        result = attention(*leaves)
-        out = result[0] if isinstance(result, tuple) else result
-        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
-
-    def sdpa(backend: SDPBackend) -> Call:
-        def attention(*tensors: Tensor) -> Tensor:
-            query, key, value = (x.transpose(1, 2) for x in tensors)
-            grouped = query.shape[1] != key.shape[1]
-            with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(
-                    query, key, value, is_causal=causal, enable_gqa=grouped
-                )
-            return out.transpose(1, 2)
-
-        return made(attention)
-
-    def flash_3() -> Call:
-        from flash_attn_interface import flash_attn_func
-
-        return made(lambda *tensors: flash_attn_func(*tensors, causal=causal))
-
-    def flash_4() -> Call:
-        from flash_attn.cute import flash_attn_func
-
-        return made(lambda *tensors: flash_attn_func(*tensors, causal=causal))
-
-    return {
-        "SDPA cuDNN": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION),
-        "SDPA flash": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
-        "FlashAttention-4": flash_4,
-        "FlashAttention-3": flash_3,
-    }
 
 
 # ---- the MLP
@@ -220,7 +165,7 @@ def _attention_peers(
 
 def _mlp(problem: Problem, device: torch.device, machine: dry_run.Machine) -> Iterator[Case]:
     M, C, inner = (problem.sizes[name] for name in ("M", "C", "F"))
-    draw = _randn(device, problem.dtype)
+    draw = normal(device, problem.dtype)
     x, dy = draw(M, C), draw(M, C)
     w1, w2 = draw(inner, C, scale=C**-0.5), draw(C, inner, scale=inner**-0.5)
     b1, b2 = draw(inner), draw(C)
@@ -246,7 +191,7 @@ def _mlp(problem: Problem, device: torch.device, machine: dry_run.Machine) -> It
         mlp_kernels.linear_bwd(dh, w1, out=dx, build=build)
         return (dx,)
 
-    # Of each product: its rows, inner size and columns; ours; cuBLAS's; the same written out.
+    # Of each product: direction, number, (m, n, k), our kernel, cuBLAS's, and the same written out.
     forward, backward = problem.directions
     listed: list[tuple[Any, int, tuple[int, int, int], Any, Call, Any]] = [
         (forward, 0, (M, inner, C), gelu, lambda: torch.mm(x, w1.T),
@@ -347,7 +292,7 @@ def _same(x: Any) -> Any:
 
 def _layer_norm(problem: Problem, device: torch.device, machine: dry_run.Machine) -> Iterator[Case]:
     rows, cols = problem.sizes["rows"], problem.sizes["cols"]
-    draw = _randn(device, problem.dtype)
+    draw = normal(device, problem.dtype)
     x, dy, weight, bias = draw(rows, cols), draw(rows, cols), draw(cols), draw(cols)
     residual = draw(rows, cols) if problem.sizes["residual"] else None
     inputs = [t for t in (x, weight, bias, residual) if t is not None]
@@ -380,7 +325,7 @@ def _layer_norm(problem: Problem, device: torch.device, machine: dry_run.Machine
     yield Case(
         "layer_norm", problem.text, "forward", problem.dtype, 0.0,
         (2 if residual is None else 4) * size, _ways(forward, machine, first, normalise), check,
-        _layer_norm_peers(functools.partial(through), inputs, None),
+        peers.layer_norm(through, inputs, None),
     )  # fmt: skip
 
     _, s, mean, rstd = normalise(-1)
@@ -405,38 +350,5 @@ def _layer_norm(problem: Problem, device: torch.device, machine: dry_run.Machine
     yield Case(
         "layer_norm", problem.text, "backward", problem.dtype, 0.0,
         (3 if residual is None else 4) * size, _ways(backward, machine, first, differentiate),
-        check_gradients, _layer_norm_peers(functools.partial(through), inputs, cotangents),
+        check_gradients, peers.layer_norm(through, inputs, cotangents),
     )  # fmt: skip
-
-
-def _layer_norm_peers(
-    through: Callable[..., list[Tensor]], inputs: list[Tensor], cotangents: list[Tensor] | None
-) -> dict[str, Callable[[], Call]]:
-    """Eager, torch.compile; Liger and quack where there is no residual, which they do not take.
-    With cotangents, their backward passes alone."""
-
-    def made(layer_norm: Callable[..., Any]) -> Call:
-        if cotangents is None:
-            return lambda: through(layer_norm, *inputs)
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        outputs = through(layer_norm, *leaves)
-        return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
-
-    def liger() -> Call:
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-
-        return made(lambda x, w, b, **_: LigerLayerNormFunction.apply(x, w, b, 1e-5))
-
-    def quack() -> Call:
-        from quack.layernorm import layernorm_fwd
-
-        if cotangents is not None:
-            raise NotImplementedError("it has no backward pass")
-        x, weight, bias = inputs
-        return lambda: layernorm_fwd(x, weight.float(), bias.float())
-
-    found = {
-        "torch.compile": lambda: made(torch.compile(baseline.layer_norm, dynamic=False)),
-        "eager PyTorch": lambda: made(baseline.layer_norm),
-    }
-    return found if len(inputs) > 3 else found | {"Liger": liger, "quack": quack}

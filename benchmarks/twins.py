@@ -60,7 +60,7 @@ def emulate(op: str, seed: int, path: Path) -> Results:
     """`results` of the emulator, from a process that runs it. Raises CalledProcessError."""
     command = [sys.executable, "-P", "-m", "benchmarks.twins", "--save", f"--op={op}"]
     command += [f"--seed={seed}", "--device=cpu", f"--results={path}"]
-    # As the GPU that is here, so that both run the same kernels.
+    # The emulator stands for the GPU that is here, so that both run the same kernels.
     added = {"GPTKERNELS_EMULATE": "1", native.ARCH_VARIABLE: dry_run.machine_here().arch}
     subprocess.run(command, env=os.environ | added, check=True)
     return torch.load(path, weights_only=True)
@@ -126,7 +126,7 @@ def _run(
         drawn = dict(rng=rng) if "dropout_p" in case.options else {}
         returned = getattr(module, case.op)(**leaves, **case.options, **drawn)
     else:
-        # PyTorch draws other numbers on each device.
+        # PyTorch draws different numbers on each device.
         with mock.patch.object(philox, "draw", return_value=rng):
             function = getattr(gptkernels, case.op)
             returned = function(**leaves, **case.options, **case.op_options, impl=impl)

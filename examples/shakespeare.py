@@ -1,12 +1,12 @@
 """A character model on tinyshakespeare, and the same model in plain PyTorch beside it.
 
-    python -m examples.shakespeare TEXT --out DIR
+    python examples/shakespeare.py TEXT --out DIR
 
 10.8 million parameters (6 layers, 6 heads, width 384), bytes, contexts of 128 tokens, no dropout.
-First `gptkernels.gpt.training.train.train`, then plain_gpt.py's model from the same initial
-weights, on the same batches in the same order, with the same optimiser and learning rates. What
-then separates the two curves is rounding, which training amplifies; nothing does where PyTorch's
-own operators run.
+First `gptkernels.gpt.training.train.train` trains a GPT. Then `gptkernels.truth.plain_gpt.PlainGPT`
+is trained from the same initial weights, on the same batches in the same order, with the same
+optimiser and learning rates. Only rounding separates the two curves, and training amplifies it;
+where PyTorch's own operators run, nothing does.
 
 DIR gets run/ (as `gptkernels train` leaves it), curves.json (both curves and their differences)
 and curves.png. TEXT is any UTF-8 file; the figures in docs/training.md are of

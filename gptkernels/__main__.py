@@ -15,7 +15,7 @@ def main() -> None:
         import rich  # noqa: F401
     except ImportError as error:
         if sys.argv[1:] == ["info"]:
-            from gptkernels.cli.info import lines
+            from gptkernels.cli.installed import lines
 
             print("\n".join(lines()))
             sys.exit(0)

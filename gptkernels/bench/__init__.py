@@ -1,24 +1,53 @@
 """Benchmarks of the fused operators against plain PyTorch.
 
-Each module of `gptkernels.bench.cases` offers
-
-    cases(device, impls, quick) -> Iterator[timing.Case]     what to call, what it must move and do
-    rows(device, impls, quick) -> Iterator[dict]             the same, timed
-
-and everything that reports speed (`gptkernels bench`, the demo, `make gpu`, `pytest benchmarks`)
-uses these.
+Everything that reports speed (`gptkernels bench`, the demo, `make gpu`, `pytest benchmarks`) times
+the same cases; their shapes, bytes and operations are in `gptkernels.bench.cases`.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
+
+import torch
+
+from gptkernels.bench import timing
 
 OPERATORS = ("layer_norm", "attention", "attention_varlen", "attention_decode", "gelu_mlp")
 
 
-def suite(op: str) -> ModuleType:
-    """The module of an operator's cases. Raises ValueError for an unknown name."""
+def cases_of(
+    op: str, device: torch.device | str, impls: Sequence[str], quick: bool = False
+) -> Iterator[timing.Case]:
+    """What to call for an operator, and what it must move and do; `quick`: of the first shape only.
+
+    Raises ValueError for an unknown operator, at once.
+    """
     if op not in OPERATORS:
         raise ValueError(f"op is {op!r}; it must be one of {', '.join(OPERATORS)}")
-    return importlib.import_module(f"gptkernels.bench.cases.{op}")
+    module = importlib.import_module(f"gptkernels.bench.cases.{op}")
+    return _cases(op, module, torch.device(device), impls, quick)
+
+
+def rows_of(
+    op: str, device: torch.device | str, impls: Sequence[str], quick: bool = False
+) -> Iterator[dict[str, Any]]:
+    """`cases_of`, timed as they come: rows as `timing.rows` describes them.
+
+    Raises ValueError for an unknown operator, at once.
+    """
+    found = cases_of(op, device, impls, quick)
+    return timing.rows(found, device=device, budget_s=0.3 if quick else 1.0)
+
+
+def _cases(
+    op: str, module: ModuleType, device: torch.device, impls: Sequence[str], quick: bool
+) -> Iterator[timing.Case]:
+    on_gpu = device.type == "cuda"
+    shapes = module.GPU_SHAPES if on_gpu else module.CPU_SHAPES
+    for shape in shapes[: 1 if quick else None]:
+        for dtype in module.GPU_DTYPES if on_gpu else (torch.float32,):
+            for workload in module.workloads(shape, dtype, device, quick):
+                yield workload.case(op, dtype, device, impls)

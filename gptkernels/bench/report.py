@@ -75,7 +75,7 @@ def write_json(path: Path | str, content: Any) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
             file.write("\n")
-        # mkstemp makes files private; results are meant to be read.
+        # mkstemp makes a file that only its owner can read; others should read results too.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -17,7 +17,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,12 @@ import torch
 
 from gptkernels.core.choice import unavailable
 
-# A CPU sample shorter than this would measure the clock and the scheduler.
+# A shorter sample on a CPU would mostly measure the clock and the scheduler.
 _CPU_SAMPLE_S = 2e-3
 _FLUSH_FACTOR = 2
 # The GPU waits this much longer than the host took to queue the call in the warm-up.
 _HOST_MARGIN = 1.5
-# torch.cuda._sleep counts cycles. No GPU's clock is faster, so it waits no less than was asked for.
+# torch.cuda._sleep counts cycles. No GPU has a faster clock than this, so none waits too short.
 _FASTEST_CLOCK_HZ = 3e9
 BASELINE = "pytorch"
 
@@ -81,6 +81,27 @@ def untimeable(impl: str, device: torch.device | str, dtype: torch.dtype) -> str
         where = "Triton's interpreter" if impl == "triton" else "the emulator"
         return f"it would run in {where}, whose time says nothing about the kernels"
     return reason
+
+
+def compared(
+    plain: Callable[[], Any],
+    ours: Callable[[str], Callable[[], Any]],
+    impls: Sequence[str],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """A case's `candidates` and `skipped`: plain PyTorch, and `ours(impl)` for each of `impls` that
+    can be timed here.
+    """
+    candidates = {BASELINE: plain}
+    skipped = {}
+    for impl in impls:
+        reason = untimeable(impl, device, dtype)
+        if reason is None:
+            candidates[impl] = ours(impl)
+        else:
+            skipped[impl] = reason
+    return candidates, skipped
 
 
 def compare(
@@ -275,7 +296,7 @@ def _failure(call: Callable[[], Any], device: torch.device) -> str | None:
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0]}"
-    # Only now, since the error's frames held the tensors. The next candidate needs the memory.
+    # The next candidate needs the memory, which the error's frames held until here.
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return reason

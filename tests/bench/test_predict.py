@@ -9,8 +9,6 @@ import pytest
 import torch
 from harness import ROOT
 
-pytest.importorskip("gptkernels.bench", reason="the benchmarks are not installed")
-
 from gptkernels.bench import dry_run, predict
 from gptkernels.core import native
 

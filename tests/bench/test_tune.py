@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("gptkernels.bench", reason="the benchmarks are not installed")
-
-from benchmarks import tune, tune_cases
+from benchmarks import tune, tune_cases, tune_rows
 from gptkernels.bench import dry_run, predict, timing
 from gptkernels.core import native
 
@@ -58,8 +56,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return found
 
 
-def rows_in(folder: Path, about: dict[str, Any] = HERE) -> tune.Rows:
-    return tune.Rows(folder / "tune.jsonl", about)
+def rows_in(folder: Path, about: dict[str, Any] = HERE) -> tune_rows.Rows:
+    return tune_rows.Rows(folder / "tune.jsonl", about)
 
 
 def small(op: str, monkeypatch: pytest.MonkeyPatch) -> dry_run.Problem:
@@ -168,7 +166,7 @@ def test_every_way_is_right_and_timed_beside_the_best_peer(
     compared.clear()
     assert tune.run_part(op, "first", rows_in(tmp_path), CPU, time.time() + 600) == 0
     assert compared == []
-    lines = list(tune.table(rows_in(tmp_path)))
+    lines = list(tune_rows.table(rows_in(tmp_path)))
     assert len(lines) == 2 + len({row["direction"] for row in ours})
     assert all("2.00x" in line for line in lines[2:])
 
@@ -196,7 +194,7 @@ def test_a_wrong_kernel_is_not_timed(
         assert "time_s" not in row
     # The backward passes alone, beside their peer.
     assert sum(len(names) == 2 for names in compared) == len(ours) - len(forward)
-    (line,) = (line for line in tune.table(rows) if " forward |" in line)
+    (line,) = (line for line in tune_rows.table(rows) if " forward |" in line)
     assert "none: wrong" in line
 
 
@@ -270,7 +268,7 @@ def test_inputs_that_do_not_fit_leave_the_other_problems(
         "skipped"
     }
     assert any(row["status"] == "timed" for row in rows.found.values() if row["kind"] == "ours")
-    (line,) = (line for line in tune.table(rows) if large.text in line)
+    (line,) = (line for line in tune_rows.table(rows) if large.text in line)
     assert line == f"| layer_norm {large.text} | none: skipped | | | | | |"
 
 
@@ -377,7 +375,7 @@ class TestProcesses:
 
 def test_the_best_peer_is_the_fastest_that_ran(tmp_path: Path) -> None:
     rows = rows_in(tmp_path)
-    assert tune.best_peer("o", "p", "d", rows) is None
+    assert tune_rows.best_peer("o", "p", "d", rows) is None
     for way, kind, status, time_s in (
         ("slow", "peer", "timed", 2.0),
         ("fast", "peer", "timed", 1.0),
@@ -388,7 +386,7 @@ def test_the_best_peer_is_the_fastest_that_ran(tmp_path: Path) -> None:
     rows.add(
         **(KEY | {"way": "elsewhere", "problem": "q"}), kind="peer", status="timed", time_s=0.1
     )
-    assert tune.best_peer("o", "p", "d", rows) == "fast"
+    assert tune_rows.best_peer("o", "p", "d", rows) == "fast"
 
 
 def test_parts_cover_every_problem() -> None:

@@ -20,7 +20,7 @@ pytest.importorskip("safetensors")
 from test_cli import assert_refused
 
 from gptkernels import GPT, GPTConfig
-from gptkernels.cli.generate import _Printer
+from gptkernels.cli.prompts import Printer
 from gptkernels.gpt.generation.engine import Engine, Event, Request
 from gptkernels.gpt.tokenizer import ByteTokenizer
 
@@ -98,7 +98,7 @@ def test_several_prompts_and_samples_are_printed_in_their_order(call: Any, folde
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_results_wait_for_their_turn(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
-    printer = _Printer(ByteTokenizer(), as_json, False)
+    printer = Printer(ByteTokenizer(), as_json, False)
     for number in (0, 1):
         printer.expect(number, "a", Request([97], 2, samples=2, seed=0))
     for key in ((1, 1), (0, 1), (1, 0)):

@@ -17,10 +17,12 @@ from rich.console import Console
 
 from gptkernels import GPT, GPTConfig, bench
 from gptkernels.bench import timing
-from gptkernels.cli.demo import run
+from gptkernels.cli.demo import parity as demo_parity
+from gptkernels.cli.demo import run, training
 from gptkernels.cli.demo.report import worst_rows
 from gptkernels.core.choice import INTERPRETED
 from gptkernels.truth import verify
+from gptkernels.truth.plain_gpt import PlainGPT
 
 TINY = GPTConfig(vocab_size=256, block_size=32, n_layer=2, n_head=2, n_embd=32)
 
@@ -67,8 +69,8 @@ def quick() -> Iterator[None]:
     """A tiny model, one small case an op, one op to time: what is shown, not how much of it."""
     smallest = {case.op: case for case in reversed(verify.CASES)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_CPU_MODEL", TINY)
-        patch.setattr(run, "_SAMPLE_TOKENS", 100)
+        patch.setattr(training, "CPU_MODEL", TINY)
+        patch.setattr(training, "_SAMPLE_TOKENS", 100)
         patch.setattr(verify, "CASES", tuple(smallest.values()))
         patch.setattr(bench, "OPERATORS", ("layer_norm",))
         patch.setattr(timing, "compare", fewer_rounds(timing.compare))
@@ -138,8 +140,8 @@ def test_the_page_stands_alone_and_holds_the_tables(finished: tuple[Path, int, s
 
 
 def test_a_second_demo_replaces_the_first(quick: None, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(run, "_parity", lambda device, console: [])
-    monkeypatch.setattr(run, "_speed", lambda trained, console: [])
+    monkeypatch.setattr(run, "parity_table", lambda device, console: [])
+    monkeypatch.setattr(run, "speed_table", lambda trained, console: [])
     text = tmp_path / "text.txt"
     text.write_text("Nothing will come of nothing: speak <again> & again.\n" * 100)
     for seed in (1, 2):
@@ -180,11 +182,11 @@ def test_an_interrupted_demo_leaves_no_page_of_an_earlier_one(
         raise KeyboardInterrupt
 
     (tmp_path / "report.html").write_text("an earlier page")
-    monkeypatch.setattr(run, "train", interrupted)
+    monkeypatch.setattr(training, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.run(out=tmp_path, device="cpu", console=silent())
     assert not (tmp_path / "report.html").exists()
-    assert (tmp_path / "text.txt").read_bytes() == run._manual().encode()
+    assert (tmp_path / "text.txt").read_bytes() == training.manual().encode()
 
 
 def silent() -> Console:
@@ -197,12 +199,12 @@ def test_a_failed_check_gives_exit_code_1_and_says_so(
 ) -> None:
     row = verify.Row("layer_norm", "C 8", "torch", "float32", "forward", "fail", "y", 1.0, 0.1, 0.2)
     rows = [row.as_dict()] if broken == "parity" else []
-    monkeypatch.setattr(run, "_parity", lambda device, console: rows)
-    monkeypatch.setattr(run, "_speed", lambda trained, console: [])
+    monkeypatch.setattr(run, "parity_table", lambda device, console: rows)
+    monkeypatch.setattr(run, "speed_table", lambda trained, console: [])
     if broken == "twin":
-        forward = run.PlainGPT.forward
+        forward = PlainGPT.forward
         monkeypatch.setattr(
-            run.PlainGPT, "forward", lambda *arguments: forward(*arguments) * (1 + 1e-5)
+            PlainGPT, "forward", lambda *arguments: forward(*arguments) * (1 + 1e-5)
         )
         # Both the baseline and the truth are this model: only the fused one stays as it was.
     out, printed = tmp_path / "out", io.StringIO()
@@ -234,10 +236,10 @@ def test_triton_rows_come_from_an_interpreter_of_its_own(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(run, "_INTERPRETER_SECONDS", 600.0)  # however busy the machine is
-    fewer = (*run._INTERPRETER_ARGUMENTS, "--op", "layer_norm", "--dtype", "float32")
-    monkeypatch.setattr(run, "_INTERPRETER_ARGUMENTS", fewer)
-    with run._interpreter() as finish:
+    monkeypatch.setattr(demo_parity, "_INTERPRETER_SECONDS", 600.0)  # however busy the machine is
+    fewer = (*demo_parity._INTERPRETER_ARGUMENTS, "--op", "layer_norm", "--dtype", "float32")
+    monkeypatch.setattr(demo_parity, "_INTERPRETER_ARGUMENTS", fewer)
+    with demo_parity._interpreter() as finish:
         rows = finish()
     measured = [row for row in rows if row["op"] == "layer_norm" and row["dtype"] == "float32"]
     assert len(measured) >= 2
@@ -252,14 +254,14 @@ def test_an_interpreter_that_takes_too_long_or_dies_is_reported(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_INTERPRETER_SECONDS", 0.0)
-        with run._interpreter() as finish:
+        patch.setattr(demo_parity, "_INTERPRETER_SECONDS", 0.0)
+        with demo_parity._interpreter() as finish:
             rows = finish()
     assert {row["status"] for row in rows} == {"skipped"}
     assert "not reached within 0 s, run TRITON_INTERPRET=1" in rows[0]["reason"]
     assert len(rows) == 3 * sum(len(case.directions) for case in verify.CASES)
-    monkeypatch.setattr(run, "_INTERPRETER_ARGUMENTS", ("verify", "--op", "nonsense"))
-    with run._interpreter() as finish:
+    monkeypatch.setattr(demo_parity, "_INTERPRETER_ARGUMENTS", ("verify", "--op", "nonsense"))
+    with demo_parity._interpreter() as finish:
         rows = finish()
     assert {row["status"] for row in rows} == {"fail"}
     assert "ended with 2: gptkernels: op must be one of" in rows[0]["reason"]
@@ -298,6 +300,6 @@ def test_a_text_shorter_than_one_context_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_default_text_is_long_enough_english() -> None:
-    text = run._manual()
+    text = training.manual()
     assert len(text) > 300_000
     assert text.count(" the ") > 1000

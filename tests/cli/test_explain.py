@@ -149,7 +149,7 @@ def test_nothing_is_allocated_or_launched() -> None:
 
 def test_sizes_past_all_memory_are_one_sentence() -> None:
     with pytest.raises(ValueError, match="9223372036854775807x64 elements has"):
-        explain.parse("mlp", ["8", "64", "9223372036854775807", "bf16"])
+        explain.parse("gelu_mlp", ["8", "64", "9223372036854775807", "bf16"])
 
 
 def test_a_plan_is_one_threads_and_ends_with_it() -> None:
@@ -255,7 +255,7 @@ def test_report() -> None:
     problem = explain.parse("attention", ["2", "8192", "32", "128", "bf16"], kv_heads=8)
     text = "\n".join(explain.lines(problem, A100))
     assert text.startswith("attention B2 T8192 H32/8 D128 causal, bfloat16\n")
-    assert "planned for sm80: A100, 108 multiprocessors" in text
+    assert "dry run for sm80: A100, 108 multiprocessors" in text
     assert "attention_fwd_kernel on q (2, 8192, 32, 128), k (2, 8192, 8, 128)" in text
     assert "grid 4096 of 128 threads, 48.0 KiB of shared memory: at most 3 CTAs an SM" in text
     built = dict(
@@ -268,7 +268,7 @@ def test_report() -> None:
 
 
 def test_report_of_sequences_laid_end_to_end() -> None:
-    problem = explain.parse("attention", ["3", "500", "8", "128", "bf16"], varlen=True)
+    problem = explain.parse("attention_varlen", ["3", "500", "8", "128", "bf16"])
     text = "\n".join(explain.lines(problem, H200))
     assert text.startswith("attention_varlen B3 T500 H8 D128 causal, bfloat16\n")
     assert "attention_fwd_kernel on q (3, up to 500, 8, 128), k (3, up to 500, 8, 128)" in text
@@ -283,20 +283,26 @@ def test_report_of_sequences_laid_end_to_end() -> None:
     ("op", "words", "options", "sentence"),
     [
         (
-            "attention",
+            "attention_varlen",
             ["1", "2", "3", "4", "bf16"],
-            {"varlen": True, "key_lengths": True},
+            {"key_lengths": True},
             "sequences laid end to end have no key lengths",
         ),
         (
             "softmax",
             [],
             {},
-            "op must be one of attention, attention_decode, mlp, layer_norm, transformer_layer",
+            "op must be one of attention, attention_varlen, attention_decode, gelu_mlp, "
+            "layer_norm, transformer_layer",
         ),
-        ("mlp", ["1", "2", "bf16"], {}, "mlp takes M C F dtype, such as 8192 4096 16384 bf16"),
-        ("mlp", ["1", "2", "x", "bf16"], {}, "F cannot be 'x'"),
-        ("mlp", ["1", "2", "0", "bf16"], {}, "F must be at least 1, got 0"),
+        (
+            "gelu_mlp",
+            ["1", "2", "bf16"],
+            {},
+            "gelu_mlp takes M C F dtype, such as 8192 4096 16384 bf16",
+        ),
+        ("gelu_mlp", ["1", "2", "x", "bf16"], {}, "F cannot be 'x'"),
+        ("gelu_mlp", ["1", "2", "0", "bf16"], {}, "F must be at least 1, got 0"),
         ("layer_norm", ["1", "2", "int8"], {}, "dtype must be one of fp32, bf16, fp16, float32"),
         ("layer_norm", ["1", "2", "fp16"], {"kv_heads": 1}, "layer_norm has no option kv-heads"),
         ("layer_norm", ["1", "2", "fp16"], {"dropout_p": 2.0}, "dropout_p must "),

@@ -1,1 +1,8 @@
-"""What is timed, one module an op."""
+"""What is timed, one module an op.
+
+Each module offers
+
+    GPU_SHAPES, CPU_SHAPES      of any type, the most telling first
+    GPU_DTYPES                  CPUs are timed in float32
+    workloads(shape, dtype, device, quick) -> Iterator[Workload]
+"""

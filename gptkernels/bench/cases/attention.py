@@ -1,8 +1,8 @@
 """Speed of `gptkernels.attention` against eager PyTorch, F.scaled_dot_product_attention.
 
-Both sides get the same tensors; PyTorch gets a window as a mask that is made before. Forward is two
-products, each of 2 B H Tq Tk D operations, and backward five (the scores once more); a causal mask
-leaves half of them. Bytes, in tensors:
+PyTorch gets a window as a mask that is made before. Forward is two products, each of 2 B H Tq Tk D
+operations, and backward five (the scores once more); a causal mask leaves half of them. Bytes, in
+tensors:
 
     forward                read q, k, v; write out
     + backward             read dout, q, k, v, out; write dq, dk, dv
@@ -10,16 +10,14 @@ leaves half of them. Bytes, in tensors:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import gptkernels
-from gptkernels.bench.timing import BASELINE, Case, untimeable
-from gptkernels.bench.timing import rows as timed_rows
+from gptkernels.bench.cases.workload import Workload, normal
 from gptkernels.truth import baseline
 
 
@@ -51,8 +49,9 @@ class _Shape:
         return T * T / (2 if self.causal else 1)
 
 
-# GPT-2's training batch; a model of 64 heads on 8, long; a window; a bidirectional encoder.
-_GPU_SHAPES = (
+# GPT-2's training batch; long sequences with 64 query heads on 8 key heads, then 32 on 8; the same
+# with a window; a bidirectional encoder; wide heads.
+GPU_SHAPES = (
     _Shape(8, 1024, 12, 12, 64),
     _Shape(2, 4096, 64, 8, 128),
     _Shape(1, 16384, 32, 8, 128),
@@ -60,79 +59,42 @@ _GPU_SHAPES = (
     _Shape(16, 512, 12, 12, 64, causal=False),
     _Shape(2, 4096, 16, 16, 256),
 )
-_CPU_SHAPES = (
+CPU_SHAPES = (
     _Shape(1, 512, 12, 12, 64),
     _Shape(1, 512, 8, 2, 64, window=64),
 )
+GPU_DTYPES = (torch.bfloat16,)
 
 
-def rows(
-    device: torch.device | str, impls: Sequence[str], quick: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Timed rows of `cases`, as `timing.rows` describes them."""
-    return timed_rows(cases(device, impls, quick), device=device, budget_s=0.3 if quick else 1.0)
+def workloads(
+    shape: _Shape, dtype: torch.dtype, device: torch.device, quick: bool
+) -> Iterator[Workload]:
+    """Each direction."""
+    for backward in (False, True):
+        yield _workload(shape, dtype, device, backward=backward)
 
 
-def cases(device: torch.device | str, impls: Sequence[str], quick: bool = False) -> Iterator[Case]:
-    """Every shape, dtype and direction; `quick`: the first shape only."""
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    shapes = _GPU_SHAPES if on_gpu else _CPU_SHAPES
-    for shape in shapes[: 1 if quick else None]:
-        for dtype in (torch.bfloat16,) if on_gpu else (torch.float32,):
-            for backward in (False, True):
-                yield _case(device, impls, shape, dtype, backward=backward)
-
-
-def _case(
-    device: torch.device,
-    impls: Sequence[str],
-    shape: _Shape,
-    dtype: torch.dtype,
-    *,
-    backward: bool,
-) -> Case:
+def _workload(
+    shape: _Shape, dtype: torch.dtype, device: torch.device, *, backward: bool
+) -> Workload:
     B, T, H, Hk, D = shape.batch, shape.tokens, shape.heads, shape.key_heads, shape.head_dim
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        values = torch.randn(*size, generator=generator, device=device)
-        return values.to(dtype).requires_grad_(backward)
-
+    draw = normal(device, dtype, requires_grad=backward)
     tensors = (draw(B, T, H, D), draw(B, T, Hk, D), draw(B, T, Hk, D))
-    cotangent = draw(B, T, H, D).detach()
     sees: dict[str, Any] = {"causal": shape.causal}
     plain_sees = sees
     if shape.window is not None:
         sees = {**sees, "window": (shape.window, 0)}
         plain_sees = {"causal": False, "attn_mask": baseline.band_mask(device, T, T, **sees)}
-
-    def call(attention: Callable[..., Any], **options: Any) -> Callable[[], Any]:
-        def run() -> Any:
-            out = attention(*tensors, **options)
-            return torch.autograd.grad(out, tensors, cotangent) if backward else out
-
-        return run
-
-    candidates = {BASELINE: call(baseline.attention, **plain_sees)}
-    skipped = {}
-    for impl in impls:
-        reason = untimeable(impl, device, dtype)
-        if reason is None:
-            candidates[impl] = call(gptkernels.attention, impl=impl, **sees)
-        else:
-            skipped[impl] = reason
     rows_q, rows_k = B * T * H * D, B * T * Hk * D
     elements = 2 * rows_q + 2 * rows_k
     if backward:
         elements += 4 * rows_q + 4 * rows_k  # dout, q, out, dq; k, v, dk, dv
-    return Case(
-        op="attention",
+    return Workload(
         shape=str(shape),
-        dtype=dtype,
-        direction="forward+backward" if backward else "forward",
-        candidates=candidates,
+        plain=lambda: baseline.attention(*tensors, **plain_sees),
+        ours=lambda impl: gptkernels.attention(*tensors, impl=impl, **sees),
         bytes_moved=elements * dtype.itemsize,
         flops=round((7 if backward else 2) * 2 * B * H * shape.pairs * D),
-        skipped=skipped,
+        leaves=tensors,
+        cotangent=draw(B, T, H, D).detach() if backward else None,
     )

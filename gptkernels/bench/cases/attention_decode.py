@@ -7,16 +7,14 @@ q and out, and the keys and values of every entry up to its length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import gptkernels
-from gptkernels.bench.timing import BASELINE, Case, untimeable
-from gptkernels.bench.timing import rows as timed_rows
+from gptkernels.bench.cases.workload import Workload, normal
 from gptkernels.truth import baseline
 
 
@@ -46,9 +44,9 @@ class _Shape:
         return [self.tokens * (b + 1) // self.batch for b in range(self.batch)]
 
 
-# A model of 64 heads on 8 alone and in a batch, at lengths of their own, in pages, and with a few
-# tokens to verify at a time; GPT-2's heads.
-_GPU_SHAPES = (
+# 64 query heads on 8 key heads: one sequence, longer, a batch, ragged lengths, a paged cache, 8
+# new tokens at a time; GPT-2's heads.
+GPU_SHAPES = (
     _Shape(1, 8192, 64, 8, 128),
     _Shape(1, 32768, 64, 8, 128),
     _Shape(32, 8192, 64, 8, 128),
@@ -57,36 +55,20 @@ _GPU_SHAPES = (
     _Shape(32, 8192, 64, 8, 128, queries=8),
     _Shape(64, 1024, 12, 12, 64),
 )
-_CPU_SHAPES = (
+CPU_SHAPES = (
     _Shape(4, 512, 8, 2, 64),
     _Shape(4, 512, 8, 2, 64, queries=4, page=16, ragged=True),
 )
+GPU_DTYPES = (torch.bfloat16,)
 
 
-def rows(
-    device: torch.device | str, impls: Sequence[str], quick: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Timed rows of `cases`, as `timing.rows` describes them."""
-    return timed_rows(cases(device, impls, quick), device=device, budget_s=0.3 if quick else 1.0)
-
-
-def cases(device: torch.device | str, impls: Sequence[str], quick: bool = False) -> Iterator[Case]:
-    """Every shape; `quick`: the first one only."""
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    shapes = _GPU_SHAPES if on_gpu else _CPU_SHAPES
-    for shape in shapes[: 1 if quick else None]:
-        yield _case(device, impls, shape, torch.bfloat16 if on_gpu else torch.float32)
-
-
-def _case(device: torch.device, impls: Sequence[str], shape: _Shape, dtype: torch.dtype) -> Case:
+def workloads(
+    shape: _Shape, dtype: torch.dtype, device: torch.device, quick: bool
+) -> Iterator[Workload]:
+    """The forward pass, the only one."""
     B, T, H, Hk, D = shape.batch, shape.tokens, shape.heads, shape.key_heads, shape.head_dim
     Tq, page = shape.queries, shape.page
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device).to(dtype)
-
+    draw = normal(device, dtype)
     q = draw(B, Tq, H, D)
     lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
     table = None
@@ -95,8 +77,8 @@ def _case(device: torch.device, impls: Sequence[str], shape: _Shape, dtype: torc
     else:
         pages = B * (T // page)
         k, v = draw(pages, page, Hk, D), draw(pages, page, Hk, D)
-        order = torch.randperm(pages, generator=generator, device=device)
-        table = order.to(torch.int32).view(B, -1)
+        order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
+        table = order.to(device=device, dtype=torch.int32).view(B, -1)
     mask = None
     if Tq > 1 or shape.ragged:
         position = lengths[:, None] - Tq + torch.arange(Tq, device=device)
@@ -106,25 +88,13 @@ def _case(device: torch.device, impls: Sequence[str], shape: _Shape, dtype: torc
         keys, values = (x if table is None else x[table].flatten(1, 2) for x in (k, v))
         return baseline.attention(q, keys, values, causal=False, attn_mask=mask)
 
-    def call(impl: str) -> Any:
-        return gptkernels.attention_decode(q, k, v, lengths, block_table=table, impl=impl)
-
-    candidates: dict[str, Any] = {BASELINE: plain}
-    skipped = {}
-    for impl in impls:
-        reason = untimeable(impl, device, dtype)
-        if reason is None:
-            candidates[impl] = lambda impl=impl: call(impl)
-        else:
-            skipped[impl] = reason
     keys = sum(shape.lengths)
-    return Case(
-        op="attention_decode",
+    yield Workload(
         shape=str(shape),
-        dtype=dtype,
-        direction="forward",
-        candidates=candidates,
+        plain=plain,
+        ours=lambda impl: gptkernels.attention_decode(
+            q, k, v, lengths, block_table=table, impl=impl
+        ),
         bytes_moved=(2 * B * Tq * H + 2 * keys * Hk) * D * dtype.itemsize,
         flops=4 * keys * H * Tq * D,
-        skipped=skipped,
     )

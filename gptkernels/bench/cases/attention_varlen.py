@@ -2,7 +2,7 @@
 
 Each shape stands beside F.scaled_dot_product_attention of one sequence after the other, of the
 batch padded to its longest and back (within its time), and, on a GPU, of jagged nested tensors. All
-get the same packed tensors and give packed ones. Operations as in `bench_attention`, of the pairs
+get the same packed tensors and give packed ones. Operations as in `cases.attention`, of the pairs
 that are there without padding; bytes, in tensors:
 
     forward                read q, k, v; write out
@@ -11,7 +11,7 @@ that are there without padding; bytes, in tensors:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gptkernels
-from gptkernels.bench.timing import BASELINE, Case, untimeable
-from gptkernels.bench.timing import rows as timed_rows
+from gptkernels.bench.cases.workload import Workload, normal
 from gptkernels.truth import baseline
 
 
@@ -44,87 +43,49 @@ def _evenly(count: int, longest: int) -> tuple[int, ...]:
     return tuple(longest * (b + 1) // count for b in range(count))
 
 
-# Documents of GPT-2's; of a model of 32 heads on 8, long; one long one among many short, whose
-# padded batch no GPU would hold.
-_GPU_SHAPES = (
+# Short documents with GPT-2's heads; long ones with 32 query heads on 8 key heads; a long document
+# among many short ones, whose padded batch fits on no GPU.
+GPU_SHAPES = (
     _Shape(_evenly(32, 1024), 12, 12, 64),
     _Shape(_evenly(8, 8192), 32, 8, 128),
     _Shape((64,) * 200 + (16384,) + (64,) * 200, 16, 16, 128, ("one by one", "nested")),
 )
-_CPU_SHAPES = (_Shape(_evenly(4, 256), 8, 2, 64),)
+CPU_SHAPES = (_Shape(_evenly(4, 256), 8, 2, 64),)
+GPU_DTYPES = (torch.bfloat16,)
 
 
-def rows(
-    device: torch.device | str, impls: Sequence[str], quick: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Timed rows of `cases`, as `timing.rows` describes them."""
-    return timed_rows(cases(device, impls, quick), device=device, budget_s=0.3 if quick else 1.0)
+def workloads(
+    shape: _Shape, dtype: torch.dtype, device: torch.device, quick: bool
+) -> Iterator[Workload]:
+    """Each direction beside each rival, the first one only if `quick`."""
+    for rival in shape.rivals[: 1 if quick else None]:
+        if rival == "nested" and device.type != "cuda":  # PyTorch's has no causal kernel for CPUs
+            continue
+        for backward in (False, True):
+            yield _workload(shape, rival, dtype, device, backward=backward)
 
 
-def cases(device: torch.device | str, impls: Sequence[str], quick: bool = False) -> Iterator[Case]:
-    """Every shape, direction and rival; `quick`: the first shape and rival only."""
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    shapes = _GPU_SHAPES if on_gpu else _CPU_SHAPES
-    for shape in shapes[: 1 if quick else None]:
-        for rival in shape.rivals[: 1 if quick else None]:
-            if rival == "nested" and not on_gpu:  # PyTorch's has no causal kernel for CPUs
-                continue
-            dtype = torch.bfloat16 if on_gpu else torch.float32
-            for backward in (False, True):
-                yield _case(device, impls, shape, rival, dtype, backward=backward)
-
-
-def _case(
-    device: torch.device,
-    impls: Sequence[str],
-    shape: _Shape,
-    rival: str,
-    dtype: torch.dtype,
-    *,
-    backward: bool,
-) -> Case:
+def _workload(
+    shape: _Shape, rival: str, dtype: torch.dtype, device: torch.device, *, backward: bool
+) -> Workload:
     H, Hk, D, total = shape.heads, shape.key_heads, shape.head_dim, sum(shape.lengths)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(heads: int) -> Tensor:
-        values = torch.randn(total, heads, D, generator=generator, device=device)
-        return values.to(dtype).requires_grad_(backward)
-
-    tensors = (draw(H), draw(Hk), draw(Hk))
-    cotangent = draw(H).detach()
+    draw = normal(device, dtype, requires_grad=backward)
+    tensors = (draw(total, H, D), draw(total, Hk, D), draw(total, Hk, D))
     ends = torch.tensor([0, *shape.lengths], device=device).cumsum(0).int()
     longest = max(shape.lengths)
-
-    def call(attention: Callable[..., Any], *given: Any, **options: Any) -> Callable[[], Any]:
-        def run() -> Any:
-            out = attention(*tensors, *given, **options)
-            return torch.autograd.grad(out, tensors, cotangent) if backward else out
-
-        return run
-
-    plain = {"one by one": _one_by_one, "padded": _padded, "nested": _nested}[rival]
-    candidates = {BASELINE: call(plain(shape, ends))}
-    skipped = {}
-    for impl in impls:
-        reason = untimeable(impl, device, dtype)
-        if reason is None:
-            candidates[impl] = call(
-                gptkernels.attention_varlen, ends, ends, longest, longest, impl=impl
-            )
-        else:
-            skipped[impl] = reason
+    plain = {"one by one": _one_by_one, "padded": _padded, "nested": _nested}[rival](shape, ends)
     pairs = sum(length * length / 2 for length in shape.lengths)
     elements = 2 * (H + Hk) * total * D
-    return Case(
-        op="attention_varlen",
+    return Workload(
         shape=f"{shape}, PyTorch {rival}",
-        dtype=dtype,
-        direction="forward+backward" if backward else "forward",
-        candidates=candidates,
+        plain=lambda: plain(*tensors),
+        ours=lambda impl: gptkernels.attention_varlen(
+            *tensors, ends, ends, longest, longest, impl=impl
+        ),
         bytes_moved=(3 if backward else 1) * elements * dtype.itemsize,
         flops=round((7 if backward else 2) * 2 * H * pairs * D),
-        skipped=skipped,
+        leaves=tensors,
+        cotangent=draw(total, H, D).detach() if backward else None,
     )
 
 

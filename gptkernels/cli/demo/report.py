@@ -1,25 +1,18 @@
-"""What the demo shows, on the terminal and as a folder with one self-contained page."""
+"""The demo's folder, with one self-contained page."""
 
 from __future__ import annotations
 
 import base64
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jinja2
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from gptkernels import bench
 from gptkernels.bench import report
-
-Row = dict[str, Any]
-
-_STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
+from gptkernels.cli.demo.terminal import Row, reasons, small
 
 
 def worst_rows(rows: Iterable[Row]) -> list[Row]:
@@ -89,31 +82,3 @@ def _template() -> jinja2.Template:
     )
     environment.filters.update(small=small, seconds=report.seconds)
     return environment.get_template("report.html.j2")
-
-
-def table(console: Console, columns: dict[str, Callable[[Row], str]], rows: list[Row]) -> None:
-    """Print `rows`; a row's `status`, where it has one, colours its last cell."""
-    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for title in columns:
-        grid.add_column(title, overflow="fold")
-    for row in rows:
-        style = _STYLES.get(row.get("status", ""), "")
-        cells = [escape(cell(row)) for cell in columns.values()]
-        cells[-1] = f"[{style}]{cells[-1]}[/]" if style else cells[-1]
-        grid.add_row(*cells)
-    console.print(grid)
-
-
-def heading(console: Console, title: str, text: str) -> None:
-    """Print the title of a part, and in few words what it is about."""
-    console.print(f"\n[bold]{escape(title)}[/] [dim]{escape(text)}[/]", soft_wrap=True)
-
-
-def reasons(reasons: Iterable[str]) -> list[str]:
-    """Each reason once, in order, without the empty ones."""
-    return [reason for reason in dict.fromkeys(reasons) if reason]
-
-
-def small(value: float | None) -> str:
-    """An error as short text, nothing for None."""
-    return "" if value is None else f"{value:.2e}"

@@ -1,174 +1,25 @@
-"""What `impl="cuda"` would launch for a problem: `gptkernels info --explain` tells it, benchmarks
-predict from it. No GPU is needed and nothing is launched: the launchers themselves are asked.
+"""Each op's problems: sizes and options in words, and how its launchers are called for them.
+
+Tensors are on the device meta, which have sizes and no content.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import gptkernels
-from gptkernels.core import native
+from gptkernels.bench.dry_run.launches import Direction, Problem
 from gptkernels.nn.transformer_layer import TransformerLayer
 from gptkernels.ops.attention import cuda as attention_kernels
 from gptkernels.ops.attention.options import AttentionOptions, bounds
 from gptkernels.ops.gelu_mlp import cuda as mlp_kernels
 from gptkernels.ops.layer_norm import cuda as layer_norm_kernels
-
-# Of both chips: bytes of shared memory of an SM, of which each CTA costs 1 KiB more than it asks
-# for, and the most threads and CTAs that an SM holds.
-_RESERVED, _MOST_THREADS, _MOST_CTAS = 1024, 2048, 32
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a dry run has to know of a GPU."""
-
-    name: str
-    arch: str
-    capability: int
-    multiprocessors: int
-    shared_bytes: int  # of an SM
-
-
-MACHINES = {
-    machine.arch: machine
-    for machine in (
-        Machine("A100", "sm80", 80, 108, 164 * 1024),
-        Machine("H200", "sm90", 90, 132, 228 * 1024),
-    )
-}
-
-
-def machine_here(arch: str | None = None) -> Machine:
-    """That of `arch`: this machine's GPU where it is one, else A100 or H200; H200 without either.
-
-    Raises ValueError for another architecture.
-    """
-    if arch is not None and arch not in MACHINES:
-        raise ValueError(f"arch must be {' or '.join(MACHINES)}, got {arch!r}")
-    if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(torch.cuda.current_device())
-        # What is newer than Hopper or in between runs as sm_80 does.
-        here = "sm90" if (found.major, found.minor) == (9, 0) else "sm80"
-        if arch in (None, here):
-            known = MACHINES[here]
-            return Machine(
-                found.name,
-                here,
-                10 * found.major + found.minor,
-                found.multi_processor_count,
-                getattr(found, "shared_memory_per_multiprocessor", known.shared_bytes),
-            )
-    return MACHINES[arch or "sm90"]
-
-
-@dataclass(frozen=True)
-class Launched:
-    """One launch of a dry run."""
-
-    kernel: str
-    shape: str
-    grid: tuple[int, int, int]
-    threads: int
-    cluster: int
-    shared_bytes: int
-    tiles: int  # of work that a persistent grid shares; 0: one a CTA
-    built: dict[str, Any] | None  # the build's members, as csrc/runtime/build.h names them
-    clocks: float = 0.0  # that the launcher predicts, of a multiprocessor; 0: it predicts nothing
-
-    @property
-    def ctas(self) -> int:
-        """All of the grid."""
-        return math.prod(self.grid)
-
-    def resident(self, machine: Machine) -> int:
-        """CTAs that an SM holds at most, by threads and shared memory; registers may allow less."""
-        by_memory = machine.shared_bytes // (self.shared_bytes + _RESERVED)
-        return max(1, min(by_memory, _MOST_THREADS // self.threads, _MOST_CTAS))
-
-    def waves(self, machine: Machine, resident: int | None = None) -> float:
-        """Units of work, over those that the GPU takes up at a time."""
-        at_a_time = (resident or self.resident(machine)) * machine.multiprocessors
-        return (self.tiles or self.ctas) / min(at_a_time, self.ctas if self.tiles else at_a_time)
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """What one direction of a problem would launch, and what was made for the GPU but cannot."""
-
-    launches: list[Launched]
-    refusals: list[tuple[str, str]]  # kernel, reason
-
-
-@dataclass(frozen=True)
-class Direction:
-    """The forward or the backward pass of a problem."""
-
-    name: str
-    run: Callable[..., Any]  # the launcher; takes build=N where the kernels have builds
-    list_name: str | None  # of the builds, in the module
-
-    def dry_run(self, machine: Machine, build: int = -1) -> DryRun:
-        """Raises ImportError where no module is built, ValueError where a launcher, or the
-        build, cannot take the problem."""
-        chosen = {"build": build} if build >= 0 else {}
-        try:
-            made = native.dry_run(
-                lambda: self.run(**chosen),
-                capability=machine.capability,
-                multiprocessors=machine.multiprocessors,
-            )
-        except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(str(error)) from error
-        launches = [Launched(**launch) for launch in made["launches"]]
-        return DryRun(launches, list(dict.fromkeys(made["refusals"])))
-
-    def ways(
-        self, machine: Machine, pick: Callable[[list[Launched]], Launched]
-    ) -> list[tuple[int, DryRun, bool]]:
-        """Each build for the problem: its number, its dry run, and whether the launcher's rule
-        makes the same launch of that which `pick` picks. Before them, as -1, the kernel for any GPU
-        where the rule takes that."""
-        rule = self.dry_run(machine)
-        own = pick(rule.launches)
-        found = [] if own.built else [(-1, rule, True)]
-        widths = {}
-        # Elsewhere no build can run.
-        builds = self.builds() if machine.arch == "sm90" else []
-        for index, build in enumerate(builds):
-            try:
-                made = self.dry_run(machine, index)
-            except ValueError:  # of another head width, say
-                continue
-            found.append((index, made, pick(made.launches) == own))
-            widths[index] = build["head_width"]
-        # One for wider heads than need be can take them, and only loses.
-        least = min(widths.values(), default=0)
-        return [way for way in found if widths.get(way[0], least) == least]
-
-    def builds(self) -> list[dict[str, Any]]:
-        """Every way in which the kernel for Hopper is built; index is the build's number."""
-        return getattr(native.dry_run_module(), self.list_name)() if self.list_name else []
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes and options of one op, or of a layer of several."""
-
-    op: str
-    text: str
-    dtype: torch.dtype
-    sizes: dict[str, int]
-    directions: tuple[Direction, ...]
-    # What of a layer runs as PyTorch's own operators, and why; None: an op, which is one kernel's.
-    not_fused: dict[str, str] | None = None
 
 
 def attention(
@@ -200,7 +51,7 @@ def attention(
     slopes = _empty(H, dtype=torch.float32) if alibi else None
     lengths = _empty(B, dtype=torch.int32) if key_lengths else None
     options: dict[str, Any] = dict(causal=causal, window=window, softcap=softcap)
-    # For its checks: meta tensors hold nothing that it could compute with.
+    # This runs the op's checks; on the device meta nothing is computed.
     gptkernels.attention(
         q, k, v, **options, alibi_slopes=slopes, key_lengths=lengths, dropout_p=dropout_p,
         impl="torch",
@@ -233,20 +84,16 @@ def attention(
             deterministic, **chosen,
         )  # fmt: skip
 
-    heads = f"H{H}" + (f"/{Hk}" if Hk != H else "")
-    tokens = f"T{T}" + (f"/{Tk}" if Tk != T else "")
-    parts = [
-        "causal" if causal else "not causal",
-        *([f"window {window[0]}, {window[1]}"] if window else []),
-        *([f"softcap {softcap:g}"] if softcap else []),
-        *(["ALiBi"] if alibi else []),
-        *(["key lengths"] if key_lengths else []),
-        *([f"dropout {dropout_p:g}"] if dropout_p else []),
-        *(["deterministic"] if deterministic else []),
-    ]
+    words = {
+        "causal" if causal else "not causal": True,
+        **_seen(window, softcap, alibi),
+        "key lengths": key_lengths,
+        f"dropout {dropout_p:g}": dropout_p,
+        "deterministic": deterministic,
+    }
     return Problem(
         "attention_varlen" if varlen else "attention",
-        f"B{B} {tokens} {heads} D{D} {', '.join(parts)}",
+        _text(f"B{B} T{_pair(T, Tk)} H{_pair(H, Hk)} D{D}", words),
         dtype,
         dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=Tk, left=left, right=right),
         (
@@ -277,7 +124,7 @@ def attention_decode(
     k, v = (_empty(B, KEYS, Hk, D, dtype=dtype) for _ in range(2))
     lengths = _empty(B, dtype=torch.int32)
     slopes = _empty(H, dtype=torch.float32) if alibi else None
-    gptkernels.attention_decode(  # for its checks, as above
+    gptkernels.attention_decode(  # this runs the op's checks, as above
         q, k, v, lengths, window=window, softcap=softcap, alibi_slopes=slopes, impl="torch"
     )
     left, _ = bounds(True, window)
@@ -293,16 +140,9 @@ def attention_decode(
         )
         return attention_kernels.attention_decode_fwd(q, k, v, None, 0, options)
 
-    heads = f"H{H}" + (f"/{Hk}" if Hk != H else "")
-    parts = [
-        f"B{B} T{T}/{KEYS} {heads} D{D}",
-        *([f"window {window[0]}, {window[1]}"] if window else []),
-        *([f"softcap {softcap:g}"] if softcap else []),
-        *(["ALiBi"] if alibi else []),
-    ]
     return Problem(
         "attention_decode",
-        ", ".join(parts),
+        _text(f"B{B} T{T}/{KEYS} H{_pair(H, Hk)} D{D}", _seen(window, softcap, alibi)),
         dtype,
         dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=KEYS, left=left),
         (Direction("forward", forward, None),),
@@ -334,10 +174,9 @@ def gelu_mlp(
         wanted = (True, True, bias, True, bias)
         return mlp_kernels.gelu_mlp_bwd(dy, x, w1, b1, w2, h, approximate, wanted, **chosen)
 
-    parts = [*([] if bias else [" no biases"]), *([" recompute"] if recompute else [])]
     return Problem(
         "gelu_mlp",
-        f"M{M} C{C} F{F}{','.join(parts)}",
+        _text(f"M{M} C{C} F{F}", {"no biases": not bias, "recompute": recompute}),
         dtype,
         dict(M=M, C=C, F=F),
         (
@@ -381,15 +220,15 @@ def layer_norm(
             dtype if residual and dropout_p > 0 else None, True, bias, **chosen,
         )  # fmt: skip
 
-    parts = [
-        *([" + residual"] if residual else []),
-        *([" no prenorm"] if residual and not prenorm else []),
-        *([] if bias else [" no bias"]),
-        *([f" dropout {dropout_p:g}"] if dropout_p else []),
-    ]
+    words = {
+        "+ residual": residual,
+        "no prenorm": residual and not prenorm,
+        "no bias": not bias,
+        f"dropout {dropout_p:g}": dropout_p,
+    }
     return Problem(
         "layer_norm",
-        f"{rows} rows of {cols}{','.join(parts)}",
+        _text(f"{rows} rows of {cols}", words),
         dtype,
         dict(rows=rows, cols=cols, residual=int(residual), prenorm=int(residual and prenorm)),
         (
@@ -420,7 +259,7 @@ def transformer_layer(
     """
     _check_sizes(B=B, T=T, C=C, H=H, F=F)
     for sizes in ((B * T, C), (3 * C, C), (F, C)):
-        _empty(*sizes, dtype=torch.float64)  # which the layer's own tensors stay below
+        _empty(*sizes, dtype=torch.float64)  # no tensor of the layer has more bytes than these
     with torch.device("meta"):
         layer = TransformerLayer(C, H, F, dropout_p, activation, norm_first=norm_first, bias=bias)
     not_fused = layer.not_fused(masked=mask, training=True)
@@ -439,22 +278,40 @@ def transformer_layer(
          for name, part in made.items()]
         for i in range(2)
     )  # fmt: skip
-    options = [
-        activation,
-        *(["norm first"] if norm_first else []),
-        *(["causal"] if causal else []),
-        *(["with a mask"] if mask else []),
-        *([] if bias else ["no biases"]),
-        *([f"dropout {dropout_p:g}"] if dropout_p else []),
-    ]
+    words = {
+        activation: True,
+        "norm first": norm_first,
+        "causal": causal,
+        "with a mask": mask,
+        "no biases": not bias,
+        f"dropout {dropout_p:g}": dropout_p,
+    }
     return Problem(
         "transformer_layer",
-        f"B{B} T{T} C{C} H{H} F{F} {', '.join(options)}",
+        _text(f"B{B} T{T} C{C} H{H} F{F}", words),
         dtype,
         dict(B=B, T=T, C=C, H=H, F=F),
         (*forward, *reversed(backward)),
         not_fused,
     )
+
+
+def _text(sizes: str, words: dict[str, Any]) -> str:
+    """`sizes`, and those of `words` that hold."""
+    return f"{sizes} {', '.join(word for word, holds in words.items() if holds)}".rstrip()
+
+
+def _pair(queries: int, keys: int) -> str:
+    return f"{queries}" if queries == keys else f"{queries}/{keys}"
+
+
+def _seen(window: tuple[int, int] | None, softcap: float, alibi: bool) -> dict[str, Any]:
+    """The words of what every attention can do to its scores."""
+    return {
+        f"window {', '.join(map(str, window or ()))}": window,
+        f"softcap {softcap:g}": softcap,
+        "ALiBi": alibi,
+    }
 
 
 def _empty(*sizes: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,40 @@
+"""How commands print, and how they keep what they print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
+"""The colour of each status."""
+
+
+class PipeConsole(Console):
+    """Lets BrokenPipeError through when nobody reads any more, where rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles the error."""
+        raise BrokenPipeError
+
+
+def plain_console() -> Console:
+    """For lines of any width, which are not folded."""
+    return PipeConsole(soft_wrap=True, highlight=False)
+
+
+def print_text(console: Console, text: str, style: str | None = None) -> None:
+    """Print `text` as it is: brackets in it are no markup."""
+    console.print(escape(text), style=style)
+
+
+def kept(rows: Iterable[dict[str, Any]], path: Path | None) -> Iterable[dict[str, Any]]:
+    """The rows, written to `path` as they come when one is given."""
+    if path is None:
+        return rows
+    from gptkernels.bench.report import recorded
+
+    return recorded(rows, path)

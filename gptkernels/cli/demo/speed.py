@@ -1,0 +1,122 @@
+"""The demo's times, and how many CPU threads it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from gptkernels import bench
+from gptkernels.bench import report, timing
+from gptkernels.cli.demo import training
+from gptkernels.cli.demo.terminal import Row, heading, print_reasons, table
+from gptkernels.core.choice import IMPLEMENTATIONS
+from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.model import GPT
+from gptkernels.gpt.training.throughput import flops_per_token
+from gptkernels.truth.plain_gpt import PlainGPT
+
+
+def speed_table(trained: training.Training, console: Console) -> list[Row]:
+    """The ops and a whole training step, timed beside plain PyTorch."""
+    heading(console, "5. Speed", "median times, alternating with eager PyTorch on the same inputs")
+    rows: list[Row] = []
+    with console.status("measuring"):
+        for op in bench.OPERATORS:
+            rows += bench.rows_of(op, trained.device, IMPLEMENTATIONS, quick=True)
+        rows += timing.rows([_training_step(trained)], device=trained.device, budget_s=3.0)
+    rows = [row for row in rows if row["impl"] != timing.BASELINE or "skipped" in row]
+    timed = [row for row in rows if row["time_s"] is not None]
+    table(
+        console,
+        {
+            "op": lambda r: r["op"],
+            "shape": lambda r: r["shape"],
+            "dtype": lambda r: r["dtype"],
+            "direction": lambda r: r["direction"].replace("forward+backward", "both"),
+            "impl": lambda r: r["impl"],
+            "time": lambda r: report.seconds(r["time_s"]),
+            "PyTorch's": lambda r: report.seconds(r["baseline_s"]),
+            "speed-up": lambda r: "-" if r["ratio"] is None else f"{r['ratio']:.2f}x",
+        },
+        timed,
+    )
+    print_reasons(console, (f"{r['impl']}: {r['skipped']}" for r in rows if "skipped" in r))
+    return rows
+
+
+def _training_step(trained: training.Training) -> timing.Case:
+    """Forward and backward of a whole GPT: the demo's on a CPU, GPT-2's 124M shape on a GPU."""
+    device = trained.device
+    on_gpu = device.type == "cuda"
+    config = GPTConfig.named("gpt2") if on_gpu else trained.result.model.config
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    batch = 8 if on_gpu else trained.config.batch_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (batch, config.block_size), generator=generator)
+    tokens = tokens.to(device)
+    model = GPT(config).to(device)
+    twin = PlainGPT(config).to(device)
+    twin.load_state_dict(model.state_dict())
+
+    def step(network: nn.Module) -> Callable[[], None]:
+        parameters = list(network.parameters())
+
+        def call() -> None:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
+                loss = network(tokens, tokens)
+            torch.autograd.grad(loss, parameters)
+
+        return call
+
+    candidates, skipped = timing.compared(
+        step(twin),
+        lambda impl: step(copy.deepcopy(model).set_impl(impl)),
+        IMPLEMENTATIONS,
+        device,
+        dtype,
+    )
+    flops = flops_per_token(model, config.n_layer, config.n_embd, config.block_size)
+    return timing.Case(
+        op="gpt",
+        shape=f"{config.n_layer} layers, B{batch} T{config.block_size} C{config.n_embd}",
+        dtype=dtype,
+        direction="forward+backward",
+        candidates=candidates,
+        flops=int(flops * tokens.numel()),
+        skipped=skipped,
+    )
+
+
+@contextlib.contextmanager
+def fastest_threads(device: torch.device) -> Iterator[None]:
+    """As many CPU threads as PyTorch has, or one where that is faster for a training step.
+
+    Threads wait for each other at every op. Where other programs keep a core busy, two threads
+    were measured twenty times slower than one.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cuda" or threads == 1:
+        yield
+        return
+    model = GPT(training.CPU_MODEL)
+    tokens = torch.zeros(training.CPU_BATCH, training.CPU_MODEL.block_size, dtype=torch.int64)
+    parameters = list(model.parameters())
+
+    def step(count: int) -> None:
+        torch.set_num_threads(count)
+        torch.autograd.grad(model(tokens, tokens), parameters)
+
+    try:
+        timings = timing.compare(
+            {str(n): functools.partial(step, n) for n in (threads, 1)}, min_rounds=7
+        )
+        torch.set_num_threads(int(min(timings, key=lambda name: timings[name].median_s)))
+        yield
+    finally:
+        torch.set_num_threads(threads)

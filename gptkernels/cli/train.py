@@ -1,0 +1,94 @@
+"""The command `gptkernels train`, most of whose options are the fields of two dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gptkernels.cli.console import plain_console
+from gptkernels.cli.options import IMPLS
+from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.training.config import TrainConfig
+
+_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
+
+
+def fields_of(
+    kind: type, default: dict[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that adds an option for each field of a dataclass; None means "not given"."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        # Decorators are applied from the last to the first.
+        for field in reversed(dataclasses.fields(kind)):
+            shown = (default or {}).get(field.name, field.default)
+            text = field.metadata.get("help") or _documented(kind, field.name)
+            text += "" if shown is None else f"  [default: {shown}]"
+            function = _field_option(field, text)(function)
+        return function
+
+    return decorate
+
+
+def _field_option(field: dataclasses.Field[Any], text: str) -> Callable[..., Any]:
+    name = field.name.replace("_", "-")
+    if field.type == "bool":
+        return click.option(f"--{name}/--no-{name}", default=None, help=text)
+    kind = _TYPES[str(field.type).removesuffix(" | None")]
+    if field.name == "impl":
+        kind = click.Choice(IMPLS)
+    return click.option(f"--{name}", field.name, type=kind, default=None, help=text)
+
+
+def _documented(kind: type, name: str) -> str:
+    """What a class's docstring says of a field, in the line "name: ..."."""
+    found = re.search(rf"^ +{name}: (.+)$", kind.__doc__ or "", re.MULTILINE)
+    return found[1].rstrip(".") if found else ""
+
+
+@click.command("train")
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--config", "shape", help="Start from a published model's shape, such as gpt2.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
+@fields_of(GPTConfig, default={"vocab_size": "the tokenizer's"})
+@fields_of(TrainConfig)
+def command(
+    files: tuple[Path, ...], out: Path, shape: str | None, resume: bool, **options: Any
+) -> None:
+    """Train a GPT on FILES, text or token shards (.bin), and write a folder: log.jsonl,
+    checkpoint.pt, loss.png and model/, which `generate` and Hugging Face's transformers read.
+
+    The first options are the model's shape, the later ones how it is trained.
+    """
+    from gptkernels.gpt.tokenizer import load_tokenizer
+    from gptkernels.gpt.training import train
+    from gptkernels.gpt.training.progress import ProgressBar
+
+    given = {name: value for name, value in options.items() if value is not None}
+    names = {field.name for field in dataclasses.fields(GPTConfig)}
+    sizes = {name: value for name, value in given.items() if name in names}
+    training = {name: value for name, value in given.items() if name not in names}
+    with ProgressBar(plain_console()) as bar:
+        if resume:
+            if sizes or shape:
+                fixed = ", ".join(sizes) or "config"
+                raise ValueError(f"{fixed}: a resumed run keeps its model's shape, leave it out")
+            result = train.resume(out, files=files or None, observer=bar, **training)
+        else:
+            if not files:
+                raise ValueError("files: name at least one text file or token shard to train on")
+            config = TrainConfig(**training)
+            sizes.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)
+            published = GPTConfig.named(shape) if shape else GPTConfig()
+            model = dataclasses.replace(published, **sizes)
+            result = train.train(files, out, model=model, config=config, observer=bar)
+    if result.stopped:
+        click.echo(f"stopped; go on with: gptkernels train --resume --out {out}")
+        return
+    click.echo(f"best validation loss {result.best_validation_loss:.4f}, everything is in {out}")
