@@ -9,20 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import THREAD, Emulator, emulator, expected, extension, machine
+from emulated import THREAD, Emulator, expected
 from torch import Tensor
 
 from gptkernels.truth import parity
 
-__all__ = ["emulator", "extension", "machine"]  # fixtures
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine of which this is no twin there is nothing to test."""
-    monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm90")
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
+pytestmark = pytest.mark.usefixtures("hopper")
 
 
 # ---- wgmma
