@@ -4,11 +4,8 @@ the emulator, both on CPU tensors."""
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,9 +18,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 import pytest  # noqa: E402
-from harness import ROOT  # noqa: E402
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
+pytest_plugins = ["machines"]
 # Their failed asserts show values too.
 pytest.register_assert_rewrite("attention_cases", "emulated", "right", "training")
 
@@ -40,6 +37,12 @@ settings.register_profile(
 settings.load_profile("kernels")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Neighbours run in one worker, which alone makes what they share."""
+    if getattr(config.option, "dist", "no") == "load":  # what xdist's -n chooses
+        config.option.dist = "worksteal"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a GPU say so where there is none."""
     if HAS_GPU:
@@ -53,26 +56,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if HAS_GPU else "cpu")
-
-
-@pytest.fixture(scope="session")
-def extension() -> ModuleType:
-    """scripts/extension.py."""
-    spec = importlib.util.spec_from_file_location("extension", ROOT / "scripts" / "extension.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of compute capability 9.0: the emulator says that it is one, a GPU has to be."""
-    if HAS_GPU and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
-    monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm90")
 
 
 @dataclasses.dataclass

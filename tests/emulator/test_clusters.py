@@ -10,6 +10,7 @@ import torch
 from cluster_cases import ARRIVAL, RING, STORES, TILE
 from emulated import Emulator
 
+pytest_plugins = ["machines"]
 pytestmark = pytest.mark.usefixtures("hopper")
 
 SCHEDULES = [

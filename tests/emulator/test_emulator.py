@@ -10,6 +10,8 @@ from emulated import COPY, CTA, Emulator, N, launched
 
 from gptkernels.core import philox
 
+pytest_plugins = ["machines"]
+
 LANES = torch.arange(32, dtype=torch.int32)
 
 

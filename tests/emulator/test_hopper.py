@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptkernels.truth import parity
 
+pytest_plugins = ["machines"]
 pytestmark = pytest.mark.usefixtures("hopper")
 
 

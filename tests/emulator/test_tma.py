@@ -17,6 +17,7 @@ from emulated import sources
 from harness import ROOT
 from torch import Tensor
 
+pytest_plugins = ["machines"]
 pytestmark = pytest.mark.usefixtures("hopper")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

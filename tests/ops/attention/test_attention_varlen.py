@@ -68,7 +68,7 @@ TOGETHER = (
 @pytest.mark.parametrize(
     ("impl", "dtype", "options"),
     [
-        pytest.param(impl, dtype, options, id=f"{case.id}-{options}")
+        pytest.param(impl, dtype, options, id=f"{case.id}-{options}", marks=case.marks)
         for case in RUNNABLE
         for impl, dtype in [case.values]
         for options in (ONE_BY_ONE if impl == "torch" else TOGETHER)
