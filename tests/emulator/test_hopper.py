@@ -1,4 +1,4 @@
-"""The emulator's twins of what only Hopper has, as tests/test_emulator.py tests the others: each
+"""The emulator's twins of what only Hopper has, as test_emulator.py tests the others: each
 against PyTorch, and for each detector a kernel with the mistake that it is there to find, and the
 same kernel without."""
 
@@ -115,7 +115,7 @@ FILL = "csrc/device/vector.h:#, called at <fill operand>, called at <fill A>"
 READ = "reads accumulators of a wgmma that has not been waited for"
 
 # name -> (what else there is to say of the launch, what is said after the kernel's name), as BROKEN
-# in tests/test_emulator_mistakes.py.
+# in test_emulator_mistakes.py.
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     # Accumulators and A's registers
     "product_without_wait": (

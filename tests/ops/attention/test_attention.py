@@ -26,8 +26,8 @@ class TestParity:
     @given(
         sizes=st.tuples(
             st.integers(1, 2),  # B
-            st.integers(1, 100),  # Tq
-            st.integers(1, 100),  # Tk
+            st.integers(1, 70),  # Tq: past the 64 rows of a tile
+            st.integers(1, 70),  # Tk
             st.integers(1, 2),  # query heads a key head
             st.integers(1, 2),  # Hk, 1 in a batch of 2
             st.sampled_from([8, 16, 20, 64]),  # D
@@ -36,7 +36,7 @@ class TestParity:
         window=st.none() | st.tuples(st.integers(-1, 70), st.integers(-1, 70)),
         softcap=st.sampled_from([0.0, 0.0, 2.0, 50.0]),
         alibi=st.booleans(),
-        ends=st.none() | st.tuples(st.integers(0, 100), st.integers(0, 100)),
+        ends=st.none() | st.tuples(st.integers(0, 70), st.integers(0, 70)),
         dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
         return_lse=st.booleans(),
         tile=st.sampled_from([(16, 16), (32, 16), (16, 32)]),
@@ -137,7 +137,8 @@ class TestParity:
     ) -> None:
         if "key_lengths" in options:
             options = options | dict(key_lengths=int32(*options["key_lengths"]))
-        hold(inputs(1, 140, 290, 2, 1, 16, dtype, seed), impl, seed, **options)
+        heads = len(options.get("alibi_slopes", [0.0]))
+        hold(inputs(1, 140, 290, heads, 1, 16, dtype, seed), impl, seed, **options)
 
     @runnable
     def test_eight_query_heads_read_one(self, impl: str, dtype: torch.dtype, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The products of csrc/mlp_sm90.h: emulated on a machine that says it is Hopper, or on one."""
+"""The products of csrc/gelu_mlp/sm90: emulated on a machine that says it is Hopper, or on one."""
 
 from __future__ import annotations
 
