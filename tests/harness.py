@@ -23,7 +23,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = [impl for impl in IMPLEMENTATIONS if unavailable(impl, DEVICE, FP32) is None]
 
 
-def of(impl: str, *values: Any, dtype: torch.dtype = FP32, device: str = DEVICE, **options: Any):
+def of(
+    impl: str, *values: Any, dtype: torch.dtype = FP32, device: str = DEVICE, **options: Any
+) -> Any:
     """Parameters of a test that runs `impl`, skipped with the reason where it cannot run."""
     reason = unavailable(impl, device, dtype)
     skip = pytest.mark.skipif(reason is not None, reason=f"impl={impl!r}: {reason}")
@@ -44,4 +46,8 @@ each = pytest.mark.parametrize("impl", [of(impl) for impl in IMPLEMENTATIONS])
 each_kernel = pytest.mark.parametrize("impl", [of("triton"), of("cuda")])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 (needs_cuda,) = of("cuda").marks
+needs_dry_run = pytest.mark.skipif(
+    not native._EMULATOR.exists() and native.unavailable("cuda") is not None,
+    reason="the CUDA C++ kernels are not built; `make emulator` builds them for this CPU",
+)
 emulated = pytest.mark.skipif(not native.EMULATED, reason="of the emulator: a GPU has one schedule")

@@ -7,18 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import ROOT
+from harness import ROOT, needs_dry_run
 
 pytest.importorskip("gptkernels.bench", reason="the benchmarks are not installed")
 
 from gptkernels.bench import dry_run, predict
-from gptkernels.core import native
 
 SQUARE = dict(B=4, T=16384, Tk=16384, H=16, Hk=16, D=128, left=-1, right=-1)
-built_needed = pytest.mark.skipif(
-    not native._EMULATOR.exists() and native.unavailable("cuda") is not None,
-    reason="the CUDA C++ kernels are not built; `make emulator` builds them for this CPU",
-)
 
 
 def way(**members: Any) -> dict[str, Any]:
@@ -108,7 +103,7 @@ def test_products() -> None:
     assert halves == pytest.approx(plain, rel=0.1)
 
 
-@built_needed
+@needs_dry_run
 def test_every_problem_is_predicted() -> None:
     rows = list(predict.predictions())
     for problem in predict.PROBLEMS:
@@ -131,7 +126,7 @@ def test_every_problem_is_predicted() -> None:
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
 
 
-@built_needed
+@needs_dry_run
 def test_the_documents_have_this_table() -> None:
     """Else: python -m gptkernels.bench.predict --write docs/tuning.md."""
     text = (ROOT / "docs" / "tuning.md").read_text()
@@ -168,7 +163,7 @@ def test_tables_are_written_between_marks(tmp_path: Path) -> None:
         predict.written("nothing", [])
 
 
-@built_needed
+@needs_dry_run
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     few = (dry_run.layer_norm(64, 512, torch.bfloat16),)
     monkeypatch.setattr(predict, "predictions", lambda: _real(few))
