@@ -60,10 +60,10 @@ def attention_inputs(
     Hk: int | None = None,
     D: int = 16,
     dtype: torch.dtype = FP32,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> dict[str, Any]:
     """q, k and v; as many keys as queries, and key heads as heads, unless said otherwise."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     Tk, Hk = Tq if Tk is None else Tk, H if Hk is None else Hk
     shapes = {"q": (B, Tq, H, D), "k": (B, Tk, Hk, D), "v": (B, Tk, Hk, D)}
     return {k: draw(*shape, dtype=dtype, generator=generator) for k, shape in shapes.items()}
