@@ -20,8 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
-# What several test files share: a failed assert there shows its values too.
-pytest.register_assert_rewrite("attention_cases", "emulated", "training")
+pytest_plugins = ["machines"]
+# Their failed asserts show values too.
+pytest.register_assert_rewrite("attention_cases", "emulated", "right", "training")
 
 # Interpreted kernels are slow: no deadline, and a failing example is printed as found, not shrunk
 # for minutes.
@@ -34,6 +35,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("kernels")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Neighbours run in one worker, which alone makes what they share."""
+    if getattr(config.option, "dist", "no") == "load":  # what xdist's -n chooses
+        config.option.dist = "worksteal"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

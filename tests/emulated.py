@@ -4,25 +4,15 @@ one, on a GPU."""
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import platform
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 from harness import ROOT
 from torch import Tensor
 
 KERNELS = ROOT / "tests" / "emulator" / "kernels"
-HERE = f"{platform.machine()} {platform.system()}"
-pytestmark = pytest.mark.skipif(
-    HERE not in ("x86_64 Linux", "aarch64 Linux"),
-    reason=f"the emulator runs on x86-64 and aarch64 Linux, and this is {HERE}",
-)
 
 
 class Case(ctypes.Structure):
@@ -116,18 +106,6 @@ class Gpu(Emulator):
         """Likewise."""
 
 
-@pytest.fixture(scope="session")
-def extension() -> ModuleType:
-    """scripts/extension.py."""
-    spec = importlib.util.spec_from_file_location("extension", ROOT / "scripts" / "extension.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def sources(*stems: str) -> list[Path]:
     """All of them, or those of these names, such as "sm90/wgmma"."""
     files = {
@@ -136,29 +114,6 @@ def sources(*stems: str) -> list[Path]:
         if path.suffix in (".cpp", ".cu")
     }
     return [files[stem] for stem in stems or sorted(files)]
-
-
-@pytest.fixture(scope="session")
-def emulator(extension: ModuleType) -> Emulator:
-    try:
-        return Emulator(extension.emulated(sources(), ROOT / "build" / "emulator_kernels"))
-    except extension.BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session", params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Emulator:
-    """What a building block gives is the same on both."""
-    if request.param == "emulator":
-        return request.getfixturevalue("emulator")
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    stems = ("cases", "primitives", "tiles", "dropout")
-    chosen = sources(*stems, "sm90/wgmma", "sm90/mbarriers", "sm90/clusters")
-    try:
-        return Gpu(extension.native_library(chosen, ROOT / "build" / "native_kernels"))
-    except extension.BuildError as error:
-        pytest.skip(str(error))
 
 
 def line(marker: str) -> str:

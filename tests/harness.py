@@ -1,10 +1,53 @@
-"""What test modules share: where things are."""
+"""What test modules share: where things are, and what can run here. How results are held to the
+truth or to the same bits is in right.py, what ops are given in op_inputs.py."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptkernels.core import native
+from gptkernels.core.choice import IMPLEMENTATIONS, unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 # Test data that is not committed; tests that use it skip where it is missing.
 DATA = Path(os.environ.get("GPTKERNELS_DATA") or ROOT.parent / "shared" / "data")
+
+FP32, FP16, BF16 = DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Without a GPU conftest.py has the kernels run on CPU tensors.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HERE = [impl for impl in IMPLEMENTATIONS if unavailable(impl, DEVICE, FP32) is None]
+
+
+def of(
+    impl: str, *values: Any, dtype: torch.dtype = FP32, device: str = DEVICE, **options: Any
+) -> Any:
+    """Parameters of a test that runs `impl`, skipped with the reason where it cannot run."""
+    reason = unavailable(impl, device, dtype)
+    skip = pytest.mark.skipif(reason is not None, reason=f"impl={impl!r}: {reason}")
+    return pytest.param(impl, *values, marks=skip, **options)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+RUNNABLE = [
+    of(impl, dtype, dtype=dtype, id=f"{impl}-{name_of(dtype)}")
+    for impl in IMPLEMENTATIONS
+    for dtype in DTYPES
+]
+runnable = pytest.mark.parametrize(("impl", "dtype"), RUNNABLE)
+each = pytest.mark.parametrize("impl", [of(impl) for impl in IMPLEMENTATIONS])
+each_kernel = pytest.mark.parametrize("impl", [of("triton"), of("cuda")])
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+(needs_cuda,) = of("cuda").marks
+needs_dry_run = pytest.mark.skipif(
+    not native._EMULATOR.exists() and native.unavailable("cuda") is not None,
+    reason="the CUDA C++ kernels are not built; `make emulator` builds them for this CPU",
+)
+emulated = pytest.mark.skipif(not native.EMULATED, reason="of the emulator: a GPU has one schedule")

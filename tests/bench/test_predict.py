@@ -7,16 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import ROOT
+from harness import ROOT, needs_dry_run
 
 from gptkernels.bench import dry_run, predict
-from gptkernels.core import native
 
 SQUARE = dict(B=4, T=16384, Tk=16384, H=16, Hk=16, D=128, left=-1, right=-1)
-built_needed = pytest.mark.skipif(
-    not native._EMULATOR.exists() and native.unavailable("cuda") is not None,
-    reason="the CUDA C++ kernels are not built; `make emulator` builds them for this CPU",
-)
 
 
 def way(**members: Any) -> dict[str, Any]:
@@ -102,7 +97,7 @@ def test_sizes_of_a_product() -> None:
     assert predict._product_sizes(launched(64 * 64, 2)) == (8192, 4096, 16384)
 
 
-@built_needed
+@needs_dry_run
 def test_products() -> None:
     large = dry_run.gelu_mlp(8192, 4096, 16384, torch.bfloat16)
     cooperative, pingpong = 0, 1
@@ -121,7 +116,7 @@ def test_products() -> None:
     assert waves > 1.5
 
 
-@built_needed
+@needs_dry_run
 def test_the_rule_takes_the_product_with_the_fewest_clocks() -> None:
     large = dry_run.gelu_mlp(8192, 4096, 16384, torch.bfloat16)
     for direction in range(2):
@@ -131,7 +126,7 @@ def test_the_rule_takes_the_product_with_the_fewest_clocks() -> None:
             assert chosen.clocks == min(clocks)
 
 
-@built_needed
+@needs_dry_run
 def test_every_problem_is_predicted() -> None:
     rows = list(predict.predictions())
     for problem in predict.PROBLEMS:
@@ -154,7 +149,7 @@ def test_every_problem_is_predicted() -> None:
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
 
 
-@built_needed
+@needs_dry_run
 def test_the_documents_have_this_table() -> None:
     """Else: python -m gptkernels.bench.predict --write docs/tuning.md."""
     text = (ROOT / "docs" / "tuning.md").read_text()
@@ -191,7 +186,7 @@ def test_tables_are_written_between_marks(tmp_path: Path) -> None:
         predict.written("nothing", [])
 
 
-@built_needed
+@needs_dry_run
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     few = (dry_run.layer_norm(64, 512, torch.bfloat16),)
     monkeypatch.setattr(predict, "predictions", lambda: _real(few))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import emulated, needs_dry_run
 from torch import Tensor
 
 import gptkernels
@@ -15,13 +16,9 @@ from gptkernels.bench import dry_run
 from gptkernels.cli import explain
 from gptkernels.core import native
 
-pytestmark = pytest.mark.skipif(
-    not native._EMULATOR.exists() and native.unavailable("cuda") is not None,
-    reason="the CUDA C++ kernels are not built; `make emulator` builds them for this CPU",
-)
+pytestmark = needs_dry_run
 
 H200, A100 = dry_run.MACHINES["sm90"], dry_run.MACHINES["sm80"]
-EMULATED = pytest.mark.skipif(not native.EMULATED, reason="compares with a run in the emulator")
 
 
 def leaf(*sizes: int) -> Tensor:
@@ -40,7 +37,7 @@ def planned(problem: dry_run.Problem) -> list[dry_run.Launched]:
     return [x for direction in problem.directions for x in direction.dry_run(machine).launches]
 
 
-@EMULATED
+@emulated
 def test_attention_is_planned_as_it_runs() -> None:
     q, k, v = leaf(2, 33, 4, 40), leaf(2, 70, 2, 40), leaf(2, 70, 2, 40)
     options: dict[str, Any] = dict(window=(20, 0), softcap=3.0, deterministic=True)
@@ -50,7 +47,7 @@ def test_attention_is_planned_as_it_runs() -> None:
     assert problem.text == ("B2 T33/70 H4/2 D40 causal, window 20, 0, softcap 3, deterministic")
 
 
-@EMULATED
+@emulated
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlp_is_planned_as_it_runs(bias: bool) -> None:
     x, w1, w2 = leaf(70, 33), leaf(130, 33), leaf(33, 130)
@@ -60,7 +57,7 @@ def test_mlp_is_planned_as_it_runs(bias: bool) -> None:
     assert planned(dry_run.gelu_mlp(70, 33, 130, torch.bfloat16, bias=bias)) == seen
 
 
-@EMULATED
+@emulated
 @pytest.mark.parametrize(("keys", "kernels"), [(200, 1), (700, 2)])
 def test_attention_decode_is_planned_as_it_runs(keys: int, kernels: int) -> None:
     q, k, v = (torch.randn(3, t, h, 64).bfloat16() for t, h in ((2, 4), (keys, 2), (keys, 2)))
@@ -75,7 +72,7 @@ def test_attention_decode_is_planned_as_it_runs(keys: int, kernels: int) -> None
     assert len(made["launches"]) == kernels
 
 
-@EMULATED
+@emulated
 @pytest.mark.parametrize("residual", [True, False])
 def test_layer_norm_is_planned_as_it_runs(residual: bool) -> None:
     x, weight, bias, added = leaf(9, 768), leaf(768), leaf(768), leaf(9, 768)
@@ -91,7 +88,7 @@ def test_layer_norm_is_planned_as_it_runs(residual: bool) -> None:
     )
 
 
-@EMULATED
+@emulated
 @pytest.mark.parametrize(
     ("activation", "norm_first", "causal", "bias", "dropout_p"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import emulated, needs_cuda
 
 from gptkernels import layer_norm
 from gptkernels.core import choice, native
@@ -80,9 +81,9 @@ def test_a_module_that_is_not_there_is_one_sentence(
         native.module()
 
 
+@needs_cuda
+@emulated
 def test_threads_emulate_one_at_a_time() -> None:
-    if not native.EMULATED or native.unavailable(CPU):
-        pytest.skip("the emulator does not run here")
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # between declaring tensors and launching, among other places
     failures: list[Exception] = []

@@ -1,5 +1,5 @@
 """The dropout contract: known answers, the counter layout, the Triton twin bit for bit, and the
-CUDA C++ twin through the op that drops (tests/test_emulator.py has its device functions)."""
+CUDA C++ twin through the op that drops (emulator/test_emulator.py has its device functions)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from harness import needs_cuda
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptkernels import layer_norm
 from gptkernels.core import philox
-from gptkernels.core.choice import unavailable
 from gptkernels.core.triton_philox import attention_keep_tile, elementwise_keep_tile
 
 
@@ -148,14 +148,12 @@ def test_triton_elementwise_tile(C: int, aligned: bool, device: torch.device, se
     assert torch.equal(out.bool(), philox.elementwise_keep(rng, 0.6, (8, C)))
 
 
+@needs_cuda
 @pytest.mark.parametrize("C", [8, 24, 21, 1, 1031])
 @pytest.mark.parametrize("p", [0.001, 0.6, 1.0])
 def test_cuda_layer_norm_drops_by_the_contract(
     C: int, p: float, device: torch.device, seed: int
 ) -> None:
-    reason = unavailable("cuda", device.type, torch.float32)
-    if reason:
-        pytest.skip(reason)
     x = torch.ones(7, C, device=device, requires_grad=True)
     _, s = layer_norm(x, torch.ones(C, device=device), dropout_p=p, prenorm=True, impl="cuda")
     torch.manual_seed(seed)

@@ -6,21 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated import (
-    COPY,
-    CTA,
-    Emulator,
-    N,
-    emulator,
-    extension,
-    launched,
-    machine,
-)
-from emulated import pytestmark as pytestmark
+from emulated import COPY, CTA, Emulator, N, launched
 
 from gptkernels.core import philox
 
-__all__ = ["emulator", "extension", "machine"]  # fixtures
+pytest_plugins = ["machines"]
 
 LANES = torch.arange(32, dtype=torch.int32)
 

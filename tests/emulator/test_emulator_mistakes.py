@@ -13,22 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import (
-    COPY,
-    CTA,
-    ROOT,
-    THREAD,
-    WARP,
-    Emulator,
-    N,
-    emulator,
-    expected,
-    extension,
-    launched,
-)
-from emulated import pytestmark as pytestmark
-
-__all__ = ["emulator", "extension"]  # fixtures
+from emulated import COPY, CTA, THREAD, WARP, Emulator, N, expected, launched
+from harness import ROOT
 
 BARRIER = "tests/emulator/kernels/meetings.cu:#"
 PRODUCT = "csrc/device/mma.h:#, called at csrc/device/mma.h:#"

@@ -1,4 +1,4 @@
-"""The emulator's twins of what only Hopper has, as tests/test_emulator.py tests the others: each
+"""The emulator's twins of what only Hopper has, as test_emulator.py tests the others: each
 against PyTorch, and for each detector a kernel with the mistake that it is there to find, and the
 same kernel without."""
 
@@ -9,20 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import THREAD, Emulator, emulator, expected, extension, machine
+from emulated import THREAD, Emulator, expected
 from torch import Tensor
 
 from gptkernels.truth import parity
 
-__all__ = ["emulator", "extension", "machine"]  # fixtures
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine of which this is no twin there is nothing to test."""
-    monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm90")
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
+pytest_plugins = ["machines"]
+pytestmark = pytest.mark.usefixtures("hopper")
 
 
 # ---- wgmma
@@ -122,7 +115,7 @@ FILL = "csrc/device/vector.h:#, called at <fill operand>, called at <fill A>"
 READ = "reads accumulators of a wgmma that has not been waited for"
 
 # name -> (what else there is to say of the launch, what is said after the kernel's name), as BROKEN
-# in tests/test_emulator_mistakes.py.
+# in test_emulator_mistakes.py.
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     # Accumulators and A's registers
     "product_without_wait": (

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import expected, extension  # noqa: F401
-from emulated import pytestmark as pytestmark
-from test_tma import Machine, Map, emulator, hopper  # noqa: F401
+from emulated import expected
+from test_tma import Machine, Map, emulator  # noqa: F401
 from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("hopper")
 
 THREAD = "CTA (0, 0, 0), thread #, at"
 CALL = f"{THREAD} csrc/device/tma.h:#, called at"

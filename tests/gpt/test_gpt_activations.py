@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -29,11 +28,7 @@ CONFIG = GPTConfig(
 )
 
 
-def impls() -> Iterator[Any]:
-    for impl in IMPLEMENTATIONS:
-        reason = unavailable(impl, "cpu", torch.float32)
-        marks = pytest.mark.skip(reason=f"{impl}: {reason}") if reason else ()
-        yield pytest.param(impl, marks=marks)
+ON_CPU = [of(impl, device="cpu") for impl in IMPLEMENTATIONS]  # PyTorch's first
 
 
 def kept(config: GPTConfig, impl: str, recompute: str, dtype: torch.dtype) -> int:
@@ -71,7 +66,7 @@ def test_a_block_keeps_its_budget_and_no_byte_more(
     assert one_more == wanted
 
 
-@pytest.mark.parametrize("impl", [p for p in impls() if p.values != ("torch",)])
+@pytest.mark.parametrize("impl", ON_CPU[1:])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_kernels_keep_no_more(norm: str, impl: str) -> None:
     config = dataclasses.replace(CONFIG, norm=norm, dropout=0.2, n_layer=1)
@@ -80,7 +75,7 @@ def test_kernels_keep_no_more(norm: str, impl: str) -> None:
     assert one_more <= budget(0.2, "none", torch.float32)
 
 
-@pytest.mark.parametrize("impl", list(impls()))
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_computing_the_norm_again_changes_no_bit(

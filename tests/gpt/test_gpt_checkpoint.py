@@ -9,15 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from training import (
-    finished,
-    text,
-)
 
 from gptkernels.gpt.training import checkpoint
 from gptkernels.gpt.training.train import TrainResult, resume
-
-__all__ = ["finished", "text"]  # fixtures
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "rename"])

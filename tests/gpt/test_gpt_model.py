@@ -5,12 +5,12 @@ import dataclasses
 import math
 import runpy
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkernels import GPT, GPTConfig
 from gptkernels.core import philox
-from gptkernels.core.choice import IMPLEMENTATIONS, unavailable
+from gptkernels.core.choice import IMPLEMENTATIONS
 from gptkernels.truth import baseline, plain_gpt, reference
 from gptkernels.truth.parity import K_FORWARD, K_GRADIENT, assert_parity, compare
 
@@ -52,13 +52,6 @@ def with_parameters(model: Any, tokens: Tensor, targets: Tensor | None = None) -
         return functional_call(model, named, (tokens, targets), tie_weights=True)
 
     return function
-
-
-def impls() -> Iterator[Any]:
-    for impl in IMPLEMENTATIONS:
-        reason = unavailable(impl, "cpu", torch.float32)
-        marks = pytest.mark.skip(reason=f"{impl}: {reason}") if reason else ()
-        yield pytest.param(impl, "pre", marks=marks)
 
 
 # Configuration
@@ -222,7 +215,10 @@ def test_autocast_is_no_worse_than_the_plain_gpts(norm: str) -> None:
     assert_parity(autocast(model), autocast(plain), twin, parameters(config))
 
 
-@pytest.mark.parametrize(("impl", "norm"), [*impls(), pytest.param("torch", "post")])
+@pytest.mark.parametrize(
+    ("impl", "norm"),
+    [*(of(impl, "pre", device="cpu") for impl in IMPLEMENTATIONS), ("torch", "post")],
+)
 def test_every_implementation_with_and_without_dropout(impl: str, norm: str) -> None:
     config = GPTConfig(29, 18, n_layer=2, n_head=2, n_embd=16, dropout=0.3, norm=norm)
     tokens, targets = batch(config)

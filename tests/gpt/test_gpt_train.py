@@ -11,25 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training import (
-    SHORT,
-    TINY,
-    Interrupted,
-    assert_same_bits,
-    finished,
-    interrupt_at,
-    read_log,
-    text,
-    unclocked,
-)
+from training import SHORT, TINY, Interrupted, assert_same_bits, interrupt_at, read_log, unclocked
 
 from gptkernels import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import checkpoint
 from gptkernels.gpt.training.config import learning_rate
 from gptkernels.gpt.training.train import DivergedError, TrainResult, resume, train
-
-__all__ = ["finished", "text"]  # fixtures
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

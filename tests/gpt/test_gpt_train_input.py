@@ -9,17 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import (
-    SHORT,
-    TINY,
-    finished,
-    text,
-)
+from training import SHORT, TINY
 
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.train import TrainResult, resume, train
-
-__all__ = ["finished", "text"]  # fixtures
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from training import (
-    SHORT,
-    TINY,
-    text,
-)
+from training import SHORT, TINY
 
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt.tokenizer import ByteTokenizer
@@ -27,8 +23,6 @@ from gptkernels.gpt.training.throughput import flops_per_token, peak_flops
 from gptkernels.gpt.training.train import train
 from gptkernels.truth.parity import compare
 from gptkernels.truth.plain_gpt import PlainGPT
-
-__all__ = ["text"]  # a fixture
 
 
 def test_schedule_warms_up_and_falls_by_half_a_cosine() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_folders import CONFIG, folder, randomize, saved, theirs
+from hf_folders import CONFIG, randomize, theirs
 from torch import Tensor
 
 from gptkernels import GPT, GPTConfig
@@ -22,8 +22,6 @@ from gptkernels.truth import plain_gpt
 pytest.importorskip("safetensors", reason="needs the package safetensors")
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
-
-__all__ = ["folder", "saved"]  # fixtures
 
 
 def assert_close(ours: Tensor, other: Tensor) -> None:

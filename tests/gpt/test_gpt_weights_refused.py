@@ -8,15 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hf_folders  # noqa: F401 (skips without what it needs)
 import pytest
 import torch
-from hf_folders import folder, saved
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptkernels import GPT
-
-__all__ = ["folder", "saved"]  # fixtures
 
 
 def test_dropout_of_the_folder(folder: Path) -> None:

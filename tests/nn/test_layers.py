@@ -3,12 +3,13 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import DTYPES, of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,13 +17,12 @@ from torch.func import functional_call
 
 from gptkernels import MLP, CausalSelfAttention, LayerNorm
 from gptkernels.core import native, philox
-from gptkernels.core.choice import IMPLEMENTATIONS, unavailable
+from gptkernels.core.choice import IMPLEMENTATIONS
 from gptkernels.nn import layers
 from gptkernels.nn.layers import KVCache, set_impl
 from gptkernels.truth import baseline, plain_gpt, reference
 from gptkernels.truth.parity import assert_parity
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEDS = st.integers(0, 2**32)
 
 
@@ -163,14 +163,7 @@ def test_layer_norm_adds_the_residual_and_returns_the_sum(dtype: torch.dtype) ->
     assert s.dtype == torch.float32
 
 
-def impls() -> Iterator[Any]:
-    for impl in IMPLEMENTATIONS:
-        reason = unavailable(impl, "cpu", torch.float32)
-        marks = pytest.mark.skip(reason=f"{impl}: {reason}") if reason else ()
-        yield pytest.param(impl, marks=marks)
-
-
-@pytest.mark.parametrize("impl", list(impls()))
+@pytest.mark.parametrize("impl", [of(impl, device="cpu") for impl in IMPLEMENTATIONS])
 def test_dropout_follows_the_contract_in_training_alone(impl: str) -> None:
     torch.manual_seed(3)
     norm, attention = LayerNorm(24), CausalSelfAttention(24, 3, dropout=0.3)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import emulated, needs_cuda
 from torch import Tensor
 
 from gptkernels import bench
@@ -148,10 +149,8 @@ def test_table_refuses_an_architecture_natively(monkeypatch: pytest.MonkeyPatch)
         verify.run(impls=["cuda"], arch="sm90")
 
 
-@pytest.mark.skipif(
-    not (native.EMULATED and native._EMULATOR.exists()),
-    reason="runs kernels in the emulator, which is not built; `make emulator` builds it",
-)
+@needs_cuda
+@emulated
 @pytest.mark.parametrize("before", [None, "sm80"])
 def test_rows_of_an_architecture(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if before is None:

@@ -7,23 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
-    BF16,
-    DEVICE,
-    FP16,
-    FP32,
-    assert_right,
-    assert_same,
-    each,
-    inputs,
-    lengths,
-    run,
-    runnable,
-    seeded,
-    shrink_tiles,
-)
+from attention_cases import hold, shrink_tiles
+from harness import DEVICE, FP32, by_dtype, each, runnable
 from hypothesis import given
 from hypothesis import strategies as st
+from op_inputs import attention_inputs as inputs
+from op_inputs import int32
+from right import assert_same, run, seeded
 from torch import Tensor
 
 from gptkernels import attention
@@ -36,8 +26,8 @@ class TestParity:
     @given(
         sizes=st.tuples(
             st.integers(1, 2),  # B
-            st.integers(1, 100),  # Tq
-            st.integers(1, 100),  # Tk
+            st.integers(1, 70),  # Tq: past the 64 rows of a tile
+            st.integers(1, 70),  # Tk
             st.integers(1, 2),  # query heads a key head
             st.integers(1, 2),  # Hk, 1 in a batch of 2
             st.sampled_from([8, 16, 20, 64]),  # D
@@ -46,7 +36,7 @@ class TestParity:
         window=st.none() | st.tuples(st.integers(-1, 70), st.integers(-1, 70)),
         softcap=st.sampled_from([0.0, 0.0, 2.0, 50.0]),
         alibi=st.booleans(),
-        ends=st.none() | st.tuples(st.integers(0, 100), st.integers(0, 100)),
+        ends=st.none() | st.tuples(st.integers(0, 70), st.integers(0, 70)),
         dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
         return_lse=st.booleans(),
         tile=st.sampled_from([(16, 16), (32, 16), (16, 32)]),
@@ -81,12 +71,12 @@ class TestParity:
             masks = dict(
                 causal=causal,
                 window=window,
-                key_lengths=lengths(*(min(end, Tk) for end in ends[:B])) if ends else None,
+                key_lengths=int32(*(min(end, Tk) for end in ends[:B])) if ends else None,
             )
             # Where no row sees two keys dq and dk are 0, and rounding noise has no yardstick.
             flat = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
             _, counts = reference.attention(**flat, **masks, return_lse=True)
-            assert_right(
+            hold(
                 tensors,
                 impl,
                 seed,
@@ -107,13 +97,13 @@ class TestParity:
         heads = 8 if Tq == 1 else 1  # of one number PyTorch's error is anything
         tensors = inputs(1, Tq, Tk, heads, D=16, dtype=dtype, seed=seed)
         # With a single key dq and dk are 0, and rounding noise has no yardstick.
-        assert_right(tensors, impl, seed, gradients=Tk > 1, causal=not lse, return_lse=lse)
+        hold(tensors, impl, seed, gradients=Tk > 1, causal=not lse, return_lse=lse)
 
     @runnable
     @pytest.mark.parametrize("D", [1, 17, 65, 96, 128, 160, 256])
     def test_head_widths(self, impl: str, dtype: torch.dtype, D: int, seed: int) -> None:
         tensors = inputs(1, 70, 75, 2, 1, D, dtype, seed)
-        assert_right(tensors, impl, seed, window=(60, 0), return_lse=True)
+        hold(tensors, impl, seed, window=(60, 0), return_lse=True)
 
     @runnable
     @pytest.mark.parametrize("D", [8, 40, 63, 64, 80, 97, 129, 192, 193])
@@ -121,13 +111,13 @@ class TestParity:
         self, impl: str, dtype: torch.dtype, D: int, seed: int
     ) -> None:
         tensors = inputs(1, 70, 75, 2, 1, D, dtype, seed)
-        assert_right(tensors, impl, seed, gradients=False, dropout_p=0.1, return_lse=True)
+        hold(tensors, impl, seed, gradients=False, dropout_p=0.1, return_lse=True)
 
     @each
     def test_heads_that_do_not_fit_in_the_cache_together(self, impl: str, seed: int) -> None:
         """At this length the CUDA kernels take the three heads two at a time, then one."""
         tensors = inputs(1, 140, 16000, 3, D=64, seed=seed)
-        assert_right(tensors, impl, seed, gradients=False, window=(100, 0), return_lse=True)
+        hold(tensors, impl, seed, gradients=False, window=(100, 0), return_lse=True)
 
     @runnable
     @pytest.mark.parametrize(
@@ -146,13 +136,14 @@ class TestParity:
         self, impl: str, dtype: torch.dtype, options: dict[str, Any], seed: int
     ) -> None:
         if "key_lengths" in options:
-            options = options | dict(key_lengths=lengths(*options["key_lengths"]))
-        assert_right(inputs(1, 140, 290, 2, 1, 16, dtype, seed), impl, seed, **options)
+            options = options | dict(key_lengths=int32(*options["key_lengths"]))
+        heads = len(options.get("alibi_slopes", [0.0]))
+        hold(inputs(1, 140, 290, heads, 1, 16, dtype, seed), impl, seed, **options)
 
     @runnable
     def test_eight_query_heads_read_one(self, impl: str, dtype: torch.dtype, seed: int) -> None:
         tensors = inputs(2, 40, 45, 8, 1, 24, dtype, seed)
-        assert_right(tensors, impl, seed, dropout_p=0.1, return_lse=True)
+        hold(tensors, impl, seed, dropout_p=0.1, return_lse=True)
 
     @runnable
     @pytest.mark.parametrize(
@@ -172,7 +163,7 @@ class TestParity:
     def test_options(
         self, impl: str, dtype: torch.dtype, options: dict[str, Any], seed: int
     ) -> None:
-        assert_right(inputs(1, 40, 45, dtype=dtype, seed=seed), impl, seed, **options)
+        hold(inputs(1, 40, 45, dtype=dtype, seed=seed), impl, seed, **options)
 
     @runnable
     def test_strides(self, impl: str, dtype: torch.dtype, seed: int) -> None:
@@ -180,11 +171,11 @@ class TestParity:
         torch.manual_seed(seed)
         draw = functools.partial(torch.randn, device=DEVICE, dtype=dtype)
         q, k, v = draw(2, 40, 3, 2, 24).unbind(2)
-        assert_right(dict(q=q, k=k, v=v), impl, seed)
+        hold(dict(q=q, k=k, v=v), impl, seed)
         q, k, v = (x.transpose(1, 2) for x in draw(3, 2, 2, 40, 24))
-        assert_right(dict(q=q, k=k, v=v), impl, seed)
+        hold(dict(q=q, k=k, v=v), impl, seed)
         k = draw(1, 40, 1, 24).expand(2, 40, 2, 24)
-        assert_right(dict(q=q, k=k, v=k), impl, seed)
+        hold(dict(q=q, k=k, v=k), impl, seed)
 
     @each
     @pytest.mark.parametrize(
@@ -200,16 +191,9 @@ class TestParity:
         assert ends.stride() != (1,)
         strided = functools.partial(call, key_lengths=ends, alibi_slopes=slopes)
         dense = functools.partial(call, key_lengths=ends.contiguous(), alibi_slopes=[0.5, 0.5])
-        assert_same(seeded(strided, tensors), seeded(dense, tensors))
+        assert_same(run(seeded(strided), tensors), run(seeded(dense), tensors))
 
-    @each
-    def test_expanded_cotangent(self, impl: str) -> None:
-        tensors = inputs(2, 20, D=24)
-        call = functools.partial(attention, impl=impl)
-        found = run(lambda **leaves: call(**leaves).sum(), tensors)[1:]
-        assert_same(found, run(call, tensors)[1:])
-
-    @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+    @by_dtype
     @pytest.mark.parametrize("shape", [(2, 3, 40, 45), (40, 45), (2, 1, 1, 45), (3, 40, 1)])
     @pytest.mark.parametrize("kind", ["bool", "additive"])
     def test_attn_mask(
@@ -224,11 +208,11 @@ class TestParity:
         tensors = inputs(2, 40, 45, 3, D=24, dtype=dtype, seed=seed)
         mask = torch.randn(shape).to(device=DEVICE, dtype=dtype)
         if kind == "bool":
-            assert_right(tensors, "auto", seed, attn_mask=mask > -0.5, softcap=5.0)
+            hold(tensors, "auto", seed, attn_mask=mask > -0.5, softcap=5.0)
         elif shape[-1] > 1:  # its gradient too; that of one value for a whole row is 0, all noise
-            assert_right(tensors | dict(attn_mask=mask), "auto", seed, softcap=5.0)
+            hold(tensors | dict(attn_mask=mask), "auto", seed, softcap=5.0)
         else:
-            assert_right(tensors, "auto", seed, attn_mask=mask)
+            hold(tensors, "auto", seed, attn_mask=mask)
 
     @each
     def test_lse_alone(self, impl: str, seed: int) -> None:

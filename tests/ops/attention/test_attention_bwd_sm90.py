@@ -10,28 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from harness import BF16, DEVICE, FP16, FP32, needs_cuda
+from op_inputs import attention_inputs, int32
 from torch import Tensor
 
 from gptkernels import attention
 from gptkernels.core import native
-from gptkernels.core.choice import unavailable
 from gptkernels.ops.attention.cuda import dense as launchers
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.truth import baseline, parity, reference
 
-DEVICE = "cuda" if torch.cuda.is_available() and not native.EMULATED else "cpu"
-NO_CUDA = unavailable("cuda", DEVICE, torch.bfloat16)
-if NO_CUDA is None and DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-    NO_CUDA = "the GPU's compute capability is not 9.0"
-pytestmark = pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA))
-BF16, FP16 = torch.bfloat16, torch.float16
+pytestmark = [needs_cuda, pytest.mark.usefixtures("hopper")]
 BUILDS = 8
 Launched = list[dict[str, Tensor | None]]
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm90")
 
 
 @pytest.fixture
@@ -68,14 +59,7 @@ def inputs(
     dtype: torch.dtype = BF16,
     seed: int = 0,
 ) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    Tk, Hk = Tq if Tk is None else Tk, H if Hk is None else Hk
-    shapes = dict(q=(B, Tq, H, D), k=(B, Tk, Hk, D), v=(B, Tk, Hk, D))
-    return {n: torch.randn(s, generator=generator).to(DEVICE, dtype) for n, s in shapes.items()}
-
-
-def lengths(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+    return attention_inputs(B, Tq, Tk, H, Hk, D, dtype, seed)
 
 
 def slopes(*values: float) -> Tensor:
@@ -120,26 +104,19 @@ def gradients(
     )[:3]
 
 
-def assert_right(
+def hold(
     tensors: dict[str, Any],
     *,
     deterministic: Sequence[bool] = (False, True),
     build: int = -1,
-    lse: bool = True,
     **options: Any,
 ) -> None:
-    def ours(ordered: bool, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        how = dict(options=options, deterministic=ordered, build=build)
-        found = _Backward.apply(how, q, k, v)
-        return found if lse else found[0]
+    def ours(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **how: Any) -> Any:
+        return _Backward.apply(dict(options=options, **how), q, k, v)
 
     for ordered in deterministic:
-        parity.assert_parity(
-            functools.partial(ours, ordered),
-            functools.partial(baseline.attention, **options, return_lse=lse),
-            functools.partial(reference.attention, **options, return_lse=lse),
-            tensors,
-        )
+        how = dict(deterministic=ordered, build=build)
+        hold(ours, tensors, name="attention", return_lse=True, **options, **how)
 
 
 CASES: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any]]]] = {
@@ -166,15 +143,15 @@ CASES: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any]]]] = {
     "D 256": lambda: (inputs(Tq=130, Tk=70, D=256), dict(causal=False)),
     "D 256, lengths, softcap": lambda: (
         inputs(B=2, Tq=70, Tk=130, D=256, dtype=FP16),
-        dict(softcap=5.0, key_lengths=lengths(100, 0)),
+        dict(softcap=5.0, key_lengths=int32(100, 0)),
     ),
     "lengths": lambda: (
         inputs(B=4, Tq=100, Tk=300, D=64),
-        dict(causal=False, key_lengths=lengths(0, 1, 130, 300)),
+        dict(causal=False, key_lengths=int32(0, 1, 130, 300)),
     ),
     "causal lengths": lambda: (
         inputs(B=2, Tq=200, D=128),
-        dict(key_lengths=lengths(0, 150)),
+        dict(key_lengths=int32(0, 150)),
     ),
     "softcap": lambda: (inputs(Tq=150, D=64), dict(softcap=2.0)),
     "ALiBi": lambda: (
@@ -192,7 +169,7 @@ CASES: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any]]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(case: str, launched: Launched) -> None:
     tensors, options = CASES[case]()
-    assert_right(tensors, **options)
+    hold(tensors, **options)
     assert by_hopper(launched) == [True, True]
 
 
@@ -200,7 +177,7 @@ def test_gradients(case: str, launched: Launched) -> None:
 def test_every_build(number: int, launched: Launched) -> None:
     built = native.module().attention_bwd_builds()[number]
     tensors = inputs(Tq=150, Tk=280, D=built["head_width"])
-    assert_right(tensors, build=number, deterministic=(False,))
+    hold(tensors, build=number, deterministic=(False,))
     assert by_hopper(launched) == [True]
 
 
@@ -213,7 +190,7 @@ def test_there_are_no_other_builds() -> None:
         (5, inputs(), dict(softcap=2.0), "not built for bf16 with options"),
     ):
         with pytest.raises(RuntimeError, match=reason):
-            assert_right(tensors, build=number, deterministic=(False,), **options)
+            hold(tensors, build=number, deterministic=(False,), **options)
 
 
 @pytest.mark.parametrize("copies", ["late", "early"])
@@ -221,8 +198,8 @@ def test_there_are_no_other_builds() -> None:
 def test_any_schedule(schedule: str, copies: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
     monkeypatch.setenv("GPTKERNELS_EMULATE_COPIES", copies)
-    assert_right(inputs(Tq=200, D=128, H=2, Hk=1), deterministic=(True,))
-    assert_right(inputs(Tq=280, D=64), deterministic=(False,))
+    hold(inputs(Tq=200, D=128, H=2, Hk=1), deterministic=(True,))
+    hold(inputs(Tq=280, D=64), deterministic=(False,))
 
 
 def test_deterministic_gradients_are_the_same_bits(
@@ -267,7 +244,7 @@ class TestNotFinite:
         tensors = inputs(B=2, Tq=60, Tk=200, D=D)
         tensors["k"][1, 130:] = value
         tensors["v"][1, 130:] = -value
-        assert_right(tensors, deterministic=(False,), causal=False, key_lengths=lengths(200, 130))
+        hold(tensors, deterministic=(False,), causal=False, key_lengths=int32(200, 130))
         assert again(launched) == [False]
 
     def test_without_dq(self, launched: Launched) -> None:
@@ -339,7 +316,7 @@ class TestGeneric:
         odd = {name: torch.zeros(1, 40, 1, 68, dtype=BF16, device=DEVICE) for name in tensors}
         for name, x in tensors.items():
             odd[name][..., :64] = x
-        assert_right({name: x[..., :64] for name, x in odd.items()}, deterministic=(False,))
-        assert_right(inputs(Tq=40, D=36), deterministic=(False,))
-        assert_right(inputs(Tq=20, dtype=torch.float32), deterministic=(False,))
+        hold({name: x[..., :64] for name, x in odd.items()}, deterministic=(False,))
+        hold(inputs(Tq=40, D=36), deterministic=(False,))
+        hold(inputs(Tq=20, dtype=FP32), deterministic=(False,))
         assert by_hopper(launched) == [False, False, False]

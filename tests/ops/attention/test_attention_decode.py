@@ -6,93 +6,26 @@ from typing import Any
 
 import pytest
 import torch
+from harness import BF16, DEVICE, FP16, FP32, HERE, each, each_kernel, of, runnable
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from op_inputs import cache, in_pages, int32
+from right import assert_right, assert_same
 from torch import Tensor
 
 from gptkernels import attention_decode
-from gptkernels.core.choice import unavailable
+from gptkernels.core.choice import IMPLEMENTATIONS
 from gptkernels.ops.attention import splits
 from gptkernels.ops.attention.decode import attention_decode_fwd
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import decode as aten
-from gptkernels.truth import baseline, reference
-from gptkernels.truth.parity import assert_parity
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ("torch", "triton", "cuda")
-RUNNABLE = [
-    pytest.param(impl, dtype, id=f"{impl}-{str(dtype).removeprefix('torch.')}")
-    for impl in IMPLS
-    for dtype in (FP32, FP16, BF16)
-    if unavailable(impl, DEVICE, dtype) is None
-]
-runnable = pytest.mark.parametrize(("impl", "dtype"), RUNNABLE)
-# In the dtype that fewest conversions hide in; "torch" keeps bits on a CPU alone.
-EACH = [impl for impl in IMPLS if unavailable(impl, DEVICE, FP32) is None]
-each = pytest.mark.parametrize("impl", EACH)
-KERNELS = [impl for impl in EACH if impl != "torch"]
-KEEPS_BITS = [impl for impl in EACH if impl != "torch" or DEVICE == "cpu"]
+# "torch" keeps bits on a CPU alone.
+KEEPS_BITS = [of(impl) for impl in IMPLEMENTATIONS if impl != "torch" or DEVICE == "cpu"]
 
 
-def cache(
-    lengths: list[int],
-    Tq: int = 1,
-    H: int = 2,
-    Hk: int = 1,
-    D: int = 16,
-    page: int | None = None,
-    dtype: torch.dtype = FP32,
-    capacity: int = 0,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, the rest): what lies past a length, and pages of nobody, are NaN."""
-    B = len(lengths)
-    capacity = max([capacity, *(n + 3 for n in lengths)])
-    q = torch.randn(B, Tq, H, D).to(DEVICE, dtype)
-    k, v = (torch.randn(B, capacity, Hk, D).to(DEVICE, dtype) for _ in range(2))
-    ends = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    for x in (k, v):
-        x[torch.arange(capacity, device=DEVICE) >= ends[:, None]] = torch.nan
-    tensors, rest = dict(q=q, k_cache=k, v_cache=v), dict(cache_lengths=ends)
-    return (tensors, rest) if page is None else in_pages(tensors, rest, page)
-
-
-def in_pages(
-    tensors: dict[str, Tensor], rest: dict[str, Any], page: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The same keys and values in shuffled pages, two of them nobody's."""
-    B, capacity, *heads = tensors["k_cache"].shape
-    pages = -(-capacity // page)
-    table = torch.randperm(B * pages + 2, device=DEVICE)[: B * pages].view(B, pages)
-    caches = {}
-    for name in ("k_cache", "v_cache"):
-        padded = tensors[name].new_full((B, pages * page, *heads), torch.nan)
-        padded[:, :capacity] = tensors[name]
-        caches[name] = padded.new_full((B * pages + 2, page, *heads), torch.nan)
-        caches[name][table] = padded.view(B, pages, page, *heads)
-    used = torch.arange(pages, device=DEVICE) * page < rest["cache_lengths"][:, None]
-    table = torch.where(used, table, -7).to(torch.int32)  # the others are never read
-    return {**tensors, **caches}, {**rest, "block_table": table}
-
-
-def hold(
-    tensors: dict[str, Tensor], rest: dict[str, Any], impl: str = "torch", **options: Any
-) -> None:
-    """`impl`: "at once" is the torch path of a GPU, here on a CPU too."""
-    how = {"num_splits": options.pop("num_splits", None), "impl": impl}
-    assert_parity(
-        lambda **x: (
-            at_once(**x, **rest, **options)
-            if impl == "at once"
-            else attention_decode(**x, **rest, **options, **how)
-        ),
-        lambda **x: baseline.attention_decode(**x, **rest, **options),
-        lambda **x: reference.attention_decode(**x, **rest, **options),
-        tensors,
-        gradients=False,
-        names=("out", "lse"),
-    )
+def hold(tensors: dict[str, Tensor], rest: dict[str, Any], impl: str, **options: Any) -> None:
+    assert_right(attention_decode, tensors, gradients=False, impl=impl, **rest, **options)
 
 
 SLOPES = [0.5, 0.25, 0.125, 0.1]
@@ -154,7 +87,7 @@ def test_head_widths(impl: str, D: int) -> None:
     window=st.sampled_from([None, (0, 0), (6, -1)]),
     num_splits=st.sampled_from([None, 1, 2, 7, 2**40]),
     return_lse=st.booleans(),
-    impl=st.sampled_from(EACH),
+    impl=st.sampled_from(HERE),
     seed=st.integers(0, 2**32),
 )
 def test_any_shape(
@@ -195,16 +128,15 @@ def test_the_same_bits_alone_and_in_a_batch_of_64(
     for name in ("k_cache", "v_cache"):
         padded[name][:1, :n] = one[name][:, :n]
     padded["q"][:1] = one["q"]
-    roomy = (padded, {"cache_lengths": torch.tensor([n, 1], dtype=torch.int32, device=DEVICE)})
+    roomy = (padded, {"cache_lengths": int32(n, 1)})
     for given_tensors, given_rest in (
         (fitting, end),
         (heads_first, end),
         in_pages(one, end, 5),
         roomy,
     ):
-        out, lse = attention_decode(**given_tensors, **given_rest, **how)
-        assert torch.equal(out[0], together[0][b])
-        assert torch.equal(lse[0], together[1][b])
+        found = attention_decode(**given_tensors, **given_rest, **how)
+        assert_same([x[0] for x in found], [x[b] for x in together])
 
 
 @each
@@ -223,7 +155,7 @@ def test_the_default_dtype_changes_no_bit(impl: str, default: torch.dtype) -> No
         assert torch.equal(x, right)
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@each_kernel
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_nonfinite_values_reach_the_tokens_that_see_them_alone(impl: str, num_splits: int) -> None:
     tensors, rest = cache([150, 70], 3, 4, 2)
@@ -247,14 +179,14 @@ def test_what_lies_before_the_window_is_not_read(impl: str) -> None:
     )
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@each_kernel
 @pytest.mark.parametrize("page", [None, 8])
 def test_kernels_clamp_lengths_and_pages(impl: str, page: int | None) -> None:
     """Past the checks of values, which only tensors on a CPU get."""
     tensors, rest = cache([24, 24, 0], page=page)
     for name in ("k_cache", "v_cache"):
         tensors[name].nan_to_num_(1.0)
-    wrong = dict(rest, cache_lengths=torch.tensor([999, 27, -8], dtype=torch.int32, device=DEVICE))
+    wrong = dict(rest, cache_lengths=int32(999, 27, -8))
     right = dict(rest, cache_lengths=wrong["cache_lengths"].clamp(0, 27 if page is None else 32))
     if page is not None:
         wrong["block_table"] = wrong["block_table"].clone()
@@ -267,8 +199,7 @@ def test_kernels_clamp_lengths_and_pages(impl: str, page: int | None) -> None:
         )
         for x, t in zip((wrong, right), table, strict=True)
     ]
-    assert torch.equal(outs[0][0], outs[1][0])
-    assert torch.equal(outs[0][1], outs[1][1])
+    assert_same(*outs)
     assert not outs[1][0][:2].isnan().any()
 
 
@@ -309,7 +240,9 @@ class TestTorchOnAGpu:
         self, page: int | None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(aten, "_GATHERED", 2 * 40 * 2 * 16)  # two entries at a time
-        hold(*cache([13, 0, 1, 29, 37], 2, 4, 2, 16, page), "at once", **options)
+        tensors, rest = cache([13, 0, 1, 29, 37], 2, 4, 2, 16, page)
+        how = dict(name="attention_decode", gradients=False)
+        assert_right(at_once, tensors, **how, **rest, **options)
 
     def test_clamps_lengths_and_pages(self) -> None:
         tensors, rest = cache([24, 24, 24], page=8)
@@ -369,7 +302,7 @@ def test_nothing_to_do(
     shape = (B, capacity, 1, 8) if page is None else (0, page, 1, 8)
     table = None if page is None else torch.zeros(B, 0, dtype=torch.int32, device=DEVICE)
     caches = (torch.randn(shape, device=DEVICE) for _ in range(2))
-    ends = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    ends = int32(*lengths)
     out, lse = attention_decode(q, *caches, ends, block_table=table, return_lse=True, impl=impl)
     assert out.shape == q.shape
     assert (out == 0).all()

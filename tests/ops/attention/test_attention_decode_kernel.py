@@ -1,5 +1,5 @@
-"""The CUDA C++ kernel of `attention_decode` (csrc/attention_decode_kernel.h): each way in which it
-is built, in the emulator or on a GPU. tests/test_attention_decode.py holds every implementation to
+"""The CUDA C++ kernel of `attention_decode` (csrc/attention/decode): each way in which it
+is built, in the emulator or on a GPU. test_attention_decode.py holds every implementation to
 the truth.
 """
 
@@ -9,74 +9,30 @@ from typing import Any
 
 import pytest
 import torch
+from harness import BF16, DEVICE, FP16, FP32, needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_inputs import cache
+from right import assert_right, assert_same
 from torch import Tensor
 
 from gptkernels import attention_decode
-from gptkernels.core import native
-from gptkernels.truth import baseline, reference
-from gptkernels.truth.parity import assert_parity
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WHY_NOT = native.unavailable(DEVICE)
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+pytestmark = needs_cuda
 
 
-def problem(
-    lengths: list[int],
-    Tq: int,
-    H: int,
-    Hk: int,
-    D: int,
-    page: int | None = None,
-    dtype: torch.dtype = FP32,
-    room: int | None = None,
-) -> dict[str, Any]:
+def problem(*sizes: Any, **options: Any) -> dict[str, Any]:
     """Arguments. What lies past a length, and pages of nobody, are NaN; they are never named."""
-    room = max(*lengths, 1) + 3 if room is None else room
-    pages, size = (1, room) if page is None else (-(-room // page), page)
-    spare = 2 if page else 0
-    table = torch.randperm(len(lengths) * pages + spare)[: len(lengths) * pages]
-    if page is None:
-        table = torch.arange(len(lengths))
-    table = table.view(len(lengths), pages)
-    k, v = (
-        torch.full((len(lengths) * pages + spare, size, Hk, D), torch.nan, dtype=dtype)
-        for _ in range(2)
-    )
-    for b, length in enumerate(lengths):
-        for x in (k, v):
-            for n in range(-(-length // size)):
-                rows = min(size, length - n * size)
-                x[table[b, n], :rows] = torch.randn(rows, Hk, D).to(dtype)
-        table[b, -(-length // size) :] = -7  # never read
-    given = dict(
-        q=torch.randn(len(lengths), Tq, H, D).to(dtype),
-        k_cache=k,
-        v_cache=v,
-        cache_lengths=torch.tensor(lengths, dtype=torch.int32),
-    )
-    if page is not None:
-        given["block_table"] = table.to(torch.int32)
-    return {name: x.to(DEVICE) for name, x in given.items()}
+    tensors, rest = cache(*sizes, **options)
+    return tensors | rest
 
 
 def hold(given: dict[str, Any], num_splits: int | None = None, **options: Any) -> None:
-    """out and lse, by the rule of parity."""
+    """out and lse to the truth."""
     tensors = {name: given[name] for name in ("q", "k_cache", "v_cache")}
-    rest = {name: x for name, x in given.items() if name not in tensors} | options
-    assert_parity(
-        lambda **x: attention_decode(
-            **x, **rest, num_splits=num_splits, return_lse=True, impl="cuda"
-        ),
-        lambda **x: baseline.attention_decode(**x, **rest, return_lse=True),
-        lambda **x: reference.attention_decode(**x, **rest, return_lse=True),
-        tensors,
-        gradients=False,
-        names=("out", "lse"),
-    )
+    options |= {name: x for name, x in given.items() if name not in tensors}
+    how = dict(num_splits=num_splits, return_lse=True, impl="cuda")
+    assert_right(attention_decode, tensors, gradients=False, **how, **options)
 
 
 def run(given: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
@@ -195,8 +151,8 @@ def test_the_same_bits_in_16_bits(Tq: int, num_splits: int | None) -> None:
             x[:, :length, :, 1:65] = alone[name][:, :length]
             odd[name], larger[name] = x[..., 1:65], x[..., 1:65].contiguous()
         for other in (alone, larger, odd):
-            for one, all_of_them in zip(run(other, num_splits=num_splits), together, strict=True):
-                assert torch.equal(one[0], all_of_them[b])
+            found = run(other, num_splits=num_splits)
+            assert_same([x[0] for x in found], [x[b] for x in together])
 
 
 def test_strides() -> None:

@@ -1,4 +1,4 @@
-"""Attention's forward kernel for Hopper (csrc/attention_fwd_sm90_kernel.h): in the emulator as a
+"""Attention's forward kernel for Hopper (csrc/attention/fwd/sm90): in the emulator as a
 machine of compute capability 9.0, or on such a GPU.
 """
 
@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from harness import BF16, DEVICE, FP16, FP32, HERE, emulated, needs_cuda
+from op_inputs import attention_inputs, int32
+from right import assert_right, assert_same
 from torch import Tensor
 
 from gptkernels import attention
@@ -17,20 +20,11 @@ from gptkernels.ops.attention.cuda.dense import attention_fwd
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.truth import baseline, parity, reference
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HOPPER = native.EMULATED or (DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0))
-WHY_NOT = native.unavailable(DEVICE) or (None if HOPPER else "no GPU of compute capability 9.0")
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+pytestmark = [needs_cuda, pytest.mark.usefixtures("hopper")]
 
 KERNEL = "attention_fwd_sm90_kernel"
-BUILDS = [] if WHY_NOT else native.module().attention_fwd_builds()
-by_dtype = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.ARCH_VARIABLE, "sm90")
+BUILDS = native.module().attention_fwd_builds() if "cuda" in HERE else []
+in_16_bits = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 
 
 def inputs(
@@ -42,13 +36,7 @@ def inputs(
     D: int = 64,
     dtype: torch.dtype = BF16,
 ) -> dict[str, Any]:
-    Tk, Hk = Tq if Tk is None else Tk, H if Hk is None else Hk
-    draw = functools.partial(torch.randn, device=DEVICE, dtype=dtype)
-    return dict(q=draw(B, Tq, H, D), k=draw(B, Tk, Hk, D), v=draw(B, Tk, Hk, D))
-
-
-def lengths(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+    return attention_inputs(B, Tq, Tk, H, Hk, D, dtype, seed=None)
 
 
 def forward(tensors: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
@@ -58,29 +46,17 @@ def forward(tensors: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
     return found
 
 
-def assert_right(tensors: dict[str, Any], built: str | None = None, **options: Any) -> None:
-    """By the rule of parity; and it was Hopper's kernel, built as `built`."""
-    launches: list[dict[str, Any]] = []
-
-    def build(**leaves: Any) -> tuple[Tensor, Tensor]:
-        found: list[tuple[Tensor, Tensor]] = []
-        launches.extend(native.record(lambda: found.append(forward(leaves, **options)))["launches"])
-        return found[0]
-
-    parity.assert_parity(
-        build,
-        functools.partial(baseline.attention, **options, return_lse=True),
-        functools.partial(reference.attention, **options, return_lse=True),
-        tensors,
-        gradients=False,
-        names=("out", "lse"),
-    )
-    assert [launch["kernel"] for launch in launches] == [KERNEL]
+def hold(tensors: dict[str, Any], built: str | None = None, **options: Any) -> None:
+    """To the truth; and it was Hopper's kernel, built as `built`."""
+    options |= dict(return_lse=True, impl="cuda", gradients=False)
+    made = native.record(functools.partial(assert_right, attention, tensors, **options))
+    (launch,) = made["launches"]
+    assert launch["kernel"] == KERNEL
     if built is not None:
-        assert launches[0]["built"]["name"].startswith(built)
+        assert launch["built"]["name"].startswith(built)
 
 
-@by_dtype
+@in_16_bits
 @pytest.mark.parametrize(
     ("D", "built"),
     [
@@ -97,10 +73,10 @@ def assert_right(tensors: dict[str, Any], built: str | None = None, **options: A
 )
 def test_head_widths(dtype: torch.dtype, D: int, built: str) -> None:
     """Blocks with a mask, one without, rows and keys past the end."""
-    assert_right(inputs(1, 150, 270, 1, 1, D, dtype), built)
+    hold(inputs(1, 150, 270, 1, 1, D, dtype), built)
 
 
-@by_dtype
+@in_16_bits
 @pytest.mark.parametrize("D", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(
     "options",
@@ -111,7 +87,7 @@ def test_head_widths(dtype: torch.dtype, D: int, built: str) -> None:
     ids=["softcap", "ALiBi"],
 )
 def test_options(dtype: torch.dtype, D: int, options: dict[str, Any]) -> None:
-    assert_right(inputs(1, 80, 150, 2, 1, D, dtype), **options)
+    hold(inputs(1, 80, 150, 2, 1, D, dtype), **options)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +106,8 @@ def test_options(dtype: torch.dtype, D: int, options: dict[str, Any]) -> None:
 )
 def test_more_options(options: dict[str, Any]) -> None:
     if "key_lengths" in options:
-        options = options | dict(key_lengths=lengths(*options["key_lengths"]))
-    assert_right(inputs(1, 140, 290, 1, 1, 16), **options)
+        options = options | dict(key_lengths=int32(*options["key_lengths"]))
+    hold(inputs(1, 140, 290, 1, 1, 16), **options)
 
 
 @pytest.mark.parametrize("number", range(len(BUILDS)))
@@ -170,38 +146,38 @@ def test_builds_that_cannot() -> None:
 
 
 def test_dense_keys_come_in_wider_blocks() -> None:
-    assert_right(inputs(1, 64, 350, 1, 1, 128), "D128 128x176", causal=False)
-    assert_right(inputs(1, 64, 200, 1, 1, 128), "D128 128x128", causal=False)
+    hold(inputs(1, 64, 350, 1, 1, 128), "D128 128x176", causal=False)
+    hold(inputs(1, 64, 200, 1, 1, 128), "D128 128x128", causal=False)
 
 
 @pytest.mark.parametrize(("Tq", "Tk"), [(1, 1), (63, 65), (64, 128), (200, 130), (1, 400)])
 def test_edges_of_tiles(Tq: int, Tk: int) -> None:
     """One tile, and tiles of which some rows, or consumers, have no key or no query."""
     heads = 8 if Tq == 1 else 1  # of one number PyTorch's error is anything
-    assert_right(inputs(1, Tq, Tk, heads, D=64))
-    assert_right(inputs(1, Tq, Tk, heads, D=128), causal=False)
+    hold(inputs(1, Tq, Tk, heads, D=64))
+    hold(inputs(1, Tq, Tk, heads, D=128), causal=False)
 
 
 def test_more_tiles_than_multiprocessors() -> None:
     """24 of them, of batch entries with different lengths, one of which is empty."""
     tensors = inputs(3, 300, 140, 4, 2, 16)
-    assert_right(tensors, key_lengths=lengths(140, 0, 57))
+    hold(tensors, key_lengths=int32(140, 0, 57))
 
 
 @pytest.mark.parametrize("T", [600, 700])
 @pytest.mark.parametrize("heads", [3, 4])
 def test_early_and_late_tiles_go_in_pairs(T: int, heads: int) -> None:
     """An odd and an even number of tiles a head; of three heads with five one pair is left over."""
-    assert_right(inputs(1, T, T, heads, 1, 72))
+    hold(inputs(1, T, T, heads, 1, 72))
 
 
 def test_eight_query_heads_read_one() -> None:
-    assert_right(inputs(2, 40, 45, 8, 1, 24))
+    hold(inputs(2, 40, 45, 8, 1, 24))
 
 
 def test_heads_that_do_not_fit_in_the_cache_together() -> None:
     """At this length heads come three at a time, then one."""
-    assert_right(inputs(1, 70, 32000, 4, D=64), window=(100, 0))
+    hold(inputs(1, 70, 32000, 4, D=64), window=(100, 0))
 
 
 @pytest.mark.parametrize("D", [64, 256])
@@ -209,9 +185,9 @@ def test_strides(D: int) -> None:
     """Slices of one projection, heads before tokens."""
     draw = functools.partial(torch.randn, device=DEVICE, dtype=BF16)
     q, k, v = draw(2, 40, 3, 2, D).unbind(2)
-    assert_right(dict(q=q, k=k, v=v))
+    hold(dict(q=q, k=k, v=v))
     q, k, v = (x.transpose(1, 2) for x in draw(3, 2, 2, 40, D))
-    assert_right(dict(q=q, k=k, v=v))
+    hold(dict(q=q, k=k, v=v))
 
 
 @pytest.mark.parametrize(
@@ -245,18 +221,17 @@ def test_an_expanded_head_goes_there_too() -> None:
 @pytest.mark.parametrize("D", [64, 128])
 def test_what_lies_past_a_length_never_leaks(value: float, D: int) -> None:
     tensors = inputs(4, 200, 300, 1, D=D)
-    ends = lengths(0, 33, 128, 290)
+    ends = int32(0, 33, 128, 290)
     wanted = forward(tensors, key_lengths=ends, causal=False)
     assert torch.isfinite(wanted[0]).all()
     dead = torch.arange(300, device=DEVICE) >= ends[:, None]
     for name in ("k", "v"):
         tensors[name] = tensors[name].masked_fill(dead[..., None, None], value)
     found = forward(tensors, key_lengths=ends, causal=False)
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.equal(a, b)
+    assert_same(found, wanted)
 
 
-@by_dtype
+@in_16_bits
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("options", [{}, dict(softcap=3.0)], ids=["plain", "softcap"])
@@ -291,7 +266,7 @@ def test_not_a_number_reaches_only_those_who_see_it(
         assert torch.isnan(out[0, rows, 1]).all()
 
 
-@pytest.mark.skipif(not native.EMULATED, reason="the emulator's schedules")
+@emulated
 @pytest.mark.parametrize(
     ("schedule", "copies"), [("reverse", "late"), ("7", "late"), ("forward", "early")]
 )
@@ -300,9 +275,8 @@ def test_the_same_bits_in_any_order(
     D: int, schedule: str, copies: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = inputs(1, 260, 270, 2, 1, D)
-    wanted = forward(tensors, key_lengths=lengths(200))
+    wanted = forward(tensors, key_lengths=int32(200))
     monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
     monkeypatch.setenv("GPTKERNELS_EMULATE_COPIES", copies)
-    found = forward(tensors, key_lengths=lengths(200))
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.equal(a, b)
+    found = forward(tensors, key_lengths=int32(200))
+    assert_same(found, wanted)

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
-    DEVICE,
-    inputs,
-)
+from harness import DEVICE
+from op_inputs import attention_inputs as inputs
 
 from gptkernels import attention
 

@@ -1,5 +1,5 @@
-"""`attention` as a registered op: opcheck, torch.compile, checkpointing, autocast; and
-which of PyTorch's own ops impl="torch" is made of."""
+"""`attention` as a registered op, and which of PyTorch's own ops impl="torch" is made of. What it
+has in common with others: ../test_every_op.py."""
 
 from __future__ import annotations
 
@@ -9,31 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
-    BF16,
-    DEVICE,
-    FP16,
-    FP32,
-    MASKED,
-    assert_same,
-    each,
-    inputs,
-    lengths,
-    noting,
-    run,
-    seeded,
-)
+from attention_cases import MASKED, noting
+from harness import BF16, DEVICE, each
+from op_inputs import attention_inputs as inputs
+from op_inputs import int32 as lengths
+from right import assert_same, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from gptkernels import attention
 from gptkernels.core import philox
-from gptkernels.core.choice import INTERPRETED
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import dense as aten
 
@@ -163,99 +148,9 @@ class TestRegistration:
             ),
         )
 
-    @each
-    @pytest.mark.parametrize(
-        "options",
-        [dict(), dict(window=(4, 2), softcap=3.0, alibi_slopes=[0.5, 1.0], return_lse=True)],
-        ids=["plain", "options"],
-    )
-    def test_compile_equals_eager(self, impl: str, options: dict[str, Any]) -> None:
-        def call(**leaves: Any) -> Any:
-            result = attention(**leaves, **options, impl=impl)
-            return (result[0] * 2, result[1]) if isinstance(result, tuple) else result * 2
-
-        torch._dynamo.reset()
-        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-        for T in (9, 12):
-            tensors = inputs(2, T, T + 3)
-            assert_same(run(compiled, tensors), run(call, tensors))
-
     def test_compile_keeps_the_fused_backward(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(aten, "_attention_rows_bwd", None)  # what a gradient of lse would need
         torch._dynamo.reset()
         call = functools.partial(attention, impl="torch")
         compiled = torch.compile(lambda q, k, v: call(q, k, v), fullgraph=True, backend="aot_eager")
         assert_same(run(compiled, inputs()), run(call, inputs()))
-
-    @each
-    def test_compile_with_key_lengths_and_dropout(self, impl: str) -> None:
-        def call(ends: Tensor, **leaves: Any) -> Any:
-            return attention(**leaves, key_lengths=ends, dropout_p=0.3, impl=impl)
-
-        torch._dynamo.reset()
-        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-        for T in (9, 12):
-            found, wanted = (
-                seeded(functools.partial(f, lengths(3, T)), inputs(2, T)) for f in (compiled, call)
-            )
-            assert_same(found, wanted)
-
-    @each
-    @pytest.mark.parametrize(
-        ("policy", "runs"),
-        [(CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.MUST_RECOMPUTE, 2)],
-    )
-    def test_selective_checkpointing_sees_the_op(
-        self, impl: str, policy: CheckpointPolicy, runs: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        module = pytest.importorskip(f"gptkernels.ops.attention.{impl}")
-
-        def choose(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-            ours = op is torch.ops.gptkernels.attention_fwd.default
-            return policy if ours else CheckpointPolicy.PREFER_RECOMPUTE
-
-        call = functools.partial(attention, impl=impl)
-
-        def checkpointed(**leaves: Any) -> Tensor:
-            contexts = functools.partial(create_selective_checkpoint_contexts, choose)
-            return checkpoint(call, **leaves, use_reentrant=False, context_fn=contexts)
-
-        tensors = inputs()
-        wanted = run(call, tensors)
-        count: list[str] = []
-        monkeypatch.setattr(module, "attention_fwd", noting(module.attention_fwd, count))
-        assert_same(run(checkpointed, tensors), wanted)
-        assert len(count) == runs
-
-    @each
-    def test_recomputation_replays_dropout(self, impl: str) -> None:
-        call = functools.partial(attention, dropout_p=0.4, impl=impl)
-        tensors = inputs()
-        recomputed = functools.partial(checkpoint, call, use_reentrant=False)
-        assert_same(seeded(recomputed, tensors), seeded(call, tensors))
-
-    @each
-    def test_autocast(self, impl: str) -> None:
-        dtype = FP16 if impl == "triton" and INTERPRETED else BF16
-        tensors = inputs(D=24)
-        call = functools.partial(attention, impl=impl)
-
-        def cast(**leaves: Any) -> Tensor:
-            with torch.autocast(DEVICE, dtype=dtype):
-                return call(**leaves)
-
-        found = run(cast, tensors)
-        assert found[0].dtype == dtype
-        assert all(gradient.dtype == FP32 for gradient in found[1:])
-        wanted = run(call, {name: tensor.to(dtype) for name, tensor in tensors.items()})
-        assert_same(found, [a.to(b.dtype) for a, b in zip(wanted, found, strict=True)])
-
-    @each
-    def test_backward_under_autocast_keeps_the_dtype(self, impl: str) -> None:
-        tensors = inputs(D=24)
-        call = functools.partial(attention, impl=impl, softcap=5.0)
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-        out = call(**leaves)
-        with torch.autocast(DEVICE, dtype=BF16):
-            found = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
-        assert_same(list(found), run(call, tensors)[1:])

@@ -10,25 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
-    BF16,
-    CUDA,
-    DEVICE,
-    FP16,
-    FP32,
-    HOPPER,
-    assert_same,
-    each,
-    inputs,
-    lengths,
-    run,
-    runnable,
-)
+from harness import BF16, DEVICE, FP16, FP32, each, of, runnable
+from op_inputs import attention_inputs as inputs
+from op_inputs import int32
+from right import assert_gradients_alone, assert_same, run, seeded
 from torch import Tensor
 
 from gptkernels import attention
 from gptkernels.core import philox
 from gptkernels.truth import parity
+
+
+@functools.cache
+def clean_run(**options: Any) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
+    """Inputs of 70 tokens, a cotangent, and the results. Many tests compare with the same."""
+    dtype = options.pop("dtype")
+    tensors = inputs(1, 70, dtype=dtype)
+    cotangent = inputs(1, 70, dtype=dtype, seed=1)["q"]
+    return tensors, cotangent, run(functools.partial(attention, **options), tensors, [cotangent])
 
 
 class TestRowsAndKeysThatAreApart:
@@ -49,7 +48,7 @@ class TestRowsAndKeysThatAreApart:
         Tq = options.pop("Tq", 70)
         tensors = inputs(2, Tq, 70)
         if "key_lengths" in options:
-            options["key_lengths"] = lengths(*options["key_lengths"])
+            options["key_lengths"] = int32(*options["key_lengths"])
         call = functools.partial(attention, return_lse=True, impl=impl, **options)
         with parity.poisoned_outputs():
             out, lse, dq, dk, dv = run(call, tensors)
@@ -79,7 +78,7 @@ class TestRowsAndKeysThatAreApart:
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     def test_what_lies_past_a_length_never_leaks(self, impl: str, value: float) -> None:
         tensors = inputs(3, 40, 70, 1)
-        ends = lengths(0, 33, 64)
+        ends = int32(0, 33, 64)
         dead = torch.arange(70, device=DEVICE) >= ends[:, None]
         call = functools.partial(attention, key_lengths=ends, return_lse=True, impl=impl)
         wanted = run(call, tensors)
@@ -93,9 +92,9 @@ class TestRowsAndKeysThatAreApart:
     @pytest.mark.parametrize(
         ("impl", "dtype", "deterministic"),
         [
-            pytest.param("triton", FP32, True, id="triton"),
+            of("triton", FP32, True, id="triton"),
             *(
-                pytest.param("cuda", dtype, deterministic, id=f"cuda-{name}", marks=CUDA.marks)
+                of("cuda", dtype, deterministic, id=f"cuda-{name}")
                 for dtype, deterministic, name in (
                     (FP32, True, "float32"),
                     (BF16, True, "deterministic"),
@@ -120,27 +119,18 @@ class TestRowsAndKeysThatAreApart:
     ) -> None:
         """Causal with a window of 12: rows at ... at + 12 see key `at`, row `at` sees keys
         at - 12 ... at, and what those rows see lies between at - 12 and at + 12."""
-        if HOPPER and impl == "cuda" and dtype == BF16:
+        hopper = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+        if hopper and impl == "cuda" and dtype == BF16:
             pytest.skip("Hopper's kernels then sum in another order: test_attention_*_sm90.py")
         T, reach = 70, 12
-        tensors = inputs(1, T, dtype=dtype)
-        cotangent = torch.randn(1, T, 2, 16, device=DEVICE, dtype=dtype)
-        call = functools.partial(
-            attention,
-            window=(reach, 0),
-            softcap=softcap,
-            deterministic=deterministic,
-            impl=impl,
-        )
-        wanted = run(call, tensors, [cotangent])
-        broken = cotangent if where == "dout" else tensors[where]
-        broken = broken.clone()
-        broken[:, at, 1, 3] = value
-        if where == "dout":
-            cotangent = broken
-        else:
-            tensors[where] = broken
-        found = run(call, tensors, [cotangent])
+        how = dict(deterministic=deterministic, impl=impl)
+        options = dict(window=(reach, 0), softcap=softcap, **how)
+        tensors, dout, wanted = clean_run(dtype=dtype, **options)
+        broken = {**tensors, "dout": dout}
+        broken[where] = broken[where].clone()
+        broken[where][:, at, 1, 3] = value
+        dout = broken.pop("dout")
+        found = run(functools.partial(attention, **options), broken, [dout])
         rows = (at, at) if where in ("q", "dout") else (at, at + reach)
         keys = (at - reach, rows[1])
         for name, a, b, (first, last) in zip(
@@ -191,18 +181,8 @@ class TestRowsAndKeysThatAreApart:
     ) -> None:
         options = dict(options)
         tensors = inputs(1, 20, D=options.pop("D", 16), dtype=dtype)
-
-        def gradients(*wanted: str) -> dict[str, Tensor]:
-            leaves = {n: x.detach().requires_grad_(n in wanted) for n, x in tensors.items()}
-            out = attention(**leaves, **options, deterministic=True, impl=impl)
-            out.square().sum().backward()
-            return {n: x.grad for n, x in leaves.items() if x.grad is not None}
-
-        every = gradients(*tensors)
-        for name in tensors:
-            alone = gradients(name)
-            assert list(alone) == [name]
-            assert torch.equal(alone[name], every[name])
+        call = functools.partial(attention, **options, deterministic=True, impl=impl)
+        assert_gradients_alone(call, tensors)
 
     @pytest.mark.parametrize("dtype", [FP32, FP16])
     def test_no_kernel_runs_for_nobody(
@@ -238,13 +218,8 @@ class TestRowsAndKeysThatAreApart:
         """Only dq may differ, only where the CUDA kernels add it up by atomics: from three blocks
         of keys here, in whatever order."""
         tensors = inputs(1, 40, 270, 2, 1, 24, dtype)
-
-        def call(**leaves: Any) -> Any:
-            torch.manual_seed(1)
-            return attention(
-                **leaves, dropout_p=0.2, return_lse=True, deterministic=deterministic, impl=impl
-            )
-
+        options = dict(dropout_p=0.2, return_lse=True, deterministic=deterministic)
+        call = seeded(functools.partial(attention, **options, impl=impl))
         wanted = run(call, tensors)
         by_atomics = impl == "cuda" and dtype != FP32 and not deterministic
         for schedule in ("reverse", "7"):  # of the emulator
@@ -258,12 +233,8 @@ class TestRowsAndKeysThatAreApart:
     def test_dropout_takes_the_mask_of_the_contract(self, impl: str) -> None:
         """Values that are unit vectors show the mask itself."""
         T = 70
-        q = torch.zeros(2, T, 2, 8, device=DEVICE)
         v = torch.eye(T, device=DEVICE)[None, :, None].expand(2, T, 2, T)
         q, v = torch.zeros(2, T, 2, T, device=DEVICE), v.contiguous()
-        torch.manual_seed(3)
-        rng = philox.draw(DEVICE)
-        keep = philox.attention_keep(rng, 0.25, 2, 2, T, T)
-        torch.manual_seed(3)
-        out = attention(q, q, v, causal=False, dropout_p=0.25, impl=impl)
+        keep = philox.attention_keep(seeded(philox.draw)(DEVICE), 0.25, 2, 2, T, T)
+        out = seeded(attention)(q, q, v, causal=False, dropout_p=0.25, impl=impl)
         assert torch.equal(out.transpose(1, 2) != 0, keep)

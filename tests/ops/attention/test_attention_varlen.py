@@ -4,103 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from attention_cases import hold, shrink_tiles
+from harness import BF16, DEVICE, FP16, FP32, RUNNABLE, each, each_kernel, needs_cuda, of, runnable
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_inputs import ends, int32
+from op_inputs import varlen_inputs as inputs
+from op_inputs import varlen_lengths as arguments
+from right import assert_same, run, seeded
 from torch import Tensor
 
 from gptkernels import attention, attention_varlen
 from gptkernels.core import philox
-from gptkernels.core.choice import unavailable
 from gptkernels.ops.attention.dense import attention_bwd, attention_fwd
 from gptkernels.ops.attention.options import AttentionOptions
-from gptkernels.truth import baseline, reference
-from gptkernels.truth.parity import assert_parity, poisoned_outputs
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = [impl for impl in ("torch", "triton", "cuda") if unavailable(impl, DEVICE, FP32) is None]
-RUNNABLE = [
-    pytest.param(impl, dtype, id=f"{impl}-{str(dtype).removeprefix('torch.')}")
-    for impl in IMPLS
-    for dtype in (FP32, BF16, FP16)
-    if unavailable(impl, DEVICE, dtype) is None
-]
-runnable = pytest.mark.parametrize(("impl", "dtype"), RUNNABLE)
-each = pytest.mark.parametrize("impl", IMPLS)
-each_kernel = pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "torch"])
-needs = {
-    impl: pytest.mark.skipif(impl not in IMPLS, reason=str(unavailable(impl, DEVICE, FP32)))
-    for impl in ("triton", "cuda")
-}
+from gptkernels.truth.parity import poisoned_outputs
 
 
-def ends(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
-
-
-def inputs(
-    queries: list[int],
-    keys: list[int],
-    H: int = 2,
-    Hk: int = 1,
-    D: int = 16,
-    dtype: torch.dtype = FP32,
-) -> dict[str, Tensor]:
-    sizes = {"q": (sum(queries), H, D), "k": (sum(keys), Hk, D), "v": (sum(keys), Hk, D)}
-    return {name: torch.randn(size).to(DEVICE, dtype) for name, size in sizes.items()}
-
-
-def arguments(queries: list[int], keys: list[int]) -> dict[str, Any]:
-    return {
-        "cu_seqlens_q": ends(queries),
-        "cu_seqlens_k": ends(keys),
-        "max_seqlen_q": max(queries, default=0),
-        "max_seqlen_k": max(keys, default=0),
-    }
-
-
-def hold(
+def hold_varlen(
     impl: str, queries: list[int], keys: list[int], tensors: dict[str, Tensor], **options: Any
 ) -> None:
-    given = arguments(queries, keys)
+    """To the truth, of sequences of these lengths."""
     seed = int(torch.randint(2**31, ()))
-
-    def seeded(op: Any, **drawn: Any) -> Any:
-        def run(**named: Any) -> Any:
-            torch.manual_seed(seed)
-            if options.get("dropout_p") and not drawn:
-                return op(**named, **given, **options, rng=philox.draw(torch.device(DEVICE)))
-            return op(**named, **given, **options, **drawn)
-
-        return run
-
-    # In 16 bits the CUDA C++ kernels have two ways to dq.
-    two_ways = impl == "cuda" and tensors["q"].dtype != FP32
-    for deterministic in (False, True) if two_ways else (None,):
-        assert_parity(
-            seeded(attention_varlen, impl=impl, deterministic=deterministic),
-            seeded(baseline.attention_varlen),
-            seeded(reference.attention_varlen),
-            tensors,
-            names=("out", "lse"),
-            seed=seed,
-        )
+    options |= arguments(queries, keys)
+    hold(tensors, impl, seed, op=attention_varlen, **options)
 
 
-def run(call: Callable[..., Any], tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
-    """Outputs, then gradients of the sum of their squares, where lse is finite."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    torch.manual_seed(1)
-    outputs = call(**leaves, **options)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    cotangents = [2 * x.detach().nan_to_num(neginf=0.0) for x in outputs]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
-    return [*(output.detach() for output in outputs), *gradients]
+def of_sequences(lengths: dict[str, Any], **options: Any) -> Any:
+    """`attention_varlen` of tensors alone, which drops the same each time."""
+    return seeded(functools.partial(attention_varlen, **lengths, **options))
 
 
 @contextlib.contextmanager
@@ -108,10 +45,7 @@ def small_tiles(impl: str) -> Iterator[None]:
     """Several blocks in a sequence of some twenty tokens."""
     with pytest.MonkeyPatch.context() as patch:
         if impl == "triton":
-            kernels = pytest.importorskip("gptkernels.ops.attention.triton.dense")
-            for name in ("_FORWARD", "_QUERIES", "_KEYS"):
-                tiles = dict.fromkeys((64, 128, 256), (16, 16, 4, 2))
-                patch.setattr(kernels, name, dict.fromkeys(getattr(kernels, name), tiles))
+            shrink_tiles(patch, 16, 16)
         yield
 
 
@@ -135,7 +69,7 @@ TOGETHER = (
 @pytest.mark.parametrize(
     ("impl", "dtype", "options"),
     [
-        pytest.param(impl, dtype, options, id=f"{case.id}-{options}")
+        pytest.param(impl, dtype, options, id=f"{case.id}-{options}", marks=case.marks)
         for case in RUNNABLE
         for impl, dtype in [case.values]
         for options in (ONE_BY_ONE if impl == "torch" else TOGETHER)
@@ -146,7 +80,7 @@ def test_each_option_by_positions_of_each_sequence(
 ) -> None:
     queries, keys = [5, 0, 1, 37, 3], [9, 4, 0, 37, 1]
     with small_tiles(impl):
-        hold(impl, queries, keys, inputs(queries, keys, dtype=dtype), **options)
+        hold_varlen(impl, queries, keys, inputs(queries, keys, dtype=dtype), **options)
 
 
 @each
@@ -172,21 +106,21 @@ def test_any_lengths(
     torch.manual_seed(seed)
     queries, keys = [q for q, _ in lengths], [k for _, k in lengths]
     with small_tiles(impl):
-        hold(impl, queries, keys, inputs(queries, keys, *heads, D), **options)
+        hold_varlen(impl, queries, keys, inputs(queries, keys, *heads, D), **options)
 
 
 @runnable
 def test_more_sequences_than_a_warp_has_lanes(impl: str, dtype: torch.dtype) -> None:
     """Which look up together what a block of tokens belongs to."""
     queries, keys = [i % 3 for i in range(70)], [i % 4 for i in range(70)]
-    hold(impl, queries, keys, inputs(queries, keys, 1, 1, 8, dtype), return_lse=True)
+    hold_varlen(impl, queries, keys, inputs(queries, keys, 1, 1, 8, dtype), return_lse=True)
 
 
 @runnable
 def test_one_long_sequence_among_short_ones(impl: str, dtype: torch.dtype) -> None:
     """Of several of the kernels' own tiles, in the middle of them."""
     queries, keys = [1, 30, 140, 64, 3], [2, 30, 150, 64, 3]
-    hold(impl, queries, keys, inputs(queries, keys, 1, 1, 64, dtype), return_lse=True)
+    hold_varlen(impl, queries, keys, inputs(queries, keys, 1, 1, 64, dtype), return_lse=True)
 
 
 @each
@@ -196,10 +130,9 @@ def test_a_batch_of_equal_lengths_is_attention(impl: str) -> None:
     batch = {name: tensor.unflatten(0, (B, T)) for name, tensor in tensors.items()}
     options = {"dropout_p": 0.4, "deterministic": True, "impl": impl}
     with small_tiles(impl):
-        packed = run(attention_varlen, tensors, **arguments([T] * B, [T] * B), **options)
-        whole = run(attention, batch, **options)
-    for a, b in zip(packed, whole, strict=True):
-        assert torch.equal(a, b.flatten(0, 1))
+        packed = run(of_sequences(arguments([T] * B, [T] * B), **options), tensors)
+        whole = run(seeded(functools.partial(attention, **options)), batch)
+    assert_same(packed, [x.flatten(0, 1) for x in whole])
 
 
 @each_kernel
@@ -227,12 +160,12 @@ def test_a_sequence_gets_the_bits_that_attention_gives_it_alone(
     longest = {"max_seqlen_q": 1000, "max_seqlen_k": 2000}  # "or more"
     options |= {"impl": impl, "causal": False}
     with poisoned_outputs():
-        packed = run(attention_varlen, tensors, **arguments(queries, keys) | longest, **options)
+        packed = run(of_sequences(arguments(queries, keys) | longest, **options), tensors)
     q, k, v = tensors.values()
+    call = functools.partial(attention, **options)
     parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
     alone = [
-        run(attention, {n: x[None] for n, x in zip("qkv", part, strict=True)}, **options)
-        for part in parts
+        run(call, {name: x[None] for name, x in zip("qkv", part, strict=True)}) for part in parts
     ]
     for name, found, wanted in zip(
         ("out", "dq", "dk", "dv"), packed, zip(*alone, strict=True), strict=True
@@ -247,12 +180,13 @@ def test_a_sequence_gets_the_bits_that_attention_gives_it_alone(
 @each
 def test_no_sequence_reaches_another(impl: str) -> None:
     lengths = [4, 3, 6]
-    tensors, given = inputs(lengths, lengths), arguments(lengths, lengths)
+    tensors = inputs(lengths, lengths)
     options = {"causal": False, "deterministic": True, "impl": impl}
-    before = run(attention_varlen, tensors, **given, **options)
+    call = of_sequences(arguments(lengths, lengths), **options)
+    before = run(call, tensors)
     for tensor in tensors.values():
         tensor[4:7] = torch.nan
-    for a, b in zip(run(attention_varlen, tensors, **given, **options), before, strict=True):
+    for a, b in zip(run(call, tensors), before, strict=True):
         assert torch.equal(a[:4], b[:4])
         assert torch.equal(a[7:], b[7:])
 
@@ -297,7 +231,7 @@ def test_tokens_of_no_sequence(impl: str, dtype: torch.dtype) -> None:
         assert (a[-150:] == nothing).all()
 
 
-@needs["triton"]
+@pytest.mark.parametrize("impl", [of("triton")])
 @pytest.mark.parametrize(
     ("cu_seqlens_q", "cu_seqlens_k"),
     [
@@ -308,7 +242,7 @@ def test_tokens_of_no_sequence(impl: str, dtype: torch.dtype) -> None:
     ],
 )
 def test_lengths_that_are_none_stay_within_the_tensors(
-    cu_seqlens_q: list[int], cu_seqlens_k: list[int]
+    impl: str, cu_seqlens_q: list[int], cu_seqlens_k: list[int]
 ) -> None:
     """NaN lies around everything: read, it would show in what is written; written, it is gone."""
     T, around = 30, 40
@@ -326,23 +260,21 @@ def test_lengths_that_are_none_stay_within_the_tensors(
         name: guard(T, heads, 16, dtype=FP32, device=DEVICE).copy_(torch.randn(T, heads, 16))
         for name, heads in (("q", 2), ("k", 1), ("v", 1), ("dout", 2))
     }
-    lengths = (
-        torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cu_seqlens_q, cu_seqlens_k)
-    )
-    with small_tiles("triton"), pytest.MonkeyPatch.context() as patch:
+    lengths = (int32(*x) for x in (cu_seqlens_q, cu_seqlens_k))
+    with small_tiles(impl), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", guard)
-        results = call_ops("triton", tensors, *lengths)
+        results = call_ops(impl, tensors, *lengths)
     assert len(guarded) >= len(tensors) + len(results)
     for whole in guarded:
         assert int(whole.isnan().sum()) == 2 * around * 32
 
 
-@needs["cuda"]
+@needs_cuda
 def test_lengths_are_clamped_to_what_the_tensors_hold() -> None:
     """The emulator finds every access that is out of bounds."""
     tensors = [x[None] for x in inputs([7], [7], dtype=FP16).values()]
     for wild in ([0, 4, 900], [-5, 4, 7], [0, 4, 2**31 - 1], [-(2**31), 4, 7]):
-        lengths = torch.tensor(wild, dtype=torch.int32, device=DEVICE)
+        lengths = int32(*wild)
         for cu_seqlens in (lengths, lengths.clamp(0, 7)):
             options = AttentionOptions(
                 0.25, right=0, max_seqlen_q=1000, max_seqlen_k=1000, cu_seqlens_q=cu_seqlens,
@@ -371,24 +303,20 @@ def test_lse_is_fp32_whatever_the_default_dtype(impl: str, lengths: list[int]) -
 
 
 @each
-def test_strided_inputs_and_autocast(impl: str) -> None:
+def test_strided_inputs(impl: str) -> None:
     lengths = [4, 3]
     tensors = inputs(lengths, lengths)
     wide = {
         name: torch.randn(7, 2 * x.shape[1], 24, device=DEVICE)[:, ::2, :16]
         for name, x in tensors.items()
     }
-    hold(impl, lengths, lengths, wide)
+    hold_varlen(impl, lengths, lengths, wide)
     given = arguments(lengths, lengths)
-    every_other = torch.tensor([0, 9, 4, 9, 7], dtype=torch.int32, device=DEVICE)[::2]
+    every_other = int32(0, 9, 4, 9, 7)[::2]
     assert every_other.tolist() == given["cu_seqlens_q"].tolist()
     strided = given | {"cu_seqlens_q": every_other, "cu_seqlens_k": every_other}
-    call = functools.partial(attention_varlen, impl=impl)
-    for a, b in zip(run(call, tensors, **strided), run(call, tensors, **given), strict=True):
-        assert torch.equal(a, b)
-    dtype = BF16 if unavailable(impl, DEVICE, BF16) is None else FP16
-    with torch.autocast(DEVICE, dtype=dtype):
-        assert call(**tensors, **given).dtype == dtype
+    wanted = run(of_sequences(given, impl=impl), tensors)
+    assert_same(run(of_sequences(strided, impl=impl), tensors), wanted)
 
 
 @each
@@ -404,18 +332,6 @@ def test_opcheck(impl: str) -> None:
     tensors = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse)
     mask = [True, False, True, False]
     torch.library.opcheck(attention_bwd, (*tensors, *options, mask, False, impl))
-
-
-@each
-def test_compile_equals_eager(impl: str) -> None:
-    """One graph for any total and any longest length."""
-    torch._dynamo.reset()
-    call = functools.partial(attention_varlen, impl=impl, dropout_p=0.2, return_lse=True)
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
-    for queries, keys in (([5, 4, 3], [4, 2, 3]), ([9, 3, 4], [2, 12, 7])):
-        tensors, given = inputs(queries, keys), arguments(queries, keys)
-        for a, b in zip(run(compiled, tensors, **given), run(call, tensors, **given), strict=True):
-            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

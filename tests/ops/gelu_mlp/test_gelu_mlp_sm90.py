@@ -1,4 +1,4 @@
-"""The products of csrc/mlp_sm90.h: emulated on a machine that says it is Hopper, or on one."""
+"""The products of csrc/gelu_mlp/sm90: emulated on a machine that says it is Hopper, or on one."""
 
 from __future__ import annotations
 
@@ -9,35 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from harness import BF16, DEVICE, FP16, FP32, emulated, needs_cuda
+from op_inputs import gelu_mlp_inputs as inputs
+from right import assert_right, assert_same
 from torch import Tensor
 
 from gptkernels import gelu_mlp
 from gptkernels.core import native
-from gptkernels.core.choice import unavailable
 from gptkernels.ops.gelu_mlp import cuda as kernels
-from gptkernels.truth import baseline, parity, reference
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [needs_cuda, pytest.mark.usefixtures("hopper")]
 RULE, BUILDS = range(3), range(7)  # the rule's are there in every dtype, the others in bf16
 SPLIT_SUM = "mlp partial sums"
 
 
-def _lacks() -> str | None:
-    if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        return "needs compute capability 9.0"
-    return unavailable("cuda", DEVICE, FP32)
-
-
-pytestmark = pytest.mark.skipif(_lacks() is not None, reason=str(_lacks()))
-emulated = pytest.mark.skipif(not native.EMULATED, reason="a GPU has one schedule")
 both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16])
 every_build = pytest.mark.parametrize("build", BUILDS)
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm90")
 
 
 def integers(*shape: int, dtype: torch.dtype = BF16, span: int = 2) -> Tensor:
@@ -169,24 +156,6 @@ class TestProducts:
         return activation[0][place]
 
 
-def inputs(*sizes: int, dtype: torch.dtype, biases: bool = True, seed: int = 0) -> dict[str, Any]:
-    """x (M, C), weights and biases for sizes (M, C, F), scaled so that h and y are about 1."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device=DEVICE, dtype=dtype)
-
-    rows, width, inner = sizes
-    drawn = {
-        "x": draw(rows, width),
-        "w1": draw(inner, width, scale=width**-0.5),
-        "b1": draw(inner),
-        "w2": draw(width, inner, scale=inner**-0.5),
-        "b2": draw(width),
-    }
-    return drawn if biases else drawn | {"b1": None, "b2": None}
-
-
 @pytest.fixture
 def build_for_all(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Lets every product of the public op be made by one build."""
@@ -217,19 +186,9 @@ class TestParity:
         build_for_all: Callable[[int], None],
     ) -> None:
         build_for_all(build)
-
-        def ours(**leaves: Any) -> Tensor:
-            with parity.poisoned_outputs():
-                return gelu_mlp(**leaves, approximate=approximate, recompute=recompute, impl="cuda")
-
         tensors = inputs(200, 72, 264, dtype=dtype, biases=biases, seed=seed)
-        parity.assert_parity(
-            ours,
-            functools.partial(baseline.gelu_mlp, approximate=approximate),
-            functools.partial(reference.gelu_mlp, approximate=approximate),
-            tensors,
-            seed=seed,
-        )
+        how = {"recompute": recompute, "impl": "cuda"}
+        assert_right(gelu_mlp, tensors, seed, approximate=approximate, **how)
 
     def test_the_rule_takes_hopper_kernels(self) -> None:
         """Or the tests above would say nothing of -1."""
@@ -262,8 +221,7 @@ class TestBits:
         sizes = (200, 72, 264) if build in RULE else (136, 40, 264)
         wanted = everything(BF16, build, *sizes)
         monkeypatch.setenv(f"GPTKERNELS_EMULATE_{variable}", value)
-        for a, b in zip(everything(BF16, build, *sizes), wanted, strict=True):
-            assert torch.equal(a, b)
+        assert_same(everything(BF16, build, *sizes), wanted)
 
     @both_dtypes
     @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -302,8 +260,7 @@ class TestIsolation:
             padded = filled(rows + 64, cols + 64, dtype=BF16)
             padded[:rows, :cols] = tensors[name]
             tensors[name] = padded[:rows, :cols]
-        for a, b in zip(clean, everything(BF16, build, 150, 72, 136, **tensors), strict=True):
-            assert torch.equal(a, b)
+        assert_same(everything(BF16, build, 150, 72, 136, **tensors), clean)
 
 
 class TestChoice:

@@ -10,34 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from harness import BF16, DEVICE, FP16, FP32, HERE, emulated, name_of, needs_cuda
+from op_inputs import layer_norm_inputs
+from right import assert_right, assert_same, run
 
 from gptkernels import layer_norm
 from gptkernels.bench import dry_run
 from gptkernels.cli import explain
-from gptkernels.core import native, philox
+from gptkernels.core import native
 from gptkernels.ops.layer_norm import cuda as kernels
-from gptkernels.truth import baseline, parity, reference
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HOPPER = native.EMULATED or (DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0))
-WHY_NOT = native.unavailable(DEVICE) or (None if HOPPER else "no GPU of compute capability 9.0")
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
-emulated = pytest.mark.skipif(not native.EMULATED, reason="of the emulator alone")
+pytestmark = [needs_cuda, pytest.mark.usefixtures("hopper")]
 
-FWD = [] if WHY_NOT else native.module().layer_norm_fwd_builds()
-BWD = [] if WHY_NOT else native.module().layer_norm_bwd_builds()
+FWD = native.module().layer_norm_fwd_builds() if "cuda" in HERE else []
+BWD = native.module().layer_norm_bwd_builds() if "cuda" in HERE else []
 by_builds = pytest.mark.parametrize(
     ("forward", "backward"), [(i, min(i, len(BWD) - 1)) for i in range(len(FWD))]
 )
 # Clusters of 2, 4 and 8.
 by_cluster = pytest.mark.parametrize("build", [0, 1, 2])
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.ARCH_VARIABLE, "sm90")
 
 
 @pytest.fixture
@@ -52,35 +43,10 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return chosen
 
 
-def tensors(M: int, C: int, dtype: torch.dtype, residual: torch.dtype | None = None) -> Any:
-    draw = functools.partial(torch.randn, device=DEVICE)
-    return dict(
-        x=(draw(M, C) + 0.5).to(dtype),
-        weight=draw(C).to(dtype),
-        bias=draw(C).to(dtype),
-        residual=None if residual is None else draw(M, C).to(residual),
-    )
-
-
-def assert_right(inputs: dict[str, Any], seed: int, **options: Any) -> list[dict[str, Any]]:
-    """By the rule of parity, with gradients. Returns what was launched, of CPU tensors."""
-    torch.manual_seed(seed)
-    rng = philox.draw(inputs["x"].device)
-
-    def build(**leaves: Any) -> Any:
-        torch.manual_seed(seed)
-        return layer_norm(**leaves, **options, impl="cuda")
-
-    return native.record(
-        lambda: parity.assert_parity(
-            build,
-            functools.partial(baseline.layer_norm, **options, rng=rng),
-            functools.partial(reference.layer_norm, **options, rng=rng),
-            inputs,
-            names=("y", "s"),
-            seed=seed,
-        )
-    )["launches"]
+def hold(inputs: dict[str, Any], seed: int, **options: Any) -> list[dict[str, Any]]:
+    """To the truth, with gradients. Returns what was launched, of CPU tensors."""
+    call = functools.partial(assert_right, layer_norm, inputs, seed, **options, impl="cuda")
+    return native.record(call)["launches"]
 
 
 def clusters(launches: list[dict[str, Any]], kernel: str) -> set[tuple[int, int]]:
@@ -95,8 +61,10 @@ def test_every_build(
 ) -> None:
     """Odd rows, and rows that end within a cluster; more rows than clusters."""
     choose(forward, backward)
-    assert_right(tensors(5, C, dtype), seed)
-    launches = assert_right(tensors(5, C, dtype, dtype), seed, prenorm=True, dropout_p=0.2)
+    hold(layer_norm_inputs(5, C, dtype=dtype), seed)
+    launches = hold(
+        layer_norm_inputs(5, C, dtype=dtype, residual=dtype), seed, prenorm=True, dropout_p=0.2
+    )
     if native.EMULATED:
         for kernel, of in (("fwd", FWD[forward]), ("bwd", BWD[backward])):
             ((ctas, threads),) = clusters(launches, f"layer_norm_{kernel}_sm90")
@@ -121,7 +89,7 @@ def test_sizes_of_the_rule(
     backward: tuple[int, int],
     seed: int,
 ) -> None:
-    launches = assert_right(tensors(3, C, dtype, dtype), seed, prenorm=True)
+    launches = hold(layer_norm_inputs(3, C, dtype=dtype, residual=dtype), seed, prenorm=True)
     if native.EMULATED:
         assert clusters(launches, "layer_norm_fwd_sm90") == ({forward} if forward else set())
         assert clusters(launches, "layer_norm_bwd_sm90") == {backward}
@@ -142,7 +110,7 @@ def test_the_widest_rows(
 ) -> None:
     """And those past them, which go to the kernels for any device, as do rows past 65,536 columns
     backward."""
-    launches = assert_right(tensors(1, C, dtype), seed)
+    launches = hold(layer_norm_inputs(1, C, dtype=dtype), seed)
     if native.EMULATED:
         assert clusters(launches, "layer_norm_fwd_sm90") == forward
         backward = {(8, 256)} if C == 65_536 else set()
@@ -150,14 +118,13 @@ def test_the_widest_rows(
 
 
 @by_cluster
-@pytest.mark.parametrize("x_dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("x_dtype", [FP32, FP16, BF16], ids=name_of)
 def test_mixtures_of_dtypes(build: int, x_dtype: torch.dtype, choose: Any, seed: int) -> None:
     choose(build, build)
     for residual in (FP32, FP16, BF16):
-        inputs = tensors(4, 520, x_dtype, residual)
-        inputs["weight"], inputs["bias"] = (inputs[n].to(residual) for n in ("weight", "bias"))
+        inputs = layer_norm_inputs(4, 520, dtype=x_dtype, weight=residual, residual=residual)
         options = dict(prenorm=True, residual_in_fp32=(seed + build) % 2 == 0)
-        assert_right(inputs, seed, dropout_p=0.3, **options)
+        hold(inputs, seed, dropout_p=0.3, **options)
 
 
 @by_cluster
@@ -166,16 +133,16 @@ def test_strided_rows(build: int, choose: Any, seed: int) -> None:
     choose(build, build)
     for C, wider in ((400, 416), (400, 413), (399, 416)):
         base = torch.randn(4, wider, device=DEVICE, dtype=BF16)
-        inputs = tensors(4, C, BF16)
-        assert_right(inputs | dict(x=base[:, :C]), seed)
-        assert_right(inputs | dict(residual=base[:, wider - C :]), seed, prenorm=True)
+        inputs = layer_norm_inputs(4, C, dtype=BF16)
+        hold(inputs | dict(x=base[:, :C]), seed)
+        hold(inputs | dict(residual=base[:, wider - C :]), seed, prenorm=True)
 
 
 @by_cluster
 def test_large_mean_and_no_variance(build: int, choose: Any, seed: int) -> None:
     choose(build, build)
-    inputs = tensors(5, 1200, FP32)
-    assert_right(inputs | dict(x=inputs["x"] + 1000), seed)
+    inputs = layer_norm_inputs(5, 1200)
+    hold(inputs | dict(x=inputs["x"] + 1000), seed)
     for C in (1200, 779):
         bias = torch.randn(C, device=DEVICE)
         x = torch.cat((torch.randn(12), torch.tensor([0.0, 1.0, 1e4 / 3, 1e15])))[:, None]
@@ -211,7 +178,7 @@ def test_any_number_of_partial_sums(
     """More rows than clusters, some clusters with one row more than others, and some with none."""
     choose(build, build)
     monkeypatch.setattr(native.module(), "layer_norm_bwd_partials", lambda *_sizes: partials)
-    assert_right(tensors(7, 600, FP32), seed)
+    hold(layer_norm_inputs(7, 600), seed)
 
 
 @by_cluster
@@ -239,17 +206,14 @@ def test_any_schedule_gives_the_same_bits(
 ) -> None:
     """Whichever CTA of a cluster comes first, and whenever copies arrive."""
     choose(build, build)
-    x, weight = torch.randn(5, 1000, requires_grad=True), torch.randn(1000, requires_grad=True)
-    results: list[list[Tensor]] = []
+    inputs = layer_norm_inputs(5, 1000, residual=FP32)
+    call = functools.partial(layer_norm, prenorm=True, impl="cuda")
+    wanted = run(call, inputs)
     for schedule in ("forward", "reverse", str(seed)):
         monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
         for copies in ("late", "early"):
             monkeypatch.setenv("GPTKERNELS_EMULATE_COPIES", copies)
-            y = layer_norm(x, weight, residual=x.detach(), prenorm=True, impl="cuda")
-            total = sum(part.square().sum() for part in y)
-            results.append([*y, *torch.autograd.grad(total, (x, weight))])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+            assert_same(run(call, inputs), wanted)
 
 
 @emulated

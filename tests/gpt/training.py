@@ -1,4 +1,4 @@
-"""A tiny model, a short run and a text, which the tests of training share."""
+"""A tiny model and a short run, which the tests of training share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from gptkernels import GPTConfig
 from gptkernels.gpt.training.config import TrainConfig
-from gptkernels.gpt.training.train import TrainResult, train
 
 TINY = GPTConfig(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
 SHORT = TrainConfig(
@@ -29,13 +27,6 @@ SHORT = TrainConfig(
 )
 # What a run measures with a clock, and therefore never repeats.
 CLOCKED = ("seconds", "tokens_per_s", "mfu")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("It is a truth universally acknowledged, that a man in want.\n" * 60)
-    return path
 
 
 class Interrupted(Exception):
@@ -62,19 +53,3 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult]:
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 80)
-    seen: list[float] = []
-    result = train(
-        [folder / "text.txt"],
-        folder / "out",
-        model=TINY,
-        config=SHORT,
-        observer=lambda record, done: seen.append(done),
-    )
-    assert seen == [record["step"] / SHORT.steps for record in result.records]
-    return folder / "out", result

@@ -1,0 +1,210 @@
+"""What every op does alike, whatever it computes: torch.compile traces it, checkpointing sees it
+and replays its dropout, autocast casts for it, and gradients come to it with any strides."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from harness import BF16, DEVICE, FP16, FP32, each
+from op_inputs import (
+    attention_inputs,
+    gelu_mlp_inputs,
+    int32,
+    layer_norm_inputs,
+    varlen_inputs,
+    varlen_lengths,
+)
+from right import Calls, assert_same, run, seeded
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from gptkernels import attention, attention_varlen, gelu_mlp, layer_norm
+from gptkernels.core.choice import INTERPRETED
+
+SEQUENCES = [5, 0, 4], [4, 2, 4]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A small call of an op."""
+
+    call: Callable[..., Any]
+    inputs: Callable[[], dict[str, Any]]
+    forward: str  # the name of its registered op
+
+
+OPS = {
+    "attention": Op(attention, lambda: attention_inputs(D=24), "attention_fwd"),
+    "attention_varlen": Op(
+        functools.partial(attention_varlen, **varlen_lengths(*SEQUENCES)),
+        lambda: varlen_inputs(*SEQUENCES),
+        "attention_varlen_fwd",
+    ),
+    "gelu_mlp": Op(gelu_mlp, lambda: gelu_mlp_inputs(6, 10, 20), "gelu_mlp_fwd"),
+    "layer_norm": Op(layer_norm, lambda: layer_norm_inputs(6, 32, residual=FP32), "layer_norm_fwd"),
+}
+CASTS = ("attention", "attention_varlen", "gelu_mlp")  # layer_norm's own test has why it does not
+DROPS = ("attention", "attention_varlen", "layer_norm")
+
+
+def of_ops(*names: str) -> Any:
+    return pytest.mark.parametrize("op", [OPS[name] for name in names], ids=names)
+
+
+@each
+@of_ops(*OPS)
+def test_gradient_of_a_sum(op: Op, impl: str) -> None:
+    """sum() sends back a gradient whose strides are all 0."""
+    tensors = op.inputs()
+    call = functools.partial(op.call, impl=impl)
+    found = run(lambda **leaves: call(**leaves).sum(), tensors, [torch.ones((), device=DEVICE)])
+    out = call(**tensors)
+    assert_same(found[1:], run(call, tensors, [torch.ones_like(out)])[1:])
+
+
+@each
+@of_ops(*CASTS)
+def test_autocast(op: Op, impl: str) -> None:
+    dtype = FP16 if impl == "triton" and INTERPRETED else BF16
+    tensors = op.inputs()
+    call = functools.partial(op.call, impl=impl)
+
+    def cast(**leaves: Any) -> Tensor:
+        with torch.autocast(DEVICE, dtype=dtype):
+            return call(**leaves)
+
+    found = run(cast, tensors)
+    assert found[0].dtype == dtype
+    assert all(gradient.dtype == FP32 for gradient in found[1:])
+    wanted = run(call, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    assert_same(found, [a.to(b.dtype) for a, b in zip(wanted, found, strict=True)])
+
+
+@each
+@of_ops(*OPS)
+def test_backward_under_autocast_keeps_the_dtype(op: Op, impl: str) -> None:
+    tensors = op.inputs()
+    call = functools.partial(op.call, impl=impl)
+    out, *wanted = run(call, tensors)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    again = call(**leaves)
+    with torch.autocast(DEVICE, dtype=BF16):
+        found = torch.autograd.grad(again, list(leaves.values()), 1 + out)
+    assert_same(found, wanted)
+
+
+@each
+@of_ops(*DROPS)
+def test_recomputation_replays_dropout(op: Op, impl: str) -> None:
+    call, tensors = functools.partial(op.call, dropout_p=0.4, impl=impl), op.inputs()
+    recomputed = functools.partial(checkpoint, call, use_reentrant=False)
+    assert_same(run(seeded(recomputed), tensors), run(seeded(call), tensors))
+
+
+@each
+@of_ops(*OPS)
+@pytest.mark.parametrize(
+    ("policy", "runs"), [(CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.MUST_RECOMPUTE, 2)]
+)
+def test_selective_checkpointing_sees_the_op(
+    op: Op, impl: str, policy: CheckpointPolicy, runs: int
+) -> None:
+    forward = getattr(torch.ops.gptkernels, op.forward).default
+
+    def choose(_: Any, called: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+        return policy if called is forward else CheckpointPolicy.PREFER_RECOMPUTE
+
+    call, tensors = functools.partial(op.call, impl=impl), op.inputs()
+    contexts = functools.partial(create_selective_checkpoint_contexts, choose)
+    checkpointed = functools.partial(checkpoint, call, use_reentrant=False, context_fn=contexts)
+    wanted = run(call, tensors)
+    with Calls(forward) as calls:  # those that reach the op, not those that a saved result ends
+        assert_same(run(checkpointed, tensors), wanted)
+    assert len(calls) == runs
+
+
+# Blocks of several calls, so that a test compiles once.
+
+
+def attention_block(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor, **how: Any) -> Any:
+    out, lse = attention(
+        q, k, v, window=(4, 2), softcap=3.0, alibi_slopes=[0.5, 1.0], return_lse=True, **how
+    )
+    dropped = attention(q, k, v, key_lengths=lengths, dropout_p=0.3, **how)
+    return attention(q, k, v, **how) * 2, out * 2, lse, dropped
+
+
+def varlen_block(**named: Any) -> Any:
+    """One graph for any total and any longest length."""
+    return attention_varlen(**named, dropout_p=0.2, return_lse=True)
+
+
+def gelu_mlp_block(**named: Any) -> Any:
+    return gelu_mlp(**named) * 2, gelu_mlp(**named, recompute=True) * 2
+
+
+def layer_norm_block(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, **how: Any
+) -> Tensor:
+    y, s = layer_norm(x, weight, bias, residual=residual, prenorm=True, **how)
+    y = layer_norm(y, weight, residual=s, dropout_p=0.25, **how)
+    return layer_norm(y, weight, bias, **how)  # its s is y: an empty tensor inside the op
+
+
+# (block, makes its inputs, of two sizes)
+BLOCKS = {
+    "attention": (
+        attention_block,
+        lambda: [(attention_inputs(2, T, T + 3), {"lengths": int32(3, T)}) for T in (9, 12)],
+    ),
+    "attention_varlen": (
+        varlen_block,
+        lambda: [
+            (varlen_inputs(*sizes), varlen_lengths(*sizes))
+            for sizes in (([5, 4, 3], [4, 2, 3]), ([9, 3, 4], [2, 12, 7]))
+        ],
+    ),
+    "gelu_mlp": (
+        gelu_mlp_block,
+        lambda: [(gelu_mlp_inputs(2, rows, 10, 20), {}) for rows in (6, 9)],
+    ),
+    "layer_norm": (
+        layer_norm_block,
+        lambda: [(layer_norm_inputs(rows, 48, residual=FP32), {}) for rows in (3, 5)],
+    ),
+}
+
+
+def compiled_beside_eager(op: str, impl: str, backend: str) -> Any:
+    """(compiled, eager) results for each of the sizes, of one graph."""
+    block, inputs = BLOCKS[op]
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    for tensors, rest in inputs():
+        calls = (seeded(functools.partial(f, impl=impl, **rest)) for f in (compiled, block))
+        yield tuple(run(call, tensors) for call in calls)
+
+
+@each
+@pytest.mark.parametrize("op", BLOCKS)
+def test_compile_equals_eager(op: str, impl: str) -> None:
+    for found, wanted in compiled_beside_eager(op, impl, "aot_eager"):
+        assert_same(found, wanted)
+
+
+def test_inductor_takes_the_ops() -> None:
+    """To which they are the same whichever implementation runs inside."""
+    # Inductor has its own random numbers unless told to fall back to eager's.
+    with torch._inductor.config.patch(fallback_random=True):
+        for found, wanted in compiled_beside_eager("layer_norm", "torch", "inductor"):
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b)
