@@ -47,7 +47,7 @@ OPS = {
     "attention_varlen": Op(
         functools.partial(attention_varlen, **varlen_lengths(*SEQUENCES)),
         lambda: varlen_inputs(*SEQUENCES),
-        "attention_varlen_fwd",
+        "attention_fwd",
     ),
     "gelu_mlp": Op(gelu_mlp, lambda: gelu_mlp_inputs(6, 10, 20), "gelu_mlp_fwd"),
     "layer_norm": Op(layer_norm, lambda: layer_norm_inputs(6, 32, residual=FP32), "layer_norm_fwd"),
