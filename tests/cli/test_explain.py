@@ -31,35 +31,35 @@ def ran(call: Any, *tensors: Tensor) -> list[dry_run.Launched]:
     return [dry_run.Launched(**launch) for launch in made["launches"]]
 
 
-def planned(problem: dry_run.Problem) -> list[dry_run.Launched]:
+def would_launch(problem: dry_run.Problem) -> list[dry_run.Launched]:
     """For the machine that the emulator is."""
     machine = dry_run.Machine("emulator", "sm80", 80, 2, 100 * 1024)
     return [x for direction in problem.directions for x in direction.dry_run(machine).launches]
 
 
 @emulated
-def test_attention_is_planned_as_it_runs() -> None:
+def test_attention_dry_run_is_as_it_runs() -> None:
     q, k, v = leaf(2, 33, 4, 40), leaf(2, 70, 2, 40), leaf(2, 70, 2, 40)
     options: dict[str, Any] = dict(window=(20, 0), softcap=3.0, deterministic=True)
     seen = ran(lambda: gptkernels.attention(q, k, v, **options, impl="cuda"), q, k, v)
     problem = dry_run.attention(2, 33, 4, 40, torch.bfloat16, kv_heads=2, keys=70, **options)
-    assert planned(problem) == seen
+    assert would_launch(problem) == seen
     assert problem.text == ("B2 T33/70 H4/2 D40 causal, window 20, 0, softcap 3, deterministic")
 
 
 @emulated
 @pytest.mark.parametrize("bias", [True, False])
-def test_mlp_is_planned_as_it_runs(bias: bool) -> None:
+def test_mlp_dry_run_is_as_it_runs(bias: bool) -> None:
     x, w1, w2 = leaf(70, 33), leaf(130, 33), leaf(33, 130)
     b1, b2 = (leaf(130), leaf(33)) if bias else (None, None)
     wanted = [tensor for tensor in (x, w1, b1, w2, b2) if tensor is not None]
     seen = ran(lambda: gptkernels.gelu_mlp(x, w1, b1, w2, b2, impl="cuda"), *wanted)
-    assert planned(dry_run.gelu_mlp(70, 33, 130, torch.bfloat16, bias=bias)) == seen
+    assert would_launch(dry_run.gelu_mlp(70, 33, 130, torch.bfloat16, bias=bias)) == seen
 
 
 @emulated
 @pytest.mark.parametrize(("keys", "kernels"), [(200, 1), (700, 2)])
-def test_attention_decode_is_planned_as_it_runs(keys: int, kernels: int) -> None:
+def test_attention_decode_dry_run_is_as_it_runs(keys: int, kernels: int) -> None:
     q, k, v = (torch.randn(3, t, h, 64).bfloat16() for t, h in ((2, 4), (keys, 2), (keys, 2)))
     lengths = torch.tensor([keys, 0, 5], dtype=torch.int32)
     options: dict[str, Any] = dict(window=(99, 0), softcap=9.0)
@@ -68,13 +68,13 @@ def test_attention_decode_is_planned_as_it_runs(keys: int, kernels: int) -> None
         lambda: gptkernels.attention_decode(q, k, v, lengths, impl="cuda", **options)
     )
     problem = dry_run.attention_decode(3, 2, keys, 4, 64, torch.bfloat16, kv_heads=2, **options)
-    assert planned(problem) == [dry_run.Launched(**launch) for launch in made["launches"]]
+    assert would_launch(problem) == [dry_run.Launched(**launch) for launch in made["launches"]]
     assert len(made["launches"]) == kernels
 
 
 @emulated
 @pytest.mark.parametrize("residual", [True, False])
-def test_layer_norm_is_planned_as_it_runs(residual: bool) -> None:
+def test_layer_norm_dry_run_is_as_it_runs(residual: bool) -> None:
     x, weight, bias, added = leaf(9, 768), leaf(768), leaf(768), leaf(9, 768)
     wanted = [x, weight, bias, *([added] if residual else [])]
 
@@ -83,7 +83,7 @@ def test_layer_norm_is_planned_as_it_runs(residual: bool) -> None:
         outputs = gptkernels.layer_norm(x, weight, bias, impl="cuda", **more)
         return sum(outputs) if residual else outputs
 
-    assert planned(dry_run.layer_norm(9, 768, torch.bfloat16, residual=residual)) == ran(
+    assert would_launch(dry_run.layer_norm(9, 768, torch.bfloat16, residual=residual)) == ran(
         call, *wanted
     )
 
@@ -98,7 +98,7 @@ def test_layer_norm_is_planned_as_it_runs(residual: bool) -> None:
         ("gelu", False, True, True, 0.3),
     ],
 )
-def test_transformer_layer_is_planned_as_it_runs(
+def test_transformer_layer_dry_run_is_as_it_runs(
     activation: str, norm_first: bool, causal: bool, bias: bool, dropout_p: float
 ) -> None:
     options: dict[str, Any] = dict(activation=activation, norm_first=norm_first, bias=bias)
@@ -108,7 +108,7 @@ def test_transformer_layer_is_planned_as_it_runs(
     seen = ran(lambda: layer(x, is_causal=causal), x, *layer.parameters())
     options |= dict(causal=causal, dropout_p=dropout_p)
     problem = dry_run.transformer_layer(2, 33, 64, 2, 96, torch.bfloat16, **options)
-    assert planned(problem) == seen
+    assert would_launch(problem) == seen
     assert problem.not_fused == layer.not_fused()
 
 
@@ -149,7 +149,7 @@ def test_sizes_past_all_memory_are_one_sentence() -> None:
         explain.parse("gelu_mlp", ["8", "64", "9223372036854775807", "bf16"])
 
 
-def test_a_plan_is_one_threads_and_ends_with_it() -> None:
+def test_a_dry_run_is_one_threads_and_ends_with_it() -> None:
     seen: list[Any] = []
 
     def elsewhere() -> None:
