@@ -83,8 +83,8 @@ std::vector<Build> attention_bwd_builds();
 void launch_attention_fwd(DType dtype, const AttentionFwd& p, int build, Stream stream);
 void launch_attention_bwd(DType dtype, const AttentionBwd& p, int build, Stream stream);
 
-// How many elements the workspaces of backward's Hopper kernels have. All are 0 where the kernels for
-// any GPU run: the size of their workspace is at `dq_sum` above.
+// How many elements the workspaces of backward's Hopper kernels have. All are 0 where the kernels
+// for any GPU run: the size of their workspace is at `dq_sum` above.
 struct BwdWorkspaces {
     int64_t row_stats, dq_sum, turns;
 };

@@ -50,7 +50,8 @@ __device__ inline void cluster_sync() {
 #endif
 }
 
-// What lies at `mine` in this CTA's shared memory, in that of CTA `rank`: for plain loads and stores.
+// What lies at `mine` in this CTA's shared memory, in that of CTA `rank`: for plain loads and
+// stores.
 template <class T>
 __device__ inline T* cluster_map(T* mine, unsigned rank) {
 #ifdef GK_EMULATE

@@ -1,5 +1,6 @@
-// The dropout contract of gptkernels/core/philox.py, bit for bit: which element is dropped is a pure
-// function of (seed, offset, position), so masks are never stored and every kernel rebuilds them.
+// The dropout contract of gptkernels/core/philox.py, bit for bit: which element is dropped is a
+// pure function of (seed, offset, position), so masks are never stored and every kernel rebuilds
+// them.
 //
 // Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) with
 // key = seed, eight elements a call: lane l is the 16-bit half l & 1, low half first, of word

@@ -1,6 +1,6 @@
-// An order between CTAs of one launch, through a counter in global memory that starts at 0 (PTX ISA,
-// "Memory Consistency Model"). CTAs are started by rising number: one may wait for those of lower
-// number alone, else it may wait for one that its own waiting keeps from starting.
+// An order between CTAs of one launch, through a counter in global memory that starts at 0 (PTX
+// ISA, "Memory Consistency Model"). CTAs are started by rising number: one may wait for those of
+// lower number alone, else it may wait for one that its own waiting keeps from starting.
 #pragma once
 
 #include "runtime/launch.h"

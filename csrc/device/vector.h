@@ -30,8 +30,8 @@ __device__ __forceinline__ Pack<T, kPer128<T>> ld128(const T* source) {
     return pack;
 }
 
-// To global memory. Spelled out, since where an element path stands beside it the compiler makes four
-// small stores of one large.
+// To global memory. Spelled out, since where an element path stands beside it the compiler makes
+// four small stores of one large.
 template <class T>
 __device__ __forceinline__ void st128(T* target, const Pack<T, kPer128<T>>& pack) {
 #ifdef GK_EMULATE

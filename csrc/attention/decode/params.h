@@ -16,9 +16,9 @@ struct AttentionDecode {
     int pages, page, cache_pages;             // Tk = pages * page
     int num_splits;                           // 0: none given
     int splits;                               // the most that an entry has
-    // Workspaces, null where splits is 1. Nobody but the GPU knows the lengths, so they have room for
-    // caches that are full: 64 entries of 64 heads of 128 with room for 16,384 keys take 134 MB for
-    // each new token, of which only what the lengths need is touched.
+    // Workspaces, null where splits is 1. Nobody but the GPU knows the lengths, so they have room
+    // for caches that are full: 64 entries of 64 heads of 128 with room for 16,384 keys take 134 MB
+    // for each new token, of which only what the lengths need is touched.
     float* partial_out;    // (B, Hk, splits, Tq H / Hk, D rounded up to a multiple of 4)
     float* partial_stats;  // (B, Hk, splits, Tq H / Hk, 2): maximum and sum, as RowState
     void* out;             // (B, Tq, H, D) contiguous
