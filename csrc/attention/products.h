@@ -1,9 +1,9 @@
-// What a warp of attention's forward passes does with its rows by mma.sync: s = q k^T, a step of the
-// online softmax, o += p v.
+// What a warp of attention's forward passes does with its rows by mma.sync: s = q k^T, a step of
+// the online softmax, o += p v.
 //
-// `Tiles` says how: kRowTiles, of 16 rows each that a warp owns; kKeys, of a block; kWidth, of a head,
-// kHalf, whether elements have 16 bits, and kFenced, whether registers are short; Query and Key, the
-// SharedTiles.
+// `Tiles` says how: kRowTiles, of 16 rows each that a warp owns; kKeys, of a block; kWidth, of a
+// head, kHalf, whether elements have 16 bits, and kFenced, whether registers are short; Query and
+// Key, the SharedTiles.
 #pragma once
 
 #include "attention/scores.h"

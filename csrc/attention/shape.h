@@ -1,5 +1,5 @@
-// What attention's launchers ask of a problem: the widths that kernels are compiled for, how rows lie
-// in memory, and what to call the problem in errors.
+// What attention's launchers ask of a problem: the widths that kernels are compiled for, how rows
+// lie in memory, and what to call the problem in errors.
 #pragma once
 
 #include <iterator>
@@ -15,7 +15,8 @@ namespace gk {
 constexpr int kHeadWidths[] = {64, 96, 128, 192, 256};
 constexpr int kMaxHeadWidth = 256;
 
-// f(std::integral_constant<int, kWidth>{}) with the width of the kernels that take heads of width D.
+// f(std::integral_constant<int, kWidth>{}) with the width of the kernels that take heads of width
+// D.
 template <int kFirst = 0, class F>
 auto dispatch_width(int D, F&& f) {
     constexpr int kWidth = kHeadWidths[kFirst];

@@ -10,8 +10,10 @@
 namespace gk {
 namespace {
 
-// ---- predictions, in clocks of a multiprocessor. Not measured: rates are the data sheet's and what
-// others have measured; they only have to put the choices in the right order.
+// ---- Predictions, in clocks of a multiprocessor: the choice is made by them, and
+// `python -m gptkernels.bench.predict` shows them. Nothing here is measured on our kernels. The
+// rates are those of the data sheet and of others' measurements, and only have to rank the choices
+// rightly.
 
 constexpr double kProducts = 2048.0;      // multiply-adds a clock, of 16 bits
 constexpr double kFromL2 = 5300.0;        // bytes a clock, all of the chip
@@ -19,18 +21,21 @@ constexpr double kIntoOne = 64.0;         // bytes a clock into a multiprocessor
 constexpr double kFromMemory = 2400.0;    // bytes a clock, all of the chip
 constexpr double kLaunch = 6000.0;        // of another kernel
 constexpr double kStart = 2500.0;         // until the first products, and after the last
-// Of a warpgroup that turns 64 x 64 results into outputs: rounds; applies GELU; its slope too. That
-// is 50 to 200, 500 and 730 instructions of each of four warps, and what they wait for.
+// What a warpgroup takes to turn 64 x 64 results into outputs by rounding, with GELU, and with the
+// slope of GELU: 50 to 200, 500 and 730 instructions of each of its four warps, and their waits.
 constexpr double kRound = 300.0, kActivate = 800.0, kDifferentiate = 1000.0;
-// What of kProducts mma.sync reaches in tiles of 128 x 128 and 64 x 64, in as many CTAs as fit; what
-// of a warpgroup's time the outputs of 64 x 64 results take there, where CTAs hide each other's.
+// The kernel for any GPU: the share of kProducts that mma.sync reaches in tiles of 128 x 128 and of
+// 64 x 64, and the share of those times for outputs that is left where CTAs hide each other's.
 constexpr double kGenericLarge = 0.5, kGenericSmall = 0.3, kGenericFinish = 0.6;
-// In doubt Hopper's: the other is chosen where it is predicted to take less than this of its time.
+// The kernel for any GPU is chosen only where its predicted time is less than this share of the
+// time of Hopper's.
 constexpr double kGenericGain = 0.75;
 
 constexpr const char* kName = "mlp product for sm90";
 
-double waves(int64_t items, int64_t places) { return static_cast<double>(divide_up(items, places)); }
+double waves(int64_t items, int64_t places) {
+    return static_cast<double>(divide_up(items, places));
+}
 
 double unit_clocks(const Product& p) {
     return p.h != nullptr ? kDifferentiate : p.activation != nullptr ? kActivate : kRound;
@@ -45,8 +50,8 @@ double clocks_of(const Build& c, Layout layout, const Product& p, int splits, in
     const double step = std::max(static_cast<double>(c.tile_m) * c.tile_n * c.tile_k / kProducts,
                                  bytes / std::min(kIntoOne, kFromL2 / loading));
     const double products = step * static_cast<double>(divide_up(divide_up(p.k, c.tile_k), splits));
-    const double finish = unit_clocks(p) * (splits > 1 ? 2.0 : 1.0) * c.tile_m * c.tile_n / (64.0 * 64.0) /
-                          (c.pingpong ? 1 : c.consumers);
+    const double finish = unit_clocks(p) * (splits > 1 ? 2.0 : 1.0) * c.tile_m * c.tile_n /
+                          (64.0 * 64.0) / (c.pingpong ? 1 : c.consumers);
     double total = kStart + finish;
     if (c.pingpong) {
         total += waves(items, places) * std::max(products, (products + finish) / c.consumers);
@@ -75,7 +80,7 @@ double generic_clocks(const Product& p, int processors) {
 std::string refuses(DType dtype, Layout layout, const Product& p) {
     if (dtype == DType::f32) return "wgmma has no products in full precision";
     if (p.n % 8 != 0) return "rows of the result are no multiple of 16 bytes";
-    // It is read in pairs.
+    // The kernel reads it two elements at a time.
     if (reinterpret_cast<uintptr_t>(p.bias) % 4 != 0) return "bias: not at a multiple of 4 bytes";
     // Coordinates have 32 bits, and a last tile reaches past the end.
     constexpr int64_t kLongest = std::numeric_limits<int>::max() - 1024;
@@ -112,9 +117,8 @@ struct Split {
 Split split_of(const Build& build, Layout layout, const Product& p, int processors) {
     constexpr int kMostSplits = 8, kLeastSteps = 4;  // each part of k fills the stages
     const int64_t steps = divide_up(p.k, kProductStep);
-    const int most = layout == Layout::weight
-                         ? static_cast<int>(std::clamp<int64_t>(steps / kLeastSteps, 1, kMostSplits))
-                         : 1;
+    const int64_t most =
+        layout == Layout::weight ? std::clamp<int64_t>(steps / kLeastSteps, 1, kMostSplits) : 1;
     Split best{1, clocks_of(build, layout, p, 1, processors)};
     for (int parts = 2; parts <= most; ++parts) {
         const double clocks = clocks_of(build, layout, p, parts, processors);

@@ -51,9 +51,9 @@ struct ProductChoice {
     double clocks;  // predicted, of a multiprocessor; 0: nothing is predicted
 };
 
-// build: a number, or kRule. choose_product reads everything of the product but `partial` and `splits`,
-// which the caller sets by its answer; launch_product then chooses again, and so the same. Both throw
-// Error with the reason where a build cannot make the product.
+// build: a number, or kRule. choose_product reads everything of the product but `partial` and
+// `splits`, which the caller sets by its answer; launch_product then chooses again, and so the
+// same. Both throw Error with the reason where a build cannot make the product.
 ProductChoice choose_product(DType dtype, Layout layout, const Product& product, int build,
                              int device);
 void launch_product(DType dtype, Layout layout, const Product& product, int build, Stream stream);

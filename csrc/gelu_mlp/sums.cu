@@ -4,7 +4,7 @@
 //     partial sums   partial (parts, cols) fp32 -> out (cols,), rounded
 //
 // Each reads its input once; the first writes 1/128 of that, in fp32. db1's partial sums come from
-// the product that makes dh (mlp.cu), one for each tile of rows.
+// the product that makes dh (gelu_mlp/products.cu), one for each tile of rows.
 #include "runtime/launch.h"
 
 #include <cstdint>

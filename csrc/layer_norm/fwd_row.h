@@ -1,6 +1,6 @@
 // How the kernels of LayerNorm's forward pass work through a row; formulas, shapes and bytes are in
-// layer_norm/params.h. A row is read once and stays in registers, in the dtype of s, through both passes
-// of the statistics; or, too wide for that, it is read again in chunks for each.
+// layer_norm/params.h. A row is read once and stays in registers, in the dtype of s, through both
+// passes of the statistics; or, too wide for that, it is read again in chunks for each.
 #pragma once
 
 #include "device/reduce.h"

@@ -59,14 +59,14 @@ struct LayerNormBwd {
     DType x_dtype, residual_dtype, weight_dtype, sum_dtype;
 };
 
-// Clusters of CTAs, each with its part of a row (compute capability 9.0): their builds, by number. The
-// threads are the most of a CTA, tile_n the columns that they hold.
+// Clusters of CTAs, each with its part of a row (compute capability 9.0): their builds, by number.
+// The threads are the most of a CTA, tile_n the columns that they hold.
 std::vector<Build> layer_norm_fwd_builds();
 std::vector<Build> layer_norm_bwd_builds();
 
-// rows and cols are at least 1. build: a number, or kRule: a cluster where one is predicted to win, else
-// the kernels for any GPU. Throw Error for dtypes that the sum cannot have, and where the build cannot
-// take the problem.
+// rows and cols are at least 1. build: a number, or kRule: a cluster where one is predicted to win,
+// else the kernels for any GPU. Throw Error for dtypes that the sum cannot have, and where the
+// build cannot take the problem.
 void launch_layer_norm_fwd(const LayerNormFwd& p, int build, Stream stream);
 void launch_layer_norm_bwd(const LayerNormBwd& p, int build, Stream stream);
 

@@ -1,6 +1,6 @@
-// A build: one way in which a kernel for Hopper is compiled or laid out. Every op with such kernels has
-// a table of them. What is said of a build is for `gptkernels info --explain`, for tuning, which times
-// all of them, and for predictions; choose.h has how one of them is chosen.
+// A build: one way in which a kernel for Hopper is compiled or laid out. Every op with such kernels
+// has a table of them. What is said of a build is for `gptkernels info --explain`, for tuning,
+// which times all of them, and for predictions; choose.h has how one of them is chosen.
 #pragma once
 
 #include <array>
@@ -10,7 +10,8 @@
 
 namespace gk {
 
-// The calls for which an op's rule may choose a build. Options are what attention adds to its scores.
+// The calls for which an op's rule may choose a build. Options are what attention adds to its
+// scores.
 enum class Rule { never, plain, options, always };
 
 struct Build {

@@ -18,8 +18,8 @@ struct Choice {
     std::string reason = {};  // why a Hopper GPU runs no build; "" where it does, and on other GPUs
 };
 
-// A build is compiled in every 16-bit dtype for the calls for which the rule may choose it, and in bf16
-// for calls without options besides, for tuning to compare it.
+// A build is compiled in every 16-bit dtype for the calls for which the rule may choose it, and in
+// bf16 for calls without options besides, for tuning to compare it.
 constexpr bool rule_may_choose(Rule rule, bool options) {
     return rule == Rule::always || rule == (options ? Rule::options : Rule::plain);
 }
@@ -27,7 +27,8 @@ constexpr bool is_compiled(Rule rule, DType dtype, bool options) {
     return rule_may_choose(rule, options) || (dtype == DType::bf16 && !options);
 }
 
-// Why a build cannot take a call, "" if it can. width: of the kernels for its heads; 0: no attention.
+// Why a build cannot take a call, "" if it can. width: of the kernels for its heads; 0: no
+// attention.
 std::string build_refuses(const Build& build, DType dtype, bool options = false, int width = 0);
 
 // Why there is none of a number, "" if there is.

@@ -3,8 +3,8 @@
 //
 // While a thread has a DryRun, `launch` writes into it what it is asked to launch. In a dry run for
 // another machine that is all that happens: `capability` and `multiprocessors` are that machine's,
-// tensor maps are left empty, and pointers may point anywhere. Launchers do not know of it, so a dry
-// run says what would really run.
+// tensor maps are left empty, and pointers may point anywhere. Launchers do not know of it, so a
+// dry run says what would really run.
 #pragma once
 
 #include <cstdint>
@@ -33,16 +33,17 @@ struct Refusal {
 
 class DryRun {
   public:
-    // The calling thread's, until it is destroyed. Throws Error where there is one already.
-    DryRun();                                     // launches happen as ever, and are written down
-    DryRun(int capability, int multiprocessors);  // for such a machine: nothing is launched
+    // Starts a dry run of the calling thread, which lasts as long as the object. Throws Error where
+    // the thread makes one already.
+    DryRun();                                     // kernels are launched as usual, and recorded
+    DryRun(int capability, int multiprocessors);  // for such a machine: kernels are recorded alone
     ~DryRun();
     DryRun(const DryRun&) = delete;
     DryRun& operator=(const DryRun&) = delete;
 
-    // The calling thread's, or null.
+    // The dry run of the calling thread, or null.
     static DryRun* current();
-    // Likewise, if it is for a machine of its own.
+    // The same, but null too where it is not for another machine.
     static const DryRun* elsewhere();
 
     const int capability = 0, multiprocessors = 0;
@@ -50,8 +51,8 @@ class DryRun {
     std::vector<Refusal> refusals;
 };
 
-// For launchers: a kernel made for this GPU does not take this problem. Does nothing for the reason "",
-// or where the thread makes no dry run.
+// For launchers: a kernel made for this GPU does not take this problem. Does nothing for the reason
+// "", or where the thread makes no dry run.
 void dry_run_refused(const char* kernel, const std::string& reason);
 
 }  // namespace gk

@@ -15,18 +15,20 @@ namespace gk {
 namespace {
 
 constexpr int kMaxDevices = 64;
-// What a CTA may have without asking. Beyond it each launch asks: a setting of the kernel, not a call
-// on the stream, so a graph's capture allows it.
+// Shared memory that a CTA gets without opting in. A launch that needs more opts in first. That
+// sets an attribute of the kernel and puts nothing on the stream, so it is allowed while a graph is
+// captured.
 constexpr size_t kSharedWithoutOptIn = 48 * 1024;
 
 void check(cudaError_t status, const Launch& launch, const char* doing) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // not sticky: the next call must not report it again
+    cudaGetLastError();  // forgets the error, or the next call would report it again
     throw Error(std::string(launch.name) + " on " + launch.shape + " failed " + doing + ": " +
                 cudaGetErrorString(status));
 }
 
-// The caller's current device comes back at the end, also after an error.
+// Makes the launch's device the current one, and restores the caller's at the end, also after an
+// error.
 class DeviceGuard {
   public:
     explicit DeviceGuard(const Launch& launch) {
@@ -44,7 +46,7 @@ class DeviceGuard {
     int before_ = 0, now_ = 0;
 };
 
-// A positive number of each device; 0: not asked for yet.
+// A positive number for each device, 0 until it has been asked for.
 using Known = std::array<std::atomic<int>, kMaxDevices>;
 
 template <class Ask>
@@ -93,7 +95,7 @@ int capability(int device) {
 
 namespace {
 
-// Of a launch with its cluster, which must outlive it.
+// What the runtime is told of a launch. The cluster must outlive it.
 cudaLaunchConfig_t configuration(const Launch& launch, cudaLaunchAttribute& cluster) {
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = launch.cluster;
@@ -104,7 +106,7 @@ cudaLaunchConfig_t configuration(const Launch& launch, cudaLaunchAttribute& clus
     config.dynamicSmemBytes = launch.shared_bytes;
     config.stream = launch.stream.handle;
     config.attrs = &cluster;
-    // Older chips know no such attribute.
+    // GPUs before Hopper do not know the attribute.
     config.numAttrs = launch.cluster > 1 ? 1 : 0;
     return config;
 }
@@ -121,7 +123,7 @@ void opt_in_to_shared(const void* kernel, const Launch& launch) {
 int detail::resident_clusters(const void* kernel, const Launch& launch, int ctas_of_sm) {
     if (const DryRun* run = DryRun::elsewhere())
         return std::max(1, run->multiprocessors * ctas_of_sm / static_cast<int>(launch.cluster));
-    // The driver works it out anew at every call, and nothing of it changes.
+    // The driver computes this at every call, though it never changes.
     static std::mutex mutex;
     static std::map<std::tuple<const void*, int, unsigned, unsigned, size_t>, int> known;
     const std::lock_guard lock(mutex);

@@ -1,4 +1,5 @@
-// How every kernel is launched, natively and in the emulator, and the few types that launchers share.
+// How every kernel is launched, natively and in the emulator, and the few types that launchers
+// share.
 #pragma once
 
 #ifdef GK_EMULATE
@@ -58,27 +59,30 @@ struct Launch {
     double clocks = 0;  // predicted for the launch, of a multiprocessor; 0: nothing is predicted
 };
 
-// One sentence that names the kernel, the shape and the cause. pybind11 makes it a RuntimeError.
+// What launchers throw: one sentence that names the kernel, the shape and the cause. pybind11 makes
+// it a RuntimeError.
 struct Error : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Of the device, asked for once. The emulator has 2 multiprocessors: small inputs cross its loops.
+// How many multiprocessors a device has. The emulator has 2, so that small inputs give each several
+// rounds of work.
 int multiprocessors(int device);
-// 90 for compute capability 9.0. The emulator's is that of GPTKERNELS_EMULATE_ARCH: sm80 (default)
-// or sm90.
+// A device's compute capability, 90 for 9.0. The emulator has that of GPTKERNELS_EMULATE_ARCH: sm80
+// (the default) or sm90.
 int capability(int device);
 
 namespace detail {
-// Writes the launch into the thread's dry run (dry_run.h), if it has one. Returns whether that is all
-// that is to happen.
+// Writes the launch into the thread's dry run (dry_run.h), if it has one. Returns whether that is
+// all that is to happen.
 bool dry(const Launch& launch);
 
 #ifdef GK_EMULATE
 using Invoke = void (*)(void* kernel, const void* params);
 void launch(void* kernel, const Launch& launch, Invoke invoke, const void* params);
 
-// Copies the params to the calling thread's own stack, where a kernel may read them.
+// Calls the kernel with a copy of the params on the calling thread's own stack, where it may read
+// them.
 template <class Params>
 __attribute__((no_sanitize("thread"))) void invoke(void* kernel, const void* params) {
     reinterpret_cast<void (*)(Params)>(kernel)(*static_cast<const Params*>(params));
@@ -102,7 +106,7 @@ void launch(void (*kernel)(Params), const Launch& launch, const Params& params) 
 #ifdef GK_EMULATE
 inline unsigned char* shared_memory() { return emulator::shared_memory(); }
 #else
-// The CTA's one arena of shared memory.
+// All of the CTA's shared memory.
 __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(1024) unsigned char arena[];
     return arena;

@@ -31,12 +31,12 @@ struct TensorMapShape {
     Swizzle swizzle;
 };
 
-// Why there is no such map, or nullptr. Asks no driver, and refuses what that would refuse, and rows
-// shorter than the span of their swizzle, of which no document says how they lie.
+// Why a map cannot be made, or nullptr. It refuses what the driver would refuse, without asking it,
+// and rows that are shorter than the span of their swizzle: no document says how these lie in
+// memory.
 const char* tensor_map_refuses(const TensorMapShape& shape);
 
-// Throws Error with the reason where there is no such map. Lines of L2 are fetched 256 bytes at a
-// time.
+// Throws Error with the reason where the map cannot be made. L2 fetches lines of 256 bytes for it.
 TensorMap tensor_map(const TensorMapShape& shape);
 
 namespace detail {

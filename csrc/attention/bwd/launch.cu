@@ -1,4 +1,5 @@
-// Attention backward's launcher, and the kernel before the others. Formulas: attention/bwd/kernel.h.
+// Attention backward's launcher, and the kernel before the others. Formulas:
+// attention/bwd/kernel.h.
 //
 //     delta = sum_d dout * out - dlse                 (B, H, Tq) fp32
 //
@@ -12,7 +13,8 @@
 // operations of a CTA, at 300 TFLOP/s some 0.9 TB/s of additions in the L2 cache, against 40% more
 // products.
 //
-// On Hopper the kernels of attention/bwd/sm90/params.h run before them, where they take the problem.
+// On Hopper the kernels of attention/bwd/sm90/params.h run before them, where they take the
+// problem.
 #include "attention/bwd/delta.h"
 #include "attention/bwd/sm90/params.h"
 
@@ -60,8 +62,8 @@ __global__ void __launch_bounds__(kDeltaThreads)
     clear(p.dv, call.Hk, call.cu_seqlens_k, call.total_k);
 }
 
-// What the kernels after the first take. On Hopper they only look whether they have to run, for
-// results that are not finite: then dq is not added up by atomics.
+// What the kernels after the first take. On Hopper they run only where a result is not finite, and
+// then do not add up dq by atomics.
 template <class T>
 BwdArguments arguments_of(const AttentionBwd& p) {
     BwdArguments a = bwd_arguments<T>(p);

@@ -3,17 +3,18 @@
 // that its batch entry has.
 //
 // q (B, Tq, H, D), any strides with a unit last one; k and v (B, Tk, Hk, D) likewise, or pages
-// (N, page, Hk, D) whose numbers are in block_table (B, pages); out (B, Tq, H, D) and lse (B, H, Tq)
-// fp32, contiguous. Moves k and v of n keys, once for each block of rows: all else is small beside
-// them, and tensor cores wait. No backward pass.
+// (N, page, Hk, D) whose numbers are in block_table (B, pages); out (B, Tq, H, D) and lse (B, H,
+// Tq) fp32, contiguous. Moves k and v of n keys, once for each block of rows: all else is small
+// beside them, and tensor cores wait. No backward pass.
 //
 // The rows of a product are the query heads that share a key head, of every new token: row
-// i H / Hk + h. A CTA takes a block of rows and a split of the keys (attention/decode/params.h). Up to 16
-// rows fit in one row tile: then each warp is a team by itself, which takes every fourth block of
-// keys through a ring of its own and meets the others only at the end. With more rows the CTA's four
-// warps are one team: they share keys and divide the rows.
+// i H / Hk + h. A CTA takes a block of rows and a split of the keys (attention/decode/params.h). Up
+// to 16 rows fit in one row tile: then each warp is a team by itself, which takes every fourth
+// block of keys through a ring of its own and meets the others only at the end. With more rows the
+// CTA's four warps are one team: they share keys and divide the rows.
 //
-// An entry with one split writes its result, others what combine() of attention/decode/launch.cu needs.
+// An entry with one split writes its result, others what combine() of attention/decode/launch.cu
+// needs.
 #pragma once
 
 #include <algorithm>

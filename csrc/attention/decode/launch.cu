@@ -1,9 +1,10 @@
-// Decoding's launcher, and the step that combines the splits of an entry's keys. The kernel that does
-// the work is in attention/decode/kernel.h.
+// Decoding's launcher, and the step that combines the splits of an entry's keys. The kernel that
+// does the work is in attention/decode/kernel.h.
 //
 //     m = max_s m_s      l = sum_s l_s exp2(m_s - m)      out = sum_s o_s exp2(m_s - m) / l
 //
-// in the order of the splits. Reads of each row of each split D + 2 floats, which the L2 cache holds.
+// in the order of the splits. Reads of each row of each split D + 2 floats, which the L2 cache
+// holds.
 #include "attention/decode/split.h"
 #include "device/reduce.h"
 #include "device/vector.h"

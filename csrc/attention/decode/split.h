@@ -9,9 +9,9 @@
 
 namespace gk {
 
-// Keys of an entry go in splits of so many, the last one maybe fewer, each softmaxed by itself before
-// they are combined. The rule is that of gptkernels/ops/attention/splits.py: it follows from the entry's
-// own length and from num_splits alone, 0 where none is given.
+// Keys of an entry go in splits of so many, the last one maybe fewer, each softmaxed by itself
+// before they are combined. The rule is that of gptkernels/ops/attention/splits.py: it follows from
+// the entry's own length and from num_splits alone, 0 where none is given.
 constexpr int kSplitKeys = 256, kMostSplits = 64;
 constexpr int kSplitMultiple = 64;
 
@@ -49,8 +49,8 @@ __device__ inline Band decode_band(const AttentionCall& c, int b) {
     return band;
 }
 
-// The keys that a block of rows sees, and their splits first <= s < last of `keys` keys each. A block
-// that sees none has one split, an empty one.
+// The keys that a block of rows sees, and their splits first <= s < last of `keys` keys each. A
+// block that sees none has one split, an empty one.
 struct DecodeSplits {
     Range seen;
     int keys, first, last;

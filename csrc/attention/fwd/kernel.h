@@ -315,13 +315,14 @@ void launch_attention_fwd_tiles(const AttentionFwd& p, Stream stream) {
     const int64_t bytes_of_head = 2 * size * c.Tk * c.D * c.Hk / c.H;
     const int64_t together =
         std::max<int64_t>(1, kFwdCacheBytes / std::max<int64_t>(1, bytes_of_head));
+    const Strides out = contiguous_strides(c.total_q, c.H, c.D);
     const FwdArguments arguments{p,
                                  static_cast<int>(row_blocks),
                                  static_cast<int>(std::min(together, heads)),
                                  aligned_rows(p.q, size, p.q_strides),
                                  aligned_rows(p.k, size, p.k_strides),
                                  aligned_rows(p.v, size, p.v_strides),
-                                 aligned_rows(p.out, size, contiguous_strides(c.total_q, c.H, c.D))};
+                                 aligned_rows(p.out, size, out)};
     const std::string shape = shape_of(c);
     launch(attention_fwd_kernel<T, kWidth, kOptions>,
            {"attention_fwd_kernel", shape,

@@ -1,5 +1,5 @@
-// Attention forward's launcher. The formula and the kernel for any GPU are in attention/fwd/kernel.h,
-// the kernel for Hopper is in attention/fwd/sm90/kernel.h.
+// Attention forward's launcher. The formula and the kernel for any GPU are in
+// attention/fwd/kernel.h, the kernel for Hopper is in attention/fwd/sm90/kernel.h.
 #include "attention/fwd/sm90/launch.h"
 #include "runtime/dry_run.h"
 

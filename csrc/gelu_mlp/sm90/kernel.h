@@ -232,7 +232,8 @@ struct ProductConsumer {
 
     // ---- what becomes of the results
 
-    // This lane's address for ldmatrix and stmatrix of the warp's 16 rows, 16 columns from `col` on.
+    // This lane's address for ldmatrix and stmatrix of the warp's 16 rows, 16 columns from `col`
+    // on.
     template <class Tile>
     __device__ __forceinline__ static T* fragment(const Tile& tile, int col) {
         const int lane = lane_index();

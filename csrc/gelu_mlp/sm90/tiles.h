@@ -1,6 +1,8 @@
-// The GELU MLP's products on Hopper: what gelu_mlp/products.cu makes, by TMA, wgmma and warp specialisation.
+// The GELU MLP's products on Hopper: what gelu_mlp/products.cu makes, by TMA, wgmma and warp
+// specialisation.
 //
-//     D (m, n) = A B in the three operand layouts of gelu_mlp/params.h, in bf16 or fp16, accumulated in fp32.
+//     D (m, n) = A B in the three operand layouts of gelu_mlp/params.h, in bf16 or fp16,
+//     accumulated in fp32
 //     forward    out = D + bias (m, n) and activation = gelu(out) (m, n), either may be absent
 //     backward   out = D gelu'(h) (m, n), activation = gelu(h), partial: column sums of out as
 //                stored, of 64 rows each; without h: out = D
@@ -33,8 +35,8 @@ constexpr int kUnitBytes = kUnitRows * kUnitRowBytes;
 constexpr int kUnitCols = kUnitRowBytes / 2;  // of 16 bits; of fp32 half as many
 constexpr int kProductStep = 64;              // along k, of a stage
 
-// A CTA's tile of D, kM x kN, in steps of kK along k, kStages of which are in flight; kCluster CTAs,
-// one below the other, share B.
+// A CTA's tile of D, kM x kN, in steps of kK along k, kStages of which are in flight; kCluster
+// CTAs, one below the other, share B.
 template <int kTileM, int kTileN, int kTileStages, int kTileCluster, bool kTurns>
 struct ProductTile {
     static constexpr int kM = kTileM, kN = kTileN, kK = kProductStep, kStages = kTileStages;

@@ -1,5 +1,5 @@
-// What the roles of gelu_mlp/sm90/kernel.h share: where things lie in shared memory, and which tiles and
-// units there are, in which order.
+// What the roles of gelu_mlp/sm90/kernel.h share: where things lie in shared memory, and which
+// tiles and units there are, in which order.
 #pragma once
 
 #include <type_traits>

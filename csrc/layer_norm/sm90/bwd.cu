@@ -1,4 +1,5 @@
-// LayerNorm backward of wide rows by clusters; formulas, shapes and bytes are in layer_norm/params.h.
+// LayerNorm backward of wide rows by clusters; formulas, shapes and bytes are in
+// layer_norm/params.h.
 //
 // A cluster of two, four or eight CTAs shares a row: thread t of all T has groups t, t + T, t + 2T
 // ... It works as one CTA does on a narrower row (layer_norm/bwd_row.h), and holds its share of

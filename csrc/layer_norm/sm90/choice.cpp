@@ -1,12 +1,12 @@
-// Which clusters share a row of LayerNorm: the builds, the rule that chooses among them, and what it
-// leaves to the kernels for any GPU.
+// Which clusters share a row of LayerNorm: the builds, the rule that chooses among them, and what
+// it leaves to the kernels for any GPU.
 #include "layer_norm/sm90/choice.h"
 
 namespace gk {
 namespace {
 
-// Forward: columns from which a CTA of the kernel for any GPU is alone on its SM, so that memory is idle
-// while it adds up.
+// Forward: columns from which a CTA of the kernel for any GPU is alone on its SM, so that memory is
+// idle while it adds up.
 constexpr int kFewestFwdCols = 16384;
 // Groups of a thread, where that is enough, and where rows are not aligned.
 constexpr int kUsualFwdGroups = 4, kUsualBwdGroups = 2, kUnalignedGroups = 2;
@@ -43,8 +43,8 @@ constexpr Build bwd(const char* name, int ctas, unsigned threads, Rule rule) {
             .rule = rule};
 }
 
-// The rule prefers the first. Several smaller CTAs on an SM hide each other's barriers. Any build runs
-// in every dtype: the kernels are the same.
+// The rule prefers the first. Several smaller CTAs on an SM hide each other's barriers. Any build
+// runs in every dtype: the kernels are the same.
 constexpr Build kFwdBuilds[] = {
     fwd("2 CTAs of 256 threads", 2, 256, Rule::always),
     fwd("4 CTAs of 256 threads", 4, 256, Rule::always),
@@ -127,8 +127,12 @@ Choice bwd_by_rule(int cols, bool aligned_rows) {
 
 }  // namespace
 
-std::vector<Build> layer_norm_fwd_builds() { return {std::begin(kFwdBuilds), std::end(kFwdBuilds)}; }
-std::vector<Build> layer_norm_bwd_builds() { return {std::begin(kBwdBuilds), std::end(kBwdBuilds)}; }
+std::vector<Build> layer_norm_fwd_builds() {
+    return {std::begin(kFwdBuilds), std::end(kFwdBuilds)};
+}
+std::vector<Build> layer_norm_bwd_builds() {
+    return {std::begin(kBwdBuilds), std::end(kBwdBuilds)};
+}
 
 ClusterRow layer_norm_fwd_row(const LayerNormFwd& op, int build) {
     if (!is_aligned(op)) return row_of(op.cols, kFwdBuilds[build], {kUnalignedGroups});

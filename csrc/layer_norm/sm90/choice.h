@@ -1,7 +1,7 @@
 // How LayerNorm's cluster kernels share out a row, for their launchers (compute capability 9.0).
 //
-// A build names a cluster and the most threads of each of its CTAs. The columns then say how many groups
-// a thread holds, by the kernels that there are, and with that how many warps are needed.
+// A build names a cluster and the most threads of each of its CTAs. The columns then say how many
+// groups a thread holds, by the kernels that there are, and with that how many warps are needed.
 #pragma once
 
 #include "layer_norm/shape.h"

@@ -1,4 +1,5 @@
-// LayerNorm forward of wide rows by clusters; formulas, shapes and bytes are in layer_norm/params.h.
+// LayerNorm forward of wide rows by clusters; formulas, shapes and bytes are in
+// layer_norm/params.h.
 //
 // A cluster of two, four or eight CTAs shares a row, which stays in registers: thread t of all T
 // has groups t, t + T, t + 2T ... The sums of each pass meet in every CTA's shared memory by one

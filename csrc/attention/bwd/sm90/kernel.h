@@ -4,7 +4,7 @@
 //
 // Warpgroup 0 moves data: one warp loads by TMA, and one for each other warpgroup adds its part of
 // dq to the fp32 sum in memory, by bulk copies out of shared memory. The others multiply; how they
-// divide the work is in attention/bwd/sm90/narrow.h and, from 192 columns on, _wide.h.
+// divide the work is in attention/bwd/sm90/narrow.h and, from 192 columns on, in wide.h there.
 //
 // q, dout (B, Tq, H, D), k, v (B, Tk, Hk, D), what TMA can address; dk, dv (B, Tk, Hk, D)
 // contiguous. Moves k, v, dk and dv once, q and dout once for each block of keys, and as often 4

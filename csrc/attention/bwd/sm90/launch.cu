@@ -1,5 +1,6 @@
 // Attention backward on Hopper: which calls its kernels take, its launcher, and the kernels before
-// and after the main one. Formulas: attention/bwd/kernel.h; what they are for: attention/bwd/sm90/params.h.
+// and after the main one. Formulas: attention/bwd/kernel.h; what they are for:
+// attention/bwd/sm90/params.h.
 //
 // prepare reads out and dout once, and writes 4 bytes for each element of the sum of dq, which it
 // clears, and 12 for each row. finish reads the sum and writes dq, (B, Tq, H, D) contiguous.
@@ -12,8 +13,8 @@
 namespace gk {
 
 constexpr int kFinishThreads = 256;
-// Of q, dout and the sum of dq, that blocks of keys of several heads read side by side: about half
-// of L2.
+// Bytes of q, dout and the sum of dq that blocks of keys of several heads may read side by side:
+// about half of L2.
 constexpr int64_t kBytesTogether = int64_t{24} << 20;
 
 struct PrepareArguments {
@@ -148,8 +149,9 @@ BwdWorkspaces workspaces_of(const AttentionBwd& p, int build) {
     return sizes;
 }
 
-// A key head's blocks side by side with those of others, as far as what they all read stays in L2;
-// without a bound on the right all blocks of a head take as long, and go together by themselves.
+// How many key heads have their blocks worked off side by side: as many as read no more than stays
+// in L2. Without a bound on the right it is one: all blocks of a head take equally long, and so
+// stay together by themselves.
 int heads_together(const AttentionCall& c) {
     const int heads = c.batch * c.Hk;
     if (c.right < 0) return 1;

@@ -1,11 +1,12 @@
-// Attention backward on Hopper: how its kernels are told what to do. Formulas: attention/bwd/kernel.h.
+// Attention backward on Hopper: how its kernels are told what to do. Formulas:
+// attention/bwd/kernel.h.
 //
 //     prepare   delta of each row, lse in units of log2(e); clears the sum of dq
 //     main      dk and dv of a block of keys; adds to the sum of dq: attention/bwd/sm90/kernel.h
 //     finish    dq = scale * sum
 //
-// In the main kernel's products weights of 0 meet what a row does not see, and 0 * NaN is NaN. So it
-// and `finish` raise a flag where a result is not finite, and then the generic kernels, launched
+// In the main kernel's products weights of 0 meet what a row does not see, and 0 * NaN is NaN. So
+// it and `finish` raise a flag where a result is not finite, and then the generic kernels, launched
 // after them in any case, do everything again; else they return at once.
 #pragma once
 

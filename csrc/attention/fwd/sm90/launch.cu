@@ -25,8 +25,8 @@ std::string refuses(DType dtype, const AttentionFwd& p) {
     return reason;
 }
 
-// The first build that the rule may choose; where every row sees every key, a wider block of keys, if
-// no more than 1/16 is lost in the last one.
+// The first build that the rule may choose; where every row sees every key, a wider block of keys,
+// if no more than 1/16 is lost in the last one.
 Choice by_rule(const AttentionCall& c, bool options) {
     const bool dense = c.left < 0 && c.right < 0;
     Choice found;
