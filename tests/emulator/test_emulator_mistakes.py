@@ -352,7 +352,7 @@ def test_a_mistake_is_found_and_named(emulator: Emulator, name: str) -> None:
 
 
 UNSEEN = """
-#include "launch.h"
+#include "runtime/launch.h"
 
 struct Eight { float v[8]; };
 struct Params { Eight* a; float* b; int n; };
