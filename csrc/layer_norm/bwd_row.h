@@ -318,7 +318,7 @@ __device__ __forceinline__ void gradients_of_rows(const Bwd& p, const Team& team
     float2 statistics = part.statistics_of(row);
     int turn = 0;
     // A team without a row goes along for the barriers, with zeros.
-    for (; row - team.index < op.rows; row += rows.step) {
+    for (; (row - team.index) < op.rows; row += rows.step) {
         part.take(row, statistics);
         if constexpr (kAligned) {
             cp_async_wait<1>();

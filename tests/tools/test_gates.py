@@ -395,6 +395,7 @@ class TestNative:
     def test_spilling_kernel_fails(self, tmp_path: Path) -> None:
         (tmp_path / "csrc").mkdir()
         (tmp_path / "csrc" / "bindings.cpp").touch()
+        (tmp_path / "csrc" / "instances.toml").touch()
         (tmp_path / "csrc" / "spilling.cu").write_text(
             """
             __global__ void __launch_bounds__(1024, 2) spilling(float* p) {
