@@ -44,7 +44,7 @@ inline bool aligned_rows(const void* address, int64_t element_size, const Stride
 // The shapes of a call, for error messages.
 inline std::string shape_of(const AttentionCall& c) {
     const auto text = [](int n) { return std::to_string(n); };
-    const char* up_to = c.ragged() ? ", up to " : ", ";  // those of the longest sequence
+    const char* up_to = c.ragged() ? ", up to " : ", ";  // the longest sequence's Tq, Tk
     return "q (" + text(c.batch) + up_to + text(c.Tq) + ", " + text(c.H) + ", " + text(c.D) +
            "), k (" + text(c.batch) + up_to + text(c.Tk) + ", " + text(c.Hk) + ", " + text(c.D) +
            ")";

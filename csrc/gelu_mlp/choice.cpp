@@ -129,7 +129,8 @@ Split split_of(const Build& build, Layout layout, const Product& p, int processo
     return best;
 }
 
-// Chooses the build with the shortest predicted time, unless the kernel for any GPU is to run.
+// Chooses the build with the shortest predicted time, or the kernel for any GPU where that is
+// predicted to be faster by enough.
 Choice by_rule(Layout layout, const Product& p, int processors) {
     Choice best{kAnyGpu, "it is predicted to be slower"};
     double least = generic_clocks(p, processors) / kGenericGain;

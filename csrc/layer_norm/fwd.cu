@@ -78,7 +78,7 @@ void launch_layer_norm_fwd(const LayerNormFwd& op, int build, Stream stream) {
     dry_run_refused(kLayerNormFwdSm90, choice.reason);
     const bool aligned_rows = is_aligned(op);
     const int groups = lane_groups(op.cols);
-    const int most = aligned_rows ? 7 : 2, usual = aligned_rows ? 4 : 2;  // of one warp, of several
+    const int most = aligned_rows ? 7 : 2, usual = aligned_rows ? 4 : 2;  // one warp; several warps
     const int warps = groups <= most ? 1 : std::min(divide_up(groups, usual), kMaxWarps);
     const int rows = warps == 1 ? kRowsOfCta : 1;
     Launch launch{};

@@ -49,7 +49,7 @@ struct LayerNormBwd {
     const float* rstd;       // (rows,)
     const void* weight;      // (cols,), weight_dtype
     void* dx;                // (rows, cols), x_dtype
-    void* dresidual;         // (rows, cols), residual_dtype; or null: it would equal dx
+    void* dresidual;         // (rows, cols), residual_dtype; or null: dx takes its place
     float* partial_dweight;  // (partials, cols), workspace; or null: no dweight
     float* partial_dbias;    // (partials, cols), workspace; or null: no dbias
     void* dweight;           // (cols,), weight_dtype; or null

@@ -11,8 +11,8 @@
 
 namespace gk {
 
-constexpr int kRule = -1;    // as the build that is asked for: the rule chooses
-constexpr int kAnyGpu = -1;  // as the build that was chosen: the kernel for any GPU
+constexpr int kRule = -1;    // for the `build` of a launcher: the rule chooses
+constexpr int kAnyGpu = -1;  // for Choice::build: the kernel for any GPU runs
 
 struct Choice {
     int build = kAnyGpu;      // its number
@@ -41,7 +41,7 @@ std::string number_refuses(std::span<const Build> builds, int number);
 
 // `build` is a number in the table, or kRule. The callables:
 //     refuses()               why no build can take the problem, "" if some can
-//     refuses_build(number)   why this one cannot, likewise
+//     refuses_build(number)   why this build cannot, "" if it can
 //     by_rule()               the rule's Choice, where refuses() is ""
 // Throws Error with the reason where a build is asked for that cannot run.
 template <class Problem, class Refuses, class RefusesBuild, class ByRule>

@@ -30,7 +30,7 @@
 
 namespace gk {
 
-// Whether the sums over the rows are computed again, as they are in fp32.
+// Whether each row's sums of p and p dp are computed again, as they are in fp32.
 template <class T>
 constexpr bool kExact = std::is_same_v<T, float>;
 

@@ -1,4 +1,4 @@
-// Attention backward's launcher, and the kernel before the others. Formulas:
+// Attention backward's launcher, and the first kernel that it launches. Formulas:
 // attention/bwd/kernel.h.
 //
 //     delta = sum_d dout * out - dlse                 (B, H, Tq) fp32

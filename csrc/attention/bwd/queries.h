@@ -70,7 +70,7 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     const Band band = band_of(call, entry);
     const Range keys = band.keys(i0, kRows, kKeys);
     const int blocks = keys.last > keys.first ? (keys.last - keys.first + kKeys - 1) / kKeys : 0;
-    const int summing = kExact<T> ? blocks : 0;  // the first steps, which sum over the rows
+    const int summing = kExact<T> ? blocks : 0;  // the first steps, which compute the rows' sums
     const int steps = summing + (p.dq != nullptr ? blocks : 0);
     const Score score = score_of_head(call, h);
     const bool dropping = call.dropout.rng != nullptr;

@@ -11,7 +11,7 @@
 namespace gk::emulator {
 namespace {
 
-constexpr unsigned kMostArrivals = (1u << 20) - 1;  // of arrivals and of bytes: what their fields hold
+constexpr unsigned kMostArrivals = (1u << 20) - 1;  // for arrivals and bytes: their fields' limit
 
 std::string place(const Mbarrier& bar) { return lines({bar.pc}); }
 

@@ -30,8 +30,8 @@ struct Row {
 };
 
 struct Box {
-    size_t bytes;   // in shared memory
-    size_t offset;  // there
+    size_t bytes;   // of the box in shared memory
+    size_t offset;  // of the box in shared memory
     Swizzle swizzle;
     std::vector<Row> rows;
 };

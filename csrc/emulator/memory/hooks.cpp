@@ -1,6 +1,6 @@
 // The functions that g++ calls before each access to memory with -fsanitize=thread; the sanitizer's
-// own library is not linked. A thread's own stack holds its registers and local memory. Nobody else
-// may touch it but a wgmma.
+// own library is not linked. A thread's own stack holds its registers and local memory. Accesses to
+// it need no check, unless a wgmma in flight has them as accumulators.
 #include <cstdint>
 
 #include "emulator/memory/memory.h"

@@ -11,7 +11,7 @@ struct Cell {
     Epoch writer;         // 0: never written
     Epoch readers[2];     // since then; a reader that comes before another is dropped
     unsigned written_at;  // a place (report.h) and flags
-    unsigned read_at[2];  // likewise
+    unsigned read_at[2];  // the places of these reads
     unsigned more;        // the list of further readers, all of one cluster; 0: none
 };
 

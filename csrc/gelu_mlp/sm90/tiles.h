@@ -32,7 +32,7 @@ namespace gk {
 constexpr int kUnitRows = 64;         // rows that one wgmma computes
 constexpr int kUnitRowBytes = 128;    // the span of the swizzle
 constexpr int kUnitBytes = kUnitRows * kUnitRowBytes;
-constexpr int kUnitCols = kUnitRowBytes / 2;  // of 16 bits; of fp32 half as many
+constexpr int kUnitCols = kUnitRowBytes / 2;  // of 16-bit elements; half as many of fp32
 constexpr int kProductStep = 64;              // along k, of a stage
 
 // A CTA's tile of D, kM x kN, in steps of kK along k, of which kStages are in flight. kCluster

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     T* dq = static_cast<T*>(a.p.dq) + (b * call.Tq * call.H + h) * call.D;
     bool finite = true;
     for (int unit = static_cast<int>(threadIdx.x); unit < cols8 * 32; unit += kFinishThreads) {
-        const int col8 = unit % cols8, quad = unit / cols8;  // 8 w + g, as in dq_index
+        const int col8 = unit % cols8, quad = unit / cols8;  // quad: 8 w + g, as in dq_index
         const int64_t i = i0 + quad / 8 * 16 + quad % 8;
         if (i >= call.Tq || 8 * col8 >= call.D) continue;
         float of_row[2][8];
