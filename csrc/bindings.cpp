@@ -32,7 +32,7 @@ constexpr const char* kArgument<Layout> = "layout";
 
 namespace {
 
-// ---- The tables: under which name Python knows each member.
+// ---- The tables: the name by which Python knows each member.
 
 const Table kDropout =
     table(member("rng", &Dropout::rng), member("dropout_threshold", &Dropout::threshold),

@@ -3,8 +3,8 @@
 //     s = scale q.k;   s = softcap tanh(s / softcap);   s -= slope |i + Tk - Tq - j|;   masks
 //     out = dropout(softmax(s)) v                       lse = log sum_j exp(s)
 //
-// dtype is that of q, k, v, out and their gradients; everything else is fp32. Sizes are at least 1,
-// D at most 256, H a multiple of Hk. Query head h reads key head h / (H / Hk).
+// q, k, v, out and their gradients have the launcher's dtype; everything else is fp32. Sizes are at
+// least 1, D is at most 256, and H is a multiple of Hk. Query head h reads key head h / (H / Hk).
 #pragma once
 
 #include <cstdint>

@@ -30,7 +30,7 @@ constexpr double kRound = 300.0, kActivate = 800.0, kDifferentiate = 1000.0;
 // 64 x 64, and the share of the times above that remains where CTAs hide each other's outputs.
 constexpr double kGenericLarge = 0.5, kGenericSmall = 0.3, kGenericFinish = 0.6;
 // The kernel for any GPU is chosen only where its predicted time is less than this share of the
-// time of Hopper's.
+// time of the kernel for Hopper.
 constexpr double kGenericGain = 0.75;
 
 constexpr const char* kName = "mlp product for sm90";

@@ -10,8 +10,8 @@
 
 namespace gk {
 
-// The calls for which an op's rule may choose a build. Options are what attention adds to its
-// scores.
+// The calls for which an op's rule may choose a build. Options are softcap and ALiBi; attention
+// forward counts a scale that is not positive as one too.
 enum class Rule { never, plain, options, always };
 
 struct Build {

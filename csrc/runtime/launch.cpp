@@ -1,4 +1,4 @@
-// The native side of launch.h: device guard, opt-in to large shared memory, launch, check.
+// The native side of runtime/launch.h: device guard, opt-in to large shared memory, launch, check.
 #include "runtime/launch.h"
 
 #include <algorithm>

@@ -53,7 +53,7 @@ void each_part(const Box& box, const Row& row, F&& f);
 
 constexpr size_t kChunk = 16;
 
-// Bits 4-6 ^= bits 7-9, or as many of them as the span has.
+// Bits 4-6 ^= bits 7-9, or only as many of these bits as the swizzle's span has.
 constexpr size_t swizzled(Swizzle swizzle, size_t offset) {
     constexpr size_t kMasks[] = {0, 0x10, 0x30, 0x70};
     return offset ^ (offset >> 3 & kMasks[static_cast<int>(swizzle)]);

@@ -51,7 +51,7 @@ std::string ranges(const std::vector<unsigned>& numbers) {
     return joined;
 }
 
-// ---- threads' lives
+// ---- how threads begin and end
 
 std::vector<std::unique_ptr<Cta>> slots;
 Cluster clusters[kResident];

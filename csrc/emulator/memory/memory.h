@@ -25,7 +25,7 @@ void launch_begin();
 void cluster_begins(Cluster& cluster);
 void thread_ends(const Thread& thread);
 
-// A plain access by the running thread, at `pc` in the kernel. Its size is its alignment.
+// A plain access by the running thread, at `pc` in the kernel. It must be aligned to its size.
 void read(const void* address, size_t bytes, const void* pc);
 void write(const void* address, size_t bytes, const void* pc);
 void atomic(const void* address, size_t bytes, const void* pc);

@@ -10,7 +10,7 @@ namespace gk::emulator {
 struct Cell {
     Epoch writer;         // 0: never written
     Epoch readers[2];     // since then; a reader that comes before another is dropped
-    unsigned written_at;  // a place (report.h) and flags
+    unsigned written_at;  // a place (emulator/memory/report.h) and flags
     unsigned read_at[2];  // the places of these reads
     unsigned more;        // the list of further readers, all of one cluster; 0: none
 };

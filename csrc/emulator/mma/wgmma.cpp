@@ -47,7 +47,7 @@ struct Product {
     Epoch read = 0;                        // the engine's read, over when this was waited for
 };
 
-// Accumulators of a thread that products may still write.
+// A thread's accumulators, which products may still write.
 struct InFlight {
     float* acc;
     int n;

@@ -388,7 +388,7 @@ struct ProductConsumer {
                     const float(&d)[4] = acc[i][kCols / 8 * panel + j];
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        // A column of fp32 takes two of 16 bits.
+                        // A column of fp32 takes two columns of 16 bits.
                         T* to = unit.at(row + 8 * half, 2 * (8 * j + pair));
                         *reinterpret_cast<float2*>(to) = make_float2(d[2 * half], d[2 * half + 1]);
                     }
