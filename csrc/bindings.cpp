@@ -1,5 +1,5 @@
-// The Python module: every launcher, as the table of its params has it. This file and
-// runtime/members.h are all that includes pybind11.
+// The Python module: every launcher, with the table of its params. Only this file and
+// runtime/members.h include pybind11.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -32,13 +32,13 @@ constexpr const char* kArgument<Layout> = "layout";
 
 namespace {
 
-// ---- The tables: under which name Python knows each member.
+// ---- The tables: the name by which Python knows each member.
 
 const Table kDropout =
     table(member("rng", &Dropout::rng), member("dropout_threshold", &Dropout::threshold),
           member("dropout_scale", &Dropout::scale));
 
-// Of attention in all its forms.
+// The members of AttentionCall that every attention op sets.
 using Call = AttentionCall;
 const Table kScores =
     table(member("alibi_slopes", &Call::alibi_slopes), member("key_lengths", &Call::key_lengths),
@@ -47,7 +47,7 @@ const Table kScores =
           member("softmax_scale", &Call::softmax_scale), member("left", &Call::left),
           member("right", &Call::right), member("softcap", &Call::softcap));
 
-// Of attention forward and backward.
+// The members of AttentionCall, as attention forward and backward set them.
 const Table kCall =
     table(kScores, inside(&Call::dropout, kDropout), member("cu_seqlens_q", &Call::cu_seqlens_q),
           member("cu_seqlens_k", &Call::cu_seqlens_k), member("total_q", &Call::total_q),
@@ -100,7 +100,7 @@ const Table kPartialSums =
     table(member("partial", &PartialSums::partial), member("out", &PartialSums::out),
           member("parts", &PartialSums::parts), member("cols", &PartialSums::cols));
 
-// Of LayerNorm in both directions.
+// The members that LayerNorm has in both directions.
 template <class Norm>
 Table layer_norm() {
     return table(member("sum", &Norm::sum), member("mean", &Norm::mean),
@@ -145,7 +145,7 @@ py::list described(const std::vector<Build>& builds) {
     return all;
 }
 
-// See dry_run.h.
+// runtime/dry_run.h says what the members mean.
 py::dict described(const DryRun& run) {
     py::list launches, refusals;
     for (const DryLaunch& p : run.launches) {

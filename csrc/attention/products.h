@@ -1,9 +1,9 @@
-// What a warp of attention's forward passes does with its rows by mma.sync: s = q k^T, a step of
+// How a warp of attention's forward kernels processes its rows with mma.sync: s = q k^T, a step of
 // the online softmax, o += p v.
 //
-// `Tiles` says how: kRowTiles, of 16 rows each that a warp owns; kKeys, of a block; kWidth, of a
-// head, kHalf, whether elements have 16 bits, and kFenced, whether registers are short; Query and
-// Key, the SharedTiles.
+// `Tiles` holds the sizes: kRowTiles, the number of tiles of 16 rows that a warp owns; kKeys, the
+// keys of a block; kWidth, the width of a head; kHalf, whether elements have 16 bits; kFenced,
+// whether registers are short; Query and Key, the types of the tiles in shared memory.
 #pragma once
 
 #include "attention/scores.h"
@@ -26,7 +26,8 @@ __device__ __forceinline__ void score_products(float (&s)[Tiles::kRowTiles][Tile
         for (int n = 0; n < Tiles::kKeys / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) s[r][n][e] = 0;
-    // FFMAs by the thousand gain nothing from being written out, and cost ptxas half a minute.
+    // The fp32 loop is not unrolled: thousands of FFMAs in a row gain nothing, and they cost ptxas
+    // half a minute.
     [[maybe_unused]] constexpr int kUnrolled = Tiles::kHalf ? Tiles::kWidth / M::K : 1;
 #pragma unroll kUnrolled
     for (int d = 0; d < Tiles::kWidth; d += M::K) {
@@ -46,7 +47,7 @@ __device__ __forceinline__ void score_products(float (&s)[Tiles::kRowTiles][Tile
     }
 }
 
-// o += p v for this warp's rows; p is rounded to T a fragment at a time.
+// o += p v for this warp's rows. p is rounded to T one fragment at a time.
 template <class Tiles, class T>
 __device__ __forceinline__ void value_products(
     float (&o)[Tiles::kRowTiles][Tiles::kWidth / 8][4],
@@ -60,7 +61,7 @@ __device__ __forceinline__ void value_products(
             weights[r] = M::from_accumulators(&p[r][j / 8]);
 #pragma unroll
         for (int d = 0; d < Tiles::kWidth; d += 16) {
-            // A fence for ptxas, which would load fragments ahead into registers there are none of.
+            // This fence keeps ptxas from loading fragments ahead, for which no registers are left.
             if (Tiles::kFenced) __syncwarp();
             typename M::B v[2];
             load_b_transposed(v, v_tile, j, d);
@@ -73,13 +74,13 @@ __device__ __forceinline__ void value_products(
     }
 }
 
-// The running maximum (in log2 units) and sum of a thread's two rows in a row tile. The sum is over
-// the thread's own columns until the end.
+// The running maximum (in log2 units) and the running sum of a thread's two rows in a row tile.
+// Until the end the sum covers only the thread's own columns.
 struct RowState {
     float m[2], l[2];
 };
 
-// s becomes p = exp2(factor s - m'); state and o move on to the new maximum.
+// s becomes p = exp2(factor s - m'); state and o are rescaled to the new maximum m'.
 template <class T, int kTiles, int kOutTiles>
 __device__ __forceinline__ void softmax_step(float (&s)[kTiles][4], float (&o)[kOutTiles][4],
                                              RowState& state, float factor) {
@@ -92,7 +93,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[kTiles][4], float (&o)[k
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
         const float m = fmaxf(state.m[half], highest * factor);
-        // A row that has met no key yet: subtract 0, so that its weights are exp2(-inf) = 0.
+        // A row that has met no key yet subtracts 0, so that its weights are exp2(-inf) = 0.
         const float used = m == -INFINITY ? 0.0f : m;
         const float rescale = exp2_for<T>(state.m[half] - used);
         state.m[half] = m;
@@ -113,7 +114,8 @@ __device__ __forceinline__ void softmax_step(float (&s)[kTiles][4], float (&o)[k
     }
 }
 
-// NaN and Inf in a tile become 0, by the kThreads neighbouring threads that share it.
+// Replaces NaN and Inf in a tile by 0. The kThreads neighbouring threads that share the tile call
+// this together.
 template <int kThreads, class T, int kTileRows, int kTileCols>
 __device__ void zero_nonfinite(const SharedTile<T, kTileRows, kTileCols>& tile) {
 #pragma unroll 1

@@ -1,8 +1,8 @@
-// What attention's kernels share: which keys a query sees, its scores, and their slope.
+// What attention's kernels share: which keys a query sees, its scores, and a softcap's derivative.
 //
 // Query i stands at position i + Tk - Tq among the keys (bottom-right alignment). It sees key j
-// where  position - left <= j <= position + right,   0 <= j < count, the length of its batch entry.
-// Scores are in units of log2(e), so that weights are exp2(s - m).
+// where position - left <= j <= position + right and 0 <= j < count, the number of keys of its
+// batch entry. Scores are in units of log2(e), so that weights are exp2(s - m).
 #pragma once
 
 #include "attention/shape.h"
@@ -15,8 +15,9 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
 
-// first <= x < last, empty where last <= first. Blocks from full_first to full_last, both multiples
-// of the block, are seen whole and need no mask; they may be none.
+// The integers first <= x < last; there are none where last <= first. The blocks from full_first to
+// full_last, both multiples of the block, need no mask: every pair in them is visible. There may be
+// no such block.
 struct Range {
     int first, last, full_first, full_last;
 
@@ -28,7 +29,7 @@ struct Range {
 // The band of keys that the queries of one batch entry see.
 struct Band {
     int shift;        // Tk - Tq
-    int left, right;  // at most Tk and Tq: a bound that no pair reaches is none
+    int left, right;  // at most Tk and Tq, which exclude no pair
     int Tq;
     int count;        // keys that exist
 
@@ -37,7 +38,7 @@ struct Band {
     __device__ int highest(int i) const { return min(reach(i), count - 1); }
     __device__ bool sees(int i, int j) const { return j >= lowest(i) && j <= highest(i); }
 
-    // Keys that some of the queries i0 <= i < min(i0 + rows, Tq) see; first is a multiple of block.
+    // Keys that at least one query i0 <= i < min(i0 + rows, Tq) sees; first is a multiple of block.
     __device__ Range keys(int i0, int rows, int block) const {
         const int end = min(i0 + rows, Tq);
         Range r;
@@ -48,8 +49,8 @@ struct Band {
         return r;
     }
 
-    // Queries that see some of the keys j0 <= j < j0 + cols; first is a multiple of block. Keys
-    // that reach past the last one need their mask everywhere.
+    // Queries that see at least one of the keys j0 <= j < j0 + cols; first is a multiple of block.
+    // If these keys reach past the last key, every block of queries needs its mask.
     __device__ Range queries(int j0, int cols, int block) const {
         const int end = min(j0 + cols, count);
         Range r;
@@ -62,25 +63,27 @@ struct Band {
     }
 };
 
-// The tokens of a batch entry, or of one of the sequences that lie end to end.
+// The tokens of a batch entry or, with cu_seqlens, of one of the sequences that lie end to end.
 struct Entry {
-    int in_memory;  // the batch entry of the tensors that holds them
-    int q0, k0;     // the first of them there
-    int Tq, Tk;     // how many
+    int in_memory;  // index of the batch entry of the tensors that holds these tokens
+    int q0, k0;     // index of the first query and of the first key in that batch entry
+    int Tq, Tk;     // number of queries and of keys
 
-    // Of row i of head h in lse and its like, (entries, H, total_q).
+    // The offset of row i of head h in lse and tensors of its shape, (entries, H, total_q).
     __device__ int64_t row(const AttentionCall& c, int h, int i) const {
         return (static_cast<int64_t>(in_memory) * c.H + h) * c.total_q + q0 + i;
     }
-    // Of the first element of head h in a contiguous (entries, total_q, H, D).
+    // The offset of the first element of head h in a contiguous tensor (entries, total_q, H, D).
     __device__ int64_t queries(const AttentionCall& c, int h) const {
         return ((static_cast<int64_t>(in_memory) * c.total_q + q0) * c.H + h) * c.D;
     }
-    // Of the first element of key head hk in a contiguous (entries, total_k, Hk, D).
+    // The offset of the first element of key head hk in a contiguous tensor (entries, total_k, Hk,
+    // D).
     __device__ int64_t keys(const AttentionCall& c, int hk) const {
         return ((static_cast<int64_t>(in_memory) * c.total_k + k0) * c.Hk + hk) * c.D;
     }
-    // Of the element where token i of a head starts, i counted from `first`, q0 or k0.
+    // The offset of the first element of token i of a head; i counts from `first`, which is q0 or
+    // k0.
     __device__ int64_t at(const Strides& strides, int first, int i, int head) const {
         return in_memory * strides.batch + head * strides.head +
                (static_cast<int64_t>(first) + i) * strides.token;
@@ -99,9 +102,9 @@ __device__ inline Entry entry_of(const AttentionCall& c, int b) {
     return entry;
 }
 
-// A head's work comes in blocks of `rows` queries, or keys: so many. Each sequence starts one of
-// its own, b the one of number cu_seqlens[b] / rows + b, and may leave a part of one: whatever the
-// lengths, there are few more blocks than have work.
+// The number of blocks of `rows` queries, or keys, into which the work of one head is divided. With
+// cu_seqlens each sequence starts a block of its own: sequence b starts block cu_seqlens[b] / rows
+// + b, and its last block may be partly filled. Whatever the lengths are, few blocks have no work.
 __host__ __device__ inline int query_blocks(const AttentionCall& c, int rows) {
     return c.ragged() ? c.total_q / rows + c.batch : (c.Tq + rows - 1) / rows;
 }
@@ -109,18 +112,18 @@ __host__ __device__ inline int key_blocks(const AttentionCall& c, int rows) {
     return c.ragged() ? c.total_k / rows + c.batch : (c.Tk + rows - 1) / rows;
 }
 
-// Where a block starts: the batch entry or the sequence, and the token in it, past its last one
-// where a block has no work.
+// Where a block starts: its batch entry or sequence b, and the token `start` in b. A block that has
+// no work starts past the last token.
 struct Place {
     int b, start;
 };
 
-// Of block `block` of a batch entry of the tensors. Whole warps.
+// The place of block `block` of batch entry `entry` of the tensors. Whole warps call this together.
 __device__ inline Place place_of(bool ragged, int entry, int block, int rows,
                                  const int32_t* cu_seqlens, int batch, int total) {
     if (!ragged) return {entry, block * rows};
     const auto first_block = [&](int b) { return min(max(cu_seqlens[b], 0), total) / rows + b; };
-    int begun = 0;  // sequences that begin there or before
+    int begun = 0;  // sequences whose first block is this block or an earlier one
     for (int first = 0; first == begun && first < batch; first += 32) {
         const int b = first + lane_index();
         begun += __popc(__ballot_sync(0xffffffffu, b < batch && first_block(b) <= block));
@@ -136,8 +139,8 @@ __device__ inline Place place_of_keys(const AttentionCall& c, int entry, int blo
     return place_of(c.ragged(), entry, block, rows, c.cu_seqlens_k, c.batch, c.total_k);
 }
 
-// What rows of tokens that no sequence has are to hold, (total, width) contiguous: those before the
-// first sequence and past the last one. By `threads` threads together.
+// Fills the rows of the tokens that belong to no sequence, before the first one and past the last
+// one, with `value`. rows: (total, width) contiguous. `threads` threads share the work.
 template <class T>
 __device__ void fill_outside(T* rows, int64_t width, const int32_t* cu_seqlens, int batch,
                              int total, T value, int64_t thread, int64_t threads) {
@@ -159,12 +162,13 @@ __device__ inline Band band_of(const AttentionCall& c, const Entry& entry) {
     return band;
 }
 
-// Without cu_seqlens.
+// The band of batch entry b of a call without cu_seqlens.
 __device__ inline Band band_of(const AttentionCall& c, int b) {
     return band_of(c, Entry{b, 0, 0, c.Tq, c.Tk});
 }
 
-// Whether scores are more than scale * product with a positive scale, whose order is the products'.
+// Whether scores are just scale * product with a positive scale, and there is no dropout. The order
+// of such scores is the order of the products.
 inline bool scores_are_plain(const AttentionCall& c) {
     return c.softmax_scale > 0 && c.softcap == 0 && c.alibi_slopes == nullptr && c.dropout.rng == nullptr;
 }
@@ -173,7 +177,7 @@ inline bool scores_are_plain(const AttentionCall& c) {
 struct Score {
     float factor;   // scale log2(e); with a softcap scale / softcap
     float ceiling;  // softcap log2(e), or 0
-    float slope;    // ALiBi's, times log2(e)
+    float slope;    // the head's ALiBi slope, times log2(e)
 
     // distance = position - j. slope_of_cap = ds / d(scale * product), 1 without a softcap.
     __device__ float operator()(float product, int distance, float& slope_of_cap) const {

@@ -15,8 +15,8 @@ namespace gk {
 constexpr int kHeadWidths[] = {64, 96, 128, 192, 256};
 constexpr int kMaxHeadWidth = 256;
 
-// f(std::integral_constant<int, kWidth>{}) with the width of the kernels that take heads of width
-// D.
+// Calls f(std::integral_constant<int, kWidth>{}), where kWidth is the width of the narrowest kernel
+// that takes heads of width D.
 template <int kFirst = 0, class F>
 auto dispatch_width(int D, F&& f) {
     constexpr int kWidth = kHeadWidths[kFirst];
@@ -30,7 +30,7 @@ inline int padded_width(int D) {
     return dispatch_width(D, [](auto width) { return int{width}; });
 }
 
-// Of tensors without gaps.
+// The strides of a contiguous tensor (batch, tokens, heads, D).
 inline Strides contiguous_strides(int tokens, int heads, int D) {
     return {static_cast<int64_t>(tokens) * heads * D, static_cast<int64_t>(heads) * D, D};
 }
@@ -41,10 +41,10 @@ inline bool aligned_rows(const void* address, int64_t element_size, const Stride
                       strides.head * element_size);
 }
 
-// For errors.
+// The shapes of a call, for error messages.
 inline std::string shape_of(const AttentionCall& c) {
     const auto text = [](int n) { return std::to_string(n); };
-    const char* up_to = c.ragged() ? ", up to " : ", ";  // so many tokens a sequence
+    const char* up_to = c.ragged() ? ", up to " : ", ";  // the longest sequence's Tq, Tk
     return "q (" + text(c.batch) + up_to + text(c.Tq) + ", " + text(c.H) + ", " + text(c.D) +
            "), k (" + text(c.batch) + up_to + text(c.Tk) + ", " + text(c.Hk) + ", " + text(c.D) +
            ")";

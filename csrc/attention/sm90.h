@@ -9,11 +9,12 @@
 
 namespace gk {
 
-// Columns of a panel of shared memory: 128 bytes of 16-bit elements, the widest swizzle there is.
+// Columns of a panel of shared memory: 128 bytes of 16-bit elements, the span of the widest
+// swizzle.
 constexpr int kPanelCols = 64;
 
-// A tensor (B, T, H, D) as boxes of `rows` tokens of one head, a panel of columns wide. What a box
-// has past the last token or column is loaded as zeros and not stored.
+// A tensor (B, T, H, D) as boxes of `rows` tokens of one head, one panel of columns wide. The part
+// of a box past the last token or column is loaded as zeros and is not stored.
 inline TensorMapShape attention_map_shape(DType dtype, const void* base, const Strides& strides,
                                           int batch, int tokens, int heads, int D, int rows) {
     return {dtype,
@@ -25,7 +26,7 @@ inline TensorMapShape attention_map_shape(DType dtype, const void* base, const S
             Swizzle::b128};
 }
 
-// Why no Hopper kernel takes a call, "" if one may.
+// Returns why no Hopper kernel takes the call, or "" if one may.
 inline std::string attention_sm90_refuses_call(DType dtype, const AttentionCall& c) {
     if (dtype == DType::f32) return "fp32 is multiplied in full precision, which wgmma does not do";
     if (c.ragged()) return "its boxes end where a batch entry does, not where a sequence does";
@@ -33,7 +34,7 @@ inline std::string attention_sm90_refuses_call(DType dtype, const AttentionCall&
     return "";
 }
 
-// Why the tensor memory accelerator cannot address a tensor, "" if it can.
+// Returns why the tensor memory accelerator cannot address a tensor, or "" if it can.
 inline std::string attention_sm90_refuses_tensor(const char* name, const TensorMapShape& shape) {
     const char* reason = tensor_map_refuses(shape);
     return reason == nullptr ? "" : std::string(name) + ": " + reason;

@@ -1,4 +1,4 @@
-// CUDA C++ for a CPU: what kernels find where nvcc would give them threads, barriers, shuffles,
+// CUDA C++ for a CPU: what a kernel finds here in place of nvcc's threads, barriers, shuffles,
 // votes, atomics and device functions. Layouts and rules are those of the PTX ISA.
 #pragma once
 
@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-// A call that takes or returns a struct in memory is an access that g++ does not report; within one
-// function it reports them all. So what a kernel calls is inlined, CUDA's own conversions too.
+// g++ reports all accesses within one function, but not those of a call that takes or returns a
+// struct in memory. So everything that a kernel calls is inlined, CUDA's own conversions too.
 #undef __device__
 #define __device__ __attribute__((always_inline))
 #define unused always_inline, unused
@@ -32,14 +32,14 @@ dim3 block_size();
 dim3 grid_size();
 unsigned char* shared_memory();
 
-// Barrier `number` of the CTA. For `threads` threads it takes whole warps, all lanes of which come
-// from one place; for 0 it takes all threads that have not returned.
+// Barrier `number` of the CTA. For `threads` threads it takes whole warps, and all lanes of a warp
+// must come from one place; for 0 it takes all threads that have not returned.
 void barrier_sync(unsigned number, unsigned threads, const char* what);
-// Counts as there, for a number of threads, and goes on.
+// Counts as arrived at such a barrier, for a number of threads, and goes on.
 void barrier_arrive(unsigned number, unsigned threads);
 
-// The lanes named by `mask` meet at one place, by one path of calls; the last to arrive calls
-// `combine` with what each brought, indexed by lane, nullptr for absent lanes; then all go on.
+// The lanes named by `mask` meet at one place, by one path of calls. The last lane to arrive calls
+// `combine` with the data of all lanes, indexed by lane, nullptr for absent lanes; then all go on.
 // Lanes that have returned need not come, except to instructions for a `whole` warp.
 using Combine = void (*)(void* const* lanes);
 void collective(const char* what, unsigned mask, void* data, Combine combine, bool whole = false);
@@ -51,7 +51,7 @@ void warp_sync(unsigned mask);
 
 float atomic_add(float* address, float value);
 
-// One 16-byte access to global or shared memory, checked as such: g++ splits those it makes.
+// One 16-byte access to global or shared memory, checked as one: g++ would divide it.
 void load_16(void* to, const void* from);
 void store_16(void* to, const void* from);
 
@@ -161,6 +161,6 @@ constexpr T max(T a, T b) {
     return a < b ? b : a;
 }
 
-// As CUDA's: a NaN gives way to a number.
+// As in CUDA: of a NaN and a number, the number is returned.
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }

@@ -1,4 +1,5 @@
-// Which kernel makes each of the MLP's products, in how large tiles, and in how many parts of k.
+// Which kernel computes each of the MLP's products, with which tiles, and with how many splits of
+// k.
 #include "gelu_mlp/choice.h"
 
 #include <algorithm>
@@ -10,25 +11,26 @@
 namespace gk {
 namespace {
 
-// ---- Predictions, in clocks of a multiprocessor: the choice is made by them, and
-// `python -m gptkernels.bench.predict` shows them. Nothing here is measured on our kernels. The
-// rates are those of the data sheet and of others' measurements, and only have to rank the choices
-// rightly.
+// ---- Predictions, in clocks of a multiprocessor. The choice is made by them, and `python -m
+// gptkernels.bench.predict` shows them. Nothing here is measured on our kernels. The rates are
+// those of the data sheet and of other people's measurements, and they only have to rank the
+// choices correctly.
 
 constexpr double kProducts = 2048.0;      // multiply-adds a clock, of 16 bits
 constexpr double kFromL2 = 5300.0;        // bytes a clock, all of the chip
 constexpr double kIntoOne = 64.0;         // bytes a clock into a multiprocessor
 constexpr double kFromMemory = 2400.0;    // bytes a clock, all of the chip
-constexpr double kLaunch = 6000.0;        // of another kernel
-constexpr double kStart = 2500.0;         // until the first products, and after the last
-// What a warpgroup takes to turn 64 x 64 results into outputs by rounding, with GELU, and with the
-// slope of GELU: 50 to 200, 500 and 730 instructions of each of its four warps, and their waits.
+constexpr double kLaunch = 6000.0;        // to launch another kernel
+constexpr double kStart = 2500.0;         // before the first products and after the last
+// The time that a warpgroup takes to turn 64 x 64 results into outputs by rounding, with GELU, and
+// with the slope of GELU: 50 to 200, 500 and 730 instructions of each of its four warps, and their
+// waits.
 constexpr double kRound = 300.0, kActivate = 800.0, kDifferentiate = 1000.0;
 // The kernel for any GPU: the share of kProducts that mma.sync reaches in tiles of 128 x 128 and of
-// 64 x 64, and the share of those times for outputs that is left where CTAs hide each other's.
+// 64 x 64, and the share of the times above that remains where CTAs hide each other's outputs.
 constexpr double kGenericLarge = 0.5, kGenericSmall = 0.3, kGenericFinish = 0.6;
 // The kernel for any GPU is chosen only where its predicted time is less than this share of the
-// time of Hopper's.
+// time of the kernel for Hopper.
 constexpr double kGenericGain = 0.75;
 
 constexpr const char* kName = "mlp product for sm90";
@@ -76,13 +78,13 @@ double generic_clocks(const Product& p, int processors) {
     return std::min(of(128, 2, kGenericLarge), of(64, 3, kGenericSmall));
 }
 
-// Why no build can make the product, "" if some can.
+// Returns why no build can compute the product, or "" if one can.
 std::string refuses(DType dtype, Layout layout, const Product& p) {
     if (dtype == DType::f32) return "wgmma has no products in full precision";
     if (p.n % 8 != 0) return "rows of the result are no multiple of 16 bytes";
-    // The kernel reads it two elements at a time.
+    // The kernel reads the bias two elements at a time.
     if (reinterpret_cast<uintptr_t>(p.bias) % 4 != 0) return "bias: not at a multiple of 4 bytes";
-    // Coordinates have 32 bits, and a last tile reaches past the end.
+    // Coordinates have 32 bits, and the last tile may reach past the end.
     constexpr int64_t kLongest = std::numeric_limits<int>::max() - 1024;
     if (std::max({p.m, p.n, p.k}) > kLongest) return "a dimension is too long for TMA";
     struct Named {
@@ -107,15 +109,15 @@ std::string refuses(DType dtype, Layout layout, const Product& p) {
     return "";
 }
 
-// So many parts of k, and how long the product is predicted to take by a build.
+// A number of splits of k, and how long the product is predicted to take with it.
 struct Split {
     int parts;
     double clocks;
 };
 
-// The best number of parts.
+// The number of splits with the shortest predicted time.
 Split split_of(const Build& build, Layout layout, const Product& p, int processors) {
-    constexpr int kMostSplits = 8, kLeastSteps = 4;  // each part of k fills the stages
+    constexpr int kMostSplits = 8, kLeastSteps = 4;  // a split has enough steps to fill the stages
     const int64_t steps = divide_up(p.k, kProductStep);
     const int64_t most =
         layout == Layout::weight ? std::clamp<int64_t>(steps / kLeastSteps, 1, kMostSplits) : 1;
@@ -127,7 +129,8 @@ Split split_of(const Build& build, Layout layout, const Product& p, int processo
     return best;
 }
 
-// The build that is predicted to be the fastest, unless the kernel for any GPU is.
+// Chooses the build with the shortest predicted time, or the kernel for any GPU where that is
+// predicted to be faster by enough.
 Choice by_rule(Layout layout, const Product& p, int processors) {
     Choice best{kAnyGpu, "it is predicted to be slower"};
     double least = generic_clocks(p, processors) / kGenericGain;
@@ -148,7 +151,7 @@ Choice choose_build(DType dtype, Layout layout, const Product& p, int build, int
         [&] { return by_rule(layout, p, multiprocessors(device)); });
 }
 
-// What follows from the choice of a build.
+// Completes the choice of a build: the rows of a tile, the splits of k and the predicted time.
 ProductChoice product_choice(Layout layout, const Product& p, int build, int device) {
     const int processors = multiprocessors(device);
     if (build != kAnyGpu) {

@@ -18,24 +18,26 @@ enum class Layout : int {
     weight = 2,    // A^T (k, m), B (k, n): dy^T a, dh^T x
 };
 
-// Any size but 0. Pointers are to elements of one dtype, where nothing else is said.
+// No size is 0. Pointers lead to elements of the product's dtype, unless their comment says
+// otherwise.
 struct Product {
     const void* a;      // (m, k) or (k, m), rows a_stride elements apart
     const void* b;      // (n, k) or (k, n), rows b_stride elements apart
-    const void* bias;   // (n,) or absent; forward
-    const void* h;      // (m, n), the pre-activation, or absent; backward, which multiplies by its
-                        // gelu'
-    void* out;          // (m, n): the product, with bias; dh; forward: may be absent
-    void* activation;   // (m, n) or absent: gelu of h, forward: of the rounded `out`
-    float* partial;     // absent, or `product_partials` rows; backward: of n, column sums of dh
-                        // before rounding; weight: of m * n, to be summed, in place of `out`
+    const void* bias;   // (n,) or null; forward
+    const void* h;      // (m, n), the pre-activation, or null; backward: the product is
+                        // multiplied by gelu'(h)
+    void* out;          // (m, n): the product, with bias; or dh; forward: may be null
+    void* activation;   // (m, n) or null: gelu of h; forward: gelu of the rounded `out`
+    float* partial;     // null, or `product_partials` rows. backward: rows of n, column sums of dh,
+                        // which Hopper rounds before it adds them. weight: rows of m * n, one for
+                        // each split, to be summed; nothing goes to `out`
     int64_t m, n, k;
     int64_t a_stride, b_stride;
-    int splits;         // of k; weight only
-    bool tanh;          // GELU's approximation
+    int splits;         // splits of k; weight only
+    bool tanh;          // GELU's tanh approximation
 };
 
-// For errors.
+// The shape of a product, for error messages.
 inline std::string shape_of(const Product& p) {
     return shape_of(p.m, p.k) + " times " + shape_of(p.k, p.n);
 }
@@ -43,22 +45,23 @@ inline std::string shape_of(const Product& p) {
 // The builds of the kernel for Hopper, by number.
 std::vector<Build> gelu_mlp_builds();
 
-// Which kernel makes a product, and what the size of its workspace depends on.
+// Which kernel computes a product, and what the size of its workspace depends on.
 struct ProductChoice {
     int build;      // a number; kAnyGpu: the kernel for any GPU, gelu_mlp/products.cu
-    int tile_rows;  // partial column sums: ceil(m / tile_rows) rows
-    int splits;     // of k
-    double clocks;  // predicted, of a multiprocessor; 0: nothing is predicted
+    int tile_rows;  // `partial` has ceil(m / tile_rows) rows of column sums
+    int splits;     // splits of k
+    double clocks;  // predicted clocks of a multiprocessor; 0: nothing is predicted
 };
 
-// build: a number, or kRule. choose_product reads everything of the product but `partial` and
-// `splits`, which the caller sets by its answer; launch_product then chooses again, and so the
-// same. Both throw Error with the reason where a build cannot make the product.
+// build: a number, or kRule. choose_product reads every member of the product but `partial` and
+// `splits`, which the caller then sets as the choice says. launch_product chooses again and comes
+// to the same choice. Both throw Error with the reason where a build cannot compute the product.
 ProductChoice choose_product(DType dtype, Layout layout, const Product& product, int build,
                              int device);
 void launch_product(DType dtype, Layout layout, const Product& product, int build, Stream stream);
 
-// Rows of `partial`. For weights 1 says that k is not split, and that the product goes to `out`.
+// The number of rows of `partial`. In Layout::weight 1 means that k is not split and that the
+// product goes to `out`.
 int64_t product_partials(DType dtype, Layout layout, const Product& product, int build,
                          Stream stream);
 

@@ -5,14 +5,15 @@
 //     backward   da = dy w2, dh = da gelu'(h);  dw2 = dy^T a, dw1 = dh^T x, dx = dh w1
 //                db1, db2: the column sums of dh and dy
 //
-// One kernel makes all six products, D (m, n) = A B, in three operand layouts. Epilogues: the bias;
-// h and a (either may be left out); dh, a once more and, for db1, the column sums of dh of each row
-// tile. Bytes beyond the products' own operands: h, written once and read once. Saved for the
-// backward pass: x, w1, w2 and h, in x's dtype. The activation is that of h as stored (rounded), so
-// what the backward pass rebuilds is, bit for bit, what the forward pass used.
+// One kernel computes all six products, D (m, n) = A B, in three operand layouts. Its epilogues add
+// the bias; write h and a (either may be left out); or write dh, a once more and, for db1, the
+// column sums of dh in each row tile. Bytes beyond the products' own operands: h, written once and
+// read once. Saved for the backward pass: x, w1, w2 and h, in x's dtype. The activation is computed
+// from h as stored (rounded), so the activation that the backward pass rebuilds is, bit for bit,
+// the one that the forward pass used.
 //
-// Accumulation is in fp32. No atomics: partial sums (over row tiles for db1, over the parts of a
-// split k for dw1 and dw2) are added up in a fixed order by gelu_mlp/sums.cu.
+// Accumulation is in fp32. There are no atomics: gelu_mlp/sums.cu adds up partial sums (over row
+// tiles for db1, over the splits of k for dw1 and dw2) in a fixed order.
 #include <algorithm>
 #include <type_traits>
 
@@ -26,11 +27,12 @@
 namespace gk {
 namespace {
 
-// Row tiles that share their columns of B run together, so that those columns stay in L2.
+// Row tiles that read the same columns of B run together, so that these columns stay in L2.
 constexpr int kGroup = 8;
 
-// A CTA's tile of D, m x n; its warps' tiles side by side in it; the depth of one step along k, 64
-// or 128 bytes, `stages` of which are in flight or in use.
+// The sizes of a kernel: a CTA's tile of D, m x n, in which its warps' tiles lie side by side; the
+// depth of one step along k, 64 or 128 bytes; and the stages, each of which holds one step in
+// flight or in use.
 template <class T, int kTileM, int kTileN, int kDepthBytes, int kTileStages, int kWarpRows,
           int kWarpCols, int kResident>
 struct Config {
@@ -38,17 +40,18 @@ struct Config {
     static constexpr int kK = kDepthBytes / static_cast<int>(sizeof(T));
     static constexpr int kThreads = 32 * kWarpRows * kWarpCols;
     static constexpr int kWarpM = kM / kWarpRows, kWarpN = kN / kWarpCols, kWarpsN = kWarpCols;
-    static constexpr int kCtas = kResident;  // that the registers should allow on a multiprocessor
+    static constexpr int kCtas = kResident;  // CTAs on a multiprocessor, as registers should allow
     static constexpr int kStageBytes = (kM + kN) * kDepthBytes;
     static constexpr int kSharedBytes = std::max(kStages * kStageBytes, kM * kN * 4);
     static_assert(kSharedBytes <= 99 * 1024, "what every device from sm_80 on has");
 };
 
-// Warps of 64 x 64 read 32 KB of shared memory for a step of 128 x 128 x 32, those of 64 x 32 would
+// Warps of 64 x 64 read 32 KB of shared memory for a step of 128 x 128 x 32. Warps of 64 x 32 would
 // read 48 KB, which at 128 bytes a clock takes as long as the products.
 template <class T>
 struct Large : Config<T, 128, 128, 64, 4, 2, 2, 2> {};
-// Full precision runs out of registers: a thread's 8 x 8 results and what they are made of.
+// fp32 needs the smaller warps, since registers are short: a thread has 8 x 8 results and their
+// operands.
 template <>
 struct Large<float> : Config<float, 128, 128, 64, 4, 2, 4, 1> {};
 template <class T>
@@ -56,14 +59,14 @@ struct Small : Config<T, 64, 64, 128, 3, 2, 2, sizeof(T) == 4 ? 2 : 3> {};
 
 struct ProductKernel {
     Product p;
-    // Of D; `group` row tiles run together. In 32 bits, as the grid's size is: 64-bit divisions
-    // would take a good part of a small tile's time.
+    // The tiles of D; `group` row tiles run together. The numbers have 32 bits, as the grid's size
+    // has: 64-bit divisions would take a good part of a small tile's time.
     unsigned tiles_m, tiles_n, group;
-    int split_steps;                         // along k, of a part
-    bool a_aligned, b_aligned, out_aligned;  // to 16 bytes: base and rows
+    int split_steps;                         // steps along k of one split
+    bool a_aligned, b_aligned, out_aligned;  // whether base and rows are aligned to 16 bytes
 };
 
-// A CTA's operands, and its shared memory as stages of tiles of them.
+// A CTA's operands, and the stages of shared memory that hold tiles of them.
 template <class T, class C, Layout kLayout>
 struct Operands {
     static constexpr bool kTransA = kLayout == Layout::weight;
@@ -77,7 +80,7 @@ struct Operands {
     const T* a;  // the tile's first row or column
     const T* b;
     int64_t a_stride, b_stride, k_end;
-    int rows, cols;  // of D within the tile, at most kM and kN
+    int rows, cols;  // rows and columns of D within the tile, at most kM and kN
     bool a_aligned, b_aligned;
 
     __device__ static TileA tile_a(int slot) {
@@ -118,7 +121,8 @@ __device__ __forceinline__ void multiply_stage(Accumulators<C>& acc, int slot, i
     using Source = Operands<T, C, kLayout>;
     const auto tile_a = Source::tile_a(slot);
     const auto tile_b = Source::tile_b(slot);
-    // Unrolled, fp32's fragments of the next k would be loaded ahead into registers that it lacks.
+    // The fp32 loop is not unrolled: the fragments of the next k would be loaded ahead into
+    // registers that fp32 does not have.
     [[maybe_unused]] constexpr int kUnrolled = sizeof(T) == 4 ? 1 : C::kK / Mma<T>::K;
 #pragma unroll kUnrolled
     for (int k = 0; k < C::kK; k += Mma<T>::K) {
@@ -148,8 +152,8 @@ __device__ __forceinline__ void multiply_stage(Accumulators<C>& acc, int slot, i
     }
 }
 
-// The tile of D in shared memory, fp32. Groups of 8 columns are swizzled: the 8 rows that a warp
-// writes at once lie in different banks.
+// The tile of D in shared memory, in fp32. Groups of 8 columns are swizzled, so that the 8 rows
+// that a warp writes at once lie in different banks.
 template <class C>
 __device__ __forceinline__ float* staged(int row, int col) {
     return reinterpret_cast<float*>(shared_memory()) + row * C::kN +
@@ -173,15 +177,15 @@ __device__ __forceinline__ void stage(const Accumulators<C>& acc, int warp_m, in
     }
 }
 
-// What becomes of the tile of D, once it is staged: a thread takes eight columns of every
-// kRowStep-th row.
+// What happens to the tile of D once it is in shared memory: each thread takes eight columns of
+// every kRowStep-th row.
 template <class T, class C, Layout kLayout>
 struct Epilogue {
     static constexpr int kGroups = C::kN / 8, kRowStep = C::kThreads / kGroups;
 
     const ProductKernel& kernel;
-    int64_t m, n;    // of the tile
-    int rows, cols;  // of D in it
+    int64_t m, n;    // the first row and column of the tile
+    int rows, cols;  // rows and columns of D in the tile
     unsigned split;
 
     __device__ static int col() { return static_cast<int>(threadIdx.x) % kGroups * 8; }
@@ -189,7 +193,7 @@ struct Epilogue {
     __device__ int valid() const { return min(cols - col(), 8); }
     __device__ int64_t place(int row) const { return (m + row) * kernel.p.n + n + col(); }
 
-    // To a (m, n) output.
+    // Stores eight values of a row to an output (m, n).
     template <class U>
     __device__ __forceinline__ void store(U* base, int row, const float (&values)[8]) const {
         store_valid<8>(base + place(row), pack_floats<U>(values), valid(), kernel.out_aligned);
@@ -204,7 +208,7 @@ struct Epilogue {
         unpack_floats(d, load_pack<8>(staged<C>(row, col())));
     }
 
-    // D + bias, and the gelu of that, rounded.
+    // Stores out = D + bias, and the gelu of the rounded out.
     template <bool kTanh>
     __device__ __forceinline__ void forward() const {
         const Product& p = kernel.p;
@@ -226,7 +230,7 @@ struct Epilogue {
         }
     }
 
-    // dh = D gelu'(h), gelu(h), and into `sums` this thread's column sums of dh.
+    // Stores dh = D gelu'(h) and gelu(h), and adds to `sums` this thread's column sums of dh.
     template <bool kTanh>
     __device__ __forceinline__ void backward(float (&sums)[8]) const {
         const Product& p = kernel.p;
@@ -235,7 +239,7 @@ struct Epilogue {
             float d[8], h[8];
             load(d, row);
             unpack_floats(h, next);
-            // On its way while this row is computed.
+            // The next row of h is loaded while this row is computed.
             if (row + kRowStep < rows) next = load_h(row + kRowStep);
             differentiate<kTanh>(d, h);
 #pragma unroll
@@ -278,9 +282,9 @@ struct Epilogue {
         }
     }
 
-    // All threads' sums, in the order of their rows.
+    // Adds up all threads' sums, in the order of their rows.
     __device__ __forceinline__ void sum_columns(const float (&sums)[8]) const {
-        __syncthreads();  // everyone has read the tile
+        __syncthreads();  // all threads have read the tile
         float* scratch = reinterpret_cast<float*>(shared_memory());  // (kRowStep, kN)
 #pragma unroll
         for (int i = 0; i < 8; ++i) scratch[first_row() * C::kN + col() + i] = sums[i];
@@ -300,7 +304,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     using Source = Operands<T, C, kLayout>;
     const Product& p = kernel.p;
 
-    // Down `group` row tiles, then on to the next column; parts of k one after the other.
+    // CTAs go down `group` row tiles, then on to the next columns. The splits of k come one after
+    // another.
     const unsigned tiles = kernel.tiles_m * kernel.tiles_n;
     const unsigned split = blockIdx.x / tiles, tile = blockIdx.x % tiles;
     const unsigned first = tile / (kernel.group * kernel.tiles_n) * kernel.group;
@@ -337,8 +342,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     int slot = 0, free_slot = C::kStages - 1;
     for (int step = 0; step < steps; ++step) {
         cp_async_wait<C::kStages - 2>();
-        // All threads' copies of this step are there, and all have done with the step before it,
-        // whose slot the next copy takes.
+        // All threads' copies of this step are there, and all threads are done with the step before
+        // it, whose slot the next copy takes.
         __syncthreads();
         const int ahead = step + C::kStages - 1;
         if (ahead < steps) source.copy(k + static_cast<int64_t>(ahead) * C::kK, free_slot);
@@ -392,11 +397,12 @@ void launch_layout(ProductKernel& kernel, DType dtype, const ProductChoice& choi
 
 }  // namespace
 
-// Large tiles where there are enough of them to give every multiprocessor work. The weights'
-// gradients have a long k and few tiles: k is split where that fills the last wave of CTAs better.
+// Tiles are large where there are enough of them to give every multiprocessor work. The products
+// for the weights' gradients have a long k and few tiles: k is split where that fills the last wave
+// of CTAs better.
 ProductChoice choose_product_any(Layout layout, int64_t m, int64_t n, int64_t k, int device) {
-    constexpr int kLeastDepth = 1024;  // of a part of k: enough steps to hide its start and its sum
-    constexpr int kMostSplits = 4;     // each writes and reads a whole result in fp32
+    constexpr int kLeastDepth = 1024;  // of a split: enough steps to hide its start and its sum
+    constexpr int kMostSplits = 4;     // each split writes and reads a whole result in fp32
     const int most = layout == Layout::weight
                          ? static_cast<int>(std::clamp<int64_t>(k / kLeastDepth, 1, kMostSplits))
                          : 1;

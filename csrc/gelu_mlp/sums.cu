@@ -1,10 +1,10 @@
-// Sums over rows, in an order that never changes: db1, db2, and the parts of dw1 and dw2.
+// Sums over rows in a fixed order: db1, db2, and the splits of dw1 and dw2.
 //
 //     column sums    x (rows, cols) -> partial (blocks of 128 rows, cols), fp32
 //     partial sums   partial (parts, cols) fp32 -> out (cols,), rounded
 //
-// Each reads its input once; the first writes 1/128 of that, in fp32. db1's partial sums come from
-// the product that makes dh (gelu_mlp/products.cu), one for each tile of rows.
+// Each kernel reads its input once; the first writes 1/128 as many elements, in fp32. db1's partial
+// sums come from the product that computes dh (gelu_mlp/products.cu), one for each tile of rows.
 #include "runtime/launch.h"
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kSumThreads = 256;
 
-// Each lane sums 8 neighbouring columns, each warp every eighth row of the block.
+// Each lane sums 8 neighbouring columns, and each warp takes every eighth row of the block.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     column_sums_kernel(const __grid_constant__ ColumnSums p) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kSumThreads)
     }
 }
 
-// A CTA's threads as `teams` rows: each team sums its share of the parts for the same columns.
+// A CTA's threads form `teams` teams: each team sums its share of the parts for the same columns.
 struct PartialSumsKernel {
     PartialSums p;
     int teams;
@@ -97,7 +97,8 @@ void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream) {
 }
 
 void launch_partial_sums(DType dtype, const PartialSums& sums, Stream stream) {
-    // Many parts and few columns (db1, db2): more threads a column. Few parts (dw1, dw2): one.
+    // Many parts and few columns (db1, db2) take more threads a column; few parts (dw1, dw2) take
+    // one.
     const int teams = sums.parts >= 16 ? 8 : 1;
     const int64_t ctas = divide_up(sums.cols, kSumThreads / teams);
     dispatch(dtype, [&](auto element) {

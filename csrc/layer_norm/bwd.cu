@@ -1,13 +1,13 @@
 // LayerNorm backward; formulas, shapes and bytes are in layer_norm/params.h.
 //
-// Up to 8,192 columns the CTAs are persistent (layer_norm/bwd_row.h): up to eight warps share one,
-// eight rows of one warp, four of two ... A second, small kernel adds the CTAs' shares of dweight
-// and dbias in a fixed order: no atomics, the same bits every time.
+// Up to 8,192 columns the CTAs are persistent (layer_norm/bwd_row.h). A CTA has up to eight warps:
+// eight rows of one warp each, four rows of two warps, and so on. A second, small kernel adds the
+// CTAs' shares of dweight and dbias in a fixed order: no atomics, the same bits every time.
 //
-// Wider rows do not fit beside their sums: there one kernel gives the gradients of the rows,
-// another reads dy and s again for the shares of dweight and dbias, by columns. A row stays in
-// registers between its two passes up to 16,384 columns, or 20,480 where x and s have 16 bits; a
-// wider one is read twice, the second time from L2.
+// Wider rows do not fit in registers beside their sums. There one kernel computes the gradients of
+// the rows, and another reads dy and s again to compute the shares of dweight and dbias by columns.
+// A row stays in registers between its two passes up to 16,384 columns, or 20,480 where x and s
+// have 16 bits; a wider row is read twice, the second time from L2.
 #include <algorithm>
 
 #include "layer_norm/bwd_row.h"
@@ -20,8 +20,8 @@ namespace {
 constexpr int kMostGroups = 4;  // of a thread
 constexpr int kMostWarps = 8;
 
-// Warps of a CTA of the persistent kernel, and how many CTAs its registers leave room for on an SM:
-// one's barriers are hidden by the others.
+// The warps of a CTA of the persistent kernel, and how many CTAs its registers allow on an SM:
+// while one CTA waits at a barrier, the others work.
 constexpr int cta_warps(int groups, bool aligned_rows) {
     return groups == kMostGroups || (groups == 2 && aligned_rows) ? kMostWarps : 4;
 }
@@ -30,15 +30,15 @@ constexpr int ctas_of_sm(int groups, bool aligned_rows) {
 }
 constexpr size_t kScratchBytes = 2 * kMostWarps * sizeof(float2);
 
-constexpr int kWideWarps = 16;    // of a CTA with a row too wide for its sums
-constexpr int kChunk = 2;         // groups of a thread, in a row too wide for registers
-constexpr int kWeightsWarps = 8;  // of a CTA with a block of columns of such rows
+constexpr int kWideWarps = 16;    // of a CTA whose row is too wide for its sums to fit beside it
+constexpr int kChunk = 2;         // groups of a thread, for a row too wide for registers
+constexpr int kWeightsWarps = 8;  // of a CTA that sums a block of columns of such rows
 constexpr int kReduceWarps = 32;  // at most, of a CTA that adds up 32 columns of the shares
 
-// Of a CTA of one or several teams.
+// Sums over a team, in a CTA of one or several teams.
 struct TeamTotal {
-    int warps;        // of a team
-    float2* scratch;  // 2 x kMostWarps
+    int warps;        // warps of a team
+    float2* scratch;  // 2 x kMostWarps, used in turns
 
     __device__ __forceinline__ float2 operator()(float2 sums, int turn) const {
         return team_sum(sums, warps, scratch + turn * kMostWarps);
@@ -61,11 +61,12 @@ __global__ void __launch_bounds__(kThreads<kGroups, kAligned>, ctas_of_sm(kGroup
         p, team, rows, shared_memory() + kScratchBytes, TeamTotal{p.warps, scratch});
 }
 
-// The gradients of one row for each CTA: in registers, or by chunks that are read twice.
+// Each CTA computes the gradients of one row: in registers, or in chunks that are read twice.
 template <class X, class S, int kGroups, bool kAligned, bool kChunks>
 __global__ void __launch_bounds__(32 * kWideWarps)
     layer_norm_bwd_wide_kernel(const __grid_constant__ Bwd p) {
-    // With the row's other loads, if there are registers for it until the second pass.
+    // dsum is loaded with the row's other tensors if there are registers for it until the second
+    // pass.
     constexpr bool kDsumEarly = !kChunks && kGroups * sizeof(S) <= 8;
     const LayerNormBwd& op = p.op;
     BwdPart<X, S, kGroups, kAligned, Weight::global, 32 * kWideWarps> part{op, Team(p.warps)};
@@ -105,8 +106,8 @@ __global__ void __launch_bounds__(32 * kWideWarps)
     } while (kChunks && part.team.col(first) < op.cols);
 }
 
-// Shares of dweight and dbias where rows are wide: CTA (share, block of columns) adds up every
-// partials-th row in the columns of its threads, eight each.
+// The shares of dweight and dbias where rows are wide: CTA (share, block of columns) adds up every
+// partials-th row, and each of its threads takes eight columns.
 template <class X, class S, bool kAligned>
 __global__ void __launch_bounds__(32 * kWeightsWarps)
     layer_norm_bwd_weights_kernel(const __grid_constant__ Bwd p) {
@@ -144,7 +145,8 @@ struct Reduce {
     DType dtype;
 };
 
-// A column for each lane; every warp adds up some of the shares, then warp 0 the warps' sums.
+// Each lane takes a column. Every warp adds up some of the shares, and then warp 0 adds the warps'
+// sums.
 __global__ void __launch_bounds__(32 * kReduceWarps)
     layer_norm_bwd_reduce_kernel(const __grid_constant__ Reduce p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -183,7 +185,7 @@ Kernel kernel_of(int groups, bool aligned_rows) {
     return layer_norm_bwd_kernel<X, S, kMostGroups, true>;
 }
 
-// For a row of so many groups a thread, if its CTA has them all.
+// The kernel for a row of this many groups a thread, if one CTA holds the whole row.
 template <class X, class S>
 Kernel wide_kernel_of(int groups, bool aligned_rows) {
     if (!aligned_rows) return layer_norm_bwd_wide_kernel<X, S, kChunk, false, true>;
@@ -193,17 +195,18 @@ Kernel wide_kernel_of(int groups, bool aligned_rows) {
     return layer_norm_bwd_wide_kernel<X, S, kChunk, true, true>;
 }
 
-// How rows are shared out.
+// How rows are divided among threads and CTAs.
 struct Sharing {
     bool wide;
-    int warps, groups;  // of a row; of a thread
-    int teams;          // of a CTA
+    int warps, groups;  // warps of a row; groups of a thread
+    int teams;          // teams of a CTA
 };
 
 Sharing sharing_of(int cols, bool aligned_rows) {
     const int lanes = lane_groups(cols);
-    // Of a thread: as many as one warp has of its own row; two, of several CTAs on an SM, while
-    // eight warps hold the row so.
+    // The groups of a thread: as many as one warp needs for a row of its own. Where that is too
+    // many, two groups if eight warps can then hold the row, because several CTAs then fit on an
+    // SM.
     int groups = lanes;
     if (!aligned_rows || (lanes > kMostGroups && lanes <= 2 * kMostWarps)) groups = 2;
     groups = std::min(groups, kMostGroups);

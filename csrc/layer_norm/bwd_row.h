@@ -1,11 +1,11 @@
-// How the kernels of LayerNorm's backward pass hold a row and work through many; formulas, shapes
+// How the kernels of LayerNorm's backward pass hold a row and process many rows; formulas, shapes
 // and bytes are in layer_norm/params.h.
 //
-// The CTAs, or clusters of them, are persistent: each takes rows in turn, keeps a row in registers
-// between its two passes (the sums over it, then its gradients) and adds up its share of dweight
-// and dbias over all its rows, in registers too, as is the weight. While it works on one row the
-// next is copied to shared memory: every thread copies what it will itself read, so that it waits
-// for nobody.
+// The CTAs, or clusters of them, are persistent: each takes rows in turn. It keeps a row in
+// registers between its two passes (the sums over the row, then its gradients), and adds up its
+// share of dweight and dbias over all its rows in registers too. The weight is also in registers
+// where there are enough. While a CTA works on one row, the next row is copied to shared memory.
+// Every thread copies the elements that it will read itself, so that no thread waits for another.
 #pragma once
 
 #include <algorithm>
@@ -19,30 +19,31 @@ namespace gk {
 struct Bwd {
     LayerNormBwd op;
     Divisor cols;
-    int warps;  // of a row, in one CTA
-    int ctas;   // of a row
+    int warps;  // warps of one CTA that share a row
+    int ctas;   // CTAs that share a row
 };
 
-// Adds up the shares of dweight and dbias; in layer_norm/bwd.cu.
+// Adds up the shares of dweight and dbias; defined in layer_norm/bwd.cu.
 void launch_layer_norm_bwd_reduce(const LayerNormBwd& op, Stream stream);
 
-// Where a thread has the weight of its columns: for all rows in registers, or in its own pieces of
-// shared memory where those are short, or as it is given.
+// Where a thread finds the weight of its columns: in registers, for all rows; in its own pieces of
+// shared memory, where registers are short; or in the weight tensor itself.
 enum class Weight { registers, shared, global };
 
-// Whether so many groups of a thread leave no registers for it, where rows are aligned: with few a
-// thread has registers to spare, with many it shares its SM with fewer.
+// Whether a thread with this many groups of an aligned row has no registers for the weight. With
+// few groups it has registers to spare; with the most groups its SM runs fewer threads.
 constexpr bool kSharedWeight[] = {false, false, true, true, false};
 
 // One thread's part of a row, or of a chunk of it: kGroups groups from group `first` on; first is 0
-// unless the weight is global. kThreads: at most, of a CTA, so that pieces lie at known distances.
+// unless the weight is global. kThreads: the most threads that a CTA has, so that the distance
+// between a thread's pieces is known.
 template <class X, class S, int kGroups, bool kAligned, Weight kWeight, int kThreads>
 struct BwdPart {
     const LayerNormBwd& op;
     Team team;
     DropoutKey key;
     int64_t row;
-    int cols;  // 0 for a row past the last
+    int cols;  // 0 for a row past the last one
     float mean, rstd;
     Pack<X, kGroup> dy[kGroups];
     Pack<S, kGroup> s[kGroups];
@@ -72,7 +73,7 @@ struct BwdPart {
         return shared_weight + 4 * number * kThreads;
     }
 
-    // From here on it is about this row.
+    // All calls from here on are about this row.
     __device__ __forceinline__ void take(int64_t index, float2 statistics) {
         row = index;
         cols = row < op.rows ? op.cols : 0;
@@ -80,7 +81,7 @@ struct BwdPart {
         rstd = statistics.y;
     }
 
-    // mean and rstd; zeros past the last row.
+    // mean and rstd of a row; zeros past the last row.
     __device__ __forceinline__ float2 statistics_of(int64_t index) const {
         return index < op.rows ? make_float2(op.mean[index], op.rstd[index]) : float2{};
     }
@@ -95,7 +96,7 @@ struct BwdPart {
         return static_cast<const S*>(op.dsum) + index * op.cols;
     }
 
-    // Loads of a row are under way together.
+    // Loads a row. All its loads are in flight together.
     __device__ __forceinline__ void load(int first) {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
@@ -108,7 +109,7 @@ struct BwdPart {
         return load_group<kAligned>(dsum_of(row), team.col(group), cols);
     }
 
-    // dy, g = dy weight and x^.
+    // Computes dy, g = dy weight and x^.
     __device__ __forceinline__ void expand(int first, int index, float (&gradient)[kGroup],
                                            float (&g)[kGroup], float (&normalised)[kGroup]) const {
         float loaded[kGroup];
@@ -129,8 +130,8 @@ struct BwdPart {
         }
     }
 
-    // Of g and of g x^. What is past the end of the row has dy = 0. What the row gives to dweight
-    // and dbias is added there, by add(index, dy, x^).
+    // The sums of g and of g x^. Columns past the end of the row have dy = 0. add(index, dy, x^)
+    // adds what the row contributes to dweight and dbias.
     template <class Add>
     __device__ __forceinline__ float2 sums(int first, const Add& add) const {
         float2 sums = make_float2(0.0f, 0.0f);
@@ -145,7 +146,7 @@ struct BwdPart {
         return sums;
     }
 
-    // Between the passes: unpacked values are not kept.
+    // Between the passes: keeps the compiler from holding unpacked values in registers.
     __device__ __forceinline__ void forget_values() {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
@@ -154,8 +155,8 @@ struct BwdPart {
         }
     }
 
-    // The gradient of s, with what arrives through s itself, then split between the residual and
-    // dropout's input. dsum(index) gives what is loaded of dsum.
+    // Stores the gradient of s, including dsum, which arrives through s itself: for the residual
+    // and, after dropout, for x. dsum(index) returns the loaded group of dsum.
     template <class Dsum>
     __device__ __forceinline__ void store(int first, float2 means, const Dsum& dsum) const {
         const int64_t start = row * op.cols;
@@ -193,14 +194,14 @@ struct WeightGradients {
     }
 };
 
-// Where a thread's part of the next row arrives, in shared memory: dy, s and dsum in pieces of 16
-// bytes, neighbouring threads' pieces side by side.
+// Where a thread's part of the next row arrives in shared memory: dy, s and dsum in pieces of 16
+// bytes. The pieces of neighbouring threads lie side by side.
 template <class X, class S, int kGroups, int kThreads>
 struct Ahead {
     static constexpr int kPiecesOfX = kGroups * static_cast<int>(sizeof(X)) / 2;
     static constexpr int kPiecesOfS = kGroups * static_cast<int>(sizeof(S)) / 2;
 
-    unsigned char* mine;  // of piece 0
+    unsigned char* mine;  // the thread's piece 0
 
     static constexpr size_t bytes(bool dsum) {
         return size_t(16) * kThreads * (kPiecesOfX + (dsum ? 2 : 1) * kPiecesOfS);
@@ -225,7 +226,7 @@ struct Ahead {
         }
     }
 
-    // Group `index` of what was fetched to the pieces from `number` on.
+    // Group `index` of the tensor that was fetched to the pieces from `number` on.
     template <class T>
     __device__ __forceinline__ Pack<T, kGroup> read(int number, int index) const {
         constexpr int kPieces = kGroup / kPer128<T>;
@@ -241,12 +242,12 @@ struct Ahead {
 // Which rows a team takes, and where its CTA or cluster stores its share of dweight and dbias.
 struct Rows {
     int64_t first, step;  // of the CTA or cluster: the same for all its teams
-    int teams;            // of a CTA; a cluster is one team
+    int teams;            // teams of a CTA; a cluster is one team
     int share;
 };
 
-// A CTA's or cluster's sums of dweight or dbias, from those of its teams: added in shared memory,
-// one team after the other. shared: one float for each column that a team may hold.
+// Stores a CTA's or cluster's sums of dweight or dbias. The sums of its teams are added in shared
+// memory, one team after the other. shared: one float for each column that a team may hold.
 template <int kGroups, bool kAligned>
 __device__ __forceinline__ void store_share(float (&sums)[kGroups][kGroup], float* shares,
                                             const Team& team, const Rows& rows, int cols,
@@ -269,7 +270,7 @@ __device__ __forceinline__ void store_share(float (&sums)[kGroups][kGroup], floa
     }
 }
 
-// Shared memory of `gradients_of_rows`.
+// The shared memory that `gradients_of_rows` needs, in bytes.
 template <class X, class S, int kThreads>
 constexpr size_t bytes_of_rows(int groups, bool aligned_rows, bool dsum) {
     const size_t floats = sizeof(float) * kGroup * groups * kThreads;  // a weight, or a share
@@ -278,8 +279,8 @@ constexpr size_t bytes_of_rows(int groups, bool aligned_rows, bool dsum) {
     return std::max(floats, ahead) + (kSharedWeight[groups] ? floats : 0);
 }
 
-// total(sums, turn): of what each thread of the team brings, in each of them; the turns alternate
-// between 0 and 1.
+// Computes the gradients of a team's rows. total(sums, turn) returns the sums over all threads of
+// the team to each of them; the turns alternate between 0 and 1.
 template <class X, class S, int kGroups, bool kAligned, int kThreads, class Total>
 __device__ __forceinline__ void gradients_of_rows(const Bwd& p, const Team& team, const Rows& rows,
                                                   unsigned char* shared, const Total& total) {
@@ -294,8 +295,8 @@ __device__ __forceinline__ void gradients_of_rows(const Bwd& p, const Team& team
     Places ahead(shared);
     constexpr int kPieceOfS = Places::kPiecesOfX, kPieceOfDsum = kPieceOfS + Places::kPiecesOfS;
 
-    // Two groups of copies for each row: dsum, which is read last, makes room for the next one
-    // last.
+    // Each row has two cp.async groups: dsum is read last, so its place is free for the next row
+    // only at the end.
     const auto fetch = [&](int64_t row) {
         if constexpr (kAligned) {
             const int cols = row < op.rows ? op.cols : 0;
@@ -317,7 +318,8 @@ __device__ __forceinline__ void gradients_of_rows(const Bwd& p, const Team& team
     fetch_dsum(row);
     float2 statistics = part.statistics_of(row);
     int turn = 0;
-    // A team without a row goes along for the barriers, with zeros.
+    // A team without a row takes part in the barriers, with zeros. (In C++20 nvcc takes `index <` for
+    // the start of a template's arguments.)
     for (; (row - team.index) < op.rows; row += rows.step) {
         part.take(row, statistics);
         if constexpr (kAligned) {
@@ -335,7 +337,8 @@ __device__ __forceinline__ void gradients_of_rows(const Bwd& p, const Team& team
         float2 sums = part.sums(0, [&](int group, auto& dy, auto& normalised) {
             gradients.add(group, dy, normalised);
         });
-        // The next row's sums are written while a slow warp may still read these.
+        // The turns alternate because the next row's sums are written while a slow warp may still
+        // read these.
         sums = total(sums, turn);
         turn ^= 1;
         part.forget_values();
@@ -349,7 +352,7 @@ __device__ __forceinline__ void gradients_of_rows(const Bwd& p, const Team& team
         });
         fetch_dsum(row + rows.step);
     }
-    cp_async_wait<0>();  // of rows past the last, which are zeros, before the memory serves again
+    cp_async_wait<0>();  // the copies for rows past the last one, before their memory is reused
 
     float* sums = reinterpret_cast<float*>(shared);
     if (op.partial_dweight != nullptr)

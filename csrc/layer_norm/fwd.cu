@@ -1,9 +1,10 @@
 // LayerNorm forward; formulas, shapes and bytes are in layer_norm/params.h.
 //
 // A row is read once and stays in registers, in the dtype of s, through both passes of the
-// statistics: one warp a row up to 1,792 columns (every GPT-2 width), several warps above, 16 of
-// them up to 32,768 columns of a 16-bit s or 28,672 of a fp32 one. Wider rows go through the same
-// kernel in chunks, which the second and third pass read again from L2.
+// statistics. One warp takes a row of up to 1,792 columns (every GPT-2 width). Several warps share
+// a wider row: 16 warps hold up to 32,768 columns of a 16-bit s or 28,672 of an fp32 one. Still
+// wider rows go through the same kernel in chunks, which the second and third passes read again
+// from L2.
 #include <algorithm>
 
 #include "layer_norm/fwd_row.h"
@@ -14,14 +15,14 @@ namespace gk {
 namespace {
 
 constexpr int kMaxWarps = 16;
-constexpr int kRowsOfCta = 4;  // of one warp each
-constexpr int kChunk = 4;      // groups of a thread, in a row too wide for registers
+constexpr int kRowsOfCta = 4;  // rows of one warp each
+constexpr int kChunk = 4;      // groups of a thread, for a row too wide for registers
 constexpr size_t kSharedBytes = kMaxWarps * (sizeof(float) + sizeof(float2));
 
-// Of a CTA of one or several teams.
+// Sums over a team, in a CTA of one or several teams.
 struct TeamTotal {
-    int warps;        // of a team
-    float2* scratch;  // kMaxWarps, and as many floats
+    int warps;        // warps of a team
+    float2* scratch;  // kMaxWarps of them, then as many floats
 
     __device__ __forceinline__ float operator()(float sum) const {
         return team_sum(sum, warps, reinterpret_cast<float*>(scratch + kMaxWarps));
@@ -31,20 +32,20 @@ struct TeamTotal {
     }
 };
 
-// A row for each team: several teams of one warp a CTA, or one team of several warps.
+// Each team takes a row. A CTA has several teams of one warp, or one team of several warps.
 template <class X, class S, int kGroups, bool kAligned, bool kChunks>
 __global__ void __launch_bounds__(32 * kMaxWarps)
     layer_norm_fwd_kernel(const __grid_constant__ Fwd p) {
     const Team team(p.warps);
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / team.threads) + team.index;
-    if (row >= p.op.rows) return;  // a whole warp, which shares its CTA's barriers with no other
+    if (row >= p.op.rows) return;  // whole warps, which share no barrier with other warps
     const TeamTotal total{p.warps, reinterpret_cast<float2*>(shared_memory())};
     normalise_row<X, S, kGroups, kAligned, kChunks>(p, team, row, total);
 }
 
 using Kernel = void (*)(Fwd);
 
-// For rows of so many groups a thread.
+// The kernel for rows of this many groups a thread.
 template <class X, class S>
 Kernel kernel_of(int groups, bool is_aligned) {
     if (!is_aligned)
@@ -77,7 +78,7 @@ void launch_layer_norm_fwd(const LayerNormFwd& op, int build, Stream stream) {
     dry_run_refused(kLayerNormFwdSm90, choice.reason);
     const bool aligned_rows = is_aligned(op);
     const int groups = lane_groups(op.cols);
-    const int most = aligned_rows ? 7 : 2, usual = aligned_rows ? 4 : 2;  // of one warp, of several
+    const int most = aligned_rows ? 7 : 2, usual = aligned_rows ? 4 : 2;  // one warp; several warps
     const int warps = groups <= most ? 1 : std::min(divide_up(groups, usual), kMaxWarps);
     const int rows = warps == 1 ? kRowsOfCta : 1;
     Launch launch{};

@@ -1,6 +1,6 @@
-// How the kernels of LayerNorm's forward pass work through a row; formulas, shapes and bytes are in
+// How the kernels of LayerNorm's forward pass process a row; formulas, shapes and bytes are in
 // layer_norm/params.h. A row is read once and stays in registers, in the dtype of s, through both
-// passes of the statistics; or, too wide for that, it is read again in chunks for each.
+// passes of the statistics. A row that is too wide for that is read again in chunks for each pass.
 #pragma once
 
 #include "device/reduce.h"
@@ -11,8 +11,8 @@ namespace gk {
 struct Fwd {
     LayerNormFwd op;
     Divisor cols;
-    int warps;  // of a row, in one CTA
-    int ctas;   // of a row
+    int warps;  // warps of one CTA that share a row
+    int ctas;   // CTAs that share a row
 };
 
 // One thread's part of a row, or of a chunk of it: kGroups groups from group `first` on.
@@ -24,10 +24,10 @@ struct FwdPart {
     DropoutKey key;
     Pack<S, kGroup> s[kGroups];
 
-    // Groups whose loads are under way together: as many as registers allow.
+    // Groups whose loads are in flight together: as many as registers allow.
     static constexpr int kLoads = !kAligned ? 1 : kGroups * sizeof(S) < 16 ? 4 : 2;
 
-    // dropout(x) + residual, rounded.
+    // s = dropout(x) + residual, rounded.
     __device__ __forceinline__ void sum(int first) {
 #pragma unroll
         for (int g = 0; g < kGroups; g += kLoads) sum_batch(first, g);
@@ -36,7 +36,7 @@ struct FwdPart {
     __device__ __forceinline__ void sum_batch(int first, int begin) {
         constexpr int kCount = kLoads < kGroups ? kLoads : kGroups;
         Pack<X, kGroup> x[kCount];
-        RawGroup<sizeof(S)> residual[kCount];  // 16-bit where s is
+        RawGroup<sizeof(S)> residual[kCount];  // 16-bit elements where s has them
         const X* x_row = static_cast<const X*>(op.x) + row * op.x_stride;
 #pragma unroll
         for (int i = 0; i < kCount; ++i)
@@ -74,7 +74,7 @@ struct FwdPart {
             store_group<kAligned>(s_row, team.col(first + g), op.cols, s[g]);
     }
 
-    // What this thread itself stored, or x.
+    // Loads s: what this thread itself stored, or x where s is x.
     __device__ __forceinline__ void load_sum(int first) {
         const S* s_row = op.sum == nullptr ? static_cast<const S*>(op.x) + row * op.x_stride
                                            : static_cast<const S*>(op.sum) + row * op.cols;
@@ -83,7 +83,7 @@ struct FwdPart {
             s[g] = load_group<kAligned>(s_row, team.col(first + g), op.cols);
     }
 
-    // Between passes: many unpacked values are not kept.
+    // Between passes: keeps the compiler from holding many unpacked values in registers.
     __device__ __forceinline__ void forget_values() {
         if constexpr (kGroups > 4 && sizeof(S) == 2) {
 #pragma unroll
@@ -103,8 +103,8 @@ struct FwdPart {
         return total;
     }
 
-    // Squared distances from the mean, and the distances: what rounding took from a large mean is
-    // what they still sum to.
+    // The sum of the squared distances from the mean, and the sum of the distances. The latter is
+    // what rounding took from a large mean, times the number of columns.
     __device__ __forceinline__ float2 centred(int first, float mean) const {
         float2 sums = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -141,9 +141,9 @@ struct FwdPart {
     }
 };
 
-// The team's row. Without kChunks the whole row is one chunk, which stays in registers.
-// total(sum): of what each thread of the team brings, in each of them; first of a float, then of a
-// float2.
+// Normalises the team's row. Without kChunks the whole row is one chunk, which stays in registers.
+// total_of(value) returns the sum of all threads' values to each thread of the team. It is called
+// first with a float, then with a float2.
 template <class X, class S, int kGroups, bool kAligned, bool kChunks, class Total>
 __device__ __forceinline__ void normalise_row(const Fwd& p, const Team& team, int64_t row,
                                               const Total& total_of) {
@@ -161,7 +161,7 @@ __device__ __forceinline__ void normalise_row(const Fwd& p, const Team& team, in
     } while (kChunks && team.col(first) < op.cols);
     float mean = divide(total_of(total), p.cols);
 
-    // E[s^2] - mean^2 would cancel. What is past the end of the row counts as the mean.
+    // E[s^2] - mean^2 would cancel. Columns past the end of the row count as if they held the mean.
     float2 sums = make_float2(0.0f, 0.0f);
     first = 0;
     do {

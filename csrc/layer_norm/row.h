@@ -11,15 +11,15 @@
 
 namespace gk {
 
-// Rounded as a division is, exact where that is: the residual puts right what the product with the
-// inverse got wrong (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000
+// Rounds as a division does, and is exact where the division is: the residual corrects the product
+// with the inverse (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000
 // processor", 1990). An infinite `a` gives NaN.
 __device__ __forceinline__ float divide(float a, const Divisor& by) {
     const float quotient = a * by.inverse;
     return fmaf(fmaf(-quotient, by.value, a), by.inverse, quotient);
 }
 
-// Zero past the end of the row.
+// Loads a group of a row; columns past the end of the row are zero.
 template <bool kAligned, class T>
 __device__ __forceinline__ Pack<T, kGroup> load_group(const T* row, int col, int cols) {
     Pack<T, kGroup> pack;
@@ -42,8 +42,9 @@ __device__ __forceinline__ void store_group(T* row, int col, int cols,
     }
 }
 
-// A group of a dtype known at run time, as it lies in memory: loads first, conversions later, so
-// that many loads are under way at once. kBytes: of the widest element it may hold.
+// A group of a dtype that is known only at run time, as it lies in memory. The loads come first and
+// the conversions later, so that many loads are in flight at once. kBytes: the size of the widest
+// element that a group may hold.
 template <int kBytes>
 struct RawGroup {
     alignas(16) unsigned char bytes[kGroup * kBytes];
@@ -57,7 +58,7 @@ struct RawGroup {
 template <bool kAligned, int kBytes>
 __device__ __forceinline__ void load_raw(RawGroup<kBytes>& group, const void* matrix,
                                          int64_t row_start, DType dtype, int col, int cols) {
-    // The two 16-bit dtypes are the same bits to move.
+    // Both 16-bit dtypes are loaded as __half, since only bits are moved.
     if (kBytes == 4 && dtype == DType::f32)
         group.template as<float>() =
             load_group<kAligned>(static_cast<const float*>(matrix) + row_start, col, cols);
@@ -110,20 +111,20 @@ __device__ __forceinline__ void store_float(void* vector, DType dtype, int col, 
 
 // The threads that share a row.
 struct Team {
-    int index;    // within the CTA
-    int thread;   // within the team
-    int threads;  // of the team
+    int index;    // index of the team in the CTA
+    int thread;   // index of the thread in the team
+    int threads;  // threads of the team
 
-    // `warps` neighbouring warps of a CTA.
+    // A team of `warps` neighbouring warps of a CTA.
     __device__ explicit Team(int warps)
         : index(threadIdx.x / (32 * warps)),
           thread(threadIdx.x - index * 32 * warps),
           threads(32 * warps) {}
-    // A cluster of `ctas` CTAs, of which this is number `rank`.
+    // A team that is a cluster of `ctas` CTAs; this CTA has number `rank`.
     __device__ Team(int rank, int ctas)
         : index(0), thread(rank * blockDim.x + threadIdx.x), threads(ctas * blockDim.x) {}
 
-    // First column of the thread's group g.
+    // The first column of the thread's group g.
     __device__ int col(int g) const { return (thread + g * threads) * kGroup; }
 };
 
@@ -131,7 +132,7 @@ __device__ __forceinline__ float group_sum(const float (&v)[kGroup]) {
     return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
 
-// Likewise of the products.
+// The sum of the products, added up in the order of group_sum.
 __device__ __forceinline__ float group_dot(const float (&v)[kGroup], const float (&w)[kGroup]) {
     float pairs[4];
 #pragma unroll
@@ -139,7 +140,7 @@ __device__ __forceinline__ float group_dot(const float (&v)[kGroup], const float
     return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
 }
 
-// Dropout, and its own gradient: kept values are scaled, the others become zero whatever they are.
+// Dropout, or its gradient: kept values are scaled, and the others become zero whatever they are.
 __device__ __forceinline__ void drop(float (&values)[kGroup], int64_t first_element,
                                      const DropoutKey& key, float scale) {
     const uint32_t keep = elementwise_keep8(first_element, key);

@@ -1,8 +1,9 @@
 // What LayerNorm's launchers ask of a problem, and how its kernels hold a row: in groups of eight
-// columns, which are one 16-byte access in a 16-bit dtype, two in fp32, and one Philox call.
+// columns. A group is one 16-byte access in a 16-bit dtype, two in fp32, and one Philox call.
 //
-// Rows are `aligned` when every pointer and row stride is a multiple of eight elements and 16
-// bytes, and so is the row's length. All other rows are read and written element by element.
+// Rows are `aligned` when every pointer is a multiple of 16 bytes and the row's length and every
+// row stride are multiples of eight elements. All other rows are read and written element by
+// element.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@ namespace gk {
 
 constexpr int kGroup = 8;
 
-// For errors.
+// The shape and dtype of a problem, for error messages.
 inline std::string shape_of(const LayerNormFwd& op) {
     return "x " + shape_of(op.rows, op.cols) + " " + name_of(op.x_dtype);
 }
@@ -23,18 +24,18 @@ inline std::string shape_of(const LayerNormBwd& op) {
     return "x " + shape_of(op.rows, op.cols) + " " + name_of(op.x_dtype);
 }
 
-// A number to divide by, and 1 over it: prepared once on the host, where a division on the device
-// takes ten instructions and a path for special values.
+// A number to divide by, and its reciprocal. The host computes it once, because a division on the
+// device takes ten instructions and a path for special values.
 struct Divisor {
     float value, inverse;
 
     explicit Divisor(int of) : value(static_cast<float>(of)), inverse(1.0f / value) {}
 };
 
-// Groups of a lane if one warp had the whole row.
+// How many groups a lane would hold if one warp had the whole row.
 inline int lane_groups(int cols) { return divide_up(cols, kGroup * 32); }
 
-// Whether a row's length, or stride, is of whole groups.
+// Whether a row's length, or its stride, consists of whole groups.
 inline bool in_groups(int64_t elements) { return elements % kGroup == 0; }
 
 inline bool is_aligned(const LayerNormFwd& op) {

@@ -1,6 +1,6 @@
-// A build: one way in which a kernel for Hopper is compiled or laid out. Every op with such kernels
-// has a table of them. What is said of a build is for `gptkernels info --explain`, for tuning,
-// which times all of them, and for predictions; choose.h has how one of them is chosen.
+// A build is a kernel for Hopper with one set of tiles and roles. Every op with such kernels has a
+// table of its builds. `gptkernels info --explain` shows the members of a build, tuning times all
+// builds, and predictions read the tables; runtime/choose.h says how one build is chosen.
 #pragma once
 
 #include <array>
@@ -10,17 +10,17 @@
 
 namespace gk {
 
-// The calls for which an op's rule may choose a build. Options are what attention adds to its
-// scores.
+// The calls for which an op's rule may choose a build. Options are softcap and ALiBi; attention
+// forward counts a scale that is not positive as one too.
 enum class Rule { never, plain, options, always };
 
 struct Build {
     const char* name;     // unique within its op: "128x128, 2 consumers, ping-pong"
-    int head_width;       // largest that it takes; 0: no attention
+    int head_width;       // the widest head that it takes; 0: not attention
     int tile_m, tile_n;   // of the output: rows, columns; attention: queries, keys
-    int tile_k;           // of the sum: a slice in flight; 0 where it is all there at once
+    int tile_k;           // of the sum: the slice of a stage; 0: the sum is not sliced
     int stages;           // slices in flight
-    int consumers;        // warpgroups that multiply; 0: every warp loads and multiplies
+    int consumers;        // warpgroups that multiply; 0: every warp loads and computes
     int cluster;          // CTAs of a cluster
     bool pingpong;        // consumers take turns at the tensor cores
     unsigned threads;     // of a CTA
@@ -36,7 +36,8 @@ constexpr std::array<Build, kCount> build_table(Of of) {
     }(std::make_integer_sequence<int, kCount>{});
 }
 
-// f(std::integral_constant<int, kNumber>{}) for the kNumber, below kCount, that equals `number`.
+// Calls f(std::integral_constant<int, kNumber>{}) for the kNumber below kCount that equals
+// `number`.
 template <int kCount, int kNumber = 0, class F>
 void with_number(int number, F&& f) {
     if constexpr (kNumber < kCount) {

@@ -1,10 +1,10 @@
 // What launchers launch, or would launch on a machine that is not there: for `gptkernels verify`,
-// `gptkernels info --explain` and for predictions.
+// `gptkernels info --explain` and predictions.
 //
-// While a thread has a DryRun, `launch` writes into it what it is asked to launch. In a dry run for
-// another machine that is all that happens: `capability` and `multiprocessors` are that machine's,
-// tensor maps are left empty, and pointers may point anywhere. Launchers do not know of it, so a
-// dry run says what would really run.
+// While a thread has a DryRun, `launch` records in it every launch that it is asked for. In a dry
+// run for another machine nothing else happens: `capability` and `multiprocessors` return that
+// machine's numbers, tensor maps are left empty, and pointers may point anywhere. Launchers do not
+// know of the dry run, so it says what would really run.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 namespace gk {
 
-// One launch; Launch in launch.h says what the members mean.
+// One launch. Launch in runtime/launch.h says what the members mean.
 struct DryLaunch {
     std::string kernel, shape;
     unsigned grid[3];
@@ -33,17 +33,17 @@ struct Refusal {
 
 class DryRun {
   public:
-    // Starts a dry run of the calling thread, which lasts as long as the object. Throws Error where
-    // the thread makes one already.
+    // Starts a dry run of the calling thread, which lasts as long as the object. Throws Error if
+    // the thread already has one.
     DryRun();                                     // kernels are launched as usual, and recorded
-    DryRun(int capability, int multiprocessors);  // for such a machine: kernels are recorded alone
+    DryRun(int capability, int multiprocessors);  // for such a machine: kernels are only recorded
     ~DryRun();
     DryRun(const DryRun&) = delete;
     DryRun& operator=(const DryRun&) = delete;
 
     // The dry run of the calling thread, or null.
     static DryRun* current();
-    // The same, but null too where it is not for another machine.
+    // The same, but null too if the dry run is not for another machine.
     static const DryRun* elsewhere();
 
     const int capability = 0, multiprocessors = 0;
@@ -51,8 +51,8 @@ class DryRun {
     std::vector<Refusal> refusals;
 };
 
-// For launchers: a kernel made for this GPU does not take this problem. Does nothing for the reason
-// "", or where the thread makes no dry run.
+// A launcher calls this where a kernel made for this GPU does not take the problem. Does nothing if
+// the reason is "" or if the thread has no dry run.
 void dry_run_refused(const char* kernel, const std::string& reason);
 
 }  // namespace gk

@@ -1,4 +1,4 @@
-// The native side of launch.h: device guard, opt-in to large shared memory, launch, check.
+// The native side of runtime/launch.h: device guard, opt-in to large shared memory, launch, check.
 #include "runtime/launch.h"
 
 #include <algorithm>
@@ -15,19 +15,19 @@ namespace gk {
 namespace {
 
 constexpr int kMaxDevices = 64;
-// Shared memory that a CTA gets without opting in. A launch that needs more opts in first. That
-// sets an attribute of the kernel and puts nothing on the stream, so it is allowed while a graph is
-// captured.
+// The shared memory that a CTA gets without opting in. A launch that needs more opts in first.
+// Opting in sets an attribute of the kernel and puts nothing on the stream, so it is allowed while
+// a graph is captured.
 constexpr size_t kSharedWithoutOptIn = 48 * 1024;
 
 void check(cudaError_t status, const Launch& launch, const char* doing) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // forgets the error, or the next call would report it again
+    cudaGetLastError();  // clears the error, which the next call would report again
     throw Error(std::string(launch.name) + " on " + launch.shape + " failed " + doing + ": " +
                 cudaGetErrorString(status));
 }
 
-// Makes the launch's device the current one, and restores the caller's at the end, also after an
+// Makes the launch's device the current one. Restores the caller's device at the end, also after an
 // error.
 class DeviceGuard {
   public:
@@ -46,7 +46,7 @@ class DeviceGuard {
     int before_ = 0, now_ = 0;
 };
 
-// A positive number for each device, 0 until it has been asked for.
+// A positive number for each device, or 0 while the device has not been asked for it.
 using Known = std::array<std::atomic<int>, kMaxDevices>;
 
 template <class Ask>
@@ -95,7 +95,7 @@ int capability(int device) {
 
 namespace {
 
-// What the runtime is told of a launch. The cluster must outlive it.
+// The launch as the CUDA runtime takes it. `cluster` must outlive the configuration.
 cudaLaunchConfig_t configuration(const Launch& launch, cudaLaunchAttribute& cluster) {
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = launch.cluster;

@@ -1,9 +1,9 @@
-// What a function of the Python module takes. Each params struct has one table of its members: their
-// names in Python, where they lie, and how they are set. It is written
+// What the functions of the Python module take. Each params struct has one table of its members:
+// their names in Python, their offsets, and how they are set. A table is written
 //
 //     table(member("q", &Fwd::q), inside(&Fwd::call, kCall), ...)
 //
-// and `def` makes a launcher's function of it, with the names that Python compares with its own.
+// and `def` exports a launcher with it. Python compares the names with its own.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -18,7 +18,8 @@
 
 namespace gk {
 
-// Tensors that a kernel reads, those that it writes, and everything else come in this order.
+// The tensors that a kernel reads, the tensors that it writes, and all other members come in this
+// order.
 enum class Kind { input, output, value };
 
 struct Member {
@@ -61,14 +62,14 @@ inline Table moved(Table members, size_t offset) {
     return members;
 }
 
-// The members of a struct that is itself a member.
+// The members of a struct that is itself a member of another struct.
 template <class Params, class Inner>
 Table inside(Inner Params::*at, const Table& members) {
     const Params params{};
     return moved(members, offset_in(&params, &(params.*at)));
 }
 
-// In each kind, members stay in the order in which they are given.
+// Sorts the members by their kind. Within a kind they stay in the order in which they are given.
 template <class... Parts>
 Table table(const Parts&... parts) {
     Table all;
@@ -77,7 +78,7 @@ Table table(const Parts&... parts) {
     return all;
 }
 
-// The names of what launchers take beside params and stream.
+// The names of the arguments that launchers take besides params and stream.
 template <class Value>
 constexpr const char* kArgument = nullptr;
 template <>
@@ -97,8 +98,8 @@ Table argument(size_t offset, const Table& params) {
     }
 }
 
-// Exports a launcher. The function takes its device and stream, then all fields by position;
-// module.fields has their names.
+// Exports a launcher. The Python function takes the device and the stream, then all fields by
+// position; module.fields[name] has the names of the fields.
 template <class Result, class... Taken>
 void def(pybind11::module_& module, const char* name, const Table& params,
          Result (*launch)(Taken...)) {

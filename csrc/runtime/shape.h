@@ -1,4 +1,4 @@
-// What launchers say of a problem in errors, and what they ask of its sizes and addresses.
+// What launchers say about a problem in errors, and what they ask of its sizes and addresses.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +22,14 @@ constexpr A divide_up(A a, B b) {
     return static_cast<A>((a + b - 1) / b);
 }
 
-// Whether an address, and those that are so many bytes further, are multiples of 16. Null is.
+// Whether an address is a multiple of 16, and every address that lies one of the given numbers of
+// bytes further too. A null pointer counts as aligned.
 template <class... Bytes>
 bool aligned_16(const void* address, Bytes... further) {
     return ((reinterpret_cast<intptr_t>(address) | ... | further)) % 16 == 0;
 }
 
-// A grid of so many CTAs. Throws Error for more than a launch can have.
+// A grid of this many CTAs. Throws Error if a launch cannot have so many.
 inline dim3 grid_of(const char* kernel, const std::string& shape, int64_t ctas) {
     if (ctas > std::numeric_limits<int32_t>::max())
         throw Error(std::string(kernel) + " on " + shape + " needs " + std::to_string(ctas) +

@@ -1,5 +1,5 @@
 // Which tensors a map can describe, by the rules of cuTensorMapEncodeTiled (CUDA driver API,
-// "Tensor Map Object Management"), and on a GPU the driver's own encoding of it.
+// "Tensor Map Object Management"), and, on a GPU, the driver's encoding of the map.
 #include "runtime/tensor_map.h"
 
 #include <string>
@@ -26,7 +26,7 @@ const char* dimension_refuses(const TensorMapShape& shape, int i) {
     if (i == 0) {
         return shape.stride[0] == 1 ? nullptr : "the innermost dimension has a stride other than 1";
     }
-    // In elements first: a product with the size of one could pass 64 bits.
+    // The stride in elements is checked first: in bytes it could overflow 64 bits.
     if (shape.stride[i] < 1 || shape.stride[i] >= kStrideLimit) {
         return "a stride is not between 0 and 2^40 bytes";
     }
@@ -71,7 +71,7 @@ static_assert(alignof(TensorMap) >= alignof(CUtensorMap), "the driver's own type
 
 namespace {
 
-// The driver's library is no dependency: a machine without one imports the module too.
+// The module does not link the driver's library, so a machine without a driver can import it too.
 PFN_cuTensorMapEncodeTiled_v12000 driver_encode() {
     constexpr unsigned kSince = 12000;  // CUDA 12.0
     void* function = nullptr;
@@ -124,7 +124,7 @@ TensorMap detail::encode(const TensorMapShape& shape) {
     const CUresult result = encode_tiled(
         reinterpret_cast<CUtensorMap*>(&map), driver_type(shape.dtype),
         static_cast<cuuint32_t>(shape.rank), const_cast<void*>(shape.base), sizes,
-        strides + 1,  // the innermost has none
+        strides + 1,  // the innermost dimension has no stride
         box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, driver_swizzle(shape.swizzle),
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {

@@ -1,8 +1,8 @@
-// delta = sum_d dout * out of a row, as attention backward's first kernels take it: formulas in
+// delta = sum_d dout * out of a row, as attention backward's first kernels compute it: formulas in
 // attention/bwd/kernel.h. Eight lanes share a row. Reads out and dout once.
 //
-// A row whose gradients are not finite shows in delta: with a softcap scores are finite whatever q
-// holds, so q is looked at too.
+// If the gradients of a row are not finite, its delta has to show it. With a softcap scores are
+// finite whatever q holds, so q is checked too.
 #pragma once
 
 #include "attention/bwd/kernel.h"
@@ -11,7 +11,7 @@ namespace gk {
 
 constexpr int kDeltaThreads = 256, kDeltaLanes = 8;
 
-// Elements col ... of a row D wide, zeros past its end.
+// Loads the elements of a row D wide from column col on; zeros past the row's end.
 template <class T>
 __device__ void load_chunk(float (&values)[kPer128<T>], const T* line, int col, int D,
                            bool aligned) {
@@ -23,8 +23,8 @@ __device__ void load_chunk(float (&values)[kPer128<T>], const T* line, int col, 
     for (int k = 0; k < kPer128<T>; ++k) values[k] = col + k < D ? to_float(line[col + k]) : 0.0f;
 }
 
-// Of row (b, i, h), the same for the eight neighbouring lanes that call it together; 0 where the
-// row does not exist.
+// delta of row (b, i, h), the same for the eight neighbouring lanes that call this together; 0
+// where the row does not exist.
 template <class T>
 __device__ __forceinline__ float row_delta(const BwdArguments& a, int64_t b, int64_t i, int64_t h,
                                            bool exists) {

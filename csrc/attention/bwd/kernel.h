@@ -5,15 +5,16 @@
 //     dv = sum_i keep * dropout_scale * p dout        dk = scale * sum_i ds q
 //     dq = scale * sum_j ds k
 //
-// In fp32 delta by that formula is not close enough: where a row has few keys ds is a small
-// difference, and the rounding of out, of lse and of a sum in another order outweighs that of eager
-// PyTorch. There the queries kernel first sums p and p dp itself; p is divided by its sum, delta is
-// the quotient of the two, and dlse is added last.
+// In fp32 this formula for delta is not precise enough: where a row has few keys, ds is a small
+// difference, and the rounding of out, of lse and of a sum in another order outweighs the rounding
+// of eager PyTorch. So in fp32 the queries kernel first sums p and p dp itself; p is divided by its
+// sum, delta is the quotient of the two sums, and dlse is added last.
 //
-// 0 * NaN is NaN: through a product, NaN or Inf in a row of q, k or dout would reach those that do
-// not see the row. So in blocks with a mask such rows are cleared before the products, and the
-// pairs that do see them get NaN: through lse where q or dout is at fault, through `taint` where k
-// is. In blocks without a mask every pair sees the other.
+// 0 * NaN is NaN: NaN or Inf in a row of q, k or dout would reach, through a product, rows that do
+// not see it. So in blocks with a mask such a row is cleared before the products, and the pairs
+// that do see it get NaN in another place: through lse where q or dout is not finite, through
+// `taint` where k is not. In blocks without a mask every query sees every key, so nothing has to be
+// cleared.
 #pragma once
 
 #include <algorithm>
@@ -29,17 +30,17 @@
 
 namespace gk {
 
-// In fp32 the rows' sums are taken again.
+// Whether each row's sums of p and p dp are computed again, as they are in fp32.
 template <class T>
 constexpr bool kExact = std::is_same_v<T, float>;
 
 struct BwdArguments {
     AttentionBwd p;
-    // 16-byte addresses throughout
+    // Whether every row starts at a multiple of 16 bytes.
     bool q_aligned, k_aligned, v_aligned, dout_aligned, out_aligned;
-    // Kernels return at once where it leads to a 0: the Hopper kernels before them have done their
-    // work. So that this costs little, no more CTAs are launched than run at a time, and blocks of
-    // work go round.
+    // If this points to a 0, the kernels return at once: the Hopper kernels before them have done
+    // the work. To make that cheap, no more CTAs are launched than run at a time, and each CTA
+    // loops over blocks of work. Null if no Hopper kernels ran.
     const int* only_if;
 };
 
@@ -56,9 +57,9 @@ BwdArguments bwd_arguments(const AttentionBwd& p) {
             nullptr};
 }
 
-// A kernel's work(block) for each block that is this CTA's: without only_if, and in fp32, which no
-// Hopper kernel takes, there is one. `next`: where 4 bytes of shared memory are, since registers
-// are all taken.
+// Calls work(block) for each block of work of this CTA. A CTA has only one without only_if, and in
+// fp32, which no Hopper kernel takes. `next` is the offset of 4 bytes of shared memory that hold
+// the number of the next block, since no register is left for it.
 template <class T, class Work>
 __device__ __forceinline__ void for_blocks(const BwdArguments& a, unsigned blocks, int next,
                                            Work&& work) {
@@ -70,13 +71,13 @@ __device__ __forceinline__ void for_blocks(const BwdArguments& a, unsigned block
     do {
         if (threadIdx.x == 0) *kept = block + gridDim.x;
         work(static_cast<int>(block));
-        __syncthreads();  // all are done with its tiles
+        __syncthreads();  // all threads are done with the tiles of this block
         block = *kept;
-        __syncthreads();  // and have read that
+        __syncthreads();  // and have read *kept
     } while (block < blocks);
 }
 
-// Of a kernel with so many blocks of work.
+// The grid of a kernel with this many blocks of work.
 template <class Tiles>
 dim3 grid_for(const char* kernel, const std::string& shape, const BwdArguments& a, int64_t blocks,
               int device) {
@@ -87,7 +88,7 @@ dim3 grid_for(const char* kernel, const std::string& shape, const BwdArguments& 
     return dim3(std::min(all.x, static_cast<unsigned>(resident)));
 }
 
-// What ds needs to know of a row.
+// The statistics of a row from which ds is computed.
 struct RowStats {
     float lse;    // in units of log2(e); inf: the weights are 0, NaN: the row is not finite
     float delta;  // in fp32 without dlse
@@ -95,31 +96,32 @@ struct RowStats {
     float dlse;   // in fp32
 };
 
-// Of row i of head h. total: (B, H, Tq), or null where it is not known yet.
+// The statistics of row i of head h. total: (B, H, Tq), or null where it is not known yet.
 template <class T>
 __device__ __forceinline__ RowStats row_stats(const AttentionBwd& p, const float* total,
                                               const Entry& entry, int h, int i) {
-    RowStats row{INFINITY, 0, 1, 0};  // past the end
+    RowStats row{INFINITY, 0, 1, 0};  // for a row past the end
     if (i >= entry.Tq) return row;
     const int64_t at = entry.row(p.call, h, i);
     const float lse = p.lse[at];
     row.delta = p.delta[at];
-    if (lse != -INFINITY)  // else there is no key
+    if (lse != -INFINITY)  // -inf: the row sees no key
         row.lse = is_finite(lse) && is_finite(row.delta) ? lse * kLog2e : NAN;
     if (kExact<T> && total != nullptr) row.total = total[at];
     if (kExact<T> && p.dlse != nullptr) row.dlse = p.dlse[at];
     return row;
 }
 
-// dq_sum comes in tiles of `rows` queries, query_blocks for each head: the first of entry b and
-// head h.
+// dq_sum consists of tiles of `rows` queries, query_blocks of them for each head. Returns the
+// number of the first tile of entry b and head h.
 __device__ inline int64_t first_tile(const AttentionCall& c, const Entry& entry, int b, int h,
                                      int rows) {
     return (static_cast<int64_t>(entry.in_memory) * c.H + h) * query_blocks(c, rows) +
            (c.ragged() ? entry.q0 / rows + b : 0);
 }
 
-// p from the product q.k. kPlain: without softcap and ALiBi; the bits are the same either way.
+// Computes p from the product q.k. kPlain: without softcap and ALiBi. The bits do not depend on
+// kPlain.
 template <class T, bool kPlain>
 __device__ __forceinline__ float weight_of(float product, float lse, const Score& score,
                                            int distance, float& slope_of_cap) {
@@ -129,7 +131,8 @@ __device__ __forceinline__ float weight_of(float product, float lse, const Score
     return exp2_for<T>(score(product, distance, slope_of_cap) - lse);
 }
 
-// From the products s = q.k and dp = dout.v of a pair to its weight, as it meets dout, and ds.
+// Turns the products s = q.k and dp = dout.v of a pair into its weight (s, as it multiplies dout)
+// and ds (dp).
 template <class T, bool kPlain>
 __device__ __forceinline__ void weigh(float& s, float& dp, const RowStats& row, const Score& score,
                                       int distance, bool dropping, bool keep, float dropout_scale) {
@@ -146,8 +149,9 @@ __device__ __forceinline__ void weigh(float& s, float& dp, const RowStats& row, 
     dp *= p * slope_of_cap;
 }
 
-// Clears every row that is not finite, all threads together; its taint, if asked for, becomes NaN,
-// 0 for the others. The caller puts barriers around it.
+// Clears every row that holds a value that is not finite. All threads call this together. If
+// `taint` is not null, it becomes NaN for these rows and 0 for the others. The caller puts barriers
+// around the call.
 template <int kThreads, class T, int kRows, int kWidth>
 __device__ void clear_nonfinite_rows(const SharedTile<T, kRows, kWidth>& tile, float* taint) {
     const int lane = lane_index();
@@ -178,7 +182,7 @@ __device__ __forceinline__ void clear(float (&acc)[kTiles][kCols][4]) {
             for (int e = 0; e < 4; ++e) acc[r][n][e] = 0;
 }
 
-// acc = a b^T, of this warp's rows of a from row0 on and all rows of b.
+// acc = a b^T, for this warp's rows of a, from row0 on, and all rows of b.
 template <class T, int kTiles, int kCols, int kRowsA, int kRowsB, int kWidth>
 __device__ __forceinline__ void multiply_rows(float (&acc)[kTiles][kCols][4],
                                               const SharedTile<T, kRowsA, kWidth>& a_tile, int row0,
@@ -186,7 +190,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[kTiles][kCols][4],
     using M = Mma<T>;
     static_assert(kCols * 8 == kRowsB, "a column for each row of b");
     clear(acc);
-    // fp32 fragments are four times as large: further ahead the registers would not do.
+    // fp32 fragments are four times as large: with more unrolling the registers would not suffice.
     [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 2 ? kWidth / M::K : 1;
 #pragma unroll kUnroll
     for (int d = 0; d < kWidth; d += M::K) {
@@ -206,7 +210,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[kTiles][kCols][4],
     }
 }
 
-// out += weights tile; the weights are rounded to T a fragment at a time.
+// out += weights tile. The weights are rounded to T one fragment at a time.
 template <class T, int kTiles, int kCols, int kOutCols, int kRows, int kWidth>
 __device__ __forceinline__ void add_products(float (&out)[kTiles][kOutCols][4],
                                              const float (&weights)[kTiles][kCols][4],
@@ -231,8 +235,8 @@ __device__ __forceinline__ void add_products(float (&out)[kTiles][kOutCols][4],
     }
 }
 
-// This warp's accumulators, 16 rows a tile from row `first` on, times scale, to rows below `last`
-// and columns from col0 on of a matrix D wide.
+// Stores this warp's accumulators, times scale, to a matrix D wide: the rows from `first` on (16
+// for each tile) that are below `last`, and the columns from col0 on.
 template <class T, int kTiles, int kCols>
 __device__ __forceinline__ void store_rows(T* to, int64_t row_stride, int first, int last, int col0,
                                            int D, const float (&acc)[kTiles][kCols][4],
@@ -260,7 +264,7 @@ __device__ __forceinline__ void store_rows(T* to, int64_t row_stride, int first,
         }
 }
 
-// One translation unit for each T.
+// Each T is compiled in a translation unit of its own.
 template <class T>
 void launch_attention_bwd_queries(const BwdArguments& a, Stream stream);
 template <class T>

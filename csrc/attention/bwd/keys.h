@@ -1,30 +1,32 @@
-// Attention backward, dk and dv: a block of keys stays, and the queries that see it pass by, of
-// every query head that reads this key head (Dao, "FlashAttention-2", 2023). Formulas:
+// Attention backward, dk and dv: a CTA keeps a block of keys and visits the queries that see these
+// keys, of every query head that reads this key head (Dao, "FlashAttention-2", 2023). Formulas:
 // attention/bwd/kernel.h.
 //
-// Scores lie as s^T = k q^T and dp^T = v dout^T, keys by queries, so that the weights and ds are
-// left operands of dv += p^T dout and dk += ds^T q straight from the registers. Where dq is added
-// up here too, ds goes through shared memory to dq = ds k, and from there by atomics to an fp32 sum
-// in memory: five products in all, where a queries kernel of its own makes seven. The sum's order,
-// and with it its last bits, changes from run to run.
+// The kernel computes transposed scores, s^T = k q^T and dp^T = v dout^T (keys by queries), so that
+// the weights and ds are left operands of dv += p^T dout and dk += ds^T q straight from the
+// registers. Where it also sums dq, ds goes through shared memory to dq = ds k, and dq goes by
+// atomics to an fp32 sum in memory. That makes five products in all; with a separate queries kernel
+// there are seven. The order of the atomic additions, and with it the last bits of the sum, changes
+// from run to run.
 //
 // q, dout (B, Tq, H, D), k, v (B, Tk, Hk, D), any strides with a unit last one; dk, dv (B, Tk, Hk,
-// D) contiguous. Moves k, v, dk and dv once, q and dout once for each block of kKeys keys, and the
-// sum of dq once more each time. Without atomics the order of every sum is fixed.
+// D) contiguous. Moves k, v, dk and dv once; for each block of kKeys keys, moves q and dout once
+// and adds once to the sum of dq. Without atomics the order of every sum is fixed.
 #pragma once
 
 #include "attention/bwd/kernel.h"
 
 namespace gk {
 
-// Every warp owns 16 or 32 keys: their k and v in shared memory, their dk and dv in registers. 32
-// where registers allow (D 64): each fragment of q and dout then feeds two products, and shared
-// memory is what mma.sync waits for otherwise. From D 192 on dk and dv do not fit in the registers
-// together and take a kernel each, five products for four. q has two slots: the next tile arrives
-// while this one is read. dout has one: it is free in mid-step. All fit in 99 KB.
+// Each warp owns 16 or 32 keys: their k and v in shared memory, their dk and dv in registers. It
+// owns 32 where registers allow (D 64): every fragment of q and dout then feeds two products;
+// otherwise mma.sync waits for shared memory. From D 192 on, dk and dv do not fit in the registers
+// together. Each then takes a kernel of its own, which makes five products instead of four. q has
+// two slots, so that the next tile arrives while this one is read. dout has one slot, which is free
+// in the middle of a step. All tiles fit in 99 KB.
 template <class T, int kHeadWidth, bool kDk, bool kDv>
 struct KeysTiles {
-    static constexpr int kWidth = kHeadWidth;  // of a head in shared memory, zeros from D on
+    static constexpr int kWidth = kHeadWidth;  // in shared memory; columns from D on are zeros
     static constexpr bool kHalf = sizeof(T) == 2;
     static constexpr int kKeyTiles = kHalf && kWidth == 64 ? 2 : 1;
     static constexpr int kWarps = kHalf ? (kWidth == 96 || kWidth == 128 ? 8 : 4)
@@ -34,7 +36,7 @@ struct KeysTiles {
     static constexpr int kRows = kWidth <= (kHalf ? 128 : 96) ? 32 : 16;
     static constexpr int kSlots = !kHalf && kWidth == 256 ? 1 : 2;
     static constexpr bool kDqHere = kDk && !kExact<T>;
-    // Of dq that a warp computes at a time; the warps share a tile of kRows x kWidth.
+    // The columns of dq that a warp computes at a time. The warps share a tile of kRows x kWidth.
     static constexpr int kDqCols = kWidth == 192 ? 48 : kWidth == 256 ? 64 : 32;
 
     using Key = SharedTile<T, kKeys, kWidth>;
@@ -51,8 +53,9 @@ struct KeysTiles {
     static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
 };
 
-// Tile by tile: (B, H, query_blocks), in each the accumulators of warp after warp as
-// they lie in the registers, so that a warp's atomics fall into one line.
+// The layout of the sum of dq: tiles (B, H, query_blocks). Each tile holds the accumulators of one
+// warp after another as they lie in the registers, so that a warp's atomics fall into one cache
+// line.
 template <class Tiles>
 struct DqSum {
     static constexpr int kRowTiles = Tiles::kRows / 16;
@@ -104,19 +107,20 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
     constexpr int kKeyTiles = Tiles::kKeyTiles, kKeys = Tiles::kKeys, kRows = Tiles::kRows;
     const AttentionBwd& p = a.p;
     const AttentionCall& call = p.call;
-    // Early keys of a causal triangle have the most queries, and come first.
+    // The first keys of a causal triangle have the most queries, so their blocks come first.
     const int blocks_of_head = key_blocks(call, kKeys);
     const int key_head = block / blocks_of_head, hk = key_head % call.Hk;
     const Place place = place_of_keys(call, key_head / call.Hk, block % blocks_of_head, kKeys);
     const int b = place.b, j0 = place.start, group = call.H / call.Hk;
     const Entry entry = entry_of(call, b);
     if (j0 >= entry.Tk) return;
-    // Looked up again inside and behind the loop, which has no registers to keep all of it in.
+    // Looked up again inside and behind the loop, since the loop has no registers to keep these
+    // values.
     const auto again = [&] { return entry_of(call, b); };
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = lane_index();
     const int key0 = warp * 16 * kKeyTiles;     // this warp's first key of the tile
-    const int j_first = j0 + key0 + lane / 4;   // this thread's keys: + 8, + 16, + 24
-    const int i_offset = 2 * (lane % 4);        // and queries of each 8: + 1
+    const int j_first = j0 + key0 + lane / 4;   // this thread's keys: j_first, + 8, + 16, + 24
+    const int i_offset = 2 * (lane % 4);        // and its queries of each 8: i_offset, + 1
 
     unsigned char* arena = shared_memory();
     const typename Tiles::Key k_tile{reinterpret_cast<T*>(arena)};
@@ -165,7 +169,7 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
     float dv[kDv ? kKeyTiles : 1][kDv ? kHeadWidth / 8 : 1][4];
     clear(dk);
     clear(dv);
-    bool broken = false;  // whether some key has a taint
+    bool broken = false;  // whether a key of the block has a taint
     if (steps > 0) {
         auto request_keys = [&](typename Tiles::Key tile, const void* source,
                                 const Strides& strides, bool aligned) {
@@ -196,7 +200,7 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
         const int i0 = first_row(step), h = head(step), bh = b * call.H + h;
         const RowStats* rows = stats + step % 2 * kRows;
         cp_async_wait<0>();
-        __syncthreads();  // q, dout and stats are there; the last step's q and ds are done with
+        __syncthreads();  // q, dout, stats are there; all are done with the last step's q and ds
         if (Tiles::kSlots == 2) request_q(step + 1);
         RowStats next{};
         if (thread < kRows && step + 1 < steps) next = stats_of(step + 1);
@@ -233,7 +237,8 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
                                            score, 0, false, true, 1.0f);
                 }
         } else {
-            // Read again each time: the loop without dropout has no registers to spare.
+            // The key is read again in each step: the loop without dropout has no registers to
+            // spare.
             DropoutKey dropout{};
             if (dropping) dropout = dropout_key(call.dropout);
 #pragma unroll
@@ -312,7 +317,7 @@ __global__ void __launch_bounds__(KeysTiles<T, kHeadWidth, kDk, kDv>::kThreads, 
 
 constexpr int kDqWarps = 8;
 
-// dq = scale times its sum, a warp for each part of a tile.
+// dq = scale times its sum. One warp takes one part of a tile.
 template <class Tiles, class T>
 __global__ void __launch_bounds__(32 * kDqWarps)
     attention_bwd_dq_kernel(const __grid_constant__ BwdArguments a) {

@@ -1,26 +1,26 @@
-// Attention backward's launcher, and the kernel before the others. Formulas:
+// Attention backward's launcher, and the first kernel that it launches. Formulas:
 // attention/bwd/kernel.h.
 //
 //     delta = sum_d dout * out - dlse                 (B, H, Tq) fp32
 //
-// With dropout too, sum_d dout * out equals sum_j p dp, which saves a pass over the keys. Reads out
-// and dout once, and clears the sum of dq where there is one, and the gradients of tokens that no
-// sequence has.
+// With dropout too, sum_d dout * out equals sum_j p dp, which saves a pass over the keys. The
+// kernel reads out and dout once. It clears the sum of dq where there is one, and the gradients of
+// the tokens that belong to no sequence.
 //
-// Then, for dk and dv, the keys kernel; for dq the queries kernel (7 products in all, the same bits
-// every time) or, in 16 bits, atomics inside the keys kernel (5 products). Not deterministic is
-// taken to be the faster: at D 128 each atomic of 4 bytes comes with 1,280 floating-point
-// operations of a CTA, at 300 TFLOP/s some 0.9 TB/s of additions in the L2 cache, against 40% more
-// products.
+// After it, the keys kernel computes dk and dv. dq comes from the queries kernel (7 products in
+// all, the same bits every time) or, in 16 bits, from atomics inside the keys kernel (5 products).
+// The kernels that are not deterministic are assumed to be faster: at D 128 each atomic of 4 bytes
+// comes with 1,280 floating-point operations of a CTA, which at 300 TFLOP/s are some 0.9 TB/s of
+// additions in the L2 cache, against 40% more products.
 //
-// On Hopper the kernels of attention/bwd/sm90/params.h run before them, where they take the
+// On Hopper the kernels of attention/bwd/sm90/params.h run before these, where they take the
 // problem.
 #include "attention/bwd/delta.h"
 #include "attention/bwd/sm90/params.h"
 
 namespace gk {
 
-constexpr int kSumRows = 32;  // dq_sum comes in tiles of 32 rows, or 16
+constexpr int kSumRows = 32;  // dq_sum consists of tiles of 32 rows, or of 16
 
 inline int64_t dq_sum_elements(const AttentionCall& c) {
     return int64_t{c.entries()} * c.H * query_blocks(c, kSumRows) * kSumRows * padded_width(c.D);
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kDeltaThreads)
     const BwdArguments& a = arguments.of;
     const AttentionBwd& p = a.p;
     const AttentionCall& call = p.call;
-    // Rows in the order of out in memory.
+    // Neighbouring threads take rows in the order in which they lie in out.
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x;
     for (int64_t chunk = thread; chunk < arguments.sum_chunks;
          chunk += static_cast<int64_t>(gridDim.x) * kDeltaThreads)
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kDeltaThreads)
     clear(p.dv, call.Hk, call.cu_seqlens_k, call.total_k);
 }
 
-// What the kernels after the first take. On Hopper they run only where a result is not finite, and
-// then do not add up dq by atomics.
+// The arguments of the kernels after the first one. On Hopper these kernels do work only where a
+// result is not finite, and then they do not sum dq by atomics.
 template <class T>
 BwdArguments arguments_of(const AttentionBwd& p) {
     BwdArguments a = bwd_arguments<T>(p);

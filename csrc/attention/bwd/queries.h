@@ -1,25 +1,25 @@
-// Attention backward, dq: a block of queries stays and the keys that it sees pass by (Dao,
-// "FlashAttention-2", 2023). Formulas: attention/bwd/kernel.h.
+// Attention backward, dq: a CTA keeps a block of queries and visits the keys that these queries see
+// (Dao, "FlashAttention-2", 2023). Formulas: attention/bwd/kernel.h.
 //
-// s = q k^T, dp = dout v^T, and ds, still in registers, is the left operand of dq += ds k. No
-// atomics: the same input gives the same bits. In fp32 the keys pass by once before that, for the
-// rows' sums of p and p dp, which the keys kernel needs too.
+// After s = q k^T and dp = dout v^T, ds stays in registers as the left operand of dq += ds k. There
+// are no atomics: the same input gives the same bits. In fp32 the kernel first visits all keys once
+// to sum p and p dp of each row; the keys kernel needs these sums too.
 //
 // q, dout (B, Tq, H, D), k, v (B, Tk, Hk, D), any strides with a unit last one; dq (B, Tq, H, D)
-// contiguous. Moves q, dout and dq once, k and v once for each block of kRows queries (fp32:
-// twice).
+// contiguous. Moves q, dout and dq once, and k and v once (in fp32 twice) for each block of kRows
+// queries.
 #pragma once
 
 #include "attention/bwd/kernel.h"
 
 namespace gk {
 
-// Every warp owns 16 or 32 queries: their q and dout in shared memory, their dq in registers. 32
-// where registers allow, as every fragment of k and v then feeds two products. k and v have two
-// slots: the next tiles arrive while these are read. All fit in 99 KB.
+// Each warp owns 16 or 32 queries: their q and dout in shared memory, their dq in registers. It
+// owns 32 where registers allow, as every fragment of k and v then feeds two products. k and v have
+// two slots, so that the next tiles arrive while these are read. All tiles fit in 99 KB.
 template <class T, int kHeadWidth>
 struct QueriesTiles {
-    static constexpr int kWidth = kHeadWidth;  // of a head in shared memory, zeros from D on
+    static constexpr int kWidth = kHeadWidth;  // in shared memory; columns from D on are zeros
     static constexpr bool kHalf = sizeof(T) == 2;
     static constexpr int kRowTiles = kHalf && kWidth == 64 ? 2 : 1;
     static constexpr int kWarps = kHalf ? (kWidth == 96 || kWidth == 128 ? 8 : 4)
@@ -46,7 +46,7 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     constexpr int kRowTiles = Tiles::kRowTiles, kKeys = Tiles::kKeys, kRows = Tiles::kRows;
     const AttentionBwd& p = a.p;
     const AttentionCall& call = p.call;
-    // Late rows of a causal triangle have the most keys, and come first.
+    // The last rows of a causal triangle have the most keys, so their blocks come first.
     const int row_blocks = query_blocks(call, kRows);
     const int head = block / row_blocks, h = head % call.H;
     const Place place =
@@ -54,13 +54,13 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     const int b = place.b, i0 = place.start, bh = b * call.H + h;
     const Entry entry = entry_of(call, b);
     if (i0 >= entry.Tq) return;
-    // Looked up again behind the loop, which has no registers to keep all of it in.
+    // Looked up again behind the loop, since the loop has no registers to keep these values.
     const auto again = [&] { return entry_of(call, b); };
     const int hk = h / (call.H / call.Hk);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_index();
     const int row0 = warp * 16 * kRowTiles;    // this warp's first row of the tile
-    const int i_first = i0 + row0 + lane / 4;  // this thread's rows: + 8, + 16, + 24
-    const int j_offset = 2 * (lane % 4);       // and columns of each 8: + 1
+    const int i_first = i0 + row0 + lane / 4;  // this thread's rows: i_first, + 8, + 16, + 24
+    const int j_offset = 2 * (lane % 4);       // and its columns of each 8: j_offset, + 1
 
     unsigned char* arena = shared_memory();
     const typename Tiles::Query q_tile{reinterpret_cast<T*>(arena)};
@@ -70,7 +70,7 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     const Band band = band_of(call, entry);
     const Range keys = band.keys(i0, kRows, kKeys);
     const int blocks = keys.last > keys.first ? (keys.last - keys.first + kKeys - 1) / kKeys : 0;
-    const int summing = kExact<T> ? blocks : 0;  // the first steps, for the rows' sums
+    const int summing = kExact<T> ? blocks : 0;  // the first steps, which compute the rows' sums
     const int steps = summing + (p.dq != nullptr ? blocks : 0);
     const Score score = score_of_head(call, h);
     const bool dropping = call.dropout.rng != nullptr;
@@ -104,11 +104,12 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             rows[r][half] = row_stats<T>(p, nullptr, entry, h, i_first + 16 * r + 8 * half);
-            // Sums for now. That delta of out is finite has gone into lse.
+            // delta and total hold sums here. Whether delta of out is finite is already part of
+            // lse.
             if (kExact<T>) rows[r][half].delta = rows[r][half].total = 0;
         }
     auto finish_sums = [&]() {
-        __syncwarp();  // the four lanes of a row have read what one of them writes anew
+        __syncwarp();  // the four lanes of a row have read the values that one of them overwrites
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
@@ -147,7 +148,7 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     for (int step = 0; step < steps; ++step) {
         const int j0 = first_key(step);
         cp_async_wait<0>();
-        __syncthreads();  // k and v are there; all are done with the other slot
+        __syncthreads();  // k and v are there; all threads are done with the other slot
         if (Tiles::kSlots == 2) request(step + 1);
         if (kExact<T> && step == summing) finish_sums();
         const bool masked = keys.needs_mask(j0, kKeys);
@@ -169,7 +170,8 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
                         weigh<T, true>(s[r][n][e], ds[r][n][e], rows[r][e / 2], score, 0, false,
                                        true, 1.0f);
         } else {
-            // Read again each time: the loop without dropout has no registers to spare.
+            // The key is read again in each step: the loop without dropout has no registers to
+            // spare.
             DropoutKey dropout{};
             if (dropping) dropout = dropout_key(call.dropout);
 #pragma unroll
@@ -209,7 +211,7 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
         }
         if (step >= summing) add_products<T>(dq, ds, slot(Tiles::kK, step));
         if (Tiles::kSlots == 1) {
-            __syncthreads();  // all are done with k and v
+            __syncthreads();  // all threads are done with k and v
             request(step + 1);
         }
     }

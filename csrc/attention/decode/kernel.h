@@ -1,20 +1,21 @@
 // Decoding: attention of a few new tokens to a long cache (Dao et al., "Flash-Decoding", 2023). The
 // formula is that of attention/fwd/kernel.h; query i of Tq sees the keys j <= i + n - Tq of the n
-// that its batch entry has.
+// keys that its batch entry has.
 //
-// q (B, Tq, H, D), any strides with a unit last one; k and v (B, Tk, Hk, D) likewise, or pages
-// (N, page, Hk, D) whose numbers are in block_table (B, pages); out (B, Tq, H, D) and lse (B, H,
-// Tq) fp32, contiguous. Moves k and v of n keys, once for each block of rows: all else is small
-// beside them, and tensor cores wait. No backward pass.
+// q (B, Tq, H, D), any strides with a unit last one; k and v (B, Tk, Hk, D) likewise, or pages (N,
+// page, Hk, D) whose numbers are in block_table (B, pages); out (B, Tq, H, D) and lse (B, H, Tq)
+// fp32, contiguous. Moves k and v of n keys once for each block of rows. Everything else is small
+// beside them, and the tensor cores wait for memory. No backward pass.
 //
-// The rows of a product are the query heads that share a key head, of every new token: row
-// i H / Hk + h. A CTA takes a block of rows and a split of the keys (attention/decode/params.h). Up
-// to 16 rows fit in one row tile: then each warp is a team by itself, which takes every fourth
-// block of keys through a ring of its own and meets the others only at the end. With more rows the
-// CTA's four warps are one team: they share keys and divide the rows.
+// The rows of a product are the query heads that share a key head, for every new token: row i H /
+// Hk + h. A CTA takes a block of rows and a split of the keys (attention/decode/split.h). Up to 16
+// rows fit in one row tile. Then each warp is a team of its own: it takes every fourth block of
+// keys (every second one for wide heads in fp32) through its own ring, and meets the other warps
+// only at the end. With more rows the CTA's four warps are one team: they share the keys and divide
+// the rows.
 //
-// An entry with one split writes its result, others what combine() of attention/decode/launch.cu
-// needs.
+// An entry with one split writes its result. An entry with several splits writes partial results
+// for attention_decode_combine_kernel in attention/decode/launch.cu.
 #pragma once
 
 #include <algorithm>
@@ -28,20 +29,20 @@
 
 namespace gk {
 
-// By dtype, padded width, row tiles of a warp, and whether warps are teams by themselves. The ring
-// keeps at least 32 KB of keys and values in flight, which is what an SM's share of the memory's
-// bandwidth and latency asks for, in no more than two CTAs of sm_80 have room for.
+// The tiles by dtype, padded width, row tiles of a warp, and whether each warp is a team of its
+// own. The ring keeps at least 32 KB of keys and values in flight, as an SM's share of the memory's
+// bandwidth and latency requires. It is small enough for two CTAs on an SM of sm_80.
 template <class T, int kHeadWidth, int kRowTilesOfWarp, bool kAlone>
 struct DecodeTiles {
     static constexpr bool kHalf = sizeof(T) == 2;
-    static constexpr int kWidth = kHeadWidth;  // of a head in shared memory, zeros from D on
+    static constexpr int kWidth = kHeadWidth;  // in shared memory; columns from D on are zeros
     static constexpr int kRowTiles = kRowTilesOfWarp;
     static constexpr int kWarps = !kHalf && kWidth > 128 ? 2 : 4, kThreads = 32 * kWarps;
     static constexpr int kTeams = kAlone ? kWarps : 1, kTeamWarps = kWarps / kTeams;
     static constexpr int kRows = 16 * kRowTiles * kTeamWarps;
     static constexpr int kKeys = kAlone                    ? (kHalf && kWidth == 64 ? 32 : 16)
                                  : kWidth == 64              ? 64
-                                 : kRowTiles * kWidth == 256 ? 16  // or registers spill
+                                 : kRowTiles * kWidth == 256 ? 16  // otherwise registers spill
                                                              : 32;
     static_assert(kSplitMultiple % kKeys == 0, "a split is whole blocks");
     static constexpr bool kFenced = !kHalf;
@@ -51,15 +52,16 @@ struct DecodeTiles {
     using Out = SharedTile<float, kRows, kWidth>;
     static constexpr int kSlots = (kAlone ? 72 : 48) * 1024 / (kTeams * Key::kBytes);
     static_assert(kTeams * (kSlots - 1) * Key::kBytes >= 32 * 1024, "bytes in flight");
-    // Results of the teams lie where queries and keys were.
+    // The teams' results lie where the queries and keys were.
     static constexpr int kTileBytes = std::max(Query::kBytes + kTeams * kSlots * Key::kBytes,
                                                kTeams * Out::kBytes);
-    // Behind them the teams' maxima and sums, what sets rows apart, and a flag for each warp.
+    // Behind the tiles lie the teams' maxima and sums, the options of the rows, and a flag for each
+    // warp.
     static constexpr int kSharedBytes = kTileBytes + 8 * (kTeams + 1) * kRows + 4 * kWarps;
     static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
 };
 
-// 16 bytes of a row, asynchronously where it is aligned to them: `valid` elements, then zeros.
+// Copies 16 bytes of a row, asynchronously if the address is aligned: `valid` elements, then zeros.
 template <class T>
 __device__ __forceinline__ void copy_chunk(T* shared, const T* global, int valid, bool aligned) {
     if (aligned) {
@@ -70,13 +72,13 @@ __device__ __forceinline__ void copy_chunk(T* shared, const T* global, int valid
     for (int i = 0; i < kPer128<T>; ++i) shared[i] = i < valid ? global[i] : T(0.0f);
 }
 
-// One batch entry's cache, of k or of v, for one key head.
+// The cache of k or of v of one batch entry, for one key head.
 struct CacheRows {
-    const int32_t* pages;  // of the entry, or null
+    const int32_t* pages;  // numbers of the entry's pages, or null
     int page, cache_pages;
     int entry;
 
-    // The page of key j, and the key's place in it.
+    // The page that holds key j; below, the offset of key j in the cache.
     __device__ int page_of(int j) const {
         return pages == nullptr ? entry : min(max(pages[j / page], 0), cache_pages - 1);
     }
@@ -85,7 +87,8 @@ struct CacheRows {
     }
 };
 
-// What sets the rows of a CTA apart: which keys one sees, how fast its weights fall.
+// How the rows of a CTA differ: the token decides which keys a row sees, the slope how fast its
+// weights fall.
 struct DecodeRowOptions {
     int token;
     float slope;
@@ -104,7 +107,8 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
     const AttentionDecode& p = a.p;
     const AttentionCall& call = p.call;
 
-    // Neighbouring CTAs share keys, then tokens' memory.
+    // Neighbouring CTAs read the same keys; CTAs a little further apart read the same tokens'
+    // memory.
     int place = static_cast<int>(blockIdx.x);
     const int row_block = place % a.row_blocks;
     place /= a.row_blocks;
@@ -116,20 +120,21 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
     const DecodeSplits splits(a, band, row_block, Tiles::kRows, kKeys);
     if (!splits.has(split)) return;
     const Range& seen = splits.seen;
-    const int row_first = row_block * Tiles::kRows;  // of the block
+    const int row_first = row_block * Tiles::kRows;  // the first row of the block
     const int rows = min(a.rows - row_first, Tiles::kRows);
-    // Outside these keys zeros are read: no row sees them, whatever the cache holds there.
+    // Keys outside key_first <= j < j_last are read as zeros: no row sees them, whatever the cache
+    // holds there.
     const int key_first = max(band.lowest(row_first / a.group), 0);
     const int split_first = split * splits.keys;
     const int j_last = split_first + min(splits.keys, seen.last - split_first);
 
-    // By a shuffle, so that the compiler knows that a warp's lanes go the same way.
+    // The shuffle lets the compiler know that all lanes of a warp take the same branches.
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
     const int lane = lane_index();
     const int team = warp / Tiles::kTeamWarps, warp_of_team = warp % Tiles::kTeamWarps;
     const int row0 = warp_of_team * 16 * kRowTiles;  // this warp's first row of the tile
     const bool has_rows = row0 < rows;
-    const int j_offset = 2 * (lane % 4);  // this thread's columns of each 8: + 1
+    const int j_offset = 2 * (lane % 4);  // this thread's columns of each 8: j_offset, + 1
     const int j_first = max(seen.first, split_first) + team * kKeys;
 
     unsigned char* arena = shared_memory();
@@ -139,15 +144,16 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
     DecodeRowOptions* of_rows =
         reinterpret_cast<DecodeRowOptions*>(stats + Tiles::kTeams * Tiles::kRows);
     int* flags = reinterpret_cast<int*>(of_rows + Tiles::kRows);
-    auto meet = [] {  // of a team
+    auto meet = [] {  // the barrier of a team
         if constexpr (kAlone)
             __syncwarp();
         else
             __syncthreads();
     };
 
-    // Keys and values: a lane finds the place of one row of the warp's part of a block, the page of
-    // the next block's row while this one is on its way, and all learn of it by shuffles.
+    // How keys and values are loaded: each lane finds the address of one row of the warp's part of
+    // a block, and the other lanes get the address by shuffles. The page of the next block's row is
+    // looked up while this block's row is loaded.
     constexpr int kWarpKeys = kKeys / Tiles::kTeamWarps;
     static_assert(kWarpKeys <= 32 && kWarpKeys * kChunks % 32 == 0, "whole passes of a warp");
     const int own_row = warp_of_team * kWarpKeys;
@@ -161,8 +167,9 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
     const T* k = static_cast<const T*>(p.k) + hk * p.k_strides.head;
     const T* v = static_cast<const T*>(p.v) + hk * p.v_strides.head;
     int page = 0, next_page = 0;
-    // Tile t: k (even) or v (odd) of the team's block t / 2, j its first key. One group each, empty
-    // where there is no such block. Requests come in order.
+    // Tile t holds k (t even) or v (t odd) of the team's block t / 2; j is the block's first key.
+    // Each tile is one cp.async group, which is empty where there is no such block. Tiles are
+    // requested in order.
     auto request = [&](int t, int j, bool is_key) {
         if (j < j_last) {
             if (is_key) {
@@ -186,7 +193,8 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
         }
         cp_async_commit();
     };
-    // Tile t is there for the team; all are done with tile t - 1, and its slot is filled again.
+    // Waits until tile t is there for the team and all its threads are done with tile t - 1, and
+    // then fills the slot of tile t - 1 again.
     constexpr int kAhead = kSlots - 1;
     auto advance = [&](int t, int j, int odd) {
         cp_async_wait<kAhead - 1>();
@@ -209,8 +217,8 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
         const int h = hk * a.group + (row_first + row) % a.group;
         of_rows[row] = {(row_first + row) / a.group, score_of_head(call, h).slope};
     }
-    // This thread's rows, two of each row tile. Where registers are short, it pays to read of them
-    // only what a block needs.
+    // The options of one of this thread's rows, two of each row tile. Where registers are short, it
+    // pays to read only those that a block needs.
     auto own = [&](int r, int half) { return of_rows[row0 + lane / 4 + 16 * r + 8 * half]; };
     Score score = score_of_head(call, 0);
     const float factor = a.plain ? score.factor : 1.0f;
@@ -218,7 +226,8 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
     float o[kRowTiles][kHeadWidth / 8][4];
     RowState state[kRowTiles];
     // As in attention/fwd/kernel.h: where rows see different keys, a value that is not finite must
-    // not reach those that do not see it, and all is done again with such values taken out.
+    // not reach rows that do not see it. If it does, everything is computed again with such values
+    // taken out.
     bool careful = false;
 #pragma unroll 1
     for (;;) {
@@ -233,7 +242,7 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
         if (j_first < j_last) next_page = cache.page_of(key_of_lane(j_first));
 #pragma unroll 1
         for (int t = 0; t < kAhead; ++t) request(t, j_first + t / 2 * kStep, t % 2 == 0);
-        cp_async_wait<kAhead>();  // q
+        cp_async_wait<kAhead>();  // q is there
         __syncthreads();
         int t = 0;
 #pragma unroll 1
@@ -285,7 +294,7 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
             value_products<Tiles, T>(o, s, slot(t + 1));
         }
         if (careful || call.Tq == 1) break;
-        float zero = 0;  // NaN where one of o is not finite
+        float zero = 0;  // becomes NaN where an element of o is not finite
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
@@ -321,7 +330,8 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
             }
     }
 
-    // By way of shared memory, where the teams' results are added up and rows are whole.
+    // The results go through shared memory, where those of the teams are added up and rows are
+    // contiguous.
     __syncthreads();
     auto out_tile = [&](int of_team) {
         return Out{reinterpret_cast<float*>(arena + of_team * Out::kBytes)};
@@ -395,7 +405,7 @@ int launch_attention_decode_tiles(DecodeArguments a, Stream stream) {
     return Tiles::kRows;
 }
 
-// fp32 has no tensor cores to wait for more rows.
+// fp32 always takes one row tile: it does not use tensor cores, which profit from more rows.
 template <class T, int kWidth>
 int launch_attention_decode_width(const DecodeArguments& a, Stream stream) {
     if constexpr (sizeof(T) == 2) {

@@ -1,10 +1,10 @@
 // Decoding's launcher, and the step that combines the splits of an entry's keys. The kernel that
-// does the work is in attention/decode/kernel.h.
+// attends to the keys is in attention/decode/kernel.h.
 //
 //     m = max_s m_s      l = sum_s l_s exp2(m_s - m)      out = sum_s o_s exp2(m_s - m) / l
 //
-// in the order of the splits. Reads of each row of each split D + 2 floats, which the L2 cache
-// holds.
+// The sums go in the order of the splits. Reads D + 2 floats of each row of each split, which the
+// L2 cache holds.
 #include "attention/decode/split.h"
 #include "device/reduce.h"
 #include "device/vector.h"
@@ -20,7 +20,7 @@ struct CombineArguments {
     int rows_of_block;
 };
 
-// A CTA a row; its warps take every fourth split.
+// Each CTA takes a row, and each of its warps takes every fourth split.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads)
     attention_decode_combine_kernel(const __grid_constant__ CombineArguments arguments) {
@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(kCombineThreads)
     const int b = head / call.Hk, hk = head % call.Hk;
     const Band band = decode_band(call, b);
     const DecodeSplits splits(a, band, row / arguments.rows_of_block, arguments.rows_of_block, 1);
-    if (splits.one()) return;  // written already
+    if (splits.one()) return;  // the decode kernel has written the result
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int64_t first = partial_of(a, b, hk, 0, row);  // the next split's is a.rows further
+    const int64_t first = partial_of(a, b, hk, 0, row);  // the next split's are a.rows further
     const float2* stats = reinterpret_cast<const float2*>(a.p.partial_stats) + first;
     const int width = partial_width(call.D);
     const float* partials = a.p.partial_out + first * width;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     }
     l = warp_sum(l);
 
-    float sum[2][4] = {};  // columns 4 lane ..., and 128 further
+    float sum[2][4] = {};  // columns 4 lane ... 4 lane + 3, and the same 128 further
 #pragma unroll 4
     for (int s = splits.first + warp; s < splits.last; s += kCombineWarps) {
         const int64_t at = static_cast<int64_t>(s) * a.rows;

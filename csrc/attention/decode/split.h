@@ -1,4 +1,4 @@
-// Which keys a CTA of attention/decode/kernel.h takes, and where rows' results lie.
+// Which keys a CTA of attention/decode/kernel.h takes, and where the results of its rows go.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +9,10 @@
 
 namespace gk {
 
-// Keys of an entry go in splits of so many, the last one maybe fewer, each softmaxed by itself
-// before they are combined. The rule is that of gptkernels/ops/attention/splits.py: it follows from
-// the entry's own length and from num_splits alone, 0 where none is given.
+// The keys of an entry are divided into splits of equally many keys; the last split may have fewer.
+// Each split has a softmax of its own, and then the splits are combined. The rule is that of
+// gptkernels/ops/attention/splits.py: the number of keys in a split follows from the entry's own
+// length and from num_splits (0: none is given) alone.
 constexpr int kSplitKeys = 256, kMostSplits = 64;
 constexpr int kSplitMultiple = 64;
 
@@ -29,16 +30,16 @@ __device__ inline int keys_of_split(int length, int num_splits) {
 
 struct DecodeArguments {
     AttentionDecode p;
-    int group, rows, row_blocks;  // H / Hk; group * Tq; blocks of them
+    int group, rows, row_blocks;  // H / Hk; group * Tq; blocks of rows
     bool plain;                   // scores_are_plain
-    bool q_aligned, k_aligned, v_aligned, out_aligned;  // 16-byte addresses throughout
+    bool q_aligned, k_aligned, v_aligned, out_aligned;  // all rows start at 16-byte addresses
 };
 
-// Returns how many rows a CTA takes. One translation unit for each T.
+// Returns how many rows a CTA takes. Each T is compiled in a translation unit of its own.
 template <class T>
 int launch_attention_decode_of(const DecodeArguments& a, Stream stream);
 
-// The band of an entry, whose queries are its newest tokens.
+// The band of an entry. The entry's queries are its newest tokens.
 __device__ inline Band decode_band(const AttentionCall& c, int b) {
     Band band;
     band.count = min(max(c.key_lengths[b], 0), c.Tk);
@@ -49,8 +50,8 @@ __device__ inline Band decode_band(const AttentionCall& c, int b) {
     return band;
 }
 
-// The keys that a block of rows sees, and their splits first <= s < last of `keys` keys each. A
-// block that sees none has one split, an empty one.
+// The keys that a block of rows sees, and the splits first <= s < last, of `keys` keys each, that
+// hold these keys. A block that sees no key has one split, which is empty.
 struct DecodeSplits {
     Range seen;
     int keys, first, last;
@@ -86,14 +87,14 @@ struct DecodeRow {
     }
 };
 
-// The number of a row's partial result in the workspaces.
+// The index of a row's partial result in the workspaces.
 __device__ inline int64_t partial_of(const DecodeArguments& a, int b, int hk, int split, int row) {
     const int64_t head = static_cast<int64_t>(b) * a.p.call.Hk + hk;
     return (head * a.p.splits + split) * a.rows + row;
 }
 __host__ __device__ inline int partial_width(int D) { return (D + 3) / 4 * 4; }
 
-// The weights' unit when several results with maxima up to m are added: of one with maximum own.
+// The factor of a result with maximum `own` when several results with maxima up to m are added.
 template <class T>
 __device__ __forceinline__ float weight_of(float own, float m) {
     return exp2_for<T>(own - (m == -INFINITY ? 0.0f : m));

@@ -8,11 +8,13 @@
 // q (B, Tq, H, D), k and v (B, Tk, Hk, D), any strides with a unit last one; out (B, Tq, H, D) and
 // lse (B, H, Tq) fp32, contiguous. Moves q and out once, k and v once for each block of kRows
 // queries; scores never leave the registers. Saved for the backward pass: q, k, v, out in their
-// dtype, and lse. Dropout drops p where it meets v; the normaliser l counts undropped scores.
+// dtype, and lse. Dropout zeroes p only in the product with v; the normaliser l sums the undropped
+// weights.
 //
-// A CTA takes kRows queries of one head. Each of its warps owns 16 or 32 of them: their q, their
-// scores, their softmax, their part of o. Keys and values pass by from right to left, tiles of
-// kKeys x kWidth in a ring of slots: k of the last block, v of it, k of the one before ...
+// A CTA takes kRows queries of one head. Each of its warps owns 16 or 32 of these queries: their q,
+// scores, softmax and part of o. The CTA visits the blocks of keys from right to left. Tiles of
+// kKeys x kWidth pass through a ring of slots: k of the last block, v of the last block, k of the
+// block before it, and so on.
 #pragma once
 
 #include <algorithm>
@@ -28,14 +30,15 @@ namespace gk {
 
 constexpr int kFwdWarps = 4, kFwdThreads = 32 * kFwdWarps;
 
-// Tiles by dtype and padded width. Two row tiles a warp (32 queries) where registers allow: every
-// fragment of k and v read from shared memory then feeds two products, and shared memory is what
-// mma.sync waits for otherwise. Keys: the most that spill nothing. Slots: k and v of a block need
-// two; a third keeps one more tile in flight where it takes no CTA's room.
+// The tiles by dtype and padded width. A warp has two row tiles (32 queries) where registers allow:
+// every fragment of k and v read from shared memory then feeds two products; otherwise mma.sync
+// waits for shared memory. kKeys is the largest that spills no registers. k and v of a block need
+// two slots; a third slot keeps one more tile in flight, where it does not lower the number of CTAs
+// that fit.
 template <class T, int kHeadWidth>
 struct FwdTiles {
     static constexpr bool kHalf = sizeof(T) == 2;
-    static constexpr int kWidth = kHeadWidth;  // of a head in shared memory, zeros from D on
+    static constexpr int kWidth = kHeadWidth;  // in shared memory; columns from D on are zeros
     static constexpr int kRowTiles = kWidth <= (kHalf ? 128 : 64) ? 2 : 1;
     static constexpr int kRows = kFwdWarps * 16 * kRowTiles;
     static constexpr int kKeys = !kHalf          ? (kWidth == 64 || kWidth == 256 ? 16 : 32)
@@ -49,20 +52,20 @@ struct FwdTiles {
 
     using Query = SharedTile<T, kRows, kWidth>;
     using Key = SharedTile<T, kKeys, kWidth>;
-    // Behind the tiles, a flag for each warp.
+    // The flags, one for each warp, lie behind the tiles.
     static constexpr int kSharedBytes = Query::kBytes + kSlots * Key::kBytes + 4 * kFwdWarps;
     static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
 };
 
 struct FwdArguments {
     AttentionFwd p;
-    int row_blocks;      // of kRows queries
+    int row_blocks;      // blocks of kRows queries of one head
     int heads_together;  // heads of the batch whose k and v share the L2 cache
-    bool q_aligned, k_aligned, v_aligned, out_aligned;  // 16-byte addresses throughout
+    bool q_aligned, k_aligned, v_aligned, out_aligned;  // all rows start at 16-byte addresses
 };
 
-// Which queries of which head a CTA takes. Heads go in groups whose k and v fit in the L2 cache;
-// within one, late rows, which have the most keys under a causal mask, start first.
+// Which queries of which head a CTA takes. Heads form groups whose k and v fit in the L2 cache.
+// Within a group the last rows start first, since they have the most keys under a causal mask.
 struct FwdPlace {
     int i0, b, h;
 
@@ -80,7 +83,8 @@ struct FwdPlace {
     }
 };
 
-// Queries of no sequence, by all threads of the grid.
+// Fills out and lse of the queries that belong to no sequence. All threads of the grid share the
+// work.
 template <class T>
 __device__ void clear_outside(const AttentionFwd& p) {
     const AttentionCall& c = p.call;
@@ -105,14 +109,15 @@ __global__ void __launch_bounds__(kFwdThreads)
     const Entry entry = entry_of(call, b);
     if (call.ragged()) clear_outside<T>(p);
     if (i0 >= entry.Tq) return;
-    // Looked up again inside and behind the loop, which has no registers to keep all of it in.
+    // Looked up again inside and behind the loop, since the loop has no registers to keep these
+    // values.
     const auto again = [&] { return entry_of(call, b); };
     const auto band_again = [&] { return band_of(call, again()); };
     const int hk = h / (call.H / call.Hk);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_index();
     const int row0 = warp * 16 * kRowTiles;          // this warp's first row of the tile
-    const int i_first = i0 + row0 + lane / 4;        // this thread's rows: + 8, + 16, + 24
-    const int j_offset = 2 * (lane % 4);             // and columns of each 8: + 1
+    const int i_first = i0 + row0 + lane / 4;        // this thread's rows: i_first, + 8, + 16, + 24
+    const int j_offset = 2 * (lane % 4);             // and its columns of each 8: j_offset, + 1
 
     const typename Tiles::Query q_tile{reinterpret_cast<T*>(shared_memory())};
     unsigned char* slots = shared_memory() + Tiles::Query::kBytes;
@@ -129,8 +134,8 @@ __global__ void __launch_bounds__(kFwdThreads)
     DropoutKey dropout{};
     if (kOptions && call.dropout.rng != nullptr) dropout = dropout_key(call.dropout);
 
-    // Tile t: k (even) or v (odd) of block t / 2 from the right, j its first key. One group each,
-    // empty where there is no such block.
+    // Tile t holds k (t even) or v (t odd) of block t / 2, counted from the right; j is the block's
+    // first key. Each tile is one cp.async group, which is empty where there is no such block.
     auto slot = [&](int t) {
         return typename Tiles::Key{reinterpret_cast<T*>(slots + t % kSlots * Tiles::Key::kBytes)};
     };
@@ -142,7 +147,8 @@ __global__ void __launch_bounds__(kFwdThreads)
         }
         cp_async_commit();
     };
-    // Tile t is there for all threads; all are done with tile t - 1, and its slot is filled again.
+    // Waits until tile t is there for all threads and all threads are done with tile t - 1, and
+    // then fills the slot of tile t - 1 again.
     constexpr int kAhead = kSlots - 1;
     auto advance = [&](int t, int j, int odd) {
         cp_async_wait<kAhead - 1>();
@@ -155,9 +161,10 @@ __global__ void __launch_bounds__(kFwdThreads)
 
     float o[kRowTiles][kHeadWidth / 8][4];
     RowState state[kRowTiles];
-    // A weight is 0 where a row does not see a key, but 0 * NaN is NaN: through a product, NaN or
-    // Inf in v would reach that row too. It shows in o, and then everything is done again with the
-    // values that are not finite taken out of v and added at the end to the rows that see them.
+    // A weight is 0 where a row does not see a key, but 0 * NaN is NaN: NaN or Inf in v would reach
+    // that row through the product. The row then shows NaN in o. In that case everything is
+    // computed again with the non-finite values taken out of v; they are added at the end to the
+    // rows that see them.
     bool careful = false;
 #pragma unroll 1
     for (;;) {
@@ -192,7 +199,8 @@ __global__ void __launch_bounds__(kFwdThreads)
                         }
             }
             if (keys.needs_mask(j0, kKeys)) {
-                // Against constants, from this thread's first row and column on.
+                // The loops compare with constants, counted from this thread's first row and
+                // column.
                 const Band own = band_again();
                 const int j = j0 + j_offset;
                 const int lowest = own.lowest(i_first) - j, reach = own.reach(i_first) - j;
@@ -229,7 +237,7 @@ __global__ void __launch_bounds__(kFwdThreads)
             value_products<Tiles, T>(o, s, slot(t + 1));
         }
         if (careful) break;
-        float zero = 0;  // NaN where one of o is not finite
+        float zero = 0;  // becomes NaN where an element of o is not finite
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
@@ -263,7 +271,7 @@ __global__ void __launch_bounds__(kFwdThreads)
                 }
     }
 
-    // Out of the registers by way of this warp's own rows of q's tile, in whole rows of 16 bytes.
+    // The registers go through this warp's own rows of q's tile, so that out is stored by 16 bytes.
     const int64_t out_stride = static_cast<int64_t>(call.H) * call.D;
     const Entry stored = again();
     T* out = static_cast<T*>(p.out) + stored.queries(call, h);
@@ -303,7 +311,8 @@ __global__ void __launch_bounds__(kFwdThreads)
     }
 }
 
-// Enough heads together to fill the machine, whose k and v stay within this much of the L2 cache.
+// k and v of the heads that are worked on together take at most this much of the L2 cache. These
+// heads are enough to fill the machine.
 constexpr int64_t kFwdCacheBytes = 16 << 20;
 
 template <class T, int kWidth, bool kOptions>

@@ -5,7 +5,7 @@
 
 namespace gk {
 
-// One translation unit for each T.
+// Each T is compiled in a translation unit of its own.
 template <class T>
 void launch_attention_fwd_of(const AttentionFwd& p, Stream stream);
 

@@ -16,10 +16,10 @@ struct BulkStores {
     std::vector<size_t> ends;
 };
 
-// The running thread is about to tell others, by `what`, of what it wrote to global memory. Fails
+// The running thread is about to tell others, by `what`, about its writes to global memory. Fails
 // if its stores may still write there.
 void bulk_stores_published(const char* what);
-// A thread returns. Fails if it has not waited for its stores to read their shared memory.
+// A thread returns. Fails if it has not waited until its stores have read their shared memory.
 void bulk_stores_end(const Thread& thread);
 
 }  // namespace gk::emulator

@@ -8,8 +8,8 @@
 namespace gk::emulator {
 namespace {
 
-// Where a pattern begins that repeats every eight rows of its span. Boxes start at a multiple of
-// 128 in any case.
+// The multiple at which a swizzle's pattern begins; the pattern repeats every eight rows of its
+// span. Boxes start at a multiple of 128 in any case.
 constexpr size_t alignment_of(Swizzle swizzle) {
     constexpr size_t kPatterns[] = {128, 256, 512, 1024};
     return kPatterns[static_cast<int>(swizzle)];

@@ -1,4 +1,4 @@
-// What every bulk copy is checked for when a thread starts it.
+// The checks of every bulk copy when a thread starts it.
 #pragma once
 
 #include "emulator/memory/shadow.h"
@@ -6,9 +6,9 @@
 
 namespace gk::emulator {
 
-// Fails if it is no map among the kernel's parameters.
+// Fails if `map` is not a tensor map among the kernel's parameters.
 Map checked_map(const char* what, const TensorMap* map);
-// The box at the coordinates and at `shared`, which `access` touches.
+// The box at the coordinates `at`, and at `shared` in shared memory, which `access` touches.
 Box checked_box(const char* what, Access access, const TensorMap* map, const void* shared,
                 const int* at, int rank);
 // Contiguous bytes: both addresses and their number are multiples of 16.

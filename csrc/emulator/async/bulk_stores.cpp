@@ -1,8 +1,9 @@
 // Stores and reductions by the asynchronous engine, and the groups in which threads wait for them.
 //
-// One that is started must find its source written, fenced and unraced. The source must stay as it
-// is until its thread has waited for it to be read, whenever the engine in truth read it; global
-// memory changes when the engine gets to it, at the latest when its thread waits for that.
+// When a store is started, its source must be written, fenced and free of races. The source must
+// stay as it is until the thread has waited for it to be read, however early the engine reads it.
+// Global memory changes when the engine gets to the store, at the latest when the thread waits for
+// that.
 #include <cstring>
 #include <string>
 
@@ -21,9 +22,9 @@ struct BulkStore {
     bool add;
     DType dtype;
     const void* pc;
-    std::vector<unsigned char> data;  // of the box's rows, when it was started
-    bool read, written;               // by the engine
-    bool awaited;                     // its writes, by the thread
+    std::vector<unsigned char> data;  // of the box's rows, as it was when the store was started
+    bool read, written;               // whether the engine has done so
+    bool awaited;                     // whether the thread has waited for its writes
 };
 
 namespace {
@@ -67,7 +68,7 @@ std::string name_of(const BulkStore& store) {
     return std::string(store.what) + ", at " + lines({store.pc});
 }
 
-// The running thread reads the source for the engine: f(its part, bytes).
+// Calls f(part, bytes) for each part of the source, which the running thread reads for the engine.
 template <class F>
 void each_source(const BulkStore& store, F&& f) {
     const unsigned char* shared = running->cta->shared;
@@ -77,7 +78,7 @@ void each_source(const BulkStore& store, F&& f) {
     }
 }
 
-// What is kept of a finished one is that it has not been awaited.
+// All that is kept of a finished store is that it has not been awaited.
 void release(BulkStore& store) {
     store.data = {};
     store.box.rows = {};
@@ -119,7 +120,7 @@ void start(BulkStore&& given) {
     later([store] { write(*store); });
 }
 
-// Its source may be written again.
+// The store's source may be written again.
 void finish_reading(BulkStore& store) {
     if (store.read) return;
     if (gather_box(store.box, running->cta->shared) != store.data) {
@@ -132,7 +133,7 @@ void finish_reading(BulkStore& store) {
     if (store.written) release(store);
 }
 
-// f(store) for all but the `pending` newest groups.
+// Calls f(store) for all but the `pending` newest groups.
 template <class F>
 void each_awaited(int pending, F&& f) {
     const BulkStores& stores = running->stores;
@@ -141,7 +142,7 @@ void each_awaited(int pending, F&& f) {
     for (size_t i = 0; i < end; ++i) f(*stores.started[i]);
 }
 
-// What is over need not be kept.
+// Drops the groups that are over.
 void drop_finished(BulkStores& stores) {
     size_t groups = 0, count = 0;
     for (; groups < stores.ends.size(); ++groups) {

@@ -1,5 +1,6 @@
 // Asynchronous copies. Data arrives when its thread waits for it, as late as the GPU may deliver
-// it; with GPTKERNELS_EMULATE_COPIES=early at once. Either way nobody may touch it in between.
+// it; with GPTKERNELS_EMULATE_COPIES=early it arrives at once. In both cases nobody may touch the
+// destination in between.
 #include "emulator/async/cp_async.h"
 
 #include <cstring>

@@ -1,5 +1,5 @@
-// Barriers that count arrivals and bytes. What the hardware keeps in their 8 bytes is kept beside
-// the CTA, which nobody can read by accident.
+// Barriers that count arrivals and bytes. The state that the hardware keeps in their 8 bytes is
+// kept beside the CTA, where nobody can read it by accident.
 #include "emulator/async/mbarrier.h"
 
 #include "runtime/launch.h"
@@ -11,7 +11,7 @@
 namespace gk::emulator {
 namespace {
 
-constexpr unsigned kMostArrivals = (1u << 20) - 1;  // and bytes: what their fields hold
+constexpr unsigned kMostArrivals = (1u << 20) - 1;  // for arrivals and bytes: their fields' limit
 
 std::string place(const Mbarrier& bar) { return lines({bar.pc}); }
 
@@ -51,7 +51,7 @@ Mbarrier& find(Cta& cta, size_t offset, const std::string& what) {
     return found->second;
 }
 
-// Not for threads of the CTA, for which any barrier between does.
+// Threads of the same CTA need no fence: any barrier after the initialisation is enough.
 void check_fence(const Mbarrier& bar, size_t offset, const char* what) {
     if (bar.fenced) return;
     fail(std::string(what) + " may not see that " + memory::name_of(bar.initialised) +
@@ -59,7 +59,7 @@ void check_fence(const Mbarrier& bar, size_t offset, const char* what) {
          ", which mbarrier_init_fence did not follow");
 }
 
-// Of the running thread's CTA, or of another one that it reaches into.
+// A barrier of the running thread's CTA, or of another CTA that the thread reaches into.
 Mbarrier& find_for_thread(Cta& cta, size_t offset, const char* what) {
     Mbarrier& bar = find(cta, offset, what);
     if (!comes_before(bar.initialised, *running)) {

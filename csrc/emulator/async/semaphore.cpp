@@ -1,6 +1,6 @@
-// Counters in global memory. They say when something happens, and order nothing for the race check:
-// CTAs of one launch stay unordered, and what they reduce into global memory collides with plain
-// accesses alone.
+// Counters in global memory. They decide when something happens, but they order nothing for the
+// race check: CTAs of one launch stay unordered, and reductions into global memory collide only
+// with plain accesses.
 #include "emulator/async/semaphore.h"
 
 #include <string>

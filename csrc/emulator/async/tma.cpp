@@ -1,6 +1,6 @@
-// Loads by the tensor memory accelerator. One that is started is checked there and then: map,
+// Loads by the tensor memory accelerator. A load is checked when a thread starts it: map,
 // coordinates, addresses, source and destination. Its bytes arrive, and count on its barrier, when
-// the asynchronous engine gets to it; until then the destination holds NaNs that nobody may read.
+// the asynchronous engine gets to it. Until then the destination holds NaNs that nobody may read.
 #include "emulator/async/tma.h"
 
 #include <cstring>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kPoison = 0xff;
 
-// Of one box: the CTAs that get it, each at the same offset and on its own barrier.
+// The load of one box: the CTAs that get it, each at the same offset and on its own barrier.
 struct Load {
     const char* what;
     const void* pc;  // where it was started
@@ -61,7 +61,8 @@ void start(const char* what, Box&& box, std::vector<Cta*>&& targets, const uint6
     });
 }
 
-// The running thread's cluster has one CTA for each bit of `mask`.
+// The CTAs of the running thread's cluster whose bits are set in `mask`. Fails if one does not
+// exist.
 std::vector<Cta*> targets_of(unsigned mask) {
     if (mask == 0) fail("a tma_load_multicast to no CTA: its mask is 0");
     std::vector<Cta*> targets;

@@ -21,8 +21,8 @@ struct Map {
 
 constexpr uint64_t kMapMark = 0x70616d726f736e74;
 
-// Of a box: bytes `first` to `last` of it are in the tensor, from `global` on; none where they are
-// equal.
+// A row of a box: its bytes from `first` to `last` are in the tensor, from `global` on. None are if
+// `first` and `last` are equal.
 struct Row {
     size_t shared;  // from the box's start, before the swizzle
     size_t first, last;
@@ -30,29 +30,30 @@ struct Row {
 };
 
 struct Box {
-    size_t bytes;   // in shared memory
-    size_t offset;  // there
+    size_t bytes;   // of the box in shared memory
+    size_t offset;  // of the box in shared memory
     Swizzle swizzle;
     std::vector<Row> rows;
 };
 
-// The box at `at`, as many coordinates as the map has dimensions, at `offset` of shared memory.
+// The box at `at`, which has a coordinate for each dimension of the map, at `offset` of shared
+// memory.
 Box box_of(const Map& map, const int* at, size_t offset);
 // Contiguous bytes, as a box of one row.
 Box box_of(void* global, size_t bytes, size_t offset);
 
 // What lies in shared memory after the box was loaded: the tensor's bytes, swizzled, and zeros.
 std::vector<unsigned char> load_box(const Box& box);
-// The rows' bytes that are in the tensor, one after the other, from where a load would leave them;
-// `shared` is the arena.
+// The bytes of the rows that are in the tensor, one row after the other, taken from where a load
+// would leave them; `shared` is the arena.
 std::vector<unsigned char> gather_box(const Box& box, const unsigned char* shared);
-// Which bytes of shared memory those of a row are: f(offset, bytes), in the row's order.
+// Calls f(offset, bytes) for the parts of shared memory that hold a row, in the row's order.
 template <class F>
 void each_part(const Box& box, const Row& row, F&& f);
 
 constexpr size_t kChunk = 16;
 
-// Bits 4-6 ^= bits 7-9, or as many of them as the span has.
+// Bits 4-6 ^= bits 7-9, or only as many of these bits as the swizzle's span has.
 constexpr size_t swizzled(Swizzle swizzle, size_t offset) {
     constexpr size_t kMasks[] = {0, 0x10, 0x30, 0x70};
     return offset ^ (offset >> 3 & kMasks[static_cast<int>(swizzle)]);

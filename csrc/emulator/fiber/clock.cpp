@@ -20,7 +20,7 @@ void step(Thread& thread) {
     top = std::max(top, time);
 }
 
-// Whole warps: a constant length is what g++ vectorises.
+// Joins whole warps: g++ vectorises only a constant length.
 void join_warp(int* mine, const int* other) {
     for (unsigned i = 0; i < kWarp; ++i) mine[i] = mine[i] < other[i] ? other[i] : mine[i];
 }
@@ -49,7 +49,7 @@ void widen(Past& past, unsigned first, unsigned last) {
     }
 }
 
-// All threads learn what some of them know of the members from `first` to `last`.
+// All threads learn what any of them knows of the members first ... last - 1.
 void share(const std::vector<Thread*>& threads, unsigned first, unsigned last) {
     static std::vector<int> known;
     known.assign(last, 0);

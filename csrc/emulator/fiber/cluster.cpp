@@ -1,4 +1,4 @@
-// What the CTAs of a cluster do together: barrier.cluster, and addresses in each other's memory.
+// What the CTAs of a cluster do together: barrier.cluster, and access to each other's memory.
 #include "emulator/fiber/cluster.h"
 
 #include <algorithm>
@@ -16,7 +16,8 @@ unsigned threads_alive(const Cluster& cluster) {
     return alive;
 }
 
-// Where all have arrived they go on. Who only arrived learns of the others when it waits.
+// When all threads have arrived they go on. A thread that only arrived learns of the others when it
+// waits.
 void complete(Cluster& cluster) {
     ClusterBarrier& barrier = cluster.barrier;
     if (barrier.arrived == 0 || barrier.arrived < threads_alive(cluster)) return;
@@ -58,7 +59,7 @@ void arrive(const char* what, bool leaves) {
     self.arrived_at = barrier.times;
     ++barrier.arrived;
     if (leaves && !barrier.split) {
-        // Those who wait so far did nothing since they arrived.
+        // The threads that wait so far have done nothing since they arrived.
         barrier.split = true;
         for (Thread* thread : barrier.waiting) leave_past(barrier.past, *thread, true);
     }

@@ -1,4 +1,4 @@
-// Twins of what a cluster's CTAs do together (device/cluster.h), for the emulator.
+// Twins of the operations that a cluster's CTAs do together (device/cluster.h), for the emulator.
 #pragma once
 
 #include "emulator/emulator.h"

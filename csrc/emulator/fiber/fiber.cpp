@@ -1,5 +1,5 @@
-// Switching stacks: the registers that a called function must keep, and the stack pointer, nothing
-// else (no signal mask, which costs a system call each time).
+// Switching stacks saves the registers that a called function must keep, and the stack pointer. It
+// saves no signal mask, which would cost a system call each time.
 #include "emulator/fiber/fiber.h"
 
 #include <sys/mman.h>
@@ -75,8 +75,8 @@ gk_emulator_switch:
 namespace gk::emulator {
 namespace {
 
-// Several times what a frame takes, so that none reaches past it, and a whole number of pages,
-// which are of up to 64 KB.
+// The guard is several times as large as a frame, so that no frame reaches past it. It is a whole
+// number of pages, which have up to 64 KB.
 constexpr size_t kGuardBytes = 64 * 1024;
 constexpr size_t kStagger = 272, kStaggerRange = 4096;
 
@@ -111,7 +111,7 @@ void Fiber::start(void (*entry)()) {
 
 const char* Fiber::frame() const {
 #if defined(__x86_64__)
-    constexpr int kFramePointer = 5;  // rbp, the last one pushed off
+    constexpr int kFramePointer = 5;  // rbp, which is popped last
 #else
     constexpr int kFramePointer = 10;  // x29
 #endif

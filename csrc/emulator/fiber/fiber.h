@@ -1,4 +1,4 @@
-// A stack and a place to go on from: one for each emulated thread.
+// A stack and the place at which to go on: one for each emulated thread.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,9 @@ namespace gk::emulator {
 
 class Fiber {
   public:
-    // Stacks end in a guard page. Their tops are staggered by `index`: at equal addresses modulo a
-    // page, the same variable of every thread would fight for one set of the cache.
+    // A stack ends in a guard page. The tops of the stacks are staggered by `index`: at equal
+    // addresses modulo a page, the same variable of all threads would compete for one set of the
+    // cache.
     explicit Fiber(unsigned index);
     ~Fiber();
     Fiber(const Fiber&) = delete;
@@ -16,12 +17,12 @@ class Fiber {
 
     // The next `enter` calls `entry`, from the top of the stack. `entry` must not return.
     void start(void (*entry)());
-    // Run the fiber until it calls `leave`. Called from the host's own stack.
+    // Runs the fiber until it calls `leave`. Called from the host's own stack.
     void enter();
-    // Back to `enter`'s caller, which goes on as if `enter` had returned.
+    // Goes back to `enter`'s caller, which goes on as if `enter` had returned.
     void leave();
 
-    // Of a fiber that has left: the frame that it left from.
+    // For a fiber that has left: the frame in which it called `leave`.
     const char* frame() const;
     const char* stack_begin() const { return stack_; }
     const char* stack_end() const { return stack_ + kStackBytes; }

@@ -1,4 +1,5 @@
-// Scheduling: which CTAs are resident, which thread runs next, and what is wrong when none can.
+// Scheduling: which CTAs are resident, which thread runs next, and what is wrong when no thread can
+// run.
 #include "emulator/fiber/grid.h"
 
 #include <sys/mman.h>
@@ -22,14 +23,14 @@ const Launch* launched = nullptr;
 
 namespace {
 
-constexpr unsigned kResident = 2;  // CTAs at a time, where they are no clusters; else one of these
+constexpr unsigned kResident = 2;  // CTAs at a time; but only one cluster of several CTAs
 constexpr unsigned kMostThreads = kMostWarps * kWarp;  // of a CTA
 constexpr int kMultiprocessors = 2;
 
 constexpr size_t kShared80 = 99 * 1024, kShared90 = 227 * 1024;  // of a CTA
 
-bool hopper = false;  // what this launch runs on
-std::string failure;  // what ended the launch
+bool hopper = false;  // whether this launch runs on Hopper
+std::string failure;  // the error that ended the launch
 
 struct Running {
     void* kernel;
@@ -50,13 +51,14 @@ std::string ranges(const std::vector<unsigned>& numbers) {
     return joined;
 }
 
-// ---- threads' lives
+// ---- how threads begin and end
 
 std::vector<std::unique_ptr<Cta>> slots;
 Cluster clusters[kResident];
 unsigned char* arenas = nullptr;
 
-// Room on either side of each arena, so that an access past its end stays within this mapping.
+// Room on both sides of each arena, so that an access past the arena's end stays within this
+// mapping.
 constexpr size_t kArenaBytes = 256 * 1024, kArenaMargin = 1024 * 1024;
 
 void body() {
@@ -125,7 +127,7 @@ bool alive(const Cluster& cluster) {
     return false;
 }
 
-// Its slots may go to another one.
+// The cluster's slots may go to another cluster.
 void end(Cluster& cluster) {
     for (Cta* cta : cluster.ctas) cta->clock.top = cluster.clock.top;
     cluster.ctas.clear();
@@ -151,12 +153,12 @@ class Schedule {
             }
         }
     }
-    // Which of `count` things, waiting since the first came, is next.
+    // Which of `count` things is next, in the order in which they began to wait.
     size_t next(size_t count) {
         if (seeded_) return random_() % count;
         return reverse_ ? count - 1 : 0;
     }
-    // Now and then something happens although nobody waits for it.
+    // Whether something happens now although nobody waits for it.
     bool now_and_then() { return seeded_ && random_() % 4 == 0; }
     std::vector<unsigned> order(unsigned count) {
         std::vector<unsigned> turns(count);
@@ -219,7 +221,7 @@ std::string who_waits(const Cluster& cluster) {
     return report;
 }
 
-// The engine does one thing, and a kernel's mistake that this shows ends the launch.
+// The engine does one piece of work. If the work reveals a kernel's mistake, the launch ends.
 void run_engine(Schedule& schedule) {
     try {
         engine_run(schedule.next(engine_pending()));
@@ -228,7 +230,7 @@ void run_engine(Schedule& schedule) {
     }
 }
 
-// All threads have returned.
+// Called when all threads have returned.
 void check_end(const Cluster& cluster) {
     for (const Cta* cta : cluster.ctas) {
         for (const std::string& wrong : {unfinished_mbarriers(*cta), uneven_registers(*cta)}) {
@@ -354,7 +356,8 @@ int capability(int) {
     throw Error("GPTKERNELS_EMULATE_ARCH must be sm80 or sm90, got " + given);
 }
 
-// Two: small inputs cross the loops of persistent clusters, which run one after the other.
+// Two, so that small inputs make persistent clusters take several rounds. The clusters run one
+// after the other.
 int detail::resident_clusters(const void*, const Launch& launch, int ctas_of_sm) {
     const DryRun* run = DryRun::elsewhere();
     if (run == nullptr) return 2;

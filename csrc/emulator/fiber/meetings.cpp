@@ -8,13 +8,13 @@
 namespace gk::emulator {
 namespace {
 
-// The lanes that a whole warp has.
+// The lanes that exist in a warp of the CTA.
 unsigned all_lanes(const Cta& cta, unsigned warp) {
     const unsigned threads = std::min(cta.threads - warp * kWarp, kWarp);
     return 0xffffffffu >> (kWarp - threads);
 }
 
-// A number of threads counts warps, and a warp is there when all its lanes are.
+// A barrier for a number of threads counts warps, and a warp has come when all its lanes have.
 bool complete(const Cta& cta, const Barrier& barrier) {
     const size_t here = barrier.waiting.size() + barrier.arrived.size();
     if (barrier.expected == 0) return here > 0 && here >= cta.alive;
@@ -26,7 +26,7 @@ bool complete(const Cta& cta, const Barrier& barrier) {
     return threads >= barrier.expected;
 }
 
-// Where one who waits there is.
+// Where a thread of the warp waits, for errors.
 std::string place_of(const Barrier& barrier, unsigned warp) {
     for (const Thread* thread : barrier.waiting) {
         if (thread->warp() == warp) return "wait at " + lines(calls_of(*thread));
@@ -100,12 +100,13 @@ bool same_place(const Waiting& a, const Waiting& b) {
     return a.mask == b.mask && a.path == b.path && std::strcmp(a.what, b.what) == 0;
 }
 
-// One of those who wait there.
+// One of the lanes that wait at the meeting.
 const Thread& first_lane(const Cta& cta, unsigned warp, const Meeting& meeting) {
     return *cta.fibers[warp * kWarp + unsigned(__builtin_ctz(meeting.here))];
 }
 
-// Everyone has come: combine, wake all but the running thread, forget the meeting.
+// If all lanes have come: calls combine, wakes all lanes, and drops the meeting. Returns whether
+// they had come.
 bool finish(Cta& cta, unsigned warp, size_t index) {
     std::vector<Meeting>& meetings = cta.warps[warp].meetings;
     if ((meetings[index].waiting.mask & cta.warps[warp].alive) != meetings[index].here) return false;
@@ -196,14 +197,14 @@ struct ShuffleLane {
     int operand, width;
 };
 
-// The source lane of PTX's shfl.sync, within segments of `width` lanes; a source outside the
-// segment leaves the lane its own value.
+// The source lane is that of PTX's shfl.sync, within segments of `width` lanes. If the source lies
+// outside the segment, the lane keeps its own value.
 void combine_shuffle(void* const* lanes) {
     for (int lane = 0; lane < int(kWarp); ++lane) {
         if (lanes[lane] == nullptr) continue;
         auto& mine = *static_cast<ShuffleLane*>(lanes[lane]);
         const int first = lane - lane % mine.width;
-        const int operand = mine.operand & 31;  // all that shfl.sync takes of it
+        const int operand = mine.operand & 31;  // shfl.sync takes only these bits of it
         int source = lane;
         switch (mine.kind) {
             case Shuffle::index:
@@ -217,7 +218,8 @@ void combine_shuffle(void* const* lanes) {
         const bool outside = mine.kind == Shuffle::up ? source < first
                                                       : source >= first + mine.width;
         if (outside || source < 0) source = lane;
-        // From a lane that does not take part the value is undefined: a pattern that shows.
+        // The value of a lane that does not take part is undefined, so a conspicuous pattern is
+        // returned.
         mine.result = lanes[source] ? static_cast<ShuffleLane*>(lanes[source])->value
                                     : 0xffffffffffffffffull;
     }

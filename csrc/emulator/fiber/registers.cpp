@@ -1,5 +1,5 @@
-// Registers that warpgroups pass to each other. A kernel's threads start with what its launch
-// bounds leave to each of a CTA's, and the warps of a warpgroup all ask for the same.
+// Registers that warpgroups pass to each other. All threads of a CTA start with an equal share of
+// them, and the warps of a warpgroup must all ask for the same number.
 #include "emulator/fiber/registers.h"
 
 #include <algorithm>
@@ -16,14 +16,14 @@ unsigned at_launch(const Cta& cta) {
     return std::min(kRegisters / cta.threads / kGranule * kGranule, kMost);
 }
 
-// Of a thread of each warp, summed over them.
+// The registers that no warp holds, counted for one thread of each warp.
 unsigned free_registers(const Cta& cta) {
     unsigned left = at_launch(cta) * unsigned(cta.registers.size());
     for (const unsigned held : cta.registers) left -= held;
     return left;
 }
 
-// Warps that wait for registers and now find them go on, the first to ask first.
+// Lets the warps go on that wait for registers and now find them; the first to ask is served first.
 void serve(Cta& cta) {
     while (!cta.claims.empty()) {
         const Claim claim = cta.claims.front();

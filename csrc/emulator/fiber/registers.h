@@ -1,4 +1,5 @@
-// Twins of the passing of registers between warpgroups (device/warpgroup.h), for the emulator.
+// Twins of the instructions that pass registers between warpgroups (device/warpgroup.h), for the
+// emulator.
 #pragma once
 
 #include "emulator/emulator.h"

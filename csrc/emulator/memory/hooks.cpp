@@ -1,6 +1,6 @@
-// What g++ calls before each access to memory with -fsanitize=thread, whose own library is not
-// linked. A thread's own stack is its registers and local memory: nobody else's business, but a
-// wgmma's.
+// The functions that g++ calls before each access to memory with -fsanitize=thread; the sanitizer's
+// own library is not linked. A thread's own stack holds its registers and local memory. Accesses to
+// it need no check, unless a wgmma in flight has them as accumulators.
 #include <cstdint>
 
 #include "emulator/memory/memory.h"
@@ -9,7 +9,8 @@ namespace {
 
 using namespace gk::emulator;
 
-// Host code runs on no thread.
+// Whether an access needs no further check: host code, which runs on no thread, or the thread's own
+// stack.
 inline bool exempt(const void* address, size_t bytes, const char* verb) {
     Thread* thread = running;
     if (thread == nullptr) return true;
@@ -38,7 +39,7 @@ inline void write(const void* address, size_t bytes, size_t alignment, const voi
 extern "C" {
 
 void __tsan_init() {}
-void __tsan_vptr_update(void**, void*) {}  // of exceptions, in launchers
+void __tsan_vptr_update(void**, void*) {}  // for exceptions, in launchers
 
 void __tsan_read1(void* address) { read(address, 1, 1, GK_HERE); }
 void __tsan_read2(void* address) { read(address, 2, 2, GK_HERE); }
@@ -51,11 +52,11 @@ void __tsan_write2(void* address) { write(address, 2, 2, GK_HERE); }
 void __tsan_write4(void* address) { write(address, 4, 4, GK_HERE); }
 void __tsan_write8(void* address) { write(address, 8, 8, GK_HERE); }
 void __tsan_write16(void* address) { write(address, 16, 8, GK_HERE); }
-// Structs of other sizes, and memcpy of up to 16 bytes.
+// For structs of other sizes, and for memcpy of up to 16 bytes.
 void __tsan_read_range(void* address, long bytes) { read(address, size_t(bytes), 1, GK_HERE); }
 void __tsan_write_range(void* address, long bytes) { write(address, size_t(bytes), 1, GK_HERE); }
 
-// Guards of static variables, in launchers.
+// For guards of static variables, in launchers.
 uint8_t __tsan_atomic8_load(const volatile uint8_t* address, int) {
     return __atomic_load_n(address, __ATOMIC_SEQ_CST);
 }

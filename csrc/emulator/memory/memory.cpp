@@ -1,4 +1,4 @@
-// Which memory an address belongs to, and what is said of an access that should not be.
+// Which memory an address belongs to, and what an error says about a wrong access.
 #include "emulator/memory/memory.h"
 
 #include <algorithm>
@@ -18,22 +18,22 @@ struct Tensor {
     std::string name;
     const char* begin;
     size_t bytes;
-    // Of outputs, from the multiple of 16 below `begin`. Nobody writes to an input, and everything
-    // in it was written.
+    // Only outputs have a shadow; it begins at the multiple of 16 below `begin`. An input needs
+    // none: nobody may write to it, and every byte in it was written.
     std::unique_ptr<Shadow> shadow;
     size_t offset(const char* address) const {
         return size_t(address - begin) + reinterpret_cast<uintptr_t>(begin) % 16;
     }
 };
 
-// Outputs first: what an input shares with one is updated in place.
+// Outputs come first: bytes that an input shares with an output are updated in place.
 std::vector<Tensor> tensors;
 size_t outputs = 0;
 bool overlapping = false;
 const Tensor* recent = nullptr;
 
 std::vector<Shadow> arenas;  // of shared memory, by the CTA's slot
-unsigned next_serial = 1;    // of the next cluster of all launches
+unsigned next_serial = 1;    // of the next cluster, counted over all launches
 unsigned launch_serial = 1;  // of the first cluster of this launch
 
 bool inside(const char* begin, size_t size, const char* address, size_t bytes) {
@@ -75,12 +75,13 @@ std::string outside(const std::string& name, const char* begin, size_t size, con
     return text + " (" + counted(size, "byte") + ")";
 }
 
-// "shared memory", with whose it is where that is another CTA.
+// "shared memory", with the CTA's index where it is another CTA's.
 std::string shared_text(const Cta& cta) {
     return &cta == running->cta ? "shared memory" : "shared memory of CTA " + text(cta.block);
 }
 
-// The address belongs to nothing that this thread may touch: the sentence names what it is.
+// The address belongs to nothing that this thread may touch. The error names what lies there or
+// nearby.
 [[noreturn]] void fail_outside(Access access, const char* address, size_t bytes) {
     constexpr size_t kNear = 1024 * 1024, kNull = 64 * 1024;
     const std::string sentence = verb(access) + counted(bytes, "byte") + ", ";
@@ -150,7 +151,7 @@ std::string byte_text(size_t offset, const std::string& of) {
     fail(sentence);
 }
 
-// From an offset into the tensor's shadow.
+// Names a byte by its offset in the tensor's shadow.
 std::string tensor_byte(size_t offset, const Tensor& tensor) {
     return byte_text(offset - tensor.offset(tensor.begin), tensor.name);
 }
@@ -179,7 +180,8 @@ const Tensor* find(const char* address, size_t bytes) {
     return nullptr;
 }
 
-// The running thread's own CTA or, of its cluster's, the one whose arena holds the bytes.
+// The CTA whose arena holds the bytes: the running thread's own, or another one of its cluster.
+// Null if there is none.
 Cta* arena_of(const char* address, size_t bytes) {
     Cta& own = *running->cta;
     const auto in = [&](const Cta& cta) {
@@ -220,7 +222,7 @@ void check(Access access, const void* pointer, size_t bytes, size_t alignment, c
     fail_finding(access, finding, where, bytes);
 }
 
-// Nobody may touch the bytes until what holds them lets go.
+// Nobody may touch the bytes until their holder lets them go.
 void hold(Cta& cta, size_t offset, size_t bytes, Held by, const void* pc) {
     const Visitor visitor{running, true, launch_serial, pack_place(pc)};
     const Finding finding = arenas[cta.slot].hold(offset, bytes, by, visitor);

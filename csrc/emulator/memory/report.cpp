@@ -1,4 +1,5 @@
-// Source lines by addr2line, which knows inlined functions too, and callers by frame pointers.
+// Source lines come from addr2line, which knows inlined functions too; callers are found by frame
+// pointers.
 #include "emulator/memory/report.h"
 
 #include <dlfcn.h>
@@ -9,7 +10,7 @@
 
 #include "emulator/fiber/grid.h"
 
-// The linker's: this module's first byte.
+// The linker defines this symbol at the module's first byte.
 extern "C" const char __ehdr_start __attribute__((visibility("hidden")));
 
 namespace gk::emulator {
@@ -29,9 +30,9 @@ std::string hexadecimal(uintptr_t number) {
     return buffer;
 }
 
-// The return addresses of a thread's calls, from a frame out: each begins with the caller's frame
-// and the return address. The last two are those of the kernel's caller and of the thread's first
-// function, which has none.
+// The return addresses of a thread's calls, from a frame outwards. Each frame begins with the
+// caller's frame and the return address. The last two addresses belong to the kernel's caller and
+// to the thread's first function, which has no caller.
 Calls calls_from(const Thread& thread, const char* frame) {
     Calls calls;
     const char* stack = thread.fiber.stack_begin();
@@ -54,10 +55,11 @@ std::string lines(const Calls& calls) {
     if (calls.empty() || !dladdr(&__ehdr_start, &module)) return "an unknown place";
     std::string command = "addr2line -a -i -e " + quoted(module.dli_fname);
     for (const void* call : calls) {
-        // A return address may already belong to the next line: one byte less is still the call.
+        // A return address may already belong to the next line; one byte before it is still the
+        // call.
         command += " " + hexadecimal(uintptr_t(call) - uintptr_t(&__ehdr_start) - 1);
     }
-    std::string found, frame;  // frame: one call with what was inlined into its function
+    std::string found, frame;  // frame: one call, with the functions inlined into it
     const auto end_frame = [&] {
         found += (found.empty() || frame.empty() ? "" : ", called at ") + frame;
         frame.clear();
@@ -71,7 +73,8 @@ std::string lines(const Calls& calls) {
             if (text.rfind("0x", 0) == 0) {
                 end_frame();
             } else if (text.rfind("csrc/emulator/", 0) == 0) {
-                // A header's function may be inlined into a kernel's, a .cpp file is the emulator.
+                // A header's function may be inlined into a kernel; a .cpp file is the emulator
+                // itself.
                 if (text.find(".cpp:") != std::string::npos) frame.clear();
             } else if (known) {
                 frame += (frame.empty() ? "" : ", called at ") + text;

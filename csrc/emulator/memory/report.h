@@ -11,14 +11,14 @@ struct Thread;
 
 // Return addresses, innermost first.
 using Calls = std::vector<const void*>;
-// "csrc/device/vector.h:33, called at csrc/layer_norm.cu:120": the kernel's source lines.
+// The kernel's source lines: "csrc/device/vector.h:33, called at csrc/layer_norm/fwd.cu:120".
 std::string lines(const Calls& calls);
-// Of the running thread, and of one that waits.
+// The source lines of the running thread, and the calls of a thread that waits.
 std::string here();
 Calls calls_of(const Thread& waiting);
-// Of the calls that the running thread is in: a number that differs where they do.
+// A number for the chain of calls that the running thread is in: other chains have other numbers.
 uint64_t path_here();
-// As messages name a source file: from the project's folder on.
+// A source file as messages name it: from the project's folder on.
 std::string short_path(const std::string& path);
 
 // A place in the kernels' machine code in 28 bits.

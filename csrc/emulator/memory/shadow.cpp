@@ -9,10 +9,10 @@ namespace gk::emulator {
 
 struct Cell {
     Epoch writer;         // 0: never written
-    Epoch readers[2];     // since then, as far as one does not come before another
-    unsigned written_at;  // a place (report.h) and flags
-    unsigned read_at[2];  // likewise
-    unsigned more;        // the list of further readers, all of one cluster; 0: there are none
+    Epoch readers[2];     // since then; a reader that comes before another is dropped
+    unsigned written_at;  // a place (emulator/memory/report.h) and flags
+    unsigned read_at[2];  // the places of these reads
+    unsigned more;        // the list of further readers, all of one cluster; 0: none
 };
 
 static_assert(sizeof(Readers) == 128);
@@ -21,17 +21,18 @@ namespace {
 
 constexpr size_t kLine = 16, kPart = 2, kParts = kLine / kPart;
 
-// Above a place's 28 bits, of the last write.
+// Flags of the last write, above the 28 bits of its place.
 constexpr unsigned kAtomic = 1u << 28;
 constexpr unsigned kInFlight = 1u << 29;
-constexpr unsigned kSeveral = 1u << 30;          // atomics by threads with no order between
+constexpr unsigned kSeveral = 1u << 30;          // atomics by threads that are not ordered
 constexpr unsigned kSeveralClusters = 1u << 31;  // ... of several clusters
-constexpr unsigned kBulk = 1u << 30;  // no atomic: a bulk copy, or one in flight
+constexpr unsigned kBulk = 1u << 30;  // without kAtomic: a bulk copy, perhaps in flight
 constexpr unsigned kMbarrier = kInFlight | kAtomic;
 
 constexpr unsigned kPlace = kAtomic - 1;
 
-// Above the place of a read, in a line's cell: its parts' cells hold what is true.
+// A flag above the place of a read in a line's cell: the cells of the line's parts are valid
+// instead.
 constexpr unsigned kSplit = 1u << 31;
 
 constexpr Epoch kHost = 1;  // before all CTAs, which count from 1
@@ -85,7 +86,7 @@ class Check {
         return true;
     }
 
-    // As the asynchronous engine.
+    // A read by the asynchronous engine.
     bool engine_read(Cell& cell, Finding& finding) const {
         if (!read(cell, finding)) return false;
         if ((cell.written_at & kBulk) && !(cell.written_at & kAtomic)) return true;
@@ -123,14 +124,15 @@ class Check {
         return time_of(epoch) < floor_of(member) || time_of(epoch) <= seen_[member];
     }
 
-    // The engine's writers are ordered by who has waited for them alone.
+    // No floor covers the engine's writers: only a thread that has waited for them comes after
+    // them.
     int floor_of(unsigned member) const {
         if (member - first_ < stride_) return floor_;
         return member < engines_ ? cluster_floor_ : 0;
     }
 
-    // Of several unordered atomics the cell knows the last alone, which stands for all of its
-    // cluster at barriers of the whole cluster only.
+    // Of several unordered atomics the cell knows only the last. It stands for all atomics of its
+    // cluster only at barriers of the whole cluster.
     bool in_order(const Cell& cell) const {
         constexpr unsigned kAtomics = kAtomic | kSeveral;
         if ((cell.written_at & kAtomics) != kAtomics) return before(cell.writer);
@@ -180,7 +182,7 @@ class Check {
         return epoch_at(readers.serial, member, readers.warps[warp].time);
     }
 
-    // Which of a warp's lanes that read do not come before this thread.
+    // The lanes of a warp whose reads do not come before this thread.
     unsigned unordered(const Readers& readers, unsigned warp) const {
         const WarpReaders& there = readers.warps[warp];
         if (there.lanes == 0) return 0;
@@ -196,8 +198,9 @@ class Check {
         return found;
     }
 
-    // A reader that comes before this one need not be kept: who waits for this one waits for both.
-    // Two of different clusters are enough: whoever writes collides with one of them.
+    // A reader that comes before this one need not be kept: a thread that waits for this reader
+    // waits for both. Two readers of different clusters are enough: any writer collides with one of
+    // them.
     void keep_reader(Cell& cell) const {
         const Epoch(&readers)[2] = cell.readers;
         int i = 0;
@@ -212,7 +215,8 @@ class Check {
         cell.read_at[i] = place_;
     }
 
-    // Who waits for the engine knows nothing of what came before the thread that set it to work.
+    // A thread that waits for the engine knows nothing of what came before the thread that started
+    // the engine.
     bool covered(Epoch reader) const {
         if (reader_ == now_) return before(reader);
         return ((reader ^ reader_) >> kTimeBits) == 0 ||
@@ -275,7 +279,7 @@ void ReaderLists::give_back(unsigned list) {
 }
 
 Shadow::Cells Shadow::make(size_t count) {
-    // Zeroed, which costs nothing until they are touched.
+    // The cells are zeroed, which costs nothing until they are touched.
     const auto cells = static_cast<Cell*>(std::calloc(count, sizeof(Cell)));
     if (cells == nullptr) throw std::bad_alloc();
     return Cells(cells);
@@ -284,7 +288,7 @@ Shadow::Cells Shadow::make(size_t count) {
 Shadow::Shadow(size_t bytes)
     : lines_(make(bytes / kLine + 1)), parts_(make((bytes / kLine + 1) * kParts)) {}
 
-// Each part's list of readers is its own.
+// Gives each part of a line a list of readers of its own.
 void Shadow::share_readers(Cell& line, Cell* parts) {
     for (size_t i = 1; i < kParts; ++i) {
         const unsigned list = more_.take();
@@ -294,8 +298,8 @@ void Shadow::share_readers(Cell& line, Cell* parts) {
     line.more = 0;
 }
 
-// f(cell, offset) for the cells of the bytes while it returns true. `merges`: it leaves all parts
-// of a line alike.
+// Calls f(cell, offset) for the cells of the bytes, as long as f returns true. `merges`: f leaves
+// all parts of a line alike.
 template <class F>
 void Shadow::visit(size_t offset, size_t bytes, bool merges, F&& f) {
     const size_t end = offset + bytes;

@@ -1,7 +1,8 @@
-// The shadow of memory: who wrote and read there last, and whether the one who comes now had to
-// wait for them. A cell stands for a line of 16 bytes until an access touches a part of it, then
-// eight stand for 2 bytes each, until the line is again written as a whole. Kernels move nothing
-// smaller: two threads at neighbouring single bytes would count as at one place.
+// The shadow of memory: who wrote and read a place last, and whether the thread that comes now is
+// ordered after them. A cell stands for a line of 16 bytes until an access touches only a part of
+// the line. Then eight cells stand for 2 bytes each, until the line is again written as a whole.
+// Kernels move nothing smaller: two threads at neighbouring single bytes would count as at one
+// place.
 #pragma once
 
 #include <cstddef>
@@ -15,26 +16,28 @@ namespace gk::emulator {
 
 struct Cell;
 
-// One that reads, and where.
+// A reader, and where in the code it read.
 struct Reader {
     Epoch epoch = 0;
     unsigned place = 0;
 };
 
-// Lanes of one warp that read at the same time of theirs, as those who meet at each barrier do.
+// Lanes of one warp that read at the same time of their clocks, as lanes do that meet at each
+// barrier.
 struct WarpReaders {
     int time;
     unsigned lanes;
-    unsigned place;  // of one of them
+    unsigned place;  // of one of these lanes
 };
 
-// Further readers of one cell, all of one cluster. Two lines of a cache: there are many of them.
+// Further readers of one cell, all of one cluster. There are many of these lists, so each takes two
+// lines of a cache.
 struct alignas(64) Readers {
     static constexpr unsigned kWarps = 7;
     unsigned serial = 0;          // the cluster's
-    int latest = 0;               // of the times of `warps`
-    WarpReaders warps[kWarps]{};  // the cluster's first
-    std::vector<Reader> others;   // by member
+    int latest = 0;               // the latest of the times of `warps`
+    WarpReaders warps[kWarps]{};  // the first warps of the cluster
+    std::vector<Reader> others;   // all other readers, by member
     void start(unsigned cluster) {
         serial = cluster;
         latest = 0;
@@ -43,7 +46,7 @@ struct alignas(64) Readers {
     }
 };
 
-// The lists of readers of cells that have more than a cell has room for, numbered from 1.
+// The lists of the readers for which their cells have no room, numbered from 1.
 class ReaderLists {
   public:
     unsigned take();
@@ -57,46 +60,48 @@ class ReaderLists {
 
 enum class Access { read, write, atomic };
 enum class Fault { none, unwritten, in_flight, mbarrier, unfenced, race };
-// Why nobody may touch some bytes: a copy will write them, or they are no memory any more.
+// Why nobody may touch some bytes: a copy will write them, or they are an mbarrier.
 enum class Held { by_cp_async, by_engine, by_mbarrier };
 
-// What is wrong with an access, and with whom it collides: `other` was at `place`.
+// What is wrong with an access, and with what it collides: `other` accessed the bytes at `place`.
 struct Finding {
     Fault fault = Fault::none;
     size_t offset = 0;
     Epoch other = 0;
     unsigned place = 0;
     const char* did = nullptr;  // "read", "wrote", "updated" by an atomic, "copied to"
-    bool bulk = false;          // by a bulk copy
+    bool bulk = false;          // `other` started a bulk copy
 };
 
-// Who comes, and to which kind of memory. Shared memory knows only its own cluster: what an earlier
-// one left there is as good as never written. In global memory other clusters of the launch,
-// numbered from `launch_serial`, are never ordered and all before them come before everything.
+// Who accesses memory, and which kind of memory. Shared memory knows only its own cluster: what an
+// earlier cluster left there counts as never written. In global memory the other clusters of the
+// launch, numbered from `launch_serial`, are never ordered, and all clusters before them come
+// before everything.
 struct Visitor {
     const Thread* thread;
     bool shared;
     unsigned launch_serial;
     unsigned place;
-    Epoch reader = 0;  // whose reads they are; 0: the thread's
+    Epoch reader = 0;  // the engine that reads; 0: the thread itself
 };
 
-// Of memory from a multiple of 16 on.
+// The shadow of memory that begins at a multiple of 16.
 class Shadow {
   public:
     explicit Shadow(size_t bytes);
 
-    // Checks an access and keeps it, up to the first place where something is wrong.
+    // Checks an access and records it, up to the first place where something is wrong.
     Finding touch(Access access, size_t offset, size_t bytes, const Visitor& visitor);
-    // The visitor gives bytes away: until they land nobody may touch them. Then they are `writer`'s,
-    // or if that is 0 stay the visitor's.
+    // The visitor gives bytes away: nobody may touch them until they land. Then they count as
+    // written by `writer` or, if that is 0, by the visitor.
     Finding hold(size_t offset, size_t bytes, Held by, const Visitor& visitor);
     void land(size_t offset, size_t bytes, Epoch writer);
-    // A read by the asynchronous engine, for the visitor: what threads wrote by ordinary stores
-    // must have been followed by their proxy fence, and that by the visitor. There is none for global
-    // memory, so nobody may have written there in this launch.
+    // A read by the asynchronous engine, for the visitor. A thread that wrote the bytes by ordinary
+    // stores must have executed its proxy fence after that, and the visitor must be ordered after
+    // the fence. No such fence exists for global memory, so nobody may have written there in this
+    // launch.
     Finding read_by_engine(size_t offset, size_t bytes, const Visitor& visitor);
-    // By the host, before all launches.
+    // The host has written the bytes before all launches.
     void set_written(size_t offset, size_t bytes);
 
   private:

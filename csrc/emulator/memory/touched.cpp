@@ -8,7 +8,7 @@ namespace gk::emulator {
 void Touched::start(size_t stack_bytes) {
     if (kept_ == nullptr) {
         size_ = stack_bytes / 4;
-        // Zeroed, which costs nothing until they are touched.
+        // The words are zeroed, which costs nothing until they are touched.
         kept_.reset(static_cast<uint32_t*>(std::calloc(size_, sizeof(uint32_t))));
         if (kept_ == nullptr) throw std::bad_alloc();
     }

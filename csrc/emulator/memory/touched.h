@@ -1,5 +1,6 @@
-// When a thread last touched its registers, which are the variables on its stack: what wgmma asks
-// of accumulators and A's fragments. A thread's words are followed from its first wgmma.fence on.
+// When a thread last touched its registers, which are the variables on its stack. wgmma needs to
+// know it of accumulators and of A's fragments. A thread's words are followed from its first
+// wgmma.fence on.
 #pragma once
 
 #include <cstddef>
@@ -11,14 +12,14 @@ namespace gk::emulator {
 
 class Touched {
   public:
-    // Whether anything is followed.
+    // Whether the thread's words are followed.
     bool on() const { return words_ != nullptr; }
     void start(size_t stack_bytes);
-    // Of a thread that starts anew: nothing is followed, nothing in flight.
+    // For a thread that starts anew: nothing is followed, and nothing is in flight.
     void stop();
 
-    // Of an access to `bytes` at `offset` on the stack: kept, and false where a wgmma in flight has
-    // them.
+    // Records an access to `bytes` at `offset` on the stack. Returns false if a wgmma in flight has
+    // any of these words.
     bool access(size_t offset, size_t bytes) {
         uint32_t* word = words_ + offset / 4;
         uint32_t* const last = words_ + (offset + bytes - 1) / 4;
@@ -30,14 +31,14 @@ class Touched {
     }
 
     void fence() { ++now_; }
-    // Whether any of them was accessed since the last fence, or is in flight.
+    // Whether any of the words was accessed since the last fence, or is in flight.
     bool since_fence(size_t offset, size_t bytes) const { return any(offset, bytes, now_); }
     bool in_flight(size_t offset, size_t bytes) const { return any(offset, bytes, kInFlight); }
     void set_in_flight(size_t offset, size_t bytes);
     void set_landed(size_t offset, size_t bytes);
 
   private:
-    // Else: how many fences the thread had passed at the last access.
+    // A word is this, or the number of fences that the thread had passed at the last access.
     static constexpr uint32_t kInFlight = 0xffffffff;
     bool any(size_t offset, size_t bytes, uint32_t what) const {
         bool found = false;
@@ -48,10 +49,10 @@ class Touched {
     struct Free {
         void operator()(uint32_t* words) const { std::free(words); }
     };
-    std::unique_ptr<uint32_t, Free> kept_;  // from one CTA to the next: what it says is old
+    std::unique_ptr<uint32_t, Free> kept_;  // kept for the next CTA; its words are then out of date
     uint32_t* words_ = nullptr;
     uint32_t now_ = 1;
-    size_t size_ = 0, flying_ = 0;  // words: all, and those in flight
+    size_t size_ = 0, flying_ = 0;  // numbers of words: all, and those in flight
 };
 
 }  // namespace gk::emulator

@@ -1,4 +1,4 @@
-// 16-byte accesses of kernels.
+// The 16-byte accesses of kernels.
 #include <cstring>
 
 #include "emulator/memory/memory.h"

@@ -10,7 +10,7 @@
 namespace gk::emulator {
 namespace {
 
-// A GPU keeps a CTA's first kilobyte for itself: the arena begins after it.
+// A GPU keeps the first kilobyte of a CTA's shared memory for itself, so the arena begins after it.
 constexpr uint32_t kArenaStart = 1024;
 constexpr uint32_t kAtomBytes = 1024, kRowBytes = 128;
 
@@ -52,7 +52,7 @@ Descriptor decode(const std::string& name, uint64_t bits, bool mn_major) {
 }
 
 Segment segment_at(const char* name, uint32_t address) {
-    // What the hardware does to every address: bits 4-6 are XORed with bits 7-9.
+    // The hardware does this to every address: bits 4-6 are XORed with bits 7-9.
     address ^= (address >> 7 & 7) << 4;
     const uint32_t offset = (address & ~31u) - kArenaStart;
     if (offset >= launched->shared_bytes || launched->shared_bytes - offset < 32) {
@@ -65,8 +65,8 @@ Segment segment_at(const char* name, uint32_t address) {
 
 float number(uint16_t bits, bool bf16) {
     if (bf16) return __uint_as_float(uint32_t(bits) << 16);
-    // Exponent and mantissa in a float's place, then the exponents' difference: subnormals come out
-    // right too. Infinities and NaN have the largest exponent in both.
+    // Exponent and mantissa go to a float's place, and the product corrects the exponent's bias:
+    // subnormals come out right too. Infinities and NaN have the largest exponent in both formats.
     const float magnitude = __uint_as_float((bits & 0x7fffu) << 13) * 0x1p112f;
     uint32_t word = __float_as_uint(magnitude);
     if ((bits & 0x7c00) == 0x7c00) word |= 0x7f800000;

@@ -1,5 +1,5 @@
-// Operands of wgmma in shared memory: what their descriptors name, as the hardware reads them, from
-// the bits of addresses. Layouts: device/swizzled.h.
+// Operands of wgmma in shared memory: where their descriptors say that they lie, found as the
+// hardware does from the bits of addresses. Layouts: device/swizzled.h.
 #pragma once
 
 #include <cstdint>
@@ -7,23 +7,23 @@
 
 namespace gk::emulator {
 
-// 16 elements, 32 bytes: of a row or column along k where it is K-major, else of a value of k along
-// the rows or columns. The swizzle leaves them side by side, their halves perhaps exchanged.
+// 16 elements, 32 bytes. K-major: of one row or column, along k. MN-major: of one k, along the rows
+// or columns. The swizzle leaves the elements side by side, perhaps with their halves exchanged.
 struct Segment {
     uint32_t offset;  // in the CTA's shared memory
     bool exchanged;
 };
 
-// The `size` segments of an operand of 16 x `size` elements: by row or column where it is K-major,
-// else by k and then by 16 rows or columns. Fails with `name`, "A" or "B", where the descriptor is
-// none that the kernels' layouts have, or leads out of shared memory.
+// The `size` segments of an operand of 16 x `size` elements, ordered by row or column if it is
+// K-major, else by k and then by 16 rows or columns. Fails with `name`, "A" or "B", if no layout of
+// the kernels has such a descriptor, or if the descriptor leads out of shared memory.
 std::vector<Segment> segments_of(const char* name, uint64_t descriptor, int size, bool mn_major);
 
-// The descriptor's bytes of the CTA's shared memory `from`.
+// Copies the bytes of the segments out of the CTA's shared memory, `from`.
 void copy_segments(std::vector<uint16_t>& to, const unsigned char* from,
                    const std::vector<Segment>& segments);
 
-// Elements as floats, by [row][16] and by [16][column].
+// Turns the elements into floats, ordered [row][16] or [16][column].
 void to_rows(float* to, const std::vector<uint16_t>& bits, bool mn_major, bool bf16);
 void to_columns(float* to, const std::vector<uint16_t>& bits, bool mn_major, bool bf16);
 

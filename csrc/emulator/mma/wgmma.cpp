@@ -1,8 +1,9 @@
-// Products of a warpgroup. A thread that issues one goes on; when all 128 have, its operands in
-// shared memory are noted; when the first of them waits for it, they must be what they were, and it
-// is computed. Meanwhile accumulators hold a pattern, NaN, and nobody may touch them.
+// Products of a warpgroup. A thread that issues a product goes on. When all 128 threads have issued
+// it, the emulator keeps a copy of its operands in shared memory. When the first thread waits for
+// it, the operands must still be the same, and the product is computed. Until then the accumulators
+// hold a pattern, a NaN, and nobody may touch them.
 //
-// The warpgroup's threads must come to the same steps: all these instructions are .aligned.
+// The warpgroup's threads must come to the same steps, because all these instructions are .aligned.
 #include "emulator/mma/wgmma.h"
 
 #include <algorithm>
@@ -22,7 +23,7 @@ namespace {
 constexpr unsigned kThreads = 128;
 constexpr uint32_t kPoison = 0x7fd0dead;
 constexpr uint32_t kPoisonPair[2] = {kPoison, kPoison};
-constexpr unsigned kReader = 31;  // of a warp: asks whether its products may read shared memory
+constexpr unsigned kReader = 31;  // the lane that checks whether its warp may read the operands
 constexpr const char* kWait = "wgmma.wait_group";
 
 // An instruction of the warpgroup that some of its threads have come to.
@@ -30,38 +31,39 @@ struct Step {
     const char* what;
     uint64_t path;
     const void* pc;
-    unsigned thread;  // the first
-    unsigned passed;  // threads
+    unsigned thread;  // the first that came
+    unsigned passed;  // how many threads came
 };
 
 struct Product {
     WgmmaForm form{};
     uint64_t a = 0, b = 0;
     bool from_registers = false, accumulate = false;
-    bool opens = false;  // is the first on its accumulators
+    bool opens = false;  // whether it is the first product on its accumulators
     std::shared_ptr<std::vector<float>> sums;  // [64][n], of all products on the same accumulators
-    unsigned issued = 0, waited = 0;           // by how many threads
+    unsigned issued = 0, waited = 0;           // how many threads did so
     std::vector<Segment> a_segments, b_segments;
-    std::vector<uint16_t> a_bits, b_bits;  // when it was issued
-    Epoch read = 0;                        // over when it was waited for
+    std::vector<uint16_t> a_bits, b_bits;  // as they were when the product was issued
+    Epoch read = 0;                        // the engine's read, over when this was waited for
 };
 
-// Accumulators of a thread that products may still write.
+// A thread's accumulators, which products may still write.
 struct InFlight {
     float* acc;
     int n;
     std::shared_ptr<std::vector<float>> sums;
-    size_t last;  // the product
+    size_t last;  // the last product on them
 };
 
-// What one thread did.
+// What one thread has done.
 struct Progress {
     size_t steps = 0, issued = 0, waited = 0;
-    std::vector<size_t> ends;  // of groups not waited for, in products
+    std::vector<size_t> ends;  // where each group that was not waited for ends, in products
     std::vector<InFlight> in_flight;
 };
 
-// Numbered from the CTA's start, the first `gone` of them forgotten.
+// A list whose elements are numbered from the CTA's start; the first `gone` of them have been
+// dropped.
 template <class T>
 struct Numbered {
     std::deque<T> list;
@@ -87,7 +89,8 @@ namespace {
 
 Progress& progress(Warpgroup& group) { return group.threads[running->index % kThreads]; }
 
-// The running thread's warpgroup, whose next instruction this is.
+// The running thread's warpgroup, whose next instruction this is. Fails if other threads came to
+// another instruction.
 Warpgroup& come_to(const char* what, const void* pc) {
     Thread& self = *running;
     Cta& cta = *self.cta;
@@ -123,8 +126,8 @@ size_t stack_offset(const void* address, size_t bytes) {
     return offset;
 }
 
-// Calls f(i, at) for each two neighbours i and i + 1 of the running thread's accumulators, which
-// are from `at` on in [64][n].
+// Calls f(i, at) for each two neighbours i and i + 1 of the running thread's accumulators; `at` is
+// where they lie in [64][n].
 template <class F>
 void for_pairs(int n, F&& f) {
     const unsigned thread = running->index % kThreads;
@@ -136,7 +139,7 @@ void for_pairs(int n, F&& f) {
     }
 }
 
-// The first thread says what the product is, the others agree.
+// The first thread defines the product, and the others must agree.
 Product& issue(Warpgroup& group, const WgmmaForm& form, uint64_t a, bool from_registers, uint64_t b,
                bool accumulate) {
     const size_t number = progress(group).issued++;
@@ -213,13 +216,13 @@ void copy_registers(Product& product, const uint32_t* a) {
     }
 }
 
-// The engine that is one warpgroup's.
+// The number of the asynchronous engine's reader that stands for a warpgroup.
 unsigned engine_of(const Thread& thread) {
     constexpr unsigned kMost = 1024 / kThreads;
     return kWriters + (thread.cta->rank * kMost + thread.index / kThreads) % (kEngines - kWriters);
 }
 
-// What the running thread's warp reads: its 16 rows of A, and each fourth time B.
+// Checks what the running thread's warp reads: its 16 rows of A, and B in every fourth product.
 void read_operands(Product& product, size_t number, const void* pc) {
     if (product.read == 0) product.read = engine_step(*running->cta->cluster, engine_of(*running));
     const unsigned char* shared = running->cta->shared;
@@ -259,7 +262,7 @@ void compute(Product& product) {
     add_product(sums.data(), a, b, form.n);
 }
 
-// Of products waited for, the sums come to the thread's registers.
+// Writes the sums of products that were waited for to the thread's registers.
 void give_accumulators(Progress& mine, size_t end) {
     for (size_t i = mine.in_flight.size(); i-- > 0;) {
         const InFlight flight = mine.in_flight[i];

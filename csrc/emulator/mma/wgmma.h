@@ -13,15 +13,15 @@ struct WgmmaForm {
     bool a_mn, b_mn;   // MN-major, else K-major
 };
 
-// `acc`: n / 2 floats of the calling thread. A is `a_registers`, 4 of them, or where those are
-// nullptr what descriptor `a` names.
+// `acc`: n / 2 floats of the calling thread. A is in the 4 registers `a_registers` or, where that
+// is nullptr, in shared memory where descriptor `a` says.
 void wgmma(const WgmmaForm& form, float* acc, uint64_t a, const uint32_t* a_registers, uint64_t b,
            bool accumulate);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
 
-// As descriptors name a place in the CTA's shared memory.
+// The address by which descriptors name a place in the CTA's shared memory.
 unsigned shared_address(const void* shared);
 
 }  // namespace gk::emulator

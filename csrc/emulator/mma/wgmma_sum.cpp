@@ -5,12 +5,12 @@
 namespace gk::emulator {
 namespace {
 
-constexpr int kRows = 4;  // at a time, in registers with 16 columns
+constexpr int kRows = 4;  // rows at a time, in registers with 16 columns
 using Vector = float __attribute__((vector_size(64)));
 
 }  // namespace
 
-// The widest instructions that the machine has, found when the module is loaded.
+// The machine's widest instructions are found when the module is loaded.
 #ifdef __x86_64__
 __attribute__((target_clones("default", "avx2,fma", "avx512f")))
 #endif

@@ -1,4 +1,4 @@
-// The kernel of gelu_mlp/sm90/tiles.h: its roles.
+// The kernel that gelu_mlp/sm90/tiles.h describes: its roles.
 #pragma once
 
 #include <cstring>
@@ -19,13 +19,14 @@
 
 namespace gk {
 
-// ---- the warp that loads A and B; one thread of it
+// ---- the warp that loads A and B, by one of its threads
 
 template <class T, class C, Layout kLayout>
 struct ProductLoader {
     using Shared = ProductShared<T, C, kLayout>;
 
-    // Panels of 64 elements of the innermost dimension, kBoxRows of its rows from `row` on.
+    // Loads the panels of a tile: 64 elements of the innermost dimension each, in kBoxRows rows
+    // from row_in_tile on. kShared: for every CTA of the cluster.
     template <int kBoxRows, bool kShared, class Tile>
     __device__ __forceinline__ static void load(const Tile& tile, const TensorMap* map,
                                                 uint64_t* bar, int row_in_tile, int col, int row) {
@@ -53,8 +54,9 @@ struct ProductLoader {
                 const auto tile_a = Shared::a(state.stage);
                 const auto tile_b = Shared::b(state.stage);
                 uint64_t* full = Shared::full(state.stage);
-                // Everyone who reads this stage has done with what it holds: with a shared B in the
-                // other CTA too, whose barrier hears of it as this one does.
+                // Waits until all readers are done with this stage. If B is shared, the other CTA's
+                // consumers read it too, and they arrive at this barrier as this CTA's consumers
+                // do.
                 mbarrier_wait(Shared::empty(state.stage), state.phase ^ 1);
                 mbarrier_arrive_expect_tx(full, C::kStageBytes);
                 constexpr int kRowsA = decltype(tile_a)::kRows, kRowsB = decltype(tile_b)::kRows;
@@ -63,7 +65,7 @@ struct ProductLoader {
                 } else {
                     load<kRowsA, false>(tile_a, &p.a, full, 0, m, k);
                 }
-                // A share of B's rows to every CTA.
+                // Every CTA loads a share of B's rows, for all CTAs of the cluster.
                 constexpr int kShare = kRowsB / C::kCluster;
                 const int from = static_cast<int>(rank) * kShare;
                 if constexpr (Shared::kMajorB == Major::k) {
@@ -77,14 +79,14 @@ struct ProductLoader {
     }
 };
 
-// ---- a warp for each consumer, that brings h and takes units away
+// ---- a warp for each consumer, which loads h and stores units
 
 template <class T, class C, Layout kLayout>
 struct ProductStorer {
     using Shared = ProductShared<T, C, kLayout>;
     using Walk = Units<T, C, kLayout>;
 
-    // The slots of a unit to come are free; with h there, as soon as it has arrived.
+    // Makes the slots of a coming unit ready: at once, or with h as soon as h has arrived in them.
     __device__ __forceinline__ static void prepare(const Walk& unit, int slot) {
         uint64_t* ready = Shared::ready(unit.consumer, slot);
         if (unit.p.has_h) {
@@ -112,7 +114,7 @@ struct ProductStorer {
         bulk_commit();
     }
 
-    // Sums of the columns of dh, as stored, over the unit's rows: two columns a lane.
+    // Sums the columns of dh, as stored, over the unit's rows. Each lane takes two columns.
     __device__ __forceinline__ static void sum_columns(const Walk& unit, int slot) {
         const auto tile = Shared::unit(unit.consumer, slot);
         const int rows = static_cast<int>(min(unit.p.m - unit.row(), int64_t{kUnitRows}));
@@ -195,13 +197,13 @@ struct ProductConsumer {
             }
             wgmma_commit();
             if (step > 0) {
-                wgmma_wait<1>();  // for the step before, whose stage is free
+                wgmma_wait<1>();  // until the step before is done, whose stage is then free
                 release(last);
             }
             last = state.stage;
             state.advance();
         }
-        // The other consumer's products may follow while the last of these are on their way.
+        // The other consumer's products may follow while the last products of this tile still run.
         if constexpr (C::kPingpong) pass_turn();
         wgmma_wait<0>();
 #pragma unroll
@@ -221,7 +223,7 @@ struct ProductConsumer {
     // ---- the tensor cores' turn, in ping-pong
 
     static constexpr unsigned kFirstTurnBarrier = 1, kTurnThreads = 256;
-    bool followed = false;  // the other consumer has a tile after this one
+    bool followed = false;  // whether the other consumer has a tile after this one
 
     __device__ __forceinline__ void take_turn() const {
         named_barrier_sync(kFirstTurnBarrier + consumer, kTurnThreads);
@@ -230,10 +232,10 @@ struct ProductConsumer {
         if (followed) named_barrier_arrive(kFirstTurnBarrier + 1 - consumer, kTurnThreads);
     }
 
-    // ---- what becomes of the results
+    // ---- what happens to the results
 
-    // This lane's address for ldmatrix and stmatrix of the warp's 16 rows, 16 columns from `col`
-    // on.
+    // This lane's address for ldmatrix and stmatrix of the warp's 16 rows and of 16 columns from
+    // `col` on.
     template <class Tile>
     __device__ __forceinline__ static T* fragment(const Tile& tile, int col) {
         const int lane = lane_index();
@@ -249,8 +251,8 @@ struct ProductConsumer {
         stmatrix_x4(to, words);
     }
 
-    // Two neighbouring 8-column groups of accumulators of one unit: columns `col` of it on. The
-    // order is that of stmatrix: both rows of the first group, both rows of the second.
+    // Two neighbouring 8-column groups of one unit's accumulators, in the order of stmatrix: both
+    // rows of the first group, then both rows of the second.
     __device__ __forceinline__ void sixteen(float (&d)[8], const float (&low)[4],
                                             const float (&high)[4]) const {
 #pragma unroll
@@ -260,8 +262,8 @@ struct ProductConsumer {
         }
     }
 
-    // One branch a tile, and none between the values of a unit, which are to be worked on side by
-    // side.
+    // The kernel branches once a tile and never between the values of a unit, so that the compiler
+    // can interleave their work.
     enum class Finish { plain, tanh, erf };
 
     template <Finish kFinish>
@@ -280,7 +282,7 @@ struct ProductConsumer {
             }
         } else if constexpr (kFinish != Finish::plain) {
             uint32_t words[4];
-            ldmatrix_x4(words, out);  // h, where dh goes
+            ldmatrix_x4(words, out);  // h lies where dh will go
             Pack<T, 8> pack;
             memcpy(&pack, words, sizeof pack);
             float h[8];
@@ -293,8 +295,8 @@ struct ProductConsumer {
         }
     }
 
-    // This lane's pairs of the bias in a unit's 8-column groups, 0 where there is none. Groups past
-    // the end of a row take its first: no branch.
+    // Loads this lane's pairs of the bias in a unit's 8-column groups; they stay 0 without a bias.
+    // Groups past the end of a row load the first group, which saves a branch.
     __device__ __forceinline__ void load_bias(uint32_t (&pairs)[kUnitCols / 8], int col) const {
         if (p.bias == nullptr) return;
         const int lane_col = lane_index() % 4 * 2, cols = static_cast<int>(p.n);
@@ -305,7 +307,8 @@ struct ProductConsumer {
         }
     }
 
-    // A unit's slots wait for its values until `begin`, and for whoever takes them from `end` on.
+    // `begin` waits until a unit's slots are ready for its values; `end` hands them to the warp
+    // that stores them.
     __device__ __forceinline__ int begin() const {
         const int first = slot.at * p.outputs();
         mbarrier_wait(Shared::ready(consumer, first), slot.phase);
@@ -332,7 +335,7 @@ struct ProductConsumer {
         }
     }
 
-    // Whether block i of this consumer's rows has any in D.
+    // Whether block i of this consumer has any row in D.
     __device__ __forceinline__ bool has_block(const ProductPlace& place, int i) const {
         return place.m + (C::kPingpong ? 0 : consumer * C::kRows) + kUnitRows * i < p.m;
     }
@@ -368,7 +371,7 @@ struct ProductConsumer {
         }
     }
 
-    // As fp32, in units of half as many columns.
+    // Stores the results as fp32, in units of half as many columns.
     __device__ __forceinline__ void store_partial(const ProductPlace& place) {
         constexpr int kCols = kUnitCols / 2;
         const int row = warp_row() + lane_index() / 4, pair = lane_index() % 4 * 2;
@@ -385,7 +388,7 @@ struct ProductConsumer {
                     const float(&d)[4] = acc[i][kCols / 8 * panel + j];
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        // A column of fp32 takes two of 16 bits.
+                        // A column of fp32 takes two columns of 16 bits.
                         T* to = unit.at(row + 8 * half, 2 * (8 * j + pair));
                         *reinterpret_cast<float2*>(to) = make_float2(d[2 * half], d[2 * half + 1]);
                     }
@@ -414,7 +417,7 @@ struct ProductConsumer {
         }
     }
 
-    // Past the stages of a tile that is the other consumer's.
+    // Moves on past the stages of a tile that the other consumer takes.
     __device__ __forceinline__ static void skip(PipelineState<C::kStages>& state, unsigned steps) {
         const unsigned to = state.stage + steps;
         state.phase ^= to / C::kStages & 1;
@@ -426,7 +429,7 @@ template <class T, class C, Layout kLayout>
 __global__ void __launch_bounds__(C::kThreads, 1)
     product_sm90_kernel(const __grid_constant__ ProductSm90 p) {
     using Shared = ProductShared<T, C, kLayout>;
-    // The same in all lanes, which the compiler cannot know.
+    // The value is the same in all lanes of a warp; the shuffle lets the compiler know that.
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
     const int group = warp / 4;  // 0 loads and stores, the others multiply
     const unsigned rank = C::kCluster > 1 ? cluster_rank() : 0;
@@ -434,7 +437,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (threadIdx.x == 0) {
         tma_prefetch(&p.a);
         tma_prefetch(&p.b);
-        constexpr int kReaders = (C::kPingpong ? 1 : C::kConsumers) * 4;  // warps, in each CTA
+        constexpr int kReaders = (C::kPingpong ? 1 : C::kConsumers) * 4;  // warps in each CTA
         for (int i = 0; i < C::kStages; ++i) {
             mbarrier_init(Shared::full(i), 1);
             mbarrier_init(Shared::empty(i), kReaders * C::kCluster);

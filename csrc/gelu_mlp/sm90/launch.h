@@ -9,7 +9,7 @@
 
 namespace gk {
 
-// Row tiles that share their columns of B run together, so that those columns stay in L2.
+// Row tiles that read the same columns of B run together, so that these columns stay in L2.
 constexpr int kProductGroupRows = 2048;
 
 template <class C, Layout kLayout>

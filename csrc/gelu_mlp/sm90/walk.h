@@ -1,5 +1,5 @@
-// What the roles of gelu_mlp/sm90/kernel.h share: where things lie in shared memory, and which
-// tiles and units there are, in which order.
+// What the roles of gelu_mlp/sm90/kernel.h share: the layout of shared memory, and the order of
+// tiles and units.
 #pragma once
 
 #include <type_traits>
@@ -10,7 +10,7 @@
 
 namespace gk {
 
-// The arena of shared memory.
+// The layout of shared memory.
 template <class T, class C, Layout kLayout>
 struct ProductShared {
     static constexpr Major kMajorA = kLayout == Layout::weight ? Major::mn : Major::k;
@@ -53,11 +53,12 @@ struct ProductShared {
 
 // Where an item of work lies in D and along k.
 struct ProductPlace {
-    int64_t m, n;  // of the CTA's tile
+    int64_t m, n;  // the first row and column of the CTA's tile
     unsigned first, steps, split;
 };
 
-// Down `group` clusters of row tiles, then on to the next columns; parts of k one after the other.
+// Clusters go down `group` row tiles, then on to the next columns. The splits of k come one after
+// another.
 template <class C>
 __device__ __forceinline__ ProductPlace place_of(const ProductSm90& p, unsigned item,
                                                  unsigned rank) {
@@ -72,7 +73,7 @@ __device__ __forceinline__ ProductPlace place_of(const ProductSm90& p, unsigned 
             p.steps * (split + 1) / p.splits - first, split};
 }
 
-// A place in a ring of `length` slots whose turn is counted by a phase bit.
+// A place in a ring of `length` slots, and a phase bit that changes with each round.
 struct RingPlace {
     int at = 0;
     unsigned phase = 0;
@@ -84,14 +85,14 @@ struct RingPlace {
     }
 };
 
-// The units of one consumer, in the order in which it makes them: down its blocks' panels, tile
-// after tile. Units that lie outside D altogether are left out.
+// The units of one consumer in the order in which it computes them: tile after tile, in each the
+// blocks, in each the panels. Units that lie outside D altogether are left out.
 template <class T, class C, Layout kLayout>
 struct Units {
     const ProductSm90& p;
     int consumer;
     unsigned rank, stride, item;
-    int cols;  // of a unit
+    int cols;  // columns of a unit
     int block = 0, panel = -1;
     ProductPlace place = {};
 

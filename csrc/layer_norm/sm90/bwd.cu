@@ -1,11 +1,11 @@
 // LayerNorm backward of wide rows by clusters; formulas, shapes and bytes are in
 // layer_norm/params.h.
 //
-// A cluster of two, four or eight CTAs shares a row: thread t of all T has groups t, t + T, t + 2T
-// ... It works as one CTA does on a narrower row (layer_norm/bwd_row.h), and holds its share of
-// dweight and dbias for all columns in its registers. So dy and s are read once, where without
-// clusters another kernel reads them again for those: 3 tensors instead of 5 to move, 4 instead of
-// 6 with dsum.
+// A cluster of two, four or eight CTAs shares a row: thread t of all T holds the groups t, t + T, t
+// + 2T ... The cluster works as one CTA does on a narrower row (layer_norm/bwd_row.h), and keeps
+// its share of dweight and dbias for all columns in its registers. So dy and s are read once, where
+// without clusters another kernel reads them again for dweight and dbias. Three tensors are moved
+// instead of five, or with dsum four instead of six.
 #include "device/cluster_reduce.h"
 #include "layer_norm/bwd_row.h"
 #include "layer_norm/sm90/choice.h"
@@ -14,13 +14,13 @@
 namespace gk {
 namespace {
 
-// CTAs that registers leave room for on an SM: one's barriers are hidden by the other where a
-// thread holds two groups.
+// How many CTAs the registers allow on an SM. Where a thread holds two groups there are two, and
+// one works while the other waits at a barrier.
 constexpr int ctas_of_sm(int groups, bool aligned_rows) {
     return groups == 2 && aligned_rows ? 2 : 1;
 }
 
-// Sums of the cluster, in one half of the scratch after the other.
+// Sums over the cluster. The turns alternate between the two halves of the scratch memory.
 struct ClusterTotal {
     int ctas;
     float2* scratch;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kBwdClusterThreads, ctas_of_sm(kGroups, kAlign
     const Rows rows{cluster, clusters, 1, cluster};
     const unsigned scratch = 2 * sizeof(float2) * p.ctas * blockDim.x / 32;
     const ClusterTotal total{p.ctas, reinterpret_cast<float2*>(shared_memory())};
-    cluster_wait();  // for all CTAs to run
+    cluster_wait();  // until all CTAs run
     gradients_of_rows<X, S, kGroups, kAligned, kBwdClusterThreads>(
         p, team, rows, shared_memory() + scratch, total);
 }
@@ -74,8 +74,8 @@ int layer_norm_bwd_sm90_partials(int64_t rows, int cols, int device, int build) 
     const int number = layer_norm_bwd_sm90_build(cols, aligned_rows, build);
     if (number == kAnyGpu) return 0;
     const ClusterRow row = layer_norm_bwd_row(cols, aligned_rows, number);
-    // As many as run at a time, since each has the same number of rows. The widest dtypes, since
-    // registers, not these bytes, say how many an SM holds.
+    // As many clusters as run at a time, since each cluster has the same number of rows. The widest
+    // dtypes stand for all, since registers, not these bytes, limit how many CTAs an SM holds.
     Launch launch = launch_of<float, float>(row, aligned_rows, true);
     launch.shape = "x " + shape_of(rows, cols);
     launch.stream.device = device;

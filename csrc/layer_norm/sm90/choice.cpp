@@ -1,14 +1,15 @@
-// Which clusters share a row of LayerNorm: the builds, the rule that chooses among them, and what
-// it leaves to the kernels for any GPU.
+// Which clusters share a row of LayerNorm: the builds, the rule that chooses among them, and the
+// rows that it leaves to the kernels for any GPU.
 #include "layer_norm/sm90/choice.h"
 
 namespace gk {
 namespace {
 
-// Forward: columns from which a CTA of the kernel for any GPU is alone on its SM, so that memory is
-// idle while it adds up.
+// Forward: from this many columns on, a CTA of the kernel for any GPU is alone on its SM, so that
+// memory is idle while the CTA adds up.
 constexpr int kFewestFwdCols = 16384;
-// Groups of a thread, where that is enough, and where rows are not aligned.
+// Groups of a thread: the usual number where it is enough, and the number for rows that are not
+// aligned.
 constexpr int kUsualFwdGroups = 4, kUsualBwdGroups = 2, kUnalignedGroups = 2;
 
 constexpr Build fwd(const char* name, int ctas, unsigned threads, Rule rule) {
@@ -43,8 +44,8 @@ constexpr Build bwd(const char* name, int ctas, unsigned threads, Rule rule) {
             .rule = rule};
 }
 
-// The rule prefers the first. Several smaller CTAs on an SM hide each other's barriers. Any build
-// runs in every dtype: the kernels are the same.
+// The rule prefers the first build. Several smaller CTAs on an SM hide each other's barriers. Every
+// build runs in every dtype, because the kernels are the same.
 constexpr Build kFwdBuilds[] = {
     fwd("2 CTAs of 256 threads", 2, 256, Rule::always),
     fwd("4 CTAs of 256 threads", 4, 256, Rule::always),
@@ -64,7 +65,7 @@ constexpr Build kBwdBuilds[] = {
 
 int lanes_of(const Build& build) { return build.cluster * static_cast<int>(build.threads) / 32; }
 
-// groups: of a thread, that there are kernels for, rising.
+// groups: how many groups of a thread there are kernels for, in rising order.
 ClusterRow row_of(int cols, const Build& build, std::initializer_list<int> groups) {
     const int lanes = lane_groups(cols);
     for (const int each : groups)
@@ -73,7 +74,8 @@ ClusterRow row_of(int cols, const Build& build, std::initializer_list<int> group
     return {build.cluster, 0, 0};
 }
 
-// The first of the rule's builds that holds a row in so many groups of a thread, else its last.
+// The first of the rule's builds that holds a row in this many groups of a thread, or else its last
+// build.
 int preferred(std::span<const Build> builds, int cols, int groups) {
     int found = kAnyGpu;
     for (int i = 0; i < static_cast<int>(builds.size()); ++i) {
@@ -84,7 +86,7 @@ int preferred(std::span<const Build> builds, int cols, int groups) {
     return found;
 }
 
-// Why a build cannot hold a row, "" if it can.
+// Returns why a build cannot hold a row, or "" if it can.
 std::string too_wide(int cols, const Build& build, const ClusterRow& row) {
     if (row.groups > 0) return "";
     return "rows of " + std::to_string(cols) + " columns do not fit in the registers of " +
@@ -103,7 +105,7 @@ auto bwd_refuses(int cols, bool aligned_rows) {
     };
 }
 
-// A build, unless it is refused.
+// The choice of a build, unless the build is refused.
 template <class Refuses>
 Choice fitting(int number, Refuses&& refuses) {
     const std::string reason = refuses(number);

@@ -2,10 +2,10 @@
 // layer_norm/params.h.
 //
 // A cluster of two, four or eight CTAs shares a row, which stays in registers: thread t of all T
-// has groups t, t + T, t + 2T ... The sums of each pass meet in every CTA's shared memory by one
-// barrier of the cluster. So a row is read once up to 131,072 columns (262,144 of a 16-bit s) where
-// one CTA holds a quarter of that; and in between, where one CTA would fill an SM and leave memory
-// idle while it adds up, an SM holds CTAs of several rows.
+// holds the groups t, t + T, t + 2T ... The sums of each pass reach every CTA's shared memory by
+// one barrier of the cluster. So a row is read once up to 131,072 columns (262,144 of a 16-bit s),
+// many more than one CTA can hold. For narrower rows, where one CTA would fill an SM and leave
+// memory idle while it adds up, an SM holds CTAs of several rows.
 #include "device/cluster_reduce.h"
 #include "layer_norm/fwd_row.h"
 #include "layer_norm/sm90/choice.h"
@@ -14,13 +14,13 @@ namespace gk {
 namespace {
 
 constexpr int kMaxWarps = 16;
-// Sums of the cluster: first one of a float, then one of a float2.
+// Sums over the cluster: first of a float, then of a float2.
 struct ClusterTotal {
     int ctas;
     unsigned char* scratch;
 
     __device__ __forceinline__ float operator()(float sum) const {
-        cluster_wait();  // for all CTAs to run
+        cluster_wait();  // until all CTAs run
         return cluster_sum(sum, ctas, reinterpret_cast<float*>(scratch));
     }
     __device__ __forceinline__ float2 operator()(float2 sums) const {
@@ -29,7 +29,7 @@ struct ClusterTotal {
     }
 };
 
-// A row for each cluster.
+// Each cluster takes a row.
 template <class X, class S, int kGroups, bool kAligned>
 __global__ void __launch_bounds__(32 * kMaxWarps)
     layer_norm_fwd_sm90_kernel(const __grid_constant__ Fwd p) {

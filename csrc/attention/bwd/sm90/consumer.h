@@ -1,5 +1,5 @@
-// Attention backward on Hopper, main kernel: what the warpgroups that multiply share, whichever way
-// they divide dk and dv. See attention/bwd/sm90/kernel.h.
+// Attention backward on Hopper, main kernel: what the warpgroups that multiply share, however they
+// divide dk and dv. See attention/bwd/sm90/kernel.h.
 #pragma once
 
 #include "attention/bwd/sm90/main.h"
@@ -21,8 +21,8 @@ struct BwdConsumer {
     const BwdWork<Tiles>& work;
     unsigned char* arena;
     int consumer;
-    int row;   // the thread's first row of a warpgroup's 64: + 8
-    int pair;  // and column in each 8: + 1
+    int row;   // the thread's first row of a warpgroup's 64; the second is row + 8
+    int pair;  // its first column of each 8; the second is pair + 1
 
     __device__ typename Tiles::Key key_tile(int offset) const {
         return {reinterpret_cast<T*>(arena + offset)};
@@ -33,19 +33,19 @@ struct BwdConsumer {
     __device__ typename Tiles::Slope slope_tile(int stage) const {
         return {reinterpret_cast<T*>(arena + Tiles::kSlope + stage * Tiles::Slope::kBytes)};
     }
-    // Statistics of a stage's rows: lse, then delta.
+    // The statistics of a stage's rows: lse, then delta.
     __device__ const float* stats(int stage) const {
         return reinterpret_cast<const float*>(arena + Tiles::kStats + stage * Tiles::kStatsBytes);
     }
 
-    // This warp has done with a stage.
+    // Says that this warp is done with a stage.
     __device__ __forceinline__ static void release(uint64_t* bar) {
         __syncwarp();
         if (lane_index() == 0) mbarrier_arrive(bar);
     }
 
-    // Waits for k. Keys past their batch entry's length may hold NaN, which 0 times would be NaN in
-    // dq: they are cleared. TMA clears those past the last one.
+    // Waits for k. Keys past the length of their batch entry may hold NaN, and 0 * NaN in the
+    // product for dq would be NaN, so these keys are cleared. TMA clears keys past Tk.
     __device__ void wait_for_keys(const BwdBarriers<Tiles>& bars) const {
         mbarrier_wait(bars.k(), 0);
         const int valid = work.band.count - work.j0;
@@ -61,15 +61,15 @@ struct BwdConsumer {
         named_barrier_sync(kSlopesThere, Tiles::kConsumerThreads);
     }
 
-    // Of p and ds: rows of queries, from col on.
+    // Stores 16 columns of p or ds, from col on; the tile's rows are queries.
     __device__ __forceinline__ static void put(const typename Tiles::Slope& tile, int col,
                                                const Left& left) {
         const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32 % 4;
         stmatrix_x4(tile.at(16 * warp + lane % 16, col + lane / 16 * 8), left.r);
     }
 
-    // The same of accumulators whose rows are the tile's columns: 16 of its rows, and of its
-    // columns the warpgroup's 64 from col on.
+    // Stores accumulators whose rows are the tile's columns: 16 rows of the tile, and the
+    // warpgroup's 64 columns from col on.
     template <class Tile>
     __device__ __forceinline__ static void put_transposed(const Tile& tile, int row0, int col,
                                                           const Left& left) {
@@ -79,7 +79,7 @@ struct BwdConsumer {
                           left.r);
     }
 
-    // dq = ds k, of this warpgroup's part.
+    // dq = ds k, for this warpgroup's part of dq.
     __device__ __forceinline__ void multiply_for_dq(Dq& dq, const typename Tiles::Slope& slopes,
                                                     const typename Tiles::Key& keys) const {
         const int row0 = Tiles::kByRows ? 64 * consumer : 0;
@@ -92,7 +92,7 @@ struct BwdConsumer {
         wgmma_commit();
     }
 
-    // To the warp that adds it up, pass by pass.
+    // Passes dq, in kDqPasses parts, to the warp that adds it up.
     __device__ __forceinline__ void pass_dq(const Dq& dq) const {
         constexpr int kCols8 = Tiles::kDqCols / 8;
         float* part = reinterpret_cast<float*>(arena + Tiles::kDq) + consumer * Tiles::kDqPart +
@@ -111,8 +111,8 @@ struct BwdConsumer {
         }
     }
 
-    // Panels of dk or dv in shared memory, where k or v was, to memory. The warpgroup's threads
-    // have written them, rows row0 ... of panels first ... last - 1.
+    // Stores the panels first ... last - 1 of dk or dv, which lie in shared memory where k or v
+    // was. The warpgroup's threads have written these panels, in the rows from row0 on.
     __device__ __forceinline__ void store_panels(const TensorMap* map, int offset, int row0,
                                                  int first, int last) const {
         const auto tile = key_tile(offset);
@@ -126,7 +126,8 @@ struct BwdConsumer {
     }
 };
 
-// acc = 0 where column 8 n + c of the accumulators is not first ... last, for the rows of one half.
+// Sets acc to 0 where column 8 n + c of the accumulators is outside first ... last, for the rows of
+// one half.
 template <int kTiles>
 __device__ __forceinline__ void select_columns(float (&acc)[kTiles][4], int half, int first,
                                                int last) {

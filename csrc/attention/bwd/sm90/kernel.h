@@ -1,15 +1,16 @@
-// Attention backward on Hopper, the main kernel: a block of keys stays in shared memory, and the
-// queries that see it pass by, of every query head that reads this key head (Shah et al.,
-// "FlashAttention-3", 2024). Formulas: attention/bwd/kernel.h.
+// Attention backward on Hopper, the main kernel: a CTA keeps a block of keys in shared memory and
+// visits the queries that see these keys, of every query head that reads this key head (Shah et
+// al., "FlashAttention-3", 2024). Formulas: attention/bwd/kernel.h.
 //
-// Warpgroup 0 moves data: one warp loads by TMA, and one for each other warpgroup adds its part of
-// dq to the fp32 sum in memory, by bulk copies out of shared memory. The others multiply; how they
-// divide the work is in attention/bwd/sm90/narrow.h and, from 192 columns on, in wide.h there.
+// Warpgroup 0 moves data: one warp loads by TMA, and for each other warpgroup one warp adds its
+// part of dq to the fp32 sum in memory, by bulk copies out of shared memory. The other warpgroups
+// multiply. They divide the work as attention/bwd/sm90/narrow.h says or, from 192 columns on, as
+// attention/bwd/sm90/wide.h does.
 //
-// q, dout (B, Tq, H, D), k, v (B, Tk, Hk, D), what TMA can address; dk, dv (B, Tk, Hk, D)
-// contiguous. Moves k, v, dk and dv once, q and dout once for each block of keys, and as often 4
-// bytes for each element of dq. dk and dv are summed in one order; dq too if `deterministic`: then
-// a block of rows is added to by one block of keys after another, from the last.
+// q, dout (B, Tq, H, D), k, v (B, Tk, Hk, D), any strides that TMA can address; dk, dv (B, Tk, Hk,
+// D) contiguous. Moves k, v, dk and dv once; for each block of keys, moves q and dout once and 4
+// bytes for each element of dq. dk and dv are summed in a fixed order. With `deterministic` dq is
+// too: then one block of keys after another, from the last block on, adds to a block of rows.
 #pragma once
 
 #include "attention/bwd/sm90/narrow.h"
@@ -22,7 +23,7 @@ __global__ void __launch_bounds__(BwdTiles<T, kNumber>::kThreads, 1)
     attention_bwd_sm90_kernel(const __grid_constant__ BwdSm90 a) {
     using Tiles = BwdTiles<T, kNumber>;
     unsigned char* arena = shared_memory();
-    // The same in all lanes of a warp, which the compiler is to know.
+    // The value is the same in all lanes of a warp; the shuffle lets the compiler know that.
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
     const int lane = lane_index();
     if (warp == 0 && lane == 0) {

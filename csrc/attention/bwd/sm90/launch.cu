@@ -1,9 +1,9 @@
 // Attention backward on Hopper: which calls its kernels take, its launcher, and the kernels before
-// and after the main one. Formulas: attention/bwd/kernel.h; what they are for:
+// and after the main one. Formulas: attention/bwd/kernel.h; what each kernel does:
 // attention/bwd/sm90/params.h.
 //
-// prepare reads out and dout once, and writes 4 bytes for each element of the sum of dq, which it
-// clears, and 12 for each row. finish reads the sum and writes dq, (B, Tq, H, D) contiguous.
+// prepare reads out and dout once. It writes 4 bytes for each element of the sum of dq, which it
+// clears, and 12 bytes for each row. finish reads the sum and writes dq, (B, Tq, H, D) contiguous.
 #include <algorithm>
 
 #include "attention/bwd/delta.h"
@@ -13,18 +13,19 @@
 namespace gk {
 
 constexpr int kFinishThreads = 256;
-// Bytes of q, dout and the sum of dq that blocks of keys of several heads may read side by side:
-// about half of L2.
+// The bytes of q, dout and the sum of dq that the blocks of keys of several heads may read when
+// they run side by side: about half of L2.
 constexpr int64_t kBytesTogether = int64_t{24} << 20;
 
 struct PrepareArguments {
     BwdArguments of;
     int row_blocks, rows;
     int64_t sum_chunks;  // dq_sum's length in chunks of 16 bytes
-    int64_t turns;       // how many
+    int64_t turns;       // how many turns there are, to be cleared
 };
 
-// Statistics lie block by block: lse of its rows, then delta. Rows past the last one weigh nothing.
+// The statistics lie block by block: lse of the block's rows, then delta. Rows past the last one
+// have weight 0.
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads)
     attention_bwd_sm90_prepare_kernel(const __grid_constant__ PrepareArguments a) {
@@ -43,13 +44,13 @@ __global__ void __launch_bounds__(kDeltaThreads)
     const bool exists = i < call.Tq;
     float delta = row_delta<T>(a.of, bh / call.H, i, bh % call.H, exists);
     if (threadIdx.x % kDeltaLanes != 0) return;
-    float lse = INFINITY;  // its weights are 0
+    float lse = INFINITY;  // the weights of this row are then 0
     if (exists) {
         const int64_t at = bh * call.Tq + i;
         if (p.dlse != nullptr) delta -= p.dlse[at];
         p.delta[at] = delta;
         const float natural = p.lse[at];
-        if (natural != -INFINITY)  // else there is no key
+        if (natural != -INFINITY)  // -inf: the row sees no key
             lse = is_finite(natural) && is_finite(delta) ? natural * kLog2e : NAN;
     }
     float* stats = p.row_stats + block * (2 * a.rows) + row;
@@ -62,8 +63,8 @@ struct FinishArguments {
     int row_blocks, rows, width;
 };
 
-// A CTA for each 64 rows. A thread takes two of them, 8 columns each: 64 bytes of the sum, side by
-// side.
+// Each CTA takes 64 rows. A thread takes 8 columns of two of these rows: 64 contiguous bytes of the
+// sum.
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads)
     attention_bwd_sm90_finish_kernel(const __grid_constant__ FinishArguments a) {
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     T* dq = static_cast<T*>(a.p.dq) + (b * call.Tq * call.H + h) * call.D;
     bool finite = true;
     for (int unit = static_cast<int>(threadIdx.x); unit < cols8 * 32; unit += kFinishThreads) {
-        const int col8 = unit % cols8, quad = unit / cols8;  // quad: 8 w + g
+        const int col8 = unit % cols8, quad = unit / cols8;  // quad: 8 w + g, as in dq_index
         const int64_t i = i0 + quad / 8 * 16 + quad % 8;
         if (i >= call.Tq || 8 * col8 >= call.D) continue;
         float of_row[2][8];
@@ -102,7 +103,7 @@ namespace {
 
 constexpr const char* kName = "attention_bwd_sm90";
 
-// Why none of the builds can take a problem, "" where some can.
+// Returns why none of the builds can take a problem, or "" where one can.
 std::string refuses(DType dtype, const AttentionBwd& p) {
     const AttentionCall& c = p.call;
     std::string reason = attention_sm90_refuses_call(dtype, c);
@@ -121,7 +122,7 @@ std::string refuses(DType dtype, const AttentionBwd& p) {
     return reason;
 }
 
-// One build of each head width, which takes options and none, is the rule's.
+// For each head width the rule chooses the one build that takes calls with and without options.
 Choice by_rule(int width) {
     int number = 0;
     while (kBwdRows[number].width != width || kBwdRows[number].rule != Rule::always) ++number;
@@ -138,7 +139,7 @@ Choice choose_attention_bwd(DType dtype, const AttentionBwd& p, int build, int d
         [&] { return by_rule(width); });
 }
 
-// The first turn is the flag.
+// turns[0] is the flag that a result is not finite.
 BwdWorkspaces workspaces_of(const AttentionBwd& p, int build) {
     const BwdRow& built = kBwdRows[build];
     const int64_t tiles = int64_t{p.call.batch} * p.call.H * divide_up(p.call.Tq, built.rows);
@@ -149,9 +150,9 @@ BwdWorkspaces workspaces_of(const AttentionBwd& p, int build) {
     return sizes;
 }
 
-// How many key heads have their blocks worked off side by side: as many as read no more than stays
-// in L2. Without a bound on the right it is one: all blocks of a head take equally long, and so
-// stay together by themselves.
+// How many key heads have their blocks of keys worked on side by side: as many as read no more than
+// stays in L2. Without a bound on the right this is one head: all blocks of a head then take
+// equally long, and so stay together by themselves.
 int heads_together(const AttentionCall& c) {
     const int heads = c.batch * c.Hk;
     if (c.right < 0) return 1;
@@ -189,7 +190,7 @@ void launch_of(DType dtype, const AttentionBwd& p, int build, Stream stream) {
     a.v = map(p.v, p.v_strides, c.Tk, c.Hk, built.keys);
     a.dout = map(p.dout, p.dout_strides, c.Tq, c.H, built.rows);
     const Strides keys = contiguous_strides(c.Tk, c.Hk, c.D);
-    const int stored = built.wide() ? built.keys : 64;  // of keys, by a warpgroup
+    const int stored = built.wide() ? built.keys : 64;  // rows of keys that a warpgroup stores
     if (p.dk != nullptr) a.dk = map(p.dk, keys, c.Tk, c.Hk, stored);
     if (p.dv != nullptr) a.dv = map(p.dv, keys, c.Tk, c.Hk, stored);
     a.row_blocks = row_blocks;

@@ -24,18 +24,18 @@ struct BwdTiles {
     static constexpr int kThreads = 128 + kConsumerThreads;
     static constexpr int kDoutStages = kBuilt.dout_stages;
     static constexpr bool kWide = kBuilt.wide();
-    // A multiprocessor's registers: the warps that move data need few.
+    // A multiprocessor's registers are shared unequally: the warps that move data need few.
     static constexpr int kMoverRegisters = kConsumers == 2 ? 24 : 32;
     static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 
     using Key = SwizzledTile<T, kKeys, kWidth>;
     using Query = SwizzledTile<T, kRows, kWidth>;
     using Slope = SwizzledTile<T, kRows, kKeys>;  // ds, or p
-    // Two of ds. Where p goes through shared memory too, one of each.
+    // There are two tiles of ds. Where p goes through shared memory too, there is one of each.
     static constexpr int kSlopes = 2;
 
-    // Of dq a warpgroup computes 64 rows, or, where there are no more, panels of columns; it passes
-    // kDqCols at a time to the warp that adds them up.
+    // A warpgroup computes 64 rows of dq or, where a step has only 64 rows, some panels of columns.
+    // It passes kDqCols columns at a time to the warp that adds them up.
     static constexpr bool kByRows = kRows == 64 * kConsumers;
     static_assert(kByRows || (kRows == 64 && Key::kPanels % kConsumers == 0), "a part for each");
     static constexpr int kDqPasses = kByRows ? 1 : Key::kPanels / kConsumers;
@@ -70,7 +70,7 @@ constexpr auto kBwdBuilds = build_table<kBwdCount>([](auto number) {
                  .rule = kBwdRows[number].rule};
 });
 
-// Numbers of named barriers; the last three have one for each consumer.
+// Numbers of named barriers. The last three have one barrier for each consumer.
 enum BwdBarrier : unsigned {
     kSlopesThere = 1,
     kSlopesRead = 2,
@@ -84,7 +84,7 @@ template <class Tiles>
 struct BwdWork {
     int b, hk, block, j0;     // batch entry, key head, block of keys, its first key
     int group;                // query heads of the key head
-    int first_block, blocks;  // of rows, that see some of the keys
+    int first_block, blocks;  // blocks of rows that see some of the keys
     Band band;
     Range queries;
 
@@ -95,8 +95,9 @@ struct BwdWork {
         const int rest = static_cast<int>(blockIdx.x) % (together * a.key_blocks);
         const int here = min(together, heads - section * together);
         const int head = section * together + rest % here;
-        // Early keys of a causal triangle have the most queries, and come first. Where blocks of
-        // keys wait for later ones, those do.
+        // The first keys of a causal triangle have the most queries, so their blocks come first.
+        // With `deterministic` a block of keys waits for later blocks, so the last block comes
+        // first.
         block = a.p.deterministic ? a.key_blocks - 1 - rest / here : rest / here;
         b = head / call.Hk;
         hk = head % call.Hk;
@@ -155,7 +156,7 @@ struct BwdBarriers {
         return dout_full(Tiles::kDoutStages) + stage;
     }
 
-    // One thread.
+    // One thread calls this.
     __device__ void init() const {
         mbarrier_init(k(), 1);
         mbarrier_init(v(), 1);
@@ -179,7 +180,8 @@ __device__ __forceinline__ void load_panels(const Tile& tile, const TensorMap* m
         tma_load(tile.panel(panel), map, bar, Coordinates<4>{{panel * kPanelCols, h, t, b}}, hint);
 }
 
-// One thread. The blocks of rows are read by every block of keys, and stay in L2; keys are not.
+// One thread calls this. All blocks of keys read the blocks of rows, which therefore stay in L2;
+// only one CTA reads these keys.
 template <class T, class Tiles>
 __device__ void load_tiles(const BwdSm90& a, const BwdWork<Tiles>& work, unsigned char* arena) {
     const BwdBarriers<Tiles> bars(arena);
@@ -222,7 +224,7 @@ __device__ void load_tiles(const BwdSm90& a, const BwdWork<Tiles>& work, unsigne
     }
 }
 
-// One warp, for the parts of dq that a consumer leaves in shared memory at each step.
+// One warp adds the parts of dq that one consumer leaves in shared memory at each step.
 template <class Tiles>
 __device__ void add_dq(const BwdSm90& a, const BwdWork<Tiles>& work, unsigned char* arena,
                        int consumer) {
@@ -245,7 +247,7 @@ __device__ void add_dq(const BwdSm90& a, const BwdWork<Tiles>& work, unsigned ch
             float* sum = a.p.dq_sum + tile * Tiles::kDqFloats +
                          (Tiles::kByRows ? dq_index(Tiles::kWidth, consumer, 0, 0)
                                          : dq_index(Tiles::kWidth, 0, col8, 0));
-            // Columns past the width were multiplied, and are not added.
+            // Columns past the width were multiplied, but they are not added.
             const int cols8 =
                 Tiles::kByRows ? kCols8 : min(kCols8, Tiles::kWidth / 8 - col8);
             bulk_reduce_add(sum, part, static_cast<unsigned>(cols8) * 128 * 16);

@@ -1,13 +1,13 @@
-// Attention backward on Hopper, heads up to 128 wide: a warpgroup has dk and dv of 64 keys. See
-// attention/bwd/sm90/kernel.h.
+// Attention backward on Hopper, heads up to 128 wide: each warpgroup computes dk and dv of 64 keys.
+// See attention/bwd/sm90/kernel.h.
 //
 //     s^T = k q^T, dp^T = v dout^T     64 keys by the step's queries
 //     dv += p^T dout, dk += ds^T q     p^T, ds^T from the registers, where they are left operands
-//     dq = ds k                        ds through shared memory: each warpgroup has 64 keys of it
+//     dq = ds k                        ds through shared memory: each warpgroup has 64 of its keys
 //
-// Products are issued in the order s, dp, dv, dq, dk, and each result is waited for as late as it
-// can be: weights are computed under dp's product, ds under dv's if that comes early, and dq goes
-// to shared memory under dk's.
+// The products are issued in the order s, dp, dv, dq, dk, and each result is waited for as late as
+// possible: the weights are computed while dp's product runs, ds while dv's product runs (if dv's
+// is issued early), and dq goes to shared memory while dk's product runs.
 #pragma once
 
 #include "attention/bwd/sm90/consumer.h"
@@ -54,12 +54,13 @@ struct BwdNarrow : BwdConsumer<T, Tiles> {
         for (int i = 0; i < kRows / 16; ++i) to[i] = Mma<T>::from_accumulators(&from[2 * i]);
     }
 
-    // Of the thread's columns 8 n and 8 n + 1.
+    // The values for the thread's two columns in the nth group of 8.
     __device__ __forceinline__ float2 two(const float* of_rows, int n) const {
         return *reinterpret_cast<const float2*>(of_rows + 8 * n + pair);
     }
 
-    // Clears the pairs that do not see each other; i: the query of the thread's first column.
+    // Clears the elements of pairs that do not see each other. i: the query of the thread's first
+    // column.
     __device__ __forceinline__ void select_seen(Scores& acc, int i) const {
         const Band& band = work.band;
 #pragma unroll
@@ -91,7 +92,7 @@ struct BwdNarrow : BwdConsumer<T, Tiles> {
         }
     }
 
-    // Both, with a softcap or ALiBi.
+    // Computes both p and ds, with a softcap or ALiBi.
     __device__ __forceinline__ void weigh_and_slope(Scores& s, Scores& dp, const float* lse,
                                                     const float* delta, const Score& score,
                                                     int i) const {
@@ -175,19 +176,19 @@ struct BwdNarrow : BwdConsumer<T, Tiles> {
                 multiply_along(dv, p_left, dout_tile);
             }
             fence_proxy_async();
-            // All of ds is there. What was in its place two steps ago has been read: who comes here
-            // has waited for the last step's dq.
+            // All of ds is there now. The ds of two steps ago in the same tile has been read: a
+            // thread that comes here has waited for the last step's dq.
             named_barrier_sync(kSlopesThere, Tiles::kConsumerThreads);
 
             typename Base::Dq dq;
             this->multiply_for_dq(dq, slopes_tile, k_tile);
-            wgmma_wait<1>();  // dv
+            wgmma_wait<1>();  // until dv is there
             Base::release(bars.dout_empty(dout.stage));
             multiply_along(dk, ds_left, q_tile);
-            wgmma_wait<1>();  // dq
+            wgmma_wait<1>();  // until dq is there
             wgmma_fence_registers(dq);
             this->pass_dq(dq);
-            wgmma_wait<0>();  // dk
+            wgmma_wait<0>();  // until dk is there
             Base::release(bars.q_empty(q.stage));
         }
         wgmma_fence_registers(dk);
@@ -197,7 +198,7 @@ struct BwdNarrow : BwdConsumer<T, Tiles> {
 
     __device__ bool finite() const { return all_finite(dk) && all_finite(dv); }
 
-    // Rows of 64 keys.
+    // Stores the rows of this warpgroup's 64 keys.
     __device__ __forceinline__ void store(const Gradient& gradient, int offset,
                                           const TensorMap* map) const {
         const auto tile = this->key_tile(offset);
@@ -210,8 +211,8 @@ struct BwdNarrow : BwdConsumer<T, Tiles> {
     }
 
     __device__ __forceinline__ void store() const {
-        if (a.p.dv != nullptr) store(dv, Tiles::kV, &a.dv);  // rows that no one else reads
-        // The others may still read k, for their last dq.
+        if (a.p.dv != nullptr) store(dv, Tiles::kV, &a.dv);  // rows that no other warpgroup reads
+        // The other warpgroups may still read k, for their last dq.
         named_barrier_sync(kSlopesThere, Tiles::kConsumerThreads);
         if (a.p.dk != nullptr) store(dk, 0, &a.dk);
     }

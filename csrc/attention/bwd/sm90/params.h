@@ -1,13 +1,13 @@
-// Attention backward on Hopper: how its kernels are told what to do. Formulas:
-// attention/bwd/kernel.h.
+// Attention backward on Hopper: its kernels and their arguments. Formulas: attention/bwd/kernel.h.
 //
 //     prepare   delta of each row, lse in units of log2(e); clears the sum of dq
 //     main      dk and dv of a block of keys; adds to the sum of dq: attention/bwd/sm90/kernel.h
 //     finish    dq = scale * sum
 //
-// In the main kernel's products weights of 0 meet what a row does not see, and 0 * NaN is NaN. So
-// it and `finish` raise a flag where a result is not finite, and then the generic kernels, launched
-// after them in any case, do everything again; else they return at once.
+// In the main kernel's products a weight of 0 meets rows that are not seen, and 0 * NaN is NaN. So
+// the main kernel and `finish` raise a flag where a result is not finite. The generic kernels are
+// always launched after them: if the flag is raised, they compute everything again; otherwise they
+// return at once.
 #pragma once
 
 #include <iterator>
@@ -18,24 +18,25 @@
 
 namespace gk {
 
-// Of one launch, in both kernels that know the tiles.
+// The arguments of one launch of the main kernel.
 struct BwdSm90 {
     AttentionBwd p;
-    TensorMap q, k, v, dout;  // a panel of a block of rows, of a block of keys
-    TensorMap dk, dv;         // a panel of what a warpgroup stores; empty where not wanted
+    TensorMap q, k, v, dout;  // boxes: one panel of a block of rows, or of a block of keys
+    TensorMap dk, dv;         // boxes: one panel that a warpgroup stores; empty: not wanted
     int row_blocks, key_blocks;
-    int heads_together;  // key heads whose blocks are worked off side by side, for L2
+    int heads_together;  // key heads whose blocks are worked on side by side, for L2
 };
 
-// How the sum of dq lies in memory: tiles (B, H, row_blocks), in each the accumulators of m64nNk16
-// as they lie in the registers: (rows / 64, columns / 8, 128 threads, 4). So warpgroups write it to
-// shared memory, and bulk additions to memory, without a stride. The index is that of a thread's
-// four elements, in rows 16 w + g and 16 w + g + 8 of the 64, and columns 2t and 2t + 1 of the 8.
+// The layout of the sum of dq in memory: tiles (B, H, row_blocks), each with the accumulators of
+// m64nNk16 as they lie in the registers: (rows / 64, columns / 8, 128 threads, 4). So warpgroups
+// write to shared memory, and bulk additions to memory, without a stride. The index is that of the
+// four elements of thread 32 w + 4 g + t: rows 16 w + g and 16 w + g + 8 of the 64, columns 2t and
+// 2t + 1 of the 8.
 __host__ __device__ constexpr int dq_index(int width, int row64, int col8, int thread) {
     return ((row64 * (width / 8) + col8) * 128 + thread) * 4;
 }
 
-// What the main kernel is built of, by number.
+// A build of the main kernel; its index in kBwdRows is its number.
 struct BwdRow {
     const char* name;
     int width;        // of a head, at most
@@ -44,8 +45,8 @@ struct BwdRow {
     int dout_stages;  // blocks of dout in flight; of q there are two
     bool early;       // dv is multiplied while ds is computed, else after it
     Rule rule;
-    // From 192 on dk and dv of 64 keys fill a warpgroup's registers: there it has 64 or 128 columns
-    // of them, for all keys.
+    // From 192 columns on, dk and dv of 64 keys would fill a warpgroup's registers. There a
+    // warpgroup computes 64 or 128 columns of dk and dv, for all keys.
     constexpr bool wide() const { return width > 128; }
 };
 
@@ -61,16 +62,17 @@ constexpr BwdRow kBwdRows[] = {
 };
 constexpr int kBwdCount = std::size(kBwdRows);
 
-// What attention adds to its scores.
+// Whether a softcap or ALiBi changes the scores.
 inline bool bwd_has_options(const AttentionCall& c) {
     return c.softcap != 0 || c.alibi_slopes != nullptr;
 }
 
-// build: a number, of a build for heads of this width. One translation unit for each T and width.
+// build: the number of a build for heads of this width. Each pair of T and kWidth is compiled in a
+// translation unit of its own.
 template <class T, int kWidth>
 void launch_attention_bwd_sm90_main(const BwdSm90& a, int build, Stream stream);
 
-// With the workspaces that attention_bwd_workspaces says for the same arguments.
+// The workspaces have the sizes that attention_bwd_workspaces returns for the same arguments.
 void launch_attention_bwd_sm90(DType dtype, const AttentionBwd& p, int build, Stream stream);
 
 }  // namespace gk

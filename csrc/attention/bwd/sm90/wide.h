@@ -1,11 +1,11 @@
-// Attention backward on Hopper, heads 192 and 256 wide: a warpgroup has 64 or 128 columns of dk and
-// dv, for all keys. See attention/bwd/sm90/kernel.h.
+// Attention backward on Hopper, heads 192 and 256 wide: each warpgroup computes 64 or 128 columns
+// of dk and dv, for all keys. See attention/bwd/sm90/kernel.h.
 //
 //     s = q k^T, dp = dout v^T           the step's 64 queries by a share of the keys
 //     dv^T += dout^T p, dk^T += q^T ds   p and ds through shared memory, as their keys are shared
-//     dq = ds k                          out
+//     dq = ds k                          through shared memory to the warp that adds it up
 //
-// Products are issued in the order s, dp, dv, dq, dk; dq goes to shared memory under dk's.
+// The products are issued in the order s, dp, dv, dq, dk; dq goes to shared memory while dk's runs.
 #pragma once
 
 #include "attention/bwd/sm90/consumer.h"
@@ -17,15 +17,15 @@ struct BwdWide : BwdConsumer<T, Tiles> {
     using Base = BwdConsumer<T, Tiles>;
     using Base::a, Base::arena, Base::consumer, Base::kKeys, Base::kWidth, Base::pair, Base::row,
         Base::work;
-    static constexpr int kShare = kKeys / Tiles::kConsumers;  // keys of s
-    static constexpr int kPanels = Tiles::kDqPasses;          // of columns of dk and dv
+    static constexpr int kShare = kKeys / Tiles::kConsumers;  // keys of s, for each warpgroup
+    static constexpr int kPanels = Tiles::kDqPasses;          // of columns, for each warpgroup
     static_assert(kShare % 16 == 0, "whole stores of p and ds");
     using Scores = float[kShare / 8][4];
     using Gradient = float[kPanels][kKeys / 8][4];  // dk^T, dv^T
 
     Gradient dk, dv;
 
-    // acc = left times this warpgroup's rows of right, transposed.
+    // acc = left right^T, for this warpgroup's rows of right.
     __device__ __forceinline__ void multiply_across(Scores& acc, const typename Tiles::Query& left,
                                                     const typename Tiles::Key& right) const {
         wgmma_fence();
@@ -36,7 +36,7 @@ struct BwdWide : BwdConsumer<T, Tiles> {
         wgmma_commit();
     }
 
-    // acc += this warpgroup's columns of left, transposed, times right.
+    // acc += left^T right, for this warpgroup's columns of left.
     __device__ __forceinline__ void multiply_along(Gradient& acc, const typename Tiles::Query& left,
                                                    const typename Tiles::Slope& right) const {
         wgmma_fence();
@@ -50,7 +50,7 @@ struct BwdWide : BwdConsumer<T, Tiles> {
         wgmma_commit();
     }
 
-    // Clears the pairs that do not see each other.
+    // Clears the elements of pairs that do not see each other.
     __device__ __forceinline__ void select_seen(Scores& acc, int i0) const {
         const int j = work.j0 + kShare * consumer + pair;  // of the thread's first column
 #pragma unroll
@@ -106,7 +106,8 @@ struct BwdWide : BwdConsumer<T, Tiles> {
                 select_seen(s, i0);
                 select_seen(dp, i0);
             }
-            // The last step's p and ds have been read: who comes here has waited for its products.
+            // The last step's p and ds have been read: a thread that comes here has waited for
+            // their products.
             named_barrier_sync(kSlopesRead, Tiles::kConsumerThreads);
             put(p_tile, kShare * consumer, s);
             put(slopes_tile, kShare * consumer, dp);
@@ -116,13 +117,13 @@ struct BwdWide : BwdConsumer<T, Tiles> {
             multiply_along(dv, dout_tile, p_tile);
             typename Base::Dq dq;
             this->multiply_for_dq(dq, slopes_tile, k_tile);
-            wgmma_wait<1>();  // dv
+            wgmma_wait<1>();  // until dv is there
             Base::release(bars.dout_empty(dout.stage));
             multiply_along(dk, q_tile, slopes_tile);
-            wgmma_wait<1>();  // dq
+            wgmma_wait<1>();  // until dq is there
             wgmma_fence_registers(dq);
             this->pass_dq(dq);
-            wgmma_wait<0>();  // dk
+            wgmma_wait<0>();  // until dk is there
             Base::release(bars.q_empty(q.stage));
         }
 #pragma unroll
@@ -133,7 +134,7 @@ struct BwdWide : BwdConsumer<T, Tiles> {
         }
     }
 
-    // s becomes p under dp's product, then dp ds.
+    // s becomes p while dp's product runs, then dp becomes ds.
     __device__ __forceinline__ void weigh_and_slope(Scores& s, Scores& dp, const float* lse,
                                                     const float* delta, const Score& score,
                                                     int i0) const {
@@ -169,7 +170,7 @@ struct BwdWide : BwdConsumer<T, Tiles> {
         return all;
     }
 
-    // Panels of all keys.
+    // Stores this warpgroup's panels, for all keys.
     __device__ __forceinline__ void store(const Gradient& gradient, int offset,
                                           const TensorMap* map) const {
         const int first = kPanels * consumer;
@@ -183,7 +184,7 @@ struct BwdWide : BwdConsumer<T, Tiles> {
     }
 
     __device__ __forceinline__ void store() const {
-        // The others may still read k and v.
+        // The other warpgroups may still read k and v.
         named_barrier_sync(kSlopesThere, Tiles::kConsumerThreads);
         if (a.p.dv != nullptr) store(dv, Tiles::kV, &a.dv);
         if (a.p.dk != nullptr) store(dk, 0, &a.dk);

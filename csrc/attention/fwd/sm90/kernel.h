@@ -1,21 +1,23 @@
 // Attention forward on Hopper's tensor cores (Dao, Shah et al., "FlashAttention-3", 2024): online
-// softmax as in attention/fwd/kernel.h, with loads, products and softmax of different blocks at
-// once.
+// softmax as in attention/fwd/kernel.h, but loads, products and softmax of different blocks
+// overlap.
 //
 // q (B, Tq, H, D), k and v (B, Tk, Hk, D) -> out (B, Tq, H, D), lse (B, H, Tq) fp32. Moves q and
 // out once, k and v once for each tile of Tiles::kRows queries, mostly from L2; scores never leave
 // the registers. Saved for the backward pass: q, k, v, out in their dtype, and lse.
 //
-// A CTA stays on its multiprocessor and takes tile after tile. One thread of its first warpgroup
-// asks for q, k and v (tensor memory accelerator, rings of two stages); the others are consumers
-// with 64 queries each. Keys pass by from right to left, so that blocks with a mask come first and
-// the loop over the rest has none. A consumer issues the scores of a block, then the value product
-// of the block before, and does the softmax while the latter runs; with ping-pong the consumers
-// also take turns, so that one's softmax runs under the other's products.
+// A CTA stays on its multiprocessor and takes one tile after another. One thread of its first
+// warpgroup loads q, k and v by the tensor memory accelerator (TMA), k and v into rings of two
+// stages; the other warpgroups are consumers with 64 queries each. The blocks of keys are visited
+// from right to left, so that blocks with a mask come first and the loop over the rest has none. A
+// consumer issues the scores of a block, then the value product of the block before it, and
+// computes the softmax while the value product runs. With ping-pong the consumers also take turns,
+// so that the softmax of one consumer runs under the products of another.
 //
 // A weight is 0 where a row does not see a key, but 0 * NaN is NaN: NaN or Inf in v would reach
-// rows that do not see it. Values past a length are zeroed in shared memory. Elsewhere it shows in
-// o, and those rows are done again one by one (slow, for tensors that hold NaN or Inf).
+// rows that do not see it. Values past a length are zeroed in shared memory. Elsewhere such a row
+// shows NaN in o, and these rows are computed again one by one (slowly, but only for tensors that
+// hold NaN or Inf).
 #pragma once
 
 #include <algorithm>
@@ -31,11 +33,11 @@
 
 namespace gk {
 
-// Named barriers: of each consumer's turn at the tensor cores, of its own four warps, and of all
-// consumers. 0 is __syncthreads'.
+// Named barriers: one for each consumer's turn at the tensor cores, one for the four warps of each
+// consumer, and one for all consumers. Barrier 0 is that of __syncthreads.
 constexpr unsigned kTurnBarrier = 1, kOwnBarrier = 4, kConsumersBarrier = 7;
 
-// s = q k^T, under way.
+// Issues s = q k^T without waiting for the result.
 template <class Tiles>
 __device__ __forceinline__ void issue_scores(float (&s)[Tiles::kKeys / 8][4],
                                              typename Tiles::Query q, typename Tiles::Key k) {
@@ -48,7 +50,7 @@ __device__ __forceinline__ void issue_scores(float (&s)[Tiles::kKeys / 8][4],
     wgmma_commit();
 }
 
-// o += p v, under way.
+// Issues o += p v without waiting for the result.
 template <class Tiles>
 __device__ __forceinline__ void issue_values(float (&o)[Tiles::kWidth / 8][4],
                                              const typename Tiles::Weights (&p)[Tiles::kKeys / 16],
@@ -62,7 +64,7 @@ __device__ __forceinline__ void issue_values(float (&o)[Tiles::kWidth / 8][4],
     wgmma_commit();
 }
 
-// p as the left operand of the value product: accumulators' layout is already that operand's.
+// Rounds p to the left operand of the value product. The accumulators already have its layout.
 template <class T, int kTiles>
 __device__ __forceinline__ void round_weights(typename Mma<T>::A (&p)[kTiles / 2],
                                               const float (&s)[kTiles][4]) {
@@ -70,7 +72,8 @@ __device__ __forceinline__ void round_weights(typename Mma<T>::A (&p)[kTiles / 2
     for (int n = 0; n < kTiles; n += 2) p[n / 2] = Mma<T>::from_accumulators(&s[n]);
 }
 
-// One row by one warp, with the keys that it sees and no others: into its row of out's tile.
+// Computes one row by one warp, from the keys that the row sees and no others, and writes it to its
+// row of out's tile.
 template <class Tiles>
 __device__ __forceinline__ void attend_row(const FwdSm90Arguments& a, const Band& band,
                                            const Score& score, int b, int h, int i,
@@ -115,12 +118,13 @@ __device__ __forceinline__ void attend_row(const FwdSm90Arguments& a, const Band
             none ? -INFINITY : fmaf(m, kLn2, logf(l));
 }
 
-// Which of a thread's two rows hold something that is not finite, by the lanes of their quads.
+// Finds which of a thread's two rows hold a value that is not finite. lost[half] has one bit for
+// each lane of the warp; the four neighbouring lanes of a quad share a row.
 template <int kTiles>
 __device__ __forceinline__ void lost_rows(unsigned (&lost)[2], const float (&o)[kTiles][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float zero = 0;  // NaN where one is not finite
+        float zero = 0;  // becomes NaN where a value is not finite
 #pragma unroll
         for (int d = 0; d < kTiles; ++d)
 #pragma unroll
@@ -129,12 +133,13 @@ __device__ __forceinline__ void lost_rows(unsigned (&lost)[2], const float (&o)[
     }
 }
 
-// Of the CTA, as a value that the compiler knows to be the same in all lanes.
+// The index of a warpgroup in its CTA, as a value that the compiler knows to be the same in all
+// lanes.
 __device__ __forceinline__ int warpgroup_index() {
     return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
 }
 
-// A warpgroup of consumers.
+// A consumer: one of the warpgroups that multiply.
 template <class Tiles, bool kOptions>
 struct FwdSm90Consumer {
     using T = typename Tiles::Type;
@@ -167,9 +172,10 @@ struct FwdSm90Consumer {
         v_at.advance();
     }
 
-    // v of the block at key j. Values past the length may be anything: all consumers together make
-    // them 0, as a tile's first block has them. (What else a row does not see goes with the few NaN
-    // and Inf that there are: see lost_rows.)
+    // Waits for v of the block at key j. Values past the length may be anything, so all consumers
+    // together set them to 0. They lie in a tile's first block, which every consumer visits. (Other
+    // values that a row does not see matter only where they are NaN or Inf, which is rare: see
+    // lost_rows.)
     __device__ __forceinline__ void await_v(const Band& band, int j) const {
         mbarrier_wait(shared.v_full(v_at.stage), v_at.phase);
         if (band.count >= min(j + kKeys, a.p.call.Tk)) return;
@@ -185,7 +191,7 @@ struct FwdSm90Consumer {
         named_barrier_sync(kConsumersBarrier, Tiles::kConsumers * kWarpgroup);
     }
 
-    // A block that other consumers see.
+    // Passes over a block that only other consumers see.
     __device__ __forceinline__ void pass_block(const Band& band, int j) {
         mbarrier_wait(shared.k_full(k_at.stage), k_at.phase);
         take_turn();
@@ -201,10 +207,11 @@ struct FwdSm90Consumer {
         for (unsigned turn = 0;; ++turn) {
             const FwdSm90Place place(a, turn, Tiles::kRows);
             if (!place.exists) break;
-            consumer = warpgroup_index() - 1;  // or it would take a register all along
+            consumer = warpgroup_index() - 1;  // recomputed: keeping it takes a register
             tile(place, turn % 2);
         }
-        // What is still to come: a last turn, and the accelerator may still read out's tile.
+        // Two things are outstanding: one last turn, and the accelerator may still be reading out's
+        // tile.
         if (consumer == 0) take_turn();
         if (threadIdx.x % kWarpgroup == 0) bulk_wait_read<0>();
     }
@@ -217,7 +224,7 @@ struct FwdSm90Consumer {
         const Score score =
             kOptions ? score_of_head(call, place.h) : Score{call.softmax_scale * kLog2e, 0, 0};
         const float factor = kOptions ? 1.0f : score.factor;
-        // Blocks that the CTA loads, and those of them that this consumer's rows see.
+        // The blocks that the CTA loads, and the blocks among them that this consumer's rows see.
         const Range all = keys_of_tile(band, place.i0, Tiles::kRows, kKeys);
         const Range mine = keys_of_tile(band, i0, kWarpgroupRows, kKeys);
 
@@ -255,7 +262,8 @@ struct FwdSm90Consumer {
                 take_turn();
                 issue_scores<Tiles>(s, q, shared.k(k_at.stage));
                 if (Tiles::kRescaleFirst) {
-                    // Has come long since; keeps the rescaling from among the products above.
+                    // v has arrived long before. This wait keeps the compiler from moving the
+                    // rescaling up among the products.
                     mbarrier_wait(shared.v_full(v_at.stage), v_at.phase);
                     rescale_rows(o, rescale);
                 }
@@ -267,8 +275,9 @@ struct FwdSm90Consumer {
                 if (kOptions) apply_options<T>(s, score, band, i, j + j_offset);
                 if (kMasked) apply_mask(s, band, i, j + j_offset);
                 softmax_block<T, false, kMasked>(s, rows, rescale, factor);
-                // This block's v, for the next product. Between the softmax and the wait for the
-                // last one: ptxas would move that wait up, but not across the loop that this is.
+                // Waits for this block's v, which the next product needs. This wait stands between
+                // the softmax and the wait for the last product because it is a loop: ptxas would
+                // move the wait for the product up, but not across a loop.
                 const int used = v_at.stage;
                 v_at.advance();
                 mbarrier_wait(shared.v_full(v_at.stage), v_at.phase);
@@ -300,13 +309,13 @@ struct FwdSm90Consumer {
         store(place, i0, band, score, factor, rows, o);
     }
 
-    // out = o / l by way of shared memory, and lse.
+    // Stores out = o / l by way of shared memory, and lse.
     __device__ __forceinline__ void store(const FwdSm90Place& place, int i0, const Band& band,
                                           const Score& score, float factor,
                                           const FwdSm90Rows& rows, float (&o)[kWidth / 8][4]) {
         const AttentionCall& call = a.p.call;
-        // The compiler would keep what follows from the thread's number in registers that the
-        // products need, from one tile to the next.
+        // Without `forget` the compiler would keep values that follow from the thread's number in
+        // registers from one tile to the next, and the products need these registers.
         Pack<int, 1> number{{static_cast<int>(threadIdx.x)}};
         forget(number);
         const int consumer = number.at[0] / kWarpgroup - 1;
@@ -331,8 +340,8 @@ struct FwdSm90Consumer {
 #pragma unroll
                 for (int c = 0; c < 2; ++c) o[d][2 * half + c] *= scale;
         }
-        // The accelerator has read what went before, and where this is q's tile, all are done with
-        // it.
+        // Wait until the accelerator has read the last tile's out and, where out shares q's tile,
+        // until all warps are done with q.
         if (Tiles::kOutApart && leader) bulk_wait_read<0>();
         named_barrier_sync(kOwnBarrier + consumer, kWarpgroup);
 #pragma unroll
@@ -390,12 +399,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     }
 }
 
-// k and v of heads that are worked on together stay within half of an H200's L2 cache.
+// k and v of heads that are worked on together take at most half of an H200's L2 cache.
 constexpr int64_t kFwdSm90CacheBytes = 25 << 20;
 
-// Pairs are worth it where every CTA gets several, of several to a head: for fewer, single tiles,
-// the longest first, come out more evenly. With 132 CTAs and causal masks the last one ends 1-4%
-// after the mean so, 2-5% with single tiles where they are few, up to 36% where they are many.
+// Tiles are taken in pairs where every CTA gets several pairs and every head has several tiles.
+// Otherwise single tiles, the longest first, are balanced better. With 132 CTAs and causal masks
+// the last CTA ends 1-4% after the mean with pairs. With single tiles it ends 2-5% after the mean
+// where tiles are few, and up to 36% after it where they are many.
 constexpr int64_t kFwdSm90RoundsOfPairs = 4, kFwdSm90BlocksForPairs = 5;
 
 // kOptions: softcap or ALiBi, or a scale that is not positive (see scores_are_plain).

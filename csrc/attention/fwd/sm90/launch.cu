@@ -1,5 +1,5 @@
 // Attention forward on Hopper: which calls its kernel takes, and which build runs. The kernel, its
-// formula and what it moves are in attention/fwd/sm90/kernel.h.
+// formula and the bytes that it moves are in attention/fwd/sm90/kernel.h.
 #include "attention/fwd/sm90/launch.h"
 
 #include "attention/fwd/sm90/tiles.h"
@@ -25,8 +25,8 @@ std::string refuses(DType dtype, const AttentionFwd& p) {
     return reason;
 }
 
-// The first build that the rule may choose; where every row sees every key, a wider block of keys,
-// if no more than 1/16 is lost in the last one.
+// The first build that the rule may choose. Where every row sees every key, a build with a wider
+// block of keys replaces it, if the last block has at most Tk / 16 keys too many.
 Choice by_rule(const AttentionCall& c, bool options) {
     const bool dense = c.left < 0 && c.right < 0;
     Choice found;

@@ -1,5 +1,5 @@
-// Attention forward on Hopper: what is loaded, where it lies, in which order (the kernel is in
-// attention/fwd/sm90/kernel.h).
+// Attention forward on Hopper: which tiles are loaded, where they lie in shared memory, and in
+// which order they come (the kernel is in attention/fwd/sm90/kernel.h).
 #pragma once
 
 #include "attention/fwd/sm90/tiles.h"
@@ -9,7 +9,7 @@
 
 namespace gk {
 
-// Where things lie in shared memory.
+// The layout of shared memory.
 template <class Tiles>
 struct FwdSm90Shared {
     using T = typename Tiles::Type;
@@ -36,8 +36,8 @@ struct FwdSm90Shared {
         return barrier(4 * kStages + Tiles::kConsumers + consumer);
     }
 
-    // By one thread. Stages are released by one lane of each warp that has read them, and so is q;
-    // where out leaves by q's tile, by the thread that stores it.
+    // One thread calls this. One lane of each warp that has read a stage releases it, and q's tile
+    // likewise. Where out leaves through q's tile, the thread that stores out releases the tile.
     __device__ void initialise() const {
         for (int stage = 0; stage < kStages; ++stage) {
             mbarrier_init(k_full(stage), 1);
@@ -62,18 +62,18 @@ struct FwdSm90Shared {
     }
 };
 
-// Which queries of which head a CTA takes in its nth turn: known beforehand, so that its producer
-// and its consumers agree without a word.
+// Which queries of which head a CTA takes in its nth turn. All threads compute it for themselves,
+// so the producer and the consumers agree without communication.
 //
-// Heads go in groups whose k and v fit in the L2 cache; within one, late rows, which have the most
-// keys under a causal mask, come first. Paired, a late tile goes with the early one as far from the
-// other end: under a causal mask pairs are of equal work, and CTAs get as many of them. Those that
-// are left over at the end are of middling tiles, and dealt out singly, the longest first. Not
-// paired, tiles are dealt out singly, every other turn in reverse: who had a longer one gets a
-// shorter one.
+// Heads form groups whose k and v fit in the L2 cache. Within a group the last rows come first,
+// since they have the most keys under a causal mask. If paired, a late tile goes with the early
+// tile that is as far from the other end: under a causal mask all pairs have equal work, and every
+// CTA gets the same number of pairs. The pairs that are left over at the end consist of tiles of
+// medium length; these are dealt out singly, the longest first. If not paired, tiles are dealt out
+// singly, and in reverse in every other turn: a CTA that had a longer tile gets a shorter one next.
 struct FwdSm90Place {
     bool exists;
-    int i0, b, h;  // the middle tile is nobody's pair: then i0 is past the last query
+    int i0, b, h;  // the middle tile has no partner: then i0 is past the last query
 
     __device__ FwdSm90Place(const FwdSm90Arguments& a, unsigned turn, int rows) {
         const unsigned ctas = gridDim.x, cta = blockIdx.x;
@@ -103,14 +103,15 @@ struct FwdSm90Place {
     }
 };
 
-// The keys that some of `rows` queries from i0 on see, none where there are no such queries.
+// The keys that at least one of the `rows` queries from i0 on sees; none if there are no such
+// queries.
 __device__ inline Range keys_of_tile(const Band& band, int i0, int rows, int block) {
     Range keys = band.keys(i0, rows, block);
     if (i0 >= band.Tq || keys.last <= keys.first) keys.first = keys.last = 0;
     return keys;
 }
 
-// The first key of the rightmost block; left of first where there is none.
+// The first key of the rightmost block; it is less than `first` where there is no block.
 __device__ inline int last_block(const Range& keys, int block) {
     return keys.last > keys.first ? (keys.last - 1) / block * block : keys.first - block;
 }
@@ -125,8 +126,8 @@ __device__ __forceinline__ void load_panels(void* shared, const TensorMap* map, 
                  Coordinates<4>{{i * kPanelCols, h, token, b}}, hint);
 }
 
-// The one thread that loads. The order in which consumers wait: k of the last block, q, k of the
-// block before, v of the last ...
+// What the one thread that loads does. It loads in the order in which the consumers wait: k of the
+// last block, q, k of the block before it, v of the last block, and so on.
 template <class Tiles>
 __device__ __forceinline__ void produce(const FwdSm90Arguments& a,
                                         const FwdSm90Shared<Tiles>& shared) {

@@ -1,8 +1,8 @@
 // Attention forward on Hopper: from a block's products to its weights, in registers (the kernel is
 // in attention/fwd/sm90/kernel.h).
 //
-// A thread holds the accumulators of m64nNk16 (device/wgmma.h): of two rows, i and i + 8, the
-// columns j, j + 1, j + 8, j + 9 ..., where i and j are its first ones.
+// A thread holds accumulators of m64nNk16 (device/wgmma.h): the columns j, j + 1, j + 8, j + 9, ...
+// of the rows i and i + 8, where i and j are its first row and column.
 #pragma once
 
 #include "attention/scores.h"
@@ -18,14 +18,15 @@ __device__ __forceinline__ void rescale_rows(float (&o)[kTiles][4], const float 
         for (int e = 0; e < 4; ++e) o[d][e] *= by[e / 2];
 }
 
-// A thread's two rows: the maximum of their scores before the factor, and the sum of their weights,
-// over the thread's own columns until the end.
+// A thread's two rows: the maximum of their scores before the factor is applied, and the sum of
+// their weights. Until the end the sum covers only the thread's own columns.
 struct FwdSm90Rows {
     float m[2], l[2];
 };
 
-// s becomes p = exp2(factor (s - m')); the rows move on to the new maximum, and o is to be
-// multiplied by `rescale`. Without kMasked a row has a finite maximum, or else NaN or Inf in it.
+// s becomes p = exp2(factor (s - m')). The rows take the new maximum m', and the caller has to
+// multiply o by `rescale`. Without kMasked the maximum of a row is finite, unless the row holds NaN
+// or Inf.
 template <class T, bool kFirst, bool kMasked, int kTiles>
 __device__ __forceinline__ void softmax_block(float (&s)[kTiles][4], FwdSm90Rows& rows,
                                               float (&rescale)[2], float factor) {
@@ -38,7 +39,7 @@ __device__ __forceinline__ void softmax_block(float (&s)[kTiles][4], FwdSm90Rows
         if (!kFirst) highest = fmaxf(highest, rows.m[half]);
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-        // A row that has met no key yet: subtract 0, so that its weights are exp2(-inf) = 0.
+        // A row that has met no key yet subtracts 0, so that its weights are exp2(-inf) = 0.
         const float used = kMasked && highest == -INFINITY ? 0.0f : highest;
         rescale[half] = kFirst ? 1.0f : exp2_for<T>((rows.m[half] - used) * factor);
         rows.m[half] = highest;
@@ -58,7 +59,7 @@ __device__ __forceinline__ void softmax_block(float (&s)[kTiles][4], FwdSm90Rows
 }
 
 // tanh to about a unit in the last place of 1, without the branch that tanhf takes for each score.
-// Of numbers near 0 by its series, whose relative error 1 - 2 / (exp(2x) + 1) would not keep.
+// Numbers near 0 use the series, because 1 - 2 / (exp(2x) + 1) is not precise there relative to x.
 template <class T>
 __device__ __forceinline__ float tanh_of_score(float x) {
     const float square = x * x;
@@ -68,7 +69,7 @@ __device__ __forceinline__ float tanh_of_score(float x) {
     return square < 0.04f ? series : far;
 }
 
-// Softcap and ALiBi.
+// Applies softcap and ALiBi.
 template <class T, int kTiles>
 __device__ __forceinline__ void apply_options(float (&s)[kTiles][4], const Score& score,
                                               const Band& band, int i, int j) {
@@ -95,7 +96,7 @@ __device__ __forceinline__ void apply_options(float (&s)[kTiles][4], const Score
     }
 }
 
-// Scores of keys that a row does not see.
+// Sets the scores of keys that a row does not see to -inf.
 template <int kTiles>
 __device__ __forceinline__ void apply_mask(float (&s)[kTiles][4], const Band& band, int i, int j) {
 #pragma unroll

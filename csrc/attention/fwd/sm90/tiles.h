@@ -1,5 +1,6 @@
-// How attention forward is built for Hopper: tiles, roles, what a launch takes. The kernel is in
-// attention/fwd/sm90/kernel.h, the choice among the builds in attention/fwd/sm90/launch.cu.
+// How attention forward is built for Hopper: its tiles, its roles and the arguments of a launch.
+// The kernel is in attention/fwd/sm90/kernel.h, the choice among the builds in
+// attention/fwd/sm90/launch.cu.
 #pragma once
 
 #include "attention/scores.h"
@@ -15,8 +16,8 @@ constexpr int kWarpgroupRows = 64;  // queries of a warpgroup: the rows of a wgm
 constexpr int kFwdSm90Stages = 2;   // blocks of keys, and as many of values, in shared memory
 constexpr int kSharedLimitSm90 = 227 * 1024;
 
-// Head widths up to kHeadWidth in T; blocks of kTileKeys keys; kWarpgroups of consumers with 64
-// queries each; with kTurns they take turns at the tensor cores.
+// The tiles for heads up to kHeadWidth wide in T: blocks of kTileKeys keys, and kWarpgroups
+// consumers with 64 queries each. With kTurns the consumers take turns at the tensor cores.
 template <class T, int kHeadWidth, int kTileKeys, int kWarpgroups, bool kTurns>
 struct FwdSm90Tiles {
     using Type = T;
@@ -24,25 +25,25 @@ struct FwdSm90Tiles {
     static constexpr bool kPingPong = kTurns;
     static constexpr int kRows = kWarpgroupRows * kConsumers;
     static constexpr unsigned kThreads = kWarpgroup * (kConsumers + 1);
-    // A multiprocessor's 65,536 registers: the producer needs few (with 24 it spills), consumers
-    // take what it gives.
+    // How a multiprocessor's 65,536 registers are shared: the producer needs few (with 24 it
+    // spills), and the consumers take the rest.
     static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
     static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
     static_assert(kConsumers == 2 || kConsumers == 3, "registers are shared out for 2 or 3");
-    // Wide heads have so much of o to rescale that it is better done under the product q k^T.
+    // Wide heads have so much of o to rescale that this is better done under the product q k^T.
     static constexpr bool kRescaleFirst = kWidth > 128;
 
-    using Query = SwizzledTile<T, kWarpgroupRows, kWidth>;  // of one consumer; out's too
-    using Key = SwizzledTile<T, kKeys, kWidth>;             // values too
-    using Weights = typename Mma<T>::A;                     // of 16 keys
+    using Query = SwizzledTile<T, kWarpgroupRows, kWidth>;  // the tile of one consumer, for out too
+    using Key = SwizzledTile<T, kKeys, kWidth>;             // for values too
+    using Weights = typename Mma<T>::A;                     // for 16 keys
 
     static constexpr int kKeyBytes = 2 * kFwdSm90Stages * Key::kBytes;
     static constexpr int kQueryBytes = kConsumers * Query::kBytes;
-    // full and empty for k and for v of each stage, and for q of each consumer.
+    // A full and an empty barrier for k and for v of each stage, and for q of each consumer.
     static constexpr int kBarriers = 4 * kFwdSm90Stages + 2 * kConsumers;
     static constexpr int kBarrierBytes = kBarriers * static_cast<int>(sizeof(uint64_t));
-    // out leaves by tiles of its own where there is room, so that the next q can come meanwhile;
-    // else by q's.
+    // Where there is room, out leaves through tiles of its own, so that the next q can arrive
+    // meanwhile. Otherwise out leaves through q's tiles.
     static constexpr bool kOutApart =
         kKeyBytes + 2 * kQueryBytes + kBarrierBytes <= kSharedLimitSm90;
     static constexpr int kSharedBytes =
@@ -50,16 +51,17 @@ struct FwdSm90Tiles {
     static_assert(kSharedBytes <= kSharedLimitSm90, "what a CTA may have");
 };
 
-// What the kernel is built of, by number.
+// A build of the kernel; its index in kFwdRows is its number.
 struct FwdRow {
     const char* name;
-    int width, keys, consumers;  // of a head, at most; of a block; warpgroups that multiply
+    int width, keys, consumers;  // the widest head; keys of a block; warpgroups that multiply
     bool pingpong;
     Rule rule;
 };
 
-// Of each head width, what the rule prefers comes first. Tiles are FlashAttention-3's
-// (hopper/tile_size.h there) where their weights fit in registers; options need registers too.
+// For each head width the build that the rule prefers comes first. The tiles are those of
+// FlashAttention-3 (hopper/tile_size.h there) where their weights fit in registers; options need
+// registers too.
 constexpr FwdRow kFwdRows[] = {
     {"D64 192x128, 3 consumers, ping-pong", 64, 128, 3, true, Rule::always},
     {"D64 192x128, 3 consumers", 64, 128, 3, false, Rule::never},
@@ -101,16 +103,17 @@ constexpr auto kFwdBuilds = build_table<kFwdCount>([](auto number) {
 struct FwdSm90Arguments {
     AttentionFwd p;
     TensorMap q, k, v, out;
-    bool paired;              // whether an item is two tiles, or one
-    unsigned items;           // of all heads of the batch
+    bool paired;              // whether an item is two tiles rather than one
+    unsigned items;           // items of all heads of the batch
     unsigned items_of_head;
-    unsigned rounds;          // in which every CTA gets an item
+    unsigned rounds;          // rounds in which every CTA gets an item
     unsigned row_blocks;      // tiles of a head, of Tiles::kRows queries
-    unsigned heads;           // of all batch entries
+    unsigned heads;           // heads of all batch entries
     unsigned heads_together;  // heads of the batch whose k and v share the L2 cache
 };
 
-// build: a number, of a build for heads of this width. One translation unit for each T and width.
+// build: the number of a build for heads of this width. Each pair of T and kWidth is compiled in a
+// translation unit of its own.
 template <class T, int kWidth>
 void launch_attention_fwd_sm90_of(const AttentionFwd& p, int build, Stream stream);
 
