@@ -166,7 +166,8 @@ __device__ inline Band band_of(const AttentionCall& c, int b) {
 
 // Whether scores are more than scale * product with a positive scale, whose order is the products'.
 inline bool scores_are_plain(const AttentionCall& c) {
-    return c.softmax_scale > 0 && c.softcap == 0 && c.alibi_slopes == nullptr && c.dropout.rng == nullptr;
+    return c.softmax_scale > 0 && c.softcap == 0 && c.alibi_slopes == nullptr &&
+           c.dropout.rng == nullptr;
 }
 
 // Scores in units of log2(e) from products q.k, for one head.

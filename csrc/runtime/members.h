@@ -1,5 +1,5 @@
-// What a function of the Python module takes. Each params struct has one table of its members: their
-// names in Python, where they lie, and how they are set. It is written
+// What a function of the Python module takes. Each params struct has one table of its members:
+// their names in Python, where they lie, and how they are set. It is written
 //
 //     table(member("q", &Fwd::q), inside(&Fwd::call, kCall), ...)
 //
