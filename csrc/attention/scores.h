@@ -170,7 +170,8 @@ __device__ inline Band band_of(const AttentionCall& c, int b) {
 // Whether scores are just scale * product with a positive scale, and there is no dropout. The order
 // of such scores is the order of the products.
 inline bool scores_are_plain(const AttentionCall& c) {
-    return c.softmax_scale > 0 && c.softcap == 0 && c.alibi_slopes == nullptr && c.dropout.rng == nullptr;
+    return c.softmax_scale > 0 && c.softcap == 0 && c.alibi_slopes == nullptr &&
+           c.dropout.rng == nullptr;
 }
 
 // Scores in units of log2(e) from products q.k, for one head.
