@@ -98,6 +98,7 @@ def attention_decode(
         TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError: An input requires a gradient, for which there is no backward pass; or an
             explicit impl cannot run on this machine or these tensors.
+        NotImplementedError: alibi_slopes requires a gradient.
     """
     _check(q, k_cache, v_cache, cache_lengths, block_table)
     if num_splits is not None:

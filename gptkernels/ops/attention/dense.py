@@ -170,7 +170,8 @@ def attention(
     Raises:
         TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError: An explicit impl cannot run on this machine or these tensors.
-        NotImplementedError: An explicit impl lacks an option, such as attn_mask.
+        NotImplementedError: An explicit impl does not take attn_mask, or alibi_slopes requires a
+            gradient.
 
     Differentiable once in q, k, v and attn_mask. With the Triton and CUDA C++ kernels, NaN and Inf
     reach only the rows and keys that see them. With impl="torch" PyTorch's own ops may spread them

@@ -66,6 +66,7 @@ def attention_varlen(
     Raises:
         TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError: An explicit impl cannot run on this machine or these tensors.
+        NotImplementedError: alibi_slopes requires a gradient.
 
     Differentiable once in q, k and v. Autocast works as for `gptkernels.attention`.
     """
