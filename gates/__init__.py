@@ -1,21 +1,27 @@
-"""The gates: every kernel compiled with no GPU, and held to a committed table.
+"""The gates: they compile every kernel, without a GPU, and compare what it uses with a committed
+table.
 
-    python -m gates                         the installed Triton and nvcc, against their tables
-    python -m gates --compiler nvcc         one of them
-    python -m gates --compiler builds   what the launchers of Hopper's kernels choose among
-    python -m gates --arch 80 90            Triton's kernels for these architectures alone
-    python -m gates --triton 3.6.0 3.9.0    those versions, installed aside under build/
-    python -m gates --update                rewrite these compilers' part of the tables
+    python -m gates                         the installed Triton and nvcc, and the builds
+    python -m gates --compiler nvcc         nvcc only
+    python -m gates --compiler builds       only the builds that Hopper's launchers choose among
+    python -m gates --arch 80 90            Triton's kernels for these architectures only
+    python -m gates --triton 3.6.0 3.9.0    these versions of Triton, installed under build/
+    python -m gates --update                writes what it finds to the tables
 
-Triton kernels are compiled in each configuration that a launcher ships (`shipped()` of each of
-`gptkernels.ops`), for each architecture that would run it; CUDA C++ kernels as they are installed.
-A gate fails on a register spill that no written exemption allows, on more shared memory than a
-thread block may have there, on instructions that a kernel of its name must have and has not (tensor
-cores, 16-byte accesses, the tensor memory accelerator), on what ptxas says it had to undo
-(setmaxnreg, overlapping wgmma: notes C75xx), on code for another architecture than a source is for,
-on a source that takes more than three minutes of one core, and on any number that differs from
-gates/triton.json or gates/native.json: what a change of a kernel costs shows where the change is
-reviewed. Builds are asked for from the module that is built for this CPU, and held to gates/
-native.json and to the shared memory of a thread block. Without nvcc its part is skipped, and says
-so.
+Triton kernels are compiled in each configuration that a launcher uses (`shipped()` of the Triton
+modules in `gptkernels.ops`), for each architecture that would run it. CUDA C++ kernels are compiled
+as they are installed. A gate fails on
+
+- a register spill without a written exemption;
+- more shared memory than a thread block may have on that architecture;
+- an instruction that the kernel must have and lacks (tensor cores, 16-byte accesses, the tensor
+  memory accelerator);
+- a note of ptxas that it had to undo setmaxnreg or the overlap of wgmma (C75xx);
+- code for an architecture that the source is not meant for;
+- a source that takes more than three minutes of one core to compile;
+- any number that differs from gates/triton.json or gates/native.json. So a review of a changed
+  kernel shows what the change costs.
+
+The builds come from the emulator's module; they are compared with gates/native.json and with the
+shared memory of a thread block. Without nvcc its part is skipped with a message.
 """

@@ -1,4 +1,4 @@
-"""The command line of the gates; see the package's first lines."""
+"""The command line of the gates. gates/__init__.py says what they check."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gates.table import Key, Requirement, Resources, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Versions other than the installed one are checked on this one only, and a configuration of each
-# kernel and dtype, in an eighth of the time: it is Hopper's tensor-core instructions that differ
-# most from one version to the next.
+# Other versions of Triton than the installed one are checked on this architecture only, with one
+# configuration of each kernel and dtype. That takes an eighth of the time, and Hopper's tensor-core
+# instructions are what differs most between versions.
 ARCHITECTURE_ASIDE = 90
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: every gate holds; 1: one does not; 2: they could not be run."""
+    """Returns the exit code: 0 if all gates hold, 1 if one fails, 2 if they could not run."""
     parser = _parser()
     options = parser.parse_args(arguments)
     other = options.compiler not in (None, "triton")
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--triton and --triton-path are for Triton, {only} leaves it out")
     if options.triton:
         return max(_run_aside(version, options) for version in options.triton)
-    # Read when Triton is imported: kernels must be compiled, by Triton's own tools.
+    # Triton reads these variables when it is imported. Without them it compiles kernels, with its
+    # own tools.
     for name in [name for name in os.environ if name.startswith("TRITON_")]:
         del os.environ[name]
     if options.triton_path:
@@ -81,7 +82,7 @@ def _run_aside(version: str, options: argparse.Namespace) -> int:
         print(f"Installing Triton {version} in {folder}", flush=True)
         pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
         partial = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
+        shutil.rmtree(partial, ignore_errors=True)  # a stopped run may have left it
         installed = subprocess.run([*pip, "--target", str(partial), f"triton=={version}"], cwd=ROOT)
         if installed.returncode:
             print(f"gates: Triton {version} could not be installed in {folder}", file=sys.stderr)
@@ -95,7 +96,7 @@ def _run_aside(version: str, options: argparse.Namespace) -> int:
 
 
 def _triton(options: argparse.Namespace) -> int | None:
-    """The exit code; None where --only leaves no configuration."""
+    """Returns the exit code; None where --only and --arch leave no configuration."""
     try:
         import triton
     except ImportError:
@@ -126,7 +127,8 @@ def _triton(options: argparse.Namespace) -> int | None:
 
 
 def _nvcc(options: argparse.Namespace) -> int | None:
-    """The exit code; None where --only leaves no kernel, or maybe would have with nvcc."""
+    """Returns the exit code; None where --only leaves no kernel, or might leave none but nvcc is
+    missing."""
     from gates import native
 
     version = native.version()
@@ -151,7 +153,8 @@ def _nvcc(options: argparse.Namespace) -> int | None:
 
 
 def _builds(options: argparse.Namespace) -> int | None:
-    """The exit code; None with --only, since launchers are asked for all of them or none."""
+    """Returns the exit code; None with --only, since builds are checked all together or not at
+    all."""
     from gates import native
 
     if options.only:
@@ -186,7 +189,7 @@ def _compare(
     options: argparse.Namespace,
     requirements: Sequence[Requirement] = (),
 ) -> list[str]:
-    """Prints what was found, updates the table where that is asked for, and names what fails."""
+    """Prints what was found, updates the table with --update, and returns what fails."""
     if not found:
         return [f"{compiler} {version}: no kernel was found, so nothing was checked"]
     _print(f"{compiler} {version}", found)
@@ -202,7 +205,7 @@ def _compare(
 
 
 def _asked_for(key: Key, compiler: str, options: argparse.Namespace) -> bool:
-    """Whether this run is about a row of the table."""
+    """Whether this run covers a row of the table."""
     name, architecture = key
     arch = options.arch if compiler == "Triton" else None
     return options.only in name and (not arch or architecture in arch)
@@ -218,7 +221,8 @@ def _verdict(name: str, found: Mapping[Key, Resources], broken: list[str], start
 
 
 def _print(name: str, found: Mapping[Key, Resources]) -> None:
-    """One row a configuration, one column an architecture: registers / shared memory, spills."""
+    """Prints a table with one row for each configuration and one column for each architecture:
+    registers / shared memory, spills."""
     architectures = sorted({architecture for _, architecture in found})
     header = [name, *(f"sm_{a}" for a in architectures)]
     rows = [

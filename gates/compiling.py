@@ -1,8 +1,8 @@
-"""Compile what the launchers ship, ahead of time, and read what each kernel uses from its cubin.
+"""Compiles the Triton kernels ahead of time, and reads from the cubin what each uses.
 
-Runs where TRITON_INTERPRET is not set: interpreted kernels cannot be compiled. Results are kept
-under build/gates by what went in (kernel source, types, constants, options, Triton), so a second
-run compiles only what changed.
+TRITON_INTERPRET must not be set, since interpreted kernels cannot be compiled. Results are cached
+under build/gates, by kernel source, types, constants, options and Triton's version, so a second run
+compiles only what has changed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WARP = 32
 
 @functools.cache
 def configurations() -> dict[str, Shipped]:
-    """Name -> configuration, of every Triton module in `gptkernels.ops`.
+    """Returns name -> configuration, for every Triton module in `gptkernels.ops`.
 
     Raises ValueError for a name given twice or an architecture without a known limit.
     """
@@ -51,8 +51,8 @@ def configurations() -> dict[str, Shipped]:
 
 
 def one_of_each_kernel(architecture: int) -> list[str]:
-    """Names of configurations for `architecture`: of each kernel and its types, the last, which is
-    the widest with every option."""
+    """Returns the names of one configuration for each kernel and its types, among those for
+    `architecture`. It takes the last one, which is the widest with every option."""
     found = {
         (shipped.kernel.__name__, *shipped.signature.items()): name
         for name, shipped in configurations().items()
@@ -62,7 +62,7 @@ def one_of_each_kernel(architecture: int) -> list[str]:
 
 
 def measure_all(keys: list[Key], jobs: int) -> Iterator[tuple[Key, Resources]]:
-    """Each configuration and architecture with its resources, as `jobs` processes compile them."""
+    """Yields each configuration and architecture with its resources; `jobs` processes compile."""
     if jobs == 1 or len(keys) == 1:
         yield from ((key, measure(key)) for key in keys)
         return
@@ -73,7 +73,7 @@ def measure_all(keys: list[Key], jobs: int) -> Iterator[tuple[Key, Resources]]:
 
 
 def measure(key: Key) -> Resources:
-    """Compile one configuration for one architecture, or take its result from the cache."""
+    """Compiles one configuration for one architecture, or takes its result from the cache."""
     name, architecture = key
     shipped = configurations()[name]
     kernel = shipped.kernel
@@ -92,7 +92,7 @@ def measure(key: Key) -> Resources:
     if kept.exists():
         return Resources(**json.loads(kept.read_text()))
     with tempfile.TemporaryDirectory() as folder:
-        # Triton's own cache keeps every stage of every kernel, some hundreds of MB.
+        # Triton's own cache would keep every stage of every kernel, hundreds of MB in all.
         os.environ["TRITON_CACHE_DIR"] = folder
         compiled = triton.compile(
             source, target=GPUTarget("cuda", architecture, _WARP), options=options
@@ -108,13 +108,14 @@ def measure(key: Key) -> Resources:
 
 
 def read(cubin: Path, shared: int) -> Resources:
-    """Registers, spills and stack of the kernel in a cubin. Raises RuntimeError if unreadable."""
+    """Returns the registers, spills and stack of the kernel in a cubin. Raises RuntimeError if the
+    cubin cannot be read."""
     kernels = list(sass.usage(cubin).values())
     if len(kernels) != 1:
         raise RuntimeError(f"cuobjdump -res-usage printed the resources of {len(kernels)} kernels")
     (used,) = kernels
     spills = 0
-    if used.stack:  # disassembling takes as long as compiling did
+    if used.stack:  # only kernels with a stack can spill, and disassembling is slow
         spills = sum(sass.is_spill(found) for _, found in sass.instructions(cubin))
     return replace(used, spills=spills, shared=shared)
 
@@ -130,6 +131,7 @@ def _shipped() -> Iterator[Shipped]:
 
 @functools.cache
 def _how() -> str:
-    """How results come about: this file and the one that reads them."""
+    """Returns a hash of this file and of `gates.sass`: a change of either makes cached results
+    stale."""
     files = (__file__, sass.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()

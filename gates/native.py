@@ -1,11 +1,13 @@
-"""Compile the CUDA C++ kernels as they are shipped, and read what each uses from its machine code.
+"""Compiles the CUDA C++ kernels as they are shipped, and reads from machine code what each uses.
 
-Objects are compiled as setup.py compiles them, for the architectures of a wheel, and kept with
-theirs (GPTKERNELS_OBJECT_CACHE, else build/objects); what is read from one is kept under
-build/gates. Kernels in sm90/ folders are for sm_90a and for nothing else; they stand in the table
-under sm_90. Shared memory is what a kernel declares, which is none: launchers choose its size, the
-emulator refuses a launch with more than the device has, and what each build of Hopper's kernels
-asks for is read from the launchers.
+Objects are compiled as setup.py compiles them, for the architectures of a wheel, and cached with
+setup.py's (in GPTKERNELS_OBJECT_CACHE, else build/objects). What is read from an object is cached
+under build/gates. Kernels in sm90/ folders are compiled for sm_90a only; the table lists them under
+sm_90.
+
+The column of shared memory has what a kernel declares statically, which is 0: launchers choose the
+dynamic size. The emulator refuses a launch with more than the device has, and the gate of builds
+reads the size of each build of Hopper's kernels from the launchers.
 """
 
 from __future__ import annotations
@@ -27,20 +29,21 @@ from gates import sass
 from gates.table import Key, Launch, Requirement, Resources
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "scripts"))  # which are no package
+sys.path.append(str(ROOT / "scripts"))  # the scripts are not a package
 
 import extension  # noqa: E402
 
 CACHE = ROOT / "build" / "gates"
-MOST_SECONDS = 180  # of one core, for one source
+MOST_SECONDS = 180  # of one core, to compile one source
 
-# Tensor cores where operands have 16 bits; accesses of 16 bytes a thread where data is moved.
+# Kernels for any GPU: tensor cores for 16-bit operands, 16-byte accesses where data is moved.
 _PRODUCTS = r"(attention_(fwd|decode|bwd_keys|bwd_queries)|product)_kernel<"
 _HOPPERS = r"(attention_fwd|attention_bwd|product)_sm90_kernel<"
 REQUIREMENTS = (
     Requirement(rf"{_PRODUCTS}(bf16|fp16)\b", "HMMA"),
     Requirement(_PRODUCTS, "LDGSTS.128"),
-    # Hopper's own: tensor cores of four warps, tiles by the tensor memory accelerator both ways.
+    # Hopper's own kernels: tensor cores of four warps, and tiles loaded and stored by the tensor
+    # memory accelerator.
     *(Requirement(_HOPPERS, name) for name in ("HGMMA", "UTMALDG", "UTMASTG")),
     Requirement(r"attention_bwd_sm90_kernel<", "UBLKRED|UTMAREDG"),  # dq
     Requirement(r"(column_sums|attention_decode_combine)_kernel<", "LDG.128"),
@@ -50,7 +53,7 @@ REQUIREMENTS = (
     ),
     Requirement(r"attention_bwd_sm90_(prepare|finish)_kernel<", "LDG.128"),
     Requirement(r"attention_bwd_sm90_(prepare|finish)_kernel<", "STG.128"),
-    # Where rows are aligned.
+    # LayerNorm's kernels for aligned rows.
     Requirement(r"layer_norm_(fwd|bwd|bwd_wide)(_sm90)?_kernel<\w+, \w+, \d+, true\b", "LDG.128"),
     Requirement(r"layer_norm_bwd_weights_kernel<\w+, \w+, true>", "LDG.128"),
     Requirement(r"layer_norm_bwd(_sm90)?_kernel<\w+, \w+, \d, true>", "LDGSTS.128"),
@@ -63,7 +66,7 @@ _CHOICES = (
 
 
 def version() -> str | None:
-    """The release of the nvcc that would compile, such as "13.0"; None where there is none."""
+    """Returns the release of the nvcc that would compile, such as "13.0"; None without nvcc."""
     nvcc = extension.find_nvcc()
     if nvcc is None:
         return None
@@ -75,9 +78,9 @@ def version() -> str | None:
 
 
 def measure_all() -> tuple[dict[Key, Resources], list[str]]:
-    """What each kernel uses on each architecture, and a sentence for each warning that nvcc does
-    not take for one, for code of another architecture than the source is for, and for a source that
-    compiles too long.
+    """Returns what each kernel uses on each architecture, and one sentence for each of these: a
+    note of ptxas that nvcc does not treat as a warning, code for an architecture that the source is
+    not meant for, and a source that takes too long to compile.
 
     Raises subprocess.CalledProcessError where a source does not compile.
     """
@@ -101,12 +104,13 @@ def measure_all() -> tuple[dict[Key, Resources], list[str]]:
 
 
 def capability(architecture: str) -> int:
-    """90 of "90a", as the table has it."""
+    """Returns the number that the table has for an architecture: 90 for "90a"."""
     return int(re.sub(r"\D", "", architecture))
 
 
 def misplaced(source: str, architectures: set[str]) -> Iterator[str]:
-    """What is for Hopper is compiled with its own instructions, and they are in no other code."""
+    """Yields a sentence for each architecture that the source must not have code for. Sources for
+    Hopper are compiled for sm_90a only, and all others never are."""
     wrong = {a for a in architectures if (a == "90a") != extension.hopper_only(Path(source))}
     for architecture in sorted(wrong):
         for_it = "sm_90a alone" if architecture != "90a" else "every GPU"
@@ -114,7 +118,8 @@ def misplaced(source: str, architectures: set[str]) -> Iterator[str]:
 
 
 def slow(source: str, log: str) -> Iterator[str]:
-    """A file that takes minutes keeps the other cores waiting at the end of a build."""
+    """Yields a sentence if the source took too long to compile: at the end of a build the other
+    cores would wait for it."""
     match = re.search(r"^compiled in ([\d.]+) s of one core$", log, re.MULTILINE)
     if match is None:
         yield f"{source}: nothing says how long it took to compile"
@@ -123,7 +128,8 @@ def slow(source: str, log: str) -> Iterator[str]:
 
 
 def builds() -> dict[str, Launch]:
-    """What the launchers of Hopper's kernels choose among, from the module built for this CPU.
+    """Returns the builds that the launchers of Hopper's kernels choose among. They come from the
+    emulator's module.
 
     Raises extension.BuildError or subprocess.CalledProcessError where it cannot be built.
     """
@@ -146,14 +152,15 @@ def builds() -> dict[str, Launch]:
 
 
 def notes(source: str, text: str) -> Iterator[str]:
-    """ptxas mentions what it had to undo, setmaxnreg or the overlap of wgmma, as information."""
+    """Yields the notes of ptxas that it had to undo setmaxnreg or the overlap of wgmma. nvcc does
+    not treat these notes as warnings."""
     for line in dict.fromkeys(text.splitlines()):
         if re.search(r"\bC75\d\d\b", line):
             yield f"{source}: {line.strip()}"
 
 
 def readable(mangled: list[str]) -> list[str]:
-    """Kernels' names as in their sources: "layer_norm_fwd_kernel<bf16, 4>"."""
+    """Returns the kernels' names as in their sources, such as "layer_norm_fwd_kernel<bf16, 4>"."""
     program = shutil.which("c++filt")
     if program is None:
         raise RuntimeError("the gates need c++filt, which comes with g++'s binutils")

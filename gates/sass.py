@@ -1,4 +1,4 @@
-"""Reads compiled kernels with cuobjdump: what each uses, and which instructions it has."""
+"""Reads compiled kernels with cuobjdump: the resources and the instructions of each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 
 from gates.table import Resources
 
-# Name -> how the disassembly begins its line. Tensor cores (of one warp, of four), accesses of 16
-# bytes a thread, copies and sums by the tensor memory accelerator (of a tensor's boxes, of bytes in
-# a row), barriers of a cluster.
+# Name of an instruction -> pattern of how the disassembly begins its line.
+# HMMA, HGMMA: tensor cores of one warp, of four warps.
+# LDG.128, LDGSTS.128, STG.128: accesses of 16 bytes a thread.
+# UBLKCP, UBLKRED: copies and sums of contiguous bytes by the tensor memory accelerator.
+# UCGABAR: barriers of a cluster.
+# UTMALDG, UTMASTG, UTMAREDG: loads, stores and sums of a tensor's boxes by that accelerator.
 OF_NOTE = {
     "HMMA": r"HMMA\.",
     "HGMMA": r"HGMMA\.",
@@ -32,8 +35,8 @@ _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*(\S[^;]*?)\s*
 
 
 def usage(file: Path) -> dict[tuple[str, str], Resources]:
-    """(kernel as the linker names it, architecture such as "90a") -> registers, stack and static
-    shared memory; its instructions are not looked at.
+    """Returns (kernel's mangled name, architecture such as "90a") -> registers, stack and static
+    shared memory. It does not look at instructions.
     """
     found = {}
     architecture = name = ""
@@ -49,7 +52,8 @@ def usage(file: Path) -> dict[tuple[str, str], Resources]:
 
 
 def instructions(file: Path) -> Iterator[tuple[tuple[str, str], str]]:
-    """Each kernel, named as in `usage`, with each of its instructions: "LDG.E.128 R4, [R2.64]"."""
+    """Yields each kernel, named as in `usage`, with each of its instructions, such as
+    "LDG.E.128 R4, [R2.64]"."""
     architecture = name = ""
     for line in _cuobjdump("-sass", file).splitlines():
         if match := _INSTRUCTION.match(line):
@@ -61,12 +65,13 @@ def instructions(file: Path) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def is_spill(instruction: str) -> bool:
-    """Whether it moves a register to local memory or back."""
+    """Whether the instruction moves a register to local memory or back."""
     return _SPILL.match(instruction) is not None
 
 
 def registers_of_a_role(instruction: str) -> int | None:
-    """How many registers a thread has after it, where it is setmaxnreg."""
+    """Returns how many registers a thread has after the instruction, if it is setmaxnreg; else
+    None."""
     match = re.match(r"USETMAXREG\.\S+ (?:UP\w+, )?(0x[0-9a-f]+)$", instruction)
     return int(match[1], 16) if match else None
 
@@ -79,7 +84,7 @@ def _cuobjdump(option: str, file: Path) -> str:
 
 
 def _program() -> str:
-    """Triton's copy, else the toolkit's."""
+    """Returns the path of Triton's copy of cuobjdump, else the toolkit's."""
     triton = importlib.util.find_spec("triton")
     for folder in triton.submodule_search_locations or () if triton else ():
         program = Path(folder) / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -1,4 +1,4 @@
-"""The committed table of what each compiled kernel uses, and the rules that it is held to."""
+"""The committed table of what each compiled kernel uses, and the rules that kernels must keep."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Resources:
     """What one compiled kernel uses: registers of a thread, bytes of stack and of shared memory.
 
     `spills` counts the instructions that move registers to local memory and back. `instructions`
-    names those of note that are there, where they are looked for: "HMMA LDG.128". `roles` are the
-    registers of a thread in each role, where warps hand registers on: "24 240", and `registers`
-    what they begin with.
+    names the instructions of `sass.OF_NOTE` that the kernel has, such as "HMMA LDG.128"; it is
+    empty for Triton's kernels. Where warps give registers to other warps (setmaxnreg), `roles` has
+    the registers of a thread in each role, such as "24 240", and `registers` those at the start.
     """
 
     registers: int
@@ -52,24 +52,24 @@ class Exemption:
     reason: str
 
     def allows(self, key: Key) -> bool:
-        """Whether it is about this compiled kernel."""
+        """Whether the exemption covers this compiled kernel."""
         return key[0] == self.configuration and key[1] in self.architectures
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """An instruction that every kernel whose name matches must have, or one of several: "A|B"."""
+    """An instruction that every kernel with a matching name must have. "A|B" means A or B."""
 
-    kernels: str  # a regular expression, for the beginning of the name
+    kernels: str  # a regular expression that matches the beginning of the name
     instruction: str
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How one build of an op is launched: see csrc/build.h."""
+    """How one build of an op is launched; see gk::Build in csrc/runtime/build.h."""
 
     threads: int
-    shared: int  # bytes that the launcher asks for
+    shared: int  # bytes of dynamic shared memory
     stages: int
     consumers: int
     cluster: int
@@ -83,8 +83,9 @@ class Launch:
 
 @dataclass
 class Table:
-    """Compiler's version -> compiled kernel -> resources; exemptions, which hold for all; and the
-    builds that launchers choose among, by op and name."""
+    """A committed table. `versions` maps a compiler's version to the resources of its compiled
+    kernels, `exemptions` hold for all versions, and `builds` has the builds that launchers choose
+    among, by op and name."""
 
     versions: dict[str, dict[Key, Resources]] = field(default_factory=dict)
     exemptions: list[Exemption] = field(default_factory=list)
@@ -92,7 +93,7 @@ class Table:
 
 
 def load(path: Path) -> Table:
-    """Read the table. Raises ValueError for a file that is not one."""
+    """Reads the table. Raises ValueError for a file that is not a table."""
     try:
         raw = json.loads(path.read_text())
         versions = {
@@ -114,7 +115,7 @@ def load(path: Path) -> Table:
 
 
 def save(table: Table, path: Path) -> None:
-    """Write the table, one configuration a line, so that a diff reads as a table."""
+    """Writes the table with one configuration on each line, so that a diff reads as a table."""
     rows = [_row(r) for kernels in table.versions.values() for r in kernels.values()]
     names = [f.name for f in fields(Resources)][: max(map(len, rows), default=0)]
     versions = [
@@ -143,9 +144,11 @@ def violations(
     *,
     complete: bool = True,
 ) -> list[str]:
-    """One sentence for each rule that the kernels compiled by `compiler`, `version`, break.
+    """Returns one sentence for each rule that the kernels compiled by this compiler and version
+    break.
 
-    `complete`: `found` is everything that is shipped, so what only the table has is stale.
+    `complete` means that `found` has every shipped kernel. Then a kernel that only the table has is
+    stale, which breaks a rule too.
     """
     committed = table.versions.get(version)
     if committed is None:
@@ -169,7 +172,8 @@ def violations(
 
 
 def build_violations(found: Mapping[str, Launch], table: Table) -> list[str]:
-    """One sentence for each build that no GPU could launch, or that the table has otherwise."""
+    """Returns one sentence for each build that no GPU could launch, or that differs from the
+    table."""
     limit = SHARED_LIMITS[90]
     broken = [
         f"{name}: {launch.shared} B of dynamic shared memory, {limit} B is the limit"
@@ -186,7 +190,8 @@ def build_violations(found: Mapping[str, Launch], table: Table) -> list[str]:
 
 
 def stale_exemptions(table: Table) -> list[str]:
-    """A sentence for each exemption that allows nothing, in any version, or gives no reason."""
+    """Returns one sentence for each exemption that gives no reason, or that no kernel of any
+    version needs."""
     spilled = {
         key
         for rows in table.versions.values()
@@ -203,7 +208,7 @@ def stale_exemptions(table: Table) -> list[str]:
 
 
 def changes(old: Mapping[Key, Resources], new: Mapping[Key, Resources]) -> list[str]:
-    """One line for each kernel that was added, removed, or now uses something else."""
+    """Returns one line for each kernel that was added or removed, or whose resources changed."""
     lines = [f"- {_label(key)}: {old[key]}" for key in old if key not in new]
     lines += [f"+ {_label(key)}: {new[key]}" for key in new if key not in old]
     lines += [
@@ -248,7 +253,7 @@ def _rows(rows: Mapping[Key, Resources]) -> str:
 
 
 def _row(resources: Resources) -> list[int | str]:
-    """Without the names at its end that are empty."""
+    """Returns the fields as a list, without the empty strings at its end."""
     row = list(astuple(resources))
     while row and row[-1] == "":
         row.pop()

@@ -1,8 +1,8 @@
 """gptkernels: fused causal attention, LayerNorm and GELU-MLP for PyTorch, and a reference GPT
 built on them.
 
-Importing this package imports nothing else: public names load when they are first used, so it
-works without torch, without Triton and without a GPU, and never initialises CUDA.
+Importing this package imports nothing else: a public name loads its module when it is first used.
+So the import works without torch, without Triton and without a GPU, and never initialises CUDA.
 """
 
 from __future__ import annotations

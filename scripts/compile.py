@@ -2,10 +2,10 @@
 
     python scripts/compile.py --tools TEXT --object FILE SOURCE -- COMPILER FLAGS...
 
-What the compiler prints goes to FILE.log, with the time it took, and to the terminal where it
-fails or warns. With
-GPTKERNELS_OBJECT_CACHE=DIR an object is compiled once for the same source, headers, flags and
-tools, in whichever checkout: it is kept in DIR with its depfile and log, and copied from there.
+What the compiler prints goes to FILE.log, with the time it took; if the compiler fails or warns,
+also to the terminal. With GPTKERNELS_OBJECT_CACHE=DIR an object is compiled only once for the same
+source, headers, flags and tools, even in several checkouts: DIR keeps the object with its depfile
+and log, and they are copied from there.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 
 from unreported import unreported
 
-_KEPT = "2"  # another number where other things are kept with an object
+_KEPT = "2"  # to be changed whenever the files kept with an object change
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The compiler's exit code."""
+    """Returns the compiler's exit code."""
     parser = argparse.ArgumentParser("python scripts/compile.py", description=__doc__)
     parser.add_argument("--tools", required=True, help="the versions that the object depends on")
     parser.add_argument("--object", required=True, type=Path, metavar="FILE")
@@ -42,10 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     kept = Path(cache) / key
     kept.mkdir(parents=True, exist_ok=True)
     with open(kept / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits and copies
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits here, and then copies
         if not (kept / "object").exists():
             code = _compile(options.command, options.source, made)
-            # A file saved meanwhile: nobody knows which of the two was compiled.
+            # If a file changed meanwhile, it is unknown which version was compiled: keep nothing.
             unchanged = key == _key(options.tools, options.command, options.source)
             if code == 0 and unchanged:
                 _copy(made, kept / "object")
@@ -65,7 +65,7 @@ def _compile(command: list[str], source: Path, made: Path) -> int:
     before = os.times()
     done = subprocess.run(full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     after = os.times()
-    # Of the CPU, which a busy machine lengthens less than what a clock says.
+    # CPU time depends less than wall-clock time on how busy the machine is.
     seconds = sum(after[i] - before[i] for i in (2, 3))  # of children, user and system
     Path(f"{made}.log").write_text(f"{done.stdout}compiled in {seconds:.1f} s of one core\n")
     if done.returncode or re.search(r"\bwarning\b", done.stdout):
@@ -88,7 +88,8 @@ def _key(tools: str, command: list[str], source: Path) -> str:
 
 
 def _read_by(source: Path) -> set[Path]:
-    """The source and the project's headers that it may include, by whatever is defined."""
+    """Returns the source and all headers of the project that it may include, whichever macros are
+    defined."""
     found: set[Path] = set()
     waiting = [source]
     while waiting:
@@ -102,7 +103,8 @@ def _read_by(source: Path) -> set[Path]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """An object with what belongs to it; the object last and at once, since it stands for all."""
+    """Copies an object with its depfile and log. The object comes last and by a rename, since its
+    existence says that all files are complete."""
     for suffix in (".d", ".log"):
         shutil.copyfile(f"{source}{suffix}", f"{target}{suffix}")
     partial = Path(f"{target}.tmp")

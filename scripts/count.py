@@ -1,12 +1,11 @@
-"""Counts what makes the house easy or hard to work in, at any commit.
+"""Counts what makes the code easy or hard to work in, at any commit.
 
-    python scripts/count.py                  of the working tree
-    python scripts/count.py --at REVISION    of a commit
+    python scripts/count.py                  counts in the working tree
+    python scripts/count.py --at REVISION    counts in a commit
 
-Lines of code by folder, without comments, docstrings and blank lines; files in each folder of csrc;
-lines of csrc/bindings.cpp; the places that hand an option of attention on, from the signature of
-the public function to the parameters of the CUDA kernels; and the files that name an op outside
-its own folders, which are those that a new op touches.
+It prints the lines of code of each folder, without comments, docstrings and blank lines; the most
+files in one folder of csrc; the lines of csrc/bindings.cpp; and the places that pass an option of
+attention on, from the signature of the public function to the parameters of the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ("softcap", "dropout_p")
-# From the public function to the kernel's parameters, in the layout of today and of 0.1.0.
+# The files from the public function to the kernel's parameters: today's, and those of 0.1.0.
 PATHS = (
     (
         "gptkernels/ops/attention/dense.py",
@@ -43,7 +42,7 @@ PATHS = (
     ),
 )
 _CPP_COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
-# A line that computes with an option, or checks it, hands nothing on.
+# A line that only computes with an option, or checks it, does not count.
 _USES = re.compile(r"\b(if|raise|return|check_\w+)\b|[<>]=?\s*0|\b\w*_scores_are_plain\b")
 
 
@@ -78,13 +77,13 @@ def main() -> int:
 
 
 def code(name: str, text: str) -> list[tuple[int, str]]:
-    """(number, text) of every line with code on it, without its comments."""
+    """Returns (number, text) of every line that has code, without its comments."""
     stripped = _python(text) if name.endswith(".py") else _cpp(text)
     return [(n, line) for n, line in enumerate(stripped.splitlines(), 1) if line.strip()]
 
 
 def places(option: str, names: list[str], read: Callable[[str], str]) -> list[str]:
-    """file:line of every line that hands the option on."""
+    """Returns file:line of every line that passes the option on."""
     path = max(PATHS, key=lambda files: sum(file in names for file in files))
     word = re.compile(rf"\b{option}\b")
     return [
@@ -97,9 +96,9 @@ def places(option: str, names: list[str], read: Callable[[str], str]) -> list[st
 
 
 def _python(text: str) -> str:
-    """Without comments and docstrings."""
+    """Returns the text without comments and docstrings."""
     lines = text.splitlines()
-    statement = True  # whether the next token begins one
+    statement = True  # whether the next token begins a statement
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         docstring = statement and token.type == tokenize.STRING
         if docstring or token.type == tokenize.COMMENT:
@@ -114,7 +113,7 @@ def _python(text: str) -> str:
 
 
 def _cpp(text: str) -> str:
-    """Without comments."""
+    """Returns the text without comments."""
 
     def kept(match: re.Match[str]) -> str:
         return match[0] if match[0].startswith('"') else "\n" * match[0].count("\n")

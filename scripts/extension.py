@@ -1,20 +1,21 @@
-"""Builds the CUDA C++ kernels with ninja: the extension for GPUs, or the same kernels for a CPU.
+"""Builds the CUDA C++ kernels with ninja: the extension for GPUs, or the emulator for a CPU.
 
-    python scripts/extension.py emulator                 build/emulator/_cuda*.so, by g++
-    python scripts/extension.py native                   build/native/_cuda*.so, by nvcc
-    python scripts/extension.py emulator layer_norm/fwd.cu   that file's object alone
-    python scripts/extension.py native layer_norm/fwd.cu     likewise, and what ptxas says about it
-    python scripts/extension.py native attention/fwd/kernel.cu.bf16   one row of its instances
-    python scripts/extension.py native --check           whether it can be built here; if not, why
+    python scripts/extension.py emulator                 builds build/emulator/_cuda*.so with g++
+    python scripts/extension.py native                   builds build/native/_cuda*.so with nvcc
+    python scripts/extension.py emulator layer_norm/fwd.cu   compiles this file only
+    python scripts/extension.py native layer_norm/fwd.cu     the same, and prints ptxas's report
+    python scripts/extension.py native attention/fwd/kernel.cu.bf16   one row of csrc/instances.toml
+    python scripts/extension.py native --check           says whether it can be built here
 
-`setup.py` installs the native extension as gptkernels._cuda. The emulator's is for the test suite
-and never installed: kernels run as host code on the fibers of csrc/emulator, every memory access
-reported to it (g++ calls a function at each access with -fsanitize=thread, and csrc/emulator has
-those functions; the sanitizer's own library is not linked).
+`setup.py` installs the native extension as gptkernels._cuda. The emulator is for the test suite and
+is never installed. It runs the kernels as host code on the fibers of csrc/emulator, and checks
+every memory access: with -fsanitize=thread g++ calls a function at each access, and csrc/emulator
+defines these functions (the sanitizer's own library is not linked).
 
-Environment: CUDA_HOME (else the toolkit of the nvcc on PATH); CXX (else g++), NVCC_CCBIN;
-GPTKERNELS_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST, such as "80;90a" or "8.0 9.0a+PTX"; MAX_JOBS,
-NVCC_THREADS; GPTKERNELS_OBJECT_CACHE, a folder that keeps objects (see scripts/compile.py).
+Environment variables: CUDA_HOME (default: the toolkit of the nvcc on PATH); CXX (default: g++);
+NVCC_CCBIN; GPTKERNELS_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST, such as "80;90a" or "8.0 9.0a+PTX";
+MAX_JOBS; NVCC_THREADS; GPTKERNELS_OBJECT_CACHE, a folder that keeps objects (see
+scripts/compile.py).
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-# Commands name files relative to ROOT, so that one checkout's objects serve another's cache.
+# Commands name files relative to ROOT, so that several checkouts can share cached objects.
 _SOURCES = Path("csrc")
 _BINDINGS = _SOURCES / "bindings.cpp"
-_EXPORTS = "--version-script=csrc/module.map"  # one symbol: what Python calls on import
+_EXPORTS = "--version-script=csrc/module.map"  # exports one symbol, which Python calls on import
 _MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
 
 # Machine code for A100, H100 and H200; the PTX of compute capability 8.0 serves all others.
@@ -50,19 +51,22 @@ DEFAULT_ARCHITECTURES = "80+PTX;90a"
 _OLDEST_NVCC = (12, 8)
 # A folder of this name holds sources that are compiled for 90a and for nothing else.
 _HOPPER_ONLY = "sm90"
-# Host code in csrc that the emulator has another version of.
+# Host code in csrc that the emulator replaces with a version of its own.
 _NATIVE_ONLY = ("csrc/runtime/launch.cpp",)
 
 _HOST_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-# Errors name the callers that frame pointers lead to.
+# The emulator's errors name the callers, which it finds by frame pointers.
 _EMULATED_FLAGS = [*_HOST_FLAGS, "-DGK_EMULATE", "-g", "-fno-omit-frame-pointer", "-Wno-psabi"]
 if platform.machine() == "aarch64":
-    _EMULATED_FLAGS.append("-mbranch-protection=none")  # signed return addresses name no line
+    _EMULATED_FLAGS.append("-mbranch-protection=none")  # a signed return address leads to no line
 _EMULATOR_FLAGS = [*_EMULATED_FLAGS, "-O2", "-fno-optimize-sibling-calls"]
-# Kernels: every access to memory is reported, function entries and exits are not. Device functions
-# are inlined whether or not they are declared so: g++ does not report what calls take or return.
-# Loads and stores of structs stay whole, so that their alignment is seen. No call is copied for
-# the two outcomes of a condition: lanes that meet at one place have one return address.
+# Flags for kernels, whose memory accesses g++ must report.
+# Function entries and exits are not reported.
+# Device functions are always inlined (-Wno-attributes silences g++ about those that are not
+# declared inline), since g++ does not report what calls take or return.
+# -fno-tree-sra: loads and stores of structs stay whole, so that their alignment is checked.
+# -fno-thread-jumps: no call is duplicated for the two outcomes of a condition. Lanes that meet in
+# one call must have the same return address.
 _REPORTED = [
     *("-O1", "-Wno-attributes", "-fno-tree-sra", "-fno-thread-jumps"),
     *("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
@@ -74,42 +78,43 @@ _NVCC_FLAGS = [
 
 
 class BuildError(Exception):
-    """What keeps the extension from being built, in one sentence."""
+    """The reason why the extension cannot be built, in one sentence."""
 
 
 @dataclass(frozen=True)
 class _Object:
     source: Path
     command: list[str]
-    tools: str  # the versions that its content depends on
-    row: tuple[str, ...] = ()  # of csrc/instances.toml: the values of its macros
+    tools: str  # the versions of the tools, on which the object depends
+    row: tuple[str, ...] = ()  # the values of its macros, from csrc/instances.toml
 
     @property
     def name(self) -> str:
-        """Its source's path, then its row: csrc/attention/fwd/kernel.cu.bf16."""
+        """The source's path and the row, such as csrc/attention/fwd/kernel.cu.bf16."""
         return ".".join((self.source.as_posix(), *self.row))
 
 
 @dataclass(frozen=True)
 class _Library:
-    """A shared library in a folder, and what it is made of."""
+    """A shared library in a folder, with its objects and how they are linked."""
 
     folder: Path
     objects: list[_Object]
-    link: list[str]  # the command, without its files
+    link: list[str]  # the command that links, without the files
     libraries: list[str]
 
     @property
     def module(self) -> Path:
-        """The library itself."""
+        """The path of the library."""
         return self.folder / _MODULE
 
     def path(self, o: _Object) -> Path:
-        """Where one of the objects is written."""
+        """The path of one of the objects."""
         return self.folder / "objects" / f"{o.name}.o"
 
     def named(self, name: str) -> list[Path]:
-        """The objects of a source, or the one of a row of it. Raises BuildError for other names."""
+        """Returns the paths of a source's objects, or of the object of one of its rows. Raises
+        BuildError for other names."""
         found = [self.path(o) for o in self.objects if name in (o.source.as_posix(), o.name)]
         if not found:
             raise BuildError(f"there is no {name} among {', '.join(o.name for o in self.objects)}")
@@ -117,7 +122,7 @@ class _Library:
 
 
 def emulator() -> Path:
-    """The emulator's module, brought up to date.
+    """Builds the emulator's module if it is out of date, and returns its path.
 
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
@@ -133,8 +138,9 @@ def _emulator() -> _Library:
 
 
 def emulated(sources: Sequence[Path], folder: Path) -> Path:
-    """A library in `folder` that is the emulator with these sources, kernels in .cu files and host
-    code in others, brought up to date. Paths are relative to ROOT. Raises as `emulator` does.
+    """Builds, if it is out of date, a library in `folder` of the emulator and these sources, and
+    returns its path. Kernels are in .cu files, host code in others. Paths are relative to ROOT.
+    Raises as `emulator` does.
     """
     compiler = _compiler()
     objects = _emulated(compiler, sources)
@@ -142,8 +148,9 @@ def emulated(sources: Sequence[Path], folder: Path) -> Path:
 
 
 def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]:
-    """The emulator first: of the library functions that several files instantiate the linker keeps
-    the first, and the emulator's own accesses are not for it to check.
+    """Returns the objects, those of the emulator first. Where several objects have the same
+    function of the standard library, the linker keeps the first one: the emulator's, whose accesses
+    are not reported, since the emulator must not check itself.
     """
     include = ["-Icsrc", f"-isystem{_cuda_headers()}"]
     host = [*compiler, *_EMULATOR_FLAGS, *include]
@@ -158,9 +165,8 @@ def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]
 
 
 def _objects(source: Path, command: list[str], tools: str) -> Iterator[_Object]:
-    """One for each row that csrc/instances.toml has of a source; one for a source it does not name.
-
-    A source's rows are the combinations of its macros' values.
+    """Yields one object for each row that csrc/instances.toml has for the source, or one object if
+    it does not name the source. The rows are all combinations of the macros' values.
     """
     table = tomllib.loads((ROOT / _SOURCES / "instances.toml").read_text())
     macros = table.get(source.as_posix().removeprefix(f"{_SOURCES}/"), {})
@@ -171,7 +177,8 @@ def _objects(source: Path, command: list[str], tools: str) -> Iterator[_Object]:
 
 
 def native(folder: Path | None = None) -> Path:
-    """The extension for GPUs in `folder` (build/native), brought up to date.
+    """Builds, if it is out of date, the extension for GPUs in `folder` (default: build/native), and
+    returns its path.
 
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
@@ -186,24 +193,27 @@ def _native(folder: Path) -> _Library:
 
 
 def native_library(sources: Sequence[Path], folder: Path) -> Path:
-    """A library in `folder` of these sources, kernels in .cu files and host code in others, and
-    what launches them, brought up to date. Paths are relative to ROOT. Raises as `native` does.
+    """Builds, if it is out of date, a library in `folder` of these sources and the host code that
+    launches kernels, and returns its path. Kernels are in .cu files, host code in others. Paths are
+    relative to ROOT. Raises as `native` does.
     """
     _, objects, link = _natively(sources)
     return _build(_Library(folder, objects, link, []))
 
 
 def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[str]]:
-    """How host code is compiled, the objects of sources and of launches, and how they are linked.
+    """Returns the command that compiles host code, the objects of the sources and of the launching
+    code, and the command that links them.
 
-    The CUDA runtime is linked in, since a process may hold PyTorch's own copy of it, and looks up
-    the driver's library when needed. libstdc++ stays shared: pybind11 hands C++ exceptions to other
-    modules of the process.
+    The CUDA runtime is linked statically, since the process may hold PyTorch's own copy; it loads
+    the driver's library when needed. libstdc++ stays shared, since pybind11 passes C++ exceptions
+    to other modules of the process.
     """
     compiler, nvcc = _compiler(), find_nvcc()
     if nvcc is None:
         raise BuildError("the CUDA kernels need nvcc, and neither PATH nor CUDA_HOME leads to one")
-    # nvcc takes these by itself: -lineinfo for a profiler, say, or another compiler of host code.
+    # nvcc reads these variables itself. They may add -lineinfo for a profiler, or name another
+    # compiler of host code.
     variables = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
     added = [os.environ.get(name, "") for name in variables]
     tools = " ".join((_version([nvcc]), *added)).strip()
@@ -220,10 +230,11 @@ def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[s
 
 
 def kernels(folder: Path) -> dict[str, Path]:
-    """The native objects in `folder` of all kernels, by source and row, brought up to date.
+    """Builds the native objects of all kernels that are out of date, in `folder`, and returns their
+    paths by source and row.
 
-    What the compiler said of each is beside it, with .log at the end of its name. Raises as
-    native() does.
+    What the compiler printed is in a file beside each object, whose name ends in .log. Raises as
+    `native` does.
     """
     library = _native(folder)
     made = {o.name: library.path(o) for o in library.objects if o.source.suffix == ".cu"}
@@ -232,7 +243,7 @@ def kernels(folder: Path) -> dict[str, Path]:
 
 
 def lacks() -> str | None:
-    """What keeps the extension for GPUs from being built here; None where nothing does."""
+    """Returns why the extension for GPUs cannot be built here; None where it can."""
     if sys.platform != "linux":
         return "CUDA kernels are built on Linux only"
     nvcc = find_nvcc()
@@ -254,15 +265,16 @@ def lacks() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """The toolkit's compiler: of CUDA_HOME, else on PATH."""
+    """Returns the path of nvcc: that of CUDA_HOME, else the one on PATH; None without nvcc."""
     home = os.environ.get("CUDA_HOME")
     return (home and shutil.which(os.path.join(home, "bin", "nvcc"))) or shutil.which("nvcc")
 
 
 def architectures() -> list[tuple[str, bool]]:
-    """(such as "80" or "90a", whether its PTX is kept too) for each one asked for.
+    """Returns (name such as "80" or "90a", whether its PTX is kept too) for each architecture to
+    compile for.
 
-    Raises BuildError for a list that is none, or that names nothing the kernels run on.
+    Raises BuildError for a malformed list, or one without any architecture that the kernels run on.
     """
     for name in ("GPTKERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         text = os.environ.get(name, "").strip()
@@ -288,14 +300,14 @@ def architectures() -> list[tuple[str, bool]]:
 
 
 def hopper_only(source: Path) -> bool:
-    """Whether a source's kernels are for compute capability 9.0 alone, as its folder says."""
+    """Whether a source is in a folder for kernels of compute capability 9.0 only."""
     return _HOPPER_ONLY in source.parts
 
 
 def _targets(source: Path) -> list[str]:
-    """The architectures that nvcc compiles a source for.
+    """Returns nvcc's flags for the architectures that it compiles a source for.
 
-    Files for any device use nothing of the "a" variants, and their code for 90 is the same.
+    Sources for any GPU use no feature of the "a" variants, so they are compiled for 90, not 90a.
     """
     if hopper_only(source):
         return ["-gencode=arch=compute_90a,code=sm_90a"]
@@ -311,7 +323,8 @@ def _targets(source: Path) -> list[str]:
 
 
 def _bindings(command: list[str], tools: str) -> _Object:
-    """The one file that knows Python, compiled for the one that runs."""
+    """Returns the object of bindings.cpp, the only source that uses Python's headers: those of the
+    running Python."""
     pybind11 = _pybind11()
     include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     python = f"{sys.implementation.cache_tag} {platform.python_version()}"
@@ -327,7 +340,7 @@ def _pybind11() -> ModuleType:
 
 
 def _compiler() -> list[str]:
-    """g++, or CXX with its arguments."""
+    """Returns the C++ compiler: g++, or CXX with its arguments."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(compiler[0]) is None:
         raise BuildError(f"the CUDA kernels need a C++ compiler, and {compiler[0]} is not on PATH")
@@ -335,7 +348,7 @@ def _compiler() -> list[str]:
 
 
 def _cuda_headers() -> Path:
-    """The folder of cuda_runtime.h: the toolkit's, else that of the PyPI packages."""
+    """Returns the folder of cuda_runtime.h: the toolkit's, else that of the PyPI packages."""
     places = []
     nvcc = find_nvcc()
     if nvcc is not None:
@@ -354,7 +367,8 @@ def _cuda_headers() -> Path:
 
 
 def _toolkit(nvcc: str) -> Path:
-    """The folder that nvcc belongs to, which nvcc on PATH may only lead to."""
+    """Returns the toolkit's folder of an nvcc. The nvcc on PATH may be a wrapper elsewhere: then it
+    is asked for the folder."""
     beside = Path(nvcc).resolve().parent.parent
     if (beside / "include" / "cuda_runtime.h").exists():
         return beside
@@ -365,13 +379,13 @@ def _toolkit(nvcc: str) -> Path:
 
 
 def _version(command: Sequence[str]) -> str:
-    """What a compiler calls itself."""
+    """Returns the lines of `--version` that have a version number."""
     said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
     return " ".join(line for line in said.splitlines() if re.search(r"\d+\.\d+", line))
 
 
 def _files(pattern: str) -> list[Path]:
-    """Sources, relative to ROOT."""
+    """Returns the files of csrc that match the pattern, relative to ROOT."""
     return sorted(path.relative_to(ROOT) for path in (ROOT / _SOURCES).glob(pattern))
 
 
@@ -383,7 +397,8 @@ def _kernels() -> list[Path]:
 
 
 def _host_code(kernels: Sequence[Path]) -> list[Path]:
-    """What launchers call, and nothing of Python; of an operator only beside its kernels."""
+    """Returns the host code that launchers call, without the bindings. Host code of an operator is
+    left out unless its kernels are among `kernels`."""
 
     def operators(files: Sequence[Path]) -> set[str]:
         return {file.parts[1] for file in files}  # the folder in csrc
@@ -394,7 +409,8 @@ def _host_code(kernels: Sequence[Path]) -> list[Path]:
 
 
 def _build(library: _Library, only: Sequence[Path] = ()) -> Path:
-    """Writes build.ninja in the library's folder and runs it, for the library or some objects."""
+    """Writes build.ninja in the library's folder, and runs it for the library or for the objects in
+    `only`. Returns the library's path."""
     library.folder.mkdir(parents=True, exist_ok=True)
     with _alone(library.folder):
         file = library.folder / "build.ninja"
@@ -431,7 +447,7 @@ def _ninja_lines(library: _Library) -> Iterator[str]:
 
 
 def _named(path: Path) -> str:
-    """As commands name it: relative to ROOT where it is in it."""
+    """Returns a path as commands name it: relative to ROOT if it lies in ROOT."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
@@ -444,7 +460,7 @@ def _command(arguments: Sequence[str]) -> str:
 
 
 def _ninja() -> str:
-    """The PyPI package's program where it is installed, else the one on PATH."""
+    """Returns ninja's program: the PyPI package's where it is installed, else the one on PATH."""
     with contextlib.suppress(ImportError):
         import ninja
 
@@ -458,7 +474,7 @@ def _ninja() -> str:
 
 
 def _jobs() -> int:
-    """How many compilers run at a time."""
+    """Returns how many compilers run at a time: MAX_JOBS, else the number of cores."""
     given = os.environ.get("MAX_JOBS", "").strip()
     if not given:
         return len(os.sched_getaffinity(0))
@@ -468,7 +484,8 @@ def _jobs() -> int:
 
 
 def _environment() -> dict[str, str]:
-    """NVCC_THREADS as nvcc takes it: apart from the command, since objects do not depend on it."""
+    """Returns the environment for the compilers. It passes NVCC_THREADS on to nvcc in a variable,
+    not in the command, since objects do not depend on it."""
     environment = dict(os.environ)
     threads = environment.get("NVCC_THREADS")
     if threads:
@@ -479,7 +496,7 @@ def _environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One build at a time in a folder, whichever processes want one."""
+    """Holds a lock, so that only one process builds in a folder at a time."""
     import fcntl  # not on Windows, where setup.py still reads this file
 
     with open(folder / ".lock", "w") as lock:
@@ -488,7 +505,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 where a compiler failed, 2 where nothing could be built."""
+    """Returns the exit code: 0, 1 if a compiler failed, or 2 if nothing could be built."""
     parser = argparse.ArgumentParser(
         "python scripts/extension.py",
         description=__doc__,
@@ -524,12 +541,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _source(name: str) -> str:
-    """A path as objects have it, of one that may leave out csrc."""
+    """Returns a source's path with csrc/ in front, which the command line may leave out."""
     return name if name.startswith(f"{_SOURCES}/") else f"{_SOURCES}/{name}"
 
 
 def _readable(text: str) -> str:
-    """With C++ names, where the tool for that is installed."""
+    """Returns the text with demangled C++ names, if c++filt is installed."""
     program = shutil.which("c++filt")
     if program is None:
         return text

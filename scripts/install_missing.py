@@ -1,13 +1,13 @@
-"""Installs into the active environment what gptkernels needs and it lacks, and replaces nothing.
+"""Installs what gptkernels needs and the active environment lacks. It replaces no package.
 
     python scripts/install_missing.py
 
-pip is told to keep every distribution that is there, so it can add but not replace: least of all
-PyTorch. Only setuptools may be replaced, where it is too old to build the package. What is missing
-comes in the tested versions (constraints.txt) if they agree with what is there, else in any version
-that pyproject.toml allows; Triton comes in the version that belongs to the PyTorch that is there,
-and CUDA's headers only where there is no toolkit. The package itself is installed editable. With
-nothing missing, no network is needed.
+pip gets a constraint for every installed distribution, PyTorch above all, so it can add packages
+but not replace them. Only setuptools may be replaced, if it is too old to build the package. A
+missing package is installed in the tested version (constraints.txt) if that agrees with the
+installed packages, else in any version that pyproject.toml allows. Triton is installed in the
+version that belongs to the installed PyTorch, and CUDA's headers only where there is no toolkit.
+The package itself is installed editable. If nothing is missing, no network is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
-# PyTorch -> the Triton that its CUDA builds are made with. CPU builds bring none.
+# PyTorch's version -> the version of Triton that its CUDA wheels require. CPU wheels require none.
 _TRITON_OF = {
     "2.11": "==3.6.0",
     "2.12": "==3.7.1",
@@ -52,7 +52,7 @@ def main() -> int:
             return 2
     if not _is_editable_here():
         print("Installing gptkernels itself (editable)", flush=True)
-        # With the setuptools that is there by now, so that no network is needed.
+        # --no-build-isolation uses the installed setuptools, so no network is needed.
         if not _pip("--no-deps", "--no-build-isolation", "--editable", str(_ROOT), keep={}):
             print("pip could not install gptkernels itself (see above)", file=sys.stderr)
             return 2
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _requirements() -> list[str]:
-    """The core's and every extra's."""
+    """Returns the requirements of the package and of all its extras."""
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
     declared = [project["dependencies"], *project["optional-dependencies"].values()]
     left_out = ("gptkernels[", "nvidia-cuda-") if shutil.which("nvcc") else ("gptkernels[",)

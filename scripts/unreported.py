@@ -1,8 +1,9 @@
-"""Finds accesses to memory that g++ does not report with -fsanitize=thread, in its own account of a
-compiled file (-fdump-tree-optimized): the emulator of the CUDA kernels would not check them.
+"""Finds memory accesses that g++ does not report with -fsanitize=thread. The emulator of the CUDA
+kernels could not check them.
 
-g++ reports loads and stores. A call that returns a struct into memory, or takes one from it, is
-neither, and memcpy, memset and memmove are calls too where they are not small.
+It reads g++'s own dump of a compiled file (-fdump-tree-optimized). g++ reports loads and stores. It
+does not report a call that takes a struct from memory or returns one to it, nor memcpy, memset and
+memmove where they stay calls.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# What a statement names in memory, as `*p_2(D)`, `p_2(D)->x`, `MEM[...]`, `MEM <float> [...]`.
+# A place in memory: `*p_2(D)`, `p_2(D)->x`, `MEM[...]`, `MEM <float> [...]`.
 _MEMORY = re.compile(r"\*\w|MEM[ <\[]|[\w.]+(\(D\))?->")
 _CALL = re.compile(r"(?:(?P<result>.+?) = )?(?P<called>[^( ]\S*(?: \S+)*?) \((?P<arguments>.*)\);")
 _BYTES = re.compile(r"(__builtin_)?mem(cpy|set|move)")
 _KERNEL = re.compile(r"\w_kernel\b")
-# Launchers are host code, and `invoke` hands a kernel the parameters that they wrote.
+# Host code needs no check: launchers, and `invoke`, which passes their parameters to a kernel.
 _HOST = re.compile(r"launch|gk::detail::invoke<")
 
 
 def unreported(dump: Path) -> Iterator[str]:
-    """The statement, after the function that it is in."""
+    """Yields "function: statement" for each such access in a dump."""
     function = ""
     for line in dump.read_text(errors="replace").splitlines():
         if line.startswith(";; Function "):

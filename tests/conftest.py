@@ -1,5 +1,5 @@
-"""Where there is no GPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels in
-the emulator, both on CPU tensors."""
+"""Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter and the CUDA C++
+kernels in the emulator, both on CPU tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated: before any is imported
-    os.environ["GPTKERNELS_EMULATE"] = "1"  # read when gptkernels is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before a kernel is decorated
+    os.environ["GPTKERNELS_EMULATE"] = "1"  # must be set before gptkernels is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
@@ -21,11 +21,11 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 pytest_plugins = ["machines"]
-# Their failed asserts show values too.
+# pytest then shows the values in failed asserts of these modules too.
 pytest.register_assert_rewrite("attention_cases", "emulated", "right", "training")
 
-# Interpreted kernels are slow: no deadline, and a failing example is printed as found, not shrunk
-# for minutes.
+# Interpreted kernels are slow, so examples have no deadline, and a failing example is printed as
+# found: shrinking it would take minutes.
 settings.register_profile(
     "kernels",
     deadline=None,
@@ -38,13 +38,14 @@ settings.load_profile("kernels")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Neighbours run in one worker, which alone makes what they share."""
-    if getattr(config.option, "dist", "no") == "load":  # what xdist's -n chooses
+    """Makes xdist run neighbouring tests in one worker, so that only that worker builds the
+    fixtures that they share."""
+    if getattr(config.option, "dist", "no") == "load":  # the default of xdist's -n
         config.option.dist = "worksteal"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU say so where there is none."""
+    """Skips, with a reason, the tests that need a GPU where there is none."""
     if HAS_GPU:
         return
     for item in items:
@@ -54,13 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """The GPU where there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
 @dataclasses.dataclass
 class Result:
-    """What a command left behind."""
+    """The outcome of a command."""
 
     code: Any
     out: str
@@ -69,7 +70,7 @@ class Result:
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs one command in this process, with no emulator: "cuda" cannot run without a GPU."""
+    """Runs one command in this process, without the emulator, so impl="cuda" needs a GPU."""
     from gptkernels.cli import main
     from gptkernels.core import native
 

@@ -1,5 +1,4 @@
-"""Small kernels (tests/emulator/kernels) as tests run them: in the emulator and, where there is
-one, on a GPU."""
+"""Runs the small kernels of tests/emulator/kernels, in the emulator or on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ KERNELS = ROOT / "tests" / "emulator" / "kernels"
 
 
 class Case(ctypes.Structure):
-    """As in tests/emulator/kernels/cases.h."""
+    """The same struct as in tests/emulator/kernels/cases.h."""
 
     _fields_ = (
         ("a", ctypes.c_void_p),
@@ -28,7 +27,7 @@ class Case(ctypes.Structure):
 
 
 class Emulator:
-    """Runs one case at a time."""
+    """Runs small kernels in the emulator, one at a time."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -53,9 +52,10 @@ class Emulator:
         threads: int = 32,
         shared: int = 0,
     ) -> None:
-        """a is an input, b an output, c what `c_is` says: in, out, or inout, updated in place.
+        """Runs the kernel called `name`. `a` is an input and `b` an output. `c` is what `c_is`
+        says: "in", "out" or "inout", which is updated in place.
 
-        Raises RuntimeError with what the launch throws.
+        Raises RuntimeError with the message of a launch that fails.
         """
         for tensor, key, kind in ((a, b"a", "in"), (b, b"b", "out"), (c, b"c", c_is)):
             for word, written in (("in", 1), ("out", 0)):
@@ -81,7 +81,8 @@ class Emulator:
 
 
 class Gpu(Emulator):
-    """The same cases as a GPU runs them; the tensors stay the caller's, on the CPU."""
+    """Runs the same kernels on a GPU. The caller's tensors stay on the CPU; they are copied to the
+    GPU and back."""
 
     def __call__(
         self,
@@ -100,14 +101,14 @@ class Gpu(Emulator):
                 here.copy_(there[key])
 
     def declare(self, name: bytes, tensor: Tensor, written: int) -> None:
-        """A GPU is told of no bounds."""
+        """Does nothing: a GPU checks no bounds."""
 
     def forget(self) -> None:
-        """Likewise."""
+        """Does nothing, like `declare`."""
 
 
 def sources(*stems: str) -> list[Path]:
-    """All of them, or those of these names, such as "sm90/wgmma"."""
+    """Returns all sources of the small kernels, or those with these names, such as "sm90/wgmma"."""
     files = {
         path.relative_to(KERNELS).with_suffix("").as_posix(): path.relative_to(ROOT)
         for path in KERNELS.rglob("*")
@@ -117,7 +118,7 @@ def sources(*stems: str) -> list[Path]:
 
 
 def line(marker: str) -> str:
-    """ "file:line" of the one line of the kernels that ends with the comment."""
+    """Returns "file:line" of the only line of the kernels that ends with the comment `marker`."""
     found = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in KERNELS.rglob("*.cu")
@@ -136,7 +137,7 @@ THREAD = "CTA (0, 0, 0), thread #, at"
 
 
 def launched(arguments: dict[str, Any]) -> dict[str, Any]:
-    """With a tensor of 0, 1, 2 ... for each length."""
+    """Returns the arguments, where a, b and c are lengths, with a tensor 0, 1, 2 ... for each."""
     made = {
         key: torch.arange(value, dtype=torch.float32) if key in ("a", "b", "c") else value
         for key, value in arguments.items()

@@ -1,5 +1,5 @@
-"""What test modules share: where things are, and what can run here. How results are held to the
-truth or to the same bits is in right.py, what ops are given in op_inputs.py."""
+"""What test modules share: paths, dtypes, and which implementations can run here. right.py compares
+results with the truth or bit for bit; op_inputs.py makes the inputs of ops."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gptkernels.core import native
 from gptkernels.core.choice import IMPLEMENTATIONS, unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
-# Test data that is not committed; tests that use it skip where it is missing.
+# Test data that is not committed. Tests that use it are skipped where it is missing.
 DATA = Path(os.environ.get("GPTKERNELS_DATA") or ROOT.parent / "shared" / "data")
 
 FP32, FP16, BF16 = DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Without a GPU conftest.py has the kernels run on CPU tensors.
+# Without a GPU the kernels run on CPU tensors (see conftest.py).
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = [impl for impl in IMPLEMENTATIONS if unavailable(impl, DEVICE, FP32) is None]
 
@@ -26,7 +26,8 @@ HERE = [impl for impl in IMPLEMENTATIONS if unavailable(impl, DEVICE, FP32) is N
 def of(
     impl: str, *values: Any, dtype: torch.dtype = FP32, device: str = DEVICE, **options: Any
 ) -> Any:
-    """Parameters of a test that runs `impl`, skipped with the reason where it cannot run."""
+    """Returns the parameters of a test that runs `impl`. The test is skipped, with a reason, where
+    `impl` cannot run."""
     reason = unavailable(impl, device, dtype)
     skip = pytest.mark.skipif(reason is not None, reason=f"impl={impl!r}: {reason}")
     return pytest.param(impl, *values, marks=skip, **options)

@@ -1,5 +1,5 @@
-"""Machines that tests run on, as fixtures. A plugin: conftest.py loads it, and so do the test files
-that `benchmarks.gpu` runs without conftest.py."""
+"""The machines that tests run on, as fixtures. This is a pytest plugin: conftest.py loads it, and
+so do the test files that `benchmarks.gpu` runs without conftest.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HERE = f"{platform.machine()} {platform.system()}"
 
 @pytest.fixture(scope="session")
 def extension() -> ModuleType:
-    """scripts/extension.py."""
+    """The module scripts/extension.py."""
     spec = importlib.util.spec_from_file_location("extension", ROOT / "scripts" / "extension.py")
     assert spec is not None
     assert spec.loader is not None
@@ -30,7 +30,8 @@ def extension() -> ModuleType:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of compute capability 9.0: the emulator says that it is one, a GPU has to be."""
+    """A machine of compute capability 9.0. The emulator imitates one; a GPU of another compute
+    capability skips the test."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm90")
@@ -38,7 +39,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def emulator(extension: ModuleType) -> Emulator:
-    """Of the small kernels in tests/emulator/kernels."""
+    """The emulator with the small kernels of tests/emulator/kernels."""
     if HERE not in ("x86_64 Linux", "aarch64 Linux"):
         pytest.skip(f"the emulator runs on x86-64 and aarch64 Linux, and this is {HERE}")
     try:
@@ -49,7 +50,7 @@ def emulator(extension: ModuleType) -> Emulator:
 
 @pytest.fixture(scope="session", params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
 def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Emulator:
-    """What a building block gives is the same on both."""
+    """The emulator or a GPU. A building block must have the same result on both."""
     if request.param == "emulator":
         return request.getfixturevalue("emulator")
     if not torch.cuda.is_available():

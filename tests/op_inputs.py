@@ -1,5 +1,5 @@
-"""What ops are given: one maker of tensors for each, random by PyTorch's generator, which every
-test seeds (`seed` in conftest.py), or by a seed of their own."""
+"""Makes the inputs of the ops, one function for each op. They are random: by PyTorch's generator,
+which the fixture `seed` of conftest.py seeds for every test, or by a seed of their own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def layer_norm_inputs(
     bias: bool = True,
     residual: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """x of this shape, its mean near 0.5, and parameters; a residual of this dtype, if any."""
+    """Returns x of this shape with a mean near 0.5, the parameters and, if `residual` is a dtype, a
+    residual of that dtype."""
     C = shape[-1]
     weight = weight or dtype
     return {
@@ -35,7 +36,8 @@ def layer_norm_inputs(
 def gelu_mlp_inputs(
     *sizes: int, dtype: torch.dtype = FP32, biases: bool = True, seed: int = 0
 ) -> dict[str, Any]:
-    """x (..., C), weights and biases for sizes (..., C, F), scaled so that h and y are about 1."""
+    """Returns x (..., C), weights and biases for sizes (..., C, F), scaled so that h and y are
+    about 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -62,7 +64,7 @@ def attention_inputs(
     dtype: torch.dtype = FP32,
     seed: int | None = 0,
 ) -> dict[str, Any]:
-    """q, k and v; as many keys as queries, and key heads as heads, unless said otherwise."""
+    """Returns q, k and v. By default Tk is Tq, and Hk is H."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     Tk, Hk = Tq if Tk is None else Tk, H if Hk is None else Hk
     shapes = {"q": (B, Tq, H, D), "k": (B, Tk, Hk, D), "v": (B, Tk, Hk, D)}
@@ -81,7 +83,7 @@ def varlen_inputs(
     D: int = 16,
     dtype: torch.dtype = FP32,
 ) -> dict[str, Tensor]:
-    """q, k and v of sequences of these lengths, laid end to end."""
+    """Returns q, k and v of sequences of these lengths, packed end to end."""
     sizes = {"q": (sum(queries), H, D), "k": (sum(keys), Hk, D), "v": (sum(keys), Hk, D)}
     return {name: draw(*size, dtype=dtype) for name, size in sizes.items()}
 
@@ -109,7 +111,8 @@ def cache(
     dtype: torch.dtype = FP32,
     capacity: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(q and the caches, the rest): what lies past a length, and pages of nobody, are NaN."""
+    """Returns (q and the caches, the other arguments). What lies past a length, and pages that
+    belong to no entry, are NaN."""
     B = len(lengths)
     capacity = max([capacity, *(n + 3 for n in lengths)])
     tensors = {
@@ -127,7 +130,7 @@ def cache(
 def in_pages(
     tensors: dict[str, Tensor], rest: dict[str, Any], page: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The same keys and values in shuffled pages, two of them nobody's."""
+    """Returns the same keys and values in shuffled pages. Two pages belong to no entry."""
     B, capacity, *heads = tensors["k_cache"].shape
     pages = -(-capacity // page)
     table = torch.randperm(B * pages + 2, device=DEVICE)[: B * pages].view(B, pages)
@@ -138,5 +141,5 @@ def in_pages(
         caches[name] = padded.new_full((B * pages + 2, page, *heads), torch.nan)
         caches[name][table] = padded.view(B, pages, page, *heads)
     used = torch.arange(pages, device=DEVICE) * page < rest["cache_lengths"][:, None]
-    table = torch.where(used, table, -7).to(torch.int32)  # the others are never read
+    table = torch.where(used, table, -7).to(torch.int32)  # numbers of unused pages are never read
     return {**tensors, **caches}, {**rest, "block_table": table}

@@ -1,4 +1,4 @@
-"""How results are held to the truth by the rule of parity, and to the same bits."""
+"""Compares results with the truth, by the parity rule, and with other results bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptkernels.core import philox
 from gptkernels.truth import baseline, parity, reference
 
-# How an op computes, which the truth does not depend on.
+# Options that change how an op computes, but not the truth.
 HOW = frozenset({"impl", "recompute", "deterministic", "num_splits", "build"})
 OUTPUTS = {"layer_norm": ("y", "s"), "gelu_mlp": ("y",)}
 
@@ -28,8 +28,11 @@ def assert_right(
     gradients: bool = True,
     **options: Any,
 ) -> None:
-    """`op(**tensors, **options)` against the truth and the yardstick called `name`, by default as
-    the op is: outputs, which are poisoned before, and gradients. Dropout drops the same in all."""
+    """Asserts that the outputs and gradients of `op(**tensors, **options)` pass the parity rule.
+
+    The truth and the yardstick are the functions called `name`, by default the op's name. Outputs
+    are poisoned before the op runs. All three drop the same elements.
+    """
     name = name or op.__name__
     formula: dict[str, Any] = {k: v for k, v in options.items() if k not in HOW}
     if options.get("dropout_p"):
@@ -47,7 +50,7 @@ def assert_right(
 
 
 def seeded(call: Callable[..., Any], seed: int = 11) -> Callable[..., Any]:
-    """The same call, which draws the same random numbers each time."""
+    """Returns a function that does the same call, with the same random numbers each time."""
 
     def function(*arguments: Any, **named: Any) -> Any:
         torch.manual_seed(seed)
@@ -62,9 +65,9 @@ def run(
     cotangents: Sequence[Tensor] | None = None,
     wanted: Iterable[str] | None = None,
 ) -> list[Tensor]:
-    """Outputs, then the gradients of the wanted inputs, of all by default.
+    """Returns the outputs, then the gradients of the wanted inputs, by default of all inputs.
 
-    Without cotangents each output's is 1 more than the output, where that is finite.
+    The default cotangent of an output is the output + 1, with 1 in place of infinities and NaN.
     """
     chosen = [k for k, v in tensors.items() if v is not None and (wanted is None or k in wanted)]
     leaves = {
@@ -79,7 +82,8 @@ def run(
 
 
 class Calls(TorchDispatchMode):
-    """The arguments of each call of one registered op while this is entered."""
+    """A context whose value is a list: the arguments of each call of one registered op inside the
+    context."""
 
     def __init__(self, op: Any) -> None:
         super().__init__()
@@ -96,7 +100,7 @@ class Calls(TorchDispatchMode):
 
 
 def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    """Bit for bit."""
+    """Asserts that the tensors are equal bit for bit."""
     for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
         assert torch.equal(a, b), f"tensor {number}"
 
@@ -104,7 +108,8 @@ def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
 def assert_gradients_alone(
     call: Callable[..., Any], tensors: dict[str, Any], *more: Sequence[str]
 ) -> None:
-    """Each gradient, and each of these sets, is the same if no other is asked for."""
+    """Asserts that each gradient, and each of these sets of gradients, has the same bits if no
+    other gradient is asked for."""
     everything = run(call, tensors)
     outputs = everything[: len(everything) - len(tensors)]
     all_gradients = dict(zip(tensors, everything[len(outputs) :], strict=True))

@@ -1,40 +1,42 @@
 """Predicted times of the CUDA C++ kernels on an H200, from counts and stated rates. No GPU needed.
 
-    python -m gptkernels.bench.predict                     the table
-    python -m gptkernels.bench.predict --write FILE.md     a shorter one, between FILE's marks
+    python -m gptkernels.bench.predict                     prints the table
+    python -m gptkernels.bench.predict --write FILE.md     writes a shorter one between FILE's marks
 
-For every problem of `PROBLEMS` the launchers are asked what they would launch
-(`gptkernels.bench.dry_run`), by their own choice and with each build, and a launch is given
+For every problem of `PROBLEMS`, a dry run (`gptkernels.bench.dry_run`) finds what the launchers
+would launch, by their own choice and with each build. The predicted time of a launch is
 
     time = 3 us (to launch) + max(makespan, bytes / copy rate)
 
-    makespan   the units of work (tiles of output, or blocks of keys), longest first, each to the
-               place that is free first; a place is one of the 132 multiprocessors, of which a CTA
-               of a kernel for Hopper takes all; alike units take waves, rounded up, * unit
+    makespan   the time until all units of work (tiles of output, or blocks of keys) are done. The
+               longest unit goes first, and each unit goes to the multiprocessor that is free first.
+               There are 132 multiprocessors; a CTA of a kernel for Hopper takes a whole one. Equal
+               units take (waves, rounded up) * unit
     unit       steps * step + finish
-    step       max(tensor, shared, L2), of one slice along the sum, where
+    step       max(tensor, shared, L2): the time of one slice along the sum, where
       tensor   max(products, other) + x * min(products, other)
-      products FLOPs of the whole tile, masked parts included / (product rate / 132)
+      products FLOPs of the whole tile, with its masked elements / (product rate / 132)
       other    exponentials / (16 * clock) + other fp32 operations / (128 * clock) + bytes that
                threads write to shared memory / (128 B * clock): what a warpgroup does between
                products
       shared   bytes of shared memory that wgmma reads and copies write / (128 B * clock)
-      L2       bytes that come from L2 or go there / (L2 rate / 132)
-    finish     what of a tile's end nothing hides
+      L2       bytes read from L2 or written to it / (L2 rate / 132)
+    finish     the part of a tile's end that does not overlap with other work
 
 The launchers of the GELU MLP choose among builds by predictions of their own, in clocks
-(csrc/gelu_mlp/choice.cpp). There these are the makespan, each clock as long as a multiprocessor
-needs for 4,096 FLOPs at the product rate.
+(csrc/gelu_mlp/choice.cpp). For these products the makespan is that prediction. One clock is the
+time that a multiprocessor needs for 4,096 FLOPs at the product rate.
 
-x is what is left in sight where products and the rest overlap: 0.3 with ping-pong, 0.6 without.
-With these the formula comes within 3% of the 661 and 570 TFLOP/s of FlashAttention-3's ablation
-(Shah et al., 2024: D 128, 16k tokens, not causal, with and without warp specialisation). Kernels
-for any GPU are given the share of the product rate that mma.sync kernels of others reach. LayerNorm
-is bytes / copy rate, times waves rounded up over waves.
+x is the share of the shorter of the two, products or other work, that the overlap does not hide:
+0.3 with ping-pong, 0.6 without. With these values the formula is within 3% of the 661 and 570
+TFLOP/s of FlashAttention-3's ablation (Shah et al., 2024: D 128, 16k tokens, not causal, with and
+without warp specialisation). Attention kernels for any GPU get the share of the product rate that
+published mma.sync kernels reach. LayerNorm's time is bytes / copy rate, times the rounded-up number
+of waves / the number of waves.
 
 Rates: 4.3 TB/s of copying and 785 TFLOP/s of bf16 products, both measured on an H200 by others; a
-clock of 1.75 GHz and 7 TB/s of L2, assumed. What is said here has been measured on no GPU: it is to
-be compared with what `make gpu-tune` measures, and to say what to try first.
+clock of 1.75 GHz and 7 TB/s of L2, both assumed. These predictions have not been checked on any
+GPU. They say what to try first, and `make gpu-tune` will measure what they predict.
 """
 
 from __future__ import annotations
@@ -60,15 +62,15 @@ PRODUCT_RATE = 785e12  # FLOP a second, bf16
 L2_RATE = 7e12
 CLOCK = 1.75e9
 LAUNCH_S = 3e-6
-_SHARED_RATE = 128 * CLOCK  # of one multiprocessor
-_EXPONENTIALS, _OPERATIONS = 16 * CLOCK, 128 * CLOCK
+_SHARED_RATE = 128 * CLOCK  # bytes a second of one multiprocessor
+_EXPONENTIALS, _OPERATIONS = 16 * CLOCK, 128 * CLOCK  # a second, of one multiprocessor
 _EXPOSED = {True: 0.3, False: 0.6}  # with ping-pong, without
-_FINISH_S = 0.5e-6  # attention: the last sums, and the output on its way to shared memory
-_GENERIC_SHARE = {"forward": 0.45, "backward": 0.35}  # attention
+_FINISH_S = 0.5e-6  # attention: the last sums, and moving the output to shared memory
+_GENERIC_SHARE = {"forward": 0.45, "backward": 0.35}  # attention kernels for any GPU
 _CLOCKS_OF_PRODUCTS = PRODUCT_RATE / (4096 * MACHINE.multiprocessors)  # a second
 
 _BF16 = torch.bfloat16
-# Most valuable first; `make gpu-tune` goes through the same.
+# The most valuable come first. `make gpu-tune` measures the same problems.
 PROBLEMS: tuple[Problem, ...] = (
     dry_run.attention(2, 8192, 64, 128, _BF16, kv_heads=8),
     dry_run.gelu_mlp(8192, 4096, 16384, _BF16),
@@ -87,23 +89,23 @@ PROBLEMS: tuple[Problem, ...] = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one direction of a problem, or one product of it, by one way to build its kernel."""
+    """The predicted time of one build, for one direction of a problem or one of its products."""
 
     op: str
     problem: str
     direction: str
     way: str  # the build's name, or "any GPU"
-    build: int  # its number; -1: the kernel for any GPU
-    chosen: bool  # by the launcher's rule
+    build: int  # the build's number; -1: the kernel for any GPU
+    chosen: bool  # whether the launcher's rule chooses it
     waves: float
-    bound: str  # which of the times is the largest
+    bound: str  # the name of the largest of the times
     seconds: float
     flops: float
     bytes: float
 
     @property
     def share(self) -> float:
-        """Of the ceiling: arithmetic's, or memory's where nothing is multiplied."""
+        """The share that is reached of the product rate or, without products, of the copy rate."""
         if self.flops:
             return self.flops / self.seconds / PRODUCT_RATE
         return self.bytes / self.seconds / COPY_RATE
@@ -111,7 +113,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Step:
-    """Seconds of one multiprocessor."""
+    """One step in seconds of one multiprocessor, for each resource."""
 
     products: float
     shared: float
@@ -130,7 +132,7 @@ class _Step:
 
 
 def predictions(problems: Iterable[Problem] = PROBLEMS) -> Iterator[Prediction]:
-    """Every build that can take a problem, the rule's own choice marked.
+    """Yields a prediction for every build that can take each problem, and marks the rule's choice.
 
     Raises ImportError where no module with the launchers is built.
     """
@@ -143,7 +145,7 @@ def predictions(problems: Iterable[Problem] = PROBLEMS) -> Iterator[Prediction]:
 
 
 def visible(sizes: dict[str, int], first: int, last: int) -> tuple[int, int]:
-    """The keys that queries first ... last - 1 see: from, to."""
+    """Returns the range (from, to) of the keys that the queries first ... last - 1 see."""
     shift = sizes["Tk"] - sizes["T"]
     left, right = sizes["left"], sizes["right"]
     low = 0 if left < 0 else max(0, first + shift - left)
@@ -152,7 +154,7 @@ def visible(sizes: dict[str, int], first: int, last: int) -> tuple[int, int]:
 
 
 def attention_flops(sizes: dict[str, int], products: int) -> float:
-    """Of so many products, masked pairs left out."""
+    """Returns the FLOPs of attention with this number of products, without masked pairs."""
     pairs = 0
     for i in range(sizes["T"]):
         low, high = visible(sizes, i, i + 1)
@@ -178,19 +180,20 @@ def _attention(problem: Problem) -> Iterator[Prediction]:
                 seconds, bound = makespan(units, MACHINE.multiprocessors), step.bound()
                 if seconds < moved / COPY_RATE:
                     seconds, bound = moved / COPY_RATE, "memory"
-            # What runs before and after the products reads and writes tensors whole; dq is in fp32.
+            # The kernels before and after the products read and write whole tensors; dq is in fp32.
             around = 0.0 if forward else (2 * of_q + 2 * of_q) + (2 * of_q + of_q)
             seconds += LAUNCH_S * len(launches) + around / COPY_RATE
             yield _row(problem, direction.name, index, chosen, main, bound, seconds, flops, moved)
 
 
 def main_launch(launches: Sequence[Launched]) -> Launched:
-    """The one that multiplies: made for Hopper, or the one with the largest tiles."""
+    """Returns the launch that computes the products: the one made for Hopper, or the one with the
+    most shared memory."""
     return max(launches, key=lambda x: (x.built is not None, x.shared_bytes))
 
 
 def _forward_units(sizes: dict[str, int], built: dict) -> tuple[list[float], _Step]:
-    """Seconds of each tile of queries."""
+    """Returns the seconds of each tile of queries, and one step."""
     m, n, width = built["tile_m"], built["tile_n"], built["head_width"]
     read = m / 64 * (64 * width + n * width + n * width)  # Q and K, then V; P is in registers
     step = _Step(
@@ -208,7 +211,8 @@ def _forward_units(sizes: dict[str, int], built: dict) -> tuple[list[float], _St
 
 
 def _backward_units(sizes: dict[str, int], built: dict) -> tuple[list[float], _Step]:
-    """Seconds of each block of keys, for all query heads of its key head."""
+    """Returns the seconds of each block of keys, for all query heads of its key head, and one
+    step."""
     m, n, width = built["tile_m"], built["tile_n"], built["head_width"]
     scores = n / 64 * (64 * width + m * width)  # K or V, and Q or dout, for each warpgroup
     sums = 2 * n / 64 * m * width  # dv and dk: Q and dout again
@@ -223,7 +227,7 @@ def _backward_units(sizes: dict[str, int], built: dict) -> tuple[list[float], _S
     )
     once = step.seconds(_EXPOSED[built["pingpong"]])
     group = sizes["H"] // sizes["Hk"]
-    # Seen from a key, the band is the other way round.
+    # Seen from a key, the window's left and right change places.
     seen = sizes | dict(T=sizes["Tk"], Tk=sizes["T"], left=sizes["right"], right=sizes["left"])
     units = []
     for first in range(0, sizes["Tk"], n):
@@ -234,12 +238,13 @@ def _backward_units(sizes: dict[str, int], built: dict) -> tuple[list[float], _S
 
 
 def _steps(low: int, high: int, size: int) -> int:
-    """Blocks of a size that a range touches."""
+    """Returns how many blocks of `size` the range low ... high touches."""
     return 0 if high <= low else -(-high // size) - low // size
 
 
 def makespan(units: Sequence[float], places: int) -> float:
-    """Seconds until the last unit ends, when the longest go first, each to the first free place."""
+    """Returns the seconds until the last unit ends. The longest unit goes first, and each goes to
+    the place that is free first."""
     free = [0.0] * places
     for unit in sorted(units, reverse=True):
         heapq.heapreplace(free, free[0] + unit)
@@ -266,12 +271,12 @@ def _mlp(problem: Problem) -> Iterator[Prediction]:
 
 
 def products(launches: Sequence[Launched]) -> list[Launched]:
-    """Those that multiply."""
+    """Returns the launches that compute products."""
     return [launched for launched in launches if " times " in launched.shape]
 
 
 def product(number: int, launches: Sequence[Launched]) -> Launched:
-    """One of `products`."""
+    """Returns one of `products`, by its number."""
     return products(launches)[number]
 
 
@@ -283,7 +288,7 @@ def _product_sizes(launched: Launched) -> tuple[int, int, int]:
 
 
 def product_name(direction: str, number: int, sizes: tuple[int, int, int]) -> str:
-    """ "forward, product 1 (8192x16384x4096, gelu)"; sizes are m, n, k."""
+    """Returns a name such as "forward, product 1 (8192x16384x4096, gelu)", with sizes m, n, k."""
     kind = _epilogue(direction, number)
     return f"{direction}, product {number + 1} ({'x'.join(map(str, sizes))}, {kind})"
 
@@ -300,7 +305,8 @@ def _epilogue(direction: str, number: int) -> str:
 def _layer_norm(problem: Problem) -> Iterator[Prediction]:
     sizes = problem.sizes
     for direction in problem.directions:
-        # x and y, with a residual that and the sum; dy, the sum and dx, with prenorm its gradient.
+        # Forward: x and y, and with a residual also the residual and the sum. Backward: dy, the sum
+        # and dx, and with prenorm also the sum's gradient.
         tensors = {"forward": 2 + 2 * sizes["residual"], "backward": 3 + sizes["prenorm"]}
         moved = 2.0 * tensors[direction.name] * sizes["rows"] * sizes["cols"]
         for index, made, chosen in direction.ways(MACHINE, lambda launches: launches[0]):
@@ -333,7 +339,7 @@ def _row(
 
 
 def table(rows: Iterable[Prediction]) -> Iterator[str]:
-    """Markdown, a line for each prediction."""
+    """Yields the lines of a Markdown table with one row for each prediction."""
     yield "| problem | direction | way (* the rule's) | waves | bound by | predicted | share |"
     yield "| --- | --- | --- | ---: | --- | ---: | ---: |"
     for row in rows:
@@ -345,7 +351,8 @@ def table(rows: Iterable[Prediction]) -> Iterator[str]:
 
 
 def summary(rows: Iterable[Prediction]) -> Iterator[str]:
-    """Markdown, a line for each problem and direction: the rule's choice, then the others."""
+    """Yields the lines of a Markdown table with one row for each problem and direction: the rule's
+    choice, then the others."""
     yield "| problem | the rule's choice | waves | predicted | share | others, share |"
     yield "| --- | --- | ---: | ---: | ---: | --- |"
     cases: dict[tuple[str, str], list[Prediction]] = {}
@@ -374,7 +381,8 @@ BEGIN, END = "<!-- predictions: made by the command below -->", "<!-- end of pre
 
 
 def written(text: str, lines: Iterable[str]) -> str:
-    """The text with these lines between its marks. Raises ValueError where there are none."""
+    """Returns the text with these lines between its marks. Raises ValueError where the text has no
+    marks."""
     before, found, rest = text.partition(f"{BEGIN}\n")
     _, ended, after = rest.partition(END)
     if not (found and ended):
@@ -384,7 +392,7 @@ def written(text: str, lines: Iterable[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; 2 where nothing can be predicted."""
+    """Returns the exit code: 0, or 2 where nothing can be predicted."""
     parser = argparse.ArgumentParser(
         prog="python -m gptkernels.bench.predict", description=(__doc__ or "").split("\n")[0]
     )

@@ -1,1 +1,2 @@
-"""What every op stands on: choice, checks, dropout's masks, the compiled module, Triton."""
+"""What every op uses: registration, the choice of an implementation, checks of arguments, dropout's
+masks, the compiled module and Triton."""

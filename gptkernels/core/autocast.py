@@ -1,4 +1,5 @@
-"""How the ops that multiply matrices follow torch.autocast: as F.linear does, but from outside."""
+"""How the ops that multiply matrices follow torch.autocast. They convert their inputs themselves,
+to the dtype that F.linear would take."""
 
 from __future__ import annotations
 
@@ -10,20 +11,22 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast converts x to; x's own where it is off for x's device."""
+    """Returns the dtype that autocast converts x to, or x's own where autocast is off for x's
+    device."""
     if _enabled(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Inside an op PyTorch's functions keep the op's dtypes, also in a backward pass under
-    autocast."""
+    """Returns a context that turns autocast off for x's device. An op runs in it, so that PyTorch's
+    functions keep the op's dtypes, also in a backward pass under autocast."""
     if _enabled(x):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def _enabled(x: Tensor) -> bool:
-    # PyTorch raises where it is asked about "meta", whose tensors hold nothing to convert.
+    # PyTorch raises an error if asked about autocast on "meta". Meta tensors hold nothing to
+    # convert.
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)

@@ -1,5 +1,5 @@
-"""Argument checks that the ops share: each failure is one sentence naming the argument, what came
-and what is wanted."""
+"""Argument checks that the ops share. Each failure is one sentence that names the argument, what
+was wanted and what came."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """A floating tensor of a dtype the kernels have. Raises TypeError."""
+    """Checks that `tensor` is a tensor with a dtype that the kernels support. Raises TypeError."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
@@ -21,7 +21,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
-    """`tensor` has exactly `shape`, which follows from `why`. Raises ValueError."""
+    """Checks that `tensor` has exactly `shape`; `why` tells the user where that shape comes from.
+    Raises ValueError."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
             f"{name} must have shape {tuple(shape)} ({why}), got {tuple(tensor.shape)}"
@@ -29,7 +30,7 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> 
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Both tensors are on one device. Raises ValueError."""
+    """Checks that both tensors are on one device. Raises ValueError."""
     if tensor.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}"
@@ -37,7 +38,7 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Both tensors have one dtype. Raises TypeError."""
+    """Checks that both tensors have one dtype. Raises TypeError."""
     if tensor.dtype != other.dtype:
         raise TypeError(
             f"{name} must have the dtype of {other_name}, {dtype_name(other.dtype)}, "
@@ -46,7 +47,7 @@ def check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) 
 
 
 def check_unit_last_stride(name: str, tensor: Tensor) -> None:
-    """The last dimension is contiguous, as vector loads need. Raises ValueError."""
+    """Checks that the last stride is 1, which vector loads require. Raises ValueError."""
     if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"{name} must have a unit stride in its last dimension, "
@@ -55,44 +56,46 @@ def check_unit_last_stride(name: str, tensor: Tensor) -> None:
 
 
 def check_integer(name: str, value: int) -> None:
-    """An int, and no bool. Raises TypeError."""
+    """Checks that `value` is an int and not a bool. Raises TypeError."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
 
 
 def check_seed(name: str, value: int) -> None:
-    """A given seed: an int that PyTorch's generators take. Raises TypeError, or ValueError."""
+    """Checks that `value` is a seed, an int that PyTorch's generators take. Raises TypeError,
+    ValueError."""
     check_integer(name, value)
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{name} must lie in -2**63...2**64 - 1 or be None, got {value}")
 
 
 def check_flag(name: str, value: bool) -> None:
-    """True or False. Raises TypeError."""
+    """Checks that `value` is True or False. Raises TypeError."""
     if not isinstance(value, bool | torch.SymBool):
         raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def check_number(name: str, value: float) -> None:
-    """An int or a float, and no bool. Raises TypeError."""
+    """Checks that `value` is an int or a float and not a bool. Raises TypeError."""
     if not isinstance(value, NUMBER) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def check_probability(name: str, value: float) -> None:
-    """A probability in [0, 1]. Raises TypeError, ValueError."""
+    """Checks that `value` is a probability in [0, 1]. Raises TypeError, ValueError."""
     check_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {value}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """'bfloat16' for torch.bfloat16."""
+    """Returns a dtype's name without its module: 'bfloat16' for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def check_count(name: str, value: int) -> int:
-    """An integer of at least 1, and the value itself. Raises TypeError, ValueError."""
+    """Checks that `value` is an integer of at least 1, and returns it. Raises TypeError,
+    ValueError."""
     check_integer(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,7 +1,8 @@
-"""Which implementation runs: an explicit one runs or says why it cannot; only "auto" may choose.
+"""Which implementation runs. An explicit one runs, or an error says why it cannot; only "auto"
+chooses.
 
-"auto" picks "torch" on every machine today: no kernel has been timed on a GPU yet, and one that
-nobody has measured must not replace one that works.
+"auto" picks "torch" on every machine today. No kernel has been timed on a GPU yet, and an
+unmeasured kernel must not replace PyTorch's.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from gptkernels.core import native
 
 IMPLEMENTATIONS = ("torch", "triton", "cuda")
 
-# Triton reads the variable when a kernel is decorated, so it cannot change later in a process.
+# Triton reads the variable when a kernel is decorated, so a later change has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def check_impl(impl: str, *, auto: bool = True) -> str:
-    """The name of an implementation, or "auto" where it is allowed. Raises ValueError for any
-    other."""
+    """Returns `impl` if it is the name of an implementation, or "auto" and that is allowed. Raises
+    ValueError for any other name."""
     if impl not in IMPLEMENTATIONS and not (auto and impl == "auto"):
         names = "'auto', 'cuda', 'triton' or 'torch'" if auto else "'cuda', 'triton' or 'torch'"
         raise ValueError(f"impl must be {names}, got {impl!r}")
@@ -31,10 +32,10 @@ def check_impl(impl: str, *, auto: bool = True) -> str:
 
 
 def choose(impl: str, tensor: Tensor) -> str:
-    """The implementation that runs on `tensor`.
+    """Returns the implementation that runs on `tensor`.
 
-    Raises ValueError for an unknown name, RuntimeError where an explicit choice cannot run on this
-    machine or tensor.
+    Raises ValueError for an unknown name, and RuntimeError where an explicit implementation cannot
+    run on this machine or tensor.
     """
     if check_impl(impl) == "auto":
         return "torch"
@@ -45,8 +46,8 @@ def choose(impl: str, tensor: Tensor) -> str:
 
 
 def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why an implementation cannot run on tensors of this device type and dtype; None where it
-    can."""
+    """Returns why an implementation cannot run on tensors of this device type and dtype; None where
+    it can."""
     match impl:
         case "torch":
             return None

@@ -1,4 +1,4 @@
-"""Which device the commands, training and the demo run on."""
+"""The device that the commands, training and the demo run on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one.
+    """Returns the device called `name`: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is
+    one, else the CPU.
 
-    Raises ValueError for any other name, and for a GPU that this machine does not have.
+    Raises ValueError for any other name and for a GPU that this machine does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Pictures, drawn with matplotlib where it is installed."""
+"""Figures, drawn with matplotlib where it is installed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def figure_class() -> Any:
-    """matplotlib's Figure, used without pyplot: no display, no global state.
+    """Returns matplotlib's Figure class. Without pyplot it needs no display and no global state.
 
-    Raises ImportError, in one sentence, when matplotlib is missing.
+    Raises ImportError with one sentence where matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,8 +1,9 @@
-"""CUDA C++ kernels: the only package that touches the compiled module, addresses and streams.
+"""Calls of the CUDA C++ kernels. Only this module touches the compiled module, addresses and
+streams.
 
-Natively they run on CUDA tensors, from the extension `gptkernels._cuda`. With GPTKERNELS_EMULATE=1
-in the environment they run on CPU tensors, from the same sources compiled for the emulator
-(`make emulator`, in a checkout): every access to memory is checked, and it is slow.
+Natively the kernels run on CUDA tensors, from the extension `gptkernels._cuda`. With
+GPTKERNELS_EMULATE=1 in the environment they run on CPU tensors, from the same sources compiled for
+the emulator (`make emulator` in a checkout). The emulator checks every memory access, and is slow.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The choice is made once: a process runs its kernels natively, or all of them emulated.
+# A process runs either all its kernels natively or all of them emulated.
 EMULATED = os.environ.get("GPTKERNELS_EMULATE", "").lower() in ("1", "true", "on")
-# Which GPU the emulator is, read at each launch: sm80, or sm90 with Hopper's own kernels.
+# The GPU that the emulator imitates: sm80, or sm90 with Hopper's own kernels. Each launch reads it.
 ARCH_VARIABLE, ARCHITECTURES = "GPTKERNELS_EMULATE_ARCH", ("sm80", "sm90")
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _EMULATOR = _CHECKOUT / "build" / "emulator" / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
 _OLDEST_CAPABILITY = (8, 0)
 
-# The emulator knows one launch and its tensors; autograd and users call from other threads.
+# The emulator handles one launch at a time, but autograd and users call from several threads.
 _ONE_AT_A_TIME = threading.RLock()
 
-# In a dry run: the address of a whole tensor as PyTorch would place it. Nothing is there.
+# The address of every tensor in a dry run: aligned as PyTorch's allocations are, and never read.
 _SOMEWHERE = 1 << 20
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why the kernels cannot run on tensors of this device type; None where they can."""
+    """Returns why the kernels cannot run on tensors of this device type; None where they can."""
     if EMULATED:
         if device_type != "cpu":
             return (
@@ -55,8 +56,9 @@ def unavailable(device_type: str) -> str | None:
     return _native_unavailable()
 
 
-# torch.compile takes the answer as it is now: files and devices are nothing that it could trace.
-# torch.compiler.assume_constant_result does no more, but imports torch._dynamo: a second.
+# torch.compile cannot trace a look at files and devices, so it takes the answer as a constant.
+# torch.compiler.assume_constant_result does the same, but imports torch._dynamo, which takes a
+# second.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -74,7 +76,8 @@ def _native_unavailable() -> str | None:
             "this installation was built without nvcc, so it has no CUDA C++ kernels; "
             "install from source with CUDA's toolkit on PATH and GPTKERNELS_BUILD_CUDA=1"
         )
-    # One GPU that can is enough: a launch on an older one beside it says that it cannot.
+    # One GPU that is new enough is enough here. A launch on an older one beside it fails with an
+    # error of its own.
     devices = range(torch.cuda.device_count())
     capability = max((torch.cuda.get_device_capability(i) for i in devices), default=(0, 0))
     if capability < _OLDEST_CAPABILITY:
@@ -84,11 +87,11 @@ def _native_unavailable() -> str | None:
 
 
 def module() -> Any:
-    """The compiled module. Raises ImportError with one sentence where there is none."""
+    """Returns the compiled module. Raises ImportError with one sentence where there is none."""
     if _DRY.module is not None:
         return _DRY.module
     if EMULATED:
-        with _ONE_AT_A_TIME:  # or two threads would load it twice
+        with _ONE_AT_A_TIME:  # otherwise two threads could load it twice
             return _emulator()
     return _native()
 
@@ -112,7 +115,7 @@ def _emulator() -> Any:
 
 
 class _Dry(threading.local):
-    """The module that the thread makes a dry run with, if it makes one."""
+    """The module that this thread makes a dry run with; None outside a dry run."""
 
     module: Any = None
 
@@ -121,12 +124,14 @@ _DRY = _Dry()
 
 
 def dry_run(run: Callable[[], Any], *, capability: int, multiprocessors: int) -> dict[str, Any]:
-    """What the launchers that `run` calls, with meta tensors, would launch on such a GPU, which
-    need not be there: nothing is launched.
+    """Returns what `run` would launch on a GPU with this compute capability and this number of
+    multiprocessors. `run` calls the launchers with meta tensors. Nothing is launched, and no GPU is
+    needed.
 
-    Returns "launches", each with kernel, shape, grid, threads, cluster, shared_bytes, tiles (of
-    work that a persistent grid shares, else 0) and built (the `gk::Build`, or None), and
-    "refusals", pairs of a kernel that was made for the GPU and why it cannot take the problem.
+    The result has "launches", each with kernel, shape, grid, threads, cluster, shared_bytes, tiles
+    (the tiles of work that a persistent grid shares, else 0) and built (the `gk::Build`, or None).
+    It also has "refusals", pairs of a kernel made for that GPU and why the kernel cannot take the
+    problem.
 
     Raises ImportError with one sentence where no module is built, natively or for the emulator.
     """
@@ -138,17 +143,17 @@ def dry_run(run: Callable[[], Any], *, capability: int, multiprocessors: int) ->
 
 
 def record(run: Callable[[], Any]) -> dict[str, Any]:
-    """What `run` launches on the calling thread while it runs, as `dry_run` has it. PyTorch runs
-    the backward passes of CPU tensors on that thread, of CUDA tensors on others.
+    """Runs `run`, and returns what it launches on the calling thread, in the form of `dry_run`.
 
-    Raises ImportError as `module` does.
+    PyTorch runs the backward passes of CPU tensors on that thread too, but those of CUDA tensors on
+    others. Raises ImportError as `module` does.
     """
     return module().record(run)
 
 
 def dry_run_module() -> Any:
-    """The module whose launchers make dry runs. Raises ImportError with one sentence where there is
-    none."""
+    """Returns the module whose launchers make dry runs. Raises ImportError with one sentence where
+    there is none."""
     if not EMULATED and importlib.util.find_spec("gptkernels._cuda") is not None:
         return _native()
     if not _EMULATOR.exists():
@@ -161,7 +166,7 @@ def dry_run_module() -> Any:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """As in `gk::DType`."""
+    """Returns the value that a dtype has in `gk::DType`."""
     return _CODES[dtype]
 
 
@@ -175,16 +180,17 @@ def call(
     workspaces: Mapping[str, torch.dtype] | None = None,
     **scalars: Any,
 ) -> Any:
-    """Launch on the device and the current stream of `like`, asynchronously; returns what the
-    module's function does.
+    """Calls a function of the compiled module, and returns its result. The function launches
+    kernels on the device of `like` and on its current stream, asynchronously.
 
-    Tensors go by address, None and empty ones as 0. Inputs are only read, outputs only read where
-    the same call has written them: the emulator holds kernels to that. Workspaces are outputs that
-    are allocated here, as large as the module's `<function>_workspaces` says.
+    Tensors are passed by address; None and empty tensors are passed as 0. Kernels only read inputs,
+    and read outputs only where the same call has written them; the emulator checks both. Workspaces
+    are outputs that this function allocates, with the sizes that `<function>_workspaces` of the
+    module returns.
 
-    Everything goes by position, in the order of the module's `fields`: TypeError with the first
-    name that differs. Raises RuntimeError with the kernel, the shape and the cause of a launch that
-    failed.
+    Arguments are passed by position, in the order of the module's `fields`. Raises TypeError with
+    the first name that differs from them, and RuntimeError with the kernel, the shape and the cause
+    where a launch fails.
     """
     target, needed = module(), workspaces or {}
     names = (*inputs, *outputs, *needed, *scalars)
@@ -193,7 +199,7 @@ def call(
     where = 0, 0
     if not EMULATED and _DRY.module is None:
         device = like.get_device()
-        # What torch.cuda.current_stream() wraps in an object, at many times the cost.
+        # torch.cuda.current_stream() wraps the same number in an object, which takes far longer.
         where = device, torch._C._cuda_getCurrentRawStream(device)
     given = [*map(_address, inputs.values()), *map(_address, outputs.values())]
     values = scalars.values()
@@ -210,7 +216,7 @@ def call(
 def allocate(
     dtypes: Mapping[str, torch.dtype], sizes: Iterable[int], device: torch.device
 ) -> dict[str, Tensor | None]:
-    """A workspace of each dtype and number of elements; None for none."""
+    """Returns a workspace for each dtype and number of elements; None for 0 elements."""
     return {
         name: torch.empty(size, dtype=dtype, device=device) if size else None
         for (name, dtype), size in zip(dtypes.items(), sizes, strict=True)
@@ -227,8 +233,8 @@ def _difference(function: str, given: Sequence[str], fields: Sequence[str]) -> s
 
 
 def _address(tensor: Tensor | None) -> int:
-    """0 for None and for an empty one. In a dry run all others lie at one address that leads
-    nowhere."""
+    """Returns a tensor's address, and 0 for None and for an empty tensor. In a dry run all other
+    tensors have one fixed address."""
     if tensor is None or not tensor.numel():
         return 0
     return tensor.data_ptr() if _DRY.module is None else _SOMEWHERE
@@ -256,7 +262,7 @@ def _emulate(
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last one."""
+    """Returns the number of bytes from the first element to the end of the last one."""
     last = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

@@ -1,22 +1,23 @@
-"""The dropout contract in PyTorch: which element is dropped, the same in every implementation.
+"""The dropout contract, in PyTorch: it says which elements are dropped, and every implementation
+follows it.
 
-Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), counter
-based: the mask is a pure function of (seed, offset, position), so it is never stored and every
-kernel rebuilds the same one.
+The generator is Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
+2011). It is counter based: the mask is a pure function of (seed, offset, position), so no kernel
+stores the mask, and every kernel computes the same one.
 
     key      = seed (64 bits)
     word w   = Philox(key, c0, c1, c2, c3 = low 32 bits of offset)[w], w = 0..3
-    lane l   = 16-bit half (l & 1), low half first, of word l >> 1: eight elements a call
+    lane l   = 16-bit half (l & 1), low half first, of word l >> 1: eight lanes, so eight elements
     keep    <=> u16 >= t, with t = round(65536 p); kept values are scaled by 65536 / (65536 - t)
 
-Attention, query row i, key j, head h of batch entry b (H heads): the lanes of one call are the
+Attention, for query i, key j and head h of batch entry b (H heads). The lanes of one call are the
 accumulator elements that one thread of an mma fragment holds in a 16 x 16 tile.
     c0 = (j >> 4) * 4 + ((j >> 1) & 3)     c1 = (i >> 4) * 8 + (i & 7)     c2 = b * H + h
     lane = ((i >> 3) & 1) * 4 + ((j >> 3) & 1) * 2 + (j & 1)
-Elementwise (LayerNorm's dropout), e the index of the element in its contiguous tensor:
+Elementwise (LayerNorm's dropout), for element number e of the contiguous tensor:
     c0, c1 = low, high 32 bits of e >> 3     c2 = 0     lane = e & 7
 
-The tokens that generation samples come from the same generator (`uniform`).
+Text generation samples its tokens with the same generator (`uniform`).
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ _ROUNDS = 10
 
 
 def draw(device: torch.device | str) -> Tensor:
-    """(seed, offset) for one dropout call: int64[2], from PyTorch's generator of `device`.
+    """Returns (seed, offset) for one dropout call, int64[2], from PyTorch's generator of `device`.
 
-    Being a tensor that kernels read by pointer, it survives CUDA graph capture, and torch's
-    checkpointing replays it.
+    Kernels read this tensor through a pointer, so a captured CUDA graph draws new numbers at each
+    replay. torch's checkpointing restores the generator, and so repeats the numbers.
     """
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
 def threshold(dropout_p: float) -> int:
-    """t: the number of the 65,536 values of a lane that drop the element."""
+    """Returns t: how many of the 65,536 values of a lane drop the element."""
     return round(65536 * dropout_p)
 
 
 def scale(dropout_p: float) -> float:
-    """What kept values are multiplied by: the inverse of the realised keep probability; 0 where
+    """Returns the factor of kept values: the inverse of the rounded keep probability, or 0 where
     nothing is kept."""
     t = threshold(dropout_p)
     return 65536 / (65536 - t) if t < 65536 else 0.0
@@ -61,8 +62,8 @@ def attention_keep(
     first_row: int = 0,
     first_batch: int = 0,
 ) -> Tensor:
-    """Keep mask (batch, heads, rows, cols), bool, from query row first_row on, of the batch's
-    entries from first_batch on."""
+    """Returns the keep mask (batch, heads, rows, cols), bool, of the queries from first_row on and
+    the batch entries from first_batch on."""
     rng = _checked(rng)
     tile_row0 = first_row // 16
     tile_rows, tile_cols = -(-(first_row + rows) // 16) - tile_row0, -(-cols // 16)
@@ -82,7 +83,7 @@ def attention_keep(
 def elementwise_keep(
     rng: Tensor | None, dropout_p: float, shape: torch.Size | tuple[int, ...]
 ) -> Tensor:
-    """Keep mask of the given shape, bool; elements are counted in row-major order."""
+    """Returns the keep mask of the given shape, bool; elements are numbered in row-major order."""
     rng = _checked(rng)
     count = 1
     for size in shape:
@@ -93,9 +94,12 @@ def elementwise_keep(
 
 
 def uniform(seeds: Tensor, stream: Tensor, position: Tensor) -> Tensor:
-    """One fp64 number of 53 random bits in [0, 1) for each key: seeds (R,) int64, stream and
-    position (R,) int64 below 2**32. c0 = position, c1 = stream, c2 = c3 = 0; the high 27 bits are
-    those of word 0, the low 26 those of word 1."""
+    """Returns one fp64 number in [0, 1) with 53 random bits for each of R triples.
+
+    seeds (R,) int64 are the keys. stream and position, (R,) int64, are below 2**32. c0 = position,
+    c1 = stream, c2 = c3 = 0. The upper 27 bits of a number are the upper bits of word 0, the lower
+    26 are the upper bits of word 1.
+    """
     zero = torch.zeros_like(position)
     high, low, _, _ = _philox4x32(seeds, position, stream, zero, zero)
     return ((high >> 5) * 2**26 + (low >> 6)).double() / 2**53
@@ -108,7 +112,7 @@ def _checked(rng: Tensor | None) -> Tensor:
 
 
 def _lanes(rng: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """The eight 16-bit lanes of each Philox call, int64, in a new last dimension of 8."""
+    """Returns the eight 16-bit lanes of each Philox call, int64, in a new last dimension of 8."""
     words = _philox4x32(rng[0], c0, c1, c2, rng[1] & _WORD)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     return torch.stack(halves, dim=-1)
@@ -117,7 +121,8 @@ def _lanes(rng: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
 def _philox4x32(
     seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """32-bit words kept in int64: products wrap modulo 2**64, their halves are masked out."""
+    """Returns the four 32-bit words of each call, held in int64. Products wrap modulo 2**64; masks
+    take their two halves."""
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     for _ in range(_ROUNDS):

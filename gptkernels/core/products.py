@@ -1,8 +1,8 @@
-"""PyTorch's matrix products, with every NaN kept in the row that has it.
+"""PyTorch's matrix products, changed so that a NaN stays in its row.
 
-On CPUs with AMX, oneDNN 3.12 and older read past the end of a row of `a` whose length is not a
-multiple of 32 16-bit numbers: a NaN in one row reaches the row before it (oneDNN issue 5717).
-Zeros up to the next multiple keep it out.
+On CPUs with AMX, oneDNN 3.12 and older read past the end of a 16-bit row whose length is not a
+multiple of 32. A NaN in one row then reaches the row before it (oneDNN issue 5717). These functions
+pad such rows with zeros to a multiple of 32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _DEPTH = 32  # 16-bit numbers in a row of an AMX tile
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """x (M, K) w^T (N, K) + b (N,)."""
+    """Returns x w^T + b, (M, N), for x (M, K), w (N, K) and b (N,) or None."""
     missing = _missing(x)
     if missing:
         x, w = F.pad(x, (0, missing)), F.pad(w, (0, missing))
@@ -23,7 +23,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) b (K, N)."""
+    """Returns a b, (M, N), for a (M, K) and b (K, N)."""
     missing = _missing(a)
     if missing:
         a, b = F.pad(a, (0, missing)), F.pad(b, (0, 0, 0, missing))
@@ -31,7 +31,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _missing(a: Tensor) -> int:
-    """Columns to add to a (M, K)."""
+    """Returns how many columns of zeros a (M, K) needs."""
     if a.device.type != "cpu" or a.dtype == torch.float32 or not torch.cpu._is_amx_tile_supported():
         return 0
     return -a.shape[1] % _DEPTH

@@ -1,16 +1,16 @@
-"""One definition of a registered op: its signature, its fake, and where its implementations are.
+"""One definition for each registered op: its signature, its fake and its implementations.
 
     @register("gptkernels.ops.layer_norm")
     def layer_norm_fwd(x: Tensor, weight: Tensor, ..., impl: str) -> tuple[Tensor, ...]:
         return x.new_empty(x.shape), ...
 
-defines `torch.ops.gptkernels.layer_norm_fwd`. The schema follows from the annotations and the body
-is the fake: shapes and dtypes of the results, which torch.compile asks for. A call runs the
-function of the same name in the module `gptkernels.ops.layer_norm.<impl>`, which takes all
-arguments but `impl`; only that module is imported.
+defines `torch.ops.gptkernels.layer_norm_fwd`. The annotations give the schema. The body is the
+fake, which tells torch.compile the shapes and dtypes of the results. A call runs the function of
+the same name in the module `gptkernels.ops.layer_norm.<impl>`, with all arguments but `impl`; no
+other implementation is imported.
 
-A parameter that is annotated with a NamedTuple stands for all of its fields, in the schema and in
-calls; the fake and the implementations get the record.
+A parameter annotated with a NamedTuple stands for all fields of that record. The schema and the
+calls have one argument for each field; the fake and the implementations get the record.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
 
 
 def register(home: str) -> Callable[[Callable[..., Any]], Any]:
-    """Defines the op that the decorated function is the fake of, and returns it for calls.
+    """Decorates the fake of an op: defines the op, and returns it in place of the fake.
 
     Args:
-        home: the package whose modules `torch`, `triton`, `cuda` implement the op.
+        home: The package whose modules `torch`, `triton` and `cuda` implement the op.
     """
 
     def define(fake: Callable[..., Any]) -> Any:
@@ -68,13 +68,13 @@ def _implementation(home: str, impl: str) -> ModuleType:
 
 
 def _record(parameter: inspect.Parameter) -> Any:
-    """The NamedTuple that a parameter is annotated with; None for any other annotation."""
+    """Returns the NamedTuple that a parameter is annotated with; None for other annotations."""
     annotation = parameter.annotation
     return annotation if hasattr(annotation, "_fields") else None
 
 
 def _flat(parameters: Sequence[inspect.Parameter]) -> Iterator[inspect.Parameter]:
-    """The parameters, with the fields of a record in its place."""
+    """Yields the parameters, with the fields of a record in place of the record."""
     for parameter in parameters:
         record = _record(parameter)
         if record is None:
@@ -85,7 +85,7 @@ def _flat(parameters: Sequence[inspect.Parameter]) -> Iterator[inspect.Parameter
 
 
 def _pack(parameters: Sequence[inspect.Parameter], arguments: Sequence[Any]) -> Iterator[Any]:
-    """The arguments, with a record in the place of its fields."""
+    """Yields the arguments, with a record in place of its fields."""
     rest = iter(arguments)
     for parameter in parameters:
         record = _record(parameter)

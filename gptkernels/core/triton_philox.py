@@ -1,7 +1,7 @@
-"""The dropout contract (see `gptkernels.core.philox`) as Triton device functions: eight elements a
-Philox call.
+"""The dropout contract (see `gptkernels.core.philox`) as Triton device functions. Each Philox call
+serves eight elements.
 
-Counters are uint32 throughout: with int64 counters `tl.philox` silently becomes Philox4x64,
+All counters are uint32: with int64 counters `tl.philox` silently becomes Philox4x64, which has
 another sequence.
 """
 
@@ -13,9 +13,10 @@ import triton.language as tl
 def attention_keep_tile(
     rng_ptr, row0, col0, batch_head, threshold, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """Keep mask (ROWS, COLS) at (row0, col0), both multiples of 16; batch_head = b * H + h."""
-    # One counter for eight elements of a 16 x 16 tile: rows i, i + 8 by columns j, j + 1, j + 8, j
-    # + 9.
+    """Returns the keep mask (ROWS, COLS) at (row0, col0), both multiples of 16.
+    batch_head = b * H + h."""
+    # One counter serves eight elements of a 16 x 16 tile: rows i and i + 8, columns j, j + 1, j + 8
+    # and j + 9.
     c1 = (row0 // 16 * 8 + tl.arange(0, ROWS // 2)).to(tl.uint32)[:, None]
     c0 = (col0 // 16 * 4 + tl.arange(0, COLS // 4)).to(tl.uint32)[None, :]
     zero = tl.zeros((ROWS // 2, COLS // 4), dtype=tl.uint32)
@@ -38,11 +39,10 @@ def elementwise_keep_tile(
     COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Keep mask (ROWS, COLS) of the tile at (row0, col0) of a row-major matrix with `row_length`
-    columns.
+    """Returns the keep mask (ROWS, COLS) of the tile at (row0, col0) of a row-major matrix with
+    `row_length` columns.
 
-    ALIGNED: row_length and col0 are multiples of 8, so that the eight lanes of a call lie in one
-    row.
+    ALIGNED: row_length and col0 are multiples of 8, so the eight lanes of a call lie in one row.
     """
     rows = (row0 + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     if ALIGNED:

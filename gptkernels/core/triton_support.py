@@ -1,5 +1,4 @@
-"""Triton kernels and their launchers, one module per op; imported only where Triton is
-installed."""
+"""What the launchers of Triton kernels share. Importing this module does not import Triton."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shipped:
-    """One configuration that a launcher really uses, for the ahead-of-time compile."""
+    """One configuration that a launcher uses, for the ahead-of-time compile of the gates."""
 
     name: str
     kernel: Any  # a @triton.jit function
@@ -22,20 +21,20 @@ class Shipped:
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
-    divisible_by_16: tuple[str, ...] = ()  # arguments the launcher's callers align in practice
+    divisible_by_16: tuple[str, ...] = ()  # arguments that are usually multiples of 16
     # The compute capabilities where the launcher chooses this configuration.
     architectures: tuple[int, ...] = (80, 86, 90, 100)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's. Nothing to do for the
-    interpreter's CPU tensors."""
+    """Returns a context that makes the tensor's device the current one, where Triton launches. It
+    does nothing for CPU tensors, which the interpreter runs."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """How many programs run at a time; the interpreter runs one after another, two exercise the
-    loops."""
+    """Returns the number of multiprocessors of the tensor's GPU. For CPU tensors it is 2: enough
+    programs to test the loops over them, since the interpreter runs one after another."""
     return _multiprocessors(tensor.device) if tensor.is_cuda else 2
 
 

@@ -1,1 +1,1 @@
-"""The ops: a folder each, with one module or folder an implementation."""
+"""The ops. Each has a folder, with one module or folder for each implementation."""

@@ -1,1 +1,2 @@
-"""What is right: the fp64 reference, the yardstick, the rule and the table of cases."""
+"""What a correct result is: the fp64 reference, the eager PyTorch baseline, the parity rule that
+compares a result with both, and the cases that are compared."""

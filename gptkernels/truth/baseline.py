@@ -1,8 +1,9 @@
-"""The ops as users compose them today in eager PyTorch, at the dtype of their tensors.
+"""The ops as users write them today in eager PyTorch, in the dtype of their tensors.
 
-The yardstick for errors (`gptkernels.truth.parity`) and for speed (`gptkernels.bench`), written
-apart from `aten` and `reference`. Signatures are those of `reference`. Dropout takes the
-contract's mask, since PyTorch's own draws another one.
+This is the yardstick for errors (`gptkernels.truth.parity`) and for speed (`gptkernels.bench`). It
+shares no code with impl="torch", and with `reference` only the loops over sequences. It has the
+signatures of `reference`. Dropout uses the mask of `gptkernels.core.philox`, since PyTorch's own
+dropout draws another one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def layer_norm(
     residual_in_fp32: bool = False,
     rng: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Dropout, an addition and F.layer_norm. Shapes as in `reference.layer_norm`."""
+    """Dropout, an addition and F.layer_norm. The shapes are those of `reference.layer_norm`."""
     s = x
     if dropout_p > 0:
         s = s.masked_fill(~philox.elementwise_keep(rng, dropout_p, x.shape), 0) * philox.scale(
@@ -57,7 +58,7 @@ def gelu_mlp(
     *,
     approximate: str = "tanh",
 ) -> Tensor:
-    """F.linear, F.gelu, F.linear. Shapes as in `reference.gelu_mlp`."""
+    """F.linear, F.gelu, F.linear. The shapes are those of `reference.gelu_mlp`."""
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
 
 
@@ -78,12 +79,13 @@ def attention(
     rng: Tensor | None = None,
     first_batch: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """F.scaled_dot_product_attention where its options allow, else products and a softmax. Shapes
-    as in `reference.attention`."""
+    """F.scaled_dot_product_attention (SDPA) where it has all options of the call, else products and
+    a softmax. The shapes are those of `reference.attention`."""
     (Tq, H, D), (Tk, Hk) = q.shape[1:], k.shape[1:3]
     plain = softcap == 0 and alibi_slopes is None and dropout_p == 0 and not return_lse
     fused = plain and (attn_mask is None or attn_mask.dtype == torch.bool)
-    # SDPA's own causal flag aligns at the first key, ours at the last, and goes with no mask.
+    # SDPA's own causal flag aligns queries and keys at the first key, ours at the last key. SDPA
+    # takes no mask together with its flag.
     flag = fused and causal and Tq == Tk and window is key_lengths is attn_mask is None
     mask = None if flag else band_mask(q.device, Tq, Tk, causal=causal, window=window)
     if key_lengths is not None:
@@ -95,8 +97,8 @@ def attention(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = Hk != H
     if grouped and (mask is not None or not fused):
-        # SDPA's fused kernels take a mask or grouped heads, not both: with both it would write out
-        # all scores.
+        # SDPA's fused kernels take a mask or grouped heads, but not both. With both, SDPA would
+        # store all scores.
         k, v = k.repeat_interleave(H // Hk, dim=1), v.repeat_interleave(H // Hk, dim=1)
         grouped = False
     if fused:
@@ -119,7 +121,7 @@ def attention(
     if mask is not None:
         s = s.masked_fill(~mask, float("-inf"))
         empty = ~mask.any(-1, keepdim=True)
-    # A finite row keeps softmax from NaN where there is no key.
+    # softmax of a row without keys would be NaN, so such a row gets finite scores first.
     p = torch.softmax(s.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
     lse = torch.logsumexp(s.masked_fill(empty, 0), dim=-1, keepdim=True)
     lse = lse.masked_fill(empty, float("-inf")).squeeze(-1)
@@ -143,7 +145,8 @@ def attention_varlen(
     return_lse: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of one sequence after the other. Shapes as in `reference.attention_varlen`."""
+    """`attention` of one sequence after the other. The shapes are those of
+    `reference.attention_varlen`."""
     ends = (cu_seqlens_q, cu_seqlens_k)
     return reference.packed(attention, q, k, v, *ends, return_lse, options)
 
@@ -158,7 +161,8 @@ def attention_decode(
     return_lse: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of one batch entry after the other. Shapes as in `reference.attention_decode`."""
+    """`attention` of one batch entry after the other. The shapes are those of
+    `reference.attention_decode`."""
     caches = (k_cache, v_cache, cache_lengths, block_table)
     return reference.cached(attention, q, *caches, return_lse, options)
 
@@ -166,7 +170,7 @@ def attention_decode(
 def band_mask(
     device: torch.device, Tq: int, Tk: int, *, causal: bool, window: tuple[int, int] | None
 ) -> Tensor | None:
-    """The bool mask (Tq, Tk) of `causal` and `window`, None where everything is visible."""
+    """Returns the bool mask (Tq, Tk) of `causal` and `window`; None where every key is visible."""
     left, right = window or (-1, -1)
     if causal:
         right = 0

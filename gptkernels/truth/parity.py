@@ -1,14 +1,15 @@
-"""What "right" means, measured one way for tests, `gptkernels verify`, the demo and the benchmarks.
+"""The parity rule: it decides whether a result is correct. Tests, `gptkernels verify`, the demo and
+the benchmarks all use it.
 
-The truth is the written-out formula in fp64 (`gptkernels.truth.reference`) on the same inputs.
-The yardstick is eager PyTorch at the same dtype (`gptkernels.truth.baseline`). A result passes when
+The truth is the formula of `gptkernels.truth.reference`, computed in fp64 on the same inputs. The
+yardstick is eager PyTorch in the result's dtype (`gptkernels.truth.baseline`). A result passes when
 
     max|result - truth| <= k * max|baseline - truth| + 2 * eps * max|truth|
     k = 2 forward, 3 gradients
 
-with eps that of the result's dtype: at most a small multiple of the rounding error that PyTorch
-itself makes, never a tolerance somebody picked. Infinities must stand exactly where the truth has
-them; a NaN passes only where the truth is NaN.
+where eps is that of the result's dtype. So a result may have a small multiple of PyTorch's own
+rounding error. No hand-picked tolerances. A result must have infinities exactly where the truth has
+them, and NaN exactly where the truth has NaN.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """The error of one tensor: an output ("forward") or the gradient of an input ("gradient")."""
+    """The error of one tensor: of an output ("forward") or of an input's gradient ("gradient")."""
 
     name: str
     direction: str
-    error: float  # max|result - truth|; inf where a non-finite value stands in the wrong place
+    error: float  # max|result - truth|; inf if NaN or an infinity is missing or in a wrong place
     baseline_error: float  # max|baseline - truth|
     limit: float  # the largest error that passes
     passed: bool
@@ -55,7 +56,8 @@ def compare(
     name: str = "y",
     direction: str = "forward",
 ) -> Measurement:
-    """Hold one result to the rule above. All three have one shape; truth is fp64."""
+    """Applies the rule to one result. The three tensors have one shape; truth is fp64. Raises
+    ValueError for a result of another shape."""
     if result.shape != truth.shape:
         raise ValueError(
             f"{name}: the result has shape {tuple(result.shape)}, the truth {tuple(truth.shape)}"
@@ -64,7 +66,8 @@ def compare(
     finite = truth[torch.isfinite(truth)].abs()
     largest = finite.max().item() if finite.numel() else 0.0
     limit = k * baseline_error + 2 * torch.finfo(result.dtype).eps * largest
-    # An infinite limit would pass anything: a baseline that loses infinities or NaN proves nothing.
+    # A baseline that loses infinities or NaN has an infinite error. Its limit would pass anything,
+    # so it passes nothing.
     return Measurement(name, direction, error, baseline_error, limit, error <= limit < float("inf"))
 
 
@@ -80,16 +83,16 @@ def measure(
     seed: int = 0,
     names: Sequence[str] = (),
 ) -> list[Measurement]:
-    """Outputs of `candidate(**inputs)`, and gradients with respect to every floating input,
-    against the truth.
+    """Compares the outputs of `candidate(**inputs)`, and the gradients of every floating input,
+    with the truth.
 
-    The candidate runs under `poisoned_outputs`.
-    `truth` is called on the floating inputs upcast to fp64 (exact). Cotangents are random, drawn
-    once from `seed` in each output's dtype. `names` names the outputs, in order. Raises whatever
+    The candidate runs under `poisoned_outputs`. `truth` gets the floating inputs in fp64, a
+    conversion that is exact. The cotangents (gradients of the outputs) are random: they are drawn
+    once from `seed`, in each output's dtype. `names` names the outputs, in order. Raises whatever
     the callables raise.
     """
     generator = torch.Generator().manual_seed(seed)
-    with poisoned_outputs():  # what it allocates in the backward pass too
+    with poisoned_outputs():  # this poisons what the backward pass allocates as well
         results = _run(candidate, inputs, gradients, generator, None)
     cotangents = results.cotangents
     baselines = _run(baseline, inputs, gradients, generator, cotangents)
@@ -111,7 +114,7 @@ def measure(
 def assert_parity(
     candidate: Op, baseline: Op, truth: Op, inputs: Mapping[str, Any], **options: Any
 ) -> None:
-    """`measure`, raising AssertionError that lists every tensor that fails the rule."""
+    """Calls `measure`, and raises AssertionError with a list of all tensors that fail the rule."""
     measurements = measure(candidate, baseline, truth, inputs, **options)
     failures = [str(m) for m in measurements if not m.passed]
     if failures:
@@ -120,8 +123,8 @@ def assert_parity(
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Fill what launchers allocate with NaN (integers: the largest value), so that an element
-    nobody writes shows."""
+    """Fills the memory that launchers allocate with NaN (integers: with the largest value), so that
+    elements that no kernel writes are noticed."""
     with (
         mock.patch.object(torch, "empty", _poisoning(torch.empty)),
         mock.patch.object(torch, "empty_like", _poisoning(torch.empty_like)),
@@ -179,7 +182,8 @@ def _run(
 
 
 def _leaf(value: Any) -> Any:
-    """A fresh leaf with the same strides: kernels must see the caller's layout."""
+    """Returns a floating tensor as a fresh leaf of autograd, with the same strides: kernels must
+    see the caller's layout. Returns other values as they are."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().requires_grad_()
     return value

@@ -1,13 +1,15 @@
-"""A GPT-1, 2 or 3 in plain PyTorch: what gptkernels.GPT replaces, and the yardstick it is held to.
+"""A GPT-1, GPT-2 or GPT-3 in plain PyTorch. gptkernels.GPT replaces it and is compared with it.
 
-It needs nothing but PyTorch. Its parameters have the names that gptkernels.GPT's have, so weights
-go from one to the other by `load_state_dict`; then logits, loss and gradients agree up to rounding:
+It needs only PyTorch. Its parameters have the same names as those of gptkernels.GPT, so
+`load_state_dict` copies weights from one to the other. Then logits, loss and gradients agree up to
+rounding:
 
     model = gptkernels.GPT(config)
     plain = PlainGPT(model.config)
     plain.load_state_dict(model.state_dict())
 
-`python plain_gpt.py` does that with a small random model and prints the differences.
+`python -m gptkernels.truth.plain_gpt` does that with a small random model and prints the
+differences.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class PlainConfig:
-    """Shape of a PlainGPT; a gptkernels.GPTConfig serves as well. n_inner=None means 4 * n_embd."""
+    """The shape of a PlainGPT. A gptkernels.GPTConfig works as well. n_inner=None means
+    4 * n_embd."""
 
     vocab_size: int = 50257
     block_size: int = 1024
@@ -39,7 +42,8 @@ class PlainConfig:
 
 
 class Attention(nn.Module):
-    """Causal self-attention between two linear layers, over `window` tokens if that is not None."""
+    """Causal self-attention between two linear layers. If `window` is not None, a token sees itself
+    and the window - 1 tokens before it."""
 
     def __init__(self, config: Any, window: int | None = None) -> None:
         super().__init__()
@@ -64,7 +68,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, linear; the width in between is n_inner."""
+    """Linear, GELU, linear. The width of the GELU is n_inner."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -79,8 +83,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """GPT-2's: x + attention(norm(x)), then x + mlp(norm(x)). GPT-1's: norm(x + attention(x)), then
-    norm(x + mlp(x))."""
+    """One transformer block. With norm "pre" (GPT-2) it computes x + attention(norm(x)), then
+    x + mlp(norm(x)); with "post" (GPT-1) norm(x + attention(x)), then norm(x + mlp(x))."""
 
     def __init__(self, config: Any, index: int) -> None:
         super().__init__()
@@ -100,7 +104,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the head."""
+    """Everything but the head: the embeddings, the blocks and the last norm."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -121,7 +125,8 @@ class Decoder(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T) the mean loss, fp32 or wider."""
+    """Maps tokens (B, T) int64 to logits (B, T, V); with targets (B, T), to the mean loss in fp32
+    or fp64."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -130,7 +135,7 @@ class PlainGPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:  # GPT-2's initial weights; GPT-1's c_proj are as the others
+            if parameter.dim() == 2:  # as in GPT-2; GPT-1 does not scale c_proj by the depth
                 scaled = name.endswith("c_proj.weight") and config.norm == "pre"
                 layers = 2 * config.n_layer if scaled else 1
                 nn.init.normal_(parameter, std=0.02 / layers**0.5)
@@ -138,7 +143,7 @@ class PlainGPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits, or with targets the mean loss."""
+        """Returns the logits, or with targets the mean loss."""
         logits = self.lm_head(self.transformer(tokens))
         if targets is None:
             return logits

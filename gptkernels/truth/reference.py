@@ -1,8 +1,9 @@
-"""The ops as formulas, written out in plain PyTorch: the definition of every result.
+"""The formulas of the ops, written out in plain PyTorch. They define every result.
 
-Any floating dtype; in fp64 this is the truth that everything else is held to
-(`gptkernels.truth.parity`). Signatures are those of the public functions less `impl`, plus `rng`,
-the (seed, offset) of `gptkernels.core.philox` that dropout uses. Differentiable by autograd.
+They take any floating dtype. In fp64 they are the truth with which all implementations are compared
+(`gptkernels.truth.parity`). The signatures are those of the public functions, without `impl` and
+other arguments that do not change the result, and with `rng`, the (seed, offset) that dropout uses
+(`gptkernels.core.philox`). Autograd differentiates them.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """s = dropout(x) + residual; y = (s - mean) / sqrt(var + eps) * weight + bias.
 
-    Ba et al., 2016. x, residual (..., C); weight, bias (C,). Mean and mean squared deviation are
-    taken over C. Returns y in x.dtype, or (y, s).
+    Ba et al., 2016. x and residual are (..., C), weight and bias (C,). Mean and variance (the mean
+    squared deviation) are taken over C. Returns y in x.dtype; with prenorm, (y, s).
     """
     s = x
     if dropout_p > 0:
@@ -52,7 +53,7 @@ def layer_norm(
 
 
 def sum_dtype(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
-    """dtype of s: that of x, or fp32 where asked or where the residual stream is kept in it."""
+    """Returns the dtype of s: x's, or fp32 if `residual_in_fp32` or if the residual is in fp32."""
     wants_fp32 = residual_in_fp32 or (residual is not None and residual.dtype == torch.float32)
     return torch.promote_types(x.dtype, torch.float32) if wants_fp32 else x.dtype
 
@@ -68,8 +69,8 @@ def gelu_mlp(
 ) -> Tensor:
     """y = gelu(x w1^T + b1) w2^T + b2; x (..., C), w1 (F, C), b1 (F,), w2 (C, F), b2 (C,).
 
-    gelu(h) = h Phi(h), Phi the normal distribution function: exact ("none"), or approximated by
-    0.5 (1 + tanh(sqrt(2 / pi) (h + 0.044715 h^3))) ("tanh") (Hendrycks and Gimpel, 2016).
+    gelu(h) = h Phi(h) (Hendrycks and Gimpel, 2016). Phi is the normal distribution function: exact
+    ("none"), or approximated by 0.5 (1 + tanh(sqrt(2 / pi) (h + 0.044715 h^3))) ("tanh").
     """
     h = x @ w1.T
     if b1 is not None:
@@ -101,14 +102,16 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out = dropout(softmax(s)) v; q (B, Tq, H, D), k and v (B, Tk, Hk, D), H % Hk == 0.
 
-    s = scale q.k, then softcap tanh(s / softcap), then - slope |i + Tk - Tq - j|, then the mask
-    added. Returns out (B, Tq, H, D), or with lse = log sum exp s, (B, H, Tq). A row that sees no
-    key, or -inf scores alone, gives out 0 and lse -inf, and no gradient. `first_batch` is the
-    number of the batch's first entry, for dropout.
+    In this order: s = scale * q.k; s = softcap * tanh(s / softcap);
+    s = s - slope * |i + Tk - Tq - j|; s = s + attn_mask; s = -inf where the key is hidden.
+
+    Returns out (B, Tq, H, D); with return_lse, (out, lse) with lse = log sum exp s, (B, H, Tq). A
+    row whose scores are all -inf gives out 0 and lse -inf, and no gradient. `first_batch` is the
+    number of the first batch entry: dropout's mask depends on it.
     """
     (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
     if key_lengths is not None:
-        # What lies past a length may be NaN, and 0 * NaN is NaN.
+        # What lies past a length may be NaN, and 0 * NaN is NaN. So zeros replace it.
         dead = torch.arange(Tk, device=k.device) >= key_lengths[:, None]
         k, v = (x.masked_fill(dead[:, :, None, None], 0) for x in (k, v))
     k, v = (x.repeat_interleave(H // Hk, dim=2) for x in (k, v))
@@ -165,9 +168,11 @@ def attention_varlen(
     return_lse: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of each sequence by itself, laid end to end: q (total_q, H, D), k and v
-    (total_k, Hk, D). Sequence b has queries cu_seqlens_q[b] ... cu_seqlens_q[b + 1] - 1 and the
-    keys that cu_seqlens_k tells likewise. Returns out (total_q, H, D), or with lse (H, total_q).
+    """`attention` of each of several sequences that are packed end to end.
+
+    q (total_q, H, D), k and v (total_k, Hk, D). Sequence b has the queries from cu_seqlens_q[b] to
+    cu_seqlens_q[b + 1] - 1, and the keys from cu_seqlens_k[b] to cu_seqlens_k[b + 1] - 1. Returns
+    out (total_q, H, D); with return_lse, (out, lse) with lse (H, total_q).
     """
     return packed(attention, q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse, options)
 
@@ -182,7 +187,7 @@ def packed(
     return_lse: bool,
     options: Mapping[str, Any],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What `attention_varlen` is by a given `attention`."""
+    """Returns the result of `attention_varlen`, computed with the given `attention`."""
     ends = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
     outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0)]
     for b, ((q0, k0), (q1, k1)) in enumerate(itertools.pairwise(ends)):
@@ -210,8 +215,10 @@ def attention_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal `attention` of each batch entry to the first cache_lengths[b] keys of its cache.
 
-    q (B, Tq, H, D); caches (B, Tmax, Hk, D), or pages (N, page, Hk, D) of which block_table
-    (B, pages) names those of each entry, in order. The last query sees all those keys.
+    q (B, Tq, H, D). The caches are (B, Tmax, Hk, D), or pages (N, page, Hk, D); then block_table
+    (B, pages) has the numbers of each entry's pages, in order. The last query sees all of the
+    cache_lengths[b] keys. Returns out (B, Tq, H, D); with return_lse, (out, lse) with lse
+    (B, H, Tq).
     """
     return cached(attention, q, k_cache, v_cache, cache_lengths, block_table, return_lse, options)
 
@@ -226,7 +233,7 @@ def cached(
     return_lse: bool,
     options: Mapping[str, Any],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What `attention_decode` is by a given `attention`."""
+    """Returns the result of `attention_decode`, computed with the given `attention`."""
     results = []
     for b, length in enumerate(cache_lengths.tolist()):
         k, v = (cache_of(x, b, length, block_table)[None] for x in (k_cache, v_cache))
@@ -238,7 +245,7 @@ def cached(
 
 
 def cache_of(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> Tensor:
-    """The first `length` entries of batch entry b in a cache or its pages: (length, Hk, D)."""
+    """Returns the first `length` keys, or values, of batch entry b: (length, Hk, D)."""
     if block_table is None:
         return cache[b, :length]
     page = cache.shape[1]

@@ -1,7 +1,7 @@
-"""The parity table: each op, implementation, dtype and direction held to the truth on fresh inputs.
+"""The parity table: it compares each op, implementation, dtype and direction with the truth, on
+fresh inputs and by the rule of `gptkernels.truth.parity`.
 
-`gptkernels verify` prints it; the demo, the GPU run and the tests use the same cases. The rule is
-that of `gptkernels.truth.parity`.
+`gptkernels verify` prints it. The demo, the GPU run and the tests use the same cases.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Randn = Callable[..., Tensor]  # sizes -> a standard normal tensor of the case's
 
 @dataclass(frozen=True)
 class Case:
-    """One call of one op, made alike of the op, of its reference and of its baseline."""
+    """One call of one op. The op, its reference and its baseline all get the same arguments."""
 
     op: str
     name: str
     inputs: Callable[[Randn], dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
-    op_options: dict[str, Any] = field(default_factory=dict)  # change how, not what: recompute
+    op_options: dict[str, Any] = field(default_factory=dict)  # for the op alone, such as recompute
     outputs: tuple[str, ...] = ("y",)
     directions: tuple[str, ...] = ("forward", "gradient")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: the tensor that comes closest to its limit, or why nothing ran."""
+    """One line of the table: the tensor whose error is closest to its limit, or why nothing ran."""
 
     op: str
     case: str
@@ -51,17 +51,18 @@ class Row:
     baseline_error: float | None = None  # max|eager PyTorch - truth|
     limit: float | None = None
     reason: str = ""
-    seed: int | None = None  # of the inputs
-    arch: str | None = None  # of the emulated GPU, where one was asked for
-    note: str = ""  # what ran, where it is not what was made for that GPU, and why
+    seed: int | None = None  # the seed of the inputs
+    arch: str | None = None  # the GPU that the emulator imitated, where the caller named one
+    note: str = ""  # which kernels made for that GPU did not run, and why
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns the fields as plain values for JSON."""
         return asdict(self)
 
 
 def _mlp(randn: Randn, *sizes: int) -> dict[str, Any]:
-    """Inputs for x (..., C) and F = sizes, weights scaled so that h and y are about 1."""
+    """Returns gelu_mlp's inputs; `sizes` are x's sizes (..., C), then F. The weights are scaled so
+    that h and y are about 1."""
     *_, width, inner = sizes
     return dict(
         x=randn(*sizes[:-1]),
@@ -75,7 +76,7 @@ def _mlp(randn: Randn, *sizes: int) -> dict[str, Any]:
 def _qkv(
     randn: Randn, B: int, Tq: int, Tk: int, H: int, Hk: int, D: int, *lengths: int
 ) -> dict[str, Any]:
-    """attention's inputs, with key_lengths where they are given."""
+    """Returns attention's inputs, with key_lengths if `lengths` are given."""
     q, k, v = randn(B, Tq, H, D), randn(B, Tk, Hk, D), randn(B, Tk, Hk, D)
     ends = torch.tensor(lengths, dtype=torch.int32, device=q.device)
     return dict(q=q, k=k, v=v) | (dict(key_lengths=ends) if lengths else {})
@@ -84,7 +85,7 @@ def _qkv(
 def _packed(
     randn: Randn, queries: tuple[int, ...], keys: tuple[int, ...], H: int, Hk: int, D: int
 ) -> dict[str, Any]:
-    """attention_varlen's inputs for sequences of these lengths."""
+    """Returns attention_varlen's inputs for sequences of these lengths."""
     q, k, v = randn(sum(queries), H, D), randn(sum(keys), Hk, D), randn(sum(keys), Hk, D)
     ends_q, ends_k = (
         torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32)
@@ -104,7 +105,8 @@ def _packed(
 def _cache(
     randn: Randn, lengths: tuple[int, ...], Tq: int, H: int, Hk: int, D: int, page: int | None
 ) -> dict[str, Any]:
-    """attention_decode's inputs: caches of the longest length, or pages in reverse."""
+    """Returns attention_decode's inputs: caches as long as the longest entry or, with `page`, pages
+    in reverse order."""
     B, Tmax = len(lengths), max(lengths)
     q = randn(B, Tq, H, D)
     ends = torch.tensor(lengths, dtype=torch.int32, device=q.device)
@@ -232,14 +234,15 @@ def run(
     seed: int | None = None,
     arch: str | None = None,
 ) -> Iterator[Row]:
-    """Rows as they are measured. `device` is the GPU where there is one, else the CPU.
+    """Yields the rows as they are measured. `device` is by default the GPU if there is one, else
+    the CPU.
 
-    Without a `seed` inputs are new on every run; each row says what its seed was. `arch`, "sm80" or
-    "sm90", is the GPU that the emulator is meanwhile; rows of sm90 note where a kernel made for any
-    GPU ran instead of Hopper's own, and why.
+    Without a `seed` the inputs are new on every run; each row holds the seed. `arch`, "sm80" or
+    "sm90", is the GPU that the emulator imitates during the run. A row of sm90 has a note where a
+    kernel for any GPU ran instead of Hopper's own, with the reason.
 
-    Raises ValueError for an unknown implementation, op, dtype or architecture, for a seed out of
-    range, and for an architecture of what is not emulated, before the first row.
+    Raises ValueError before the first row: for an unknown implementation, op, dtype or
+    architecture, for a seed out of range, and for an architecture without the emulator.
     """
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     impls, ops, dtypes = tuple(impls), tuple(ops), tuple(dtypes)
@@ -277,7 +280,7 @@ def _check_arch(arch: str | None, impls: tuple[str, ...]) -> None:
 
 
 def fresh_seed() -> int:
-    """A small number from the operating system."""
+    """Returns a random number of 24 bits from the operating system."""
     return int.from_bytes(os.urandom(3), "big")
 
 
@@ -289,7 +292,7 @@ def check(
     seed: int = 0,
     arch: str | None = None,
 ) -> list[Row]:
-    """The rows of one case, one a direction; `arch` as for `run`."""
+    """Returns the rows of one case, one for each direction; `arch` is that of `run`."""
     identity = (case.op, case.name, impl, dtype_name(dtype))
 
     def unmeasured(status: str, reason: str, seed: int | None = None) -> list[Row]:
@@ -309,7 +312,7 @@ def check(
             measurements, refusals = _measure_as(arch, case, dtype, device, seed)
     except NotImplementedError as error:
         return unmeasured("skipped", str(error))
-    except Exception as error:  # of one case, such as a kernel too large for this GPU: go on
+    except Exception as error:  # one case failed (a kernel too large for this GPU, say): go on
         lines = str(error).strip().splitlines() or [""]
         return unmeasured("fail", f"{type(error).__name__}: {lines[0]}", seed)
     rows = []
@@ -336,8 +339,8 @@ def check(
 def _measure_as(
     arch: str, case: Case, dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[list[parity.Measurement], list[tuple[str, str]]]:
-    """Measurements of the emulator as that GPU, and the kernels for it that did not run, with why
-    not."""
+    """Returns the measurements with the emulator imitating that GPU, and the kernels made for the
+    GPU that did not run, each with the reason."""
     measurements: list[parity.Measurement] = []
     before = os.environ.get(native.ARCH_VARIABLE)
     os.environ[native.ARCH_VARIABLE] = arch
@@ -362,8 +365,8 @@ def _note(direction: str, refusals: list[tuple[str, str]]) -> str:
 def measure(
     case: Case, impl: str, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> list[parity.Measurement]:
-    """Every output and gradient of one case, into poisoned memory, with the dropout mask of
-    `seed`."""
+    """Measures every output and gradient of one case, with the dropout mask of `seed`. The op runs
+    on poisoned memory."""
     op = getattr(gptkernels, case.op)
     inputs = case.inputs(_randn(dtype, device, seed))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -391,7 +394,7 @@ def _randn(dtype: torch.dtype, device: torch.device, seed: int) -> Randn:
 
 
 def _closeness(measurement: parity.Measurement) -> float:
-    """How near to (or past) its limit an error is; failures come first."""
+    """Returns error / limit, so that the largest value belongs to the worst tensor."""
     if measurement.limit > 0:
         return measurement.error / measurement.limit
     return float("inf") if measurement.error > 0 else 0.0

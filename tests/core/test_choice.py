@@ -1,4 +1,4 @@
-"""Which implementation runs: an explicit one runs or says in one sentence why it cannot."""
+"""Which implementation runs. An explicit one runs, or one sentence says why it cannot."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_module_that_is_not_there_is_one_sentence(
 @emulated
 def test_threads_emulate_one_at_a_time() -> None:
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # between declaring tensors and launching, among other places
+    sys.setswitchinterval(1e-6)  # threads switch often, also between declaring and launching
     failures: list[Exception] = []
 
     def work(rows: int) -> None:

@@ -1,8 +1,8 @@
 """Imports point down: cli -> (bench, gpt, truth) -> nn -> ops -> core.
 
-A layer imports itself and the layers that `_BELOW` lists, whether at the top of a module, inside a
-function or for type checking only. `gptkernels` itself is what a user imports: the public
-functions. Only layers that use the package as a user does may import it.
+A layer may import only itself and the layers that `_BELOW` lists. That holds for imports at the top
+of a module, inside a function and for type checking. Only layers that use the public functions, as
+a user does, may import `gptkernels` itself.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _BELOW = {
     "ops": {"core"},
     "nn": {"core", "ops"},
     "gpt": {"core", "ops", "nn"},
-    # What is right is written apart from what is held to it.
+    # The truth must not depend on the implementations that are compared with it.
     "truth": {"core", _PUBLIC},
-    # Beside gpt: neither imports the other.
+    # bench and gpt are on one level: neither imports the other.
     "bench": {"core", "ops", "nn", "truth", _PUBLIC},
     "cli": {"core", "ops", "nn", "gpt", "truth", "bench", _PUBLIC},
 }
@@ -38,7 +38,7 @@ _FILES = {_name(path): path for path in sorted(_ROOT.rglob("*.py"))}
 
 
 def _imported(path: Path) -> Iterator[tuple[int, str]]:
-    """The line and the module of each import of this package."""
+    """Yields the line and the module of each import of this package."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -56,7 +56,8 @@ _IMPORTS = {module: list(_imported(path)) for module, path in _FILES.items()}
 
 
 def _layer(module: str) -> str:
-    """The folder below gptkernels, or the module beside the folders."""
+    """Returns the name of a module's folder in gptkernels, or of a module directly in
+    gptkernels."""
     return module.split(".")[1] if "." in module else _PUBLIC
 
 
@@ -83,7 +84,7 @@ def test_every_folder_is_a_layer() -> None:
 def test_imports_point_down() -> None:
     def allowed(module: str, imported: str) -> bool:
         layer, other = _layer(module), _layer(imported)
-        beside = layer not in _BELOW  # a module beside the folders, which none of them imports
+        beside = layer not in _BELOW  # modules directly in gptkernels, which no layer imports
         return beside or other == layer or other in _BELOW[layer]
 
     _check(allowed)

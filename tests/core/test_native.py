@@ -1,4 +1,4 @@
-"""The list of a launcher's fields, which Python and the compiled module both have."""
+"""The list of a launcher's fields: Python's must agree with the compiled module's."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""The dropout contract: known answers, the counter layout, the Triton twin bit for bit, and the
-CUDA C++ twin through the op that drops (emulator/test_emulator.py has its device functions)."""
+"""The dropout contract: known answers, the layout of counters, the Triton version bit for bit, and
+the CUDA C++ version through an op with dropout. tests/emulator/test_emulator.py tests the CUDA C++
+device functions."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from gptkernels.core.triton_philox import attention_keep_tile, elementwise_keep_
 
 
 def words(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int]:
-    """Philox4x32-10 with Python's integers, straight from the paper."""
+    """Returns the words of Philox4x32-10, computed with Python's integers as in the paper."""
     c, (k0, k1) = list(counter), key
     for _ in range(10):
         first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -38,7 +39,7 @@ def lane(seed: int, offset: int, c0: int, c1: int, c2: int, index: int) -> int:
 
 
 def test_known_answers_of_the_reference_implementation() -> None:
-    """The vectors that the Random123 library publishes for philox4x32-10."""
+    """The Random123 library publishes these vectors for philox4x32-10."""
     assert words((0, 0), (0, 0, 0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = 0xFFFFFFFF
     known = [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
@@ -97,7 +98,7 @@ def test_dropout_without_a_seed_is_refused() -> None:
 
 def test_share_of_kept_elements() -> None:
     keep = philox.elementwise_keep(torch.tensor([1, 2]), 0.3, (1_000_000,))
-    # Five standard deviations of a binomial share.
+    # The bound is five standard deviations of a binomial share.
     assert abs(keep.double().mean().item() - 0.7) < 5 * (0.3 * 0.7 / 1e6) ** 0.5
     assert philox.scale(0.3) == pytest.approx(1 / 0.7, rel=1e-4)
 
@@ -164,7 +165,7 @@ def test_cuda_layer_norm_drops_by_the_contract(
 
 
 def test_counters_past_32_bits(device: torch.device) -> None:
-    """Element 2**35 + 8 lies in group 2**32 + 1: its counter needs the high word."""
+    """Element 2**35 + 8 is in group 2**32 + 1, so its counter needs the high word."""
     rng = torch.tensor([5, 7], device=device)
     out = torch.empty(1, 16, dtype=torch.int8, device=device)
     C = 2**35 + 8

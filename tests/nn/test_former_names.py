@@ -1,4 +1,4 @@
-"""Whole models that were pickled under the former names of their modules load, with a warning."""
+"""Whole models that were pickled under former module names still load, with a warning."""
 
 from __future__ import annotations
 

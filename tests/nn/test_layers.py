@@ -27,7 +27,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 class PlainAttention(nn.Module):
-    """Causal self-attention as PyTorch has it, with repeated heads and a mask for the window."""
+    """Causal self-attention with PyTorch's SDPA, repeated key heads and a mask for the window."""
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, window: int | None) -> None:
         super().__init__()
@@ -51,7 +51,8 @@ class PlainAttention(nn.Module):
 
 
 def on_parameters(module: nn.Module) -> Callable[..., Tensor]:
-    """The module as a function of x and of its parameters, dots replaced in their names."""
+    """Returns the module as a function of x and its parameters; the parameters' names have no
+    dots."""
 
     def function(x: Tensor, **parameters: Tensor) -> Tensor:
         named = {name.replace("__", "."): tensor for name, tensor in parameters.items()}
@@ -61,7 +62,8 @@ def on_parameters(module: nn.Module) -> Callable[..., Tensor]:
 
 
 def assert_same_function(module: nn.Module, plain: nn.Module, x: Tensor) -> None:
-    """Outputs and all gradients of `module` against those of its plain twin, in x's dtype."""
+    """Asserts that the outputs and all gradients of `module` pass the parity rule, with its plain
+    PyTorch twin as the yardstick, in x's dtype."""
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in plain.state_dict().items()}
     inputs = {"x": x}
@@ -279,7 +281,7 @@ def test_a_cache_is_refused_where_gradients_are_tracked() -> None:
         layer(x.clone().requires_grad_(), cache)
     assert not k.any()
     assert not v.any()
-    layer(x, cache)  # no gradient to pass on
+    layer(x, cache)  # nothing requires a gradient, so the call is allowed
     with torch.inference_mode():
         layer.requires_grad_(True)(x, cache)
 
@@ -381,7 +383,7 @@ def test_autocast_gives_the_dtypes_of_the_plain_twins() -> None:
         ]:
             assert layer(x).dtype == plain(x).dtype == torch.bfloat16
         assert LayerNorm(24)(x).dtype == torch.float32
-        # A fp32 stream stays fp32 while branches come in bf16.
+        # An fp32 residual stream stays fp32 although the branches are bf16.
         y, s = LayerNorm(24)(x.bfloat16(), x, prenorm=True)
         assert (y.dtype, s.dtype) == (torch.bfloat16, torch.float32)
 

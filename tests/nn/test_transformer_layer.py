@@ -21,7 +21,8 @@ SHAPE: dict[str, Any] = {"d_model": D_MODEL, "nhead": HEADS, "dim_feedforward": 
 
 
 def pair(**options: Any) -> tuple[TransformerLayer, nn.TransformerEncoderLayer]:
-    """Ours and PyTorch's, with the same parameters, each large enough to matter."""
+    """Returns our layer and PyTorch's, with the same parameters. Each parameter is large enough to
+    affect the result."""
     theirs = nn.TransformerEncoderLayer(**{**SHAPE, "dropout": 0.0, **options})
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -33,7 +34,7 @@ def pair(**options: Any) -> tuple[TransformerLayer, nn.TransformerEncoderLayer]:
 
 
 def as_function(layer: nn.Module, arguments: dict[str, Any]) -> Any:
-    """The layer as a function of src and its parameters."""
+    """Returns the layer as a function of src and its parameters."""
 
     def function(src: Tensor, **parameters: Tensor) -> Tensor:
         named = {name.replace("__", "."): tensor for name, tensor in parameters.items()}
@@ -49,14 +50,14 @@ def as_function(layer: nn.Module, arguments: dict[str, Any]) -> Any:
 
 
 def random_mask(kind: str | None, *shape: int, dtype: torch.dtype) -> Tensor | None:
-    """Leaves every query a key: the first one."""
+    """Returns a random mask that never hides the first key, so every query sees a key."""
     if kind is None:
         return None
     mask = torch.rand(shape) < 0.4
     mask[..., 0] = False
     if kind == "bool":
         return mask
-    # Exact in every dtype, so that all see the same scores.
+    # These values are exact in every dtype, so all implementations add the same numbers.
     return torch.where(mask, -torch.inf, (torch.randint(-8, 8, shape) / 4).to(dtype))
 
 
@@ -93,7 +94,7 @@ def test_results_are_those_of_the_layer_it_replaces(
     arguments: dict[str, Any] = {"is_causal": mask == "causal"}
     if mask == "causal":
         arguments["src_mask"] = nn.Transformer.generate_square_subsequent_mask(T)
-        padding = None if padding == "float" else padding  # PyTorch's own two masks must agree
+        padding = None if padding == "float" else padding  # PyTorch's two masks must agree
     elif mask == "heads":
         arguments["src_mask"] = random_mask("bool", rows * HEADS, T, T, dtype=dtype)
     else:
@@ -107,13 +108,13 @@ def test_results_are_those_of_the_layer_it_replaces(
     ours.train(training)
     theirs.train(training)
     reference = as_function(copy.deepcopy(theirs).double(), arguments)
-    # The fused path of PyTorch's layer is for inference alone, and gradients are asked for here.
+    # This is not PyTorch's fused path, which is for inference only: this test takes gradients.
     assert_parity(
         as_function(ours.to(dtype), arguments),
         as_function(theirs.to(dtype), arguments),
         reference,
         inputs,
-        # Where rounding takes ReLU's input across 0, its slope is another.
+        # In 16 bits rounding may move an input of ReLU across 0, which changes its slope.
         gradients=dtype == torch.float32 or options["activation"] != "relu",
     )
 
@@ -140,15 +141,15 @@ def test_autocast_is_no_worse_than_the_layer_it_replaces(norm_first: bool) -> No
             m.passed for m in measure(stacked(ours, True), stacked(theirs, True), truth, inputs)
         )
 
-    # Each layer's rounding to bf16 is a draw of a largest error: about one in twenty is past the
-    # rule's factor of the other's.
+    # Rounding to bf16 is random. In about one draw of twenty our largest error exceeds PyTorch's
+    # by more than the rule's factor.
     assert sum(draw() for _ in range(7)) >= 4
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float", "causal"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_inference_is_that_of_the_fast_path(activation: str, mask: str | None) -> None:
-    """PyTorch's layer has another implementation for evaluation without gradients."""
+    """PyTorch's layer has another implementation for inference. Ours agrees with that one too."""
     ours, theirs = pair(activation=activation, dropout=0.1, batch_first=True)
     x = torch.randn(3, 7, D_MODEL)
     padding = random_mask("bool", 3, 7, dtype=x.dtype)

@@ -1,5 +1,5 @@
-"""What every op does alike, whatever it computes: torch.compile traces it, checkpointing sees it
-and replays its dropout, autocast casts for it, and gradients come to it with any strides."""
+"""What all ops have in common: torch.compile traces them, checkpointing sees them and repeats their
+dropout, autocast converts their inputs, and gradients arrive with any strides."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ OPS = {
     "gelu_mlp": Op(gelu_mlp, lambda: gelu_mlp_inputs(6, 10, 20), "gelu_mlp_fwd"),
     "layer_norm": Op(layer_norm, lambda: layer_norm_inputs(6, 32, residual=FP32), "layer_norm_fwd"),
 }
-CASTS = ("attention", "attention_varlen", "gelu_mlp")  # layer_norm's own test has why it does not
+CASTS = ("attention", "attention_varlen", "gelu_mlp")  # for layer_norm see test_layer_norm.py
 DROPS = ("attention", "attention_varlen", "layer_norm")
 
 
@@ -63,7 +63,7 @@ def of_ops(*names: str) -> Any:
 @each
 @of_ops(*OPS)
 def test_gradient_of_a_sum(op: Op, impl: str) -> None:
-    """sum() sends back a gradient whose strides are all 0."""
+    """The backward pass of sum() passes on a gradient whose strides are all 0."""
     tensors = op.inputs()
     call = functools.partial(op.call, impl=impl)
     found = run(lambda **leaves: call(**leaves).sum(), tensors, [torch.ones((), device=DEVICE)])
@@ -127,12 +127,12 @@ def test_selective_checkpointing_sees_the_op(
     contexts = functools.partial(create_selective_checkpoint_contexts, choose)
     checkpointed = functools.partial(checkpoint, call, use_reentrant=False, context_fn=contexts)
     wanted = run(call, tensors)
-    with Calls(forward) as calls:  # those that reach the op, not those that a saved result ends
+    with Calls(forward) as calls:  # recomputation does not call the op where its result is saved
         assert_same(run(checkpointed, tensors), wanted)
     assert len(calls) == runs
 
 
-# Blocks of several calls, so that a test compiles once.
+# Each block makes several calls, so that a test compiles only once.
 
 
 def attention_block(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor, **how: Any) -> Any:
@@ -144,7 +144,7 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor, **how: 
 
 
 def varlen_block(**named: Any) -> Any:
-    """One graph for any total and any longest length."""
+    """This must compile to one graph for any total and any longest length."""
     return attention_varlen(**named, dropout_p=0.2, return_lse=True)
 
 
@@ -157,10 +157,10 @@ def layer_norm_block(
 ) -> Tensor:
     y, s = layer_norm(x, weight, bias, residual=residual, prenorm=True, **how)
     y = layer_norm(y, weight, residual=s, dropout_p=0.25, **how)
-    return layer_norm(y, weight, bias, **how)  # its s is y: an empty tensor inside the op
+    return layer_norm(y, weight, bias, **how)  # here s is y itself, an empty tensor inside the op
 
 
-# (block, makes its inputs, of two sizes)
+# (block, function that makes its inputs in two sizes)
 BLOCKS = {
     "attention": (
         attention_block,
@@ -185,7 +185,7 @@ BLOCKS = {
 
 
 def compiled_beside_eager(op: str, impl: str, backend: str) -> Any:
-    """(compiled, eager) results for each of the sizes, of one graph."""
+    """Yields (compiled, eager) results for each of the sizes, all from one graph."""
     block, inputs = BLOCKS[op]
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
@@ -202,8 +202,8 @@ def test_compile_equals_eager(op: str, impl: str) -> None:
 
 
 def test_inductor_takes_the_ops() -> None:
-    """To which they are the same whichever implementation runs inside."""
-    # Inductor has its own random numbers unless told to fall back to eager's.
+    """One implementation is enough: Inductor does not look inside the ops."""
+    # Inductor draws other random numbers than eager PyTorch unless this option is set.
     with torch._inductor.config.patch(fallback_random=True):
         for found, wanted in compiled_beside_eager("layer_norm", "torch", "inductor"):
             for a, b in zip(found, wanted, strict=True):

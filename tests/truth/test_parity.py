@@ -1,4 +1,4 @@
-"""The rule itself must be able to fail."""
+"""The parity rule: it must pass correct results and fail wrong ones."""
 
 from __future__ import annotations
 

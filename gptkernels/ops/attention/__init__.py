@@ -1,1 +1,2 @@
-"""Attention: of a batch, of packed sequences, and of new tokens to a cache."""
+"""Attention: of a batch (`dense`), of packed sequences (`varlen`), and of new tokens to a cache
+(`decode`)."""

@@ -1,4 +1,5 @@
-"""`attention_decode`: attention of new tokens to a cache. The op and the public function."""
+"""`attention_decode`: attention of new tokens to a cache of keys and values. Holds the registered
+op and the public function."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def attention_decode_fwd(
     options: AttentionOptions,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, D) and lse (B, H, Tq) fp32; the key lengths are those of the caches."""
+    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. `options.key_lengths` holds the
+    caches' lengths."""
     B, Tq, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
 
@@ -51,46 +53,52 @@ def attention_decode(
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention of the newest tokens of each batch entry to all of its tokens so far.
+    """Causal attention of each batch entry's newest tokens to all of its tokens so far.
 
-    Query i of entry b sees the keys j < cache_lengths[b] - Tq + i + 1, as `gptkernels.attention`
-    would have it for that entry alone. What an entry gets does not depend on the others in the
-    batch: the same bits alone and among many, at any place, whatever Tmax, contiguous or in pages.
-    (For impl="torch" that holds on a CPU; on a GPU its products may round otherwise in another
-    batch or cache.)
+    Query i of entry b sees the keys j <= cache_lengths[b] - Tq + i, as if `gptkernels.attention`
+    were called for that entry alone. An entry's result does not depend on the rest of the batch: it
+    has the same bits alone or in any batch, for any Tmax, with contiguous caches or with pages.
+    (For impl="torch" this holds on a CPU; on a GPU PyTorch's products may round differently in
+    another batch or cache.)
 
-    The kernels cut an entry's n keys into parts that run side by side and are combined in their
-    order. A part has 256 ceil(n / 16384) keys, so that there are at most 64; with num_splits
-    ceil(n / num_splits), rounded up to a multiple of 64. Parts outside the window are left out.
+    The kernels cut an entry's n keys into splits, which run in parallel and are combined in order.
+    Without num_splits a split has 256 ceil(n / 16384) keys, so there are at most 64 splits. With
+    num_splits it has ceil(n / num_splits) keys, rounded up to a multiple of 64. Splits outside the
+    window are skipped.
 
     Args:
-        q: (B, Tq, H, D), float32, bfloat16 or float16, D <= 256, any strides with a unit last one.
-        k_cache: (B, Tmax, Hk, D), of q's dtype and device, H a multiple of Hk; or, with a
-            block_table, pages (N, page, Hk, D) that batch entries share out among them.
-        v_cache: likewise. Keys and values of the new tokens are in the caches already.
-        cache_lengths: (B,) int32: how many keys the last query sees, those of this step included.
-            Values are checked on a CPU; the kernels clamp them to 0 ... Tmax (or pages * page).
-        block_table: (B, pages) int32: the numbers of an entry's pages, in order; those past its
-            length are not read. Values are checked on a CPU; the kernels clamp them to 0 ... N - 1.
-        softmax_scale: 1 / sqrt(D) if None.
-        window: (left, right), as for `gptkernels.attention`; right makes no difference.
-        softcap, alibi_slopes: as for `gptkernels.attention`; slopes given as floats are copied to
-            the device at every call, which waits for it: a tensor there does not.
-        num_splits: into how many parts at most the kernels cut an entry's keys; None: by its
-            length. impl="torch" leaves them whole.
-        return_lse: also return lse.
+        q: Queries (B, Tq, H, D), float32, bfloat16 or float16. D is at most 256. The last stride
+            must be 1; the other strides are free.
+        k_cache: Keys (B, Tmax, Hk, D), with q's dtype and device and a last stride of 1; H must be
+            a multiple of Hk. With a block_table: pages (N, page, Hk, D), shared by all entries.
+        v_cache: Values, with the same requirements. The caches already hold the keys and values of
+            the new tokens.
+        cache_lengths: (B,) int32: how many keys the last query sees, including those of the new
+            tokens. The values are checked on a CPU; the kernels clamp them to 0 ... Tmax (or to
+            pages * page).
+        block_table: (B, pages) int32: the numbers of an entry's pages, in order. Numbers past the
+            entry's length are not read. The values are checked on a CPU; the kernels clamp them to
+            0 ... N - 1.
+        softmax_scale: Factor of the scores; None means 1 / sqrt(D).
+        window: (left, right), as for `gptkernels.attention`; right has no effect.
+        softcap, alibi_slopes: As for `gptkernels.attention`. Slopes given as floats are copied to
+            the device at every call, and the call waits for that copy; a tensor on the device
+            avoids the copy.
+        num_splits: The most splits that the kernels make of an entry's keys. None means that the
+            entry's length decides. impl="torch" makes no splits.
+        return_lse: Whether to return lse as well.
         impl: "auto", "cuda", "triton" or "torch".
 
     Returns:
-        out (B, Tq, H, D) in q's dtype, or (out, lse), lse (B, H, Tq) fp32.
-
-    Under autocast everything is computed in its dtype, caches of another one being copied whole:
-    keep them in that dtype.
+        out (B, Tq, H, D) in q's dtype; with return_lse, (out, lse), where lse is (B, H, Tq)
+        float32. Under autocast q and the caches are first converted to autocast's dtype. Keep the
+        caches in that dtype: any other is converted, whole, at every call.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
-        RuntimeError: a gradient would have to pass, and there is no backward pass; or an explicit
-            `impl` cannot run on this machine.
+        TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
+        RuntimeError: An input requires a gradient, for which there is no backward pass; or an
+            explicit impl cannot run on this machine or these tensors.
+        NotImplementedError: alibi_slopes requires a gradient.
     """
     _check(q, k_cache, v_cache, cache_lengths, block_table)
     if num_splits is not None:
@@ -135,7 +143,7 @@ def _check(
                 f"block_table must have shape ({B}, pages), got {tuple(block_table.shape)}"
             )
         most = size * block_table.shape[1]
-    # On a GPU reading the values would synchronise; under compile there are none yet.
+    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
     if q.device.type != "cpu" or torch.compiler.is_compiling() or B == 0:
         return
     least, longest = (int(x) for x in cache_lengths.aminmax())

@@ -1,4 +1,5 @@
-"""`attention`: softmax(q k^T) v as one op. The registered ops, autograd, the public function."""
+"""`attention`: softmax(q k^T) v as one op. Holds the registered ops, autograd and the public
+function."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from gptkernels.ops.attention.options import (
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, D) and lse (B, H, Tq) fp32."""
+    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32."""
     B, Tq, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
 
@@ -45,7 +46,7 @@ def attention_bwd(
     deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v and attn_mask, empty where `grad_mask` is False."""
+    """Returns the gradients of q, k, v and attn_mask; each is empty where `grad_mask` is False."""
     inputs = (q, k, v, options.attn_mask)
     dq, dk, dv, dmask = (
         q.new_empty(0) if x is None or not wanted else x.new_empty(x.shape)
@@ -55,7 +56,7 @@ def attention_bwd(
 
 
 class _Attention(torch.autograd.Function):
-    """(out, lse)."""
+    """Autograd for attention: returns (out, lse)."""
 
     @staticmethod
     def forward(
@@ -82,7 +83,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:  # only lse was used
             dout = torch.zeros_like(out)
-        if not ctx.return_lse:  # torch.compile passes zeros, which would cost the fused backward
+        # torch.compile passes zeros for an unused dlse. Fused backward passes take no dlse at all.
+        if not ctx.return_lse:
             dlse = None
         needed = dict(zip(_INPUTS, ctx.needs_input_grad, strict=True))
         grad_mask = [needed[name] for name in _DIFFERENTIABLE]
@@ -115,49 +117,65 @@ def attention(
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention without its matrix of scores: out = dropout(softmax(s)) v.
+    """Attention that never stores its score matrix: out = dropout(softmax(s)) v.
 
     Vaswani et al., "Attention Is All You Need", 2017, computed as in Dao, "FlashAttention-2", 2023.
-    Query i stands at position i + Tk - Tq among the keys: sequences are aligned at their ends. In
-    this order, s = softmax_scale * q.k; s = softcap * tanh(s / softcap);
-    s -= slope * |position - j|; then the masks. A row that sees no key gives 0, passes no gradient
-    on, and has lse -inf.
+
+    The score s of query i and key j is computed in these steps:
+
+        position = i + Tk - Tq                  (queries and keys are aligned at their ends)
+        s = softmax_scale * q.k
+        s = softcap * tanh(s / softcap)         (if softcap > 0)
+        s = s - slope * |position - j|          (if alibi_slopes is given)
+        s = s + attn_mask                       (if attn_mask is floating)
+        s = -inf                                (where causal, window, key_lengths or a bool
+                                                 attn_mask hides key j from query i)
+
+    A query that sees no key gives out 0 and lse -inf, and passes no gradient on.
 
     Args:
-        q: (B, Tq, H, D), float32, bfloat16 or float16, D <= 256, any strides with a unit last one.
-        k: (B, Tk, Hk, D), of q's dtype and device; H is a multiple of Hk, and query head h reads
-            key head h // (H / Hk).
-        v: (B, Tk, Hk, D), likewise.
-        causal: a query sees keys up to its own position.
-        softmax_scale: 1 / sqrt(D) if None.
-        window: (left, right): a query sees keys from position - left to position + right; -1 is no
-            bound. `causal` caps right at 0.
-        softcap: bound on |s|, as in Gemma 2; 0 is none.
-        alibi_slopes: (H,), a tensor or floats, one a head (Press et al., 2022); not differentiable.
-        key_lengths: (B,) int32: only keys j < key_lengths[b] exist, whatever the rest of k and v
-            holds; positions do not move. Values are checked on a CPU, clamped to 0 ... Tk on a GPU.
-        attn_mask: bool (True: visible) or floating (added to s), broadcastable to (B, H, Tq, Tk);
-            differentiable. Runs with impl="torch" only; "auto" picks that.
-        dropout_p: probability of dropping a weight, rounded to a multiple of 1/65536; always active
-            when > 0. The mask is that of `gptkernels.core.philox`, drawn from PyTorch's generator.
-        deterministic: gradients with the same bits on every run, at whatever cost; None asks
-            torch.are_deterministic_algorithms_enabled(). The Triton kernels always are, the CUDA
-            C++ ones in float32; in 16 bits these add dq up by atomics otherwise.
-        return_lse: also return lse.
+        q: Queries (B, Tq, H, D), float32, bfloat16 or float16. D is at most 256. The last stride
+            must be 1; the other strides are free.
+        k: Keys (B, Tk, Hk, D), with q's dtype and device and a last stride of 1. H must be a
+            multiple of Hk: query head h reads key head h // (H / Hk).
+        v: Values, with the same requirements as k.
+        causal: Whether a query sees only the keys up to its own position.
+        softmax_scale: Factor of the scores; None means 1 / sqrt(D).
+        window: (left, right): a query sees the keys from position - left to position + right.
+            -1 means no bound on that side. `causal` lowers right to 0.
+        softcap: Bound on |s|, as in Gemma 2; 0 means no bound.
+        alibi_slopes: (H,), a tensor or a sequence of floats, one slope for each query head (Press
+            et al., 2022). Not differentiable.
+        key_lengths: (B,) int32. Batch entry b has only the keys j < key_lengths[b]; what k and v
+            hold past that length is ignored. The lengths do not change positions. The values are
+            checked on a CPU, and clamped to 0 ... Tk on a GPU.
+        attn_mask: bool (True means visible) or floating (added to s), broadcastable to
+            (B, H, Tq, Tk). A floating mask is differentiable. Only impl="torch" takes a mask, and
+            "auto" then picks "torch".
+        dropout_p: Probability of dropping a weight, rounded to a multiple of 1/65536. Dropout is
+            active whenever it is greater than 0. `gptkernels.core.philox` defines the mask; its
+            seed comes from PyTorch's generator of q's device.
+        deterministic: Whether gradients must have the same bits on every run, whatever that costs.
+            None means torch.are_deterministic_algorithms_enabled(). Gradients of the Triton
+            kernels always have the same bits, and so have those of the CUDA C++ kernels in
+            float32. In 16 bits the CUDA C++ kernels sum dq with atomics unless `deterministic`.
+        return_lse: Whether to return lse as well.
         impl: "auto", "torch", "triton" or "cuda".
 
     Returns:
-        out (B, Tq, H, D) in q's dtype, or (out, lse) with lse = log sum_j exp(s), (B, H, Tq) fp32,
-        which is differentiable too. Under autocast q, k and v are converted to its dtype first, as
-        F.scaled_dot_product_attention does.
+        out (B, Tq, H, D) in q's dtype; with return_lse, (out, lse), where lse = log sum_j exp(s) is
+        (B, H, Tq) float32 and differentiable too. Under autocast q, k and v are first converted to
+        autocast's dtype, as F.scaled_dot_product_attention does, and out has that dtype.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
-        RuntimeError, NotImplementedError: an explicit impl cannot run here, or not with attn_mask.
+        TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
+        RuntimeError: An explicit impl cannot run on this machine or these tensors.
+        NotImplementedError: An explicit impl does not take attn_mask, or alibi_slopes requires a
+            gradient.
 
-    Differentiable once in q, k, v and attn_mask. The Triton and CUDA C++ kernels keep NaN and Inf
-    to the rows and keys that see them; with impl="torch" PyTorch's own ops let them reach others,
-    but never from past a length.
+    Differentiable once in q, k, v and attn_mask. With the Triton and CUDA C++ kernels, NaN and Inf
+    reach only the rows and keys that see them. With impl="torch" PyTorch's own ops may spread them
+    further, but never from keys past a length.
     """
     _check(q, k, v, key_lengths, attn_mask)
     if attn_mask is not None and impl in ("triton", "cuda"):
@@ -184,7 +202,8 @@ def attend(
     return_lse: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a batch, or of packed sequences, in autocast's dtype; differentiable."""
+    """Returns the differentiable (out, lse) of a batch or of packed sequences, in autocast's
+    dtype."""
     dtype = autocast_dtype(q)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -215,7 +234,7 @@ def _check_key_lengths(key_lengths: Tensor, q: Tensor, Tk: int) -> None:
         raise TypeError(f"key_lengths must be int32, got {dtype_name(key_lengths.dtype)}")
     check_shape("key_lengths", key_lengths, (q.shape[0],), "one length per batch entry of q")
     check_same_device("key_lengths", key_lengths, "q", q)
-    # On a GPU reading the values would synchronise; under compile there are none yet.
+    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
     if (
         key_lengths.device.type == "cpu"
         and not torch.compiler.is_compiling()

@@ -1,5 +1,5 @@
-"""What attention is asked for besides q, k and v: one record, from the public functions to the
-launchers of every implementation."""
+"""The options of attention, all arguments besides q, k and v, as one record. The public functions
+fill it, and the launchers of every implementation read it."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ from gptkernels.core.checks import (
 )
 
 MAX_HEAD_DIM = 256
-_UNBOUNDED = 2**31 - 1  # no sequence is longer
+_UNBOUNDED = 2**31 - 1  # a bound that no sequence is long enough to reach
 
 
 class AttentionOptions(NamedTuple):
-    """The numbers first, then the tensors.
+    """The numbers come first, then the tensors.
 
-    With cu_seqlens the sequences of the batch lie end to end in q (1, total_q, H, D) and in k and v
-    (1, total_k, Hk, D), and lse is (1, H, total_q).
+    With cu_seqlens_q and cu_seqlens_k the sequences are packed end to end: q is (1, total_q, H, D),
+    k and v are (1, total_k, Hk, D), and lse is (1, H, total_q).
     """
 
     softmax_scale: float
-    left: int = -1  # keys from position - left on; -1: from the first on
-    right: int = -1  # keys up to position + right; -1: up to the last one
-    softcap: float = 0.0  # 0: none
+    left: int = -1  # the first visible key is position - left; -1: no bound
+    right: int = -1  # the last visible key is position + right; -1: no bound
+    softcap: float = 0.0  # 0: no softcap
     dropout_p: float = 0.0
-    max_seqlen_q: int = 0  # of the longest sequence or more; with cu_seqlens alone
+    max_seqlen_q: int = 0  # length of the longest packed sequence, or more
     max_seqlen_k: int = 0
     alibi_slopes: Tensor | None = None  # (H,) fp32
     key_lengths: Tensor | None = None  # (B,) int32
     attn_mask: Tensor | None = None  # bool or floating, broadcasts to (B, H, Tq, Tk)
-    rng: Tensor | None = None  # (2,) int64, seed and offset; with dropout alone
+    rng: Tensor | None = None  # (2,) int64, seed and offset; None without dropout
     cu_seqlens_q: Tensor | None = None  # (B + 1,) int32
     cu_seqlens_k: Tensor | None = None  # (B + 1,) int32
 
     @property
     def numbers(self) -> tuple[Any, ...]:
-        """The fields that are no tensors, which come first."""
+        """The leading fields, which are numbers."""
         return self[:_NUMBERS]
 
     @property
     def tensors(self) -> tuple[Any, ...]:
-        """The other fields, tensors or None."""
+        """The remaining fields, each a tensor or None."""
         return self[_NUMBERS:]
 
     @property
     def scores(self) -> dict[str, Any]:
-        """The numbers that scores depend on, as kernels take them."""
+        """The numbers that the scores depend on, by the names of the kernels' parameters."""
         return dict(zip(self._fields[:4], self, strict=False))
 
     @property
     def costly(self) -> bool:
-        """Whether scores take more than a product and an exponential each."""
+        """Whether a score costs more than one product and one exponential."""
         return self.softcap > 0 or self.alibi_slopes is not None or self.dropout_p > 0
 
 
@@ -80,8 +80,10 @@ def complete(
     window: tuple[int, int] | None,
     alibi_slopes: Tensor | Sequence[float] | None,
 ) -> AttentionOptions:
-    """The options as the op takes them, from what a user gave: numbers are checked and converted,
-    `causal` and `window` become bounds, and dropout draws its seed. Raises TypeError, ValueError.
+    """Returns the options that the op takes, made from the user's arguments.
+
+    It checks the numbers, turns `causal` and `window` into bounds, turns `alibi_slopes` into a
+    tensor, and draws dropout's seed. Raises TypeError, ValueError.
     """
     check_number("softcap", options.softcap)
     if not 0 <= options.softcap < math.inf:
@@ -97,8 +99,9 @@ def complete(
 
 
 def check_tensors(names: Sequence[str], tensors: Sequence[Tensor], shapes: Sequence[str]) -> None:
-    """Queries, keys and values, with the shapes that messages name: as many dimensions, one dtype,
-    one device, unit last strides, a head width that is computed. Raises TypeError, ValueError."""
+    """Checks queries, keys and values: the number of dimensions, one dtype, one device, last
+    strides of 1 and a supported head width. `shapes` are the shapes that error messages print.
+    Raises TypeError, ValueError."""
     q = tensors[0]
     for name, tensor, shape in zip(names, tensors, shapes, strict=True):
         check_tensor(name, tensor)
@@ -114,13 +117,13 @@ def check_tensors(names: Sequence[str], tensors: Sequence[Tensor], shapes: Seque
 
 
 def check_heads(H: int, Hk: int) -> None:
-    """Every key head serves as many query heads. Raises ValueError."""
+    """Checks that every key head serves the same number of query heads. Raises ValueError."""
     if Hk == 0 or H % Hk:
         raise ValueError(f"the heads of q must be a multiple of those of k and v, got {H} and {Hk}")
 
 
 def scale(softmax_scale: float | None, q: Tensor) -> float:
-    """What scores are multiplied by: 1 / sqrt(D) unless given. Raises TypeError, ValueError."""
+    """Returns the factor of the scores: 1 / sqrt(D) unless given. Raises TypeError, ValueError."""
     if softmax_scale is None:
         return 1 / math.sqrt(q.shape[-1])
     check_number("softmax_scale", softmax_scale)
@@ -130,7 +133,8 @@ def scale(softmax_scale: float | None, q: Tensor) -> float:
 
 
 def bounds(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
-    """(left, right) with `causal` folded in; -1 is no bound."""
+    """Returns (left, right) of the window, with right 0 if `causal`; -1 means no bound. Raises
+    TypeError, ValueError."""
     check_flag("causal", causal)
     if window is None:
         return -1, 0 if causal else -1
@@ -148,7 +152,8 @@ def bounds(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor) -> Tensor | None:
-    """(H,) fp32 on q's device."""
+    """Returns the ALiBi slopes as (H,) fp32 on q's device. Raises TypeError, ValueError,
+    NotImplementedError."""
     if alibi_slopes is None:
         return None
     if isinstance(alibi_slopes, Tensor):

@@ -1,4 +1,4 @@
-"""`attention_varlen`: attention of packed sequences, by the op of `attention`."""
+"""`attention_varlen`: attention of packed sequences. It calls the registered op of `attention`."""
 
 from __future__ import annotations
 
@@ -38,32 +38,37 @@ def attention_varlen(
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of a batch of sequences of different lengths, laid end to end without padding.
+    """`attention` of B sequences of different lengths, packed end to end without padding.
 
-    Each sequence attends to itself alone, and everything is as `gptkernels.attention` would do it
-    for that sequence: alignment at the ends, windows and ALiBi by the positions within it. The mask
-    of dropout is that of the contract with b the sequence's number, and positions within it.
+    Each sequence attends only to itself, as if `gptkernels.attention` were called for that sequence
+    alone: queries and keys are aligned at the sequence's end, and windows and ALiBi count positions
+    within the sequence. The dropout mask (`gptkernels.core.philox`) takes the sequence's number as
+    its batch entry b, and positions within the sequence.
 
     Args:
-        q: (total_q, H, D), float32, bfloat16 or float16, D <= 256, any strides with a unit last
-            one.
-        k, v: (total_k, Hk, D), of q's dtype and device; H is a multiple of Hk.
-        cu_seqlens_q: (B + 1,) int32: sequence b has queries cu_seqlens_q[b] up to, not with,
-            cu_seqlens_q[b + 1]; from 0 to total_q, never falling. On a CPU that is checked.
-        cu_seqlens_k: (B + 1,) int32, likewise for keys, from 0 to total_k.
-        max_seqlen_q, max_seqlen_k: of the longest sequence, or more.
+        q: Queries (total_q, H, D), float32, bfloat16 or float16. D is at most 256. The last stride
+            must be 1; the other strides are free.
+        k, v: Keys and values (total_k, Hk, D), with q's dtype and device and a last stride of 1.
+            H must be a multiple of Hk.
+        cu_seqlens_q: (B + 1,) int32. Sequence b has the queries from cu_seqlens_q[b] to
+            cu_seqlens_q[b + 1] - 1. The values begin with 0, never decrease, and end with total_q;
+            this is checked on a CPU only.
+        cu_seqlens_k: (B + 1,) int32, the same for keys; the values end with total_k.
+        max_seqlen_q, max_seqlen_k: Length of the longest sequence, or any larger number.
         causal, softmax_scale, window, softcap, alibi_slopes, dropout_p, deterministic, return_lse:
-            as for `gptkernels.attention`.
+            As for `gptkernels.attention`.
         impl: "auto", "torch", "triton" or "cuda".
 
     Returns:
-        out (total_q, H, D) in q's dtype, or (out, lse), lse (H, total_q) fp32, differentiable too.
+        out (total_q, H, D) in q's dtype; with return_lse, (out, lse), where lse is (H, total_q)
+        float32 and differentiable too.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
-        RuntimeError: an explicit impl cannot run here.
+        TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
+        RuntimeError: An explicit impl cannot run on this machine or these tensors.
+        NotImplementedError: alibi_slopes requires a gradient.
 
-    Differentiable once in q, k and v.
+    Differentiable once in q, k and v. Autocast works as for `gptkernels.attention`.
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     impl = choose(impl, q)
@@ -115,7 +120,7 @@ def _check_lengths(name: str, cu_seqlens: Tensor, longest: int, x: Tensor) -> No
     check_same_device(argument, cu_seqlens, "q", x)
     if not isinstance(longest, int | torch.SymInt) or isinstance(longest, bool):
         raise TypeError(f"max_seqlen_{name} must be an int, got {longest!r}")
-    # On a GPU reading the values would synchronise; under compile there are none yet.
+    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     ends = cu_seqlens.tolist()

@@ -1,1 +1,1 @@
-"""The GELU MLP."""
+"""The GELU MLP: linear, GELU, linear."""

@@ -1,8 +1,8 @@
-"""GELU MLP in CUDA C++: the products of csrc/gelu_mlp, with the workspaces that they need.
+"""Launchers of the GELU MLP's CUDA C++ kernels, the matrix products of csrc/gelu_mlp.
 
-`build` is a kernel for Hopper of module().gelu_mlp_builds(), for every product; -1 leaves the
-choice to the rule of csrc/gelu_mlp/choice.cpp. RuntimeError where that kernel cannot make one of
-them.
+`build` is an index into the compiled module's gelu_mlp_builds(), the builds for Hopper; every
+product of the call uses it. With -1 the rule of csrc/gelu_mlp/choice.cpp chooses for each product.
+RuntimeError is raised where the given build cannot compute one of the products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptkernels.core import native
 
-_FORWARD, _BACKWARD, _WEIGHT = 0, 1, 2  # of gk::Layout
+_FORWARD, _BACKWARD, _WEIGHT = 0, 1, 2  # the values of gk::Layout
 _MADE, _PARTIALS = "gelu_mlp_product", "gelu_mlp_product_partials"
 
 
@@ -29,7 +29,8 @@ def gelu_mlp_fwd(
     *,
     build: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, C) and h (M, F), h empty unless `keep_h`. Last strides are 1, no size is 0."""
+    """Returns y (M, C) and h (M, F), which is empty unless `keep_h`. Inputs have a last stride of 1
+    and no size 0."""
     a = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
     h = torch.empty_like(a) if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
     y = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype, device=x.device)
@@ -50,9 +51,10 @@ def gelu_mlp_bwd(
     *,
     build: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dw1, db1, dw2, db2, those `grad_mask` asks for, the others empty; h None: rebuilt."""
+    """Returns dx, dw1, db1, dw2 and db2, each empty where `grad_mask` is False. If h is None, it is
+    recomputed."""
     need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
-    # Five tensors: outputs of an op may not share memory, not even none.
+    # Five distinct tensors: the outputs of an op must not be one tensor, even if it is empty.
     dx, dw1, db1, dw2, db2 = (torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(5))
     dy = dy if dy.stride(1) == 1 or dy.shape[1] == 1 else dy.contiguous()
     if need_b2:
@@ -85,7 +87,8 @@ def linear_fwd(
     approximate: str = "tanh",
     build: int = -1,
 ) -> None:
-    """out = a (m, k) b^T (n, k) + bias, unless it is empty; activation = gelu(out)."""
+    """Computes a (m, k) times the transpose of b (n, k), plus bias. Writes it to `out` unless that
+    is empty, and its GELU to `activation` if that is given."""
     _product(
         _MADE, _FORWARD, a, b, bias=bias, out=out, activation=activation,
         approximate=approximate, build=build,
@@ -103,8 +106,8 @@ def linear_bwd(
     approximate: str = "tanh",
     build: int = -1,
 ) -> None:
-    """out = a (m, k) b (k, n); with h (m, n) times gelu'(h), gelu(h) into activation, and column
-    sums of out for each tile of rows into partial."""
+    """Computes out = a (m, k) b (k, n). With h (m, n) it multiplies out by gelu'(h), and writes
+    gelu(h) to `activation` and the column sums of out in each tile of rows to `partial`."""
     _product(
         _MADE, _BACKWARD, a, b, h=h, out=out, activation=activation, partial=partial,
         approximate=approximate, build=build,
@@ -121,7 +124,8 @@ def linear_gelu_bwd(
     *,
     build: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh (M, F), a (M, F) or empty, partial column sums of dh (tiles, F) fp32 or empty."""
+    """Returns dh (M, F); a = gelu(h) (M, F), empty unless `store_a`; and partial column sums of dh
+    (tiles, F) in fp32, empty unless `sum_columns`."""
     rows, inner = dy.shape[0], w2.shape[1]
     dh = torch.empty((rows, inner), dtype=dy.dtype, device=dy.device)
     a = torch.empty((rows, inner) if store_a else (0,), dtype=dy.dtype, device=dy.device)
@@ -145,7 +149,7 @@ def linear_gelu_bwd(
 
 
 def weight_grad(a: Tensor, b: Tensor, *, build: int = -1) -> Tensor:
-    """a^T b (m, n) of a (k, m) and b (k, n)."""
+    """Returns a^T b (m, n) of a (k, m) and b (k, n)."""
     rows, cols = a.shape[1], b.shape[1]
     splits = _product(_PARTIALS, _WEIGHT, a, b, build=build)
     out = partial = None
@@ -161,7 +165,7 @@ def weight_grad(a: Tensor, b: Tensor, *, build: int = -1) -> Tensor:
 
 
 def _column_sums(x: Tensor) -> Tensor:
-    """The sums of x (rows, cols) over its rows, (cols,)."""
+    """Returns the sums of x (rows, cols) over its rows, (cols,)."""
     rows, cols = x.shape
     parts = native.module().gelu_mlp_column_sum_parts(rows)
     partial = torch.empty((parts, cols), dtype=torch.float32, device=x.device)
@@ -179,7 +183,7 @@ def _column_sums(x: Tensor) -> Tensor:
 
 
 def _partial_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sums of partial (parts, cols) fp32 over the parts, (cols,), rounded to dtype."""
+    """Returns the sums of partial (parts, cols) fp32 over the parts, (cols,), rounded to dtype."""
     parts, cols = partial.shape
     out = torch.empty(cols, dtype=dtype, device=partial.device)
     native.call(
@@ -209,8 +213,11 @@ def _product(
     approximate: str = "tanh",
     build: int = -1,
 ) -> int:
-    """_MADE: the product of a and b, in the layout's way to read them. _PARTIALS: how many rows its
-    `partial` has; of a weight's gradient 1 is none, there `out` takes the product.
+    """Calls one of the module's two functions for a product of a and b; `layout` says how they are
+    read.
+
+    _MADE computes the product. _PARTIALS returns the number of rows that `partial` must have. For a
+    weight's gradient 1 means that there is no `partial`: the product goes to `out`.
     """
     rows, depth = a.T.shape if layout == _WEIGHT else a.shape
     return native.call(

@@ -1,4 +1,5 @@
-"""`gelu_mlp`: linear, GELU, linear as one op. The registered ops, autograd, the public function."""
+"""`gelu_mlp`: linear, GELU, linear as one op. Holds the registered ops, autograd and the public
+function."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def gelu_mlp_fwd(
     keep_h: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, C) of x (M, C), and the pre-activation h (M, F), empty unless `keep_h`."""
+    """Returns y (M, C) of x (M, C), and the pre-activation h (M, F), which is empty unless
+    `keep_h`."""
     h_shape = (x.shape[0], w1.shape[0]) if keep_h else (0,)
     return x.new_empty(x.shape), x.new_empty(h_shape)
 
@@ -48,7 +50,8 @@ def gelu_mlp_bwd(
     grad_mask: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dw1, db1, dw2 and db2, empty where `grad_mask` is False; h None: computed again."""
+    """Returns dx, dw1, db1, dw2 and db2, each empty where `grad_mask` is False. If h is None, it is
+    recomputed."""
     shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     dx, dw1, db1, dw2, db2 = (
         x.new_empty(shape if wanted else (0,))
@@ -58,7 +61,7 @@ def gelu_mlp_bwd(
 
 
 class _GeluMLP(torch.autograd.Function):
-    """y (M, C) of x (M, C); all tensors have one dtype."""
+    """Autograd for gelu_mlp: returns y (M, C) of x (M, C). All tensors have one dtype."""
 
     @staticmethod
     def forward(
@@ -106,29 +109,31 @@ def gelu_mlp(
 ) -> Tensor:
     """The feed-forward block of a transformer: y = gelu(x w1^T + b1) w2^T + b2.
 
-    GELU: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016: h Phi(h) ("none"), or its
-    approximation 0.5 h (1 + tanh(sqrt(2/pi) (h + 0.044715 h^3))) ("tanh", GPT-2's).
+    GELU is that of Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016. With
+    approximate="none" it is h Phi(h), where Phi is the normal distribution function. With "tanh" it
+    is the approximation 0.5 h (1 + tanh(sqrt(2/pi) (h + 0.044715 h^3))), which GPT-2 uses.
 
     Args:
-        x: (..., C), float32, bfloat16 or float16, last stride 1.
-        w1: (F, C) as in nn.Linear(C, F), last stride 1. Weights and biases of another of these
-            dtypes are converted to x's; their gradients come back in their own.
-        b1: (F,) or None.
-        w2: (C, F) as in nn.Linear(F, C), last stride 1.
-        b2: (C,) or None.
+        x: Input (..., C), float32, bfloat16 or float16, with a last stride of 1.
+        w1: Weight (F, C), as in nn.Linear(C, F), with a last stride of 1. Weights and biases may
+            have any of the three dtypes: they are converted to x's dtype, and each gradient has the
+            dtype of its own tensor.
+        b1: Bias (F,), or None.
+        w2: Weight (C, F), as in nn.Linear(F, C), with a last stride of 1.
+        b2: Bias (C,), or None.
         approximate: "tanh" or "none", as in nn.GELU.
-        recompute: keep x and the weights for the backward pass, and compute the pre-activation
-            x w1^T + b1 (M, F) there once more; otherwise it is kept as well. The activation is
-            never kept.
+        recompute: Whether the backward pass recomputes the pre-activation x w1^T + b1, which is
+            (..., F), instead of keeping it in memory. The activation is always recomputed.
         impl: "auto", "torch", "triton" or "cuda".
 
     Returns:
-        y with x's shape and dtype. Under autocast, inputs are converted to autocast's dtype first,
-        as F.linear does, and y has that dtype.
+        y with x's shape and dtype. Under autocast the inputs are first converted to autocast's
+        dtype, as F.linear does, and y has that dtype.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, device, strides or value is wrong.
-        RuntimeError, NotImplementedError: an explicit impl cannot run here.
+        TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
+        RuntimeError, NotImplementedError: An explicit impl cannot run on this machine or these
+            tensors.
 
     Differentiable once in x, w1, b1, w2 and b2; gradients have the same bits on every run.
     """
@@ -149,7 +154,8 @@ def gelu_mlp(
 
 
 def _rows(x: Tensor) -> int:
-    """M of an empty x (..., C), which a -1 in reshape could not tell where C is 0."""
+    """Returns the number of rows M of an empty x (..., C). reshape cannot infer M from a -1 where C
+    is 0."""
     rows = 1
     for size in x.shape[:-1]:
         rows *= size

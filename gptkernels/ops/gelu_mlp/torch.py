@@ -1,4 +1,5 @@
-"""The GELU MLP by PyTorch's linear and GELU, keeping the pre-activation only."""
+"""The GELU MLP computed with PyTorch's linear and GELU. It keeps the pre-activation, not the
+activation."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gptkernels.core.products import linear, mm
 
-# So many rows cost little one by one: the products beside them take far longer.
+# Up to this many rows, GELU runs row by row: that costs little beside the products.
 _FEW_ROWS = 64
 
 
@@ -23,16 +24,20 @@ def gelu_mlp_fwd(
     approximate: str,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, C) and h = x w1^T + b1 (M, F), h empty unless `keep_h`; all in one dtype."""
+    """Returns y (M, C) and h = x w1^T + b1 (M, F), which is empty unless `keep_h`. All tensors have
+    one dtype."""
     h = linear(x, w1, b1)
     y = linear(_gelu(h, approximate), w2, b2)
     return y, h if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
 
 
 def _gelu(h: Tensor, approximate: str) -> Tensor:
-    """gelu(h), a row of which depends on its own values alone where rows are few, as when texts
-    are continued: on a CPU PyTorch computes the ends of what each thread gets by other instructions
-    than the rest, and rounds otherwise there."""
+    """Returns gelu(h). Where rows are few, as in text generation, a row's bits depend on that row
+    alone.
+
+    On a CPU PyTorch cuts the elements among threads, and computes the last ones of each thread by
+    other instructions, which round differently. So a few rows are computed one by one.
+    """
     if h.device.type != "cpu" or not 1 < len(h) <= _FEW_ROWS:
         return F.gelu(h, approximate=approximate)
     return torch.stack([F.gelu(row, approximate=approximate) for row in h.unbind()])
@@ -48,9 +53,10 @@ def gelu_mlp_bwd(
     approximate: str,
     grad_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dw1, db1, dw2, db2, those `grad_mask` asks for, the others empty; h None: rebuilt."""
+    """Returns dx, dw1, db1, dw2 and db2, each empty where `grad_mask` is False. If h is None, it is
+    recomputed."""
     need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
-    # Five tensors: outputs of an op may not share memory, not even none.
+    # Five distinct tensors: the outputs of an op must not be one tensor, even if it is empty.
     dx, dw1, db1, dw2, db2 = (torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(5))
     if need_b2:
         db2 = dy.sum(0, dtype=torch.float32).to(dy.dtype)

@@ -1,21 +1,25 @@
-"""GELU MLP, the fused products: y = gelu(x w1^T + b1) w2^T + b2.
+"""The GELU MLP's Triton kernels, two fused products, and their launchers:
+y = gelu(x w1^T + b1) w2^T + b2.
 
     x (M, C), w1 (F, C), b1 (F,), w2 (C, F), b2 (C,), y (M, C)
     h = x w1^T + b1 and a = gelu(h) are (M, F)
-    tanh:  gelu(h) = h sigmoid(2u), u = sqrt(2/pi) (h + 0.044715 h^3), as 0.5 (1 + tanh u)
+    tanh:  gelu(h) = h sigmoid(2u) = 0.5 h (1 + tanh u), u = sqrt(2/pi) (h + 0.044715 h^3)
     none:  gelu(h) = h Phi(h) = h (0.5 + 0.5 erf(h / sqrt 2))
 
-Forward, two products: ours writes h (only if it is kept) and a in its epilogue, and PyTorch's makes
-y = a w2^T + b2. Backward, five: ours computes da = dy w2, reads h, and writes dh = da gelu'(h), a
-once more, and for db1 the column sums of dh of each row tile, fp32 (tiles, F), which a small second
-stage adds up in a fixed order: no atomics, the same bits every time. dw2 = dy^T a, dw1 = dh^T x and
-dx = dh w1 are PyTorch's: a plain product has nothing to fuse.
+The forward pass has two products. Our kernel computes the first; its epilogue writes a, and h if h
+is kept. PyTorch computes y = a w2^T + b2.
+
+The backward pass has four or, with recomputation, five products. Our kernel computes da = dy w2;
+its epilogue reads h and writes dh = da gelu'(h), a once more and, for db1, the column sums of dh in
+each row tile, (tiles, F) in fp32. PyTorch adds these sums up in a fixed order: without atomics the
+bits are the same every time. PyTorch also computes the plain products, which have nothing to fuse:
+dw2 = dy^T a, dw1 = dh^T x and dx = dh w1.
 
 Bytes beyond the products' own operands: h, written once and read once. Saved for the backward pass:
-x, w1, w2 and h, all in x's dtype; with recomputation x, w1, b1 and w2: our first kernel rebuilds
-h with one more product. Accumulation is in fp32, and fp32 products run in full precision. The
-activation is computed from h as stored (rounded), so what the backward pass rebuilds is, bit for
-bit, what the forward pass used.
+x, w1, w2 and h, all in x's dtype; with recomputation x, w1, b1 and w2, and our first kernel
+computes h again. Sums are in fp32, and fp32 products run in full precision. The activation is
+computed from the stored (rounded) h, so the backward pass rebuilds exactly the bits that the
+forward pass used.
 """
 
 from __future__ import annotations
@@ -37,22 +41,24 @@ _CUBIC = tl.constexpr(0.044715)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
-# Row tiles that share their columns of the weight run together, so that those columns stay in L2.
+# This many row tiles run together for each column tile of the weight, which then stays in L2.
 _GROUP = 8
 
-# With fewer large tiles than this, some multiprocessors of an A100 would have no work.
+# With fewer large tiles than this, some of the 108 multiprocessors of an A100 would have no work.
 _FEW_TILES = 108
 
-# Shared memory of a thread block, in bytes, that holds every tile: A100's; H100 and B200 have more.
+# Bytes of shared memory of a thread block that are enough for every tile. This is the limit of an
+# A100; H100 and B200 have more.
 _AMPLE_SHARED = 163 * 1024
 
 
 @triton.jit
 def _gate_and_bell(h, APPROXIMATE: tl.constexpr):
-    """gelu(h) / h and its derivative (for tanh: over the derivative's factor 1 + 3 * 0.044715 h^2).
+    """Returns the gate gelu(h) / h and the bell, which is the gate's derivative. For tanh the bell
+    lacks the derivative's factor 1 + 3 * 0.044715 h^2.
 
-    Explicit fma: left to itself, the compiler might contract the gate differently in two kernels.
-    No difference of near numbers, and no exponential that overflows.
+    The fma are explicit because the compiler might contract the gate differently in two kernels.
+    The formulas avoid cancellation and exponentials that overflow.
     """
     if APPROXIMATE == "tanh":
         u = h * tl.fma(h * h, _SQRT_2_OVER_PI * _CUBIC, _SQRT_2_OVER_PI)
@@ -65,7 +71,8 @@ def _gate_and_bell(h, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def _gelu_slope(h, gate, bell, APPROXIMATE: tl.constexpr):
-    """gelu'(h). Powers of h that would overflow meet the exact zero of the bell's tail first."""
+    """Returns gelu'(h). For large |h| the bell is exactly 0; it is multiplied first, so that powers
+    of h cannot overflow."""
     q = h * bell
     if APPROXIMATE == "tanh":
         q += (3.0 * _CUBIC) * (h * (h * q))
@@ -74,7 +81,8 @@ def _gelu_slope(h, gate, bell, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def _tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """(row tile, column tile) of a program: down GROUP row tiles, then on to the next column."""
+    """Returns (row tile, column tile) of a program. Programs go down GROUP row tiles, then on to
+    the next column tile."""
     group = program // (GROUP * tiles_n)
     first = group * GROUP
     height = min(tiles_m - first, GROUP)
@@ -82,7 +90,7 @@ def _tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + place % height, place // height
 
 
-# M differs from call to call; nothing is gained from a kernel of its own for some of its values.
+# M differs from call to call: kernels specialised on its value would be no faster.
 @triton.jit(do_not_specialize=("M",))
 def _linear_gelu_kernel(
     x_ptr,  # (M, C), rows stride_x apart
@@ -105,7 +113,7 @@ def _linear_gelu_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """h = x w1^T + b1 and a = gelu(h), one (BM, BN) tile a program."""
+    """Computes h = x w1^T + b1 and a = gelu(h), one (BM, BN) tile in each program."""
     tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(F, BN), GROUP)
     rows = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
     cols = tile_n.to(tl.int64) * BN + tl.arange(0, BN)
@@ -157,21 +165,22 @@ def _store_gradients(
     STORE_A: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
 ):
-    """The backward epilogue at (rows, cols): dh = da gelu'(h), a = gelu(h), column sums of dh."""
+    """The backward epilogue at (rows, cols): stores dh = da gelu'(h), a = gelu(h) and the column
+    sums of dh."""
     place = rows[:, None] * F + cols[None, :]
     inside = (rows < M)[:, None] & (cols < F)[None, :]
     h = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
     gate, bell = _gate_and_bell(h, APPROXIMATE)
     if STORE_A:
         tl.store(a_ptr + place, (h * gate).to(a_ptr.dtype.element_ty), mask=inside)
-    # Rows past M add exact zeros to the sums: their dy and h were read as 0.
+    # Rows past M add exact zeros to the sums, since their dy and h were read as 0.
     dh = da * _gelu_slope(h, gate, bell, APPROXIMATE)
     tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=inside)
     if SUM_COLUMNS:
         tl.store(partial_ptr + tile_m.to(tl.int64) * F + cols, tl.sum(dh, axis=0), mask=cols < F)
 
 
-# M differs from call to call; nothing is gained from a kernel of its own for some of its values.
+# M differs from call to call: kernels specialised on its value would be no faster.
 @triton.jit(do_not_specialize=("M",))
 def _linear_gelu_backward_kernel(
     dy_ptr,  # (M, C), rows stride_dy apart
@@ -194,7 +203,8 @@ def _linear_gelu_backward_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """dh = (dy w2) gelu'(h), a = gelu(h), column sums of dh: one (BM, BN) tile a program."""
+    """Computes dh = (dy w2) gelu'(h), a = gelu(h) and the column sums of dh, one (BM, BN) tile in
+    each program."""
     tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(F, BN), GROUP)
     rows = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
     cols = tile_n.to(tl.int64) * BN + tl.arange(0, BN)
@@ -217,8 +227,8 @@ def _linear_gelu_backward_kernel(
         dy_tile += BK
         w_tile += w_step
 
-    # In two halves of columns: h, its gate and its slope for a whole tile would not fit in the
-    # registers (255 and spills at 128 x 128 with 8 warps; 190 in halves).
+    # The epilogue runs on two halves of the columns. h, its gate and its slope for a whole tile
+    # would not fit in the registers: 128 x 128 with 8 warps takes 255 and spills; halves take 190.
     if BN > 64:
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         left_cols = tile_n.to(tl.int64) * BN + tl.arange(0, BN // 2)
@@ -247,11 +257,12 @@ class _Tile:
 
 
 def _tile(rows: int, cols: int, itemsize: int, aligned: bool, shared: int) -> _Tile:
-    """The tile for a (rows, cols) result: by element size, alignment, number and shared memory."""
-    # Sizes that no vector load fits need an address for every element: more threads to hold them.
+    """Returns the tile for a (rows, cols) result, by element size, alignment, number of tiles and
+    shared memory."""
+    # Without vector loads every element needs an address. More threads have registers for them.
     if not aligned:
         return _Tile(64, 64, 32, num_warps=8, num_stages=2)
-    if itemsize == 4:  # full-precision fp32 runs without tensor cores, out of registers
+    if itemsize == 4:  # full-precision fp32 uses no tensor cores and keeps operands in registers
         return _Tile(64, 64, 32, num_warps=4, num_stages=3)
     if triton.cdiv(rows, 128) * triton.cdiv(cols, 128) < _FEW_TILES:
         return _Tile(64, 64, 64, num_warps=4, num_stages=4)
@@ -261,16 +272,17 @@ def _tile(rows: int, cols: int, itemsize: int, aligned: bool, shared: int) -> _T
 
 
 def _tile_for(left: Tensor, right: Tensor, cols: int) -> _Tile:
-    """The tile of left (M, K) times right, (cols, K) or (K, cols), on left's device."""
+    """Returns the tile for left (M, K) times right, (cols, K) or (K, cols), on left's device."""
     (rows, depth), strides = left.shape, (left.stride(0), right.stride(0))
-    # What Triton learns of an integer argument is whether 16 divides it.
+    # Triton uses vector loads only where it knows that 16 divides the integer arguments.
     aligned = all(size % 16 == 0 for size in (depth, cols, *strides))
     return _tile(rows, cols, left.element_size(), aligned, _shared_bytes(left.device))
 
 
 @functools.cache
 def _shared_bytes(device: torch.device) -> int:
-    """Shared memory that one thread block may use; under the interpreter there is no limit."""
+    """Returns the bytes of shared memory that one thread block may use. The interpreter, for CPU
+    tensors, has no limit."""
     if device.type != "cuda":
         return _AMPLE_SHARED
     properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
@@ -286,7 +298,8 @@ def gelu_mlp_fwd(
     approximate: str,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, C) and h (M, F), h empty unless `keep_h`. Last strides are 1, no size is 0."""
+    """Returns y (M, C) and h (M, F), which is empty unless `keep_h`. Inputs have a last stride of 1
+    and no size 0."""
     a = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
     h = torch.empty_like(a) if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
     _launch_linear_gelu(x, w1, b1, h if keep_h else None, a, approximate)
@@ -304,9 +317,10 @@ def gelu_mlp_bwd(
     approximate: str,
     grad_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dw1, db1, dw2, db2, those `grad_mask` asks for, the others empty; h None: rebuilt."""
+    """Returns dx, dw1, db1, dw2 and db2, each empty where `grad_mask` is False. If h is None, it is
+    recomputed."""
     need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
-    # Five tensors: outputs of an op may not share memory, not even none.
+    # Five distinct tensors: the outputs of an op must not be one tensor, even if it is empty.
     dx, dw1, db1, dw2, db2 = (torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(5))
     if need_b2:
         db2 = dy.sum(0, dtype=torch.float32).to(dy.dtype)
@@ -331,14 +345,14 @@ def gelu_mlp_bwd(
 def _launch_linear_gelu(
     x: Tensor, w1: Tensor, b1: Tensor | None, h: Tensor | None, a: Tensor | None, approximate: str
 ) -> None:
-    """Fill h and a, those that are not None."""
+    """Fills h and a; either may be None, and is then left out."""
     (rows, width), inner = x.shape, w1.shape[0]
     tile = _tile_for(x, w1, inner)
     with on_device(x):
         _linear_gelu_kernel[(_programs(rows, inner, tile),)](
             x,
             w1,
-            x if b1 is None else b1,  # pointers that a constexpr switches off still need a tensor
+            x if b1 is None else b1,  # even an unused pointer needs some tensor
             a if h is None else h,
             h if a is None else a,
             rows,
@@ -359,7 +373,8 @@ def _launch_linear_gelu(
 def _launch_linear_gelu_backward(
     dy: Tensor, w2: Tensor, h: Tensor, approximate: str, store_a: bool, sum_columns: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh (M, F), a (M, F) or empty, partial column sums of dh (tiles, F) fp32 or empty."""
+    """Returns dh (M, F); a = gelu(h) (M, F), empty unless `store_a`; and partial column sums of dh
+    (tiles, F) in fp32, empty unless `sum_columns`."""
     (rows, width), inner = dy.shape, w2.shape[1]
     tile = _tile_for(dy, w2, inner)
     tiles = triton.cdiv(rows, tile.rows)
@@ -407,7 +422,8 @@ def _constexprs(tile: _Tile, width: int, approximate: str) -> dict[str, object]:
 
 
 def shipped() -> Iterator[Shipped]:
-    """The configurations of a GPT's shapes, and those of odd sizes that no vector load fits."""
+    """Yields the configurations for the ahead-of-time compile: those for a GPT's shapes, and those
+    for odd sizes, which have no vector loads."""
     for dtype, rows, approximate, aligned in (
         ("bf16", 8192, "tanh", True),
         ("bf16", 8192, "none", True),
@@ -441,7 +457,7 @@ def _shipped(
         ("fwd", _linear_gelu_kernel, forward, ("HAS_BIAS", "STORE_H", "STORE_A")),
         ("bwd", _linear_gelu_backward_kernel, backward, ("STORE_A", "SUM_COLUMNS")),
     ):
-        # Tensors that PyTorch allocates are aligned; the row count is whatever the batch gives.
+        # Tensors that PyTorch allocates are aligned; the number of rows may be any.
         divisible = [n for n in signature if n.endswith("_ptr") or (aligned and n != "M")]
         yield Shipped(
             name=f"gelu_mlp_{direction} {dtype} {approximate} {size}",

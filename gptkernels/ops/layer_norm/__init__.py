@@ -1,1 +1,1 @@
-"""LayerNorm with its residual and dropout, and the linear layer that follows it."""
+"""LayerNorm with residual and dropout, and the linear layer that follows a LayerNorm."""

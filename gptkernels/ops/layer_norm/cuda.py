@@ -1,4 +1,4 @@
-"""Launchers of the CUDA C++ LayerNorm kernels (csrc/layer_norm/params.h has the formulas)."""
+"""Launchers of LayerNorm's CUDA C++ kernels. The formulas are in csrc/layer_norm/params.h."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def layer_norm_fwd(
     sum_dtype: torch.dtype | None,
     build: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, s (empty without a sum_dtype: s is x), mean, rstd. build: of the module's
-    `layer_norm_fwd_builds()`, for a GPU of compute capability 9.0; -1: the launcher's choice.
+    """Returns y, s, mean and rstd. s is empty if sum_dtype is None: s is x then.
 
-    Raises NotImplementedError for rows of more than 2**30 elements, RuntimeError for a build
-    that cannot."""
+    `build` is an index into the compiled module's layer_norm_fwd_builds(), the builds for compute
+    capability 9.0; with -1 the launcher chooses. Raises NotImplementedError for rows of more than
+    2**30 elements, and RuntimeError where the given build cannot run this call.
+    """
     C = x.shape[-1]
     if C > _WIDEST:
         raise NotImplementedError(f"layer_norm has CUDA kernels for up to 2**30 columns, got {C}")
@@ -81,8 +82,8 @@ def layer_norm_bwd(
     bias_gradient: bool,
     build: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, dweight, dbias; empty where not asked for (no residual_dtype: dx serves).
-    build: as above, of `layer_norm_bwd_builds()`."""
+    """Returns dx, dresidual, dweight and dbias, each empty as in `op.layer_norm_bwd`. `build` is as
+    above, an index into layer_norm_bwd_builds()."""
     C = s.shape[-1]
     rows = _rows(s)
     M = rows.shape[0]
@@ -136,6 +137,7 @@ def layer_norm_bwd(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as a matrix (M, C) with a unit last stride: a view wherever the strides allow one."""
+    """Returns x as a matrix (M, C) with a last stride of 1. It is a view if the strides allow one,
+    else a copy."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

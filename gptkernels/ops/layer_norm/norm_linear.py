@@ -1,10 +1,10 @@
-"""`norm_linear`: a linear layer of LayerNorm's output that does not keep that output.
+"""`norm_linear`: a linear layer that does not keep its input, the output y of a LayerNorm.
 
-    y = LN(s) * norm_weight + norm_bias        computed before, by `layer_norm`
+    y = LN(s) * norm_weight + norm_bias        `layer_norm` has computed it before
     z = y w^T + b
 
-Keeps s, which LayerNorm keeps anyway, instead of y, and computes y from it again in the backward
-pass: (M, C) less memory for one more LayerNorm.
+LayerNorm keeps s anyway. So this layer keeps s instead of y, and its backward pass computes y from
+s again: one more LayerNorm saves the memory of y (M, C).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from gptkernels.ops.layer_norm.op import layer_norm_fwd
 
 
 class _NormLinear(torch.autograd.Function):
-    """z (M, N) of y (M, C), w (N, C) and b (N,), of one dtype."""
+    """Autograd for norm_linear: returns z (M, N) of y (M, C), w (N, C) and b (N,). All have one
+    dtype."""
 
     @staticmethod
     def forward(
@@ -47,7 +48,7 @@ class _NormLinear(torch.autograd.Function):
         eps, impl = ctx.options
         need_y, need_w, need_b, *_ = ctx.needs_input_grad
         dy = dw = db = None
-        # The products that F.linear's own backward pass makes, in the same order of sums.
+        # The same products as in F.linear's own backward pass, so the sums have the same order.
         with without_autocast(dz):
             if need_y:
                 dy = mm(dz, w)
@@ -70,18 +71,23 @@ def norm_linear(
     eps: float = 1e-5,
     impl: str = "auto",
 ) -> Tensor:
-    """F.linear(y, w, b) for y = layer_norm(source, norm_weight, norm_bias), without keeping y.
+    """Returns F.linear(y, w, b) for y = layer_norm(source, norm_weight, norm_bias), without keeping
+    y for the backward pass.
 
     Args:
-        y: (..., C), what `gptkernels.layer_norm` returned.
-        w: (N, C) and b: (N,) or None, as in nn.Linear(C, N).
-        source: (..., C), the s that y is the norm of: with prenorm=True it is returned beside y.
-        norm_weight, norm_bias, eps, impl: what y was computed with.
+        y: (..., C), the output of `gptkernels.layer_norm`.
+        w: Weight (N, C), as in nn.Linear(C, N).
+        b: Bias (N,), or None.
+        source: (..., C), the s whose LayerNorm y is. `gptkernels.layer_norm` returns it with
+            prenorm=True.
+        norm_weight, norm_bias, eps, impl: The arguments that y was computed with.
 
-    Returns z (..., N). Under autocast y, w and b are converted first, as F.linear does.
+    Returns:
+        z (..., N). Under autocast y, w and b are first converted to autocast's dtype, as F.linear
+        does.
 
     Differentiable once in y, w and b; source, norm_weight and norm_bias get their gradients through
-    y. That y is what it is said to be is not checked.
+    y. Nothing checks that y is the LayerNorm of source.
     """
     dtype = autocast_dtype(y)
     rows = y.reshape(-1, y.shape[-1]).to(dtype)

@@ -1,4 +1,5 @@
-"""`layer_norm`: dropout, residual addition and LayerNorm as one op."""
+"""`layer_norm`: dropout, residual addition and LayerNorm as one op. Holds the registered ops,
+autograd and the public function."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def layer_norm_fwd(
     sum_dtype: torch.dtype | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, s (empty without a sum_dtype: s is x), mean and rstd (M,) fp32."""
+    """Returns y, s, mean (M,) and rstd (M,) in fp32. s is empty if sum_dtype is None: s is x
+    then."""
     statistics = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     return (
         x.new_empty(x.shape),
@@ -58,7 +60,11 @@ def layer_norm_bwd(
     bias_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, dweight, dbias; empty where not asked for (no residual_dtype: dx serves)."""
+    """Returns dx, dresidual, dweight and dbias.
+
+    dweight and dbias are empty where not wanted. dresidual is empty if residual_dtype is None: it
+    equals dx then, or there is no residual.
+    """
     return (
         s.new_empty(s.shape, dtype=x_dtype),
         s.new_empty((0,) if residual_dtype is None else s.shape, dtype=residual_dtype or x_dtype),
@@ -68,7 +74,7 @@ def layer_norm_bwd(
 
 
 class _LayerNorm(torch.autograd.Function):
-    """(y, s); s is empty where it would be x itself."""
+    """Autograd for layer_norm: returns (y, s). s is empty where it would be x itself."""
 
     @staticmethod
     def forward(
@@ -88,7 +94,7 @@ class _LayerNorm(torch.autograd.Function):
         )
         ctx.save_for_backward(x if sum_dtype is None else s, mean, rstd, weight, rng)
         ctx.dropout_p, ctx.x_dtype, ctx.impl = dropout_p, x.dtype, impl
-        # A gradient of its own only where dropout or a dtype tells it from x's.
+        # The residual's gradient differs from x's only with dropout or another dtype.
         ctx.residual_dtype = None
         if residual is not None and (dropout_p > 0 or residual.dtype != x.dtype):
             ctx.residual_dtype = residual.dtype
@@ -101,7 +107,7 @@ class _LayerNorm(torch.autograd.Function):
         s, mean, rstd, weight, rng = ctx.saved_tensors
         _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
         if dsum is not None and dsum.shape != s.shape:
-            dsum = None  # torch.compile sends zeros for the empty s that stood for x
+            dsum = None  # torch.compile passes zeros as the gradient of an empty s
         if dy is None:  # only s was used
             dy = torch.zeros(s.shape, dtype=ctx.x_dtype, device=s.device)
         residual_dtype = ctx.residual_dtype if need_residual else None
@@ -134,32 +140,34 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm of a residual sum.
 
-        s = dropout(x) + residual
+        s = dropout(x) + residual, rounded to its dtype
         y = (s - mean) / sqrt(var + eps) * weight + bias
 
-    Ba, Kiros and Hinton, "Layer Normalization", 2016. Mean and (biased) variance are taken over C,
-    of the rounded s, in fp32.
+    Ba, Kiros and Hinton, "Layer Normalization", 2016. The mean and the (biased) variance of the
+    rounded s are taken over C, in fp32.
 
     Args:
-        x: (..., C), float32, bfloat16 or float16, any strides.
-        weight: (C,), one of the same dtypes, not necessarily that of x.
-        bias: (C,), weight's dtype, or None.
-        residual: x's shape, any of the dtypes, or None.
-        dropout_p: probability of dropping an element of x, rounded to a multiple of 1/65536;
-            always active when > 0. The mask is that of `gptkernels.core.philox`, drawn from
-            PyTorch's generator of x's device.
-        eps: added to the variance.
-        prenorm: also return s, the residual stream of a pre-norm block.
-        residual_in_fp32: keep s in float32. It is also float32 where residual is; otherwise it has
-            x's dtype.
+        x: Input (..., C), float32, bfloat16 or float16, with any strides.
+        weight: (C,), in any of the three dtypes, not necessarily x's.
+        bias: (C,) with weight's dtype, or None.
+        residual: Tensor with x's shape, in any of the three dtypes, or None.
+        dropout_p: Probability of dropping an element of x, rounded to a multiple of 1/65536.
+            Dropout is active whenever it is greater than 0. `gptkernels.core.philox` defines the
+            mask; its seed comes from PyTorch's generator of x's device.
+        eps: Number added to the variance.
+        prenorm: Whether to return s as well, the residual stream of a pre-norm block.
+        residual_in_fp32: Whether to keep s in float32. s is float32 also where residual is;
+            otherwise s has x's dtype.
         impl: "auto", "torch", "triton" or "cuda".
 
     Returns:
-        y with x's shape and dtype, or (y, s). Where s would equal x, the s returned is x.
+        y with x's shape and dtype; with prenorm, (y, s). Where s would equal x, x itself is
+        returned as s.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, device or range is wrong.
-        RuntimeError, NotImplementedError: an explicit impl cannot run here.
+        TypeError, ValueError: An argument's type, dtype, shape, device or range is wrong.
+        RuntimeError: An explicit impl cannot run on this machine or these tensors.
+        NotImplementedError: impl="cuda" got rows of more than 2**30 elements.
 
     Differentiable once in x, weight, bias and residual; gradients have the same bits on every run.
     """

@@ -1,4 +1,5 @@
-"""LayerNorm by torch.native_layer_norm, around it dropout and the residual's addition."""
+"""LayerNorm computed with torch.native_layer_norm, after dropout and the addition of the
+residual."""
 
 from __future__ import annotations
 
@@ -18,13 +19,13 @@ def layer_norm_fwd(
     eps: float,
     sum_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, s (empty without a sum_dtype: s is x), mean, rstd. Formulas and shapes are in
-    `ops/layer_norm/triton/launch.py`."""
+    """Returns y, s, mean and rstd. s is empty if sum_dtype is None: s is x then. The formulas and
+    shapes are in gptkernels/ops/layer_norm/triton/launch.py."""
     s = x
     if dropout_p > 0:
         s = _dropout(s, rng, dropout_p)
     if residual is not None:
-        # Added before rounding: bf16 x and an fp32 residual meet in fp32.
+        # The addition comes before rounding: bf16 x and an fp32 residual are added in fp32.
         s = s + residual
     if sum_dtype is not None:
         s = s.to(sum_dtype).contiguous()
@@ -52,7 +53,7 @@ def layer_norm_bwd(
     weight_gradient: bool,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, dweight, dbias; empty where not asked for (no residual_dtype: dx serves)."""
+    """Returns dx, dresidual, dweight and dbias, each empty as in `op.layer_norm_bwd`."""
     dtype = _layer_norm_dtype(s, weight)
     statistics = (*s.shape[:-1], 1)
     ds, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
@@ -82,14 +83,14 @@ def layer_norm_bwd(
 
 
 def _layer_norm_dtype(s: Tensor, weight: Tensor) -> torch.dtype:
-    """PyTorch's LayerNorm takes one dtype, but on a CPU also 16-bit rows with fp32 weights; other
-    mixtures run in fp32."""
+    """Returns the dtype in which PyTorch's LayerNorm runs. It wants s and weight in one dtype; a
+    CPU also takes 16-bit rows with fp32 weights. All other mixtures run in fp32."""
     return s.dtype if s.dtype == weight.dtype or s.device.type == "cpu" else torch.float32
 
 
 def _affine(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """On a CPU, fp32 parameters beside 16-bit rows also make PyTorch keep the statistics in fp32
-    instead of 16 bits."""
+    """Returns weight or bias as PyTorch's LayerNorm takes it. On a CPU it is always fp32: that also
+    makes PyTorch keep the statistics of 16-bit rows in fp32."""
     if parameter is None:
         return None
     return parameter.float() if parameter.device.type == "cpu" else parameter.to(dtype)

@@ -1,4 +1,4 @@
-"""What is attention's own in its tests: two ways to dq, small tiles, what PyTorch's ops do."""
+"""What attention's tests share: both ways to sum dq, small tiles, which of PyTorch's ops ran."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from right import assert_right
 
 from gptkernels import attention
 
-MASKED = DEVICE == "cpu"  # where PyTorch's fused op takes a mask and gives lse
+MASKED = DEVICE == "cpu"  # on a CPU PyTorch's fused op takes a mask and returns lse
 
 
 def hold(
@@ -22,14 +22,15 @@ def hold(
     op: Callable[..., Any] = attention,
     **options: Any,
 ) -> None:
-    """To the truth; the CUDA kernels, which in 16 bits have two ways to dq, by both."""
+    """Asserts that `op` passes the parity rule. The CUDA kernels have two ways to sum dq in 16
+    bits, so both are tested."""
     two_ways = impl == "cuda" and tensors["q"].dtype != FP32
     for deterministic in (False, True) if two_ways else (False,):
         assert_right(op, tensors, seed, impl=impl, deterministic=deterministic, **options)
 
 
 def shrink_tiles(patch: pytest.MonkeyPatch, BM: int, BN: int) -> None:
-    """Several blocks of the Triton kernels in a few tokens."""
+    """Makes the Triton kernels' tiles so small that a few tokens fill several blocks."""
     kernels = pytest.importorskip("gptkernels.ops.attention.triton.dense")
     for name in ("_FORWARD", "_QUERIES", "_KEYS"):
         tables = {
@@ -40,7 +41,7 @@ def shrink_tiles(patch: pytest.MonkeyPatch, BM: int, BN: int) -> None:
 
 
 def noting(function: Callable[..., Any], notes: list[str]) -> Callable[..., Any]:
-    """The function, which notes its name where it returns something."""
+    """Returns the function, changed to append its name to `notes` whenever it returns a result."""
 
     def noted(*arguments: Any) -> Any:
         result = function(*arguments)

@@ -1,4 +1,4 @@
-"""`attention` against the truth in every implementation: sizes, options, strides."""
+"""`attention` against the truth, in every implementation, with all sizes, options and strides."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class TestParity:
     @given(
         sizes=st.tuples(
             st.integers(1, 2),  # B
-            st.integers(1, 70),  # Tq: past the 64 rows of a tile
+            st.integers(1, 70),  # Tq: may exceed the 64 rows of a tile
             st.integers(1, 70),  # Tk
-            st.integers(1, 2),  # query heads a key head
+            st.integers(1, 2),  # query heads for each key head
             st.integers(1, 2),  # Hk, 1 in a batch of 2
             st.sampled_from([8, 16, 20, 64]),  # D
         ),
@@ -58,22 +58,23 @@ class TestParity:
         seed: int,
     ) -> None:
         B, Tq, Tk, group, Hk, D = sizes
-        Hk = min(Hk, 3 - B) if Tq > 4 else 8  # of a few numbers PyTorch's error is anything
+        Hk = min(Hk, 3 - B) if Tq > 4 else 8  # PyTorch's error on a few numbers is random
         H = group * Hk
         tensors = inputs(B, Tq, Tk, H, Hk, D, dtype, seed)
         with pytest.MonkeyPatch.context() as patch:
-            # A few rows a block, so that the written-out formula has many of them.
+            # The formula gets a few rows in each block, and so several blocks.
             patch.setattr(aten, "_SCORES_HELD", B * H * Tk * 40)
             patch.setattr(aten, "_BAND_ROWS", 24)
             if impl == "triton" and dtype != FP32:
-                # Tiles as large as the lengths here would have no inner blocks.
+                # With tiles as large as these lengths, no block would be without a mask.
                 shrink_tiles(patch, *tile)
             masks = dict(
                 causal=causal,
                 window=window,
                 key_lengths=int32(*(min(end, Tk) for end in ends[:B])) if ends else None,
             )
-            # Where no row sees two keys dq and dk are 0, and rounding noise has no yardstick.
+            # If no row sees two keys, dq and dk are 0. Results are then rounding noise, with which
+            # nothing can be compared.
             flat = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
             _, counts = reference.attention(**flat, **masks, return_lse=True)
             hold(
@@ -94,9 +95,9 @@ class TestParity:
     def test_edges_of_tiles(
         self, impl: str, dtype: torch.dtype, Tq: int, Tk: int, lse: bool, seed: int
     ) -> None:
-        heads = 8 if Tq == 1 else 1  # of one number PyTorch's error is anything
+        heads = 8 if Tq == 1 else 1  # PyTorch's error on one number is random
         tensors = inputs(1, Tq, Tk, heads, D=16, dtype=dtype, seed=seed)
-        # With a single key dq and dk are 0, and rounding noise has no yardstick.
+        # With a single key dq and dk are 0. Results are then rounding noise.
         hold(tensors, impl, seed, gradients=Tk > 1, causal=not lse, return_lse=lse)
 
     @runnable
@@ -115,7 +116,7 @@ class TestParity:
 
     @each
     def test_heads_that_do_not_fit_in_the_cache_together(self, impl: str, seed: int) -> None:
-        """At this length the CUDA kernels take the three heads two at a time, then one."""
+        """At this length the CUDA kernels take two heads together, then the third head."""
         tensors = inputs(1, 140, 16000, 3, D=64, seed=seed)
         hold(tensors, impl, seed, gradients=False, window=(100, 0), return_lse=True)
 
@@ -155,7 +156,7 @@ class TestParity:
             dict(dropout_p=1.0),
             dict(window=(1, 0), causal=False),
             dict(window=(2**40, 2**40), causal=False),
-            dict(window=(-1, 3)),  # causal caps right at 0
+            dict(window=(-1, 3)),  # causal lowers right to 0
             dict(window=(3, -1), causal=False),
         ],
         ids=str,
@@ -167,7 +168,7 @@ class TestParity:
 
     @runnable
     def test_strides(self, impl: str, dtype: torch.dtype, seed: int) -> None:
-        """Slices of one projection, heads before tokens, and one key head expanded."""
+        """Slices of one projection, heads before tokens, and one key head that is expanded."""
         torch.manual_seed(seed)
         draw = functools.partial(torch.randn, device=DEVICE, dtype=dtype)
         q, k, v = draw(2, 40, 3, 2, 24).unbind(2)
@@ -209,7 +210,9 @@ class TestParity:
         mask = torch.randn(shape).to(device=DEVICE, dtype=dtype)
         if kind == "bool":
             hold(tensors, "auto", seed, attn_mask=mask > -0.5, softcap=5.0)
-        elif shape[-1] > 1:  # its gradient too; that of one value for a whole row is 0, all noise
+        # The mask's gradient is tested only where the mask differs within a row: one value for a
+        # whole row has the gradient 0, and the result would be rounding noise.
+        elif shape[-1] > 1:
             hold(tensors | dict(attn_mask=mask), "auto", seed, softcap=5.0)
         else:
             hold(tensors, "auto", seed, attn_mask=mask)

@@ -1,5 +1,5 @@
-"""Attention backward's Hopper kernels, emulated or on such a GPU: each way in which they are built
-against the fp64 truth, from the outputs of another implementation's forward pass."""
+"""Attention backward's Hopper kernels, in the emulator or on a Hopper GPU. Each build is compared
+with the fp64 truth. The forward pass is another implementation's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Launched = list[dict[str, Tensor | None]]
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
-    """The workspaces of each launch of the backward pass."""
+    """A list that receives the workspaces of each launch of the backward pass."""
     seen: Launched = []
     allocate = native.allocate
 
@@ -40,12 +40,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
 
 
 def by_hopper(launched: Launched) -> list[bool]:
-    """Whether each launch took the Hopper kernels."""
+    """Returns, for each launch, whether the Hopper kernels ran."""
     return [made["turns"] is not None for made in launched]
 
 
 def again(launched: Launched) -> list[bool]:
-    """Whether the kernels of every device had to do a launch's work again."""
+    """Returns, for each launch, whether the kernels for any GPU had to do the work again."""
     return [bool(made["turns"][0]) for made in launched]  # type: ignore[index]
 
 
@@ -67,7 +67,7 @@ def slopes(*values: float) -> Tensor:
 
 
 class _Backward(torch.autograd.Function):
-    """Another forward pass, and ours backward."""
+    """The forward pass of another implementation, and our backward pass."""
 
     @staticmethod
     def forward(ctx: Any, how: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -205,7 +205,8 @@ def test_any_schedule(schedule: str, copies: str, monkeypatch: pytest.MonkeyPatc
 def test_deterministic_gradients_are_the_same_bits(
     launched: Launched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the fp32 sums of dq, of which rounding would hide most of the order."""
+    """The fp32 sums of dq must be the same too: rounding to 16 bits hides most differences in the
+    order of a sum."""
     tensors = inputs(Tq=300, Tk=700, D=64)  # six blocks of keys, three of rows
     options = dict(causal=False)
     found = []
@@ -236,7 +237,7 @@ def test_what_is_not_wanted_is_not_written(wanted: tuple[bool, ...]) -> None:
 
 
 class TestNotFinite:
-    """0 * NaN is NaN: what a row does not see must not reach it."""
+    """NaN and Inf must not reach a row that does not see them, although 0 * NaN is NaN."""
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize("D", [64, 192])
@@ -248,7 +249,7 @@ class TestNotFinite:
         assert again(launched) == [False]
 
     def test_without_dq(self, launched: Launched) -> None:
-        """Which shows most of what is not finite."""
+        """dk and dv must keep their NaN without dq, which shows most of the non-finite values."""
         tensors = inputs(Tq=140, D=64)
         q, k, v = tensors.values()
         q[0, 100] = math.nan
@@ -270,8 +271,8 @@ class TestNotFinite:
     def test_only_those_who_see_it(
         self, where: str, at: int, D: int, softcap: float, value: float
     ) -> None:
-        """As in test_attention.py, in tiles of which some need no mask: with a window of 40 rows
-        at ... at + 40 see key `at`, and row `at` sees keys at - 40 ... at."""
+        """As in test_attention_rows.py, with some tiles that need no mask. The window has 40 keys:
+        rows at ... at + 40 see key `at`, and row `at` sees the keys at - 40 ... at."""
         T, reach = 200, 40
         tensors = inputs(Tq=T, H=2, D=D)
         tensors["dout"] = inputs(Tq=T, H=2, D=D, seed=1)["q"]
@@ -281,7 +282,7 @@ class TestNotFinite:
             leaves = [given[name].detach().requires_grad_() for name in "qkv"]
             return torch.autograd.grad(call(*leaves), leaves, given["dout"])
 
-        # With masks PyTorch's own would spread NaN.
+        # PyTorch's own forward pass would spread NaN under a mask, so the forward pass is "cuda".
         how: dict[str, Any] = dict(options=options, deterministic=True, forward="cuda")
         truth = of(
             functools.partial(reference.attention, **options),
@@ -309,7 +310,7 @@ class TestNotFinite:
 
 
 class TestGeneric:
-    """What the Hopper kernels do not take."""
+    """Calls that the Hopper kernels do not take."""
 
     def test_wide_heads_dropout_fp32_and_odd_strides(self, launched: Launched) -> None:
         tensors = inputs(Tq=40)

@@ -1,4 +1,5 @@
-"""`attention_decode` against the truth: caches, pages, and what an entry gets in any batch."""
+"""`attention_decode` against the truth: with caches and with pages, and with the same bits for an
+entry in any batch."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from gptkernels.ops.attention.decode import attention_decode_fwd
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import decode as aten
 
-# "torch" keeps bits on a CPU alone.
+# impl="torch" gives an entry the same bits in any batch on a CPU only.
 KEEPS_BITS = [of(impl) for impl in IMPLEMENTATIONS if impl != "torch" or DEVICE == "cpu"]
 
 
@@ -49,14 +50,14 @@ SLOPES = [0.5, 0.25, 0.125, 0.1]
 def test_each_option(
     impl: str, dtype: torch.dtype, Tq: int, page: int | None, options: dict[str, Any]
 ) -> None:
-    # 64 keys are one whole part, where a number of them is asked for.
+    # With num_splits, 64 keys are exactly one split.
     hold(*cache([130, 0, 64, 67], Tq, 4, 2, 20, page, dtype), impl, **options)
 
 
 @each
 def test_many_rows(impl: str) -> None:
-    """Several blocks of them, whose tokens see different parts."""
-    # The last part has one key, which the last token alone sees.
+    """Several blocks of rows, whose tokens see different splits."""
+    # The last split has one key, which only the last token sees.
     hold(*cache([129], 9, 8, 1, 64, None, FP16), impl, num_splits=3, return_lse=True)
     hold(*cache([150], 17, 4, 1, 8, 7, FP16), impl, window=(70, 0), num_splits=3)
 
@@ -110,7 +111,8 @@ def test_any_shape(
 def test_the_same_bits_alone_and_in_a_batch_of_64(
     impl: str, num_splits: int | None, b: int, Tq: int, D: int, dtype: torch.dtype
 ) -> None:
-    """At any place in it, whatever the cache could hold, contiguous or in pages, any strides."""
+    """An entry has the same bits at any place in the batch, with any capacity of the cache, with
+    contiguous caches or pages, and with any strides."""
     lengths = torch.randint(1, 30, (64,)).tolist()
     lengths[b] = 530 if num_splits is None else 170
     tensors, rest = cache(lengths, Tq, D=D, dtype=dtype)
@@ -161,8 +163,8 @@ def test_nonfinite_values_reach_the_tokens_that_see_them_alone(impl: str, num_sp
     tensors, rest = cache([150, 70], 3, 4, 2)
     how = dict(window=(18, 0), num_splits=num_splits, impl=impl)
     expected = attention_decode(**tensors, **rest, **how)
-    tensors["v_cache"][0, 149, 0, 3] = expected[0, 2, :2, 3] = torch.nan  # the last token's own
-    tensors["v_cache"][0, 129, 1, 5] = expected[0, 0, 2:, 5] = torch.inf  # the first's window ends
+    tensors["v_cache"][0, 149, 0, 3] = expected[0, 2, :2, 3] = torch.nan  # the last token sees it
+    tensors["v_cache"][0, 129, 1, 5] = expected[0, 0, 2:, 5] = torch.inf  # the first token sees it
     tensors["k_cache"][1, 68] = expected[1, 1:] = torch.nan
     out = attention_decode(**tensors, **rest, **how)
     assert torch.equal(out.nan_to_num(7e7, 8e8), expected.nan_to_num(7e7, 8e8))
@@ -182,7 +184,7 @@ def test_what_lies_before_the_window_is_not_read(impl: str) -> None:
 @each_kernel
 @pytest.mark.parametrize("page", [None, 8])
 def test_kernels_clamp_lengths_and_pages(impl: str, page: int | None) -> None:
-    """Past the checks of values, which only tensors on a CPU get."""
+    """This calls the op itself, since the public function checks the values of CPU tensors."""
     tensors, rest = cache([24, 24, 0], page=page)
     for name in ("k_cache", "v_cache"):
         tensors[name].nan_to_num_(1.0)
@@ -224,7 +226,7 @@ def at_once(
 
 
 class TestTorchOnAGpu:
-    """All entries at once, nothing read on the host."""
+    """impl="torch" on a GPU: all entries run at once, and the host reads no values."""
 
     @pytest.mark.parametrize("page", [None, 4, 13])
     @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ class TestTorchOnAGpu:
 
     @pytest.mark.parametrize("page", [None, 4])
     def test_reads_nothing_on_the_host(self, page: int | None) -> None:
-        """A meta tensor has no values to read: whoever asks for one raises."""
+        """Reading a value of a meta tensor would raise an error."""
         tensors, rest = cache([13, 0], 2, 4, 2, 16, page)
         q, k, v, lengths, *table = (x.to("meta") for x in (*tensors.values(), *rest.values()))
         slopes = torch.ones(4, device="meta")
@@ -284,7 +286,7 @@ def test_the_rule_of_parts(length: int, room: int, num_splits: int) -> None:
     assert size % (64 if num_splits else 256) == 0
     assert parts <= (num_splits or 64)
     assert parts <= splits.most_splits(length + room, num_splits)
-    if num_splits and length > 64 * num_splits:  # no more than the rounding to 64 costs
+    if num_splits and length > 64 * num_splits:  # only the rounding to 64 adds keys
         assert size - 64 < -(-length // num_splits)
 
 

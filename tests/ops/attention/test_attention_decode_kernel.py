@@ -1,6 +1,5 @@
-"""The CUDA C++ kernel of `attention_decode` (csrc/attention/decode): each way in which it
-is built, in the emulator or on a GPU. test_attention_decode.py holds every implementation to
-the truth.
+"""The CUDA C++ kernel of `attention_decode` (csrc/attention/decode): each of its builds, in the
+emulator or on a GPU. test_attention_decode.py compares every implementation with the truth.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ pytestmark = needs_cuda
 
 
 def problem(*sizes: Any, **options: Any) -> dict[str, Any]:
-    """Arguments. What lies past a length, and pages of nobody, are NaN; they are never named."""
+    """Returns the arguments of a call. What lies past a length, and pages that belong to no entry,
+    are NaN; no block table names such pages."""
     tensors, rest = cache(*sizes, **options)
     return tensors | rest
 
 
 def hold(given: dict[str, Any], num_splits: int | None = None, **options: Any) -> None:
-    """out and lse to the truth."""
+    """Asserts that out and lse pass the parity rule."""
     tensors = {name: given[name] for name in ("q", "k_cache", "v_cache")}
     options |= {name: x for name, x in given.items() if name not in tensors}
     how = dict(num_splits=num_splits, return_lse=True, impl="cuda")
@@ -41,8 +41,8 @@ def run(given: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
     return found
 
 
-# Rows, heads that share a key head times tokens: 16 at most, where warps have keys of their own;
-# 64 at most; 128 at most; more than one block of rows.
+# (Tq, H, Hk). The number of rows is Tq * H / Hk. With at most 16 rows each warp has keys of its
+# own; the other builds have blocks of 64 and of 128 rows; 136 rows are more than one block.
 ROWS = {"1 row": (1, 2, 2), "16 rows": (4, 8, 2), "40 rows": (5, 8, 1), "136 rows": (17, 8, 1)}
 
 
@@ -58,14 +58,14 @@ def test_every_build_in_16_bits(rows: tuple[int, int, int], D: int) -> None:
 @pytest.mark.parametrize("D", [64, 96, 128, 192, 256, 20])
 @pytest.mark.parametrize("Tq", [1, 5])
 def test_every_build_in_32_bits(Tq: int, D: int) -> None:
-    """Of which there is one for each width, with blocks of 16 rows."""
+    """There is one build for each width, with blocks of 16 rows."""
     hold(problem([70, 0, 21], Tq, 4, 1, D), num_splits=2, window=(30, 0))
 
 
 @pytest.mark.parametrize("page", [None, 1, 7, 64])
 @pytest.mark.parametrize("length", [255, 256, 257, 700])
 def test_splits_by_the_length(length: int, page: int | None) -> None:
-    """One split up to 256 keys, and three of 700: results come by two ways."""
+    """Up to 256 keys make one split, and 700 keys make three, which the second kernel combines."""
     hold(
         problem([length, 3], 2, 4, 2, 64, page, BF16), softcap=2.0, alibi_slopes=[0.5, 0.2, 0.1, 0]
     )
@@ -106,18 +106,18 @@ def test_any_shape(
 
 @pytest.mark.parametrize("Tq", [1, 3, 20])
 def test_nan_reaches_the_rows_that_see_it_alone(Tq: int) -> None:
-    """Also keys in front of a window, and with several tokens the last key, which only the last
-    token sees."""
+    """Keys before the window, which no token sees, are NaN. So is the last key of key head 1, which
+    only the last token sees."""
     length, left = 150, 40
     given = problem([length], Tq, 8, 2, 64, dtype=BF16)
     clean = {name: x.clone() for name, x in given.items()}
     for x in (given["k_cache"], given["v_cache"]):
-        x[:, : length - Tq - left] = torch.nan  # nobody's
+        x[:, : length - Tq - left] = torch.nan  # no token sees these keys
         x[:, length - 1, 1, 5] = torch.nan
     out, lse = run(given, window=(left, 0))
     expected, expected_lse = run(clean, window=(left, 0))
     sees = torch.zeros_like(lse, dtype=torch.bool)
-    sees[:, 4:, -1] = True  # heads of key head 1
+    sees[:, 4:, -1] = True  # the query heads that read key head 1
     assert not torch.isfinite(lse[sees]).any()
     torch.testing.assert_close(lse[~sees], expected_lse[~sees], rtol=0, atol=0)
     rows = sees.mT
@@ -128,7 +128,7 @@ def test_nan_reaches_the_rows_that_see_it_alone(Tq: int) -> None:
 def test_values_that_are_not_finite_with_finite_weights() -> None:
     given = problem([90], 5, 4, 2, 64, 16, FP16)
     page, place = int(given["block_table"][0, 88 // 16]), 88 % 16
-    given["v_cache"][page, place, 0, 7] = -torch.inf  # the last two tokens see it
+    given["v_cache"][page, place, 0, 7] = -torch.inf  # only the last two tokens see this value
     out, lse = run(given)
     infinite = torch.zeros_like(out, dtype=torch.bool)
     infinite[:, 3:, :2, 7] = True
@@ -140,7 +140,8 @@ def test_values_that_are_not_finite_with_finite_weights() -> None:
 @pytest.mark.parametrize("num_splits", [None, 3])
 @pytest.mark.parametrize("Tq", [1, 3, 9])
 def test_the_same_bits_in_16_bits(Tq: int, num_splits: int | None) -> None:
-    """In a batch, alone, in a larger cache, and in rows that are copied element by element."""
+    """An entry has the same bits in a batch, alone, in a larger cache, and with rows that the
+    kernel copies element by element."""
     given = problem([300, 5, 90, 0], Tq, 8, 2, 64, dtype=BF16)
     together = run(given, num_splits=num_splits)
     for b, length in enumerate(given["cache_lengths"].tolist()):
@@ -156,7 +157,7 @@ def test_the_same_bits_in_16_bits(Tq: int, num_splits: int | None) -> None:
 
 
 def test_strides() -> None:
-    """Heads before tokens, rows that no 16-byte copy can read, gaps between them."""
+    """Heads before tokens; then rows with gaps between them, which 16-byte copies cannot read."""
     given = problem([40, 19], 2, 4, 2, 64, dtype=BF16)
     by_heads = {
         name: given[name].transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,5 +1,5 @@
-"""Attention's forward kernel for Hopper (csrc/attention/fwd/sm90): in the emulator as a
-machine of compute capability 9.0, or on such a GPU.
+"""Attention's forward kernel for Hopper (csrc/attention/fwd/sm90), on a GPU of compute capability
+9.0 or in the emulator, which imitates one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def forward(tensors: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def hold(tensors: dict[str, Any], built: str | None = None, **options: Any) -> None:
-    """To the truth; and it was Hopper's kernel, built as `built`."""
+    """Asserts that attention passes the parity rule, and that Hopper's kernel ran, with the build
+    whose name starts with `built`."""
     options |= dict(return_lse=True, impl="cuda", gradients=False)
     made = native.record(functools.partial(assert_right, attention, tensors, **options))
     (launch,) = made["launches"]
@@ -72,7 +73,7 @@ def hold(tensors: dict[str, Any], built: str | None = None, **options: Any) -> N
     ],
 )
 def test_head_widths(dtype: torch.dtype, D: int, built: str) -> None:
-    """Blocks with a mask, one without, rows and keys past the end."""
+    """There are blocks with a mask, a block without one, and rows and keys past the end."""
     hold(inputs(1, 150, 270, 1, 1, D, dtype), built)
 
 
@@ -112,7 +113,8 @@ def test_more_options(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("number", range(len(BUILDS)))
 def test_every_build(number: int) -> None:
-    """Causal, with fewer queries than keys: from a tile to the next, and several blocks of each."""
+    """Causal, with fewer queries than keys. There are several tiles of queries and several blocks
+    of keys in each, and CTAs go from one tile to the next."""
     built = BUILDS[number]
     D = built["head_width"]
     tensors = inputs(1, 2 * built["tile_m"] - 30, 2 * built["tile_m"] + 75, 2, 1, D)
@@ -129,7 +131,7 @@ def test_every_build(number: int) -> None:
     assert launch["built"] == built
     assert launch["tiles"] == 4
     if native.EMULATED:
-        assert launch["grid"][0] == 2  # of two multiprocessors: CTAs go from tile to tile
+        assert launch["grid"][0] == 2  # on two multiprocessors each CTA takes two tiles
 
 
 def test_builds_that_cannot() -> None:
@@ -152,14 +154,14 @@ def test_dense_keys_come_in_wider_blocks() -> None:
 
 @pytest.mark.parametrize(("Tq", "Tk"), [(1, 1), (63, 65), (64, 128), (200, 130), (1, 400)])
 def test_edges_of_tiles(Tq: int, Tk: int) -> None:
-    """One tile, and tiles of which some rows, or consumers, have no key or no query."""
-    heads = 8 if Tq == 1 else 1  # of one number PyTorch's error is anything
+    """One tile, and tiles in which some rows see no key or some consumers have no query."""
+    heads = 8 if Tq == 1 else 1  # PyTorch's error on one number is random
     hold(inputs(1, Tq, Tk, heads, D=64))
     hold(inputs(1, Tq, Tk, heads, D=128), causal=False)
 
 
 def test_more_tiles_than_multiprocessors() -> None:
-    """24 of them, of batch entries with different lengths, one of which is empty."""
+    """There are 24 tiles, and the batch entries have different lengths; one entry is empty."""
     tensors = inputs(3, 300, 140, 4, 2, 16)
     hold(tensors, key_lengths=int32(140, 0, 57))
 
@@ -167,7 +169,8 @@ def test_more_tiles_than_multiprocessors() -> None:
 @pytest.mark.parametrize("T", [600, 700])
 @pytest.mark.parametrize("heads", [3, 4])
 def test_early_and_late_tiles_go_in_pairs(T: int, heads: int) -> None:
-    """An odd and an even number of tiles a head; of three heads with five one pair is left over."""
+    """A head has an odd or an even number of tiles. Three heads with five tiles each leave one tile
+    without a partner."""
     hold(inputs(1, T, T, heads, 1, 72))
 
 
@@ -176,13 +179,13 @@ def test_eight_query_heads_read_one() -> None:
 
 
 def test_heads_that_do_not_fit_in_the_cache_together() -> None:
-    """At this length heads come three at a time, then one."""
+    """At this length the kernel takes three heads together, then the fourth head."""
     hold(inputs(1, 70, 32000, 4, D=64), window=(100, 0))
 
 
 @pytest.mark.parametrize("D", [64, 256])
 def test_strides(D: int) -> None:
-    """Slices of one projection, heads before tokens."""
+    """Slices of one projection, and heads before tokens."""
     draw = functools.partial(torch.randn, device=DEVICE, dtype=BF16)
     q, k, v = draw(2, 40, 3, 2, D).unbind(2)
     hold(dict(q=q, k=k, v=v))
@@ -238,7 +241,8 @@ def test_what_lies_past_a_length_never_leaks(value: float, D: int) -> None:
 def test_not_a_number_reaches_only_those_who_see_it(
     dtype: torch.dtype, where: str, value: float, options: dict[str, Any]
 ) -> None:
-    """Causal with a window of 12: rows 70 ... 82 see key 70. Rows apart are as right as ever."""
+    """Causal with a window of 12: rows 70 ... 82 see key 70. The other rows still pass the parity
+    rule."""
     options = dict(window=(12, 0), **options)
     tensors = inputs(1, 150, D=64, dtype=dtype)
     truth = reference.attention(

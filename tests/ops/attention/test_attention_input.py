@@ -1,4 +1,4 @@
-"""Bad input of `attention`: one clear sentence."""
+"""Bad input of `attention` raises an error of one clear sentence."""
 
 from __future__ import annotations
 

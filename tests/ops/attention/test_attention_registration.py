@@ -1,5 +1,5 @@
-"""`attention` as a registered op, and which of PyTorch's own ops impl="torch" is made of. What it
-has in common with others: ../test_every_op.py."""
+"""`attention` as a registered op, and the PyTorch ops that impl="torch" calls. test_every_op.py, in
+the folder above, tests what all ops have in common."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class TestTorchImplementation:
                 assert aten._flash_backward_takes(q) == accepted
 
     def test_memory_stays_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """No tensor of the written-out formula holds more scores than the bound."""
+        """No tensor of the formula has more scores than the bound."""
         monkeypatch.setattr(aten, "_SCORES_HELD", 2000)
         largest = 0
 
@@ -149,7 +149,7 @@ class TestRegistration:
         )
 
     def test_compile_keeps_the_fused_backward(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(aten, "_attention_rows_bwd", None)  # what a gradient of lse would need
+        monkeypatch.setattr(aten, "_attention_rows_bwd", None)  # a gradient of lse would call it
         torch._dynamo.reset()
         call = functools.partial(attention, impl="torch")
         compiled = torch.compile(lambda q, k, v: call(q, k, v), fullgraph=True, backend="aot_eager")

@@ -1,5 +1,5 @@
-"""What rows and keys of `attention` have to do with each other: rows without keys, keys past a
-length, NaN, sizes of 0; the same bits again; dropout's mask."""
+"""Which keys reach which rows of `attention`: rows without keys, keys past a length, NaN, sizes of
+0. Also the same bits on every run, and dropout's mask."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gptkernels.truth import parity
 
 @functools.cache
 def clean_run(**options: Any) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
-    """Inputs of 70 tokens, a cotangent, and the results. Many tests compare with the same."""
+    """Returns inputs of 70 tokens, a cotangent, and the results. Many tests compare with these."""
     dtype = options.pop("dtype")
     tensors = inputs(1, 70, dtype=dtype)
     cotangent = inputs(1, 70, dtype=dtype, seed=1)["q"]
@@ -65,7 +65,7 @@ class TestRowsAndKeysThatAreApart:
     def test_a_row_without_keys_passes_nothing_on(
         self, impl: str, where: str, softcap: float
     ) -> None:
-        """Of six queries and four keys the first two queries stand before every key."""
+        """With six queries and four keys, the first two queries are before every key."""
         tensors = inputs(1, 6, 4)
         cotangents = [torch.randn_like(tensors["q"]), torch.randn(1, 2, 6, device=DEVICE)]
         call = functools.partial(attention, return_lse=True, softcap=softcap, impl=impl)
@@ -117,8 +117,8 @@ class TestRowsAndKeysThatAreApart:
         value: float,
         softcap: float,
     ) -> None:
-        """Causal with a window of 12: rows at ... at + 12 see key `at`, row `at` sees keys
-        at - 12 ... at, and what those rows see lies between at - 12 and at + 12."""
+        """Causal with a window of 12. Rows at ... at + 12 see key `at`, and row `at` sees the keys
+        at - 12 ... at. All keys that those rows see lie between at - 12 and at + 12."""
         hopper = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
         if hopper and impl == "cuda" and dtype == BF16:
             pytest.skip("Hopper's kernels then sum in another order: test_attention_*_sm90.py")
@@ -215,14 +215,14 @@ class TestRowsAndKeysThatAreApart:
     def test_the_same_bits_again(
         self, impl: str, dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Only dq may differ, only where the CUDA kernels add it up by atomics: from three blocks
-        of keys here, in whatever order."""
+        """Only dq may differ, and only where the CUDA kernels sum it with atomics: here over three
+        blocks of keys, in any order."""
         tensors = inputs(1, 40, 270, 2, 1, 24, dtype)
         options = dict(dropout_p=0.2, return_lse=True, deterministic=deterministic)
         call = seeded(functools.partial(attention, **options, impl=impl))
         wanted = run(call, tensors)
         by_atomics = impl == "cuda" and dtype != FP32 and not deterministic
-        for schedule in ("reverse", "7"):  # of the emulator
+        for schedule in ("reverse", "7"):  # of the emulator; a GPU ignores it
             monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", schedule)
             found = run(call, tensors)
             if by_atomics:
@@ -231,7 +231,7 @@ class TestRowsAndKeysThatAreApart:
 
     @each
     def test_dropout_takes_the_mask_of_the_contract(self, impl: str) -> None:
-        """Values that are unit vectors show the mask itself."""
+        """With unit vectors as values, out shows the mask itself."""
         T = 70
         v = torch.eye(T, device=DEVICE)[None, :, None].expand(2, T, 2, T)
         q, v = torch.zeros(2, T, 2, T, device=DEVICE), v.contiguous()

@@ -1,4 +1,4 @@
-"""`attention_varlen` against the truth: sequences of any lengths, laid end to end."""
+"""`attention_varlen` against the truth, with packed sequences of any lengths."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ from gptkernels.truth.parity import poisoned_outputs
 def hold_varlen(
     impl: str, queries: list[int], keys: list[int], tensors: dict[str, Tensor], **options: Any
 ) -> None:
-    """To the truth, of sequences of these lengths."""
+    """Asserts that attention_varlen of sequences of these lengths passes the parity rule."""
     seed = int(torch.randint(2**31, ()))
     options |= arguments(queries, keys)
     hold(tensors, impl, seed, op=attention_varlen, **options)
 
 
 def of_sequences(lengths: dict[str, Any], **options: Any) -> Any:
-    """`attention_varlen` of tensors alone, which drops the same each time."""
+    """Returns `attention_varlen` as a function of the tensors only. It drops the same elements at
+    each call."""
     return seeded(functools.partial(attention_varlen, **lengths, **options))
 
 
 @contextlib.contextmanager
 def small_tiles(impl: str) -> Iterator[None]:
-    """Several blocks in a sequence of some twenty tokens."""
+    """Makes the Triton kernels' tiles so small that twenty tokens fill several blocks."""
     with pytest.MonkeyPatch.context() as patch:
         if impl == "triton":
             shrink_tiles(patch, 16, 16)
@@ -59,7 +60,8 @@ ONE_BY_ONE = (
     {"dropout_p": 0.3},
     {"softmax_scale": 0.7},
 )
-# What kernels do to a sequence `attention`'s tests show: here, where its positions begin.
+# The tests of `attention` cover the arithmetic within a sequence. These options depend on where the
+# positions of a sequence begin.
 TOGETHER = (
     {"window": (7, 0), "alibi_slopes": [0.5, 0.125], "dropout_p": 0.3},
     {"causal": False, "window": (2, 1), "softcap": 2.0, "return_lse": True},
@@ -111,14 +113,15 @@ def test_any_lengths(
 
 @runnable
 def test_more_sequences_than_a_warp_has_lanes(impl: str, dtype: torch.dtype) -> None:
-    """Which look up together what a block of tokens belongs to."""
+    """The lanes of a warp together find the sequence that a block of tokens belongs to. Here there
+    are more sequences than lanes."""
     queries, keys = [i % 3 for i in range(70)], [i % 4 for i in range(70)]
     hold_varlen(impl, queries, keys, inputs(queries, keys, 1, 1, 8, dtype), return_lse=True)
 
 
 @runnable
 def test_one_long_sequence_among_short_ones(impl: str, dtype: torch.dtype) -> None:
-    """Of several of the kernels' own tiles, in the middle of them."""
+    """The long sequence lies in the middle, and has several of the kernels' full-size tiles."""
     queries, keys = [1, 30, 140, 64, 3], [2, 30, 150, 64, 3]
     hold_varlen(impl, queries, keys, inputs(queries, keys, 1, 1, 64, dtype), return_lse=True)
 
@@ -153,11 +156,11 @@ def test_a_sequence_gets_the_bits_that_attention_gives_it_alone(
     seed: int,
     **options: Any,
 ) -> None:
-    dtype = dtype if impl == "cuda" else FP16  # whose tiles are large: fewer for the interpreter
+    dtype = dtype if impl == "cuda" else FP16  # large tiles are faster to interpret
     torch.manual_seed(seed)
     queries, keys = [q for q, _ in lengths], [k for _, k in lengths]
     tensors = inputs(queries, keys, 2, 1, D, dtype)
-    longest = {"max_seqlen_q": 1000, "max_seqlen_k": 2000}  # "or more"
+    longest = {"max_seqlen_q": 1000, "max_seqlen_k": 2000}  # may exceed the longest sequence
     options |= {"impl": impl, "causal": False}
     with poisoned_outputs():
         packed = run(of_sequences(arguments(queries, keys) | longest, **options), tensors)
@@ -172,7 +175,7 @@ def test_a_sequence_gets_the_bits_that_attention_gives_it_alone(
     ):
         whole = torch.cat([x[0] for x in wanted])
         if name == "dq" and impl == "cuda" and not options["deterministic"]:
-            torch.testing.assert_close(found, whole)  # atomics, in any order
+            torch.testing.assert_close(found, whole)  # atomics sum in any order
         else:
             assert torch.equal(found, whole), name
 
@@ -194,7 +197,8 @@ def test_no_sequence_reaches_another(impl: str) -> None:
 def call_ops(
     impl: str, tensors: dict[str, Tensor], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> list[Tensor]:
-    """The registered ops, which check nothing: out, lse, dq, dk, dv of causal attention."""
+    """Calls the registered ops, which check nothing. Returns out, lse, dq, dk and dv of causal
+    attention."""
     options = AttentionOptions(
         0.25, right=0, max_seqlen_q=50, max_seqlen_k=50, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -210,8 +214,9 @@ def call_ops(
 
 @runnable
 def test_tokens_of_no_sequence(impl: str, dtype: torch.dtype) -> None:
-    """Some before the first sequence and more than a block behind the last, as a GPU's callers may
-    have them: 0, lse -inf, no gradient whatever they hold; the others are as without them."""
+    """On a GPU callers may have tokens before the first sequence and after the last one, here more
+    than a block. Whatever these tokens hold, they get out 0, lse -inf and gradient 0. The results
+    of the sequences do not change."""
     queries, keys = [10, 3], [4, 20]
     inner = inputs(queries, keys, dtype=dtype)
     inner["dout"] = torch.randn_like(inner["q"])
@@ -235,8 +240,8 @@ def test_tokens_of_no_sequence(impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("cu_seqlens_q", "cu_seqlens_k"),
     [
-        ([0, 12, 30], [0, 20, 10]),  # falls
-        ([-9, 20, 2**31 - 1], [5, -(2**31), 2**31 - 1]),  # far outside
+        ([0, 12, 30], [0, 20, 10]),  # decreases
+        ([-9, 20, 2**31 - 1], [5, -(2**31), 2**31 - 1]),  # far outside the tensors
         ([40, 20, 0], [50, 1, 40]),
         ([2**31 - 1] * 3, [-1, 50, 25]),
     ],
@@ -244,7 +249,8 @@ def test_tokens_of_no_sequence(impl: str, dtype: torch.dtype) -> None:
 def test_lengths_that_are_none_stay_within_the_tensors(
     impl: str, cu_seqlens_q: list[int], cu_seqlens_k: list[int]
 ) -> None:
-    """NaN lies around everything: read, it would show in what is written; written, it is gone."""
+    """NaN surrounds every tensor. A read out of bounds would show as NaN in the results, and a
+    write out of bounds as a missing NaN."""
     T, around = 30, 40
     guarded: list[Tensor] = []
 
@@ -271,7 +277,7 @@ def test_lengths_that_are_none_stay_within_the_tensors(
 
 @needs_cuda
 def test_lengths_are_clamped_to_what_the_tensors_hold() -> None:
-    """The emulator finds every access that is out of bounds."""
+    """The emulator reports every access out of bounds."""
     tensors = [x[None] for x in inputs([7], [7], dtype=FP16).values()]
     for wild in ([0, 4, 900], [-5, 4, 7], [0, 4, 2**31 - 1], [-(2**31), 4, 7]):
         lengths = int32(*wild)

@@ -1,5 +1,5 @@
-"""gelu_mlp against the truth, in every implementation that runs here. What it keeps, and what must
-not change a bit: test_gelu_mlp_bits.py."""
+"""gelu_mlp against the truth, in every implementation that runs here. test_gelu_mlp_bits.py tests
+what it keeps, and what must not change a bit of its results."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class TestParity:
         seed: int,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Their epilogue runs in two halves; shapes that choose them are slow to interpret."""
+        """The epilogue of large tiles runs in two halves. The tiles are set by hand, since shapes
+        that choose them would be slow to interpret."""
         kernels = pytest.importorskip("gptkernels.ops.gelu_mlp.triton")
         monkeypatch.setattr(kernels, "_tile_for", lambda *_: kernels._Tile(*tile))
         hold(inputs(150, 70, 210, dtype=dtype, seed=seed), impl="triton", seed=seed)
@@ -76,18 +77,18 @@ class TestParity:
     @pytest.mark.parametrize(
         "sizes",
         [
-            (64, 64, 64),  # one small tile, exactly
-            (40, 328, 24),  # along k, more steps of small tiles than stages
-            (130, 328, 40),  # the same of large tiles: two of them, one nearly empty
+            (64, 64, 64),  # exactly one small tile
+            (40, 328, 24),  # small tiles, more steps along k than stages
+            (130, 328, 40),  # the same with two large tiles, one nearly empty
             (128, 40, 256),
-            (136, 136, 264),  # a last row, column and step of large tiles, none whole
-            (1160, 8, 136),  # more row tiles than run together
+            (136, 136, 264),  # large tiles, the last row, column and step incomplete
+            (1160, 8, 136),  # more row tiles than run together on one column tile
         ],
     )
     def test_tiles_of_cuda(
         self, dtype: torch.dtype, sizes: tuple[int, ...], alignment: int, seed: int
     ) -> None:
-        """With rows of whole 16 bytes, and with rows that no 16-byte access fits."""
+        """With rows of a multiple of 16 bytes, and with rows that allow no 16-byte access."""
         rows, width, inner = sizes
         if alignment == 1:
             width, inner = width + 1, inner - 1
@@ -97,7 +98,8 @@ class TestParity:
     @by_dtype
     @pytest.mark.parametrize("rows", [2048, 3125])
     def test_many_rows_in_cuda(self, dtype: torch.dtype, rows: int, seed: int) -> None:
-        """The weights' gradients sum their rows in parts, the biases' in many partial sums."""
+        """The weights' gradients sum over the rows in splits of k, the biases' in many partial
+        sums."""
         a, b = (torch.empty(rows, cols, dtype=dtype, device=DEVICE) for cols in (12, 20))
         splits = cuda_kernels._product(cuda_kernels._PARTIALS, cuda_kernels._WEIGHT, a, b)
         assert splits == rows // 1024
@@ -107,7 +109,8 @@ class TestParity:
     @pytest.mark.parametrize("approximate", ["tanh", "none"])
     @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
     def test_large_pre_activations(self, impl: str, approximate: str) -> None:
-        """GELU and its slope stay finite and exact where their powers and exponentials overflow."""
+        """GELU and its derivative stay finite and accurate where powers or exponentials of h would
+        overflow."""
         h = torch.tensor([0.0, -0.0, 1e-30, 3, -3, 6, -6, 20, -20, 1e4, -1e4, 1e13, -1e13, 3e38])
         identity = torch.eye(len(h), device=DEVICE)
         tensors = {"x": identity, "w1": torch.diag(h).to(DEVICE), "b1": None}
@@ -124,7 +127,8 @@ class TestParity:
     @runnable
     @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 1, 5), (1, 7, 1)])
     def test_tiny_sizes(self, impl: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-        """PyTorch's error on a handful of numbers is luck: the rule holds over many draws."""
+        """PyTorch's error on a handful of numbers is random, so the rule is applied to the largest
+        of many draws."""
         limits: dict[str, list[parity.Measurement]] = {}
         for draw in range(10):
             for measurement in parity.measure(
@@ -144,8 +148,8 @@ class TestStrides:
     @pytest.mark.parametrize("recompute", [False, True])
     @pytest.mark.parametrize("offset", [8, 5])
     def test_rows_apart(self, impl: str, dtype: torch.dtype, offset: int, recompute: bool) -> None:
-        """Bit for bit, unless rows no longer start at multiples of 16 bytes: Hopper's kernels want
-        that, and others add in another order."""
+        """Gaps between rows do not change a bit, unless rows no longer start at multiples of 16
+        bytes. Hopper's kernels cannot take such rows, and other kernels sum in another order."""
         tensors = inputs(3, 21, 40, 56, dtype=dtype)
         strided = dict(tensors)
         strided["x"] = tensors["x"].transpose(0, 1).contiguous().transpose(0, 1)

@@ -23,7 +23,7 @@ class TestMemory:
          (True, ["(6, 10)", "(20, 10)", "(20,)", "(10, 20)"])],
     )  # fmt: skip
     def test_what_is_kept(self, impl: str, recompute: bool, saved: list[str]) -> None:
-        """x, the weights and the pre-activation, or, recomputing, x, the weights and b1."""
+        """It keeps x, the weights and the pre-activation; with recompute x, the weights and b1."""
         kept: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:

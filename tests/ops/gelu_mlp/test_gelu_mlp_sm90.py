@@ -1,4 +1,4 @@
-"""The products of csrc/gelu_mlp/sm90: emulated on a machine that says it is Hopper, or on one."""
+"""The products of csrc/gelu_mlp/sm90, on a Hopper GPU or in the emulator, which imitates one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptkernels.core import native
 from gptkernels.ops.gelu_mlp import cuda as kernels
 
 pytestmark = [needs_cuda, pytest.mark.usefixtures("hopper")]
-RULE, BUILDS = range(3), range(7)  # the rule's are there in every dtype, the others in bf16
+RULE, BUILDS = range(3), range(7)  # the rule's builds are compiled for all dtypes, others for bf16
 SPLIT_SUM = "mlp partial sums"
 
 
@@ -28,12 +28,12 @@ every_build = pytest.mark.parametrize("build", BUILDS)
 
 
 def integers(*shape: int, dtype: torch.dtype = BF16, span: int = 2) -> Tensor:
-    """Whole numbers: their products and sums are exact in fp32, in any order."""
+    """Returns whole numbers. Their products and sums are exact in fp32, in any order."""
     return torch.randint(-span, span + 1, shape).to(device=DEVICE, dtype=dtype)
 
 
 def filled(*shape: int, dtype: torch.dtype) -> Tensor:
-    """An output that nobody has written."""
+    """Returns an output filled with NaN, so that elements that are not written show."""
     return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
 
 
@@ -45,13 +45,13 @@ def launched(run: Callable[[], Any]) -> list[dict[str, Any]]:
     return native.record(run)["launches"]
 
 
-# (m, n, k): one tile exactly; a corner of one tile; more tiles than CTAs, none of them whole, and
-# more steps along k than stages; a row; one step after a whole round of stages.
+# (m, n, k): exactly one tile; a corner of one tile; more tiles than CTAs, some incomplete, with
+# more steps along k than stages; one row; one step after a full round of stages.
 SIZES = [(128, 256, 64), (40, 24, 8), (300, 520, 392), (1, 264, 72), (200, 136, 320)]
 
 
 class TestProducts:
-    """Whole numbers, so that there is one right answer to each product, bit for bit."""
+    """Inputs are whole numbers, so every product has exactly one right answer, bit for bit."""
 
     @every_build
     @pytest.mark.parametrize("sizes", SIZES)
@@ -76,7 +76,7 @@ class TestProducts:
     @pytest.mark.parametrize("sizes", SIZES)
     def test_weight(self, build: int, sizes: tuple[int, int, int], seed: int) -> None:
         m, n, k = sizes
-        m = -(-m // 8) * 8  # a column of a whose rows TMA can address
+        m = -(-m // 8) * 8  # TMA needs rows of a multiple of 16 bytes
         a, b = integers(k, m), integers(k, n)
         out = kernels.weight_grad(a, b, build=build)
         assert torch.equal(out, exact(a.T, b, BF16))
@@ -84,7 +84,8 @@ class TestProducts:
     @every_build
     @pytest.mark.parametrize("splits", [2, 5])
     def test_parts_of_k(self, build: int, splits: int, seed: int) -> None:
-        """Each part is the product of its own rows, as many steps of 64 as others, or one more."""
+        """Each split of k is the product of its own rows. Splits have the same number of steps of
+        64 rows, or one step more."""
         m, n, k = 136, 264, 5 * 64 + 8
         a, b = integers(k, m), integers(k, n)
         partial = filled(splits, m * n, dtype=FP32)
@@ -100,15 +101,16 @@ class TestProducts:
     def test_slope(
         self, build: int, approximate: str, seed: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The same bits as the kernel for any device, whose products are exact too."""
+        """The results have the same bits as those of the kernel for any GPU, whose products are
+        exact too."""
         m, n, k = 150, 328, 72
         dy, w2 = integers(m, k), integers(k, n)
         h = torch.randn(m, n).to(device=DEVICE, dtype=BF16) * 2
         options = (dy, w2, h, approximate, True, True)
         dh, a, partial = kernels.linear_gelu_bwd(*options, build=build)
-        assert partial.shape == (3, n)  # of 64 rows each
+        assert partial.shape == (3, n)  # each sum is over 64 rows
         for part, rows in zip(partial.double(), dh.double().split(64), strict=True):
-            bound = 64 * 2.0**-24 * rows.abs().sum(0)  # of any sum of fp32
+            bound = 64 * 2.0**-24 * rows.abs().sum(0)  # holds for any order of an fp32 sum
             assert ((part - rows.sum(0)).abs() <= bound).all()
         monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm80")
         if native.EMULATED:
@@ -140,8 +142,8 @@ class TestProducts:
 
     @staticmethod
     def gelu_of(h: Tensor) -> Tensor:
-        """By the kernel for any device, from a product with the identity, which is exact: of each
-        value once, which fits a row."""
+        """Returns gelu(h), computed by the kernel for any GPU from an exact product with 1. Each
+        distinct value is computed once, so that all of them fit in one row."""
         values, place = h.unique(return_inverse=True)
         row = torch.zeros(1, -(-len(values) // 8) * 8, dtype=h.dtype, device=h.device)
         row[0, : len(values)] = values
@@ -158,7 +160,7 @@ class TestProducts:
 
 @pytest.fixture
 def build_for_all(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets every product of the public op be made by one build."""
+    """A function that makes one build compute every product of the public op."""
 
     def choose(build: int) -> None:
         for name in ("gelu_mlp_fwd", "gelu_mlp_bwd"):
@@ -191,7 +193,7 @@ class TestParity:
         assert_right(gelu_mlp, tensors, seed, approximate=approximate, **how)
 
     def test_the_rule_takes_hopper_kernels(self) -> None:
-        """Or the tests above would say nothing of -1."""
+        """With build -1 Hopper's kernels run. Otherwise the tests above would not test them."""
         x, w1, b1, w2, b2 = inputs(200, 72, 264, dtype=BF16).values()
         found = launched(lambda: kernels.gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", True))
         assert len(found) == 2
@@ -199,7 +201,7 @@ class TestParity:
 
 
 def everything(dtype: torch.dtype, build: int, *sizes: int, **changed: Tensor) -> list[Tensor]:
-    """Every result of one MLP forward and backward: y, h, dx, dw1, db1, dw2, db2."""
+    """Returns all results of one MLP, forward and backward: y, h, dx, dw1, db1, dw2, db2."""
     x, w1, b1, w2, b2, dy = (
         inputs(*sizes, dtype=dtype) | {"dy": torch.ones(sizes[:2]).to(DEVICE, dtype)} | changed
     ).values()
@@ -243,7 +245,7 @@ class TestIsolation:
     def test_a_bad_row_stays_alone(self, build: int, value: float) -> None:
         clean = everything(BF16, build, 150, 72, 136)
         x = inputs(150, 72, 136, dtype=BF16)["x"]
-        x[149, 7] = value  # a row of the last tile, whose other rows lie outside
+        x[149, 7] = value  # a row of the last, incomplete tile
         dirty = everything(BF16, build, 150, 72, 136, x=x)
         for a, b in zip(clean[:3], dirty[:3], strict=True):  # y, h, dx
             assert torch.equal(a[:149], b[:149])
@@ -251,7 +253,7 @@ class TestIsolation:
 
     @pytest.mark.parametrize("build", RULE)
     def test_nothing_beside_the_operands_reaches_the_result(self, build: int) -> None:
-        """Rows of other tensors go on past their ends, along k and along n, with NaN."""
+        """The operands are parts of larger tensors that hold NaN, along k and along n."""
         clean = everything(BF16, build, 150, 72, 136)
         tensors = inputs(150, 72, 136, dtype=BF16)
         tensors["dy"] = torch.ones_like(tensors["x"])
@@ -282,7 +284,7 @@ class TestChoice:
     @pytest.mark.parametrize("first", [0, 1])
     def test_a_bias_that_pairs_cannot_be_read_from_goes_there_too(self, first: int) -> None:
         a, b = integers(70, 40), integers(64, 40)
-        flat = integers(1, 65).view(-1)  # a view of many parameters, one of which is a number
+        flat = integers(1, 65).view(-1)  # like parameters that are views of one flat tensor
         bias = flat[first : first + 64]
         out = filled(70, 64, dtype=BF16)
         found = native.record(functools.partial(kernels.linear_fwd, a, b, bias, out=out))
@@ -324,7 +326,8 @@ class TestChoice:
             kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), build=0)
 
     def test_few_tiles_of_a_weight_gradient_are_made_in_parts_of_k(self) -> None:
-        """As an H200 would be asked to, which no one has here: 9 tiles of 128 x 128, 132 places."""
+        """A dry run for an H200: 9 tiles of 128 x 128 would leave most of its 132 multiprocessors
+        idle, so k is split."""
         a, b = (torch.empty(16384, 384, dtype=BF16, device="meta") for _ in range(2))
         planned = native.dry_run(
             lambda: kernels.weight_grad(a, b), capability=90, multiprocessors=132

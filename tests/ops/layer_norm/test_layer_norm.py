@@ -35,10 +35,11 @@ def test_table_of_cases(
 @given(data=st.data())
 def test_random_shapes_and_options(impl: str, dtype: torch.dtype, data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 9), min_size=0, max_size=2), label="leading")
-    # Straddles the tile widths 16, 32, ... and both philox paths (C % 8).
+    # These widths lie on both sides of the tile widths 16, 32, ... and take both philox paths, for
+    # C % 8 == 0 and for other C.
     C = data.draw(st.integers(3, 300) | st.sampled_from([16, 64, 256, 1024, 1025]), label="C")
     if C < 16:
-        # The largest error of a handful of values is luck, PyTorch's too: compare over many.
+        # The largest error of a handful of values is random, PyTorch's too, so compare more rows.
         shape = [*shape, 31]
     residual_dtype = data.draw(st.sampled_from([None, dtype, FP32]), label="residual")
     weight_dtype = data.draw(st.sampled_from([dtype, FP32]), label="weight")
@@ -65,8 +66,9 @@ def test_random_shapes_and_options(impl: str, dtype: torch.dtype, data: st.DataO
 @each
 @pytest.mark.parametrize("C", [200, 9001])
 def test_large_mean(C: int, impl: str, seed: int) -> None:
-    """E[x^2] - mean^2 would cancel here, 16-bit statistics would be off by the mean's rounding,
-    and so is an fp32 mean, in one draw of ten, unless the centred row corrects it."""
+    """Here E[x^2] - mean^2 would lose its digits by cancellation, and 16-bit statistics would be
+    wrong by the rounding of the mean. An fp32 mean is wrong too, in one draw of ten, unless the
+    centred row corrects it."""
     for draw in range(20 if C < 1000 else 1):
         torch.manual_seed(seed + draw)
         inputs = layer_norm_inputs(7, C)
@@ -96,7 +98,7 @@ def test_statistics_are_saved_in_fp32(
     exact = x.double()
     exact_rstd = (exact.var(dim=-1, unbiased=False) + 1e-5).rsqrt()
     assert mean.dtype == rstd.dtype == FP32
-    # A mean of 96 addends in fp32: pairwise or sequential, 8 ulp bounds both.
+    # The mean of 96 numbers in fp32 has an error of at most 8 ulp, summed pairwise or in sequence.
     eps = torch.finfo(FP32).eps
     assert ((mean - exact.mean(dim=-1)).abs() <= 8 * eps * exact.abs().mean(dim=-1)).all()
     assert ((rstd - exact_rstd).abs() <= 64 * eps * exact_rstd).all()
@@ -105,10 +107,11 @@ def test_statistics_are_saved_in_fp32(
 def test_more_partial_sums_than_one_block_reduces(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """66 programs, some with two tiles of rows; the second stage adds 64 programs at a time."""
+    """There are 66 programs, some with two tiles of rows. The second stage adds the sums of 64
+    programs at a time."""
     kernels = pytest.importorskip("gptkernels.ops.layer_norm.triton.launch")
     monkeypatch.setattr(kernels, "multiprocessors", lambda _tensor: 66)
-    C = 8192  # one row a tile, one program a multiprocessor
+    C = 8192  # a tile has one row, a multiprocessor one program
     hold(layer_norm_inputs(70, C), seed, impl="triton")
 
 
@@ -128,7 +131,7 @@ def test_strided_rows(impl: str, device: torch.device, seed: int) -> None:
         inputs = dict(x=view, weight=weight, bias=None, residual=residual)
         hold(inputs, seed, prenorm=True, impl=impl)
         hold(dict(x=residual, weight=weight, bias=None, residual=view), seed, impl=impl)
-        hold(dict(x=view, weight=weight, bias=None), seed, impl=impl)  # s is the view
+        hold(dict(x=view, weight=weight, bias=None), seed, impl=impl)  # here s is the view
     every_other, repeated = torch.randn(80, device=device)[::2], torch.randn(1, device=device)
     parameters = dict(weight=every_other, bias=repeated.expand(40))
     hold(dict(x=base[0, :, :40], **parameters), seed, impl=impl)
@@ -245,8 +248,8 @@ def test_only_the_gradients_asked_for(C: int, impl: str, seed: int) -> None:
 
 
 def test_autocast_leaves_dtypes_alone(device: torch.device, seed: int) -> None:
-    """The residual stream stays fp32 beside 16-bit branches: nothing is cast behind the caller's
-    back."""
+    """Under autocast an fp32 residual stream stays fp32 beside 16-bit branches. layer_norm converts
+    nothing that the caller did not ask for."""
     weight = torch.randn(32, device=device)
     branch = torch.randn(4, 32, device=device).bfloat16()
     stream = torch.randn(4, 32, device=device)

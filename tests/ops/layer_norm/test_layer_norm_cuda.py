@@ -1,5 +1,5 @@
-"""What the CUDA C++ kernels of layer_norm do differently from one width, alignment or dtype to the
-next. Those for Hopper: test_layer_norm_sm90.py."""
+"""layer_norm's CUDA C++ kernels for any GPU, with all widths, alignments and dtypes that take
+different paths. test_layer_norm_sm90.py tests the kernels for Hopper."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from gptkernels.core import native
 pytestmark = needs_cuda
 hold = functools.partial(assert_right, layer_norm, impl="cuda")
 
-# Around a group of 8 columns, the 256 of a warp, the rows that several warps share (above 1,792
-# forward, 1,024 backward), and those that no registers hold (above 8,192 backward).
+# Widths around these limits: a group of 8 columns; the 256 columns of a warp; rows that several
+# warps share (above 1,792 forward, 1,024 backward); rows that do not fit in registers (above 8,192
+# backward).
 NARROW = (1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 511, 768, 1023, 1024, 1025, 1280, 1600)
 WIDE = (1792, 1800, 2049, 3000, 4096, 8191, 8192, 8200)
 
@@ -26,7 +27,7 @@ WIDE = (1792, 1800, 2049, 3000, 4096, 8191, 8192, 8200)
 @pytest.mark.parametrize("C", NARROW + WIDE)
 def test_widths(C: int, seed: int) -> None:
     dtypes = DTYPES if C in (768, 1024, 1600) else DTYPES[seed % 3 :][:1]
-    M = 33 if C < 64 else 5  # the largest error of a handful of values is luck
+    M = 33 if C < 64 else 5  # the largest error of a handful of values is random
     for dtype in dtypes:
         inputs = layer_norm_inputs(M, C, dtype=dtype, residual=dtype)
         hold(inputs | dict(residual=None), seed)
@@ -42,8 +43,8 @@ def test_widths(C: int, seed: int) -> None:
     ],
 )  # fmt: skip
 def test_widest_rows(C: int, dtype: torch.dtype, seed: int) -> None:
-    """Forward: the last that stay in registers (28,672 of a fp32 s, 32,768 of a 16-bit one), and
-    those that are read three times."""
+    """Forward: the widest rows that stay in registers (28,672 columns of an fp32 s, 32,768 of a
+    16-bit s), and wider rows, which are read three times."""
     inputs = layer_norm_inputs(2, C, dtype=dtype, residual=dtype)
     hold(inputs, seed, prenorm=True, dropout_p=0.1)
 
@@ -65,8 +66,8 @@ def test_mixtures_of_dtypes(x_dtype: torch.dtype, residual_dtype: torch.dtype, s
 def test_rows_that_are_not_aligned(
     C: int, dtype: torch.dtype, device: torch.device, seed: int
 ) -> None:
-    """Of one operand alone, by its address or by its stride: nothing is read 16 bytes at a time
-    then."""
+    """One operand is not aligned, by its address or by its stride. Then the kernels read nothing 16
+    bytes at a time."""
     base = torch.randn(2, C + 13, device=device).to(dtype)
     vector = torch.randn(C + 1, device=device).to(dtype)
     views = {
@@ -86,9 +87,9 @@ def test_rows_that_are_not_aligned(
 @pytest.mark.parametrize(
     ("M", "C"),
     [
-        (403, 40), (403, 39),  # four rows a CTA forward, ten CTAs of four rows in turn backward
-        (50, 776), (9, 1032), (30, 1025),  # one warp a row; two rows of two warps; not aligned
-        (11, 2304), (13, 3000),  # one row of three warps
+        (403, 40), (403, 39),  # four rows in a CTA; backward ten CTAs take turns
+        (50, 776), (9, 1032), (30, 1025),  # one warp for a row; two warps for a row; not aligned
+        (11, 2304), (13, 3000),  # three warps for a row
     ],
 )  # fmt: skip
 def test_more_rows_than_ctas(M: int, C: int, seed: int) -> None:
@@ -102,7 +103,7 @@ def test_more_rows_than_ctas(M: int, C: int, seed: int) -> None:
 def test_any_number_of_partial_sums(
     partials: int, C: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second stage adds up 32 at a time; a CTA with no row has sums of zero."""
+    """The second stage adds 32 partial sums at a time. The sums of a CTA without rows are 0."""
     count = "layer_norm_bwd_partials"
     monkeypatch.setattr(native.module(), count, lambda *_sizes: partials)
     hold(layer_norm_inputs(37, C), seed)
@@ -110,7 +111,7 @@ def test_any_number_of_partial_sums(
 
 @pytest.mark.parametrize("C", [40, 41, 8200])
 def test_only_one_weight_gradient(C: int, device: torch.device, seed: int) -> None:
-    """In the op itself: dweight alone, dbias alone."""
+    """The op itself returns dweight only, or dbias only."""
     x, weight = torch.randn(9, C, device=device), torch.randn(C, device=device)
     _, _, mean, rstd = torch.ops.gptkernels.layer_norm_fwd(
         x, weight, None, None, None, 0.0, 1e-5, None, "cuda"
@@ -140,7 +141,7 @@ def test_any_schedule_gives_the_same_bits(
 
 
 def test_constant_rows(device: torch.device) -> None:
-    """No variance, with and without rounding in the mean: y is the bias."""
+    """Rows without variance give y = bias, whether or not the mean is rounded."""
     for C in (104, 101, 300, 779, 1784):
         bias = torch.randn(C, device=device)
         x = torch.cat((torch.randn(12), torch.tensor([0.0, 1.0, 1e4 / 3, 1e15])))[:, None]
@@ -150,7 +151,7 @@ def test_constant_rows(device: torch.device) -> None:
 
 
 def test_sums_of_other_dtypes_are_refused(device: torch.device) -> None:
-    """They do not come from the public function."""
+    """The public function never asks for these dtypes of s."""
     x, weight = torch.zeros(2, 8, device=device).half(), torch.ones(8, device=device)
     sentence = r"x \(2, 8\) fp16: the sum must have the dtype of x, or fp32"
     for residual, dtype in ((x.float(), x.dtype), (x, BF16)):

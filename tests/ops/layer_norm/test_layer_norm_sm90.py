@@ -1,5 +1,5 @@
-"""LayerNorm of wide rows by clusters (csrc/layer_norm/sm90): in the emulator as a
-machine of compute capability 9.0, or on such a GPU. Builds take narrow rows too, quickly.
+"""LayerNorm of wide rows by clusters (csrc/layer_norm/sm90), on a GPU of compute capability 9.0 or
+in the emulator, which imitates one. Builds take narrow rows too, which makes quick tests.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ BWD = native.module().layer_norm_bwd_builds() if "cuda" in HERE else []
 by_builds = pytest.mark.parametrize(
     ("forward", "backward"), [(i, min(i, len(BWD) - 1)) for i in range(len(FWD))]
 )
-# Clusters of 2, 4 and 8.
+# The builds with clusters of 2, 4 and 8 CTAs.
 by_cluster = pytest.mark.parametrize("build", [0, 1, 2])
 
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Makes the op take these builds."""
+    """A function that makes the op take these builds."""
 
     def chosen(forward: int, backward: int) -> None:
         for name, build in (("layer_norm_fwd", forward), ("layer_norm_bwd", backward)):
@@ -44,13 +44,14 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 
 def hold(inputs: dict[str, Any], seed: int, **options: Any) -> list[dict[str, Any]]:
-    """To the truth, with gradients. Returns what was launched, of CPU tensors."""
+    """Asserts that layer_norm and its gradients pass the parity rule. Returns the launches; on a
+    GPU those of the backward pass are missing."""
     call = functools.partial(assert_right, layer_norm, inputs, seed, **options, impl="cuda")
     return native.record(call)["launches"]
 
 
 def clusters(launches: list[dict[str, Any]], kernel: str) -> set[tuple[int, int]]:
-    """(CTAs, threads) of the launches of this kernel."""
+    """Returns (CTAs of a cluster, threads) of the launches of this kernel."""
     return {(x["cluster"], x["threads"]) for x in launches if x["kernel"] == kernel}
 
 
@@ -59,7 +60,7 @@ def clusters(launches: list[dict[str, Any]], kernel: str) -> set[tuple[int, int]
 def test_every_build(
     forward: int, backward: int, C: int, dtype: torch.dtype, choose: Any, seed: int
 ) -> None:
-    """Odd rows, and rows that end within a cluster; more rows than clusters."""
+    """Rows of odd length, rows that end within a cluster, and more rows than clusters."""
     choose(forward, backward)
     hold(layer_norm_inputs(5, C, dtype=dtype), seed)
     launches = hold(
@@ -75,11 +76,11 @@ def test_every_build(
 @pytest.mark.parametrize(
     ("C", "dtype", "forward", "backward"),
     [
-        (8200, FP32, None, (4, 160)),  # backward from where one CTA cannot hold the sums
+        (8200, FP32, None, (4, 160)),  # backward: too wide for the sums of one CTA
         (16_384, BF16, (2, 256), (4, 256)),
         (16_392, FP16, (4, 160), (8, 160)),
-        (16_385, FP32, (8, 160), (8, 160)),  # element by element, two groups a thread
-        (32_776, BF16, (8, 160), (8, 160)),  # backward four groups a thread
+        (16_385, FP32, (8, 160), (8, 160)),  # element by element, two groups for each thread
+        (32_776, BF16, (8, 160), (8, 160)),  # backward four groups for each thread
     ],
 )
 def test_sizes_of_the_rule(
@@ -99,7 +100,7 @@ def test_sizes_of_the_rule(
     ("C", "dtype", "forward"),
     [
         (131_072, FP32, {(8, 512)}),
-        (131_080, BF16, {(8, 288)}),  # eight groups a thread
+        (131_080, BF16, {(8, 288)}),  # eight groups for each thread
         (131_080, FP32, set()),
         (65_536, BF16, {(8, 256)}),
         (65_537, BF16, set()),
@@ -108,8 +109,8 @@ def test_sizes_of_the_rule(
 def test_the_widest_rows(
     C: int, dtype: torch.dtype, forward: set[tuple[int, int]], seed: int
 ) -> None:
-    """And those past them, which go to the kernels for any device, as do rows past 65,536 columns
-    backward."""
+    """The widest rows that clusters take, and wider ones, which go to the kernels for any GPU.
+    Backward this limit is 65,536 columns."""
     launches = hold(layer_norm_inputs(1, C, dtype=dtype), seed)
     if native.EMULATED:
         assert clusters(launches, "layer_norm_fwd_sm90") == forward
@@ -129,7 +130,8 @@ def test_mixtures_of_dtypes(build: int, x_dtype: torch.dtype, choose: Any, seed:
 
 @by_cluster
 def test_strided_rows(build: int, choose: Any, seed: int) -> None:
-    """Aligned by a stride of 16 elements, and not by one of 13, or by the address."""
+    """Rows are aligned if the stride is a multiple of 16 elements, and not aligned with another
+    stride or address."""
     choose(build, build)
     for C, wider in ((400, 416), (400, 413), (399, 416)):
         base = torch.randn(4, wider, device=DEVICE, dtype=BF16)
@@ -175,7 +177,8 @@ def test_nan_stays_in_its_row(build: int, poison: float, choose: Any) -> None:
 def test_any_number_of_partial_sums(
     build: int, partials: int, choose: Any, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More rows than clusters, some clusters with one row more than others, and some with none."""
+    """More rows than clusters, clusters with one row more than others, and clusters without
+    rows."""
     choose(build, build)
     monkeypatch.setattr(native.module(), "layer_norm_bwd_partials", lambda *_sizes: partials)
     hold(layer_norm_inputs(7, 600), seed)
@@ -204,7 +207,7 @@ def test_only_the_gradients_asked_for(build: int) -> None:
 def test_any_schedule_gives_the_same_bits(
     build: int, choose: Any, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever CTA of a cluster comes first, and whenever copies arrive."""
+    """The bits do not depend on which CTA of a cluster runs first, nor on when copies arrive."""
     choose(build, build)
     inputs = layer_norm_inputs(5, 1000, residual=FP32)
     call = functools.partial(layer_norm, prenorm=True, impl="cuda")
@@ -248,6 +251,8 @@ def test_the_choice_is_explained() -> None:
     assert "not layer_norm_bwd_sm90: rows of up to 8192 columns need no cluster" in narrow
     assert "build 1, 4 CTAs of 256 threads: could run" in narrow
     assert "grid 16384 in clusters of 4 of 256 threads" in wide
-    assert "grid 264 in clusters of 8 of 256 threads" in wide  # two CTAs an SM of 132
+    assert (
+        "grid 264 in clusters of 8 of 256 threads" in wide
+    )  # two CTAs on each of 132 multiprocessors
     assert "2 builds cannot take it" in wide
     assert "cluster" not in found(4096, 32_768, "sm80")

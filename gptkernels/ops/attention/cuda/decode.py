@@ -18,7 +18,8 @@ def attention_decode_fwd(
     num_splits: int,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, D) and lse (B, H, Tq) fp32. num_splits: 0 where none is given."""
+    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. num_splits is 0 where the user gave
+    none."""
     (B, Tq, H, D), (entries, page, Hk) = q.shape, k_cache.shape[:3]
     out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)

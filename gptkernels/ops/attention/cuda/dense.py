@@ -1,4 +1,5 @@
-"""Launchers of attention's CUDA C++ kernels; the formulas are in csrc/attention."""
+"""Launchers of attention's CUDA C++ kernels. The formulas are in csrc/attention/fwd/kernel.h and
+csrc/attention/bwd/kernel.h."""
 
 from __future__ import annotations
 
@@ -22,10 +23,11 @@ def attention_fwd(
     *,
     build: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, D) and lse (B, H, Tq) fp32. Raises NotImplementedError for an attn_mask.
+    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32.
 
-    `build` is an index into the module's attention_fwd_builds(), kernels for compute capability
-    9.0; -1 is the launcher's choice. RuntimeError where that kernel cannot take the call.
+    `build` is an index into the compiled module's attention_fwd_builds(), the builds for compute
+    capability 9.0; with -1 the launcher chooses. Raises NotImplementedError for an attn_mask, and
+    RuntimeError where the given build cannot run this call.
     """
     if options.attn_mask is not None:
         raise NotImplementedError("attn_mask runs with impl='torch' only, got impl='cuda'")
@@ -59,11 +61,12 @@ def attention_bwd(
     *,
     build: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk and dv contiguous, empty where `grad_mask` is False, and an empty tensor: there is no
-    mask here.
+    """Returns dq, dk and dv, contiguous, each empty where `grad_mask` is False; the fourth tensor,
+    the mask's gradient, is always empty.
 
-    In 16 bits dq is added up in another order on every run (by the generic kernels only where dk or
-    dv is wanted too); not if `deterministic`. `build` as above, of attention_bwd_builds().
+    Unless `deterministic`, 16-bit dq is summed in a different order on every run (by the kernels
+    for any GPU only if dk or dv is wanted too). `build` is as above, an index into
+    attention_bwd_builds().
     """
     dq, dk, dv = (
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
@@ -73,7 +76,7 @@ def attention_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_(), q.new_empty(0)
     if not any(grad_mask[:3]):
         return dq, dk, dv, q.new_empty(0)
-    if dout.stride(-1) != 1:  # an expanded cotangent
+    if dout.stride(-1) != 1:  # such as an expanded tensor
         dout = dout.contiguous()
     call(
         "attention_bwd",
@@ -97,7 +100,7 @@ def attention_bwd(
 
 
 def vectors(options: AttentionOptions) -> dict[str, Tensor | None]:
-    """The options that kernels read through a pointer and without strides."""
+    """Returns the options that are tensors, contiguous, since kernels take only their pointers."""
     fields = zip(AttentionOptions._fields[-len(options.tensors) :], options.tensors, strict=True)
     return {
         name: None if tensor is None else tensor.contiguous()
@@ -107,7 +110,7 @@ def vectors(options: AttentionOptions) -> dict[str, Tensor | None]:
 
 
 def _lengths(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[int, int, int]:
-    """Sequences, and queries and keys of the longest one."""
+    """Returns the number of sequences, and the most queries and keys that one of them has."""
     if options.cu_seqlens_q is None:
         return q.shape[0], q.shape[1], k.shape[1]
     longest = min(options.max_seqlen_q, q.shape[1]), min(options.max_seqlen_k, k.shape[1])
@@ -115,7 +118,7 @@ def _lengths(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[int, int,
 
 
 def _nothing_to_see(q: Tensor, k: Tensor, options: AttentionOptions) -> bool:
-    """Whether no query sees a key."""
+    """Whether there are no queries or no keys at all."""
     return q.numel() == 0 or min(_lengths(q, k, options)) <= 0
 
 

@@ -1,5 +1,5 @@
-"""Attention by PyTorch's own operators: of a batch, of packed sequences, and of new tokens to a
-cache."""
+"""Attention computed with PyTorch's own operators: `dense` for a batch, `varlen` for packed
+sequences, `decode` for new tokens and a cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["attention_bwd", "attention_decode_fwd", "attention_fwd"]
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """out and lse; see `dense` and `varlen`."""
+    """Returns out and lse; see `dense` and `varlen`."""
     kind = dense if options.cu_seqlens_q is None else varlen
     return kind.attention_fwd(q, k, v, options)
 
@@ -34,6 +34,6 @@ def attention_bwd(
     grad_mask: Sequence[bool],
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the mask's gradient; see `dense` and `varlen`."""
+    """Returns dq, dk, dv and the mask's gradient; see `dense` and `varlen`."""
     kind = dense if options.cu_seqlens_q is None else varlen
     return kind.attention_bwd(dout, dlse, q, k, v, out, lse, options, grad_mask, deterministic)

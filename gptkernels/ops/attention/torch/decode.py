@@ -1,9 +1,9 @@
-"""Attention of a few new tokens to a cache, by PyTorch's own ops.
+"""Attention of a few new tokens to a cache, computed with PyTorch's own ops.
 
-On a CPU one batch entry runs after the other, from its own length alone: so its bits do not depend
-on the others in the batch. Elsewhere reading the lengths would wait for the device, and a block of
-batch entries runs at once: its keys are gathered so that each entry's last key comes last, as
-`attention` aligns them, with a mask where an entry has fewer.
+On a CPU the batch entries run one after the other, so an entry's bits do not depend on the rest of
+the batch. On other devices reading the lengths would wait for the device, so a block of batch
+entries runs at once. The keys of that block are gathered so that each entry's last key comes last,
+as `attention` aligns them; a mask hides the places that a shorter entry leaves empty.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import dense as one
 
-# Elements of gathered keys, and of values, that are held at a time.
+# The most elements of gathered keys, and of gathered values, in memory at a time.
 _GATHERED = 2**26
 
 
@@ -28,9 +28,10 @@ def attention_decode_fwd(
     num_splits: int,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, D) and lse (B, H, Tq) fp32; see `reference.attention_decode`.
+    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32; the formula is that of
+    `gptkernels.truth.reference.attention_decode`.
 
-    num_splits is for kernels that cut keys into parts: here nothing does.
+    num_splits is ignored: nothing here cuts the keys into splits.
     """
     B, Tq, H, _ = q.shape
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -45,7 +46,7 @@ def attention_decode_fwd(
         if length > 0:
             k, v = (_keys_of(cache, b, length, block_table) for cache in (k_cache, v_cache))
             new = q[b, None]
-            if odd:  # PyTorch's products may round by where rows start
+            if odd:  # the alignment of rows may change how PyTorch's products round
                 new, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (new, k, v))
             result = one.attention_fwd(new, k, v, alone)
             out[b], lse[b] = result[0][0], result[1][0]
@@ -53,7 +54,7 @@ def attention_decode_fwd(
 
 
 def _keys_of(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> Tensor:
-    """(1, length, Hk, D): the first keys, or values, of a batch entry."""
+    """Returns the first `length` keys, or values, of batch entry b: (1, length, Hk, D)."""
     if block_table is None:
         return cache[b, None, :length]
     pages = block_table[b, : -(-length // cache.shape[1])]
@@ -61,7 +62,7 @@ def _keys_of(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> 
 
 
 def _starts_anywhere(x: Tensor) -> bool:
-    """Whether a row may start at no multiple of 16 bytes."""
+    """Whether a row may start at an address that is not a multiple of 16 bytes."""
     size = x.element_size()
     return x.data_ptr() % 16 > 0 or any(stride * size % 16 > 0 for stride in x.stride()[:-1])
 
@@ -75,7 +76,8 @@ def _at_once(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Fill out and lse without reading a value on the host; lengths and pages are clamped."""
+    """Fills out and lse. The host reads no values, so lengths and page numbers are clamped instead
+    of checked."""
     entries, page, Hk, D = k_cache.shape
     capacity = page if block_table is None else page * block_table.shape[1]
     if q.numel() == 0 or capacity == 0 or entries == 0:
@@ -93,7 +95,7 @@ def _at_once(
         else:
             entry = block_table[few].gather(1, keys // page).clamp(0, entries - 1)
             place = keys % page
-        # 0 * NaN is NaN: what lies past a length must not reach a product.
+        # Zeros replace what lies past a length, which may be NaN: a weight of 0 times NaN is NaN.
         k, v = (
             torch.where(alive[..., None, None], cache[entry, place], 0)
             for cache in (k_cache, v_cache)

@@ -1,4 +1,5 @@
-"""Attention by the fused ops behind F.scaled_dot_product_attention, else by the formula in rows."""
+"""Attention by the fused ops behind F.scaled_dot_product_attention (SDPA) where they have every
+option of the call; else by the formula, one block of query rows after another."""
 
 from __future__ import annotations
 
@@ -13,21 +14,23 @@ from torch.nn.attention import SDPBackend
 from gptkernels.core import philox
 from gptkernels.ops.attention.options import AttentionOptions
 
-# Scores that the written-out attention holds at a time, and elements of a mask for the fused op:
-# blocks of query rows keep to it.
+# The most scores that the formula holds at a time, and the most elements of a mask for the fused
+# op. It limits the size of a block of query rows.
 _SCORES_HELD = 2**24
-# Batches, and heads, that the grids of PyTorch's fused CUDA ops take.
+# The most batch entries, and the most heads, that the grids of PyTorch's fused CUDA ops take.
 _LAUNCH_LIMIT = 65535
-# Query rows a block where causal or a window spares most of the keys: few enough to spare them.
+# Query rows of a block under causal or a window: a small block can skip most of the hidden keys.
 _BAND_ROWS = 256
 
 
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, first_batch: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, D) and lse (B, H, Tq) fp32; see `reference.attention` for the formula.
+    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32; the formula is that of
+    `gptkernels.truth.reference.attention`.
 
-    `first_batch` is the number of q's first entry in the whole batch, for dropout's mask.
+    `first_batch` is the number that q's first entry has in the whole batch: dropout's mask depends
+    on it.
     """
     if q.numel() == 0 or k.numel() == 0:
         rows = (q.shape[0], q.shape[2], q.shape[1])
@@ -56,10 +59,12 @@ def attention_bwd(
     deterministic: bool,
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v and of an additive attn_mask, empty where `grad_mask` is False.
+    """Returns the gradients of q, k, v and an additive attn_mask, each empty where `grad_mask` is
+    False.
 
-    PyTorch's fused backward passes take no dlse, and on CUDA only flash attention's keeps its bits,
-    under torch.use_deterministic_algorithms; elsewhere `deterministic` means the formula.
+    PyTorch's fused backward passes take no dlse. On CUDA only flash attention's backward pass is
+    deterministic, and only under torch.use_deterministic_algorithms; in all other cases
+    `deterministic` leads to the formula.
     """
     if q.numel() == 0 or k.numel() == 0:
         inputs = (q, k, v, options.attn_mask)
@@ -86,7 +91,7 @@ def attention_bwd(
 
 
 def _plain(options: AttentionOptions, q: Tensor, k: Tensor) -> bool | None:
-    """Whether PyTorch's fused ops are to be causal; None where they lack an option."""
+    """Returns the `is_causal` flag for PyTorch's fused ops; None where they lack an option."""
     Tq, Tk = q.shape[1], k.shape[1]
     if options.costly or options.key_lengths is not None or options.attn_mask is not None:
         return None
@@ -98,17 +103,17 @@ def _plain(options: AttentionOptions, q: Tensor, k: Tensor) -> bool | None:
 
 
 def _only_masks(options: AttentionOptions, q: Tensor) -> bool:
-    """Whether PyTorch's fused op for CPUs can do it, given a mask.
+    """Whether PyTorch's fused op for CPUs can run the call, given all of its masks as one mask.
 
-    An additive mask and ALiBi stay with the formula, which alone gives the mask a gradient and
-    keeps fp32 gradients to the accuracy of eager PyTorch, itself without a fused op there.
+    An additive mask and ALiBi need the formula. Only the formula gives the mask a gradient, and
+    only its fp32 gradients are as accurate as those of eager PyTorch, which has no fused op there.
     """
     boolean = options.attn_mask is None or options.attn_mask.dtype == torch.bool
     return q.device.type == "cpu" and boolean and not options.costly and options.softmax_scale > 0
 
 
 def _masked_rows(options: AttentionOptions, B: int, Tq: int, Tk: int) -> Iterator[slice]:
-    """Blocks of query rows for a mask (1 or B, 1 or H, rows, keys)."""
+    """Returns blocks of query rows whose masks (1 or B, 1 or H, rows, keys) are not too large."""
     batches = 1 if options.key_lengths is None else B
     leading = () if options.attn_mask is None else options.attn_mask.shape[:-2]
     per_row = Tk * torch.broadcast_shapes((batches, 1), leading).numel()
@@ -119,7 +124,8 @@ def _masked_rows(options: AttentionOptions, B: int, Tq: int, Tk: int) -> Iterato
 def _hidden(
     options: AttentionOptions, rows: slice, keys: slice, Tq: int, Tk: int, device: torch.device
 ) -> Tensor:
-    """True where masked by anything but an additive mask; broadcasts to (B, H, rows, keys)."""
+    """Returns True where anything but an additive mask hides the key from the query. Broadcasts to
+    (B, H, rows, keys)."""
     position = torch.arange(Tq, device=device)[rows, None] + Tk - Tq
     key = torch.arange(Tk, device=device)[keys]
     hidden = torch.zeros((1, 1), dtype=torch.bool, device=device)
@@ -135,7 +141,7 @@ def _hidden(
 
 
 def _seen_keys(options: AttentionOptions, rows: slice, Tq: int, Tk: int) -> slice:
-    """The keys that these rows see between them, by causal and window."""
+    """Returns the range of keys that at least one of these rows sees, by causal and window."""
     left, right = options.left, options.right
     low = max(0, rows.start + Tk - Tq - left) if left >= 0 else 0
     high = min(Tk, rows.stop + Tk - Tq + right) if right >= 0 else Tk
@@ -145,7 +151,7 @@ def _seen_keys(options: AttentionOptions, rows: slice, Tq: int, Tk: int) -> slic
 def _fused_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor] | None:
-    """out and lse from the fused op that SDPA would pick; None where there is none."""
+    """Returns out and lse of the fused op that SDPA would pick; None where it would pick none."""
     D = q.shape[-1]
     q, k, v = (_heads_first(x) for x in (q, k, v))
     match _fused_choice(q, k, v, causal, scale):
@@ -167,7 +173,7 @@ def _fused_attention_fwd(
             )
         case _:
             return None
-    # Some pad lse to whole tiles, some give it a last dimension of 1.
+    # Some of the ops pad lse to whole tiles, and some give lse a last dimension of 1.
     lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.shape[2]]
     return out.transpose(1, 2)[..., :D].contiguous(), lse.contiguous()
 
@@ -183,7 +189,8 @@ def _fused_attention_bwd(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, ...] | None:
-    """dq, dk and dv from the fused op that SDPA would pick; None where none will do."""
+    """Returns dq, dk and dv of the fused op that SDPA would pick; None where there is none, or
+    where it cannot run this call."""
     D, Tq, Tk = q.shape[-1], q.shape[1], k.shape[1]
     dout, q, k, v, out = (_heads_first(x) for x in (dout, q, k, v, out))
     backend = _fused_choice(q, k, v, causal, scale)
@@ -196,7 +203,8 @@ def _fused_attention_bwd(
         )
         if backend != "flash" or not enforced:
             return None
-    # Philox state and cumulative lengths are read only with dropout and with packed sequences.
+    # The ops read the Philox state only with dropout, and cumulative lengths only with packed
+    # sequences. Neither is used here.
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
     match backend:
         case "cpu":
@@ -209,7 +217,7 @@ def _fused_attention_bwd(
                 scale=scale,
             )  # fmt: skip
         case "efficient":
-            # Its rows of lse start on multiples of 32.
+            # This op wants the rows of lse to start on multiples of 32.
             lse = F.pad(lse, (0, -Tq % 32), value=math.inf)
             *gradients, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
                 dout, q, k, v, None, out, lse, unused, unused, 0.0, [True, True, True, False],
@@ -226,7 +234,7 @@ def _fused_attention_bwd(
 
 
 def _fused_choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
-    """The name of the fused op for (B, H, T, D) inputs; None where only the formula will do."""
+    """Returns the name of SDPA's fused op for (B, H, T, D) inputs; None where there is none."""
     if q.device.type == "cpu":
         return "cpu"
     if q.device.type != "cuda" or max(q.shape[:2]) > _LAUNCH_LIMIT:
@@ -243,13 +251,15 @@ def _fused_choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 
 
 def _flash_backward_takes(q: Tensor) -> bool:
-    """On GPUs with little shared memory PyTorch's refuses head widths 193 ... 224."""
+    """Whether PyTorch's flash backward takes q's head width. On GPUs with little shared memory it
+    refuses widths from 193 to 224."""
     capability = torch.cuda.get_device_capability(q.device)
     return not 192 < q.shape[-1] <= 224 or capability == (8, 0) or capability[0] in (9, 10)
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """(B, T, H, D) -> (B, H, T, D), on CUDA with D padded to a multiple of 8, as the ops want."""
+    """Returns x (B, T, H, D) as (B, H, T, D). On CUDA it pads D to a multiple of 8, as PyTorch's
+    fused ops require."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     if x.is_cuda and x.shape[-1] % 8:
@@ -260,7 +270,8 @@ def _heads_first(x: Tensor) -> Tensor:
 def _masked_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused op for CPUs, given the mask of one block of query rows after another."""
+    """Returns out and lse of PyTorch's fused op for CPUs, called with a mask for one block of query
+    rows after another."""
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
     out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
@@ -278,7 +289,8 @@ def _masked_attention_fwd(
         )  # fmt: skip
         lse[:, :, rows], out[:, rows] = block_lse, block.transpose(1, 2)
         empty = hidden.all(-1)
-        if empty.any():  # the op gives these lse 0, and to out a NaN in q
+        # Rows that see no key: the op gives them lse 0, and lets a NaN in q reach out.
+        if empty.any():
             lse[:, :, rows].masked_fill_(empty, -math.inf)
             out[:, rows].transpose(1, 2).masked_fill_(empty[..., None], 0)
     return out, lse
@@ -293,7 +305,8 @@ def _masked_attention_bwd(
     lse: Tensor,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, as in `_masked_attention_fwd`; dk and dv are summed in fp32."""
+    """Returns dq, dk and dv, computed block by block as in `_masked_attention_fwd`; dk and dv are
+    summed in fp32."""
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
     dtype = q.dtype
     dq = torch.empty((B, Tq, H, D), dtype=dtype, device=q.device)
@@ -305,7 +318,9 @@ def _masked_attention_bwd(
     )
     empty = (lse == -math.inf)[..., None]
     fixing = bool(empty.any())
-    if fixing:  # rows without keys: weights exp(-inf - 0) = 0, which must not meet NaN
+    # With lse 0 the weights of rows without keys are exp(-inf - 0) = 0. Since 0 * NaN is NaN, their
+    # dout and q become zeros too.
+    if fixing:
         lse = lse.masked_fill(empty[..., 0], 0)
         dout, q = dout.masked_fill(empty, 0), q.masked_fill(empty, 0)
     for rows in _masked_rows(options, B, Tq, Tk):
@@ -330,7 +345,8 @@ def _masked_attention_bwd(
 
 
 def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a key is seen, -inf where it is hidden: the fused op adds its mask to the scores."""
+    """Returns 0 where a key is visible and -inf where it is hidden, for the fused op to add to the
+    scores."""
     zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     return zeros.masked_fill_(hidden, -math.inf)
 
@@ -338,7 +354,7 @@ def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 def _attention_rows_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, first_batch: int
 ) -> tuple[Tensor, Tensor]:
-    """The formula in fp32, one block of query rows after another."""
+    """Returns out and lse by the formula in fp32, one block of query rows after another."""
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
     out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
@@ -373,7 +389,8 @@ def _attention_rows_bwd(
     grad_mask: Sequence[bool],
     first_batch: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dS = P (dP - sum(P dP) + dlse), in fp32, one block of query rows after another."""
+    """Returns the gradients by the formula dS = P (dP - sum(P dP) + dlse) in fp32, one block of
+    query rows after another."""
     (B, Tq, H, D), (Tk, Hk), dtype = q.shape, k.shape[1:3], q.dtype
     want_q, want_k, want_v, want_mask = grad_mask
     dq = torch.empty((B, Tq, H, D) if want_q else (0,), dtype=dtype, device=q.device)
@@ -392,10 +409,11 @@ def _attention_rows_bwd(
                 dq[:, rows] = 0
             continue
         s, cap = _attention_scores(q, k, rows, keys, options)
-        # The weights of a row without keys are 0. Products with them are 0 only where its q, dout
-        # and dlse, which may be NaN, are left out.
+        # The weights of a row without keys are 0. Its q, dout and dlse may be NaN, and 0 * NaN is
+        # NaN, so zeros replace them before the products.
         empty = lse[:, :, rows, None] == -math.inf
-        p = torch.softmax(s, -1).masked_fill_(empty, 0)  # exp(s - lse) has the rounding of lse too
+        # softmax(s) is more accurate than exp(s - lse), which adds the rounding error of lse.
+        p = torch.softmax(s, -1).masked_fill_(empty, 0)
         do = _by_group(dout[:, rows].transpose(1, 2).float().masked_fill(empty, 0), Hk)
         dp = (do @ v[:, :, keys].mT).view(p.shape)
         kept = p
@@ -428,7 +446,8 @@ def _attention_rows_bwd(
 def _attention_scores(
     q: Tensor, k: Tensor, rows: slice, keys: slice, options: AttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores (B, H, rows, keys) fp32, -inf where masked, and the softcap's slope, None without."""
+    """Returns the scores (B, H, rows, keys) in fp32, -inf where hidden, and the derivative of the
+    softcap, None without a softcap."""
     (B, Tq, H), (Hk, Tk) = q.shape[:3], k.shape[1:3]
     rows_q = _by_group(q[:, rows].transpose(1, 2).float(), Hk)
     s = (
@@ -450,7 +469,8 @@ def _attention_scores(
 
 
 def _mask_block(mask: Tensor, rows: slice, keys: slice) -> Tensor:
-    """These rows and keys of a mask that broadcasts to (B, H, Tq, Tk): a view, 4 dimensions."""
+    """Returns a view, with 4 dimensions, of these rows and keys of a mask that broadcasts to
+    (B, H, Tq, Tk)."""
     mask = mask[(None,) * (4 - mask.dim())]
     every = slice(None)
     return mask[:, :, rows if mask.shape[2] > 1 else every, keys if mask.shape[3] > 1 else every]
@@ -462,7 +482,8 @@ def _row_blocks(scores_per_row: int, Tq: int, most: int | None = None) -> Iterat
 
 
 def _living_keys(x: Tensor, key_lengths: Tensor | None) -> Tensor:
-    """(B, H, T, D), zero past the lengths: 0 * NaN is NaN."""
+    """Returns x (B, H, T, D) with zeros past the lengths: what lies there may be NaN, and 0 * NaN
+    is NaN."""
     if key_lengths is None:
         return x
     dead = torch.arange(x.shape[2], device=x.device) >= key_lengths[:, None]
@@ -470,14 +491,15 @@ def _living_keys(x: Tensor, key_lengths: Tensor | None) -> Tensor:
 
 
 def _by_group(x: Tensor, key_heads: int) -> Tensor:
-    """(B, H, rows, n) -> (B, Hk, H / Hk * rows, n): the query heads of one key head as rows."""
+    """Returns x (B, H, rows, n) as (B, Hk, H / Hk * rows, n): the query heads of one key head
+    become more rows."""
     return x.reshape(x.shape[0], key_heads, -1, x.shape[-1])
 
 
 def _attention_dropout(
     q: Tensor, rows: slice, keys: slice, options: AttentionOptions, first_batch: int
 ) -> Tensor:
-    """What weights are multiplied by: 0 where dropped, else the inverse of the keep probability."""
+    """Returns dropout's factor of each weight: 0 where dropped, else 1 / the keep probability."""
     count = rows.stop - rows.start
     keep = philox.attention_keep(
         options.rng, options.dropout_p, q.shape[0], q.shape[2], count, keys.stop, rows.start,
@@ -487,7 +509,7 @@ def _attention_dropout(
 
 
 def _add_mask_gradient(dmask: Tensor, ds: Tensor, rows: slice, keys: slice) -> None:
-    """Adds a block of dS, summed over the dimensions that the mask broadcasts."""
+    """Adds a block of dS to the mask's gradient, summed over the mask's broadcast dimensions."""
     target = _mask_block(dmask, rows, keys)
     broadcast = [d for d in range(4) if target.shape[d] == 1 and ds.shape[d] != 1]
     if broadcast:

@@ -1,6 +1,6 @@
-"""Attention of packed sequences, one `attention` after the other.
+"""Attention of packed sequences, one sequence after the other.
 
-The lengths are read on the host, which on a GPU waits for it.
+The host reads the lengths; on a GPU it has to wait for them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from gptkernels.ops.attention.torch import dense as one
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """out (1, total_q, H, D) and lse (1, H, total_q) fp32; see `reference.attention_varlen`."""
-    # On a GPU nobody has looked whether the lengths cover q: queries of no sequence give 0.
+    """Returns out (1, total_q, H, D) and lse (1, H, total_q) in fp32; the formula is that of
+    `gptkernels.truth.reference.attention_varlen`."""
+    # The lengths are not checked on a GPU, so some queries may belong to no sequence: out is 0.
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_full((1, q.shape[2], q.shape[1]), -math.inf, dtype=torch.float32)
     for b, rows, keys in _sequences(options):
@@ -42,7 +43,8 @@ def attention_bwd(
     grad_mask: Sequence[bool],
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk and dv, empty where `grad_mask` is False, and an empty tensor: there is no mask."""
+    """Returns dq, dk and dv, each empty where `grad_mask` is False; the fourth tensor, the mask's
+    gradient, is always empty."""
     dq, dk, dv = (
         torch.zeros(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
         for x, wanted in zip((q, k, v), grad_mask, strict=False)
@@ -62,12 +64,12 @@ def attention_bwd(
 
 
 def _of_one(options: AttentionOptions) -> AttentionOptions:
-    """What is asked for each sequence by itself."""
+    """Returns the options for one sequence by itself."""
     return options._replace(cu_seqlens_q=None, cu_seqlens_k=None)
 
 
 def _sequences(options: AttentionOptions) -> Iterator[tuple[int, slice, slice]]:
-    """(number, queries, keys) of each sequence that has queries or keys."""
+    """Yields (number, queries, keys) of each sequence that has queries or keys."""
     assert options.cu_seqlens_q is not None
     assert options.cu_seqlens_k is not None
     ends = zip(options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist(), strict=True)

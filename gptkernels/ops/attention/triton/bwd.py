@@ -1,20 +1,26 @@
-"""Attention backward in three kernels without atomics: the same input gives the same bits (Dao,
-"FlashAttention-2", 2023).
+"""Attention backward (Dao, "FlashAttention-2", 2023) in three kernels. They use no atomics, so the
+same input gives the same bits.
 
     p = exp(s - lse)                                dp = keep * dropout_scale * (dout . v)
     delta = sum_d dout * out - dlse                 ds = p * (dp - delta) * slope of softcap
     dv = sum_i keep * dropout_scale * p dout        dk = scale * sum_i ds q
     dq = scale * sum_j ds k
 
-delta_kernel: (B, H, Tq) fp32; with dropout too, sum_d dout * out equals sum_j p dp.
-In fp32 that is not close enough: where a row has few keys ds is a small difference, and the
-rounding of out, of lse and of a sum in another order outweighs that of eager PyTorch. So there
-(EXACT) queries_kernel first sums p and p dp itself; p is divided by its sum, delta is the quotient
-of the two, and dlse is added last.
-queries_kernel: a block of rows stays and the keys that it sees pass by: dq.
-keys_kernel: a block of keys stays and all rows that see it pass by, of every query head that reads
-this key head: dk, dv. Scores are recomputed in both: 7 products for 5.
-Sums are fp32; dq, dk and dv are contiguous in the inputs' dtype.
+delta_kernel computes delta, (B, H, Tq) fp32. sum_d dout * out equals sum_j p dp, with dropout too.
+
+queries_kernel computes dq: each program keeps a block of rows and loops over the keys that the rows
+see.
+
+keys_kernel computes dk and dv: each program keeps a block of keys and loops over all rows that see
+them, of every query head that reads this key head.
+
+Both of them recompute the scores, which makes 7 products instead of 5. Sums are fp32; dq, dk and dv
+are contiguous, in the inputs' dtype.
+
+In fp32 (EXACT) the formula for delta is not accurate enough. Where a row has few keys, ds is a
+small difference of larger numbers, and the rounding of out, of lse and of the sums would make its
+error larger than eager PyTorch's. So queries_kernel first sums p and p * dp itself. Then p is
+divided by the sum of p, delta is the sum of p * dp divided by the sum of p, and dlse is added last.
 """
 
 import triton
@@ -45,7 +51,7 @@ def attention_bwd_delta_kernel(
     H, Tq,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(dout * out) - dlse for a block of rows of one head."""
+    """Computes delta = rowsum(dout * out) - dlse for a block of rows of one head."""
     row_blocks = tl.cdiv(Tq, BM)
     bh = (tl.program_id(0) // row_blocks).to(tl.int64)
     rows = tl.program_id(0) % row_blocks * BM + tl.arange(0, BM)
@@ -89,7 +95,7 @@ def attention_bwd_keys_kernel(
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     EXACT: tl.constexpr, HAS_DLSE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys of one key head."""
+    """Computes dk and dv of a block of keys of one key head."""
     key_heads = H // GROUP
     b, hk, block, Tk, Tq, first_k, first_q = place(
         cu_k_ptr, cu_q_ptr, total_k, total_q, key_heads, B, BN, VARLEN
@@ -98,7 +104,7 @@ def attention_bwd_keys_kernel(
         past = block >= tl.cdiv(Tk, BN)
         if past:
             return
-    # Early keys of a causal triangle have the most rows, and come first.
+    # Under causal the first keys are seen by the most rows, so they start first.
     j0 = block * BN
     shift = Tk - Tq
     kv_len = Tk
@@ -136,8 +142,8 @@ def attention_bwd_keys_kernel(
     dout_first = first_q * stride_ot if VARLEN else b * stride_ob
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
-    # First the blocks of rows at the edges, with masks; then those that see every key, without.
-    # All query heads of the group in one flat loop: a nested one costs 80 registers.
+    # First the blocks of rows that need masks; then, without masks, those that see every key.
+    # One flat loop covers all query heads of the group: a nested loop costs 80 registers.
     for masked in tl.static_range(1, -1, -1):
         start, end = (lo, hi - (full_hi - full_lo)) if masked else (full_lo, full_hi)
         row_blocks = tl.cdiv(tl.maximum(end - start, 0), BM)
@@ -158,22 +164,23 @@ def attention_bwd_keys_kernel(
             if masked:
                 lse = tl.load(lse_ptr + sums + rows, mask=rows < Tq, other=-INFINITY)
                 delta = tl.load(delta_ptr + sums + rows, mask=rows < Tq, other=0.0)
-                # 0 * NaN is NaN: a row with NaN or Inf in q or dout, which shows in its lse or
-                # delta, would reach keys that it does not see. It is read as zeros, and lse
-                # carries a NaN to the keys that it does see.
+                # NaN or Inf in a row of q or dout shows in its lse or delta. In a product it would
+                # reach keys that the row does not see, since 0 * NaN is NaN. So such a row is read
+                # as zeros, and a NaN in lse reaches the keys that it does see.
                 sound = (tl.abs(lse) < INFINITY) & (tl.abs(delta) < INFINITY)
                 lse = tl.where(sound | (lse == -INFINITY), lse, float("nan"))
             else:
                 lse = tl.load(lse_ptr + sums + rows)
                 delta = tl.load(delta_ptr + sums + rows)
                 sound = rows >= 0
-            # A row with no key has lse = -inf and weights 0; so has a row past the end.
+            # A row that sees no key has lse = -inf, and so has a row past the end. The infinity
+            # makes their weights 0.
             lse = tl.where(lse == -INFINITY, INFINITY, lse * LOG2E)
             q_offsets = tl.arange(0, BM).to(tl.int64)[:, None] * stride_qt + dims[None, :]
             q = load_rows(q_base + i0_wide * stride_qt, q_offsets, sound, D, BD, masked)
             dout_offsets = tl.arange(0, BM).to(tl.int64)[:, None] * stride_ot + dims[None, :]
             dout = load_rows(dout_base + i0_wide * stride_ot, dout_offsets, sound, D, BD, masked)
-            # The tile lies as (keys, rows), so that p and ds are ready to be left operands.
+            # The tile is (keys, rows), so that p and ds can be left operands without a transpose.
             product = tl.dot(k, tl.trans(q), input_precision="ieee")
             if masked and SOFTCAP:
                 q, tainted = finite_rows(q)
@@ -251,7 +258,7 @@ def attention_bwd_queries_kernel(
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     EXACT: tl.constexpr, HAS_DLSE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of rows of one head."""
+    """Computes dq of a block of rows of one head."""
     b, h, block, Tq, Tk, first_q, first_k = place(
         cu_q_ptr, cu_k_ptr, total_q, total_k, H, B, BM, VARLEN
     )
@@ -306,7 +313,7 @@ def attention_bwd_queries_kernel(
         i0, Tq, shift, left, right, kv_len, BM, BN, HAS_LEFT, HAS_RIGHT
     )
     dq = tl.zeros((BM, BD), tl.float32)
-    # EXACT goes over the keys twice, for delta first.
+    # EXACT loops over the keys twice: first for delta, then for dq.
     for summing in tl.static_range(1 if EXACT else 0, -1, -1):
         for masked in tl.static_range(1, -1, -1):
             start, end = (lo, hi - (full_hi - full_lo)) if masked else (full_lo, full_hi)
@@ -366,7 +373,7 @@ def attention_bwd_queries_kernel(
                     if HAS_DLSE:
                         dp += dlse[:, None]
                     ds = p * dp * slope_of_cap
-                    if masked:  # delta may be NaN
+                    if masked:  # delta may be NaN, so hidden pairs are set to 0 here as well
                         ds = tl.where(visible, ds + tainted[None, :], 0.0)
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         if summing:

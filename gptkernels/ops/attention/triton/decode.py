@@ -1,15 +1,17 @@
-"""Attention of a few new tokens to a cache: online softmax over one part of the keys a program
-(Dao et al., "Flash-Decoding", 2023), and a second kernel that combines the parts.
+"""Attention of a few new tokens to a cache (Dao et al., "Flash-Decoding", 2023). In the first
+kernel each program computes an online softmax over one split of the keys; the second kernel
+combines the splits.
 
-    part s:  m_s = max_j s_j,  l_s = sum_j exp2(s_j - m_s),  o_s = sum_j exp2(s_j - m_s) v_j / l_s
-    z_s = m_s + log2 l_s,  z = log2 sum_s exp2(z_s)
-    out = sum_s exp2(z_s - z) o_s,   lse = z ln 2
+    split n:  m_n = max_j s_j,  l_n = sum_j exp2(s_j - m_n),  o_n = sum_j exp2(s_j - m_n) v_j / l_n
+    z_n = m_n + log2 l_n,  z = log2 sum_n exp2(z_n)
+    out = sum_n exp2(z_n - z) o_n,   lse = z ln 2
 
 q (B, Tq, H, D), k and v (B, Tmax, Hk, D) or pages (N, page, Hk, D), any strides with a unit last
-one; out (B, Tq, H, D) and lse (B, H, Tq) fp32, contiguous. The group = H / Hk heads that share keys
-and the query tokens are rows of one product, row i * group + g for head g of token i: each key and
-value moves once for BM rows, and those bytes are what the time goes to. o_s and z_s are kept in
-fp32 between the kernels. Which keys make a part: `gptkernels.ops.attention.splits`.
+one; out (B, Tq, H, D) and lse (B, H, Tq) fp32, contiguous. group = H / Hk query heads share a key
+head. These heads and the query tokens make the rows of one product: row i * group + g is head g of
+token i. So each key and value moves once for BM rows; moving those bytes takes most of the time.
+o_n and z_n are stored in fp32 between the kernels. `gptkernels.ops.attention.splits` says which
+keys belong to which split.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ from gptkernels.ops.attention.triton.scores import (
     without_nonfinite,
 )
 
-# (rows BM, keys BN, warps, stages) by the padded width of a head, the least 64; the rooms are those
-# of `attention`, BN divides `ALIGNMENT`. Few rows: the keys are read once, and all
-# but one of the stages are on their way. Many rows need registers for their products. fp32 has
-# tiles of few rows alone, since arithmetic takes its time there. No GPU has timed them yet.
+# (rows BM, keys BN, warps, stages) by the padded head width, at least 64. The names "sm90", "sm80"
+# and "fp32" are those of `room_of`. BN divides `ALIGNMENT`.
+# Few rows: the keys are read once, and all stages but one are being loaded.
+# Many rows: the products need registers.
+# fp32 has only tiles of few rows, since there arithmetic takes most of the time.
+# No GPU has timed these tiles yet.
 _Tile = tuple[int, int, int, int]
 _FEW: dict[str, dict[int, _Tile]] = {
     "sm90": {64: (16, 64, 4, 4), 128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
@@ -56,8 +60,9 @@ _MANY: dict[str, dict[int, _Tile]] = {
     "sm80": {64: (64, 32, 8, 3), 128: (64, 32, 8, 3), 256: (32, 32, 8, 2)},
     "fp32": _FEW["fp32"],
 }
-_COMBINED = 16  # parts that are added up at a time
-# None of them is part of the arithmetic: whatever the cache could hold, one kernel, the same bits.
+_COMBINED = 16  # splits that are combined at a time
+# Triton must not specialise kernels on these arguments. One kernel then serves every cache size, so
+# the bits do not depend on the cache's capacity.
 _VARYING = (
     "Tq", "pages", "page", "capacity", "max_splits", "num_splits", "left", "stride_table",
 )  # fmt: skip
@@ -69,7 +74,7 @@ _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 @triton.jit
 def _keys_per_split(length, num_splits):
-    """`ops.attention.splits.keys_per_split`."""
+    """The same rule as `gptkernels.ops.attention.splits.keys_per_split`."""
     size = _LEAST_KEYS * tl.maximum(1, tl.cdiv(length, _LEAST_KEYS * _MOST_SPLITS))
     if num_splits > 0:
         size = _ALIGNMENT * tl.maximum(1, tl.cdiv(tl.cdiv(length, num_splits), _ALIGNMENT))
@@ -80,14 +85,14 @@ def _keys_per_split(length, num_splits):
 def attention_decode_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, capacity, Hk, D), or (pages, page, Hk, D) when PAGED
-    v_ptr,  # likewise
+    v_ptr,  # the same shape
     lengths_ptr,  # (B,) int32
     table_ptr,  # (B, capacity / page) int32, read when PAGED
     slopes_ptr,  # (H,) fp32, read when ALIBI
     out_ptr,  # (B, Tq, H, D) contiguous
     lse_ptr,  # (B, H, Tq) fp32 contiguous
-    part_ptr,  # (B, max_splits, Tq, H, D) fp32 contiguous, for entries of several parts
-    part_lse_ptr,  # (B, max_splits, Tq, H) fp32 contiguous, log2
+    part_ptr,  # (B, max_splits, Tq, H, D) fp32 contiguous: o_n, for entries of several splits
+    part_lse_ptr,  # (B, max_splits, Tq, H) fp32 contiguous: z_n, in units of log2
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
@@ -97,10 +102,11 @@ def attention_decode_kernel(
     TOKENS: tl.constexpr, HAS_LEFT: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys for a block of rows of one key head. TOKENS: Tq > 1, so that rows of a
-    block may see different keys."""
+    """Computes one split of the keys for a block of rows of one key head. TOKENS: Tq > 1, so the
+    rows of a block may see different keys."""
     row_blocks = tl.cdiv(Tq * GROUP, BM)
-    # Neighbours read the same keys, then those of the next head, which lie beside them.
+    # Neighbouring programs read the same keys, then those of the next head, which are adjacent in
+    # memory.
     pid = tl.program_id(0)
     r0 = pid % row_blocks * BM
     kh = (pid // row_blocks % Hk).to(tl.int64)
@@ -121,7 +127,7 @@ def attention_decode_kernel(
         lo = tl.maximum(first_token + shift - left, 0)
         start = tl.maximum(start, lo // BN * BN)
     if (start >= end) & (splits > 1):
-        return  # none of these rows sees a key here, and none looks for this part
+        return  # none of these rows sees a key of this split, and the second kernel skips the split
 
     rows = r0 + tl.arange(0, BM)
     tokens = rows // GROUP
@@ -141,8 +147,8 @@ def attention_decode_kernel(
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
     broken = tl.full((), 0, tl.int1)
-    # Blocks from full_lo to full_hi are seen whole by every row: they need no mask. With one token
-    # nothing is masked but the end of the keys.
+    # Every row sees all keys from full_lo to full_hi, so blocks there need no mask. With one token
+    # all blocks take the masked loop.
     full_lo = end
     full_hi = end
     if TOKENS:
@@ -176,7 +182,8 @@ def attention_decode_kernel(
                     )
                 s = tl.where(seen, s, -INFINITY)
             m_new = tl.maximum(m, tl.max(s, 1) * factor)
-            # A row that has met no key yet: subtract 0, so that its weights are exp2(-inf) = 0.
+            # For a row that has seen no key yet, subtract 0 instead of -inf: its weights become
+            # exp2(-inf) = 0.
             m_used = tl.where(m_new == -INFINITY, 0.0, m_new)
             p = tl.exp2(s * factor - m_used[:, None])
             rescale = tl.exp2(m - m_used)
@@ -216,7 +223,7 @@ def attention_decode_kernel(
 
 @triton.jit
 def _where(table_ptr, stride_table, b, cols, wanted, pages, page, PAGED: tl.constexpr):
-    """(entry, place): where the caches keep the keys `cols` of batch entry b, int64."""
+    """Returns (entry, place), int64: where the caches hold the keys `cols` of batch entry b."""
     if PAGED:
         number = tl.load(table_ptr + b * stride_table + cols // page, mask=wanted, other=0)
         entry = tl.minimum(tl.maximum(number, 0), pages - 1).to(tl.int64)
@@ -229,20 +236,20 @@ def _where(table_ptr, stride_table, b, cols, wanted, pages, page, PAGED: tl.cons
 def attention_decode_combine_kernel(
     lengths_ptr,  # (B,) int32
     part_ptr,  # (B, max_splits, Tq, H, D) fp32
-    part_lse_ptr,  # (B, max_splits, Tq, H) fp32, log2
+    part_lse_ptr,  # (B, max_splits, Tq, H) fp32, in units of log2
     out_ptr,  # (B, Tq, H, D)
     lse_ptr,  # (B, H, Tq) fp32
     H, Tq, capacity, max_splits, num_splits, left,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, HAS_LEFT: tl.constexpr,
 ):  # fmt: skip
-    """One row of out and lse from the parts that hold keys of the row, in their order."""
+    """Computes one row of out and lse from the splits that hold keys of the row, in their order."""
     row = tl.program_id(0).to(tl.int64) % (Tq * H)
     b = tl.program_id(0).to(tl.int64) // (Tq * H)
     token = row // H
     length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), capacity)
     size = _keys_per_split(length, num_splits)
     if length <= size:
-        return  # one part, which wrote what it found itself
+        return  # there is one split, and the first kernel has written its out and lse
     hi = (token + length - Tq + 1).to(tl.int32)
     first = 0
     if HAS_LEFT:
@@ -285,7 +292,8 @@ def attention_decode_fwd(
     num_splits: int,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, D) and lse (B, H, Tq) fp32."""
+    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. num_splits is 0 where the user gave
+    none."""
     B, Tq, H, D = q.shape
     entries, page, Hk = k_cache.shape[:3]
     capacity = page if block_table is None else page * block_table.shape[1]
@@ -297,7 +305,7 @@ def attention_decode_fwd(
         return out.zero_(), lse.fill_(-float("inf"))
     splits = most_splits(capacity, num_splits)
     left, alibi = options.left, options.alibi_slopes is not None
-    bound = min(left, capacity)  # no position less a bound leaves int32
+    bound = min(left, capacity)  # so that position - bound does not overflow int32
     shape = (B, splits, Tq, H) if splits > 1 else (0,)
     parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -328,9 +336,13 @@ def attention_decode_fwd(
 
 
 def shipped() -> Iterator[Shipped]:
-    """Tiles of few rows with no option, of many rows with every option; all architectures at one
-    width, those with the least shared memory and with the most users at the others. fp16 takes the
-    tiles and the instructions of bf16 in another type."""
+    """Yields the configurations for the ahead-of-time compile: tiles of few rows without options,
+    and tiles of many rows with every option.
+
+    Width 128 is compiled for all architectures. The other widths are compiled for sm_86, which has
+    the least shared memory, and sm_90, which has the most users. fp16 has the same tiles as bf16,
+    and instructions that differ only in the type, so it is left out.
+    """
     everything = (80, 86, 90, 100)
     for D in (64, 128, 256):
         architectures = everything if D == 128 else (86, 90)

@@ -1,4 +1,5 @@
-"""Launchers of the attention kernels and the tiles they use; formulas are in `fwd` and `bwd`."""
+"""Launchers of attention's Triton kernels, and the tiles that they choose from. The formulas are in
+`fwd` and `bwd` of this package."""
 
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ from gptkernels.ops.attention.triton.bwd import (
 )
 from gptkernels.ops.attention.triton.fwd import attention_fwd_kernel
 
-# (rows BM, keys BN, warps, stages) by the padded width of a head, the least 64. "sm90" is for
-# 16-bit inputs on sm_90 and sm_100, whose tensor cores read operands from shared memory and want
-# 64 rows of the left one; "sm90 options" for these with softcap, ALiBi or dropout, which cost
-# registers; "sm80" fits the 99 KB of shared memory of sm_86, sm_89 and sm_120. Each is the
-# largest found that spills little or nothing (gates/triton.json); the keys kernel at 256 gives up
-# wgmma for that. No GPU has timed them yet.
+# (rows BM, keys BN, warps, stages) by the padded head width, at least 64.
+# "sm90": 16-bit inputs on sm_90 and sm_100. Their tensor cores read operands from shared memory and
+# want 64 rows of the left operand.
+# "sm90 options": the same with softcap, ALiBi or dropout, which need more registers.
+# "sm80": 16-bit inputs on all other GPUs; it fits the 99 KB of shared memory of sm_86, sm_89 and
+# sm_120.
+# Each tile is the largest found that spills few registers or none (gates/triton.json). For that the
+# keys kernel of width 256 does without wgmma. No GPU has timed these tiles yet.
 _Tile = tuple[int, int, int, int]
 _FORWARD: dict[str, dict[int, _Tile]] = {
     "sm90": {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
@@ -56,7 +59,8 @@ def attention_fwd(
     v: Tensor,  # (B, Tk, Hk, D)
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, D) and lse (B, H, Tq) fp32. Raises NotImplementedError for an attn_mask."""
+    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. Raises NotImplementedError for an
+    attn_mask."""
     if options.attn_mask is not None:
         raise NotImplementedError("attn_mask runs with impl='torch' only, got impl='triton'")
     B, Tq, H, D = q.shape
@@ -90,14 +94,16 @@ def attention_bwd(
     grad_mask: Sequence[bool],
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk and dv contiguous, empty where `grad_mask` is False, and an empty tensor: there is no
-    mask here.
+    """Returns dq, dk and dv, contiguous, each empty where `grad_mask` is False; the fourth tensor,
+    the mask's gradient, is always empty.
 
-    No kernel uses atomics: the bits are the same on every run, asked for or not.
+    No kernel uses atomics, so gradients have the same bits on every run even without
+    `deterministic`.
     """
     B, Tq, H, D = q.shape
     exact = q.dtype == torch.float32
-    # dk and dv come from one kernel; in fp32 it needs what the other one finds out about rows.
+    # One kernel computes dk and dv. In fp32 it needs the sums over rows that the queries kernel
+    # computes.
     keys_wanted = grad_mask[1] or grad_mask[2]
     queries_wanted = grad_mask[0] or (exact and keys_wanted)
     dq, dk, dv = gradients = tuple(
@@ -114,13 +120,13 @@ def attention_bwd(
         for gradient in gradients:
             gradient.zero_()
         return asked_for()
-    if dout.stride(-1) != 1:  # an expanded cotangent
+    if dout.stride(-1) != 1:  # such as an expanded tensor
         dout = dout.contiguous()
     delta = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     total = torch.empty_like(delta) if exact else None
     dlse = None if dlse is None else dlse.contiguous()
     arguments, switches = _arguments(q, k, options)
-    # In 16 bits the delta kernel takes dlse in.
+    # In 16 bits the delta kernel subtracts dlse, so the other kernels need it in fp32 only.
     switches = (*switches, exact, exact and dlse is not None, options.cu_seqlens_q is not None)
     inputs = (q, k, v, *_vectors(options), dout, lse, delta, total, dlse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
@@ -128,7 +134,7 @@ def attention_bwd(
     room = room_of(q, options.costly)
     with on_device(q):
         if not exact:
-            # Row by row: where sequences end is nothing to it.
+            # This kernel treats each row by itself, so packed sequences need nothing special.
             attention_bwd_delta_kernel[(triton.cdiv(Tq, _DELTA_ROWS) * B * H,)](
                 out, dout, dlse, delta, *dout.stride()[:3], H, Tq, D, BD, _DELTA_ROWS,
                 dlse is not None, num_warps=4, enable_fp_fusion=True,
@@ -149,7 +155,8 @@ def attention_bwd(
 
 
 def _grid(x: Tensor, heads: int, block: int, cu_seqlens: Tensor | None) -> tuple[int]:
-    """Programs for each block of x's tokens and each head, as `place` counts them."""
+    """Returns the number of programs for all blocks of x's tokens and all heads, as `place` counts
+    blocks."""
     B, T = x.shape[:2]
     if cu_seqlens is None:
         return (triton.cdiv(T, block) * B * heads,)
@@ -157,7 +164,7 @@ def _grid(x: Tensor, heads: int, block: int, cu_seqlens: Tensor | None) -> tuple
 
 
 def _vectors(options: AttentionOptions) -> tuple[Tensor | None, ...]:
-    """What the kernels read without strides, in the order of their parameters."""
+    """Returns the options that are tensors, contiguous, in the order of the kernels' parameters."""
     tensors = (
         options.alibi_slopes,
         options.key_lengths,
@@ -171,19 +178,20 @@ def _vectors(options: AttentionOptions) -> tuple[Tensor | None, ...]:
 def _arguments(
     q: Tensor, k: Tensor, options: AttentionOptions
 ) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
-    """What the kernels share: the scalars after the strides, the switches after the tile sizes."""
+    """Returns the arguments that the kernels share: the scalars, which come after the strides, and
+    the switches, which come after the tile sizes."""
     (B, Tq, H), (Tk, Hk) = q.shape[:3], k.shape[1:3]
     if options.cu_seqlens_q is not None:
         B = options.cu_seqlens_q.shape[0] - 1
     left, right = options.left, options.right
-    # A bound that no pair of these lengths reaches is none: one kernel less, and no comparison.
+    # Drop a bound that hides nothing at these lengths: fewer kernels to compile, fewer comparisons.
     has_left, has_right = 0 <= left < Tk - 1, 0 <= right < Tq - 1
     softcap, alibi, dropout = (
         options.softcap > 0,
         options.alibi_slopes is not None,
         options.dropout_p,
     )
-    # Folding the scale into exp2 needs the largest product to give the largest score.
+    # The scale can be folded into exp2 only where the largest product has the largest score.
     scaled = softcap or alibi or options.softmax_scale <= 0
     scalars = (
         B, H, H // Hk, Tq, Tk, left if has_left else 0, right if has_right else 0,
@@ -197,12 +205,12 @@ def _arguments(
 
 
 def padded_width(D: int) -> int:
-    """The width that a tile takes: dots want powers of two from 16 on."""
+    """Returns the width of a tile for head width D: tl.dot requires a power of two, at least 16."""
     return max(16, triton.next_power_of_2(D))
 
 
 def room_of(q: Tensor, costly: bool) -> str:
-    """Which tiles; costly: with softcap, ALiBi or dropout."""
+    """Returns the key of the table of tiles for q; costly means softcap, ALiBi or dropout."""
     if q.dtype == torch.float32:
         return "fp32"
     if not _reads_operands_from_shared_memory(q.device):
@@ -212,15 +220,17 @@ def room_of(q: Tensor, costly: bool) -> str:
 
 @functools.cache
 def _reads_operands_from_shared_memory(device: torch.device) -> bool:
-    """Tensor cores of sm_90 and sm_100; taken for granted where the interpreter runs."""
+    """Whether the device's tensor cores read operands from shared memory, as those of sm_90 and
+    sm_100 do. True for CPU tensors, which the interpreter runs."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every tile at its padded width: plain causal, and with every option on, the most registers.
+    """Yields the configurations for the ahead-of-time compile: every tile at its padded width, once
+    plain causal and once with every option on, which takes the most registers.
 
-    fp16 takes the tiles and the instructions of bf16 in another type: one width stands for all, and
-    so does one chip for sequences laid end to end.
+    fp16 has the same tiles as bf16, and instructions that differ only in the type, so one width
+    stands for all. For packed sequences one architecture stands for all.
     """
     for D in (64, 128, 256):
         for kernel, tiles in (

@@ -6,9 +6,9 @@
     out = o / l                                 lse = (m + log2 l) * ln 2
 
 q (B, Tq, H, D), k and v (B, Tk, Hk, D), any strides with a unit last one; out (B, Tq, H, D) and lse
-(B, H, Tq) fp32, contiguous. Moves q and out once, k and v once for each block of BM rows; scores
-never leave the chip. Saved for the backward pass: q, k, v, out in their dtype, and lse. Dropout
-drops p where it meets v; the normaliser l counts undropped scores.
+(B, H, Tq) fp32, contiguous. Bytes: the kernel moves q and out once, and k and v once for each block
+of BM rows; scores never leave the chip. Saved for the backward pass: q, k, v and out in their
+dtype, and lse. Dropout drops p only in the product with v; the normaliser l sums all p.
 """
 
 import triton
@@ -37,8 +37,8 @@ def attention_fwd_kernel(
     slopes_ptr,  # (H,) fp32, read when ALIBI
     lengths_ptr,  # (B,) int32, read when LENGTHS
     rng_ptr,  # (2,) int64, read when DROPOUT
-    cu_q_ptr,  # (B + 1,) int32, read when VARLEN, as the next
-    cu_k_ptr,
+    cu_q_ptr,  # (B + 1,) int32, read when VARLEN
+    cu_k_ptr,  # (B + 1,) int32, read when VARLEN
     out_ptr,  # (B, Tq, H, D) contiguous
     lse_ptr,  # (B, H, Tq) fp32 contiguous
     stride_qb, stride_qt, stride_qh,
@@ -50,7 +50,7 @@ def attention_fwd_kernel(
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of a block of rows of one head."""
+    """Computes out and lse of a block of rows of one head."""
     b, h, block, Tq, Tk, first_q, first_k = place(
         cu_q_ptr, cu_k_ptr, total_q, total_k, H, B, BM, VARLEN
     )
@@ -59,8 +59,8 @@ def attention_fwd_kernel(
         past = block >= row_blocks
         if past:
             return
-    # Late rows of a causal triangle have the most keys: start them first. Neighbours share a
-    # head's keys in L2.
+    # Under causal the last rows see the most keys, so they start first. Neighbouring programs share
+    # the keys of one head in L2.
     i0 = (row_blocks - 1 - block) * BM
     bh = b * H + h
     shift = Tk - Tq
@@ -90,7 +90,7 @@ def attention_fwd_kernel(
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
     broken = tl.full((), 0, tl.int1)
-    # First the blocks at the edges, with masks; then those that every row sees whole, without.
+    # First the blocks of keys that need masks; then, without masks, those that every row sees.
     for masked in tl.static_range(1, -1, -1):
         start, end = (lo, hi - (full_hi - full_lo)) if masked else (full_lo, full_hi)
         for step in tl.range(start, end, BN):
@@ -124,7 +124,8 @@ def attention_fwd_kernel(
                 )
                 s = tl.where(visible, s, -INFINITY)
             m_new = tl.maximum(m, tl.max(s, 1) * factor)
-            # A row that has met no key yet: subtract 0, so that its weights are exp2(-inf) = 0.
+            # For a row that has seen no key yet, subtract 0 instead of -inf: its weights become
+            # exp2(-inf) = 0.
             m_used = tl.where(m_new == -INFINITY, 0.0, m_new)
             p = tl.exp2(s * factor - m_used[:, None])
             rescale = tl.exp2(m - m_used)

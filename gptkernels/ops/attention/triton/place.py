@@ -1,15 +1,16 @@
 """Which block of which sequence and head a program of the attention kernels works on.
 
-Dense: T tokens in each entry of a batch, blocks of an entry one after the other.
+Dense: every batch entry has T tokens, and its blocks follow each other.
 
-VARLEN: sequences laid end to end, sequence b from cu_seqlens[b] up to, not with, cu_seqlens[b + 1].
-Their blocks are counted as if each began at block cu_seqlens[b] // BLOCK + b, which leaves room for
-all of them whatever their lengths; so a program finds its sequence by bisection, and the grid is as
-tight for one long sequence among short ones as for equal ones. The tokens before cu_seqlens[0] and
-from cu_seqlens[B] on count as two sequences more, which have nothing to attend to or be seen by:
-they get what a row without keys and a key without rows get.
+VARLEN: sequences are packed end to end; sequence b has the tokens from cu_seqlens[b] to
+cu_seqlens[b + 1] - 1. The blocks are numbered as if sequence b began at block
+cu_seqlens[b] // BLOCK + b. These numbers never overlap, whatever the lengths, so a program finds
+its sequence by bisection. The grid has few unused blocks, whether one sequence is long or all are
+alike. The tokens before cu_seqlens[0] and from cu_seqlens[B] on count as two more sequences,
+without any partners: their queries get the results of a row that sees no key, and their keys the
+gradients of a key that no row sees.
 
-Nobody has read the lengths on the host: whatever they hold, they are clamped to the tensors here.
+The host does not read the lengths, so this function clamps them to the tensors' sizes.
 """
 
 import triton
@@ -18,8 +19,8 @@ import triton.language as tl
 
 @triton.jit
 def place(
-    cu_ptr,  # (B + 1,) int32 of the tokens that are cut into blocks, read when VARLEN
-    other_cu_ptr,  # (B + 1,) int32 of those that pass by
+    cu_ptr,  # (B + 1,) int32, for the tokens that are cut into blocks; read when VARLEN
+    other_cu_ptr,  # (B + 1,) int32, for the tokens that a program loops over; read when VARLEN
     T,
     other_T,
     heads,
@@ -27,18 +28,19 @@ def place(
     BLOCK: tl.constexpr,
     VARLEN: tl.constexpr,
 ):
-    """(b, h, block, T, other_T, first, other_first): the program's entry of the batch, its head and
-    block there, the tokens of that entry on either side, and the numbers of the first of them among
-    all tokens; b, h and those numbers are int64.
+    """Returns (b, h, block, T, other_T, first, other_first): the program's batch entry b, head h
+    and block; the numbers of tokens T and other_T of that entry; and the positions first and
+    other_first of its first tokens among all tokens. b, h, first and other_first are int64.
 
-    VARLEN: T and other_T come as those of all sequences, and some programs get a block past the
-    last one, for which there is nothing to do.
+    VARLEN: the arguments T and other_T are totals over all sequences. Some programs get a block
+    past the last one and have nothing to do.
     """
     program = tl.program_id(0)
     if VARLEN:
         blocks = T // BLOCK + B + 2
         h, block = program // blocks, program % blocks
-        # What comes before the first sequence is number 0, the first is 1, what follows all B + 1.
+        # Number 0: the tokens before all sequences. 1 ... B: the sequences. B + 1: the tokens after
+        # all sequences.
         low, high = 0, B + 1
         start = 0
         while low < high:
@@ -54,7 +56,7 @@ def place(
         other_end = tl.load(other_cu_ptr + low, mask=real, other=0)
         other_start = tl.minimum(tl.maximum(other_start, 0), other_T)
         block -= start // BLOCK + low
-        # Clamped before it is subtracted from: a difference of any two numbers may overflow.
+        # Clamp before subtracting: the difference of two arbitrary numbers may overflow.
         T = tl.maximum(tl.minimum(end, T), start) - start
         other_T = tl.maximum(tl.minimum(other_end, other_T), other_start) - other_start
         first, other_first = tl.cast(start, tl.int64), tl.cast(other_start, tl.int64)

@@ -3,16 +3,17 @@
 Query i stands at position i + shift among the keys, shift = Tk - Tq (bottom-right alignment). It
 sees key j when
     position - left <= j <= position + right   and   j < kv_len,
-where an absent bound is compiled away (HAS_LEFT, HAS_RIGHT; causal is right = 0).
+where an absent bound is compiled away (HAS_LEFT, HAS_RIGHT; causal means right = 0).
 
-    s = scale * q.k;   softcap * tanh(s / softcap);   - slope * |position - j|
-all in units of log2(e), for exp2.
+    s = scale * q.k;   s = softcap * tanh(s / softcap);   s = s - slope * |position - j|
+The kernels hold s multiplied by log2(e), since they compute exp(s) as exp2(s * log2(e)).
 """
 
 import triton
 import triton.language as tl
 
-# Differ from call to call, and nothing is gained from a kernel of its own for some of their values.
+# Arguments that differ from call to call. Triton must not specialise kernels on their values: that
+# would compile more kernels without making any faster.
 VARYING = ("B", "Tq", "total_q", "total_k", "left", "right", "threshold")
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -32,10 +33,10 @@ def key_ranges(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
-    """Keys that the rows i0 <= i < min(i0 + BM, i1) need: (lo, full_lo, full_hi, hi), all but hi
-    multiples of BN.
+    """Returns (lo, full_lo, full_hi, hi): the rows i0 <= i < min(i0 + BM, i1) need the keys from lo
+    to hi. All but hi are multiples of BN.
 
-    Blocks from full_lo to full_hi are seen whole by every row and need no mask; the others do.
+    Every row sees all keys from full_lo to full_hi, so blocks there need no mask; the others do.
     """
     lo = 0
     full_lo = 0
@@ -63,7 +64,8 @@ def query_ranges(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
-    """Rows that see some of the keys j0 <= j < j0 + BN, as in key_ranges with multiples of BM."""
+    """Returns (lo, full_lo, full_hi, hi), the rows that see some of the keys j0 <= j < j0 + BN, as
+    in key_ranges; all but hi are multiples of BM."""
     lo = 0
     full_lo = 0
     hi = Tq
@@ -74,8 +76,8 @@ def query_ranges(
     if HAS_LEFT:
         hi = tl.minimum(hi, tl.minimum(j0 + BN, kv_len) - shift + left)
         full_hi = tl.minimum(full_hi, tl.maximum(j0 - shift + left + 1, 0) // BM * BM)
-    # Keys that reach past the length need their mask in every row; those wholly past it are seen
-    # by none.
+    # A block of keys that reaches past the length needs its mask in every row. No row sees a block
+    # that lies wholly past the length.
     if j0 + BN > kv_len:
         full_lo = tl.cdiv(Tq, BM) * BM
     if j0 >= kv_len:
@@ -85,7 +87,8 @@ def query_ranges(
 
 @triton.jit
 def sees(rows, cols, shift, left, right, kv_len, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Whether each row sees each column; rows and cols broadcast to a tile, either way round."""
+    """Whether each row (query) sees each column (key). rows and cols broadcast to a tile, in either
+    orientation."""
     visible = cols < kv_len + rows * 0
     if HAS_RIGHT:
         visible = visible & (cols <= rows + (shift + right))
@@ -107,10 +110,11 @@ def scores(
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
 ):
-    """(s, d): scores in units of log2(e), and d = ds / d(scale * product), 1 without a softcap.
+    """Returns (s * log2(e), d): the scores times log2(e), and d = ds / d(scale * product), which is
+    1 without a softcap.
 
-    Not SCALED: the product itself comes back, and the caller folds scale * log2(e) into its exp2 as
-    one multiply-add.
+    Not SCALED: it returns the product itself, and the caller folds scale * log2(e) into its exp2,
+    as one multiply-add.
     """
     if SCALED:
         if SOFTCAP:
@@ -130,8 +134,9 @@ def scores(
 
 @triton.jit
 def _tanh(x):
-    # 2 sigmoid(2x) - 1 cancels near zero, where scores usually are: there Lambert's continued
-    # fraction, cut off where its error is below 1e-9. Beyond, little is subtracted from 1.
+    # Scores are usually near zero, where 2 sigmoid(2x) - 1 would lose digits by cancellation. So
+    # for |x| < 1 this uses Lambert's continued fraction, with an error below 1e-9. For larger |x|
+    # the subtraction from 1 loses little.
     x2 = x * x
     over = ((x2 + 378.0) * x2 + 17325.0) * x2 + 135135.0
     under = ((28.0 * x2 + 3150.0) * x2 + 62370.0) * x2 + 135135.0
@@ -141,7 +146,8 @@ def _tanh(x):
 
 @triton.jit
 def load_rows(base, offsets, wanted, D, BD: tl.constexpr, MASKED: tl.constexpr):
-    """A tile BD wide; columns from D on are zero, and when MASKED so are the rows not wanted."""
+    """Loads a tile BD wide. Columns from D on are zero; if MASKED, so are the rows that are not
+    wanted."""
     if MASKED:
         mask = wanted[:, None]
         if D != BD:
@@ -155,10 +161,10 @@ def load_rows(base, offsets, wanted, D, BD: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def finite_rows(values):
-    """(values with NaN and Inf set to 0, 0 for every finite row and NaN for the others).
+    """Returns (values with NaN and Inf set to 0, a marker for each row: 0 if finite, else NaN).
 
-    In a gradient the second goes to those who see the row: Inf may show nowhere else, where its
-    score is -inf, or finite by a softcap.
+    A gradient adds the marker for every pair that sees the row. Without it an Inf could get lost:
+    its score may be -inf, or finite because of a softcap.
     """
     finite = tl.abs(values.to(tl.float32)) < INFINITY
     whole = tl.min(finite.to(tl.int32), 1) == 1
@@ -167,10 +173,11 @@ def finite_rows(values):
 
 @triton.jit
 def without_nonfinite(values, found):
-    """(values with NaN and Inf set to 0, found or whether there were any).
+    """Returns (values with NaN and Inf set to 0, `found` or whether there were any).
 
-    A weight is 0 where a row does not see a key, but 0 * NaN is NaN: in a product it would reach
-    that row all the same. What is taken out here is added after the loops to the rows that see it.
+    The weight of a key that a row does not see is 0, but 0 * NaN is NaN: in a product the NaN would
+    reach that row anyway. So NaN and Inf are removed here, and added after the loops to the rows
+    that do see their key.
     """
     finite = tl.abs(values.to(tl.float32)) < INFINITY
     return tl.where(finite, values, 0.0), found | (tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0)
@@ -178,7 +185,7 @@ def without_nonfinite(values, found):
 
 @triton.jit
 def nonfinite_part(row_ptr, D, BD: tl.constexpr):
-    """What without_nonfinite takes out of a row: (BD,) fp32, 0 where the row is finite."""
+    """Returns what without_nonfinite removes from a row: (BD,) fp32, 0 where the row is finite."""
     dims = tl.arange(0, BD)
     value = tl.load(row_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
     return tl.where(tl.abs(value) < INFINITY, 0.0, value)

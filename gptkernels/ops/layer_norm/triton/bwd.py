@@ -1,4 +1,4 @@
-"""LayerNorm backward, the kernels; formulas, shapes and bytes are in `layer_norm`."""
+"""The kernels of LayerNorm backward. The formulas, shapes and bytes are in `launch`."""
 
 import triton
 import triton.language as tl
@@ -13,8 +13,8 @@ def _store_input_gradients(
     HAS_DSUM: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Add the gradient that arrives through s, then split the total between the residual and
-    dropout's input."""
+    """Adds the gradient dsum that arrives through s, and stores the total as dresidual and, after
+    dropout, as dx."""
     rows = (row0 + tl.arange(0, ROWS))[:, None]
     cols = (col0 + tl.arange(0, COLS))[None, :]
     inside = (rows < M) & (cols < C)
@@ -46,14 +46,15 @@ def backward_kernel(
     ALIGNED: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Input gradients of ROWS rows at a time, which stay in registers, and this program's sums."""
+    """Computes the input gradients of ROWS rows at a time, which stay in registers, and this
+    program's sums for dweight and dbias."""
     if ALIGNED:
         C = multiple_of_8(C)
         sum_stride = multiple_of_8(sum_stride)
     program = tl.program_id(0)
     cols = tl.arange(0, COLS)[None, :]
     weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
-    # Summed over the tile's rows only at the end: no exchange between warps inside the loop.
+    # The tile's rows are summed only at the end, so warps exchange nothing inside the loop.
     dweight = tl.zeros((ROWS, COLS), tl.float32)
     dbias = tl.zeros((ROWS, COLS), tl.float32)
     for tile in range(program, tl.cdiv(M, ROWS), programs):
@@ -88,13 +89,14 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def backward_wide_kernel(
-    dy_ptr, dsum_ptr, sum_ptr, mean_ptr, rstd_ptr, weight_ptr, rng_ptr,  # as above
+    dy_ptr, dsum_ptr, sum_ptr, mean_ptr, rstd_ptr, weight_ptr, rng_ptr,  # as in backward_kernel
     dx_ptr, dresidual_ptr,
     M, C, sum_stride, threshold, scale,
     HAS_DSUM: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Input gradients of one row, in two passes over chunks of its columns; the second hits L2."""
+    """Computes the input gradients of one row, in two passes over chunks of its columns. The second
+    pass reads from L2."""
     if ALIGNED:
         C = multiple_of_8(C)
         sum_stride = multiple_of_8(sum_stride)
@@ -124,12 +126,13 @@ def backward_wide_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def weights_wide_kernel(
-    dy_ptr, sum_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr,  # as above
+    dy_ptr, sum_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr,  # as in backward_kernel
     M, C, sum_stride, programs,
     WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, chunk): columns of one chunk, every programs-th tile of rows from p on."""
+    """Program (p, chunk) sums the columns of one chunk over the tiles of rows p, p + programs,
+    p + 2 * programs and so on."""
     program, chunk = tl.program_id(0) % programs, tl.program_id(0) // programs
     cols = chunk * COLS + tl.arange(0, COLS)
     dweight = tl.zeros((ROWS, COLS), tl.float32)
@@ -164,7 +167,7 @@ def reduce_kernel(
     WEIGHT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The second stage: the programs' sums, added in a fixed order."""
+    """The second stage: adds the programs' sums in a fixed order."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     dweight = tl.zeros((ROWS, COLS), tl.float32)
     dbias = tl.zeros((ROWS, COLS), tl.float32)

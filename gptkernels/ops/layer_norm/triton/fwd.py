@@ -1,17 +1,19 @@
-"""LayerNorm forward, the kernels; formulas, shapes and bytes are in `layer_norm`."""
+"""The kernels of LayerNorm forward. The formulas, shapes and bytes are in `launch`."""
 
 import triton
 import triton.language as tl
 
 from gptkernels.core.triton_philox import elementwise_keep_tile
 
-# Differ from call to call, and nothing is gained from a kernel of its own for some of their values.
+# Arguments that differ from call to call. Triton must not specialise kernels on their values: that
+# would compile more kernels without making any faster.
 VARYING = ("M", "programs", "threshold")
 
 
 @triton.jit
 def multiple_of_8(size):
-    """size, which is one: Triton is told of multiples of 16 only, and 8 make a 16-byte access."""
+    """Returns `size`, which is a multiple of 8, in a form that tells Triton so. Triton itself looks
+    for multiples of 16 only, but 8 elements of 16 bits already make a 16-byte access."""
     return size // 8 * 8
 
 
@@ -22,8 +24,8 @@ def _sum_tile(
     HAS_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, HAS_SUM: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of s, rounded to its dtype, as fp32; stored where the caller wants s. Zero outside
-    the matrix."""
+    """Returns a tile of s, rounded to the dtype of s, as fp32; it is zero outside the matrix. With
+    HAS_SUM it also stores the tile."""
     rows = (row0 + tl.arange(0, ROWS))[:, None]
     cols = (col0 + tl.arange(0, COLS))[None, :]
     inside = (rows < M) & (cols < C)
@@ -62,7 +64,7 @@ def forward_kernel(
     HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     HAS_SUM: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, which stay in registers."""
+    """Computes ROWS rows, which stay in registers."""
     if ALIGNED:
         C = multiple_of_8(C)
         x_stride = multiple_of_8(x_stride)
@@ -75,8 +77,9 @@ def forward_kernel(
     rows = row0 + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)[None, :]
     mean = tl.sum(s, axis=1) / C
-    # Two passes over registers: E[s^2] - mean^2 would cancel. Lanes past C are zeroed after
-    # centring. What rounding took from a large mean is what the centred row still sums to.
+    # Two passes over the registers, since E[s^2] - mean^2 would lose digits by cancellation.
+    # Elements past C are set to zero after centring. The mean of the centred row is the rounding
+    # error of `mean`: it corrects mean and variance.
     centred = tl.where(cols < C, s - mean[:, None], 0.0)
     shift = tl.sum(centred, axis=1) / C
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C - shift * shift + eps)
@@ -90,13 +93,14 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def forward_wide_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr,  # as above
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr,  # as in forward_kernel
     y_ptr, sum_ptr, mean_ptr, rstd_ptr,
     M, C, x_stride, residual_stride, eps, threshold, scale,
     HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     HAS_SUM: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One row, in three passes over chunks of its columns; the later ones hit L2."""
+    """Computes one row, in three passes over chunks of its columns. The later passes read from
+    L2."""
     if ALIGNED:
         C = multiple_of_8(C)
         x_stride = multiple_of_8(x_stride)
@@ -110,8 +114,8 @@ def forward_wide_kernel(
         )  # fmt: skip
         total += tl.sum(s, axis=1)
     mean = total / C
-    # The next passes read s back as it was rounded. Another thread of this program may have
-    # written it.
+    # The next passes read the rounded s back. Another thread of this program may have written it,
+    # so all threads wait here.
     tl.debug_barrier()
     if HAS_SUM:
         s_ptr = sum_ptr + row * C

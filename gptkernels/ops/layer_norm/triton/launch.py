@@ -1,22 +1,24 @@
-"""LayerNorm with dropout and residual, in Triton.
+"""LayerNorm with dropout and residual, in Triton: the launchers.
 
     s = dropout(x) + residual, rounded to the sum's dtype
     mean, rstd: of the rounded s, over C, in fp32
     y = (s - mean) * rstd * weight + bias
 backward, with g = dy * weight and x^ = (s - mean) * rstd:
-    ds_total = rstd * (g - mean(g) - x^ * mean(g x^)) + ds
+    ds_total = rstd * (g - mean(g) - x^ * mean(g x^)) + dsum
     dresidual = ds_total        dx = dropout'(ds_total)
     dweight = sum over rows of dy x^        dbias = sum over rows of dy
 
-Shapes: x, residual, y, s (M, C); weight, bias (C,); mean, rstd (M,).
-Bytes (the floor): forward reads x, residual and writes y, s; backward reads dy, ds, s and writes
-dx (and dresidual where dropout or a dtype tells them apart). Saved for backward: s (x itself where
-s is x), mean and rstd in fp32, the dropout seed, never a mask.
+Shapes: x, residual, y, s (M, C); weight, bias (C,); mean, rstd (M,). dsum is the gradient that
+arrives through the returned s.
+Bytes (the minimum): forward reads x and residual, and writes y and s. Backward reads dy, dsum and
+s, and writes dx (and dresidual where it differs from dx by dropout or dtype). Saved for the
+backward pass: s (x itself where s is x), mean and rstd in fp32, and the dropout seed; no mask.
 
-Up to 8,192 columns a row stays in registers, so everything is read once. Wider rows go through the
-`_wide` kernels, which loop over chunks of columns and read a row again from L2. Gradients of
-weight and bias: each program sums its own rows, a second small kernel adds the programs' sums in a
-fixed order: no atomics, the same bits every time.
+A row of up to 8,192 columns stays in registers, so everything is read once. The `_wide` kernels
+take wider rows: they loop over chunks of columns, and read a row again from L2.
+
+Gradients of weight and bias: each program sums its own rows, and a second small kernel adds the
+programs' sums in a fixed order. Without atomics the bits are the same every time.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ from gptkernels.ops.layer_norm.triton.fwd import forward_kernel, forward_wide_ke
 
 _WIDEST_IN_REGISTERS = 8192
 _WIDE_CHUNK = 4096
-# Elements of a tile of 8 warps, which narrow rows share: 16 a thread forward. Half as many
-# backward, where each is held six times over: more than 128 registers a thread would leave few
-# threads.
+# Elements of a tile of 8 warps; several narrow rows share one tile. Forward each thread holds 16
+# elements. Backward holds six values of each element, so a thread gets half as many elements: with
+# more than 128 registers a thread, few threads would fit on a multiprocessor.
 _FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 4096, 2048
 _REDUCE_ROWS, _REDUCE_COLS, _REDUCE_WARPS = 64, 32, 4
 
@@ -57,7 +59,7 @@ def layer_norm_fwd(
     eps: float,
     sum_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, s (empty without a sum_dtype: s is x), mean, rstd."""
+    """Returns y, s, mean and rstd. s is empty if sum_dtype is None: s is x then."""
     C = x.shape[-1]
     rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
@@ -98,7 +100,7 @@ def layer_norm_bwd(
     weight_gradient: bool,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, dweight, dbias; empty where not asked for (no residual_dtype: dx serves)."""
+    """Returns dx, dresidual, dweight and dbias, each empty as in `op.layer_norm_bwd`."""
     C = s.shape[-1]
     rows = _rows(s)
     M = rows.shape[0]
@@ -146,18 +148,20 @@ def layer_norm_bwd(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as a matrix (M, C) with a unit last stride: a view wherever the strides allow one."""
+    """Returns x as a matrix (M, C) with a last stride of 1. It is a view if the strides allow one,
+    else a copy."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def _aligned(*sizes: int) -> bool:
-    """Rows start on multiples of 8 elements: 16-byte accesses, and whole Philox calls."""
+    """Whether all sizes are multiples of 8 elements. Then rows start where a 16-byte access and a
+    Philox call do."""
     return all(size % 8 == 0 for size in sizes)
 
 
 def _tile(C: int, elements: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program whose 8 warps would hold so many elements."""
+    """Returns the rows, columns and warps of a program, such that 8 warps hold `elements`."""
     if C > _WIDEST_IN_REGISTERS:
         return 1, _WIDE_CHUNK, 8
     cols = max(16, triton.next_power_of_2(C))
@@ -166,16 +170,17 @@ def _tile(C: int, elements: int) -> tuple[int, int, int]:
 
 
 def _programs_per_multiprocessor(C: int) -> int:
-    """Enough programs to keep memory busy, few enough that their partial sums stay small beside
-    the rows."""
+    """Returns a number of programs that is enough to keep memory busy, and so small that their
+    partial sums take few bytes compared with the rows."""
     return 8 if C <= 256 else 4 if C <= 1024 else 2 if C <= 4096 else 1
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every kernel with every option on, which takes the most registers.
+    """Yields the configurations for the ahead-of-time compile: every kernel with every option on,
+    which takes the most registers.
 
-    Each tile of `_tile` in the mixture of dtypes that a pre-norm model has under autocast; some
-    tiles in one dtype alone.
+    Every tile of `_tile` is compiled for the mixture of dtypes that a pre-norm model has under
+    autocast; some tiles also for a single dtype.
     """
     mixed = {"x_ptr": "*bf16", "y_ptr": "*bf16", "dy_ptr": "*bf16", "dx_ptr": "*bf16"}
     for C in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
@@ -208,7 +213,7 @@ def _shipped(
     } | pointers  # fmt: skip
     if kernel is reduce_kernel:
         rows, cols, warps = _REDUCE_ROWS, _REDUCE_COLS, _REDUCE_WARPS
-    else:  # a program's own sums
+    else:  # dweight_ptr and dbias_ptr take each program's own sums
         types |= {"dweight_ptr": "*fp32", "dbias_ptr": "*fp32"}
     switches = [n for n in kernel.arg_names if n.isupper() and n not in ("M", "C")]
     constexprs = {n: {"ROWS": rows, "COLS": cols}.get(n, True) for n in switches}
