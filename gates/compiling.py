@@ -37,7 +37,8 @@ _WARP = 32
 def configurations() -> dict[str, Shipped]:
     """Returns name -> configuration, for every Triton module in `gptkernels.ops`.
 
-    Raises ValueError for a name given twice or an architecture without a known limit.
+    Raises ValueError if two configurations have one name, or if the limit of an architecture is
+    unknown.
     """
     found: dict[str, Shipped] = {}
     for shipped in _shipped():

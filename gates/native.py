@@ -172,8 +172,8 @@ def readable(mangled: list[str]) -> list[str]:
 
 def _short(name: str) -> str:
     name = re.sub(r"\(anonymous namespace\)::|\bgk::", "", name)
-    name = re.sub(r"\([\w:]+\)(?=-?\d)", "", name)  # the type of an enumerator
-    name = name.removeprefix("void ").partition("(")[0]  # without arguments
+    name = re.sub(r"\([\w:]+\)(?=-?\d)", "", name)  # remove the type of an enumerator
+    name = name.removeprefix("void ").partition("(")[0]  # remove the arguments
     return re.sub("|".join(_SHORT), lambda match: _SHORT[match[0]], name)
 
 

@@ -45,7 +45,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Exemption:
-    """A configuration that may spill, on these compute capabilities, and why that is accepted."""
+    """A configuration that may spill on these compute capabilities, and the reason why it may."""
 
     configuration: str
     architectures: tuple[int, ...]

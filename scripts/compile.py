@@ -1,4 +1,4 @@
-"""Runs one compiler for scripts/extension.py: `-o`, the depfile and, where asked for, a cache.
+"""Runs a compiler on one source for scripts/extension.py. It adds `-o`, a depfile and a cache.
 
     python scripts/compile.py --tools TEXT --object FILE SOURCE -- COMPILER FLAGS...
 
@@ -66,7 +66,7 @@ def _compile(command: list[str], source: Path, made: Path) -> int:
     done = subprocess.run(full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     after = os.times()
     # CPU time depends less than wall-clock time on how busy the machine is.
-    seconds = sum(after[i] - before[i] for i in (2, 3))  # of children, user and system
+    seconds = sum(after[i] - before[i] for i in (2, 3))  # user and system time of children
     Path(f"{made}.log").write_text(f"{done.stdout}compiled in {seconds:.1f} s of one core\n")
     if done.returncode or re.search(r"\bwarning\b", done.stdout):
         print(done.stdout, end="")

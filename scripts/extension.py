@@ -49,7 +49,7 @@ _MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
 # Machine code for A100, H100 and H200; the PTX of compute capability 8.0 serves all others.
 DEFAULT_ARCHITECTURES = "80+PTX;90a"
 _OLDEST_NVCC = (12, 8)
-# A folder of this name holds sources that are compiled for 90a and for nothing else.
+# Sources in a folder of this name are compiled for 90a only.
 _HOPPER_ONLY = "sm90"
 # Host code in csrc that the emulator replaces with a version of its own.
 _NATIVE_ONLY = ("csrc/runtime/launch.cpp",)
@@ -401,7 +401,7 @@ def _host_code(kernels: Sequence[Path]) -> list[Path]:
     left out unless its kernels are among `kernels`."""
 
     def operators(files: Sequence[Path]) -> set[str]:
-        return {file.parts[1] for file in files}  # the folder in csrc
+        return {file.parts[1] for file in files}  # the name of the folder in csrc
 
     others = operators(_files("**/*.cu")) - operators(kernels)
     files = [file for file in _files("*/**/*.cpp") if file.parts[1] != "emulator"]

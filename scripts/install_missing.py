@@ -43,7 +43,7 @@ def main() -> int:
     lines = (_ROOT / "constraints.txt").read_text().splitlines()
     tested = {_normal(line.split("==")[0]): line for line in lines if "==" in line}
     wanted = _requirements()
-    # Without an index pip succeeds only where nothing is missing.
+    # With --no-index pip succeeds only if nothing is missing.
     if not _pip("--no-index", "--quiet", *wanted, keep=kept, stderr=subprocess.DEVNULL):
         print("Installing what is missing", flush=True)
         if not (_pip(*wanted, keep=tested | kept) or _pip(*wanted, keep=kept)):

@@ -64,10 +64,10 @@ CLOCK = 1.75e9
 LAUNCH_S = 3e-6
 _SHARED_RATE = 128 * CLOCK  # bytes a second of one multiprocessor
 _EXPONENTIALS, _OPERATIONS = 16 * CLOCK, 128 * CLOCK  # a second, of one multiprocessor
-_EXPOSED = {True: 0.3, False: 0.6}  # with ping-pong, without
+_EXPOSED = {True: 0.3, False: 0.6}  # x of the formula, with and without ping-pong
 _FINISH_S = 0.5e-6  # attention: the last sums, and moving the output to shared memory
 _GENERIC_SHARE = {"forward": 0.45, "backward": 0.35}  # attention kernels for any GPU
-_CLOCKS_OF_PRODUCTS = PRODUCT_RATE / (4096 * MACHINE.multiprocessors)  # a second
+_CLOCKS_OF_PRODUCTS = PRODUCT_RATE / (4096 * MACHINE.multiprocessors)  # clocks a second
 
 _BF16 = torch.bfloat16
 # The most valuable come first. `make gpu-tune` measures the same problems.
@@ -251,7 +251,7 @@ def makespan(units: Sequence[float], places: int) -> float:
     return max(free)
 
 
-# ---- the MLP's products
+# ---- GELU MLP
 
 
 def _mlp(problem: Problem) -> Iterator[Prediction]:
@@ -317,7 +317,7 @@ def _layer_norm(problem: Problem) -> Iterator[Prediction]:
             yield _row(problem, direction.name, index, chosen, main, "memory", seconds, 0.0, moved)
 
 
-# ---- all of them
+# ---- the predictions of all ops
 
 
 def _row(

@@ -50,7 +50,7 @@ def elementwise_keep_tile(
         w0, w1, w2, w3 = _group_words(rng_ptr, groups)
         words = tl.join(
             tl.join(w0, w2), tl.join(w1, w3)
-        )  # the last two dimensions count the words in order
+        )  # in the last two dimensions the words are in order
         lanes = tl.join(words & 0xFFFF, words >> 16)
         return tl.reshape(lanes, (ROWS, COLS)) >= threshold
     else:

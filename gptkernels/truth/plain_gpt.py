@@ -52,7 +52,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+        """Maps x (B, T, C) to (B, T, C)."""
         q, k, v = (
             part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, D)
             for part in self.c_attn(x).chunk(3, dim=-1)
@@ -78,7 +78,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+        """Maps x (B, T, C) to (B, T, C)."""
         return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
 
 
@@ -95,7 +95,7 @@ class Block(nn.Module):
         self.dropout, self.norm = config.dropout, config.norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+        """Maps x (B, T, C) to (B, T, C)."""
         if self.norm == "post":
             x = self.ln_1(x + F.dropout(self.attn(x), self.dropout, self.training))
             return self.ln_2(x + F.dropout(self.mlp(x), self.dropout, self.training))
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         self.dropout, self.norm = config.dropout, config.norm
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> (B, T, C)."""
+        """Maps tokens (B, T) to (B, T, C)."""
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         x = F.dropout(x, self.dropout, self.training)
         for block in self.h:

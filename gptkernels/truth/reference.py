@@ -100,7 +100,7 @@ def attention(
     rng: Tensor | None = None,
     first_batch: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """out = dropout(softmax(s)) v; q (B, Tq, H, D), k and v (B, Tk, Hk, D), H % Hk == 0.
+    """out = dropout(softmax(s)) v for q (B, Tq, H, D), k and v (B, Tk, Hk, D), with H % Hk == 0.
 
     In this order: s = scale * q.k; s = softcap * tanh(s / softcap);
     s = s - slope * |i + Tk - Tq - j|; s = s + attn_mask; s = -inf where the key is hidden.

@@ -20,7 +20,7 @@ from gptkernels.core.checks import DTYPES, check_seed, dtype_name
 from gptkernels.core.choice import IMPLEMENTATIONS, check_impl, unavailable
 from gptkernels.truth import baseline, parity, reference
 
-Randn = Callable[..., Tensor]  # sizes -> a standard normal tensor of the case's dtype and device
+Randn = Callable[..., Tensor]  # takes sizes, returns a standard normal tensor
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ def measure(
         drawn = dict(rng=philox.draw(device)) if "dropout_p" in case.options else {}
 
         def candidate(**leaves: Any) -> Any:
-            torch.manual_seed(seed)  # the op draws the same (seed, offset) again
+            torch.manual_seed(seed)  # so that the op draws the same (seed, offset)
             return op(**leaves, **case.options, **case.op_options, impl=impl)
 
         return parity.measure(

@@ -117,7 +117,7 @@ def attention(
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention that never stores its score matrix: out = dropout(softmax(s)) v.
+    """Attention that never stores the whole score matrix: out = dropout(softmax(s)) v.
 
     Vaswani et al., "Attention Is All You Need", 2017, computed as in Dao, "FlashAttention-2", 2023.
 

@@ -156,7 +156,7 @@ def test_a_sequence_gets_the_bits_that_attention_gives_it_alone(
     seed: int,
     **options: Any,
 ) -> None:
-    dtype = dtype if impl == "cuda" else FP16  # large tiles are faster to interpret
+    dtype = dtype if impl == "cuda" else FP16  # its tiles are large, so few are interpreted
     torch.manual_seed(seed)
     queries, keys = [q for q, _ in lengths], [k for _, k in lengths]
     tensors = inputs(queries, keys, 2, 1, D, dtype)

@@ -1,4 +1,4 @@
-"""Which block of which sequence and head a program of the attention kernels works on.
+"""Finds the block, sequence and head that a program of the attention kernels works on.
 
 Dense: every batch entry has T tokens, and its blocks follow each other.
 

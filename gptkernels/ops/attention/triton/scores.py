@@ -1,7 +1,7 @@
 """Device helpers that the attention kernels share: which keys a row sees, and its scores.
 
-Query i stands at position i + shift among the keys, shift = Tk - Tq (bottom-right alignment). It
-sees key j when
+Query i is at position i + shift among the keys, where shift = Tk - Tq (bottom-right alignment). It
+sees key j if
     position - left <= j <= position + right   and   j < kv_len,
 where an absent bound is compiled away (HAS_LEFT, HAS_RIGHT; causal means right = 0).
 
