@@ -45,12 +45,9 @@ REQUIREMENTS = (
     # Hopper's own kernels: tensor cores of four warps, and tiles loaded and stored by the tensor
     # memory accelerator.
     *(Requirement(_HOPPERS, name) for name in ("HGMMA", "UTMALDG", "UTMASTG")),
-    Requirement(r"attention_bwd_sm90_kernel<", "UBLKRED|UTMAREDG"),  # dq
     Requirement(r"(column_sums|attention_decode_combine)_kernel<", "LDG.128"),
-    *(
-        Requirement(r"attention_bwd_sm90_kernel<", name)
-        for name in ("HGMMA", "UTMALDG", "UBLKCP", "UBLKRED", "UTMASTG")
-    ),
+    Requirement(r"attention_bwd_sm90_kernel<", "UBLKCP"),
+    Requirement(r"attention_bwd_sm90_kernel<", "UBLKRED"),  # dq
     Requirement(r"attention_bwd_sm90_(prepare|finish)_kernel<", "LDG.128"),
     Requirement(r"attention_bwd_sm90_(prepare|finish)_kernel<", "STG.128"),
     # LayerNorm's kernels for aligned rows.

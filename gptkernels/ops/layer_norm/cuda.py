@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gptkernels.core import native, philox
 from gptkernels.core.native import call, dtype_code
+from gptkernels.ops.layer_norm.outputs import bwd_outputs, fwd_outputs, matrix
 
 _WIDEST = 2**30  # the kernels count columns in 32 bits
 
@@ -31,13 +32,9 @@ def layer_norm_fwd(
     C = x.shape[-1]
     if C > _WIDEST:
         raise NotImplementedError(f"layer_norm has CUDA kernels for up to 2**30 columns, got {C}")
-    rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
+    rows, residual_rows = matrix(x), None if residual is None else matrix(residual)
     M = rows.shape[0]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    has_sum = sum_dtype is not None
-    s = torch.empty(x.shape if has_sum else (0,), dtype=sum_dtype or x.dtype, device=x.device)
-    mean = torch.empty(M, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    y, s, mean, rstd = fwd_outputs(x, sum_dtype)
     if x.numel() == 0:
         return y, s, mean, rstd
     call(
@@ -85,15 +82,11 @@ def layer_norm_bwd(
     """Returns dx, dresidual, dweight and dbias, each empty as in `op.layer_norm_bwd`. `build` is as
     above, an index into layer_norm_bwd_builds()."""
     C = s.shape[-1]
-    rows = _rows(s)
+    rows = matrix(s)
     M = rows.shape[0]
-    split = residual_dtype is not None
-    dx = torch.empty(s.shape, dtype=x_dtype, device=s.device)
-    dresidual = torch.empty(
-        s.shape if split else (0,), dtype=residual_dtype or x_dtype, device=s.device
+    dx, dresidual, dweight, dbias = bwd_outputs(
+        s, weight, x_dtype, residual_dtype, weight_gradient, bias_gradient
     )
-    dweight = torch.empty(C if weight_gradient else 0, dtype=weight.dtype, device=s.device)
-    dbias = torch.empty(C if bias_gradient else 0, dtype=weight.dtype, device=s.device)
     if s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     partials = native.module().layer_norm_bwd_partials(M, C, max(s.get_device(), 0), build)
@@ -134,10 +127,3 @@ def layer_norm_bwd(
         build=build,
     )
     return dx, dresidual, dweight, dbias
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Returns x as a matrix (M, C) with a last stride of 1. It is a view if the strides allow one,
-    else a copy."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -19,6 +19,7 @@ from gptkernels.core.checks import (
 )
 from gptkernels.core.choice import choose
 from gptkernels.core.registry import register
+from gptkernels.ops.layer_norm.outputs import bwd_outputs, fwd_outputs
 
 
 @register("gptkernels.ops.layer_norm")
@@ -35,13 +36,7 @@ def layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y, s, mean (M,) and rstd (M,) in fp32. s is empty if sum_dtype is None: s is x
     then."""
-    statistics = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    return (
-        x.new_empty(x.shape),
-        x.new_empty((0,) if sum_dtype is None else x.shape, dtype=sum_dtype or x.dtype),
-        statistics,
-        torch.empty_like(statistics),
-    )
+    return fwd_outputs(x, sum_dtype)
 
 
 @register("gptkernels.ops.layer_norm")
@@ -65,12 +60,7 @@ def layer_norm_bwd(
     dweight and dbias are empty where not wanted. dresidual is empty if residual_dtype is None: it
     equals dx then, or there is no residual.
     """
-    return (
-        s.new_empty(s.shape, dtype=x_dtype),
-        s.new_empty((0,) if residual_dtype is None else s.shape, dtype=residual_dtype or x_dtype),
-        weight.new_empty(weight.shape if weight_gradient else (0,)),
-        weight.new_empty(weight.shape if bias_gradient else (0,)),
-    )
+    return bwd_outputs(s, weight, x_dtype, residual_dtype, weight_gradient, bias_gradient)
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -19,7 +19,7 @@ from gptkernels.core.choice import IMPLEMENTATIONS
 from gptkernels.ops.attention import splits
 from gptkernels.ops.attention.decode import attention_decode_fwd
 from gptkernels.ops.attention.options import AttentionOptions
-from gptkernels.ops.attention.torch import decode as aten
+from gptkernels.ops.attention.torch import decode
 
 # impl="torch" gives an entry the same bits in any batch on a CPU only.
 KEEPS_BITS = [of(impl) for impl in IMPLEMENTATIONS if impl != "torch" or DEVICE == "cpu"]
@@ -221,7 +221,7 @@ def at_once(
     options = AttentionOptions(
         q.shape[-1] ** -0.5, window[0], 0, softcap, alibi_slopes=slopes, key_lengths=cache_lengths
     )
-    aten._at_once(q, k_cache, v_cache, block_table, options, out, lse)
+    decode._at_once(q, k_cache, v_cache, block_table, options, out, lse)
     return (out, lse) if return_lse else out
 
 
@@ -241,7 +241,7 @@ class TestTorchOnAGpu:
     def test_each_option(
         self, page: int | None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(aten, "_GATHERED", 2 * 40 * 2 * 16)  # two entries at a time
+        monkeypatch.setattr(decode, "_GATHERED", 2 * 40 * 2 * 16)  # two entries at a time
         tensors, rest = cache([13, 0, 1, 29, 37], 2, 4, 2, 16, page)
         how = dict(name="attention_decode", gradients=False)
         assert_right(at_once, tensors, **how, **rest, **options)
@@ -267,7 +267,7 @@ class TestTorchOnAGpu:
         q, k, v, lengths, *table = (x.to("meta") for x in (*tensors.values(), *rest.values()))
         slopes = torch.ones(4, device="meta")
         options = AttentionOptions(0.25, 5, 0, 2.0, alibi_slopes=slopes, key_lengths=lengths)
-        out, lse = aten.attention_decode_fwd(q, k, v, table[0] if table else None, 0, options)
+        out, lse = decode.attention_decode_fwd(q, k, v, table[0] if table else None, 0, options)
         assert out.shape == q.shape
         assert lse.shape == (2, 4, 2)
 

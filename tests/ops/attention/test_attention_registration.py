@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptkernels import attention
 from gptkernels.core import philox
 from gptkernels.ops.attention.options import AttentionOptions
-from gptkernels.ops.attention.torch import dense as aten
+from gptkernels.ops.attention.torch import dense
 
 
 class TestTorchImplementation:
@@ -70,14 +70,14 @@ class TestTorchImplementation:
         assert any("gptkernels.attention_bwd" in name for name in seen)
         parts: list[str] = []
         monitored = [
-            aten._fused_attention_fwd,
-            aten._fused_attention_bwd,
-            aten._masked_attention_fwd,
-            aten._masked_attention_bwd,
+            dense._fused_attention_fwd,
+            dense._fused_attention_bwd,
+            dense._masked_attention_fwd,
+            dense._masked_attention_bwd,
         ]
         with pytest.MonkeyPatch.context() as patch:
             for function in monitored:
-                patch.setattr(aten, function.__name__, noting(function, parts))
+                patch.setattr(dense, function.__name__, noting(function, parts))
             run(functools.partial(attention, **options, impl="torch"), tensors)
         assert bool(parts) == fused
         assert len(parts) in (0, 2)
@@ -85,18 +85,18 @@ class TestTorchImplementation:
     def test_fused_cuda_ops_take_only_what_their_grids_can(self) -> None:
         for shape in ((65536, 1, 1, 16), (1, 65536, 1, 16)):
             q = SimpleNamespace(device=torch.device("cuda"), shape=shape)
-            assert aten._fused_choice(q, q, q, True, 1.0) is None
+            assert dense._fused_choice(q, q, q, True, 1.0) is None
 
     def test_widths_that_flash_backward_refuses(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for capability, fits in (((8, 0), True), ((8, 6), False), ((9, 0), True), ((12, 0), False)):
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
             for D, accepted in ((192, True), (200, fits), (224, fits), (232, True)):
                 q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 1, 1, D))
-                assert aten._flash_backward_takes(q) == accepted
+                assert dense._flash_backward_takes(q) == accepted
 
     def test_memory_stays_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """No tensor of the formula has more scores than the bound."""
-        monkeypatch.setattr(aten, "_SCORES_HELD", 2000)
+        monkeypatch.setattr(dense, "_SCORES_HELD", 2000)
         largest = 0
 
         class Watch(TorchDispatchMode):
@@ -112,9 +112,9 @@ class TestTorchImplementation:
         tensors = inputs(1, 300, H=1, D=4)
         with Watch():
             options = AttentionOptions(0.5, left=100, right=0, softcap=2.0)
-            out, lse = aten.attention_fwd(*tensors.values(), options)
+            out, lse = dense.attention_fwd(*tensors.values(), options)
             mask = [True, True, True, False]
-            aten.attention_bwd(out, lse, *tensors.values(), out, lse, options, mask, True)
+            dense.attention_bwd(out, lse, *tensors.values(), out, lse, options, mask, True)
         assert largest <= 2000
 
 
@@ -149,7 +149,7 @@ class TestRegistration:
         )
 
     def test_compile_keeps_the_fused_backward(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(aten, "_attention_rows_bwd", None)  # a gradient of lse would call it
+        monkeypatch.setattr(dense, "_attention_rows_bwd", None)  # a gradient of lse would call it
         torch._dynamo.reset()
         call = functools.partial(attention, impl="torch")
         compiled = torch.compile(lambda q, k, v: call(q, k, v), fullgraph=True, backend="aot_eager")

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from gptkernels.core import philox
 from gptkernels.core.triton_support import Shipped, multiprocessors, on_device
+from gptkernels.ops.layer_norm.outputs import bwd_outputs, fwd_outputs, matrix
 from gptkernels.ops.layer_norm.triton.bwd import (
     backward_kernel,
     backward_wide_kernel,
@@ -61,21 +62,18 @@ def layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y, s, mean and rstd. s is empty if sum_dtype is None: s is x then."""
     C = x.shape[-1]
-    rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
+    rows, residual_rows = matrix(x), None if residual is None else matrix(residual)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     M = rows.shape[0]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    has_sum = sum_dtype is not None
-    s = torch.empty(x.shape if has_sum else (0,), dtype=sum_dtype or x.dtype, device=x.device)
-    mean = torch.empty(M, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    y, s, mean, rstd = fwd_outputs(x, sum_dtype)
     if x.numel() == 0:
         return y, s, mean, rstd
     strides = (rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0))
     arguments = (
         rows, residual_rows, weight, bias, rng, y, s, mean, rstd, M, C, *strides,
         eps, philox.threshold(dropout_p), philox.scale(dropout_p),
-        residual is not None, bias is not None, dropout_p > 0, has_sum, _aligned(C, *strides),
+        residual is not None, bias is not None, dropout_p > 0, sum_dtype is not None,
+        _aligned(C, *strides),
     )  # fmt: skip
     tile_rows, tile_cols, warps = _tile(C, _FORWARD_ELEMENTS)
     kernel = forward_kernel if C <= _WIDEST_IN_REGISTERS else forward_wide_kernel
@@ -102,15 +100,11 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, dresidual, dweight and dbias, each empty as in `op.layer_norm_bwd`."""
     C = s.shape[-1]
-    rows = _rows(s)
+    rows = matrix(s)
     M = rows.shape[0]
-    split = residual_dtype is not None
-    dx = torch.empty(s.shape, dtype=x_dtype, device=s.device)
-    dresidual = torch.empty(
-        s.shape if split else (0,), dtype=residual_dtype or x_dtype, device=s.device
+    dx, dresidual, dweight, dbias = bwd_outputs(
+        s, weight, x_dtype, residual_dtype, weight_gradient, bias_gradient
     )
-    dweight = torch.empty(C if weight_gradient else 0, dtype=weight.dtype, device=s.device)
-    dbias = torch.empty(C if bias_gradient else 0, dtype=weight.dtype, device=s.device)
     if s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
@@ -125,7 +119,7 @@ def layer_norm_bwd(
     stride = rows.stride(0)
     inputs = (dy, dsum, rows, mean, rstd, weight, rng, dx, dresidual)
     sizes = (M, C, stride, philox.threshold(dropout_p), philox.scale(dropout_p))
-    flags = (dsum is not None, split, dropout_p > 0, _aligned(C, stride))
+    flags = (dsum is not None, residual_dtype is not None, dropout_p > 0, _aligned(C, stride))
     partials = (partial_dweight, partial_dbias)
     wanted = (weight_gradient, bias_gradient)
     with on_device(s):
@@ -145,13 +139,6 @@ def layer_norm_bwd(
                 num_warps=_REDUCE_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return dx, dresidual, dweight, dbias
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Returns x as a matrix (M, C) with a last stride of 1. It is a view if the strides allow one,
-    else a copy."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def _aligned(*sizes: int) -> bool:

@@ -1,0 +1,40 @@
+"""What LayerNorm's fakes and launchers share: the tensors of results, and rows as a matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fwd_outputs(x: Tensor, sum_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocates y, s, mean (M,) and rstd (M,) for x (..., C); s is empty without a sum_dtype."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    s_shape = (0,) if sum_dtype is None else x.shape
+    s = torch.empty(s_shape, dtype=sum_dtype or x.dtype, device=x.device)
+    mean = torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
+    return y, s, mean, torch.empty_like(mean)
+
+
+def bwd_outputs(
+    s: Tensor,
+    weight: Tensor,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_gradient: bool,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocates dx, dresidual, dweight and dbias, each empty where it is not wanted."""
+    dx = torch.empty(s.shape, dtype=x_dtype, device=s.device)
+    residual_shape = (0,) if residual_dtype is None else s.shape
+    dresidual = torch.empty(residual_shape, dtype=residual_dtype or x_dtype, device=s.device)
+    dweight, dbias = (
+        torch.empty(weight.shape if wanted else (0,), dtype=weight.dtype, device=s.device)
+        for wanted in (weight_gradient, bias_gradient)
+    )
+    return dx, dresidual, dweight, dbias
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x as a matrix (M, C) with a unit last stride: a view wherever the strides allow one."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
