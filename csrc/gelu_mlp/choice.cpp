@@ -33,7 +33,7 @@ constexpr double kGenericLarge = 0.5, kGenericSmall = 0.3, kGenericFinish = 0.6;
 // time of the kernel for Hopper.
 constexpr double kGenericGain = 0.75;
 
-constexpr const char* kName = "mlp product for sm90";
+constexpr const char* kName = "gelu_mlp product for sm90";
 
 double waves(int64_t items, int64_t places) {
     return static_cast<double>(divide_up(items, places));
@@ -173,8 +173,8 @@ ProductChoice choose_product(DType dtype, Layout layout, const Product& p, int b
 }
 
 int64_t product_partials(DType dtype, Layout layout, const Product& p, int build, Stream stream) {
-    const ProductChoice plan = choose_product(dtype, layout, p, build, stream.device);
-    return layout == Layout::weight ? plan.splits : divide_up(p.m, plan.tile_rows);
+    const ProductChoice choice = choose_product(dtype, layout, p, build, stream.device);
+    return layout == Layout::weight ? choice.splits : divide_up(p.m, choice.tile_rows);
 }
 
 void launch_product(DType dtype, Layout layout, const Product& p, int build, Stream stream) {
@@ -183,8 +183,8 @@ void launch_product(DType dtype, Layout layout, const Product& p, int build, Str
     dry_run_refused(kName, chosen.reason);
     if (choice.build == kAnyGpu) return launch_product_any(dtype, layout, p, choice, stream);
     if (p.splits > divide_up(p.k, kProductStep)) {
-        throw Error("the mlp product of " + shape_of(p) + " has fewer steps along k than parts, " +
-                    std::to_string(p.splits));
+        throw Error("the gelu_mlp product of " + shape_of(p) +
+                    " has fewer steps along k than splits, " + std::to_string(p.splits));
     }
     switch (layout) {
         case Layout::forward: return launch_product_sm90<Layout::forward>(dtype, p, choice, stream);

@@ -368,8 +368,8 @@ void launch_tiles(ProductKernel& kernel, DType dtype, const ProductChoice& choic
     const int64_t tiles_m = divide_up(p.m, C::kM), tiles_n = divide_up(p.n, C::kN);
     const int64_t ctas = tiles_m * tiles_n * p.splits;
     const std::string shape = shape_of(p) + " " + name_of(dtype);
-    constexpr const char* kNames[] = {"mlp product, forward", "mlp product, backward",
-                                      "mlp product, weight gradient"};
+    constexpr const char* kNames[] = {"gelu_mlp product, forward", "gelu_mlp product, backward",
+                                      "gelu_mlp product, weight gradient"};
     const char* kernel_name = kNames[static_cast<int>(kLayout)];
     kernel.tiles_m = static_cast<unsigned>(tiles_m);
     kernel.tiles_n = static_cast<unsigned>(tiles_n);

@@ -90,7 +90,7 @@ void launch_column_sums(DType dtype, const ColumnSums& sums, Stream stream) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         launch(column_sums_kernel<T>,
-               {"mlp column sums", shape_of(sums.rows, sums.cols) + " " + name_of(dtype),
+               {"gelu_mlp column sums", shape_of(sums.rows, sums.cols) + " " + name_of(dtype),
                 dim3(static_cast<unsigned>(ctas)), kSumThreads, 8 * 32 * 8 * sizeof(float), stream},
                sums);
     });
@@ -104,7 +104,7 @@ void launch_partial_sums(DType dtype, const PartialSums& sums, Stream stream) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         launch(partial_sums_kernel<T>,
-               {"mlp partial sums", shape_of(sums.parts, sums.cols) + " fp32",
+               {"gelu_mlp partial sums", shape_of(sums.parts, sums.cols) + " fp32",
                 dim3(static_cast<unsigned>(ctas)), kSumThreads, kSumThreads * sizeof(float),
                 stream},
                {sums, teams});

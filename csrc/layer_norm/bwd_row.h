@@ -318,8 +318,8 @@ __device__ __forceinline__ void gradients_of_rows(const Bwd& p, const Team& team
     fetch_dsum(row);
     float2 statistics = part.statistics_of(row);
     int turn = 0;
-    // A team without a row takes part in the barriers, with zeros. (In C++20 nvcc takes `index <` for
-    // the start of a template's arguments.)
+    // A team without a row takes part in the barriers, with zeros. Without the parentheses nvcc
+    // takes `index <` in C++20 for the start of a template's arguments.
     for (; (row - team.index) < op.rows; row += rows.step) {
         part.take(row, statistics);
         if constexpr (kAligned) {

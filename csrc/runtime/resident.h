@@ -10,9 +10,9 @@ namespace detail {
 int resident_clusters(const void* kernel, const Launch& launch, int ctas_of_sm);
 }  // namespace detail
 
-// The grid of the launch does not matter. In a dry run for another machine there is no device to
-// ask; the answer is then as many clusters as make `ctas_of_sm` CTAs for each multiprocessor.
-// Throws Error.
+// Returns how many clusters run at one time. The grid of the launch does not matter. In a dry run
+// for another machine there is no device to ask; the result is then the number of clusters that
+// give each multiprocessor `ctas_of_sm` CTAs. Throws Error.
 template <class Params>
 int resident_clusters(void (*kernel)(Params), const Launch& launch, int ctas_of_sm) {
     return detail::resident_clusters(reinterpret_cast<const void*>(kernel), launch, ctas_of_sm);

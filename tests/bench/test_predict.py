@@ -80,7 +80,7 @@ def launched(tiles: int, cluster: int, **members: Any) -> dry_run.Launched:
         cluster=cluster, pingpong=False, threads=384, shared_bytes=220_000,
     )  # fmt: skip
     return dry_run.Launched(
-        "mlp product, forward", "(8192, 4096) times (4096, 16384) bf16", (132, 1, 1), 384,
+        "gelu_mlp product, forward", "(8192, 4096) times (4096, 16384) bf16", (132, 1, 1), 384,
         cluster, 220_000, tiles, built | members,
     )  # fmt: skip
 

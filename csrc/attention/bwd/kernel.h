@@ -91,9 +91,9 @@ dim3 grid_for(const char* kernel, const std::string& shape, const BwdArguments& 
 // The statistics of a row from which ds is computed.
 struct RowStats {
     float lse;    // in units of log2(e); inf: the weights are 0, NaN: the row is not finite
-    float delta;  // in fp32 without dlse
-    float total;  // in fp32: sum of the weights that lse gives
-    float dlse;   // in fp32
+    float delta;  // sum of dout * out; the 16-bit kernels have dlse subtracted from it
+    float total;  // sum of the weights that lse gives; only the fp32 kernels set it
+    float dlse;   // only the fp32 kernels set it
 };
 
 // The statistics of row i of head h. total: (B, H, Tq), or null where it is not known yet.

@@ -21,9 +21,9 @@ namespace gk {
 // Each warp owns 16 or 32 keys: their k and v in shared memory, their dk and dv in registers. It
 // owns 32 where registers allow (D 64): every fragment of q and dout then feeds two products;
 // otherwise mma.sync waits for shared memory. From D 192 on, dk and dv do not fit in the registers
-// together. Each then takes a kernel of its own, which makes five products instead of four. q has
-// two slots, so that the next tile arrives while this one is read. dout has one slot, which is free
-// in the middle of a step. All tiles fit in 99 KB.
+// together. Each then takes a kernel of its own, and both compute the scores: five products instead
+// of four. q has two slots, so that the next tile arrives while this one is read. dout has one slot,
+// which is free in the middle of a step. All tiles fit in 99 KB.
 template <class T, int kHeadWidth, bool kDk, bool kDv>
 struct KeysTiles {
     static constexpr int kWidth = kHeadWidth;  // in shared memory; columns from D on are zeros

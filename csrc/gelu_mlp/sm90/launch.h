@@ -55,9 +55,9 @@ ProductSm90 product_sm90(DType dtype, const Product& p) {
 template <class T, int kNumber, Layout kLayout>
 void launch_product_build(DType dtype, const Product& p, double clocks, const Stream& stream) {
     using C = ProductBuild<kNumber>;
-    constexpr const char* kNames[] = {"mlp product for sm90, forward",
-                                      "mlp product for sm90, backward",
-                                      "mlp product for sm90, weight gradient"};
+    constexpr const char* kNames[] = {"gelu_mlp product for sm90, forward",
+                                      "gelu_mlp product for sm90, backward",
+                                      "gelu_mlp product for sm90, weight gradient"};
     const ProductSm90 kernel = product_sm90<C, kLayout>(dtype, p);
     const unsigned clusters =
         std::min(kernel.items, std::max(1u, static_cast<unsigned>(multiprocessors(stream.device)) /

@@ -61,7 +61,7 @@ class AttentionOptions(NamedTuple):
     @property
     def scores(self) -> dict[str, Any]:
         """The numbers that the scores depend on, by the names of the kernels' parameters."""
-        return dict(zip(self._fields[:4], self, strict=False))
+        return {name: getattr(self, name) for name in _SCORES}
 
     @property
     def costly(self) -> bool:
@@ -70,6 +70,7 @@ class AttentionOptions(NamedTuple):
 
 
 _NUMBERS = AttentionOptions._fields.index("alibi_slopes")
+_SCORES = AttentionOptions._fields[: AttentionOptions._fields.index("dropout_p")]
 
 
 def complete(

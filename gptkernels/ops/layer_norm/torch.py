@@ -20,7 +20,7 @@ def layer_norm_fwd(
     sum_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y, s, mean and rstd. s is empty if sum_dtype is None: s is x then. The formulas and
-    shapes are in gptkernels/ops/layer_norm/triton/launch.py."""
+    shapes are in csrc/layer_norm/params.h."""
     s = x
     if dropout_p > 0:
         s = _dropout(s, rng, dropout_p)

@@ -1,4 +1,4 @@
-// The dropout contract's device functions, for tests/test_emulator.py to compare with
+// The dropout contract's device functions, for tests/emulator/test_emulator.py to compare with
 // gptkernels/core/philox.py.
 #include "cases.h"
 #include "device/philox.h"

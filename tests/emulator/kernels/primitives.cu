@@ -1,4 +1,4 @@
-// What each primitive gives, for tests/test_emulator.py to compare with cases worked by hand.
+// What each primitive gives, for tests/emulator/test_emulator.py to compare with cases worked by hand.
 #include "cases.h"
 #include "device/mma.h"
 

@@ -1,5 +1,5 @@
 // Tiles of shared memory and the fragments out of them (device/tile.h, device/copy.h), for
-// tests/test_emulator.py: products of small matrices in every layout.
+// tests/emulator/test_emulator.py: products of small matrices in every layout.
 #include "cases.h"
 #include "device/copy.h"
 

@@ -1,4 +1,4 @@
-// Launches a case with a tensor map by its name, for tests/test_tma.py: in the emulator, and on a GPU
+// Launches a case with a tensor map by its name, for tests/emulator/test_tma.py: in the emulator, and on a GPU
 // those cases that are right.
 #include "tma_cases.h"
 

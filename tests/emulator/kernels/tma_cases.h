@@ -1,4 +1,4 @@
-// Small kernels for tests/test_tma*.py that take tensor maps. `broken` makes what a kernel is
+// Small kernels for tests/emulator/test_tma*.py that take tensor maps. `broken` makes what a kernel is
 // there to do wrong; without it the same kernel is right.
 #pragma once
 

@@ -20,7 +20,7 @@ from gptkernels.ops.gelu_mlp import cuda as kernels
 
 pytestmark = [needs_cuda, pytest.mark.usefixtures("hopper")]
 RULE, BUILDS = range(3), range(7)  # the rule's builds are compiled for all dtypes, others for bf16
-SPLIT_SUM = "mlp partial sums"
+SPLIT_SUM = "gelu_mlp partial sums"
 
 
 both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16])
