@@ -50,4 +50,4 @@ def _cases(
     for shape in shapes[: 1 if quick else None]:
         for dtype in module.GPU_DTYPES if on_gpu else (torch.float32,):
             for workload in module.workloads(shape, dtype, device, quick):
-                yield workload.case(op, dtype, device, impls)
+                yield from workload.cases(op, impls)
