@@ -17,18 +17,19 @@ is cut short leaves what it had. Needs PyTorch, Triton, pytest and numpy, and no
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,7 +106,10 @@ def _all(results: Path, seconds: float) -> int:
     right &= _run(parity, until(_PARITY_END), results / "parity.json")
     reason = unavailable("cuda", "cuda", torch.float32)
     if reason is None:
-        twins = [_twins_part(op, results / f"twins_{op}.json") for op in OPERATORS]
+        twins = [
+            _own_part(f"twins of {op}", results / f"twins_{op}.json", f"--op={op}", module="twins")
+            for op in OPERATORS
+        ]
         right &= _run(twins, until(_TWINS_END), results / "twins.json")
         right &= _sanitize(until(_SANITIZED_END), results / "sanitizer.json")
     else:
@@ -139,46 +143,38 @@ def _test_part(share: int, shares: int, path: Path) -> _Part:
     return _Part(name, ["pytest", "-q", "--tb=short", *record, *choice], path)
 
 
-def _twins_part(op: str, path: Path) -> _Part:
-    arguments = ["benchmarks.twins", f"--op={op}", f"--results={path}"]
-    return _Part(f"twins of {op}", arguments, path)
-
-
-def _own_part(name: str, path: Path, *arguments: str) -> _Part:
-    return _Part(name, ["benchmarks.gpu", f"--results={path}", *arguments], path)
+def _own_part(name: str, path: Path, *arguments: str, module: str = "gpu", **others: Any) -> _Part:
+    return _Part(name, [f"benchmarks.{module}", f"--results={path}", *arguments], path, **others)
 
 
 def _run(parts: list[_Part], end: float, together: Path) -> bool:
     """Runs the parts side by side until they end or `end` (monotonic), joins their results in the
     file `together`, and tells whether all passed.
     """
-    with contextlib.ExitStack() as stack:
-        # Files, because a pipe that nobody reads fills up and blocks its process.
-        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in parts]
-        processes = [
-            subprocess.Popen(
-                [*part.before, sys.executable, "-P", "-m", *part.arguments],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | dict(part.variables),
-            )
-            for part, output in zip(parts, outputs, strict=True)
-        ]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        ended = pool.map(functools.partial(_run_part, end=end), parts)
         passed = True
-        for part, process, output in zip(parts, processes, outputs, strict=True):
-            try:
-                code = process.wait(timeout=max(1.0, end - time.monotonic()))
-                verdict = f"exit code {code}" if code else "passed"
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                verdict = "cut short: its time was up"
-            output.seek(0)
-            text = output.read().decode(errors="replace")
-            print(f"=== {part.name}: {verdict}\n{text}", flush=True)
+        for part, (verdict, output) in zip(parts, ended, strict=True):
+            print(f"=== {part.name}: {verdict}\n{output.decode(errors='replace')}", flush=True)
             passed &= verdict == "passed"
     _join([part.results for part in parts], together)
     return passed
+
+
+def _run_part(part: _Part, end: float) -> tuple[str, bytes]:
+    """Runs it until `end`; returns how it ended, and what it printed."""
+    try:
+        done = subprocess.run(
+            [*part.before, sys.executable, "-P", "-m", *part.arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | dict(part.variables),
+            timeout=max(1.0, end - time.monotonic()),
+            check=False,
+        )
+        return f"exit code {done.returncode}" if done.returncode else "passed", done.stdout
+    except subprocess.TimeoutExpired as error:
+        return "cut short: its time was up", error.stdout or b""
 
 
 def _sanitize(end: float, path: Path) -> bool:
@@ -207,10 +203,10 @@ def _sanitize(end: float, path: Path) -> bool:
         # Only kernels of namespace gk. Each tensor gets its own allocation (below), so that an
         # access past its end is found.
         before = (program, f"--tool={tool}", "--error-exitcode=1", "--kernel-name=kns=_ZN2gk")
-        arguments = ["benchmarks.gpu", "--part=sanitized", f"--op={op}"]
         variables = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+        arguments = ("--part=sanitized", f"--op={op}")
         name = f"{tool} of {op}"
-        parts.append(_Part(name, [*arguments, f"--results={record}"], record, before, variables))
+        parts.append(_own_part(name, record, *arguments, before=before, variables=variables))
     return _run(parts, end, path)
 
 

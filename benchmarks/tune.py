@@ -38,14 +38,8 @@ from gptkernels.bench.report import Row, environment, write_json
 from gptkernels.core import native
 
 # One process each, in this order: the most valuable problem of every operator, then the others.
-PARTS = (
-    ("attention", "first"),
-    ("gelu_mlp", "first"),
-    ("layer_norm", "first"),
-    ("attention", "rest"),
-    ("gelu_mlp", "rest"),
-    ("layer_norm", "rest"),
-)
+_OPS = ("attention", "gelu_mlp", "layer_norm")
+PARTS = tuple((op, which) for which in ("first", "rest") for op in _OPS)
 _BUDGET_S = 0.3  # of one comparison
 _GRACE_S = 10.0  # after its time a process is stopped
 _STUCK_S = 90.0  # so is one that has added no row for so long: a kernel waits for itself
@@ -123,15 +117,10 @@ def _head(case: tune_cases.Case, way: str, kind: str) -> Row:
 
 
 def _time_peer(case: tune_cases.Case, peer: str, rows: Rows, device: torch.device) -> None:
-    head = _head(case, peer, "peer")
-    rows.add(**head, status="started")
-    try:
+    with _told(rows, _head(case, peer, "peer"), "skipped") as row:  # not importable, say
         call = case.peers[peer]()
         timed = timing.compare({peer: call}, device=device, budget_s=_BUDGET_S)[peer]
-    except Exception as error:  # not importable, or not for this problem
-        say(rows.add(**head, status="skipped", reason=_sentence(error)))
-        return
-    say(rows.add(**head, status="timed", **_figures(case, timed, rows, device)))
+        row |= {"status": "timed", **_figures(case, timed, rows, device)}
 
 
 def _try_way(
@@ -148,35 +137,37 @@ def _try_way(
         "chosen": way.chosen,
         "predicted_s": predicted,
     }
-    rows.add(**head, status="started")
-    try:
+    with _told(rows, head, "failed") as row:
         measured = case.check(way.call())
-    except torch.OutOfMemoryError as error:  # the truth takes more than the kernel
-        torch.cuda.empty_cache()
-        say(rows.add(**head, status="skipped", reason=_sentence(error)))
-        return
-    except Exception as error:
-        say(rows.add(**head, status="failed", reason=_sentence(error)))
-        return
-    head |= {"error": _finite(measured.error), "limit": _finite(measured.limit)}
-    if not measured.passed:
-        say(rows.add(**head, status="wrong"))
-        return
-    calls = {way.name: way.call}
-    best = best_peer(case.op, case.problem, case.direction, rows)
-    try:
+        row |= {"error": _finite(measured.error), "limit": _finite(measured.limit)}
+        if not measured.passed:
+            row["status"] = "wrong"
+            return
+        calls = {way.name: way.call}
+        best = best_peer(case.op, case.problem, case.direction, rows)
         if best is not None:
             calls[best] = case.peers[best]()
         timed = timing.compare(calls, device=device, budget_s=_BUDGET_S)
+        row |= {"status": "timed", **_figures(case, timed[way.name], rows, device)}
+        if best is not None:
+            peer_s, time_s = timed[best].median_s, timed[way.name].median_s
+            row |= {"peer": best, "peer_s": peer_s, "ratio": peer_s / time_s}
+
+
+@contextlib.contextmanager
+def _told(rows: Rows, head: Row, broken: str) -> Iterator[Row]:
+    """Writes a row as started, and then with what is added to the row that this yields, or with the
+    error and the status `broken`."""
+    rows.add(**head, status="started")
+    row = dict(head)
+    try:
+        yield row
+    except torch.OutOfMemoryError as error:  # the truth, or the peer, takes more than the kernel
+        torch.cuda.empty_cache()
+        row |= {"status": "skipped", "reason": _sentence(error)}
     except Exception as error:
-        say(rows.add(**head, status="failed", reason=_sentence(error)))
-        return
-    beside = {}
-    if best is not None:
-        peer_s = timed[best].median_s
-        beside = {"peer": best, "peer_s": peer_s, "ratio": peer_s / timed[way.name].median_s}
-    figures = _figures(case, timed[way.name], rows, device)
-    say(rows.add(**head, status="timed", **figures, **beside))
+        row |= {"status": broken, "reason": _sentence(error)}
+    say(rows.add(**row))
 
 
 def _figures(
@@ -301,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--since", type=float, help="when they began, in seconds of the epoch")
-    parser.add_argument("--part", choices=[op for op, _ in PARTS[:3]], help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=_OPS, help=argparse.SUPPRESS)
     parser.add_argument("--which", choices=("first", "rest"), help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

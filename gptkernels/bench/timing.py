@@ -72,6 +72,22 @@ class Case:
     flops: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def beside(
+        cls,
+        plain: Callable[[], Any],
+        ours: Callable[[str], Callable[[], Any]],
+        impls: Sequence[str],
+        device: torch.device | str,
+        **about: Any,
+    ) -> Case:
+        """Plain PyTorch, and `ours(impl)` for each of `impls` that can be timed here. `about` are
+        the other fields."""
+        reasons = {impl: untimeable(impl, device, about["dtype"]) for impl in impls}
+        skipped = {impl: reason for impl, reason in reasons.items() if reason is not None}
+        timed = {impl: ours(impl) for impl in impls if impl not in skipped}
+        return cls(candidates={BASELINE: plain, **timed}, skipped=skipped, **about)
+
 
 def untimeable(impl: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why timing an implementation here would fail or say nothing; None where it can be timed."""
@@ -81,27 +97,6 @@ def untimeable(impl: str, device: torch.device | str, dtype: torch.dtype) -> str
         where = "Triton's interpreter" if impl == "triton" else "the emulator"
         return f"it would run in {where}, whose time says nothing about the kernels"
     return reason
-
-
-def compared(
-    plain: Callable[[], Any],
-    ours: Callable[[str], Callable[[], Any]],
-    impls: Sequence[str],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """A case's `candidates` and `skipped`: plain PyTorch, and `ours(impl)` for each of `impls` that
-    can be timed here.
-    """
-    candidates = {BASELINE: plain}
-    skipped = {}
-    for impl in impls:
-        reason = untimeable(impl, device, dtype)
-        if reason is None:
-            candidates[impl] = ours(impl)
-        else:
-            skipped[impl] = reason
-    return candidates, skipped
 
 
 def compare(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -63,11 +63,6 @@ def command(
     prompts: tuple[str, ...],
     max_new_tokens: int,
     samples: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float,
     stop: tuple[str, ...],
     seed: int | None,
     as_json: bool,
@@ -76,6 +71,7 @@ def command(
     tokenizer: str | None,
     impl: str,
     device: str,
+    **sampling: Any,
 ) -> None:
     """Continue texts with MODEL: a Hugging Face GPT-2 or OpenAI-GPT folder, a folder that `train`
     wrote, its checkpoint.pt, or a nanoGPT checkpoint.
@@ -91,8 +87,8 @@ def command(
     from gptkernels.gpt.generation.engine import Engine, Request
     from gptkernels.gpt.generation.sampling import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    template = Request((), max_new_tokens, sampling, samples=samples, seed=seed, stop=stop)
+    how = Sampling(**sampling)
+    template = Request((), max_new_tokens, how, samples=samples, seed=seed, stop=stop)
 
     def request(prompt: str) -> Request:
         drawn = int(torch.randint(2**63 - 1, ())) if seed is None else seed

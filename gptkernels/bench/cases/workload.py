@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.bench.timing import Case, compared
+from gptkernels.bench.timing import Case
 
 FORWARD, BOTH = "forward", "forward+backward"
 
@@ -41,16 +41,19 @@ class Workload:
 
     def _case(self, op: str, direction: str, impls: Sequence[str]) -> Case:
         called = self._forward if direction == FORWARD else self._both
-        device, dtype = self.tensors[0].device, self.tensors[0].dtype
-        candidates, skipped = compared(
+        bytes_moved, flops = self.work[direction]
+        return Case.beside(
             called(self.plain),
             lambda impl: called(functools.partial(self.ours, impl=impl)),
             impls,
-            device,
-            dtype,
+            self.tensors[0].device,
+            op=op,
+            shape=self.shape,
+            dtype=self.tensors[0].dtype,
+            direction=direction,
+            bytes_moved=bytes_moved,
+            flops=flops,
         )
-        work = self.work[direction]
-        return Case(op, self.shape, dtype, direction, candidates, *work, skipped)
 
     def _forward(self, function: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: function(*self.tensors)
