@@ -150,7 +150,7 @@ def _try_way(
         timed = timing.compare(calls, device=device, budget_s=_BUDGET_S)
         row |= {"status": "timed", **_figures(case, timed[way.name], rows, device)}
         if best is not None:
-            peer_s, time_s = timed[best].median_s, timed[way.name].median_s
+            peer_s, time_s = timed[best].time_s, timed[way.name].time_s
             row |= {"peer": best, "peer_s": peer_s, "ratio": peer_s / time_s}
 
 
@@ -175,10 +175,9 @@ def _figures(
 ) -> dict[str, Any]:
     """Times, rates, and the share of the ceiling that was measured here."""
     found = {**dataclasses.asdict(timed), "flops": case.flops, "bytes": case.bytes}
-    found["time_s"] = found.pop("median_s")
     ceiling = _ceiling("products" if case.flops else "copy", rows, device)
     amount = case.flops or case.bytes
-    return found | {"rate": amount / timed.median_s, "share": amount / timed.median_s / ceiling}
+    return found | {"rate": amount / timed.time_s, "share": amount / timed.time_s / ceiling}
 
 
 def _ceiling(kind: str, rows: Rows, device: torch.device) -> float:

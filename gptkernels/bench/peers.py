@@ -7,6 +7,7 @@ raises ImportError where a package is missing, and other errors where it cannot 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,21 +47,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, sees: dict[s
 
         return made(attention)
 
-    def flash_3() -> Call:
-        from flash_attn_interface import flash_attn_func
-
-        return made(lambda *tensors: flash_attn_func(*tensors, causal=causal))
-
-    def flash_4() -> Call:
-        from flash_attn.cute import flash_attn_func
-
-        return made(lambda *tensors: flash_attn_func(*tensors, causal=causal))
+    def flash(module: str) -> Call:
+        function = importlib.import_module(module).flash_attn_func
+        return made(functools.partial(function, causal=causal))
 
     return {
         "SDPA cuDNN": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION),
         "SDPA flash": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
-        "FlashAttention-4": flash_4,
-        "FlashAttention-3": flash_3,
+        "FlashAttention-4": functools.partial(flash, "flash_attn.cute"),
+        "FlashAttention-3": functools.partial(flash, "flash_attn_interface"),
     }
 
 

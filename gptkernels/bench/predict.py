@@ -293,14 +293,15 @@ def _mlp(problem: Problem, direction: Direction) -> Iterator[Part]:
     for number, launched in enumerate(products(direction.dry_run(MACHINE).launches)):
         m, k, n = _product_sizes(launched)
         moved = float(problem.dtype.itemsize * (m * k + k * n + m * n))
-
-        def cost(main: Launched, launches: int, moved: float = moved) -> tuple[float, str]:
-            seconds, bound = _or_memory(main.clocks / _CLOCKS_OF_PRODUCTS, "products", moved)
-            return seconds + LAUNCH_S, bound
-
         name = product_name(direction.name, number, (m, n, k))
         pick = functools.partial(product, number)
+        cost = functools.partial(_product_cost, moved)
         yield Part(problem, direction, name, pick, cost, 2.0 * m * n * k, moved)
+
+
+def _product_cost(moved: float, main: Launched, launches: int) -> tuple[float, str]:
+    seconds, bound = _or_memory(main.clocks / _CLOCKS_OF_PRODUCTS, "products", moved)
+    return seconds + LAUNCH_S, bound
 
 
 def products(launches: Sequence[Launched]) -> list[Launched]:
@@ -322,14 +323,8 @@ def _product_sizes(launched: Launched) -> tuple[int, int, int]:
 
 def product_name(direction: str, number: int, sizes: tuple[int, int, int]) -> str:
     """ "forward, product 1 (8192x16384x4096, gelu)"; sizes are m, n, k."""
-    kind = _epilogue(direction, number)
+    kind = "plain" if number else {"forward": "gelu", "backward": "gelu'"}[direction]
     return f"{direction}, product {number + 1} ({'x'.join(map(str, sizes))}, {kind})"
-
-
-def _epilogue(direction: str, number: int) -> str:
-    if number:
-        return "plain"
-    return "gelu" if direction == "forward" else "gelu'"
 
 
 # ---- LayerNorm

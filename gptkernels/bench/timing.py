@@ -13,6 +13,7 @@ is `time.perf_counter` around as many calls as fill a few milliseconds.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -37,12 +38,12 @@ BASELINE = "pytorch"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median and the least of `rounds` samples.
+    """Seconds per call: `time_s` is the median, `min_s` the least of `rounds` samples.
 
     On a GPU `host_s` is what the host takes to queue the call; None on a CPU.
     """
 
-    median_s: float
+    time_s: float
     min_s: float
     rounds: int
     host_s: float | None = None
@@ -260,16 +261,13 @@ def rows(
             "direction": case.direction,
         }
         for impl, timing in timings.items():
-            time_s = timing.median_s
+            time_s = timing.time_s
             yield {
                 **head,
                 "impl": impl,
-                "time_s": time_s,
-                "min_s": timing.min_s,
-                "rounds": timing.rounds,
-                "host_s": timing.host_s,
-                "baseline_s": baseline.median_s if baseline else None,
-                "ratio": baseline.median_s / time_s if baseline else None,
+                **dataclasses.asdict(timing),
+                "baseline_s": baseline.time_s if baseline else None,
+                "ratio": baseline.time_s / time_s if baseline else None,
                 "bytes": case.bytes_moved or None,
                 "flops": case.flops or None,
                 "bytes_per_s": case.bytes_moved / time_s if case.bytes_moved else None,

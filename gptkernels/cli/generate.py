@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from gptkernels.gpt.tokenizer import Tokenizer
 
 
-@click.command("generate")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.command("generate", context_settings={"show_default": True})
+@click.argument("model", type=options.PATH)
 @click.option(
     "--prompt",
     "prompts",
     multiple=True,
     help="A text to continue; may be repeated. Default: the lines of standard input.",
 )
-@click.option("--max-new-tokens", type=int, default=100, show_default=True)
-@click.option("--samples", type=int, default=1, show_default=True, help="Continuations a prompt.")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="0: greedy.")
+@click.option("--max-new-tokens", type=int, default=100)
+@click.option("--samples", type=int, default=1, help="Continuations a prompt.")
+@click.option("--temperature", type=float, default=1.0, help="0: greedy.")
 @click.option("--top-k", type=int, help="Sample among the likeliest K tokens.")
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens that reach P.")
 @click.option("--min-p", type=float, help="Drop tokens less likely than P times the likeliest.")
@@ -39,24 +39,17 @@ if TYPE_CHECKING:
     "--repetition-penalty",
     type=float,
     default=1.0,
-    show_default=True,
     help="Above 1: tokens that the text holds already become less likely.",
 )
 @click.option("--stop", multiple=True, help="End a text before this string; may be repeated.")
 @click.option("--seed", type=int, help="For the same samples again, in any batch.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
 @click.option("--logprobs", is_flag=True, help="Log-probabilities of the tokens; with --json.")
-@click.option(
-    "--slots",
-    type=int,
-    default=8,
-    show_default=True,
-    help="Texts at a time: 1, or a multiple of 8.",
-)
+@click.option("--slots", type=int, default=8, help="Texts at a time: 1, or a multiple of 8.")
 @click.option(
     "--tokenizer", type=click.Choice(["bytes", "gpt1", "gpt2"]), help="Default: the model's own."
 )
-@click.option("--impl", type=click.Choice(options.IMPLS), default="auto", show_default=True)
+@click.option("--impl", type=click.Choice(options.IMPLS), default="auto")
 @options.device
 def command(
     model: Path,

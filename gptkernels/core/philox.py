@@ -21,6 +21,8 @@ The tokens that generation samples come from the same generator (`uniform`).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -84,9 +86,7 @@ def elementwise_keep(
 ) -> Tensor:
     """Keep mask of the given shape, bool; elements are counted in row-major order."""
     rng = _checked(rng)
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     group = torch.arange((count + 7) // 8, dtype=torch.int64, device=rng.device)
     u16 = _lanes(rng, group & _WORD, group >> 32, torch.zeros_like(group))
     return u16.view(-1)[:count].view(shape) >= threshold(dropout_p)

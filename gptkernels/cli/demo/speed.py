@@ -111,7 +111,7 @@ def fastest_threads(device: torch.device) -> Iterator[None]:
         timings = timing.compare(
             {str(n): functools.partial(step, n) for n in (threads, 1)}, min_rounds=7
         )
-        torch.set_num_threads(int(min(timings, key=lambda name: timings[name].median_s)))
+        torch.set_num_threads(int(min(timings, key=lambda name: timings[name].time_s)))
         yield
     finally:
         torch.set_num_threads(threads)
