@@ -36,6 +36,7 @@ import torch
 from gptkernels.bench import OPERATORS, rows_of
 from gptkernels.bench.report import Row, environment, figures, recorded, write_json
 from gptkernels.core.choice import unavailable
+from gptkernels.truth import verify
 
 _TESTS = tuple(
     Path(f"tests/{name}.py")
@@ -98,18 +99,12 @@ def _all(results: Path, seconds: float) -> int:
     shares = _shares(os.cpu_count() or 1)
     tests = [_test_part(k, shares, results / f"tests_{k}.json") for k in range(1, shares + 1)]
     right = _run(tests, until(_TESTS_END), results / "tests.json")
-    # The kernels are compiled by now. Each operator has a process, so that a crash stops no other.
-    parity = [
-        _own_part(f"parity of {op}", results / f"parity_{op}.json", "--part=parity", f"--op={op}")
-        for op in OPERATORS
-    ]
+    # The kernels are compiled by now.
+    parity = _of_operators("parity", results, "benchmarks.gpu", "--part=parity")
     right &= _run(parity, until(_PARITY_END), results / "parity.json")
     reason = unavailable("cuda", "cuda", torch.float32)
     if reason is None:
-        twins = [
-            _own_part(f"twins of {op}", results / f"twins_{op}.json", f"--op={op}", module="twins")
-            for op in OPERATORS
-        ]
+        twins = _of_operators("twins", results, "benchmarks.twins")
         right &= _run(twins, until(_TWINS_END), results / "twins.json")
         right &= _sanitize(until(_SANITIZED_END), results / "sanitizer.json")
     else:
@@ -117,7 +112,8 @@ def _all(results: Path, seconds: float) -> int:
     # One after the other: what runs beside a kernel would change its time.
     for name, end, extra in (("quick", _QUICK_END, ["--quick"]), ("full", 1.0, [])):
         path = results / f"speed_{name}.json"
-        _run([_own_part(f"speed, {name}", path, "--part=speed", *extra)], until(end), path)
+        arguments = ["benchmarks.gpu", "--part=speed", f"--results={path}", *extra]
+        _run([_Part(f"speed, {name}", arguments, path)], until(end), path)
     print(f"Results are in {results}, after {time.monotonic() - started:.0f} s")
     if reason is None:
         print(
@@ -143,8 +139,13 @@ def _test_part(share: int, shares: int, path: Path) -> _Part:
     return _Part(name, ["pytest", "-q", "--tb=short", *record, *choice], path)
 
 
-def _own_part(name: str, path: Path, *arguments: str, module: str = "gpu", **others: Any) -> _Part:
-    return _Part(name, [f"benchmarks.{module}", f"--results={path}", *arguments], path, **others)
+def _of_operators(name: str, results: Path, *arguments: str, **others: Any) -> list[_Part]:
+    """A part for each operator, so that a crash stops no other. `arguments` as of `_Part`."""
+    paths = {op: results / f"{name}_{op}.json" for op in OPERATORS}
+    return [
+        _Part(f"{name} of {op}", [*arguments, f"--op={op}", f"--results={path}"], path, **others)
+        for op, path in paths.items()
+    ]
 
 
 def _run(parts: list[_Part], end: float, together: Path) -> bool:
@@ -189,8 +190,7 @@ def _sanitize(end: float, path: Path) -> bool:
     try:
         subprocess.run(
             anything,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            capture_output=True,
             check=True,
             timeout=max(1.0, (end - time.monotonic()) / 2),
         )
@@ -198,15 +198,13 @@ def _sanitize(end: float, path: Path) -> bool:
         print("=== compute-sanitizer: skipped, it cannot run on this device", flush=True)
         return True
     parts = []
-    for tool, op in itertools.product(("memcheck", "racecheck"), OPERATORS):
-        record = path.with_name(f"sanitizer_{tool}_{op}.json")
+    for tool in ("memcheck", "racecheck"):
         # Only kernels of namespace gk. Each tensor gets its own allocation (below), so that an
         # access past its end is found.
         before = (program, f"--tool={tool}", "--error-exitcode=1", "--kernel-name=kns=_ZN2gk")
         variables = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-        arguments = ("--part=sanitized", f"--op={op}")
-        name = f"{tool} of {op}"
-        parts.append(_own_part(name, record, *arguments, before=before, variables=variables))
+        own = ("benchmarks.gpu", "--part=sanitized")
+        parts += _of_operators(tool, path.parent, *own, before=before, variables=variables)
     return _run(parts, end, path)
 
 
@@ -226,8 +224,6 @@ def _join(paths: list[Path], together: Path) -> None:
 
 
 def _parity(op: str, path: Path) -> int:
-    from gptkernels.truth import verify
-
     failed = 0
     rows = (row.as_dict() for row in verify.run(impls=_IMPLS, ops=[op], device="cuda"))
     for row in recorded(rows, path):
@@ -239,8 +235,6 @@ def _parity(op: str, path: Path) -> int:
 
 def _sanitized(op: str, path: Path) -> int:
     """Each case of the parity table in two dtypes; what is found is on compute-sanitizer to say."""
-    from gptkernels.truth import verify
-
     dtypes = (torch.bfloat16, torch.float32)
     rows = verify.run(impls=("cuda",), ops=[op], dtypes=dtypes, device="cuda")
     for row in recorded((row.as_dict() for row in rows), path):

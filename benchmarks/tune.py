@@ -25,7 +25,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ import torch
 from benchmarks import tune_cases
 from benchmarks.tune_rows import Rows, best_peer, here, now, say, table
 from gptkernels.bench import dry_run, predict, timing
+from gptkernels.bench.peers import Call
 from gptkernels.bench.report import Row, environment, write_json
 from gptkernels.core import native
 
@@ -52,12 +54,11 @@ _OUT_OF_TIME, _POISONED = 3, 4  # exit codes of a process; the latter: its GPU t
 
 def run_part(op: str, which: str, rows: Rows, device: torch.device, until: float) -> int:
     """0; or that the time (of time.time()) was up. Rows that are there already are skipped."""
-    machine = dry_run.machine_here()
-    predicted = _predicted()
+    machine, tuner = dry_run.machine_here(), _Tuner(rows, device)
     for problem in _problems(op, which):
         try:
             for case in tune_cases.cases(problem, device, machine):
-                for step in _steps(case, rows, device, predicted):
+                for step in tuner.steps(case):
                     if time.time() > until:
                         return _OUT_OF_TIME
                     step()
@@ -88,21 +89,72 @@ def _predicted() -> dict[tuple[str, str, str], float]:
     return {(p.problem, p.direction, p.way): p.seconds for p in predict.predictions()}
 
 
-def _steps(
-    case: tune_cases.Case,
-    rows: Rows,
-    device: torch.device,
-    predicted: dict[tuple[str, str, str], float],
-) -> Iterator[Any]:
-    """What is to be done for a case, in order; each writes one row."""
-    name = (case.op, case.problem, case.direction)
-    for peer in case.peers:
-        if rows.get(*name, peer) is None:
-            yield functools.partial(_time_peer, case, peer, rows, device)
-    for way in case.ways:
-        if rows.get(*name, way.name) is None:
-            when = predicted.get((case.problem, case.direction, way.name))
-            yield functools.partial(_try_way, case, way, rows, device, when)
+@dataclass(frozen=True)
+class _Tuner:
+    """Adds a row for each peer, each of our kernels, and each ceiling of the GPU."""
+
+    rows: Rows
+    device: torch.device
+
+    def steps(self, case: tune_cases.Case) -> Iterator[Callable[[], None]]:
+        """What is to be done for a case, in order; each writes one row."""
+        name = (case.op, case.problem, case.direction)
+        for peer in case.peers:
+            if self.rows.get(*name, peer) is None:
+                yield functools.partial(self._time_peer, case, peer)
+        for way in case.ways:
+            if self.rows.get(*name, way.name) is None:
+                yield functools.partial(self._try_way, case, way)
+
+    def _time_peer(self, case: tune_cases.Case, peer: str) -> None:
+        with _told(self.rows, _head(case, peer, "peer"), "skipped") as row:  # not importable, say
+            timed = self._timed({peer: case.peers[peer]()})[peer]
+            row |= {"status": "timed", **self._figures(case, timed)}
+
+    def _try_way(self, case: tune_cases.Case, way: tune_cases.Way) -> None:
+        """Checks one of our kernels, and times it beside the best peer where it is right."""
+        head = {
+            **_head(case, way.name, "ours"),
+            "build": way.build,
+            "chosen": way.chosen,
+            "predicted_s": _predicted().get((case.problem, case.direction, way.name)),
+        }
+        with _told(self.rows, head, "failed") as row:
+            measured = case.check(way.call())
+            row |= {"error": _finite(measured.error), "limit": _finite(measured.limit)}
+            if not measured.passed:
+                row["status"] = "wrong"
+                return
+            calls = {way.name: way.call}
+            best = best_peer(case.op, case.problem, case.direction, self.rows)
+            if best is not None:
+                calls[best] = case.peers[best]()
+            timed = self._timed(calls)
+            row |= {"status": "timed", **self._figures(case, timed[way.name])}
+            if best is not None:
+                peer_s, time_s = timed[best].time_s, timed[way.name].time_s
+                row |= {"peer": best, "peer_s": peer_s, "ratio": peer_s / time_s}
+
+    def _timed(self, calls: dict[str, Call]) -> dict[str, timing.Timing]:
+        return timing.compare(calls, device=self.device, budget_s=_BUDGET_S)
+
+    def _figures(self, case: tune_cases.Case, timed: timing.Timing) -> dict[str, Any]:
+        """Times, rates, and the share of the ceiling that was measured here."""
+        found = {**dataclasses.asdict(timed), "flops": case.flops, "bytes": case.bytes}
+        rate = (case.flops or case.bytes) / timed.time_s
+        ceiling = self._ceiling("products" if case.flops else "copy")
+        return found | {"rate": rate, "share": rate / ceiling}
+
+    def _ceiling(self, kind: str) -> float:
+        """FLOP or bytes a second, measured once for all processes."""
+        row = self.rows.get("ceiling", "", "", kind)
+        if row is None:
+            if kind == "copy":
+                rate = timing.copy_bandwidth(self.device)
+            else:
+                rate = timing.product_rate(self.device, torch.bfloat16)
+            row = self.rows.add(op="ceiling", way=kind, kind="ceiling", status="timed", rate=rate)
+        return row["rate"]
 
 
 def _head(case: tune_cases.Case, way: str, kind: str) -> Row:
@@ -114,44 +166,6 @@ def _head(case: tune_cases.Case, way: str, kind: str) -> Row:
         "way": way,
         "kind": kind,
     }
-
-
-def _time_peer(case: tune_cases.Case, peer: str, rows: Rows, device: torch.device) -> None:
-    with _told(rows, _head(case, peer, "peer"), "skipped") as row:  # not importable, say
-        call = case.peers[peer]()
-        timed = timing.compare({peer: call}, device=device, budget_s=_BUDGET_S)[peer]
-        row |= {"status": "timed", **_figures(case, timed, rows, device)}
-
-
-def _try_way(
-    case: tune_cases.Case,
-    way: tune_cases.Way,
-    rows: Rows,
-    device: torch.device,
-    predicted: float | None,
-) -> None:
-    """Checks one of our kernels, and times it beside the best peer where it is right."""
-    head = {
-        **_head(case, way.name, "ours"),
-        "build": way.build,
-        "chosen": way.chosen,
-        "predicted_s": predicted,
-    }
-    with _told(rows, head, "failed") as row:
-        measured = case.check(way.call())
-        row |= {"error": _finite(measured.error), "limit": _finite(measured.limit)}
-        if not measured.passed:
-            row["status"] = "wrong"
-            return
-        calls = {way.name: way.call}
-        best = best_peer(case.op, case.problem, case.direction, rows)
-        if best is not None:
-            calls[best] = case.peers[best]()
-        timed = timing.compare(calls, device=device, budget_s=_BUDGET_S)
-        row |= {"status": "timed", **_figures(case, timed[way.name], rows, device)}
-        if best is not None:
-            peer_s, time_s = timed[best].time_s, timed[way.name].time_s
-            row |= {"peer": best, "peer_s": peer_s, "ratio": peer_s / time_s}
 
 
 @contextlib.contextmanager
@@ -168,28 +182,6 @@ def _told(rows: Rows, head: Row, broken: str) -> Iterator[Row]:
     except Exception as error:
         row |= {"status": broken, "reason": _sentence(error)}
     say(rows.add(**row))
-
-
-def _figures(
-    case: tune_cases.Case, timed: timing.Timing, rows: Rows, device: torch.device
-) -> dict[str, Any]:
-    """Times, rates, and the share of the ceiling that was measured here."""
-    found = {**dataclasses.asdict(timed), "flops": case.flops, "bytes": case.bytes}
-    ceiling = _ceiling("products" if case.flops else "copy", rows, device)
-    amount = case.flops or case.bytes
-    return found | {"rate": amount / timed.time_s, "share": amount / timed.time_s / ceiling}
-
-
-def _ceiling(kind: str, rows: Rows, device: torch.device) -> float:
-    """FLOP or bytes a second, measured once for all processes."""
-    row = rows.get("ceiling", "", "", kind)
-    if row is None:
-        if kind == "copy":
-            rate = timing.copy_bandwidth(device)
-        else:
-            rate = timing.product_rate(device, torch.bfloat16)
-        row = rows.add(op="ceiling", way=kind, kind="ceiling", status="timed", rate=rate)
-    return row["rate"]
 
 
 def _sentence(error: BaseException) -> str:

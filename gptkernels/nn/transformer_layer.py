@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count, check_flag, check_probability, check_tensor
-from gptkernels.core.choice import check_impl
 from gptkernels.nn.layers import FusedModule, LayerNorm, head_width
 from gptkernels.ops.attention.dense import attention
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
@@ -72,15 +71,6 @@ class TransformerLayer(FusedModule):
         self.norm1 = LayerNorm(d_model, layer_norm_eps, bias)
         self.norm2 = LayerNorm(d_model, layer_norm_eps, bias)
         self.to(device=device, dtype=dtype)
-
-    @property
-    def impl(self) -> str:
-        """Which implementation runs; setting it sets the two LayerNorms' too."""
-        return self._impl
-
-    @impl.setter
-    def impl(self, impl: str) -> None:
-        self._impl = self.norm1.impl = self.norm2.impl = check_impl(impl)
 
     def forward(
         self,

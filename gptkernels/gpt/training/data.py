@@ -92,9 +92,7 @@ def split(tokens: Tokens, validation_fraction: float, block_size: int) -> tuple[
                 f"files: the {name} part has {length} of the text's {count} tokens, "
                 f"but one context of block_size={block_size} needs at least {block_size + 1}"
             )
-    if isinstance(tokens, Tensor):
-        return tokens[:cut], tokens[cut:]
-    return tokens.part(0, cut), tokens.part(cut, count)
+    return tokens[:cut], tokens[cut:]
 
 
 def gather(tokens: Tokens, starts: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
