@@ -17,24 +17,26 @@ is cut short leaves what it had. Needs PyTorch, Triton, pytest and numpy, and no
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gptkernels.bench import OPERATORS, rows_of
 from gptkernels.bench.report import Row, environment, figures, recorded, write_json
 from gptkernels.core.choice import unavailable
+from gptkernels.truth import verify
 
 _TESTS = tuple(
     Path(f"tests/{name}.py")
@@ -97,15 +99,12 @@ def _all(results: Path, seconds: float) -> int:
     shares = _shares(os.cpu_count() or 1)
     tests = [_test_part(k, shares, results / f"tests_{k}.json") for k in range(1, shares + 1)]
     right = _run(tests, until(_TESTS_END), results / "tests.json")
-    # The kernels are compiled by now. Each operator has a process, so that a crash stops no other.
-    parity = [
-        _own_part(f"parity of {op}", results / f"parity_{op}.json", "--part=parity", f"--op={op}")
-        for op in OPERATORS
-    ]
+    # The kernels are compiled by now.
+    parity = _of_operators("parity", results, "benchmarks.gpu", "--part=parity")
     right &= _run(parity, until(_PARITY_END), results / "parity.json")
     reason = unavailable("cuda", "cuda", torch.float32)
     if reason is None:
-        twins = [_twins_part(op, results / f"twins_{op}.json") for op in OPERATORS]
+        twins = _of_operators("twins", results, "benchmarks.twins")
         right &= _run(twins, until(_TWINS_END), results / "twins.json")
         right &= _sanitize(until(_SANITIZED_END), results / "sanitizer.json")
     else:
@@ -113,7 +112,8 @@ def _all(results: Path, seconds: float) -> int:
     # One after the other: what runs beside a kernel would change its time.
     for name, end, extra in (("quick", _QUICK_END, ["--quick"]), ("full", 1.0, [])):
         path = results / f"speed_{name}.json"
-        _run([_own_part(f"speed, {name}", path, "--part=speed", *extra)], until(end), path)
+        arguments = ["benchmarks.gpu", "--part=speed", f"--results={path}", *extra]
+        _run([_Part(f"speed, {name}", arguments, path)], until(end), path)
     print(f"Results are in {results}, after {time.monotonic() - started:.0f} s")
     if reason is None:
         print(
@@ -139,46 +139,43 @@ def _test_part(share: int, shares: int, path: Path) -> _Part:
     return _Part(name, ["pytest", "-q", "--tb=short", *record, *choice], path)
 
 
-def _twins_part(op: str, path: Path) -> _Part:
-    arguments = ["benchmarks.twins", f"--op={op}", f"--results={path}"]
-    return _Part(f"twins of {op}", arguments, path)
-
-
-def _own_part(name: str, path: Path, *arguments: str) -> _Part:
-    return _Part(name, ["benchmarks.gpu", f"--results={path}", *arguments], path)
+def _of_operators(name: str, results: Path, *arguments: str, **others: Any) -> list[_Part]:
+    """A part for each operator, so that a crash stops no other. `arguments` as of `_Part`."""
+    paths = {op: results / f"{name}_{op}.json" for op in OPERATORS}
+    return [
+        _Part(f"{name} of {op}", [*arguments, f"--op={op}", f"--results={path}"], path, **others)
+        for op, path in paths.items()
+    ]
 
 
 def _run(parts: list[_Part], end: float, together: Path) -> bool:
     """Runs the parts side by side until they end or `end` (monotonic), joins their results in the
     file `together`, and tells whether all passed.
     """
-    with contextlib.ExitStack() as stack:
-        # Files, because a pipe that nobody reads fills up and blocks its process.
-        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in parts]
-        processes = [
-            subprocess.Popen(
-                [*part.before, sys.executable, "-P", "-m", *part.arguments],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | dict(part.variables),
-            )
-            for part, output in zip(parts, outputs, strict=True)
-        ]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        ended = pool.map(functools.partial(_run_part, end=end), parts)
         passed = True
-        for part, process, output in zip(parts, processes, outputs, strict=True):
-            try:
-                code = process.wait(timeout=max(1.0, end - time.monotonic()))
-                verdict = f"exit code {code}" if code else "passed"
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                verdict = "cut short: its time was up"
-            output.seek(0)
-            text = output.read().decode(errors="replace")
-            print(f"=== {part.name}: {verdict}\n{text}", flush=True)
+        for part, (verdict, output) in zip(parts, ended, strict=True):
+            print(f"=== {part.name}: {verdict}\n{output.decode(errors='replace')}", flush=True)
             passed &= verdict == "passed"
     _join([part.results for part in parts], together)
     return passed
+
+
+def _run_part(part: _Part, end: float) -> tuple[str, bytes]:
+    """Runs it until `end`; returns how it ended, and what it printed."""
+    try:
+        done = subprocess.run(
+            [*part.before, sys.executable, "-P", "-m", *part.arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | dict(part.variables),
+            timeout=max(1.0, end - time.monotonic()),
+            check=False,
+        )
+        return f"exit code {done.returncode}" if done.returncode else "passed", done.stdout
+    except subprocess.TimeoutExpired as error:
+        return "cut short: its time was up", error.stdout or b""
 
 
 def _sanitize(end: float, path: Path) -> bool:
@@ -193,8 +190,7 @@ def _sanitize(end: float, path: Path) -> bool:
     try:
         subprocess.run(
             anything,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            capture_output=True,
             check=True,
             timeout=max(1.0, (end - time.monotonic()) / 2),
         )
@@ -202,15 +198,13 @@ def _sanitize(end: float, path: Path) -> bool:
         print("=== compute-sanitizer: skipped, it cannot run on this device", flush=True)
         return True
     parts = []
-    for tool, op in itertools.product(("memcheck", "racecheck"), OPERATORS):
-        record = path.with_name(f"sanitizer_{tool}_{op}.json")
+    for tool in ("memcheck", "racecheck"):
         # Only kernels of namespace gk. Each tensor gets its own allocation (below), so that an
         # access past its end is found.
         before = (program, f"--tool={tool}", "--error-exitcode=1", "--kernel-name=kns=_ZN2gk")
-        arguments = ["benchmarks.gpu", "--part=sanitized", f"--op={op}"]
         variables = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-        name = f"{tool} of {op}"
-        parts.append(_Part(name, [*arguments, f"--results={record}"], record, before, variables))
+        own = ("benchmarks.gpu", "--part=sanitized")
+        parts += _of_operators(tool, path.parent, *own, before=before, variables=variables)
     return _run(parts, end, path)
 
 
@@ -230,8 +224,6 @@ def _join(paths: list[Path], together: Path) -> None:
 
 
 def _parity(op: str, path: Path) -> int:
-    from gptkernels.truth import verify
-
     failed = 0
     rows = (row.as_dict() for row in verify.run(impls=_IMPLS, ops=[op], device="cuda"))
     for row in recorded(rows, path):
@@ -243,8 +235,6 @@ def _parity(op: str, path: Path) -> int:
 
 def _sanitized(op: str, path: Path) -> int:
     """Each case of the parity table in two dtypes; what is found is on compute-sanitizer to say."""
-    from gptkernels.truth import verify
-
     dtypes = (torch.bfloat16, torch.float32)
     rows = verify.run(impls=("cuda",), ops=[op], dtypes=dtypes, device="cuda")
     for row in recorded((row.as_dict() for row in rows), path):

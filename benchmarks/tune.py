@@ -25,7 +25,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,13 @@ import torch
 from benchmarks import tune_cases
 from benchmarks.tune_rows import Rows, best_peer, here, now, say, table
 from gptkernels.bench import dry_run, predict, timing
+from gptkernels.bench.peers import Call
 from gptkernels.bench.report import Row, environment, write_json
 from gptkernels.core import native
 
 # One process each, in this order: the most valuable problem of every operator, then the others.
-PARTS = (
-    ("attention", "first"),
-    ("gelu_mlp", "first"),
-    ("layer_norm", "first"),
-    ("attention", "rest"),
-    ("gelu_mlp", "rest"),
-    ("layer_norm", "rest"),
-)
+_OPS = ("attention", "gelu_mlp", "layer_norm")
+PARTS = tuple((op, which) for which in ("first", "rest") for op in _OPS)
 _BUDGET_S = 0.3  # of one comparison
 _GRACE_S = 10.0  # after its time a process is stopped
 _STUCK_S = 90.0  # so is one that has added no row for so long: a kernel waits for itself
@@ -58,12 +54,11 @@ _OUT_OF_TIME, _POISONED = 3, 4  # exit codes of a process; the latter: its GPU t
 
 def run_part(op: str, which: str, rows: Rows, device: torch.device, until: float) -> int:
     """0; or that the time (of time.time()) was up. Rows that are there already are skipped."""
-    machine = dry_run.machine_here()
-    predicted = _predicted()
+    machine, tuner = dry_run.machine_here(), _Tuner(rows, device)
     for problem in _problems(op, which):
         try:
             for case in tune_cases.cases(problem, device, machine):
-                for step in _steps(case, rows, device, predicted):
+                for step in tuner.steps(case):
                     if time.time() > until:
                         return _OUT_OF_TIME
                     step()
@@ -94,21 +89,72 @@ def _predicted() -> dict[tuple[str, str, str], float]:
     return {(p.problem, p.direction, p.way): p.seconds for p in predict.predictions()}
 
 
-def _steps(
-    case: tune_cases.Case,
-    rows: Rows,
-    device: torch.device,
-    predicted: dict[tuple[str, str, str], float],
-) -> Iterator[Any]:
-    """What is to be done for a case, in order; each writes one row."""
-    name = (case.op, case.problem, case.direction)
-    for peer in case.peers:
-        if rows.get(*name, peer) is None:
-            yield functools.partial(_time_peer, case, peer, rows, device)
-    for way in case.ways:
-        if rows.get(*name, way.name) is None:
-            when = predicted.get((case.problem, case.direction, way.name))
-            yield functools.partial(_try_way, case, way, rows, device, when)
+@dataclass(frozen=True)
+class _Tuner:
+    """Adds a row for each peer, each of our kernels, and each ceiling of the GPU."""
+
+    rows: Rows
+    device: torch.device
+
+    def steps(self, case: tune_cases.Case) -> Iterator[Callable[[], None]]:
+        """What is to be done for a case, in order; each writes one row."""
+        name = (case.op, case.problem, case.direction)
+        for peer in case.peers:
+            if self.rows.get(*name, peer) is None:
+                yield functools.partial(self._time_peer, case, peer)
+        for way in case.ways:
+            if self.rows.get(*name, way.name) is None:
+                yield functools.partial(self._try_way, case, way)
+
+    def _time_peer(self, case: tune_cases.Case, peer: str) -> None:
+        with _told(self.rows, _head(case, peer, "peer"), "skipped") as row:  # not importable, say
+            timed = self._timed({peer: case.peers[peer]()})[peer]
+            row |= {"status": "timed", **self._figures(case, timed)}
+
+    def _try_way(self, case: tune_cases.Case, way: tune_cases.Way) -> None:
+        """Checks one of our kernels, and times it beside the best peer where it is right."""
+        head = {
+            **_head(case, way.name, "ours"),
+            "build": way.build,
+            "chosen": way.chosen,
+            "predicted_s": _predicted().get((case.problem, case.direction, way.name)),
+        }
+        with _told(self.rows, head, "failed") as row:
+            measured = case.check(way.call())
+            row |= {"error": _finite(measured.error), "limit": _finite(measured.limit)}
+            if not measured.passed:
+                row["status"] = "wrong"
+                return
+            calls = {way.name: way.call}
+            best = best_peer(case.op, case.problem, case.direction, self.rows)
+            if best is not None:
+                calls[best] = case.peers[best]()
+            timed = self._timed(calls)
+            row |= {"status": "timed", **self._figures(case, timed[way.name])}
+            if best is not None:
+                peer_s, time_s = timed[best].time_s, timed[way.name].time_s
+                row |= {"peer": best, "peer_s": peer_s, "ratio": peer_s / time_s}
+
+    def _timed(self, calls: dict[str, Call]) -> dict[str, timing.Timing]:
+        return timing.compare(calls, device=self.device, budget_s=_BUDGET_S)
+
+    def _figures(self, case: tune_cases.Case, timed: timing.Timing) -> dict[str, Any]:
+        """Times, rates, and the share of the ceiling that was measured here."""
+        found = {**dataclasses.asdict(timed), "flops": case.flops, "bytes": case.bytes}
+        rate = (case.flops or case.bytes) / timed.time_s
+        ceiling = self._ceiling("products" if case.flops else "copy")
+        return found | {"rate": rate, "share": rate / ceiling}
+
+    def _ceiling(self, kind: str) -> float:
+        """FLOP or bytes a second, measured once for all processes."""
+        row = self.rows.get("ceiling", "", "", kind)
+        if row is None:
+            if kind == "copy":
+                rate = timing.copy_bandwidth(self.device)
+            else:
+                rate = timing.product_rate(self.device, torch.bfloat16)
+            row = self.rows.add(op="ceiling", way=kind, kind="ceiling", status="timed", rate=rate)
+        return row["rate"]
 
 
 def _head(case: tune_cases.Case, way: str, kind: str) -> Row:
@@ -122,84 +168,20 @@ def _head(case: tune_cases.Case, way: str, kind: str) -> Row:
     }
 
 
-def _time_peer(case: tune_cases.Case, peer: str, rows: Rows, device: torch.device) -> None:
-    head = _head(case, peer, "peer")
+@contextlib.contextmanager
+def _told(rows: Rows, head: Row, broken: str) -> Iterator[Row]:
+    """Writes a row as started, and then with what is added to the row that this yields, or with the
+    error and the status `broken`."""
     rows.add(**head, status="started")
+    row = dict(head)
     try:
-        call = case.peers[peer]()
-        timed = timing.compare({peer: call}, device=device, budget_s=_BUDGET_S)[peer]
-    except Exception as error:  # not importable, or not for this problem
-        say(rows.add(**head, status="skipped", reason=_sentence(error)))
-        return
-    say(rows.add(**head, status="timed", **_figures(case, timed, rows, device)))
-
-
-def _try_way(
-    case: tune_cases.Case,
-    way: tune_cases.Way,
-    rows: Rows,
-    device: torch.device,
-    predicted: float | None,
-) -> None:
-    """Checks one of our kernels, and times it beside the best peer where it is right."""
-    head = {
-        **_head(case, way.name, "ours"),
-        "build": way.build,
-        "chosen": way.chosen,
-        "predicted_s": predicted,
-    }
-    rows.add(**head, status="started")
-    try:
-        measured = case.check(way.call())
-    except torch.OutOfMemoryError as error:  # the truth takes more than the kernel
+        yield row
+    except torch.OutOfMemoryError as error:  # the truth, or the peer, takes more than the kernel
         torch.cuda.empty_cache()
-        say(rows.add(**head, status="skipped", reason=_sentence(error)))
-        return
+        row |= {"status": "skipped", "reason": _sentence(error)}
     except Exception as error:
-        say(rows.add(**head, status="failed", reason=_sentence(error)))
-        return
-    head |= {"error": _finite(measured.error), "limit": _finite(measured.limit)}
-    if not measured.passed:
-        say(rows.add(**head, status="wrong"))
-        return
-    calls = {way.name: way.call}
-    best = best_peer(case.op, case.problem, case.direction, rows)
-    try:
-        if best is not None:
-            calls[best] = case.peers[best]()
-        timed = timing.compare(calls, device=device, budget_s=_BUDGET_S)
-    except Exception as error:
-        say(rows.add(**head, status="failed", reason=_sentence(error)))
-        return
-    beside = {}
-    if best is not None:
-        peer_s = timed[best].median_s
-        beside = {"peer": best, "peer_s": peer_s, "ratio": peer_s / timed[way.name].median_s}
-    figures = _figures(case, timed[way.name], rows, device)
-    say(rows.add(**head, status="timed", **figures, **beside))
-
-
-def _figures(
-    case: tune_cases.Case, timed: timing.Timing, rows: Rows, device: torch.device
-) -> dict[str, Any]:
-    """Times, rates, and the share of the ceiling that was measured here."""
-    found = {**dataclasses.asdict(timed), "flops": case.flops, "bytes": case.bytes}
-    found["time_s"] = found.pop("median_s")
-    ceiling = _ceiling("products" if case.flops else "copy", rows, device)
-    amount = case.flops or case.bytes
-    return found | {"rate": amount / timed.median_s, "share": amount / timed.median_s / ceiling}
-
-
-def _ceiling(kind: str, rows: Rows, device: torch.device) -> float:
-    """FLOP or bytes a second, measured once for all processes."""
-    row = rows.get("ceiling", "", "", kind)
-    if row is None:
-        if kind == "copy":
-            rate = timing.copy_bandwidth(device)
-        else:
-            rate = timing.product_rate(device, torch.bfloat16)
-        row = rows.add(op="ceiling", way=kind, kind="ceiling", status="timed", rate=rate)
-    return row["rate"]
+        row |= {"status": broken, "reason": _sentence(error)}
+    say(rows.add(**row))
 
 
 def _sentence(error: BaseException) -> str:
@@ -301,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--since", type=float, help="when they began, in seconds of the epoch")
-    parser.add_argument("--part", choices=[op for op, _ in PARTS[:3]], help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=_OPS, help=argparse.SUPPRESS)
     parser.add_argument("--which", choices=("first", "rest"), help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -63,67 +63,97 @@ def cases(problem: Problem, device: torch.device, machine: dry_run.Machine) -> I
     yield from of_op[problem.op](problem, device, machine)
 
 
-def _ways(
-    direction: dry_run.Direction,
+def _case(
+    part: predict.Part,
     machine: dry_run.Machine,
-    pick: Callable[[list[dry_run.Launched]], dry_run.Launched],
     call: Callable[[int], Any],
-) -> list[Way]:
-    found = []
-    for index, made, chosen in direction.ways(machine, pick):
-        built = pick(made.launches).built
+    check: Callable[[Any], parity.Measurement],
+    peers: Peers,
+) -> Case:
+    """`call` takes the number of a build."""
+    problem, ways = part.problem, []
+    for index, made, chosen in part.direction.ways(machine, part.pick):
+        built = part.pick(made.launches).built
         name = built["name"] if built else "any GPU"
-        found.append(Way(name, index, chosen, functools.partial(call, index)))
-    return found
+        ways.append(Way(name, index, chosen, functools.partial(call, index)))
+    return Case(
+        problem.op,
+        problem.text,
+        part.name,
+        problem.dtype,
+        part.flops,
+        part.bytes,
+        ways,
+        check,
+        peers,
+    )
 
 
-def _measured(
-    results: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], k: float
-) -> parity.Measurement:
-    """Of the tensor that is nearest to its limit, or beyond it."""
-    found = [
-        parity.compare(result, other, exact, k=k)
-        for result, other, exact in zip(results, plain, truth, strict=True)
-    ]
-    return max(found, key=lambda m: m.error / m.limit if m.limit else float(m.error > 0))
+def _against(
+    computed: Callable[[Any, torch.dtype], Sequence[Tensor]],
+    dtype: torch.dtype,
+    k: float,
+    taken: Callable[[Any], Sequence[Tensor]],
+) -> Callable[[Any], parity.Measurement]:
+    """A check of what is `taken` from a call's result: `computed` has the same from the module with
+    the ops in plain PyTorch, in `dtype`, or from the reference, in fp64."""
+
+    @functools.cache
+    def expected() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return computed(baseline, dtype), computed(reference, torch.float64)
+
+    def check(outputs: Any) -> parity.Measurement:
+        """Of the tensor that is nearest to its limit, or beyond it."""
+        found = [
+            parity.compare(result, plain, truth, k=k)
+            for result, plain, truth in zip(taken(outputs), *expected(), strict=True)
+        ]
+        return max(found, key=lambda m: m.error / m.limit if m.limit else float(m.error > 0))
+
+    return check
+
+
+def _differentiated(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients, computed in `dtype`."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    outputs = _listed(function(*leaves))
+    gradients = torch.autograd.grad(outputs, leaves, [c.to(dtype) for c in cotangents])
+    return [x.detach() for x in outputs], list(gradients)
+
+
+def _listed(outputs: Any) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
 
 # ---- attention
 
 
 def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine) -> Iterator[Case]:
-    sizes = problem.sizes
+    sizes, dtype = problem.sizes, problem.dtype
     B, T, Tk, H, Hk, D = (sizes[name] for name in ("B", "T", "Tk", "H", "Hk", "D"))
     left, right = sizes["left"], sizes["right"]
-    draw = normal(device, problem.dtype)
+    draw = normal(device, dtype)
     q, k, v = draw(B, T, H, D), draw(B, Tk, Hk, D), draw(B, Tk, Hk, D)
     dout = draw(B, T, H, D)
     sees: dict[str, Any] = dict(causal=right == 0, window=(left, right) if left >= 0 else None)
     options = AttentionOptions(softmax_scale=D**-0.5, left=left, right=right)
-    forward, backward = problem.directions
+    forward, backward = predict.parts(problem)
     group = H // Hk
     mine = (q[:1, :, :group], k[:1, :, :1], v[:1, :, :1])
 
     def attend(build: int) -> Any:
         return attention_kernels.attention_fwd(q, k, v, options, build=build)
 
-    @functools.cache
-    def expected() -> tuple[Any, Any]:
-        exact = [x.double() for x in mine]
-        return baseline.attention(*mine, **sees), reference.attention(*exact, **sees)
+    def attended(module: Any, dtype: torch.dtype) -> list[Tensor]:
+        return [module.attention(*(x.to(dtype) for x in mine), **sees)]
 
-    def check(outputs: Any) -> parity.Measurement:
-        plain, truth = expected()
-        return _measured([outputs[0][:1, :, :group]], [plain], [truth], parity.K_FORWARD)
-
-    itemsize = problem.dtype.itemsize
-    of_q, of_k = itemsize * q.numel(), itemsize * k.numel()
-    yield Case(
-        "attention", problem.text, "forward", problem.dtype,
-        predict.attention_flops(sizes, 2), 2 * of_q + 2 * of_k,
-        _ways(forward, machine, predict.main_launch, attend), check,
-        peers.attention(q, k, v, None, sees),
-    )  # fmt: skip
+    check = _against(attended, dtype, parity.K_FORWARD, lambda found: [found[0][:1, :, :group]])
+    yield _case(forward, machine, attend, check, peers.attention(q, k, v, None, sees))
 
     with torch.no_grad():
         # PyTorch computes these, so that a mistake of our forward kernel is not counted here too.
@@ -134,30 +164,15 @@ def _attention(problem: Problem, device: torch.device, machine: dry_run.Machine)
             dout, None, q, k, v, out, lse, options, (True, True, True, False), False, build=build
         )
 
-    @functools.cache
-    def expected_gradients() -> tuple[list[Tensor], list[Tensor]]:
-        found = []
-        cotangent = dout[:1, :, :group]
-        for attention, dtype in (
-            (baseline.attention, problem.dtype),
-            (reference.attention, torch.float64),
-        ):
-            leaves = [x.to(dtype).detach().requires_grad_() for x in mine]
-            result: Any = attention(*leaves, **sees)
-            found.append(list(torch.autograd.grad(result, leaves, cotangent.to(dtype))))
-        return found[0], found[1]
+    def gradients(module: Any, dtype: torch.dtype) -> list[Tensor]:
+        attention = functools.partial(module.attention, **sees)
+        return _differentiated(attention, mine, [dout[:1, :, :group]], dtype)[1]
 
-    def check_gradients(gradients: Any) -> parity.Measurement:
-        heads = (group, 1, 1)
-        results = [x[:1, :, :n] for x, n in zip(gradients[:3], heads, strict=True)]
-        return _measured(results, *expected_gradients(), parity.K_GRADIENT)
+    def of_mine(found: Any) -> list[Tensor]:
+        return [x[:1, :, :n] for x, n in zip(found[:3], (group, 1, 1), strict=True)]
 
-    yield Case(
-        "attention", problem.text, "backward", problem.dtype,
-        predict.attention_flops(sizes, 5), 4 * of_q + 4 * of_k,
-        _ways(backward, machine, predict.main_launch, differentiate), check_gradients,
-        peers.attention(q, k, v, dout, sees),
-    )  # fmt: skip
+    check = _against(gradients, dtype, parity.K_GRADIENT, of_mine)
+    yield _case(backward, machine, differentiate, check, peers.attention(q, k, v, dout, sees))
 
 
 # ---- the MLP
@@ -191,87 +206,69 @@ def _mlp(problem: Problem, device: torch.device, machine: dry_run.Machine) -> It
         mlp_kernels.linear_bwd(dh, w1, out=dx, build=build)
         return (dx,)
 
-    # Of each product: direction, number, (m, n, k), our kernel, cuBLAS's, and the same written out.
-    forward, backward = problem.directions
-    listed: list[tuple[Any, int, tuple[int, int, int], Any, Call, Any]] = [
-        (forward, 0, (M, inner, C), gelu, lambda: torch.mm(x, w1.T),
+    # Of each product: its rows, our kernel, cuBLAS's, and the same written out.
+    listed: list[tuple[int, Any, Call, Any]] = [
+        (M, gelu, lambda: torch.mm(x, w1.T),
          lambda rows, wide: _activated(wide(x[rows]) @ wide(w1).T + wide(b1))),
-        (forward, 1, (M, C, inner), plain, lambda: torch.mm(a, w2.T),
+        (M, plain, lambda: torch.mm(a, w2.T),
          lambda rows, wide: [wide(a[rows]) @ wide(w2).T + wide(b2)]),
-        (backward, 0, (M, inner, C), slope, lambda: torch.mm(dy, w2),
+        (M, slope, lambda: torch.mm(dy, w2),
          lambda rows, wide: _slopes(wide(dy[rows]) @ wide(w2), wide(h[rows]))),
-        (backward, 1, (C, inner, M), lambda i: (mlp_kernels.weight_grad(dy, a, build=i),),
-         lambda: torch.mm(dy.T, a), lambda rows, wide: [wide(dy[:, rows]).T @ wide(a)]),
-        (backward, 2, (inner, C, M), lambda i: (mlp_kernels.weight_grad(dh, x, build=i),),
-         lambda: torch.mm(dh.T, x), lambda rows, wide: [wide(dh[:, rows]).T @ wide(x)]),
-        (backward, 3, (M, C, inner), to_input, lambda: torch.mm(dh, w1),
-         lambda rows, wide: [wide(dh[rows]) @ wide(w1)]),
+        (C, lambda i: (mlp_kernels.weight_grad(dy, a, build=i),), lambda: torch.mm(dy.T, a),
+         lambda rows, wide: [wide(dy[:, rows]).T @ wide(a)]),
+        (inner, lambda i: (mlp_kernels.weight_grad(dh, x, build=i),), lambda: torch.mm(dh.T, x),
+         lambda rows, wide: [wide(dh[:, rows]).T @ wide(x)]),
+        (M, to_input, lambda: torch.mm(dh, w1), lambda rows, wide: [wide(dh[rows]) @ wide(w1)]),
     ]  # fmt: skip
-    for direction, number, sizes, ours, cublas, written_out in listed:
-        pick = functools.partial(predict.product, number)
-        m, n, k = sizes
-        yield Case(
-            "gelu_mlp", problem.text, predict.product_name(direction.name, number, sizes),
-            problem.dtype, 2.0 * m * n * k, problem.dtype.itemsize * (m * k + k * n + m * n),
-            _ways(direction, machine, pick, ours),
-            _rows_check(written_out, m, _K[direction.name]),
-            {"cuBLAS": functools.partial(_same, cublas)},
-        )  # fmt: skip
-    yield from _whole_mlp(problem, (x, w1, b1, w2, b2), dy, [entry[4] for entry in listed])
+    for part, (rows, ours, cublas, written_out) in zip(predict.parts(problem), listed, strict=True):
+        check = _rows_check(written_out, rows, problem.dtype, _K[part.direction.name])
+        yield _case(part, machine, ours, check, {"cuBLAS": functools.partial(_same, cublas)})
+    yield _whole_mlp(problem, (x, w1, b1, w2, b2), dy, [cublas for _, _, cublas, _ in listed])
 
 
 def _whole_mlp(
     problem: Problem, tensors: tuple[Tensor, ...], dy: Tensor, cublas: list[Call]
-) -> Iterator[Case]:
+) -> Case:
     """Forward and backward in one, by the launchers' rule, beside the plain products alone."""
     M, C, inner = (problem.sizes[name] for name in ("M", "C", "F"))
-    leaves = [x.detach().requires_grad_() for x in tensors]
 
-    def through(mlp: Callable[..., Tensor]) -> Any:
-        y = mlp(*leaves)
-        return y.detach(), *torch.autograd.grad(y, leaves, dy)
-
-    def ours() -> Any:
-        return through(functools.partial(gptkernels.gelu_mlp, impl="cuda"))
+    def through(mlp: Callable[..., Tensor], dtype: torch.dtype = problem.dtype) -> list[Tensor]:
+        outputs, gradients = _differentiated(mlp, tensors, [dy], dtype)
+        return outputs + gradients
 
     def products_alone() -> None:
         for call in cublas:
             call()
 
-    def compiled() -> Call:
-        mlp = torch.compile(baseline.gelu_mlp, dynamic=False)
-        return lambda: through(mlp)
-
-    def check(results: Any) -> parity.Measurement:
-        wide = [x.detach().double().requires_grad_() for x in tensors]
-        y: Any = reference.gelu_mlp(*wide)
-        truth = [y.detach(), *torch.autograd.grad(y, wide, dy.double())]
-        return _measured(results, through(baseline.gelu_mlp), truth, parity.K_GRADIENT)
-
-    yield Case(
-        "gelu_mlp", problem.text, "forward + backward", problem.dtype,
-        6 * 2.0 * M * C * inner, 0.0, [Way("by the rule", -1, True, ours)], check,
-        {
-            "six cuBLAS products": functools.partial(_same, products_alone),
-            "torch.compile": compiled,
-        },
+    ours = functools.partial(gptkernels.gelu_mlp, impl="cuda")
+    ways = [Way("by the rule", -1, True, functools.partial(through, ours))]
+    peers: Peers = {
+        "six cuBLAS products": lambda: products_alone,
+        "torch.compile": lambda: functools.partial(
+            through, torch.compile(baseline.gelu_mlp, dynamic=False)
+        ),
+    }
+    check = _against(
+        lambda module, dtype: through(module.gelu_mlp, dtype),
+        problem.dtype, parity.K_GRADIENT, _same,
+    )  # fmt: skip
+    return Case(
+        "gelu_mlp", problem.text, "forward + backward", problem.dtype, 6 * 2.0 * M * C * inner, 0.0,
+        ways, check, peers,
     )  # fmt: skip
 
 
 def _rows_check(
-    written_out: Callable[..., list[Tensor]], rows: int, k: float
+    written_out: Callable[..., list[Tensor]], rows: int, dtype: torch.dtype, k: float
 ) -> Callable[[Any], parity.Measurement]:
     """A product on its first and last rows: `written_out` takes their numbers and a conversion."""
     edges = [*range(min(rows, _EDGE_ROWS)), *range(max(_EDGE_ROWS, rows - _EDGE_ROWS), rows)]
-
-    @functools.cache
-    def expected() -> tuple[list[Tensor], list[Tensor]]:
-        return written_out(edges, _same), written_out(edges, Tensor.double)
-
-    def check(outputs: Any) -> parity.Measurement:
-        return _measured([x[edges] for x in outputs], *expected(), k)
-
-    return check
+    return _against(
+        lambda _, dtype: written_out(edges, lambda x: x.to(dtype)),
+        dtype,
+        k,
+        lambda outputs: [x[edges] for x in outputs],
+    )
 
 
 def _activated(h: Tensor) -> list[Tensor]:
@@ -291,8 +288,8 @@ def _same(x: Any) -> Any:
 
 
 def _layer_norm(problem: Problem, device: torch.device, machine: dry_run.Machine) -> Iterator[Case]:
-    rows, cols = problem.sizes["rows"], problem.sizes["cols"]
-    draw = normal(device, problem.dtype)
+    rows, cols, dtype = problem.sizes["rows"], problem.sizes["cols"], problem.dtype
+    draw = normal(device, dtype)
     x, dy, weight, bias = draw(rows, cols), draw(rows, cols), draw(cols), draw(cols)
     residual = draw(rows, cols) if problem.sizes["residual"] else None
     inputs = [t for t in (x, weight, bias, residual) if t is not None]
@@ -304,51 +301,39 @@ def _layer_norm(problem: Problem, device: torch.device, machine: dry_run.Machine
             residual=tensors[3] if len(tensors) > 3 else None,
             prenorm=residual is not None,
         )
-        return list(y) if isinstance(y, tuple) else [y]
+        return _listed(y)
 
     def normalise(build: int) -> Any:
-        dtype = None if residual is None else x.dtype
+        sum_dtype = None if residual is None else dtype
         return layer_norm_kernels.layer_norm_fwd(
-            x, weight, bias, residual, None, 0.0, 1e-5, dtype, build=build
+            x, weight, bias, residual, None, 0.0, 1e-5, sum_dtype, build=build
         )
 
-    def check(outputs: Any) -> parity.Measurement:
-        results = outputs[: 1 if residual is None else 2]
-        truth = through(reference.layer_norm, *(t.double() for t in inputs))
-        return _measured(results, through(baseline.layer_norm, *inputs), truth, parity.K_FORWARD)
+    def normalised(module: Any, dtype: torch.dtype) -> list[Tensor]:
+        return through(module.layer_norm, *(t.to(dtype) for t in inputs))
 
-    def first(launches: list[dry_run.Launched]) -> dry_run.Launched:
-        return launches[0]
-
-    forward, backward = problem.directions
-    size = problem.dtype.itemsize * rows * cols
-    yield Case(
-        "layer_norm", problem.text, "forward", problem.dtype, 0.0,
-        (2 if residual is None else 4) * size, _ways(forward, machine, first, normalise), check,
-        peers.layer_norm(through, inputs, None),
-    )  # fmt: skip
+    forward, backward = predict.parts(problem)
+    of_outputs = slice(len(cotangents))
+    check = _against(normalised, dtype, parity.K_FORWARD, lambda found: found[of_outputs])
+    yield _case(forward, machine, normalise, check, peers.layer_norm(through, inputs, None))
 
     _, s, mean, rstd = normalise(-1)
 
     def differentiate(build: int) -> Any:
         return layer_norm_kernels.layer_norm_bwd(
             dy, cotangents[1] if residual is not None else None, x if residual is None else s,
-            mean, rstd, weight, None, 0.0, x.dtype, None, True, True, build=build,
+            mean, rstd, weight, None, 0.0, dtype, None, True, True, build=build,
         )  # fmt: skip
 
-    def gradients(layer_norm: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
-        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
-        outputs = through(layer_norm, *leaves)
-        return list(torch.autograd.grad(outputs, leaves, [c.to(dtype) for c in cotangents]))[:3]
+    def gradients(module: Any, dtype: torch.dtype) -> list[Tensor]:
+        normalising = functools.partial(through, module.layer_norm)
+        return _differentiated(normalising, inputs, cotangents, dtype)[1][:3]
 
-    def check_gradients(results: Any) -> parity.Measurement:
-        dx, _, dweight, dbias = results
-        plain = gradients(baseline.layer_norm, problem.dtype)
-        truth = gradients(reference.layer_norm, torch.float64)
-        return _measured([dx, dweight, dbias], plain, truth, parity.K_GRADIENT)
+    def of_inputs(found: Any) -> list[Tensor]:
+        dx, _, dweight, dbias = found
+        return [dx, dweight, dbias]
 
-    yield Case(
-        "layer_norm", problem.text, "backward", problem.dtype, 0.0,
-        (3 if residual is None else 4) * size, _ways(backward, machine, first, differentiate),
-        check_gradients, peers.layer_norm(through, inputs, cotangents),
-    )  # fmt: skip
+    check = _against(gradients, dtype, parity.K_GRADIENT, of_inputs)
+    yield _case(
+        backward, machine, differentiate, check, peers.layer_norm(through, inputs, cotangents)
+    )

@@ -11,6 +11,7 @@ result passes where the two are as near to each other as parity asks either to b
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import subprocess
@@ -18,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -69,7 +69,7 @@ def emulate(op: str, seed: int, path: Path) -> Results:
 def results(op: str, device: str, seed: int) -> Results:
     """What `impl="cuda"` gives for each case and dtype, on the CPU."""
     return {
-        (case.name, verify.dtype_name(dtype)): _run(case, "cuda", dtype, device, seed)
+        (case.name, verify.dtype_name(dtype)): _named(case, _run(case, "cuda", dtype, device, seed))
         for case, dtype in itertools.product(_cases(op), verify.DTYPES)
     }
 
@@ -78,10 +78,12 @@ def rows(op: str, device: str, seed: int, emulated: Results) -> Iterator[Row]:
     """One row for each case, dtype and tensor."""
     for case, dtype in itertools.product(_cases(op), verify.DTYPES):
         name = verify.dtype_name(dtype)
-        native = _run(case, "cuda", dtype, device, seed)
-        plain = _run(case, "baseline", dtype, device, seed)
-        truth = _run(case, "reference", dtype, device, seed)
-        for tensor, result in native.items():
+        ours = _run(case, "cuda", dtype, device, seed)
+        plain, truth = (
+            _named(case, _run(case, impl, dtype, device, seed, ours.cotangents))
+            for impl in ("baseline", "reference")
+        )
+        for tensor, result in _named(case, ours).items():
             expected = emulated[case.name, name][tensor]
             k = parity.K_GRADIENT if tensor.startswith("d ") else parity.K_FORWARD
             limit = parity.compare(result, plain[tensor], truth[tensor], k=k).limit
@@ -104,46 +106,40 @@ def _cases(op: str) -> list[verify.Case]:
 
 
 def _run(
-    case: verify.Case, impl: str, dtype: torch.dtype, device: str, seed: int
-) -> dict[str, Tensor]:
-    """Outputs by name and gradients as "d x", on the CPU; the same inputs on every device, which
-    the reference takes in fp64."""
+    case: verify.Case,
+    impl: str,
+    dtype: torch.dtype,
+    device: str,
+    seed: int,
+    cotangents: list[Tensor] | None = None,
+) -> parity.Results:
+    """The same inputs on every device, which the reference takes in fp64."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator).to(device=device, dtype=dtype)
 
-    exact, differentiable = impl == "reference", "gradient" in case.directions
-    leaves: dict[str, Any] = {
-        name: (value.double() if exact else value).requires_grad_(differentiable)
-        if _floating(value)
-        else value
-        for name, value in case.inputs(randn).items()
-    }
+    inputs = case.inputs(randn)
+    if impl == "reference":
+        inputs = {name: parity.upcast(value) for name, value in inputs.items()}
     rng = torch.tensor([seed, 0], device=device)
-    if impl != "cuda":
-        module = reference if exact else baseline
-        drawn = dict(rng=rng) if "dropout_p" in case.options else {}
-        returned = getattr(module, case.op)(**leaves, **case.options, **drawn)
-    else:
-        # PyTorch draws different numbers on each device.
-        with mock.patch.object(philox, "draw", return_value=rng):
-            function = getattr(gptkernels, case.op)
-            returned = function(**leaves, **case.options, **case.op_options, impl=impl)
-    outputs = returned if isinstance(returned, tuple) else (returned,)
-    found = dict(zip(case.outputs, outputs, strict=True))
-    wanted = {name: value for name, value in leaves.items() if _floating(value) and differentiable}
-    cotangents = [
-        torch.randn(output.shape, generator=generator).to(dtype).to(output) for output in outputs
-    ]
-    if wanted:
-        gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents)
-        found |= {f"d {name}": value for name, value in zip(wanted, gradients, strict=True)}
-    return {name: value.detach().cpu() for name, value in found.items()}
+    module = {"cuda": gptkernels, "baseline": baseline, "reference": reference}[impl]
+    options = dict(case.options)
+    if impl == "cuda":
+        options |= {**case.op_options, "impl": impl}
+    elif "dropout_p" in options:
+        options["rng"] = rng
+    function = functools.partial(getattr(module, case.op), **options)
+    # PyTorch draws different numbers on each device.
+    with mock.patch.object(philox, "draw", return_value=rng):
+        return parity.run(function, inputs, "gradient" in case.directions, generator, cotangents)
 
 
-def _floating(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _named(case: verify.Case, found: parity.Results) -> dict[str, Tensor]:
+    """Outputs by name and gradients as "d x", on the CPU."""
+    named = dict(zip(case.outputs, found.outputs, strict=True))
+    named |= {f"d {name}": value for name, value in found.gradients.items()}
+    return {name: value.detach().cpu() for name, value in named.items()}
 
 
 if __name__ == "__main__":

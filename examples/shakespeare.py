@@ -31,7 +31,8 @@ from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
 from gptkernels.gpt.training.config import TrainConfig, learning_rate
-from gptkernels.gpt.training.learner import parameter_groups
+from gptkernels.gpt.training.curve import LOSSES, plot_losses
+from gptkernels.gpt.training.learner import mean_loss, parameter_groups
 from gptkernels.gpt.training.progress import ProgressBar
 from gptkernels.gpt.training.train import Observer, train
 from gptkernels.truth.plain_gpt import PlainGPT
@@ -107,16 +108,12 @@ def train_plainly(
     return curve
 
 
-@torch.no_grad()
 def _validate(model: GPT | PlainGPT, held_out: data.Tokens, how: TrainConfig) -> float:
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for x, y in data.validation_batches(
+    windows = data.validation_batches(
         held_out, model.config.block_size, how.batch_size, how.validation_batches
-    ):
-        total += model(x.to(device), y.to(device)).item() * len(x)
-        count += len(x)
-    return total / count
+    )
+    return mean_loss(lambda x, y: model(x.to(device), y.to(device)), windows)
 
 
 def differences(ours: Curve, plain: Curve) -> dict[str, list[tuple[int, float]]]:
@@ -127,7 +124,7 @@ def differences(ours: Curve, plain: Curve) -> dict[str, list[tuple[int, float]]]
             for a, b in zip(ours, plain, strict=True)
             if name in a and name in b
         ]
-        for name in ("loss", "validation_loss")
+        for name in LOSSES
     }
 
 
@@ -155,29 +152,17 @@ def draw(
     figure = figure_class()(figsize=(8, 6), dpi=100, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     # The plain twin wide and pale, ours thin on top: one that left the other would be seen.
-    for curve, name, wide in ((plain, "plain PyTorch", True), (ours, "gptkernels", False)):
-        for key, colour, kind in (
-            ("loss", "#2d6cc2", "training"),
-            ("validation_loss", "#c2452d", "validation"),
-        ):
-            above.plot(
-                *zip(*((r["step"], r[key]) for r in curve if key in r), strict=True),
-                color=colour,
-                alpha=0.35 if wide else 1.0,
-                linewidth=5 if wide else 1.2,
-                label=f"{name}, {kind}",
-            )
-    for key, colour in (("loss", "#2d6cc2"), ("validation_loss", "#c2452d")):
-        below.plot(*zip(*by_step[key], strict=True), color=colour, linewidth=1.2)
+    plot_losses(above, plain, "plain PyTorch, ", alpha=0.35, linewidth=5, marker="")
+    plot_losses(above, ours, "gptkernels, ", linewidth=1.2, marker="")
+    for key, look in LOSSES.items():
+        below.plot(*zip(*by_step[key], strict=True), color=look["color"], linewidth=1.2)
     above.set_ylabel("loss (nats per byte)")
     below.set_ylabel("difference")
     below.set_yscale("symlog", linthresh=1e-7)  # a logarithm that has a place for 0
     below.set_ylim(bottom=0)
     below.set_xlabel("step")
-    above.legend(frameon=False)
-    for axes in (above, below):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    below.grid(alpha=0.25)
+    below.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 

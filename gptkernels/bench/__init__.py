@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,7 +27,16 @@ def cases_of(
     if op not in OPERATORS:
         raise ValueError(f"op is {op!r}; it must be one of {', '.join(OPERATORS)}")
     module = importlib.import_module(f"gptkernels.bench.cases.{op}")
-    return _cases(op, module, torch.device(device), impls, quick)
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    shapes = module.GPU_SHAPES if on_gpu else module.CPU_SHAPES
+    return (
+        case
+        for shape in shapes[: 1 if quick else None]
+        for dtype in (module.GPU_DTYPES if on_gpu else (torch.float32,))
+        for workload in module.workloads(shape, dtype, device, quick)
+        for case in workload.cases(op, impls)
+    )
 
 
 def rows_of(
@@ -40,14 +48,3 @@ def rows_of(
     """
     found = cases_of(op, device, impls, quick)
     return timing.rows(found, device=device, budget_s=0.3 if quick else 1.0)
-
-
-def _cases(
-    op: str, module: ModuleType, device: torch.device, impls: Sequence[str], quick: bool
-) -> Iterator[timing.Case]:
-    on_gpu = device.type == "cuda"
-    shapes = module.GPU_SHAPES if on_gpu else module.CPU_SHAPES
-    for shape in shapes[: 1 if quick else None]:
-        for dtype in module.GPU_DTYPES if on_gpu else (torch.float32,):
-            for workload in module.workloads(shape, dtype, device, quick):
-                yield workload.case(op, dtype, device, impls)

@@ -7,7 +7,8 @@ raises ImportError where a package is missing, and other errors where it cannot 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +29,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, sees: dict[s
     causal = sees["causal"]
 
     def made(attention: Callable[..., Any]) -> Call:
-        if dout is None:
-            return lambda: attention(q, k, v)
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        result = attention(*leaves)
-        out = result[0] if isinstance(result, tuple) else result
-        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        def out(*tensors: Tensor) -> Tensor:
+            result = attention(*tensors)
+            return result[0] if isinstance(result, tuple) else result
+
+        return _call(out, (q, k, v), dout)
 
     def sdpa(backend: SDPBackend) -> Call:
         def attention(*tensors: Tensor) -> Tensor:
@@ -47,21 +47,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, sees: dict[s
 
         return made(attention)
 
-    def flash_3() -> Call:
-        from flash_attn_interface import flash_attn_func
-
-        return made(lambda *tensors: flash_attn_func(*tensors, causal=causal))
-
-    def flash_4() -> Call:
-        from flash_attn.cute import flash_attn_func
-
-        return made(lambda *tensors: flash_attn_func(*tensors, causal=causal))
+    def flash(module: str) -> Call:
+        function = importlib.import_module(module).flash_attn_func
+        return made(functools.partial(function, causal=causal))
 
     return {
         "SDPA cuDNN": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION),
         "SDPA flash": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
-        "FlashAttention-4": flash_4,
-        "FlashAttention-3": flash_3,
+        "FlashAttention-4": functools.partial(flash, "flash_attn.cute"),
+        "FlashAttention-3": functools.partial(flash, "flash_attn_interface"),
     }
 
 
@@ -72,11 +66,7 @@ def layer_norm(
     With cotangents, their backward passes alone."""
 
     def made(layer_norm: Callable[..., Any]) -> Call:
-        if cotangents is None:
-            return lambda: through(layer_norm, *inputs)
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        outputs = through(layer_norm, *leaves)
-        return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+        return _call(functools.partial(through, layer_norm), inputs, cotangents)
 
     def liger() -> Call:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
@@ -96,3 +86,12 @@ def layer_norm(
         "eager PyTorch": lambda: made(baseline.layer_norm),
     }
     return found if len(inputs) > 3 else found | {"Liger": liger, "quack": quack}
+
+
+def _call(function: Callable[..., Any], tensors: Sequence[Tensor], cotangents: Any) -> Call:
+    """The function on these tensors; with cotangents, its backward pass alone."""
+    if cotangents is None:
+        return lambda: function(*tensors)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    outputs = function(*leaves)
+    return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)

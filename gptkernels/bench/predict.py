@@ -44,17 +44,18 @@ from __future__ import annotations
 import argparse
 import functools
 import heapq
+import itertools
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gptkernels.bench import dry_run
-from gptkernels.bench.dry_run import Launched, Problem
+from gptkernels.bench.dry_run import Direction, Launched, Problem
 
 MACHINE = dry_run.MACHINES["sm90"]
 COPY_RATE = 4.3e12  # bytes a second, read and written
@@ -85,6 +86,19 @@ PROBLEMS: tuple[Problem, ...] = (
     dry_run.attention(2, 8192, 16, 192, _BF16),
     dry_run.layer_norm(2048, 32768, _BF16, residual=True),
 )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One direction of a problem, or one product of it: what is predicted and measured as one."""
+
+    problem: Problem
+    direction: Direction
+    name: str
+    pick: Callable[[Sequence[Launched]], Launched]  # its launch, from those of the direction
+    cost: Callable[[Launched, int], tuple[float, str]]  # of it and so many launches: s, bound
+    flops: float
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -131,14 +145,43 @@ class _Step:
         return max(names, key=lambda name: names[name])
 
 
+def parts(problem: Problem) -> Iterator[Part]:
+    """What a problem consists of. Raises ImportError where no module is built."""
+    of_op = {"attention": _attention, "gelu_mlp": _mlp, "layer_norm": _layer_norm}
+    for direction in problem.directions:
+        yield from of_op[problem.op](problem, direction)
+
+
 def predictions(problems: Iterable[Problem] = PROBLEMS) -> Iterator[Prediction]:
     """Yields a prediction for every build that can take each problem, and marks the rule's choice.
 
     Raises ImportError where no module with the launchers is built.
     """
-    of_op = {"attention": _attention, "gelu_mlp": _mlp, "layer_norm": _layer_norm}
-    for problem in problems:
-        yield from of_op[problem.op](problem)
+    for part in itertools.chain.from_iterable(map(parts, problems)):
+        op, text = part.problem.op, part.problem.text
+        for index, made, chosen in part.direction.ways(MACHINE, part.pick):
+            main = part.pick(made.launches)
+            way, waves = main.built["name"] if main.built else "any GPU", main.waves(MACHINE)
+            seconds, bound = part.cost(main, len(made.launches))
+            yield Prediction(
+                op,
+                text,
+                part.name,
+                way,
+                index,
+                chosen,
+                waves,
+                bound,
+                seconds,
+                part.flops,
+                part.bytes,
+            )
+
+
+def _or_memory(seconds: float, bound: str, moved: float) -> tuple[float, str]:
+    """The time and what bounds it, or memory's where that takes longer."""
+    memory = moved / COPY_RATE
+    return (memory, "memory") if seconds < memory else (seconds, bound)
 
 
 # ---- attention
@@ -162,28 +205,25 @@ def attention_flops(sizes: dict[str, int], products: int) -> float:
     return products * 2.0 * sizes["B"] * sizes["H"] * sizes["D"] * pairs
 
 
-def _attention(problem: Problem) -> Iterator[Prediction]:
-    sizes = problem.sizes
-    for direction in problem.directions:
-        forward = direction.name == "forward"
-        flops = attention_flops(sizes, 2 if forward else 5)
-        of_q = 2.0 * sizes["B"] * sizes["T"] * sizes["H"] * sizes["D"]
-        of_k = 2.0 * sizes["B"] * sizes["Tk"] * sizes["Hk"] * sizes["D"]
-        moved = 2 * of_q + 2 * of_k if forward else 4 * of_q + 4 * of_k
-        for index, made, chosen in direction.ways(MACHINE, main_launch):
-            launches, main = made.launches, main_launch(made.launches)
-            if main.built is None:
-                seconds = flops / (_GENERIC_SHARE[direction.name] * PRODUCT_RATE)
-                bound = "products"
-            else:
-                units, step = (_forward_units if forward else _backward_units)(sizes, main.built)
-                seconds, bound = makespan(units, MACHINE.multiprocessors), step.bound()
-                if seconds < moved / COPY_RATE:
-                    seconds, bound = moved / COPY_RATE, "memory"
-            # The kernels before and after the products read and write whole tensors; dq is in fp32.
-            around = 0.0 if forward else (2 * of_q + 2 * of_q) + (2 * of_q + of_q)
-            seconds += LAUNCH_S * len(launches) + around / COPY_RATE
-            yield _row(problem, direction.name, index, chosen, main, bound, seconds, flops, moved)
+def _attention(problem: Problem, direction: Direction) -> Iterator[Part]:
+    sizes, forward = problem.sizes, direction.name == "forward"
+    flops = attention_flops(sizes, 2 if forward else 5)
+    of_head = float(problem.dtype.itemsize * sizes["B"] * sizes["D"])
+    of_q, of_k = of_head * sizes["T"] * sizes["H"], of_head * sizes["Tk"] * sizes["Hk"]
+    moved = 2 * of_q + 2 * of_k if forward else 4 * of_q + 4 * of_k
+
+    def cost(main: Launched, launches: int) -> tuple[float, str]:
+        if main.built is None:
+            seconds, bound = flops / (_GENERIC_SHARE[direction.name] * PRODUCT_RATE), "products"
+        else:
+            units, step = (_forward_units if forward else _backward_units)(sizes, main.built)
+            multiplying = makespan(units, MACHINE.multiprocessors)
+            seconds, bound = _or_memory(multiplying, step.bound(), moved)
+        # What runs before and after the products reads and writes tensors whole; dq is in fp32.
+        around = 0.0 if forward else (2 * of_q + 2 * of_q) + (2 * of_q + of_q)
+        return seconds + LAUNCH_S * launches + around / COPY_RATE, bound
+
+    yield Part(problem, direction, direction.name, main_launch, cost, flops, moved)
 
 
 def main_launch(launches: Sequence[Launched]) -> Launched:
@@ -254,20 +294,19 @@ def makespan(units: Sequence[float], places: int) -> float:
 # ---- GELU MLP
 
 
-def _mlp(problem: Problem) -> Iterator[Prediction]:
-    for direction in problem.directions:
-        for number in range(len(products(direction.dry_run(MACHINE).launches))):
-            pick = functools.partial(product, number)
-            for index, made, chosen in direction.ways(MACHINE, pick):
-                launched = pick(made.launches)
-                m, k, n = _product_sizes(launched)
-                flops, moved = 2.0 * m * n * k, 2.0 * (m * k + k * n + m * n)
-                name = product_name(direction.name, number, (m, n, k))
-                seconds, bound = launched.clocks / _CLOCKS_OF_PRODUCTS, "products"
-                if seconds < moved / COPY_RATE:
-                    seconds, bound = moved / COPY_RATE, "memory"
-                seconds += LAUNCH_S
-                yield _row(problem, name, index, chosen, launched, bound, seconds, flops, moved)
+def _mlp(problem: Problem, direction: Direction) -> Iterator[Part]:
+    for number, launched in enumerate(products(direction.dry_run(MACHINE).launches)):
+        m, k, n = _product_sizes(launched)
+        moved = float(problem.dtype.itemsize * (m * k + k * n + m * n))
+        name = product_name(direction.name, number, (m, n, k))
+        pick = functools.partial(product, number)
+        cost = functools.partial(_product_cost, moved)
+        yield Part(problem, direction, name, pick, cost, 2.0 * m * n * k, moved)
+
+
+def _product_cost(moved: float, main: Launched, launches: int) -> tuple[float, str]:
+    seconds, bound = _or_memory(main.clocks / _CLOCKS_OF_PRODUCTS, "products", moved)
+    return seconds + LAUNCH_S, bound
 
 
 def products(launches: Sequence[Launched]) -> list[Launched]:
@@ -289,53 +328,29 @@ def _product_sizes(launched: Launched) -> tuple[int, int, int]:
 
 def product_name(direction: str, number: int, sizes: tuple[int, int, int]) -> str:
     """Returns a name such as "forward, product 1 (8192x16384x4096, gelu)", with sizes m, n, k."""
-    kind = _epilogue(direction, number)
+    kind = "plain" if number else {"forward": "gelu", "backward": "gelu'"}[direction]
     return f"{direction}, product {number + 1} ({'x'.join(map(str, sizes))}, {kind})"
-
-
-def _epilogue(direction: str, number: int) -> str:
-    if number:
-        return "plain"
-    return "gelu" if direction == "forward" else "gelu'"
 
 
 # ---- LayerNorm
 
 
-def _layer_norm(problem: Problem) -> Iterator[Prediction]:
+def _layer_norm(problem: Problem, direction: Direction) -> Iterator[Part]:
     sizes = problem.sizes
-    for direction in problem.directions:
-        # Forward: x and y, and with a residual also the residual and the sum. Backward: dy, the sum
-        # and dx, and with prenorm also the sum's gradient.
-        tensors = {"forward": 2 + 2 * sizes["residual"], "backward": 3 + sizes["prenorm"]}
-        moved = 2.0 * tensors[direction.name] * sizes["rows"] * sizes["cols"]
-        for index, made, chosen in direction.ways(MACHINE, lambda launches: launches[0]):
-            launches, main = made.launches, made.launches[0]
-            waves = main.waves(MACHINE)
-            seconds = moved / COPY_RATE * max(1.0, math.ceil(waves) / waves if waves > 1 else 1.0)
-            seconds += LAUNCH_S * len(launches)
-            yield _row(problem, direction.name, index, chosen, main, "memory", seconds, 0.0, moved)
+    # Forward: x and y, and with a residual also the residual and the sum. Backward: dy, the sum and
+    # dx, and with prenorm also the sum's gradient.
+    tensors = {"forward": 2 + 2 * sizes["residual"], "backward": 3 + sizes["prenorm"]}
+    moved = float(problem.dtype.itemsize * tensors[direction.name] * sizes["rows"] * sizes["cols"])
+
+    def cost(main: Launched, launches: int) -> tuple[float, str]:
+        waves = main.waves(MACHINE)
+        seconds = moved / COPY_RATE * max(1.0, math.ceil(waves) / waves if waves > 1 else 1.0)
+        return seconds + LAUNCH_S * launches, "memory"
+
+    yield Part(problem, direction, direction.name, lambda found: found[0], cost, 0.0, moved)
 
 
 # ---- the predictions of all ops
-
-
-def _row(
-    problem: Problem,
-    direction: str,
-    index: int,
-    chosen: bool,
-    main: Launched,
-    bound: str,
-    seconds: float,
-    flops: float,
-    moved: float,
-) -> Prediction:
-    way = main.built["name"] if main.built else "any GPU"
-    waves = main.waves(MACHINE)
-    return Prediction(
-        problem.op, problem.text, direction, way, index, chosen, waves, bound, seconds, flops, moved
-    )
 
 
 def table(rows: Iterable[Prediction]) -> Iterator[str]:

@@ -13,6 +13,7 @@ is `time.perf_counter` around as many calls as fill a few milliseconds.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -37,12 +38,12 @@ BASELINE = "pytorch"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median and the least of `rounds` samples.
+    """Seconds per call: `time_s` is the median, `min_s` the least of `rounds` samples.
 
     On a GPU `host_s` is what the host takes to queue the call; None on a CPU.
     """
 
-    median_s: float
+    time_s: float
     min_s: float
     rounds: int
     host_s: float | None = None
@@ -72,6 +73,22 @@ class Case:
     flops: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def beside(
+        cls,
+        plain: Callable[[], Any],
+        ours: Callable[[str], Callable[[], Any]],
+        impls: Sequence[str],
+        device: torch.device | str,
+        **about: Any,
+    ) -> Case:
+        """Plain PyTorch, and `ours(impl)` for each of `impls` that can be timed here. `about` are
+        the other fields."""
+        reasons = {impl: untimeable(impl, device, about["dtype"]) for impl in impls}
+        skipped = {impl: reason for impl, reason in reasons.items() if reason is not None}
+        timed = {impl: ours(impl) for impl in impls if impl not in skipped}
+        return cls(candidates={BASELINE: plain, **timed}, skipped=skipped, **about)
+
 
 def untimeable(impl: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why timing an implementation here would fail or say nothing; None where it can be timed."""
@@ -81,27 +98,6 @@ def untimeable(impl: str, device: torch.device | str, dtype: torch.dtype) -> str
         where = "Triton's interpreter" if impl == "triton" else "the emulator"
         return f"it would run in {where}, whose time says nothing about the kernels"
     return reason
-
-
-def compared(
-    plain: Callable[[], Any],
-    ours: Callable[[str], Callable[[], Any]],
-    impls: Sequence[str],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """A case's `candidates` and `skipped`: plain PyTorch, and `ours(impl)` for each of `impls` that
-    can be timed here.
-    """
-    candidates = {BASELINE: plain}
-    skipped = {}
-    for impl in impls:
-        reason = untimeable(impl, device, dtype)
-        if reason is None:
-            candidates[impl] = ours(impl)
-        else:
-            skipped[impl] = reason
-    return candidates, skipped
 
 
 def compare(
@@ -265,16 +261,13 @@ def rows(
             "direction": case.direction,
         }
         for impl, timing in timings.items():
-            time_s = timing.median_s
+            time_s = timing.time_s
             yield {
                 **head,
                 "impl": impl,
-                "time_s": time_s,
-                "min_s": timing.min_s,
-                "rounds": timing.rounds,
-                "host_s": timing.host_s,
-                "baseline_s": baseline.median_s if baseline else None,
-                "ratio": baseline.median_s / time_s if baseline else None,
+                **dataclasses.asdict(timing),
+                "baseline_s": baseline.time_s if baseline else None,
+                "ratio": baseline.time_s / time_s if baseline else None,
                 "bytes": case.bytes_moved or None,
                 "flops": case.flops or None,
                 "bytes_per_s": case.bytes_moved / time_s if case.bytes_moved else None,

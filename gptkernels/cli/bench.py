@@ -17,9 +17,7 @@ from gptkernels.cli.console import kept, plain_console, print_text
 @options.device
 @click.option("--quick", is_flag=True, help="Fewer shapes and shorter measurements.")
 @options.json
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw the speed-ups as a PNG or SVG file."
-)
+@click.option("--plot", type=options.PATH, help="Draw the speed-ups as a PNG or SVG file.")
 def command(
     ops: tuple[str, ...],
     impls: tuple[str, ...],

@@ -73,8 +73,7 @@ def lines(problem: Problem, machine: Machine) -> Iterator[str]:
             yield from (f"    {line}" for line in described(launched, machine))
         for kernel, reason in made.refusals:
             yield f"  not {kernel}: {reason}"
-        if machine.arch == "sm90":
-            yield from _build_lines(direction, machine, made)
+        yield from _build_lines(direction, machine, made)
 
 
 def _layer_lines(problem: Problem) -> Iterator[str]:
@@ -91,11 +90,9 @@ def _layer_lines(problem: Problem) -> Iterator[str]:
 
 def _build_lines(direction: Direction, machine: Machine, made: DryRun) -> Iterator[str]:
     chosen = {launched.built["name"] for launched in made.launches if launched.built}
-    builds, cannot = direction.builds(), 0
-    for index, build in enumerate(builds):
-        try:
-            direction.dry_run(machine, index)
-        except ValueError:  # of another head width, say
+    cannot = 0
+    for index, (build, possible) in enumerate(direction.tried(machine)):
+        if possible is None:
             cannot += 1
             continue
         runs = "runs" if build["name"] in chosen else "could run"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from gptkernels.gpt.tokenizer import Tokenizer
 
 
-@click.command("generate")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.command("generate", context_settings={"show_default": True})
+@click.argument("model", type=options.PATH)
 @click.option(
     "--prompt",
     "prompts",
     multiple=True,
     help="A text to continue; may be repeated. Default: the lines of standard input.",
 )
-@click.option("--max-new-tokens", type=int, default=100, show_default=True)
-@click.option("--samples", type=int, default=1, show_default=True, help="Continuations a prompt.")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="0: greedy.")
+@click.option("--max-new-tokens", type=int, default=100)
+@click.option("--samples", type=int, default=1, help="Continuations a prompt.")
+@click.option("--temperature", type=float, default=1.0, help="0: greedy.")
 @click.option("--top-k", type=int, help="Sample among the likeliest K tokens.")
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens that reach P.")
 @click.option("--min-p", type=float, help="Drop tokens less likely than P times the likeliest.")
@@ -39,35 +39,23 @@ if TYPE_CHECKING:
     "--repetition-penalty",
     type=float,
     default=1.0,
-    show_default=True,
     help="Above 1: tokens that the text holds already become less likely.",
 )
 @click.option("--stop", multiple=True, help="End a text before this string; may be repeated.")
 @click.option("--seed", type=int, help="For the same samples again, in any batch.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
 @click.option("--logprobs", is_flag=True, help="Log-probabilities of the tokens; with --json.")
-@click.option(
-    "--slots",
-    type=int,
-    default=8,
-    show_default=True,
-    help="Texts at a time: 1, or a multiple of 8.",
-)
+@click.option("--slots", type=int, default=8, help="Texts at a time: 1, or a multiple of 8.")
 @click.option(
     "--tokenizer", type=click.Choice(["bytes", "gpt1", "gpt2"]), help="Default: the model's own."
 )
-@click.option("--impl", type=click.Choice(options.IMPLS), default="auto", show_default=True)
+@click.option("--impl", type=click.Choice(options.IMPLS), default="auto")
 @options.device
 def command(
     model: Path,
     prompts: tuple[str, ...],
     max_new_tokens: int,
     samples: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float,
     stop: tuple[str, ...],
     seed: int | None,
     as_json: bool,
@@ -76,6 +64,7 @@ def command(
     tokenizer: str | None,
     impl: str,
     device: str,
+    **sampling: Any,
 ) -> None:
     """Continue texts with MODEL: a Hugging Face GPT-2 or OpenAI-GPT folder, a folder that `train`
     wrote, its checkpoint.pt, or a nanoGPT checkpoint.
@@ -91,8 +80,8 @@ def command(
     from gptkernels.gpt.generation.engine import Engine, Request
     from gptkernels.gpt.generation.sampling import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    template = Request((), max_new_tokens, sampling, samples=samples, seed=seed, stop=stop)
+    how = Sampling(**sampling)
+    template = Request((), max_new_tokens, how, samples=samples, seed=seed, stop=stop)
 
     def request(prompt: str) -> Request:
         drawn = int(torch.randint(2**63 - 1, ())) if seed is None else seed

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+PATH = click.Path(path_type=Path)
 IMPLS = ("auto", "torch", "triton", "cuda")
 
 device = click.option(
@@ -15,6 +16,4 @@ ops = click.option("--op", "ops", multiple=True, help="Operator; may be repeated
 impls = click.option(
     "--impl", "impls", multiple=True, help="torch, triton or cuda; may be repeated."
 )
-json = click.option(
-    "--json", "path", type=click.Path(path_type=Path), help="Also write the rows to this file."
-)
+json = click.option("--json", "path", type=PATH, help="Also write the rows to this file.")

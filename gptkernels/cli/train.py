@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from gptkernels.cli.console import plain_console
-from gptkernels.cli.options import IMPLS
+from gptkernels.cli.options import IMPLS, PATH
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.training.config import TrainConfig
 
@@ -52,8 +52,8 @@ def _documented(kind: type, name: str) -> str:
 
 
 @click.command("train")
-@click.argument("files", type=click.Path(path_type=Path), nargs=-1)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.argument("files", type=PATH, nargs=-1)
+@click.option("--out", type=PATH, required=True, help="Folder to write.")
 @click.option("--config", "shape", help="Start from a published model's shape, such as gpt2.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 @fields_of(GPTConfig, default={"vocab_size": "the tokenizer's"})

@@ -43,13 +43,8 @@ def command(
     from gptkernels.core.device import choose_device
     from gptkernels.truth import verify as table
 
-    chosen: dict[str, Any] = {}
-    if impls:
-        chosen["impls"] = impls
-    if ops:
-        chosen["ops"] = ops
-    if dtypes:
-        chosen["dtypes"] = [_dtype(name) for name in dtypes]
+    given = {"impls": impls, "ops": ops, "dtypes": [_dtype(name) for name in dtypes]}
+    chosen: dict[str, Any] = {name: values for name, values in given.items() if values}
     seed = table.fresh_seed() if seed is None else seed
     rows = table.run(device=choose_device(device), seed=seed, arch=arch, **chosen)
     counts = dict.fromkeys(STYLES, 0)

@@ -22,6 +22,8 @@ Text generation samples its tokens with the same generator (`uniform`).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -85,9 +87,7 @@ def elementwise_keep(
 ) -> Tensor:
     """Returns the keep mask of the given shape, bool; elements are numbered in row-major order."""
     rng = _checked(rng)
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     group = torch.arange((count + 7) // 8, dtype=torch.int64, device=rng.device)
     u16 = _lanes(rng, group & _WORD, group >> 32, torch.zeros_like(group))
     return u16.view(-1)[:count].view(shape) >= threshold(dropout_p)

@@ -86,6 +86,15 @@ _GPT1 = Layout(
 _OURS = Layout("gptkernels", "GPT", transposed=False, has_biases=False)
 _LAYOUTS = {layout.model_type: layout for layout in (_GPT2, _GPT1, _OURS)}
 
+# Keys that every layout of transformers has, and the fields that they describe.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "n_positions": "block_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "layer_norm_epsilon": "layer_norm_eps",
+}
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 _GPT2_VOCAB, _GPT2_END = 50257, 50256
 
@@ -145,13 +154,8 @@ def write(layout: Layout, config: GPTConfig) -> dict[str, Any]:
     names = {approximate: name for name, approximate in reversed(layout.activations.items())}
     written = {
         **head,
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
+        **{theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()},
         layout.activation_key: names[config.approximate],
-        "layer_norm_epsilon": config.layer_norm_eps,
         **dict.fromkeys(_DROPOUTS, config.dropout),
         **layout.required,
     }
@@ -195,14 +199,9 @@ def _fields(layout: Layout, given: dict[str, Any], dropout: float | None) -> dic
                 f"{dropouts[1]} and {dropouts[2]} (pass dropout= to replace them)"
             )
     return {
-        "vocab_size": values["vocab_size"],
-        "block_size": values["n_positions"],
-        "n_layer": values["n_layer"],
-        "n_head": values["n_head"],
-        "n_embd": values["n_embd"],
+        **{ours: values[theirs] for theirs, ours in _FIELDS.items()},
         "n_inner": values.get("n_inner"),
         "approximate": layout.activations[activation],
-        "layer_norm_eps": values["layer_norm_epsilon"],
         "dropout": dropout,
         "bias": values.get("bias", True),
         "norm": "post" if layout is _GPT1 else "pre",

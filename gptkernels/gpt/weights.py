@@ -17,7 +17,6 @@ which tells this module to drop them again.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_same_dtype, check_tensor
+from gptkernels.core.files import replacing
 from gptkernels.gpt import layouts
 from gptkernels.gpt.config import GPTConfig
 
@@ -118,35 +118,19 @@ def write_folder(
     named = {} if tokenizer is None else {_TOKENIZER: tokenizer}
     text = json.dumps({**layouts.write(layout, config), **named}, indent=2) + "\n"
 
-    def write_tensors(path: Path) -> None:
-        try:
-            package.torch.save_file(tensors, path, metadata={"format": "pt"})
-        except package.SafetensorError as error:
-            raise OSError(f"{folder / 'model.safetensors'} cannot be written ({error})") from None
-
-    def write_config(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
     folder.mkdir(parents=True, exist_ok=True)
-    _write({folder / "model.safetensors": write_tensors, folder / "config.json": write_config})
-
-
-def _write(writers: dict[Path, Callable[[Path], object]]) -> None:
-    """Write every file under a temporary name, then give all of them their own."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
-    try:
-        for path, write in writers.items():
-            temporary[path].touch()
-            mode = temporary[path].stat().st_mode
-            write(temporary[path])
-            temporary[path].chmod(mode)  # safetensors makes its files private, whatever the umask
-            with temporary[path].open("rb") as file:
-                os.fsync(file.fileno())
-        for path in writers:
-            os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    path = folder / "model.safetensors"
+    with (
+        replacing(folder / "config.json", durable=True) as new_config,
+        replacing(path, durable=True) as new_tensors,
+    ):
+        new_config.write_text(text, encoding="utf-8")
+        try:
+            package.torch.save_file(tensors, new_tensors, metadata={"format": "pt"})
+        except package.SafetensorError as error:
+            raise OSError(f"{path} cannot be written ({error})") from None
+        # safetensors makes its files private, whatever the umask.
+        new_tensors.chmod(new_config.stat().st_mode)
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -37,12 +37,16 @@ class FusedModule(nn.Module):
 
     @property
     def impl(self) -> str:
-        """Which implementation runs; setting an unknown one raises ValueError."""
+        """Which implementation runs; setting it sets that of fused modules inside too, setting an
+        unknown one raises ValueError."""
         return self._impl
 
     @impl.setter
     def impl(self, impl: str) -> None:
         self._impl = check_impl(impl)
+        for child in self.children():
+            if isinstance(child, FusedModule):
+                child.impl = impl
 
 
 def set_impl(model: _Model, impl: str) -> _Model:

@@ -18,27 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count, check_flag, check_probability, check_tensor
-from gptkernels.core.choice import check_impl
 from gptkernels.nn.layers import FusedModule, LayerNorm, head_width
 from gptkernels.ops.attention.dense import attention
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
 
 Activation = Callable[[Tensor], Tensor]
-
-
-class _SelfAttention(nn.Module):
-    """The parameters of nn.MultiheadAttention, under its names."""
-
-    def __init__(self, d_model: int, bias: bool, batch_first: bool) -> None:
-        super().__init__()
-        self.batch_first = batch_first  # where nn.TransformerEncoder looks for it
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model)) if bias else None
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
-        # As nn.MultiheadAttention begins.
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        if bias:
-            nn.init.zeros_(self.out_proj.bias)
 
 
 class TransformerLayer(FusedModule):
@@ -80,21 +64,13 @@ class TransformerLayer(FusedModule):
         self.nhead, self.dropout = nhead, dropout
         self.batch_first, self.norm_first = batch_first, norm_first
         self.activation, self._gelu = _activation(activation)
-        self.self_attn = _SelfAttention(d_model, bias, batch_first)
+        # It holds parameters; forward never calls it, so its hooks do not run.
+        self.self_attn = nn.MultiheadAttention(d_model, nhead, bias=bias, batch_first=batch_first)
         self.linear1 = nn.Linear(d_model, dim_feedforward, bias=bias)
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias=bias)
         self.norm1 = LayerNorm(d_model, layer_norm_eps, bias)
         self.norm2 = LayerNorm(d_model, layer_norm_eps, bias)
         self.to(device=device, dtype=dtype)
-
-    @property
-    def impl(self) -> str:
-        """Which implementation runs; setting it sets the two LayerNorms' too."""
-        return self._impl
-
-    @impl.setter
-    def impl(self, impl: str) -> None:
-        self._impl = self.norm1.impl = self.norm2.impl = check_impl(impl)
 
     def forward(
         self,

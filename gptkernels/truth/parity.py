@@ -93,12 +93,10 @@ def measure(
     """
     generator = torch.Generator().manual_seed(seed)
     with poisoned_outputs():  # this poisons what the backward pass allocates as well
-        results = _run(candidate, inputs, gradients, generator, None)
+        results = run(candidate, inputs, gradients, generator, None)
     cotangents = results.cotangents
-    baselines = _run(baseline, inputs, gradients, generator, cotangents)
-    truths = _run(
-        truth, {k: _upcast(v) for k, v in inputs.items()}, gradients, generator, cotangents
-    )
+    baselines = run(baseline, inputs, gradients, generator, cotangents)
+    truths = run(truth, {k: upcast(v) for k, v in inputs.items()}, gradients, generator, cotangents)
     measurements = []
     for i, (r, b, t) in enumerate(
         zip(results.outputs, baselines.outputs, truths.outputs, strict=True)
@@ -142,19 +140,23 @@ def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True)
-class _Results:
+class Results:
+    """What a callable returned, and the gradients of its floating inputs by their names."""
+
     outputs: list[Tensor]
     gradients: dict[str, Tensor]
     cotangents: list[Tensor]
 
 
-def _run(
+def run(
     op: Op,
     inputs: Mapping[str, Any],
     gradients: bool,
     generator: torch.Generator,
     cotangents: list[Tensor] | None,
-) -> _Results:
+) -> Results:
+    """Outputs and gradients of `op(**inputs)`; cotangents are drawn in each output's dtype unless
+    they are given."""
     leaves = {k: _leaf(v) if gradients else v for k, v in inputs.items()}
     returned = op(**leaves)
     outputs = list(returned) if isinstance(returned, tuple) else [returned]
@@ -164,7 +166,7 @@ def _run(
             for o in outputs
         ]
     if not gradients:
-        return _Results(outputs, {}, cotangents)
+        return Results(outputs, {}, cotangents)
     wanted = {k: v for k, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
     pairs = [
         (o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad
@@ -176,9 +178,7 @@ def _run(
         allow_unused=True,
         materialize_grads=True,
     )
-    return _Results(
-        [o.detach() for o in outputs], dict(zip(wanted, found, strict=True)), cotangents
-    )
+    return Results([o.detach() for o in outputs], dict(zip(wanted, found, strict=True)), cotangents)
 
 
 def _leaf(value: Any) -> Any:
@@ -189,7 +189,8 @@ def _leaf(value: Any) -> Any:
     return value
 
 
-def _upcast(value: Any) -> Any:
+def upcast(value: Any) -> Any:
+    """A floating tensor in fp64, anything else as it is."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

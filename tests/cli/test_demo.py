@@ -239,8 +239,7 @@ def test_triton_rows_come_from_an_interpreter_of_its_own(
     monkeypatch.setattr(demo_parity, "_INTERPRETER_SECONDS", 600.0)  # however busy the machine is
     fewer = (*demo_parity._INTERPRETER_ARGUMENTS, "--op", "layer_norm", "--dtype", "float32")
     monkeypatch.setattr(demo_parity, "_INTERPRETER_ARGUMENTS", fewer)
-    with demo_parity._interpreter() as finish:
-        rows = finish()
+    rows = demo_parity.interpreter_rows()
     measured = [row for row in rows if row["op"] == "layer_norm" and row["dtype"] == "float32"]
     assert len(measured) >= 2
     assert {row["status"] for row in measured} == {"pass"}
@@ -255,14 +254,12 @@ def test_an_interpreter_that_takes_too_long_or_dies_is_reported(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(demo_parity, "_INTERPRETER_SECONDS", 0.0)
-        with demo_parity._interpreter() as finish:
-            rows = finish()
+        rows = demo_parity.interpreter_rows()
     assert {row["status"] for row in rows} == {"skipped"}
     assert "not reached within 0 s, run TRITON_INTERPRET=1" in rows[0]["reason"]
     assert len(rows) == 3 * sum(len(case.directions) for case in verify.CASES)
     monkeypatch.setattr(demo_parity, "_INTERPRETER_ARGUMENTS", ("verify", "--op", "nonsense"))
-    with demo_parity._interpreter() as finish:
-        rows = finish()
+    rows = demo_parity.interpreter_rows()
     assert {row["status"] for row in rows} == {"fail"}
     assert "ended with 2: gptkernels: op must be one of" in rows[0]["reason"]
 

@@ -10,6 +10,7 @@ tensors:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 import gptkernels
-from gptkernels.bench.cases.workload import Workload, normal
+from gptkernels.bench.cases.workload import BOTH, FORWARD, Workload, normal
 from gptkernels.truth import baseline
 
 
@@ -69,32 +70,20 @@ GPU_DTYPES = (torch.bfloat16,)
 def workloads(
     shape: _Shape, dtype: torch.dtype, device: torch.device, quick: bool
 ) -> Iterator[Workload]:
-    """Each direction."""
-    for backward in (False, True):
-        yield _workload(shape, dtype, device, backward=backward)
-
-
-def _workload(
-    shape: _Shape, dtype: torch.dtype, device: torch.device, *, backward: bool
-) -> Workload:
+    """One for each shape."""
     B, T, H, Hk, D = shape.batch, shape.tokens, shape.heads, shape.key_heads, shape.head_dim
-    draw = normal(device, dtype, requires_grad=backward)
-    tensors = (draw(B, T, H, D), draw(B, T, Hk, D), draw(B, T, Hk, D))
+    draw = normal(device, dtype)
     sees: dict[str, Any] = {"causal": shape.causal}
     plain_sees = sees
     if shape.window is not None:
         sees = {**sees, "window": (shape.window, 0)}
         plain_sees = {"causal": False, "attn_mask": baseline.band_mask(device, T, T, **sees)}
-    rows_q, rows_k = B * T * H * D, B * T * Hk * D
-    elements = 2 * rows_q + 2 * rows_k
-    if backward:
-        elements += 4 * rows_q + 4 * rows_k  # dout, q, out, dq; k, v, dk, dv
-    return Workload(
+    moved = 2 * B * T * (H + Hk) * D * dtype.itemsize
+    product = 2 * B * H * shape.pairs * D
+    yield Workload(
         shape=str(shape),
-        plain=lambda: baseline.attention(*tensors, **plain_sees),
-        ours=lambda impl: gptkernels.attention(*tensors, impl=impl, **sees),
-        bytes_moved=elements * dtype.itemsize,
-        flops=round((7 if backward else 2) * 2 * B * H * shape.pairs * D),
-        leaves=tensors,
-        cotangent=draw(B, T, H, D).detach() if backward else None,
+        tensors=(draw(B, T, H, D), draw(B, T, Hk, D), draw(B, T, Hk, D)),
+        plain=functools.partial(baseline.attention, **plain_sees),
+        ours=functools.partial(gptkernels.attention, **sees),
+        work={FORWARD: (moved, round(2 * product)), BOTH: (3 * moved, round(7 * product))},
     )

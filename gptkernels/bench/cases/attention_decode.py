@@ -7,14 +7,16 @@ q and out, and the keys and values of every entry up to its length.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import gptkernels
-from gptkernels.bench.cases.workload import Workload, normal
+from gptkernels.bench.cases.workload import FORWARD, Workload, normal
 from gptkernels.truth import baseline
 
 
@@ -84,17 +86,18 @@ def workloads(
         position = lengths[:, None] - Tq + torch.arange(Tq, device=device)
         mask = (torch.arange(T, device=device) <= position[..., None])[:, None]
 
-    def plain() -> Any:
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Any:
         keys, values = (x if table is None else x[table].flatten(1, 2) for x in (k, v))
         return baseline.attention(q, keys, values, causal=False, attn_mask=mask)
 
     keys = sum(shape.lengths)
+    moved = (2 * B * Tq * H + 2 * keys * Hk) * D * dtype.itemsize
     yield Workload(
         shape=str(shape),
+        tensors=(q, k, v),
         plain=plain,
-        ours=lambda impl: gptkernels.attention_decode(
-            q, k, v, lengths, block_table=table, impl=impl
+        ours=functools.partial(
+            gptkernels.attention_decode, cache_lengths=lengths, block_table=table
         ),
-        bytes_moved=(2 * B * Tq * H + 2 * keys * Hk) * D * dtype.itemsize,
-        flops=4 * keys * H * Tq * D,
+        work={FORWARD: (moved, 4 * keys * H * Tq * D)},
     )

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gptkernels
-from gptkernels.bench.cases.workload import Workload, normal
+from gptkernels.bench.cases.workload import BOTH, FORWARD, Workload, normal
 from gptkernels.truth import baseline
 
 
@@ -57,36 +57,27 @@ GPU_DTYPES = (torch.bfloat16,)
 def workloads(
     shape: _Shape, dtype: torch.dtype, device: torch.device, quick: bool
 ) -> Iterator[Workload]:
-    """Each direction beside each rival, the first one only if `quick`."""
-    for rival in shape.rivals[: 1 if quick else None]:
-        if rival == "nested" and device.type != "cuda":  # PyTorch's has no causal kernel for CPUs
-            continue
-        for backward in (False, True):
-            yield _workload(shape, rival, dtype, device, backward=backward)
-
-
-def _workload(
-    shape: _Shape, rival: str, dtype: torch.dtype, device: torch.device, *, backward: bool
-) -> Workload:
+    """One beside each rival, the first one only if `quick`."""
     H, Hk, D, total = shape.heads, shape.key_heads, shape.head_dim, sum(shape.lengths)
-    draw = normal(device, dtype, requires_grad=backward)
+    draw = normal(device, dtype)
     tensors = (draw(total, H, D), draw(total, Hk, D), draw(total, Hk, D))
     ends = torch.tensor([0, *shape.lengths], device=device).cumsum(0).int()
     longest = max(shape.lengths)
-    plain = {"one by one": _one_by_one, "padded": _padded, "nested": _nested}[rival](shape, ends)
-    pairs = sum(length * length / 2 for length in shape.lengths)
-    elements = 2 * (H + Hk) * total * D
-    return Workload(
-        shape=f"{shape}, PyTorch {rival}",
-        plain=lambda: plain(*tensors),
-        ours=lambda impl: gptkernels.attention_varlen(
-            *tensors, ends, ends, longest, longest, impl=impl
-        ),
-        bytes_moved=(3 if backward else 1) * elements * dtype.itemsize,
-        flops=round((7 if backward else 2) * 2 * H * pairs * D),
-        leaves=tensors,
-        cotangent=draw(total, H, D).detach() if backward else None,
-    )
+    moved = 2 * (H + Hk) * total * D * dtype.itemsize
+    product = 2 * H * sum(length * length / 2 for length in shape.lengths) * D
+    made = {"one by one": _one_by_one, "padded": _padded, "nested": _nested}
+    for rival in shape.rivals[: 1 if quick else None]:
+        if rival == "nested" and device.type != "cuda":  # PyTorch's has no causal kernel for CPUs
+            continue
+        yield Workload(
+            shape=f"{shape}, PyTorch {rival}",
+            tensors=tensors,
+            plain=made[rival](shape, ends),
+            ours=lambda q, k, v, impl: gptkernels.attention_varlen(
+                q, k, v, ends, ends, longest, longest, impl=impl
+            ),
+            work={FORWARD: (moved, round(2 * product)), BOTH: (3 * moved, round(7 * product))},
+        )
 
 
 def _one_by_one(shape: _Shape, ends: Tensor) -> Callable[..., Tensor]:

@@ -11,12 +11,13 @@ shape that memory limits, in tensors:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 
 import gptkernels
-from gptkernels.bench.cases.workload import Workload, normal
+from gptkernels.bench.cases.workload import BOTH, FORWARD, Workload, normal
 from gptkernels.truth import baseline
 
 # (batch, tokens, width, inner): GPT-2's smallest and largest, and a 7B model's.
@@ -28,23 +29,9 @@ GPU_DTYPES = (torch.bfloat16, torch.float32)
 def workloads(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, quick: bool
 ) -> Iterator[Workload]:
-    """Each direction, backward also with recomputation unless `quick`."""
-    yield _workload(shape, dtype, device, backward=False, recompute=False)
-    yield _workload(shape, dtype, device, backward=True, recompute=False)
-    if not quick:
-        yield _workload(shape, dtype, device, backward=True, recompute=True)
-
-
-def _workload(
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    backward: bool,
-    recompute: bool,
-) -> Workload:
+    """One that keeps the pre-activation; unless `quick`, one that computes it again."""
     batch, tokens, width, inner = shape
-    draw = normal(device, dtype, requires_grad=backward)
+    draw = normal(device, dtype)
     tensors = (
         draw(batch, tokens, width),
         draw(inner, width, scale=width**-0.5),
@@ -52,18 +39,17 @@ def _workload(
         draw(width, inner, scale=inner**-0.5),
         draw(width),
     )
-    rows = batch * tokens
-    weights = 2 * width * inner
-    forward_elements = weights + 2 * rows * width + (rows * inner if backward else 0)
-    backward_elements = 2 * weights + 3 * rows * width + rows * inner
-    elements = forward_elements + (backward_elements if backward else 0)
-    products = 6 if backward else 2
-    return Workload(
-        shape=f"B{batch} T{tokens} C{width} F{inner}{' recompute' if recompute else ''}",
-        plain=lambda: baseline.gelu_mlp(*tensors),
-        ours=lambda impl: gptkernels.gelu_mlp(*tensors, impl=impl, recompute=recompute),
-        bytes_moved=elements * dtype.itemsize,
-        flops=products * 2 * rows * width * inner,
-        leaves=tensors,
-        cotangent=draw(batch, tokens, width).detach() if backward else None,
-    )
+    rows, weights = batch * tokens, 2 * width * inner
+    product = 2 * rows * width * inner
+    forward = weights + 2 * rows * width
+    backward = rows * inner + 2 * weights + 3 * rows * width + rows * inner
+    work = {
+        FORWARD: (forward * dtype.itemsize, 2 * product),
+        BOTH: ((forward + backward) * dtype.itemsize, 6 * product),
+    }
+    size = f"B{batch} T{tokens} C{width} F{inner}"
+    yield Workload(size, tensors, baseline.gelu_mlp, gptkernels.gelu_mlp, work)
+    if not quick:
+        recomputing = functools.partial(gptkernels.gelu_mlp, recompute=True)
+        both = {BOTH: work[BOTH]}
+        yield Workload(f"{size} recompute", tensors, baseline.gelu_mlp, recomputing, both)

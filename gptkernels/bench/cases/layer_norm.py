@@ -11,58 +11,43 @@ measured copy bandwidth. In tensors of x's size:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import gptkernels
-from gptkernels.bench.cases.workload import Workload, normal
+from gptkernels.bench.cases.workload import BOTH, FORWARD, Workload, normal
 from gptkernels.truth import baseline
 
 # (batch, tokens, width): GPT-2's widths at a training batch.
 GPU_SHAPES = ((8, 1024, 768), (8, 1024, 1600), (4, 2048, 4096), (1, 2048, 12288))
 CPU_SHAPES = ((1, 512, 768), (1, 512, 1600))
 GPU_DTYPES = (torch.bfloat16, torch.float32)
-_TENSORS_MOVED = {  # (residual, backward) -> tensors moved
-    (False, False): 2,
-    (True, False): 4,
-    (False, True): 5,
-    (True, True): 8,
-}
 
 
 def workloads(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, quick: bool
 ) -> Iterator[Workload]:
-    """Each direction, without and with residual."""
-    for residual in (False, True):
-        for backward in (False, True):
-            yield _workload(shape, dtype, device, residual=residual, backward=backward)
-
-
-def _workload(
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    residual: bool,
-    backward: bool,
-) -> Workload:
-    width = shape[-1]
-    draw = normal(device, dtype, requires_grad=backward)
-    x, weight, bias = draw(*shape), draw(width), draw(width)
-    added = draw(*shape) if residual else None
-
-    def call(layer_norm: Callable[..., Any], **options: Any) -> Any:
-        return layer_norm(x, weight, bias, residual=added, prenorm=residual, **options)
-
+    """Without and with residual."""
     size = "B{} T{} C{}".format(*shape)
-    return Workload(
-        shape=f"{size}{' +residual' if residual else ''}",
-        plain=lambda: call(baseline.layer_norm),
-        ours=lambda impl: call(gptkernels.layer_norm, impl=impl),
-        bytes_moved=_TENSORS_MOVED[residual, backward] * x.numel() * x.element_size(),
-        leaves=[leaf for leaf in (x, weight, bias, added) if leaf is not None],
-        cotangent=draw(*shape).detach() if backward else None,
-    )
+    width = shape[-1]
+    draw = normal(device, dtype)
+    tensors = [draw(*shape), draw(width), draw(width), draw(*shape)]
+    moved = math.prod(shape) * dtype.itemsize
+    work = {FORWARD: (2 * moved, 0), BOTH: (5 * moved, 0)}
+    yield Workload(size, tensors[:3], baseline.layer_norm, gptkernels.layer_norm, work)
+    plain, ours = _added(baseline.layer_norm), _added(gptkernels.layer_norm)
+    work = {FORWARD: (4 * moved, 0), BOTH: (8 * moved, 0)}
+    yield Workload(f"{size} +residual", tensors, plain, ours, work)
+
+
+def _added(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
+    """It takes the residual as its last tensor, and returns the sum too."""
+
+    def added(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, **options: Any) -> Any:
+        return layer_norm(x, weight, bias, residual=residual, prenorm=True, **options)
+
+    return added

@@ -3,81 +3,81 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptkernels.bench.timing import Case, compared
+from gptkernels.bench.timing import Case
+
+FORWARD, BOTH = "forward", "forward+backward"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One op on one shape, forward or forward and backward.
+    """One op on one shape.
 
     Args:
         shape: readable sizes, such as "B8 T1024 C768".
-        plain: eager PyTorch's forward pass, with no arguments.
-        ours: the op's forward pass, with `impl` as its only argument.
-        bytes_moved: bytes that any implementation must read and write.
-        flops: floating-point operations that any implementation must do, 0 where not counted.
-        leaves: what the backward pass differentiates by.
-        cotangent: the gradient of each output; None: the forward pass alone.
+        tensors: what the op takes, and the backward pass differentiates by; every output has the
+            shape of the first one.
+        plain: eager PyTorch's forward pass, of the tensors.
+        ours: the op's forward pass, of the tensors, with `impl` by name.
+        work: direction -> bytes that any implementation must read and write, and floating-point
+            operations that it must do, 0 where not counted.
     """
 
     shape: str
-    plain: Callable[[], Any]
-    ours: Callable[[str], Any]
-    bytes_moved: int
-    flops: int = 0
-    leaves: Sequence[Tensor] = ()
-    cotangent: Tensor | None = None
+    tensors: Sequence[Tensor]
+    plain: Callable[..., Any]
+    ours: Callable[..., Any]
+    work: dict[str, tuple[int, int]]
 
-    def case(self, op: str, dtype: torch.dtype, device: torch.device, impls: Sequence[str]) -> Case:
-        """PyTorch and each of `impls`, on the same tensors."""
-        candidates, skipped = compared(
-            self._whole(self.plain),
-            lambda impl: self._whole(functools.partial(self.ours, impl)),
+    def cases(self, op: str, impls: Sequence[str]) -> Iterator[Case]:
+        """Each direction: PyTorch and each of `impls`, on the same tensors."""
+        yield from (self._case(op, direction, impls) for direction in self.work)
+
+    def _case(self, op: str, direction: str, impls: Sequence[str]) -> Case:
+        called = self._forward if direction == FORWARD else self._both
+        bytes_moved, flops = self.work[direction]
+        return Case.beside(
+            called(self.plain),
+            lambda impl: called(functools.partial(self.ours, impl=impl)),
             impls,
-            device,
-            dtype,
-        )
-        return Case(
+            self.tensors[0].device,
             op=op,
             shape=self.shape,
-            dtype=dtype,
-            direction="forward" if self.cotangent is None else "forward+backward",
-            candidates=candidates,
-            bytes_moved=self.bytes_moved,
-            flops=self.flops,
-            skipped=skipped,
+            dtype=self.tensors[0].dtype,
+            direction=direction,
+            bytes_moved=bytes_moved,
+            flops=flops,
         )
 
-    def _whole(self, forward: Callable[[], Any]) -> Callable[[], Any]:
-        """`forward`, and the backward pass behind it where one is wanted."""
-        if self.cotangent is None:
-            return forward
+    def _forward(self, function: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: function(*self.tensors)
+
+    def _both(self, function: Callable[..., Any]) -> Callable[[], Any]:
+        leaves = [x.detach().requires_grad_() for x in self.tensors]
+        first = self.tensors[0]
+        cotangent = normal(first.device, first.dtype, seed=1)(*first.shape)
 
         def run() -> Any:
-            outputs = forward()
+            outputs = function(*leaves)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            return torch.autograd.grad(outputs, self.leaves, [self.cotangent] * len(outputs))
+            return torch.autograd.grad(outputs, leaves, [cotangent] * len(outputs))
 
         return run
 
 
-def normal(
-    device: torch.device, dtype: torch.dtype, *, requires_grad: bool = False
-) -> Callable[..., Tensor]:
+def normal(device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Callable[..., Tensor]:
     """A function of sizes, and a `scale` by name, that draws tensors of normal numbers; the same
     ones each time.
     """
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*sizes: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(sizes, generator=generator, device=device) * scale
-        return values.to(dtype).requires_grad_(requires_grad)
+        return (torch.randn(sizes, generator=generator, device=device) * scale).to(dtype)
 
     return draw

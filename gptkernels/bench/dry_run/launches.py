@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,18 +88,22 @@ class Direction:
         own = pick(rule.launches)
         found = [] if own.built else [(-1, rule, True)]
         widths = {}
-        # The builds are made for Hopper alone.
-        builds = self.builds() if machine.arch == "sm90" else []
-        for index, build in enumerate(builds):
-            try:
-                made = self.dry_run(machine, index)
-            except ValueError:  # of another head width, say
-                continue
-            found.append((index, made, pick(made.launches) == own))
-            widths[index] = build["head_width"]
+        for index, (build, made) in enumerate(self.tried(machine)):
+            if made is not None:
+                found.append((index, made, pick(made.launches) == own))
+                widths[index] = build["head_width"]
         # A build for wider heads can run too, but is never faster.
         least = min(widths.values(), default=0)
         return [way for way in found if widths.get(way[0], least) == least]
+
+    def tried(self, machine: Machine) -> Iterator[tuple[dict[str, Any], DryRun | None]]:
+        """Each build, and its dry run; None for one that cannot take the problem."""
+        # The builds are made for Hopper alone.
+        for index, build in enumerate(self.builds() if machine.arch == "sm90" else []):
+            try:
+                yield build, self.dry_run(machine, index)
+            except ValueError:  # of another head width, say
+                yield build, None
 
     def builds(self) -> list[dict[str, Any]]:
         """Every way in which the kernel for Hopper is built; index is the build's number."""

@@ -17,7 +17,7 @@ import gptkernels
 from gptkernels.bench.dry_run.launches import Direction, Problem
 from gptkernels.nn.transformer_layer import TransformerLayer
 from gptkernels.ops.attention import cuda as attention_kernels
-from gptkernels.ops.attention.options import AttentionOptions, bounds
+from gptkernels.ops.attention.options import AttentionOptions, complete
 from gptkernels.ops.gelu_mlp import cuda as mlp_kernels
 from gptkernels.ops.layer_norm import cuda as layer_norm_kernels
 
@@ -50,23 +50,12 @@ def attention(
     k, v = (_empty(B, Tk, Hk, D, dtype=dtype) for _ in range(2))
     slopes = _empty(H, dtype=torch.float32) if alibi else None
     lengths = _empty(B, dtype=torch.int32) if key_lengths else None
-    options: dict[str, Any] = dict(causal=causal, window=window, softcap=softcap)
     # This runs the op's checks; on the device meta nothing is computed.
-    gptkernels.attention(
-        q, k, v, **options, alibi_slopes=slopes, key_lengths=lengths, dropout_p=dropout_p,
-        impl="torch",
+    gptkernels.attention(q, k, v, window=window, key_lengths=lengths, impl="torch")
+    record = complete(
+        AttentionOptions(D**-0.5, softcap=softcap, dropout_p=dropout_p, key_lengths=lengths),
+        q, causal=causal, window=window, alibi_slopes=slopes,
     )  # fmt: skip
-    left, right = bounds(causal, window)
-    record = AttentionOptions(
-        softmax_scale=D**-0.5,
-        left=left,
-        right=right,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        alibi_slopes=slopes,
-        key_lengths=lengths,
-        rng=_empty(2, dtype=torch.int64) if dropout_p > 0 else None,
-    )
     if varlen:
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
         ends = _empty(B + 1, dtype=torch.int32)
@@ -91,16 +80,14 @@ def attention(
         f"dropout {dropout_p:g}": dropout_p,
         "deterministic": deterministic,
     }
-    return Problem(
-        "attention_varlen" if varlen else "attention",
-        _text(f"B{B} T{_pair(T, Tk)} H{_pair(H, Hk)} D{D}", words),
-        dtype,
-        dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=Tk, left=left, right=right),
-        (
-            Direction("forward", forward, "attention_fwd_builds"),
-            Direction("backward", backward, "attention_bwd_builds"),
-        ),
+    text = _text(f"B{B} T{_pair(T, Tk)} H{_pair(H, Hk)} D{D}", words)
+    sizes = dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=Tk, left=record.left, right=record.right)
+    directions = (
+        Direction("forward", forward, "attention_fwd_builds"),
+        Direction("backward", backward, "attention_bwd_builds"),
     )
+    op = "attention_varlen" if varlen else "attention"
+    return Problem(op, text, dtype, sizes, directions)
 
 
 def attention_decode(
@@ -124,29 +111,19 @@ def attention_decode(
     k, v = (_empty(B, KEYS, Hk, D, dtype=dtype) for _ in range(2))
     lengths = _empty(B, dtype=torch.int32)
     slopes = _empty(H, dtype=torch.float32) if alibi else None
-    gptkernels.attention_decode(  # this runs the op's checks, as above
-        q, k, v, lengths, window=window, softcap=softcap, alibi_slopes=slopes, impl="torch"
-    )
-    left, _ = bounds(True, window)
+    gptkernels.attention_decode(q, k, v, lengths, window=window, impl="torch")  # checks, as above
+    record = complete(
+        AttentionOptions(D**-0.5, softcap=softcap, key_lengths=lengths),
+        q, causal=True, window=window, alibi_slopes=slopes,
+    )  # fmt: skip
 
     def forward() -> Any:
-        options = AttentionOptions(
-            softmax_scale=D**-0.5,
-            left=left,
-            right=0,
-            softcap=softcap,
-            alibi_slopes=slopes,
-            key_lengths=lengths,
-        )
-        return attention_kernels.attention_decode_fwd(q, k, v, None, 0, options)
+        return attention_kernels.attention_decode_fwd(q, k, v, None, 0, record)
 
-    return Problem(
-        "attention_decode",
-        _text(f"B{B} T{T}/{KEYS} H{_pair(H, Hk)} D{D}", _seen(window, softcap, alibi)),
-        dtype,
-        dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=KEYS, left=left),
-        (Direction("forward", forward, None),),
-    )
+    text = _text(f"B{B} T{T}/{KEYS} H{_pair(H, Hk)} D{D}", _seen(window, softcap, alibi))
+    sizes = dict(B=B, T=T, H=H, D=D, Hk=Hk, Tk=KEYS, left=record.left)
+    directions = (Direction("forward", forward, None),)
+    return Problem("attention_decode", text, dtype, sizes, directions)
 
 
 def gelu_mlp(
@@ -174,16 +151,12 @@ def gelu_mlp(
         wanted = (True, True, bias, True, bias)
         return mlp_kernels.gelu_mlp_bwd(dy, x, w1, b1, w2, h, approximate, wanted, **chosen)
 
-    return Problem(
-        "gelu_mlp",
-        _text(f"M{M} C{C} F{F}", {"no biases": not bias, "recompute": recompute}),
-        dtype,
-        dict(M=M, C=C, F=F),
-        (
-            Direction("forward", forward, "gelu_mlp_builds"),
-            Direction("backward", backward, "gelu_mlp_builds"),
-        ),
+    text = _text(f"M{M} C{C} F{F}", {"no biases": not bias, "recompute": recompute})
+    directions = (
+        Direction("forward", forward, "gelu_mlp_builds"),
+        Direction("backward", backward, "gelu_mlp_builds"),
     )
+    return Problem("gelu_mlp", text, dtype, dict(M=M, C=C, F=F), directions)
 
 
 def layer_norm(
@@ -226,16 +199,13 @@ def layer_norm(
         "no bias": not bias,
         f"dropout {dropout_p:g}": dropout_p,
     }
-    return Problem(
-        "layer_norm",
-        _text(f"{rows} rows of {cols}", words),
-        dtype,
-        dict(rows=rows, cols=cols, residual=int(residual), prenorm=int(residual and prenorm)),
-        (
-            Direction("forward", forward, "layer_norm_fwd_builds"),
-            Direction("backward", backward, "layer_norm_bwd_builds"),
-        ),
+    text = _text(f"{rows} rows of {cols}", words)
+    sizes = dict(rows=rows, cols=cols, residual=int(residual), prenorm=int(residual and prenorm))
+    directions = (
+        Direction("forward", forward, "layer_norm_fwd_builds"),
+        Direction("backward", backward, "layer_norm_bwd_builds"),
     )
+    return Problem("layer_norm", text, dtype, sizes, directions)
 
 
 def transformer_layer(
@@ -286,14 +256,10 @@ def transformer_layer(
         "no biases": not bias,
         f"dropout {dropout_p:g}": dropout_p,
     }
-    return Problem(
-        "transformer_layer",
-        _text(f"B{B} T{T} C{C} H{H} F{F}", words),
-        dtype,
-        dict(B=B, T=T, C=C, H=H, F=F),
-        (*forward, *reversed(backward)),
-        not_fused,
-    )
+    text = _text(f"B{B} T{T} C{C} H{H} F{F}", words)
+    directions = (*forward, *reversed(backward))
+    dimensions = dict(B=B, T=T, C=C, H=H, F=F)
+    return Problem("transformer_layer", text, dtype, dimensions, directions, not_fused)
 
 
 def _text(sizes: str, words: dict[str, Any]) -> str:

@@ -12,12 +12,8 @@ from gptkernels.cli.console import PipeConsole
 
 
 @click.command("demo")
-@click.option(
-    "--text", type=click.Path(path_type=Path), help="UTF-8 text; default: Python's own manual."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("demo-report"), show_default=True
-)
+@click.option("--text", type=options.PATH, help="UTF-8 text; default: Python's own manual.")
+@click.option("--out", type=options.PATH, default=Path("demo-report"), show_default=True)
 @click.option("--minutes", type=float, default=2.0, show_default=True, help="Time to train.")
 @options.device
 @click.option("--seed", type=int, default=1337, show_default=True)

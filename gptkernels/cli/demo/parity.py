@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -35,13 +33,12 @@ def parity_table(device: torch.device, console: Console) -> list[Row]:
         unavailable("triton", device.type, torch.float32) is not None
         and importlib.util.find_spec("triton") is not None
     )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(console.status("checking"))
-        finish = stack.enter_context(_interpreter()) if interpret else None
+    with console.status("checking"), ThreadPoolExecutor() as pool:
+        interpreted = pool.submit(interpreter_rows) if interpret else None
         impls = [i for i in IMPLEMENTATIONS if i != "triton" or not interpret]
         rows = [row.as_dict() for row in verify.run(impls, device=device)]
-        if finish is not None:
-            rows += finish()
+        if interpreted is not None:
+            rows += interpreted.result()
     table(
         console,
         {
@@ -59,51 +56,34 @@ def parity_table(device: torch.device, console: Console) -> list[Row]:
     return rows
 
 
-@contextlib.contextmanager
-def _interpreter() -> Iterator[Callable[[], list[Row]]]:
-    """Start Triton's kernels in the interpreter; yields a function that waits for their rows."""
+def interpreter_rows() -> list[Row]:
+    """The rows of Triton's kernels in the interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        process = subprocess.Popen(
-            # -P: a package gptkernels in the current folder must not replace the one that runs here
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "gptkernels",
-                *_INTERPRETER_ARGUMENTS,
-                "--json",
-                str(path),
-            ],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        deadline = time.monotonic() + _INTERPRETER_SECONDS
-
-        def finish() -> list[Row]:
-            try:
-                _, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-                # It had the time: rows that it did not reach count as failed.
-                status = "fail"
-                ended = (errors.strip().splitlines() or ["no message"])[-1]
-                reason = f"{_INTERPRETER_COMMAND} ended with {process.returncode}: {ended}"
-            except subprocess.TimeoutExpired:
-                status = "skipped"
-                reason = (
-                    f"not reached within {_INTERPRETER_SECONDS:.0f} s, "
-                    f"run {_INTERPRETER_COMMAND} for all"
-                )
-            rows = json.loads(path.read_text())["rows"] if path.exists() else []
-            return rows + _missing_rows(rows, status, reason)
-
+        # -P: a package gptkernels in the current folder must not replace the one that runs here
+        program = [sys.executable, "-P", "-m", "gptkernels"]
         try:
-            yield finish
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+            done = subprocess.run(
+                [*program, *_INTERPRETER_ARGUMENTS, f"--json={path}"],
+                env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=_INTERPRETER_SECONDS,
+                check=False,
+            )
+            # It had the time: rows that it did not reach count as failed.
+            status = "fail"
+            ended = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            reason = f"{_INTERPRETER_COMMAND} ended with {done.returncode}: {ended}"
+        except subprocess.TimeoutExpired:
+            status = "skipped"
+            reason = (
+                f"not reached within {_INTERPRETER_SECONDS:.0f} s, "
+                f"run {_INTERPRETER_COMMAND} for all"
+            )
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return rows + _missing_rows(rows, status, reason)
 
 
 def _missing_rows(rows: list[Row], status: str, reason: str) -> list[Row]:

@@ -13,6 +13,7 @@ import jinja2
 from gptkernels import bench
 from gptkernels.bench import report
 from gptkernels.cli.demo.terminal import Row, reasons, small
+from gptkernels.core.files import replacing
 
 
 def worst_rows(rows: Iterable[Row]) -> list[Row]:
@@ -67,9 +68,8 @@ def write(
         mfu=None if logged[-1]["mfu"] is None else statistics.median(r["mfu"] for r in logged),
         prompt=prompt,
     )
-    temporary = out / ".report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out / "report.html")
+    with replacing(out / "report.html") as file:
+        file.write_text(page, encoding="utf-8")
 
 
 def _template() -> jinja2.Template:

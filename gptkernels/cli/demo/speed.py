@@ -74,22 +74,17 @@ def _training_step(trained: training.Training) -> timing.Case:
 
         return call
 
-    candidates, skipped = timing.compared(
+    flops = flops_per_token(model, config.n_layer, config.n_embd, config.block_size)
+    return timing.Case.beside(
         step(twin),
         lambda impl: step(copy.deepcopy(model).set_impl(impl)),
         IMPLEMENTATIONS,
         device,
-        dtype,
-    )
-    flops = flops_per_token(model, config.n_layer, config.n_embd, config.block_size)
-    return timing.Case(
         op="gpt",
         shape=f"{config.n_layer} layers, B{batch} T{config.block_size} C{config.n_embd}",
         dtype=dtype,
         direction="forward+backward",
-        candidates=candidates,
         flops=int(flops * tokens.numel()),
-        skipped=skipped,
     )
 
 
@@ -116,7 +111,7 @@ def fastest_threads(device: torch.device) -> Iterator[None]:
         timings = timing.compare(
             {str(n): functools.partial(step, n) for n in (threads, 1)}, min_rounds=7
         )
-        torch.set_num_threads(int(min(timings, key=lambda name: timings[name].median_s)))
+        torch.set_num_threads(int(min(timings, key=lambda name: timings[name].time_s)))
         yield
     finally:
         torch.set_num_threads(threads)

@@ -31,21 +31,20 @@ def twin_table(trained: Training, console: Console) -> list[Row]:
     ours, theirs, truth = (
         _evaluate(network, x, y) for network in (model, plain(torch.float32), plain(torch.float64))
     )
-    measured: dict[str, list[parity.Measurement]] = {}
-    for name in truth:
-        kind = name if name in ("logits", "loss") else "gradients"
-        k = parity.K_GRADIENT if kind == "gradients" else parity.K_FORWARD
-        measured.setdefault(kind, []).append(
-            parity.compare(ours[name], theirs[name], truth[name], k=k, name=name)
-        )
+    gradients = [name for name in truth if name not in ("logits", "loss")]
+    kinds = {"logits": ["logits"], "loss": ["loss"], f"gradients ({len(gradients)})": gradients}
     rows = []
-    for kind, measurements in measured.items():
+    for kind, names in kinds.items():
+        k = parity.K_GRADIENT if names is gradients else parity.K_FORWARD
+        measurements = [
+            parity.compare(ours[name], theirs[name], truth[name], k=k, name=name) for name in names
+        ]
         # Of each kind the tensor that is nearest to its limit is shown.
         worst = max(measurements, key=lambda m: m.error / m.limit if m.limit else 0.0)
         passed = all(m.passed for m in measurements)
         rows.append(
             {
-                "quantity": kind if kind != "gradients" else f"gradients ({len(measurements)})",
+                "quantity": kind,
                 "tensor": worst.name,
                 "difference": (ours[worst.name] - theirs[worst.name]).abs().max().item(),
                 "error": worst.error,

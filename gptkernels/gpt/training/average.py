@@ -19,14 +19,14 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._weights = list(model.parameters())
-        self._names = [name for name, _ in model.named_parameters()]
-        self._averages = [weight.detach().clone() for weight in self._weights]
+        self._weights = dict(model.named_parameters())
+        self._averages = {name: w.detach().clone() for name, w in self._weights.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the weights by one step."""
-        torch._foreach_lerp_(self._averages, [w.detach() for w in self._weights], 1 - self.decay)
+        weights = [weight.detach() for weight in self._weights.values()]
+        torch._foreach_lerp_(list(self._averages.values()), weights, 1 - self.decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -39,13 +39,13 @@ class Average:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by the parameters' names."""
-        return dict(zip(self._names, self._averages, strict=True))
+        return dict(self._averages)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from `state_dict()`."""
-        for name, average in self.state_dict().items():
+        for name, average in self._averages.items():
             average.copy_(state[name])
 
     def _swap(self) -> None:
-        for i, weight in enumerate(self._weights):
-            weight.data, self._averages[i] = self._averages[i], weight.data
+        for name, weight in self._weights.items():
+            weight.data, self._averages[name] = self._averages[name], weight.data

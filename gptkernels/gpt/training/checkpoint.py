@@ -1,9 +1,7 @@
 """Checkpoints: a file that is always whole, the old one or the new, and runs no code when read.
 
-`save` writes a temporary file in the same folder, forces it to the disk, and renames it over the
-old checkpoint: a rename within one folder is atomic (POSIX rename(2), os.replace on Windows), so a
-failure at any moment leaves a whole file. `load` unpickles tensors and plain values only
-(`weights_only=True`).
+A failure at any moment of `save` leaves a whole file (`gptkernels.core.files`). `load` unpickles
+tensors and plain values only (`weights_only=True`).
 
 What is inside: {"format", "version", "model", "optimizer", "step", "tokens" (trained on so far),
 "seconds", "best_validation_loss", "since_log" (sum of the losses and number of the steps since the
@@ -17,10 +15,7 @@ content: each refuses, in one sentence, what does not fit.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gptkernels.core.files import replacing
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.training.average import Average
@@ -63,23 +59,15 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise ValueError(f"content: a checkpoint needs {', '.join(missing)} too")
-    # One fixed name: the next save overwrites what a killed run left behind.
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        with replacing(path, durable=True) as temporary, temporary.open("wb") as stream:
             torch.save({"format": FORMAT, "version": VERSION, **content}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # the first error is the one to report
-            temporary.unlink()
+    except (OSError, RuntimeError) as error:
         # When a write fails, torch.save may raise a RuntimeError of its own on top.
         refused = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(refused, OSError):  # from a write, which does not name the file
             raise OSError(refused.errno, refused.strerror, str(path)) from None
         raise
-    _sync_folder(path.parent)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -98,14 +86,9 @@ def load(path: str | Path) -> dict[str, Any]:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{damaged} does not have the sum it was written with")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        zipfile.BadZipFile,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
+    except OSError:
+        raise
+    except Exception as error:  # broken bytes make the unpickler raise nearly anything
         raise ValueError(
             f"checkpoint: {path} cannot be read, it is truncated, damaged or not a checkpoint"
         ) from error
@@ -242,14 +225,3 @@ def _outline(state: object) -> object:
     if isinstance(state, Tensor):
         return state.shape, state.dtype
     return type(state)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename survive a power cut, where the system can open a folder."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

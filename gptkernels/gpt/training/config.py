@@ -17,27 +17,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DECIDED = ("seed", "tokenizer", "token_dtype", "validation_fraction")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, least: float | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "least": least})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train. Raises ValueError for a value out of range, TypeError for a wrong type."""
 
-    steps: int = _option(2000, "optimiser steps; the learning rate has fallen by then")
+    steps: int = _option(2000, "optimiser steps; the learning rate has fallen by then", least=1)
     minutes: float | None = _option(
         None, "stop after this many minutes at the latest; the learning rate then follows the clock"
     )
-    batch_size: int = _option(16, "windows of text in a micro-batch")
-    accumulation: int = _option(1, "micro-batches whose gradients make one step")
+    batch_size: int = _option(16, "windows of text in a micro-batch", least=1)
+    accumulation: int = _option(1, "micro-batches whose gradients make one step", least=1)
     learning_rate: float = _option(1e-3, "the highest learning rate, reached after the warm-up")
-    min_learning_rate: float = _option(1e-4, "the learning rate at the end of the cosine")
-    warmup_steps: int = _option(100, "steps of linear warm-up")
-    weight_decay: float = _option(0.1, "AdamW's decay, of matrices only")
+    min_learning_rate: float = _option(1e-4, "the learning rate at the end of the cosine", least=0)
+    warmup_steps: int = _option(100, "steps of linear warm-up", least=0)
+    weight_decay: float = _option(0.1, "AdamW's decay, of matrices only", least=0)
     beta1: float = _option(0.9, "AdamW's decay of the mean gradient")
     beta2: float = _option(0.95, "AdamW's decay of the mean squared gradient")
-    clip: float = _option(1.0, "largest norm of all gradients together; 0 does not clip")
+    clip: float = _option(1.0, "largest norm of all gradients together; 0 does not clip", least=0)
     dtype: str = _option("float32", "float32, or bfloat16 for autocast (weights stay float32)")
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
     impl: str = _option(
@@ -45,15 +45,15 @@ class TrainConfig:
     )
     tokenizer: str = _option("bytes", "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words")
     token_dtype: str = _option("uint16", "of the ids in token shards (.bin): uint16 or uint32")
-    seed: int = _option(1337, "of initial weights, dropout and batches")
+    seed: int = _option(1337, "of initial weights, dropout and batches", least=0)
     validation_fraction: float = _option(0.1, "share of the text, its end, that is held out")
-    validation_interval: int = _option(200, "steps between two validations")
-    validation_batches: int = _option(20, "batches in a validation, at most")
-    checkpoint_interval: int = _option(500, "steps between two checkpoints")
-    log_interval: int = _option(10, "steps between two lines of the log")
-    sample_interval: int = _option(0, "steps between two samples of text; 0 takes none")
+    validation_interval: int = _option(200, "steps between two validations", least=1)
+    validation_batches: int = _option(20, "batches in a validation, at most", least=1)
+    checkpoint_interval: int = _option(500, "steps between two checkpoints", least=1)
+    log_interval: int = _option(10, "steps between two lines of the log", least=1)
+    sample_interval: int = _option(0, "steps between two samples of text; 0 takes none", least=0)
     sample_prompt: str = _option("\n", "what a sample continues")
-    sample_tokens: int = _option(64, "tokens of a sample, at most")
+    sample_tokens: int = _option(64, "tokens of a sample, at most", least=1)
     tensorboard: bool = _option(False, "write TensorBoard's events beside log.jsonl")
     compile: bool = _option(False, "torch.compile the model")
     recompute: str = _option(
@@ -66,10 +66,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             _check_type(option.name, str(option.type), getattr(self, option.name))
-        for name in _POSITIVE:
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in _NOT_NEGATIVE:
-            _check(self, name, getattr(self, name) >= 0, "at least 0")
+            least = option.metadata["least"]
+            if least is not None:
+                right = getattr(self, option.name) >= least
+                _check(self, option.name, right, f"at least {least}")
         _check(self, "seed", self.seed < 2**63, "less than 2**63")
         _check(self, "minutes", self.minutes is None or self.minutes > 0, "more than 0")
         _check(self, "learning_rate", self.learning_rate > 0, "more than 0")
@@ -85,26 +85,6 @@ class TrainConfig:
         _check(self, "dtype", self.dtype in DTYPES, " or ".join(DTYPES))
         _check(self, "recompute", self.recompute in RECOMPUTE, ", ".join(RECOMPUTE))
         _check(self, "token_dtype", self.token_dtype in ("uint16", "uint32"), "uint16 or uint32")
-
-
-_POSITIVE = (
-    "steps",
-    "batch_size",
-    "accumulation",
-    "validation_interval",
-    "validation_batches",
-    "checkpoint_interval",
-    "log_interval",
-    "sample_tokens",
-)
-_NOT_NEGATIVE = (
-    "warmup_steps",
-    "weight_decay",
-    "clip",
-    "min_learning_rate",
-    "sample_interval",
-    "seed",
-)
 
 
 def _check_type(name: str, wanted: str, value: Any) -> None:

@@ -87,19 +87,12 @@ def split(tokens: Tokens, validation_fraction: float, block_size: int) -> tuple[
     count = len(tokens)
     cut = count - round(count * validation_fraction)
     for name, length in (("training", cut), ("validation", count - cut)):
-        check_length(name, length, count, block_size)
-    if isinstance(tokens, Tensor):
-        return tokens[:cut], tokens[cut:]
-    return tokens.part(0, cut), tokens.part(cut, count)
-
-
-def check_length(name: str, length: int, count: int, block_size: int) -> None:
-    """Raise ValueError where a part is shorter than one context and the token after it."""
-    if length < block_size + 1:
-        raise ValueError(
-            f"files: the {name} part has {length} of the text's {count} tokens, "
-            f"but one context of block_size={block_size} needs at least {block_size + 1}"
-        )
+        if length < block_size + 1:
+            raise ValueError(
+                f"files: the {name} part has {length} of the text's {count} tokens, "
+                f"but one context of block_size={block_size} needs at least {block_size + 1}"
+            )
+    return tokens[:cut], tokens[cut:]
 
 
 def gather(tokens: Tokens, starts: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ step:  for each of `accumulation` micro-batches: loss / accumulation, backward
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +106,26 @@ class Learner:
             loss: Tensor = self.forward(tokens.to(self.device), targets.to(self.device))
         return loss
 
-    @torch.no_grad()
     def _validation_loss(self) -> float:
         """Mean loss over the validation windows, without dropout; draws no random number."""
         self.model.eval()
-        total, count = 0.0, 0
-        for tokens, targets in data.validation_batches(
-            self.validation,
-            self.block_size,
-            self.config.batch_size,
-            self.config.validation_batches,
-        ):
-            total += self._loss(tokens, targets).item() * len(tokens)
-            count += len(tokens)
-        return total / count
+        config = self.config
+        windows = data.validation_batches(
+            self.validation, self.block_size, config.batch_size, config.validation_batches
+        )
+        return mean_loss(self._loss, windows)
+
+
+@torch.no_grad()
+def mean_loss(
+    loss: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> float:
+    """The mean over all windows of the batches, of which the last may be smaller."""
+    total, count = 0.0, 0
+    for tokens, targets in batches:
+        total += loss(tokens, targets).item() * len(tokens)
+        count += len(tokens)
+    return total / count
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gptkernels.core.files import replacing
+
 
 class Log:
     """The records of a run, each a line of `out`/log.jsonl; with `tensorboard`, its numbers as
@@ -34,11 +36,9 @@ class Log:
                 raise ValueError(f"{path} has a line that is not a record of a run: {line[:80]}")
             if record["step"] <= step:
                 self.records.append(record)
-        shorter = self.out / ".log.jsonl.tmp"
-        shorter.write_text(
-            "".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8"
-        )
-        shorter.replace(path)
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        with replacing(path) as shorter:
+            shorter.write_text(lines, encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record, which has a "step". Raises OSError where it cannot be written."""

@@ -8,6 +8,7 @@ the process without a message.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sys
@@ -43,10 +44,9 @@ class Shards:
     def __len__(self) -> int:
         return self._last - self._first
 
-    def part(self, first: int, last: int) -> Shards:
-        """The ids from number `first` up to number `last` of these."""
-        part = object.__new__(Shards)
-        part.__dict__.update(self.__dict__)
+    def __getitem__(self, span: slice) -> Shards:
+        first, last, _ = span.indices(len(self))
+        part = copy.copy(self)
         part._first, part._last = self._first + first, self._first + last
         return part
 

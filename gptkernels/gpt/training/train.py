@@ -336,14 +336,11 @@ class _Run:
     def _check_finite(self, record: dict[str, Any]) -> None:
         for name in ("loss", "gradient_norm", "validation_loss"):
             if not math.isfinite(record.get(name, 0.0)):
-                raise DivergedError(self._divergence(name, record[name]))
-
-    def _divergence(self, name: str, value: float) -> str:
-        path = self.out / "checkpoint.pt"
-        kept = (
-            f"{path} is the last good state" if path.exists() else "no checkpoint was written yet"
-        )
-        return (
-            f"training diverged by step {self.step}, {name.replace('_', ' ')} is {value}: {kept}, "
-            "try a lower learning_rate or a longer warm-up"
-        )
+                path = self.out / "checkpoint.pt"
+                kept = "no checkpoint was written yet"
+                if path.exists():
+                    kept = f"{path} is the last good state"
+                raise DivergedError(
+                    f"training diverged by step {self.step}, {name.replace('_', ' ')} is "
+                    f"{record[name]}: {kept}, try a lower learning_rate or a longer warm-up"
+                )

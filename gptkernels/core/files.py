@@ -1,0 +1,39 @@
+"""Files that are always whole: the old one or the new one, never a part of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write a file under. At the end of the context that file replaces
+    `path`; where the context raises, `path` stays as it was.
+
+    A rename within one folder is atomic (POSIX rename(2), os.replace on Windows). A `durable` file
+    survives a power cut.
+    """
+    # One fixed name: the next attempt overwrites what a killed process left behind.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        if durable:
+            _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            temporary.unlink()
+    if durable and os.name == "posix":  # elsewhere no folder can be opened
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    # A folder is open for reading alone; Windows syncs only what is open for writing.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
