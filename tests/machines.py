@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from emulated import Emulator, Gpu, sources
+from emulated import Machine, sources
 from harness import ROOT
 
 HERE = f"{platform.machine()} {platform.system()}"
@@ -37,26 +37,26 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def emulator(extension: ModuleType) -> Emulator:
+def emulator(extension: ModuleType) -> Machine:
     """Of the small kernels in tests/emulator/kernels."""
     if HERE not in ("x86_64 Linux", "aarch64 Linux"):
         pytest.skip(f"the emulator runs on x86-64 and aarch64 Linux, and this is {HERE}")
     try:
-        return Emulator(extension.emulated(sources(), ROOT / "build" / "emulator_kernels"))
+        return Machine(extension.emulated(sources(), ROOT / "build" / "emulator_kernels"))
     except extension.BuildError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session", params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Emulator:
+def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Machine:
     """What a building block gives is the same on both."""
     if request.param == "emulator":
         return request.getfixturevalue("emulator")
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    stems = ("cases", "primitives", "tiles", "dropout")
-    chosen = sources(*stems, "sm90/wgmma", "sm90/mbarriers", "sm90/clusters")
+    hopper = ("sm90/wgmma", "sm90/mbarriers", "sm90/clusters", "sm90/tma")
+    chosen = sources("cases", "primitives", "tiles", "dropout", *hopper)
     try:
-        return Gpu(extension.native_library(chosen, ROOT / "build" / "native_kernels"))
+        return Machine(extension.native_library(chosen, ROOT / "build" / "native_kernels"), "cuda")
     except extension.BuildError as error:
         pytest.skip(str(error))
