@@ -16,13 +16,14 @@ import torch
 from emulated import COPY, CTA, THREAD, WARP, Machine, N, assert_named, launched
 from harness import ROOT
 
+FIRST = "CTA (0, 0, 0), thread 0, at"
 BARRIER = "tests/emulator/kernels/meetings.cu:#"
 PRODUCT = "csrc/device/mma.h:#, called at csrc/device/mma.h:#"
 LOAD, COPIES = "csrc/device/vector.h:#", "csrc/device/cp_async.h:#"
 COPIED = f"{COPIES}, called at <start_copy>"
 
 TWO_WARPS = {"threads": 64}
-# How those kernels are launched that are not for one warp, as WARP.
+# How those kernels are launched that WARP does not do for.
 LAUNCHES: dict[str, dict[str, Any]] = {
     "bf16_past_end": {"c": 16, "c_is": "out"},
     "straddles_the_end": {"b": 30, "threads": 8},
@@ -63,6 +64,13 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "arrives_twice": TWO_WARPS,
 }
 
+
+def race(access: str, earlier: str) -> str:
+    """What one thread does to shared memory, and what another has done."""
+    where = "at byte # of shared memory"
+    return f"{THREAD} {access} {where}, which thread # {earlier}, with no barrier between"
+
+
 # name -> what is said after the kernel's name. <marker> stands for a line of the kernels, # for any
 # number.
 BROKEN: dict[str, str] = {
@@ -72,8 +80,7 @@ BROKEN: dict[str, str] = {
         "bytes)"
     ),
     "before_start": (
-        "CTA (0, 0, 0), thread 0, at <before_start>: reads 4 bytes, 4 bytes before the start of a "
-        "(128 bytes)"
+        f"{FIRST} <before_start>: reads 4 bytes, 4 bytes before the start of a (128 bytes)"
     ),
     "bf16_past_end": (
         "CTA (0, 0, 0), thread 31, at <bf16_past_end>, called at <bf16_past_end: caller>: writes 2 "
@@ -84,39 +91,36 @@ BROKEN: dict[str, str] = {
         "shared memory (128 bytes)"
     ),
     "shared_before_start": (
-        "CTA (0, 0, 0), thread 0, at <shared_before_start>: writes 4 bytes, 4 bytes before the "
-        "start of shared memory (128 bytes)"
+        f"{FIRST} <shared_before_start>: writes 4 bytes, 4 bytes before the start of shared memory "
+        "(128 bytes)"
     ),
     "straddles_the_end": (
         "CTA (0, 0, 0), thread 7, at csrc/device/vector.h:#, called at <straddles_the_end>: writes "
         "16 bytes, the last 8 past the end of b (120 bytes)"
     ),
-    "null_pointer": (
-        "CTA (0, 0, 0), thread 0, at <null_pointer>: reads 4 bytes, 0 bytes past a null pointer"
-    ),
+    "null_pointer": f"{FIRST} <null_pointer>: reads 4 bytes, 0 bytes past a null pointer",
     "far_away": (
-        "CTA (0, 0, 0), thread 0, at <far_away>: reads 4 bytes, far from every tensor of this call "
-        "and from shared memory"
+        f"{FIRST} <far_away>: reads 4 bytes, far from every tensor of this call and from shared "
+        "memory"
     ),
     "other_local_memory": (
         f"{THREAD} <other_local_memory>: reads 4 bytes, in local memory of thread 0"
     ),
     "copy_past_end": (
-        f"CTA (0, 0, 0), thread 0, at {COPIED}, called at <copy_past_end>: reads 16 bytes, 0 bytes "
-        "past the end of a (512 bytes)"
+        f"{FIRST} {COPIED}, called at <copy_past_end>: reads 16 bytes, 0 bytes past the end of a "
+        "(512 bytes)"
     ),
     # Alignment
     "misaligned_16": (
-        f"CTA (0, 0, 0), thread 0, at {LOAD}, called at <misaligned_16>: reads 16 bytes at an "
-        "address that is 4 past a multiple of 16"
+        f"{FIRST} {LOAD}, called at <misaligned_16>: reads 16 bytes at an address that is 4 past a "
+        "multiple of 16"
     ),
     "misaligned_8": (
-        "CTA (0, 0, 0), thread 0, at <misaligned_8>: reads 8 bytes at an address that is 4 past a "
-        "multiple of 8"
+        f"{FIRST} <misaligned_8>: reads 8 bytes at an address that is 4 past a multiple of 8"
     ),
     "copy_misaligned": (
-        f"CTA (0, 0, 0), thread 0, at {COPIED}, called at <copy_misaligned>: cp.async reads at an "
-        "address that is 4 past a multiple of 16"
+        f"{FIRST} {COPIED}, called at <copy_misaligned>: cp.async reads at an address that is 4 "
+        "past a multiple of 16"
     ),
     # Memory never written, and memory not to be written
     "shared_unwritten": (
@@ -124,16 +128,13 @@ BROKEN: dict[str, str] = {
         "which nobody has written"
     ),
     "global_unwritten": (
-        "CTA (0, 0, 0), thread 0, at <global_unwritten>: reads 4 bytes at byte 0 of b, which "
-        "nobody has written"
+        f"{FIRST} <global_unwritten>: reads 4 bytes at byte 0 of b, which nobody has written"
     ),
     "atomic_unwritten": (
-        "CTA (0, 0, 0), thread 0, at <atomic_unwritten>: updates 4 bytes at byte 0 of b, which "
-        "nobody has written"
+        f"{FIRST} <atomic_unwritten>: updates 4 bytes at byte 0 of b, which nobody has written"
     ),
     "write_to_input": (
-        "CTA (0, 0, 0), thread 0, at <write_to_input>: writes 4 bytes at byte 0 of a, an input of "
-        "the kernel"
+        f"{FIRST} <write_to_input>: writes 4 bytes at byte 0 of a, an input of the kernel"
     ),
     # Copies in flight
     "copy_without_wait": (
@@ -147,38 +148,34 @@ BROKEN: dict[str, str] = {
         f"{COPIES}, called at <left open>, and that thread has not waited for the copy"
     ),
     "wait_short_by_one": (
-        f"CTA (0, 0, 0), thread 0, at {LOAD}, called at <wait_short_by_one>: reads 16 bytes at "
-        f"byte 256 of shared memory, which a cp.async may still write: thread 0 wrote at {COPIES}, "
-        "called at <second group>, and that thread has not waited for the copy"
+        f"{FIRST} {LOAD}, called at <wait_short_by_one>: reads 16 bytes at byte 256 of shared "
+        f"memory, which a cp.async may still write: thread 0 wrote at {COPIES}, called at <second "
+        "group>, and that thread has not waited for the copy"
     ),
     "write_into_copy": (
-        "CTA (0, 0, 0), thread 0, at <write_into_copy>: writes 4 bytes at byte 4 of shared memory, "
-        f"which a cp.async may still write: thread 0 wrote at {COPIED}, called at <written into>, "
-        "and that thread has not waited for the copy"
+        f"{FIRST} <write_into_copy>: writes 4 bytes at byte 4 of shared memory, which a cp.async "
+        f"may still write: thread 0 wrote at {COPIED}, called at <written into>, and that thread "
+        "has not waited for the copy"
     ),
     "copy_source_changed": (
-        f"CTA (0, 0, 0), thread 0, at {COPIES}, called at <copy_source_changed>: the source of a "
-        "cp.async has changed before it was waited for"
+        f"{FIRST} {COPIES}, called at <copy_source_changed>: the source of a cp.async has changed "
+        "before it was waited for"
     ),
     "copy_without_barrier": (
         f"CTA (0, 0, 0), thread 1, at {LOAD}, called at <give_earlier>, called at "
         "<copy_without_barrier>: reads 16 bytes at byte 0 of shared memory, which thread 0 wrote "
         f"at {COPIED}, called at <without barrier>, with no barrier between"
     ),
-    "copy_into_read": (
-        f"{THREAD} {COPIED}, called at <copy_into_read>: writes 16 bytes at byte # of shared "
-        f"memory, which thread # read at {LOAD}, called at <give_next>, called at <still reads>, "
-        "with no barrier between"
+    "copy_into_read": race(
+        f"{COPIED}, called at <copy_into_read>: writes 16 bytes",
+        f"read at {LOAD}, called at <give_next>, called at <still reads>",
     ),
     # Races
     "read_after_write": (
         "CTA (0, 0, 0), thread 1, at <read_after_write>: reads 4 bytes at byte 0 of shared memory, "
         "which thread 0 wrote at <wrote>, with no barrier between"
     ),
-    "write_after_read": (
-        f"{THREAD} <write_after_read>: writes 4 bytes at byte # of shared memory, which thread # "
-        "read at <has read>, with no barrier between"
-    ),
+    "write_after_read": race("<write_after_read>: writes 4 bytes", "read at <has read>"),
     "write_after_write": (
         "CTA (0, 0, 0), thread 1, at <write_after_write>: writes 4 bytes at byte 0 of shared "
         "memory, which thread 0 wrote at <write_after_write>, with no barrier between"
@@ -187,62 +184,40 @@ BROKEN: dict[str, str] = {
         "CTA (0, 0, 0), thread 2, at <part_and_whole>: writes 4 bytes at byte 12 of shared memory, "
         "which thread 1 read at <part>, with no barrier between"
     ),
-    "lanes": (
-        f"{THREAD} <lanes>: reads 4 bytes at byte # of shared memory, which thread # wrote at "
-        "<lane wrote>, with no barrier between"
-    ),
-    "warps": (
-        f"{THREAD} <warps>: reads 4 bytes at byte # of shared memory, which thread # wrote at "
-        "<warp wrote>, with no barrier between"
-    ),
-    "half_warp": (
-        f"{THREAD} <half_warp>: reads 4 bytes at byte # of shared memory, which thread # wrote at "
-        "<half wrote>, with no barrier between"
-    ),
-    "named_barrier": (
-        f"{THREAD} <named_barrier>: reads 4 bytes at byte # of shared memory, which thread # wrote "
-        "at <after arriving>, with no barrier between"
-    ),
-    "wrong_barrier": (
-        f"{THREAD} <wrong_barrier>: reads 4 bytes at byte # of shared memory, which thread # wrote "
-        "at <pair wrote>, with no barrier between"
-    ),
-    "chain": (
-        f"{THREAD} <chain>: reads 4 bytes at byte # of shared memory, which thread # wrote at "
-        "<chain wrote>, with no barrier between"
-    ),
-    "reused_barrier": (
-        f"{THREAD} <reused_barrier>: reads 4 bytes at byte # of shared memory, which thread # "
-        "wrote at <before reuse>, with no barrier between"
-    ),
+    "lanes": race("<lanes>: reads 4 bytes", "wrote at <lane wrote>"),
+    "warps": race("<warps>: reads 4 bytes", "wrote at <warp wrote>"),
+    "half_warp": race("<half_warp>: reads 4 bytes", "wrote at <half wrote>"),
+    "named_barrier": race("<named_barrier>: reads 4 bytes", "wrote at <after arriving>"),
+    "wrong_barrier": race("<wrong_barrier>: reads 4 bytes", "wrote at <pair wrote>"),
+    "chain": race("<chain>: reads 4 bytes", "wrote at <chain wrote>"),
+    "reused_barrier": race("<reused_barrier>: reads 4 bytes", "wrote at <before reuse>"),
     "two_readers": (
-        "CTA (0, 0, 0), thread 0, at <two_readers>: writes 4 bytes at byte 0 of c, which thread # "
-        "read at <second reader>, with no barrier between"
+        f"{FIRST} <two_readers>: writes 4 bytes at byte 0 of c, which thread # read at <second "
+        "reader>, with no barrier between"
     ),
     "three_readers": (
-        "CTA (0, 0, 0), thread 0, at <readers>: writes 4 bytes at byte 0 of c, which thread # read "
-        "at <last reader>, with no barrier between"
+        f"{FIRST} <readers>: writes 4 bytes at byte 0 of c, which thread # read at <last reader>, "
+        "with no barrier between"
     ),
     "ten_readers": (
-        "CTA (0, 0, 0), thread 0, at <readers>: writes 4 bytes at byte 0 of c, which thread # read "
-        "at <last reader>, with no barrier between"
+        f"{FIRST} <readers>: writes 4 bytes at byte 0 of c, which thread # read at <last reader>, "
+        "with no barrier between"
     ),
     "later_readers": (
-        "CTA (0, 0, 0), thread 0, at <later_readers>: writes 4 bytes at byte 0 of c, which thread "
-        "# read at <later reader>, with no barrier between"
+        f"{FIRST} <later_readers>: writes 4 bytes at byte 0 of c, which thread # read at <later "
+        "reader>, with no barrier between"
     ),
     "readers_of_line": (
-        "CTA (0, 0, 0), thread 0, at <readers_of_line>: writes 4 bytes at byte 12 of shared "
-        f"memory, which thread # read at {LOAD}, called at <last reader of line>, with no barrier "
-        "between"
+        f"{FIRST} <readers_of_line>: writes 4 bytes at byte 12 of shared memory, which thread # "
+        f"read at {LOAD}, called at <last reader of line>, with no barrier between"
     ),
     "ctas": (
         "CTA (1, 0, 0), thread 0, at <ctas>: reads 4 bytes at byte 0 of c, which thread 0 of CTA "
         "(0, 0, 0) wrote at <ctas>, with no barrier between"
     ),
     "atomic_and_plain": (
-        "CTA (0, 0, 0), thread 0, at <atomic_and_plain>: reads 4 bytes at byte 0 of c, which "
-        "thread # updated at <atomic>, with no barrier between"
+        f"{FIRST} <atomic_and_plain>: reads 4 bytes at byte 0 of c, which thread # updated at "
+        "<atomic>, with no barrier between"
     ),
     "atomic_of_ctas": (
         "CTA (1, 0, 0), thread 0, at <atomic_of_ctas>: reads 4 bytes at byte 0 of c, which thread "

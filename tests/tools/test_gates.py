@@ -389,7 +389,8 @@ class TestNative:
     @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
     def test_spilling_kernel_fails(self, tmp_path: Path) -> None:
         (tmp_path / "csrc").mkdir()
-        (tmp_path / "csrc" / "bindings.cpp").touch()
+        for name in ("bindings.cpp", "instances.toml"):
+            (tmp_path / "csrc" / name).touch()
         (tmp_path / "csrc" / "spilling.cu").write_text(
             """
             __global__ void __launch_bounds__(1024, 2) spilling(float* p) {
