@@ -1,12 +1,16 @@
-"""Runs the small kernels of tests/emulator/kernels, in the emulator or on a GPU."""
+"""Small kernels (tests/emulator/kernels) as tests run them: in the emulator and, where there is
+one, on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from harness import ROOT
 from torch import Tensor
@@ -14,101 +18,142 @@ from torch import Tensor
 KERNELS = ROOT / "tests" / "emulator" / "kernels"
 
 
-class Case(ctypes.Structure):
-    """The same struct as in tests/emulator/kernels/cases.h."""
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Shape(ctypes.Structure):
+    """As gk::TensorMapShape."""
 
     _fields_ = (
+        ("dtype", ctypes.c_int),
+        ("rank", ctypes.c_int),
+        ("base", ctypes.c_void_p),
+        ("size", ctypes.c_int64 * 5),
+        ("stride", ctypes.c_int64 * 5),
+        ("box", ctypes.c_int * 5),
+        ("swizzle", ctypes.c_int),
+    )
+
+
+class Given(ctypes.Structure):
+    """As in tests/emulator/kernels/cases.cpp."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("cluster", ctypes.c_uint),
+        ("threads", ctypes.c_uint),
+        ("shared", ctypes.c_size_t),
+        ("shape", Shape),
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
         ("c", ctypes.c_void_p),
+        ("at", ctypes.c_int * 5),
+        ("bytes", ctypes.c_int),
         ("n", ctypes.c_int),
         ("broken", ctypes.c_int),
     )
 
 
-class Emulator:
-    """Runs small kernels in the emulator, one at a time."""
+@dataclass
+class Map:
+    """Of a tensor, whose innermost dimension is its last; boxes and coordinates have it first."""
 
-    def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+    tensor: Tensor
+    box: Sequence[int]
+    swizzle: int = 0
+    role: str = "in"  # or "out", "inout": what kernels do to it
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.itemsize * torch.Size(self.box).numel()
+
+    def shape(self, storage: int) -> Shape:
+        """With the tensor's storage at this address."""
+        base = storage + int(self.tensor.storage_offset()) * self.tensor.itemsize
+        shape = Shape(DTYPES[self.tensor.dtype], self.tensor.dim(), base, swizzle=self.swizzle)
+        shape.size[: shape.rank] = self.tensor.shape[::-1]
+        shape.stride[: shape.rank] = self.tensor.stride()[::-1]
+        shape.box[: shape.rank] = self.box
+        return shape
+
+
+class Machine:
+    """Runs one case at a time, on tensors of the CPU: in the emulator, or on a GPU ("cuda")."""
+
+    def __init__(self, library: Path, device: str = "cpu") -> None:
+        self.library, self.device = ctypes.CDLL(str(library)), device
         address, size = ctypes.c_void_p, ctypes.c_size_t
-        self.library.run.argtypes = [
-            *(ctypes.c_char_p, address, ctypes.c_uint, ctypes.c_uint, size),
-            *(address, ctypes.c_char_p, size),
-        ]
+        self.library.run.argtypes = [ctypes.c_char_p, address, ctypes.c_char_p, size]
+        self.library.refuses.argtypes = [address]
+        self.library.refuses.restype = ctypes.c_char_p
+        if device == "cpu":  # a GPU is told of no bounds
+            self.library.declare.argtypes = [ctypes.c_char_p, address, size, ctypes.c_int]
 
     def __call__(
         self,
         name: str,
+        map: Map | None = None,
         *,
         a: Tensor | None = None,
         b: Tensor | None = None,
         c: Tensor | None = None,
+        b_is: str = "out",
         c_is: str = "inout",
+        at: Sequence[int] = (),
+        bytes: int | None = None,
         n: int = 0,
         broken: int = False,
         grid: tuple[int, int, int] = (1, 1, 1),
         cluster: int = 1,
         threads: int = 32,
-        shared: int = 0,
+        shared: int | None = None,
     ) -> None:
-        """Runs the kernel called `name`. `a` is an input and `b` an output. `c` is what `c_is`
-        says: "in", "out" or "inout", which is updated in place.
+        """a is an input, b and c what `b_is` and `c_is` say: in, out, or inout, updated in place.
+        `bytes` is the size of a box, by default the map's; shared memory holds it and a barrier.
 
-        Raises RuntimeError with the message of a launch that fails.
+        Raises RuntimeError with what the launch throws.
         """
-        for tensor, key, kind in ((a, b"a", "in"), (b, b"b", "out"), (c, b"c", c_is)):
-            for word, written in (("in", 1), ("out", 0)):
-                if tensor is not None and word in kind:
-                    self.declare(key, tensor, written)
-        params = Case(*(t.data_ptr() if t is not None else 0 for t in (a, b, c)), n, int(broken))
+        box = bytes if bytes is not None else map.bytes if map else 0
+        shared = (box and box + 64) if shared is None else shared
+        given = Given(grid, cluster, threads, shared, bytes=box, n=n, broken=int(broken))
+        given.at[: len(at)] = at
+        roles = {"map": map.role if map else "", "a": "in", "b": b_is, "c": c_is}
+        tensors = {"map": whole(map.tensor) if map else None, "a": a, "b": b, "c": c}
+        here = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        there = {key: tensor.to(self.device) for key, tensor in here.items()}
+        for key, tensor in there.items():
+            self.declare(key, tensor, roles[key])
+            if key != "map":
+                setattr(given, key, tensor.data_ptr())
+        if map:
+            given.shape = map.shape(there["map"].data_ptr())
         error = ctypes.create_string_buffer(4096)
-        failed = self.library.run(
-            *(name.encode(), (ctypes.c_uint * 3)(*grid), cluster, threads, shared),
-            *(ctypes.byref(params), error, len(error)),
-        )
-        self.forget()
+        failed = self.library.run(name.encode(), ctypes.byref(given), error, len(error))
+        if self.device == "cpu":
+            self.library.forget()
+        for key, tensor in there.items():
+            here[key].copy_(tensor)
         if failed:
             raise RuntimeError(error.value.decode())
 
-    def declare(self, name: bytes, tensor: Tensor, written: int) -> None:
-        declare = self.library.declare
-        declare.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        declare(name, tensor.data_ptr(), tensor.nbytes, written)
+    def declare(self, name: str, tensor: Tensor, role: str) -> None:
+        for word, written in (("in", 1), ("out", 0)):
+            if word in role and self.device == "cpu":
+                self.library.declare(name.encode(), tensor.data_ptr(), tensor.nbytes, written)
 
-    def forget(self) -> None:
-        self.library.forget()
+    def refuses(self, shape: Shape) -> str | None:
+        """Why there is no such tensor map."""
+        reason = self.library.refuses(ctypes.byref(shape))
+        return reason.decode() if reason is not None else None
 
 
-class Gpu(Emulator):
-    """Runs the same kernels on a GPU. The caller's tensors stay on the CPU; they are copied to the
-    GPU and back."""
-
-    def __call__(
-        self,
-        name: str,
-        *,
-        a: Tensor | None = None,
-        b: Tensor | None = None,
-        c: Tensor | None = None,
-        **options: Any,
-    ) -> None:
-        there = {k: t.cuda() for k, t in {"a": a, "b": b, "c": c}.items() if t is not None}
-        torch.cuda.synchronize()
-        super().__call__(name, **there, **options)
-        for here, key in ((a, "a"), (b, "b"), (c, "c")):
-            if here is not None:
-                here.copy_(there[key])
-
-    def declare(self, name: bytes, tensor: Tensor, written: int) -> None:
-        """Does nothing: a GPU checks no bounds."""
-
-    def forget(self) -> None:
-        """Does nothing, like `declare`."""
+def whole(tensor: Tensor) -> Tensor:
+    """All of the memory that it is a part of."""
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
 
 
 def sources(*stems: str) -> list[Path]:
-    """Returns all sources of the small kernels, or those with these names, such as "sm90/wgmma"."""
+    """All of them, or those of these names, such as "sm90/wgmma"."""
     files = {
         path.relative_to(KERNELS).with_suffix("").as_posix(): path.relative_to(ROOT)
         for path in KERNELS.rglob("*")
@@ -118,7 +163,7 @@ def sources(*stems: str) -> list[Path]:
 
 
 def line(marker: str) -> str:
-    """Returns "file:line" of the only line of the kernels that ends with the comment `marker`."""
+    """ "file:line" of the one line of the kernels that ends with the comment."""
     found = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in KERNELS.rglob("*.cu")
@@ -137,15 +182,19 @@ THREAD = "CTA (0, 0, 0), thread #, at"
 
 
 def launched(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments, where a, b and c are lengths, with a tensor 0, 1, 2 ... for each."""
-    made = {
+    """With a tensor of 0, 1, 2 ... for each length."""
+    return {
         key: torch.arange(value, dtype=torch.float32) if key in ("a", "b", "c") else value
         for key, value in arguments.items()
     }
-    return made
 
 
-def expected(name: str, sentence: str) -> str:
-    pattern = re.escape(sentence).replace("\\#", "#").replace("#", "[0-9]+")
+def assert_named(machine: Machine, name: str, sentence: str, **arguments: Any) -> None:
+    """The launch fails, and says the sentence after the kernel's name: <marker> stands for a line
+    of the kernels, # for any number, ... for anything."""
+    with pytest.raises(RuntimeError) as error:
+        machine(name, **arguments)
+    pattern = re.escape(sentence).replace(r"\.\.\.", ".*").replace(r"\#", "[0-9]+")
     pattern = re.sub(r"<(.+?)>", lambda found: re.escape(line(found[1].replace("\\", ""))), pattern)
-    return f"{name} on a small case(?:, |: ){pattern}"
+    said = str(error.value)
+    assert re.fullmatch(f"{name} on a small case(?:, |: ){pattern}", said), said

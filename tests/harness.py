@@ -4,6 +4,8 @@ results with the truth or bit for bit; op_inputs.py makes the inputs of ops."""
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,20 @@ FP32, FP16, BF16 = DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Without a GPU the kernels run on CPU tensors (see conftest.py).
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = [impl for impl in IMPLEMENTATIONS if unavailable(impl, DEVICE, FP32) is None]
+
+
+def command(
+    *words: str | Path,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    check: bool = False,
+    timeout: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end; what it prints is text."""
+    line = [str(word) for word in words]
+    return subprocess.run(
+        line, cwd=cwd, env=env, check=check, timeout=timeout, capture_output=True, text=True
+    )
 
 
 def of(

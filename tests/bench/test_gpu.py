@@ -31,6 +31,7 @@ pytestmark = [
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REPEATS = 250
+Draw = Callable[[verify.Randn], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Call:
     """One call of an operator: how to draw its inputs, and its options."""
 
     op: str
-    draw: Callable[[verify.Randn], dict[str, Tensor]]
+    draw: Draw
     options: dict[str, Any] = field(default_factory=dict)
     op_options: dict[str, Any] = field(default_factory=dict)  # change how, not what
     name: str = ""
@@ -70,98 +71,69 @@ class Call:
         return f"{self.op} {self.name}".strip()
 
 
-CALLS = (
-    Call(
-        "layer_norm",
-        lambda randn: {
-            "x": randn(500, 768),
-            "weight": randn(768),
-            "bias": randn(768),
-            "residual": randn(500, 768),
-        },
-        {"prenorm": True},
-    ),
-    Call(
-        "attention",
-        lambda randn: {
-            "q": randn(2, 300, 6, 64),
-            "k": randn(2, 300, 2, 64),
-            "v": randn(2, 300, 2, 64),
-        },
-        {"causal": True},
-        {"deterministic": True},
-    ),
-    # Its lengths stay on the GPU: reading them would break the capture of a graph.
-    Call(
-        "attention_varlen",
-        lambda randn: {
-            "q": randn(300, 6, 64),
-            "k": randn(310, 2, 64),
-            "v": randn(310, 2, 64),
-            "cu_seqlens_q": torch.tensor([0, 40, 40, 300], dtype=torch.int32, device="cuda"),
-            "cu_seqlens_k": torch.tensor([0, 45, 50, 310], dtype=torch.int32, device="cuda"),
-        },
-        {"max_seqlen_q": 260, "max_seqlen_k": 260},
-        {"deterministic": True},
-    ),
-    Call(
-        "gelu_mlp",
-        lambda randn: {
-            "x": randn(300, 256),
-            "w1": randn(1000, 256) / 16,
-            "b1": randn(1000),
-            "w2": randn(256, 1000) / 32,
-            "b2": randn(256),
-        },
-    ),
-)
-
-
-def large_tiles(randn: verify.Randn) -> dict[str, Tensor]:
-    """gelu_mlp's inputs for its large tiles: more than 108 of 128 x 128, the last ones cut."""
-    return {
-        "x": randn(1500, 256),
-        "w1": randn(1200, 256) / 16,
-        "b1": randn(1200),
-        "w2": randn(256, 1200) / 35,
-        "b2": randn(256),
+def norm(rows: int, width: int, *more: str) -> Draw:
+    """layer_norm's x and weight, and of bias and residual those that are named."""
+    sizes = {"bias": (width,), "residual": (rows, width)}
+    return lambda randn: {
+        "x": randn(rows, width),
+        "weight": randn(width),
+        **{name: randn(*sizes[name]) for name in more},
     }
 
 
+def heads(q: tuple[int, ...], kv: tuple[int, ...] | None = None) -> Draw:
+    """attention's q, k and v; without another shape all three have q's."""
+    return lambda randn: {"q": randn(*q), "k": randn(*(kv or q)), "v": randn(*(kv or q))}
+
+
+def mlp(rows: int, width: int, inner: int) -> Draw:
+    """gelu_mlp's inputs, weights such that what they give is about as large as x."""
+    return lambda randn: {
+        "x": randn(rows, width),
+        "w1": randn(inner, width) / width**0.5,
+        "b1": randn(inner),
+        "w2": randn(width, inner) / inner**0.5,
+        "b2": randn(width),
+    }
+
+
+def packed(randn: verify.Randn) -> dict[str, Tensor]:
+    """attention_varlen's inputs. Its lengths stay on the GPU: reading them would break the capture
+    of a graph."""
+    return {
+        **heads((300, 6, 64), (310, 2, 64))(randn),
+        "cu_seqlens_q": torch.tensor([0, 40, 40, 300], dtype=torch.int32, device="cuda"),
+        "cu_seqlens_k": torch.tensor([0, 45, 50, 310], dtype=torch.int32, device="cuda"),
+    }
+
+
+CALLS = (
+    Call("layer_norm", norm(500, 768, "bias", "residual"), {"prenorm": True}),
+    Call(
+        "attention",
+        heads((2, 300, 6, 64), (2, 300, 2, 64)),
+        {"causal": True},
+        {"deterministic": True},
+    ),
+    Call(
+        "attention_varlen",
+        packed,
+        {"max_seqlen_q": 260, "max_seqlen_k": 260},
+        {"deterministic": True},
+    ),
+    Call("gelu_mlp", mlp(300, 256, 1000)),
+)
+
+# More than 108 of gelu_mlp's large tiles, 128 x 128, the last ones cut.
+large_tiles = mlp(1500, 256, 1200)
 REPEATED = (*CALLS, Call("gelu_mlp", large_tiles, name="large tiles"))
 
 # Shapes of real models, and sizes past what a 16-bit grid dimension holds.
 LARGE = (
-    Call(
-        "layer_norm",
-        lambda randn: {"x": randn(4096, 1600), "weight": randn(1600), "bias": randn(1600)},
-        name="GPT-2 XL",
-    ),
-    Call(
-        "attention",
-        lambda randn: {name: randn(2, 1024, 12, 64) for name in "qkv"},
-        name="GPT-2",
-    ),
-    Call(
-        "attention",
-        lambda randn: {
-            "q": randn(1, 777, 8, 128),
-            "k": randn(1, 777, 2, 128),
-            "v": randn(1, 777, 2, 128),
-        },
-        name="D 128, grouped heads",
-    ),
-    Call(
-        "gelu_mlp",
-        lambda randn: {
-            "x": randn(2048, 768),
-            "w1": randn(3072, 768) / 28,
-            "b1": randn(3072),
-            "w2": randn(768, 3072) / 55,
-            "b2": randn(768),
-        },
-        name="GPT-2",
-    ),
+    Call("layer_norm", norm(4096, 1600, "bias"), name="GPT-2 XL"),
+    Call("attention", heads((2, 1024, 12, 64)), name="GPT-2"),
+    Call("attention", heads((1, 777, 8, 128), (1, 777, 2, 128)), name="D 128, grouped heads"),
+    Call("gelu_mlp", mlp(2048, 768, 3072), name="GPT-2"),
     Call(
         "gelu_mlp",
         large_tiles,
@@ -169,37 +141,15 @@ LARGE = (
         {"recompute": True},
         name="large tiles, erf, recompute",
     ),
-    Call(
-        "layer_norm",
-        lambda randn: {"x": randn(70_001, 64), "weight": randn(64), "residual": randn(70_001, 64)},
-        name="70001 rows",
-    ),
+    Call("layer_norm", norm(70_001, 64, "residual"), name="70001 rows"),
+    Call("attention", heads((5500, 17, 12, 16)), name="66000 heads x batch"),
     Call(
         "attention",
-        lambda randn: {name: randn(5500, 17, 12, 16) for name in "qkv"},
-        name="66000 heads x batch",
-    ),
-    Call(
-        "attention",
-        lambda randn: {
-            "q": randn(1, 70_001, 1, 16),
-            "k": randn(1, 33, 1, 16),
-            "v": randn(1, 33, 1, 16),
-        },
+        heads((1, 70_001, 1, 16), (1, 33, 1, 16)),
         {"causal": False},
         name="70001 queries",
     ),
-    Call(
-        "gelu_mlp",
-        lambda randn: {
-            "x": randn(70_001, 40),
-            "w1": randn(72, 40) / 6,
-            "b1": randn(72),
-            "w2": randn(40, 72) / 8,
-            "b2": randn(40),
-        },
-        name="70001 rows",
-    ),
+    Call("gelu_mlp", mlp(70_001, 40, 72), name="70001 rows"),
 )
 
 
@@ -280,23 +230,31 @@ def test_repeated_runs_give_the_same_bits(
     assert different.item() == 0, replay(seed)
 
 
+def captured(
+    call: Call, inputs: dict[str, Tensor], **options: Any
+) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A graph of the call, warm before, and what its replays write."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(inputs, **options)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call(inputs, **options)
+    return graph, outputs
+
+
 @pytest.mark.parametrize("call", CALLS, ids=str)
 @kernels
 def test_cuda_graph_replays_with_new_inputs(impl: str, call: Call, seed: int) -> None:
     inputs = call.inputs(torch.float16, seed)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call(inputs, impl=impl)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call(inputs, impl=impl)
+    graph, outputs = captured(call, inputs, impl=impl)
     fresh = call.inputs(torch.float16, seed + 1)
     for name, value in fresh.items():
         inputs[name].copy_(value)
     graph.replay()
-    for replayed, expected in zip(captured, call(fresh, impl=impl), strict=True):
+    for replayed, expected in zip(outputs, call(fresh, impl=impl), strict=True):
         assert torch.equal(replayed, expected), replay(seed)
 
 
@@ -305,18 +263,11 @@ def test_cuda_graph_replays_with_new_inputs(impl: str, call: Call, seed: int) ->
 def test_cuda_graph_draws_a_new_dropout_mask_at_each_replay(impl: str, op: str, seed: int) -> None:
     call = next(call for call in CALLS if call.op == op)
     inputs = call.inputs(torch.float16, seed)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call(inputs, impl=impl, dropout_p=0.5)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call(inputs, impl=impl, dropout_p=0.5)
+    graph, outputs = captured(call, inputs, impl=impl, dropout_p=0.5)
     graph.replay()
-    first = captured[0].clone()
+    first = outputs[0].clone()
     graph.replay()
-    assert not torch.equal(captured[0], first), replay(seed)
+    assert not torch.equal(outputs[0], first), replay(seed)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import ROOT
+from harness import ROOT, command
 
 pytest.importorskip("click")
 pytest.importorskip("rich")
@@ -132,13 +132,7 @@ def test_info_refuses(call: Any, arguments: list[str], word: str) -> None:
 
 
 def test_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gptkernels", "verify", "--op", "nothing"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = command(sys.executable, "-m", "gptkernels", "verify", "--op", "nothing")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("gptkernels: op must be one of ")
     assert done.stderr.count("\n") == 1

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from harness import ROOT
+from models import sharpened
 
 pytest.importorskip("click")
 pytest.importorskip("rich")
@@ -32,9 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny byte-level model in Hugging Face's layout, of printable tokens for the most part."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=256, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    sharpened(model, 8.0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8.0)
         model.transformer.wte.weight[:32] = 0
         model.transformer.wte.weight[127:] = 0
     folder = tmp_path_factory.mktemp("model")

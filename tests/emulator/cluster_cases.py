@@ -17,4 +17,4 @@ ROLES: dict[str, Any] = {"b": 384, "threads": 384}
 PAIR: dict[str, Any] = {"a": 128, "b": 128, "n": 2, "grid": (2, 1, 1), "cluster": 2, "threads": 64}
 EXCHANGE: dict[str, Any] = {**PAIR, "shared": 512}
 ARRIVAL: dict[str, Any] = {**PAIR, "shared": 256 + 8}
-TURNS: dict[str, Any] = {"b": 5, "grid": (5, 1, 1)}
+TURNS: dict[str, Any] = {"b": 5, "c": 2, "grid": (5, 1, 1)}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cluster_cases import ARRIVAL, RING, STORES, TILE
-from emulated import Emulator
+from emulated import Machine
 
 pytest_plugins = ["machines"]
 pytestmark = pytest.mark.usefixtures("hopper")
@@ -29,14 +29,14 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("tiles", [1, 2, 3, 8])
 @pytest.mark.parametrize("name", ["pipeline", "released_by_one"])
-def test_rings_of_stages(machine: Emulator, name: str, tiles: int) -> None:
+def test_rings_of_stages(machine: Machine, name: str, tiles: int) -> None:
     a, b = torch.randn(3, tiles, TILE), torch.empty(3, tiles, TILE)
     machine(name, a=a, b=b, n=tiles, threads=96, shared=RING["shared"], grid=(3, 1, 1))
     assert b.equal(a)
 
 
 @pytest.mark.usefixtures("schedule")
-def test_arrivals_pass_on_what_was_written(machine: Emulator) -> None:
+def test_arrivals_pass_on_what_was_written(machine: Machine) -> None:
     a, b = torch.randn(128), torch.empty(128)
     machine("arrivals", a=a, b=b, threads=128, shared=STORES["shared"])
     assert b.equal(a + 1 + 1)
@@ -49,7 +49,7 @@ def test_arrivals_pass_on_what_was_written(machine: Emulator) -> None:
 
 
 @pytest.mark.usefixtures("schedule")
-def test_registers_change_hands(machine: Emulator) -> None:
+def test_registers_change_hands(machine: Machine) -> None:
     b = torch.empty(384)
     machine("registers", b=b, threads=384)
     assert b.equal(torch.arange(3.0).repeat_interleave(128))
@@ -57,7 +57,7 @@ def test_registers_change_hands(machine: Emulator) -> None:
 
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
-def test_ctas_of_a_cluster_read_each_other(machine: Emulator, cluster: int) -> None:
+def test_ctas_of_a_cluster_read_each_other(machine: Machine, cluster: int) -> None:
     threads, ctas = 96, 8
     arguments: dict[str, Any] = {"n": cluster, "grid": (ctas, 1, 1), "cluster": cluster}
     a, b = torch.randn(ctas, threads), torch.empty(ctas, threads)
@@ -71,7 +71,7 @@ def test_ctas_of_a_cluster_read_each_other(machine: Emulator, cluster: int) -> N
 
 
 @pytest.mark.usefixtures("schedule")
-def test_arrivals_at_another_cta(machine: Emulator) -> None:
+def test_arrivals_at_another_cta(machine: Machine) -> None:
     a, b = torch.randn(2, 64), torch.empty(2, 64)
     for name in ("remote_arrival", "remote_arrival_by_one"):
         b.fill_(float("nan"))
@@ -81,7 +81,7 @@ def test_arrivals_at_another_cta(machine: Emulator) -> None:
 
 
 @pytest.mark.usefixtures("schedule")
-def test_semaphores_order_ctas(machine: Emulator) -> None:
+def test_semaphores_order_ctas(machine: Machine) -> None:
     c, b = torch.zeros(2), torch.empty(5)
     machine("turns_of_ctas", b=b, c=c, grid=(5, 1, 1))
     assert b.tolist() == [0, 1, 2, 3, 4]

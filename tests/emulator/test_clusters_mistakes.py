@@ -4,13 +4,11 @@ test_clusters.py."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
-import torch
 from cluster_cases import ARRIVAL, EXCHANGE, RING, ROLES, STORES, TURNS
-from emulated import Emulator, expected, launched
+from emulated import Machine, assert_named, launched
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
@@ -44,380 +42,259 @@ def consumers(parity: int, left: str) -> str:
     )
 
 
-# (kernel, number of the mistake there, how it is launched, what is said after the kernel's name)
-BROKEN: list[tuple[str, int, dict[str, Any], str]] = [
-    (
-        "pipeline",
-        1,  # a consumer's phase is wrong, and it goes ahead
-        RING,
-        f"{THREAD} {USE}: reads 16 bytes at byte # of shared memory, which nobody has written",
+# How each kernel is launched, or one mistake of it.
+LAUNCHES: dict[str, dict[str, Any]] = {
+    "pipeline": RING,
+    "released_by_one": RING,
+    "arrivals": STORES,
+    "waited_by_one": STORES,
+    "waited_by_first": STORES,
+    "registers": ROLES,
+    "registers 0": {"b": 160, "threads": 160},
+    "exchange": EXCHANGE,
+    "split": EXCHANGE,
+    "remote_arrival": ARRIVAL,
+    "remote_arrival_by_one": ARRIVAL,
+    "turns_of_ctas": TURNS,
+}
+
+# "kernel mistake", a number -> what is said after the kernel's name
+BROKEN: dict[str, str] = {
+    # a consumer's phase is wrong, and it goes ahead
+    "pipeline 1": (
+        f"{THREAD} {USE}: reads 16 bytes at byte # of shared memory, which nobody has written"
     ),
-    (
-        "pipeline",
-        2,  # the producer's
-        RING,
-        deadlock(
-            consumers(0, "1 of 1 arrival and 0 bytes"),
-            producer("64 of 64 arrivals and 0 bytes"),
-            "threads 1-31 returned",
-        ),
+    # the producer's
+    "pipeline 2": deadlock(
+        consumers(0, "1 of 1 arrival and 0 bytes"),
+        producer("64 of 64 arrivals and 0 bytes"),
+        "threads 1-31 returned",
     ),
-    (
-        "pipeline",
-        3,  # expects too much
-        RING,
-        deadlock(
-            consumers(0, "0 of 1 arrival and 16 bytes"),
-            producer("64 of 64 arrivals and 0 bytes"),
-            "threads 1-31 returned",
-        ),
+    # expects too much
+    "pipeline 3": deadlock(
+        consumers(0, "0 of 1 arrival and 16 bytes"),
+        producer("64 of 64 arrivals and 0 bytes"),
+        "threads 1-31 returned",
     ),
-    (
-        "pipeline",
-        4,  # expects too little
-        RING,
+    # expects too little
+    "pipeline 4": (
         f"an asynchronous copy brings 1024 bytes to {FULL} of CTA (0, 0, 0), which expects 1008 "
-        f"more: in phase 0, 0 of 1 arrival and 1008 bytes to come, {MADE}",
+        f"more: in phase 0, 0 of 1 arrival and 1008 bytes to come, {MADE}"
     ),
-    (
-        "pipeline",
-        5,  # a stage is released before it is read
-        RING,
+    # a stage is released before it is read
+    "pipeline 5": (
         f"{THREAD} {FILL}: writes 1024 bytes at byte # of shared memory, which thread # read at "
-        f"{USE}, with no barrier between",
+        f"{USE}, with no barrier between"
     ),
-    (
-        "pipeline",
-        6,  # one consumer does not wait
-        RING,
+    # one consumer does not wait
+    "pipeline 6": (
         f"{THREAD} {USE}: reads 16 bytes at byte # of shared memory, which a bulk copy may still "
-        f"write that thread 0 started at {FILL} and that has not been waited for",
+        f"write that thread 0 started at {FILL} and that has not been waited for"
     ),
-    (
-        "pipeline",
-        7,  # fewer arrivals than the barrier counts
-        RING,
-        deadlock(
-            producer("1 of 65 arrivals and 0 bytes"),
-            consumers(1, "1 of 1 arrival and 0 bytes"),
-            "threads 1-31 returned",
-        ),
+    # fewer arrivals than the barrier counts
+    "pipeline 7": deadlock(
+        producer("1 of 65 arrivals and 0 bytes"),
+        consumers(1, "1 of 1 arrival and 0 bytes"),
+        "threads 1-31 returned",
     ),
-    (
-        "pipeline",
-        8,  # the producer does not wait
-        RING,
+    # the producer does not wait
+    "pipeline 8": (
         f"{THREAD} {MBARRIER}, called at <expects>, {CALLED}: mbarrier_arrive_expect_tx is one "
         f"arrival more than the 1 of each phase of {FULL}, in phase 0, 0 of 1 arrival and 1024 "
-        f"bytes to come, {MADE}",
+        f"bytes to come, {MADE}"
     ),
-    (
-        "pipeline",
-        10,  # no fence after the initialisation
-        RING,
+    # no fence after the initialisation
+    "pipeline 10": (
         f"{THREAD} {FILL}: bulk_load may not see that thread 0 has initialised {FULL} at "
-        f"{MADE.removeprefix('initialised at ')}, which mbarrier_init_fence did not follow",
+        f"{MADE.removeprefix('initialised at ')}, which mbarrier_init_fence did not follow"
     ),
-    (
-        "pipeline",
-        11,  # no barrier after it
-        RING,
+    # no barrier after it
+    "pipeline 11": (
         f"{THREAD} {MBARRIER}, called at <wait for full>, {CALLED}: mbarrier_wait may come before "
         f"thread 0 has initialised {FULL} at {MADE.removeprefix('initialised at ')}: no barrier "
-        "between",
+        "between"
     ),
-    (
-        "pipeline",
-        12,  # initialised twice
-        RING,
+    # initialised twice
+    "pipeline 12": (
         f"{THREAD} {MBARRIER}, called at <initialised again>, {CALLED}: mbarrier_init comes again "
-        f"to {FULL}, in phase 0, 1 of 1 arrival and 0 bytes to come, {MADE}",
+        f"to {FULL}, in phase 0, 1 of 1 arrival and 0 bytes to come, {MADE}"
     ),
-    (
-        "pipeline",
-        13,  # read as memory
-        RING,
+    # read as memory
+    "pipeline 13": (
         f"{THREAD} <as memory>, {CALLED}: reads 8 bytes at byte 2048 of shared memory, which is an "
-        f"mbarrier since thread 0 was at {MADE.removeprefix('initialised at ')}",
+        f"mbarrier since thread 0 was at {MADE.removeprefix('initialised at ')}"
     ),
-    (
-        "pipeline",
-        18,  # overwritten
-        RING,
+    # overwritten
+    "pipeline 18": (
         f"{THREAD} <overwritten mbarrier>, {CALLED}: writes 8 bytes at byte 2048 of shared memory, "
-        f"which is an mbarrier since thread 0 was at {MADE.removeprefix('initialised at ')}",
+        f"which is an mbarrier since thread 0 was at {MADE.removeprefix('initialised at ')}"
     ),
-    (
-        "pipeline",
-        14,  # the last copy is not waited for
-        RING,
-        f"CTA (0, 0, 0) returned before a bulk_load, at {FILL}, had written its shared memory",
+    # the last copy is not waited for
+    "pipeline 14": (
+        f"CTA (0, 0, 0) returned before a bulk_load, at {FILL}, had written its shared memory"
     ),
-    (
-        "pipeline",
-        15,  # a barrier was not initialised
-        RING,
+    # a barrier was not initialised
+    "pipeline 15": (
         f"{THREAD} {MBARRIER}, {CALLED}, {CALLED}: mbarrier_wait names byte 2072 of shared memory, "
-        "where no mbarrier has been initialised",
+        "where no mbarrier has been initialised"
     ),
-    (
-        "pipeline",
-        16,
-        RING,
+    "pipeline 16": (
         f"{THREAD} {MBARRIER}, called at <misaligned>, {CALLED}: mbarrier_arrive is given byte 4 "
-        "of shared memory, not a multiple of 8",
+        "of shared memory, not a multiple of 8"
     ),
-    (
-        "pipeline",
-        17,
-        RING,
-        f"{THREAD} {MBARRIER}, called at <wait for full>, {CALLED}: mbarrier_wait waits for "
-        "parity 2",
+    "pipeline 17": (
+        f"{THREAD} {MBARRIER}, called at <wait for full>, {CALLED}: mbarrier_wait waits for parity "
+        "2"
     ),
-    (
-        "released_by_one",
-        1,
-        RING,
+    "released_by_one 1": (
         f"{THREAD} {FILL}: writes 1024 bytes at byte # of shared memory, which thread # read at "
-        "csrc/device/vector.h:#, called at <used by all>, with no barrier between",
+        "csrc/device/vector.h:#, called at <used by all>, with no barrier between"
     ),
-    (
-        "arrivals",
-        1,
-        STORES,
-        f"{THREAD} <loaded>: reads 4 bytes at byte # of shared memory, which nobody has written",
+    "arrivals 1": (
+        f"{THREAD} <loaded>: reads 4 bytes at byte # of shared memory, which nobody has written"
     ),
-    (
-        "waited_by_one",
-        1,
-        STORES,
-        f"{THREAD} <not waited>: reads 4 bytes at byte # of shared memory, which nobody has "
-        "written",
+    "waited_by_one 1": (
+        f"{THREAD} <not waited>: reads 4 bytes at byte # of shared memory, which nobody has written"
     ),
-    (
-        "waited_by_first",
-        1,
-        STORES,
+    "waited_by_first 1": (
         f"{THREAD} <before the first has waited>: reads 4 bytes at byte # of shared memory, which "
         "a bulk copy may still write that thread 0 started at csrc/device/tma.h:#, called at "
-        "tests/emulator/kernels/sm90/mbarriers.cu:# and that has not been waited for",
+        "tests/emulator/kernels/sm90/mbarriers.cu:# and that has not been waited for"
     ),
-    (
-        "registers",
-        1,  # one warp of four
-        ROLES,
+    # one warp of four
+    "registers 1": (
         "CTA (0, 0, 0): warps 0 and 3 of one warpgroup have asked for different registers, or one "
-        "of them has not asked",
+        "of them has not asked"
     ),
-    (
-        "registers",
-        2,
-        ROLES,
-        deadlock(
-            "threads 352-383 wait in warpgroup_reg_alloc to 248 registers a thread (all warps hold "
-            f"2000 together, and the CTA has 2016) at {WARPGROUP}, called at <more than there is>",
-            "threads 0-351 returned",
-        ),
+    "registers 2": deadlock(
+        "threads 352-383 wait in warpgroup_reg_alloc to 248 registers a thread (all warps hold "
+        f"2000 together, and the CTA has 2016) at {WARPGROUP}, called at <more than there is>",
+        "threads 0-351 returned",
     ),
-    (
-        "registers",
-        3,
-        ROLES,
-        f"{THREAD} {WARPGROUP}, called at <gives back more>: warpgroup_reg_dealloc to "
-        "200 registers a thread, of which this warp has 168",
+    "registers 3": (
+        f"{THREAD} {WARPGROUP}, called at <gives back more>: warpgroup_reg_dealloc to 200 "
+        "registers a thread, of which this warp has 168"
     ),
-    (
-        "registers",
-        4,
-        ROLES,
-        f"{THREAD} {WARPGROUP}, called at <asks for fewer>: warpgroup_reg_alloc to 24 "
-        "registers a thread, of which this warp has 168",
+    "registers 4": (
+        f"{THREAD} {WARPGROUP}, called at <asks for fewer>: warpgroup_reg_alloc to 24 registers a "
+        "thread, of which this warp has 168"
     ),
-    (
-        "registers",
-        5,
-        ROLES,
-        f"{THREAD} {WARPGROUP}, called at <one lane>: warpgroup_reg_dealloc needs the "
-        "whole warp, and lanes 0xfffffffe have returned",
+    "registers 5": (
+        f"{THREAD} {WARPGROUP}, called at <one lane>: warpgroup_reg_dealloc needs the whole warp, "
+        "and lanes 0xfffffffe have returned"
     ),
-    (
-        "registers",
-        0,
-        {"b": 160, "threads": 160},
+    "registers 0": (
         f"{THREAD} {WARPGROUP}, called at tests/emulator/kernels/sm90/mbarriers.cu:#: "
-        "warpgroup_reg_alloc is for whole warpgroups, and the CTA has 160 threads",
+        "warpgroup_reg_alloc is for whole warpgroups, and the CTA has 160 threads"
     ),
-    (
-        "exchange",
-        1,  # no cluster_sync before
-        EXCHANGE,
+    # no cluster_sync before
+    "exchange 1": (
         f"{THREAD} <of the next>: reaches into shared memory of CTA (#, 0, 0), which may not have "
-        "started: no cluster_sync before",
+        "started: no cluster_sync before"
     ),
-    (
-        "exchange",
-        2,  # nor after
-        EXCHANGE,
-        f"{THREAD} <left there>: the CTA returns and does not know whether thread # of CTA "
-        "(#, 0, 0) has done with its shared memory, which it touched there",
+    # nor after
+    "exchange 2": (
+        f"{THREAD} <left there>: the CTA returns and does not know whether thread # of CTA (#, 0, "
+        "0) has done with its shared memory, which it touched there"
     ),
-    (
-        "exchange",
-        3,  # __syncthreads instead
-        EXCHANGE,
+    # __syncthreads instead
+    "exchange 3": (
         f"{THREAD} <of the next>: reads 4 bytes at byte # of shared memory of CTA (1, 0, 0), which "
-        "thread # of CTA (1, 0, 0) wrote at <own part>, with no barrier between",
+        "thread # of CTA (1, 0, 0) wrote at <own part>, with no barrier between"
     ),
-    (
-        "exchange",
-        4,
-        EXCHANGE,
+    "exchange 4": (
         f"{THREAD} {CLUSTER}, called at <last sync>: cluster_sync comes again with no cluster_wait "
-        "in between",
+        "in between"
     ),
-    (
-        "exchange",
-        5,
-        EXCHANGE,
+    "exchange 5": (
         f"{THREAD} {CLUSTER}, called at <waits first>: cluster_wait comes before this thread's "
-        "cluster_arrive",
+        "cluster_arrive"
     ),
-    (
-        "exchange",
-        6,
-        EXCHANGE,
-        f"{THREAD} {CLUSTER}, called at <mapped>: cluster_map names CTA 2 of a cluster of 2",
+    "exchange 6": (
+        f"{THREAD} {CLUSTER}, called at <mapped>: cluster_map names CTA 2 of a cluster of 2"
     ),
-    (
-        "exchange",
-        7,
-        EXCHANGE,
+    "exchange 7": (
         f"{THREAD} {CLUSTER}, called at <mapped>: cluster_map is given an address outside of its "
-        "CTA's shared memory",
+        "CTA's shared memory"
     ),
-    (
-        "exchange",
-        8,
-        EXCHANGE,
-        f"{THREAD} <of the next>: reads 4 bytes, 0 bytes past the end of shared memory of CTA "
-        "(#, 0, 0) (512 bytes)",
+    "exchange 8": (
+        f"{THREAD} <of the next>: reads 4 bytes, 0 bytes past the end of shared memory of CTA (#, "
+        "0, 0) (512 bytes)"
     ),
-    (
-        "exchange",
-        9,  # one thread does something else
-        EXCHANGE,
-        deadlock(
-            "threads 0 wait in __syncthreads at <not alone>",
-            "threads 1-63 wait in cluster_sync (127 of 128 threads have arrived) at "
-            f"{CLUSTER}, called at <one more>; CTA (1, 0, 0): threads 0-63 wait in cluster_sync "
-            f"(127 of 128 threads have arrived) at {CLUSTER}, called at <one more>",
-        ),
+    # one thread does something else
+    "exchange 9": deadlock(
+        "threads 0 wait in __syncthreads at <not alone>",
+        f"threads 1-63 wait in cluster_sync (127 of 128 threads have arrived) at {CLUSTER}, "
+        "called at <one more>; CTA (1, 0, 0): threads 0-63 wait in cluster_sync (127 of 128 "
+        f"threads have arrived) at {CLUSTER}, called at <one more>",
     ),
-    (
-        "exchange",
-        10,
-        EXCHANGE,
+    "exchange 10": (
         f"{THREAD} {CLUSTER}, called at <high lanes arrive>: cluster_sync diverges: other lanes of "
-        "the same warp came by another way",
+        "the same warp came by another way"
     ),
-    (
-        "exchange",
-        11,
-        EXCHANGE,
+    "exchange 11": (
         f"{THREAD} <of the next>: reads 4 bytes at byte # of shared memory of CTA (1, 0, 0), which "
-        "nobody has written",
+        "nobody has written"
     ),
-    (
-        "split",
-        1,  # written after arriving
-        EXCHANGE,
+    # written after arriving
+    "split 1": (
         f"{THREAD} <after waiting>: reads 4 bytes at byte # of shared memory of CTA (#, 0, 0), "
-        "which thread # of CTA (#, 0, 0) wrote at <too late>, with no barrier between",
+        "which thread # of CTA (#, 0, 0) wrote at <too late>, with no barrier between"
     ),
-    (
-        "remote_arrival",
-        1,
-        ARRIVAL,
+    "remote_arrival 1": (
         f"{THREAD} {MBARRIER}, called at <arrives there>: mbarrier_arrive_cluster may not see that "
         f"thread 0 of CTA (0, 0, 0) has initialised the mbarrier at byte 256 at {MBARRIER}, called "
-        "at <unfenced>, which mbarrier_init_fence did not follow",
+        "at <unfenced>, which mbarrier_init_fence did not follow"
     ),
-    (
-        "remote_arrival",
-        2,
-        ARRIVAL,
+    "remote_arrival 2": (
         f"{THREAD} {MBARRIER}, called at <arrives there>: the CTA returns and does not know "
-        "whether thread # of CTA (1, 0, 0) has done with its shared memory, which it touched there",
+        "whether thread # of CTA (1, 0, 0) has done with its shared memory, which it touched there"
     ),
-    (
-        "remote_arrival",
-        3,
-        ARRIVAL,
+    "remote_arrival 3": (
         f"{THREAD} <overwritten there>: writes 4 bytes at byte # of shared memory, which thread # "
-        "of CTA (1, 0, 0) read at <reads there>, with no barrier between",
+        "of CTA (1, 0, 0) read at <reads there>, with no barrier between"
     ),
-    (
-        "remote_arrival_by_one",
-        1,
-        ARRIVAL,
+    "remote_arrival_by_one 1": (
         f"{THREAD} <overwritten after one arrival>: writes 4 bytes at byte # of shared memory, "
-        "which thread # of CTA (1, 0, 0) read at <read by all there>, with no barrier between",
+        "which thread # of CTA (1, 0, 0) read at <read by all there>, with no barrier between"
     ),
-    (
-        "turns_of_ctas",
-        1,  # each waits for one that has not started
-        TURNS,
-        deadlock(
-            f"threads 0 wait in semaphore_wait for 4 where 0 is at {SEMAPHORE}, called at <for its "
-            "turn>",
-            "threads 1-31 returned; CTA (1, 0, 0): threads 0 wait in semaphore_wait for 3 where 0 "
-            f"is at {SEMAPHORE}, called at <for its turn>",
-            "threads 1-31 returned",
-        ),
+    # each waits for one that has not started
+    "turns_of_ctas 1": deadlock(
+        f"threads 0 wait in semaphore_wait for 4 where 0 is at {SEMAPHORE}, called at <for its "
+        "turn>",
+        "threads 1-31 returned; CTA (1, 0, 0): threads 0 wait in semaphore_wait for 3 where 0 "
+        f"is at {SEMAPHORE}, called at <for its turn>",
+        "threads 1-31 returned",
     ),
-]
+}
 
 
-def arguments_of(arguments: dict[str, Any], name: str) -> dict[str, Any]:
-    made = launched(arguments)
-    return {**made, "c": torch.zeros(2)} if name == "turns_of_ctas" else made
+def launch_of(case: str) -> tuple[str, dict[str, Any]]:
+    """The kernel, and how it is launched with the mistake."""
+    name, mistake = case.split()
+    made = launched(LAUNCHES.get(case, LAUNCHES[name]))
+    return name, {**made, "broken": int(mistake)}
 
 
-@pytest.mark.parametrize(
-    ("name", "mistake", "arguments", "sentence"),
-    [pytest.param(*case, id=f"{case[0]} {case[1]}") for case in BROKEN],
-)
-def test_a_mistake_is_found_and_named(
-    emulator: Emulator, name: str, mistake: int, arguments: dict[str, Any], sentence: str
-) -> None:
-    with pytest.raises(RuntimeError) as error:
-        emulator(name, broken=mistake, **arguments_of(arguments, name))
-    assert re.fullmatch(expected(name, sentence), str(error.value)), str(error.value)
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_mistake_is_found_and_named(emulator: Machine, case: str) -> None:
+    name, launch = launch_of(case)
+    assert_named(emulator, name, BROKEN[case], **launch)
 
 
 @pytest.mark.parametrize(("order", "copies"), [("reverse", "late"), ("1", "late"), ("2", "early")])
-@pytest.mark.parametrize(
-    ("name", "mistake", "arguments"),
-    [pytest.param(*case[:3], id=f"{case[0]} {case[1]}") for case in BROKEN],
-)
+@pytest.mark.parametrize("case", BROKEN)
 def test_a_mistake_is_found_on_other_schedules(
-    emulator: Emulator,
-    name: str,
-    mistake: int,
-    arguments: dict[str, Any],
-    order: str,
-    copies: str,
-    monkeypatch: pytest.MonkeyPatch,
+    emulator: Machine, case: str, order: str, copies: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPTKERNELS_EMULATE_SCHEDULE", order)
     monkeypatch.setenv("GPTKERNELS_EMULATE_COPIES", copies)
+    name, launch = launch_of(case)
     with pytest.raises(RuntimeError):
-        emulator(name, broken=mistake, **arguments_of(arguments, name))
+        emulator(name, **launch)
 
 
-def test_older_machines_have_none_of_it(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_older_machines_have_none_of_it(emulator: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm80")
     sentence = "mbarrier_init needs compute capability 9.0, and GPTKERNELS_EMULATE_ARCH is sm80"
     with pytest.raises(RuntimeError, match=sentence):
@@ -439,7 +316,7 @@ def test_older_machines_have_none_of_it(
     ],
 )
 def test_what_cannot_be_launched(
-    emulator: Emulator, arguments: dict[str, Any], sentence: str
+    emulator: Machine, arguments: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(RuntimeError, match=f"nothing on a small case asks for {sentence}"):
         emulator("nothing", **arguments)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated import COPY, CTA, Emulator, N, launched
+from emulated import COPY, CTA, Machine, N, launched
 
 from gptkernels.core import philox
 
@@ -15,7 +15,7 @@ pytest_plugins = ["machines"]
 LANES = torch.arange(32, dtype=torch.int32)
 
 
-def test_shuffles(machine: Emulator) -> None:
+def test_shuffles(machine: Machine) -> None:
     out = torch.full((12, 32), -1, dtype=torch.int32)
     machine("shuffles", c=out, c_is="out")
     out -= 100  # each lane brings its number + 100
@@ -40,7 +40,7 @@ def test_shuffles(machine: Emulator) -> None:
     assert out[11].tolist() == [31] * 32
 
 
-def test_votes(machine: Emulator) -> None:
+def test_votes(machine: Machine) -> None:
     out = torch.full((6, 32), -1, dtype=torch.int32)
     machine("votes", c=out, c_is="out")
     thirds = 0b01001001001001001001001001001001
@@ -54,25 +54,25 @@ def test_votes(machine: Emulator) -> None:
 
 
 @pytest.mark.parametrize(("name", "threads"), [("turns", 32), ("turns_of_cta", 96)])
-def test_barriers(machine: Emulator, name: str, threads: int) -> None:
+def test_barriers(machine: Machine, name: str, threads: int) -> None:
     a, b = torch.arange(threads, dtype=torch.float32), torch.empty(threads)
     machine(name, a=a, b=b, n=5, threads=threads, shared=4 * threads)
     assert b.equal(a.roll(-5))
 
 
-def test_named_barriers(emulator: Emulator) -> None:
+def test_named_barriers(emulator: Machine) -> None:
     a, b = torch.arange(128, dtype=torch.float32), torch.empty(128)
     emulator("turns_of_pairs", a=a, b=b, n=5, threads=128, shared=512)
     assert b.view(2, 64).equal(a.view(2, 64).roll(-5, dims=1))
 
 
-def test_arriving_at_a_barrier_without_waiting(emulator: Emulator) -> None:
+def test_arriving_at_a_barrier_without_waiting(emulator: Machine) -> None:
     arguments = launched(CTA)
     emulator("named_barrier", **arguments)
     assert arguments["b"][64:].equal(arguments["a"][:64])
 
 
-def test_atomics(machine: Emulator) -> None:
+def test_atomics(machine: Machine) -> None:
     ctas, threads = 3, 64
     found, sums = torch.empty(ctas * threads), torch.tensor([0.0, 2.0])
     machine("atomics", b=found, c=sums, grid=(ctas, 1, 1), threads=threads)
@@ -81,7 +81,7 @@ def test_atomics(machine: Emulator) -> None:
     assert sorted(found.tolist()) == list(numbers)  # each add finds what the one before it left
 
 
-def test_indices(machine: Emulator) -> None:
+def test_indices(machine: Machine) -> None:
     x, y, z, threads = 2, 3, 2, 40
     out = torch.empty(z, y, x, threads, 4, dtype=torch.int32)
     machine("indices", c=out, c_is="out", grid=(x, y, z), threads=threads)
@@ -90,7 +90,7 @@ def test_indices(machine: Emulator) -> None:
     assert out.equal(torch.stack((i, j, k, t), dim=-1))
 
 
-def test_ldmatrix(machine: Emulator) -> None:
+def test_ldmatrix(machine: Machine) -> None:
     """Matrix m holds 1000 m + 10 row + col; a register's lower half comes first."""
     matrix, row, col = torch.meshgrid(
         torch.arange(4), torch.arange(8), torch.arange(8), indexing="ij"
@@ -112,7 +112,7 @@ def test_ldmatrix(machine: Emulator) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mma(machine: Emulator, dtype: torch.dtype) -> None:
+def test_mma(machine: Machine, dtype: torch.dtype) -> None:
     """Small whole numbers, so that every sum is exact."""
     a = torch.randint(-8, 9, (16, 16)).to(dtype)
     b = torch.randint(-8, 9, (16, 8)).to(dtype)
@@ -127,7 +127,7 @@ def test_mma(machine: Emulator, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("a_transposed", [False, True])
 @pytest.mark.parametrize("b_transposed", [False, True])
 def test_tiles(
-    machine: Emulator, dtype: torch.dtype, aligned: bool, a_transposed: bool, b_transposed: bool
+    machine: Machine, dtype: torch.dtype, aligned: bool, a_transposed: bool, b_transposed: bool
 ) -> None:
     """Every layout, parts of tiles, rows that no 16-byte access fits; sums that are exact."""
     name = {4: "tile_product_f32", 2: "tile_product_f16"}[dtype.itemsize]
@@ -162,7 +162,7 @@ def test_tiles(
         assert torch.equal(out, want)
 
 
-def test_copies_fill_with_zeros(emulator: Emulator) -> None:
+def test_copies_fill_with_zeros(emulator: Machine) -> None:
     """Of 16 bytes the first 0, 4, 8, 12 or 16 are copied, and what they miss need not exist."""
     floats = torch.arange(32) % 5
     a, b = torch.arange(1, N, dtype=torch.float32), torch.empty(N)  # one float short
@@ -174,7 +174,7 @@ def test_copies_fill_with_zeros(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("when", ["late", "early"])
-def test_when_copies_arrive(emulator: Emulator, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_copies_arrive(emulator: Machine, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel looks before it waits, which the emulator is kept from seeing."""
     monkeypatch.setenv("GPTKERNELS_EMULATE_COPIES", when)
     a, b = torch.arange(1, N + 1, dtype=torch.float32), torch.empty(N // 4)
@@ -191,7 +191,7 @@ def test_when_copies_arrive(emulator: Emulator, when: str, monkeypatch: pytest.M
     ids=lambda setting: next(iter(setting.values())),
 )
 def test_schedules_give_the_same_and_find_the_same(
-    emulator: Emulator, setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    emulator: Machine, setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in setting.items():
         monkeypatch.setenv(name, value)
@@ -214,7 +214,7 @@ def test_schedules_give_the_same_and_find_the_same(
     ],
 )
 def test_settings_that_are_none(
-    emulator: Emulator,
+    emulator: Machine,
     name: str,
     value: str,
     sentence: str,
@@ -230,7 +230,7 @@ def test_settings_that_are_none(
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["queries as rows", "keys as rows"])
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-def test_keep_bits_of_a_block_of_scores(machine: Emulator, transposed: bool, p: float) -> None:
+def test_keep_bits_of_a_block_of_scores(machine: Machine, transposed: bool, p: float) -> None:
     for query, key, batch_head in ((0, 0, 0), (32, 16, 4), (16, 144, 5)):
         rng = philox.draw("cpu")
         where = torch.tensor([*rng, query, key, batch_head])
@@ -243,7 +243,7 @@ def test_keep_bits_of_a_block_of_scores(machine: Emulator, transposed: bool, p: 
 
 
 @pytest.mark.parametrize("first", [0, 8, 3, 2**35 - 8, 2**35 + 5, 2**40 + 7])
-def test_keep_bits_of_elements(machine: Emulator, first: int) -> None:
+def test_keep_bits_of_elements(machine: Machine, first: int) -> None:
     """From the first element of a Philox call or from one between, past 32 bits of the counter."""
     rng, out = philox.draw("cpu"), torch.empty(32, 8)
     where = torch.tensor([*rng, first])

@@ -3,180 +3,19 @@ in the emulator and on a GPU (tests/emulator/kernels). Mistakes with them: test_
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from emulated import sources
-from harness import ROOT
+from emulated import DTYPES, Machine, Map, Shape, whole
 from torch import Tensor
 
 pytest_plugins = ["machines"]
 pytestmark = pytest.mark.usefixtures("hopper")
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SPANS = {0: 0, 1: 32, 2: 64, 3: 128}  # of swizzles, in bytes
-
-
-class Shape(ctypes.Structure):
-    """As gk::TensorMapShape."""
-
-    _fields_ = (
-        ("dtype", ctypes.c_int),
-        ("rank", ctypes.c_int),
-        ("base", ctypes.c_void_p),
-        ("size", ctypes.c_int64 * 5),
-        ("stride", ctypes.c_int64 * 5),
-        ("box", ctypes.c_int * 5),
-        ("swizzle", ctypes.c_int),
-    )
-
-
-class BoxLaunch(ctypes.Structure):
-    """As in tests/emulator/kernels/tma_cases.cpp."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint),
-        ("threads", ctypes.c_uint),
-        ("cluster", ctypes.c_uint),
-        ("shared", ctypes.c_size_t),
-        ("shape", Shape),
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("at", ctypes.c_int * 5),
-        ("bytes", ctypes.c_int),
-        ("n", ctypes.c_int),
-        ("broken", ctypes.c_int),
-    )
-
-
-@dataclass
-class Map:
-    """Of a tensor, whose innermost dimension is its last; boxes and coordinates have it first."""
-
-    tensor: Tensor
-    box: Sequence[int]
-    swizzle: int = 0
-    role: str = "in"  # or "out", "inout": what kernels do to it
-
-    @property
-    def bytes(self) -> int:
-        return self.tensor.itemsize * torch.Size(self.box).numel()
-
-    def shape(self, base: int) -> Shape:
-        sizes, strides = self.tensor.shape[::-1], self.tensor.stride()[::-1]
-        shape = Shape(DTYPES[self.tensor.dtype], len(sizes), base, swizzle=self.swizzle)
-        for i, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
-            shape.size[i], shape.stride[i] = size, stride
-        for i, length in enumerate(self.box):
-            shape.box[i] = length
-        return shape
-
-
-class Machine:
-    """Runs one case at a time: in the emulator, or on a GPU, with the tensors on the CPU."""
-
-    def __init__(self, library: Path, device: str) -> None:
-        self.library = ctypes.CDLL(str(library))
-        self.device = device
-        address, size = ctypes.c_void_p, ctypes.c_size_t
-        self.library.run_box.argtypes = [ctypes.c_char_p, address, ctypes.c_char_p, size]
-        self.library.refuses.argtypes = [address]
-        self.library.refuses.restype = ctypes.c_char_p
-
-    def __call__(
-        self,
-        name: str,
-        map: Map | None = None,
-        *,
-        at: Sequence[int] = (),
-        a: Tensor | None = None,
-        b: Tensor | None = None,
-        b_is: str = "out",
-        bytes: int | None = None,
-        n: int = 0,
-        broken: int = 0,
-        grid: int = 1,
-        threads: int = 32,
-        cluster: int = 1,
-        shared: int | None = None,
-    ) -> None:
-        """Raises RuntimeError with what the launch throws."""
-        given = (("map", map.tensor if map else None), ("a", a), ("b", b))
-        roles = {"map": map.role if map else "", "a": "in", "b": b_is}
-        here = {key: whole(tensor) for key, tensor in given if tensor is not None}
-        there = {key: tensor.to(self.device) for key, tensor in here.items()}
-        for key, tensor in there.items():
-            self.declare(key, tensor, roles[key])
-        launch = BoxLaunch(grid, threads, cluster)
-        size = bytes if bytes is not None else map.bytes if map else 0
-        launch.shared = size + 64 if shared is None else shared
-        if map:
-            offset = map.tensor.storage_offset() * map.tensor.itemsize
-            launch.shape = map.shape(there["map"].data_ptr() + int(offset))
-        for key in ("a", "b"):
-            if key in there:
-                setattr(launch, key, there[key].data_ptr())
-        for i, coordinate in enumerate(at):
-            launch.at[i] = coordinate
-        launch.bytes, launch.n, launch.broken = size, n, broken
-        error = ctypes.create_string_buffer(4096)
-        failed = self.library.run_box(name.encode(), ctypes.byref(launch), error, len(error))
-        self.forget()
-        for key, tensor in there.items():
-            here[key].copy_(tensor)
-        if failed:
-            raise RuntimeError(error.value.decode())
-
-    def declare(self, name: str, tensor: Tensor, role: str) -> None:
-        if self.device != "cpu":
-            return
-        declare = self.library.declare
-        declare.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        for word, written in (("in", 1), ("out", 0)):
-            if word in role:
-                declare(name.encode(), tensor.data_ptr(), tensor.nbytes, written)
-
-    def forget(self) -> None:
-        if self.device == "cpu":
-            self.library.forget()
-
-    def refuses(self, shape: Shape) -> str | None:
-        reason = self.library.refuses(ctypes.byref(shape))
-        return reason.decode() if reason is not None else None
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of the memory that it is a part of."""
-    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-
-
-@pytest.fixture(scope="module")
-def emulator(extension: ModuleType) -> Machine:
-    try:
-        return Machine(extension.emulated(sources(), ROOT / "build" / "emulator_kernels"), "cpu")
-    except extension.BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module", params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def machine(request: pytest.FixtureRequest, extension: ModuleType) -> Machine:
-    """What a copy gives is the same on both."""
-    if request.param == "emulator":
-        return request.getfixturevalue("emulator")
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    chosen = sources("tma_cases", "sm90/tma")
-    try:
-        return Machine(extension.native_library(chosen, ROOT / "build" / "native_boxes"), "cuda")
-    except extension.BuildError as error:
-        pytest.skip(str(error))
 
 
 # ---- what boxes hold
@@ -286,7 +125,7 @@ def test_contiguous_sums(machine: Machine) -> None:
     """Of whole numbers, by four CTAs."""
     a, b = (torch.randint(-99, 99, (256,)).float() for _ in range(2))
     want = b + 4 * a
-    machine("bulk_add", a=a, b=b, b_is="inout", bytes=a.nbytes, grid=4)
+    machine("bulk_add", a=a, b=b, b_is="inout", bytes=a.nbytes, grid=(4, 1, 1))
     assert b.equal(want)
 
 
@@ -301,7 +140,7 @@ def test_multicast(machine: Machine, size: int) -> None:
         at=(0, 8),
         b=out,
         n=size,
-        grid=2 * size,
+        grid=(2 * size, 1, 1),
         cluster=size,
         shared=boxes.bytes * size + 16,
     )
@@ -333,8 +172,7 @@ def shape_of(**changes: Any) -> Shape:
     values: dict[str, Any] = {"size": (64, 5, 3), "stride": (1, 64, 320), "box": (64, 4, 2)}
     for name, value in {**values, **changes}.items():
         if isinstance(value, tuple):
-            for i, number in enumerate(value):
-                getattr(shape, name)[i] = number
+            getattr(shape, name)[:3] = value
         else:
             setattr(shape, name, value)
     return shape

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import shaken
 
 from gptkernels import GPTConfig
 
@@ -33,8 +34,4 @@ def theirs(**changes: Any) -> Any:
 
 
 def randomize(model: Any) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return shaken(model, generator=torch.Generator().manual_seed(1))

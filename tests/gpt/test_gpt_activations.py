@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from harness import of
 from hypothesis import given
 from hypothesis import strategies as st
+from models import shaken
 from torch import Tensor, nn
 
 from gptkernels import GPT, GPTConfig, layer_norm
@@ -85,10 +86,7 @@ def test_computing_the_norm_again_changes_no_bit(
     if autocast and (reason := unavailable(impl, "cpu", torch.bfloat16)):
         pytest.skip(reason)
     config = dataclasses.replace(CONFIG, norm=norm, dropout=0.2)
-    model = GPT(config).set_impl(impl)
-    with torch.no_grad():
-        for parameter in model.parameters():  # no bias of 0, no weight of 1
-            parameter += 0.1 * torch.randn(parameter.shape)
+    model = shaken(GPT(config).set_impl(impl), 0.1)
     tokens = torch.randint(config.vocab_size, (1, T - 3))
 
     def run() -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import shaken
 from torch import Tensor
 from torch.func import functional_call
 
@@ -20,11 +21,7 @@ SMALL = GPTConfig(vocab_size=37, block_size=16, n_layer=2, n_head=2, n_embd=16)
 
 
 def random_model(**fields: Any) -> GPT:
-    model = GPT(GPTConfig(**{**SMALL.__dict__, **fields})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
-    return model
+    return shaken(GPT(GPTConfig(**{**SMALL.__dict__, **fields})).eval())
 
 
 def poisoned(model: GPT, slots: int, max_tokens: int = 16) -> SlotCache:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import sharpened
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkernels import GPT, GPTConfig
@@ -27,13 +28,8 @@ CONTEXT = 16
 def model() -> GPT:
     """Of bytes, with widths and slots that begin at no multiple of 64 bytes."""
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(256, CONTEXT - 1, n_layer=2, n_head=3, n_embd=24, n_inner=50, window=5)
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6.0)
-    return model
+    config = GPTConfig(256, CONTEXT - 1, n_layer=2, n_head=3, n_embd=24, n_inner=50, window=5)
+    return sharpened(GPT(config).eval(), 6.0)
 
 
 def mixed(count: int) -> list[Request]:
@@ -73,11 +69,7 @@ def test_a_request_gives_the_same_bits_alone_and_in_a_batch_of_64(
     model: GPT, dtype: torch.dtype
 ) -> None:
     """In any order, and so in any slot and beside any others."""
-    model = GPT(model.config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6.0)
-    model.to(dtype)
+    model = sharpened(GPT(model.config).eval(), 6.0).to(dtype)
     count = 64 if dtype == torch.float32 else 16
     requests = mixed(count)
     whole = results(model, requests)

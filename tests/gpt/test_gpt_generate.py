@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import sharpened
 from torch import Tensor
 
 from gptkernels import GPT, GPTConfig
@@ -24,11 +25,8 @@ def model() -> GPT:
 
 def random_model(**fields: Any) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(VOCAB, CONTEXT, n_layer=2, n_head=2, n_embd=32, dropout=0.5, **fields))
-    with torch.no_grad():  # far from the nearly even probabilities of a fresh model
-        for parameter in model.parameters():
-            parameter.mul_(8.0)
-    return model
+    config = GPTConfig(VOCAB, CONTEXT, n_layer=2, n_head=2, n_embd=32, dropout=0.5, **fields)
+    return sharpened(GPT(config), 8.0)
 
 
 def prompts(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -84,9 +82,7 @@ def test_the_cache_changes_no_token_of_the_family(fields: dict[str, Any]) -> Non
 def test_a_thousand_tokens_beyond_the_context() -> None:
     size = 9
     torch.manual_seed(0)
-    model = GPT(GPTConfig(VOCAB, size, n_layer=1, n_head=1, n_embd=16)).eval()
-    for parameter in model.parameters():
-        parameter.mul_(8.0)
+    model = sharpened(GPT(GPTConfig(VOCAB, size, n_layer=1, n_head=1, n_embd=16)).eval(), 8.0)
     text = model.generate(prompts(1, 1), size + 1000, temperature=0)[0]
     start, contexts, last = 0, [], []
     for end in range(1, len(text)):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import shaken
 
 from gptkernels import GPT
 from gptkernels.gpt.generation.engine import Request
@@ -31,11 +32,8 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     else:
         config = transformers.OpenAIGPTConfig(**SHAPE)
         theirs = transformers.OpenAIGPTLMHeadModel(config)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
     folder: Path = tmp_path_factory.mktemp(request.param)
-    theirs.save_pretrained(folder)
+    shaken(theirs, 0.3).save_pretrained(folder)
     return GPT.from_pretrained(folder), theirs.eval()
 
 

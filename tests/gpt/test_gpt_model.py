@@ -385,53 +385,27 @@ def test_it_compiles_whole_while_it_recomputes(norm: str, recompute: str) -> Non
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("tokens", "targets", "error", "message"),
     [
         ([[1]], None, TypeError, r"tokens must be a torch\.Tensor, got list"),
-        ([[1]], torch.zeros(1, 1).long(), TypeError, r"tokens must be a torch\.Tensor, got list"),
-        (torch.zeros(1, 1).long(), [[1]], TypeError, r"targets must be a torch\.Tensor, got list"),
-        (torch.zeros(1, 4), None, TypeError, "tokens must be int64, got float32"),
-        (torch.zeros(1, 4, dtype=torch.int32), None, TypeError, "tokens must be int64, got int32"),
-        (
-            torch.zeros(4).long(),
-            None,
-            ValueError,
-            r"tokens must have shape \(B, T\) with T >= 1, got \(4,\)",
-        ),
-        (torch.zeros(2, 0).long(), None, ValueError, r"with T >= 1, got \(2, 0\)"),
-        (
-            torch.zeros(1, 17).long(),
-            None,
-            ValueError,
-            "tokens must fit into block_size=16, got T=17",
-        ),
+        ([[1]], zeros(1, 1), TypeError, r"tokens must be a torch\.Tensor, got list"),
+        (zeros(1, 1), [[1]], TypeError, r"targets must be a torch\.Tensor, got list"),
+        (zeros(1, 4).float(), None, TypeError, "tokens must be int64, got float32"),
+        (zeros(1, 4).int(), None, TypeError, "tokens must be int64, got int32"),
+        (zeros(4), None, ValueError, r"tokens must have shape \(B, T\) with T >= 1, got \(4,\)"),
+        (zeros(2, 0), None, ValueError, r"with T >= 1, got \(2, 0\)"),
+        (zeros(1, 17), None, ValueError, "tokens must fit into block_size=16, got T=17"),
         (torch.tensor([[0, 37]]), None, ValueError, r"tokens must lie in 0\.\.\.36 .*, got 37"),
         (torch.tensor([[0, -1]]), None, ValueError, r"tokens must lie in 0\.\.\.36 .*, got -1"),
-        (
-            torch.zeros(1, 4).long(),
-            torch.zeros(1, 4),
-            TypeError,
-            "targets must be int64, got float32",
-        ),
-        (
-            torch.zeros(1, 4).long(),
-            torch.zeros(4).long(),
-            ValueError,
-            r"shape of tokens, \(1, 4\), got \(4,\)",
-        ),
-        (
-            torch.zeros(1, 1).long(),
-            torch.tensor([[37]]),
-            ValueError,
-            r"targets must .* or be -100, got 37",
-        ),
-        (
-            torch.zeros(1, 1).long(),
-            torch.tensor([[-1]]),
-            ValueError,
-            r"targets must .* or be -100, got -1",
-        ),
+        (zeros(1, 4), zeros(1, 4).float(), TypeError, "targets must be int64, got float32"),
+        (zeros(1, 4), zeros(4), ValueError, r"shape of tokens, \(1, 4\), got \(4,\)"),
+        (zeros(1, 1), zeros(1, 1) + 37, ValueError, r"targets must .* or be -100, got 37"),
+        (zeros(1, 1), zeros(1, 1) - 1, ValueError, r"targets must .* or be -100, got -1"),
     ],
 )
 def test_bad_input(tokens: Any, targets: Any, error: type[Exception], message: str) -> None:

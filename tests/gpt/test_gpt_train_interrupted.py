@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import command
 
 KILLS = 20
 CLOCKED = ("seconds", "tokens_per_s", "mfu")
@@ -76,12 +77,7 @@ def environment() -> dict[str, str]:
 
 def run(text: Path, out: Path, kills: int, seed: int) -> dict[str, int]:
     arguments = [str(text), str(out), str(kills), str(seed)]
-    done = subprocess.run(
-        [sys.executable, "-c", SERVER, *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    done = command(sys.executable, "-c", SERVER, *arguments, env=environment())
     assert done.returncode == 0, done.stderr
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return result

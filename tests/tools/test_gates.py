@@ -10,6 +10,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 
+import harness
 import pytest
 from harness import ROOT
 
@@ -180,10 +181,8 @@ class TestFile:
         )
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
         environment["PYTHONPATH"] = str(ROOT)
-        shipped = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
-        ).stdout.splitlines()  # fmt: skip
+        done = harness.command(sys.executable, "-c", code, env=environment, check=True)
+        shipped = done.stdout.splitlines()
         assert sorted(shipped) == sorted(f"{a} {name}" for name, a in committed.versions[version])
 
     def test_committed_native_table_keeps_its_own_rules(self) -> None:
@@ -204,10 +203,8 @@ class TestCommand:
             "TRITON_INTERPRET": "1",
             "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT))),
         }
-        command = [sys.executable, "-m", "gates", "--compiler", "triton", "--jobs", "1", *arguments]
-        return subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+        gates = ("-m", "gates", "--compiler", "triton", "--jobs", "1")
+        return harness.command(sys.executable, *gates, *arguments, cwd=folder, env=environment)
 
     def test_compiles_and_compares(self, tmp_path: Path) -> None:
         version = pytest.importorskip("triton").__version__
@@ -386,16 +383,14 @@ class TestNative:
 
     def run(self, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"PYTHONPATH": str(folder)} | environment
-        command = [sys.executable, "-m", "gates", "--compiler", "nvcc", "--only", "spilling"]
-        return subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+        gates = ("-m", "gates", "--compiler", "nvcc", "--only", "spilling")
+        return harness.command(sys.executable, *gates, cwd=folder, env=environment)
 
     @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
     def test_spilling_kernel_fails(self, tmp_path: Path) -> None:
         (tmp_path / "csrc").mkdir()
-        (tmp_path / "csrc" / "bindings.cpp").touch()
-        (tmp_path / "csrc" / "instances.toml").touch()
+        for name in ("bindings.cpp", "instances.toml"):
+            (tmp_path / "csrc" / name).touch()
         (tmp_path / "csrc" / "spilling.cu").write_text(
             """
             __global__ void __launch_bounds__(1024, 2) spilling(float* p) {

@@ -16,7 +16,7 @@ from typing import Any
 
 import pip
 import pytest
-from harness import ROOT
+from harness import ROOT, command
 
 SCRIPT = ROOT / "scripts" / "install_missing.py"
 TESTED = dict(
@@ -76,13 +76,8 @@ def test_pip_needs_no_index_where_nothing_is_missing(tmp_path: Path) -> None:
 
     def run() -> subprocess.CompletedProcess[str]:
         paths = {"PYTHONPATH": str(site), "PIP_INDEX_URL": (tmp_path / "nowhere").as_uri()}
-        return subprocess.run(
-            [tmp_path / "venv" / "bin" / "python", SCRIPT],
-            env={**paths, "PIP_CONFIG_FILE": os.devnull},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        python = tmp_path / "venv" / "bin" / "python"
+        return command(python, SCRIPT, env={**paths, "PIP_CONFIG_FILE": os.devnull})
 
     done = run()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -170,14 +165,9 @@ def test_make_compiles_kernels_for_a_gpu_that_is_here(tmp_path: Path, gpu: bool)
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    done = subprocess.run(
-        ["make", "-s", "-f", str(ROOT / "Makefile"), "test", "PYTHON=python", "JOBS=1"],
-        cwd=tmp_path,
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    made = ("make", "-s", "-f", ROOT / "Makefile", "test", "PYTHON=python", "JOBS=1")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = command(*made, cwd=tmp_path, env=environment, check=True)
     native = [
         "unset scripts/extension.py native --check",
         "unset setup.py --quiet build_ext --inplace",
@@ -196,14 +186,9 @@ def test_make_gpu_without_a_gpu_says_so_and_builds_nothing(target: str, tmp_path
     (tmp_path / "torch.py").write_text(
         "class cuda:\n    is_available = staticmethod(lambda: False)\n"
     )
-    done = subprocess.run(
-        ["make", "-s", "-f", str(ROOT / "Makefile"), target, f"PYTHON={sys.executable}"],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    made = ("make", "-s", "-f", ROOT / "Makefile", target, f"PYTHON={sys.executable}")
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    done = command(*made, cwd=tmp_path, env=environment)
     assert done.returncode == 2
     sentence = f"make {target} needs an NVIDIA GPU that PyTorch can use, and finds none"
     assert done.stderr.splitlines()[0] == sentence
@@ -222,8 +207,7 @@ def test_make_gpu_without_a_gpu_says_so_and_builds_nothing(target: str, tmp_path
     ],
 )
 def test_make_gates_of_nvcc_leave_triton_out(arguments: str, triton: bool) -> None:
-    command = ["make", "-n", "gates", "PYTHON=python", f"ARGS={arguments}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = command("make", "-n", "gates", "PYTHON=python", f"ARGS={arguments}", check=True)
     assert f"-m gates {arguments}" in done.stdout
     assert ("-m gates --triton" in done.stdout) == triton
 
@@ -252,18 +236,10 @@ def test_make_gpu_keeps_paths_and_leaves_the_interpreter(tmp_path: Path, lacking
         ({}, f"{checkout}"),
         ({"PYTHONPATH": "/some:/where"}, f"{checkout}:/some:/where"),
     ):
-        done = subprocess.run(
-            ["make", "-s", "gpu", f"PYTHON={python}", "RESULTS=my results"],
-            cwd=checkout,
-            env={
-                "PATH": f"{tmp_path}:{os.environ['PATH']}",
-                "TRITON_INTERPRET": "1",
-                **given,
-            },
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        made = ("make", "-s", "gpu", f"PYTHON={python}", "RESULTS=my results")
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        environment = {"PATH": path, "TRITON_INTERPRET": "1", **given}
+        done = command(*made, cwd=checkout, env=environment, check=True)
         arguments = ["-P", "-m", "benchmarks.gpu", "--results", "my results"]
         said = ["no nvcc", "going on without the CUDA C++ kernels"] if lacking else []
         assert done.stdout.splitlines() == [*said, expected, "unset", *arguments]

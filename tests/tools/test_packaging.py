@@ -23,7 +23,7 @@ from typing import Any
 
 import ninja
 import pytest
-from harness import ROOT
+from harness import ROOT, command
 
 from gptkernels.cli.installed import EXTRAS
 
@@ -35,19 +35,12 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 OBJECT_CACHE = os.environ.get("GPTKERNELS_OBJECT_CACHE") or str(ROOT / "build" / "objects")
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*words: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in this environment without what would change Python, pip or the build."""
     dropped = ("PYTHON", "PIP_", "GPTKERNELS_", "TORCH_CUDA", "CUDA_HOME", "NVCC_", "CXX")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=kept | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,  # compiling every kernel
-        check=False,
-    )
+    # Compiling every kernel takes a while.
+    return command(*words, cwd=cwd, env=kept | environment, timeout=900)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,6 @@
 #ifdef GK_EMULATE
 #include "emulator/memory/memory.h"
 
-static const NamedCase* const kFiles[] = {kMemoryCases,    kRaceCases, kCopyCases,   kMeetingCases,
-                                          kPrimitiveCases, kTileCases, kDropoutCases,
-                                          kWgmmaCases,     kMbarrierCases, kClusterCases};
-
 GK_EXPORT void declare(const char* name, const void* begin, size_t bytes, int written) {
     gk::emulator::memory::declare(name, begin, bytes, written != 0);
 }
@@ -21,33 +17,48 @@ GK_EXPORT void forget() { gk::emulator::memory::forget(); }
 
 static void finish() {}
 #else
-static const NamedCase* const kFiles[] = {kPrimitiveCases, kTileCases,     kDropoutCases,
-                                          kWgmmaCases,     kMbarrierCases, kClusterCases};
-
 static void finish() {
     const cudaError_t status = cudaDeviceSynchronize();
     if (status != cudaSuccess) throw gk::Error(cudaGetErrorString(status));
 }
 #endif
 
+// What the launch and the case get. A map is made of `shape`, if that has a rank.
+struct Given {
+    unsigned grid[3], cluster, threads;
+    size_t shared;
+    gk::TensorMapShape shape;
+    float *a, *b;
+    void* c;
+    int at[5], bytes, n, broken;
+};
+
+static void launch(const char* name, const Given& given) {
+    const NamedCase* found = NamedCase::first;
+    while (found != nullptr && std::strcmp(found->name, name) != 0) found = found->next;
+    if (found == nullptr) throw gk::Error(std::string("there is no case ") + name);
+
+    Case params{{}, given.a, given.b, given.c, {}, given.bytes, given.n, given.broken};
+    if (given.shape.rank > 0) params.map = gk::tensor_map(given.shape);
+    std::memcpy(params.at, given.at, sizeof params.at);
+    const dim3 grid(given.grid[0], given.grid[1], given.grid[2]);
+    gk::launch(found->kernel,
+               {name, "a small case", grid, given.threads, given.shared, {0, nullptr}, given.cluster},
+               params);
+    finish();
+}
+
 // 0, or 1 and the error's sentence.
-GK_EXPORT int run(const char* name, const unsigned (&grid)[3], unsigned cluster, unsigned threads,
-                  size_t shared, const Case* params, char* error, size_t error_bytes) {
+GK_EXPORT int run(const char* name, const Given* given, char* error, size_t error_bytes) {
     try {
-        for (const NamedCase* cases : kFiles) {
-            for (; cases->name != nullptr; ++cases) {
-                if (std::strcmp(cases->name, name) != 0) continue;
-                gk::launch(cases->kernel,
-                           {name, "a small case", dim3(grid[0], grid[1], grid[2]), threads, shared,
-                            {0, nullptr}, cluster},
-                           *params);
-                finish();
-                return 0;
-            }
-        }
-        throw gk::Error(std::string("there is no case ") + name);
+        launch(name, *given);
     } catch (const gk::Error& caught) {
         std::strncpy(error, caught.what(), error_bytes - 1);
         return 1;
     }
+    return 0;
+}
+
+GK_EXPORT const char* refuses(const gk::TensorMapShape* shape) {
+    return gk::tensor_map_refuses(*shape);
 }

@@ -2,22 +2,38 @@
 // is there to do wrong; without it the same kernel is right.
 #pragma once
 
-#include "runtime/launch.h"
+#include "runtime/tensor_map.h"
 
 struct Case {
+    gk::TensorMap map;
     float* a;  // what they point to, each kernel says
     float* b;
     void* c;
+    int at[5];  // coordinates of a box of the map's tensor
+    int bytes;  // of the box
     int n;
     int broken;
 };
 
+// A kernel and its name, in the list of all.
 struct NamedCase {
+    NamedCase(const char* name, void (*kernel)(const Case))
+        : name(name), kernel(kernel), next(first) {
+        first = this;
+    }
+    NamedCase(const NamedCase&) = delete;
+
     const char* name;
     void (*kernel)(const Case);
+    const NamedCase* next;
+    inline static const NamedCase* first = nullptr;
 };
 
-// Of each .cu file, ended by a null name.
-extern const NamedCase kMemoryCases[], kRaceCases[], kCopyCases[], kMeetingCases[],
-    kPrimitiveCases[], kTileCases[], kDropoutCases[], kWgmmaCases[], kMbarrierCases[],
-    kClusterCases[];
+// Begins a kernel with the parameter p, which is found by its name.
+#define GK_CASE(name)                                  \
+    __global__ void name(const __grid_constant__ Case p); \
+    const NamedCase name##_case(#name, name);          \
+    __global__ void name(const __grid_constant__ Case p)
+
+// Shared memory as most kernels use it.
+inline __device__ float* arena() { return reinterpret_cast<float*>(gk::shared_memory()); }

@@ -7,7 +7,7 @@ namespace {
 
 // c int64 (5,) in: seed, offset, first query, first key, batch_head; n the threshold; b (16, 16)
 // out: 1 where a score of the block is kept, rows the queries; `broken`: rows the keys.
-__global__ void attention_keep(const Case p) {
+GK_CASE(attention_keep) {
     auto c = static_cast<const int64_t*>(p.c);
     const gk::DropoutKey key = gk::dropout_key({c, uint32_t(p.n), 1.0f});
     const int query = int(c[2]), k = int(c[3]), batch_head = int(c[4]), lane = int(threadIdx.x);
@@ -23,7 +23,7 @@ __global__ void attention_keep(const Case p) {
 
 // c int64 (3,) in: seed, offset, first element; n the threshold; b (32, 8) out: eight elements of
 // each thread
-__global__ void elementwise_keep(const Case p) {
+GK_CASE(elementwise_keep) {
     auto c = static_cast<const int64_t*>(p.c);
     const gk::DropoutKey key = gk::dropout_key({c, uint32_t(p.n), 1.0f});
     const uint32_t keep = gk::elementwise_keep8(c[2] + 8 * threadIdx.x, key);
@@ -31,9 +31,3 @@ __global__ void elementwise_keep(const Case p) {
 }
 
 }  // namespace
-
-const NamedCase kDropoutCases[] = {
-    {"attention_keep", attention_keep},
-    {"elementwise_keep", elementwise_keep},
-    {nullptr, nullptr},
-};

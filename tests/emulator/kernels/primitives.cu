@@ -5,7 +5,7 @@
 namespace {
 
 // c int32 (8, 32) out: of lane + 100, up 3, down 3, xor 5, from lane 9, and each in segments of 8
-__global__ void shuffles(const Case p) {
+GK_CASE(shuffles) {
     int lane = int(threadIdx.x), value = lane + 100;
     auto out = static_cast<int*>(p.c) + lane;
     const unsigned all = 0xffffffffu;
@@ -25,7 +25,7 @@ __global__ void shuffles(const Case p) {
 }
 
 // c int32 (6, 32) out; the upper half of the warp votes apart from the lower in the last two rows
-__global__ void votes(const Case p) {
+GK_CASE(votes) {
     int lane = int(threadIdx.x);
     auto out = static_cast<int*>(p.c) + lane;
     const unsigned all = 0xffffffffu, half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
@@ -37,54 +37,39 @@ __global__ void votes(const Case p) {
     out[5 * 32] = int(__ballot_sync(half, lane % 5 == 0));
 }
 
-// a (32,) in, b (32,) out, 32 floats of shared memory: a turns by one lane at each __syncwarp
-__global__ void turns(const Case p) {
-    auto shared = reinterpret_cast<float*>(gk::shared_memory());
-    unsigned lane = threadIdx.x;
-    float value = p.a[lane];
-    for (int i = 0; i < p.n; ++i) {
-        shared[lane] = value;
-        __syncwarp();
-        value = shared[(lane + 1) % 32];
-        __syncwarp();
-    }
-    p.b[lane] = value;
-}
-
-// The same by __syncthreads, with all threads of the CTA.
-__global__ void turns_of_cta(const Case p) {
-    auto shared = reinterpret_cast<float*>(gk::shared_memory());
-    unsigned i = threadIdx.x;
+// a (threads,) in, b (threads,) out, as many floats of shared memory: in each group of `size` threads
+// a turns by one n times, between two meetings.
+template <class Meet>
+__device__ void turn(const Case& p, unsigned size, Meet meet) {
+    unsigned i = threadIdx.x, first = i / size * size;
     float value = p.a[i];
     for (int turn = 0; turn < p.n; ++turn) {
-        shared[i] = value;
-        __syncthreads();
-        value = shared[(i + 1) % blockDim.x];
-        __syncthreads();
+        arena()[i] = value;
+        meet();
+        value = arena()[first + (i - first + 1) % size];
+        meet();
     }
     p.b[i] = value;
+}
+
+GK_CASE(turns) {
+    turn(p, 32, [] { __syncwarp(); });
+}
+
+GK_CASE(turns_of_cta) {
+    turn(p, blockDim.x, [] { __syncthreads(); });
 }
 
 #ifdef GK_EMULATE
 // Two pairs of warps turn apart from each other, at named barriers.
-__global__ void turns_of_pairs(const Case p) {
-    using namespace gk::emulator;
-    auto shared = reinterpret_cast<float*>(gk::shared_memory());
-    unsigned i = threadIdx.x, first = i / 64 * 64;
-    float value = p.a[i];
-    for (int turn = 0; turn < p.n; ++turn) {
-        shared[i] = value;
-        barrier_sync(1 + i / 64, 64, "barrier");
-        value = shared[first + (i - first + 1) % 64];
-        barrier_sync(1 + i / 64, 64, "barrier");
-    }
-    p.b[i] = value;
+GK_CASE(turns_of_pairs) {
+    turn(p, 64, [] { gk::emulator::barrier_sync(1 + threadIdx.x / 64, 64, "barrier"); });
 }
 #endif
 
 // c (2,) float, updated in place by all threads of all CTAs: their number, and 2 + their sum; b
 // (CTAs, threads) out: what each found
-__global__ void atomics(const Case p) {
+GK_CASE(atomics) {
     auto sums = static_cast<float*>(p.c);
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     p.b[i] = atomicAdd(sums, 1.0f);
@@ -92,7 +77,7 @@ __global__ void atomics(const Case p) {
 }
 
 // c int32 (CTAs, threads, 4) out: the built-in indices
-__global__ void indices(const Case p) {
+GK_CASE(indices) {
     uint3 block = blockIdx;
     dim3 grid = gridDim;
     unsigned cta = (block.z * grid.y + block.y) * grid.x + block.x;
@@ -105,7 +90,7 @@ __global__ void indices(const Case p) {
 
 // c uint16 (32, 8) in, four matrices of 8 x 8; b uint32 (2, 4, 32) out: registers of ldmatrix and
 // of its transposing kind; 512 bytes of shared memory
-__global__ void ldmatrix(const Case p) {
+GK_CASE(ldmatrix) {
     auto shared = reinterpret_cast<uint16_t*>(gk::shared_memory());
     unsigned lane = threadIdx.x;
     for (unsigned i = 0; i < 8; ++i) {
@@ -123,7 +108,7 @@ __global__ void ldmatrix(const Case p) {
 // a (16, 16) and then (16, 8), in T; b (16, 8) out: 1 + their product. Registers are filled as the
 // PTX ISA's tables for mma.m16n8k16 have it.
 template <class T>
-__global__ void mma(const Case p) {
+__global__ void mma(const __grid_constant__ Case p) {
     auto a = reinterpret_cast<const uint16_t*>(p.a), b = a + 16 * 16;
     int group = int(threadIdx.x) / 4, within = int(threadIdx.x) % 4;
     uint32_t fragment_a[4], fragment_b[2];
@@ -146,20 +131,9 @@ __global__ void mma(const Case p) {
     }
 }
 
-}  // namespace
-
-const NamedCase kPrimitiveCases[] = {
-    {"shuffles", shuffles},
-    {"votes", votes},
-    {"turns", turns},
-    {"turns_of_cta", turns_of_cta},
-#ifdef GK_EMULATE
-    {"turns_of_pairs", turns_of_pairs},
-#endif
-    {"atomics", atomics},
-    {"indices", indices},
-    {"ldmatrix", ldmatrix},
+const NamedCase mma_cases[] = {
     {"mma_bf16", mma<__nv_bfloat16>},
     {"mma_f16", mma<__half>},
-    {nullptr, nullptr},
 };
+
+}  // namespace

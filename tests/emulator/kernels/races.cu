@@ -4,17 +4,15 @@
 
 namespace {
 
-__device__ float* arena() { return reinterpret_cast<float*>(gk::shared_memory()); }
-
 // a (n,) in, b (n,) out, n floats of shared memory, n threads
-__global__ void read_after_write(const Case p) {
+GK_CASE(read_after_write) {
     unsigned i = threadIdx.x;
     arena()[i] = p.a[i];  // wrote
     if (!p.broken) __syncthreads();
     p.b[i] = arena()[i ? i - 1 : 0];  // read_after_write
 }
 
-__global__ void write_after_read(const Case p) {
+GK_CASE(write_after_read) {
     unsigned i = threadIdx.x;
     arena()[i] = p.a[i];
     __syncthreads();
@@ -23,14 +21,14 @@ __global__ void write_after_read(const Case p) {
     arena()[i] = 0.0f;  // write_after_read
 }
 
-__global__ void write_after_write(const Case p) {
+GK_CASE(write_after_write) {
     if (p.broken || threadIdx.x == 0) arena()[0] = p.a[threadIdx.x];  // write_after_write
     __syncthreads();
     p.b[threadIdx.x] = arena()[0];
 }
 
 // Thread 1 reads one of four floats, thread 2 all four and writes the one.
-__global__ void part_and_whole(const Case p) {
+GK_CASE(part_and_whole) {
     unsigned i = threadIdx.x;
     if (i == 0) gk::st128(arena(), gk::ld128(p.a));
     __syncthreads();
@@ -43,7 +41,7 @@ __global__ void part_and_whole(const Case p) {
 }
 
 // Lanes of a warp exchange through shared memory: __syncwarp orders them, a shuffle does not.
-__global__ void lanes(const Case p) {
+GK_CASE(lanes) {
     unsigned i = threadIdx.x;
     arena()[i] = p.a[i];  // lane wrote
     if (p.broken) {
@@ -55,7 +53,7 @@ __global__ void lanes(const Case p) {
 }
 
 // __syncwarp orders the lanes of its own warp alone.
-__global__ void warps(const Case p) {
+GK_CASE(warps) {
     unsigned i = threadIdx.x;
     arena()[i] = p.a[i];  // warp wrote
     if (p.broken) {
@@ -67,7 +65,7 @@ __global__ void warps(const Case p) {
 }
 
 // Half of a warp synchronises, and the other half reads.
-__global__ void half_warp(const Case p) {
+GK_CASE(half_warp) {
     unsigned i = threadIdx.x;
     if (i < 16) {
         arena()[i] = p.a[i];  // half wrote
@@ -79,7 +77,7 @@ __global__ void half_warp(const Case p) {
 }
 
 // c (1,) float, updated in place by two CTAs
-__global__ void ctas(const Case p) {
+GK_CASE(ctas) {
     auto total = static_cast<float*>(p.c);
     if (threadIdx.x) return;
     if (p.broken) {
@@ -90,7 +88,7 @@ __global__ void ctas(const Case p) {
 }
 
 // c (1,) float: atomics, and a plain read that nothing orders after them
-__global__ void atomic_and_plain(const Case p) {
+GK_CASE(atomic_and_plain) {
     auto total = static_cast<float*>(p.c);
     if (threadIdx.x) atomicAdd(total, 1.0f);  // atomic
     __syncwarp();
@@ -99,14 +97,14 @@ __global__ void atomic_and_plain(const Case p) {
 }
 
 // The same where the reader's own atomic is the last of two CTAs'.
-__global__ void atomic_of_ctas(const Case p) {
+GK_CASE(atomic_of_ctas) {
     auto total = static_cast<float*>(p.c);
     atomicAdd(total, 1.0f);  // last atomic
     if (p.broken && blockIdx.x) p.b[blockIdx.x] = *total;  // atomic_of_ctas
 }
 
 // Four warps: two write and arrive at barrier 1, two wait there and read.
-__global__ void named_barrier(const Case p) {
+GK_CASE(named_barrier) {
     using namespace gk::emulator;
     unsigned i = threadIdx.x;
     if (i < 64) {
@@ -120,7 +118,7 @@ __global__ void named_barrier(const Case p) {
 }
 
 // Two barriers of two warps each order nothing between the pairs.
-__global__ void wrong_barrier(const Case p) {
+GK_CASE(wrong_barrier) {
     using namespace gk::emulator;
     unsigned i = threadIdx.x;
     arena()[i] = p.a[i];  // pair wrote
@@ -133,7 +131,7 @@ void pair_barrier(unsigned number) {
 }
 
 // What warp 0 wrote reaches warp 2 by way of warp 1.
-__global__ void chain(const Case p) {
+GK_CASE(chain) {
     unsigned i = threadIdx.x, warp = i / 32;
     if (warp == 0) arena()[i] = p.a[i];  // chain wrote
     if (warp < 2 && !p.broken) pair_barrier(1);
@@ -142,7 +140,7 @@ __global__ void chain(const Case p) {
 }
 
 // Warps 2 and 3 meet where warps 0 and 1 have met before, and learn nothing of them.
-__global__ void reused_barrier(const Case p) {
+GK_CASE(reused_barrier) {
     unsigned i = threadIdx.x;
     arena()[i] = p.a[i];  // before reuse
     pair_barrier(1);
@@ -150,7 +148,7 @@ __global__ void reused_barrier(const Case p) {
 }
 
 // c (1,) float: warps 0 and 1 read, and warp 0 waits for warp 2 alone before it writes.
-__global__ void two_readers(const Case p) {
+GK_CASE(two_readers) {
     auto total = static_cast<float*>(p.c);
     unsigned warp = threadIdx.x / 32;
     float value = warp < 2 ? *total : 0.0f;  // second reader
@@ -160,30 +158,24 @@ __global__ void two_readers(const Case p) {
     p.b[threadIdx.x] = value;
 }
 
-// c (1,) float: four warps read it, and the first three wait for each other before one writes.
-__global__ void three_readers(const Case p) {
+// c (1,) float: all warps read it, and all but the last wait for each other before one writes.
+__global__ void readers(const __grid_constant__ Case p) {
     auto total = static_cast<float*>(p.c);
-    unsigned warp = threadIdx.x / 32;
+    const unsigned others = blockDim.x - 32;
     float value = *total;  // last reader
-    if (warp < 3) gk::emulator::barrier_sync(1, 96, "barrier");
+    if (threadIdx.x < others) gk::emulator::barrier_sync(1, others, "barrier");
     if (!p.broken) __syncthreads();
-    if (threadIdx.x == 0) *total = value + 1.0f;  // three_readers
+    if (threadIdx.x == 0) *total = value + 1.0f;  // readers
     p.b[threadIdx.x] = value;
 }
 
-// The same with ten warps, of which the last is not waited for.
-__global__ void ten_readers(const Case p) {
-    auto total = static_cast<float*>(p.c);
-    unsigned warp = threadIdx.x / 32;
-    float value = *total;  // tenth reader
-    if (warp < 9) gk::emulator::barrier_sync(1, 288, "barrier");
-    if (!p.broken) __syncthreads();
-    if (threadIdx.x == 0) *total = value + 1.0f;  // ten_readers
-    p.b[threadIdx.x] = value;
-}
+const NamedCase reader_cases[] = {
+    {"three_readers", readers},
+    {"ten_readers", readers},
+};
 
 // Of one warp the upper lanes read after a meeting of their own, and lane 0 waits for the lower.
-__global__ void later_readers(const Case p) {
+GK_CASE(later_readers) {
     auto total = static_cast<float*>(p.c);
     bool upper = threadIdx.x >= 16;
     if (upper) __syncwarp(0xffff0000u);
@@ -195,7 +187,7 @@ __global__ void later_readers(const Case p) {
 }
 
 // n floats of shared memory. The same of a line that is read whole, and written in part.
-__global__ void readers_of_line(const Case p) {
+GK_CASE(readers_of_line) {
     unsigned warp = threadIdx.x / 32;
     if (threadIdx.x == 0) gk::st128(arena(), gk::ld128(p.a));
     __syncthreads();
@@ -206,26 +198,3 @@ __global__ void readers_of_line(const Case p) {
 }
 
 }  // namespace
-
-const NamedCase kRaceCases[] = {
-    {"read_after_write", read_after_write},
-    {"write_after_read", write_after_read},
-    {"write_after_write", write_after_write},
-    {"part_and_whole", part_and_whole},
-    {"lanes", lanes},
-    {"warps", warps},
-    {"half_warp", half_warp},
-    {"ctas", ctas},
-    {"atomic_and_plain", atomic_and_plain},
-    {"atomic_of_ctas", atomic_of_ctas},
-    {"named_barrier", named_barrier},
-    {"wrong_barrier", wrong_barrier},
-    {"chain", chain},
-    {"reused_barrier", reused_barrier},
-    {"two_readers", two_readers},
-    {"three_readers", three_readers},
-    {"ten_readers", ten_readers},
-    {"later_readers", later_readers},
-    {"readers_of_line", readers_of_line},
-    {nullptr, nullptr},
-};

@@ -18,7 +18,7 @@ struct Where {
 // as (depth, cols) and else as (cols, depth), bit 2 both are aligned to 16 bytes; b fp32 (2, 32, 32)
 // out. Two warps, 16 rows each.
 template <class T>
-__global__ void tile_product(const Case p) {
+__global__ void tile_product(const __grid_constant__ Case p) {
     using M = gk::Mma<T>;
     const auto& where = *static_cast<const Where*>(p.c);
     const bool a_transposed = p.n & 1, b_transposed = p.n & 2, aligned = p.n & 4;
@@ -76,11 +76,10 @@ __global__ void tile_product(const Case p) {
     }
 }
 
-}  // namespace
-
-const NamedCase kTileCases[] = {
+const NamedCase tile_cases[] = {
     {"tile_product_f32", tile_product<float>},
     {"tile_product_bf16", tile_product<__nv_bfloat16>},
     {"tile_product_f16", tile_product<__half>},
-    {nullptr, nullptr},
 };
+
+}  // namespace

@@ -1,14 +1,12 @@
 // Clusters: each other's shared memory, their barrier, arrivals at each other's mbarriers; counters
 // that order CTAs. `broken` is the number of a mistake.
-#include "../cases.h"
+#include "barrier.h"
 #include "device/cluster.h"
-#include "device/mbarrier.h"
 #include "device/semaphore.h"
 #include "device/vector.h"
 
 namespace {
 
-__device__ float* arena() { return reinterpret_cast<float*>(gk::shared_memory()); }
 __device__ unsigned index() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
 enum ExchangeMistake {
@@ -27,7 +25,7 @@ enum ExchangeMistake {
 
 // a, b (ctas, threads): each CTA gives out what the next one of its cluster, of n, has read, and
 // leaves a 1 there for it.
-__global__ void exchange(const Case p) {
+GK_CASE(exchange) {
     const unsigned i = threadIdx.x, rank = gk::cluster_rank(), next = (rank + 1) % unsigned(p.n);
     if (p.broken == kOwnBarrierOnly) gk::cluster_sync();
     if (p.broken != kUnwritten || rank == 0) arena()[i] = p.a[index()];  // own part
@@ -56,7 +54,7 @@ __global__ void exchange(const Case p) {
 }
 
 // The same with work between arriving and waiting, which the others do not see.
-__global__ void split(const Case p) {
+GK_CASE(split) {
     const unsigned i = threadIdx.x, next = (gk::cluster_rank() + 1) % unsigned(p.n);
     float* own = arena() + i;
     if (!p.broken) *own = p.a[index()];
@@ -78,7 +76,7 @@ enum ArrivalMistake {
 
 // a, b (2, threads), clusters of 2: CTA 1 reads what CTA 0 holds, and says so at CTA 0's mbarrier
 // before that one overwrites it. c (2,) out: what is there at the end.
-__global__ void remote_arrival(const Case p) {
+GK_CASE(remote_arrival) {
     const unsigned i = threadIdx.x, rank = gk::cluster_rank();
     auto bar = reinterpret_cast<uint64_t*>(arena() + blockDim.x);
     if (i == 0) {
@@ -100,13 +98,10 @@ __global__ void remote_arrival(const Case p) {
 }
 
 // The same by one thread, after a barrier of its CTA.
-__global__ void remote_arrival_by_one(const Case p) {
+GK_CASE(remote_arrival_by_one) {
     const unsigned i = threadIdx.x, rank = gk::cluster_rank();
     auto bar = reinterpret_cast<uint64_t*>(arena() + blockDim.x);
-    if (i == 0) {
-        gk::mbarrier_init(bar, 1);
-        gk::mbarrier_init_fence();
-    }
+    make_barrier(bar);
     arena()[i] = p.a[index()];
     gk::cluster_sync();
     if (rank == 1) {
@@ -122,7 +117,7 @@ __global__ void remote_arrival_by_one(const Case p) {
 }
 
 // c (2,): an int32, whose turn it is, and how many have had theirs; b (ctas,) out: how many before.
-__global__ void turns_of_ctas(const Case p) {
+GK_CASE(turns_of_ctas) {
     if (threadIdx.x != 0) return;
     auto turn = static_cast<int*>(p.c);
     const unsigned mine = p.broken ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
@@ -132,7 +127,7 @@ __global__ void turns_of_ctas(const Case p) {
 }
 
 // b (ctas, 2) out
-__global__ void ranks(const Case p) {
+GK_CASE(ranks) {
     if (threadIdx.x == 0) {
         p.b[2 * blockIdx.x] = float(gk::cluster_rank());
         p.b[2 * blockIdx.x + 1] = float(blockIdx.x);
@@ -140,13 +135,3 @@ __global__ void ranks(const Case p) {
 }
 
 }  // namespace
-
-const NamedCase kClusterCases[] = {
-    {"exchange", exchange},
-    {"split", split},
-    {"remote_arrival", remote_arrival},
-    {"remote_arrival_by_one", remote_arrival_by_one},
-    {"turns_of_ctas", turns_of_ctas},
-    {"ranks", ranks},
-    {nullptr, nullptr},
-};

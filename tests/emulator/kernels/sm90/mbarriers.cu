@@ -1,8 +1,7 @@
 // Rings of stages whose mbarriers are waited on, filled and released; registers that warpgroups pass
 // to each other. `broken` is the number of a mistake.
-#include "../cases.h"
+#include "barrier.h"
 #include "device/cluster.h"
-#include "device/mbarrier.h"
 #include "device/pipeline.h"
 #include "device/tma.h"
 #include "device/vector.h"
@@ -98,7 +97,7 @@ __device__ void consume(const Case& p, int thread) {
 }
 
 // a, b (ctas, n, 256), n tiles a CTA: 64 consumers copy what a thread of another warp lets through.
-__global__ void pipeline(const Case p) {
+GK_CASE(pipeline) {
     initialise(p);
     const int thread = int(threadIdx.x) - 32;
     if (threadIdx.x == 0) produce(p);
@@ -107,13 +106,10 @@ __global__ void pipeline(const Case p) {
 
 // The same where consumers release after a barrier of their own, by one thread: what it knows of the
 // others it passes on.
-__global__ void released_by_one(const Case p) {
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < kStages; ++stage) {
-            gk::mbarrier_init(&ring().full[stage], 1);
-            gk::mbarrier_init(&ring().empty[stage], 1);
-        }
-        gk::mbarrier_init_fence();
+GK_CASE(released_by_one) {
+    for (int stage = 0; stage < kStages; ++stage) {
+        make_barrier(&ring().full[stage]);
+        make_barrier(&ring().empty[stage]);
     }
     __syncthreads();
     if (threadIdx.x == 0) produce(p);
@@ -130,12 +126,9 @@ __global__ void released_by_one(const Case p) {
 }
 
 // a, b (threads,): one thread of each warp waits, and the others learn of it by the warp's barrier.
-__global__ void waited_by_one(const Case p) {
+GK_CASE(waited_by_one) {
     float* data = ring().stages[0];
-    if (threadIdx.x == 0) {
-        gk::mbarrier_init(&ring().full[0], 1);
-        gk::mbarrier_init_fence();
-    }
+    make_barrier(&ring().full[0]);
     __syncthreads();
     if (threadIdx.x == 0) {
         gk::mbarrier_arrive_expect_tx(&ring().full[0], blockDim.x * 4);
@@ -148,12 +141,11 @@ __global__ void waited_by_one(const Case p) {
 
 // The same for all threads by a barrier of the CTA, or with n of the cluster. Broken: all read before
 // anybody has waited.
-__global__ void waited_by_first(const Case p) {
+GK_CASE(waited_by_first) {
     float* data = ring().stages[0];
     uint64_t* bar = &ring().full[0];
+    make_barrier(bar);
     if (threadIdx.x == 0) {
-        gk::mbarrier_init(bar, 1);
-        gk::mbarrier_init_fence();
         gk::mbarrier_arrive_expect_tx(bar, blockDim.x * 4);
         gk::bulk_load(data, p.a, blockDim.x * 4, bar);
         if (!p.broken) gk::mbarrier_wait(bar, 0);
@@ -168,7 +160,7 @@ __global__ void waited_by_first(const Case p) {
 }
 
 // a, b (threads,): an mbarrier between ordinary stores and loads. Two rounds, one arrival a thread.
-__global__ void arrivals(const Case p) {
+GK_CASE(arrivals) {
     float* data = ring().stages[0];
     uint64_t* bar = &ring().full[0];
     if (threadIdx.x == 0) gk::mbarrier_init(bar, blockDim.x);
@@ -193,7 +185,7 @@ enum PassingMistake {
 };
 
 // b (threads,) out. 384 threads start with 168 registers each: 24 and two times 240 are as many.
-__global__ void __launch_bounds__(384, 1) registers(const Case p) {
+__global__ void __launch_bounds__(384, 1) registers(const __grid_constant__ Case p) {
     const unsigned group = threadIdx.x / 128, warp = threadIdx.x / 32;
     if (group == 0) {
         if (p.broken == kGivesBackMore) {
@@ -213,11 +205,6 @@ __global__ void __launch_bounds__(384, 1) registers(const Case p) {
     p.b[threadIdx.x] = float(group);
 }
 
-}  // namespace
+const NamedCase registers_case{"registers", registers};
 
-const NamedCase kMbarrierCases[] = {
-    {"pipeline", pipeline},   {"released_by_one", released_by_one},
-    {"arrivals", arrivals},   {"waited_by_one", waited_by_one},
-    {"registers", registers}, {"waited_by_first", waited_by_first},
-    {nullptr, nullptr},
-};
+}  // namespace

@@ -1,24 +1,10 @@
 // What the tensor memory accelerator and its neighbours give: boxes loaded, stored and added, and
 // contiguous bytes likewise.
+#include "barrier.h"
 #include "device/cluster.h"
-#include "device/mbarrier.h"
 #include "device/tma.h"
-#include "../tma_cases.h"
 
 namespace {
-
-// At the end of the arena, after room for the box.
-__device__ uint64_t* barrier_of(const BoxCase& p) {
-    return reinterpret_cast<uint64_t*>(gk::shared_memory() + p.bytes);
-}
-
-__device__ void make_barrier(uint64_t* bar) {
-    if (threadIdx.x == 0) {
-        gk::mbarrier_init(bar, 1);
-        gk::mbarrier_init_fence();
-    }
-    __syncthreads();
-}
 
 __device__ void copy_words(void* to, const void* from, int bytes) {
     for (int i = static_cast<int>(threadIdx.x); i < bytes / 4; i += static_cast<int>(blockDim.x)) {
@@ -27,7 +13,7 @@ __device__ void copy_words(void* to, const void* from, int bytes) {
 }
 
 template <int N>
-__device__ gk::Coordinates<N> coordinates_of(const BoxCase& p) {
+__device__ gk::Coordinates<N> coordinates_of(const Case& p) {
     gk::Coordinates<N> at;
     for (int i = 0; i < N; ++i) at.at[i] = p.at[i];
     return at;
@@ -35,9 +21,10 @@ __device__ gk::Coordinates<N> coordinates_of(const BoxCase& p) {
 
 // b (bytes,) out: shared memory as the load of the box leaves it.
 template <int N>
-__global__ void load(const __grid_constant__ BoxCase p) {
+__global__ void load(const __grid_constant__ Case p) {
     uint64_t* bar = barrier_of(p);
     make_barrier(bar);
+    __syncthreads();
     if (threadIdx.x == 0) {
         gk::tma_prefetch(&p.map);
         gk::mbarrier_arrive_expect_tx(bar, static_cast<unsigned>(p.bytes));
@@ -50,7 +37,7 @@ __global__ void load(const __grid_constant__ BoxCase p) {
 
 // a (bytes,) in: shared memory, of which the box is stored, or added to what is there.
 template <int N, bool kAdd>
-__global__ void store(const __grid_constant__ BoxCase p) {
+__global__ void store(const __grid_constant__ Case p) {
     copy_words(gk::shared_memory(), p.a, p.bytes);
     gk::fence_proxy_async();
     __syncthreads();
@@ -67,19 +54,16 @@ __global__ void store(const __grid_constant__ BoxCase p) {
 
 // Boxes 0, 1, ... n - 1 along the outermost of two dimensions, through two stages each for loads
 // and stores, to the same place of the tensor b, which has a's size: twice what a holds, fp32.
-__global__ void through_stages(const __grid_constant__ BoxCase p) {
-    unsigned char* arena = gk::shared_memory();
-    auto full = reinterpret_cast<uint64_t*>(arena + 4 * p.bytes);
-    if (threadIdx.x == 0) {
-        gk::mbarrier_init(full, 1);
-        gk::mbarrier_init(full + 1, 1);
-        gk::mbarrier_init_fence();
-    }
+GK_CASE(through_stages) {
+    unsigned char* stages = gk::shared_memory();
+    auto full = reinterpret_cast<uint64_t*>(stages + 4 * p.bytes);
+    make_barrier(full);
+    make_barrier(full + 1);
     __syncthreads();
     const auto fetch = [&](int i) {
         if (threadIdx.x != 0 || i >= p.n) return;
         gk::mbarrier_arrive_expect_tx(full + i % 2, static_cast<unsigned>(p.bytes));
-        gk::tma_load(arena + i % 2 * p.bytes, &p.map, full + i % 2,
+        gk::tma_load(stages + i % 2 * p.bytes, &p.map, full + i % 2,
                      gk::Coordinates<2>{{0, i * p.at[1]}});
     };
     fetch(0);
@@ -88,8 +72,8 @@ __global__ void through_stages(const __grid_constant__ BoxCase p) {
         gk::mbarrier_wait(full + i % 2, static_cast<unsigned>(i / 2 % 2));
         if (threadIdx.x == 0) gk::bulk_wait_read<1>();
         __syncthreads();
-        auto from = reinterpret_cast<const float*>(arena + i % 2 * p.bytes);
-        auto to = reinterpret_cast<float*>(arena + (2 + i % 2) * p.bytes);
+        auto from = reinterpret_cast<const float*>(stages + i % 2 * p.bytes);
+        auto to = reinterpret_cast<float*>(stages + (2 + i % 2) * p.bytes);
         for (int j = static_cast<int>(threadIdx.x); j < p.bytes / 4;
              j += static_cast<int>(blockDim.x)) {
             to[j] = 2.0f * from[j];
@@ -98,7 +82,7 @@ __global__ void through_stages(const __grid_constant__ BoxCase p) {
         __syncthreads();
         fetch(i + 2);
         if (threadIdx.x == 0) {
-            gk::bulk_store(static_cast<unsigned char*>(p.b) + i * p.bytes, to,
+            gk::bulk_store(reinterpret_cast<unsigned char*>(p.b) + i * p.bytes, to,
                            static_cast<unsigned>(p.bytes));
             gk::bulk_commit();
         }
@@ -107,10 +91,11 @@ __global__ void through_stages(const __grid_constant__ BoxCase p) {
 }
 
 // a (bytes,) in, b (bytes,) out
-__global__ void bulk_there_and_back(const __grid_constant__ BoxCase p) {
+GK_CASE(bulk_there_and_back) {
     uint64_t* bar = barrier_of(p);
     const auto bytes = static_cast<unsigned>(p.bytes);
     make_barrier(bar);
+    __syncthreads();
     if (threadIdx.x != 0) return;
     gk::mbarrier_arrive_expect_tx(bar, bytes);
     gk::bulk_load(gk::shared_memory(), p.a, bytes, bar);
@@ -121,45 +106,38 @@ __global__ void bulk_there_and_back(const __grid_constant__ BoxCase p) {
 }
 
 // a (bytes / 4,) fp32 in, b likewise inout: b + a from each CTA
-__global__ void bulk_add(const __grid_constant__ BoxCase p) {
+GK_CASE(bulk_add) {
     copy_words(gk::shared_memory(), p.a, p.bytes);
     gk::fence_proxy_async();
     __syncthreads();
     if (threadIdx.x != 0) return;
-    gk::bulk_reduce_add(static_cast<float*>(p.b),
-                        reinterpret_cast<const float*>(gk::shared_memory()),
-                        static_cast<unsigned>(p.bytes));
+    gk::bulk_reduce_add(p.b, arena(), static_cast<unsigned>(p.bytes));
     gk::bulk_commit();
     gk::bulk_wait_read<0>();
 }
 
 // Clusters of n. Box i of the innermost dimension but one is loaded by CTA i and given to all.
 // b (clusters, n CTAs, n boxes, bytes) out
-__global__ void multicast(const __grid_constant__ BoxCase p) {
-    unsigned char* arena = gk::shared_memory();
+GK_CASE(multicast) {
+    unsigned char* boxes = gk::shared_memory();
     const unsigned rank = gk::cluster_rank();
     const int all = p.n * p.bytes;
-    auto bar = reinterpret_cast<uint64_t*>(arena + all);
-    if (threadIdx.x == 0) {
-        gk::mbarrier_init(bar, 1);
-        gk::mbarrier_init_fence();
-    }
+    auto bar = reinterpret_cast<uint64_t*>(boxes + all);
+    make_barrier(bar);
     gk::cluster_sync();
     if (threadIdx.x == 0) {
         gk::mbarrier_arrive_expect_tx(bar, static_cast<unsigned>(all));
-        gk::tma_load_multicast(arena + static_cast<int>(rank) * p.bytes, &p.map, bar,
+        gk::tma_load_multicast(boxes + static_cast<int>(rank) * p.bytes, &p.map, bar,
                                gk::Coordinates<2>{{0, static_cast<int>(rank) * p.at[1]}},
                                static_cast<uint16_t>((1u << p.n) - 1));
     }
     gk::mbarrier_wait(bar, 0);
-    copy_words(static_cast<unsigned char*>(p.b) + blockIdx.x * static_cast<unsigned>(all), arena,
+    copy_words(reinterpret_cast<unsigned char*>(p.b) + blockIdx.x * static_cast<unsigned>(all), boxes,
                all);
     gk::cluster_sync();
 }
 
-}  // namespace
-
-const NamedBoxCase kBoxCases[] = {
+const NamedCase box_cases[] = {
     {"load_1", load<1>},
     {"load_2", load<2>},
     {"load_3", load<3>},
@@ -175,9 +153,6 @@ const NamedBoxCase kBoxCases[] = {
     {"add_3", store<3, true>},
     {"add_4", store<4, true>},
     {"add_5", store<5, true>},
-    {"through_stages", through_stages},
-    {"bulk_there_and_back", bulk_there_and_back},
-    {"bulk_add", bulk_add},
-    {"multicast", multicast},
-    {nullptr, nullptr},
 };
+
+}  // namespace

@@ -45,46 +45,24 @@ __device__ void write_out(float* to, const float (&acc)[N / 8][4]) {
     }
 }
 
-// D (+)= A B over kDepth, operands as they are stored.
-template <class T, int N, Major kA, Major kB>
-__device__ void multiply_shared(float (&acc)[N / 8][4], T* a, T* b, bool accumulate) {
-    gk::wgmma_fence_registers(acc);
-    gk::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kDepth; k += 16) {
-        uint64_t left, right;
-        if constexpr (kA == Major::k) {
-            left = gk::SwizzledTile<T, 64, kDepth>{a}.k_major(0, k);
-        } else {
-            left = gk::SwizzledTile<T, kDepth, 64>{a}.mn_major(k, 0);
-        }
-        if constexpr (kB == Major::k) {
-            right = gk::SwizzledTile<T, N, kDepth>{b}.k_major(0, k);
-        } else {
-            right = gk::SwizzledTile<T, kDepth, N>{b}.mn_major(k, 0);
-        }
-        gk::Wgmma<T, N, kA, kB>::multiply(acc, left, right, accumulate || k > 0);
+// The descriptor of an operand, A or B, at k.
+template <class T, int kRows, Major kMajor>
+__device__ uint64_t operand(T* data, int k) {
+    if constexpr (kMajor == Major::k) {
+        return gk::SwizzledTile<T, kRows, kDepth>{data}.k_major(0, k);
+    } else {
+        return gk::SwizzledTile<T, kDepth, kRows>{data}.mn_major(k, 0);
     }
-    gk::wgmma_commit();
-    gk::wgmma_wait<0>();
-    gk::wgmma_fence_registers(acc);
 }
 
-// The same with A, which is K-major, from registers.
-template <class T, int N, Major kB>
-__device__ void multiply_registers(float (&acc)[N / 8][4], const typename gk::Mma<T>::A* a, T* b,
-                                   bool accumulate) {
+// D (+)= A B over kDepth; a(k) is A at k, a descriptor or registers.
+template <class T, int N, Major kA, Major kB, class A>
+__device__ void multiply(float (&acc)[N / 8][4], A a, T* b, bool accumulate) {
     gk::wgmma_fence_registers(acc);
     gk::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
-        uint64_t right;
-        if constexpr (kB == Major::k) {
-            right = gk::SwizzledTile<T, N, kDepth>{b}.k_major(0, k);
-        } else {
-            right = gk::SwizzledTile<T, kDepth, N>{b}.mn_major(k, 0);
-        }
-        gk::Wgmma<T, N, Major::k, kB>::multiply(acc, a[k / 16].r, right, accumulate || k > 0);
+        gk::Wgmma<T, N, kA, kB>::multiply(acc, a(k), operand<T, N, kB>(b, k), accumulate || k > 0);
     }
     gk::wgmma_commit();
     gk::wgmma_wait<0>();
@@ -96,7 +74,7 @@ enum Form { kAccumulate = 1, kTransposedA = 2, kTransposedB = 4, kFromRegisters 
 // b (64, N) out: A B, added to c (64, N) where p.n says kAccumulate. a, elements of T: A (64, 128)
 // or with kTransposedA (128, 64), then B, (N, 128) or with kTransposedB (128, N). 128 threads.
 template <class T, int N>
-__global__ void wgmma_product(const Case p) {
+__global__ void wgmma_product(const __grid_constant__ Case p) {
     T* a = reinterpret_cast<T*>(gk::shared_memory());
     T* b = a + 64 * kDepth;
     const T* source = reinterpret_cast<const T*>(p.a);
@@ -128,16 +106,19 @@ __global__ void wgmma_product(const Case p) {
             gk::ldmatrix_x4(left[k / 16].r, tile.at(row, k + gk::lane_index() / 16 * 8));
         }
     }
+    const auto k_major = [&](int k) { return operand<T, 64, Major::k>(a, k); };
+    const auto mn_major = [&](int k) { return operand<T, 64, Major::mn>(a, k); };
+    const auto registers = [&](int k) -> const auto& { return left[k / 16].r; };
     switch (p.n & ~kAccumulate) {
-        case 0: multiply_shared<T, N, Major::k, Major::k>(acc, a, b, accumulate); break;
-        case kTransposedA: multiply_shared<T, N, Major::mn, Major::k>(acc, a, b, accumulate); break;
-        case kTransposedB: multiply_shared<T, N, Major::k, Major::mn>(acc, a, b, accumulate); break;
+        case 0: multiply<T, N, Major::k, Major::k>(acc, k_major, b, accumulate); break;
+        case kTransposedA: multiply<T, N, Major::mn, Major::k>(acc, mn_major, b, accumulate); break;
+        case kTransposedB: multiply<T, N, Major::k, Major::mn>(acc, k_major, b, accumulate); break;
         case kTransposedA | kTransposedB:
-            multiply_shared<T, N, Major::mn, Major::mn>(acc, a, b, accumulate);
+            multiply<T, N, Major::mn, Major::mn>(acc, mn_major, b, accumulate);
             break;
-        case kFromRegisters: multiply_registers<T, N, Major::k>(acc, left, b, accumulate); break;
+        case kFromRegisters: multiply<T, N, Major::k, Major::k>(acc, registers, b, accumulate); break;
         case kFromRegisters | kTransposedB:
-            multiply_registers<T, N, Major::mn>(acc, left, b, accumulate);
+            multiply<T, N, Major::k, Major::mn>(acc, registers, b, accumulate);
             break;
     }
     write_out<N>(p.b, acc);
@@ -158,11 +139,22 @@ __device__ void fill_both(const Case& p) {
     fill(tile_b(), reinterpret_cast<const Bf16*>(p.a) + 64 * 64);  // fill B
 }
 
+__device__ void share_both(const Case& p) {
+    fill_both(p);
+    publish();
+}
+
 __device__ void issue(float (&acc)[8][4], int first, int end) {
 #pragma unroll
     for (int k = first; k < end; k += 16) {
         Product::multiply(acc, tile_a().k_major(0, k), tile_b().k_major(0, k), k > 0);  // issue
     }
+}
+
+// A part of the product, the whole by default, as one group.
+__device__ void issue_group(float (&acc)[8][4], int first = 0, int end = 64) {
+    issue(acc, first, end);  // group
+    gk::wgmma_commit();
 }
 
 __device__ void finish(float (&acc)[8][4], float* to) {
@@ -171,13 +163,11 @@ __device__ void finish(float (&acc)[8][4], float* to) {
     write_out<64>(to, acc);  // finish
 }
 
-__global__ void product_without_wait(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_without_wait) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);
-    gk::wgmma_commit();
+    issue_group(acc);
     if (!p.broken) gk::wgmma_wait<0>();
     gk::wgmma_fence_registers(acc);
     write_out<64>(p.b, acc);  // product_without_wait
@@ -185,9 +175,8 @@ __global__ void product_without_wait(const Case p) {
 }
 
 // What no commit has closed is not waited for.
-__global__ void product_without_commit(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_without_commit) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
     issue(acc, 0, 64);
@@ -195,15 +184,12 @@ __global__ void product_without_commit(const Case p) {
     finish(acc, p.b);  // product_without_commit
 }
 
-__global__ void product_wait_short_by_one(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_wait_short_by_one) {
+    share_both(p);
     float acc[8][4], other[8][4];
     gk::wgmma_fence();
-    issue(other, 0, 16);
-    gk::wgmma_commit();
-    issue(acc, 0, 64);
-    gk::wgmma_commit();
+    issue_group(other, 0, 16);
+    issue_group(acc);
     gk::wgmma_wait<1>();
     gk::wgmma_fence_registers(other);
     if (!p.broken) gk::wgmma_wait<0>();
@@ -213,15 +199,12 @@ __global__ void product_wait_short_by_one(const Case p) {
 }
 
 // Two groups on the same accumulators, of which one is waited for.
-__global__ void product_half_waited_for(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_half_waited_for) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 32);
-    gk::wgmma_commit();
-    issue(acc, 32, 64);
-    gk::wgmma_commit();
+    issue_group(acc, 0, 32);
+    issue_group(acc, 32, 64);
     gk::wgmma_wait<1>();
     if (!p.broken) gk::wgmma_wait<0>();
     gk::wgmma_fence_registers(acc);
@@ -229,55 +212,46 @@ __global__ void product_half_waited_for(const Case p) {
     gk::wgmma_wait<0>();
 }
 
-__global__ void product_without_fence(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_without_fence) {
+    share_both(p);
     float acc[8][4];
     if (!p.broken) gk::wgmma_fence();
-    issue(acc, 0, 64);  // product_without_fence
-    gk::wgmma_commit();
+    issue_group(acc);  // product_without_fence
     finish(acc, p.b);
 }
 
 // A sum begins again before the one before it has been waited for.
-__global__ void product_started_anew(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_started_anew) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
     issue(acc, 0, 48);
-    issue(acc, 0, 64);
-    gk::wgmma_commit();
+    issue_group(acc);
     finish(acc, p.b);
 }
 
 // Twice half of the product's first half, then its second.
-__global__ void product_rescaled(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_rescaled) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 32);
-    gk::wgmma_commit();
+    issue_group(acc, 0, 32);
     gk::wgmma_wait<0>();
     gk::wgmma_fence_registers(acc);
     for (int tile = 0; tile < 8; ++tile) {
         for (int i = 0; i < 4; ++i) acc[tile][i] *= 2.0f;
     }
     if (!p.broken) gk::wgmma_fence();
-    issue(acc, 32, 64);  // product_rescaled
-    gk::wgmma_commit();
+    issue_group(acc, 32, 64);  // product_rescaled
     finish(acc, p.b);
 }
 
 // The accumulators rounded are A of a second product: (A B) B.
-__global__ void product_rounded(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_rounded) {
+    share_both(p);
     float acc[8][4], sums[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);
-    gk::wgmma_commit();
+    issue_group(acc);
     gk::wgmma_wait<0>();
     gk::wgmma_fence_registers(acc);
     if (p.broken) gk::wgmma_fence();
@@ -294,17 +268,16 @@ __global__ void product_rounded(const Case p) {
 }
 
 // n: 1 for A, else B
-__global__ void product_operand_overwritten(const Case p) {
-    fill_both(p);
-    publish();
+__device__ Bf16* element_of(const Case& p) { return (p.n ? tile_a() : tile_b()).at(5, 20); }
+
+GK_CASE(product_operand_overwritten) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);  // reads what is overwritten
-    gk::wgmma_commit();
+    issue_group(acc);  // reads what is overwritten
     if (!p.broken) gk::wgmma_wait<0>();
     __syncthreads();
-    Bf16* at = p.n ? tile_a().at(5, 20) : tile_b().at(5, 20);
-    if (threadIdx.x == 0) *at = __float2bfloat16(100.0f);  // overwritten
+    if (threadIdx.x == 0) *element_of(p) = __float2bfloat16(100.0f);  // overwritten
     finish(acc, p.b);
 }
 
@@ -313,39 +286,33 @@ __attribute__((noinline, no_sanitize("thread"))) __device__ void change(Bf16* at
     *at = __float2bfloat16(100.0f);
 }
 
-// n: 1 for A, else B
-__global__ void product_operand_changed(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_operand_changed) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);
-    gk::wgmma_commit();
+    issue_group(acc);
     if (!p.broken) gk::wgmma_wait<0>();
     __syncthreads();
-    change(p.n ? tile_a().at(5, 20) : tile_b().at(5, 20));
+    change(element_of(p));
     finish(acc, p.b);  // product_operand_changed
 }
 
 // As a store to an accumulator that the emulator does not see.
 __attribute__((noinline, no_sanitize("thread"))) __device__ void change(float* at) { *at = 100.0f; }
 
-__global__ void product_accumulator_changed(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_accumulator_changed) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);
-    gk::wgmma_commit();
+    issue_group(acc);
     if (!p.broken) gk::wgmma_wait<0>();
     change(&acc[1][2]);
     finish(acc, p.b);  // product_accumulator_changed
 }
 
 // Not all threads come to the wait.
-__global__ void product_not_waited_for_by_all(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_not_waited_for_by_all) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
     issue(acc, 0, 16);
@@ -355,75 +322,60 @@ __global__ void product_not_waited_for_by_all(const Case p) {
     finish(acc, p.b);  // product_not_waited_for_by_all
 }
 
-// 256 threads: the second warpgroup overwrites B when the first, at a barrier, has given it back.
-__global__ void product_given_back_early(const Case p) {
-    if (threadIdx.x < 128) fill_both(p);
-    publish();
-    if (threadIdx.x >= 128) {
-        gk::named_barrier_sync(1, 256);
-        tile_b().data[threadIdx.x] = __float2bfloat16(100.0f);  // product_given_back_early
-        return;
-    }
-    float acc[8][4];
-    gk::wgmma_fence();
-    issue(acc, 0, 64);  // reads what is given back
-    gk::wgmma_commit();
-    if (p.broken) gk::named_barrier_arrive(1, 256);
-    gk::wgmma_wait<0>();
-    if (!p.broken) gk::named_barrier_arrive(1, 256);
-    finish(acc, p.b);
-}
-
-// 384 threads: the same by two warpgroups, of which the second gives B back too early.
-__global__ void product_given_back_by_one(const Case p) {
-    const unsigned warpgroup = threadIdx.x / 128;
+// The last warpgroup overwrites B when the others, which multiply, have given it back at a barrier.
+// Broken: the last of these does so too early.
+__global__ void product_given_back(const __grid_constant__ Case p) {
+    const unsigned warpgroup = threadIdx.x / 128, last = blockDim.x / 128 - 1;
     if (warpgroup == 0) fill_both(p);
     publish();
-    if (warpgroup == 2) {
-        gk::named_barrier_sync(1, 384);
-        tile_b().data[threadIdx.x] = __float2bfloat16(100.0f);  // product_given_back_by_one
+    if (warpgroup == last) {
+        gk::named_barrier_sync(1, blockDim.x);
+        tile_b().data[threadIdx.x] = __float2bfloat16(100.0f);  // product_given_back
         return;
     }
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);  // reads what one gives back
-    gk::wgmma_commit();
-    const bool early = p.broken && warpgroup == 1;
-    if (early) gk::named_barrier_arrive(1, 384);
+    issue_group(acc);  // reads what is given back
+    const bool early = p.broken && warpgroup == last - 1;
+    if (early) gk::named_barrier_arrive(1, blockDim.x);
     gk::wgmma_wait<0>();
     gk::wgmma_fence_registers(acc);
-    if (!early) gk::named_barrier_arrive(1, 384);
+    if (!early) gk::named_barrier_arrive(1, blockDim.x);
     if (warpgroup == 0) write_out<64>(p.b, acc);
 }
 
-__global__ void product_without_proxy_fence(const Case p) {
+// 256 threads, and 384: alone, and beside a warpgroup that makes no mistake.
+const NamedCase given_back_cases[] = {
+    {"product_given_back_early", product_given_back},
+    {"product_given_back_by_one", product_given_back},
+};
+
+GK_CASE(product_without_proxy_fence) {
     fill_both(p);  // without proxy fence
     if (!p.broken) gk::fence_proxy_async();
     __syncthreads();
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);  // product_without_proxy_fence
-    gk::wgmma_commit();
+    issue_group(acc);  // product_without_proxy_fence
     finish(acc, p.b);
 }
 
-__global__ void product_without_barrier(const Case p) {
+GK_CASE(product_without_barrier) {
     fill_both(p);  // without barrier of stores
     gk::fence_proxy_async();
     if (!p.broken) __syncthreads();
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);  // product_without_barrier
-    gk::wgmma_commit();
+    issue_group(acc);  // product_without_barrier
     finish(acc, p.b);
 }
 
 // Each warp multiplies rows of A that it wrote itself: no barrier of the warpgroup is needed.
-__global__ void product_of_own_rows(const Case p) {
+GK_CASE(product_of_own_rows) {
     fill(tile_b(), reinterpret_cast<const Bf16*>(p.a) + 64 * 64);
     publish();
-    const int warp = int(threadIdx.x) / 32, lane = gk::lane_index();
-    for (int i = lane; i < 16 * 8; i += 32) {
+    const int warp = int(threadIdx.x) / 32;
+    for (int i = gk::lane_index(); i < 16 * 8; i += 32) {
         const int row = 16 * (p.broken ? 3 - warp : warp) + i / 8, col = i % 8 * 8;
         gk::st128_shared(tile_a().at(row, col),
                          gk::ld128(reinterpret_cast<const Bf16*>(p.a) + row * 64 + col));
@@ -432,13 +384,12 @@ __global__ void product_of_own_rows(const Case p) {
     __syncwarp();
     float acc[8][4];
     gk::wgmma_fence();
-    issue(acc, 0, 64);  // product_of_own_rows
-    gk::wgmma_commit();
+    issue_group(acc);  // product_of_own_rows
     finish(acc, p.b);
 }
 
 // The same with A transposed, (depth, rows): a warp writes its 16 columns.
-__global__ void product_of_own_columns(const Case p) {
+GK_CASE(product_of_own_columns) {
     fill(tile_b(), reinterpret_cast<const Bf16*>(p.a) + 64 * 64);
     publish();
     const int warp = int(threadIdx.x) / 32;
@@ -460,9 +411,8 @@ __global__ void product_of_own_columns(const Case p) {
     finish(acc, p.b);
 }
 
-__global__ void product_diverges(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_diverges) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
     if (p.broken && threadIdx.x < 64) {
@@ -476,9 +426,8 @@ __global__ void product_diverges(const Case p) {
 
 // Warps of one warpgroup name different columns of B, or with n = 1 of A, or start otherwise (n =
 // 2).
-__global__ void product_of_two_minds(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_of_two_minds) {
+    share_both(p);
     float acc[8][4];
     gk::wgmma_fence();
 #pragma unroll
@@ -494,23 +443,20 @@ __global__ void product_of_two_minds(const Case p) {
 
 #ifdef GK_EMULATE
 // Warps go on with different accumulators: on a GPU these are registers, which no address chooses.
-__global__ void product_of_two_sums(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_of_two_sums) {
+    share_both(p);
     float acc[8][4], spare[8][4];
     gk::wgmma_fence();
     issue(acc, 0, 32);
     auto& sums = p.broken && threadIdx.x >= 96 ? spare : acc;
-    issue(sums, 32, 64);  // product_of_two_sums
-    gk::wgmma_commit();
+    issue_group(sums, 32, 64);  // product_of_two_sums
     finish(acc, p.b);
 }
 #endif
 
 // A product of another shape on accumulators in flight.
-__global__ void product_of_two_shapes(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_of_two_shapes) {
+    share_both(p);
     float acc[8][4];
     auto& half = reinterpret_cast<float(&)[4][4]>(acc);
     gk::wgmma_fence();
@@ -526,16 +472,15 @@ __global__ void product_of_two_shapes(const Case p) {
 }
 
 // 96 threads
-__global__ void product_of_three_warps(const Case p) {
+GK_CASE(product_of_three_warps) {
     float acc[8][4];
     if (p.broken) gk::wgmma_fence();  // product_of_three_warps
     if (p.broken) issue(acc, 0, 64);
 }
 
 // c int32 (2,): what is added to B's descriptor, low and high bits; n: whether B is MN-major.
-__global__ void product_of_descriptor(const Case p) {
-    fill_both(p);
-    publish();
+GK_CASE(product_of_descriptor) {
+    share_both(p);
     const auto* change = static_cast<const unsigned*>(p.c);
     const uint64_t bits = uint64_t(change[1]) << 32 | change[0];
     float acc[8][4];
@@ -557,7 +502,7 @@ __global__ void product_of_descriptor(const Case p) {
 // a (64, 64) bf16 in; c (2, 64, 64) bf16 out: each warp takes its 16 rows as accumulators'
 // fragments and stores them by stmatrix, straight and, a 16 x 16 block at a time, transposed. 128
 // threads.
-__global__ void stmatrix(const Case p) {
+GK_CASE(stmatrix) {
     const auto* source = reinterpret_cast<const Bf16*>(p.a);
     const Tile tile{tile_a()}, turned{tile_b()};
     const int warp = int(threadIdx.x) / 32, lane = gk::lane_index();
@@ -579,13 +524,11 @@ __global__ void stmatrix(const Case p) {
     }
 }
 
-}  // namespace
-
-#define GK_PRODUCTS(N)                                   \
-    {"wgmma_bf16_" #N, wgmma_product<Bf16, N>},          \
+#define GK_PRODUCTS(N)                          \
+    {"wgmma_bf16_" #N, wgmma_product<Bf16, N>}, \
     {"wgmma_f16_" #N, wgmma_product<__half, N>}
 
-const NamedCase kWgmmaCases[] = {
+const NamedCase product_cases[] = {
     GK_PRODUCTS(16),
     GK_PRODUCTS(32),
     GK_PRODUCTS(48),
@@ -602,32 +545,6 @@ const NamedCase kWgmmaCases[] = {
     GK_PRODUCTS(224),
     GK_PRODUCTS(240),
     GK_PRODUCTS(256),
-    {"product_without_wait", product_without_wait},
-    {"product_without_commit", product_without_commit},
-    {"product_wait_short_by_one", product_wait_short_by_one},
-    {"product_half_waited_for", product_half_waited_for},
-    {"product_without_fence", product_without_fence},
-    {"product_started_anew", product_started_anew},
-    {"product_rescaled", product_rescaled},
-    {"product_rounded", product_rounded},
-    {"product_operand_overwritten", product_operand_overwritten},
-    {"product_operand_changed", product_operand_changed},
-    {"product_accumulator_changed", product_accumulator_changed},
-    {"product_not_waited_for_by_all", product_not_waited_for_by_all},
-    {"product_given_back_early", product_given_back_early},
-    {"product_given_back_by_one", product_given_back_by_one},
-    {"product_without_proxy_fence", product_without_proxy_fence},
-    {"product_without_barrier", product_without_barrier},
-    {"product_of_own_rows", product_of_own_rows},
-    {"product_of_own_columns", product_of_own_columns},
-    {"product_diverges", product_diverges},
-    {"product_of_two_minds", product_of_two_minds},
-#ifdef GK_EMULATE
-    {"product_of_two_sums", product_of_two_sums},
-#endif
-    {"product_of_two_shapes", product_of_two_shapes},
-    {"product_of_three_warps", product_of_three_warps},
-    {"product_of_descriptor", product_of_descriptor},
-    {"stmatrix", stmatrix},
-    {nullptr, nullptr},
 };
+
+}  // namespace
