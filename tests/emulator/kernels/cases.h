@@ -15,7 +15,8 @@ struct Case {
     int broken;
 };
 
-// A kernel and its name, in the list of all.
+// A kernel and its name, in the list of all. One with template parameters, or with two names, is
+// named by hand, others by GK_CASE.
 struct NamedCase {
     NamedCase(const char* name, void (*kernel)(const Case))
         : name(name), kernel(kernel), next(first) {
@@ -30,9 +31,9 @@ struct NamedCase {
 };
 
 // Begins a kernel with the parameter p, which is found by its name.
-#define GK_CASE(name)                                  \
+#define GK_CASE(name)                                     \
     __global__ void name(const __grid_constant__ Case p); \
-    const NamedCase name##_case(#name, name);          \
+    const NamedCase name##_case(#name, name);             \
     __global__ void name(const __grid_constant__ Case p)
 
 // Shared memory as most kernels use it.

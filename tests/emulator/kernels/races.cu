@@ -169,6 +169,7 @@ __global__ void readers(const __grid_constant__ Case p) {
     p.b[threadIdx.x] = value;
 }
 
+// Of four warps, and of ten.
 const NamedCase reader_cases[] = {
     {"three_readers", readers},
     {"ten_readers", readers},
