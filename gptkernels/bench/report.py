@@ -75,12 +75,16 @@ def write_json(path: Path | str, content: Any) -> None:
 
 
 def recorded(
-    rows: Iterable[Row], path: Path | str, command: Sequence[str] | None = None
+    rows: Iterable[Row], path: Path | str | None, command: Sequence[str] | None = None
 ) -> Iterator[Row]:
-    """Passes rows through and writes all so far, with the environment, to `path` after each one.
+    """Passes rows through and writes all so far, with the environment, to `path` after each one;
+    without a path it only passes them through.
 
     A run that is cut short thus leaves a complete file of the rows it had; its "finished" is false.
     """
+    if path is None:
+        yield from rows
+        return
     content: dict[str, Any] = {"environment": environment(command), "finished": False, "rows": []}
     write_json(path, content)
     for row in rows:

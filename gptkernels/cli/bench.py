@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from gptkernels.cli import options
-from gptkernels.cli.console import kept, plain_console, print_text
+from gptkernels.cli.console import plain_console, print_text
 
 
 @click.command("bench")
@@ -46,7 +46,7 @@ def command(
     ]
     console = plain_console()
     rows = []
-    for row in kept(itertools.chain(*timed), path):
+    for row in report.recorded(itertools.chain(*timed), path):
         rows.append(row)
         cells = ", ".join(
             value if name == "time" else f"{name} {value}"

@@ -1,10 +1,6 @@
-"""How commands print, and how they keep what they print."""
+"""How commands print."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,12 +25,3 @@ def plain_console() -> Console:
 def print_text(console: Console, text: str, style: str | None = None) -> None:
     """Print `text` as it is: brackets in it are no markup."""
     console.print(escape(text), style=style)
-
-
-def kept(rows: Iterable[dict[str, Any]], path: Path | None) -> Iterable[dict[str, Any]]:
-    """The rows, written to `path` as they come when one is given."""
-    if path is None:
-        return rows
-    from gptkernels.bench.report import recorded
-
-    return recorded(rows, path)

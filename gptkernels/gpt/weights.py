@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gptkernels.core.checks import check_same_dtype, check_tensor
 from gptkernels.core.files import replacing
+from gptkernels.core.optional import optional
 from gptkernels.gpt import layouts
 from gptkernels.gpt.config import GPTConfig
 
@@ -266,12 +267,8 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 def safetensors_package() -> Any:
     """The package safetensors. Raises ImportError, in one sentence, when it is missing."""
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "reading and writing weights needs the package 'safetensors': "
-            "pip install 'gptkernels[gpt]'"
-        ) from error
-    return safetensors
+    missing = (
+        "reading and writing weights needs the package 'safetensors': pip install 'gptkernels[gpt]'"
+    )
+    optional("safetensors.torch", missing)
+    return optional("safetensors", missing)

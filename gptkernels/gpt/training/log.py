@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptkernels.core.files import replacing
+from gptkernels.core.optional import optional
 
 
 class Log:
@@ -19,7 +20,12 @@ class Log:
     def __init__(self, out: Path, tensorboard: bool) -> None:
         self.out = out
         self.records: list[dict[str, Any]] = []
-        self._writer_type = _summary_writer() if tensorboard else None
+        self._writer_type: Any = None
+        if tensorboard:
+            missing = (
+                "logging to TensorBoard needs the package 'tensorboard': pip install tensorboard"
+            )
+            self._writer_type = optional("torch.utils.tensorboard", missing).SummaryWriter
         self._writer: Any = None
 
     def take_up(self, step: int) -> None:
@@ -66,13 +72,3 @@ class Log:
         """Close what is open."""
         if self._writer is not None:
             self._writer.close()
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError(
-            "logging to TensorBoard needs the package 'tensorboard': pip install tensorboard"
-        ) from None
-    return SummaryWriter
