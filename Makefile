@@ -98,6 +98,7 @@ gpu-tune: ## likewise: every way to build the CUDA C++ kernels, checked and time
 	$(in_place) -m benchmarks.tune --results "$(RESULTS)" --since $$since $(ARGS)
 
 clean: ## remove what the targets made
+	rm -f gptkernels/_cuda*
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -58,7 +58,7 @@ class Exemption:
 
 @dataclass(frozen=True)
 class Requirement:
-    """An instruction that every kernel with a matching name must have. "A|B" means A or B."""
+    """An instruction that every kernel with a matching name must have."""
 
     kernels: str  # a regular expression that matches the beginning of the name
     instruction: str
@@ -240,9 +240,8 @@ def _without_instructions(
         if complete and not matching:
             yield f"no kernel is named like {requirement.kernels!r}, which a requirement is for"
         for key, resources in matching.items():
-            allowed = requirement.instruction.split("|")
-            if not set(allowed) & set(resources.instructions.split()):
-                yield f"{_label(key)}: has no {' or '.join(allowed)} ({resources})"
+            if requirement.instruction not in resources.instructions.split():
+                yield f"{_label(key)}: has no {requirement.instruction} ({resources})"
 
 
 def _rows(rows: Mapping[Key, Resources]) -> str:

@@ -131,10 +131,10 @@ class Machine:
         failed = self.library.run(name.encode(), ctypes.byref(given), error, len(error))
         if self.device == "cpu":
             self.library.forget()
+        if failed:  # after which a GPU may refuse every copy
+            raise RuntimeError(error.value.decode())
         for key, tensor in there.items():
             here[key].copy_(tensor)
-        if failed:
-            raise RuntimeError(error.value.decode())
 
     def declare(self, name: str, tensor: Tensor, role: str) -> None:
         for word, written in (("in", 1), ("out", 0)):

@@ -31,15 +31,15 @@ def check_impl(impl: str, *, auto: bool = True) -> str:
     return impl
 
 
-def choose(impl: str, tensor: Tensor) -> str:
-    """Returns the implementation that runs on `tensor`.
+def choose(impl: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """Returns the implementation that runs on `tensor`, or on `tensor` converted to `dtype`.
 
     Raises ValueError for an unknown name, and RuntimeError where an explicit implementation cannot
     run on this machine or tensor.
     """
     if check_impl(impl) == "auto":
         return "torch"
-    reason = unavailable(impl, tensor.device.type, tensor.dtype)
+    reason = unavailable(impl, tensor.device.type, dtype or tensor.dtype)
     if reason is None:
         return impl
     raise RuntimeError(f"impl={impl!r}: {reason}")
@@ -48,9 +48,7 @@ def choose(impl: str, tensor: Tensor) -> str:
 def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Returns why an implementation cannot run on tensors of this device type and dtype; None where
     it can."""
-    match impl:
-        case "torch":
-            return None
+    match check_impl(impl, auto=False):
         case "triton":
             if not _TRITON_INSTALLED:
                 return "Triton is not installed (pip install triton; Linux only)"
@@ -61,7 +59,6 @@ def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
                     f"it runs on CUDA tensors (this one is on {device_type}), "
                     "or anywhere under TRITON_INTERPRET=1"
                 )
-            return None
         case "cuda":
             return native.unavailable(device_type)
-    raise ValueError(f"impl must be 'cuda', 'triton' or 'torch', got {impl!r}")
+    return None

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False, alone: bool = False) -> Iterator[Path]:
     """A name beside `path` to write a file under. At the end of the context that file replaces
     `path`; where the context raises, `path` stays as it was.
 
     A rename within one folder is atomic (POSIX rename(2), os.replace on Windows). A `durable` file
-    survives a power cut.
+    survives a power cut. Of a file that one process writes `alone`, the name beside it is always
+    the same, so that the next attempt overwrites what a killed process left behind.
     """
-    # One fixed name: the next attempt overwrites what a killed process left behind.
-    temporary = path.with_name(f".{path.name}.tmp")
+    writer = "" if alone else f".{os.getpid()}.{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
         yield temporary
         if durable:
             _sync(temporary)
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink()
+        raise
     if durable and os.name == "posix":  # elsewhere no folder can be opened
         _sync(path.parent)
 

@@ -36,6 +36,9 @@ _ONE_AT_A_TIME = threading.RLock()
 # The address of every tensor in a dry run: aligned as PyTorch's allocations are, and never read.
 _SOMEWHERE = 1 << 20
 
+# Functions of the module whose fields have been compared with those of a call.
+_AGREED: set[str] = set()
+
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -189,13 +192,13 @@ def call(
     module returns.
 
     Arguments are passed by position, in the order of the module's `fields`. Raises TypeError with
-    the first name that differs from them, and RuntimeError with the kernel, the shape and the cause
+    the first name that differs from them (they are compared at the first call of each
+    function), and RuntimeError with the kernel, the shape and the cause
     where a launch fails.
     """
     target, needed = module(), workspaces or {}
-    names = (*inputs, *outputs, *needed, *scalars)
-    if names != target.fields[function]:
-        raise TypeError(_difference(function, names, target.fields[function]))
+    if function not in _AGREED:
+        _compare(function, (*inputs, *outputs, *needed, *scalars), target.fields[function])
     where = 0, 0
     if not EMULATED and _DRY.module is None:
         device = like.get_device()
@@ -223,12 +226,16 @@ def allocate(
     }
 
 
-def _difference(function: str, given: Sequence[str], fields: Sequence[str]) -> str:
+def _compare(function: str, given: Sequence[str], fields: Sequence[str]) -> None:
+    """Compares the names of a call with the module's, once for each function."""
+    if given == fields:
+        _AGREED.add(function)
+        return
     pairs = enumerate(itertools.zip_longest(given, fields, fillvalue="nothing more"))
     place, (name, field) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-    return (
-        f"field {place} of the compiled module's {function} must be {field}, got {name}: is the "
-        "module older than gptkernels?"
+    raise TypeError(
+        f"field {place} of the compiled module's {function} must be {field}, got {name}: the call "
+        "has another order, or the module is older than gptkernels"
     )
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _DEPTH = 32  # 16-bit numbers in a row of an AMX tile
+_AMX = torch.cpu._is_amx_tile_supported()  # asked once: torch.compile cannot trace it
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -32,6 +33,5 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _missing(a: Tensor) -> int:
     """Returns how many columns of zeros a (M, K) needs."""
-    if a.device.type != "cpu" or a.dtype == torch.float32 or not torch.cpu._is_amx_tile_supported():
-        return 0
-    return -a.shape[1] % _DEPTH
+    affected = _AMX and a.device.type == "cpu" and a.dtype != torch.float32
+    return -a.shape[1] % _DEPTH if affected else 0

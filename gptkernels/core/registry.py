@@ -28,7 +28,8 @@ import torch
 from gptkernels.core.autocast import without_autocast
 from gptkernels.core.choice import check_impl
 
-_LIBRARY = torch.library.Library("gptkernels", "FRAGMENT")
+# An op is registered for as long as its library lives.
+_LIBRARIES: dict[str, torch.library.Library] = {}
 
 
 def register(home: str) -> Callable[[Callable[..., Any]], Any]:
@@ -42,21 +43,24 @@ def register(home: str) -> Callable[[Callable[..., Any]], Any]:
         name = fake.__name__
         signature = inspect.signature(fake, eval_str=True)
         parameters = tuple(signature.parameters.values())
+        pack = _packer(parameters)
 
         def run(*arguments: Any) -> Any:
-            *given, impl = _pack(parameters, arguments)
+            *given, impl = pack(arguments)
             function = getattr(_implementation(home, impl), name)
             with torch.no_grad(), without_autocast(given[0]):
                 return function(*given)
 
         def describe(*arguments: Any) -> Any:
-            return fake(*_pack(parameters, arguments))
+            return fake(*pack(arguments))
 
         flat = signature.replace(parameters=tuple(_flat(parameters)))
         describe.__signature__ = flat  # type: ignore[attr-defined]
-        _LIBRARY.define(torch.library.infer_schema(describe, op_name=name, mutates_args=()))
-        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"gptkernels::{name}", describe, lib=_LIBRARY)
+        _LIBRARIES.pop(name, None)  # a module that is loaded again defines its op again
+        library = _LIBRARIES[name] = torch.library.Library("gptkernels", "FRAGMENT")
+        library.define(torch.library.infer_schema(describe, op_name=name, mutates_args=()))
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gptkernels::{name}", describe, lib=library)
         return getattr(torch.ops.gptkernels, name).default
 
     return define
@@ -84,9 +88,13 @@ def _flat(parameters: Sequence[inspect.Parameter]) -> Iterator[inspect.Parameter
             yield parameter.replace(name=name, annotation=annotation)
 
 
-def _pack(parameters: Sequence[inspect.Parameter], arguments: Sequence[Any]) -> Iterator[Any]:
-    """Yields the arguments, with a record in place of its fields."""
-    rest = iter(arguments)
-    for parameter in parameters:
+def _packer(
+    parameters: Sequence[inspect.Parameter],
+) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Returns a function that puts a record in the place of its fields in an op's arguments."""
+    for place, parameter in enumerate(parameters):
         record = _record(parameter)
-        yield next(rest) if record is None else record(*(next(rest) for _ in record._fields))
+        if record is not None:
+            end = place + len(record._fields)
+            return lambda given: (*given[:place], record(*given[place:end]), *given[end:])
+    return lambda given: given

@@ -25,6 +25,21 @@ from gptkernels.ops.gelu_mlp.op import gelu_mlp
 Activation = Callable[[Tensor], Tensor]
 
 
+class _SelfAttention(nn.Module):
+    """The parameters of nn.MultiheadAttention, under its names."""
+
+    def __init__(self, d_model: int, bias: bool, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first  # nn.TransformerEncoder reads it
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model)) if bias else None
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        # The initial values are those of nn.MultiheadAttention.
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if bias:
+            nn.init.zeros_(self.out_proj.bias)
+
+
 class TransformerLayer(FusedModule):
     """A drop-in nn.TransformerEncoderLayer: the same constructor, state_dict and results.
 
@@ -64,8 +79,7 @@ class TransformerLayer(FusedModule):
         self.nhead, self.dropout = nhead, dropout
         self.batch_first, self.norm_first = batch_first, norm_first
         self.activation, self._gelu = _activation(activation)
-        # It holds parameters; forward never calls it, so its hooks do not run.
-        self.self_attn = nn.MultiheadAttention(d_model, nhead, bias=bias, batch_first=batch_first)
+        self.self_attn = _SelfAttention(d_model, bias, batch_first)
         self.linear1 = nn.Linear(d_model, dim_feedforward, bias=bias)
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias=bias)
         self.norm1 = LayerNorm(d_model, layer_norm_eps, bias)

@@ -381,15 +381,10 @@ class TestKernels:
         code = """
 from gptkernels import _cuda
 assert not _cuda.emulated
-pointers = dict.fromkeys("x residual weight bias rng y sum mean rstd".split(), 0)
-dtypes = dict.fromkeys("x_dtype residual_dtype weight_dtype sum_dtype".split(), 0)
-strides = dict(x_stride=64, residual_stride=64)
-dropout = dict(dropout_threshold=0, dropout_scale=1.0)
+values = dict(rows=3, cols=64, eps=1e-5, build=-1, x_stride=64, residual_stride=64)
+fields = _cuda.fields["layer_norm_fwd"]
 try:
-    _cuda.layer_norm_fwd(
-        0, 0, rows=3, cols=64, eps=1e-5, build=-1,
-        **pointers, **dtypes, **strides, **dropout,
-    )
+    _cuda.layer_norm_fwd(0, 0, *(values.get(field, 0) for field in fields))
 except RuntimeError as error:
     print(error)
 """

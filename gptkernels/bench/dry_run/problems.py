@@ -56,6 +56,8 @@ def attention(
         AttentionOptions(D**-0.5, softcap=softcap, dropout_p=dropout_p, key_lengths=lengths),
         q, causal=causal, window=window, alibi_slopes=slopes,
     )  # fmt: skip
+    if dropout_p > 0:
+        record = record._replace(rng=_empty(2, dtype=torch.int64))
     if varlen:
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
         ends = _empty(B + 1, dtype=torch.int32)

@@ -60,7 +60,7 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"content: a checkpoint needs {', '.join(missing)} too")
     try:
-        with replacing(path, durable=True) as temporary, temporary.open("wb") as stream:
+        with replacing(path, durable=True, alone=True) as temporary, temporary.open("wb") as stream:
             torch.save({"format": FORMAT, "version": VERSION, **content}, stream)
     except (OSError, RuntimeError) as error:
         # When a write fails, torch.save may raise a RuntimeError of its own on top.

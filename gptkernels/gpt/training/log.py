@@ -43,7 +43,7 @@ class Log:
             if record["step"] <= step:
                 self.records.append(record)
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        with replacing(path) as shorter:
+        with replacing(path, alone=True) as shorter:
             shorter.write_text(lines, encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:

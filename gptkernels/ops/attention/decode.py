@@ -101,16 +101,16 @@ def attention_decode(
         NotImplementedError: alibi_slopes requires a gradient.
     """
     _check(q, k_cache, v_cache, cache_lengths, block_table)
-    if num_splits is not None:
-        check_count("num_splits", num_splits)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
-        raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
-    impl = choose(impl, q)
     options = AttentionOptions(
         softmax_scale=scale(softmax_scale, q), softcap=softcap, key_lengths=cache_lengths
     )
     options = complete(options, q, causal=True, window=window, alibi_slopes=alibi_slopes)
+    if num_splits is not None:
+        check_count("num_splits", num_splits)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
+        raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
     dtype = autocast_dtype(q)
+    impl = choose(impl, q, dtype)
     tensors = (q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), block_table)
     splits = min(num_splits or 0, NUM_SPLITS_LIMIT)
     out, lse = attention_decode_fwd(*tensors, splits, *options, impl)

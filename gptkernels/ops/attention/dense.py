@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gptkernels.core import philox
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.checks import check_same_device, check_shape, check_tensor, dtype_name
 from gptkernels.core.choice import choose
@@ -178,9 +179,6 @@ def attention(
     further, but never from keys past a length.
     """
     _check(q, k, v, key_lengths, attn_mask)
-    if attn_mask is not None and impl in ("triton", "cuda"):
-        raise NotImplementedError(f"attn_mask runs with impl='torch' or 'auto' only, got {impl!r}")
-    impl = "torch" if impl == "auto" and attn_mask is not None else choose(impl, q)
     options = AttentionOptions(
         softmax_scale=scale(softmax_scale, q),
         softcap=softcap,
@@ -189,6 +187,12 @@ def attention(
         attn_mask=attn_mask,
     )
     options = complete(options, q, causal=causal, window=window, alibi_slopes=alibi_slopes)
+    if attn_mask is not None:
+        if impl in ("triton", "cuda"):
+            raise NotImplementedError(
+                f"attn_mask runs with impl='torch' or 'auto' only, got {impl!r}"
+            )
+        impl = "torch" if impl == "auto" else impl
     out, lse = attend(q, k, v, options, deterministic, return_lse, impl)
     return (out, lse) if return_lse else out
 
@@ -203,8 +207,11 @@ def attend(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns the differentiable (out, lse) of a batch or of packed sequences, in autocast's
-    dtype."""
+    dtype. Chooses the implementation, and draws dropout's seed."""
     dtype = autocast_dtype(q)
+    impl = choose(impl, q, dtype)
+    if options.dropout_p > 0:
+        options = options._replace(rng=philox.draw(q.device))
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     return _Attention.apply(

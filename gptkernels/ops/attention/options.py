@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptkernels.core import philox
 from gptkernels.core.checks import (
     NUMBER,
     check_flag,
@@ -54,6 +53,16 @@ class AttentionOptions(NamedTuple):
         return self[:_NUMBERS]
 
     @property
+    def vectors(self) -> dict[str, Tensor | None]:
+        """The tensors that kernels take by pointer, contiguous, by name: all but attn_mask."""
+        named = zip(self._fields[_NUMBERS:], self.tensors, strict=True)
+        return {
+            name: None if tensor is None else tensor.contiguous()
+            for name, tensor in named
+            if name != "attn_mask"
+        }
+
+    @property
     def tensors(self) -> tuple[Any, ...]:
         """The remaining fields, each a tensor or None."""
         return self[_NUMBERS:]
@@ -83,8 +92,8 @@ def complete(
 ) -> AttentionOptions:
     """Returns the options that the op takes, made from the user's arguments.
 
-    It checks the numbers, turns `causal` and `window` into bounds, turns `alibi_slopes` into a
-    tensor, and draws dropout's seed. Raises TypeError, ValueError.
+    It checks the numbers, turns `causal` and `window` into bounds, and turns `alibi_slopes` into a
+    tensor. Raises TypeError, ValueError.
     """
     check_number("softcap", options.softcap)
     if not 0 <= options.softcap < math.inf:
@@ -95,7 +104,6 @@ def complete(
         left=left,
         right=right,
         alibi_slopes=slopes(alibi_slopes, q),
-        rng=philox.draw(q.device) if options.dropout_p > 0 else None,
     )
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_same_device, check_shape, dtype_name
-from gptkernels.core.choice import choose
 from gptkernels.ops.attention.dense import attend
 from gptkernels.ops.attention.options import (
     AttentionOptions,
@@ -71,7 +70,6 @@ def attention_varlen(
     Differentiable once in q, k and v. Autocast works as for `gptkernels.attention`.
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    impl = choose(impl, q)
     options = AttentionOptions(
         softmax_scale=scale(softmax_scale, q),
         softcap=softcap,
@@ -83,7 +81,8 @@ def attention_varlen(
     )
     options = complete(options, q, causal=causal, window=window, alibi_slopes=alibi_slopes)
     out, lse = attend(q[None], k[None], v[None], options, deterministic, return_lse, impl)
-    return (out[0], lse[0]) if return_lse else out[0]
+    out, lse = out.squeeze(0), lse.squeeze(0)  # whose backward is a view, unlike that of out[0]
+    return (out, lse) if return_lse else out
 
 
 def _check(

@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptkernels.core.triton_support import Shipped, on_device
+from gptkernels.ops.gelu_mlp import torch as plain
 
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _CUBIC = tl.constexpr(0.044715)
@@ -298,8 +299,10 @@ def gelu_mlp_fwd(
     approximate: str,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns y (M, C) and h (M, F), which is empty unless `keep_h`. Inputs have a last stride of 1
-    and no size 0."""
+    """Returns y (M, C) and h (M, F), which is empty unless `keep_h`. Inputs have a last stride of
+    1."""
+    if not (x.numel() and w1.numel()):  # there is nothing to fuse
+        return plain.gelu_mlp_fwd(x, w1, b1, w2, b2, approximate, keep_h)
     a = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
     h = torch.empty_like(a) if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
     _launch_linear_gelu(x, w1, b1, h if keep_h else None, a, approximate)
@@ -319,6 +322,8 @@ def gelu_mlp_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, dw1, db1, dw2 and db2, each empty where `grad_mask` is False. If h is None, it is
     recomputed."""
+    if not (x.numel() and w1.numel()):
+        return plain.gelu_mlp_bwd(dy, x, w1, b1, w2, h, approximate, grad_mask)
     need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
     # Five distinct tensors: the outputs of an op must not be one tensor, even if it is empty.
     dx, dw1, db1, dw2, db2 = (torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(5))

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.native import call, dtype_code
-from gptkernels.ops.attention.cuda.dense import vectors
 from gptkernels.ops.attention.options import AttentionOptions
 
 
@@ -29,7 +28,7 @@ def attention_decode_fwd(
     room = min(pages * page, 2**31 - 1)  # lengths are int32
     if room == 0 or entries == 0:
         return out.zero_(), lse.fill_(-float("inf"))
-    given = vectors(options)
+    given = options.vectors
     call(
         "attention_decode",
         q,

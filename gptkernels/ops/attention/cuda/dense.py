@@ -39,7 +39,7 @@ def attention_fwd(
     call(
         "attention_fwd",
         q,
-        inputs=dict(q=q, k=k, v=v, **vectors(options)),
+        inputs=dict(q=q, k=k, v=v, **options.vectors),
         outputs=dict(out=out, lse=lse),
         **_scalars(q, k, v, options),
         build=build,
@@ -84,7 +84,7 @@ def attention_bwd(
         inputs=dict(
             q=q, k=k, v=v, dout=dout, out=out, lse=lse,
             dlse=None if dlse is None else dlse.contiguous(),
-            **vectors(options),
+            **options.vectors,
         ),
         outputs=dict(dq=dq, dk=dk, dv=dv),
         workspaces=dict(
@@ -97,16 +97,6 @@ def attention_bwd(
         build=build,
     )  # fmt: skip
     return dq, dk, dv, q.new_empty(0)
-
-
-def vectors(options: AttentionOptions) -> dict[str, Tensor | None]:
-    """Returns the options that are tensors, contiguous, since kernels take only their pointers."""
-    fields = zip(AttentionOptions._fields[-len(options.tensors) :], options.tensors, strict=True)
-    return {
-        name: None if tensor is None else tensor.contiguous()
-        for name, tensor in fields
-        if name != "attn_mask"
-    }
 
 
 def _lengths(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[int, int, int]:
