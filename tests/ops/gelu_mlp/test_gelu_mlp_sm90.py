@@ -310,7 +310,7 @@ class TestChoice:
         a, b = integers(72, 40), integers(72, 64)
         partial = filled(3, 40 * 64, dtype=FP32)
         weight = kernels._MADE, kernels._WEIGHT
-        with pytest.raises(RuntimeError, match="fewer steps along k than parts, 3"):
+        with pytest.raises(RuntimeError, match="fewer steps along k than splits, 3"):
             kernels._product(*weight, a, b, partial=partial, splits=3, build=0)
 
     def test_there_is_no_other_build(self) -> None:
@@ -329,11 +329,11 @@ class TestChoice:
         """A dry run for an H200: 9 tiles of 128 x 128 would leave most of its 132 multiprocessors
         idle, so k is split."""
         a, b = (torch.empty(16384, 384, dtype=BF16, device="meta") for _ in range(2))
-        planned = native.dry_run(
+        launches = native.dry_run(
             lambda: kernels.weight_grad(a, b), capability=90, multiprocessors=132
         )["launches"]
-        assert [launch["kernel"] for launch in planned[1:]] == [SPLIT_SUM]
-        assert planned[0]["tiles"] > 9
+        assert [launch["kernel"] for launch in launches[1:]] == [SPLIT_SUM]
+        assert launches[0]["tiles"] > 9
 
     @pytest.mark.parametrize(("m", "n", "k"), [(8192, 3072, 768), (8192, 768, 3072)])
     def test_gpt2_takes_hopper_kernels(self, m: int, n: int, k: int) -> None:
