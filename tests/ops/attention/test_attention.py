@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import hold, shrink_tiles
 from harness import DEVICE, FP32, by_dtype, each, runnable
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_inputs import attention_inputs as inputs
 from op_inputs import int32
@@ -23,6 +23,7 @@ from gptkernels.truth import baseline, parity, reference
 
 class TestParity:
     @runnable
+    @settings(max_examples=8)  # test_edges_of_tiles and test_many_tiles have the chosen sizes
     @given(
         sizes=st.tuples(
             st.integers(1, 2),  # B
