@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import child_environment
 from gptkernels.bench import OPERATORS, rows_of
 from gptkernels.bench.report import Row, environment, figures, recorded, write_json
 from gptkernels.core.choice import unavailable
@@ -169,7 +170,7 @@ def _run_part(part: _Part, end: float) -> tuple[str, bytes]:
             [*part.before, sys.executable, "-P", "-m", *part.arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | dict(part.variables),
+            env=child_environment(**dict(part.variables)),
             timeout=max(1.0, end - time.monotonic()),
             check=False,
         )

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import tune_cases
+from benchmarks import child_environment, tune_cases
 from benchmarks.tune_rows import Rows, best_peer, here, now, say, table
 from gptkernels.bench import dry_run, predict, timing
 from gptkernels.bench.peers import Call
@@ -233,7 +233,9 @@ def _run_part_apart(
     """Whether everything of it was done. A process that crashed is started again, and does not do
     again what it crashed at."""
     while time.time() < until:
-        code, ended = _wait(subprocess.Popen(_command(op, which, results, until)), path, until)
+        command = _command(op, which, results, until)
+        process = subprocess.Popen(command, env=child_environment())
+        code, ended = _wait(process, path, until)
         rows = Rows(path, about)
         crashed = rows.started()
         for row in crashed:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 import gptkernels
+from benchmarks import child_environment
 from gptkernels.bench import OPERATORS, dry_run
 from gptkernels.bench.report import Row, recorded
 from gptkernels.core import native, philox
@@ -62,7 +62,7 @@ def emulate(op: str, seed: int, path: Path) -> Results:
     command += [f"--seed={seed}", "--device=cpu", f"--results={path}"]
     # The emulator stands for the GPU that is here, so that both run the same kernels.
     added = {"GPTKERNELS_EMULATE": "1", native.ARCH_VARIABLE: dry_run.machine_here().arch}
-    subprocess.run(command, env=os.environ | added, check=True)
+    subprocess.run(command, env=child_environment(**added), check=True)
     return torch.load(path, weights_only=True)
 
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import setuptools  # noqa: F401 - it replaces distutils, and complains if that is imported before
 import torch
 
 HAS_GPU = torch.cuda.is_available()

@@ -107,8 +107,11 @@ def test_any_lengths(
 ) -> None:
     torch.manual_seed(seed)
     queries, keys = [q for q, _ in lengths], [k for _, k in lengths]
+    H, Hk = heads
+    if sum(queries) * D < 64:  # the largest error of a few numbers is luck, PyTorch's too
+        H, Hk = 32 * H, 32 * Hk
     with small_tiles(impl):
-        hold_varlen(impl, queries, keys, inputs(queries, keys, *heads, D), **options)
+        hold_varlen(impl, queries, keys, inputs(queries, keys, H, Hk, D), **options)
 
 
 @runnable
