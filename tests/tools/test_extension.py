@@ -239,3 +239,16 @@ class TestObjectCache:
             assert self.compile(checkout, "a.o", flag="-fail") == 3
             assert self.count(checkout) == attempt
         assert capfd.readouterr().out == 2 * "a note\n"
+
+
+def test_the_compiler_runs_at_the_same_addresses(tmp_path: Path) -> None:
+    if subprocess.run(["setarch", "--addr-no-randomize", "true"]).returncode:
+        pytest.skip("this system does not let a program choose its addresses")
+    compiler, source, made = tmp_path / "compiler", tmp_path / "a.cu", tmp_path / "a.o"
+    compiler.write_text("#!/bin/sh\ncat /proc/self/personality\n")
+    compiler.chmod(0o755)
+    source.touch()
+    command = [sys.executable, str(ROOT / "scripts" / "compile.py"), "--tools=1"]
+    subprocess.run([*command, f"--object={made}", str(source), "--", str(compiler)], check=True)
+    persona = Path(f"{made}.log").read_text().splitlines()[0]
+    assert int(persona, 16) & 0x0040000  # ADDR_NO_RANDOMIZE
