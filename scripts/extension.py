@@ -21,7 +21,6 @@ scripts/compile.py).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import itertools
@@ -35,11 +34,11 @@ import sys
 import sysconfig
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parent.parent
+from ninja_build import ROOT, BuildError, Library, Object, build, find_ninja
+
 # Commands name files relative to ROOT, so that several checkouts can share cached objects.
 _SOURCES = Path("csrc")
 _BINDINGS = _SOURCES / "bindings.cpp"
@@ -77,64 +76,20 @@ _NVCC_FLAGS = [
 ]
 
 
-class BuildError(Exception):
-    """The reason why the extension cannot be built, in one sentence."""
-
-
-@dataclass(frozen=True)
-class _Object:
-    source: Path
-    command: list[str]
-    tools: str  # the versions of the tools, on which the object depends
-    row: tuple[str, ...] = ()  # the values of its macros, from csrc/instances.toml
-
-    @property
-    def name(self) -> str:
-        """The source's path and the row, such as csrc/attention/fwd/kernel.cu.bf16."""
-        return ".".join((self.source.as_posix(), *self.row))
-
-
-@dataclass(frozen=True)
-class _Library:
-    """A shared library in a folder, with its objects and how they are linked."""
-
-    folder: Path
-    objects: list[_Object]
-    link: list[str]  # the command that links, without the files
-    libraries: list[str]
-
-    @property
-    def module(self) -> Path:
-        """The path of the library."""
-        return self.folder / _MODULE
-
-    def path(self, o: _Object) -> Path:
-        """The path of one of the objects."""
-        return self.folder / "objects" / f"{o.name}.o"
-
-    def named(self, name: str) -> list[Path]:
-        """Returns the paths of a source's objects, or of the object of one of its rows. Raises
-        BuildError for other names."""
-        found = [self.path(o) for o in self.objects if name in (o.source.as_posix(), o.name)]
-        if not found:
-            raise BuildError(f"there is no {name} among {', '.join(o.name for o in self.objects)}")
-        return found
-
-
 def emulator() -> Path:
     """Builds the emulator's module if it is out of date, and returns its path.
 
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
-    return _build(_emulator())
+    return build(_emulator())
 
 
-def _emulator() -> _Library:
+def _emulator() -> Library:
     compiler = _compiler()
     base = [*compiler, *_EMULATOR_FLAGS, "-Icsrc", f"-isystem{_cuda_headers()}"]
     objects = [*_emulated(compiler, _kernels()), _bindings(base, _version(compiler))]
     link = [*compiler, "-shared", f"-Wl,{_EXPORTS}"]
-    return _Library(ROOT / "build" / "emulator", objects, link, ["-pthread"])
+    return Library(ROOT / "build" / "emulator" / _MODULE, objects, link, ["-pthread"])
 
 
 def emulated(sources: Sequence[Path], folder: Path) -> Path:
@@ -144,10 +99,10 @@ def emulated(sources: Sequence[Path], folder: Path) -> Path:
     """
     compiler = _compiler()
     objects = _emulated(compiler, sources)
-    return _build(_Library(folder, objects, [*compiler, "-shared"], ["-pthread"]))
+    return build(Library(folder / _MODULE, objects, [*compiler, "-shared"], ["-pthread"]))
 
 
-def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]:
+def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[Object]:
     """Returns the objects, those of the emulator first. Where several objects have the same
     function of the standard library, the linker keeps the first one: the emulator's, whose accesses
     are not reported, since the emulator must not check itself.
@@ -164,7 +119,7 @@ def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[_Object]
     ]
 
 
-def _objects(source: Path, command: list[str], tools: str) -> Iterator[_Object]:
+def _objects(source: Path, command: list[str], tools: str) -> Iterator[Object]:
     """Yields one object for each row that csrc/instances.toml has for the source, or one object if
     it does not name the source. The rows are all combinations of the macros' values.
     """
@@ -173,7 +128,7 @@ def _objects(source: Path, command: list[str], tools: str) -> Iterator[_Object]:
     for values in itertools.product(*macros.values()):
         row = tuple(map(str, values))
         defined = [f"-D{name}={value}" for name, value in zip(macros, row, strict=True)]
-        yield _Object(source, [*command, *defined], tools, row)
+        yield Object(source, [*command, *defined], tools, row)
 
 
 def native(folder: Path | None = None) -> Path:
@@ -182,14 +137,14 @@ def native(folder: Path | None = None) -> Path:
 
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
-    return _build(_native(folder or ROOT / "build" / "native"))
+    return build(_native(folder or ROOT / "build" / "native"))
 
 
-def _native(folder: Path) -> _Library:
+def _native(folder: Path) -> Library:
     host, objects, link = _natively(_kernels())
     objects.append(_bindings(host, objects[-1].tools))
     link.append(f"-Xlinker={_EXPORTS},-s")
-    return _Library(folder, objects, link, [])
+    return Library(folder / _MODULE, objects, link, [])
 
 
 def native_library(sources: Sequence[Path], folder: Path) -> Path:
@@ -198,10 +153,10 @@ def native_library(sources: Sequence[Path], folder: Path) -> Path:
     relative to ROOT. Raises as `native` does.
     """
     _, objects, link = _natively(sources)
-    return _build(_Library(folder, objects, link, []))
+    return build(Library(folder / _MODULE, objects, link, []))
 
 
-def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[str]]:
+def _natively(sources: Sequence[Path]) -> tuple[list[str], list[Object], list[str]]:
     """Returns the command that compiles host code, the objects of the sources and of the launching
     code, and the command that links them.
 
@@ -219,13 +174,13 @@ def _natively(sources: Sequence[Path]) -> tuple[list[str], list[_Object], list[s
     tools = " ".join((_version([nvcc]), *added)).strip()
     host = [*compiler, *_HOST_FLAGS, "-O2", "-Icsrc", f"-isystem{_cuda_headers()}"]
     both = f"{tools}, {_version(compiler)}"
-    objects: list[_Object] = []
+    objects: list[Object] = []
     for source in (*sources, *_host_code(sources)):
         if source.suffix == ".cu":
             kernels = [nvcc, *_NVCC_FLAGS, *_targets(source), "-Icsrc"]
             objects += _objects(source, kernels, tools)
         else:
-            objects.append(_Object(source, host, both))
+            objects.append(Object(source, host, both))
     return host, objects, [nvcc, "-shared", "--cudart=static"]
 
 
@@ -238,7 +193,7 @@ def kernels(folder: Path) -> dict[str, Path]:
     """
     library = _native(folder)
     made = {o.name: library.path(o) for o in library.objects if o.source.suffix == ".cu"}
-    _build(library, list(made.values()))
+    build(library, list(made.values()))
     return made
 
 
@@ -258,7 +213,7 @@ def lacks() -> str | None:
         _compiler()
         _cuda_headers()
         _pybind11()
-        _ninja()
+        find_ninja()
     except BuildError as error:
         return str(error)
     return None
@@ -322,14 +277,14 @@ def _targets(source: Path) -> list[str]:
     ]
 
 
-def _bindings(command: list[str], tools: str) -> _Object:
+def _bindings(command: list[str], tools: str) -> Object:
     """Returns the object of bindings.cpp, the only source that uses Python's headers: those of the
     running Python."""
     pybind11 = _pybind11()
     include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     python = f"{sys.implementation.cache_tag} {platform.python_version()}"
     tools = f"{tools}, pybind11 {pybind11.__version__}, {python}"
-    return _Object(_BINDINGS, [*command, *include], tools)
+    return Object(_BINDINGS, [*command, *include], tools)
 
 
 def _pybind11() -> ModuleType:
@@ -408,102 +363,6 @@ def _host_code(kernels: Sequence[Path]) -> list[Path]:
     return [file for file in files if not operators([file]) & others]
 
 
-def _build(library: _Library, only: Sequence[Path] = ()) -> Path:
-    """Writes build.ninja in the library's folder, and runs it for the library or for the objects in
-    `only`. Returns the library's path."""
-    library.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(library.folder):
-        file = library.folder / "build.ninja"
-        text = "\n".join(_ninja_lines(library))
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
-        wanted = map(_named, only or [library.module])
-        command = [_ninja(), "-f", str(file), "-j", str(_jobs()), *wanted]
-        subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
-    return library.module
-
-
-def _ninja_lines(library: _Library) -> Iterator[str]:
-    compile_one = [sys.executable, "scripts/compile.py"]
-    link, libraries = _command([*library.link, "-o"]), _command(library.libraries)
-    yield f"builddir = {_path(library.folder)}"
-    yield "rule compile"
-    yield f"  command = {_command(compile_one)} --tools $tools --object $out $in -- $compiler"
-    yield "  description = $name"
-    yield "  depfile = $out.d"
-    yield "  deps = gcc"
-    yield "rule link"
-    yield f"  command = {link} $out $in {libraries}"
-    yield "  description = $out"
-    for o in library.objects:
-        source = _path(ROOT / o.source)
-        yield f"build {_path(library.path(o))}: compile {source} | scripts/compile.py"
-        yield f"  name = {o.name}"
-        yield f"  tools = {_command([o.tools])}"
-        yield f"  compiler = {_command(o.command)}"
-    compiled = " ".join(_path(library.path(o)) for o in library.objects)
-    yield f"build {_path(library.module)}: link {compiled} | csrc/module.map"
-    yield ""
-
-
-def _named(path: Path) -> str:
-    """Returns a path as commands name it: relative to ROOT if it lies in ROOT."""
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
-def _path(path: Path) -> str:
-    return re.sub(r"([$: ])", r"$\1", _named(path))
-
-
-def _command(arguments: Sequence[str]) -> str:
-    return shlex.join(arguments).replace("$", "$$")
-
-
-def _ninja() -> str:
-    """Returns ninja's program: the PyPI package's where it is installed, else the one on PATH."""
-    with contextlib.suppress(ImportError):
-        import ninja
-
-        program = shutil.which("ninja", path=ninja.BIN_DIR)
-        if program:
-            return program
-    program = shutil.which("ninja")
-    if program is None:
-        raise BuildError("the CUDA kernels are built with ninja: pip install ninja")
-    return program
-
-
-def _jobs() -> int:
-    """Returns how many compilers run at a time: MAX_JOBS, else the number of cores."""
-    given = os.environ.get("MAX_JOBS", "").strip()
-    if not given:
-        return len(os.sched_getaffinity(0))
-    if re.fullmatch(r"0*[1-9]\d*", given, re.ASCII) is None:
-        raise BuildError(f"MAX_JOBS is a number of compilers, 1 or more, not {given!r}")
-    return int(given)
-
-
-def _environment() -> dict[str, str]:
-    """Returns the environment for the compilers. It passes NVCC_THREADS on to nvcc in a variable,
-    not in the command, since objects do not depend on it."""
-    environment = dict(os.environ)
-    threads = environment.get("NVCC_THREADS")
-    if threads:
-        appended = environment.get("NVCC_APPEND_FLAGS", "")
-        environment["NVCC_APPEND_FLAGS"] = f"{appended} --threads {threads}".strip()
-    return environment
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds a lock, so that only one process builds in a folder at a time."""
-    import fcntl  # not on Windows, where setup.py still reads this file
-
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a compiler failed, or 2 if nothing could be built."""
     parser = argparse.ArgumentParser(
@@ -528,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         library = _emulator() if options.kind == "emulator" else _native(ROOT / "build" / "native")
         only = [path for name in options.only for path in library.named(_source(name))]
-        _build(library, only)
+        build(library, only)
     except BuildError as error:
         print(error, file=sys.stderr)
         return 2

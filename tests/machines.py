@@ -3,7 +3,7 @@ that `benchmarks.gpu` runs without conftest.py."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import platform
 import sys
 from types import ModuleType
@@ -19,13 +19,8 @@ HERE = f"{platform.machine()} {platform.system()}"
 @pytest.fixture(scope="session")
 def extension() -> ModuleType:
     """scripts/extension.py."""
-    spec = importlib.util.spec_from_file_location("extension", ROOT / "scripts" / "extension.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    sys.path.append(str(ROOT / "scripts"))  # the scripts are not a package
+    return importlib.import_module("extension")
 
 
 @pytest.fixture

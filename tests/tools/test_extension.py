@@ -14,6 +14,11 @@ import pytest
 from harness import ROOT
 
 
+@pytest.fixture
+def ninja_build(extension: ModuleType) -> ModuleType:
+    return sys.modules[extension.build.__module__]
+
+
 @pytest.fixture(autouse=True)
 def nothing_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GPTKERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "GPTKERNELS_OBJECT_CACHE"):
@@ -72,28 +77,28 @@ def test_architectures_that_cannot_be(
 
 
 def test_threads_of_nvcc_are_no_part_of_the_commands(
-    extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ninja_build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NVCC_THREADS", "4")
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
-    assert extension._environment()["NVCC_APPEND_FLAGS"] == "-lineinfo --threads 4"
+    assert ninja_build._environment()["NVCC_APPEND_FLAGS"] == "-lineinfo --threads 4"
 
 
 @pytest.mark.parametrize(("given", "jobs"), [("3", 3), ("", len(os.sched_getaffinity(0)))])
 def test_jobs(
-    given: str, jobs: int, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+    given: str, jobs: int, ninja_build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAX_JOBS", given)
-    assert extension._jobs() == jobs
+    assert ninja_build._jobs() == jobs
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "abc", "1.5"])
 def test_jobs_that_cannot_be(
-    given: str, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+    given: str, ninja_build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAX_JOBS", given)
-    with pytest.raises(extension.BuildError, match=f"MAX_JOBS is .*, 1 or more, not '{given}'"):
-        extension._jobs()
+    with pytest.raises(ninja_build.BuildError, match=f"MAX_JOBS is .*, 1 or more, not '{given}'"):
+        ninja_build._jobs()
 
 
 @pytest.fixture
@@ -111,10 +116,10 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_toolkit_of_cuda_home(
-    toolkit: Path, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+    toolkit: Path, extension: ModuleType, ninja_build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The build as it is handed to ninja."""
-    monkeypatch.setattr(extension, "_ninja", lambda: "true")
+    monkeypatch.setattr(ninja_build, "find_ninja", lambda: "true")
     monkeypatch.setenv("NVCC_CCBIN", "/opt/another/g++")
     extension.native(folder=toolkit / "build")
     written = (toolkit / "build" / "build.ninja").read_text()
@@ -124,7 +129,7 @@ def test_toolkit_of_cuda_home(
 
 
 def test_a_source_is_compiled_for_each_row_of_the_table(
-    extension: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    extension: ModuleType, ninja_build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     table = tmp_path / "csrc" / "instances.toml"
     table.parent.mkdir()
@@ -137,7 +142,7 @@ def test_a_source_is_compiled_for_each_row_of_the_table(
     assert rows[1].command == ["cc", "-DTYPE=bf16", "-DWIDTH=96"]
     (other,) = extension._objects(Path("csrc/op/b.cu"), ["cc"], "1")
     assert (other.name, other.command) == ("csrc/op/b.cu", ["cc"])
-    library = extension._Library(tmp_path, [*rows, other], ["cc"], [])
+    library = ninja_build.Library(tmp_path / "_cuda.so", [*rows, other], ["cc"], [])
     assert library.named("csrc/op/a.cu") == [library.path(o) for o in rows]
     assert library.named("csrc/op/a.cu.f16.64") == [library.path(rows[2])]
     with pytest.raises(extension.BuildError, match=r"no csrc/op/a\.cu\.f32 among csrc/op/a"):

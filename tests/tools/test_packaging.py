@@ -240,6 +240,7 @@ def test_sdist_can_build_and_test_everything(sdist: Path) -> None:
         "scripts/compile.py",
         "scripts/extension.py",
         "scripts/install_missing.py",
+        "scripts/ninja_build.py",
     ):
         assert expected in names
 
