@@ -137,7 +137,7 @@ def _nvcc(options: argparse.Namespace) -> int | None:
         return None if options.only and not options.compiler else 0
     started = time.perf_counter()
     try:
-        found, notes = native.measure_all()
+        found, notes = native.measure_all(options.jobs)
     except subprocess.CalledProcessError:
         print("gates: the CUDA kernels do not compile (see above)", file=sys.stderr)
         return 1

@@ -22,7 +22,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 from gates import sass
@@ -74,10 +76,10 @@ def version() -> str | None:
     return release[1]
 
 
-def measure_all() -> tuple[dict[Key, Resources], list[str]]:
+def measure_all(jobs: int) -> tuple[dict[Key, Resources], list[str]]:
     """Returns what each kernel uses on each architecture, and one sentence for each of these: a
     note of ptxas that nvcc does not treat as a warning, code for an architecture that the source is
-    not meant for, and a source that takes too long to compile.
+    not meant for, and a source that takes too long to compile. `jobs` processes read the objects.
 
     Raises subprocess.CalledProcessError where a source does not compile.
     """
@@ -87,8 +89,9 @@ def measure_all() -> tuple[dict[Key, Resources], list[str]]:
     objects = extension.kernels(ROOT / "build" / "gates-native")
     found: dict[Key, Resources] = {}
     said: list[str] = []
-    for source, path in objects.items():
-        measured = _measure(path)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        all_measured = list(pool.map(_measure, objects.values()))
+    for (source, path), measured in zip(objects.items(), all_measured, strict=True):
         said += misplaced(source, {architecture for _, architecture in measured})
         for (name, architecture), resources in measured.items():
             key = (name, capability(architecture))

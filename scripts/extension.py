@@ -55,7 +55,7 @@ _NATIVE_ONLY = ("csrc/runtime/launch.cpp",)
 
 _HOST_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # The emulator's errors name the callers, which it finds by frame pointers.
-_EMULATED_FLAGS = [*_HOST_FLAGS, "-DGK_EMULATE", "-g", "-fno-omit-frame-pointer", "-Wno-psabi"]
+_EMULATED_FLAGS = [*_HOST_FLAGS, "-DGK_EMULATE", "-g1", "-fno-omit-frame-pointer", "-Wno-psabi"]
 if platform.machine() == "aarch64":
     _EMULATED_FLAGS.append("-mbranch-protection=none")  # a signed return address leads to no line
 _EMULATOR_FLAGS = [*_EMULATED_FLAGS, "-O2", "-fno-optimize-sibling-calls"]

@@ -421,7 +421,7 @@ class TestNative:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setattr(native, "version", lambda: "13.0")
-        monkeypatch.setattr(native, "measure_all", lambda: ({}, ["a.cu: a note"]))
+        monkeypatch.setattr(native, "measure_all", lambda jobs: ({}, ["a.cu: a note"]))
         assert command._nvcc(command._parser().parse_args(["--only", only])) == code
         said = capsys.readouterr().out
         assert ("FAILED a.cu: a note" in said) == (code == 1)
