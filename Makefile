@@ -106,9 +106,10 @@ active:
 	$(call check_version,$(PY))
 	@$(for_this_machine); $(PY) scripts/install_missing.py
 
+# --no-compile: Python compiles the modules that are imported. pip would compile all 12,000, for 40 s.
 .venv/.ready: pyproject.toml constraints.txt setup.py
 	$(call check_version,$(BASE_PYTHON))
 	@echo 'Setting up .venv with the tested versions (PyTorch is large: the first time takes minutes)'
 	$(BASE_PYTHON) -m venv .venv
-	$(for_this_machine); .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	$(for_this_machine); .venv/bin/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[all]'
 	touch $@

@@ -80,7 +80,8 @@ def _run_aside(version: str, options: argparse.Namespace) -> int:
     folder = ROOT / "build" / f"triton-{version}"
     if not (folder / "triton" / "__init__.py").exists():
         print(f"Installing Triton {version} in {folder}", flush=True)
-        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+        pip += ["--no-deps", "--no-compile"]
         partial = folder.with_name(f"{folder.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)  # a stopped run may have left it
         installed = subprocess.run([*pip, "--target", str(partial), f"triton=={version}"], cwd=ROOT)
