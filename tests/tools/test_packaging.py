@@ -308,8 +308,12 @@ def module(native_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @needs_nvcc
+@pytest.mark.skipif(
+    not (ROOT / "build" / "gates-native").exists(),
+    reason="compiling all kernels takes minutes: `make gates` first, whose objects these take",
+)
 class TestKernels:
-    """Builds with nvcc."""
+    """Builds with nvcc. `.ci/run` runs the gates before the tests."""
 
     def test_wheel_has_the_compiled_module_and_nothing_else_more(
         self, native_wheel: Path, wheel: Path
