@@ -139,9 +139,9 @@ def test_unknown_name_and_frozen() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @given(
-    n_head=st.integers(1, 3),
-    width=st.sampled_from([4, 8, 20]),
-    n_inner=st.sampled_from([None, 11]),
+    # Of a parameter with a few elements the largest error is luck, PyTorch's too.
+    heads=st.sampled_from([(12, 4), (6, 8), (3, 20), (1, 50)]),
+    n_inner=st.sampled_from([None, 43]),
     approximate=st.sampled_from(["tanh", "none"]),
     bias=st.booleans(),
     norm=st.sampled_from(["pre", "post"]),
@@ -151,9 +151,10 @@ def test_unknown_name_and_frozen() -> None:
     seed=st.integers(0, 2**32),
 )
 def test_logits_and_gradients_are_those_of_the_plain_gpt(
-    dtype: torch.dtype, n_head: int, width: int, eps: float, T: int, seed: int, **fields: Any
+    dtype: torch.dtype, heads: tuple[int, int], eps: float, T: int, seed: int, **fields: Any
 ) -> None:
     torch.manual_seed(seed)
+    n_head, width = heads
     config = GPTConfig(29, 16, 2, n_head, n_head * width, layer_norm_eps=eps, **fields)
     tokens, _ = batch(config, 2, T, seed)
     twin = with_parameters(plain_gpt.PlainGPT(config), tokens)

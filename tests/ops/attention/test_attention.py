@@ -75,14 +75,16 @@ class TestParity:
                 key_lengths=int32(*(min(end, Tk) for end in ends[:B])) if ends else None,
             )
             # If no row sees two keys, dq and dk are 0. Results are then rounding noise, with which
-            # nothing can be compared.
+            # nothing can be compared. In 16 bits the same noise of many rows that see one key adds
+            # up in that key's gradient (docs/numerics.md).
             flat = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
             _, counts = reference.attention(**flat, **masks, return_lse=True)
+            alone = 0 if dtype == FP32 else int((counts == 0).sum(-1).max())
             hold(
                 tensors,
                 impl,
                 seed,
-                gradients=bool(counts.max() > 0.5),
+                gradients=bool(counts.max() > 0.5) and alone <= 8,
                 softcap=softcap,
                 alibi_slopes=[2.0**-h for h in range(H)] if alibi else None,
                 dropout_p=dropout_p,
