@@ -21,6 +21,9 @@ _SCORES_HELD = 2**24
 _LAUNCH_LIMIT = 65535
 # Query rows of a block under causal or a window: a small block can skip most of the hidden keys.
 _BAND_ROWS = 256
+# PyTorch's fused backward pass for CPUs rounds the gradients of keys after each block of 256 query
+# rows. With more rows than these, the error passes 2 eps.
+_ROUNDED_ROWS = 4096
 
 
 def attention_fwd(
@@ -208,9 +211,7 @@ def _fused_attention_bwd(
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
     match backend:
         case "cpu":
-            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, q, k, v, out, lse, 0.0, causal, scale=scale
-            )
+            gradients = _cpu_gradients(dout, q, k, v, out, lse, causal, None, scale)
         case "flash":
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
                 dout, q, k, v, out, lse, None, None, Tq, Tk, 0.0, causal, unused, unused,
@@ -230,7 +231,7 @@ def _fused_attention_bwd(
             )  # fmt: skip
         case _:
             return None
-    return tuple(g.transpose(1, 2)[..., :D].contiguous() for g in gradients)
+    return tuple(g.transpose(1, 2)[..., :D].to(q.dtype).contiguous() for g in gradients)
 
 
 def _fused_choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
@@ -329,11 +330,9 @@ def _masked_attention_bwd(
             dq[:, rows] = 0
             continue
         bias = _bias(_hidden(options, rows, keys, Tq, Tk, q.device), dtype)
-        block, block_dk, block_dv = (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
-                lse[:, :, rows], 0.0, False, attn_mask=bias, scale=options.softmax_scale,
-            )
+        block, block_dk, block_dv = _cpu_gradients(
+            dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
+            lse[:, :, rows], False, bias, options.softmax_scale,
         )  # fmt: skip
         dq[:, rows] = block.transpose(1, 2)
         dk[:, :, keys] += block_dk
@@ -342,6 +341,30 @@ def _masked_attention_bwd(
         dq.transpose(1, 2).masked_fill_(empty, 0)
     dk, dv = (x.transpose(1, 2).to(dtype) for x in (dk, dv))
     return dq, dk, dv
+
+
+def _cpu_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk and dv of PyTorch's fused op for CPUs, in q's dtype or in fp32.
+
+    In 16 bits the op rounds dk and dv after each of the query heads that share a key head, and
+    after each block of query rows. Where that is often, it gets fp32 copies.
+    """
+    if q.shape[1] > k.shape[1] or q.shape[2] > _ROUNDED_ROWS:
+        dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
+        bias = None if bias is None else bias.float()
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
 
 
 def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
