@@ -437,14 +437,14 @@ def _attention_rows_bwd(
         empty = lse[:, :, rows, None] == -math.inf
         # softmax(s) is more accurate than exp(s - lse), which adds the rounding error of lse.
         p = torch.softmax(s, -1).masked_fill_(empty, 0)
-        do = _by_group(dout[:, rows].transpose(1, 2).float().masked_fill(empty, 0), Hk)
-        dp = (do @ v[:, :, keys].mT).view(p.shape)
+        do = dout[:, rows].transpose(1, 2).float().masked_fill(empty, 0)
+        dp = (_by_group(do, Hk) @ v[:, :, keys].mT).view(p.shape)
         kept = p
         if options.dropout_p > 0:
             dropout = _attention_dropout(q, rows, keys, options, first_batch)
             kept, dp = p * dropout, dp.mul_(dropout)
         if want_v:
-            dv[:, :, keys] += _by_group(kept, Hk).mT @ do
+            dv[:, :, keys] += _sum_by_group(kept, do, Hk)
         ds = dp.sub_((p * dp).sum(-1, keepdim=True))
         if dlse is not None:
             ds += dlse[:, :, rows, None]
@@ -453,12 +453,13 @@ def _attention_rows_bwd(
             _add_mask_gradient(dmask, ds, rows, keys)
         if cap is not None:
             ds = ds.mul_(cap).masked_fill_(empty, 0)
-        ds = _by_group(ds.mul_(options.softmax_scale), Hk)
+        ds = ds.mul_(options.softmax_scale)
         if want_q:
-            dq[:, rows] = (ds @ k[:, :, keys]).view(B, H, -1, D).transpose(1, 2).to(dtype)
+            product = _by_group(ds, Hk) @ k[:, :, keys]
+            dq[:, rows] = product.view(B, H, -1, D).transpose(1, 2).to(dtype)
         if want_k:
             rows_q = q[:, rows].transpose(1, 2).float().masked_fill(empty, 0)
-            dk[:, :, keys] += ds.mT @ _by_group(rows_q, Hk)
+            dk[:, :, keys] += _sum_by_group(ds, rows_q, Hk)
     dk, dv = (
         d.transpose(1, 2).to(dtype).contiguous() if wanted else d.to(dtype)
         for d, wanted in ((dk, want_k), (dv, want_v))
@@ -517,6 +518,14 @@ def _by_group(x: Tensor, key_heads: int) -> Tensor:
     """Returns x (B, H, rows, n) as (B, Hk, H / Hk * rows, n): the query heads of one key head
     become more rows."""
     return x.reshape(x.shape[0], key_heads, -1, x.shape[-1])
+
+
+def _sum_by_group(x: Tensor, y: Tensor, key_heads: int) -> Tensor:
+    """Returns x^T y, (B, Hk, keys, D), added up over the query heads of one key head.
+
+    One product of all their rows would round more often: it adds up the rows one after another.
+    """
+    return (x.mT @ y).unflatten(1, (key_heads, -1)).sum(2)
 
 
 def _attention_dropout(
