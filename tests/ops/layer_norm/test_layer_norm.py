@@ -191,6 +191,21 @@ def test_one_column_gives_the_bias(impl: str, device: torch.device, seed: int) -
     assert torch.equal(layer_norm(x, weight, bias, impl=impl), bias.expand(5, 1))
 
 
+@runnable
+@pytest.mark.parametrize("bias", [None, FP32])
+def test_no_weight_means_ones(
+    impl: str, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, seed: int
+) -> None:
+    x = torch.randn(5, 40, device=device).to(dtype)
+    given = dict(x=x) if bias is None else dict(x=x, bias=torch.randn(40, device=device))
+    call = functools.partial(layer_norm, impl=impl)
+    ones = torch.ones(40, dtype=bias or dtype, device=device)
+    assert_same(
+        run(functools.partial(call, weight=None), given),
+        run(functools.partial(call, weight=ones), given),
+    )
+
+
 @each
 def test_no_rows(impl: str, device: torch.device) -> None:
     x = torch.empty(0, 3, 64, device=device, requires_grad=True)
