@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from gptkernels.core.checks import dtype_name
 from gptkernels.gpt import nanogpt, weights
 from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.embedding import Embedding
 from gptkernels.gpt.generation.cache import SlotCache
 from gptkernels.gpt.generation.generate import generate
 from gptkernels.nn.layers import MLP, CausalSelfAttention, KVCache, LayerNorm, set_impl
@@ -98,7 +99,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         block = PreNormBlock if config.norm == "pre" else PostNormBlock
         self.h = nn.ModuleList(block(config, i) for i in range(config.n_layer))

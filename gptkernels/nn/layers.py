@@ -12,6 +12,7 @@ only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -66,19 +67,32 @@ def set_impl(model: _Model, impl: str) -> _Model:
 
 
 class LayerNorm(FusedModule):
-    """LayerNorm over the last dimension; dropout and residual add before it are in the same op.
+    """LayerNorm over the last dimension, or over the last ones if d_model is a sequence of sizes;
+    dropout and residual add before it are in the same op.
 
-    Parameters: weight (d_model,), bias (d_model,) or None. Ba, Kiros, Hinton, "Layer
-    Normalization", 2016. Raises ValueError for an eps that is not positive.
+    Parameters: weight (d_model,), bias (d_model,) or None; both None without `elementwise_affine`.
+    Ba, Kiros, Hinton, "Layer Normalization", 2016. Raises TypeError and ValueError for sizes that
+    are not counts, and ValueError for an eps that is not positive.
     """
 
-    def __init__(self, d_model: int, eps: float = 1e-5, bias: bool = True) -> None:
+    def __init__(
+        self,
+        d_model: int | Sequence[int],
+        eps: float = 1e-5,
+        bias: bool = True,
+        *,
+        elementwise_affine: bool = True,
+    ) -> None:
         super().__init__()
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps}")
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(check_count("d_model", d_model)))
-        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
+        sizes = d_model if isinstance(d_model, Sequence) else (d_model,)
+        if not sizes:
+            raise ValueError(f"d_model must have at least one size, got {d_model!r}")
+        shape = tuple(check_count("d_model", size) for size in sizes)
+        self.eps, self.normalized_shape = eps, shape
+        self.weight = nn.Parameter(torch.ones(shape)) if elementwise_affine else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if elementwise_affine and bias else None
 
     def forward(
         self,
@@ -92,25 +106,44 @@ class LayerNorm(FusedModule):
         """y = LN(s), s = dropout(x) + residual; x, residual, y and s are (..., d_model).
 
         Returns y in x's dtype, or (y, s) with prenorm=True. s is fp32 if asked or if residual is,
-        else in x's dtype. Without a residual s = dropout(x). Errors are those of
-        `gptkernels.layer_norm`.
+        else in x's dtype. Without a residual s = dropout(x). Raises ValueError for an x of another
+        shape; other errors are those of `gptkernels.layer_norm`.
         """
-        return layer_norm(
-            x,
-            self.weight,
-            self.bias,
-            residual=residual,
+        result = layer_norm(
+            self._rows("x", x),
+            None if self.weight is None else self.weight.flatten(),
+            None if self.bias is None else self.bias.flatten(),
+            residual=None if residual is None else self._rows("residual", residual),
             dropout_p=dropout_p if self.training else 0.0,
             eps=self.eps,
             prenorm=prenorm,
             residual_in_fp32=residual_in_fp32,
             impl=self.impl,
         )
+        if len(self.normalized_shape) == 1:
+            return result
+        if isinstance(result, Tensor):
+            return result.view(x.shape)
+        y, s = result
+        return y.view(x.shape), s.view(x.shape)
+
+    def _rows(self, name: str, x: Tensor) -> Tensor:
+        """Returns x with one last dimension in place of the normalized ones."""
+        check_tensor(name, x)
+        shape = self.normalized_shape
+        if tuple(x.shape[-len(shape) :]) != shape:
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must have shape (..., {sizes}), got {tuple(x.shape)}")
+        return x.flatten(-len(shape))
 
     def extra_repr(self) -> str:
         """What repr shows."""
-        bias = self.bias is not None
-        return f"{self.weight.shape[0]}, eps={self.eps}, bias={bias}, impl={self.impl!r}"
+        shape = self.normalized_shape
+        return (
+            f"{shape[0] if len(shape) == 1 else shape}, eps={self.eps}, "
+            f"bias={self.bias is not None}, elementwise_affine={self.weight is not None}, "
+            f"impl={self.impl!r}"
+        )
 
 
 class MLP(FusedModule):
@@ -273,6 +306,8 @@ class CausalSelfAttention(FusedModule):
         if normed is None or not torch.is_grad_enabled() or type(self.c_attn) is not nn.Linear:
             return self.c_attn(x)
         norm, source = normed
+        if norm.weight is None or norm.weight.dim() > 1:
+            return self.c_attn(x)
         return norm_linear(
             x,
             self.c_attn.weight,

@@ -1,9 +1,10 @@
 """The ops as users write them today in eager PyTorch, in the dtype of their tensors.
 
-This is the yardstick for errors (`gptkernels.truth.parity`) and for speed (`gptkernels.bench`). It
-shares no code with impl="torch", and with `reference` only the loops over sequences. It has the
-signatures of `reference`. Dropout uses the mask of `gptkernels.core.philox`, since PyTorch's own
-dropout draws another one.
+This is the yardstick for speed (`gptkernels.bench`) and, with sums in fp32
+(`gptkernels.truth.yardstick`), for errors (`gptkernels.truth.parity`). It shares no code with
+impl="torch", and with `reference` only the loops over sequences. It has the signatures of
+`reference`. Dropout uses the mask of `gptkernels.core.philox`, since PyTorch's own dropout draws
+another one.
 """
 
 from __future__ import annotations

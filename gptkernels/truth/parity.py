@@ -2,7 +2,8 @@
 the benchmarks all use it.
 
 The truth is the formula of `gptkernels.truth.reference`, computed in fp64 on the same inputs. The
-yardstick is eager PyTorch in the result's dtype (`gptkernels.truth.baseline`). A result passes when
+yardstick is eager PyTorch in the result's dtype (`gptkernels.truth.baseline`), with sums in fp32
+(`gptkernels.truth.yardstick`). A result passes when
 
     max|result - truth| <= k * max|baseline - truth| + 2 * eps * max|truth|
     k = 2 forward, 3 gradients
@@ -22,6 +23,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+
+from gptkernels.truth.yardstick import FullSums
 
 K_FORWARD, K_GRADIENT = 2.0, 3.0
 
@@ -88,14 +91,15 @@ def measure(
 
     The candidate runs under `poisoned_outputs`. `truth` gets the floating inputs in fp64, a
     conversion that is exact. The cotangents (gradients of the outputs) are random: they are drawn
-    once from `seed`, in each output's dtype. `names` names the outputs, in order. Raises whatever
-    the callables raise.
+    once, in each output's dtype, from the seed after `seed`, since `seed` may have given the
+    inputs. `names` names the outputs, in order. Raises whatever the callables raise.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed((seed + 1) % 2**64)
     with poisoned_outputs():  # this poisons what the backward pass allocates as well
         results = run(candidate, inputs, gradients, generator, None)
     cotangents = results.cotangents
-    baselines = run(baseline, inputs, gradients, generator, cotangents)
+    with FullSums():
+        baselines = run(baseline, inputs, gradients, generator, cotangents)
     truths = run(truth, {k: upcast(v) for k, v in inputs.items()}, gradients, generator, cotangents)
     measurements = []
     for i, (r, b, t) in enumerate(

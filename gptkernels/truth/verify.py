@@ -148,6 +148,11 @@ CASES: tuple[Case, ...] = (
         dict(dropout_p=0.1),
     ),
     Case(
+        "layer_norm",
+        "2050 rows, C 16",
+        lambda randn: dict(x=randn(2050, 16), weight=randn(16), bias=randn(16)),
+    ),
+    Case(
         "attention",
         "causal, T 140, D 64",
         lambda randn: _qkv(randn, 1, 140, 140, 1, 1, 64),
@@ -172,6 +177,13 @@ CASES: tuple[Case, ...] = (
         "key lengths, dropout, D 16",
         lambda randn: _qkv(randn, 2, 50, 50, 1, 1, 16, 50, 33),
         dict(dropout_p=0.2),
+        outputs=("out",),
+    ),
+    Case(
+        "attention",
+        "48 heads on 1, not causal, Tq 60, Tk 9, D 16",
+        lambda randn: _qkv(randn, 1, 60, 9, 48, 1, 16),
+        dict(causal=False),
         outputs=("out",),
     ),
     Case(
@@ -220,6 +232,11 @@ CASES: tuple[Case, ...] = (
         "gelu_mlp",
         "C 96, F 72, no biases",
         lambda randn: _mlp(randn, 100, 96, 72) | dict(b1=None, b2=None),
+    ),
+    Case(
+        "gelu_mlp",
+        "2050 rows, C 16, F 24",
+        lambda randn: _mlp(randn, 2050, 16, 24),
     ),
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import of
+from harness import BF16, FP16, name_of, of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -197,6 +197,16 @@ def test_dtypes() -> None:
     half = model.to(torch.bfloat16)
     assert half(tokens).dtype == torch.bfloat16
     assert half(tokens, targets).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_of_a_common_token_adds_up(dtype: torch.dtype, compiled: bool) -> None:
+    wte = GPT(SMALL).to(dtype).transformer.wte
+    embed = torch.compile(wte, fullgraph=True, backend="aot_eager") if compiled else wte
+    embed(torch.full((4096,), 3)).sum().backward()
+    assert (wte.weight.grad[3] == 4096).all()
+    assert wte.weight.grad.sum() == 4096 * SMALL.n_embd
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])

@@ -90,6 +90,24 @@ def test_layer_norm_replaces_pytorchs(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 3), [2, 5, 3], (3,), 3], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm_over_the_dimensions_of_pytorchs(
+    dtype: torch.dtype, shape: Any, affine: bool
+) -> None:
+    x = torch.randn(7, 2, 5, 3).to(dtype)
+    plain = nn.LayerNorm(shape, elementwise_affine=affine)
+    layer = LayerNorm(shape, elementwise_affine=affine)
+    assert_same_function(layer, plain, x)
+    y, s = layer(x, x, prenorm=True)
+    assert y.shape == s.shape == x.shape
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., .*3\), got \(7, 5, 2\)"):
+        layer(torch.zeros(7, 5, 2))
+    with pytest.raises(ValueError, match=r"residual must have shape \(\.\.\., .*3\), got \(2,\)"):
+        layer(x, torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(
     C=st.integers(1, 40),
     inner=st.integers(1, 70),
@@ -323,6 +341,8 @@ def test_an_implementation_that_cannot_run_raises(
     ("make", "error", "message"),
     [
         (lambda: LayerNorm(0), ValueError, "d_model must be at least 1, got 0"),
+        (lambda: LayerNorm(()), ValueError, r"d_model must have at least one size, got \(\)"),
+        (lambda: LayerNorm((8, 0)), ValueError, "d_model must be at least 1, got 0"),
         (lambda: LayerNorm(8.0), TypeError, r"d_model must be an int, got 8\.0"),
         (lambda: LayerNorm(8, eps=0.0), ValueError, r"eps must be positive, got 0\.0"),
         (lambda: LayerNorm(8, eps=math.nan), ValueError, "eps must be positive, got nan"),
@@ -393,6 +413,14 @@ def test_autocast_gives_the_dtypes_of_the_plain_twins() -> None:
     [
         (lambda: LayerNorm(24), lambda: nn.LayerNorm(24)),
         (
+            lambda: nn.Sequential(
+                nn.Unflatten(-1, (4, 6)), LayerNorm((4, 6), elementwise_affine=False)
+            ),
+            lambda: nn.Sequential(
+                nn.Unflatten(-1, (4, 6)), nn.LayerNorm((4, 6), elementwise_affine=False)
+            ),
+        ),
+        (
             lambda: MLP(24, 50),
             lambda: plain_gpt.MLP(plain_gpt.PlainConfig(n_embd=24, n_inner=50)),
         ),
@@ -401,7 +429,7 @@ def test_autocast_gives_the_dtypes_of_the_plain_twins() -> None:
             lambda: plain_gpt.Attention(plain_gpt.PlainConfig(n_embd=24, n_head=3)),
         ),
     ],
-    ids=["LayerNorm", "MLP", "CausalSelfAttention"],
+    ids=["LayerNorm", "LayerNorm of two dimensions", "MLP", "CausalSelfAttention"],
 )
 def test_layers_compile_whole(
     make: Callable[[], nn.Module], make_plain: Callable[[], nn.Module]

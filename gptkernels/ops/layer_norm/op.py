@@ -118,7 +118,7 @@ class _LayerNorm(torch.autograd.Function):
 
 def layer_norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
@@ -138,7 +138,7 @@ def layer_norm(
 
     Args:
         x: Input (..., C), float32, bfloat16 or float16, with any strides.
-        weight: (C,), in any of the three dtypes, not necessarily x's.
+        weight: (C,), in any of the three dtypes, not necessarily x's; or None, which means ones.
         bias: (C,) with weight's dtype, or None.
         residual: Tensor with x's shape, in any of the three dtypes, or None.
         dropout_p: Probability of dropping an element of x, rounded to a multiple of 1/65536.
@@ -162,6 +162,9 @@ def layer_norm(
     Differentiable once in x, weight, bias and residual; gradients have the same bits on every run.
     """
     _check(x, weight, bias, residual, dropout_p, eps)
+    if weight is None:
+        dtype = x.dtype if bias is None else bias.dtype
+        weight = torch.ones(x.shape[-1], dtype=dtype, device=x.device)
     impl = choose(impl, x)
     rng = philox.draw(x.device) if dropout_p > 0 else None
     dtype = x.dtype
@@ -178,23 +181,22 @@ def layer_norm(
 
 def _check(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dropout_p: float,
     eps: float,
 ) -> None:
     check_tensor("x", x)
-    check_tensor("weight", weight)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape (..., C) with C >= 1, got {tuple(x.shape)}")
-    check_shape("weight", weight, (x.shape[-1],), "the last dimension of x")
-    check_same_device("weight", weight, "x", x)
-    if bias is not None:
-        check_tensor("bias", bias)
-        check_shape("bias", bias, (x.shape[-1],), "the last dimension of x")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_tensor(name, parameter)
+            check_shape(name, parameter, (x.shape[-1],), "the last dimension of x")
+            check_same_device(name, parameter, "x", x)
+    if weight is not None and bias is not None:
         check_same_dtype("bias", bias, "weight", weight)
-        check_same_device("bias", bias, "x", x)
     if residual is not None:
         check_tensor("residual", residual)
         check_shape("residual", residual, tuple(x.shape), "that of x")

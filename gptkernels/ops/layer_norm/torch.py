@@ -8,6 +8,9 @@ from torch import Tensor
 
 from gptkernels.core import philox
 
+# Elements of rows that each thread widens at a time.
+_CACHED = 2**16
+
 
 def layer_norm_fwd(
     x: Tensor,
@@ -30,8 +33,9 @@ def layer_norm_fwd(
     if sum_dtype is not None:
         s = s.to(sum_dtype).contiguous()
     dtype = _layer_norm_dtype(s, weight)
+    bias = None if bias is None else _affine(bias, dtype)
     y, mean, rstd = torch.native_layer_norm(
-        s.to(dtype), (x.shape[-1],), _affine(weight, dtype), _affine(bias, dtype), eps
+        s.to(dtype), (x.shape[-1],), _affine(weight, dtype), bias, eps
     )
     y = y.to(x.dtype).contiguous()
     if sum_dtype is None:
@@ -54,18 +58,7 @@ def layer_norm_bwd(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, dresidual, dweight and dbias, each empty as in `op.layer_norm_bwd`."""
-    dtype = _layer_norm_dtype(s, weight)
-    statistics = (*s.shape[:-1], 1)
-    ds, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dy.to(dtype),
-        s.to(dtype),
-        (s.shape[-1],),
-        mean.view(statistics),
-        rstd.view(statistics),
-        _affine(weight, dtype),
-        _affine(weight, dtype) if bias_gradient else None,
-        (True, weight_gradient, bias_gradient),
-    )
+    ds, dweight, dbias = _gradients(dy, s, mean, rstd, weight, (weight_gradient, bias_gradient))
     if dsum is not None:
         ds = ds + dsum
     dresidual = ds
@@ -82,17 +75,81 @@ def layer_norm_bwd(
     )
 
 
+def _gradients(
+    dy: Tensor,
+    s: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of s, weight and bias, each in its tensor's dtype or in fp32. Those of
+    weight and bias hold nothing unless `wanted`.
+
+    PyTorch's operator has two faults on a CPU. It adds up the gradients of weight and bias in the
+    dtype of the rows. And it loses digits of dx where a row's mean is larger than its deviation, so
+    such rows are centred first.
+    """
+    dtype = _layer_norm_dtype(s, weight)
+    mean, rstd = (x.view(*s.shape[:-1], 1) for x in (mean, rstd))
+    affine = _affine(weight, dtype)
+    if s.device.type == "cpu":
+        if s.dtype != torch.float32:
+            return _gradients_of_narrow_rows(dy, s, mean, rstd, affine, wanted)
+        if s.numel() and (mean * rstd).abs().max() > 1:
+            s, mean = s - mean, torch.zeros_like(mean)
+    return _native_gradients(dy.to(dtype), s.to(dtype), mean, rstd, affine, wanted)
+
+
+def _gradients_of_narrow_rows(
+    dy: Tensor,
+    s: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_gradients` in fp32. A few rows at a time are widened and centred, so their fp32 copies stay
+    in the cache."""
+    C = s.shape[-1]
+    ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    dweight, dbias = torch.zeros_like(weight), torch.zeros_like(weight)
+    few = max(1, _CACHED * torch.get_num_threads() // C)
+    blocks = (x.reshape(-1, x.shape[-1]).split(few) for x in (ds, dy, s, mean, rstd))
+    for ds_few, dy_few, s_few, mean_few, rstd_few in zip(*blocks, strict=True):
+        centred = s_few.float().sub_(mean_few)
+        found, *partial = _native_gradients(
+            dy_few.float(), centred, torch.zeros_like(mean_few), rstd_few, weight, wanted
+        )
+        ds_few.copy_(found)
+        for total, part in zip((dweight, dbias), partial, strict=True):
+            if part is not None:
+                total += part
+    return ds, dweight, dbias
+
+
+def _native_gradients(
+    dy: Tensor,
+    s: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.native_layer_norm_backward(
+        dy, s, (s.shape[-1],), mean, rstd, weight, weight, (True, *wanted)
+    )
+
+
 def _layer_norm_dtype(s: Tensor, weight: Tensor) -> torch.dtype:
     """Returns the dtype in which PyTorch's LayerNorm runs. It wants s and weight in one dtype; a
     CPU also takes 16-bit rows with fp32 weights. All other mixtures run in fp32."""
     return s.dtype if s.dtype == weight.dtype or s.device.type == "cpu" else torch.float32
 
 
-def _affine(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _affine(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns weight or bias as PyTorch's LayerNorm takes it. On a CPU it is always fp32: that also
     makes PyTorch keep the statistics of 16-bit rows in fp32."""
-    if parameter is None:
-        return None
     return parameter.float() if parameter.device.type == "cpu" else parameter.to(dtype)
 
 

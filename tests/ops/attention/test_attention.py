@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import hold, shrink_tiles
-from harness import DEVICE, FP32, by_dtype, each, runnable
+from harness import BF16, DEVICE, FP16, FP32, by_dtype, each, name_of, runnable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_inputs import attention_inputs as inputs
@@ -148,6 +148,30 @@ class TestParity:
     def test_eight_query_heads_read_one(self, impl: str, dtype: torch.dtype, seed: int) -> None:
         tensors = inputs(2, 40, 45, 8, 1, 24, dtype, seed)
         hold(tensors, impl, seed, dropout_p=0.1, return_lse=True)
+
+    @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
+    @pytest.mark.parametrize("left", [40, 30], ids=["causal", "window"])
+    def test_gradients_of_a_key_add_up_over_heads(self, left: int, dtype: torch.dtype) -> None:
+        """64 query heads read one key head. Each query weighs the n keys that it sees alike, so dv
+        adds up 1 / n."""
+        T, H = 40, 64
+        one = torch.ones(1, T, H, 8, dtype=dtype)
+        tensors = dict(q=0 * one, k=one[:, :, :1], v=one[:, :, :1])
+        call = functools.partial(attention, window=(left, 0), impl="torch")
+        *_, dv = run(call, tensors, [one], ["v"])
+        seen = torch.ones(T, T, dtype=torch.float64).tril().triu(-left)
+        truth = H * (seen / seen.sum(1, keepdim=True)).sum(0).view(1, T, 1, 1)
+        assert ((dv - truth).abs() <= 2 * torch.finfo(dtype).eps * truth).all()
+
+    @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
+    def test_gradients_of_a_key_add_up_over_rows(self, dtype: torch.dtype) -> None:
+        """PyTorch's fused op adds up blocks of 256 rows."""
+        T = 8192
+        zero = torch.zeros(1, T, 1, 8, dtype=dtype)
+        dout = torch.linspace(1, 2, 8).to(dtype)
+        call = functools.partial(attention, causal=False, impl="torch")
+        *_, dv = run(call, dict(q=zero, k=zero, v=zero), [zero + dout], ["v"])
+        assert ((dv - dout).abs() <= 2 * torch.finfo(dtype).eps * dout).all()
 
     @runnable
     @pytest.mark.parametrize(

@@ -150,6 +150,17 @@ class TestParity:
         for drawn in limits.values():
             assert max(m.error for m in drawn) <= max(m.limit for m in drawn), drawn
 
+    @each
+    @pytest.mark.parametrize(
+        "shape", [(8,), (3, 2, 8), (2, 1, 3, 2, 8), (0, 8), (2, 0, 3, 8)], ids=str
+    )
+    def test_any_rank(self, impl: str, shape: tuple[int, ...]) -> None:
+        tensors, call = inputs(*shape, 12), functools.partial(gelu_mlp, impl=impl)
+        found = run(call, tensors)
+        assert found[0].shape == found[1].shape == shape
+        wanted = run(call, tensors | dict(x=tensors["x"].reshape(-1, 8)))
+        assert_same([x.view_as(y) for x, y in zip(found, wanted, strict=True)], wanted)
+
 
 class TestStrides:
     @runnable

@@ -75,6 +75,38 @@ def test_large_mean(C: int, impl: str, seed: int) -> None:
         hold(inputs | dict(x=inputs["x"] + 1000), seed, impl=impl)
 
 
+@each
+@pytest.mark.parametrize("C", [4, 96])
+def test_large_mean_costs_dx_no_digits(C: int, impl: str, device: torch.device) -> None:
+    """With exact statistics dx is right to the last bits, however large the mean is."""
+    deviations = torch.randn(64, C // 2, dtype=torch.float64).mul(1024).round().div(1024)
+    s = 2000 + torch.cat((deviations, -deviations), dim=1)  # 2000 is the exact mean
+    dy, weight = torch.randn(64, C), torch.randn(C)
+    rstd = (s.var(dim=1, unbiased=False) + 1e-5).rsqrt()
+    arguments = (dy, None, s.float(), torch.full((64,), 2000.0), rstd.float(), weight)
+    dx, *_ = torch.ops.gptkernels.layer_norm_bwd(
+        *(x if x is None else x.to(device) for x in arguments),
+        None, 0.0, FP32, None, False, False, impl,
+    )  # fmt: skip
+    g, normal = dy.double() * weight, (s - 2000) * rstd[:, None]
+    terms = (g, -g.mean(1, keepdim=True), -normal * (g * normal).mean(1, keepdim=True))
+    truth, largest = (rstd[:, None] * total for total in (sum(terms), sum(map(torch.abs, terms))))
+    assert ((dx.cpu() - truth).abs() <= 2 * torch.finfo(FP32).eps * largest.amax()).all()
+
+
+@runnable
+def test_many_rows_add_up(impl: str, dtype: torch.dtype, device: torch.device) -> None:
+    """A sum of ones in 16 bits stops to grow at 256 (bfloat16) or at 2048 (float16)."""
+    M, C = 2560, 16
+    dy, mean = torch.ones(M, C, dtype=dtype, device=device), torch.zeros(M, device=device)
+    s = dy * torch.tensor([-1.0, 1.0], device=device).repeat(C // 2).to(dtype)
+    *_, dweight, dbias = torch.ops.gptkernels.layer_norm_bwd(
+        dy, None, s, mean, mean + 1, dy[0], None, 0.0, dtype, None, True, True, impl
+    )
+    assert torch.equal(dweight, M * s[0])
+    assert torch.equal(dbias, M * dy[0])
+
+
 @each_kernel
 @pytest.mark.parametrize("C", [8201, 8200])
 def test_wide_rows(C: int, impl: str, device: torch.device, seed: int) -> None:
@@ -157,6 +189,21 @@ def test_gradients_of_one_output_only(impl: str, device: torch.device, seed: int
 def test_one_column_gives_the_bias(impl: str, device: torch.device, seed: int) -> None:
     x, weight, bias = (torch.randn(*s, device=device) for s in ((5, 1), (1,), (1,)))
     assert torch.equal(layer_norm(x, weight, bias, impl=impl), bias.expand(5, 1))
+
+
+@runnable
+@pytest.mark.parametrize("bias", [None, FP32])
+def test_no_weight_means_ones(
+    impl: str, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, seed: int
+) -> None:
+    x = torch.randn(5, 40, device=device).to(dtype)
+    given = dict(x=x) if bias is None else dict(x=x, bias=torch.randn(40, device=device))
+    call = functools.partial(layer_norm, impl=impl)
+    ones = torch.ones(40, dtype=bias or dtype, device=device)
+    assert_same(
+        run(functools.partial(call, weight=None), given),
+        run(functools.partial(call, weight=ones), given),
+    )
 
 
 @each

@@ -21,6 +21,9 @@ _SCORES_HELD = 2**24
 _LAUNCH_LIMIT = 65535
 # Query rows of a block under causal or a window: a small block can skip most of the hidden keys.
 _BAND_ROWS = 256
+# PyTorch's fused backward pass for CPUs rounds the gradients of keys after each block of 256 query
+# rows. With more rows than these, the error passes 2 eps.
+_ROUNDED_ROWS = 4096
 
 
 def attention_fwd(
@@ -208,9 +211,7 @@ def _fused_attention_bwd(
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
     match backend:
         case "cpu":
-            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, q, k, v, out, lse, 0.0, causal, scale=scale
-            )
+            gradients = _cpu_gradients(dout, q, k, v, out, lse, causal, None, scale)
         case "flash":
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
                 dout, q, k, v, out, lse, None, None, Tq, Tk, 0.0, causal, unused, unused,
@@ -230,7 +231,7 @@ def _fused_attention_bwd(
             )  # fmt: skip
         case _:
             return None
-    return tuple(g.transpose(1, 2)[..., :D].contiguous() for g in gradients)
+    return tuple(g.transpose(1, 2)[..., :D].to(q.dtype).contiguous() for g in gradients)
 
 
 def _fused_choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
@@ -329,11 +330,9 @@ def _masked_attention_bwd(
             dq[:, rows] = 0
             continue
         bias = _bias(_hidden(options, rows, keys, Tq, Tk, q.device), dtype)
-        block, block_dk, block_dv = (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
-                lse[:, :, rows], 0.0, False, attn_mask=bias, scale=options.softmax_scale,
-            )
+        block, block_dk, block_dv = _cpu_gradients(
+            dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
+            lse[:, :, rows], False, bias, options.softmax_scale,
         )  # fmt: skip
         dq[:, rows] = block.transpose(1, 2)
         dk[:, :, keys] += block_dk
@@ -342,6 +341,30 @@ def _masked_attention_bwd(
         dq.transpose(1, 2).masked_fill_(empty, 0)
     dk, dv = (x.transpose(1, 2).to(dtype) for x in (dk, dv))
     return dq, dk, dv
+
+
+def _cpu_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk and dv of PyTorch's fused op for CPUs, in q's dtype or in fp32.
+
+    In 16 bits the op rounds dk and dv after each of the query heads that share a key head, and
+    after each block of query rows. Where that is often, it gets fp32 copies.
+    """
+    if q.shape[1] > k.shape[1] or q.shape[2] > _ROUNDED_ROWS:
+        dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
+        bias = None if bias is None else bias.float()
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
 
 
 def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -414,14 +437,14 @@ def _attention_rows_bwd(
         empty = lse[:, :, rows, None] == -math.inf
         # softmax(s) is more accurate than exp(s - lse), which adds the rounding error of lse.
         p = torch.softmax(s, -1).masked_fill_(empty, 0)
-        do = _by_group(dout[:, rows].transpose(1, 2).float().masked_fill(empty, 0), Hk)
-        dp = (do @ v[:, :, keys].mT).view(p.shape)
+        do = dout[:, rows].transpose(1, 2).float().masked_fill(empty, 0)
+        dp = (_by_group(do, Hk) @ v[:, :, keys].mT).view(p.shape)
         kept = p
         if options.dropout_p > 0:
             dropout = _attention_dropout(q, rows, keys, options, first_batch)
             kept, dp = p * dropout, dp.mul_(dropout)
         if want_v:
-            dv[:, :, keys] += _by_group(kept, Hk).mT @ do
+            dv[:, :, keys] += _sum_by_group(kept, do, Hk)
         ds = dp.sub_((p * dp).sum(-1, keepdim=True))
         if dlse is not None:
             ds += dlse[:, :, rows, None]
@@ -430,12 +453,13 @@ def _attention_rows_bwd(
             _add_mask_gradient(dmask, ds, rows, keys)
         if cap is not None:
             ds = ds.mul_(cap).masked_fill_(empty, 0)
-        ds = _by_group(ds.mul_(options.softmax_scale), Hk)
+        ds = ds.mul_(options.softmax_scale)
         if want_q:
-            dq[:, rows] = (ds @ k[:, :, keys]).view(B, H, -1, D).transpose(1, 2).to(dtype)
+            product = _by_group(ds, Hk) @ k[:, :, keys]
+            dq[:, rows] = product.view(B, H, -1, D).transpose(1, 2).to(dtype)
         if want_k:
             rows_q = q[:, rows].transpose(1, 2).float().masked_fill(empty, 0)
-            dk[:, :, keys] += ds.mT @ _by_group(rows_q, Hk)
+            dk[:, :, keys] += _sum_by_group(ds, rows_q, Hk)
     dk, dv = (
         d.transpose(1, 2).to(dtype).contiguous() if wanted else d.to(dtype)
         for d, wanted in ((dk, want_k), (dv, want_v))
@@ -494,6 +518,14 @@ def _by_group(x: Tensor, key_heads: int) -> Tensor:
     """Returns x (B, H, rows, n) as (B, Hk, H / Hk * rows, n): the query heads of one key head
     become more rows."""
     return x.reshape(x.shape[0], key_heads, -1, x.shape[-1])
+
+
+def _sum_by_group(x: Tensor, y: Tensor, key_heads: int) -> Tensor:
+    """Returns x^T y, (B, Hk, keys, D), added up over the query heads of one key head.
+
+    One product of all their rows would round more often: it adds up the rows one after another.
+    """
+    return (x.mT @ y).unflatten(1, (key_heads, -1)).sum(2)
 
 
 def _attention_dropout(

@@ -1,0 +1,43 @@
+"""The embedding of tokens: nn.Embedding, with the gradients of 16-bit weights added up in fp32.
+
+PyTorch adds them up in 16 bits on a CPU. A common token's gradient then stops to grow: ones in
+bfloat16 at 256.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Embed(torch.autograd.Function):
+    """F.embedding of 16-bit weights (V, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = weight.shape[0]
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        found = torch.ops.aten.embedding_dense_backward(dy.float(), tokens, ctx.rows, -1, False)
+        return None, found.to(dy.dtype)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding(V, C) without its other options: tokens (...) int64 -> (..., C)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the rows of weight that `input` names."""
+        narrow = self.weight.dtype in (torch.bfloat16, torch.float16)
+        if narrow and self.weight.device.type == "cpu":
+            return _Embed.apply(input, self.weight)
+        return super().forward(input)
