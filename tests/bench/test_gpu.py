@@ -8,7 +8,10 @@ new on every run; a failure names the seed that gives them again.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -329,3 +332,35 @@ def test_second_device(impl: str, call: Call, seed: int) -> None:
     for result, expected in zip(call(elsewhere, impl=impl), call(inputs, impl=impl), strict=True):
         assert result.device == torch.device("cuda:1")
         assert torch.equal(result.cpu(), expected.cpu()), replay(seed)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@kernels
+def test_new_thread(impl: str, call: Call, seed: int) -> None:
+    """A thread that no CUDA call has given a context yet."""
+    inputs = call.inputs(torch.float16, seed)
+    expected = call(inputs, impl=impl)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        results = thread.submit(call, inputs, impl=impl).result()
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted), replay(seed)
+
+
+BACKWARD_FIRST = """
+import torch
+from gptkernels import gelu_mlp
+x, w1, w2 = (torch.randn(256, 256, device="cuda", dtype=torch.float16) for _ in range(3))
+x.requires_grad_()
+def gradient(impl):
+    return torch.autograd.grad(gelu_mlp(x, w1 / 16, None, w2 / 16, None, impl=impl).sum(), x)[0]
+torch.testing.assert_close(gradient("cuda"), gradient("torch"), rtol=0.02, atol=0.02)
+"""
+
+
+def test_autograds_thread_begins_with_a_tensor_map() -> None:
+    """Without b2, gelu_mlp's backward pass launches a product first. The process is new, so that
+    nothing has given autograd's thread a context before."""
+    if unavailable("cuda", "cuda", torch.float16) is not None:
+        pytest.skip("needs the CUDA C++ kernels")
+    subprocess.run([sys.executable, "-c", BACKWARD_FIRST], check=True)
