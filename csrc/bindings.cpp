@@ -222,6 +222,7 @@ PYBIND11_MODULE(_cuda, module) {
     using namespace gk;
     module.attr("fields") = py::dict();
     def_emulator(module);
+    module.def("capability", &capability);
     module.def("dry_run", [](int capability, int multiprocessors, const py::function& run) {
         const DryRun dry_run(capability, multiprocessors);
         run();
