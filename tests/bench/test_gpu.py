@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gptkernels
 from gptkernels import GPT, GPTConfig
@@ -364,3 +365,35 @@ def test_autograds_thread_begins_with_a_tensor_map() -> None:
     if unavailable("cuda", "cuda", torch.float16) is not None:
         pytest.skip("needs the CUDA C++ kernels")
     subprocess.run([sys.executable, "-c", BACKWARD_FIRST], check=True)
+
+
+BACKENDS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("Tq", [1, 130])
+def test_torch_keeps_the_backend_of_the_forward_pass(
+    Tq: int, backend: SDPBackend, seed: int
+) -> None:
+    """Also with a gradient of out in two layouts, of which cuDNN's cached graphs know one."""
+    call = Call("attention", heads((2, Tq, 4, 64), (2, 130, 4, 64)))
+    options = {"causal": Tq == 130}
+    for turned in (False, True):
+
+        def turn(x: Tensor, turned: bool = turned) -> Tensor:
+            return x.transpose(1, 2).contiguous() if turned else x
+
+        def ours(turn: Any = turn, **leaves: Tensor) -> Tensor:
+            with sdpa_kernel([backend, SDPBackend.MATH]):
+                return turn(gptkernels.attention(**leaves, **options, impl="torch"))
+
+        def of(module: Any, turn: Any = turn) -> parity.Op:
+            return lambda **leaves: turn(module.attention(**leaves, **options))
+
+        inputs = call.inputs(torch.bfloat16, seed)
+        assert_parity(ours, of(baseline), of(reference), inputs, seed)

@@ -9,16 +9,14 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from gptkernels.core import philox
 from gptkernels.ops.attention.options import AttentionOptions
+from gptkernels.ops.attention.torch import backend
 
 # The most scores that the formula holds at a time, and the most elements of a mask for the fused
 # op. It limits the size of a block of query rows.
 _SCORES_HELD = 2**24
-# The most batch entries, and the most heads, that the grids of PyTorch's fused CUDA ops take.
-_LAUNCH_LIMIT = 65535
 # Query rows of a block under causal or a window: a small block can skip most of the hidden keys.
 _BAND_ROWS = 256
 
@@ -38,7 +36,7 @@ def attention_fwd(
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
     causal = _plain(options, q, k)
     if causal is not None:
-        fused = _fused_attention_fwd(q, k, v, causal, options.softmax_scale)
+        fused = _fused_attention_fwd(q, k, v, causal, options)
         if fused is not None:
             return fused
     if _only_masks(options, q):
@@ -76,9 +74,7 @@ def attention_bwd(
     gradients: Sequence[Tensor] | None = None
     causal = _plain(options, q, k)
     if causal is not None and dlse is None:
-        gradients = _fused_attention_bwd(
-            dout, q, k, v, out, lse, causal, options.softmax_scale, deterministic
-        )
+        gradients = _fused_attention_bwd(dout, q, k, v, out, lse, causal, options, deterministic)
     if gradients is None and _only_masks(options, q) and dlse is None:
         gradients = _masked_attention_bwd(dout, q, k, v, out, lse, options)
     if gradients is None:
@@ -88,6 +84,15 @@ def attention_bwd(
         for gradient, wanted in zip(gradients, grad_mask, strict=False)
     )
     return dq, dk, dv, q.new_empty(0)
+
+
+def fused_backend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> int:
+    """Returns the backend for both passes of a call on a GPU; -1 where none could run it."""
+    causal = None if options.cu_seqlens_q is not None else _plain(options, q, k)
+    if q.device.type != "cuda" or causal is None or q.numel() == 0 or k.numel() == 0:
+        return -1
+    q, k, v = (_heads_first(x) for x in (q, k, v))
+    return backend.pick(q, k, v, causal, options.softmax_scale)
 
 
 def _plain(options: AttentionOptions, q: Tensor, k: Tensor) -> bool | None:
@@ -149,25 +154,25 @@ def _seen_keys(options: AttentionOptions, rows: slice, Tq: int, Tk: int) -> slic
 
 
 def _fused_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, options: AttentionOptions
 ) -> tuple[Tensor, Tensor] | None:
     """Returns out and lse of the fused op that SDPA would pick; None where it would pick none."""
-    D = q.shape[-1]
+    D, scale = q.shape[-1], options.softmax_scale
     q, k, v = (_heads_first(x) for x in (q, k, v))
-    match _fused_choice(q, k, v, causal, scale):
-        case "cpu":
+    match _backend(q, k, v, causal, options):
+        case backend.CPU:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, causal, scale=scale
             )
-        case "flash":
+        case backend.FLASH:
             out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
                 q, k, v, 0.0, causal, False, scale=scale
             )
-        case "efficient":
+        case backend.EFFICIENT:
             out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
                 q, k, v, None, True, 0.0, causal, scale=scale
             )
-        case "cudnn":
+        case backend.CUDNN:
             out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 q, k, v, None, True, 0.0, causal, False, scale=scale
             )
@@ -186,44 +191,43 @@ def _fused_attention_bwd(
     out: Tensor,
     lse: Tensor,
     causal: bool,
-    scale: float,
+    options: AttentionOptions,
     deterministic: bool,
 ) -> tuple[Tensor, ...] | None:
-    """Returns dq, dk and dv of the fused op that SDPA would pick; None where there is none, or
-    where it cannot run this call."""
-    D, Tq, Tk = q.shape[-1], q.shape[1], k.shape[1]
+    """Returns dq, dk and dv of the fused op that computed out; None where there is none, or where
+    it cannot run this call."""
+    (_, Tq, _, D), Tk, scale = q.shape, k.shape[1], options.softmax_scale
     dout, q, k, v, out = (_heads_first(x) for x in (dout, q, k, v, out))
-    backend = _fused_choice(q, k, v, causal, scale)
-    if backend == "flash" and not _flash_backward_takes(q):
-        return None
-    if deterministic and backend != "cpu":
+    found = _backend(q, k, v, causal, options)
+    if deterministic and found != backend.CPU:
         enforced = (
             torch.are_deterministic_algorithms_enabled()
             and not torch.is_deterministic_algorithms_warn_only_enabled()
         )
-        if backend != "flash" or not enforced:
+        if found != backend.FLASH or not enforced:
             return None
     # The ops read the Philox state only with dropout, and cumulative lengths only with packed
     # sequences. Neither is used here.
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
-    match backend:
-        case "cpu":
+    match found:
+        case backend.CPU:
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dout, q, k, v, out, lse, 0.0, causal, scale=scale
             )
-        case "flash":
+        case backend.FLASH:
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
                 dout, q, k, v, out, lse, None, None, Tq, Tk, 0.0, causal, unused, unused,
                 scale=scale,
             )  # fmt: skip
-        case "efficient":
+        case backend.EFFICIENT:
             # This op wants the rows of lse to start on multiples of 32.
             lse = F.pad(lse, (0, -Tq % 32), value=math.inf)
             *gradients, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
                 dout, q, k, v, None, out, lse, unused, unused, 0.0, [True, True, True, False],
                 causal, scale=scale,
             )  # fmt: skip
-        case "cudnn":
+        case backend.CUDNN:
+            dout, out = (backend.laid_out_like(q, x) for x in (dout, out))
             gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
                 dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, None, None, Tq, Tk,
                 0.0, causal, scale=scale,
@@ -233,28 +237,14 @@ def _fused_attention_bwd(
     return tuple(g.transpose(1, 2)[..., :D].contiguous() for g in gradients)
 
 
-def _fused_choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
-    """Returns the name of SDPA's fused op for (B, H, T, D) inputs; None where there is none."""
+def _backend(q: Tensor, k: Tensor, v: Tensor, causal: bool, options: AttentionOptions) -> int:
+    """Returns the backend that runs (B, H, T, D) inputs: the one that was picked, or one that is
+    picked now."""
     if q.device.type == "cpu":
-        return "cpu"
-    if q.device.type != "cuda" or max(q.shape[:2]) > _LAUNCH_LIMIT:
-        return None
-    choice = torch._fused_sdp_choice(
-        q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    names = {
-        SDPBackend.FLASH_ATTENTION.value: "flash",
-        SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
-        SDPBackend.CUDNN_ATTENTION.value: "cudnn",
-    }
-    return names.get(choice)
-
-
-def _flash_backward_takes(q: Tensor) -> bool:
-    """Whether PyTorch's flash backward takes q's head width. On GPUs with little shared memory it
-    refuses widths from 193 to 224."""
-    capability = torch.cuda.get_device_capability(q.device)
-    return not 192 < q.shape[-1] <= 224 or capability == (8, 0) or capability[0] in (9, 10)
+        return backend.CPU
+    if options.backend >= 0:
+        return options.backend
+    return backend.pick(q, k, v, causal, options.softmax_scale)
 
 
 def _heads_first(x: Tensor) -> Tensor:
