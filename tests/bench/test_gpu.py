@@ -397,3 +397,19 @@ def test_torch_keeps_the_backend_of_the_forward_pass(
 
         inputs = call.inputs(torch.bfloat16, seed)
         assert_parity(ours, of(baseline), of(reference), inputs, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in verify.CASES if case.op == "attention_varlen"],
+    ids=lambda case: case.name,
+)
+def test_torch_packed_sequences(case: verify.Case, dtype: torch.dtype, seed: int) -> None:
+    test_parity("torch", case, dtype, seed)
+
+
+def test_torch_reads_no_lengths(seed: int) -> None:
+    """A read would break the capture of a graph."""
+    call = next(call for call in CALLS if call.op == "attention_varlen")
+    test_cuda_graph_replays_with_new_inputs("torch", call, seed)

@@ -22,26 +22,32 @@ _BAND_ROWS = 256
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, first_batch: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    first_batch: int = 0,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32; the formula is that of
     `gptkernels.truth.reference.attention`.
 
     `first_batch` is the number that q's first entry has in the whole batch: dropout's mask depends
-    on it.
+    on it. `shift` (B,) is added to the positions of each entry's queries, which are those of
+    `attention` without it. Only the formula takes it.
     """
     if q.numel() == 0 or k.numel() == 0:
         rows = (q.shape[0], q.shape[2], q.shape[1])
         lse = torch.full(rows, -math.inf, dtype=torch.float32, device=q.device)
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
-    causal = _plain(options, q, k)
+    causal = _plain(options, q, k) if shift is None else None
     if causal is not None:
         fused = _fused_attention_fwd(q, k, v, causal, options)
         if fused is not None:
             return fused
-    if _only_masks(options, q):
+    if shift is None and _only_masks(options, q):
         return _masked_attention_fwd(q, k, v, options)
-    return _attention_rows_fwd(q, k, v, options, first_batch)
+    return _attention_rows_fwd(q, k, v, options, first_batch, shift)
 
 
 def attention_bwd(
@@ -56,6 +62,7 @@ def attention_bwd(
     grad_mask: Sequence[bool],
     deterministic: bool,
     first_batch: int = 0,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v and an additive attn_mask, each empty where `grad_mask` is
     False.
@@ -72,13 +79,13 @@ def attention_bwd(
         )
         return dq, dk, dv, dmask
     gradients: Sequence[Tensor] | None = None
-    causal = _plain(options, q, k)
+    causal = _plain(options, q, k) if shift is None else None
     if causal is not None and dlse is None:
         gradients = _fused_attention_bwd(dout, q, k, v, out, lse, causal, options, deterministic)
-    if gradients is None and _only_masks(options, q) and dlse is None:
+    if gradients is None and shift is None and _only_masks(options, q) and dlse is None:
         gradients = _masked_attention_bwd(dout, q, k, v, out, lse, options)
     if gradients is None:
-        return _attention_rows_bwd(dout, dlse, q, k, v, lse, options, grad_mask, first_batch)
+        return _attention_rows_bwd(dout, dlse, q, k, v, lse, options, grad_mask, first_batch, shift)
     dq, dk, dv = (
         gradient if wanted else q.new_empty(0)
         for gradient, wanted in zip(gradients, grad_mask, strict=False)
@@ -126,12 +133,24 @@ def _masked_rows(options: AttentionOptions, B: int, Tq: int, Tk: int) -> Iterato
     return _row_blocks(per_row, Tq, _BAND_ROWS if banded else Tq)
 
 
+def _positions(rows: slice, Tq: int, Tk: int, device: torch.device, shift: Tensor | None) -> Tensor:
+    """Returns the position among the keys of each query, (rows, 1); with shift (B, 1, rows, 1)."""
+    position = torch.arange(Tq, device=device)[rows, None] + Tk - Tq
+    return position if shift is None else position + shift.view(-1, 1, 1, 1)
+
+
 def _hidden(
-    options: AttentionOptions, rows: slice, keys: slice, Tq: int, Tk: int, device: torch.device
+    options: AttentionOptions,
+    rows: slice,
+    keys: slice,
+    Tq: int,
+    Tk: int,
+    device: torch.device,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Returns True where anything but an additive mask hides the key from the query. Broadcasts to
     (B, H, rows, keys)."""
-    position = torch.arange(Tq, device=device)[rows, None] + Tk - Tq
+    position = _positions(rows, Tq, Tk, device, shift)
     key = torch.arange(Tk, device=device)[keys]
     hidden = torch.zeros((1, 1), dtype=torch.bool, device=device)
     if options.left >= 0:
@@ -145,8 +164,13 @@ def _hidden(
     return hidden
 
 
-def _seen_keys(options: AttentionOptions, rows: slice, Tq: int, Tk: int) -> slice:
-    """Returns the range of keys that at least one of these rows sees, by causal and window."""
+def _seen_keys(
+    options: AttentionOptions, rows: slice, Tq: int, Tk: int, shift: Tensor | None = None
+) -> slice:
+    """Returns the range of keys that at least one of these rows sees, by causal and window; all
+    keys with shift, whose values the host does not read."""
+    if shift is not None:
+        return slice(0, Tk)
     left, right = options.left, options.right
     low = max(0, rows.start + Tk - Tq - left) if left >= 0 else 0
     high = min(Tk, rows.stop + Tk - Tq + right) if right >= 0 else Tk
@@ -342,7 +366,12 @@ def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _attention_rows_fwd(
-    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, first_batch: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    first_batch: int,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns out and lse by the formula in fp32, one block of query rows after another."""
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
@@ -350,11 +379,11 @@ def _attention_rows_fwd(
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     k, v = (_living_keys(x.transpose(1, 2).float(), options.key_lengths) for x in (k, v))
     for rows in _row_blocks(B * H * Tk, Tq):
-        keys = _seen_keys(options, rows, Tq, Tk)
+        keys = _seen_keys(options, rows, Tq, Tk, shift)
         if keys.start == keys.stop:
             out[:, rows], lse[:, :, rows] = 0, -math.inf
             continue
-        s, _ = _attention_scores(q, k, rows, keys, options)
+        s, _ = _attention_scores(q, k, rows, keys, options, shift)
         highest = s.amax(-1, keepdim=True)
         highest = highest.masked_fill(highest == -math.inf, 0)
         p = s.sub_(highest).exp_()
@@ -378,6 +407,7 @@ def _attention_rows_bwd(
     options: AttentionOptions,
     grad_mask: Sequence[bool],
     first_batch: int,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients by the formula dS = P (dP - sum(P dP) + dlse) in fp32, one block of
     query rows after another."""
@@ -393,12 +423,12 @@ def _attention_rows_bwd(
     shape = (0,) if mask is None else mask.shape
     dmask = torch.zeros(shape, dtype=torch.float32, device=q.device)
     for rows in _row_blocks(B * H * Tk, Tq):
-        keys = _seen_keys(options, rows, Tq, Tk)
+        keys = _seen_keys(options, rows, Tq, Tk, shift)
         if keys.start == keys.stop:
             if want_q:
                 dq[:, rows] = 0
             continue
-        s, cap = _attention_scores(q, k, rows, keys, options)
+        s, cap = _attention_scores(q, k, rows, keys, options, shift)
         # The weights of a row without keys are 0. Its q, dout and dlse may be NaN, and 0 * NaN is
         # NaN, so zeros replace them before the products.
         empty = lse[:, :, rows, None] == -math.inf
@@ -434,7 +464,12 @@ def _attention_rows_bwd(
 
 
 def _attention_scores(
-    q: Tensor, k: Tensor, rows: slice, keys: slice, options: AttentionOptions
+    q: Tensor,
+    k: Tensor,
+    rows: slice,
+    keys: slice,
+    options: AttentionOptions,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the scores (B, H, rows, keys) in fp32, -inf where hidden, and the derivative of the
     softcap, None without a softcap."""
@@ -450,12 +485,12 @@ def _attention_scores(
         t = torch.tanh(s / options.softcap)
         s, cap = options.softcap * t, 1 - t * t
     if options.alibi_slopes is not None:
-        position = torch.arange(Tq, device=q.device)[rows, None] + Tk - Tq
+        position = _positions(rows, Tq, Tk, q.device, shift)
         key = torch.arange(Tk, device=q.device)[keys]
         s -= options.alibi_slopes[:, None, None] * (position - key).abs()
     if options.attn_mask is not None and options.attn_mask.dtype != torch.bool:
         s += _mask_block(options.attn_mask, rows, keys)
-    return s.masked_fill_(_hidden(options, rows, keys, Tq, Tk, q.device), -math.inf), cap
+    return s.masked_fill_(_hidden(options, rows, keys, Tq, Tk, q.device, shift), -math.inf), cap
 
 
 def _mask_block(mask: Tensor, rows: slice, keys: slice) -> Tensor:
