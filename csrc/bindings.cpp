@@ -10,6 +10,7 @@
 #include "attention/params.h"
 #include "gelu_mlp/params.h"
 #include "layer_norm/params.h"
+#include "runtime/context.h"
 #include "runtime/dry_run.h"
 #include "runtime/launch.h"
 #include "runtime/members.h"
@@ -192,7 +193,10 @@ void def_gelu_mlp(py::module_& module) {
 void def_layer_norm(py::module_& module) {
     def(module, "layer_norm_fwd", kLayerNormFwd, &launch_layer_norm_fwd);
     def(module, "layer_norm_bwd", kLayerNormBwd, &launch_layer_norm_bwd);
-    module.def("layer_norm_bwd_partials", &layer_norm_bwd_partials);
+    module.def("layer_norm_bwd_partials", [](int64_t rows, int cols, int device, int build) {
+        const Context context(device);
+        return layer_norm_bwd_partials(rows, cols, device, build);
+    });
     module.def("layer_norm_fwd_builds", [] { return described(layer_norm_fwd_builds()); });
     module.def("layer_norm_bwd_builds", [] { return described(layer_norm_bwd_builds()); });
 }
@@ -218,6 +222,7 @@ PYBIND11_MODULE(_cuda, module) {
     using namespace gk;
     module.attr("fields") = py::dict();
     def_emulator(module);
+    module.def("capability", &capability);
     module.def("dry_run", [](int capability, int multiprocessors, const py::function& run) {
         const DryRun dry_run(capability, multiprocessors);
         run();

@@ -51,7 +51,7 @@ _OLDEST_NVCC = (12, 8)
 # Sources in a folder of this name are compiled for 90a only.
 _HOPPER_ONLY = "sm90"
 # Host code in csrc that the emulator replaces with a version of its own.
-_NATIVE_ONLY = ("csrc/runtime/launch.cpp",)
+_NATIVE_ONLY = tuple(f"csrc/runtime/{name}.cpp" for name in ("context", "driver", "launch"))
 
 _HOST_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # The emulator's errors name the callers, which it finds by frame pointers.

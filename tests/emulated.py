@@ -84,6 +84,7 @@ class Machine:
         self.library, self.device = ctypes.CDLL(str(library)), device
         address, size = ctypes.c_void_p, ctypes.c_size_t
         self.library.run.argtypes = [ctypes.c_char_p, address, ctypes.c_char_p, size]
+        self.library.encode.argtypes = [address, ctypes.c_char_p, size]
         self.library.refuses.argtypes = [address]
         self.library.refuses.restype = ctypes.c_char_p
         if device == "cpu":  # a GPU is told of no bounds
@@ -140,6 +141,12 @@ class Machine:
         for word, written in (("in", 1), ("out", 0)):
             if word in role and self.device == "cpu":
                 self.library.declare(name.encode(), tensor.data_ptr(), tensor.nbytes, written)
+
+    def encode(self, shape: Shape) -> None:
+        """Makes the tensor map on a thread that has no context. Raises RuntimeError."""
+        error = ctypes.create_string_buffer(4096)
+        if self.library.encode(ctypes.byref(shape), error, len(error)):
+            raise RuntimeError(error.value.decode())
 
     def refuses(self, shape: Shape) -> str | None:
         """Why there is no such tensor map."""

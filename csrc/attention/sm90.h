@@ -9,21 +9,19 @@
 
 namespace gk {
 
-// Columns of a panel of shared memory: 128 bytes of 16-bit elements, the span of the widest
-// swizzle.
-constexpr int kPanelCols = 64;
-
-// A tensor (B, T, H, D) as boxes of `rows` tokens of one head, one panel of columns wide. The part
-// of a box past the last token or column is loaded as zeros and is not stored.
+// A tensor (B, T, H, D) as boxes of `rows` tokens of one head, one panel of a SwizzledTile
+// (device/swizzled.h) wide: 64 columns, or 32. The part of a box past the last token or column is
+// loaded as zeros and is not stored.
 inline TensorMapShape attention_map_shape(DType dtype, const void* base, const Strides& strides,
-                                          int batch, int tokens, int heads, int D, int rows) {
+                                          int batch, int tokens, int heads, int D, int rows,
+                                          int panel_cols = 64) {
     return {dtype,
             4,
             base,
             {D, heads, tokens, batch},
             {1, strides.head, strides.token, strides.batch},
-            {kPanelCols, 1, rows, 1},
-            Swizzle::b128};
+            {panel_cols, 1, rows, 1},
+            panel_cols == 64 ? Swizzle::b128 : Swizzle::b64};
 }
 
 // Returns why no Hopper kernel takes the call, or "" if one may.

@@ -1,4 +1,4 @@
-// The native side of runtime/launch.h: device guard, opt-in to large shared memory, launch, check.
+// The native side of runtime/launch.h: opt-in to large shared memory, launch, check.
 #include "runtime/launch.h"
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "runtime/driver.h"
 #include "runtime/dry_run.h"
 #include "runtime/resident.h"
 
@@ -22,29 +23,9 @@ constexpr size_t kSharedWithoutOptIn = 48 * 1024;
 
 void check(cudaError_t status, const Launch& launch, const char* doing) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // clears the error, which the next call would report again
     throw Error(std::string(launch.name) + " on " + launch.shape + " failed " + doing + ": " +
-                cudaGetErrorString(status));
+                reason_of(status));
 }
-
-// Makes the launch's device the current one. Restores the caller's device at the end, also after an
-// error.
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(const Launch& launch) {
-        check(cudaGetDevice(&before_), launch, "to find a device");
-        now_ = launch.stream.device;
-        if (now_ != before_) check(cudaSetDevice(now_), launch, "to select its device");
-    }
-    ~DeviceGuard() {
-        if (now_ != before_) cudaSetDevice(before_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  private:
-    int before_ = 0, now_ = 0;
-};
 
 // A positive number for each device, or 0 while the device has not been asked for it.
 using Known = std::array<std::atomic<int>, kMaxDevices>;
@@ -59,9 +40,8 @@ int remembered(Known& known, int device, const char* what, Ask&& ask) {
     if (number == 0) {
         const cudaError_t status = ask(&number, device);
         if (status != cudaSuccess) {
-            cudaGetLastError();
             throw Error(std::string(what) + " of device " + std::to_string(device) +
-                        " could not be found: " + cudaGetErrorString(status));
+                        " could not be found: " + reason_of(status));
         }
         known[device].store(number, std::memory_order_relaxed);
     }
@@ -130,7 +110,6 @@ int detail::resident_clusters(const void* kernel, const Launch& launch, int ctas
     int& clusters = known[{kernel, launch.stream.device, launch.cluster, launch.threads,
                            launch.shared_bytes}];
     if (clusters > 0) return clusters;
-    const DeviceGuard guard(launch);
     opt_in_to_shared(kernel, launch);
     cudaLaunchAttribute cluster{};
     Launch one = launch;
@@ -145,7 +124,6 @@ int detail::resident_clusters(const void* kernel, const Launch& launch, int ctas
 }
 
 void detail::launch(const void* kernel, const Launch& launch, const void* params) {
-    const DeviceGuard guard(launch);
     opt_in_to_shared(kernel, launch);
     void* arguments[] = {const_cast<void*>(params)};
     cudaLaunchAttribute cluster{};

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "runtime/context.h"
 #include "runtime/launch.h"
 
 namespace gk {
@@ -129,6 +130,7 @@ void def(pybind11::module_& module, const char* name, const Table& params,
                                            fields[i].name);
             }
         }
+        const Context context(device);
         return std::apply(launch, all);
     });
 }

@@ -8,6 +8,8 @@
 
 #ifndef GK_EMULATE
 #include <cudaTypedefs.h>
+
+#include "runtime/driver.h"
 #endif
 
 namespace gk {
@@ -71,24 +73,6 @@ static_assert(alignof(TensorMap) >= alignof(CUtensorMap), "the driver's own type
 
 namespace {
 
-// The module does not link the driver's library, so a machine without a driver can import it too.
-PFN_cuTensorMapEncodeTiled_v12000 driver_encode() {
-    constexpr unsigned kSince = 12000;  // CUDA 12.0
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t status = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, kSince, cudaEnableDefault, &found);
-    if (status != cudaSuccess) {
-        cudaGetLastError();
-        throw Error(std::string("the driver could not be asked for tensor maps: ") +
-                    cudaGetErrorString(status));
-    }
-    if (found != cudaDriverEntryPointSuccess || function == nullptr) {
-        throw Error("the driver is too old for tensor maps: one of CUDA 12.0 or newer has them");
-    }
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-}
-
 CUtensorMapDataType driver_type(DType dtype) {
     switch (dtype) {
         case DType::bf16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -111,7 +95,8 @@ CUtensorMapSwizzle driver_swizzle(Swizzle swizzle) {
 }  // namespace
 
 TensorMap detail::encode(const TensorMapShape& shape) {
-    static const PFN_cuTensorMapEncodeTiled_v12000 encode_tiled = driver_encode();
+    static const auto encode_tiled =
+        driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled", 12000);
     cuuint64_t sizes[kMostDimensions], strides[kMostDimensions];
     cuuint32_t box[kMostDimensions], steps[kMostDimensions];
     for (int i = 0; i < shape.rank; ++i) {

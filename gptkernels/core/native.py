@@ -86,6 +86,10 @@ def _native_unavailable() -> str | None:
     if capability < _OLDEST_CAPABILITY:
         found = "{}.{}".format(*capability) if devices else "none"
         return f"it needs a GPU of compute capability 8.0 or later, and there is {found}"
+    try:  # PyTorch's CUDA may be older than the one that the kernels were compiled with
+        _native().capability(0)
+    except RuntimeError as error:
+        return str(error)
     return None
 
 

@@ -8,7 +8,10 @@ new on every run; a failure names the seed that gives them again.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gptkernels
 from gptkernels import GPT, GPTConfig
@@ -329,3 +333,83 @@ def test_second_device(impl: str, call: Call, seed: int) -> None:
     for result, expected in zip(call(elsewhere, impl=impl), call(inputs, impl=impl), strict=True):
         assert result.device == torch.device("cuda:1")
         assert torch.equal(result.cpu(), expected.cpu()), replay(seed)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@kernels
+def test_new_thread(impl: str, call: Call, seed: int) -> None:
+    """A thread that no CUDA call has given a context yet."""
+    inputs = call.inputs(torch.float16, seed)
+    expected = call(inputs, impl=impl)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        results = thread.submit(call, inputs, impl=impl).result()
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted), replay(seed)
+
+
+BACKWARD_FIRST = """
+import torch
+from gptkernels import gelu_mlp
+x, w1, w2 = (torch.randn(256, 256, device="cuda", dtype=torch.float16) for _ in range(3))
+x.requires_grad_()
+def gradient(impl):
+    return torch.autograd.grad(gelu_mlp(x, w1 / 16, None, w2 / 16, None, impl=impl).sum(), x)[0]
+torch.testing.assert_close(gradient("cuda"), gradient("torch"), rtol=0.02, atol=0.02)
+"""
+
+
+def test_autograds_thread_begins_with_a_tensor_map() -> None:
+    """Without b2, gelu_mlp's backward pass launches a product first. The process is new, so that
+    nothing has given autograd's thread a context before."""
+    if unavailable("cuda", "cuda", torch.float16) is not None:
+        pytest.skip("needs the CUDA C++ kernels")
+    subprocess.run([sys.executable, "-c", BACKWARD_FIRST], check=True)
+
+
+BACKENDS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("Tq", [1, 130])
+def test_torch_keeps_the_backend_of_the_forward_pass(
+    Tq: int, backend: SDPBackend, seed: int
+) -> None:
+    """Also with a gradient of out in two layouts, of which cuDNN's cached graphs know one."""
+    call = Call("attention", heads((2, Tq, 4, 64), (2, 130, 4, 64)))
+    options = {"causal": Tq == 130}
+    for turned in (False, True):
+
+        def turn(x: Tensor, turned: bool = turned) -> Tensor:
+            return x.transpose(1, 2).contiguous() if turned else x
+
+        def ours(turn: Any = turn, **leaves: Tensor) -> Tensor:
+            with sdpa_kernel([backend, SDPBackend.MATH]):
+                return turn(gptkernels.attention(**leaves, **options, impl="torch"))
+
+        def of(module: Any, turn: Any = turn) -> parity.Op:
+            return lambda **leaves: turn(module.attention(**leaves, **options))
+
+        inputs = call.inputs(torch.bfloat16, seed)
+        assert_parity(ours, of(baseline), of(reference), inputs, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in verify.CASES if case.op == "attention_varlen"],
+    ids=lambda case: case.name,
+)
+def test_torch_packed_sequences(case: verify.Case, dtype: torch.dtype, seed: int) -> None:
+    test_parity("torch", case, dtype, seed)
+
+
+def test_torch_reads_no_lengths(seed: int) -> None:
+    """A read would break the capture of a graph."""
+    call = next(call for call in CALLS if call.op == "attention_varlen")
+    test_cuda_graph_replays_with_new_inputs("torch", call, seed)

@@ -63,6 +63,8 @@ def test_cuda_needs_compute_capability_8(monkeypatch: pytest.MonkeyPatch) -> Non
     assert reason is not None
     assert reason.endswith("a GPU of compute capability 8.0 or later, and there is 7.5")
     capabilities[1] = (8, 0)
+    module = SimpleNamespace(capability=lambda device: 80)
+    monkeypatch.setattr(native, "_native", lambda: module)
     native._native_unavailable.cache_clear()
     assert choice.unavailable("cuda", GPU, torch.float16) is None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -70,6 +72,19 @@ def test_cuda_needs_compute_capability_8(monkeypatch: pytest.MonkeyPatch) -> Non
     reason = choice.unavailable("cuda", GPU, torch.float16)
     assert reason is not None
     assert reason.endswith("and there is none")
+
+
+def test_cuda_says_that_the_driver_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capability(device: int) -> int:
+        raise RuntimeError("the NVIDIA driver is made for CUDA 12.4")
+
+    monkeypatch.setattr(native, "EMULATED", False)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(native, "_native", lambda: SimpleNamespace(capability=capability))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    reason = choice.unavailable("cuda", GPU, torch.float16)
+    assert reason == "the NVIDIA driver is made for CUDA 12.4"
 
 
 def test_a_module_that_is_not_there_is_one_sentence(

@@ -229,3 +229,9 @@ def test_a_refused_map_is_an_error(emulator: Machine) -> None:
     sentence = "there is no tensor map for this tensor: a stride is not a multiple of 16 bytes"
     with pytest.raises(RuntimeError, match=f"^{sentence}$"):
         emulator("load_2", Map(tensor, (32, 4)))
+
+
+def test_a_thread_without_a_context_makes_no_map(emulator: Machine) -> None:
+    sentence = "the driver refused a tensor map with error 201: this thread has no context"
+    with pytest.raises(RuntimeError, match=f"^{sentence}$"):
+        emulator.encode(shape_of())

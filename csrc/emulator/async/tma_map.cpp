@@ -3,9 +3,21 @@
 #include <algorithm>
 #include <cstring>
 
+#include "runtime/context.h"
+
 namespace gk {
+namespace {
+
+thread_local int contexts = 0;  // of the calling thread
+
+}  // namespace
+
+Context::Context(int) { ++contexts; }
+Context::~Context() { --contexts; }
 
 TensorMap detail::encode(const TensorMapShape& shape) {
+    if (contexts == 0)
+        throw Error("the driver refused a tensor map with error 201: this thread has no context");
     emulator::Map map{};
     map.mark = emulator::kMapMark;
     map.base = static_cast<const char*>(shape.base);

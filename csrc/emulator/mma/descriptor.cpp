@@ -12,48 +12,52 @@ namespace {
 
 // A GPU keeps the first kilobyte of a CTA's shared memory for itself, so the arena begins after it.
 constexpr uint32_t kArenaStart = 1024;
-constexpr uint32_t kAtomBytes = 1024, kRowBytes = 128;
+constexpr uint32_t kAtomRows = 8;
 
 uint32_t bits_of(uint64_t descriptor, unsigned first, unsigned count) {
     return uint32_t(descriptor >> first) & ((1u << count) - 1);
 }
 
 struct Descriptor {
-    uint32_t start, leading, stride;  // bytes
+    uint32_t start, leading, stride, span;  // bytes; the span of the swizzle is a row of an atom
 };
 
-Descriptor decode(const std::string& name, uint64_t bits, bool mn_major) {
+Descriptor decode(const std::string& name, uint64_t bits, uint32_t size, bool mn_major) {
     const auto wrong = [&](const std::string& what) {
         fail("the descriptor of " + name + " " + what);
     };
     const uint64_t unused = bits_of(bits, 14, 2) | bits_of(bits, 30, 2) | bits_of(bits, 46, 3) |
                             bits_of(bits, 52, 10);
     if (unused != 0) wrong("has bits set that mean nothing");
-    if (bits_of(bits, 62, 2) != 1) {
-        wrong("names swizzle " + std::to_string(bits_of(bits, 62, 2)) +
-              ", and tiles have that of 128 bytes, 1");
-    }
+    const uint32_t swizzle = bits_of(bits, 62, 2);
+    if (swizzle == 0) wrong("names no swizzle, and all tiles have one");
     if (bits_of(bits, 49, 3) != 0) {
         wrong("has base offset " + std::to_string(bits_of(bits, 49, 3)) +
-              ", and tiles are aligned to 1,024 bytes, for which it is 0");
+              ", and tiles are aligned to the swizzle's pattern, for which it is 0");
     }
     const Descriptor d{bits_of(bits, 0, 14) << 4, bits_of(bits, 16, 14) << 4,
-                       bits_of(bits, 32, 14) << 4};
-    const uint32_t past = d.start % kAtomBytes;
-    if (past >= kRowBytes) {
-        wrong("starts " + std::to_string(past) +
-              " bytes past a multiple of 1,024, within the swizzle's pattern");
+                       bits_of(bits, 32, 14) << 4, 256u >> swizzle};
+    const uint32_t past = d.start % (kAtomRows * d.span);
+    if (past >= d.span) {
+        wrong("starts " + std::to_string(past) + " bytes past a multiple of " +
+              std::to_string(kAtomRows * d.span) + ", within the swizzle's pattern");
     }
     if (mn_major ? past != 0 : past % 32 != 0) {
-        wrong("starts " + std::to_string(past) + " bytes into a row of 128, of which " +
+        wrong("starts " + std::to_string(past) + " bytes into a row of " + std::to_string(d.span) +
+              ", of which " +
               (mn_major ? "an MN-major operand takes all" : "a step of k takes 32 aligned bytes"));
+    }
+    if (mn_major && size * 2 % d.span != 0) {
+        wrong("names atoms of " + std::to_string(d.span / 2) + " columns, and the operand has " +
+              std::to_string(size) + ", no whole number of atoms");
     }
     return d;
 }
 
-Segment segment_at(const char* name, uint32_t address) {
-    // The hardware does this to every address: bits 4-6 are XORed with bits 7-9.
-    address ^= (address >> 7 & 7) << 4;
+Segment segment_at(const char* name, uint32_t address, uint32_t span) {
+    // The hardware does this to every address: the bits that number the chunk, 4-6 for a span of
+    // 128 bytes, are XORed with as many bits from bit 7 on.
+    address ^= (address >> 7 & (span / 16 - 1)) << 4;
     const uint32_t offset = (address & ~31u) - kArenaStart;
     if (offset >= launched->shared_bytes || launched->shared_bytes - offset < 32) {
         const int64_t byte = int64_t(address & ~31u) - kArenaStart;
@@ -93,21 +97,20 @@ unsigned shared_address(const void* shared) {
 }
 
 std::vector<Segment> segments_of(const char* name, uint64_t descriptor, int size, bool mn_major) {
-    const Descriptor d = decode(name, descriptor, mn_major);
+    const Descriptor d = decode(name, descriptor, uint32_t(size), mn_major);
+    const auto at = [&](uint32_t group, uint32_t row, uint32_t bytes) {
+        return segment_at(name, d.start + group + row / kAtomRows * d.stride +
+                                    row % kAtomRows * d.span + bytes, d.span);
+    };
     std::vector<Segment> segments;
     segments.reserve(size_t(size));
     if (!mn_major) {
-        for (uint32_t row = 0; row < uint32_t(size); ++row) {
-            segments.push_back(
-                segment_at(name, d.start + row / 8 * d.stride + row % 8 * kRowBytes));
-        }
+        for (uint32_t row = 0; row < uint32_t(size); ++row) segments.push_back(at(0, row, 0));
         return segments;
     }
     for (uint32_t k = 0; k < 16; ++k) {
         for (uint32_t column = 0; column < uint32_t(size); column += 16) {
-            segments.push_back(segment_at(name, d.start + column / 64 * d.leading +
-                                                    k / 8 * d.stride + k % 8 * kRowBytes +
-                                                    column % 64 * 2));
+            segments.push_back(at(2 * column / d.span * d.leading, k, 2 * column % d.span));
         }
     }
     return segments;

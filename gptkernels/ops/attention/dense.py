@@ -22,6 +22,7 @@ from gptkernels.ops.attention.options import (
     complete,
     scale,
 )
+from gptkernels.ops.attention.torch.dense import fused_backend
 
 
 @register("gptkernels.ops.attention")
@@ -71,6 +72,10 @@ class _Attention(torch.autograd.Function):
         *fields: Any,
     ) -> tuple[Tensor, Tensor]:
         options = AttentionOptions(*fields)
+        # The backward pass runs the backend of the forward pass, whatever the flags of
+        # torch.backends.cuda are by then. torch.compile cannot trace the question: both passes ask.
+        if impl == "torch" and not torch.compiler.is_compiling():
+            options = options._replace(backend=fused_backend(q, k, v, options))
         out, lse = attention_fwd(q, k, v, *options, impl)
         ctx.save_for_backward(q, k, v, out, lse, *options.tensors)
         ctx.numbers = options.numbers

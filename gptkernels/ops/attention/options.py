@@ -40,6 +40,7 @@ class AttentionOptions(NamedTuple):
     dropout_p: float = 0.0
     max_seqlen_q: int = 0  # length of the longest packed sequence, or more
     max_seqlen_k: int = 0
+    backend: int = -1  # the fused op that impl="torch" runs on a GPU; -1: it asks PyTorch
     alibi_slopes: Tensor | None = None  # (H,) fp32
     key_lengths: Tensor | None = None  # (B,) int32
     attn_mask: Tensor | None = None  # bool or floating, broadcasts to (B, H, Tq, Tk)

@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include "runtime/context.h"
+
 #define GK_EXPORT extern "C" __attribute__((visibility("default")))
 
 #ifdef GK_EMULATE
@@ -51,7 +53,19 @@ static void launch(const char* name, const Given& given) {
 // 0, or 1 and the error's sentence.
 GK_EXPORT int run(const char* name, const Given* given, char* error, size_t error_bytes) {
     try {
+        const gk::Context context(0);
         launch(name, *given);
+    } catch (const gk::Error& caught) {
+        std::strncpy(error, caught.what(), error_bytes - 1);
+        return 1;
+    }
+    return 0;
+}
+
+// Likewise for a map alone, on a thread that has no context.
+GK_EXPORT int encode(const gk::TensorMapShape* shape, char* error, size_t error_bytes) {
+    try {
+        gk::tensor_map(*shape);
     } catch (const gk::Error& caught) {
         std::strncpy(error, caught.what(), error_bytes - 1);
         return 1;

@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkernels import attention
 from gptkernels.core import philox
+from gptkernels.ops.attention import dense as public
+from gptkernels.ops.attention import torch as implementation
 from gptkernels.ops.attention.options import AttentionOptions
-from gptkernels.ops.attention.torch import dense
+from gptkernels.ops.attention.torch import backend, dense
 
 
 class TestTorchImplementation:
@@ -82,18 +84,6 @@ class TestTorchImplementation:
         assert bool(parts) == fused
         assert len(parts) in (0, 2)
 
-    def test_fused_cuda_ops_take_only_what_their_grids_can(self) -> None:
-        for shape in ((65536, 1, 1, 16), (1, 65536, 1, 16)):
-            q = SimpleNamespace(device=torch.device("cuda"), shape=shape)
-            assert dense._fused_choice(q, q, q, True, 1.0) is None
-
-    def test_widths_that_flash_backward_refuses(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for capability, fits in (((8, 0), True), ((8, 6), False), ((9, 0), True), ((12, 0), False)):
-            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-            for D, accepted in ((192, True), (200, fits), (224, fits), (232, True)):
-                q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 1, 1, D))
-                assert dense._flash_backward_takes(q) == accepted
-
     def test_memory_stays_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """No tensor of the formula has more scores than the bound."""
         monkeypatch.setattr(dense, "_SCORES_HELD", 2000)
@@ -116,6 +106,99 @@ class TestTorchImplementation:
             mask = [True, True, True, False]
             dense.attention_bwd(out, lse, *tensors.values(), out, lse, options, mask, True)
         assert largest <= 2000
+
+
+def on_a_gpu(B: int, Tq: int, H: int, D: int) -> Any:
+    """What stands for a tensor (B, H, Tq, D) on a GPU."""
+    return SimpleNamespace(device=torch.device("cuda"), shape=(B, H, Tq, D))
+
+
+class TestBackend:
+    """Which of SDPA's fused CUDA ops runs, by a PyTorch that picks cuDNN."""
+
+    @pytest.fixture(autouse=True)
+    def cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capability, self.taken = (9, 0), {"flash", "efficient"}
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *given, **options: backend.CUDNN)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: self.capability)
+        monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *given: None)
+        for name in ("flash", "efficient"):
+            takes = functools.partial(lambda name, call: name in self.taken, name)
+            monkeypatch.setattr(torch.backends.cuda, f"can_use_{name}_attention", takes)
+
+    def picked(self, Tq: int = 5, D: int = 64, B: int = 2, H: int = 4, Hk: int = 4) -> int:
+        q, k = on_a_gpu(B, Tq, H, D), on_a_gpu(B, 7, Hk, D)
+        return backend.pick(q, k, k, False, 1.0)
+
+    def test_grids_have_limits(self) -> None:
+        assert self.picked() == backend.CUDNN
+        assert self.picked(B=65536) == self.picked(H=65536) == backend.NONE
+
+    def test_a_single_query_is_not_for_cudnn_from_capability_10_on(self) -> None:
+        assert self.picked(Tq=1) == backend.CUDNN
+        for self.capability in ((10, 0), (10, 3), (12, 0)):
+            assert self.picked(Tq=2) == backend.CUDNN
+            self.taken = {"flash", "efficient"}
+            assert self.picked(Tq=1) == backend.FLASH
+            self.taken = {"efficient"}
+            assert self.picked(Tq=1) == backend.EFFICIENT
+            assert self.picked(Tq=1, Hk=2) == backend.NONE
+
+    def test_only_what_has_a_backward_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *given, **options: backend.FLASH)
+        for self.capability, fits in (((8, 0), 1), ((8, 6), 0), ((9, 0), 1), ((12, 0), 0)):
+            for D, flash in ((192, 1), (200, fits), (224, fits), (232, 1)):
+                assert self.picked(D=D) == (backend.FLASH if flash else backend.EFFICIENT)
+
+    def test_no_backend_at_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*given: Any, **options: Any) -> int:
+            raise RuntimeError("No viable backend for scaled_dot_product_attention was found.")
+
+        monkeypatch.setattr(torch, "_fused_sdp_choice", refuse)
+        assert self.picked() == backend.NONE
+
+    def test_the_backward_pass_runs_the_backend_of_the_forward_pass(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = iter([backend.EFFICIENT])
+        monkeypatch.setattr(public, "fused_backend", lambda q, k, v, options: next(asked))
+        ran = []
+        for name in ("attention_fwd", "attention_bwd"):
+            function = getattr(implementation, name)
+
+            def note(*given: Any, function: Any = function) -> Any:
+                ran.extend(x.backend for x in given if isinstance(x, AttentionOptions))
+                return function(*given)
+
+            monkeypatch.setattr(implementation, name, note)
+        run(functools.partial(attention, impl="torch"), inputs())
+        assert ran == [backend.EFFICIENT, backend.EFFICIENT]
+
+    @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=["BTHD", "BHTD"])
+    def test_cudnn_gets_out_and_dout_laid_out_like_q(self, order: tuple[int, ...]) -> None:
+        """Its graphs, which PyTorch caches by the layouts of q, k and v, have those of the first
+        call for out and dout."""
+        B, T, H, D = 2, 6, 3, 16
+        sizes = [(B, T, H, D)[i] for i in order]
+        q, k, v = (torch.empty(sizes, dtype=BF16, device="meta").permute(order) for _ in range(3))
+        out = torch.empty((B, T, H, D), dtype=BF16, device="meta")
+        dout = torch.empty((H, T, B, D), dtype=BF16, device="meta").permute(2, 1, 0, 3)
+        lse = torch.empty((B, H, T), device="meta")
+        given: list[Any] = []
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                if "cudnn_attention_backward" in str(func):
+                    given.extend(args)
+                return func(*args, **(kwargs or {}))
+
+        options = AttentionOptions(0.5, right=0, backend=backend.CUDNN)
+        with Recorder():
+            dense._fused_attention_bwd(dout, q, k, v, out, lse, True, options, False)
+        assert len({x.stride() for x in given[:5]}) == 1
+        assert given[0].stride() == q.transpose(1, 2).stride()
 
 
 class TestRegistration:

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from gptkernels import attention, attention_varlen
 from gptkernels.core import philox
+from gptkernels.ops.attention import torch as torch_attention
 from gptkernels.ops.attention.dense import attention_bwd, attention_fwd
 from gptkernels.ops.attention.options import AttentionOptions
+from gptkernels.ops.attention.torch import varlen
 from gptkernels.truth.parity import poisoned_outputs
 
 
@@ -196,6 +198,49 @@ def test_no_sequence_reaches_another(impl: str) -> None:
     for a, b in zip(run(call, tensors), before, strict=True):
         assert torch.equal(a[:4], b[:4])
         assert torch.equal(a[7:], b[7:])
+
+
+class TestTorchOnAGpu:
+    """impl="torch" on a GPU: sequences run at once, padded, and the host reads no values."""
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(varlen, "attention_fwd", varlen._fwd_at_once)
+        monkeypatch.setattr(varlen, "attention_bwd", varlen._bwd_at_once)
+        monkeypatch.setattr(varlen, "_PADDED", 2 * 37 * 2 * 16)  # two sequences at a time
+
+    @pytest.mark.parametrize("options", ONE_BY_ONE, ids=str)
+    def test_each_option(self, options: dict[str, Any]) -> None:
+        queries, keys = [5, 0, 1, 37, 3], [9, 4, 0, 37, 1]
+        hold_varlen("torch", queries, keys, inputs(queries, keys), **options)
+
+    def test_no_sequence_reaches_another(self) -> None:
+        test_no_sequence_reaches_another("torch")
+
+    def test_tokens_of_no_sequence(self) -> None:
+        test_tokens_of_no_sequence("torch", BF16)
+
+    @pytest.mark.parametrize("wild", [[0, 4, 900], [-5, 4, 7], [7, 4, 0], [2**31 - 1, 0, -9]])
+    def test_lengths_are_clamped_to_what_the_tensors_hold(self, wild: list[int]) -> None:
+        tensors = inputs([7], [7], dtype=FP16)
+        tensors["dout"] = torch.randn_like(tensors["q"])
+        found = call_ops("torch", tensors, int32(*wild), int32(*wild))
+        clamped = int32(*wild).clamp(0, 7)
+        assert_same(found, call_ops("torch", tensors, clamped, clamped))
+
+    def test_the_host_reads_no_values(self) -> None:
+        """Of a tensor on the meta device nobody can."""
+        options = AttentionOptions(
+            0.25, left=3, right=0, dropout_p=0.5, max_seqlen_q=37, max_seqlen_k=37,
+            rng=torch.empty(2, dtype=torch.int64, device="meta"),
+            cu_seqlens_q=ends([5, 37]).to("meta"), cu_seqlens_k=ends([9, 37]).to("meta"),
+        )  # fmt: skip
+        q, k, v = (x[None].to("meta") for x in inputs([5, 37], [9, 37]).values())
+        out, lse = torch_attention.attention_fwd(q, k, v, options)
+        mask = [True, True, True, False]
+        gradients = torch_attention.attention_bwd(out, lse, q, k, v, out, lse, options, mask, True)
+        for x, wanted in zip((out, *gradients), (q, q, k, v), strict=False):
+            assert (x.shape, x.is_contiguous()) == (wanted.shape, True)
 
 
 def call_ops(

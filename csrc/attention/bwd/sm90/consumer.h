@@ -51,7 +51,7 @@ struct BwdConsumer {
         const int valid = work.band.count - work.j0;
         if (valid >= kKeys || work.band.count == a.p.call.Tk) return;
         mbarrier_wait(bars.v(), 0);
-        constexpr int kChunks = Tiles::Key::kPanels * kPanelCols / 8;
+        constexpr int kChunks = Tiles::Key::kCols / 8;
         for (int i = valid * kChunks + static_cast<int>(threadIdx.x) - 128; i < kKeys * kChunks;
              i += Tiles::kConsumerThreads) {
             st128_shared(key_tile(0).at(i / kChunks, i % kChunks * 8), Pack<T, 8>{});
@@ -83,7 +83,7 @@ struct BwdConsumer {
     __device__ __forceinline__ void multiply_for_dq(Dq& dq, const typename Tiles::Slope& slopes,
                                                     const typename Tiles::Key& keys) const {
         const int row0 = Tiles::kByRows ? 64 * consumer : 0;
-        const int col = Tiles::kByRows ? 0 : kPanelCols * Tiles::kDqPasses * consumer;
+        const int col = Tiles::kByRows ? 0 : kKeyPanelCols * Tiles::kDqPasses * consumer;
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < kKeys; j += 16)
@@ -120,8 +120,8 @@ struct BwdConsumer {
         named_barrier_sync(kOwn + consumer, 128);
         if (threadIdx.x % 128 != 0) return;
         for (int panel = first; panel < last; ++panel)
-            tma_store(map, tile.at(row0, panel * kPanelCols),
-                      Coordinates<4>{{panel * kPanelCols, work.hk, work.j0 + row0, work.b}});
+            tma_store(map, tile.at(row0, panel * kKeyPanelCols),
+                      Coordinates<4>{{panel * kKeyPanelCols, work.hk, work.j0 + row0, work.b}});
         bulk_commit();
     }
 };

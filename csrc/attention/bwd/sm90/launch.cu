@@ -179,20 +179,26 @@ void launch_of(DType dtype, const AttentionBwd& p, int build, Stream stream) {
             kDeltaThreads, 0, stream},
            prepare);
 
-    const auto map = [&](const void* base, const Strides& strides, int tokens, int heads,
-                         int rows) {
-        return tensor_map(
-            attention_map_shape(dtype, base, strides, c.batch, tokens, heads, c.D, rows));
+    const auto map = [&](const void* base, const Strides& strides, int tokens, int heads, int rows,
+                         int panel_cols) {
+        return tensor_map(attention_map_shape(dtype, base, strides, c.batch, tokens, heads, c.D,
+                                              rows, panel_cols));
+    };
+    const auto of_queries = [&](const void* base, const Strides& strides) {
+        return map(base, strides, c.Tq, c.H, built.rows, swizzled_panel_cols(built.width));
+    };
+    const auto of_keys = [&](const void* base, const Strides& strides, int rows) {
+        return map(base, strides, c.Tk, c.Hk, rows, kKeyPanelCols);
     };
     BwdSm90 a{p};
-    a.q = map(p.q, p.q_strides, c.Tq, c.H, built.rows);
-    a.k = map(p.k, p.k_strides, c.Tk, c.Hk, built.keys);
-    a.v = map(p.v, p.v_strides, c.Tk, c.Hk, built.keys);
-    a.dout = map(p.dout, p.dout_strides, c.Tq, c.H, built.rows);
+    a.q = of_queries(p.q, p.q_strides);
+    a.k = of_keys(p.k, p.k_strides, built.keys);
+    a.v = of_keys(p.v, p.v_strides, built.keys);
+    a.dout = of_queries(p.dout, p.dout_strides);
     const Strides keys = contiguous_strides(c.Tk, c.Hk, c.D);
     const int stored = built.wide() ? built.keys : 64;  // rows of keys that a warpgroup stores
-    if (p.dk != nullptr) a.dk = map(p.dk, keys, c.Tk, c.Hk, stored);
-    if (p.dv != nullptr) a.dv = map(p.dv, keys, c.Tk, c.Hk, stored);
+    if (p.dk != nullptr) a.dk = of_keys(p.dk, keys, stored);
+    if (p.dv != nullptr) a.dv = of_keys(p.dv, keys, stored);
     a.row_blocks = row_blocks;
     a.key_blocks = key_blocks;
     a.heads_together = heads_together(c);

@@ -15,6 +15,9 @@
 namespace gk {
 
 constexpr int kBwdSlots = 2;  // blocks of q in flight
+// The panels of k and v, and of dk and dv. A product for dq takes whole ones, so columns past the
+// width fill the last one, and they are 0.
+constexpr int kKeyPanelCols = 64;
 
 template <class T, int kNumber>
 struct BwdTiles {
@@ -28,7 +31,8 @@ struct BwdTiles {
     static constexpr int kMoverRegisters = kConsumers == 2 ? 24 : 32;
     static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 
-    using Key = SwizzledTile<T, kKeys, kWidth>;
+    using Key = SwizzledTile<T, kKeys, divide_up(kWidth, kKeyPanelCols) * kKeyPanelCols>;
+    static_assert(Key::kPanelCols == kKeyPanelCols, "for the tensor maps");
     using Query = SwizzledTile<T, kRows, kWidth>;
     using Slope = SwizzledTile<T, kRows, kKeys>;  // ds, or p
     // There are two tiles of ds. Where p goes through shared memory too, there is one of each.
@@ -39,7 +43,7 @@ struct BwdTiles {
     static constexpr bool kByRows = kRows == 64 * kConsumers;
     static_assert(kByRows || (kRows == 64 && Key::kPanels % kConsumers == 0), "a part for each");
     static constexpr int kDqPasses = kByRows ? 1 : Key::kPanels / kConsumers;
-    static constexpr int kDqCols = kByRows ? kWidth : kPanelCols;
+    static constexpr int kDqCols = kByRows ? kWidth : kKeyPanelCols;
     static constexpr int kDqPart = 64 * kDqCols, kDqFloats = kRows * kWidth;
 
     static constexpr int kV = Key::kBytes;
@@ -177,7 +181,8 @@ __device__ __forceinline__ void load_panels(const Tile& tile, const TensorMap* m
                                             int h, int t, int b, CacheHint hint) {
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel)
-        tma_load(tile.panel(panel), map, bar, Coordinates<4>{{panel * kPanelCols, h, t, b}}, hint);
+        tma_load(tile.panel(panel), map, bar,
+                 Coordinates<4>{{panel * Tile::kPanelCols, h, t, b}}, hint);
 }
 
 // One thread calls this. All blocks of keys read the blocks of rows, which therefore stay in L2;

@@ -45,7 +45,7 @@ struct BwdWide : BwdConsumer<T, Tiles> {
 #pragma unroll
             for (int i = 0; i < Tiles::kRows; i += 16)
                 Wgmma<T, kKeys, Major::mn, Major::mn>::multiply(
-                    acc[panel], left.mn_major(i, kPanelCols * (kPanels * consumer + panel)),
+                    acc[panel], left.mn_major(i, kKeyPanelCols * (kPanels * consumer + panel)),
                     right.mn_major(i, 0), true);
         wgmma_commit();
     }
@@ -178,7 +178,7 @@ struct BwdWide : BwdConsumer<T, Tiles> {
         for (int panel = 0; panel < kPanels; ++panel)
 #pragma unroll
             for (int n = 0; n < kKeys / 8; n += 2)
-                Base::put_transposed(this->key_tile(offset), 8 * n, kPanelCols * (first + panel),
+                Base::put_transposed(this->key_tile(offset), 8 * n, kKeyPanelCols * (first + panel),
                                      Mma<T>::from_accumulators(&gradient[panel][n]));
         this->store_panels(map, offset, 0, first, first + kPanels);
     }

@@ -366,7 +366,8 @@ struct FwdSm90Consumer {
 #pragma unroll
                 for (int panel = 0; panel < Tiles::Query::kPanels; ++panel)
                     tma_store(&a.out, out.panel(panel),
-                              Coordinates<4>{{panel * kPanelCols, place.h, i0, place.b}});
+                              Coordinates<4>{{panel * Tiles::Query::kPanelCols, place.h, i0,
+                                              place.b}});
                 bulk_commit();
             }
             if (!Tiles::kOutApart) {
@@ -425,16 +426,18 @@ void launch_attention_fwd_sm90_build(const AttentionFwd& p, const Stream& stream
     const int64_t bytes_of_head = 2 * int64_t{sizeof(T)} * c.Tk * c.D * c.Hk / c.H;
     const int64_t together =
         std::max<int64_t>(1, kFwdSm90CacheBytes / std::max<int64_t>(1, bytes_of_head));
+    const auto map = [&](const void* base, const Strides& strides, int tokens, int heads_of_entry,
+                         int rows) {
+        return tensor_map(attention_map_shape(kDType, base, strides, c.batch, tokens,
+                                              heads_of_entry, c.D, rows,
+                                              swizzled_panel_cols(Tiles::kWidth)));
+    };
     const FwdSm90Arguments arguments{
         p,
-        tensor_map(attention_map_shape(kDType, p.q, p.q_strides, c.batch, c.Tq, c.H, c.D,
-                                       kWarpgroupRows)),
-        tensor_map(attention_map_shape(kDType, p.k, p.k_strides, c.batch, c.Tk, c.Hk, c.D,
-                                       Tiles::kKeys)),
-        tensor_map(attention_map_shape(kDType, p.v, p.v_strides, c.batch, c.Tk, c.Hk, c.D,
-                                       Tiles::kKeys)),
-        tensor_map(attention_map_shape(kDType, p.out, contiguous_strides(c.Tq, c.H, c.D), c.batch,
-                                       c.Tq, c.H, c.D, kWarpgroupRows)),
+        map(p.q, p.q_strides, c.Tq, c.H, kWarpgroupRows),
+        map(p.k, p.k_strides, c.Tk, c.Hk, Tiles::kKeys),
+        map(p.v, p.v_strides, c.Tk, c.Hk, Tiles::kKeys),
+        map(p.out, contiguous_strides(c.Tq, c.H, c.D), c.Tq, c.H, kWarpgroupRows),
         paired,
         static_cast<unsigned>(items_of_head * heads),
         static_cast<unsigned>(items_of_head),

@@ -116,14 +116,14 @@ __device__ inline int last_block(const Range& keys, int block) {
     return keys.last > keys.first ? (keys.last - 1) / block * block : keys.first - block;
 }
 
-template <int kPanels, int kPanelBytes>
-__device__ __forceinline__ void load_panels(void* shared, const TensorMap* map, uint64_t* bar,
-                                            int h, int token, int b, CacheHint hint) {
-    mbarrier_arrive_expect_tx(bar, kPanels * kPanelBytes);
+template <class Tile>
+__device__ __forceinline__ void load_tile(const Tile& tile, const TensorMap* map, uint64_t* bar,
+                                          int h, int token, int b, CacheHint hint) {
+    mbarrier_arrive_expect_tx(bar, Tile::kBytes);
 #pragma unroll
-    for (int i = 0; i < kPanels; ++i)
-        tma_load(static_cast<unsigned char*>(shared) + i * kPanelBytes, map, bar,
-                 Coordinates<4>{{i * kPanelCols, h, token, b}}, hint);
+    for (int i = 0; i < Tile::kPanels; ++i)
+        tma_load(tile.panel(i), map, bar, Coordinates<4>{{i * Tile::kPanelCols, h, token, b}},
+                 hint);
 }
 
 // What the one thread that loads does. It loads in the order in which the consumers wait: k of the
@@ -131,8 +131,6 @@ __device__ __forceinline__ void load_panels(void* shared, const TensorMap* map, 
 template <class Tiles>
 __device__ __forceinline__ void produce(const FwdSm90Arguments& a,
                                         const FwdSm90Shared<Tiles>& shared) {
-    using Query = typename Tiles::Query;
-    using Key = typename Tiles::Key;
     PipelineState<kFwdSm90Stages> k_at, v_at;
 #pragma unroll 1
     for (unsigned turn = 0;; ++turn) {
@@ -143,9 +141,8 @@ __device__ __forceinline__ void produce(const FwdSm90Arguments& a,
             keys_of_tile(band_of(a.p.call, b), place.i0, Tiles::kRows, Tiles::kKeys);
         auto load_k = [&](int j) {
             mbarrier_wait(shared.k_empty(k_at.stage), k_at.phase ^ 1);
-            load_panels<Key::kPanels, Key::kPanelBytes>(shared.k(k_at.stage).data, &a.k,
-                                                        shared.k_full(k_at.stage), hk, j, b,
-                                                        CacheHint::evict_last);
+            load_tile(shared.k(k_at.stage), &a.k, shared.k_full(k_at.stage), hk, j, b,
+                      CacheHint::evict_last);
             k_at.advance();
         };
         int j = last_block(keys, Tiles::kKeys);
@@ -153,17 +150,15 @@ __device__ __forceinline__ void produce(const FwdSm90Arguments& a,
 #pragma unroll 1
         for (int c = 0; c < Tiles::kConsumers; ++c) {
             mbarrier_wait(shared.q_empty(c), turn % 2 ^ 1);
-            load_panels<Query::kPanels, Query::kPanelBytes>(
-                shared.q(c).data, &a.q, shared.q_full(c), place.h,
-                place.i0 + c * kWarpgroupRows, b, CacheHint::evict_first);
+            load_tile(shared.q(c), &a.q, shared.q_full(c), place.h,
+                      place.i0 + c * kWarpgroupRows, b, CacheHint::evict_first);
         }
 #pragma unroll 1
         for (; j >= keys.first; j -= Tiles::kKeys) {
             if (j - Tiles::kKeys >= keys.first) load_k(j - Tiles::kKeys);
             mbarrier_wait(shared.v_empty(v_at.stage), v_at.phase ^ 1);
-            load_panels<Key::kPanels, Key::kPanelBytes>(shared.v(v_at.stage).data, &a.v,
-                                                        shared.v_full(v_at.stage), hk, j, b,
-                                                        CacheHint::evict_last);
+            load_tile(shared.v(v_at.stage), &a.v, shared.v_full(v_at.stage), hk, j, b,
+                      CacheHint::evict_last);
             v_at.advance();
         }
     }

@@ -9,16 +9,14 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from gptkernels.core import philox
 from gptkernels.ops.attention.options import AttentionOptions
+from gptkernels.ops.attention.torch import backend
 
 # The most scores that the formula holds at a time, and the most elements of a mask for the fused
 # op. It limits the size of a block of query rows.
 _SCORES_HELD = 2**24
-# The most batch entries, and the most heads, that the grids of PyTorch's fused CUDA ops take.
-_LAUNCH_LIMIT = 65535
 # Query rows of a block under causal or a window: a small block can skip most of the hidden keys.
 _BAND_ROWS = 256
 # PyTorch's fused backward pass for CPUs rounds the gradients of keys after each block of 256 query
@@ -27,26 +25,32 @@ _ROUNDED_ROWS = 4096
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, first_batch: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    first_batch: int = 0,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32; the formula is that of
     `gptkernels.truth.reference.attention`.
 
     `first_batch` is the number that q's first entry has in the whole batch: dropout's mask depends
-    on it.
+    on it. `shift` (B,) is added to the positions of each entry's queries, which are those of
+    `attention` without it. Only the formula takes it.
     """
     if q.numel() == 0 or k.numel() == 0:
         rows = (q.shape[0], q.shape[2], q.shape[1])
         lse = torch.full(rows, -math.inf, dtype=torch.float32, device=q.device)
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
-    causal = _plain(options, q, k)
+    causal = _plain(options, q, k) if shift is None else None
     if causal is not None:
-        fused = _fused_attention_fwd(q, k, v, causal, options.softmax_scale)
+        fused = _fused_attention_fwd(q, k, v, causal, options)
         if fused is not None:
             return fused
-    if _only_masks(options, q):
+    if shift is None and _only_masks(options, q):
         return _masked_attention_fwd(q, k, v, options)
-    return _attention_rows_fwd(q, k, v, options, first_batch)
+    return _attention_rows_fwd(q, k, v, options, first_batch, shift)
 
 
 def attention_bwd(
@@ -61,6 +65,7 @@ def attention_bwd(
     grad_mask: Sequence[bool],
     deterministic: bool,
     first_batch: int = 0,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v and an additive attn_mask, each empty where `grad_mask` is
     False.
@@ -77,20 +82,27 @@ def attention_bwd(
         )
         return dq, dk, dv, dmask
     gradients: Sequence[Tensor] | None = None
-    causal = _plain(options, q, k)
+    causal = _plain(options, q, k) if shift is None else None
     if causal is not None and dlse is None:
-        gradients = _fused_attention_bwd(
-            dout, q, k, v, out, lse, causal, options.softmax_scale, deterministic
-        )
-    if gradients is None and _only_masks(options, q) and dlse is None:
+        gradients = _fused_attention_bwd(dout, q, k, v, out, lse, causal, options, deterministic)
+    if gradients is None and shift is None and _only_masks(options, q) and dlse is None:
         gradients = _masked_attention_bwd(dout, q, k, v, out, lse, options)
     if gradients is None:
-        return _attention_rows_bwd(dout, dlse, q, k, v, lse, options, grad_mask, first_batch)
+        return _attention_rows_bwd(dout, dlse, q, k, v, lse, options, grad_mask, first_batch, shift)
     dq, dk, dv = (
         gradient if wanted else q.new_empty(0)
         for gradient, wanted in zip(gradients, grad_mask, strict=False)
     )
     return dq, dk, dv, q.new_empty(0)
+
+
+def fused_backend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> int:
+    """Returns the backend for both passes of a call on a GPU; -1 where none could run it."""
+    causal = None if options.cu_seqlens_q is not None else _plain(options, q, k)
+    if q.device.type != "cuda" or causal is None or q.numel() == 0 or k.numel() == 0:
+        return -1
+    q, k, v = (_heads_first(x) for x in (q, k, v))
+    return backend.pick(q, k, v, causal, options.softmax_scale)
 
 
 def _plain(options: AttentionOptions, q: Tensor, k: Tensor) -> bool | None:
@@ -124,12 +136,24 @@ def _masked_rows(options: AttentionOptions, B: int, Tq: int, Tk: int) -> Iterato
     return _row_blocks(per_row, Tq, _BAND_ROWS if banded else Tq)
 
 
+def _positions(rows: slice, Tq: int, Tk: int, device: torch.device, shift: Tensor | None) -> Tensor:
+    """Returns the position among the keys of each query, (rows, 1); with shift (B, 1, rows, 1)."""
+    position = torch.arange(Tq, device=device)[rows, None] + Tk - Tq
+    return position if shift is None else position + shift.view(-1, 1, 1, 1)
+
+
 def _hidden(
-    options: AttentionOptions, rows: slice, keys: slice, Tq: int, Tk: int, device: torch.device
+    options: AttentionOptions,
+    rows: slice,
+    keys: slice,
+    Tq: int,
+    Tk: int,
+    device: torch.device,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Returns True where anything but an additive mask hides the key from the query. Broadcasts to
     (B, H, rows, keys)."""
-    position = torch.arange(Tq, device=device)[rows, None] + Tk - Tq
+    position = _positions(rows, Tq, Tk, device, shift)
     key = torch.arange(Tk, device=device)[keys]
     hidden = torch.zeros((1, 1), dtype=torch.bool, device=device)
     if options.left >= 0:
@@ -143,8 +167,13 @@ def _hidden(
     return hidden
 
 
-def _seen_keys(options: AttentionOptions, rows: slice, Tq: int, Tk: int) -> slice:
-    """Returns the range of keys that at least one of these rows sees, by causal and window."""
+def _seen_keys(
+    options: AttentionOptions, rows: slice, Tq: int, Tk: int, shift: Tensor | None = None
+) -> slice:
+    """Returns the range of keys that at least one of these rows sees, by causal and window; all
+    keys with shift, whose values the host does not read."""
+    if shift is not None:
+        return slice(0, Tk)
     left, right = options.left, options.right
     low = max(0, rows.start + Tk - Tq - left) if left >= 0 else 0
     high = min(Tk, rows.stop + Tk - Tq + right) if right >= 0 else Tk
@@ -152,25 +181,25 @@ def _seen_keys(options: AttentionOptions, rows: slice, Tq: int, Tk: int) -> slic
 
 
 def _fused_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, options: AttentionOptions
 ) -> tuple[Tensor, Tensor] | None:
     """Returns out and lse of the fused op that SDPA would pick; None where it would pick none."""
-    D = q.shape[-1]
+    D, scale = q.shape[-1], options.softmax_scale
     q, k, v = (_heads_first(x) for x in (q, k, v))
-    match _fused_choice(q, k, v, causal, scale):
-        case "cpu":
+    match _backend(q, k, v, causal, options):
+        case backend.CPU:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, causal, scale=scale
             )
-        case "flash":
+        case backend.FLASH:
             out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
                 q, k, v, 0.0, causal, False, scale=scale
             )
-        case "efficient":
+        case backend.EFFICIENT:
             out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
                 q, k, v, None, True, 0.0, causal, scale=scale
             )
-        case "cudnn":
+        case backend.CUDNN:
             out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 q, k, v, None, True, 0.0, causal, False, scale=scale
             )
@@ -189,42 +218,41 @@ def _fused_attention_bwd(
     out: Tensor,
     lse: Tensor,
     causal: bool,
-    scale: float,
+    options: AttentionOptions,
     deterministic: bool,
 ) -> tuple[Tensor, ...] | None:
-    """Returns dq, dk and dv of the fused op that SDPA would pick; None where there is none, or
-    where it cannot run this call."""
-    D, Tq, Tk = q.shape[-1], q.shape[1], k.shape[1]
+    """Returns dq, dk and dv of the fused op that computed out; None where there is none, or where
+    it cannot run this call."""
+    (_, Tq, _, D), Tk, scale = q.shape, k.shape[1], options.softmax_scale
     dout, q, k, v, out = (_heads_first(x) for x in (dout, q, k, v, out))
-    backend = _fused_choice(q, k, v, causal, scale)
-    if backend == "flash" and not _flash_backward_takes(q):
-        return None
-    if deterministic and backend != "cpu":
+    found = _backend(q, k, v, causal, options)
+    if deterministic and found != backend.CPU:
         enforced = (
             torch.are_deterministic_algorithms_enabled()
             and not torch.is_deterministic_algorithms_warn_only_enabled()
         )
-        if backend != "flash" or not enforced:
+        if found != backend.FLASH or not enforced:
             return None
     # The ops read the Philox state only with dropout, and cumulative lengths only with packed
     # sequences. Neither is used here.
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
-    match backend:
-        case "cpu":
+    match found:
+        case backend.CPU:
             gradients = _cpu_gradients(dout, q, k, v, out, lse, causal, None, scale)
-        case "flash":
+        case backend.FLASH:
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
                 dout, q, k, v, out, lse, None, None, Tq, Tk, 0.0, causal, unused, unused,
                 scale=scale,
             )  # fmt: skip
-        case "efficient":
+        case backend.EFFICIENT:
             # This op wants the rows of lse to start on multiples of 32.
             lse = F.pad(lse, (0, -Tq % 32), value=math.inf)
             *gradients, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
                 dout, q, k, v, None, out, lse, unused, unused, 0.0, [True, True, True, False],
                 causal, scale=scale,
             )  # fmt: skip
-        case "cudnn":
+        case backend.CUDNN:
+            dout, out = (backend.laid_out_like(q, x) for x in (dout, out))
             gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
                 dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, None, None, Tq, Tk,
                 0.0, causal, scale=scale,
@@ -234,28 +262,14 @@ def _fused_attention_bwd(
     return tuple(g.transpose(1, 2)[..., :D].to(q.dtype).contiguous() for g in gradients)
 
 
-def _fused_choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
-    """Returns the name of SDPA's fused op for (B, H, T, D) inputs; None where there is none."""
+def _backend(q: Tensor, k: Tensor, v: Tensor, causal: bool, options: AttentionOptions) -> int:
+    """Returns the backend that runs (B, H, T, D) inputs: the one that was picked, or one that is
+    picked now."""
     if q.device.type == "cpu":
-        return "cpu"
-    if q.device.type != "cuda" or max(q.shape[:2]) > _LAUNCH_LIMIT:
-        return None
-    choice = torch._fused_sdp_choice(
-        q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    names = {
-        SDPBackend.FLASH_ATTENTION.value: "flash",
-        SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
-        SDPBackend.CUDNN_ATTENTION.value: "cudnn",
-    }
-    return names.get(choice)
-
-
-def _flash_backward_takes(q: Tensor) -> bool:
-    """Whether PyTorch's flash backward takes q's head width. On GPUs with little shared memory it
-    refuses widths from 193 to 224."""
-    capability = torch.cuda.get_device_capability(q.device)
-    return not 192 < q.shape[-1] <= 224 or capability == (8, 0) or capability[0] in (9, 10)
+        return backend.CPU
+    if options.backend >= 0:
+        return options.backend
+    return backend.pick(q, k, v, causal, options.softmax_scale)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -375,7 +389,12 @@ def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _attention_rows_fwd(
-    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, first_batch: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    first_batch: int,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns out and lse by the formula in fp32, one block of query rows after another."""
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
@@ -383,11 +402,11 @@ def _attention_rows_fwd(
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     k, v = (_living_keys(x.transpose(1, 2).float(), options.key_lengths) for x in (k, v))
     for rows in _row_blocks(B * H * Tk, Tq):
-        keys = _seen_keys(options, rows, Tq, Tk)
+        keys = _seen_keys(options, rows, Tq, Tk, shift)
         if keys.start == keys.stop:
             out[:, rows], lse[:, :, rows] = 0, -math.inf
             continue
-        s, _ = _attention_scores(q, k, rows, keys, options)
+        s, _ = _attention_scores(q, k, rows, keys, options, shift)
         highest = s.amax(-1, keepdim=True)
         highest = highest.masked_fill(highest == -math.inf, 0)
         p = s.sub_(highest).exp_()
@@ -411,6 +430,7 @@ def _attention_rows_bwd(
     options: AttentionOptions,
     grad_mask: Sequence[bool],
     first_batch: int,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients by the formula dS = P (dP - sum(P dP) + dlse) in fp32, one block of
     query rows after another."""
@@ -426,12 +446,12 @@ def _attention_rows_bwd(
     shape = (0,) if mask is None else mask.shape
     dmask = torch.zeros(shape, dtype=torch.float32, device=q.device)
     for rows in _row_blocks(B * H * Tk, Tq):
-        keys = _seen_keys(options, rows, Tq, Tk)
+        keys = _seen_keys(options, rows, Tq, Tk, shift)
         if keys.start == keys.stop:
             if want_q:
                 dq[:, rows] = 0
             continue
-        s, cap = _attention_scores(q, k, rows, keys, options)
+        s, cap = _attention_scores(q, k, rows, keys, options, shift)
         # The weights of a row without keys are 0. Its q, dout and dlse may be NaN, and 0 * NaN is
         # NaN, so zeros replace them before the products.
         empty = lse[:, :, rows, None] == -math.inf
@@ -468,7 +488,12 @@ def _attention_rows_bwd(
 
 
 def _attention_scores(
-    q: Tensor, k: Tensor, rows: slice, keys: slice, options: AttentionOptions
+    q: Tensor,
+    k: Tensor,
+    rows: slice,
+    keys: slice,
+    options: AttentionOptions,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the scores (B, H, rows, keys) in fp32, -inf where hidden, and the derivative of the
     softcap, None without a softcap."""
@@ -484,12 +509,12 @@ def _attention_scores(
         t = torch.tanh(s / options.softcap)
         s, cap = options.softcap * t, 1 - t * t
     if options.alibi_slopes is not None:
-        position = torch.arange(Tq, device=q.device)[rows, None] + Tk - Tq
+        position = _positions(rows, Tq, Tk, q.device, shift)
         key = torch.arange(Tk, device=q.device)[keys]
         s -= options.alibi_slopes[:, None, None] * (position - key).abs()
     if options.attn_mask is not None and options.attn_mask.dtype != torch.bool:
         s += _mask_block(options.attn_mask, rows, keys)
-    return s.masked_fill_(_hidden(options, rows, keys, Tq, Tk, q.device), -math.inf), cap
+    return s.masked_fill_(_hidden(options, rows, keys, Tq, Tk, q.device, shift), -math.inf), cap
 
 
 def _mask_block(mask: Tensor, rows: slice, keys: slice) -> Tensor:

@@ -1,6 +1,8 @@
-"""Attention of packed sequences, one sequence after the other.
+"""Attention of packed sequences.
 
-The host reads the lengths; on a GPU it has to wait for them.
+On a CPU the sequences run one after the other, so a sequence's bits do not depend on the others. On
+other devices reading the lengths would wait for the device, so a block of sequences runs at once,
+padded to the longest length that the caller gives.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +18,18 @@ from torch import Tensor
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import dense as one
 
+# The most elements of padded queries, and of padded keys, in memory at a time.
+_PADDED = 2**26
+
 
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """Returns out (1, total_q, H, D) and lse (1, H, total_q) in fp32; the formula is that of
     `gptkernels.truth.reference.attention_varlen`."""
-    # The lengths are not checked on a GPU, so some queries may belong to no sequence: out is 0.
+    if q.device.type != "cpu":
+        return _fwd_at_once(q, k, v, options)
+    # torch.compile checks no lengths, so some queries may belong to no sequence: out is 0.
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_full((1, q.shape[2], q.shape[1]), -math.inf, dtype=torch.float32)
     for b, rows, keys in _sequences(options):
@@ -45,6 +53,8 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns dq, dk and dv, each empty where `grad_mask` is False; the fourth tensor, the mask's
     gradient, is always empty."""
+    if q.device.type != "cpu":
+        return _bwd_at_once(dout, dlse, q, k, v, out, lse, options, grad_mask, deterministic)
     dq, dk, dv = (
         torch.zeros(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
         for x, wanted in zip((q, k, v), grad_mask, strict=False)
@@ -76,3 +86,116 @@ def _sequences(options: AttentionOptions) -> Iterator[tuple[int, slice, slice]]:
     for b, ((q0, k0), (q1, k1)) in enumerate(itertools.pairwise(ends)):
         if q1 > q0 or k1 > k0:
             yield b, slice(q0, q1), slice(k0, k1)
+
+
+# ---- a block of sequences at once
+
+
+class _Padded(NamedTuple):
+    """Where the tokens of a few sequences lie among all tokens, padded to one length."""
+
+    token: Tensor  # (sequences, length): a token's number; the number of all tokens in the padding
+    lengths: Tensor  # (sequences,) int32
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Returns (sequences, length, ...) of x (1, tokens, ...), zeros in the padding."""
+        inside = self.token < x.shape[1]
+        shape = (*inside.shape, *[1] * (x.dim() - 2))
+        return torch.where(inside.view(shape), x[0, self.token.clamp(max=x.shape[1] - 1)], 0)
+
+    def unpadded(self, part: Tensor, x: Tensor) -> None:
+        """Fills x (1, tokens + 1, ...) with part (sequences, length, ...). The last place of x
+        takes the padding."""
+        x[0].index_put_((self.token,), part)
+
+
+def _pad(ends: Tensor, few: slice, total: int, longest: int) -> _Padded:
+    """Returns the places of a block of sequences. Values out of range are clamped, as the kernels
+    do it, since the host does not read them."""
+    ends = ends.clamp(0, total)
+    start = ends[:-1][few]
+    lengths = (ends[1:][few] - start).clamp(0, longest)
+    place = torch.arange(longest, device=ends.device)
+    token = torch.where(place < lengths[:, None], start[:, None] + place, total)
+    return _Padded(token, lengths)
+
+
+class _Block(NamedTuple):
+    """A block of sequences, and what `dense` takes for it."""
+
+    first: int  # the number of the first sequence
+    queries: _Padded
+    keys: _Padded
+    options: AttentionOptions
+    shift: Tensor
+
+
+def _blocks(q: Tensor, k: Tensor, options: AttentionOptions) -> Iterator[_Block]:
+    assert options.cu_seqlens_q is not None
+    assert options.cu_seqlens_k is not None
+    (total_q, H, D), (total_k, Hk) = q.shape[1:], k.shape[1:3]
+    Tq, Tk = min(options.max_seqlen_q, total_q), min(options.max_seqlen_k, total_k)
+    if Tq <= 0 or Tk <= 0 or H == 0:
+        return
+    step = max(1, _PADDED // (max(Tq * H, Tk * Hk) * D))
+    for first in range(0, options.cu_seqlens_q.shape[0] - 1, step):
+        few = slice(first, first + step)
+        queries = _pad(options.cu_seqlens_q, few, total_q, Tq)
+        keys = _pad(options.cu_seqlens_k, few, total_k, Tk)
+        # Queries and keys are aligned at the ends of their sequence, not of the padding.
+        shift = keys.lengths - queries.lengths - (Tk - Tq)
+        of_block = _of_one(options)._replace(key_lengths=keys.lengths)
+        yield _Block(first, queries, keys, of_block, shift)
+
+
+def _fwd_at_once(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    _, total, H, D = q.shape
+    out = torch.zeros((1, total + 1, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.full((1, total + 1, H), -math.inf, dtype=torch.float32, device=q.device)
+    for block in _blocks(q, k, options):
+        by_key = block.keys.padded
+        part, part_lse = one.attention_fwd(
+            block.queries.padded(q), by_key(k), by_key(v), block.options, block.first, block.shift
+        )
+        block.queries.unpadded(part, out)
+        block.queries.unpadded(part_lse.transpose(1, 2), lse)
+    return out[:, :total], lse[:, :total].transpose(1, 2).contiguous()
+
+
+def _bwd_at_once(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    grad_mask: Sequence[bool],
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = [
+        x.new_zeros((1, x.shape[1] + 1, *x.shape[2:])) if wanted else x.new_empty(0)
+        for x, wanted in zip((q, k, v), grad_mask, strict=False)
+    ]
+    for block in _blocks(q, k, options):
+        by_query, by_key = block.queries.padded, block.keys.padded
+        # lse -inf marks rows without keys, which pass no gradient on; so it has to mark padding.
+        inside = block.queries.token < q.shape[1]
+        part_lse = by_query(lse.transpose(1, 2)).masked_fill(~inside[..., None], -math.inf)
+        part_dlse = None if dlse is None else by_query(dlse.transpose(1, 2)).transpose(1, 2)
+        *parts, _ = one.attention_bwd(
+            by_query(dout), part_dlse, by_query(q), by_key(k), by_key(v), by_query(out),
+            part_lse.transpose(1, 2), block.options, grad_mask, deterministic, block.first,
+            block.shift,
+        )  # fmt: skip
+        places = (block.queries, block.keys, block.keys)
+        for x, part, place, wanted in zip(gradients, parts, places, grad_mask, strict=False):
+            if wanted:
+                place.unpadded(part, x)
+    dq, dk, dv = (
+        x[:, :-1] if wanted else x for x, wanted in zip(gradients, grad_mask, strict=False)
+    )
+    return dq, dk, dv, q.new_empty(0)

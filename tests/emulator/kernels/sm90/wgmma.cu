@@ -471,6 +471,25 @@ GK_CASE(product_of_two_shapes) {
     finish(acc, p.b);
 }
 
+// B (64, 64) as it lies, k by column. Broken: half an atom of its columns.
+GK_CASE(product_of_half_an_atom) {
+    share_both(p);
+    float acc[8][4], half[4][4];
+    gk::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 64; k += 16) {
+        const uint64_t a = tile_a().k_major(0, k), b = tile_b().mn_major(k, 0);
+        if (p.broken) {
+            using Half = gk::Wgmma<Bf16, 32, Major::k, Major::mn>;
+            Half::multiply(half, a, b, k > 0);  // product_of_half_an_atom
+        } else {
+            gk::Wgmma<Bf16, 64, Major::k, Major::mn>::multiply(acc, a, b, k > 0);
+        }
+    }
+    gk::wgmma_commit();
+    finish(acc, p.b);
+}
+
 // 96 threads
 GK_CASE(product_of_three_warps) {
     float acc[8][4];
