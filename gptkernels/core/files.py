@@ -1,4 +1,4 @@
-"""Files that are always whole: the old one or the new one, never a part of it."""
+"""Files that are always whole: the old one or the new one, never a part of it, nor a stand-in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+_POINTER = b"version https://git-lfs"
 
 
 @contextlib.contextmanager
@@ -31,6 +33,16 @@ def replacing(path: Path, *, durable: bool = False, alone: bool = False) -> Iter
         raise
     if durable and os.name == "posix":  # elsewhere no folder can be opened
         _sync(path.parent)
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raise ValueError where `path` is a Git LFS pointer, a short text in place of a large file."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the file it stands for: fetch that with "
+                "git lfs pull"
+            )
 
 
 def _sync(path: Path) -> None:

@@ -3,8 +3,9 @@
     {"model": state_dict,
      "model_args": {n_layer, n_head, n_embd, block_size, bias, vocab_size, dropout}, ...}
 
-Parameters have the names of a GPT's, after "_orig_mod." where the model was compiled. nanoGPT's
-GELU is the exact one. Causal masks of old checkpoints, optimiser and progress are not read.
+Parameters have the names of a GPT's, after "_orig_mod." where the model was compiled, or behind the
+names of other wrappers (weights.py). The head is tied. nanoGPT's GELU is the exact one. Causal
+masks of old checkpoints, optimiser and progress are not read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from gptkernels.gpt import weights
 from gptkernels.gpt.config import GPTConfig
 
 _ARGUMENTS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")
-_COMPILED = "_orig_mod."
 
 
 def read_config(path: Path, content: Mapping[str, Any], dropout: float | None) -> GPTConfig:
@@ -32,6 +32,9 @@ def read_config(path: Path, content: Mapping[str, Any], dropout: float | None) -
     missing = [name for name in _ARGUMENTS if name not in given]
     if missing:
         raise ValueError(f"{path}: model_args lack {', '.join(missing)}")
+    unknown = sorted(map(str, given.keys() - {*_ARGUMENTS, "dropout"}))
+    if unknown:
+        raise ValueError(f"{path}: model_args hold {', '.join(unknown)}, which is not known here")
     try:
         return GPTConfig(
             **{name: given[name] for name in _ARGUMENTS},
@@ -46,8 +49,7 @@ def read_state(
     path: Path, content: Mapping[str, Any], shapes: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
     """The state_dict in the checkpoint, of exactly these names and shapes. Raises ValueError."""
-    state = {name.removeprefix(_COMPILED): tensor for name, tensor in content["model"].items()}
-    return weights.checked(path, state, shapes)
+    return weights.checked(path, weights.unwrapped(path, content["model"]), shapes)
 
 
 def recognises(path: Path) -> bool:
