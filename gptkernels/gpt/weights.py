@@ -316,7 +316,7 @@ def json_object(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing")
     check_no_pointer(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or not
     except ValueError as error:  # JSON's own and UTF-8's errors are both ValueErrors
         raise ValueError(f"{path} is not a JSON file ({error})") from None
     if not isinstance(content, dict):

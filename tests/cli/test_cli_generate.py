@@ -224,6 +224,9 @@ def test_what_standard_input_may_hold(
     given(b"")
     result = call("generate", folder, *GREEDY)
     assert (result.code, result.out, result.err) == (0, "", "")
+    for content in (b"\xef\xbb\xbfone\ntwo\n", b"\xef\xbb\xbfone"):  # a byte order mark
+        given(content)
+        assert objects(call("generate", folder, *GREEDY, "--json"))[0]["prompt"] == "one"
     given(b"\xff\n")
     assert_refused(call("generate", folder, *GREEDY), "encodable as UTF-8")
     monkeypatch.setattr(sys, "stdin", None)

@@ -93,6 +93,9 @@ def test_truncated_and_foreign_checkpoints_are_refused_in_one_sentence(
     path.write_bytes(b"GIF89a" + bytes(500))
     with pytest.raises(ValueError, match="truncated, damaged or not a checkpoint"):
         resume(tmp_path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is a Git LFS pointer"):
+        resume(tmp_path)
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="not a training checkpoint of this package"):
         resume(tmp_path)

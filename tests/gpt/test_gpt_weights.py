@@ -179,6 +179,13 @@ def test_other_names_of_settings(folder: Path) -> None:
     assert GPT.from_pretrained(folder).config == expected.config
 
 
+def test_a_byte_order_mark_is_no_part_of_config_json(folder: Path) -> None:
+    expected = GPT.from_pretrained(folder).config
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert GPT.from_pretrained(folder).config == expected
+
+
 def test_every_key_of_a_config_of_transformers_is_known(tmp_path: Path) -> None:
     """With every key that its classes have, not only those that differ from a default."""
     shape = {"vocab_size": 67, "n_positions": 24, "n_layer": 2, "n_head": 3, "n_embd": 24}

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gptkernels.core.files import replacing
+from gptkernels.core.files import check_no_pointer, replacing
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.training.average import Average
@@ -80,6 +80,7 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} does not exist")
+    check_no_pointer(path)
     try:
         # torch.load ignores the checksums that torch.save wrote: a flipped bit would go unnoticed.
         with zipfile.ZipFile(path) as archive:
