@@ -35,6 +35,22 @@ def replacing(path: Path, *, durable: bool = False, alone: bool = False) -> Iter
         _sync(path.parent)
 
 
+def make_folder(name: str, path: Path) -> None:
+    """Make the folder `path`, and those above it, where they are not there.
+
+    Raises NotADirectoryError, in one sentence about the argument `name`, where one is a file.
+    """
+    check_folder(name, path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Raise NotADirectoryError where `path` cannot be a folder: it, or one above it, is a file."""
+    there = next((above for above in (path, *path.parents) if above.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise NotADirectoryError(f"{name} must be a folder, but {there} is a file")
+
+
 def check_no_pointer(path: Path) -> None:
     """Raise ValueError where `path` is a Git LFS pointer, a short text in place of a large file."""
     with path.open("rb") as file:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_same_dtype, check_tensor
-from gptkernels.core.files import check_no_pointer, replacing
+from gptkernels.core.files import check_no_pointer, make_folder, replacing
 from gptkernels.core.optional import optional
 from gptkernels.gpt import layouts
 from gptkernels.gpt.config import GPTConfig
@@ -161,7 +161,7 @@ def write_folder(
     named = {} if tokenizer is None else {TOKENIZER: tokenizer}
     text = json.dumps({**layouts.write(layout, config, tied), **named}, indent=2) + "\n"
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("folder", folder)
     path = folder / "model.safetensors"
     with (
         replacing(folder / "config.json", durable=True) as new_config,

@@ -423,6 +423,16 @@ def test_what_would_not_load_is_not_saved(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_model_is_saved_into_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file", tmp_path / "file" / "model"):
+        with pytest.raises(
+            NotADirectoryError, match=r"^folder must be a folder, but \S+ is a file"
+        ):
+            GPT(CONFIG).save_pretrained(path)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_a_failed_save_leaves_the_old_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 

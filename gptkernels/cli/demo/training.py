@@ -76,7 +76,6 @@ def train_model(
     data.split(tokens, config.validation_fraction, model.block_size)
     figure_class()
     safetensors_package()
-    out.mkdir(parents=True, exist_ok=True)
     for old in (out / "report.html", out / "training" / "checkpoint.pt"):
         old.unlink(missing_ok=True)
     if text is None:

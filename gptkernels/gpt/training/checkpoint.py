@@ -70,6 +70,12 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
         raise
 
 
+def check_exists(path: Path) -> None:
+    """Raise FileNotFoundError where there is no checkpoint."""
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: {path} does not exist")
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """The content of the checkpoint at `path`, tensors on the CPU.
 
@@ -78,8 +84,7 @@ def load(path: str | Path) -> dict[str, Any]:
     `KEYS` says.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: {path} does not exist")
+    check_exists(path)
     check_no_pointer(path)
     try:
         # torch.load ignores the checksums that torch.save wrote: a flipped bit would go unnoticed.

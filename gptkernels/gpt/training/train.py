@@ -34,6 +34,8 @@ from torch import Tensor
 
 from gptkernels.core.device import choose_device
 from gptkernels.core.figure import figure_class
+from gptkernels.core.files import check_folder
+from gptkernels.core.lock import alone_in
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import load_tokenizer
@@ -76,19 +78,21 @@ def train(
     """Train a new GPT on `files`, text or token shards (.bin), and write the folder `out`.
 
     Raises FileNotFoundError or ValueError for files that cannot be trained on, ValueError when
-    `out` already holds a checkpoint or `model` does not fit the tokenizer (its vocab_size may be
-    larger: a padded table), ImportError when matplotlib, safetensors, the tokenizer's package or
-    tensorboard is missing and needed, DivergedError when the loss is no longer finite (the last
-    checkpoint stays), RuntimeError when `config.impl` cannot run on the device, OSError when `out`
-    cannot be written (the last checkpoint stays).
+    `out` already holds a checkpoint or is in use by another run, or when `model` does not fit the
+    tokenizer (its vocab_size may be larger: a padded table), ImportError when matplotlib,
+    safetensors, the tokenizer's package or tensorboard is missing and needed, DivergedError when
+    the loss is no longer finite (the last checkpoint stays), RuntimeError when `config.impl` cannot
+    run on the device, OSError when `out` is a file or cannot be written (the last checkpoint
+    stays).
     """
     config = config or TrainConfig()
     out = Path(out)
-    if (out / "checkpoint.pt").exists():
-        raise ValueError(f"out: {out} already holds a checkpoint, resume it or name another folder")
+    _check_new(out)
     torch.manual_seed(config.seed)
     run = _Run([str(Path(file).resolve()) for file in files], out, model, config, observer)
-    return run.finish()
+    with alone_in("out", out):
+        _check_new(out)
+        return run.finish()
 
 
 def resume(
@@ -105,6 +109,17 @@ def resume(
     the text it was, or when a change comes too late (seed, tokenizer, validation_fraction).
     """
     out = Path(out)
+    checkpoint.check_exists(out / "checkpoint.pt")
+    with alone_in("out", out):  # from here on: its holder may write another checkpoint
+        return _resumed(out, files, observer, changes)
+
+
+def _resumed(
+    out: Path,
+    files: Sequence[str | Path] | None,
+    observer: Observer | None,
+    changes: dict[str, Any],
+) -> TrainResult:
     path = out / "checkpoint.pt"
     content = checkpoint.load(path)
     saved = checkpoint.config(path, content, "train_config", TrainConfig)
@@ -123,6 +138,12 @@ def resume(
     run = _Run(texts, out, model.config, config, observer, model)
     run.restore(content)
     return run.finish()
+
+
+def _check_new(out: Path) -> None:
+    check_folder("out", out)
+    if (out / "checkpoint.pt").exists():
+        raise ValueError(f"out: {out} already holds a checkpoint, resume it or name another folder")
 
 
 class _Run:
@@ -313,7 +334,6 @@ class _Run:
             self.observer(record, self.share)
 
     def _save(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
         checkpoint.save(
             self.out / "checkpoint.pt",
             {
