@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from gptkernels.core.files import make_folder
+from gptkernels.core.files import WINDOWS, make_folder
 
-_WINDOWS = os.name == "nt"
 _NAME = ".lock"
 # What file systems without locks answer, such as some that clusters mount.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -40,7 +39,7 @@ def alone_in(name: str, folder: Path) -> Iterator[None]:
     finally:
         # Removed before it is let go: whoever opened it meanwhile sees that it is no longer there.
         # Windows removes no file that anybody has open.
-        if _WINDOWS:
+        if WINDOWS:
             file.close()
         with contextlib.suppress(OSError):
             (folder / _NAME).unlink()
@@ -92,7 +91,7 @@ def _is_still(path: Path, file: BinaryIO) -> bool:
 
 def _lock(file: BinaryIO) -> bool:
     """Whether nobody else has the lock, which this process then has."""
-    if not _WINDOWS:
+    if not WINDOWS:
         fcntl = importlib.import_module("fcntl")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

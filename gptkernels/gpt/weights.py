@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_same_dtype, check_tensor
-from gptkernels.core.files import check_no_pointer, make_folder, replacing
+from gptkernels.core.files import WINDOWS, check_no_pointer, make_folder, replacing
 from gptkernels.core.optional import optional
 from gptkernels.gpt import layouts
 from gptkernels.gpt.config import GPTConfig
@@ -215,9 +215,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     package = safetensors_package()
     check_no_pointer(path)
     try:
-        return package.torch.load_file(path)
+        tensors = package.torch.load_file(path)
     except package.SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from None
+    # They are mapped from the file, and Windows replaces no mapped file: nothing could be saved
+    # over a model that is in use.
+    return {name: t.clone() for name, t in tensors.items()} if WINDOWS else tensors
 
 
 def unpickle(path: Path) -> Any:

@@ -125,7 +125,7 @@ def test_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         unlink(path)
 
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
-    monkeypatch.setattr(lock, "_WINDOWS", True)
+    monkeypatch.setattr(lock, "WINDOWS", True)
     monkeypatch.setattr(Path, "unlink", refuses_open_files)
     for _ in range(2):
         with alone_in("out", tmp_path):

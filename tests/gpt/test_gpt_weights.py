@@ -16,7 +16,7 @@ from hf_folders import CONFIG, randomize, theirs
 from torch import Tensor
 
 from gptkernels import GPT, GPTConfig
-from gptkernels.gpt import layouts
+from gptkernels.gpt import layouts, weights
 from gptkernels.gpt.weights import read_tokenizer
 from gptkernels.truth import plain_gpt
 
@@ -421,6 +421,22 @@ def test_what_would_not_load_is_not_saved(
     with pytest.raises((TypeError, ValueError), match=message):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_windows_maps_no_weights_of_a_model_in_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There no file can be replaced that is mapped, as it is when a model is saved over."""
+    mapped = Path("/proc/self/maps")
+    if not mapped.exists():
+        pytest.skip("nothing tells here what is mapped")
+    model = GPT.from_pretrained(folder)
+    assert str(folder / "model.safetensors") in mapped.read_text()
+    del model
+    monkeypatch.setattr(weights, "WINDOWS", True)
+    model = GPT.from_pretrained(folder)
+    assert str(folder / "model.safetensors") not in mapped.read_text()
+    model.save_pretrained(folder)
 
 
 def test_a_model_is_saved_into_a_folder(tmp_path: Path) -> None:
