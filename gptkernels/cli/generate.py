@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from gptkernels.gpt.model import GPT
     from gptkernels.gpt.tokenizer import Tokenizer
 
+# The tokenizer of most models of this size: a hint. Others may have as many ids.
+_LIKELY = {256: "bytes", 40478: "gpt1", 50257: "gpt2", 50304: "gpt2"}
+
 
 @click.command("generate", context_settings={"show_default": True})
 @click.argument("model", type=options.PATH)
@@ -119,7 +122,7 @@ def command(
 
 def load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
     """The model at `path` and the tokenizer called `name`, or the one it was trained with."""
-    from gptkernels.gpt import nanogpt, weights
+    from gptkernels.gpt import nanogpt, tokenizer_files
     from gptkernels.gpt.model import GPT
     from gptkernels.gpt.tokenizer import load_tokenizer
     from gptkernels.gpt.training import checkpoint
@@ -129,27 +132,28 @@ def load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
         raise FileNotFoundError(f"model: {path} does not exist")
     if path.is_dir() and not (path / "config.json").exists():
         path = path / "checkpoint.pt"
+    own: Tokenizer | None = None
     if path.is_dir():
         model = GPT.from_pretrained(path, dropout=0.0)
-        name = name or weights.read_tokenizer(path)
+        own = None if name else tokenizer_files.read(path)
     elif nanogpt.recognises(path):
         model = GPT.from_pretrained(path, dropout=0.0)
+        own = None if name else nanogpt.read_tokenizer(path)
     else:
         content = checkpoint.load(path)
         model = checkpoint.model(path, content)
         settings = checkpoint.config(path, content, "train_config", TrainConfig)
         name = name or settings.tokenizer
-    known = {256: "bytes", 50257: "gpt2", 40478: "gpt1"}
-    name = name or known.get(model.config.vocab_size)
-    if name is None:
+    tokenizer = own or (load_tokenizer(name) if name else None)
+    if tokenizer is None:
+        likely = _LIKELY.get(model.config.vocab_size)
         raise ValueError(
-            f"tokenizer: a model of {model.config.vocab_size} tokens does not tell which it was "
-            "trained with, name one with --tokenizer"
+            f"tokenizer: nothing beside {path} says which one its {model.config.vocab_size} tokens "
+            f"are of, name it with --tokenizer{f' (perhaps {likely})' if likely else ''}"
         )
-    tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"tokenizer: {name} has {tokenizer.vocab_size} tokens, more than the model's "
-            f"{model.config.vocab_size}"
+            f"tokenizer: {name or 'that of the model'} has {tokenizer.vocab_size} tokens, more "
+            f"than the model's {model.config.vocab_size}"
         )
     return model, tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import queue
@@ -45,15 +46,16 @@ class Lines:
 
     def _read(self, file: int) -> None:
         # Not with sys.stdin: a thread that waits for a line would hold its lock when Python exits.
-        rest = b""
+        rest, mark = b"", codecs.BOM_UTF8  # some editors and shells put it first
         try:
             while part := os.read(file, 2**16):
                 *lines, rest = (rest + part).split(b"\n")
                 for line in lines:
-                    self._put(line)
+                    self._put(line.removeprefix(mark))
+                    mark = b""
         except OSError as error:
             self._queue.put(error)
-        if rest:
+        if rest := rest.removeprefix(mark):
             self._put(rest)
         self._queue.put(None)
 

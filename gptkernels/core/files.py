@@ -1,12 +1,16 @@
-"""Files that are always whole: the old one or the new one, never a part of it."""
+"""Files that are always whole: the old one or the new one, never a part of it, nor a stand-in."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+WINDOWS = os.name == "nt"
+_POINTER = b"version https://git-lfs"
 
 
 @contextlib.contextmanager
@@ -17,6 +21,10 @@ def replacing(path: Path, *, durable: bool = False, alone: bool = False) -> Iter
     A rename within one folder is atomic (POSIX rename(2), os.replace on Windows). A `durable` file
     survives a power cut. Of a file that one process writes `alone`, the name beside it is always
     the same, so that the next attempt overwrites what a killed process left behind.
+
+    Windows replaces no file that anybody has open. Programs that look at each new file have it open
+    for a moment, so a refusal there is waited out for a second. Raises PermissionError, in one
+    sentence, for a file that stays open.
     """
     writer = "" if alone else f".{os.getpid()}.{threading.get_ident()}"
     temporary = path.with_name(f".{path.name}{writer}.tmp")
@@ -24,13 +32,56 @@ def replacing(path: Path, *, durable: bool = False, alone: bool = False) -> Iter
         yield temporary
         if durable:
             _sync(temporary)
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         raise
-    if durable and os.name == "posix":  # elsewhere no folder can be opened
+    if durable and not WINDOWS:  # where no folder can be opened
         _sync(path.parent)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    for wait in (0.01, 0.05, 0.2, 0.74) if WINDOWS else ():
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            time.sleep(wait)
+    try:
+        os.replace(temporary, path)
+    except PermissionError as error:
+        if not WINDOWS:
+            raise
+        raise PermissionError(
+            error.errno, "Permission denied, perhaps a program has this file open", str(path)
+        ) from None
+
+
+def make_folder(name: str, path: Path) -> None:
+    """Make the folder `path`, and those above it, where they are not there.
+
+    Raises NotADirectoryError, in one sentence about the argument `name`, where one is a file.
+    """
+    check_folder(name, path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Raise NotADirectoryError where `path` cannot be a folder: it, or one above it, is a file."""
+    there = next((above for above in (path, *path.parents) if above.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise NotADirectoryError(f"{name} must be a folder, but {there} is a file")
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raise ValueError where `path` is a Git LFS pointer, a short text in place of a large file."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the file it stands for: fetch that with "
+                "git lfs pull"
+            )
 
 
 def _sync(path: Path) -> None:

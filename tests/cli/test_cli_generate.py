@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.transformer.wte.weight[:32] = 0
         model.transformer.wte.weight[127:] = 0
     folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, tokenizer="bytes")
     return folder
 
 
@@ -223,6 +224,9 @@ def test_what_standard_input_may_hold(
     given(b"")
     result = call("generate", folder, *GREEDY)
     assert (result.code, result.out, result.err) == (0, "", "")
+    for content in (b"\xef\xbb\xbfone\ntwo\n", b"\xef\xbb\xbfone"):  # a byte order mark
+        given(content)
+        assert objects(call("generate", folder, *GREEDY, "--json"))[0]["prompt"] == "one"
     given(b"\xff\n")
     assert_refused(call("generate", folder, *GREEDY), "encodable as UTF-8")
     monkeypatch.setattr(sys, "stdin", None)
@@ -280,7 +284,39 @@ def test_generate_from_a_nanogpt_checkpoint(call: Any, tmp_path: Path, folder: P
     content = {"model": model.state_dict(), "model_args": arguments, "iter_num": 1}
     torch.save(content, tmp_path / "ckpt.pt")
     options = ("--prompt", "The ", "--max-new-tokens", "8", "--temperature", "0")
-    assert call("generate", tmp_path / "ckpt.pt", *options).code == 0
+    named = call("generate", tmp_path / "ckpt.pt", *options, "--tokenizer", "bytes")
+    assert named.code == 0
+    # The characters of meta.pkl, in another order, give other ids and another text.
+    characters = [chr(255 - i) for i in range(256)]
+    itos, stoi = dict(enumerate(characters)), {x: i for i, x in enumerate(characters)}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": itos, "stoi": stoi}))
+    own = objects(call("generate", tmp_path / "ckpt.pt", *options, "--json"))[0]
+    assert own["text"] == "".join(itos[i] for i in own["tokens"])
+    tokens = torch.tensor([[stoi[x] for x in "The "]])
+    assert own["tokens"] == model.generate(tokens, 8, temperature=0)[0, 4:].tolist()
+
+
+def test_generate_uses_the_folders_own_tokenizer(call: Any, tmp_path: Path, folder: Path) -> None:
+    """Not one that has as many ids: here all 256 bytes, in another order."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
+    model = GPT.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    ids = {text: i for i, text in enumerate(alphabet)}
+    (tmp_path / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    own = objects(call("generate", tmp_path, "--prompt", "The", *GREEDY, "--json"))[0]
+    tokens = torch.tensor([[ids[x] for x in "The"]])
+    assert own["tokens"] == model.generate(tokens, 8, temperature=0)[0, 3:].tolist()
+    decode = tokenizers.decoders.ByteLevel().decode
+    assert own["text"] == decode([alphabet[i] for i in own["tokens"]])
+
+
+def test_generate_guesses_no_tokenizer(call: Any, tmp_path: Path, folder: Path) -> None:
+    GPT.from_pretrained(folder).save_pretrained(tmp_path)
+    refused = call("generate", tmp_path, "--prompt", "x")
+    assert_refused(refused, "name it with --tokenizer (perhaps bytes)")
+    assert call("generate", tmp_path, "--prompt", "x", "--tokenizer", "bytes").code == 0
 
 
 def test_generate_refuses_what_is_no_model(call: Any, tmp_path: Path, folder: Path) -> None:

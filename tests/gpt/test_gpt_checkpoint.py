@@ -72,7 +72,7 @@ def test_a_folder_that_refuses_writes_keeps_the_checkpoint(
         (run / ".checkpoint.pt.tmp").mkdir()
     else:
         run.chmod(0o555)
-    with pytest.raises(OSError, match=r"directory.*checkpoint\.pt|denied.*log\.jsonl"):
+    with pytest.raises(OSError, match=r"directory.*checkpoint\.pt|denied.*\.lock"):
         resume(run, steps=18)
     run.chmod(0o755)
     assert (run / "checkpoint.pt").read_bytes() == before
@@ -92,6 +92,9 @@ def test_truncated_and_foreign_checkpoints_are_refused_in_one_sentence(
             resume(tmp_path)
     path.write_bytes(b"GIF89a" + bytes(500))
     with pytest.raises(ValueError, match="truncated, damaged or not a checkpoint"):
+        resume(tmp_path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is a Git LFS pointer"):
         resume(tmp_path)
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="not a training checkpoint of this package"):

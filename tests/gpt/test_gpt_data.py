@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
+from gptkernels.gpt.training import shards as shards_module
 from gptkernels.gpt.training.shards import Shards
 
 
@@ -109,14 +110,15 @@ def test_split_is_one_cut_and_reading_joins_files(tmp_path: Path) -> None:
     training, validation = data.split(tokens, 0.1, 4)
     assert torch.equal(training, tokens[:90])
     assert torch.equal(validation, tokens[90:])
-    (tmp_path / "a").write_bytes("é\r\n".encode())
-    (tmp_path / "b").write_bytes(b"b")
-    assert data.read_text([tmp_path / "a", tmp_path / "b"]) == "é\r\n\n\nb"
+    (tmp_path / "a").write_bytes("\ufeffé\r\n".encode())  # the byte order mark is left out
+    (tmp_path / "b").write_bytes("\ufeffb\ufeff".encode())
+    assert data.read_text([tmp_path / "a", tmp_path / "b"]) == "é\r\n\n\nb\ufeff"
 
 
 def test_text_that_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(FileNotFoundError, match=r"nothere does not exist"):
         data.read_text([tmp_path / "nothere"])
     with pytest.raises(ValueError, match=r"is a folder"):
@@ -125,6 +127,8 @@ def test_text_that_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path: Pat
         data.read_text([tmp_path / "empty"])
     with pytest.raises(ValueError, match=r"latin is not UTF-8 text \(byte 3"):
         data.read_text([tmp_path / "latin"])
+    with pytest.raises(ValueError, match=r"pointer is a Git LFS pointer"):
+        data.read_text([tmp_path / "pointer"])
     with pytest.raises(ValueError, match=r"no text file"):
         data.read_text([])
     with pytest.raises(ValueError, match=r"validation part has 10 of .* at least 17"):
@@ -202,6 +206,79 @@ def test_shards_that_cannot_be_read_are_refused_in_one_sentence(tmp_path: Path) 
     assert shards.windows(torch.tensor([0]), 59).max() == 58
     with pytest.raises(ValueError, match=r"shard_1\.bin holds the id 59, .* vocab_size=59"):
         shards.windows(torch.tensor([0]), 60)
+
+
+def header(magic: int) -> bytes:
+    """256 int32, as llm.c and modded-nanogpt put before their ids."""
+    return bytes(torch.tensor([magic, 1, 60] + [0] * 253, dtype=torch.int32).view(torch.uint8))
+
+
+def as_bytes(ids: torch.Tensor, dtype: torch.dtype) -> bytes:
+    return bytes(ids.to(dtype).view(torch.uint8))
+
+
+IDS = torch.arange(6000) % 50257
+
+
+@pytest.mark.parametrize(
+    ("content", "dtype", "message"),
+    [
+        (header(20240520) + as_bytes(IDS, torch.int16), "uint16", "header of llm.c and modded-nan"),
+        (header(20240801) + as_bytes(IDS, torch.int32), "uint32", "header of llm.c .*1024 bytes$"),
+        (as_bytes(IDS, torch.int32), "uint16", "wider than 16 bits"),
+        (as_bytes(IDS, torch.int64), "uint16", "wider than 16 bits"),
+        (as_bytes(IDS, torch.int64), "uint32", "wider than 32 bits"),
+        (as_bytes(IDS, torch.int16), "uint32", r"holds the id \d+, .* as uint32, see token_dtype"),
+        (("It is a truth.\r\n" * 50).encode(), "uint16", r"is text, .* such as \.txt"),
+        (("\u65e5\u672c\u8a9e" * 64).encode(), "uint16", "is text"),
+        (("caf\u00e9 " * 64).encode("latin-1"), "uint16", "is text"),
+        (b"version https://git-lfs.github.com/spec/v1\nsize 12\n", "uint16", "a Git LFS pointer"),
+        (b"\x93NUMPY\x01\x00v\x00" + as_bytes(IDS, torch.int16), "uint16", "an array of numpy"),
+        (b"\x1f\x8b\x08\x00" + as_bytes(IDS, torch.int16), "uint16", "compressed with gzip"),
+    ],
+)
+def test_what_is_no_shard_is_told_before_any_training(
+    tmp_path: Path, content: bytes, dtype: str, message: str
+) -> None:
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.read([tmp_path / "a.bin"], ByteTokenizer(), dtype, 50257)
+    assert str(caught.value).count(str(tmp_path / "a.bin")) == 1
+
+
+@pytest.mark.parametrize("place", [0, 99_999, 199_999])
+@pytest.mark.parametrize(("dtype", "vocab_size"), [("uint16", 40000), ("uint32", 2**31 + 5)])
+def test_an_id_past_the_vocabulary_is_found_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, dtype: str, vocab_size: int
+) -> None:
+    monkeypatch.setattr(shards_module, "_PIECE", 4096)
+    ids = torch.randint(vocab_size, (200_000,))
+    ids[0] = vocab_size - 1  # the largest that is right
+    files = write_shards(tmp_path, ids, [150_000, 50_000], dtype)
+    data.read(files, ByteTokenizer(), dtype, vocab_size)
+    ids[place] = vocab_size
+    write_shards(tmp_path, ids, [150_000, 50_000], dtype)
+    with pytest.raises(ValueError, match=rf"shard_\d\.bin holds the id {vocab_size}, but"):
+        data.read(files, ByteTokenizer(), dtype, vocab_size)
+
+
+def test_a_scan_of_large_shards_reads_evenly_spaced_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "_PIECE", 1024)
+    monkeypatch.setattr(shards_module, "_SCANNED", 4096)
+    ids = torch.randint(100, (8192,))  # 16 KiB: every fourth piece of 512 ids is read
+    for place, found in ((511, True), (512, False), (2047, False), (2048, True), (8191, False)):
+        wrong = ids.clone()
+        wrong[place] = 100
+        shards = Shards(write_shards(tmp_path, wrong, [8192], "uint16"), "uint16", 100)
+        if found:
+            with pytest.raises(ValueError, match="holds the id 100"):
+                shards.scan()
+        else:
+            shards.scan()
+            with pytest.raises(ValueError, match="holds the id 100"):
+                shards.windows(torch.tensor([place - 3]), 4)
 
 
 @pytest.mark.parametrize("read_before", [False, True])

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from training import SHORT, TINY, Interrupted, assert_same_bits, interrupt_at, read_log, unclocked
 
 from gptkernels import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer
-from gptkernels.gpt.training import checkpoint
+from gptkernels.gpt.training import checkpoint, data
 from gptkernels.gpt.training.config import learning_rate
+from gptkernels.gpt.training.learner import parameter_groups
 from gptkernels.gpt.training.train import DivergedError, TrainResult, resume, train
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     text: Path, tmp_path: Path, dtype: str
 ) -> None:
@@ -41,6 +45,88 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     for key in a["optimizer"]["state"]:
         assert_same_bits(a["optimizer"]["state"][key], b["optimizer"]["state"][key])
     assert a["best_validation_loss"] == b["best_validation_loss"] == whole.best_validation_loss
+
+
+def test_float16_skips_steps_whose_gradients_overflow(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too large a scale at first, and one that soon grows again: in a skipped step weights and
+    average stay, the scale is halved, and a resumed run skips the same steps."""
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**22, growth_interval=3)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    config = dataclasses.replace(
+        SHORT, dtype="float16", ema=0.5, accumulation=1, validation_batches=1,
+        log_interval=1, validation_interval=1, checkpoint_interval=3,
+    )  # fmt: skip
+    whole = train([text], tmp_path / "whole", model=TINY, config=config)
+    start = {**whole.records[0], "skipped_steps": 0, "loss_scale": 2.0**22}
+    for before, after in pairwise([start, *whole.records[1:]]):
+        skipped = after["gradient_norm"] is None
+        assert after["skipped_steps"] == before["skipped_steps"] + skipped
+        for name in ("validation_loss", "ema_validation_loss"):
+            assert (after[name] == before[name]) == skipped
+        grows = after["loss_scale"] / before["loss_scale"]
+        assert grows == 0.5 if skipped else grows in (1, 2)
+    norms = [record["gradient_norm"] for record in whole.records[1:]]
+    assert norms[:3] == [None] * 3
+    good = next(i for i, norm in enumerate(norms) if norm is not None)
+    assert None in norms[good:]
+    # Of float32 are the weights and what optimises them.
+    assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
+    with pytest.raises(Interrupted):
+        train([text], tmp_path / "part", model=TINY, config=config, observer=interrupt_at(5))
+    saved = checkpoint.load(tmp_path / "part" / "checkpoint.pt")["scaler"]
+    assert (saved["scale"], saved["skipped_steps"]) == (2.0**19, 3)
+    resumed = resume(tmp_path / "part")
+    assert unclocked(read_log(tmp_path / "part")) == unclocked(whole.records)
+    assert_same_bits(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_float16_steps_are_those_of_a_written_out_loop(text: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(SHORT, dtype="float16", steps=4)
+    trained = train([text], tmp_path / "out", model=TINY, config=config).model
+    torch.manual_seed(config.seed)
+    model = GPT(TINY).train()
+    tokens, _ = data.read([text], ByteTokenizer(), "uint16", 256)
+    training, _ = data.split(tokens, config.validation_fraction, TINY.block_size)
+    batches = data.Batches(training, TINY.block_size, config.batch_size, config.seed)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), betas=(config.beta1, config.beta2), fused=True
+    )
+    for step in range(config.steps):
+        for _ in range(config.accumulation):
+            x, y = next(batches)
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = model(x, y) / config.accumulation
+            (loss * 65536).backward()
+        for parameter in model.parameters():
+            parameter.grad /= 65536
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_bits(trained.state_dict(), model.state_dict())
+
+
+def test_float16_whose_steps_are_all_skipped_is_a_divergence(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**-10)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+
+    cross_entropy = F.cross_entropy
+
+    def broken(*tensors: Tensor, **options: Any) -> Tensor:
+        loss = cross_entropy(*tensors, **options)
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss
+
+    monkeypatch.setattr(F, "cross_entropy", broken)
+    config = dataclasses.replace(SHORT, dtype="float16", log_interval=1)
+    with pytest.raises(DivergedError, match=r"by step 5, loss scale is 3\.05\S+: no checkpoint"):
+        train([text], tmp_path / "out", model=TINY, config=config)
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 7])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from training import SHORT, TINY
 
+from gptkernels.core.lock import alone_in
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.train import TrainResult, resume, train
 
@@ -28,7 +30,7 @@ from gptkernels.gpt.training.train import TrainResult, resume, train
         ({"seed": 2**63}, ValueError, "seed is 9223372036854775808, less than 2"),
         ({"validation_fraction": 1.0}, ValueError, "between 0 and 1 is wanted"),
         ({"minutes": 0}, ValueError, "minutes is 0, more than 0 is wanted"),
-        ({"dtype": "float16"}, ValueError, "dtype is 'float16', float32 or bfloat16 is wanted"),
+        ({"dtype": "float64"}, ValueError, "'float64', float32, bfloat16, float16 is wanted"),
         ({"tokenizer": 3}, TypeError, "tokenizer is 3, str is wanted"),
     ],
 )
@@ -88,6 +90,34 @@ def test_a_folder_with_a_checkpoint_is_not_overwritten(
     with pytest.raises(ValueError, match="already holds a checkpoint"):
         train([text], out, model=TINY, config=SHORT)
     assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_folder_has_one_run_at_a_time(
+    finished: tuple[Path, TrainResult], text: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with (
+        alone_in("out", tmp_path / "run"),  # as another run would
+        pytest.raises(ValueError, match=r"^out: \S+/run is in use by process \d+ on "),
+    ):
+        resume(tmp_path / "run", steps=14)
+    with (
+        alone_in("out", tmp_path / "new"),
+        pytest.raises(ValueError, match=r"^out: \S+/new is in use by process"),
+    ):
+        train([text], tmp_path / "new", model=TINY, config=SHORT)
+    assert not (tmp_path / "new").exists()
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(FileNotFoundError, match=r"checkpoint\.pt does not exist"):
+        resume(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_out_must_be_a_folder(text: Path) -> None:
+    for out in (text, text / "run"):
+        with pytest.raises(NotADirectoryError, match=r"^out must be a folder, but \S+ is a file$"):
+            train([text], out, model=TINY, config=SHORT)
 
 
 def test_resume_refuses_another_text_and_late_changes(

@@ -16,6 +16,7 @@ from hf_folders import CONFIG, randomize, theirs
 from torch import Tensor
 
 from gptkernels import GPT, GPTConfig
+from gptkernels.gpt import layouts, weights
 from gptkernels.gpt.weights import read_tokenizer
 from gptkernels.truth import plain_gpt
 
@@ -111,6 +112,90 @@ def test_ours_to_transformers_and_back(tmp_path: Path, config: GPTConfig) -> Non
         assert torch.equal(back.state_dict()[name], tensor), name
 
 
+def assign(model: GPT) -> None:
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] *= 1.5
+    model.load_state_dict(state, assign=True)
+
+
+def refill(model: GPT) -> None:
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] *= 1.5
+    model.to_empty(device="meta").to_empty(device="cpu").load_state_dict(state)
+
+
+def new_head(model: GPT) -> None:
+    model.lm_head = torch.nn.Linear(24, 67, bias=False)
+
+
+@pytest.mark.parametrize("untie", [assign, refill, new_head])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, replace(CONFIG, bias=False), replace(CONFIG, window=5)],
+    ids=["gpt2", "no-bias", "gptkernels"],
+)
+def test_a_head_of_its_own_is_saved_and_read_back(
+    tmp_path: Path, config: GPTConfig, untie: Callable[[GPT], None]
+) -> None:
+    ours = randomize(GPT(config)).eval()
+    untie(ours)
+    tokens = torch.arange(24).view(1, 24)
+    ours.save_pretrained(tmp_path)
+    back = GPT.from_pretrained(tmp_path)
+    assert torch.equal(back(tokens), ours(tokens))
+    assert back.lm_head.weight is not back.transformer.wte.weight
+    if config.window is None:
+        assert_same_model(back, transformers.GPT2LMHeadModel.from_pretrained(tmp_path))
+
+
+def test_an_untied_head_of_transformers(tmp_path: Path) -> None:
+    other = theirs(tie_word_embeddings=False)
+    other.save_pretrained(tmp_path)
+    assert_same_model(GPT.from_pretrained(tmp_path), other)
+
+
+def test_a_head_that_is_the_embedding_again_is_tied(tmp_path: Path) -> None:
+    ours = randomize(GPT(CONFIG))
+    ours.load_state_dict({name: t.clone() for name, t in ours.state_dict().items()}, assign=True)
+    ours.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    back = GPT.from_pretrained(tmp_path)
+    assert back.lm_head.weight is back.transformer.wte.weight
+
+
+def test_other_names_of_settings(folder: Path) -> None:
+    """Those that transformers takes too: a default in place of any gives another model."""
+    path = folder / "config.json"
+    given, expected = json.loads(path.read_text()), GPT.from_pretrained(folder)
+    for name, other in (
+        ("n_embd", "hidden_size"),
+        ("n_positions", "max_position_embeddings"),
+        ("n_head", "num_attention_heads"),
+        ("n_layer", "num_hidden_layers"),
+    ):
+        given[other] = given.pop(name)
+    path.write_text(json.dumps(given))
+    assert transformers.AutoConfig.from_pretrained(folder).n_head == expected.config.n_head
+    assert GPT.from_pretrained(folder).config == expected.config
+
+
+def test_a_byte_order_mark_is_no_part_of_config_json(folder: Path) -> None:
+    expected = GPT.from_pretrained(folder).config
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert GPT.from_pretrained(folder).config == expected
+
+
+def test_every_key_of_a_config_of_transformers_is_known(tmp_path: Path) -> None:
+    """With every key that its classes have, not only those that differ from a default."""
+    shape = {"vocab_size": 67, "n_positions": 24, "n_layer": 2, "n_head": 3, "n_embd": 24}
+    for kind in (transformers.GPT2Config, transformers.OpenAIGPTConfig):
+        given = kind(**shape, attn_implementation="eager").to_dict()
+        given |= transformers.GenerationConfig()._get_default_generation_params()
+        config, tied = layouts.read(tmp_path / "config.json", given)
+        assert (config.n_embd, config.n_head, tied) == (24, 3, True)
+
+
 GPT1 = replace(CONFIG, n_inner=None, norm="post")
 
 
@@ -199,16 +284,20 @@ def test_what_only_we_can_read(tmp_path: Path, config: GPTConfig) -> None:
         GPT.from_pretrained(tmp_path)
 
 
+NANOGPT: dict[str, Any] = {
+    "vocab_size": 67, "block_size": 24, "n_layer": 2, "n_head": 3, "n_embd": 24
+}  # fmt: skip
+
+
 def nanogpt_checkpoint(path: Path, prefix: str = "", **changes: Any) -> GPT:
     """Writes what nanoGPT's train.py saves; returns the model whose weights it has."""
-    shape = {"vocab_size": 67, "block_size": 24, "n_layer": 2, "n_head": 3, "n_embd": 24}
-    model = randomize(GPT(GPTConfig(**shape, approximate="none", bias=False)))
+    model = randomize(GPT(GPTConfig(**NANOGPT, approximate="none", bias=False)))
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(24, 24).tril().view(1, 1, 24, 24)
     content = {
         "model": state,
         "optimizer": torch.optim.AdamW(model.parameters()).state_dict(),
-        "model_args": {**shape, "bias": False, "dropout": 0.2},
+        "model_args": {**NANOGPT, "bias": False, "dropout": 0.2},
         "iter_num": 2000,
         "best_val_loss": torch.tensor(1.5),
         "config": {"out_dir": "out", "compile": True, "learning_rate": 6e-4},
@@ -218,7 +307,7 @@ def nanogpt_checkpoint(path: Path, prefix: str = "", **changes: Any) -> GPT:
     return model.eval()
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."], ids=["eager", "compiled"])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 def test_nanogpt_checkpoints(tmp_path: Path, prefix: str) -> None:
     expected = nanogpt_checkpoint(tmp_path / "ckpt.pt", prefix)
     ours = GPT.from_pretrained(tmp_path / "ckpt.pt")
@@ -239,6 +328,10 @@ def test_nanogpt_checkpoints(tmp_path: Path, prefix: str) -> None:
         ({"model_args": None}, "not a checkpoint of nanoGPT: it has no dictionary 'model_args'"),
         ({"model": {"transformer.wte.weight": 3}}, "must hold tensors alone"),
         ({"model_args": {"n_layer": 2}}, "model_args lack vocab_size, block_size, n_head"),
+        (
+            {"model_args": {**NANOGPT, "bias": False, "rope": True}},
+            "model_args hold rope, which is not known here",
+        ),
         ({"model": {}}, r"the weights lack transformer\.wte\.weight"),
     ],
 )
@@ -306,6 +399,18 @@ def test_norms_may_have_a_dtype_of_their_own(tmp_path: Path) -> None:
             lambda model: model.transformer.wpe.half(),
             "wpe.weight must have the dtype of transformer.wte.weight, float32, got float16",
         ),
+        (
+            lambda model: setattr(model, "lm_head", torch.nn.Linear(24, 67)),
+            "the model: the weights hold lm_head.bias, which its configuration does not ask for",
+        ),
+        (
+            lambda model: setattr(model, "lm_head", torch.nn.Linear(24, 70, bias=False)),
+            r"the model: lm_head.weight must have shape \(67, 24\) .* got \(70, 24\)",
+        ),
+        (
+            lambda model: model.transformer.h.pop(1),
+            "the model: the weights lack transformer.h.1.ln_1.weight, which",
+        ),
     ],
 )
 def test_what_would_not_load_is_not_saved(
@@ -313,9 +418,35 @@ def test_what_would_not_load_is_not_saved(
 ) -> None:
     model = GPT(CONFIG)
     cast(model)
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_windows_maps_no_weights_of_a_model_in_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There no file can be replaced that is mapped, as it is when a model is saved over."""
+    mapped = Path("/proc/self/maps")
+    if not mapped.exists():
+        pytest.skip("nothing tells here what is mapped")
+    model = GPT.from_pretrained(folder)
+    assert str(folder / "model.safetensors") in mapped.read_text()
+    del model
+    monkeypatch.setattr(weights, "WINDOWS", True)
+    model = GPT.from_pretrained(folder)
+    assert str(folder / "model.safetensors") not in mapped.read_text()
+    model.save_pretrained(folder)
+
+
+def test_a_model_is_saved_into_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file", tmp_path / "file" / "model"):
+        with pytest.raises(
+            NotADirectoryError, match=r"^folder must be a folder, but \S+ is a file"
+        ):
+            GPT(CONFIG).save_pretrained(path)
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_a_failed_save_leaves_the_old_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +472,48 @@ def test_bare_names_old_masks_and_a_stored_head(folder: Path) -> None:
     found = GPT.from_pretrained(folder).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod.",
+        "module.",
+        "_orig_mod.module.",
+        "base_model.model.",
+        "base_model.model._orig_mod.",
+        "module.base_model.model.",
+        "model.",
+        "_forward_module.model._orig_mod.",
+    ],
+)
+def test_names_of_wrappers_are_taken_off(folder: Path, prefix: str) -> None:
+    expected = GPT.from_pretrained(folder).state_dict()
+    state = load_file(folder / "model.safetensors")
+    inside = {
+        name.replace(".attn.", ".attn._checkpoint_wrapped_module.").replace(
+            "transformer.h.1.", "transformer.h.1._orig_mod."
+        ): tensor
+        for name, tensor in state.items()
+    }
+    save_file({prefix + name: t for name, t in inside.items()}, folder / "model.safetensors")
+    found = GPT.from_pretrained(folder).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_head_alone_stands_for_the_embedding_too(folder: Path) -> None:
+    """As in files of safetensors' save_model, which drops one of two names for one tensor."""
+    expected = GPT.from_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state.pop("transformer.wte.weight")
+    save_file(state, folder / "model.safetensors")
+    tokens = torch.arange(24).view(1, 24)
+    assert torch.equal(GPT.from_pretrained(folder)(tokens), expected(tokens))
+    # An untied model needs both.
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match=r"the weights lack transformer\.wte\.weight"):
+        GPT.from_pretrained(folder)
 
 
 def test_pytorch_file_of_tensors_alone(folder: Path) -> None:

@@ -46,7 +46,20 @@ def edit(folder: Path, **changes: Any) -> None:
             "scale_attn_by_inverse_layer_idx must be false",
         ),
         ({"add_cross_attention": True}, "add_cross_attention must be false, got true"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings must be true, got false"),
+        ({"tie_word_embeddings": False}, "the weights lack lm_head.weight, which"),
+        ({"tie_word_embeddings": "no"}, 'tie_word_embeddings must be true or false, got "no"'),
+        ({"hidden_size": 48}, "hidden_size and n_embd are one setting, got 48 and 24"),
+        ({"num_attention_heads": 2}, "num_attention_heads and n_head are one setting, got 2 and 3"),
+        ({"rotary_dim": 8}, "rotary_dim is not known here, so what it may change .* got 8"),
+        ({"layer_norm_eps": 1e-3}, "layer_norm_eps is not known here"),
+        ({"quantization_config": {"bits": 4}}, 'quantization_config is not known .* {"bits": 4}'),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map is not known here"),
+        ({"pruned_heads": {"0": [1]}}, r'pruned_heads must be {}, got {"0": \[1\]}'),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder must be false, got true"),
+        (
+            {"model_type": "openai-gpt", "activation_function": None, "n_inner": 40},
+            "n_inner is not known here",
+        ),
         ({"n_embd": "24"}, "n_embd must be an int, got '24'"),
         ({"n_head": 5}, "n_head must divide n_embd, got n_embd=24 and n_head=5"),
         (
@@ -122,6 +135,9 @@ def sharded(weight_map: Any) -> Callable[[Path], None]:
     return changed
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -130,6 +146,10 @@ def sharded(weight_map: Any) -> Callable[[Path], None]:
         (write("config.json", b""), ValueError, "config.json is not a JSON file"),
         (write("config.json", b"\xff\xfe{"), ValueError, "config.json is not a JSON file"),
         (write("config.json", b"[1]"), ValueError, "must hold a JSON object, got a list"),
+        (write("config.json", POINTER), ValueError, r"config\.json is a Git LFS pointer"),
+        (write("model.safetensors", POINTER), ValueError, r"safetensors is a Git LFS pointer"),
+        (binary(POINTER), ValueError, r"model\.bin is a Git LFS pointer, .* with git lfs pull"),
+        (write("adapter_config.json", b"{}"), ValueError, "holds an adapter .* merge it into"),
         (unlink("model.safetensors"), FileNotFoundError, "must hold model.safetensors, its shards"),
         (write("model.safetensors", b""), ValueError, "not a complete safetensors file"),
         (write("model.safetensors", b"PK" * 99), ValueError, "not a complete safetensors file"),
@@ -141,6 +161,17 @@ def sharded(weight_map: Any) -> Callable[[Path], None]:
             "hold transformer.x.weight, which",
         ),
         (change("lm_head.weight", Tensor.clone), ValueError, "lm_head.weight must equal"),
+        (
+            change("transformer.h.0.attn.c_attn.lora_A.weight", Tensor.clone),
+            ValueError,
+            r"hold transformer\.\S+lora_A\.weight, a part of an adapter: merge it",
+        ),
+        (
+            change("module.transformer.wte.weight", Tensor.clone),
+            ValueError,
+            r"hold transformer\.wte\.weight twice, as (module\.)?transformer\.\S+ and ",
+        ),
+        (change("wte.weight", Tensor.clone), ValueError, r"hold transformer\.wte\.weight twice"),
         (change("transformer.ln_f.bias", Tensor.int), ValueError, "must be float32, .* got int32"),
         (
             change("transformer.h.0.mlp.c_fc.weight", lambda t: t.t().contiguous()),

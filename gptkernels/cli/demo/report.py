@@ -50,7 +50,8 @@ def write(
     """The report folder. The page comes last: where it is, everything else is."""
     picture = (out / "training" / "loss.png").read_bytes()
     logged = content["records"][1:]  # the first is the validation before training
-    (out / "loss.png").write_bytes(picture)
+    with replacing(out / "loss.png") as file:
+        file.write_bytes(picture)
     environment = content["environment"]
     for name, rows in (("parity", parity_rows), ("speed", speed_rows)):
         report.write_json(out / f"{name}.json", {"environment": environment, "rows": rows})

@@ -31,6 +31,7 @@ from gptkernels.cli.demo.speed import fastest_threads, speed_table
 from gptkernels.cli.demo.training import PROMPT, sample, train_model
 from gptkernels.cli.demo.twin import twin_table
 from gptkernels.core.device import choose_device
+from gptkernels.core.lock import alone_in
 
 
 def run(
@@ -46,11 +47,17 @@ def run(
 
     `text` is a UTF-8 file, None for Python's own manual; `minutes` is the time to train. Returns 0,
     or 1 when a parity check failed. Raises FileNotFoundError or ValueError for a text that cannot
-    be trained on, ValueError for `minutes` that are not positive or an unknown device, ImportError
-    when an extra is missing.
+    be trained on, ValueError for `minutes` that are not positive, an unknown device or an `out` in
+    use by another demo, ImportError when an extra is missing.
     """
-    console = console or Console(highlight=False)
     out = Path(out)
+    with alone_in("out", out):
+        return _run(text, out, minutes, device, seed, console or Console(highlight=False))
+
+
+def _run(
+    text: str | Path | None, out: Path, minutes: float, device: str, seed: int, console: Console
+) -> int:
     started = time.perf_counter()
     with _quiet(), fastest_threads(choose_device(device)):
         trained = train_model(text, out, minutes, device, seed, console)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from gptkernels.cli.demo.terminal import heading
 from gptkernels.core.device import choose_device
 from gptkernels.core.figure import figure_class
+from gptkernels.core.files import replacing
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer
@@ -76,12 +77,12 @@ def train_model(
     data.split(tokens, config.validation_fraction, model.block_size)
     figure_class()
     safetensors_package()
-    out.mkdir(parents=True, exist_ok=True)
     for old in (out / "report.html", out / "training" / "checkpoint.pt"):
         old.unlink(missing_ok=True)
     if text is None:
         file = out / "text.txt"
-        file.write_text(content, encoding="utf-8", newline="\n")
+        with replacing(file) as written:
+            written.write_text(content, encoding="utf-8", newline="\n")
         named = f"the reference manual that Python {platform.python_version()} carries"
     else:
         file, named = Path(text), str(text)

@@ -5,12 +5,12 @@ tensors and plain values only (`weights_only=True`).
 
 What is inside: {"format", "version", "model", "optimizer", "step", "tokens" (trained on so far),
 "seconds", "best_validation_loss", "since_log" (sum of the losses and number of the steps since the
-last line of the log), "average" (of the weights; empty where none is kept), "sampler", "random"
-(PyTorch's CPU and CUDA generators), "model_config", "train_config", "files", "text" (a fingerprint
-of what the files hold)}.
+last line of the log), "average" (of the weights; empty where none is kept), "scaler" (of the loss;
+empty but in float16), "sampler", "random" (PyTorch's CPU and CUDA generators), "model_config",
+"train_config", "files", "text" (a fingerprint of what the files hold)}.
 
-`model`, `optimizer`, `average`, `since_log`, `generators` and `config` restore the parts of the
-content: each refuses, in one sentence, what does not fit.
+`model`, `optimizer`, `average`, `scaler`, `since_log`, `generators` and `config` restore the parts
+of the content: each refuses, in one sentence, what does not fit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gptkernels.core.files import replacing
+from gptkernels.core.files import check_no_pointer, replacing
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.training.average import Average
@@ -40,6 +40,7 @@ KEYS: dict[str, type] = {
     "best_validation_loss": float,
     "since_log": dict,
     "average": dict,
+    "scaler": dict,
     "sampler": dict,
     "random": dict,
     "model_config": dict,
@@ -70,6 +71,12 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
         raise
 
 
+def check_exists(path: Path) -> None:
+    """Raise FileNotFoundError where there is no checkpoint."""
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: {path} does not exist")
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """The content of the checkpoint at `path`, tensors on the CPU.
 
@@ -78,8 +85,8 @@ def load(path: str | Path) -> dict[str, Any]:
     `KEYS` says.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: {path} does not exist")
+    check_exists(path)
+    check_no_pointer(path)
     try:
         # torch.load ignores the checksums that torch.save wrote: a flipped bit would go unnoticed.
         with zipfile.ZipFile(path) as archive:
@@ -102,6 +109,7 @@ def load(path: str | Path) -> dict[str, Any]:
             f"checkpoint: {path} has version {content.get('version')!r}, this package reads "
             f"version {VERSION}"
         )
+    content = {"scaler": {}, **content}  # older ones were never in float16
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise ValueError(f"checkpoint: {path} lacks {', '.join(missing)}")
@@ -163,6 +171,12 @@ def average(path: str | Path, content: dict[str, Any], into: Average) -> None:
     """Restore the average of the weights. Raises ValueError when it does not fit the model."""
     _check_fit(path, "average", content["average"], into.state_dict())
     into.load_state_dict(content["average"])
+
+
+def scaler(path: str | Path, content: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The state of the loss's scale. Raises ValueError when it is of another kind than `own`."""
+    _check_fit(path, "scaler", content["scaler"], own)
+    return dict(content["scaler"])
 
 
 def since_log(path: str | Path, content: dict[str, Any]) -> tuple[Tensor, int]:

@@ -11,7 +11,7 @@ import torch
 
 from gptkernels.gpt.model import RECOMPUTE
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # The steps already made depend on these settings: a resumed run cannot change them.
 DECIDED = ("seed", "tokenizer", "token_dtype", "validation_fraction")
@@ -38,7 +38,9 @@ class TrainConfig:
     beta1: float = _option(0.9, "AdamW's decay of the mean gradient")
     beta2: float = _option(0.95, "AdamW's decay of the mean squared gradient")
     clip: float = _option(1.0, "largest norm of all gradients together; 0 does not clip", least=0)
-    dtype: str = _option("float32", "float32, or bfloat16 for autocast (weights stay float32)")
+    dtype: str = _option(
+        "float32", "float32, or bfloat16 or float16 for autocast (weights stay float32)"
+    )
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
     impl: str = _option(
         "auto", "implementation of the fused operations: auto, torch, triton or cuda"
@@ -82,7 +84,7 @@ class TrainConfig:
         for name in ("beta1", "beta2", "ema"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         _check(self, "validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1")
-        _check(self, "dtype", self.dtype in DTYPES, " or ".join(DTYPES))
+        _check(self, "dtype", self.dtype in DTYPES, ", ".join(DTYPES))
         _check(self, "recompute", self.recompute in RECOMPUTE, ", ".join(RECOMPUTE))
         _check(self, "token_dtype", self.token_dtype in ("uint16", "uint32"), "uint16 or uint32")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptkernels.core.figure import figure_class
+from gptkernels.core.files import replacing
 
 LOSSES: dict[str, dict[str, Any]] = {
     "loss": dict(label="training", color="#7aa6c2", linewidth=1.2),
@@ -27,7 +28,8 @@ def draw_losses(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     plot_losses(axes, records)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
-    figure.savefig(path)
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png")
 
 
 def plot_losses(axes: Any, records: Sequence[dict[str, Any]], name: str = "", **style: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gptkernels.core.files import check_no_pointer
 from gptkernels.gpt.tokenizer import Tokenizer
 from gptkernels.gpt.training.shards import Shards
 
@@ -39,6 +40,7 @@ def read(
     shards = [Path(file).suffix == ".bin" for file in files]
     if files and all(shards):
         opened = Shards(files, token_dtype, vocab_size)
+        opened.scan()
         return opened, opened.digest()
     if any(shards):
         raise ValueError("files: text and token shards (.bin) do not mix")
@@ -47,10 +49,10 @@ def read(
 
 
 def read_text(files: Sequence[str | Path]) -> str:
-    """The UTF-8 text of `files`, joined by a blank line.
+    """The UTF-8 text of `files`, without byte order marks, joined by a blank line.
 
     Raises FileNotFoundError for a file that is not there and ValueError for no file, a folder,
-    an empty file, or one that is not UTF-8.
+    an empty file, one that is not UTF-8, or a Git LFS pointer.
     """
     if not files:
         raise ValueError("files: no text file was given, at least one is wanted")
@@ -60,9 +62,11 @@ def read_text(files: Sequence[str | Path]) -> str:
             raise FileNotFoundError(f"files: {file} does not exist, a UTF-8 text file is wanted")
         if not file.is_file():
             raise ValueError(f"files: {file} is a folder, a UTF-8 text file is wanted")
+        check_no_pointer(file)
         try:
-            # As bytes: text mode would turn \r\n into \n, which changes the tokens.
-            text = file.read_bytes().decode("utf-8")
+            # As bytes: text mode would turn \r\n into \n, which changes the tokens. The mark that
+            # some editors put first is no part of the text.
+            text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"files: {file} is not UTF-8 text (byte {error.start} cannot be decoded)"

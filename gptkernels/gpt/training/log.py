@@ -48,8 +48,7 @@ class Log:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record, which has a "step". Raises OSError where it cannot be written."""
-        # Opened for each line: a crash loses no line, and `out` is made with the first one.
-        self.out.mkdir(parents=True, exist_ok=True)
+        # Opened for each line: a crash loses no line.
         path = self.out / "log.jsonl"
         try:
             with path.open("a" if self.records else "w", encoding="utf-8") as log:

@@ -34,6 +34,8 @@ from torch import Tensor
 
 from gptkernels.core.device import choose_device
 from gptkernels.core.figure import figure_class
+from gptkernels.core.files import check_folder
+from gptkernels.core.lock import alone_in
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import load_tokenizer
@@ -49,9 +51,11 @@ from gptkernels.gpt.weights import safetensors_package
 Observer = Callable[[dict[str, Any], float], None]
 """Called with each log record and the share of the run that is done, 0 to 1."""
 
+_LEAST_SCALE = 2.0**-14  # of the loss; at 1 no gradient of use is too large for float16
+
 
 class DivergedError(RuntimeError):
-    """The loss or the gradients' norm became NaN or infinite."""
+    """The loss or the gradients' norm became NaN or infinite; in float16, at any scale."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +80,21 @@ def train(
     """Train a new GPT on `files`, text or token shards (.bin), and write the folder `out`.
 
     Raises FileNotFoundError or ValueError for files that cannot be trained on, ValueError when
-    `out` already holds a checkpoint or `model` does not fit the tokenizer (its vocab_size may be
-    larger: a padded table), ImportError when matplotlib, safetensors, the tokenizer's package or
-    tensorboard is missing and needed, DivergedError when the loss is no longer finite (the last
-    checkpoint stays), RuntimeError when `config.impl` cannot run on the device, OSError when `out`
-    cannot be written (the last checkpoint stays).
+    `out` already holds a checkpoint or is in use by another run, or when `model` does not fit the
+    tokenizer (its vocab_size may be larger: a padded table), ImportError when matplotlib,
+    safetensors, the tokenizer's package or tensorboard is missing and needed, DivergedError when
+    the loss is no longer finite (the last checkpoint stays), RuntimeError when `config.impl` cannot
+    run on the device, OSError when `out` is a file or cannot be written (the last checkpoint
+    stays).
     """
     config = config or TrainConfig()
     out = Path(out)
-    if (out / "checkpoint.pt").exists():
-        raise ValueError(f"out: {out} already holds a checkpoint, resume it or name another folder")
+    _check_new(out)
     torch.manual_seed(config.seed)
     run = _Run([str(Path(file).resolve()) for file in files], out, model, config, observer)
-    return run.finish()
+    with alone_in("out", out):
+        _check_new(out)
+        return run.finish()
 
 
 def resume(
@@ -105,6 +111,17 @@ def resume(
     the text it was, or when a change comes too late (seed, tokenizer, validation_fraction).
     """
     out = Path(out)
+    checkpoint.check_exists(out / "checkpoint.pt")
+    with alone_in("out", out):  # from here on: its holder may write another checkpoint
+        return _resumed(out, files, observer, changes)
+
+
+def _resumed(
+    out: Path,
+    files: Sequence[str | Path] | None,
+    observer: Observer | None,
+    changes: dict[str, Any],
+) -> TrainResult:
     path = out / "checkpoint.pt"
     content = checkpoint.load(path)
     saved = checkpoint.config(path, content, "train_config", TrainConfig)
@@ -123,6 +140,12 @@ def resume(
     run = _Run(texts, out, model.config, config, observer, model)
     run.restore(content)
     return run.finish()
+
+
+def _check_new(out: Path) -> None:
+    check_folder("out", out)
+    if (out / "checkpoint.pt").exists():
+        raise ValueError(f"out: {out} already holds a checkpoint, resume it or name another folder")
 
 
 class _Run:
@@ -233,7 +256,7 @@ class _Run:
             if config.sample_interval and self.step % config.sample_interval == 0:
                 self._write({"step": self.step, "sample": self._sample()})
             if save:
-                self._check_finite({"loss": loss.item(), "gradient_norm": norm.item()})
+                self._check_finite({"loss": loss.item(), "gradient_norm": self._norm(norm)})
                 self._save()
             if stop:
                 return True
@@ -241,18 +264,20 @@ class _Run:
 
     def _log(self, rate: float, norm: Tensor, speed: Speed, validate: bool) -> None:
         """Write a line about the steps since the last one; with `validate`, of a validation too."""
-        loss, gradient_norm = self.losses.item() / self.since, norm.item()  # waits for the GPU
         record = {
             "step": self.step,
-            "loss": loss,
+            "loss": self.losses.item() / self.since,  # waits for the GPU
             "learning_rate": rate,
-            "gradient_norm": gradient_norm,
+            "gradient_norm": self._norm(norm),
             "tokens": self.tokens,
             "epochs": self.learner.batches.epochs,
             **speed.read(self.tokens),
             "activation_bytes": self.learner.activation_bytes,
             "seconds": self.seconds,
         }
+        if self.learner.scales:
+            record["loss_scale"] = self.learner.scaler.get_scale()
+            record["skipped_steps"] = int(self.learner.skipped)
         self.losses.zero_()
         self.since = 0
         if validate:
@@ -260,6 +285,10 @@ class _Run:
             record |= self._validate()
         self._write(record)
         speed.restart(self.tokens)
+
+    def _norm(self, norm: Tensor) -> float | None:
+        """The norm of a step's gradients, None where it was skipped: no run ends for that."""
+        return None if self.learner.scales and not norm.isfinite() else norm.item()
 
     def _validate(self) -> dict[str, float]:
         losses = self.learner.validate()
@@ -313,7 +342,6 @@ class _Run:
             self.observer(record, self.share)
 
     def _save(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
         checkpoint.save(
             self.out / "checkpoint.pt",
             {
@@ -334,13 +362,16 @@ class _Run:
         self.model.save_pretrained(self.out / name, tokenizer=self.config.tokenizer)
 
     def _check_finite(self, record: dict[str, Any]) -> None:
-        for name in ("loss", "gradient_norm", "validation_loss"):
-            if not math.isfinite(record.get(name, 0.0)):
-                path = self.out / "checkpoint.pt"
-                kept = "no checkpoint was written yet"
-                if path.exists():
-                    kept = f"{path} is the last good state"
-                raise DivergedError(
-                    f"training diverged by step {self.step}, {name.replace('_', ' ')} is "
-                    f"{record[name]}: {kept}, try a lower learning_rate or a longer warm-up"
-                )
+        names = ("loss", "gradient_norm", "validation_loss")
+        wrong = [name for name in names if not math.isfinite(record.get(name) or 0.0)]
+        if record.get("loss_scale", 1.0) < _LEAST_SCALE:  # every step was skipped for a while
+            wrong.append("loss_scale")
+        if wrong:
+            path = self.out / "checkpoint.pt"
+            kept = "no checkpoint was written yet"
+            if path.exists():
+                kept = f"{path} is the last good state"
+            raise DivergedError(
+                f"training diverged by step {self.step}, {wrong[0].replace('_', ' ')} is "
+                f"{record[wrong[0]]}: {kept}, try a lower learning_rate or a longer warm-up"
+            )

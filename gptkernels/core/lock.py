@@ -1,0 +1,107 @@
+"""A folder that one process writes into at a time.
+
+The lock is the operating system's (flock on POSIX, msvcrt on Windows), on a file in the folder that
+names its holder. When the holder ends, even by SIGKILL or a power cut, the system lets go of it: a
+file that is left behind locks nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from gptkernels.core.files import WINDOWS, make_folder
+
+_NAME = ".lock"
+# What file systems without locks answer, such as some that clusters mount.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+
+@contextlib.contextmanager
+def alone_in(name: str, folder: Path) -> Iterator[None]:
+    """In this context no other one, of any process, has `folder`, which is made where it is not
+    there; a folder that was made and stays empty is removed.
+
+    Raises ValueError, in one sentence about the argument `name`, where another has it. A file
+    system without locks gives a warning.
+    """
+    made = not folder.exists()
+    file = _taken(name, folder)
+    try:
+        yield
+    finally:
+        # Removed before it is let go: whoever opened it meanwhile sees that it is no longer there.
+        # Windows removes no file that anybody has open.
+        if WINDOWS:
+            file.close()
+        with contextlib.suppress(OSError):
+            (folder / _NAME).unlink()
+        file.close()
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _taken(name: str, folder: Path) -> BinaryIO:
+    """The file, open and locked."""
+    path = folder / _NAME
+    while True:
+        make_folder(name, folder)
+        try:
+            file = path.open("a+b")
+        except FileNotFoundError:  # whoever made the folder too has just removed it again
+            continue
+        try:
+            locked = _lock(file)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise
+            warnings.warn(
+                f"{folder} is on a file system without locks: another run in it goes unnoticed",
+                stacklevel=4,
+            )
+            return file
+        if not locked:
+            file.seek(0)
+            holder = file.read(200).decode("utf-8", errors="replace") or "another process"
+            file.close()
+            raise ValueError(f"{name}: {folder} is in use by {holder}, wait or name another folder")
+        if _is_still(path, file):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
+            return file
+        file.close()  # its holder removed it between the two
+
+
+def _is_still(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether nobody else has the lock, which this process then has."""
+    if not WINDOWS:
+        fcntl = importlib.import_module("fcntl")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+    msvcrt = importlib.import_module("msvcrt")
+    file.seek(1 << 30)  # far behind the text: nobody else may read what is locked
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except PermissionError:
+        return False
+    return True

@@ -1,0 +1,155 @@
+"""The tokenizer in a Hugging Face folder, beside the weights: the first that is there of
+
+    tokenizer.json               whatever the package `tokenizers` runs
+    vocab.json and merges.txt    GPT-2's or GPT-1's kind, as a config of the folder says
+    the name in config.json      which `GPT.save_pretrained` keeps
+
+tokenizer_config.json, special_tokens_map.json and added_tokens.json add what they add in
+transformers: special tokens, the one that ends a text, a first space. Where there is nothing to
+read, nothing is guessed: two vocabularies of one size need not be the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gptkernels.core.files import check_no_pointer
+from gptkernels.gpt import weights
+from gptkernels.gpt.tokenizer import (
+    END_OF_TEXT,
+    PackageTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    pairs_of_bytes,
+    pairs_of_words,
+    tokenizers_package,
+)
+
+_WHOLE, _PAIRS = "tokenizer.json", ("vocab.json", "merges.txt")
+_FOREIGN = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+_BYTES = ("GPT2Tokenizer", "GPT2TokenizerFast", "gpt2")
+_WORDS = ("OpenAIGPTTokenizer", "OpenAIGPTTokenizerFast", "openai-gpt")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def read(folder: Path) -> Tokenizer | None:
+    """The tokenizer in `folder`; None where it says nothing of one.
+
+    Raises ValueError, in one sentence, for one that is broken, incomplete or of another kind, and
+    ImportError where its package is missing.
+    """
+    if (folder / _WHOLE).is_file():
+        return _read_whole(folder / _WHOLE)
+    there = [name for name in _PAIRS if (folder / name).is_file()]
+    if len(there) == 1:
+        raise ValueError(f"{folder} must hold both of {' and '.join(_PAIRS)}, got {there[0]}")
+    if there:
+        return _read_pairs(folder)
+    for foreign in _FOREIGN:
+        if (folder / foreign).is_file():
+            raise ValueError(
+                f"{folder / foreign} is of a kind that is not read here, {_WHOLE} is wanted"
+            )
+    name = weights.read_tokenizer(folder)
+    return None if name is None else load_tokenizer(name)
+
+
+def _read_whole(path: Path) -> Tokenizer:
+    package, settings = tokenizers_package(), _settings(path.parent)
+    check_no_pointer(path)
+    try:
+        tokenizer = package.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises no other class
+        raise ValueError(f"{path} is not a tokenizer that can be read ({error})") from None
+    # transformers' class for GPT-2 sets this itself, its generic class leaves it as it is.
+    spaces, of_bytes = tokenizer.pre_tokenizer, settings.get("tokenizer_class", "gpt2") in _BYTES
+    if of_bytes and isinstance(spaces, package.pre_tokenizers.ByteLevel):
+        spaces.add_prefix_space = _first_space(settings, spaces.add_prefix_space)
+    return _finished(tokenizer, settings)
+
+
+def _read_pairs(folder: Path) -> Tokenizer:
+    package, settings = tokenizers_package(), _settings(folder)
+    model_type = weights.json_object(folder / "config.json").get("model_type", "gpt2")
+    kind = settings.get("tokenizer_class", model_type)
+    if kind not in (*_BYTES, *_WORDS):
+        raise ValueError(
+            f"{folder}: tokenizer_class must be {_BYTES[0]} or {_WORDS[0]} where the tokenizer is "
+            f"{' and '.join(_PAIRS)}, got {kind!r}"
+        )
+    vocabulary, merges = (folder / name for name in _PAIRS)
+    check_no_pointer(vocabulary)
+    check_no_pointer(merges)
+    try:
+        if kind in _BYTES:
+            tokenizer = pairs_of_bytes(vocabulary, merges, _first_space(settings))
+        else:
+            tokenizer = pairs_of_words(vocabulary, merges)
+        tokenizer.encode("a")
+    except Exception as error:  # the package raises no other class
+        raise ValueError(
+            f"{vocabulary} and {merges.name} are not a tokenizer that can be read ({error})"
+        ) from None
+    for text, i in _added(folder, settings):
+        tokenizer.add_tokens([text])
+        if tokenizer.token_to_id(text) != i:
+            raise ValueError(
+                f"{folder}: the added token {text!r} must have the id {i}, but the vocabulary "
+                f"gives it {tokenizer.token_to_id(text)}"
+            )
+    if settings.get("add_bos_token") and kind in _BYTES:
+        first = _text(settings.get("bos_token") or END_OF_TEXT)
+        tokenizer.post_processor = package.processors.TemplateProcessing(
+            single=[first, "$A"], special_tokens=[(first, tokenizer.token_to_id(first))]
+        )
+    return _finished(tokenizer, settings)
+
+
+def _finished(tokenizer: Any, settings: dict[str, Any]) -> Tokenizer:
+    """With its special tokens, which no text around them is joined to, and its end of text."""
+    given = [settings.get(key) for key in _SPECIAL]
+    given += settings.get("additional_special_tokens") or []
+    texts = [_text(token) for token in given if token is not None]
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for text in (*texts, END_OF_TEXT):
+        if text not in known and tokenizer.token_to_id(text) is not None:
+            tokenizer.add_special_tokens([text])
+    ending = _text(settings.get("eos_token") or END_OF_TEXT)
+    return PackageTokenizer(tokenizer, tokenizer.token_to_id(ending))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What is said beside the tokenizer."""
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    there = [folder / name for name in names if (folder / name).is_file()]
+    return {key: value for path in there for key, value in weights.json_object(path).items()}
+
+
+def _added(folder: Path, settings: dict[str, Any]) -> list[tuple[str, int]]:
+    """The tokens beyond the vocabulary, and their ids, in the ids' order."""
+    path = folder / "added_tokens.json"
+    try:
+        tokens = settings.get("added_tokens_decoder", {})
+        added = {_text(token): int(i) for i, token in tokens.items()}
+        if path.is_file():
+            added |= {text: int(i) for text, i in weights.json_object(path).items()}
+    except (AttributeError, TypeError):
+        raise ValueError(f"{folder}: added tokens must be texts with their ids") from None
+    return sorted(added.items(), key=lambda token: token[1])
+
+
+def _first_space(settings: dict[str, Any], default: bool = False) -> bool:
+    """Whether a space is put before the first word."""
+    wanted = settings.get("add_prefix_space", default)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"add_prefix_space must be true or false, got {wanted!r}")
+    return wanted
+
+
+def _text(token: Any) -> str:
+    """The text of a token, which may be written as an object with its other properties."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ValueError(f"a special token must be a text, got {text!r}")
+    return text
