@@ -327,19 +327,21 @@ class CausalSelfAttention(FusedModule):
         )
 
 
-def head_width(name: str, width: int, n_head: int) -> int:
-    """The width of a head, width / n_head. `name` is what errors call `width`.
+def head_width(name: str, width: int, n_head: int, n_head_name: str = "n_head") -> int:
+    """The width of a head, width / n_head. The names are what errors call the two numbers.
 
     Raises TypeError and ValueError for numbers that are not counts, do not divide, or give a head
     that is too wide for attention.
     """
     check_count(name, width)
-    check_count("n_head", n_head)
+    check_count(n_head_name, n_head)
     if width % n_head:
-        raise ValueError(f"n_head must divide {name}, got {name}={width} and n_head={n_head}")
+        raise ValueError(
+            f"{n_head_name} must divide {name}, got {name}={width} and {n_head_name}={n_head}"
+        )
     if width // n_head > MAX_HEAD_DIM:
         raise ValueError(
-            f"the head width {name} / n_head must be at most {MAX_HEAD_DIM}, "
+            f"the head width {name} / {n_head_name} must be at most {MAX_HEAD_DIM}, "
             f"got {width} / {n_head} = {width // n_head}"
         )
     return width // n_head

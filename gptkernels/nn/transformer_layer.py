@@ -70,7 +70,7 @@ class TransformerLayer(FusedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        head_width("d_model", d_model, nhead)
+        head_width("d_model", d_model, nhead, "nhead")
         check_count("dim_feedforward", dim_feedforward)
         check_probability("dropout", dropout)
         check_flag("batch_first", batch_first)

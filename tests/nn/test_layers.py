@@ -163,6 +163,17 @@ def test_layer_norm_loads_pytorchs_state() -> None:
         plain.load_state_dict(ours.state_dict())
 
 
+def test_attention_after_a_layer_norm_without_weight() -> None:
+    """Attention computes its input again only from a norm that has a weight."""
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    norm, attention = LayerNorm(24, elementwise_affine=False), CausalSelfAttention(24, 3)
+    found, wanted = (
+        torch.autograd.grad(attention(norm(x), normed=normed).sum(), x)
+        for normed in ((norm, x), None)
+    )
+    assert torch.equal(*found, *wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_norm_adds_the_residual_and_returns_the_sum(dtype: torch.dtype) -> None:
     layer, plain = LayerNorm(24), nn.LayerNorm(24)

@@ -87,6 +87,22 @@ def test_measure_finds_a_wrong_gradient_and_a_wrong_output() -> None:
         parity.assert_parity(lambda x, w: right(x, w) + 1e-5, right, right, inputs)
 
 
+def test_cotangents_do_not_repeat_the_inputs() -> None:
+    """Inputs and cotangents are drawn by generators that start from one seed."""
+    cotangents: list[Tensor] = []
+
+    def noting(x: Tensor) -> Tensor:
+        y = x * 1
+        if y.requires_grad:
+            y.register_hook(cotangents.append)
+        return y
+
+    for seed in (5, 2**64 - 1):
+        x = torch.randn(9, generator=torch.Generator().manual_seed(seed))
+        parity.assert_parity(noting, noting, noting, dict(x=x), seed=seed)
+        assert not (cotangents.pop() == x).any()
+
+
 def test_poison_shows_what_nobody_wrote() -> None:
     with parity.poisoned_outputs():
         assert torch.empty(3).isnan().all()
