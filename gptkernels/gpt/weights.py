@@ -150,7 +150,7 @@ def write_folder(
     _check_shapes("the model", shapes, state)
     _check_dtypes(state)
     layout = layouts.of_config(config)
-    tied = _are_one(state[_HEAD], state[_EMBEDDING])
+    tied = are_one(state[_HEAD], state[_EMBEDDING])
     state = {name: tensor.detach() for name, tensor in state.items() if name != _HEAD or not tied}
     if layout.has_biases and not config.bias:
         for name, like in [(n, t) for n, t in state.items() if n.endswith(".weight")]:
@@ -255,7 +255,7 @@ def _transposes(layout: layouts.Layout, name: str, tensor: Tensor) -> bool:
     return layout.transposed and _TRANSPOSED.fullmatch(name) is not None and tensor.dim() == 2
 
 
-def _are_one(head: Tensor, embedding: Tensor) -> bool:
+def are_one(head: Tensor, embedding: Tensor) -> bool:
     """Whether the head computes what a tied one does: the same memory, or the same numbers."""
     return head.is_set_to(embedding) or torch.equal(head, embedding)
 
@@ -265,7 +265,7 @@ def _with_tied_head(source: Path, state: Mapping[str, Tensor]) -> dict[str, Tens
     stored = [state[name] for name in (_EMBEDDING, _HEAD) if name in state]
     if not stored:
         raise ValueError(f"{source}: the weights lack {_EMBEDDING}")
-    if not _are_one(stored[-1], stored[0]):
+    if not are_one(stored[-1], stored[0]):
         raise ValueError(f"{source}: {_HEAD} must equal {_EMBEDDING}, because the head is tied")
     return {**state, _EMBEDDING: stored[0], _HEAD: stored[0]}
 
