@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gptkernels.core.figure import figure_class
-from gptkernels.core.files import replacing
+from gptkernels.core.files import make_folder, replacing
 
 Row = dict[str, Any]
 
@@ -69,7 +69,7 @@ def write_json(path: Path | str, content: Any) -> None:
     Parent folders are made. Raises OSError when the file cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder("the folder of a file", path.parent)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -163,8 +163,10 @@ def plot(rows: Sequence[Row], path: Path | str) -> None:
     axes.axvline(1.0, color="black", linewidth=1)
     axes.invert_yaxis()
     axes.set_xlabel("speed against plain PyTorch (1 = as fast, more is faster)")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    path = Path(path)
+    make_folder("the folder of a file", path.parent)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:].lower())
 
 
 def _command() -> list[str]:

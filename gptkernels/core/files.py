@@ -20,12 +20,15 @@ def replacing(path: Path, *, durable: bool = False, alone: bool = False) -> Iter
 
     A rename within one folder is atomic (POSIX rename(2), os.replace on Windows). A `durable` file
     survives a power cut. Of a file that one process writes `alone`, the name beside it is always
-    the same, so that the next attempt overwrites what a killed process left behind.
+    the same, so that the next attempt overwrites what a killed process left behind. Raises
+    IsADirectoryError, before anything is written, where `path` is a folder.
 
     Windows replaces no file that anybody has open. Programs that look at each new file have it open
     for a moment, so a refusal there is waited out for a second. Raises PermissionError, in one
     sentence, for a file that stays open.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, a file is wanted")
     writer = "" if alone else f".{os.getpid()}.{threading.get_ident()}"
     temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:

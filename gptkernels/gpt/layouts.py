@@ -89,6 +89,7 @@ _FIELDS = {
     "n_embd": "n_embd",
     "layer_norm_epsilon": "layer_norm_eps",
 }
+_BARE = ("wte.", "wpe.", "h.", "ln_f.", "tokens_embed.", "positions_embed.")
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 _GPT2_VOCAB, _GPT2_END = 50257, 50256
 
@@ -111,8 +112,9 @@ def of_config(config: GPTConfig) -> Layout:
 
 
 def our_name(layout: Layout, name: str) -> str:
-    """The name here of a tensor in a file."""
-    if not name.startswith(("transformer.", "lm_head.")):
+    """The name here of a tensor in a file, where the decoder's may be bare; that of any other
+    tensor is the same."""
+    if name.startswith(_BARE):
         name = f"transformer.{name}"
     for theirs, ours in layout.renamed:
         name = name.replace(f"transformer.{theirs}.", f"transformer.{ours}.")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from gptkernels.core.files import check_no_pointer
 from gptkernels.core.optional import optional
 
 END_OF_TEXT = "<|endoftext|>"
@@ -208,6 +209,7 @@ def _gpt1_files(folder: str | Path | None) -> tuple[Path, Path]:
     for path in (vocabulary, merges):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing, a file of GPT-1's tokenizer")
+        check_no_pointer(path)
     return vocabulary, merges
 
 

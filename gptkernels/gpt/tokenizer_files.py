@@ -62,8 +62,14 @@ def _read_whole(path: Path) -> Tokenizer:
         tokenizer = package.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises no other class
         raise ValueError(f"{path} is not a tokenizer that can be read ({error})") from None
+    # One byte that is wrong changes all bytes of its run there, those already printed too.
+    if tokenizer.decoder is not None and b"ByteFallback" in tokenizer.decoder.__getstate__():
+        raise ValueError(f"{path} decodes with ByteFallback, which no text can be streamed with")
     # transformers' class for GPT-2 sets this itself, its generic class leaves it as it is.
-    spaces, of_bytes = tokenizer.pre_tokenizer, settings.get("tokenizer_class", "gpt2") in _BYTES
+    spaces, of_bytes = (
+        tokenizer.pre_tokenizer,
+        (settings.get("tokenizer_class") or "gpt2") in _BYTES,
+    )
     if of_bytes and isinstance(spaces, package.pre_tokenizers.ByteLevel):
         spaces.add_prefix_space = _first_space(settings, spaces.add_prefix_space)
     return _finished(tokenizer, settings)
@@ -72,7 +78,7 @@ def _read_whole(path: Path) -> Tokenizer:
 def _read_pairs(folder: Path) -> Tokenizer:
     package, settings = tokenizers_package(), _settings(folder)
     model_type = weights.json_object(folder / "config.json").get("model_type", "gpt2")
-    kind = settings.get("tokenizer_class", model_type)
+    kind = settings.get("tokenizer_class") or model_type
     if kind not in (*_BYTES, *_WORDS):
         raise ValueError(
             f"{folder}: tokenizer_class must be {_BYTES[0]} or {_WORDS[0]} where the tokenizer is "
@@ -130,7 +136,7 @@ def _added(folder: Path, settings: dict[str, Any]) -> list[tuple[str, int]]:
     """The tokens beyond the vocabulary, and their ids, in the ids' order."""
     path = folder / "added_tokens.json"
     try:
-        tokens = settings.get("added_tokens_decoder", {})
+        tokens = settings.get("added_tokens_decoder") or {}
         added = {_text(token): int(i) for i, token in tokens.items()}
         if path.is_file():
             added |= {text: int(i) for text, i in weights.json_object(path).items()}

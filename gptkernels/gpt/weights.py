@@ -6,6 +6,7 @@
     h.N.{attn,mlp}.c_*.weight (in, out), x @ W      transposed: nn.Linear stores (out, in)
     lm_head.weight or wte.weight, or both           one parameter, or two where the head is untied
     h.N.attn.bias, h.N.attn.masked_bias             causal masks of old checkpoints: ignored
+    n_averaged                                      a count of AveragedModel's: ignored
     _orig_mod, module, base_model.model, ...        names of wrappers, anywhere: taken off
 
 Read: model.safetensors, its shards with model.safetensors.index.json, or pytorch_model.bin (sharded
@@ -31,9 +32,10 @@ from gptkernels.core.files import WINDOWS, check_no_pointer, make_folder, replac
 from gptkernels.core.optional import optional
 from gptkernels.gpt import layouts
 from gptkernels.gpt.config import GPTConfig
-from gptkernels.gpt.config_keys import TIED, TOKENIZER
+from gptkernels.gpt.config_keys import TOKENIZER
 
-_CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+# Causal masks, and how many models torch.optim.swa_utils.AveragedModel has averaged.
+_IGNORED = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)|n_averaged")
 _TRANSPOSED = re.compile(
     r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight"
 )
@@ -87,20 +89,22 @@ def read_state(
 def unwrapped(
     source: Path, tensors: Mapping[str, Tensor], name_here: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
-    """`tensors` by the names they have here, without those of wrappers and without causal masks.
+    """`tensors` by the names they have here, without those of wrappers and without what is ignored.
 
-    Raises ValueError, naming the file or folder `source`, for two names of one parameter.
+    Raises ValueError, naming the file or folder `source`, for two names of one parameter, and for a
+    tensor that is sparse or has a shape alone.
     """
     stored: dict[str, str] = {}
-    for name in tensors:
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            kind = "without numbers" if tensor.is_meta else str(tensor.layout)
+            raise ValueError(f"{source}: {name} must be a dense tensor, got one {kind}")
         ours = name_here(_WRAPPERS.sub("", name))
         if stored.setdefault(ours, name) != name:
             raise ValueError(
                 f"{source}: the weights hold {ours} twice, as {stored[ours]} and {name}"
             )
-    return {
-        ours: tensors[name] for ours, name in stored.items() if not _CAUSAL_MASK.fullmatch(ours)
-    }
+    return {ours: tensors[name] for ours, name in stored.items() if not _IGNORED.fullmatch(ours)}
 
 
 def checked(
@@ -146,7 +150,7 @@ def write_folder(
     _check_shapes("the model", shapes, state)
     _check_dtypes(state)
     layout = layouts.of_config(config)
-    tied = _are_one(state[_HEAD], state[_EMBEDDING])
+    tied = are_one(state[_HEAD], state[_EMBEDDING])
     state = {name: tensor.detach() for name, tensor in state.items() if name != _HEAD or not tied}
     if layout.has_biases and not config.bias:
         for name, like in [(n, t) for n, t in state.items() if n.endswith(".weight")]:
@@ -251,7 +255,7 @@ def _transposes(layout: layouts.Layout, name: str, tensor: Tensor) -> bool:
     return layout.transposed and _TRANSPOSED.fullmatch(name) is not None and tensor.dim() == 2
 
 
-def _are_one(head: Tensor, embedding: Tensor) -> bool:
+def are_one(head: Tensor, embedding: Tensor) -> bool:
     """Whether the head computes what a tied one does: the same memory, or the same numbers."""
     return head.is_set_to(embedding) or torch.equal(head, embedding)
 
@@ -261,11 +265,8 @@ def _with_tied_head(source: Path, state: Mapping[str, Tensor]) -> dict[str, Tens
     stored = [state[name] for name in (_EMBEDDING, _HEAD) if name in state]
     if not stored:
         raise ValueError(f"{source}: the weights lack {_EMBEDDING}")
-    if not _are_one(stored[-1], stored[0]):
-        raise ValueError(
-            f"{source}: {_HEAD} must equal {_EMBEDDING}, because the head is tied (config.json can "
-            f'say "{TIED}": false)'
-        )
+    if not are_one(stored[-1], stored[0]):
+        raise ValueError(f"{source}: {_HEAD} must equal {_EMBEDDING}, because the head is tied")
     return {**state, _EMBEDDING: stored[0], _HEAD: stored[0]}
 
 

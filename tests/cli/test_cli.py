@@ -179,6 +179,14 @@ def test_verify_passes_and_writes_json(call: Any, tmp_path: Path) -> None:
     assert {row["direction"] for row in content["rows"]} == {"forward", "gradient"}
 
 
+def test_where_no_file_can_be_is_one_sentence(call: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = ("verify", "--op", "layer_norm", "--impl", "torch", "--dtype", "float32", "--json")
+    assert_refused(call(*arguments, tmp_path), f"{tmp_path} is a folder, a file is wanted")
+    refused = call(*arguments, tmp_path / "file" / "rows.json")
+    assert_refused(refused, f"must be a folder, but {tmp_path / 'file'} is a file")
+
+
 def test_verify_says_why_rows_were_skipped(call: Any) -> None:
     result = call("verify", "--impl", "cuda", "--op", "layer_norm", "--device", "cpu")
     assert result.code == 0

@@ -27,6 +27,15 @@ def test_the_new_file_or_the_old_one(how: dict[str, bool], tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(IsADirectoryError, match=r"^\S+ is a folder, a file is wanted$"),
+        replacing(tmp_path) as temporary,
+    ):
+        temporary.touch()
+    assert not list(tmp_path.iterdir())
+
+
 def test_several_writers_at_once(tmp_path: Path) -> None:
     path, failed = tmp_path / "a.txt", []
 

@@ -119,6 +119,19 @@ def test_a_damaged_or_contradictory_checkpoint_is_refused(
         resume(tmp_path)
 
 
+@pytest.mark.parametrize("untied", [False, True])
+def test_a_head_of_its_own_stays_one(
+    finished: tuple[Path, TrainResult], tmp_path: Path, untied: bool
+) -> None:
+    content = checkpoint.load(finished[0] / "checkpoint.pt")
+    if untied:
+        content["model"]["lm_head.weight"] = content["model"]["lm_head.weight"] + 1
+    checkpoint.save(tmp_path / "a.pt", content)
+    model = checkpoint.model("a.pt", checkpoint.load(tmp_path / "a.pt"))
+    assert (model.lm_head.weight is not model.transformer.wte.weight) == untied
+    assert torch.equal(model.lm_head.weight, content["model"]["lm_head.weight"])
+
+
 @pytest.mark.parametrize(
     ("keys", "value"),
     [

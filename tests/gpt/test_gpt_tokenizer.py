@@ -87,6 +87,11 @@ def test_gpt1_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("GPTKERNELS_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"encoder_bpe_40000\.json is missing"):
         load_tokenizer("gpt1")
+    (tmp_path / "gpt1-bpe").mkdir()
+    for name in ("encoder_bpe_40000.json", "vocab_40000.bpe"):
+        (tmp_path / "gpt1-bpe" / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"encoder_bpe_40000\.json is a Git LFS pointer"):
+        load_tokenizer("gpt1")
 
 
 @settings(deadline=None)

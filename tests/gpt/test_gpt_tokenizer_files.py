@@ -51,6 +51,15 @@ def lowered(tokenizer: Any) -> None:
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
 
 
+def falling_back(tokenizer: Any) -> None:
+    fallback, fuse = tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()
+    tokenizer.decoder = tokenizers.decoders.Sequence([fallback, fuse])
+
+
+def undecoded(tokenizer: Any) -> None:
+    tokenizer.decoder = None
+
+
 def begun(tokenizer: Any) -> None:
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{END} $A", special_tokens=[(END, GPT2[END])]
@@ -83,6 +92,7 @@ ADDED = {"added_tokens_decoder": {"260": {"content": "[x]"}}}
         ({"tokenizer.json": whole()}, "gpt2"),
         ({"tokenizer.json": whole(), "vocab.json": {"a": 0}}, "gpt2"),
         ({"tokenizer.json": whole(begun)}, "gpt2"),
+        ({"tokenizer.json": whole(undecoded), "tokenizer_config.json": GENERIC}, "gpt2"),
         ({"tokenizer.json": whole(short), "tokenizer_config.json": {"eos_token": END}}, "gpt2"),
         ({"tokenizer.json": whole(lowered), "tokenizer_config.json": GENERIC}, "gpt2"),
         ({"tokenizer.json": whole(), "tokenizer_config.json": {"add_prefix_space": True}}, "gpt2"),
@@ -133,6 +143,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
     ("files", "message"),
     [
         ({"tokenizer.json": "{"}, r"tokenizer\.json is not a tokenizer that can be read \("),
+        ({"tokenizer.json": whole(falling_back)}, r"tokenizer\.json decodes with ByteFallback"),
         ({"tokenizer.json": POINTER}, r"tokenizer\.json is a Git LFS pointer"),
         (pairs(**{"vocab.json": POINTER}), r"vocab\.json is a Git LFS pointer"),
         (pairs(**{"merges.txt": POINTER}), r"merges\.txt is a Git LFS pointer"),

@@ -193,6 +193,21 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
             ValueError,
             r"must have the dtype of transformer\.\S+, (float32|float16), got (float32|float16)",
         ),
+        (
+            change("score.weight", Tensor.clone),
+            ValueError,
+            "the weights hold score.weight, which its configuration does not ask for",
+        ),
+        (
+            pickled({"wte.weight": torch.eye(4).to_sparse()}),
+            ValueError,
+            r"wte\.weight must be a dense tensor, got one torch\.sparse_coo",
+        ),
+        (
+            pickled({"wte.weight": torch.empty(4, device="meta")}),
+            ValueError,
+            r"wte\.weight must be a dense tensor, got one without numbers",
+        ),
         (pickled([1, 2]), ValueError, "must hold a dictionary of tensors"),
         (pickled({0: torch.ones(2)}), ValueError, "must hold a dictionary of tensors by name"),
         (pickled({"wte.weight": 1}), ValueError, "must hold a dictionary of tensors by name"),

@@ -28,6 +28,7 @@ from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.training.average import Average
 from gptkernels.gpt.training.data import Batches
+from gptkernels.gpt.weights import are_one
 
 FORMAT = "gptkernels-checkpoint"
 VERSION = 2
@@ -147,7 +148,8 @@ def model(path: str | Path, content: dict[str, Any]) -> GPT:
         network = GPT(config(path, content, "model_config", GPTConfig))
     _check_fit(path, "model", content["model"], network.state_dict())
     network.load_state_dict(content["model"], assign=True)
-    network.tie_head()
+    if are_one(network.lm_head.weight, network.transformer.wte.weight):
+        network.tie_head()
     return network
 
 
