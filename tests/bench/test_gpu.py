@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -413,3 +414,20 @@ def test_torch_reads_no_lengths(seed: int) -> None:
     """A read would break the capture of a graph."""
     call = next(call for call in CALLS if call.op == "attention_varlen")
     test_cuda_graph_replays_with_new_inputs("torch", call, seed)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@kernels
+def test_not_a_number_takes_hardly_longer(impl: str, name: str, seed: int) -> None:
+    """Rows that see it, here all of them, need no care."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        gptkernels.attention(**inputs, impl=impl)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    inputs = Call("attention", heads((1, 8192, 8, 128))).inputs(torch.bfloat16, seed)
+    usual = min(seconds() for _ in range(5))
+    inputs[name][:, 0] = torch.nan
+    assert min(seconds() for _ in range(3)) < 20 * usual + 1e-3, replay(seed)

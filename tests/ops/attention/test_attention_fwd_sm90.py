@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import pytest
@@ -237,14 +238,18 @@ def test_what_lies_past_a_length_never_leaks(value: float, D: int) -> None:
 @in_16_bits
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("options", [{}, dict(softcap=3.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize(
+    ("D", "options"),
+    [(64, {}), (64, dict(softcap=3.0)), (88, {}), (128, {}), (200, {})],
+    ids=str,
+)
 def test_not_a_number_reaches_only_those_who_see_it(
-    dtype: torch.dtype, where: str, value: float, options: dict[str, Any]
+    dtype: torch.dtype, where: str, value: float, D: int, options: dict[str, Any]
 ) -> None:
     """Causal with a window of 12: rows 70 ... 82 see key 70. The other rows still pass the parity
     rule."""
     options = dict(window=(12, 0), **options)
-    tensors = inputs(1, 150, D=64, dtype=dtype)
+    tensors = inputs(1, 150, D=D, dtype=dtype)
     truth = reference.attention(
         **{name: x.double() for name, x in tensors.items()}, **options, return_lse=True
     )
@@ -268,6 +273,38 @@ def test_not_a_number_reaches_only_those_who_see_it(
         assert torch.isfinite(out[0, :, 1, 4]).all()
     elif value != value:
         assert torch.isnan(out[0, rows, 1]).all()
+
+
+@pytest.mark.parametrize("where", [0, 70])
+def test_rows_that_see_what_is_not_finite_are_not_computed_again(where: int) -> None:
+    """All but those with a row in the same 16 that does not see it: their other columns keep their
+    bits."""
+    tensors = inputs(1, 300, D=64)
+    wanted = forward(tensors)
+    tensors["v"] = tensors["v"].clone()
+    tensors["v"][:, where, :, 3] = torch.nan
+    out, lse = forward(tensors)
+    assert out[:, where:, :, 3].isnan().all()
+    rest = slice(-(-where // 16) * 16, None)
+    others = torch.arange(64, device=DEVICE) != 3
+    assert torch.equal(out[:, rest, :, others], wanted[0][:, rest, :, others])
+    assert torch.equal(lse[..., rest], wanted[1][..., rest])
+
+
+@emulated
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_not_a_number_that_all_rows_see_takes_no_longer(where: str) -> None:
+    """Computing the rows again one by one would take 40 times as long."""
+
+    def seconds() -> float:
+        start = time.process_time()
+        forward(tensors)
+        return time.process_time() - start
+
+    tensors = inputs(1, 600, H=1)
+    usual = min(seconds(), seconds())
+    tensors[where] = tensors[where].index_fill(1, torch.tensor([0]), torch.nan)
+    assert seconds() < 5 * usual
 
 
 @emulated

@@ -16,16 +16,15 @@
 //
 // A weight is 0 where a row does not see a key, but 0 * NaN is NaN: NaN or Inf in v would reach
 // rows that do not see it. Values past a length are zeroed in shared memory. Elsewhere such a row
-// shows NaN in o, and these rows are computed again one by one (slowly, but only for tensors that
-// hold NaN or Inf).
+// shows NaN in o, and is computed again as attention/fwd/sm90/again.h says.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
+#include "attention/fwd/sm90/again.h"
 #include "attention/fwd/sm90/load.h"
 #include "attention/fwd/sm90/softmax.h"
-#include "device/reduce.h"
 #include "device/stmatrix.h"
 #include "device/tma.h"
 #include "device/warpgroup.h"
@@ -72,56 +71,13 @@ __device__ __forceinline__ void round_weights(typename Mma<T>::A (&p)[kTiles / 2
     for (int n = 0; n < kTiles; n += 2) p[n / 2] = Mma<T>::from_accumulators(&s[n]);
 }
 
-// Computes one row by one warp, from the keys that the row sees and no others, and writes it to its
-// row of out's tile.
-template <class Tiles>
-__device__ __forceinline__ void attend_row(const FwdSm90Arguments& a, const Band& band,
-                                           const Score& score, int b, int h, int i,
-                                           typename Tiles::Query out, int row, int lane) {
-    using T = typename Tiles::Type;
-    constexpr int kPerLane = Tiles::kWidth / 32;
-    const AttentionFwd& p = a.p;
-    const int hk = h / (p.call.H / p.call.Hk);
-    const T* q = static_cast<const T*>(p.q) + b * p.q_strides.batch + h * p.q_strides.head +
-                 i * p.q_strides.token;
-    const T* k = static_cast<const T*>(p.k) + b * p.k_strides.batch + hk * p.k_strides.head;
-    const T* v = static_cast<const T*>(p.v) + b * p.v_strides.batch + hk * p.v_strides.head;
-    float m = -INFINITY, l = 0, o[kPerLane] = {};
-#pragma unroll 1
-    for (int j = max(band.lowest(i), 0); j <= band.highest(i); ++j) {
-        float product = 0;
-#pragma unroll
-        for (int c = 0; c < kPerLane; ++c) {
-            const int col = lane + 32 * c;
-            if (col < p.call.D)
-                product = fmaf(to_float(q[col]), to_float(k[j * p.k_strides.token + col]), product);
-        }
-        float slope_of_cap, s = warp_sum(product);
-        s = score(s, i + band.shift - j, slope_of_cap);
-        const float highest = fmaxf(m, s), used = highest == -INFINITY ? 0.0f : highest;
-        const float rescale = exp2f(m - used), weight = exp2f(s - used);
-        m = highest;
-        l = fmaf(l, rescale, weight);
-#pragma unroll
-        for (int c = 0; c < kPerLane; ++c) {
-            const int col = lane + 32 * c;
-            if (col < p.call.D)
-                o[c] = fmaf(weight, to_float(v[j * p.v_strides.token + col]), o[c] * rescale);
-        }
-    }
-    const bool none = l == 0;
-#pragma unroll
-    for (int c = 0; c < kPerLane; ++c)
-        *out.at(row, lane + 32 * c) = from_float<T>(none ? 0.0f : __fdividef(o[c], l));
-    if (lane == 0)
-        p.lse[(static_cast<int64_t>(b) * p.call.H + h) * p.call.Tq + i] =
-            none ? -INFINITY : fmaf(m, kLn2, logf(l));
-}
-
-// Finds which of a thread's two rows hold a value that is not finite. lost[half] has one bit for
-// each lane of the warp; the four neighbouring lanes of a quad share a row.
+// Finds which of a thread's two rows hold a value that is not finite, though the sum l of their
+// weights is: where it is not, neither is the score of a key that the row sees, and all of the row
+// is NaN. lost[half] has one bit for each lane of the warp; the four neighbouring lanes of a quad
+// share a row.
 template <int kTiles>
-__device__ __forceinline__ void lost_rows(unsigned (&lost)[2], const float (&o)[kTiles][4]) {
+__device__ __forceinline__ void lost_rows(unsigned (&lost)[2], const float (&o)[kTiles][4],
+                                          const float (&l)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float zero = 0;  // becomes NaN where a value is not finite
@@ -129,7 +85,7 @@ __device__ __forceinline__ void lost_rows(unsigned (&lost)[2], const float (&o)[
         for (int d = 0; d < kTiles; ++d)
 #pragma unroll
             for (int c = 0; c < 2; ++c) zero = fmaf(o[d][2 * half + c], 0.0f, zero);
-        lost[half] = __ballot_sync(0xffffffffu, zero != 0);
+        lost[half] = __ballot_sync(0xffffffffu, zero != 0 && is_finite(l[half]));
     }
 }
 
@@ -306,13 +262,13 @@ struct FwdSm90Consumer {
         }
 #pragma unroll 1
         for (; j >= all.first; j -= kKeys) pass_block(band, j);
-        store(place, i0, band, score, factor, rows, o);
+        store(place, i0, score, factor, rows, o);
     }
 
     // Stores out = o / l by way of shared memory, and lse.
-    __device__ __forceinline__ void store(const FwdSm90Place& place, int i0, const Band& band,
-                                          const Score& score, float factor,
-                                          const FwdSm90Rows& rows, float (&o)[kWidth / 8][4]) {
+    __device__ __forceinline__ void store(const FwdSm90Place& place, int i0, const Score& score,
+                                          float factor, const FwdSm90Rows& rows,
+                                          float (&o)[kWidth / 8][4]) {
         const AttentionCall& call = a.p.call;
         // Without `forget` the compiler would keep values that follow from the thread's number in
         // registers from one tile to the next, and the products need these registers.
@@ -322,19 +278,23 @@ struct FwdSm90Consumer {
         const int lane = number.at[0] % 32, row0 = number.at[0] % kWarpgroup / 32 * 16;
         const bool leader = number.at[0] % kWarpgroup == 0;
         const auto out = shared.out(consumer);
+        float l[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            l[half] = rows.l[half];
+            l[half] += __shfl_xor_sync(0xffffffffu, l[half], 1);
+            l[half] += __shfl_xor_sync(0xffffffffu, l[half], 2);
+        }
         unsigned lost[2];
-        lost_rows(lost, o);
+        lost_rows(lost, o, l);
         float* lse = a.p.lse + (static_cast<int64_t>(place.b) * call.H + place.h) * call.Tq;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float l = rows.l[half];
-            l += __shfl_xor_sync(0xffffffffu, l, 1);
-            l += __shfl_xor_sync(0xffffffffu, l, 2);
             const int i = i0 + row0 + lane / 4 + 8 * half;
-            const bool none = l == 0, is_lost = (lost[half] >> (lane & 28) & 15) != 0;
-            if (lane % 4 == 0 && i < call.Tq && !is_lost)
-                lse[i] = none ? -INFINITY : fmaf(rows.m[half] * factor, kLn2, logf(l));
-            const float scale = none ? 0.0f : __fdividef(1.0f, l);
+            const bool none = l[half] == 0;
+            if (lane % 4 == 0 && i < call.Tq)
+                lse[i] = none ? -INFINITY : fmaf(rows.m[half] * factor, kLn2, logf(l[half]));
+            const float scale = none ? 0.0f : __fdividef(1.0f, l[half]);
 #pragma unroll
             for (int d = 0; d < kWidth / 8; ++d)
 #pragma unroll
@@ -349,15 +309,15 @@ struct FwdSm90Consumer {
             const auto rounded = Mma<T>::from_accumulators(&o[d / 8]);
             stmatrix_x4(out.at(row0 + lane % 16, d + lane / 16 * 8), rounded.r);
         }
-        if ((lost[0] | lost[1]) != 0) {
+        if ((lost[0] | lost[1]) != 0 && i0 + row0 < call.Tq) {
+            // The band is looked up again, since the main loop has no registers to keep it.
+            Pack<int, 1> entry{{place.b}};
+            forget(entry);
+            const Band own = band_of(call, entry.at[0]);
+            const FwdSm90Again<Tiles> again{a, own, entry.at[0], place.h, i0 + row0};
             __syncwarp();
-#pragma unroll 1
-            for (int row = 0; row < 16; ++row) {
-                const unsigned quad = (row < 8 ? lost[0] : lost[1]) >> (row % 8 * 4) & 15;
-                if (quad != 0 && i0 + row0 + row < call.Tq)
-                    attend_row<Tiles>(a, band, score, place.b, place.h, i0 + row0 + row, out,
-                                      row0 + row, lane);
-            }
+            if (again.needed(keys_of_tile(own, i0, kWarpgroupRows, kKeys)))
+                again.attend(score, lost, out, row0);
         }
         fence_proxy_async();
         named_barrier_sync(kOwnBarrier + consumer, kWarpgroup);
