@@ -60,17 +60,14 @@ def _read_whole(path: Path) -> Tokenizer:
     check_no_pointer(path)
     try:
         tokenizer = package.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises no other class
+    except Exception as error:  # the package raises nothing more precise
         raise ValueError(f"{path} is not a tokenizer that can be read ({error})") from None
     # One byte that is wrong changes all bytes of its run there, those already printed too.
     if tokenizer.decoder is not None and b"ByteFallback" in tokenizer.decoder.__getstate__():
         raise ValueError(f"{path} decodes with ByteFallback, which no text can be streamed with")
     # transformers' class for GPT-2 sets this itself, its generic class leaves it as it is.
-    spaces, of_bytes = (
-        tokenizer.pre_tokenizer,
-        (settings.get("tokenizer_class") or "gpt2") in _BYTES,
-    )
-    if of_bytes and isinstance(spaces, package.pre_tokenizers.ByteLevel):
+    kind, spaces = settings.get("tokenizer_class") or "gpt2", tokenizer.pre_tokenizer
+    if kind in _BYTES and isinstance(spaces, package.pre_tokenizers.ByteLevel):
         spaces.add_prefix_space = _first_space(settings, spaces.add_prefix_space)
     return _finished(tokenizer, settings)
 
@@ -93,7 +90,7 @@ def _read_pairs(folder: Path) -> Tokenizer:
         else:
             tokenizer = pairs_of_words(vocabulary, merges)
         tokenizer.encode("a")
-    except Exception as error:  # the package raises no other class
+    except Exception as error:  # the package raises nothing more precise
         raise ValueError(
             f"{vocabulary} and {merges.name} are not a tokenizer that can be read ({error})"
         ) from None
@@ -106,8 +103,11 @@ def _read_pairs(folder: Path) -> Tokenizer:
             )
     if settings.get("add_bos_token") and kind in _BYTES:
         first = _text(settings.get("bos_token") or END_OF_TEXT)
+        i = tokenizer.token_to_id(first)
+        if i is None:
+            raise ValueError(f"{folder}: add_bos_token needs {first!r} in the vocabulary")
         tokenizer.post_processor = package.processors.TemplateProcessing(
-            single=[first, "$A"], special_tokens=[(first, tokenizer.token_to_id(first))]
+            single=[first, "$A"], special_tokens=[(first, i)]
         )
     return _finished(tokenizer, settings)
 

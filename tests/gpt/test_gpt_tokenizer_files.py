@@ -159,6 +159,10 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
         ),
         (pairs(**{"added_tokens.json": {"[x]": 300}}), r"'\[x\]' must have the id 300, but .* 260"),
         (pairs(**{"added_tokens.json": {"[x]": None}}), "must be texts with their ids"),
+        (
+            pairs(**{"tokenizer_config.json": {"add_bos_token": True, "bos_token": "<s>"}}),
+            "add_bos_token needs '<s>' in the vocabulary",
+        ),
         (pairs(**{"tokenizer_config.json": {"eos_token": 5}}), "must be a text, got 5"),
         (pairs(**{"tokenizer_config.json": {"add_prefix_space": "no"}}), "must be true or false"),
         (pairs(**{"tokenizer_config.json": "["}), r"tokenizer_config\.json is not a JSON file"),
