@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models import shaken
 from torch import Tensor, nn
 
-from gptkernels import GPT, GPTConfig, layer_norm
+from gptkernels import GPT, GPTConfig, LayerNorm, layer_norm
 from gptkernels.core.choice import IMPLEMENTATIONS, unavailable
 from gptkernels.gpt.training.activations import measured
 from gptkernels.gpt.training.config import TrainConfig
@@ -141,6 +141,16 @@ def test_norm_linear_is_linear(
         strict=True,
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_norm_linear_refuses_a_second_derivative() -> None:
+    """The gradient of w depends on the norm's parameters, since it is computed from y."""
+    norm, linear, x = LayerNorm(8), nn.Linear(8, 4), torch.randn(3, 8)
+    y, s = norm(x, prenorm=True)
+    z = norm_linear(y, linear.weight, linear.bias, source=s, norm_weight=norm.weight)
+    (dw,) = torch.autograd.grad(z.sum(), linear.weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        torch.autograd.grad(dw.square().sum() + norm.weight.sum(), norm.weight)
 
 
 def test_what_replaces_c_attn_is_called() -> None:
