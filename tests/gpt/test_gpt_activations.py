@@ -153,21 +153,6 @@ def test_norm_linear_refuses_a_second_derivative() -> None:
         torch.autograd.grad(dw.square().sum() + norm.weight.sum(), norm.weight)
 
 
-def test_what_replaces_c_attn_is_called() -> None:
-    class Twice(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    model, tokens = GPT(CONFIG), torch.randint(CONFIG.vocab_size, (B, T))
-    for block in model.transformer.h:
-        adapted = Twice(C, 3 * C)
-        adapted.load_state_dict(block.attn.c_attn.state_dict())
-        block.attn.c_attn = adapted
-    with torch.no_grad():
-        wanted = model(tokens)
-    assert torch.equal(model(tokens), wanted)
-
-
 def test_training_reports_its_activations(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be, that is the question.\n" * 20)
