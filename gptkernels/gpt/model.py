@@ -35,7 +35,15 @@ from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.embedding import Embedding
 from gptkernels.gpt.generation.cache import SlotCache
 from gptkernels.gpt.generation.generate import generate
-from gptkernels.nn.layers import MLP, CausalSelfAttention, KVCache, LayerNorm, set_impl
+from gptkernels.nn.layers import (
+    MLP,
+    CausalSelfAttention,
+    KVCache,
+    LayerNorm,
+    Normed,
+    add_norm,
+    set_impl,
+)
 
 _INIT_STD = 0.02
 RECOMPUTE = ("none", "mlp", "block")
@@ -67,31 +75,26 @@ class PreNormBlock(_Block):
         self, branch: Tensor, stream: Tensor | None, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """(branch, stream), both (B, T, C) -> the next pair. The first block gets no stream."""
-        x, stream = self.ln_1(branch, stream, dropout_p=self.dropout, prenorm=True)
-        attended = self.attn(x, cache, normed=(self.ln_1, stream))
-        x, stream = self.ln_2(attended, stream, dropout_p=self.dropout, prenorm=True)
-        return self.mlp(x), stream
+        dropout = self.dropout if self.training else 0.0
+        normed = add_norm(self.ln_1, branch, stream, dropout)
+        attended = self.attn(normed.y, cache, normed=normed)
+        normed = add_norm(self.ln_2, attended, normed.s, dropout)
+        return self.mlp(normed.y), normed.s
 
 
 class PostNormBlock(_Block):
     """GPT-1's block: each LayerNorm adds the branch before it to x."""
 
     def forward(
-        self,
-        x: Tensor,
-        norm: LayerNorm | None = None,
-        s: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) -> the next x, and the sum that it is ln_2 of.
-
-        `norm` and `s` say that x is norm(s): the backward pass then computes x again from s.
-        """
-        normed = None if norm is None or s is None else (norm, s)
+        self, x: Tensor, normed: Normed | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Normed]:
+        """x (B, T, C) -> the next x, and what norm it is the output of. `normed` says that of x."""
+        dropout = self.dropout if self.training else 0.0
         attended = self.attn(x, cache, normed=normed)
         # Under autocast the branch is narrow; widened, it leaves the next x as wide as x.
-        x = self.ln_1(attended.to(x.dtype), x, dropout_p=self.dropout)
-        return self.ln_2(self.mlp(x).to(x.dtype), x, dropout_p=self.dropout, prenorm=True)
+        x = add_norm(self.ln_1, attended.to(x.dtype), x, dropout).y
+        normed = add_norm(self.ln_2, self.mlp(x).to(x.dtype), x, dropout)
+        return normed.y, normed
 
 
 class Decoder(nn.Module):
@@ -118,18 +121,17 @@ class Decoder(nn.Module):
         embedded = self.wte(tokens) + self.wpe(positions)
         of_blocks = [None] * len(self.h) if caches is None else caches
         if self.ln_f is None:
-            x, norm, s = F.dropout(embedded, self.dropout, self.training), None, None
+            x, normed = F.dropout(embedded, self.dropout, self.training), None
             for block, cache in zip(self.h, of_blocks, strict=True):
-                x, s = self._run(block, x, norm, s, cache)
-                norm = block.ln_2
+                x, normed = self._run(block, x, normed, cache)
                 if self.recompute_blocks:  # x, the next block's input, is kept anyway
-                    s = None
+                    normed = None
             return x
         # The first LayerNorm applies the embedding's dropout and starts the stream.
         branch, stream = embedded, None
         for block, cache in zip(self.h, of_blocks, strict=True):
             branch, stream = self._run(block, branch, stream, cache)
-        return self.ln_f(branch, stream, dropout_p=self.dropout)
+        return add_norm(self.ln_f, branch, stream, self.dropout if self.training else 0.0).y
 
     def _run(self, block: nn.Module, *arguments: Any) -> Any:
         if self.recompute_blocks and torch.is_grad_enabled():

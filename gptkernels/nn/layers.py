@@ -8,19 +8,24 @@ Each has an attribute `.impl`, "auto" unless set ("cuda", "triton" and "torch" a
 which says which implementation of the op runs; `set_impl` sets it throughout a model. An
 implementation that cannot run raises when it is used, and says why. Dropout acts in training mode
 only.
+
+Where a module inside is hooked, replaced or parametrised, it is called, so results and gradients
+are those of plain PyTorch (`gptkernels.nn.plain`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count, check_probability, check_tensor
 from gptkernels.core.choice import check_impl
+from gptkernels.nn.plain import is_plain, not_plain_in, remember
 from gptkernels.ops.attention.decode import attention_decode
 from gptkernels.ops.attention.dense import attention
 from gptkernels.ops.attention.options import MAX_HEAD_DIM, bounds
@@ -66,6 +71,7 @@ def set_impl(model: _Model, impl: str) -> _Model:
     return model
 
 
+@remember
 class LayerNorm(FusedModule):
     """LayerNorm over the last dimension, or over the last ones if d_model is a sequence of sizes;
     dropout and residual add before it are in the same op.
@@ -146,13 +152,46 @@ class LayerNorm(FusedModule):
         )
 
 
+class Normed(NamedTuple):
+    """y = norm(s), as long as nobody changes y in place: then its version differs."""
+
+    y: Tensor
+    norm: nn.Module
+    s: Tensor
+    version: int
+
+
+def add_norm(norm: nn.Module, branch: Tensor, stream: Tensor | None, dropout_p: float) -> Normed:
+    """norm(s) for s = stream + dropout(branch), or dropout(branch) without a stream.
+
+    This is one op where `norm` is plainly a LayerNorm of the last dimension. Any other norm is
+    called with s, as in plain PyTorch.
+    """
+    if is_plain(norm, LayerNorm) and len(norm.normalized_shape) == 1:
+        y, s = layer_norm(
+            branch,
+            norm.weight,
+            norm.bias,
+            residual=stream,
+            dropout_p=dropout_p,
+            eps=norm.eps,
+            prenorm=True,
+            impl=norm.impl,
+        )
+    else:
+        s = F.dropout(branch, dropout_p)
+        s = s if stream is None else stream + s
+        y = norm(s)
+    return Normed(y, norm, s, _version(y))
+
+
 class MLP(FusedModule):
     """c_proj(gelu(c_fc(x))) as one op. Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
 
     Parameters: c_fc.weight (d_inner, d_model), c_fc.bias (d_inner,), c_proj.weight (d_model,
-    d_inner), c_proj.bias (d_model,). The two nn.Linear modules hold parameters; forward never calls
-    them, so their hooks do not run. With `.recompute` = True the backward pass computes the
-    pre-activation again instead of keeping it.
+    d_inner), c_proj.bias (d_model,). With `.recompute` = True the backward pass computes the
+    pre-activation again instead of keeping it. Where c_fc or c_proj is not a plain nn.Linear, both
+    are called instead of the op, and `.recompute` has no effect: `not_fused` says why.
     """
 
     recompute = False
@@ -171,6 +210,8 @@ class MLP(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_model) -> (..., d_model). Errors are those of `gptkernels.gelu_mlp`."""
+        if not_plain_in(self, nn.Linear, "c_fc", "c_proj") is not None:
+            return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
         return gelu_mlp(
             x,
             self.c_fc.weight,
@@ -181,6 +222,11 @@ class MLP(FusedModule):
             recompute=self.recompute,
             impl=self.impl,
         )
+
+    def not_fused(self) -> dict[str, str]:
+        """What runs as PyTorch's own operators, and why: part -> reason."""
+        reason = not_plain_in(self, nn.Linear, "c_fc", "c_proj")
+        return {} if reason is None else {"mlp": reason}
 
     def extra_repr(self) -> str:
         """What repr shows."""
@@ -264,7 +310,7 @@ class CausalSelfAttention(FusedModule):
         x: Tensor,
         cache: KVCache | None = None,
         *,
-        normed: tuple[LayerNorm, Tensor] | None = None,
+        normed: Normed | None = None,
     ) -> Tensor:
         """x (B, T, d_model) -> (B, T, d_model).
 
@@ -272,14 +318,14 @@ class CausalSelfAttention(FusedModule):
         row of x sees what its slot holds. Raises TypeError or ValueError for another x, and what
         `KVCache.append`, `gptkernels.attention` and `gptkernels.attention_decode` raise.
 
-        normed = (norm, s) says that x is norm(s): the backward pass then computes x again from s
-        instead of keeping it. An nn.Linear as c_attn is then not called: its hooks do not run.
+        normed says what norm x is the output of: the backward pass then computes x again instead of
+        keeping it. That has no effect where x is not normed.y as it was, or where c_attn or the
+        norm is hooked or replaced.
         """
         check_tensor("x", x)
-        if x.dim() != 3 or x.shape[-1] != self.c_attn.in_features:
-            raise ValueError(
-                f"x must have shape (B, T, {self.c_attn.in_features}), got {tuple(x.shape)}"
-            )
+        d_model = self.n_head * self.head_dim
+        if x.dim() != 3 or x.shape[-1] != d_model:
+            raise ValueError(f"x must have shape (B, T, {d_model}), got {tuple(x.shape)}")
         heads = self._project(x, normed).unflatten(-1, (-1, self.head_dim))
         # Views: the op reads any strides whose last is 1, so nothing is copied or transposed.
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
@@ -301,18 +347,22 @@ class CausalSelfAttention(FusedModule):
             )
         return self.c_proj(cast("Tensor", out).flatten(-2))
 
-    def _project(self, x: Tensor, normed: tuple[LayerNorm, Tensor] | None) -> Tensor:
-        # Whatever replaces c_attn (an adapter, say) has a forward of its own, which must run.
-        if normed is None or not torch.is_grad_enabled() or type(self.c_attn) is not nn.Linear:
+    def _project(self, x: Tensor, normed: Normed | None) -> Tensor:
+        if normed is None or not torch.is_grad_enabled():
             return self.c_attn(x)
-        norm, source = normed
+        y, norm, s, version = normed
+        # A hook of this layer, or a module around it, may have replaced x or changed it in place.
+        if x is not y or _version(y) != version:
+            return self.c_attn(x)
+        if not (is_plain(self.c_attn, nn.Linear) and is_plain(norm, LayerNorm)):
+            return self.c_attn(x)
         if norm.weight is None or norm.weight.dim() > 1:
             return self.c_attn(x)
         return norm_linear(
             x,
             self.c_attn.weight,
             self.c_attn.bias,
-            source=source,
+            source=s,
             norm_weight=norm.weight,
             norm_bias=norm.bias,
             eps=norm.eps,
@@ -325,6 +375,12 @@ class CausalSelfAttention(FusedModule):
             f"n_head={self.n_head}, n_kv_head={self.n_kv_head}, dropout={self.dropout}, "
             f"window={self.window}, impl={self.impl!r}"
         )
+
+
+def _version(y: Tensor) -> int:
+    """How often y was changed in place; 0 where nobody asks, without gradients, and where nothing
+    counts, while compiling."""
+    return 0 if torch.compiler.is_compiling() or not torch.is_grad_enabled() else y._version
 
 
 def head_width(name: str, width: int, n_head: int, n_head_name: str = "n_head") -> int:

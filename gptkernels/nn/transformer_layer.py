@@ -5,12 +5,14 @@
 
 Fused are attention, unless it reads a mask tensor; every residual add with its dropout and the
 LayerNorm that follows it; and the MLP, if its activation is GELU and it has no dropout inside.
-`TransformerLayer.not_fused` names the parts that are not, and says why.
+Where a module inside is hooked, replaced or parametrised, it is called, with what
+nn.TransformerEncoderLayer would pass. `TransformerLayer.not_fused` names the parts that are not
+fused, and says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,18 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count, check_flag, check_probability, check_tensor
-from gptkernels.nn.layers import FusedModule, LayerNorm, head_width
+from gptkernels.nn.layers import FusedModule, LayerNorm, add_norm, head_width
+from gptkernels.nn.plain import class_name, is_plain, not_plain_in
 from gptkernels.ops.attention.dense import attention
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
 
 Activation = Callable[[Tensor], Tensor]
 
 
-class _SelfAttention(nn.Module):
-    """The parameters of nn.MultiheadAttention, under its names."""
+class _SelfAttention(FusedModule):
+    """nn.MultiheadAttention with its parameters and the arguments of its forward, on our op."""
 
-    def __init__(self, d_model: int, bias: bool, batch_first: bool) -> None:
+    def __init__(
+        self, d_model: int, nhead: int, dropout: float, bias: bool, batch_first: bool
+    ) -> None:
         super().__init__()
+        self.num_heads, self.dropout = nhead, dropout
         self.batch_first = batch_first  # nn.TransformerEncoder reads it
         self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model)) if bias else None
@@ -38,6 +44,49 @@ class _SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         if bias:
             nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Each input, and the result, has the shape of the layer's src."""
+        if need_weights:
+            raise NotImplementedError("need_weights must be False: attention keeps no weights")
+        heads = self._project(query, key, value)
+        if query.dim() == 2:
+            heads = [x.unsqueeze(0) for x in heads]
+        elif not self.batch_first:
+            heads = [x.transpose(0, 1) for x in heads]
+        mask = None if is_causal else attn_mask
+        out = attention(
+            *heads,
+            causal=is_causal,
+            attn_mask=_merge(mask, key_padding_mask, heads[0].shape, query.dtype),
+            dropout_p=self.dropout if self.training else 0.0,
+            impl=self.impl,
+        )
+        out = cast("Tensor", out).flatten(-2)
+        if query.dim() == 2:
+            out = out.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return self.out_proj(out), None
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
+        """q, k and v, each (..., H, D). Hooks may have made three inputs of one."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if query is key is value:
+            heads = F.linear(query, weight, bias).unflatten(-1, (3 * self.num_heads, -1))
+            return heads.chunk(3, dim=-2)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        given = zip((query, key, value), weight.chunk(3), biases, strict=True)
+        return [F.linear(*one).unflatten(-1, (self.num_heads, -1)) for one in given]
 
 
 class TransformerLayer(FusedModule):
@@ -76,10 +125,10 @@ class TransformerLayer(FusedModule):
         check_flag("batch_first", batch_first)
         check_flag("norm_first", norm_first)
         check_flag("bias", bias)
-        self.nhead, self.dropout = nhead, dropout
+        self.d_model, self.nhead, self.dropout = d_model, nhead, dropout
         self.batch_first, self.norm_first = batch_first, norm_first
-        self.activation, self._gelu = _activation(activation)
-        self.self_attn = _SelfAttention(d_model, bias, batch_first)
+        self.activation = _activation(activation)
+        self.self_attn = _SelfAttention(d_model, nhead, dropout, bias, batch_first)
         self.linear1 = nn.Linear(d_model, dim_feedforward, bias=bias)
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias=bias)
         self.norm1 = LayerNorm(d_model, layer_norm_eps, bias)
@@ -103,21 +152,21 @@ class TransformerLayer(FusedModule):
         Raises TypeError and ValueError for a src or mask of another shape or dtype, and
         NotImplementedError for a mask with an `impl` that takes none.
         """
-        x = self._batched(src)
-        mask = _merge(src_mask if not is_causal else None, src_key_padding_mask, x, self.nhead)
+        self._check(src)
         dropout = self.dropout if self.training else 0.0
+        masks = {
+            "attn_mask": src_mask,
+            "key_padding_mask": src_key_padding_mask,
+            "is_causal": is_causal,
+        }
+        x = src
         if self.norm_first:
-            attended = self._attend(self.norm1(x), mask, is_causal, dropout)
-            y, x = self.norm2(attended, x, dropout_p=dropout, prenorm=True)
-            x = x + F.dropout(self._mlp(y, dropout), dropout)
-        else:
-            attended = self._attend(x, mask, is_causal, dropout)
-            # Under autocast x keeps its dtype, as in PyTorch's own layer.
-            x = self.norm1(attended.to(x.dtype), x, dropout_p=dropout)
-            x = self.norm2(self._mlp(x, dropout).to(x.dtype), x, dropout_p=dropout)
-        if src.dim() == 2:
-            return x.squeeze(0)
-        return x if self.batch_first else x.transpose(0, 1)
+            attended = self._attend(self.norm1(x), masks)
+            normed = add_norm(self.norm2, attended, x, dropout)
+            return normed.s + F.dropout(self._mlp(normed.y, dropout), dropout)
+        # Under autocast x keeps its dtype, as in PyTorch's own layer.
+        x = add_norm(self.norm1, self._attend(x, masks).to(x.dtype), x, dropout).y
+        return add_norm(self.norm2, self._mlp(x, dropout).to(x.dtype), x, dropout).y
 
     def not_fused(self, *, masked: bool = False, training: bool | None = None) -> dict[str, str]:
         """What runs as PyTorch's own operators with these options, and why: part -> reason.
@@ -126,48 +175,59 @@ class TransformerLayer(FusedModule):
         training: whether it is in training mode; None means the mode that the layer is in.
         """
         reasons = {}
-        if masked:
+        if not isinstance(self.self_attn, _SelfAttention):
+            reasons["attention"] = f"self_attn is a {class_name(self.self_attn)}"
+        elif masked:
             reasons["attention"] = "a mask tensor runs with impl='torch' only"
         dropping = self.dropout > 0 and (self.training if training is None else training)
-        if self._gelu is None:
+        replaced = not_plain_in(self, nn.Linear, "linear1", "linear2")
+        if self._approximate() is None:
             reasons["mlp"] = "only GELU is fused, tanh or exact"
         elif dropping:
             reasons["mlp"] = "dropout between its two products is PyTorch's"
+        elif replaced is not None:
+            reasons["mlp"] = replaced
+        for name in ("norm2",) if self.norm_first else ("norm1", "norm2"):
+            reason = not_plain_in(self, LayerNorm, name)
+            if reason is not None:
+                reasons[f"residual add before {name}"] = reason
         if self.norm_first:
             reasons["last residual add"] = "with norm_first no LayerNorm of this layer follows it"
         return reasons
 
-    def _batched(self, src: Tensor) -> Tensor:
-        """src as (B, T, d_model)."""
+    def _check(self, src: Tensor) -> None:
         check_tensor("src", src)
-        d_model = self.linear1.in_features
-        if src.dim() not in (2, 3) or src.shape[-1] != d_model:
+        if src.dim() not in (2, 3) or src.shape[-1] != self.d_model:
             raise ValueError(
-                f"src must have shape (T, {d_model}) or three dimensions that end in {d_model}, "
-                f"got {tuple(src.shape)}"
+                f"src must have shape (T, {self.d_model}) or three dimensions that end in "
+                f"{self.d_model}, got {tuple(src.shape)}"
             )
-        if src.dim() == 2:
-            return src.unsqueeze(0)
-        return src if self.batch_first else src.transpose(0, 1)
 
-    def _attend(self, x: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
-        projected = F.linear(x, self.self_attn.in_proj_weight, self.self_attn.in_proj_bias)
-        q, k, v = projected.unflatten(-1, (3 * self.nhead, -1)).chunk(3, dim=-2)
-        out = attention(
-            q, k, v, causal=causal, attn_mask=mask, dropout_p=dropout, impl=self.impl
-        )  # fmt: skip
-        return self.self_attn.out_proj(cast("Tensor", out).flatten(-2))
+    def _attend(self, x: Tensor, masks: dict[str, Any]) -> Tensor:
+        # As nn.TransformerEncoderLayer calls it, so its hooks see the same.
+        return self.self_attn(x, x, x, need_weights=False, **masks)[0]
+
+    def _approximate(self) -> str | None:
+        """That of the activation if it is a GELU, else None."""
+        if self.activation is F.gelu:
+            return "none"
+        return self.activation.approximate if is_plain(self.activation, nn.GELU) else None
 
     def _mlp(self, x: Tensor, dropout: float) -> Tensor:
         first, second = self.linear1, self.linear2
-        if self._gelu is not None and dropout == 0:
+        approximate = self._approximate()
+        if (
+            approximate is not None
+            and dropout == 0
+            and not_plain_in(self, nn.Linear, "linear1", "linear2") is None
+        ):
             return gelu_mlp(
                 x,
                 first.weight,
                 first.bias,
                 second.weight,
                 second.bias,
-                approximate=self._gelu,
+                approximate=approximate,
                 impl=self.impl,
             )
         return second(F.dropout(self.activation(first(x)), dropout))
@@ -180,52 +240,53 @@ class TransformerLayer(FusedModule):
         )
 
 
-def _activation(given: Any) -> tuple[Activation, str | None]:
-    """The function and, if it is a GELU, its `approximate`."""
+def _activation(given: Any) -> Activation:
+    """The function that `given` names or is."""
     if isinstance(given, str):
         if given not in ("relu", "gelu"):
             raise ValueError(f"activation must be 'relu', 'gelu' or a function, got {given!r}")
-        given = F.relu if given == "relu" else F.gelu
+        return F.relu if given == "relu" else F.gelu
     if not callable(given):
         raise TypeError(f"activation must be 'relu', 'gelu' or a function, got {given!r}")
-    if given is F.gelu:
-        return given, "none"
-    return given, given.approximate if isinstance(given, nn.GELU) else None
+    return given
 
 
-def _merge(mask: Tensor | None, padding: Tensor | None, x: Tensor, nhead: int) -> Tensor | None:
-    """Both masks as one that `gptkernels.attention` takes, which broadcasts to (B, nhead, T, T)."""
-    B, T, _ = x.shape
-    for name, given in (("src_mask", mask), ("src_key_padding_mask", padding)):
-        if given is not None and not isinstance(given, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+def _merge(
+    mask: Tensor | None, padding: Tensor | None, shape: torch.Size, dtype: torch.dtype
+) -> Tensor | None:
+    """Both masks as one that `gptkernels.attention` takes for q of this shape, (B, T, nhead, D): it
+    broadcasts to (B, nhead, T, T)."""
+    B, T, nhead, _ = shape
+    for name, tensor in (("src_mask", mask), ("src_key_padding_mask", padding)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if mask is not None:
-        shape = tuple(mask.shape)
-        if shape not in ((T, T), (B * nhead, T, T)):
+        given = tuple(mask.shape)
+        if given not in ((T, T), (B * nhead, T, T)):
             raise ValueError(
-                f"src_mask must have shape {(T, T)} or {(B * nhead, T, T)}, got {shape}"
+                f"src_mask must have shape {(T, T)} or {(B * nhead, T, T)}, got {given}"
             )
-        mask = _attention_mask("src_mask", mask, x)
+        mask = _attention_mask("src_mask", mask, dtype)
         mask = mask.view(B, nhead, T, T) if mask.dim() == 3 else mask
     if padding is not None:
-        shape = tuple(padding.shape)
-        if shape != (B, T) and not (B == 1 and shape == (T,)):
-            raise ValueError(f"src_key_padding_mask must have shape {(B, T)}, got {shape}")
-        padding = _attention_mask("src_key_padding_mask", padding, x).view(B, 1, 1, T)
+        given = tuple(padding.shape)
+        if given != (B, T) and not (B == 1 and given == (T,)):
+            raise ValueError(f"src_key_padding_mask must have shape {(B, T)}, got {given}")
+        padding = _attention_mask("src_key_padding_mask", padding, dtype).view(B, 1, 1, T)
     if mask is None or padding is None:
         return padding if mask is None else mask
     if mask.dtype == padding.dtype == torch.bool:
         return mask & padding
-    return _additive(mask, x.dtype) + _additive(padding, x.dtype)
+    return _additive(mask, dtype) + _additive(padding, dtype)
 
 
-def _attention_mask(name: str, mask: Tensor, x: Tensor) -> Tensor:
+def _attention_mask(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """`mask` as `gptkernels.attention` takes it: True where a key is seen, or added to scores."""
     if mask.dtype == torch.bool:
         return ~mask
     if not mask.is_floating_point():
         raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
-    return mask.to(x.dtype)
+    return mask.to(dtype)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

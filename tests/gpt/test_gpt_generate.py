@@ -69,6 +69,25 @@ def test_the_cache_and_the_batch_change_no_token(
         assert torch.equal(row, anew(model, one, new, wanted, its_seed))
 
 
+def test_hooked_modules_are_called_at_every_step() -> None:
+    model = random_model()
+    plain = model.generate(prompts(1, 5), CONTEXT, temperature=0.0)
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda _, __, out: -out)
+    model.transformer.h[1].ln_1.register_forward_hook(lambda _, __, y: -y)
+    (text,) = model.generate(prompts(1, 5), CONTEXT, temperature=0.0)
+    assert torch.equal(text, anew(model, text[:5], CONTEXT, Sampling(0.0), 0))
+    assert not torch.equal(text, plain[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_a_quantised_model_generates() -> None:
+    """Its linear layers have no parameters, and their `weight` is a method."""
+    model, tokens = random_model().eval(), prompts(1, 5)
+    model.transformer = torch.ao.quantization.quantize_dynamic(model.transformer, {torch.nn.Linear})
+    wanted = model(tokens)[:, -1].argmax(-1)  # a scale depends on all tokens, so one step alone
+    assert torch.equal(model.generate(tokens, 1, temperature=0.0)[:, -1], wanted)
+
+
 @pytest.mark.parametrize("fields", [{"norm": "post"}, {"window": 3}], ids=["gpt1", "gpt3"])
 def test_the_cache_changes_no_token_of_the_family(fields: dict[str, Any]) -> None:
     model = random_model(**fields)

@@ -257,6 +257,15 @@ def test_it_tells_what_is_not_fused() -> None:
     assert list(ours.eval().not_fused(masked=True)) == ["attention"]
     ours, _ = pair(activation="relu", norm_first=True)
     assert list(ours.not_fused()) == ["mlp", "last residual add"]
+    ours, theirs = pair(activation="gelu")
+    ours.linear2.register_forward_hook(lambda *_: None)
+    ours.norm1, ours.self_attn = theirs.norm1, theirs.self_attn
+    assert ours.not_fused() == {
+        "attention": "self_attn is a torch.nn.modules.activation.MultiheadAttention",
+        "mlp": "linear2 has hooks",
+        "residual add before norm1": "norm1 is a torch.nn.modules.normalization.LayerNorm, "
+        "not a plain LayerNorm",
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What all ops have in common: torch.compile traces them, checkpointing sees them and repeats their
-dropout, autocast converts their inputs, and gradients arrive with any strides."""
+dropout, autocast converts their inputs, gradients arrive with any strides, and every derivative but
+the first is refused."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ import torch
 from harness import BF16, DEVICE, FP16, FP32, each
 from op_inputs import (
     attention_inputs,
+    cache,
+    draw,
     gelu_mlp_inputs,
     int32,
     layer_norm_inputs,
@@ -21,13 +24,14 @@ from op_inputs import (
 )
 from right import Calls, assert_same, run, seeded
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-from gptkernels import attention, attention_varlen, gelu_mlp, layer_norm
+from gptkernels import attention, attention_decode, attention_varlen, gelu_mlp, layer_norm
 from gptkernels.core.choice import INTERPRETED
 
 SEQUENCES = [5, 0, 4], [4, 2, 4]
@@ -132,6 +136,77 @@ def test_selective_checkpointing_sees_the_op(
     assert len(calls) == runs
 
 
+def refused() -> Any:
+    sentence = (
+        "^the ops of gptkernels are differentiable once, by backpropagation: for a second deriv"
+    )
+    return pytest.raises(NotImplementedError, match=sentence)
+
+
+@each
+@of_ops(*OPS)
+@pytest.mark.parametrize("reduce", [torch.sum, torch.linalg.vector_norm])
+def test_a_second_derivative_is_refused(op: Op, impl: str, reduce: Callable[..., Tensor]) -> None:
+    """It is not dropped, whatever else the penalty contains. That of sum() starts from a constant,
+    so PyTorch's own once_differentiable would let it pass."""
+    leaves = {name: tensor.requires_grad_() for name, tensor in op.inputs().items()}
+    gradients = torch.autograd.grad(
+        reduce(op.call(**leaves, impl=impl)), list(leaves.values()), create_graph=True
+    )
+    for name in leaves.keys() - {"bias", "b2"}:  # the gradients do not depend on these
+        penalty = sum(x.square().sum() for x in (*gradients, leaves[name]))
+        with refused():
+            torch.autograd.grad(penalty, leaves[name], retain_graph=True)
+
+
+@of_ops(*OPS)
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_a_graph_of_first_derivatives_is_allowed(op: Op) -> None:
+    """Only who differentiates through an op twice gets an error, not who asks for a graph."""
+    leaves = {name: tensor.requires_grad_() for name, tensor in op.inputs().items()}
+    out = op.call(**leaves)
+    out.backward(out.detach(), create_graph=True)
+    found = [leaf.grad.detach_() for leaf in leaves.values()]  # as Module.zero_grad does
+    assert_same(found, run(op.call, leaves, [out.detach()])[1:])
+
+
+@each
+@of_ops(*OPS)
+def test_forward_mode_and_transforms_are_refused(op: Op, impl: str) -> None:
+    (name, x), *rest = op.inputs().items()
+    call = functools.partial(op.call, **dict(rest), impl=impl)
+
+    def of(x: Tensor) -> Tensor:
+        return call(**{name: x})
+
+    for transformed in (
+        lambda x: torch.func.grad(lambda x: of(x).sum())(x),
+        lambda x: torch.func.jvp(of, (x,), (x,)),
+        lambda x: torch.func.vmap(of)(torch.stack([x, x])),
+    ):
+        with refused():
+            transformed(x)
+    y = of(x.clone().requires_grad_())
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with refused():
+            of(dual)
+        with refused():
+            torch.autograd.backward(y, forward_ad.make_dual(y.detach(), y.detach()))
+
+
+@each
+def test_decoding_refuses_forward_mode(impl: str) -> None:
+    """It has no autograd.Function. Its registered op would drop the tangent."""
+    tensors, rest = cache([5, 3])
+    call = functools.partial(attention_decode, **rest, impl=impl)
+    for name, tensor in tensors.items():
+        with forward_ad.dual_level(), refused():
+            call(**tensors | {name: forward_ad.make_dual(tensor, tensor)})
+    with refused():
+        torch.func.jvp(lambda q: call(**tensors | {"q": q}), (tensors["q"],), (tensors["q"],))
+
+
 # Each block makes several calls, so that a test compiles only once.
 
 
@@ -199,6 +274,44 @@ def compiled_beside_eager(op: str, impl: str, backend: str) -> Any:
 def test_compile_equals_eager(op: str, impl: str) -> None:
     for found, wanted in compiled_beside_eager(op, impl, "aot_eager"):
         assert_same(found, wanted)
+
+
+def varlen_of_one(x: Tensor, **how: Any) -> Any:
+    ends = int32(0, 5, 9)
+    return attention_varlen(x, x, x, ends, ends, 5, 5, **how)
+
+
+# The same tensor as several arguments of each op: (call, inputs).
+TWINS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
+    "attention": (
+        lambda q, kv, **how: attention(q, kv, kv, **how),
+        lambda: {"q": draw(1, 9, 2, 16), "kv": draw(1, 9, 2, 16)},
+    ),
+    "attention_varlen": (
+        varlen_of_one,
+        lambda: {"x": draw(9, 2, 16)},
+    ),
+    "gelu_mlp": (
+        lambda x, b, **how: gelu_mlp(x, x, b, x, b, **how),
+        lambda: {"x": draw(8, 8), "b": draw(8)},
+    ),
+    "layer_norm": (
+        lambda x, w, **how: layer_norm(x, w, w, residual=x, prenorm=True, **how),
+        lambda: {"x": draw(3, 32), "w": draw(32)},
+    ),
+}
+
+
+@each
+@pytest.mark.parametrize("op", TWINS)
+def test_one_tensor_as_several_arguments_compiles(op: str, impl: str) -> None:
+    """Dynamo refuses the same tensor twice in an autograd.Function, so the ops pass views."""
+    call, inputs = TWINS[op]
+    call, tensors = functools.partial(call, impl=impl), inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for found, wanted in zip(run(compiled, tensors), run(call, tensors), strict=True):
+        torch.testing.assert_close(found, wanted)  # three gradients add up in another order
 
 
 def test_inductor_takes_the_ops() -> None:

@@ -57,14 +57,14 @@ class SlotCache:
         """Raises TypeError and ValueError unless slots and max_tokens are ints of at least 1."""
         self.slots = check_count("slots", slots)
         self.max_tokens = check_count("max_tokens", max_tokens)
-        device = next(model.parameters()).device
+        first = next(model.parameters())  # c_attn may be quantised, and then has none
+        dtype, device = autocast_dtype(first), first.device
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
         self._rows = torch.arange(slots, device=device)[:, None]
         self._buffers = []
         for layer in model.modules():
             if isinstance(layer, CausalSelfAttention):
                 shape = (slots, max_tokens, layer.n_kv_head, layer.head_dim)
-                dtype = autocast_dtype(layer.c_attn.weight)
                 k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
                 self._buffers.append((k, v))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.autocast import autocast_dtype
+from gptkernels.core.autograd import refuse_tangents
 from gptkernels.core.checks import check_count, check_same_device, check_shape, dtype_name
 from gptkernels.core.choice import choose
 from gptkernels.core.registry import register
@@ -98,7 +99,8 @@ def attention_decode(
         TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError: An input requires a gradient, for which there is no backward pass; or an
             explicit impl cannot run on this machine or these tensors.
-        NotImplementedError: alibi_slopes requires a gradient.
+        NotImplementedError: alibi_slopes requires a gradient, or an input has a tangent of
+            forward-mode AD.
     """
     _check(q, k_cache, v_cache, cache_lengths, block_table)
     options = AttentionOptions(
@@ -109,6 +111,7 @@ def attention_decode(
         check_count("num_splits", num_splits)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
         raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
+    refuse_tangents(q, k_cache, v_cache)
     dtype = autocast_dtype(q)
     impl = choose(impl, q, dtype)
     tensors = (q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), block_table)

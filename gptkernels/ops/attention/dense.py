@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels.core import philox
 from gptkernels.core.autocast import autocast_dtype
+from gptkernels.core.autograd import apply, once_differentiable
 from gptkernels.core.checks import check_same_device, check_shape, check_tensor, dtype_name
 from gptkernels.core.choice import choose
 from gptkernels.core.registry import register
@@ -85,8 +85,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: Sequence[Any], dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *tensors = saved
         if dout is None:  # only lse was used
             dout = torch.zeros_like(out)
         # torch.compile passes zeros for an unused dlse. Fused backward passes take no dlse at all.
@@ -219,9 +221,10 @@ def attend(
         options = options._replace(rng=philox.draw(q.device))
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    return _Attention.apply(
-        bool(deterministic), bool(return_lse), impl, q.to(dtype), k.to(dtype), v.to(dtype), *options
-    )
+    return apply(
+        _Attention, bool(deterministic), bool(return_lse), impl, q.to(dtype), k.to(dtype),
+        v.to(dtype), *options,
+    )  # fmt: skip
 
 
 def _check(

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels.core.autocast import autocast_dtype
+from gptkernels.core.autograd import apply, once_differentiable
 from gptkernels.core.checks import (
     check_same_device,
     check_shape,
@@ -76,17 +76,14 @@ class _GeluMLP(torch.autograd.Function):
         impl: str,
     ) -> Tensor:
         y, h = gelu_mlp_fwd(x, w1, b1, w2, b2, approximate, keep_h, impl)
-        if keep_h:
-            ctx.save_for_backward(x, w1, None, w2, h)
-        else:
-            ctx.save_for_backward(x, w1, b1, w2, None)
+        ctx.save_for_backward(x, w1, b1, w2, h if keep_h else None)
         ctx.options = (approximate, impl)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w2, h = ctx.saved_tensors
+    def backward(ctx: Any, saved: Sequence[Any], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, b1, w2, h = saved
         approximate, impl = ctx.options
         grad_mask = list(ctx.needs_input_grad[:5])
         gradients = gelu_mlp_bwd(dy, x, w1, b1, w2, h, approximate, grad_mask, impl)
@@ -148,7 +145,7 @@ def gelu_mlp(
         tensor is not None and tensor.requires_grad for tensor in (x, w1, b1, w2, b2)
     )
     keep_h = differentiable and not recompute
-    return _GeluMLP.apply(rows, w1, b1, w2, b2, approximate, keep_h, impl).view(x.shape)
+    return apply(_GeluMLP, rows, w1, b1, w2, b2, approximate, keep_h, impl).view(x.shape)
 
 
 def _rows(x: Tensor) -> int:

@@ -9,13 +9,14 @@ s again: one more LayerNorm saves the memory of y (M, C).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels.core.autocast import autocast_dtype, without_autocast
+from gptkernels.core.autograd import apply, once_differentiable
 from gptkernels.core.choice import choose
 from gptkernels.core.products import linear, mm
 from gptkernels.ops.layer_norm.op import layer_norm_fwd
@@ -43,8 +44,8 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        w, *source = ctx.saved_tensors
+    def backward(ctx: Any, saved: Sequence[Any], dz: Tensor) -> tuple[Tensor | None, ...]:
+        w, *source = saved
         eps, impl = ctx.options
         need_y, need_w, need_b, *_ = ctx.needs_input_grad
         dy = dw = db = None
@@ -92,10 +93,6 @@ def norm_linear(
     dtype = autocast_dtype(y)
     rows = y.reshape(-1, y.shape[-1]).to(dtype)
     bias = None if b is None else b.to(dtype)
-    norm = (
-        source.detach(),
-        norm_weight.detach(),
-        None if norm_bias is None else norm_bias.detach(),
-    )
-    z = _NormLinear.apply(rows, w.to(dtype), bias, *norm, float(eps), choose(impl, source))
+    norm = (source, norm_weight, norm_bias, float(eps), choose(impl, source))
+    z = apply(_NormLinear, rows, w.to(dtype), bias, *norm)
     return z.view(*y.shape[:-1], w.shape[0])

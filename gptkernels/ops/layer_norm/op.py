@@ -3,13 +3,14 @@ autograd and the public function."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels.core import philox
+from gptkernels.core.autograd import apply, once_differentiable
 from gptkernels.core.checks import (
     check_probability,
     check_same_device,
@@ -93,8 +94,10 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-        s, mean, rstd, weight, rng = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: Sequence[Any], dy: Tensor | None, dsum: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        s, mean, rstd, weight, rng = saved
         _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
         if dsum is not None and dsum.shape != s.shape:
             dsum = None  # torch.compile passes zeros as the gradient of an empty s
@@ -171,9 +174,10 @@ def layer_norm(
     if residual_in_fp32 or (residual is not None and residual.dtype == torch.float32):
         dtype = torch.float32
     is_x = residual is None and dropout_p == 0 and dtype == x.dtype
-    y, s = _LayerNorm.apply(
-        x, weight, bias, residual, rng, float(dropout_p), float(eps), None if is_x else dtype, impl
-    )
+    y, s = apply(
+        _LayerNorm, x, weight, bias, residual, rng, float(dropout_p), float(eps),
+        None if is_x else dtype, impl,
+    )  # fmt: skip
     if not prenorm:
         return y
     return y, x if is_x else s
