@@ -168,6 +168,14 @@ class TransformerLayer(FusedModule):
         x = add_norm(self.norm1, self._attend(x, masks).to(x.dtype), x, dropout).y
         return add_norm(self.norm2, self._mlp(x, dropout).to(x.dtype), x, dropout).y
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Complete a layer that was pickled when self_attn held parameters alone."""
+        super().__setstate__(state)
+        if "d_model" not in state:
+            self.d_model = self.linear1.in_features
+            self.self_attn.num_heads, self.self_attn.dropout = self.nhead, self.dropout
+            self.self_attn.impl = self.impl
+
     def not_fused(self, *, masked: bool = False, training: bool | None = None) -> dict[str, str]:
         """What runs as PyTorch's own operators with these options, and why: part -> reason.
 
@@ -180,13 +188,15 @@ class TransformerLayer(FusedModule):
         elif masked:
             reasons["attention"] = "a mask tensor runs with impl='torch' only"
         dropping = self.dropout > 0 and (self.training if training is None else training)
-        replaced = not_plain_in(self, nn.Linear, "linear1", "linear2")
-        if self._approximate() is None:
-            reasons["mlp"] = "only GELU is fused, tanh or exact"
+        changed = not_plain_in(self, nn.Linear, "linear1", "linear2")
+        if isinstance(self.activation, nn.GELU):
+            changed = not_plain_in(self, nn.GELU, "activation") or changed
+        elif self.activation is not F.gelu:
+            changed = "only GELU is fused, tanh or exact"
+        if changed is not None:
+            reasons["mlp"] = changed
         elif dropping:
             reasons["mlp"] = "dropout between its two products is PyTorch's"
-        elif replaced is not None:
-            reasons["mlp"] = replaced
         for name in ("norm2",) if self.norm_first else ("norm1", "norm2"):
             reason = not_plain_in(self, LayerNorm, name)
             if reason is not None:

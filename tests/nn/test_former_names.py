@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import pickle
 import re
 import sys
 import warnings
@@ -72,3 +73,12 @@ def test_a_pickle_under_former_names_loads(
 @pytest.mark.parametrize(("module", "former"), FORMER.items())
 def test_a_former_name_is_the_module_itself(module: ModuleType, former: str) -> None:
     assert importlib.import_module(former) is module
+
+
+def test_a_layer_pickled_when_self_attn_held_parameters_alone() -> None:
+    layer, x = TransformerLayer(16, 2, 32, dropout=0.0), torch.randn(5, 1, 16)
+    layer.impl, wanted = "torch", layer(x)
+    del layer.d_model, layer.self_attn.num_heads, layer.self_attn.dropout, layer.self_attn._impl
+    loaded = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(loaded(x), wanted)
+    assert loaded.self_attn.impl == "torch"

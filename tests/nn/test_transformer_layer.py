@@ -266,6 +266,9 @@ def test_it_tells_what_is_not_fused() -> None:
         "residual add before norm1": "norm1 is a torch.nn.modules.normalization.LayerNorm, "
         "not a plain LayerNorm",
     }
+    ours, _ = pair(activation=nn.GELU())
+    ours.activation.register_forward_hook(lambda *_: None)
+    assert ours.not_fused() == {"mlp": "activation has hooks"}
 
 
 @pytest.mark.parametrize(
