@@ -173,6 +173,19 @@ class TestParity:
         *_, dv = run(call, dict(q=zero, k=zero, v=zero), [zero + dout], ["v"])
         assert ((dv - dout).abs() <= 2 * torch.finfo(dtype).eps * dout).all()
 
+    @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_gradients_of_a_query_add_up_over_keys(self, dtype: torch.dtype, masked: bool) -> None:
+        """PyTorch's fused op adds up blocks of 512 keys. Here all terms are positive."""
+        T = 65536
+        k = torch.ones(1, T, 1, 8, dtype=dtype)
+        k[:, 1::2] = -1
+        q, one = torch.zeros(1, 1, 1, 8, dtype=dtype), torch.ones(1, 1, 1, 8, dtype=dtype)
+        options = {"key_lengths": int32(T)} if masked else {}
+        call = functools.partial(attention, causal=False, impl="torch", **options)
+        *_, dq = run(call, dict(q=q, k=k, v=k), [one], ["q"])
+        assert ((dq - 8**0.5).abs() <= 2 * torch.finfo(dtype).eps * 8**0.5).all()
+
     @runnable
     @pytest.mark.parametrize(
         "options",

@@ -20,8 +20,9 @@ _SCORES_HELD = 2**24
 # Query rows of a block under causal or a window: a small block can skip most of the hidden keys.
 _BAND_ROWS = 256
 # PyTorch's fused backward pass for CPUs rounds the gradients of keys after each block of 256 query
-# rows. With more rows than these, the error passes 2 eps.
-_ROUNDED_ROWS = 4096
+# rows, and those of queries after each block of 512 keys. With twice as many rows or keys as these,
+# the error can pass 2 eps.
+_ROUNDED_ROWS, _ROUNDED_KEYS = 2048, 8192
 
 
 def attention_fwd(
@@ -371,9 +372,11 @@ def _cpu_gradients(
     """Returns dq, dk and dv of PyTorch's fused op for CPUs, in q's dtype or in fp32.
 
     In 16 bits the op rounds dk and dv after each of the query heads that share a key head, and
-    after each block of query rows. Where that is often, it gets fp32 copies.
+    after each block of query rows; dq after each block of keys. Where that is often, it gets fp32
+    copies.
     """
-    if q.shape[1] > k.shape[1] or q.shape[2] > _ROUNDED_ROWS:
+    grouped = q.shape[1] > k.shape[1]
+    if grouped or q.shape[2] > _ROUNDED_ROWS or k.shape[2] > _ROUNDED_KEYS:
         dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
         bias = None if bias is None else bias.float()
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
