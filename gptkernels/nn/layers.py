@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +133,12 @@ class LayerNorm(FusedModule):
         y, s = result
         return y.view(x.shape), s.view(x.shape)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Complete a layer that was pickled when it took one dimension only."""
+        super().__setstate__(state)
+        if "normalized_shape" not in state:
+            self.normalized_shape = tuple(cast("Tensor", self.weight).shape)
+
     def _rows(self, name: str, x: Tensor) -> Tensor:
         """Returns x with one last dimension in place of the normalized ones."""
         check_tensor(name, x)
@@ -153,7 +159,8 @@ class LayerNorm(FusedModule):
 
 
 class Normed(NamedTuple):
-    """y = norm(s), as long as nobody changes y in place: then its version differs."""
+    """y = norm(s), as long as nobody changes y in place: then its version differs. Under
+    torch.compile such a change is not noticed."""
 
     y: Tensor
     norm: nn.Module
@@ -167,7 +174,7 @@ def add_norm(norm: nn.Module, branch: Tensor, stream: Tensor | None, dropout_p: 
     This is one op where `norm` is plainly a LayerNorm of the last dimension. Any other norm is
     called with s, as in plain PyTorch.
     """
-    if is_plain(norm, LayerNorm) and len(norm.normalized_shape) == 1:
+    if _is_plain_norm(norm):
         y, s = layer_norm(
             branch,
             norm.weight,
@@ -354,9 +361,7 @@ class CausalSelfAttention(FusedModule):
         # A hook of this layer, or a module around it, may have replaced x or changed it in place.
         if x is not y or _version(y) != version:
             return self.c_attn(x)
-        if not (is_plain(self.c_attn, nn.Linear) and is_plain(norm, LayerNorm)):
-            return self.c_attn(x)
-        if norm.weight is None or norm.weight.dim() > 1:
+        if not (is_plain(self.c_attn, nn.Linear) and _is_plain_norm(norm)) or norm.weight is None:
             return self.c_attn(x)
         return norm_linear(
             x,
@@ -377,9 +382,14 @@ class CausalSelfAttention(FusedModule):
         )
 
 
+def _is_plain_norm(norm: nn.Module) -> TypeGuard[LayerNorm]:
+    """Whether `norm` is plainly a LayerNorm of the last dimension."""
+    return is_plain(norm, LayerNorm) and len(norm.normalized_shape) == 1
+
+
 def _version(y: Tensor) -> int:
-    """How often y was changed in place; 0 where nobody asks, without gradients, and where nothing
-    counts, while compiling."""
+    """How often y was changed in place. Always 0 without gradients, where it is not used, and under
+    torch.compile, where it cannot be known."""
     return 0 if torch.compiler.is_compiling() or not torch.is_grad_enabled() else y._version
 
 
