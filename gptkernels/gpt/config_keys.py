@@ -27,6 +27,7 @@ _SKIPPED_NAMES = """
     architectures model_type transformers_version torch_dtype dtype name_or_path tokenizer_class
     initializer_range gradient_checkpointing use_cache output_past torchscript use_bfloat16
     model_parallel tf_legacy_loss attn_implementation experts_implementation is_decoder n_ctx
+    transformers.js_config unsloth_version model_max_length license language tags
     predict_special_tokens reorder_and_upcast_attn chunk_size_feed_forward tie_last_hidden_states
     output_attentions output_hidden_states output_scores return_dict return_dict_in_generate
 
@@ -62,12 +63,17 @@ def settle(given: dict[str, Any], used: Iterable[str]) -> dict[str, Any]:
     Raises ValueError, in one sentence, for two names that disagree and for a key that is neither
     used nor skipped.
     """
-    used = {*used, TIED}
+    used = set(used)
+    # Of the keys that are used, n_inner and window may be null.
+    given = {key: value for key, value in given.items() if value is not None or key in used}
+    used.add(TIED)
     aliases = {alias: key for alias, key in _ALIASES.items() if key in used}
     settled = {key: given[key] for key in used if key in given}
     for alias in sorted(aliases.keys() & given.keys()):
         key = aliases[alias]
-        if settled.setdefault(key, given[alias]) != given[alias]:
+        if settled.get(key) is None:
+            settled[key] = given[alias]
+        if settled[key] != given[alias]:
             raise ValueError(
                 f"{alias} and {key} are one setting, got {given[alias]!r} and {settled[key]!r}"
             )
@@ -80,7 +86,7 @@ def settle(given: dict[str, Any], used: Iterable[str]) -> dict[str, Any]:
 
 def _check_other(key: str, value: Any) -> None:
     # transformers keeps what is its own under names with an underscore.
-    if value is None or key.startswith("_") or key == TOKENIZER:
+    if key.startswith("_") or key == TOKENIZER:
         return
     if key not in _ONE_VALUE:
         raise ValueError(

@@ -30,7 +30,8 @@ class _Embed(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding(V, C) without its other options: tokens (...) int64 -> (..., C)."""
+    """nn.Embedding(V, C): tokens (...) int64 -> (..., C). Its other options, set later, lead to
+    PyTorch's own operator."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__(num_embeddings, embedding_dim)
@@ -38,6 +39,8 @@ class Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Returns the rows of weight that `input` names."""
         narrow = self.weight.dtype in (torch.bfloat16, torch.float16)
-        if narrow and self.weight.device.type == "cpu":
+        plain = self.padding_idx is None and self.max_norm is None
+        plain = plain and not (self.scale_grad_by_freq or self.sparse)
+        if narrow and plain and self.weight.device.type == "cpu":
             return _Embed.apply(input, self.weight)
         return super().forward(input)

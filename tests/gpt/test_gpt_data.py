@@ -246,6 +246,12 @@ def test_what_is_no_shard_is_told_before_any_training(
     assert str(caught.value).count(str(tmp_path / "a.bin")) == 1
 
 
+def test_a_shard_may_begin_with_any_id(tmp_path: Path) -> None:
+    """gzip's first two bytes are GPT-2's id 35615."""
+    (tmp_path / "a.bin").write_bytes(b"\x1f\x8b" + as_bytes(IDS[1:], torch.int16))
+    data.read([tmp_path / "a.bin"], ByteTokenizer(), "uint16", 50257)
+
+
 @pytest.mark.parametrize("place", [0, 99_999, 199_999])
 @pytest.mark.parametrize(("dtype", "vocab_size"), [("uint16", 40000), ("uint32", 2**31 + 5)])
 def test_an_id_past_the_vocabulary_is_found_before_any_training(

@@ -30,7 +30,7 @@ from gptkernels.gpt.training.train import TrainResult, resume, train
         ({"seed": 2**63}, ValueError, "seed is 9223372036854775808, less than 2"),
         ({"validation_fraction": 1.0}, ValueError, "between 0 and 1 is wanted"),
         ({"minutes": 0}, ValueError, "minutes is 0, more than 0 is wanted"),
-        ({"dtype": "float64"}, ValueError, "'float64', float32, bfloat16, float16 is wanted"),
+        ({"dtype": "float64"}, ValueError, "'float64', float32, bfloat16 or float16 is wanted"),
         ({"tokenizer": 3}, TypeError, "tokenizer is 3, str is wanted"),
     ],
 )

@@ -177,6 +177,10 @@ def test_other_names_of_settings(folder: Path) -> None:
     path.write_text(json.dumps(given))
     assert transformers.AutoConfig.from_pretrained(folder).n_head == expected.config.n_head
     assert GPT.from_pretrained(folder).config == expected.config
+    # null is as good as not given, and some keys are for other programs.
+    given |= {"n_embd": None, "tie_word_embeddings": None, "transformers.js_config": {"dtype": 1}}
+    path.write_text(json.dumps(given))
+    assert GPT.from_pretrained(folder).config == expected.config
 
 
 def test_a_byte_order_mark_is_no_part_of_config_json(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,9 +85,14 @@ class TrainConfig:
         for name in ("beta1", "beta2", "ema"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         _check(self, "validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1")
-        _check(self, "dtype", self.dtype in DTYPES, ", ".join(DTYPES))
-        _check(self, "recompute", self.recompute in RECOMPUTE, ", ".join(RECOMPUTE))
+        _check(self, "dtype", self.dtype in DTYPES, _one_of(DTYPES))
+        _check(self, "recompute", self.recompute in RECOMPUTE, _one_of(RECOMPUTE))
         _check(self, "token_dtype", self.token_dtype in ("uint16", "uint32"), "uint16 or uint32")
+
+
+def _one_of(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
 
 
 def _check_type(name: str, wanted: str, value: Any) -> None:

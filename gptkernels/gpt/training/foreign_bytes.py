@@ -24,7 +24,8 @@ _HEADER_BYTES = 1024
 _MARKS = {
     b"\x93NUMPY": "an array of numpy: write its ids with tofile",
     b"PK\x03\x04": "a zip archive",
-    b"\x1f\x8b": "compressed with gzip",
+    b"\x1f\x8b\x08\x00": "compressed with gzip",
+    b"\x1f\x8b\x08\x08": "compressed with gzip",  # with the file's name
     b"\x28\xb5\x2f\xfd": "compressed with zstd",
 }
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptkernels.core.files import replacing
+from gptkernels.core.files import make_folder, replacing
 from gptkernels.core.optional import optional
 
 
@@ -50,6 +50,7 @@ class Log:
         """Add a record, which has a "step". Raises OSError where it cannot be written."""
         # Opened for each line: a crash loses no line.
         path = self.out / "log.jsonl"
+        make_folder("out", self.out)  # somebody may have cleaned it away meanwhile
         try:
             with path.open("a" if self.records else "w", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")

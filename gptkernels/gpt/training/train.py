@@ -34,7 +34,7 @@ from torch import Tensor
 
 from gptkernels.core.device import choose_device
 from gptkernels.core.figure import figure_class
-from gptkernels.core.files import check_folder
+from gptkernels.core.files import check_folder, make_folder
 from gptkernels.core.lock import alone_in
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
@@ -342,6 +342,7 @@ class _Run:
             self.observer(record, self.share)
 
     def _save(self) -> None:
+        make_folder("out", self.out)  # somebody may have cleaned it away meanwhile
         checkpoint.save(
             self.out / "checkpoint.pt",
             {
