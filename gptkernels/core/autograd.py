@@ -2,8 +2,8 @@
 once.
 
 A gradient comes from a kernel, so PyTorch cannot differentiate it again. A second derivative,
-forward-mode AD and the transforms of torch.func are refused with an error. None is dropped, which
-would leave a wrong gradient.
+forward-mode AD and the transforms of torch.func are refused with an error: dropping them in silence
+would leave a wrong gradient. Under torch.compile PyTorch decides, and may drop some.
 """
 
 from __future__ import annotations

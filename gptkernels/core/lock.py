@@ -33,24 +33,29 @@ def alone_in(name: str, folder: Path) -> Iterator[None]:
     system without locks gives a warning.
     """
     made = not folder.exists()
-    file = _taken(name, folder)
+    file, locked = _taken(name, folder)
     try:
         yield
     finally:
-        # Removed before it is let go: whoever opened it meanwhile sees that it is no longer there.
-        # Windows removes no file that anybody has open.
-        if WINDOWS:
-            file.close()
-        with contextlib.suppress(OSError):
-            (folder / _NAME).unlink()
+        if locked or not os.fstat(file.fileno()).st_size:  # else it may be another run's
+            _remove(file, folder / _NAME)
         file.close()
         if made:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
-def _taken(name: str, folder: Path) -> BinaryIO:
-    """The file, open and locked."""
+def _remove(file: BinaryIO, path: Path) -> None:
+    # Removed before it is let go: whoever opened it meanwhile sees that it is no longer there.
+    # Windows removes no file that anybody has open.
+    if WINDOWS:
+        file.close()
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _taken(name: str, folder: Path) -> tuple[BinaryIO, bool]:
+    """The file, open, and whether it is locked: not on a file system without locks."""
     path = folder / _NAME
     while True:
         make_folder(name, folder)
@@ -68,7 +73,7 @@ def _taken(name: str, folder: Path) -> BinaryIO:
                 f"{folder} is on a file system without locks: another run in it goes unnoticed",
                 stacklevel=4,
             )
-            return file
+            return file, False
         if not locked:
             file.seek(0)
             holder = file.read(200).decode("utf-8", errors="replace") or "another process"
@@ -78,7 +83,7 @@ def _taken(name: str, folder: Path) -> BinaryIO:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             file.flush()
-            return file
+            return file, True
         file.close()  # its holder removed it between the two
 
 

@@ -102,6 +102,10 @@ def test_a_file_system_without_locks_is_warned_of(
     with pytest.warns(UserWarning, match="a file system without locks"), alone_in("out", tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+    (tmp_path / ".lock").write_text("process 1 on another")
+    with pytest.warns(UserWarning, match="a file system without locks"), alone_in("out", tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == "process 1 on another"
 
 
 def test_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
