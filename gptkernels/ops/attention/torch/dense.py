@@ -98,7 +98,8 @@ def attention_bwd(
 
 
 def fused_backend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> int:
-    """Returns the backend for both passes of a call on a GPU; -1 where none could run it."""
+    """Returns the backend for both passes of a call on a GPU, `backend.NONE` if PyTorch has none;
+    -1 where no fused op is asked for."""
     causal = None if options.cu_seqlens_q is not None else _plain(options, q, k)
     if q.device.type != "cuda" or causal is None or q.numel() == 0 or k.numel() == 0:
         return -1
