@@ -96,7 +96,7 @@ CUtensorMapSwizzle driver_swizzle(Swizzle swizzle) {
 
 TensorMap detail::encode(const TensorMapShape& shape) {
     static const auto encode_tiled =
-        driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled", 12000);
+        gk::driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled", 12000);
     cuuint64_t sizes[kMostDimensions], strides[kMostDimensions];
     cuuint32_t box[kMostDimensions], steps[kMostDimensions];
     for (int i = 0; i < shape.rank; ++i) {
