@@ -15,6 +15,12 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before a kernel is decorated
     os.environ["GPTKERNELS_EMULATE"] = "1"  # must be set before gptkernels is imported
+# Inductor keeps what it compiles, and takes code for AVX-512 from there where ATEN_CPU_CAPABILITY
+# allows AVX2 alone: results are then garbage. So each capability has a folder of its own.
+_INDUCTOR = f"inductor-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parent.parent / "build" / _INDUCTOR)
+)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
