@@ -69,7 +69,7 @@ def write_json(path: Path | str, content: Any) -> None:
     Parent folders are made. Raises OSError when the file cannot be written.
     """
     path = Path(path)
-    make_folder("the folder of a file", path.parent)
+    make_folder(f"the parent of {path}", path.parent)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -164,7 +164,7 @@ def plot(rows: Sequence[Row], path: Path | str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("speed against plain PyTorch (1 = as fast, more is faster)")
     path = Path(path)
-    make_folder("the folder of a file", path.parent)
+    make_folder(f"the parent of {path}", path.parent)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format=path.suffix[1:].lower())
 

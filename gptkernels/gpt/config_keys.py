@@ -3,7 +3,9 @@
 used       describes the model; each layout names its own (layouts.py), under two names if need be
 skipped    changes nothing that the model computes: names, training tasks, how text is generated
 one value  a GPT computes that value only; any other is refused
-others     are refused, by name: what they change is not known here; null counts as not given
+others     are refused, by name: what they change is not known here
+
+null counts as not given, but for n_inner and window, of which it is a value.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ _SKIPPED_NAMES = """
     remove_invalid_values renormalize_logits assistant_confidence_threshold
     assistant_lookbehind num_assistant_tokens num_assistant_tokens_schedule target_lookbehind
 """
+_MAY_BE_NULL = ("n_inner", "window")
 _SKIPPED = frozenset(_SKIPPED_NAMES.split())
 _ONE_VALUE: dict[str, Any] = {
     "scale_attn_weights": True,
@@ -63,17 +66,13 @@ def settle(given: dict[str, Any], used: Iterable[str]) -> dict[str, Any]:
     Raises ValueError, in one sentence, for two names that disagree and for a key that is neither
     used nor skipped.
     """
-    used = set(used)
-    # Of the keys that are used, n_inner and window may be null.
-    given = {key: value for key, value in given.items() if value is not None or key in used}
-    used.add(TIED)
+    used = {*used, TIED}
+    given = {k: value for k, value in given.items() if value is not None or k in _MAY_BE_NULL}
     aliases = {alias: key for alias, key in _ALIASES.items() if key in used}
     settled = {key: given[key] for key in used if key in given}
     for alias in sorted(aliases.keys() & given.keys()):
         key = aliases[alias]
-        if settled.get(key) is None:
-            settled[key] = given[alias]
-        if settled[key] != given[alias]:
+        if settled.setdefault(key, given[alias]) != given[alias]:
             raise ValueError(
                 f"{alias} and {key} are one setting, got {given[alias]!r} and {settled[key]!r}"
             )
