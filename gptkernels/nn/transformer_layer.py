@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count, check_flag, check_probability, check_tensor
 from gptkernels.nn.layers import FusedModule, LayerNorm, add_norm, head_width
-from gptkernels.nn.plain import class_name, is_plain, not_plain_in
+from gptkernels.nn.plain import class_name, not_plain_in
 from gptkernels.ops.attention.dense import attention
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
 
@@ -187,16 +187,10 @@ class TransformerLayer(FusedModule):
             reasons["attention"] = f"self_attn is a {class_name(self.self_attn)}"
         elif masked:
             reasons["attention"] = "a mask tensor runs with impl='torch' only"
-        dropping = self.dropout > 0 and (self.training if training is None else training)
-        changed = not_plain_in(self, nn.Linear, "linear1", "linear2")
-        if isinstance(self.activation, nn.GELU):
-            changed = not_plain_in(self, nn.GELU, "activation") or changed
-        elif self.activation is not F.gelu:
-            changed = "only GELU is fused, tanh or exact"
-        if changed is not None:
-            reasons["mlp"] = changed
-        elif dropping:
-            reasons["mlp"] = "dropout between its two products is PyTorch's"
+        training = self.training if training is None else training
+        mlp = self._mlp_not_fused(self.dropout if training else 0.0)
+        if mlp is not None:
+            reasons["mlp"] = mlp
         for name in ("norm2",) if self.norm_first else ("norm1", "norm2"):
             reason = not_plain_in(self, LayerNorm, name)
             if reason is not None:
@@ -217,30 +211,31 @@ class TransformerLayer(FusedModule):
         # As nn.TransformerEncoderLayer calls it, so its hooks see the same.
         return self.self_attn(x, x, x, need_weights=False, **masks)[0]
 
-    def _approximate(self) -> str | None:
-        """That of the activation if it is a GELU, else None."""
-        if self.activation is F.gelu:
-            return "none"
-        return self.activation.approximate if is_plain(self.activation, nn.GELU) else None
-
     def _mlp(self, x: Tensor, dropout: float) -> Tensor:
         first, second = self.linear1, self.linear2
-        approximate = self._approximate()
-        if (
-            approximate is not None
-            and dropout == 0
-            and not_plain_in(self, nn.Linear, "linear1", "linear2") is None
-        ):
-            return gelu_mlp(
-                x,
-                first.weight,
-                first.bias,
-                second.weight,
-                second.bias,
-                approximate=approximate,
-                impl=self.impl,
-            )
-        return second(F.dropout(self.activation(first(x)), dropout))
+        if self._mlp_not_fused(dropout) is not None:
+            return second(F.dropout(self.activation(first(x)), dropout))
+        exact = self.activation is F.gelu
+        return gelu_mlp(
+            x,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            approximate="none" if exact else cast("nn.GELU", self.activation).approximate,
+            impl=self.impl,
+        )
+
+    def _mlp_not_fused(self, dropout: float) -> str | None:
+        """Why the MLP runs module by module; None where it is one op."""
+        if isinstance(self.activation, nn.GELU):
+            changed = not_plain_in(self, nn.GELU, "activation")
+        else:
+            changed = None if self.activation is F.gelu else "only GELU is fused, tanh or exact"
+        changed = changed or not_plain_in(self, nn.Linear, "linear1", "linear2")
+        if changed is None and dropout > 0:
+            return "dropout between its two products is PyTorch's"
+        return changed
 
     def extra_repr(self) -> str:
         """What repr shows."""
