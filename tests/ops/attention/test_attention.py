@@ -17,7 +17,7 @@ from right import assert_same, run, seeded
 from torch import Tensor
 
 from gptkernels import attention
-from gptkernels.ops.attention.torch import dense
+from gptkernels.ops.attention.torch import blocks, fused
 from gptkernels.truth import baseline, parity, reference
 
 
@@ -64,8 +64,8 @@ class TestParity:
         tensors = inputs(B, Tq, Tk, H, Hk, D, dtype, seed)
         with pytest.MonkeyPatch.context() as patch:
             # The formula gets a few rows in each block, and so several blocks.
-            patch.setattr(dense, "_SCORES_HELD", B * H * Tk * 40)
-            patch.setattr(dense, "_BAND_ROWS", 24)
+            patch.setattr(blocks, "_SCORES_HELD", B * H * Tk * 40)
+            patch.setattr(fused, "_BAND_ROWS", 24)
             if impl == "triton" and dtype != FP32:
                 # With tiles as large as these lengths, no block would be without a mask.
                 shrink_tiles(patch, *tile)
@@ -245,7 +245,7 @@ class TestParity:
         seed: int,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(dense, "_SCORES_HELD", 2 * 3 * 45 * 16)
+        monkeypatch.setattr(blocks, "_SCORES_HELD", 2 * 3 * 45 * 16)
         tensors = inputs(2, 40, 45, 3, D=24, dtype=dtype, seed=seed)
         mask = torch.randn(shape).to(device=DEVICE, dtype=dtype)
         if kind == "bool":

@@ -22,12 +22,12 @@ from gptkernels.core import philox
 from gptkernels.ops.attention import dense as public
 from gptkernels.ops.attention import torch as implementation
 from gptkernels.ops.attention.options import AttentionOptions
-from gptkernels.ops.attention.torch import backend, dense
+from gptkernels.ops.attention.torch import backend, blocks, dense, formula, fused
 
 
 class TestTorchImplementation:
     @pytest.mark.parametrize(
-        ("options", "fused"),
+        ("options", "by_fused_ops"),
         [
             (dict(), True),
             (dict(causal=False), True),
@@ -46,7 +46,7 @@ class TestTorchImplementation:
         ids=str,
     )
     def test_it_is_fused_where_the_options_allow(
-        self, options: dict[str, Any], fused: bool
+        self, options: dict[str, Any], by_fused_ops: bool
     ) -> None:
         options = dict(options)
         tensors = inputs(1, options.pop("Tq", 9), 9, H=4, Hk=2, D=16, dtype=BF16)
@@ -72,21 +72,21 @@ class TestTorchImplementation:
         assert any("gptkernels.attention_bwd" in name for name in seen)
         parts: list[str] = []
         monitored = [
-            dense._fused_attention_fwd,
-            dense._fused_attention_bwd,
-            dense._masked_attention_fwd,
-            dense._masked_attention_bwd,
+            fused.attention_fwd,
+            fused.attention_bwd,
+            fused.masked_attention_fwd,
+            fused.masked_attention_bwd,
         ]
         with pytest.MonkeyPatch.context() as patch:
             for function in monitored:
-                patch.setattr(dense, function.__name__, noting(function, parts))
+                patch.setattr(fused, function.__name__, noting(function, parts))
             run(functools.partial(attention, **options, impl="torch"), tensors)
-        assert bool(parts) == fused
+        assert bool(parts) == by_fused_ops
         assert len(parts) in (0, 2)
 
     def test_memory_stays_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """No tensor of the formula has more scores than the bound."""
-        monkeypatch.setattr(dense, "_SCORES_HELD", 2000)
+        monkeypatch.setattr(blocks, "_SCORES_HELD", 2000)
         largest = 0
 
         class Watch(TorchDispatchMode):
@@ -196,7 +196,7 @@ class TestBackend:
 
         options = AttentionOptions(0.5, right=0, backend=backend.CUDNN)
         with Recorder():
-            dense._fused_attention_bwd(dout, q, k, v, out, lse, True, options, False)
+            fused.attention_bwd(dout, q, k, v, out, lse, True, options, False)
         assert len({x.stride() for x in given[:5]}) == 1
         assert given[0].stride() == q.transpose(1, 2).stride()
 
@@ -232,7 +232,7 @@ class TestRegistration:
         )
 
     def test_compile_keeps_the_fused_backward(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dense, "_attention_rows_bwd", None)  # a gradient of lse would call it
+        monkeypatch.setattr(formula, "attention_bwd", None)  # a gradient of lse would call it
         torch._dynamo.reset()
         call = functools.partial(attention, impl="torch")
         compiled = torch.compile(lambda q, k, v: call(q, k, v), fullgraph=True, backend="aot_eager")
