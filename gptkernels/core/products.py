@@ -7,12 +7,19 @@ pad such rows with zeros to a multiple of 32.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _DEPTH = 32  # 16-bit numbers in a row of an AMX tile
-_AMX = torch.cpu._is_amx_tile_supported()  # asked once: torch.compile cannot trace it
+# Asked once, since torch.compile cannot trace it. ONEDNN_MAX_CPU_ISA may name a lower instruction
+# set; oneDNN ignores a name that it does not know.
+_LIMIT = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+_AMX = torch.cpu._is_amx_tile_supported() and (
+    "AMX" in _LIMIT or not _LIMIT.startswith(("SSE", "AVX"))
+)
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from harness import BF16, FP16, FP32, name_of
 
+from benchmarks import child_environment
 from gptkernels.core import products
 
 
@@ -24,6 +28,16 @@ def test_a_nan_stays_in_its_row(inner: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         products.mm(a, b).double(), a.double() @ b.double(), rtol=0, atol=0.5
     )
+
+
+def test_nothing_is_padded_where_onednn_may_not_use_amx() -> None:
+    """A padded product adds up in another order than PyTorch's own."""
+    code = "import torch; from gptkernels.core import products; print(products._AMX)"
+    environment = child_environment(ONEDNN_MAX_CPU_ISA="AVX512_CORE")
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "False\n"
 
 
 def test_they_compile_whole() -> None:
