@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=int,
         choices=sorted(tables.SHARED_LIMITS),
-        help="Triton's kernels for these compute capabilities alone",
+        help="kernels for these compute capabilities alone",
     )
     parser.add_argument("--update", action="store_true", help="write what is found to the table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
@@ -128,17 +128,19 @@ def _triton(options: argparse.Namespace) -> int | None:
 
 
 def _nvcc(options: argparse.Namespace) -> int | None:
-    """Returns the exit code; None where --only leaves no kernel, or might leave none but nvcc is
-    missing."""
+    """Returns the exit code; None where --only and --arch leave no kernel, or might leave none but
+    nvcc is missing."""
     from gates import native
 
     version = native.version()
     if version is None:
         print("nvcc: skipped, neither PATH nor CUDA_HOME leads to it")
         return None if options.only and not options.compiler else 0
+    if not native.names(options.arch):
+        return None
     started = time.perf_counter()
     try:
-        found, notes = native.measure_all(options.jobs)
+        found, notes = native.measure_all(options.jobs, options.arch)
     except subprocess.CalledProcessError:
         print("gates: the CUDA kernels do not compile (see above)", file=sys.stderr)
         return 1
@@ -201,15 +203,17 @@ def _compare(
         lines = tables.changes(old, table.versions[version])
         print("\n".join(lines) or "The table stays as it is")
         tables.save(table, path)
-    complete = not options.only and (not options.arch or compiler != "Triton")
-    return tables.violations(compiler, version, found, table, requirements, complete=complete)
+    return tables.violations(
+        *(compiler, version, found, table, requirements),
+        complete=not options.only,
+        architectures=options.arch,
+    )
 
 
 def _asked_for(key: Key, compiler: str, options: argparse.Namespace) -> bool:
     """Whether this run covers a row of the table."""
     name, architecture = key
-    arch = options.arch if compiler == "Triton" else None
-    return options.only in name and (not arch or architecture in arch)
+    return options.only in name and (not options.arch or architecture in options.arch)
 
 
 def _verdict(name: str, found: Mapping[Key, Resources], broken: list[str], started: float) -> int:

@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -76,15 +76,26 @@ def version() -> str | None:
     return release[1]
 
 
-def measure_all(jobs: int) -> tuple[dict[Key, Resources], list[str]]:
-    """Returns what each kernel uses on each architecture, and one sentence for each of these: a
-    note of ptxas that nvcc does not treat as a warning, code for an architecture that the source is
-    not meant for, and a source that takes too long to compile. `jobs` processes read the objects.
+def names(capabilities: Sequence[int] | None) -> list[str]:
+    """Returns the architectures of a wheel, such as "90a", that have one of these compute
+    capabilities; all of them by default."""
+    shipped = extension.DEFAULT_ARCHITECTURES.split(";")
+    return [name for name in shipped if capabilities is None or capability(name) in capabilities]
+
+
+def measure_all(
+    jobs: int, capabilities: Sequence[int] | None = None
+) -> tuple[dict[Key, Resources], list[str]]:
+    """Returns what each kernel uses on each architecture, by default on all of a wheel, and one
+    sentence for each of these: a note of ptxas that nvcc does not treat as a warning, code for an
+    architecture that the source is not meant for, and a source that takes too long to compile.
+    `jobs` processes read the objects.
 
     Raises subprocess.CalledProcessError where a source does not compile.
     """
     for name in _CHOICES:
         os.environ.pop(name, None)
+    os.environ["GPTKERNELS_CUDA_ARCHS"] = ";".join(names(capabilities))
     os.environ.setdefault("GPTKERNELS_OBJECT_CACHE", str(ROOT / "build" / "objects"))
     objects = extension.kernels(ROOT / "build" / "gates-native")
     found: dict[Key, Resources] = {}
@@ -95,6 +106,8 @@ def measure_all(jobs: int) -> tuple[dict[Key, Resources], list[str]]:
         said += misplaced(source, {architecture for _, architecture in measured})
         for (name, architecture), resources in measured.items():
             key = (name, capability(architecture))
+            if capabilities is not None and key[1] not in capabilities:
+                continue  # Hopper's sources are compiled whatever is asked for
             if key in found:
                 raise ValueError(f"{source}: there is another kernel named {name!r}")
             found[key] = resources

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -143,12 +143,13 @@ def violations(
     requirements: Iterable[Requirement] = (),
     *,
     complete: bool = True,
+    architectures: Collection[int] | None = None,
 ) -> list[str]:
     """Returns one sentence for each rule that the kernels compiled by this compiler and version
     break.
 
-    `complete` means that `found` has every shipped kernel. Then a kernel that only the table has is
-    stale, which breaks a rule too.
+    `complete` means that `found` has every shipped kernel, of these architectures or of all. Then a
+    kernel that only the table has is stale, which breaks a rule too.
     """
     committed = table.versions.get(version)
     if committed is None:
@@ -158,7 +159,7 @@ def violations(
             "run python -m gates --update with it, and commit the result"
         ]
     broken = list(_beyond_limits(found, table.exemptions))
-    broken += _without_instructions(found, requirements, complete)
+    broken += _without_instructions(found, requirements, complete and architectures is None)
     for key, resources in found.items():
         if key not in committed:
             broken.append(f"{_label(key)}: not in the table ({resources})")
@@ -166,6 +167,8 @@ def violations(
             broken.append(f"{_label(key)}: {resources}, the table has {committed[key]}")
     if complete:
         stale = [key for key in committed if key not in found]
+        if architectures is not None:
+            stale = [key for key in stale if key[1] in architectures]
         broken += [f"{_label(key)}: in the table, but not shipped" for key in stale]
         broken += stale_exemptions(table)
     return broken

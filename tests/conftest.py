@@ -26,7 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
+from interpreter import round_multiply_add_once  # noqa: E402
 
+round_multiply_add_once()
 pytest_plugins = ["machines"]
 # pytest then shows the values in failed asserts of these modules too.
 pytest.register_assert_rewrite("attention_cases", "emulated", "right", "training")

@@ -174,30 +174,35 @@ inline bool scores_are_plain(const AttentionCall& c) {
            c.dropout.rng == nullptr;
 }
 
-// Scores in units of log2(e) from products q.k, for one head.
+// Scores from products q.k, for one head. exp(s) is computed as exp2(log2(e) s - m), which is one
+// multiply-add before exp2: a score in units of log2(e) would be rounded once more, and a score far
+// from 0 (ALiBi, where the nearest key is far) would lose digits of its weight.
 struct Score {
-    float factor;   // scale log2(e); with a softcap scale / softcap
-    float ceiling;  // softcap log2(e), or 0
-    float slope;    // the head's ALiBi slope, times log2(e)
+    float scale;    // with a softcap: divided by it
+    float softcap;  // or 0
+    float slope;    // the head's ALiBi slope, or 0
+    float factor;   // scale log2(e): what the multiply-add takes where scores stay plain products
 
     // distance = position - j. slope_of_cap = ds / d(scale * product), 1 without a softcap.
     __device__ float operator()(float product, int distance, float& slope_of_cap) const {
-        float s = product * factor;
+        float s = product * scale;
         slope_of_cap = 1;
-        if (ceiling != 0) {
+        if (softcap != 0) {
             const float t = tanhf(s);
-            s = ceiling * t;
+            s = softcap * t;
             slope_of_cap = 1 - t * t;
         }
-        return s - slope * fabsf(static_cast<float>(distance));
+        return fmaf(-slope, fabsf(static_cast<float>(distance)), s);
     }
+
 };
 
 __device__ inline Score score_of_head(const AttentionCall& c, int h) {
     Score score;
-    score.factor = c.softcap > 0 ? c.softmax_scale / c.softcap : c.softmax_scale * kLog2e;
-    score.ceiling = c.softcap * kLog2e;
-    score.slope = c.alibi_slopes == nullptr ? 0 : c.alibi_slopes[h] * kLog2e;
+    score.scale = c.softcap > 0 ? c.softmax_scale / c.softcap : c.softmax_scale;
+    score.softcap = c.softcap;
+    score.factor = c.softmax_scale * kLog2e;
+    score.slope = c.alibi_slopes == nullptr ? 0 : c.alibi_slopes[h];
     return score;
 }
 

@@ -110,6 +110,10 @@ class TestRules:
             "b sm_90: in the table, but not shipped",
         ]
         assert violations("Triton", "3.7.1", part, table(), complete=False) == []
+        assert violations("Triton", "3.7.1", part, table(), architectures=[80]) == []
+        assert violations("Triton", "3.7.1", part, table(), architectures=[80, 86]) == [
+            "a sm_86: in the table, but not shipped"
+        ]
 
     def test_unknown_version(self) -> None:
         (sentence,) = violations("Triton", "3.8.0", FOUND, table())
@@ -377,9 +381,11 @@ class TestNative:
         for name in ("gates", "scripts"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__py*"))
 
-    def run(self, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, folder: Path, *arguments: str, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"PYTHONPATH": str(folder)} | environment
-        gates = ("-m", "gates", "--compiler", "nvcc", "--only", "spilling")
+        gates = ("-m", "gates", "--compiler", "nvcc", "--only", "spilling", *arguments)
         return harness.command(sys.executable, *gates, cwd=folder, env=environment)
 
     @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
@@ -411,6 +417,10 @@ class TestNative:
         assert "FAILED spilling sm_80: 32 registers" in done.stdout
         assert "FAILED spilling sm_90: not in the table" in done.stdout
         assert f"nvcc {version}: 2 compiled kernels, 4 FAILED" in done.stdout
+        done = self.run(tmp_path, "--arch", "90")
+        assert done.returncode == 1
+        assert f"nvcc {version}: 1 compiled kernels, 2 FAILED" in done.stdout
+        assert self.run(tmp_path, "--arch", "86").returncode == 2
 
     @pytest.mark.parametrize(("only", "code"), [("", 1), ("kernel", None)])
     def test_objects_without_kernels_fail(
@@ -421,7 +431,7 @@ class TestNative:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setattr(native, "version", lambda: "13.0")
-        monkeypatch.setattr(native, "measure_all", lambda jobs: ({}, ["a.cu: a note"]))
+        monkeypatch.setattr(native, "measure_all", lambda jobs, arch: ({}, ["a.cu: a note"]))
         assert command._nvcc(command._parser().parse_args(["--only", only])) == code
         said = capsys.readouterr().out
         assert ("FAILED a.cu: a note" in said) == (code == 1)

@@ -36,9 +36,12 @@ OBJECT_CACHE = os.environ.get("GPTKERNELS_OBJECT_CACHE") or str(ROOT / "build" /
 
 
 def run(*words: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in this environment without what would change Python, pip or the build."""
+    """A command in this environment without what would change Python, pip or the build, but with
+    the architectures that nvcc compiles for: they are those of the objects that exist."""
     dropped = ("PYTHON", "PIP_", "GPTKERNELS_", "TORCH_CUDA", "CUDA_HOME", "NVCC_", "CXX")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    if "GPTKERNELS_CUDA_ARCHS" in os.environ:
+        kept["GPTKERNELS_CUDA_ARCHS"] = os.environ["GPTKERNELS_CUDA_ARCHS"]
     # Compiling every kernel takes a while.
     return command(*words, cwd=cwd, env=kept | environment, timeout=900)
 

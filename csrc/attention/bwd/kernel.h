@@ -126,9 +126,9 @@ template <class T, bool kPlain>
 __device__ __forceinline__ float weight_of(float product, float lse, const Score& score,
                                            int distance, float& slope_of_cap) {
     slope_of_cap = 1;
-    if (kPlain || (score.ceiling == 0 && score.slope == 0))
+    if (kPlain || (score.softcap == 0 && score.slope == 0))
         return exp2_for<T>(fmaf(product, score.factor, -lse));
-    return exp2_for<T>(score(product, distance, slope_of_cap) - lse);
+    return exp2_for<T>(fmaf(score(product, distance, slope_of_cap), kLog2e, -lse));
 }
 
 // Turns the products s = q.k and dp = dout.v of a pair into its weight (s, as it multiplies dout)

@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
     // pays to read only those that a block needs.
     auto own = [&](int r, int half) { return of_rows[row0 + lane / 4 + 16 * r + 8 * half]; };
     Score score = score_of_head(call, 0);
-    const float factor = a.plain ? score.factor : 1.0f;
+    const float factor = a.plain ? score.factor : kLog2e;
 
     float o[kRowTiles][kHeadWidth / 8][4];
     RowState state[kRowTiles];

@@ -130,7 +130,6 @@ __global__ void __launch_bounds__(kFwdThreads)
     const Range keys = band.keys(i0, Tiles::kRows, kKeys);
     const int j_last = keys.last > keys.first ? (keys.last - 1) / kKeys * kKeys : -kKeys;
     const Score score = score_of_head(call, h);
-    const float factor = kOptions ? 1.0f : score.factor;
     DropoutKey dropout{};
     if (kOptions && call.dropout.rng != nullptr) dropout = dropout_key(call.dropout);
 
@@ -182,6 +181,7 @@ __global__ void __launch_bounds__(kFwdThreads)
 #pragma unroll 1
         for (int j0 = j_last; j0 >= keys.first; j0 -= kKeys, t += 2) {
             float s[kRowTiles][kKeys / 8][4];
+            const float factor = kOptions ? kLog2e : call.softmax_scale * kLog2e;
             advance(t, j0, 0);
             score_products<Tiles, T>(s, q_tile, slot(t), row0);
             advance(t + 1, j0, 1);
@@ -217,7 +217,8 @@ __global__ void __launch_bounds__(kFwdThreads)
                         }
             }
 #pragma unroll
-            for (int r = 0; r < kRowTiles; ++r) softmax_step<T>(s[r], o[r], state[r], factor);
+            for (int r = 0; r < kRowTiles; ++r)
+                softmax_step<T>(s[r], o[r], state[r], factor);
             if (kOptions && call.dropout.rng != nullptr) {
 #pragma unroll
                 for (int r = 0; r < kRowTiles; ++r)

@@ -144,6 +144,20 @@ class TestParity:
         heads = len(options.get("alibi_slopes", [0.0]))
         hold(inputs(1, 140, 290, heads, 1, 16, dtype, seed), impl, seed, **options)
 
+    @each
+    def test_alibi_where_every_key_is_far(self, impl: str) -> None:
+        """Every key is 23 or more positions away, so a score's last digits are few. They must not
+        be lost a second time: over many rows the errors are those of PyTorch."""
+        shape, options = (1, 16, 48, 8, 8, 16), dict(alibi_slopes=[1.0] * 8, key_lengths=int32(8))
+        ours, theirs = 0.0, 0.0
+        for seed in range(4):
+            tensors = inputs(*shape, seed=seed)
+            exact = {name: parity.upcast(tensor) for name, tensor in tensors.items()}
+            truth = reference.attention(**exact, **options)
+            ours += (attention(**tensors, **options, impl=impl) - truth).abs().sum().item()
+            theirs += (baseline.attention(**tensors, **options) - truth).abs().sum().item()
+        assert ours <= 1.06 * theirs
+
     @runnable
     def test_eight_query_heads_read_one(self, impl: str, dtype: torch.dtype, seed: int) -> None:
         tensors = inputs(2, 40, 45, 8, 1, 24, dtype, seed)

@@ -105,7 +105,7 @@ struct BwdNarrow : BwdConsumer<T, Tiles> {
                 float slope_of_cap;
                 const float x =
                     score(s[n][e], distance + 8 * n + e % 2 - e / 2 * 8, slope_of_cap);
-                s[n][e] = exp2_for<T>(x - (e % 2 ? l.y : l.x));
+                s[n][e] = exp2_for<T>(fmaf(x, kLog2e, -(e % 2 ? l.y : l.x)));
                 dp[n][e] = s[n][e] * slope_of_cap * (dp[n][e] - (e % 2 ? d.y : d.x));
             }
         }

@@ -141,15 +141,15 @@ struct BwdWide : BwdConsumer<T, Tiles> {
         const int distance = i0 + row + work.band.shift - (work.j0 + kShare * consumer + pair);
         wgmma_wait<1>();
         wgmma_fence_registers(s);
+        const float factor = kOptions ? kLog2e : score.factor;
         float cap[kOptions ? kShare / 8 : 1][4];
 #pragma unroll
         for (int n = 0; n < kShare / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                float x = s[n][e] * score.factor;
                 if constexpr (kOptions)
-                    x = score(s[n][e], distance + e / 2 * 8 - 8 * n - e % 2, cap[n][e]);
-                s[n][e] = exp2_for<T>(x - lse[e / 2 * 8]);
+                    s[n][e] = score(s[n][e], distance + e / 2 * 8 - 8 * n - e % 2, cap[n][e]);
+                s[n][e] = exp2_for<T>(fmaf(s[n][e], factor, -lse[e / 2 * 8]));
             }
         wgmma_wait<0>();
         wgmma_fence_registers(dp);

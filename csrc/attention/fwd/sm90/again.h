@@ -121,7 +121,7 @@ struct FwdSm90Again {
                     s[n][e] = score(s[n][e], i + band.shift - j, slope_of_cap);
                     if (!band.sees(i, j)) s[n][e] = -INFINITY;
                 }
-            softmax_step<T>(s, o, state, 1.0f);
+            softmax_step<T>(s, o, state, kLog2e);
             const auto weights = M::from_accumulators(s);
             const auto finite = [&](int j, int col) {
                 const float value = to_float(v.at(j, col));

@@ -177,9 +177,10 @@ struct FwdSm90Consumer {
         const int i0 = place.i0 + consumer * kWarpgroupRows;
         const int i = i0 + 16 * warp() + lane() / 4, j_offset = 2 * (lane() % 4);
         const Band band = band_of(call, place.b);
+        const float scale = call.softmax_scale;
         const Score score =
-            kOptions ? score_of_head(call, place.h) : Score{call.softmax_scale * kLog2e, 0, 0};
-        const float factor = kOptions ? 1.0f : score.factor;
+            kOptions ? score_of_head(call, place.h) : Score{scale, 0, 0, scale * kLog2e};
+        const float factor = kOptions ? kLog2e : score.factor;
         // The blocks that the CTA loads, and the blocks among them that this consumer's rows see.
         const Range all = keys_of_tile(band, place.i0, Tiles::kRows, kKeys);
         const Range mine = keys_of_tile(band, i0, kWarpgroupRows, kKeys);

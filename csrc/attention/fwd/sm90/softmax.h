@@ -73,17 +73,17 @@ __device__ __forceinline__ float tanh_of_score(float x) {
 template <class T, int kTiles>
 __device__ __forceinline__ void apply_options(float (&s)[kTiles][4], const Score& score,
                                               const Band& band, int i, int j) {
-    if (score.ceiling != 0) {
+    if (score.softcap != 0) {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                s[n][e] = score.ceiling * tanh_of_score<T>(s[n][e] * score.factor);
+                s[n][e] = score.softcap * tanh_of_score<T>(s[n][e] * score.scale);
     } else {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) s[n][e] *= score.factor;
+            for (int e = 0; e < 4; ++e) s[n][e] *= score.scale;
     }
     if (score.slope != 0) {
         const float distance = static_cast<float>(i + band.shift - j);
@@ -91,8 +91,9 @@ __device__ __forceinline__ void apply_options(float (&s)[kTiles][4], const Score
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                s[n][e] -= score.slope *
-                           fabsf(distance + static_cast<float>(e / 2 * 8 - 8 * n - e % 2));
+                s[n][e] = fmaf(-score.slope,
+                               fabsf(distance + static_cast<float>(e / 2 * 8 - 8 * n - e % 2)),
+                               s[n][e]);
     }
 }
 

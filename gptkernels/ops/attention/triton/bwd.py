@@ -184,7 +184,7 @@ def attention_bwd_keys_kernel(
             product = tl.dot(k, tl.trans(q), input_precision="ieee")
             if masked and SOFTCAP:
                 q, tainted = finite_rows(q)
-            s, slope_of_cap = scores(
+            s, factor, slope_of_cap = scores(
                 product,
                 rows[None, :],
                 cols[:, None],
@@ -196,11 +196,7 @@ def attention_bwd_keys_kernel(
                 SOFTCAP,
                 ALIBI,
             )
-            if SCALED:
-                factor = 1.0
-            else:
-                factor = scale * LOG2E
-            p = tl.exp2(s * factor - lse[None, :])
+            p = tl.exp2(tl.fma(s, factor, -lse[None, :]))
             if EXACT:
                 total = tl.load(total_ptr + sums + rows, mask=rows < Tq, other=1.0)
                 p = tl.div_rn(p, tl.zeros_like(p) + total[None, :])
@@ -328,7 +324,7 @@ def attention_bwd_queries_kernel(
                 v_offsets = tl.arange(0, BN).to(tl.int64)[:, None] * stride_vt + dims[None, :]
                 v = load_rows(v_base + j0_wide * stride_vt, v_offsets, cols < kv_len, D, BD, masked)
                 product = tl.dot(q, tl.trans(k), input_precision="ieee")
-                s, slope_of_cap = scores(
+                s, factor, slope_of_cap = scores(
                     product,
                     rows[:, None],
                     cols[None, :],
@@ -340,11 +336,7 @@ def attention_bwd_queries_kernel(
                     SOFTCAP,
                     ALIBI,
                 )
-                if SCALED:
-                    factor = 1.0
-                else:
-                    factor = scale * LOG2E
-                p = tl.exp2(s * factor - lse[:, None])
+                p = tl.exp2(tl.fma(s, factor, -lse[:, None]))
                 dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
                 if DROPOUT:
                     keep = attention_keep_tile(rng_ptr, i0, j0, bh, threshold, BM, BN)

@@ -139,7 +139,6 @@ def attention_decode_kernel(
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes_ptr + heads, mask=alive, other=0.0)[:, None]
-    factor = 1.0 if SCALED else scale * LOG2E
 
     k_base = k_ptr + kh * stride_kh
     v_base = v_ptr + kh * stride_vh
@@ -170,7 +169,7 @@ def attention_decode_kernel(
             k_offsets = (entry * stride_kb + place * stride_kt)[:, None] + dims[None, :]
             k = load_rows(k_base, k_offsets, wanted, D, BD, masked)
             product = tl.dot(q, tl.trans(k), input_precision="ieee")
-            s, _ = scores(
+            s, factor, _ = scores(
                 product, tokens[:, None], cols[None, :], shift, scale, softcap, slope,
                 SCALED, SOFTCAP, ALIBI,
             )  # fmt: skip
@@ -185,7 +184,7 @@ def attention_decode_kernel(
             # For a row that has seen no key yet, subtract 0 instead of -inf: its weights become
             # exp2(-inf) = 0.
             m_used = tl.where(m_new == -INFINITY, 0.0, m_new)
-            p = tl.exp2(s * factor - m_used[:, None])
+            p = tl.exp2(tl.fma(s, factor, -m_used[:, None]))
             rescale = tl.exp2(m - m_used)
             l = l * rescale + tl.sum(p, 1)
             acc *= rescale[:, None]

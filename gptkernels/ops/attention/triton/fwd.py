@@ -102,7 +102,7 @@ def attention_fwd_kernel(
             k_offsets = tl.arange(0, BN).to(tl.int64)[:, None] * stride_kt + dims[None, :]
             k = load_rows(k_base + j0_wide * stride_kt, k_offsets, cols < kv_len, D, BD, masked)
             product = tl.dot(q, tl.trans(k), input_precision="ieee")
-            s, _ = scores(
+            s, factor, _ = scores(
                 product,
                 rows[:, None],
                 cols[None, :],
@@ -114,10 +114,6 @@ def attention_fwd_kernel(
                 SOFTCAP,
                 ALIBI,
             )
-            if SCALED:
-                factor = 1.0
-            else:
-                factor = scale * LOG2E
             if masked:
                 visible = sees(
                     rows[:, None], cols[None, :], shift, left, right, kv_len, HAS_LEFT, HAS_RIGHT
@@ -127,7 +123,7 @@ def attention_fwd_kernel(
             # For a row that has seen no key yet, subtract 0 instead of -inf: its weights become
             # exp2(-inf) = 0.
             m_used = tl.where(m_new == -INFINITY, 0.0, m_new)
-            p = tl.exp2(s * factor - m_used[:, None])
+            p = tl.exp2(tl.fma(s, factor, -m_used[:, None]))
             rescale = tl.exp2(m - m_used)
             l = l * rescale + tl.sum(p, 1)
             acc *= rescale[:, None]

@@ -6,7 +6,8 @@ sees key j if
 where an absent bound is compiled away (HAS_LEFT, HAS_RIGHT; causal means right = 0).
 
     s = scale * q.k;   s = softcap * tanh(s / softcap);   s = s - slope * |position - j|
-The kernels hold s multiplied by log2(e), since they compute exp(s) as exp2(s * log2(e)).
+The kernels compute exp(s - m) as exp2(log2(e) s - log2(e) m), with one multiply-add before exp2. A
+score in units of log2(e) would be rounded once more.
 """
 
 import triton
@@ -110,26 +111,27 @@ def scores(
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
 ):
-    """Returns (s * log2(e), d): the scores times log2(e), and d = ds / d(scale * product), which is
-    1 without a softcap.
+    """Returns (s, factor, d): exp2(s * factor) is exp of the score, and d is the derivative of the
+    score by scale * product, which is 1 without a softcap.
 
-    Not SCALED: it returns the product itself, and the caller folds scale * log2(e) into its exp2,
-    as one multiply-add.
+    Not SCALED: s is the product itself, and the factor holds the scale.
     """
     if SCALED:
+        factor = LOG2E
         if SOFTCAP:
             t = _tanh(product * (scale / softcap))
-            s = t * (softcap * LOG2E)
+            s = softcap * t
             slope_of_cap = 1.0 - t * t
         else:
-            s = product * (scale * LOG2E)
+            s = product * scale
             slope_of_cap = 1.0
         if ALIBI:
-            s -= (slope * LOG2E) * tl.abs(rows + shift - cols).to(tl.float32)
+            s = tl.fma(-slope, tl.abs(rows + shift - cols).to(tl.float32), s)
     else:
+        factor = scale * LOG2E
         s = product
         slope_of_cap = 1.0
-    return s, slope_of_cap
+    return s, factor, slope_of_cap
 
 
 @triton.jit
