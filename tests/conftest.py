@@ -24,11 +24,11 @@ os.environ.setdefault(
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+import interpreter  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
-from interpreter import round_multiply_add_once  # noqa: E402
 
-round_multiply_add_once()
+interpreter.improve()
 pytest_plugins = ["machines"]
 # pytest then shows the values in failed asserts of these modules too.
 pytest.register_assert_rewrite("attention_cases", "emulated", "right", "training")

@@ -121,3 +121,11 @@ def assert_gradients_alone(
         assert [k for k, leaf in leaves.items() if leaf.grad is not None] == list(wanted)
         for k in wanted:
             assert torch.equal(leaves[k].grad, all_gradients[k]), k
+
+
+def check_op(op: Any, arguments: Sequence[Any]) -> None:
+    """Runs PyTorch's checks of a registered op on a call of it, whose last argument is `impl`. The
+    slow one compiles the call, and knows nothing of the implementation, so one gets it."""
+    fast = ("test_schema", "test_faketensor", "test_autograd_registration")
+    checks = (*fast, "test_aot_dispatch_dynamic") if arguments[-1] == "torch" else fast
+    torch.library.opcheck(op, tuple(arguments), test_utils=checks)

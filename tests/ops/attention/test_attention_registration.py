@@ -13,7 +13,7 @@ from attention_cases import MASKED, noting
 from harness import BF16, DEVICE, each
 from op_inputs import attention_inputs as inputs
 from op_inputs import int32 as lengths
-from right import assert_same, run
+from right import assert_same, check_op, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -216,9 +216,9 @@ class TestRegistration:
                 key_lengths=lengths(3, 9), attn_mask=mask, rng=rng,
             )  # fmt: skip
         ops = torch.ops.gptkernels
-        torch.library.opcheck(ops.attention_fwd.default, (q, k, v, *options, impl))
+        check_op(ops.attention_fwd.default, (q, k, v, *options, impl))
         out, lse = ops.attention_fwd(q, k, v, *options, impl)
-        torch.library.opcheck(
+        check_op(
             ops.attention_bwd.default,
             (
                 torch.randn_like(out),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from op_inputs import ends, int32
 from op_inputs import varlen_inputs as inputs
 from op_inputs import varlen_lengths as arguments
-from right import assert_same, run, seeded
+from right import assert_same, check_op, run, seeded
 from torch import Tensor
 
 from gptkernels import attention, attention_varlen
@@ -382,11 +382,11 @@ def test_opcheck(impl: str) -> None:
         0.25, right=0, dropout_p=0.3, max_seqlen_q=5, max_seqlen_k=4,
         rng=philox.draw(torch.device(DEVICE)), cu_seqlens_q=ends(queries), cu_seqlens_k=ends(keys),
     )  # fmt: skip
-    torch.library.opcheck(attention_fwd, (q, k, v, *options, impl))
+    check_op(attention_fwd, (q, k, v, *options, impl))
     out, lse = attention_fwd(q, k, v, *options, impl)
     tensors = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse)
     mask = [True, False, True, False]
-    torch.library.opcheck(attention_bwd, (*tensors, *options, mask, False, impl))
+    check_op(attention_bwd, (*tensors, *options, mask, False, impl))
 
 
 @pytest.mark.parametrize(

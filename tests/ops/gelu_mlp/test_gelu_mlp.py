@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BF16, DEVICE, FP16, FP32, by_dtype, each, each_kernel, needs_cuda, runnable
+from harness import BF16, DEVICE, FP16, FP32, each, each_kernel, name_of, needs_cuda, runnable
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import gelu_mlp_inputs as inputs
-from right import assert_right, assert_same, run
+from right import assert_right, assert_same, check_op, run
 from torch import Tensor
 
 from gptkernels import gelu_mlp
@@ -72,7 +72,7 @@ class TestParity:
         hold(inputs(150, 70, 210, dtype=dtype, seed=seed), impl="triton", seed=seed)
 
     @needs_cuda
-    @by_dtype
+    @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
     @pytest.mark.parametrize("alignment", [8, 1])
     @pytest.mark.parametrize(
         "sizes",
@@ -221,11 +221,11 @@ class TestRegistration:
     def test_opcheck(self, impl: str, biases: bool, keep_h: bool) -> None:
         x, w1, b1, w2, b2 = inputs(6, 10, 20, biases=biases).values()
         ops = torch.ops.gptkernels
-        torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "tanh", keep_h, impl))
+        check_op(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "tanh", keep_h, impl))
         y, h = ops.gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", True, impl)
         for grad_mask in ([True] * 5, [True, False, True, False, True]):
             arguments = (x, w1, b1, w2, h if keep_h else None, "tanh", grad_mask, impl)
-            torch.library.opcheck(ops.gelu_mlp_bwd.default, (torch.randn_like(y), *arguments))
+            check_op(ops.gelu_mlp_bwd.default, (torch.randn_like(y), *arguments))
 
 
 class TestBadInput:

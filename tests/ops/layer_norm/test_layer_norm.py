@@ -11,7 +11,7 @@ from harness import BF16, FP32, each, each_kernel, runnable
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import layer_norm_inputs
-from right import assert_gradients_alone, assert_right, assert_same, run, seeded
+from right import assert_gradients_alone, assert_right, assert_same, check_op, run, seeded
 
 from gptkernels import layer_norm
 from gptkernels.core import philox
@@ -278,13 +278,13 @@ def test_opcheck(impl: str, dropout_p: float, residual: bool, device: torch.devi
     rng = philox.draw(device) if dropout_p else None
     sum_dtype = FP32 if residual or dropout_p else None
     forward = (*inputs.values(), rng, dropout_p, 1e-5, sum_dtype, impl)
-    torch.library.opcheck(torch.ops.gptkernels.layer_norm_fwd.default, forward)
+    check_op(torch.ops.gptkernels.layer_norm_fwd.default, forward)
     statistics = torch.rand(24, device=device)
     residual_dtype = BF16 if residual else None
     for wanted in ((True, True), (True, False), (False, False)):
         options = (weight, rng, dropout_p, x.dtype, residual_dtype, *wanted, impl)
         backward = (x, x if residual else None, x, statistics, statistics, *options)
-        torch.library.opcheck(torch.ops.gptkernels.layer_norm_bwd.default, backward)
+        check_op(torch.ops.gptkernels.layer_norm_bwd.default, backward)
 
 
 @each
