@@ -114,8 +114,9 @@ def test_results_are_those_of_the_layer_it_replaces(
         as_function(theirs.to(dtype), arguments),
         reference,
         inputs,
-        # In 16 bits rounding may move an input of ReLU across 0, which changes its slope.
-        gradients=dtype == torch.float32 or options["activation"] != "relu",
+        # In 16 bits rounding may move an input of ReLU across 0, which changes its slope. And
+        # PyTorch's error in what few rows add up to is random.
+        gradients=(dtype == torch.float32 or options["activation"] != "relu") and rows * T >= 16,
     )
 
 
