@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulator native gates gpu gpu-tune lint clean active
+.PHONY: help demo test cpu sanitize emulator native gates gpu gpu-tune lint clean active
 
 # The interpreter that .venv is made from.
 BASE_PYTHON ?= python3
@@ -50,8 +50,14 @@ help: ## list the targets
 demo: $(READY) ## train a small GPT on real text, check it against plain PyTorch, write a report
 	$(PY) -m gptkernels demo $(ARGS)
 
-test: $(READY) emulator native ## run the whole test suite
+test: $(READY) cpu emulator native ## run the whole test suite
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+cpu: $(READY) ## bring the CPU kernels in this checkout up to date, where a C++ compiler is
+	@if $(PY) scripts/cpu_extension.py --check >/dev/null; then $(PY) scripts/cpu_extension.py --inplace; fi
+
+sanitize: $(READY) ## run every CPU kernel on several threads under ASan, UBSan and TSan
+	$(PY) scripts/cpu_extension.py --sanitize
 
 emulator: $(READY) ## build the CUDA kernels for this CPU, as the tests run them where no GPU is
 	$(PY) scripts/extension.py emulator
@@ -98,7 +104,7 @@ gpu-tune: ## likewise: every way to build the CUDA C++ kernels, checked and time
 	$(in_place) -m benchmarks.tune --results "$(RESULTS)" --since $$since $(ARGS)
 
 clean: ## remove what the targets made
-	rm -f gptkernels/_cuda*
+	rm -f gptkernels/_cpu* gptkernels/_cuda*
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

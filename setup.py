@@ -1,14 +1,15 @@
-"""The CUDA kernels' part of the build; everything else is declared in pyproject.toml.
+"""The compiled modules' part of the build; everything else is declared in pyproject.toml.
 
-GPTKERNELS_BUILD_CUDA=auto|1|0 says whether gptkernels._cuda is built. auto, the default: where
-there is nvcc and what else it takes; elsewhere the package is pure Python, and the build says so.
-1: or the build fails. How it is built, and what else it obeys, is in scripts/extension.py.
+GPTKERNELS_BUILD_CPU and GPTKERNELS_BUILD_CUDA, auto|1|0, say whether gptkernels._cpu and
+gptkernels._cuda are built. auto, the default: where there is a C++ compiler, or nvcc, and what else
+it takes; elsewhere the package goes without, and the build says so. 1: or the build fails. How they
+are built, and what else that obeys, is in scripts/cpu_extension.py and scripts/extension.py.
 """
 
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,48 +20,73 @@ from setuptools.errors import CompileError
 # Build front ends run this file without its folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
 
+import cpu_extension
 import extension
+from ninja_build import BuildError, put
 
 
-def wanted() -> bool:
-    """Whether to build gptkernels._cuda."""
-    choice = os.environ.get("GPTKERNELS_BUILD_CUDA", "auto")
-    if choice not in ("auto", "1", "0"):
-        sys.exit(f"GPTKERNELS_BUILD_CUDA is auto, 1 or 0, not {choice!r}")
-    return choice == "1" or (choice == "auto" and extension.lacks() is None)
+class Module:
+    """A compiled module: its name, how it is built, and why it cannot be."""
+
+    def __init__(
+        self, name: str, kernels: str, build: Callable[[], Path], lacks: Callable[[], str | None]
+    ) -> None:
+        self.name, self.kernels, self.build, self.lacks = name, kernels, build, lacks
+        self.variable = f"GPTKERNELS_BUILD_{name.upper()}"
+        self.choice = os.environ.get(self.variable, "auto")
+        if self.choice not in ("auto", "1", "0"):
+            sys.exit(f"{self.variable} is auto, 1 or 0, not {self.choice!r}")
+
+    def missing(self) -> str | None:
+        """Returns why the module is left out; None where it is built."""
+        if self.choice == "0":
+            return f"{self.variable} is 0"
+        return self.lacks() if self.choice == "auto" else None
+
+
+MODULES = [
+    Module("cpu", "CPU kernels", cpu_extension.cpu, cpu_extension.lacks),
+    Module("cuda", "CUDA kernels", extension.native, extension.lacks),
+]
 
 
 class BuildPython(build_py):
-    """Says when the package is built without its CUDA kernels."""
+    """Says which kernels the package is built without."""
 
     def run(self) -> None:
         """Called by every kind of install."""
         super().run()
-        if not self.distribution.has_ext_modules():
-            reason = extension.lacks() or "GPTKERNELS_BUILD_CUDA is 0"
-            print(f"gptkernels is built without its CUDA kernels: {reason}", file=sys.stderr)
+        for module in MODULES:
+            reason = module.missing()
+            if reason is not None:
+                print(
+                    f"gptkernels is built without its {module.kernels}: {reason}", file=sys.stderr
+                )
 
 
 class BuildExtension(build_ext):
-    """Runs ninja in build/native, and copies the module that it makes."""
+    """Runs ninja in build/, and copies the modules that it makes."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Called for gptkernels._cuda, the only one."""
-        reason = extension.lacks()
+        """Called for each module that is not left out."""
+        (module,) = (m for m in MODULES if ext.name == f"gptkernels._{m.name}")
+        reason = module.lacks()
         if reason is not None:
-            raise CompileError(f"GPTKERNELS_BUILD_CUDA is 1, but {reason}")
+            raise CompileError(f"{module.variable} is 1, but {reason}")
         try:
-            module = extension.native()
-        except extension.BuildError as error:
+            made = module.build()
+        except BuildError as error:
             raise CompileError(str(error)) from error
         except subprocess.CalledProcessError as error:
-            raise CompileError("the CUDA kernels do not compile (see above)") from error
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(module, target)
+            raise CompileError(f"the {module.kernels} do not compile (see above)") from error
+        put(made, Path(self.get_ext_fullpath(ext.name)))
 
 
 setup(
-    ext_modules=[Extension("gptkernels._cuda", sources=[])] if wanted() else [],
+    ext_modules=[
+        Extension(f"gptkernels._{module.name}", sources=[])
+        for module in MODULES
+        if module.missing() is None
+    ],
     cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
 )

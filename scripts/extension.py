@@ -35,9 +35,18 @@ import sysconfig
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
-from ninja_build import ROOT, BuildError, Library, Object, build, find_ninja
+from ninja_build import (
+    ROOT,
+    BuildError,
+    Library,
+    Object,
+    bindings,
+    build,
+    check_pybind11,
+    find_ninja,
+    version_of,
+)
 
 # Commands name files relative to ROOT, so that several checkouts can share cached objects.
 _SOURCES = Path("csrc")
@@ -87,7 +96,7 @@ def emulator() -> Path:
 def _emulator() -> Library:
     compiler = _compiler()
     base = [*compiler, *_EMULATOR_FLAGS, "-Icsrc", f"-isystem{_cuda_headers()}"]
-    objects = [*_emulated(compiler, _kernels()), _bindings(base, _version(compiler))]
+    objects = [*_emulated(compiler, _kernels()), bindings(_BINDINGS, base, version_of(compiler))]
     link = [*compiler, "-shared", f"-Wl,{_EXPORTS}"]
     return Library(ROOT / "build" / "emulator" / _MODULE, objects, link, ["-pthread"])
 
@@ -110,7 +119,7 @@ def _emulated(compiler: Sequence[str], sources: Sequence[Path]) -> list[Object]:
     include = ["-Icsrc", f"-isystem{_cuda_headers()}"]
     host = [*compiler, *_EMULATOR_FLAGS, *include]
     kernels = [*compiler, *_EMULATED_FLAGS, *_REPORTED, *include, "-xc++"]
-    tools = _version(compiler)
+    tools = version_of(compiler)
     shared = [file for file in _host_code(sources) if file.as_posix() not in _NATIVE_ONLY]
     return [
         o
@@ -142,7 +151,7 @@ def native(folder: Path | None = None) -> Path:
 
 def _native(folder: Path) -> Library:
     host, objects, link = _natively(_kernels())
-    objects.append(_bindings(host, objects[-1].tools))
+    objects.append(bindings(_BINDINGS, host, objects[-1].tools))
     link.append(f"-Xlinker={_EXPORTS},-s")
     return Library(folder / _MODULE, objects, link, [])
 
@@ -171,9 +180,9 @@ def _natively(sources: Sequence[Path]) -> tuple[list[str], list[Object], list[st
     # compiler of host code.
     variables = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
     added = [os.environ.get(name, "") for name in variables]
-    tools = " ".join((_version([nvcc]), *added)).strip()
+    tools = " ".join((version_of([nvcc]), *added)).strip()
     host = [*compiler, *_HOST_FLAGS, "-O2", "-Icsrc", f"-isystem{_cuda_headers()}"]
-    both = f"{tools}, {_version(compiler)}"
+    both = f"{tools}, {version_of(compiler)}"
     objects: list[Object] = []
     for source in (*sources, *_host_code(sources)):
         if source.suffix == ".cu":
@@ -204,7 +213,7 @@ def lacks() -> str | None:
     nvcc = find_nvcc()
     if nvcc is None:
         return "neither PATH nor CUDA_HOME leads to nvcc"
-    said = _version([nvcc])
+    said = version_of([nvcc])
     release = re.search(r"release (\d+)\.(\d+)", said)
     if release is None or tuple(map(int, release.groups())) < _OLDEST_NVCC:
         oldest = ".".join(map(str, _OLDEST_NVCC))
@@ -212,7 +221,7 @@ def lacks() -> str | None:
     try:
         _compiler()
         _cuda_headers()
-        _pybind11()
+        check_pybind11()
         find_ninja()
     except BuildError as error:
         return str(error)
@@ -277,23 +286,6 @@ def _targets(source: Path) -> list[str]:
     ]
 
 
-def _bindings(command: list[str], tools: str) -> Object:
-    """Returns the object of bindings.cpp, the only source that uses Python's headers: those of the
-    running Python."""
-    pybind11 = _pybind11()
-    include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
-    python = f"{sys.implementation.cache_tag} {platform.python_version()}"
-    tools = f"{tools}, pybind11 {pybind11.__version__}, {python}"
-    return Object(_BINDINGS, [*command, *include], tools)
-
-
-def _pybind11() -> ModuleType:
-    try:
-        return importlib.import_module("pybind11")
-    except ImportError:
-        raise BuildError("the CUDA kernels' bindings need pybind11: pip install pybind11") from None
-
-
 def _compiler() -> list[str]:
     """Returns the C++ compiler: g++, or CXX with its arguments."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
@@ -333,12 +325,6 @@ def _toolkit(nvcc: str) -> Path:
     return Path(top[1]).resolve() if top else beside
 
 
-def _version(command: Sequence[str]) -> str:
-    """Returns the lines of `--version` that have a version number."""
-    said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    return " ".join(line for line in said.splitlines() if re.search(r"\d+\.\d+", line))
-
-
 def _files(pattern: str) -> list[Path]:
     """Returns the files of csrc that match the pattern, relative to ROOT."""
     return sorted(path.relative_to(ROOT) for path in (ROOT / _SOURCES).glob(pattern))
@@ -359,7 +345,8 @@ def _host_code(kernels: Sequence[Path]) -> list[Path]:
         return {file.parts[1] for file in files}  # the name of the folder in csrc
 
     others = operators(_files("**/*.cu")) - operators(kernels)
-    files = [file for file in _files("*/**/*.cpp") if file.parts[1] != "emulator"]
+    apart = ("cpu", "emulator")  # the CPU kernels are a module of their own (cpu_extension.py)
+    files = [file for file in _files("*/**/*.cpp") if file.parts[1] not in apart]
     return [file for file in files if not operators([file]) & others]
 
 

@@ -1,4 +1,5 @@
-"""Compiles sources and links them with ninja. scripts/extension.py says which, and with what flags;
+"""Compiles sources and links them with ninja. The scripts that build a module, extension.py (CUDA
+kernels) and cpu_extension.py, say which, and with what flags;
 scripts/compile.py runs each compiler.
 
 Paths in the working tree are written relative to it. The environment variables MAX_JOBS and
@@ -8,15 +9,19 @@ NVCC_THREADS are explained in scripts/extension.py.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +53,7 @@ class Library:
     objects: list[Object]
     link: list[str]  # the command that links, without the files
     libraries: list[str]
+    exports: str = "csrc/module.map"  # what the link depends on besides the objects
 
     @property
     def folder(self) -> Path:
@@ -82,6 +88,14 @@ def build(library: Library, only: Sequence[Path] = ()) -> Path:
     return library.module
 
 
+def put(made: Path, to: Path) -> None:
+    """Copies a module to its place, at once: a process that has loaded the old one keeps it."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = to.with_name(f"{to.name}.{os.getpid()}.tmp")
+    shutil.copy(made, partial)
+    partial.replace(to)
+
+
 def _ninja_lines(library: Library) -> Iterator[str]:
     compile_one = [sys.executable, "scripts/compile.py"]
     link, libraries = _command([*library.link, "-o"]), _command(library.libraries)
@@ -101,7 +115,7 @@ def _ninja_lines(library: Library) -> Iterator[str]:
         yield f"  tools = {_command([o.tools])}"
         yield f"  compiler = {_command(o.command)}"
     compiled = " ".join(_path(library.path(o)) for o in library.objects)
-    yield f"build {_path(library.module)}: link {compiled} | csrc/module.map"
+    yield f"build {_path(library.module)}: link {compiled} | {library.exports}"
     yield ""
 
 
@@ -118,6 +132,30 @@ def _command(arguments: Sequence[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
 
+def bindings(source: Path, command: list[str], tools: str) -> Object:
+    """Returns the object of a source that uses pybind11 and Python's headers, those of the running
+    Python. Raises BuildError without pybind11."""
+    pybind11 = check_pybind11()
+    include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    python = f"{sys.implementation.cache_tag} {platform.python_version()}"
+    tools = f"{tools}, pybind11 {pybind11.__version__}, {python}"
+    return Object(source, [*command, *include], tools)
+
+
+def check_pybind11() -> ModuleType:
+    """Returns pybind11. Raises BuildError without it."""
+    try:
+        return importlib.import_module("pybind11")
+    except ImportError:
+        raise BuildError("the kernels' bindings need pybind11: pip install pybind11") from None
+
+
+def version_of(command: Sequence[str]) -> str:
+    """Returns the lines of `--version` that have a version number."""
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    return " ".join(line for line in said.splitlines() if re.search(r"\d+\.\d+", line))
+
+
 def find_ninja() -> str:
     """Returns ninja's program: the PyPI package's where it is installed, else the one on PATH."""
     with contextlib.suppress(ImportError):
@@ -128,7 +166,7 @@ def find_ninja() -> str:
             return program
     program = shutil.which("ninja")
     if program is None:
-        raise BuildError("the CUDA kernels are built with ninja: pip install ninja")
+        raise BuildError("the kernels are built with ninja: pip install ninja")
     return program
 
 

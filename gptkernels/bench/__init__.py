@@ -33,7 +33,7 @@ def cases_of(
     return (
         case
         for shape in shapes[: 1 if quick else None]
-        for dtype in (module.GPU_DTYPES if on_gpu else (torch.float32,))
+        for dtype in (module.GPU_DTYPES if on_gpu else module.CPU_DTYPES)
         for workload in module.workloads(shape, dtype, device, quick)
         for case in workload.cases(op, impls)
     )

@@ -85,8 +85,9 @@ def _implementations(torch: object) -> Iterator[str]:
         "triton": " under Triton's interpreter" if INTERPRETED else "",
         "cuda": " in the emulator" if EMULATED else "",
     }
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # type: ignore[attr-defined]
+    gpu = torch.cuda.is_available()  # type: ignore[attr-defined]
     for impl in IMPLEMENTATIONS:
+        device = "cuda" if gpu and impl != "cpu" else "cpu"
         reasons = {
             name: unavailable(impl, device, getattr(torch, name))
             for name in ("float32", "float16", "bfloat16")
@@ -99,7 +100,19 @@ def _implementations(torch: object) -> Iterator[str]:
         for name, reason in reasons.items():
             if reason is not None:
                 yield f"          not {name}: {reason}"
+        if impl == "cpu":
+            yield from _cpu_kernels()
     yield "  auto    picks torch"
+
+
+def _cpu_kernels() -> Iterator[str]:
+    from gptkernels.core.choice import CPU_OPS
+    from gptkernels.core.cpu import module
+
+    kernels = module()
+    library = kernels.threads_library()
+    yield f"          for {' and '.join(CPU_OPS)}, instruction set {kernels.instruction_set()}"
+    yield f"          on {'the threads of ' + library if library else 'one thread'}"
 
 
 def _gpu(torch: object) -> str:

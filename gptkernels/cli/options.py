@@ -14,6 +14,6 @@ device = click.option(
 )
 ops = click.option("--op", "ops", multiple=True, help="Operator; may be repeated.")
 impls = click.option(
-    "--impl", "impls", multiple=True, help="torch, triton or cuda; may be repeated."
+    "--impl", "impls", multiple=True, help="torch, triton, cuda or cpu; may be repeated."
 )
 json = click.option("--json", "path", type=PATH, help="Also write the rows to this file.")

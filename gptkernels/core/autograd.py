@@ -9,12 +9,14 @@ would leave a wrong gradient. Under torch.compile PyTorch decides, and may drop 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+
+from gptkernels.core.direct import direct
 
 _Gradients = tuple[Tensor | None, ...]
 
@@ -24,9 +26,36 @@ _ONCE = (
 )
 
 
+class _NothingToSave:
+    """The ctx of a forward pass that nobody will differentiate."""
+
+    needs_input_grad = (False,) * 32
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Called by a forward pass, to no effect."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Called by a forward pass, to no effect."""
+
+
+def requires_grad(arguments: Iterable[Any]) -> bool:
+    """Whether a result will have a gradient."""
+    if torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return True
+    return False
+
+
 def apply(function: type[Function], *arguments: Any) -> Any:
-    """Returns function.apply(*arguments). Raises NotImplementedError under a transform of
-    torch.func, and for tensors with a tangent."""
+    """Returns function.apply(*arguments), or function.forward's result where no argument requires a
+    gradient. Raises NotImplementedError under a transform of torch.func, and for tensors with a
+    tangent."""
+    if direct(arguments):
+        if not requires_grad(arguments):
+            return function.forward(_NothingToSave(), *arguments)
+        # Function.apply itself first looks for leftovers of torch.func's transforms.
+        return super(Function, function).apply(*arguments)  # type: ignore[misc]
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(_ONCE)
     refuse_tangents(*arguments)

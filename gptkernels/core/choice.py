@@ -1,8 +1,9 @@
 """Which implementation runs. An explicit one runs, or an error says why it cannot; only "auto"
 chooses.
 
-"auto" picks "torch" on every machine today. No kernel has been timed on a GPU yet, and an
-unmeasured kernel must not replace PyTorch's.
+"auto" picks "torch" on every machine today. No kernel has been timed on a GPU yet, and no
+measurement of the CPU kernels is in benchmarks/results. An unmeasured kernel must not replace
+PyTorch's.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import os
 import torch
 from torch import Tensor
 
-from gptkernels.core import native
+from gptkernels.core import cpu, native
 
-IMPLEMENTATIONS = ("torch", "triton", "cuda")
+IMPLEMENTATIONS = ("torch", "triton", "cuda", "cpu")
+CPU_OPS = ("gelu_mlp", "layer_norm")  # those that have kernels for a CPU
 
 # Triton reads the variable when a kernel is decorated, so a later change has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
@@ -26,28 +28,37 @@ def check_impl(impl: str, *, auto: bool = True) -> str:
     """Returns `impl` if it is the name of an implementation, or "auto" and that is allowed. Raises
     ValueError for any other name."""
     if impl not in IMPLEMENTATIONS and not (auto and impl == "auto"):
-        names = "'auto', 'cuda', 'triton' or 'torch'" if auto else "'cuda', 'triton' or 'torch'"
-        raise ValueError(f"impl must be {names}, got {impl!r}")
+        first = "'auto', " if auto else ""
+        raise ValueError(f"impl must be {first}'cuda', 'triton', 'cpu' or 'torch', got {impl!r}")
     return impl
 
 
-def choose(impl: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
-    """Returns the implementation that runs on `tensor`, or on `tensor` converted to `dtype`.
+def choose(op: str, impl: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """Returns the implementation of an op that runs on `tensor`, or on `tensor` converted to
+    `dtype`.
 
-    Raises ValueError for an unknown name, and RuntimeError where an explicit implementation cannot
-    run on this machine or tensor.
+    Raises ValueError for an unknown name, NotImplementedError where the op has no such
+    implementation, and RuntimeError where an explicit one cannot run on this machine or tensor.
     """
     if check_impl(impl) == "auto":
         return "torch"
+    if impl == "cpu" and op not in CPU_OPS:
+        raise NotImplementedError(f"impl='cpu': {_no_cpu_kernels(op)}")
     reason = unavailable(impl, tensor.device.type, dtype or tensor.dtype)
     if reason is None:
         return impl
     raise RuntimeError(f"impl={impl!r}: {reason}")
 
 
-def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Returns why an implementation cannot run on tensors of this device type and dtype; None where
-    it can."""
+def _no_cpu_kernels(op: str) -> str:
+    return f"{op} has no CPU kernels yet; impl='auto' and 'torch' run it with PyTorch's"
+
+
+def unavailable(
+    impl: str, device_type: str, dtype: torch.dtype, op: str | None = None
+) -> str | None:
+    """Returns why an implementation, of `op` where one is named, cannot run on tensors of this
+    device type and dtype; None where it can."""
     match check_impl(impl, auto=False):
         case "triton":
             if not _TRITON_INSTALLED:
@@ -61,4 +72,8 @@ def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
                 )
         case "cuda":
             return native.unavailable(device_type)
+        case "cpu":
+            if op is not None and op not in CPU_OPS:
+                return _no_cpu_kernels(op)
+            return cpu.unavailable(device_type)
     return None

@@ -9,6 +9,10 @@ fake, which tells torch.compile the shapes and dtypes of the results. A call run
 the same name in the module `gptkernels.ops.layer_norm.<impl>`, with all arguments but `impl`; no
 other implementation is imported.
 
+The decorated name is a function that calls that function directly where nothing could tell the
+difference (core/direct.py), and else the registered op, whose dispatch takes longer than a small
+kernel.
+
 A parameter annotated with a NamedTuple stands for all fields of that record. The schema and the
 calls have one argument for each field; the fake and the implementations get the record.
 """
@@ -25,18 +29,19 @@ from typing import Any
 
 import torch
 
-from gptkernels.core.autocast import without_autocast
+from gptkernels.core.autocast import autocast_enabled, without_autocast
 from gptkernels.core.choice import check_impl
+from gptkernels.core.direct import direct
 
 # An op is registered for as long as its library lives.
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
 def register(home: str) -> Callable[[Callable[..., Any]], Any]:
-    """Decorates the fake of an op: defines the op, and returns it in place of the fake.
+    """Decorates the fake of an op: defines the op, and returns what calls it in place of the fake.
 
     Args:
-        home: The package whose modules `torch`, `triton` and `cuda` implement the op.
+        home: The package whose modules `torch`, `triton`, `cuda` and `cpu` implement the op.
     """
 
     def define(fake: Callable[..., Any]) -> Any:
@@ -51,6 +56,15 @@ def register(home: str) -> Callable[[Callable[..., Any]], Any]:
             with torch.no_grad(), without_autocast(given[0]):
                 return function(*given)
 
+        def call(*arguments: Any) -> Any:
+            if not direct(arguments):
+                return op(*arguments)
+            *given, impl = pack(arguments)
+            if autocast_enabled(given[0]):
+                return run(*arguments)
+            # The callers are forward and backward passes: nothing requires a gradient.
+            return getattr(_implementation(home, impl), name)(*given)
+
         def describe(*arguments: Any) -> Any:
             return fake(*pack(arguments))
 
@@ -61,7 +75,8 @@ def register(home: str) -> Callable[[Callable[..., Any]], Any]:
         library.define(torch.library.infer_schema(describe, op_name=name, mutates_args=()))
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gptkernels::{name}", describe, lib=library)
-        return getattr(torch.ops.gptkernels, name).default
+        op = getattr(torch.ops.gptkernels, name).default
+        return functools.update_wrapper(call, fake)
 
     return define
 

@@ -125,11 +125,12 @@ def assert_parity(
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Fills the memory that launchers allocate with NaN (integers: with the largest value), so that
-    elements that no kernel writes are noticed."""
+    """Fills the memory that launchers allocate with NaN (integers: with the largest value, bools:
+    with True), so that elements that no kernel writes are noticed."""
     with (
         mock.patch.object(torch, "empty", _poisoning(torch.empty)),
         mock.patch.object(torch, "empty_like", _poisoning(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", _poisoning(Tensor.new_empty)),
     ):
         yield
 
@@ -137,8 +138,9 @@ def poisoned_outputs() -> Iterator[None]:
 def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         tensor = allocate(*args, **kwargs)
-        poison = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
-        return tensor.fill_(poison)
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(tensor.dtype == torch.bool or torch.iinfo(tensor.dtype).max)
 
     return poisoned
 

@@ -122,7 +122,7 @@ def test_the_page_stands_alone_and_holds_the_tables(finished: tuple[Path, int, s
     parity = json.loads((out / "parity.json").read_text())["rows"]
     shown = {(row[0], row[1], row[2], row[3]) for row in page.tables["parity"][1:]}
     dtypes = ("float32", "bfloat16", "float16")
-    impls = ("torch", "triton", "cuda")
+    impls = ("torch", "triton", "cuda", "cpu")
     assert shown == {
         (case.op, i, dtype, d)
         for case in verify.CASES
@@ -268,7 +268,7 @@ def test_an_interpreter_that_takes_too_long_or_dies_is_reported(
 def test_without_a_gpu_kernels_say_why_they_are_not_timed(finished: tuple[Path, int, str]) -> None:
     out, _, printed = finished
     skipped = [r for r in json.loads((out / "speed.json").read_text())["rows"] if not r["time_s"]]
-    assert {row["impl"] for row in skipped} == {"triton", "cuda"}
+    assert {row["impl"] for row in skipped if row["op"] != "gpt"} == {"triton", "cuda"}
     assert skipped[0]["skipped"] in printed
 
 

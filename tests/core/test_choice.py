@@ -12,7 +12,7 @@ import torch
 from harness import emulated, needs_cuda
 
 from gptkernels import layer_norm
-from gptkernels.core import choice, native
+from gptkernels.core import choice, cpu, native
 
 CPU, GPU = "cpu", "cuda"
 
@@ -29,7 +29,17 @@ def _fresh_answers() -> Any:
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_torch_runs_anywhere(impl: str) -> None:
-    assert choice.choose(impl, torch.zeros(1)) == "torch"
+    assert choice.choose("layer_norm", impl, torch.zeros(1)) == "torch"
+
+
+def test_cpu_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotImplementedError, match=r"^impl='cpu': attention has no CPU kernels"):
+        choice.choose("attention", "cpu", torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"^impl='cpu': it runs on CPU tensors, this one is o"):
+        choice.choose("layer_norm", "cpu", torch.zeros(1, device="meta"))
+    monkeypatch.setattr(cpu, "_unavailable", lambda: "there is none")
+    with pytest.raises(RuntimeError, match=r"^impl='cpu': there is none$"):
+        choice.choose("layer_norm", "cpu", torch.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +59,7 @@ def test_cuda_says_why_it_cannot_run(
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda _name: None)
     tensor: Any = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=f"^impl='cuda': .*{sentence}") as caught:
-        choice.choose("cuda", tensor)
+        choice.choose("layer_norm", "cuda", tensor)
     assert "\n" not in str(caught.value)
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import of
+from harness import OF_ALL, of
 from hypothesis import given
 from hypothesis import strategies as st
 from models import shaken
 from torch import Tensor, nn
 
 from gptkernels import GPT, GPTConfig, LayerNorm, layer_norm
-from gptkernels.core.choice import IMPLEMENTATIONS, unavailable
+from gptkernels.core.choice import unavailable
 from gptkernels.gpt.training.activations import measured
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.progress import describe
@@ -29,7 +29,7 @@ CONFIG = GPTConfig(
 )
 
 
-ON_CPU = [of(impl, device="cpu") for impl in IMPLEMENTATIONS]  # PyTorch's first
+ON_CPU = [of(impl, device="cpu") for impl in OF_ALL]  # PyTorch's first
 
 
 def kept(config: GPTConfig, impl: str, recompute: str, dtype: torch.dtype) -> int:

@@ -86,7 +86,7 @@ def test_float16_steps_are_those_of_a_written_out_loop(text: Path, tmp_path: Pat
     config = dataclasses.replace(SHORT, dtype="float16", steps=4)
     trained = train([text], tmp_path / "out", model=TINY, config=config).model
     torch.manual_seed(config.seed)
-    model = GPT(TINY).train()
+    model = GPT(TINY).train().set_impl(config.impl)
     tokens, _ = data.read([text], ByteTokenizer(), "uint16", 256)
     training, _ = data.split(tokens, config.validation_fraction, TINY.block_size)
     batches = data.Batches(training, TINY.block_size, config.batch_size, config.seed)

@@ -77,7 +77,8 @@ def test_a_former_name_is_the_module_itself(module: ModuleType, former: str) -> 
 
 def test_a_layer_pickled_when_self_attn_held_parameters_alone() -> None:
     layer, x = TransformerLayer(16, 2, 32, dropout=0.0), torch.randn(5, 1, 16)
-    layer.impl, wanted = "torch", layer(x)
+    layer.impl = "torch"
+    wanted = layer(x)
     del layer.d_model, layer.self_attn.num_heads, layer.self_attn.dropout, layer.self_attn._impl
     del layer.norm1.normalized_shape, layer.norm2.normalized_shape
     loaded = pickle.loads(pickle.dumps(layer))

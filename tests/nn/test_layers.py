@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, of
+from harness import DTYPES, OF_ALL, of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch.func import functional_call
 
 from gptkernels import MLP, CausalSelfAttention, LayerNorm
 from gptkernels.core import native, philox
-from gptkernels.core.choice import IMPLEMENTATIONS
 from gptkernels.nn import layers
 from gptkernels.nn.layers import KVCache, add_norm, set_impl
 from gptkernels.truth import baseline, plain_gpt, reference
@@ -195,7 +194,7 @@ def test_layer_norm_adds_the_residual_and_returns_the_sum(dtype: torch.dtype) ->
     assert s.dtype == torch.float32
 
 
-@pytest.mark.parametrize("impl", [of(impl, device="cpu") for impl in IMPLEMENTATIONS])
+@pytest.mark.parametrize("impl", [of(impl, device="cpu") for impl in OF_ALL])
 def test_dropout_follows_the_contract_in_training_alone(impl: str) -> None:
     torch.manual_seed(3)
     norm, attention = LayerNorm(24), CausalSelfAttention(24, 3, dropout=0.3)
@@ -323,7 +322,7 @@ def test_impl_is_checked_and_set_throughout() -> None:
     assert [m.impl for m in model if hasattr(m, "impl")] == ["triton"] * 3
     model[0].impl = "torch"
     assert [m.impl for m in model if hasattr(m, "impl")] == ["torch", "triton", "triton"]
-    message = "impl must be 'auto', 'cuda', 'triton' or 'torch', got 'fast'"
+    message = "impl must be 'auto', 'cuda', 'triton', 'cpu' or 'torch', got 'fast'"
     with pytest.raises(ValueError, match=message):
         model[0].impl = "fast"
     with pytest.raises(ValueError, match=message):

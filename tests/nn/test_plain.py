@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from gptkernels import GPT, MLP, GPTConfig, LayerNorm, TransformerLayer
+from gptkernels.nn.layers import set_impl
 from gptkernels.nn.plain import not_plain
 from gptkernels.truth import plain_gpt
 
@@ -148,7 +149,7 @@ def assert_twins(ours: nn.Module, plain: nn.Module, x: Tensor) -> None:
 def mlps() -> tuple[MLP, nn.Module]:
     ours, plain = shaken(MLP(C, 24)), plain_gpt.MLP(plain_gpt.PlainConfig(n_embd=C, n_inner=24))
     plain.load_state_dict(ours.state_dict())
-    return ours, plain
+    return set_impl(ours, "torch"), plain  # rounds as plain PyTorch does
 
 
 def layers(norm_first: bool, activation: Any = "gelu") -> tuple[TransformerLayer, nn.Module]:
@@ -156,14 +157,14 @@ def layers(norm_first: bool, activation: Any = "gelu") -> tuple[TransformerLayer
     plain = shaken(nn.TransformerEncoderLayer(**sizes, norm_first=norm_first))
     ours = TransformerLayer(**sizes, norm_first=norm_first)
     ours.load_state_dict(plain.state_dict())
-    return ours, plain
+    return set_impl(ours, "torch"), plain
 
 
 def gpts(norm: str) -> tuple[GPT, nn.Module]:
     config = GPTConfig(vocab_size=31, block_size=8, n_layer=2, n_head=2, n_embd=C, norm=norm)
     ours, plain = shaken(GPT(config)), plain_gpt.PlainGPT(config)
     plain.load_state_dict(ours.state_dict())
-    return ours, plain
+    return set_impl(ours, "torch"), plain
 
 
 def of(changes: list[Change]) -> Any:

@@ -174,6 +174,7 @@ def test_make_compiles_kernels_for_a_gpu_that_is_here(tmp_path: Path, gpu: bool)
     ]
     assert [line for line in done.stdout.splitlines() if " -c " not in line] == [
         f"{'unset' if gpu else '0'} scripts/install_missing.py",
+        "unset scripts/cpu_extension.py --inplace",
         "unset scripts/extension.py emulator",
         *(native if gpu else []),
         "unset -m pytest -n 1",

@@ -77,7 +77,14 @@ class FrontEnd:
     backend: Path
 
     def call(
-        self, hook: str, source: Path, folder: Path, *, nvcc: bool = False, choice: str = "auto"
+        self,
+        hook: str,
+        source: Path,
+        folder: Path,
+        *,
+        nvcc: bool = False,
+        choice: str = "auto",
+        cpu: str = "0",
     ) -> subprocess.CompletedProcess[str]:
         code = f"from setuptools import build_meta as b; print(b.{hook}({str(folder)!r}))"
         path = [str(self.backend / "bin"), *([os.environ["PATH"]] if nvcc else [])]
@@ -88,6 +95,7 @@ class FrontEnd:
             cwd=source,
             PYTHONPATH=str(self.backend),
             PATH=os.pathsep.join(path),
+            GPTKERNELS_BUILD_CPU=cpu,
             GPTKERNELS_BUILD_CUDA=choice,
             GPTKERNELS_OBJECT_CACHE=OBJECT_CACHE,
         )
@@ -211,7 +219,7 @@ def test_template_files_are_in_the_wheel(wheel: Path) -> None:
     data = [
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "gptkernels").rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc")
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".so")
     ]
     assert set(data) <= names
 
@@ -241,6 +249,7 @@ def test_sdist_can_build_and_test_everything(sdist: Path) -> None:
         "constraints.txt",
         "tests/conftest.py",
         "scripts/compile.py",
+        "scripts/cpu_extension.py",
         "scripts/extension.py",
         "scripts/install_missing.py",
         "scripts/ninja_build.py",
@@ -301,6 +310,35 @@ def test_build_that_cannot_be_had_fails(
     assert not list(tmp_path.glob("*.whl"))
 
 
+def test_without_a_compiler_there_are_no_cpu_kernels(
+    unpacked: Path, front_end: FrontEnd, tmp_path: Path
+) -> None:
+    done = front_end.call("build_wheel", unpacked, tmp_path, cpu="auto")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("-py3-none-any.whl")
+    reason = "the CPU kernels need a C++ compiler, and g++ or clang++ is not on PATH"
+    assert f"gptkernels is built without its CPU kernels: {reason}" in done.stderr
+    done = front_end.call("build_wheel", unpacked, tmp_path / "other", cpu="1")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == f"error: GPTKERNELS_BUILD_CPU is 1, but {reason}"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ on PATH")
+def test_a_wheel_with_cpu_kernels_runs_without_torch(
+    sdist: Path, front_end: FrontEnd, bare: Path, tmp_path: Path
+) -> None:
+    source = unpack(sdist, tmp_path / "unpacked")
+    options = dict(nvcc=True, choice="0", cpu="1")  # with what is on PATH
+    made = front_end.build("build_wheel", source, tmp_path, **options)
+    module = f"gptkernels/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert module in zipfile.ZipFile(made).namelist()
+    zipfile.ZipFile(made).extractall(tmp_path / "installed")
+    code = "from gptkernels import _cpu; print(_cpu.instruction_sets(), _cpu.threads_library())"
+    done = run(bare, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    assert done.stderr == ""
+    assert done.stdout.startswith("['baseline'")
+
+
 @pytest.fixture(scope="module")
 def module(native_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled module, where an installer puts it."""
@@ -359,7 +397,7 @@ class TestKernels:
         every = {
             path.relative_to(unpacked).as_posix()
             for path in unpacked.glob("csrc/**/*.c*")
-            if "emulator" not in path.parts
+            if not {"cpu", "emulator"} & set(path.parts)
         }
         assert sources(compiled()) == every
         assert list(unpacked.joinpath("gptkernels").glob("_cuda*.so"))

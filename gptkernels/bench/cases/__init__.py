@@ -3,6 +3,6 @@
 Each module offers
 
     GPU_SHAPES, CPU_SHAPES      of any type, the most telling first
-    GPU_DTYPES                  CPUs are timed in float32
+    GPU_DTYPES, CPU_DTYPES
     workloads(shape, dtype, device, quick) -> Iterator[Workload]
 """

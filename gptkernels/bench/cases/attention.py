@@ -65,6 +65,7 @@ CPU_SHAPES = (
     _Shape(1, 512, 8, 2, 64, window=64),
 )
 GPU_DTYPES = (torch.bfloat16,)
+CPU_DTYPES = (torch.float32,)
 
 
 def workloads(

@@ -62,6 +62,7 @@ CPU_SHAPES = (
     _Shape(4, 512, 8, 2, 64, queries=4, page=16, ragged=True),
 )
 GPU_DTYPES = (torch.bfloat16,)
+CPU_DTYPES = (torch.float32,)
 
 
 def workloads(

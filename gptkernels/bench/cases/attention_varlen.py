@@ -52,6 +52,7 @@ GPU_SHAPES = (
 )
 CPU_SHAPES = (_Shape(_evenly(4, 256), 8, 2, 64),)
 GPU_DTYPES = (torch.bfloat16,)
+CPU_DTYPES = (torch.float32,)
 
 
 def workloads(

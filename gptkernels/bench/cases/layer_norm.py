@@ -24,8 +24,9 @@ from gptkernels.truth import baseline
 
 # (batch, tokens, width): GPT-2's widths at a training batch.
 GPU_SHAPES = ((8, 1024, 768), (8, 1024, 1600), (4, 2048, 4096), (1, 2048, 12288))
-CPU_SHAPES = ((1, 512, 768), (1, 512, 1600))
+CPU_SHAPES = ((1, 512, 768), (1, 128, 768), (1, 1024, 768), (1, 512, 1600))
 GPU_DTYPES = (torch.bfloat16, torch.float32)
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def workloads(

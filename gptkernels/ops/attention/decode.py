@@ -113,7 +113,7 @@ def attention_decode(
         raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
     refuse_tangents(q, k_cache, v_cache)
     dtype = autocast_dtype(q)
-    impl = choose(impl, q, dtype)
+    impl = choose("attention_decode", impl, q, dtype)
     tensors = (q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), block_table)
     splits = min(num_splits or 0, NUM_SPLITS_LIMIT)
     out, lse = attention_decode_fwd(*tensors, splits, *options, impl)

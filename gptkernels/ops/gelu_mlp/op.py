@@ -121,7 +121,7 @@ def gelu_mlp(
         approximate: "tanh" or "none", as in nn.GELU.
         recompute: Whether the backward pass recomputes the pre-activation x w1^T + b1, which is
             (..., F), instead of keeping it in memory. The activation is always recomputed.
-        impl: "auto", "torch", "triton" or "cuda".
+        impl: "auto", "torch", "triton", "cuda" or "cpu".
 
     Returns:
         y with x's shape and dtype. Under autocast the inputs are first converted to autocast's
@@ -140,7 +140,7 @@ def gelu_mlp(
     rows, w1, w2 = rows.to(dtype), w1.to(dtype), w2.to(dtype)
     b1 = None if b1 is None else b1.to(dtype)
     b2 = None if b2 is None else b2.to(dtype)
-    impl = choose(impl, rows)
+    impl = choose("gelu_mlp", impl, rows)
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, w1, b1, w2, b2)
     )

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gptkernels.core import philox
-from gptkernels.core.autograd import apply, once_differentiable
+from gptkernels.core.autograd import apply, once_differentiable, requires_grad
 from gptkernels.core.checks import (
+    DTYPES,
     check_probability,
     check_same_device,
     check_same_dtype,
@@ -19,7 +20,9 @@ from gptkernels.core.checks import (
     check_tensor,
 )
 from gptkernels.core.choice import choose
+from gptkernels.core.direct import direct
 from gptkernels.core.registry import register
+from gptkernels.ops.layer_norm import cpu
 from gptkernels.ops.layer_norm.outputs import bwd_outputs, fwd_outputs
 
 
@@ -151,7 +154,7 @@ def layer_norm(
         prenorm: Whether to return s as well, the residual stream of a pre-norm block.
         residual_in_fp32: Whether to keep s in float32. s is float32 also where residual is;
             otherwise s has x's dtype.
-        impl: "auto", "torch", "triton" or "cuda".
+        impl: "auto", "torch", "triton", "cuda" or "cpu".
 
     Returns:
         y with x's shape and dtype; with prenorm, (y, s). Where s would equal x, x itself is
@@ -164,23 +167,74 @@ def layer_norm(
 
     Differentiable once in x, weight, bias and residual; gradients have the same bits on every run.
     """
-    _check(x, weight, bias, residual, dropout_p, eps)
+    if not _sound(x, weight, bias, residual, dropout_p, eps):
+        _check(x, weight, bias, residual, dropout_p, eps)
     if weight is None:
         dtype = x.dtype if bias is None else bias.dtype
         weight = torch.ones(x.shape[-1], dtype=dtype, device=x.device)
-    impl = choose(impl, x)
+    impl = choose("layer_norm", impl, x)
     rng = philox.draw(x.device) if dropout_p > 0 else None
     dtype = x.dtype
     if residual_in_fp32 or (residual is not None and residual.dtype == torch.float32):
         dtype = torch.float32
     is_x = residual is None and dropout_p == 0 and dtype == x.dtype
-    y, s = apply(
-        _LayerNorm, x, weight, bias, residual, rng, float(dropout_p), float(eps),
-        None if is_x else dtype, impl,
-    )  # fmt: skip
+    sum_dtype = None if is_x else dtype
+    tensors = (x, weight, bias, residual)
+    if impl == "cpu" and x.is_contiguous() and not requires_grad(tensors) and direct(tensors):
+        y, s = cpu.without_statistics(*tensors, rng, dropout_p, eps, sum_dtype)
+    else:
+        y, s = apply(_LayerNorm, *tensors, rng, float(dropout_p), float(eps), sum_dtype, impl)
     if not prenorm:
         return y
     return y, x if is_x else s
+
+
+def _sound(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    eps: float,
+) -> bool:
+    """Whether the arguments are those of most calls, which `_check` would pass: a call of it takes
+    longer than a small kernel."""
+    if not (
+        type(x) is Tensor
+        and isinstance(weight, Tensor)
+        and type(dropout_p) is float
+        and type(eps) is float
+    ):
+        return False
+    shape, device, dtype = x.shape, x.device, weight.dtype
+    return (
+        len(shape) > 0
+        and shape[-1] > 0
+        and x.dtype in DTYPES
+        and dtype in DTYPES
+        and 0.0 <= dropout_p <= 1.0
+        and eps > 0
+        and weight.shape == shape[-1:]
+        and weight.device == device
+        and (
+            bias is None
+            or (
+                isinstance(bias, Tensor)
+                and bias.dtype == dtype
+                and bias.shape == shape[-1:]
+                and bias.device == device
+            )
+        )
+        and (
+            residual is None
+            or (
+                isinstance(residual, Tensor)
+                and residual.dtype in DTYPES
+                and residual.shape == shape
+                and residual.device == device
+            )
+        )
+    )
 
 
 def _check(

@@ -8,10 +8,9 @@ from torch import Tensor
 
 def fwd_outputs(x: Tensor, sum_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocates y, s, mean (M,) and rstd (M,) for x (..., C); s is empty without a sum_dtype."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    s_shape = (0,) if sum_dtype is None else x.shape
-    s = torch.empty(s_shape, dtype=sum_dtype or x.dtype, device=x.device)
-    mean = torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    s = y.new_empty(0) if sum_dtype is None else torch.empty_like(y, dtype=sum_dtype)
+    mean = y.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     return y, s, mean, torch.empty_like(mean)
 
 

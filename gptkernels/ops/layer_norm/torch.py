@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptkernels.core import philox
+from gptkernels.core import masks, philox
 
 # Elements of rows that each thread widens at a time.
 _CACHED = 2**16
@@ -154,5 +154,5 @@ def _affine(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _dropout(x: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
-    keep = philox.elementwise_keep(rng, dropout_p, x.shape)
+    keep = masks.elementwise_keep(rng, dropout_p, x.shape)
     return torch.where(keep, x * philox.scale(dropout_p), 0)

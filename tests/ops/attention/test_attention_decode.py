@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BF16, DEVICE, FP16, FP32, HERE, each, each_kernel, of, runnable
+from harness import BF16, DEVICE, FP16, FP32, HERE, OF_ALL, each, each_kernel, of, runnable
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from op_inputs import cache, in_pages, int32
@@ -15,14 +15,13 @@ from right import assert_right, assert_same, check_op
 from torch import Tensor
 
 from gptkernels import attention_decode
-from gptkernels.core.choice import IMPLEMENTATIONS
 from gptkernels.ops.attention import splits
 from gptkernels.ops.attention.decode import attention_decode_fwd
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import decode
 
 # impl="torch" gives an entry the same bits in any batch on a CPU only.
-KEEPS_BITS = [of(impl) for impl in IMPLEMENTATIONS if impl != "torch" or DEVICE == "cpu"]
+KEEPS_BITS = [of(impl) for impl in OF_ALL if impl != "torch" or DEVICE == "cpu"]
 
 
 def hold(tensors: dict[str, Tensor], rest: dict[str, Any], impl: str, **options: Any) -> None:
@@ -331,7 +330,8 @@ def test_opcheck(impl: str, page: int | None) -> None:
     for x in (tensors["k_cache"], tensors["v_cache"]):
         x.nan_to_num_()
     options = AttentionOptions(0.25, right=0, key_lengths=rest["cache_lengths"])
-    check_op(attention_decode_fwd, (*tensors.values(), table, 2, *options, impl))
+    op = torch.ops.gptkernels.attention_decode_fwd.default
+    check_op(op, (*tensors.values(), table, 2, *options, impl))
 
 
 @each

@@ -382,11 +382,12 @@ def test_opcheck(impl: str) -> None:
         0.25, right=0, dropout_p=0.3, max_seqlen_q=5, max_seqlen_k=4,
         rng=philox.draw(torch.device(DEVICE)), cu_seqlens_q=ends(queries), cu_seqlens_k=ends(keys),
     )  # fmt: skip
-    check_op(attention_fwd, (q, k, v, *options, impl))
+    ops = torch.ops.gptkernels
+    check_op(ops.attention_fwd.default, (q, k, v, *options, impl))
     out, lse = attention_fwd(q, k, v, *options, impl)
     tensors = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse)
     mask = [True, False, True, False]
-    check_op(attention_bwd, (*tensors, *options, mask, False, impl))
+    check_op(ops.attention_bwd.default, (*tensors, *options, mask, False, impl))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BF16, DEVICE, FP16, FP32, each, each_kernel, name_of, needs_cuda, runnable
+from harness import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    each_kernel,
+    each_with_cpu,
+    name_of,
+    needs_cuda,
+    runnable_with_cpu,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import gelu_mlp_inputs as inputs
@@ -24,7 +34,7 @@ hold = functools.partial(assert_right, gelu_mlp)
 
 
 class TestParity:
-    @runnable
+    @runnable_with_cpu
     @given(
         rows=st.integers(1, 150),
         width=st.integers(12, 80),
@@ -49,7 +59,7 @@ class TestParity:
         tensors = inputs(rows, width, inner, dtype=dtype, biases=biases, seed=seed)
         hold(tensors, impl=impl, approximate=approximate, recompute=recompute, seed=seed)
 
-    @runnable
+    @runnable_with_cpu
     @pytest.mark.parametrize("sizes", [(2, 3, 64, 64), (65, 33, 129), (1, 128, 16), (0, 8, 16)])
     def test_edges_of_tiles(
         self, impl: str, dtype: torch.dtype, sizes: tuple[int, ...], seed: int
@@ -132,7 +142,7 @@ class TestParity:
                 found.diag().double(), exact.diag(), rtol=1e-6, atol=1e-6, check_dtype=False
             )
 
-    @runnable
+    @runnable_with_cpu
     @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 1, 5), (1, 7, 1)])
     def test_tiny_sizes(self, impl: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
         """PyTorch's error on a handful of numbers is random, so the rule is applied to the largest
@@ -150,7 +160,7 @@ class TestParity:
         for drawn in limits.values():
             assert max(m.error for m in drawn) <= max(m.limit for m in drawn), drawn
 
-    @each
+    @each_with_cpu
     @pytest.mark.parametrize(
         "shape", [(8,), (3, 2, 8), (2, 1, 3, 2, 8), (0, 8), (2, 0, 3, 8)], ids=str
     )
@@ -163,7 +173,7 @@ class TestParity:
 
 
 class TestStrides:
-    @runnable
+    @runnable_with_cpu
     @pytest.mark.parametrize("recompute", [False, True])
     @pytest.mark.parametrize("offset", [8, 5])
     def test_rows_apart(self, impl: str, dtype: torch.dtype, offset: int, recompute: bool) -> None:
@@ -183,7 +193,7 @@ class TestStrides:
         call = functools.partial(gelu_mlp, impl=impl, recompute=recompute)
         assert_same(run(call, strided), run(call, tensors))
 
-    @runnable
+    @runnable_with_cpu
     def test_broadcast_row(self, impl: str, dtype: torch.dtype) -> None:
         tensors = inputs(1, 40, 24, dtype=dtype)
         tensors["x"] = tensors["x"].expand(7, 40)
@@ -191,7 +201,7 @@ class TestStrides:
 
 
 class TestZeroSizes:
-    @runnable
+    @runnable_with_cpu
     @pytest.mark.parametrize("recompute", [False, True])
     @pytest.mark.parametrize("sizes", [(0, 8, 16), (2, 0, 8, 16), (5, 0, 16), (5, 8, 0), (0, 0, 0)])
     def test_same_as_pytorch(
@@ -203,7 +213,7 @@ class TestZeroSizes:
 
 
 class TestDtypes:
-    @runnable
+    @runnable_with_cpu
     def test_weights_of_another_dtype(self, impl: str, dtype: torch.dtype) -> None:
         tensors = inputs(6, 10, 20)
         mixed = tensors | {"x": tensors["x"].to(dtype)}
@@ -215,7 +225,7 @@ class TestDtypes:
 
 
 class TestRegistration:
-    @each
+    @each_with_cpu
     @pytest.mark.parametrize("biases", [False, True])
     @pytest.mark.parametrize("keep_h", [False, True])
     def test_opcheck(self, impl: str, biases: bool, keep_h: bool) -> None:

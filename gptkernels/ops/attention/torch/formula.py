@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gptkernels.core import philox
+from gptkernels.core import masks, philox
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch.blocks import (
     hidden_keys,
@@ -168,7 +168,7 @@ def _dropout(
 ) -> Tensor:
     """Returns dropout's factor of each weight: 0 where dropped, else 1 / the keep probability."""
     count = rows.stop - rows.start
-    keep = philox.attention_keep(
+    keep = masks.attention_keep(
         options.rng, options.dropout_p, q.shape[0], q.shape[2], count, keys.stop, rows.start,
         first_batch,
     )  # fmt: skip

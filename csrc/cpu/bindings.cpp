@@ -1,0 +1,104 @@
+// The Python module gptkernels._cpu: the launchers, with addresses and sizes.
+// gptkernels/core/cpu.py calls it, and the ops' files cpu.py. Arguments are passed by position, in
+// the order of the structs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/gelu_mlp/params.h"
+#include "cpu/layer_norm/params.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace gk::cpu {
+namespace {
+
+// A tensor's address; 0 for an absent one.
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Dropout dropout(uintptr_t rng, uint32_t threshold, float scale) {
+    return {at<const int64_t>(rng), threshold, scale};
+}
+
+void def_layer_norm(py::module_& module) {
+    module.def("layer_norm_fwd", [](uintptr_t x, uintptr_t residual, uintptr_t weight,
+                                    uintptr_t bias, uintptr_t y, uintptr_t sum, uintptr_t mean,
+                                    uintptr_t rstd, int64_t rows, int64_t cols, int64_t x_stride,
+                                    int64_t residual_stride, float eps, uintptr_t rng,
+                                    uint32_t threshold, float scale, int x_dtype,
+                                    int residual_dtype, int weight_dtype, int sum_dtype,
+                                    int threads) {
+        const py::gil_scoped_release release;
+        layer_norm_fwd({at<const void>(x), at<const void>(residual), at<const void>(weight),
+                        at<const void>(bias), at<void>(y), at<void>(sum), at<float>(mean),
+                        at<float>(rstd), rows, cols, x_stride, residual_stride, eps,
+                        dropout(rng, threshold, scale), DType(x_dtype), DType(residual_dtype),
+                        DType(weight_dtype), DType(sum_dtype)},
+                       threads);
+    });
+    module.def("layer_norm_bwd", [](uintptr_t dy, uintptr_t dsum, uintptr_t sum, uintptr_t mean,
+                                    uintptr_t rstd, uintptr_t weight, uintptr_t dx,
+                                    uintptr_t dresidual, uintptr_t dweight, uintptr_t dbias,
+                                    int64_t rows, int64_t cols, int64_t sum_stride, uintptr_t rng,
+                                    uint32_t threshold, float scale, int x_dtype,
+                                    int residual_dtype, int weight_dtype, int sum_dtype,
+                                    int threads) {
+        const py::gil_scoped_release release;
+        layer_norm_bwd({at<const void>(dy), at<const void>(dsum), at<const void>(sum),
+                        at<const float>(mean), at<const float>(rstd), at<const void>(weight),
+                        at<void>(dx), at<void>(dresidual), at<void>(dweight), at<void>(dbias),
+                        rows, cols, sum_stride, dropout(rng, threshold, scale), DType(x_dtype),
+                        DType(residual_dtype), DType(weight_dtype), DType(sum_dtype)},
+                       threads);
+    });
+}
+
+void def_gelu(py::module_& module) {
+    module.def("gelu_fwd", [](uintptr_t h, uintptr_t a, int64_t count, bool tanh, int dtype,
+                              int threads) {
+        const py::gil_scoped_release release;
+        gelu_fwd({at<const void>(h), at<void>(a), count, tanh, DType(dtype)}, threads);
+    });
+    module.def("gelu_bwd", [](uintptr_t h, uintptr_t da, uintptr_t dh, uintptr_t a, uintptr_t db,
+                              int64_t rows, int64_t cols, bool tanh, int dtype, int threads) {
+        const py::gil_scoped_release release;
+        gelu_bwd({at<const void>(h), at<const void>(da), at<void>(dh), at<void>(a), at<void>(db),
+                  rows, cols, tanh, DType(dtype)},
+                 threads);
+    });
+}
+
+void def_dropout(py::module_& module) {
+    module.def("elementwise_keep", [](uintptr_t rng, uint32_t threshold, uintptr_t keep,
+                                      int64_t count, int threads) {
+        const py::gil_scoped_release release;
+        const ElementwiseKeep p{dropout(rng, threshold, 0), at<uint8_t>(keep), count};
+        elementwise_keep(p, threads);
+    });
+    module.def("attention_keep", [](uintptr_t rng, uint32_t threshold, uintptr_t keep,
+                                    int64_t heads, int64_t rows, int64_t cols, int64_t first_row,
+                                    int64_t first_head, int threads) {
+        const py::gil_scoped_release release;
+        const AttentionKeep p{dropout(rng, threshold, 0), at<uint8_t>(keep), heads, rows, cols,
+                              first_row, first_head};
+        attention_keep(p, threads);
+    });
+}
+
+}  // namespace
+}  // namespace gk::cpu
+
+PYBIND11_MODULE(_cpu, module) {
+    using namespace gk::cpu;
+    module.def("instruction_sets", &instruction_sets);
+    module.def("instruction_set", [] { return kernels().isa; });
+    module.def("use", &use);
+    module.def("threads_library", &threads_library);
+    def_layer_norm(module);
+    def_gelu(module);
+    def_dropout(module);
+}

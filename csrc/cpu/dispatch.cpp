@@ -1,0 +1,113 @@
+#include "cpu/dispatch.h"
+
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace gk::cpu {
+
+#if defined(__x86_64__)
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace v3 {
+extern const Kernels kernels;
+}
+namespace v4 {
+extern const Kernels kernels;
+}
+namespace v4_bf16 {
+extern const Kernels kernels;
+}
+#else
+namespace baseline {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+struct Level {
+    const Kernels* kernels;
+    bool here;
+};
+
+#if defined(__x86_64__)
+
+// The features that scripts/extension.py lets the compiler use, as CPUID numbers them.
+struct Features {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+
+    Features(unsigned leaf, unsigned part) { __get_cpuid_count(leaf, part, &a, &b, &c, &d); }
+};
+
+constexpr bool has(unsigned found, std::initializer_list<int> bits) {
+    for (int bit : bits)
+        if ((found >> bit & 1) == 0) return false;
+    return true;
+}
+
+// Which registers the operating system saves.
+unsigned saved_registers() {
+    unsigned low, high;
+    asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+std::vector<Level> levels() {
+    const Features one(1, 0), seven(7, 0), more(7, 1), extended(0x80000001, 0);
+    const unsigned saved = has(one.c, {27}) ? saved_registers() : 0;  // OSXSAVE
+    // x86-64-v3: FMA, MOVBE, AVX, F16C; BMI1, AVX2, BMI2; LZCNT.
+    const bool v3 = has(one.c, {12, 22, 28, 29}) && has(seven.b, {3, 5, 8}) &&
+                    has(extended.c, {5}) && has(saved, {1, 2});
+    // x86-64-v4: AVX-512 F, DQ, CD, BW, VL.
+    const bool v4 = v3 && has(seven.b, {16, 17, 28, 30, 31}) && has(saved, {5, 6, 7});
+    const bool v4_bf16 = v4 && has(more.a, {5});  // AVX512-BF16
+    return {{&baseline::kernels, true},
+            {&v3::kernels, v3},
+            {&v4::kernels, v4},
+            {&v4_bf16::kernels, v4_bf16}};
+}
+
+#else
+
+std::vector<Level> levels() { return {{&baseline::kernels, true}}; }
+
+#endif
+
+const Kernels* highest() {
+    const Kernels* found = nullptr;
+    for (const Level& level : levels())
+        if (level.here) found = level.kernels;
+    return found;
+}
+
+const Kernels* chosen = highest();
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Level& level : levels())
+        if (level.here) names.emplace_back(level.kernels->isa);
+    return names;
+}
+
+const Kernels& kernels() { return *chosen; }
+
+void use(const std::string& isa) {
+    std::string here;
+    for (const Level& level : levels()) {
+        if (level.here && isa == level.kernels->isa) {
+            chosen = level.kernels;
+            return;
+        }
+        if (level.here) here += (here.empty() ? "" : ", ") + std::string(level.kernels->isa);
+    }
+    throw std::invalid_argument("the CPU kernels run here with the instruction sets " + here +
+                                ", not with " + isa);
+}
+
+}  // namespace gk::cpu

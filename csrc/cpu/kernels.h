@@ -1,0 +1,48 @@
+// The kernels of one instruction set. Each takes a part of the rows; what cuts rows into parts, the
+// launchers, is compiled once.
+#pragma once
+
+#include "cpu/dropout/params.h"
+#include "cpu/gelu_mlp/params.h"
+#include "cpu/layer_norm/params.h"
+
+namespace gk::cpu {
+
+struct Kernels {
+    const char* isa;
+    // Widens n numbers to fp32, and rounds n fp32 numbers to a dtype.
+    void (*widen)(DType dtype, const void* from, float* to, int64_t n);
+    void (*round)(DType dtype, const float* from, void* to, int64_t n);
+    // Adds `parts` rows of n numbers, one after another, to the first one: rows[0] += rows[1] + ...
+    void (*add_rows)(float* rows, int64_t parts, int64_t stride, int64_t first, int64_t last);
+    // Rows first ... last - 1. weight, bias: in fp32.
+    void (*layer_norm_fwd)(const LayerNormFwd& p, const float* weight, const float* bias,
+                           int64_t first, int64_t last);
+    // dweight, dbias: (cols,), to which the rows' parts are added; or null.
+    void (*layer_norm_bwd)(const LayerNormBwd& p, const float* weight, float* dweight, float* dbias,
+                           int64_t first, int64_t last);
+    void (*gelu_fwd)(const GeluFwd& p, int64_t first, int64_t last);
+    void (*gelu_bwd)(const GeluBwd& p, float* db, int64_t first, int64_t last);
+    void (*elementwise_keep)(const ElementwiseKeep& p, int64_t first, int64_t last);
+    // Rows of all heads, numbered head by head.
+    void (*attention_keep)(const AttentionKeep& p, int64_t first, int64_t last);
+};
+
+// What the kernel files of one instruction set define; GK_ISA is its name.
+#ifdef GK_ISA
+namespace GK_ISA {
+void widen(DType dtype, const void* from, float* to, int64_t n);
+void round(DType dtype, const float* from, void* to, int64_t n);
+void add_rows(float* rows, int64_t parts, int64_t stride, int64_t first, int64_t last);
+void layer_norm_fwd(const LayerNormFwd& p, const float* weight, const float* bias, int64_t first,
+                    int64_t last);
+void layer_norm_bwd(const LayerNormBwd& p, const float* weight, float* dweight, float* dbias,
+                    int64_t first, int64_t last);
+void gelu_fwd(const GeluFwd& p, int64_t first, int64_t last);
+void gelu_bwd(const GeluBwd& p, float* db, int64_t first, int64_t last);
+void elementwise_keep(const ElementwiseKeep& p, int64_t first, int64_t last);
+void attention_keep(const AttentionKeep& p, int64_t first, int64_t last);
+}  // namespace GK_ISA
+#endif
+
+}  // namespace gk::cpu

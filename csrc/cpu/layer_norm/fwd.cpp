@@ -1,0 +1,138 @@
+// LayerNorm forward: the rows first ... last - 1, one after another. A row's s is written first,
+// and read again from the cache for the statistics and for y.
+#include "cpu/kernels.h"
+#include "cpu/philox.h"
+
+namespace gk::cpu::GK_ISA {
+namespace {
+
+// s = dropout(x) + residual, of one row. Returns the sum of the row, as s holds it.
+template <class X, class R, class S, bool kResidual, bool kDropout>
+float add(const X* x, const R* residual, S* s, int64_t cols, int64_t element, ElementMask* mask) {
+    constexpr int kBlock = ElementMask::kBlock;
+    Floats sums[kSums] = {};
+    for (int64_t j0 = 0; j0 < cols; j0 += kBlock) {
+        const int64_t count = cols - j0 < kBlock ? cols - j0 : kBlock;
+        if (kDropout) mask->fill(element + j0, static_cast<int>(count));
+        for_vectors_summing(count, [&](int64_t j, auto n, int which) {
+            Floats one = load_at(x + j0 + j, n);
+            if (kDropout) one = mask->drop(one, j);
+            if (kResidual) one += load_at(residual + j0 + j, n);
+            store_at(s + j0 + j, one, n);
+            sums[which] += first_lanes(rounded(one, s), n);
+        });
+    }
+    return sum_of_all(sums);
+}
+
+template <class S>
+float sum_of_row(const S* s, int64_t cols) {
+    Floats sums[kSums] = {};
+    for_vectors_summing(cols, [&](int64_t j, auto n, int which) {
+        sums[which] += load_at(s + j, n);
+    });
+    return sum_of_all(sums);
+}
+
+struct Moments {
+    float mean, rstd;
+};
+
+// The variance is that of the differences from the mean. The differences also have a sum, which is
+// what the mean has lost by rounding.
+template <class S>
+Moments moments(const S* s, float sum, int64_t cols, float eps) {
+    const float count = static_cast<float>(cols), mean = sum / count;
+    Floats sums[kSums] = {}, squares[kSums] = {};
+    for_vectors_summing(cols, [&](int64_t j, auto n, int which) {
+        const Floats difference = first_lanes(load_at(s + j, n) - mean, n);
+        sums[which] += difference;
+        squares[which] = multiply_add(difference, difference, squares[which]);
+    });
+    const float lost = sum_of_all(sums) / count;
+    const float variance = sum_of_all(squares) / count - lost * lost;
+    return {mean + lost, 1 / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps)};
+}
+
+template <class S, class Y>
+void normalise(const S* s, const Moments& of, const float* weight, const float* bias, Y* y,
+               int64_t cols) {
+    for_vectors(0, cols, [&](int64_t j, auto n) {
+        const Floats x = (load_at(s + j, n) - of.mean) * of.rstd, w = load_at(weight + j, n);
+        store_at(y + j, bias == nullptr ? x * w : multiply_add(x, w, load_at(bias + j, n)), n);
+    });
+}
+
+void keep(const LayerNormFwd& p, int64_t row, const Moments& of) {
+    if (p.mean == nullptr) return;
+    p.mean[row] = of.mean;
+    p.rstd[row] = of.rstd;
+}
+
+template <class X, class R, class S>
+void rows(const LayerNormFwd& p, const float* weight, const float* bias, int64_t first,
+          int64_t last) {
+    const X* x = static_cast<const X*>(p.x);
+    const R* residual = static_cast<const R*>(p.residual);
+    X* y = static_cast<X*>(p.y);
+    S* sum = static_cast<S*>(p.sum);
+    const bool dropping = p.dropout.rng != nullptr;
+    ElementMask mask(p.dropout);
+    for (int64_t i = first; i < last; ++i) {
+        const X* from = x + i * p.x_stride;
+        const R* added = residual + i * p.residual_stride;
+        S* s = sum + i * p.cols;
+        const int64_t element = i * p.cols;
+        float total;
+        if (residual != nullptr)
+            total = dropping ? add<X, R, S, true, true>(from, added, s, p.cols, element, &mask)
+                             : add<X, R, S, true, false>(from, added, s, p.cols, element, &mask);
+        else
+            total = dropping ? add<X, R, S, false, true>(from, added, s, p.cols, element, &mask)
+                             : add<X, R, S, false, false>(from, added, s, p.cols, element, &mask);
+        const Moments of = moments(s, total, p.cols, p.eps);
+        keep(p, i, of);
+        normalise(s, of, weight, bias, y + i * p.cols, p.cols);
+    }
+}
+
+// s is x itself.
+template <class X>
+void plain_rows(const LayerNormFwd& p, const float* weight, const float* bias, int64_t first,
+                int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+        const X* x = static_cast<const X*>(p.x) + i * p.x_stride;
+        const Moments of = moments(x, sum_of_row(x, p.cols), p.cols, p.eps);
+        keep(p, i, of);
+        normalise(x, of, weight, bias, static_cast<X*>(p.y) + i * p.cols, p.cols);
+    }
+}
+
+// The sum's dtype is that of x, or fp32; an fp32 residual makes it fp32.
+template <class X>
+void rows_of(const LayerNormFwd& p, const float* weight, const float* bias, int64_t first,
+             int64_t last) {
+    if (p.sum == nullptr) return plain_rows<X>(p, weight, bias, first, last);
+    if (p.residual_dtype == DType::float32)
+        return rows<X, float, float>(p, weight, bias, first, last);
+    const bool wide = p.sum_dtype == DType::float32;
+    if (p.residual_dtype == DType::bfloat16)
+        wide ? rows<X, bf16, float>(p, weight, bias, first, last)
+             : rows<X, bf16, X>(p, weight, bias, first, last);
+    else
+        wide ? rows<X, fp16, float>(p, weight, bias, first, last)
+             : rows<X, fp16, X>(p, weight, bias, first, last);
+}
+
+}  // namespace
+
+void layer_norm_fwd(const LayerNormFwd& p, const float* weight, const float* bias, int64_t first,
+                    int64_t last) {
+    switch (p.x_dtype) {
+        case DType::float32: return rows_of<float>(p, weight, bias, first, last);
+        case DType::bfloat16: return rows_of<bf16>(p, weight, bias, first, last);
+        case DType::float16: return rows_of<fp16>(p, weight, bias, first, last);
+    }
+}
+
+}  // namespace gk::cpu::GK_ISA

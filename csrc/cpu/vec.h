@@ -1,0 +1,269 @@
+// Vectors of the instruction set that a kernel file is compiled for, in the vector extensions of
+// GCC and Clang: kWidth numbers of fp32, with loads and stores that widen and round bf16 and fp16.
+//
+// Each kernel file is compiled once for each instruction set, with -DGK_ISA=<its name>, and all of
+// it lies in the namespace gk::cpu::GK_ISA. Nothing here is shared between the objects: the linker
+// would keep one version, and a CPU without AVX-512 could run the one for AVX-512. So kernel files
+// use no inline function from outside the namespace and nothing of the standard library.
+//
+// Intel's intrinsics stand here alone, where GCC's code for a conversion or a product is slow.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/dtype.h"
+
+namespace gk::cpu::GK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+typedef uint64_t Longs __attribute__((vector_size(4 * kWidth)));
+constexpr int kLongs = kWidth / 2;
+
+// The same in memory, at any address.
+typedef float FloatsThere __attribute__((vector_size(4 * kWidth), aligned(1), may_alias));
+typedef uint16_t HalvesThere __attribute__((vector_size(2 * kWidth), aligned(1), may_alias));
+typedef uint64_t LongsThere __attribute__((vector_size(4 * kWidth), aligned(1), may_alias));
+
+static inline Floats all(float x) { return x - Floats{}; }
+static inline Words as_words(Floats x) { return reinterpret_cast<Words>(x); }
+static inline Floats as_floats(Words x) { return reinterpret_cast<Floats>(x); }
+
+// a b + c, rounded once where the instruction set can.
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_fmadd_ps(
+        reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+    return reinterpret_cast<Floats>(_mm256_fmadd_ps(
+        reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
+static inline Floats multiply_add(Floats a, Floats b, float c) {
+    return multiply_add(a, b, all(c));
+}
+static inline Floats multiply_add(Floats a, float b, Floats c) {
+    return multiply_add(a, all(b), c);
+}
+static inline Floats multiply_add(Floats a, float b, float c) {
+    return multiply_add(a, all(b), all(c));
+}
+
+static inline Words words_of(Halves x) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
+#else
+    return __builtin_convertvector(x, Words);
+#endif
+}
+
+// ---- bf16: the upper half of an fp32 number.
+
+static inline Floats widen_bf16(Halves x) { return as_floats(words_of(x) << 16); }
+
+// Rounds to the nearest, ties to even.
+static inline Halves round_bf16(Floats x) {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
+#else
+    const Words u = as_words(x);
+    const Words rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    const Words kept = x == x ? rounded : (u >> 16 | 0x40);  // a NaN must not round to infinity
+    return __builtin_convertvector(kept, Halves);
+#endif
+}
+
+// ---- fp16
+
+#if defined(__AVX512F__)
+static inline Floats widen_fp16(Halves x) {
+    return reinterpret_cast<Floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(x)));
+}
+static inline Halves round_fp16(Floats x) {
+    return reinterpret_cast<Halves>(_mm512_cvtps_ph(
+        reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+static inline Floats widen_fp16(Halves x) {
+    return reinterpret_cast<Floats>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(x)));
+}
+static inline Halves round_fp16(Floats x) {
+    return reinterpret_cast<Halves>(
+        _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+static inline Floats widen_fp16(Halves x) {
+    const Words u = __builtin_convertvector(x, Words), sign = (u & 0x8000) << 16, rest = u & 0x7fff;
+    const Words normal = (rest << 13) + (112 << 23);
+    const Floats tiny = __builtin_convertvector(reinterpret_cast<Ints>(rest), Floats) * 0x1p-24f;
+    Words found = rest < 0x400 ? as_words(tiny) : normal;
+    found = rest >= 0x7c00 ? normal + (112 << 23) : found;  // infinity and NaN
+    return as_floats(found | sign);
+}
+static inline Halves round_fp16(Floats x) {
+    const Words u = as_words(x), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
+    const Words normal = (rest + 0xfff + (rest >> 13 & 1) - (112 << 23)) >> 13;
+    // 0.5 has the spacing of fp16's numbers below 2^-14: the addition rounds to them.
+    const Words tiny = as_words(as_floats(rest) + 0.5f) - 0x3f000000;
+    Words found = rest < 0x38800000 ? tiny : normal;
+    found = rest >= 0x477ff000 ? Words{} + 0x7c00 : found;  // what rounds to 65,536 is infinity
+    found = rest > 0x7f800000 ? Words{} + 0x7e00 : found;
+    return __builtin_convertvector(found | sign, Halves);
+}
+#endif
+
+// ---- Memory
+
+static inline Floats load(const float* p) { return *reinterpret_cast<const FloatsThere*>(p); }
+static inline Floats load(const bf16* p) {
+    return widen_bf16(*reinterpret_cast<const HalvesThere*>(p));
+}
+static inline Floats load(const fp16* p) {
+    return widen_fp16(*reinterpret_cast<const HalvesThere*>(p));
+}
+
+static inline void store(float* p, Floats x) { *reinterpret_cast<FloatsThere*>(p) = x; }
+static inline void store(bf16* p, Floats x) {
+    *reinterpret_cast<HalvesThere*>(p) = round_bf16(x);
+}
+static inline void store(fp16* p, Floats x) {
+    *reinterpret_cast<HalvesThere*>(p) = round_fp16(x);
+}
+
+// The first n < kWidth numbers, the others 0. No address past them is touched.
+template <class T>
+static inline Floats load(const T* p, int n) {
+    T there[kWidth] = {};
+    for (int i = 0; i < n; ++i) there[i] = p[i];
+    return load(there);
+}
+template <class T>
+static inline void store(T* p, Floats x, int n) {
+    T there[kWidth];
+    store(there, x);
+    for (int i = 0; i < n; ++i) p[i] = there[i];
+}
+
+// Calls body(i, n) for each vector of a row: n is kWidth, as a constant, or fewer for the last one.
+// load_at and store_at then touch n numbers.
+struct Whole {
+    constexpr operator int() const { return kWidth; }
+};
+template <class Body>
+static inline __attribute__((always_inline)) void for_vectors(int64_t first, int64_t last,
+                                                              Body&& body) {
+    int64_t i = first;
+    for (; i + kWidth <= last; i += kWidth) body(i, Whole());
+    if (i < last) body(i, static_cast<int>(last - i));
+}
+// The same, with the number of one of kSums accumulators: additions that do not wait for each
+// other.
+constexpr int kSums = 4;
+template <class Body>
+static inline __attribute__((always_inline)) void for_vectors_summing(int64_t last, Body&& body) {
+    int64_t i = 0;
+    for (; i + kSums * kWidth <= last; i += kSums * kWidth) {
+        body(i, Whole(), 0);
+        body(i + kWidth, Whole(), 1);
+        body(i + 2 * kWidth, Whole(), 2);
+        body(i + 3 * kWidth, Whole(), 3);
+    }
+    for_vectors(i, last, [&](int64_t j, auto n) { body(j, n, 0); });
+}
+template <class T>
+static inline Floats load_at(const T* p, Whole) {
+    return load(p);
+}
+template <class T>
+static inline Floats load_at(const T* p, int n) {
+    return load(p, n);
+}
+template <class T>
+static inline void store_at(T* p, Floats x, Whole) {
+    store(p, x);
+}
+template <class T>
+static inline void store_at(T* p, Floats x, int n) {
+    store(p, x, n);
+}
+
+// x where the lane is below n, else 0.
+static inline Floats first_lanes(Floats x, Whole) { return x; }
+static inline Floats first_lanes(Floats x, int n) {
+    Ints lane;
+    for (int i = 0; i < kWidth; ++i) lane[i] = i;
+    return lane < n ? x : Floats{};
+}
+
+static inline float sum_of_lanes(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));
+#else
+    for (int half = kWidth / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) x[i] += x[i + half];
+    return x[0];
+#endif
+}
+static inline float sum_of_all(const Floats (&sums)[kSums]) {
+    return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// Rounds to what a tensor of T holds.
+static inline Floats rounded(Floats x, const float*) { return x; }
+static inline Floats rounded(Floats x, const bf16*) { return widen_bf16(round_bf16(x)); }
+static inline Floats rounded(Floats x, const fp16*) { return widen_fp16(round_fp16(x)); }
+
+// Stores a[0], b[0], a[1], b[1], ...
+static inline void interleave(Longs a, Longs b, LongsThere* to) {
+#if !__has_builtin(__builtin_shufflevector)  // GCC 11
+    for (int i = 0; i < kLongs; ++i) {
+        to[2 * i / kLongs][2 * i % kLongs] = a[i];
+        to[2 * i / kLongs][2 * i % kLongs + 1] = b[i];
+    }
+#elif defined(__AVX512F__)
+    to[0] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    to[1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#elif defined(__AVX2__)
+    to[0] = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    to[1] = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+    to[0] = __builtin_shufflevector(a, b, 0, 2);
+    to[1] = __builtin_shufflevector(a, b, 1, 3);
+#endif
+}
+
+// The products of the lower 32 bits of each lane and a 32-bit number.
+static inline Longs multiply_low(Longs x, uint32_t by) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Longs>(
+        _mm512_mul_epu32(reinterpret_cast<__m512i>(x), _mm512_set1_epi64(by)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Longs>(
+        _mm256_mul_epu32(reinterpret_cast<__m256i>(x), _mm256_set1_epi64x(by)));
+#elif defined(__SSE2__)
+    return reinterpret_cast<Longs>(
+        _mm_mul_epu32(reinterpret_cast<__m128i>(x), _mm_set1_epi64x(by)));
+#else
+    return (x & 0xffffffff) * by;
+#endif
+}
+
+}  // namespace gk::cpu::GK_ISA

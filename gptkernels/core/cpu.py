@@ -1,0 +1,72 @@
+"""The CPU kernels' module, `gptkernels._cpu`: whether it runs here, and what calls of it share.
+
+The kernels run on PyTorch's own threads. GPTKERNELS_CPU_ISA in the environment names a lower
+instruction set than the highest that the CPU has.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ISA_VARIABLE = "GPTKERNELS_CPU_ISA"
+
+# The values of `gk::cpu::DType`.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unavailable(device_type: str) -> str | None:
+    """Returns why the kernels cannot run on tensors of this device type; None where they can."""
+    if device_type != "cpu":
+        return f"it runs on CPU tensors, this one is on {device_type}"
+    return _unavailable()
+
+
+# As native.unavailable: torch.compile takes the answer as a constant.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _unavailable() -> str | None:
+    if importlib.util.find_spec("gptkernels._cpu") is None:
+        folder = Path(__file__).resolve().parent.parent
+        others = sorted(path.name for path in folder.glob("_cpu.*") if path.suffix != ".tmp")
+        if others:
+            return (
+                f"this installation's CPU kernels are for another Python ({', '.join(others)}); "
+                "install it again with this one"
+            )
+        return (
+            "this installation was built without a C++ compiler, so it has no CPU kernels; "
+            "install from source with g++ or clang++ on PATH and GPTKERNELS_BUILD_CPU=1"
+        )
+    try:
+        module()
+    except ImportError as error:
+        return f"the CPU kernels cannot be loaded: {error}"
+    except ValueError as error:
+        return f"{ISA_VARIABLE}: {error}"
+    return None
+
+
+@functools.cache
+def module() -> Any:
+    """Returns the compiled module. Raises ImportError where there is none, and ValueError for a
+    GPTKERNELS_CPU_ISA that the machine or the module lacks."""
+    loaded = importlib.import_module("gptkernels._cpu")
+    isa = os.environ.get(ISA_VARIABLE)
+    if isa:
+        loaded.use(isa)
+    return loaded
+
+
+def address(tensor: Tensor | None) -> int:
+    """Returns a tensor's address; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

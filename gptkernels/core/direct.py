@@ -1,0 +1,33 @@
+"""Whether a call may go past PyTorch's dispatcher, which takes longer than a small kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+# What an argument of a registered op may be. Another class of tensor could handle the call itself,
+# and a SymInt comes from a compiler.
+_PLAIN = frozenset(
+    (Tensor, Parameter, type(None), bool, int, float, str, list, torch.dtype, torch.device)
+)
+_C = torch._C
+
+
+def direct(arguments: Iterable[Any]) -> bool:
+    """Whether nothing watches PyTorch's calls with these arguments: no compiler or tracer, no mode,
+    no transform of torch.func, no level of forward-mode AD, no profiler, and no tensor of another
+    class than PyTorch's own two."""
+    return not torch.compiler.is_compiling() and not (
+        _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _C._autograd._profiler_enabled()
+        or _C._get_tracing_state() is not None
+        or not _PLAIN.issuperset(map(type, arguments))
+    )

@@ -1,0 +1,79 @@
+"""The GELU MLP with PyTorch's products, and GELU in one pass of a CPU kernel
+(csrc/cpu/gelu_mlp/params.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptkernels.core.cpu import DTYPE_CODES, address, module
+from gptkernels.core.products import linear, mm
+
+
+def gelu_mlp_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns y (M, C) and h = x w1^T + b1 (M, F), which is empty unless `keep_h`. All tensors have
+    one dtype."""
+    h = linear(x, w1, b1)
+    # Where h is not kept, a takes its place.
+    a = _gelu(h, torch.empty_like(h) if keep_h else h, approximate)
+    return linear(a, w2, b2), h if keep_h else x.new_empty(0)
+
+
+def gelu_mlp_bwd(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    h: Tensor | None,
+    approximate: str,
+    grad_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns dx, dw1, db1, dw2 and db2, each empty where `grad_mask` is False. If h is None, it is
+    recomputed."""
+    need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
+    # Five distinct tensors: the outputs of an op must not be one tensor, even if it is empty.
+    dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in range(5))
+    if need_b2:
+        db2 = dy.sum(0, dtype=torch.float32).to(dy.dtype)
+    if not (need_x or need_w1 or need_b1 or need_w2):
+        return dx, dw1, db1, dw2, db2
+    h = linear(x, w1, b1) if h is None else h.contiguous()
+    if not (need_x or need_w1 or need_b1):
+        return dx, dw1, db1, mm(dy.t(), _gelu(h, torch.empty_like(h), approximate)), db2
+    da = mm(dy, w2)
+    a = torch.empty_like(h) if need_w2 else None
+    db1 = x.new_zeros(h.shape[1]) if need_b1 else db1
+    if h.numel():
+        module().gelu_bwd(
+            h.data_ptr(), da.data_ptr(), da.data_ptr(), address(a),
+            db1.data_ptr() if need_b1 else 0, *h.shape, approximate == "tanh",
+            DTYPE_CODES[h.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    if a is not None:
+        dw2 = mm(dy.t(), a)
+    if need_w1:
+        dw1 = mm(da.t(), x)
+    if need_x:
+        dx = mm(da, w1)
+    return dx, dw1, db1, dw2, db2
+
+
+def _gelu(h: Tensor, a: Tensor, approximate: str) -> Tensor:
+    """Writes gelu(h) to a, which may be h, and returns a."""
+    if h.numel():
+        module().gelu_fwd(
+            h.data_ptr(), a.data_ptr(), h.numel(), approximate == "tanh", DTYPE_CODES[h.dtype],
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return a

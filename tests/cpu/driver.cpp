@@ -1,0 +1,70 @@
+// Runs every CPU kernel on several threads, each instruction set that this machine has: for the
+// sanitizers, which say what is wrong. `make sanitize` builds and runs it.
+#include <cstdio>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+using namespace gk::cpu;
+
+namespace {
+
+constexpr int kThreads = 5;
+
+// Room for n numbers of a dtype, exactly: the sanitizer finds an access past it.
+std::vector<char> room(int64_t n, DType dtype) {
+    return std::vector<char>(n * bytes_of(dtype));
+}
+
+void layer_norm(int64_t rows, int64_t cols, DType x_dtype, DType residual_dtype, bool dropping) {
+    const DType sum_dtype = residual_dtype == DType::float32 ? DType::float32 : x_dtype;
+    const int64_t n = rows * cols, rng[2] = {7, 9};
+    const Dropout dropout{dropping ? rng : nullptr, 20000, 1.5f};
+    auto x = room(n, x_dtype), y = x, dx = x;
+    auto residual = room(n, residual_dtype), dresidual = residual, sum = room(n, sum_dtype);
+    std::vector<float> weight(cols, 1), bias(cols, 2), mean(rows), rstd(rows), dweight(cols),
+        dbias(cols);
+    layer_norm_fwd({x.data(), residual.data(), weight.data(), bias.data(), y.data(), sum.data(),
+                    mean.data(), rstd.data(), rows, cols, cols, cols, 1e-5f, dropout, x_dtype,
+                    residual_dtype, DType::float32, sum_dtype},
+                   kThreads);
+    layer_norm_bwd({y.data(), sum.data(), sum.data(), mean.data(), rstd.data(), weight.data(),
+                    dx.data(), dresidual.data(), dweight.data(), dbias.data(), rows, cols, cols,
+                    dropout, x_dtype, residual_dtype, DType::float32, sum_dtype},
+                   kThreads);
+}
+
+void gelu(int64_t rows, int64_t cols, DType dtype, bool tanh) {
+    auto h = room(rows * cols, dtype), a = h, dh = h, db = room(cols, dtype);
+    gelu_fwd({h.data(), a.data(), rows * cols, tanh, dtype}, kThreads);
+    gelu_bwd({h.data(), a.data(), dh.data(), a.data(), db.data(), rows, cols, tanh, dtype},
+             kThreads);
+}
+
+void masks(int64_t rows, int64_t cols) {
+    const int64_t rng[2] = {7, 9};
+    std::vector<uint8_t> keep(3 * rows * cols);
+    elementwise_keep({{rng, 20000, 1}, keep.data(), 3 * rows * cols}, kThreads);
+    attention_keep({{rng, 20000, 1}, keep.data(), 3, rows, cols, 5, 1}, kThreads);
+}
+
+}  // namespace
+
+int main() {
+    constexpr DType kAll[] = {DType::float32, DType::bfloat16, DType::float16};
+    for (const std::string& isa : instruction_sets()) {
+        use(isa);
+        for (int64_t rows : {1, 3, 70})
+            for (int64_t cols : {1, 7, 16, 33, 500}) {
+                masks(rows, cols);
+                for (DType dtype : kAll) {
+                    for (bool tanh : {false, true}) gelu(rows, cols, dtype, tanh);
+                    for (DType residual : kAll)
+                        for (bool dropping : {false, true})
+                            layer_norm(rows, cols, dtype, residual, dropping);
+                }
+            }
+        std::printf("%s: done\n", isa.c_str());
+    }
+}

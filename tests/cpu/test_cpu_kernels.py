@@ -1,0 +1,151 @@
+"""The CPU kernels on every instruction set that this machine has; on the highest one the ops' own
+tests run them (tests/ops)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from harness import BF16, DTYPES, FP16, FP32, by_dtype
+from hypothesis import given
+from hypothesis import strategies as st
+from op_inputs import gelu_mlp_inputs, layer_norm_inputs
+from right import assert_gradients_alone, assert_right, assert_same, run, seeded
+
+from gptkernels import gelu_mlp, layer_norm
+from gptkernels.core import cpu, masks, philox
+
+pytestmark = pytest.mark.skipif(
+    cpu.unavailable("cpu") is not None, reason=f"impl='cpu': {cpu.unavailable('cpu')}"
+)
+SETS = cpu.module().instruction_sets() if cpu.unavailable("cpu") is None else ["none"]
+
+
+@pytest.fixture(params=SETS, autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = cpu.module().instruction_set()
+    cpu.module().use(request.param)
+    yield request.param
+    cpu.module().use(before)
+
+
+@by_dtype
+@given(
+    rows=st.integers(0, 40),
+    cols=st.integers(1, 70),
+    residual=st.sampled_from([None, *DTYPES]),
+    weights=st.sampled_from(DTYPES),
+    dropout_p=st.sampled_from([0.0, 0.3, 1.0]),
+    wide=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_layer_norm(
+    dtype: torch.dtype,
+    rows: int,
+    cols: int,
+    residual: torch.dtype | None,
+    weights: torch.dtype,
+    dropout_p: float,
+    wide: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    tensors = layer_norm_inputs(rows, cols, dtype=dtype, weight=weights, residual=residual)
+    options: dict[str, Any] = dict(dropout_p=dropout_p, residual_in_fp32=wide, prenorm=True)
+    # PyTorch's error on few numbers is random.
+    assert_right(
+        layer_norm, tensors, seed, impl="cpu", gradients=rows >= 8 and cols >= 8, **options
+    )
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_mlp(dtype: torch.dtype, approximate: str, seed: int) -> None:
+    for rows, cols, inner in ((70, 33, 130), (3, 40, 17), (129, 8, 64)):
+        tensors = gelu_mlp_inputs(rows, cols, inner, dtype=dtype, seed=seed)
+        assert_right(gelu_mlp, tensors, seed, impl="cpu", approximate=approximate)
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_of_every_fp16_number(approximate: str) -> None:
+    """And its derivative, beside fp64: half a unit in the last place, and what fp32 loses."""
+    h = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(FP16)
+    h = h[h.abs() < 60000]
+    a, dh = torch.empty_like(h), torch.empty_like(h)
+    kernels, tanh = cpu.module(), approximate == "tanh"
+    one = torch.ones_like(h)
+    kernels.gelu_fwd(h.data_ptr(), a.data_ptr(), len(h), tanh, cpu.DTYPE_CODES[FP16], 1)
+    kernels.gelu_bwd(
+        h.data_ptr(), one.data_ptr(), dh.data_ptr(), 0, 0, 1, len(h), tanh, cpu.DTYPE_CODES[FP16], 1
+    )
+    exact = h.double().requires_grad_()
+    truth = torch.nn.functional.gelu(exact, approximate=approximate)
+    (slope,) = torch.autograd.grad(truth.sum(), exact)
+    for found, wanted in ((a, truth.detach()), (dh, slope)):
+        error = (found.double() - wanted).abs()
+        assert (error <= 2**-11 * wanted.abs() * 1.001 + 2**-24).all()
+
+
+def test_conversions_are_those_of_pytorch(isa: str) -> None:
+    """By way of a residual stream: s = x + 0 in fp32 widens x, s = x + r in 16 bits rounds."""
+    weight = torch.ones(64)
+    for dtype in (BF16, FP16):
+        every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 64)
+        _, s = layer_norm(every, weight, residual_in_fp32=True, prenorm=True, impl="cpu")
+        normal = every.float().abs() >= torch.finfo(FP32).tiny  # the others may count as 0
+        assert_same([s[normal]], [every.float()[normal]])
+        torch.manual_seed(3)
+        a, b = (torch.randn(500, 64, dtype=dtype) * 10 ** torch.randn(500, 1) for _ in "ab")
+        a, b = a.to(dtype), b.to(dtype)
+        _, s = layer_norm(a, weight, residual=b, prenorm=True, impl="cpu")
+        assert_same([s], [a + b])
+
+
+@pytest.mark.parametrize("C", [1, 5, 64, 479, 480, 481, 1000])
+def test_masks_are_the_contracts(C: int) -> None:
+    rng, shape = torch.tensor([2**62 + 12345, 2**40 + 7]), torch.Size((7, C))
+    found = [masks.elementwise_keep(rng, 0.3, shape)]
+    assert_same(found, [philox.elementwise_keep(rng, 0.3, shape)])
+    for first in ((0, 0), (21, 5)):
+        sizes = (2, 3, 19, C, *first)
+        found = [masks.attention_keep(rng, 0.3, *sizes)]
+        assert_same(found, [philox.attention_keep(rng, 0.3, *sizes)])
+
+
+@by_dtype
+def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    tensors = layer_norm_inputs(37, 100, dtype=dtype, residual=dtype)
+    call = functools.partial(layer_norm, impl="cpu")
+    cotangent = torch.randn(37, 100).to(dtype)
+    whole = run(call, tensors, [cotangent], ["x"])
+    for row in (0, 17, 36):
+        one = {k: v if v.dim() == 1 else v[row : row + 1] for k, v in tensors.items()}
+        alone = run(call, one, [cotangent[row : row + 1]], ["x"])
+        assert_same(alone, [x[row : row + 1] for x in whole])
+
+
+@by_dtype
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_not_a_number_stays_in_its_row(dtype: torch.dtype, value: float) -> None:
+    tensors = layer_norm_inputs(9, 50, dtype=dtype, residual=dtype)
+    call = functools.partial(layer_norm, impl="cpu", prenorm=True)
+    clean = run(call, tensors, [torch.ones(9, 50, dtype=dtype)] * 2, ["x", "residual"])
+    tensors["x"][4, 49] = value
+    found = run(call, tensors, [torch.ones(9, 50, dtype=dtype)] * 2, ["x", "residual"])
+    others = torch.arange(9) != 4
+    assert_same([x[others] for x in found], [x[others] for x in clean])
+    assert not found[0][4].isfinite().any()
+
+
+def test_only_the_gradients_asked_for() -> None:
+    tensors = layer_norm_inputs(5, 40, residual=FP32)
+    assert_gradients_alone(functools.partial(layer_norm, impl="cpu"), tensors)
+
+
+def test_the_same_bits_again() -> None:
+    tensors = layer_norm_inputs(70, 90, dtype=BF16, residual=FP32)
+    call = seeded(functools.partial(layer_norm, dropout_p=0.2, impl="cpu"))
+    assert_same(run(call, tensors), run(call, tensors))
