@@ -155,10 +155,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="build nothing")
     parser.add_argument("--sanitize", action="store_true", help="run the driver instead")
     options = parser.parse_args(arguments)
+    reason = lacks()
     if options.check:
-        reason = lacks()
         print(reason or "the CPU kernels can be built here")
         return 2 if reason else 0
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return 2
     try:
         if options.sanitize:
             return max(map(sanitize, ("address,undefined", "thread")))

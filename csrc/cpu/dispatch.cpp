@@ -36,7 +36,7 @@ struct Level {
 
 #if defined(__x86_64__)
 
-// The features that scripts/extension.py lets the compiler use, as CPUID numbers them.
+// The features that scripts/cpu_extension.py lets the compiler use, as CPUID numbers them.
 struct Features {
     unsigned a = 0, b = 0, c = 0, d = 0;
 
