@@ -7,22 +7,34 @@
 
 namespace gk::cpu::GK_ISA {
 
+// The key of each round, which all calls share.
+struct Keys {
+    uint64_t k0[10], k1[10];
+
+    explicit Keys(uint64_t seed) {
+        uint32_t lower = static_cast<uint32_t>(seed), upper = static_cast<uint32_t>(seed >> 32);
+        for (int round = 0; round < 10; ++round) {
+            k0[round] = lower;
+            k1[round] = upper;
+            lower += 0x9E3779B9u;
+            upper += 0xBB67AE85u;
+        }
+    }
+};
+
 // kLongs calls at a time. Only the lower 32 bits of a lane count; the upper ones hold anything.
 struct Counters {
     Longs c0, c1, c2, c3;
 };
 
-static inline Counters philox(Counters c, uint64_t key) {
-    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+static inline Counters philox(Counters c, const Keys& keys) {
     for (int round = 0; round < 10; ++round) {
         const Longs first = multiply_low(c.c0, 0xD2511F53u);
         const Longs second = multiply_low(c.c2, 0xCD9E8D57u);
-        c.c0 = second >> 32 ^ c.c1 ^ k0;
+        c.c0 = upper_halves(second) ^ c.c1 ^ keys.k0[round];
         c.c1 = second;
-        c.c2 = first >> 32 ^ c.c3 ^ k1;
+        c.c2 = upper_halves(first) ^ c.c3 ^ keys.k1[round];
         c.c3 = first;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
     }
     return c;
 }
@@ -33,7 +45,7 @@ struct Lanes {
     Longs lower, upper;
 };
 static inline Lanes lanes_of(const Counters& c) {
-    return {(c.c0 & 0xffffffff) | c.c1 << 32, (c.c2 & 0xffffffff) | c.c3 << 32};
+    return {lower_halves(c.c0, c.c1), lower_halves(c.c2, c.c3)};
 }
 
 static inline Longs numbered(uint64_t first) {
@@ -46,28 +58,27 @@ static inline Longs numbered(uint64_t first) {
 struct ElementMask {
     static constexpr int kBlock = 480;
 
-    uint64_t seed = 0;
-    uint32_t offset = 0, threshold = 0;
-    float scale = 1;
+    Keys keys;
+    uint32_t offset, threshold;
+    float scale;
     const uint16_t* from;  // from[i] is the lane of element first + i
     // The first call may have 7 elements too many, the last calls of a vector more, and a vector of
     // lanes is read whole.
     uint16_t lanes[8 + kBlock + 8 * kLongs + kWidth];
 
-    explicit ElementMask(const Dropout& p) : threshold(p.threshold), scale(p.scale) {
-        if (p.rng == nullptr) return;
-        seed = static_cast<uint64_t>(p.rng[0]);
-        offset = static_cast<uint32_t>(p.rng[1]);
-    }
+    explicit ElementMask(const Dropout& p)
+        : keys(p.rng == nullptr ? 0 : static_cast<uint64_t>(p.rng[0])),
+          offset(p.rng == nullptr ? 0 : static_cast<uint32_t>(p.rng[1])),
+          threshold(p.threshold),
+          scale(p.scale) {}
 
     // Computes the lanes of the n <= kBlock elements from `first` on.
     void fill(int64_t first, int n) {
         const int64_t call = first / 8, last = (first + n + 7) / 8;
+        const Longs zero{};
         for (int64_t i = call; i < last; i += kLongs) {
             const Longs number = numbered(i);
-            const Longs zero{};
-            const Lanes found =
-                lanes_of(philox({number, number >> 32, zero, zero + offset}, seed));
+            const Lanes found = lanes_of(philox({number, number >> 32, zero, zero + offset}, keys));
             auto* to = reinterpret_cast<LongsThere*>(lanes + (i - call) * 8);
             interleave(found.lower, found.upper, to);
         }

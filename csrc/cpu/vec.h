@@ -250,6 +250,26 @@ static inline void interleave(Longs a, Longs b, LongsThere* to) {
 #endif
 }
 
+// The upper 32 bits of each lane, as its lower ones; what its upper ones hold is not said.
+static inline Longs upper_halves(Longs x) {
+#if defined(__AVX512F__)  // a shift would wait for the port that multiplies
+    return reinterpret_cast<Longs>(
+        _mm512_shuffle_epi32(reinterpret_cast<__m512i>(x), _MM_PERM_DDBB));
+#else
+    return x >> 32;
+#endif
+}
+
+// The lower 32 bits of a, then those of b.
+static inline Longs lower_halves(Longs a, Longs b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Longs>(_mm512_mask_shuffle_epi32(
+        reinterpret_cast<__m512i>(a), 0xaaaa, reinterpret_cast<__m512i>(b), _MM_PERM_CCAA));
+#else
+    return (a & 0xffffffff) | b << 32;
+#endif
+}
+
 // The products of the lower 32 bits of each lane and a 32-bit number.
 static inline Longs multiply_low(Longs x, uint32_t by) {
 #if defined(__AVX512F__)

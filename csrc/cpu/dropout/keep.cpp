@@ -15,7 +15,7 @@ void elementwise_keep(const ElementwiseKeep& p, int64_t first, int64_t last) {
 }
 
 void attention_keep(const AttentionKeep& p, int64_t first, int64_t last) {
-    const uint64_t seed = static_cast<uint64_t>(p.dropout.rng[0]);
+    const Keys keys(static_cast<uint64_t>(p.dropout.rng[0]));
     const uint32_t offset = static_cast<uint32_t>(p.dropout.rng[1]);
     for (int64_t row = first; row < last; ++row) {
         const int64_t head = row / p.rows + p.first_head, i = row % p.rows + p.first_row;
@@ -27,7 +27,7 @@ void attention_keep(const AttentionKeep& p, int64_t first, int64_t last) {
         for (int64_t c0 = 0; c0 < (p.cols + 15) / 16 * 4; c0 += kLongs) {
             const Lanes found = lanes_of(
                 philox({numbered(c0), zero + c1, zero + static_cast<uint64_t>(head),
-                        zero + offset}, seed));
+                        zero + offset}, keys));
             const Longs mine = i & 8 ? found.upper : found.lower;
             for (int call = 0; call < kLongs; ++call)
                 for (int lane = 0; lane < 4; ++lane) {

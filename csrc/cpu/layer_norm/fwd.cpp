@@ -1,10 +1,14 @@
-// LayerNorm forward: the rows first ... last - 1, one after another. A row's s is written first,
-// and read again from the cache for the statistics and for y.
+// LayerNorm forward: the rows first ... last - 1, kTogether at a time. A row's s is written first,
+// and read again from the cache for the statistics and for y. Each of the three passes runs over all
+// rows of a block before the next: a pass ends in a chain of additions of one row's lanes and a
+// division, which the CPU does beside the next row's pass.
 #include "cpu/kernels.h"
 #include "cpu/philox.h"
 
 namespace gk::cpu::GK_ISA {
 namespace {
+
+constexpr int kTogether = 4;
 
 // s = dropout(x) + residual, of one row. Returns the sum of the row, as s holds it.
 template <class X, class R, class S, bool kResidual, bool kDropout>
@@ -69,42 +73,60 @@ void keep(const LayerNormFwd& p, int64_t row, const Moments& of) {
     p.rstd[row] = of.rstd;
 }
 
-template <class X, class R, class S>
+// Statistics and y of the rows i ... i + count - 1, which are at s, and their sums.
+template <class S, class Y>
+void finish(const LayerNormFwd& p, const float* weight, const float* bias, const S* s,
+            int64_t stride, const float* totals, int64_t i, int64_t count) {
+    Moments of[kTogether];
+    for (int64_t r = 0; r < count; ++r)
+        of[r] = moments(s + r * stride, totals[r], p.cols, p.eps);
+    for (int64_t r = 0; r < count; ++r) {
+        keep(p, i + r, of[r]);
+        normalise(s + r * stride, of[r], weight, bias, static_cast<Y*>(p.y) + (i + r) * p.cols,
+                  p.cols);
+    }
+}
+
+template <class X, class R, class S, bool kResidual, bool kDropout>
 void rows(const LayerNormFwd& p, const float* weight, const float* bias, int64_t first,
           int64_t last) {
     const X* x = static_cast<const X*>(p.x);
     const R* residual = static_cast<const R*>(p.residual);
-    X* y = static_cast<X*>(p.y);
-    S* sum = static_cast<S*>(p.sum);
-    const bool dropping = p.dropout.rng != nullptr;
     ElementMask mask(p.dropout);
-    for (int64_t i = first; i < last; ++i) {
-        const X* from = x + i * p.x_stride;
-        const R* added = residual + i * p.residual_stride;
-        S* s = sum + i * p.cols;
-        const int64_t element = i * p.cols;
-        float total;
-        if (residual != nullptr)
-            total = dropping ? add<X, R, S, true, true>(from, added, s, p.cols, element, &mask)
-                             : add<X, R, S, true, false>(from, added, s, p.cols, element, &mask);
-        else
-            total = dropping ? add<X, R, S, false, true>(from, added, s, p.cols, element, &mask)
-                             : add<X, R, S, false, false>(from, added, s, p.cols, element, &mask);
-        const Moments of = moments(s, total, p.cols, p.eps);
-        keep(p, i, of);
-        normalise(s, of, weight, bias, y + i * p.cols, p.cols);
+    for (int64_t i = first; i < last; i += kTogether) {
+        const int64_t count = last - i < kTogether ? last - i : kTogether;
+        S* s = static_cast<S*>(p.sum) + i * p.cols;
+        float totals[kTogether];
+        for (int64_t r = 0; r < count; ++r)
+            totals[r] = add<X, R, S, kResidual, kDropout>(
+                x + (i + r) * p.x_stride, residual + (i + r) * p.residual_stride, s + r * p.cols,
+                p.cols, (i + r) * p.cols, &mask);
+        finish<S, X>(p, weight, bias, s, p.cols, totals, i, count);
     }
+}
+
+template <class X, class R, class S>
+void rows(const LayerNormFwd& p, const float* weight, const float* bias, int64_t first,
+          int64_t last) {
+    const bool dropping = p.dropout.rng != nullptr;
+    if (p.residual == nullptr)
+        dropping ? rows<X, R, S, false, true>(p, weight, bias, first, last)
+                 : rows<X, R, S, false, false>(p, weight, bias, first, last);
+    else
+        dropping ? rows<X, R, S, true, true>(p, weight, bias, first, last)
+                 : rows<X, R, S, true, false>(p, weight, bias, first, last);
 }
 
 // s is x itself.
 template <class X>
 void plain_rows(const LayerNormFwd& p, const float* weight, const float* bias, int64_t first,
                 int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
+    for (int64_t i = first; i < last; i += kTogether) {
+        const int64_t count = last - i < kTogether ? last - i : kTogether;
         const X* x = static_cast<const X*>(p.x) + i * p.x_stride;
-        const Moments of = moments(x, sum_of_row(x, p.cols), p.cols, p.eps);
-        keep(p, i, of);
-        normalise(x, of, weight, bias, static_cast<X*>(p.y) + i * p.cols, p.cols);
+        float totals[kTogether];
+        for (int64_t r = 0; r < count; ++r) totals[r] = sum_of_row(x + r * p.x_stride, p.cols);
+        finish<X, X>(p, weight, bias, x, p.x_stride, totals, i, count);
     }
 }
 
