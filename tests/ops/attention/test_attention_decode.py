@@ -68,7 +68,8 @@ def test_a_window_wider_than_any_cache(impl: str) -> None:
 
 @each
 def test_more_keys_than_64_parts_of_256(impl: str) -> None:
-    hold(*cache([16385]), impl, window=(700, 0), return_lse=True)
+    # PyTorch's error on a few numbers, each a sum of 701 terms, is random.
+    hold(*cache([16385], 1, 8, 4, 32), impl, window=(700, 0), return_lse=True)
 
 
 @each
