@@ -6,6 +6,7 @@ file opens with them.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from gptkernels.core import cpu
 from gptkernels.core.figure import figure_class
 from gptkernels.core.files import make_folder, replacing
 
@@ -30,9 +32,10 @@ _VERSIONS_OF = ("torch", "triton", "numpy", "transformers")
 def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
     """The machine and the software that a figure was measured on.
 
-    Keys: time (UTC), command, commit, gptkernels, python, platform, cpu_threads, versions (of
-    PyTorch and friends), and gpu (name, driver, CUDA runtime, memory, multiprocessors), None
-    without one.
+    Keys: time (UTC), command, commit, gptkernels, python, platform, cpu (name, cores that this
+    process may use, the load when it asked, and the instruction set of the CPU kernels, None
+    without them), cpu_threads, versions (of PyTorch and friends), and gpu (name, driver, CUDA
+    runtime, memory, multiprocessors), None without one.
     """
     import gptkernels
 
@@ -43,6 +46,7 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
         "gptkernels": gptkernels.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": _cpu(),
         "cpu_threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in _VERSIONS_OF},
         "gpu": _gpu(),
@@ -102,6 +106,8 @@ def figures(row: Row) -> dict[str, str]:
     cells = {"time": seconds(row["time_s"])}
     if row.get("host_s") is not None:
         cells["host"] = seconds(row["host_s"])
+    if row.get("high_s") is not None:
+        cells["spread"] = f"{50 * (row['high_s'] - row['low_s']) / row['time_s']:.0f}%"
     if row.get("ratio") is not None:
         cells["vs pytorch"] = f"{row['ratio']:.2f}x"
     if row.get("bytes_per_s") is not None:
@@ -182,6 +188,21 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _cpu() -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # only Linux has the file
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(
+            (x.partition(":")[2].strip() for x in lines if x.startswith("model name")), name
+        )
+    return {
+        "name": name,
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "instruction_set": None if cpu.unavailable("cpu") else cpu.module().instruction_set(),
+    }
 
 
 def _gpu() -> dict[str, Any] | None:

@@ -38,15 +38,28 @@ BASELINE = "pytorch"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: `time_s` is the median, `min_s` the least of `rounds` samples.
+    """Seconds per call: `time_s` is the median of `rounds` samples, `low_s` and `high_s` are their
+    quartiles and `min_s` is the least.
 
     On a GPU `host_s` is what the host takes to queue the call; None on a CPU.
     """
 
     time_s: float
+    low_s: float
+    high_s: float
     min_s: float
     rounds: int
     host_s: float | None = None
+
+    @classmethod
+    def of(cls, samples: Sequence[float], host_s: float | None = None) -> Timing:
+        """The timing of these samples, of which there is at least one."""
+        low, median, high = (
+            statistics.quantiles(samples, n=4, method="inclusive")
+            if len(samples) > 1
+            else [samples[0]] * 3
+        )
+        return cls(median, low, high, min(samples), len(samples), host_s)
 
 
 @dataclass(frozen=True)
@@ -149,10 +162,7 @@ def compare(
             break
         for name, call in candidates.items():
             samples[name].append(sampler(name, call))
-    return {
-        name: Timing(statistics.median(values), min(values), len(values), host_s.get(name))
-        for name, values in samples.items()
-    }
+    return {name: Timing.of(values, host_s.get(name)) for name, values in samples.items()}
 
 
 def _cpu_sampler() -> Callable[[str, Callable[[], Any]], float]:
@@ -234,7 +244,7 @@ def rows(
     """Times each case and yields one row per implementation, as soon as its case is timed.
 
     A row has op, shape, dtype, direction, impl, time_s, baseline_s, ratio (baseline over time:
-    above 1 is faster than PyTorch), min_s, rounds, host_s (as `Timing` has it), bytes, flops,
+    above 1 is faster than PyTorch), the other fields of `Timing`, bytes, flops,
     bytes_per_s, flops_per_s, floor_s (the larger of bytes over `copy_bandwidth` and flops over
     `product_rate`) and floor_share (floor over time; 1 is the machine's limit). An implementation
     that cannot run, or raises (no memory is left, say), has time_s None and the reason in

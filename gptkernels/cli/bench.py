@@ -28,6 +28,8 @@ def command(
 ) -> None:
     """Time the operators against plain PyTorch on the same inputs, in alternation.
 
+    "spread" is half the distance between the quartiles of a time, as a share of the time.
+
     "floor" is the least time that this machine's measured rates of memory and arithmetic allow, as
     a share of the time that it took.
     """

@@ -39,7 +39,7 @@ def test_candidates_alternate() -> None:
     assert list(timings) == ["a", "b"]
     for found in timings.values():
         assert found.rounds == 3
-        assert 0 < found.min_s <= found.time_s
+        assert 0 < found.min_s <= found.low_s <= found.time_s <= found.high_s
     runs = [name for name, _ in itertools.groupby(calls)]
     assert runs == ["a", "b"] * (len(runs) // 2)
 
@@ -52,7 +52,10 @@ def test_compare_refuses() -> None:
 
 
 def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"pytorch": timing.Timing(2.0, 1.5, 7), "torch": timing.Timing(0.5, 0.4, 7)}
+    times = {
+        "pytorch": timing.Timing.of([1.5, 2.0, 2.1]),
+        "torch": timing.Timing.of([0.4, 0.5, 0.7]),
+    }
     monkeypatch.setattr(timing, "compare", lambda candidates, **options: times)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 100.0)
     monkeypatch.setattr(timing, "product_rate", lambda device, dtype: 1000.0)
@@ -71,9 +74,11 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused["floor_s"] == 0.2  # the memory's, which is larger than 0.1 of the arithmetic's
     assert fused["floor_share"] == 0.4
     assert (fused["bytes_per_s"], fused["flops_per_s"]) == (40.0, 200.0)
-    assert (fused["dtype"], fused["min_s"], fused["rounds"]) == ("float16", 0.4, 7)
+    assert (fused["dtype"], fused["min_s"], fused["rounds"]) == ("float16", 0.4, 3)
     assert (skipped["time_s"], skipped["skipped"]) == (None, "no reason")
+    assert (fused["low_s"], fused["high_s"]) == (pytest.approx(0.45), pytest.approx(0.6))
     assert report.figures(fused)["vs pytorch"] == "4.00x"
+    assert report.figures(fused)["spread"] == "15%"  # half the distance of the quartiles
     assert report.figures(skipped) == {"time": "skipped: no reason"}
 
 

@@ -47,7 +47,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         found.append(list(calls))
         for call in calls.values():
             call()
-        return {name: timing.Timing(2e-3 * (1 + i), 1e-3, 7) for i, name in enumerate(calls)}
+        return {name: timing.Timing.of([2e-3 * (1 + i)]) for i, name in enumerate(calls)}
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # a minute otherwise
     monkeypatch.setattr(timing, "compare", compare)

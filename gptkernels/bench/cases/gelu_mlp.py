@@ -22,7 +22,13 @@ from gptkernels.truth import baseline
 
 # (batch, tokens, width, inner): GPT-2's smallest and largest, and a 7B model's.
 GPU_SHAPES = ((8, 1024, 768, 3072), (8, 1024, 1600, 6400), (4, 2048, 4096, 16384))
-CPU_SHAPES = ((1, 128, 768, 3072), (1, 512, 768, 3072), (1, 1024, 768, 3072))
+CPU_SHAPES = (
+    (1, 128, 768, 3072),
+    (1, 1, 768, 3072),
+    (1, 8, 768, 3072),
+    (1, 512, 768, 3072),
+    (1, 1024, 768, 3072),
+)
 GPU_DTYPES = (torch.bfloat16, torch.float32)
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 
