@@ -23,9 +23,10 @@ def layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y, s, mean and rstd. s is empty if sum_dtype is None: s is x then."""
     outputs = y, s, mean, rstd = fwd_outputs(x, sum_dtype)
-    if y.numel():
-        to = (y.data_ptr(), s.data_ptr() if sum_dtype else 0, mean.data_ptr(), rstd.data_ptr())
-        _forward(x, weight, bias, residual, rng, dropout_p, eps, sum_dtype, to)
+    _forward(
+        x, weight, bias, residual, rng, dropout_p, eps,
+        y, None if sum_dtype is None else s, mean.data_ptr(), rstd.data_ptr(),
+    )  # fmt: skip
     return outputs
 
 
@@ -42,11 +43,9 @@ def without_statistics(
     """Returns y and s as layer_norm_fwd does, of a contiguous x, where nobody will ask for
     gradients. s is x if sum_dtype is None."""
     y = torch.empty_like(x)
-    s = x if sum_dtype is None else torch.empty_like(x, dtype=sum_dtype)
-    if y.numel():
-        to = (y.data_ptr(), s.data_ptr() if sum_dtype else 0, 0, 0)
-        _forward(x, weight, bias, residual, rng, dropout_p, eps, sum_dtype, to)
-    return y, s
+    s = None if sum_dtype is None else torch.empty_like(x, dtype=sum_dtype)
+    _forward(x, weight, bias, residual, rng, dropout_p, eps, y, s, 0, 0)
+    return y, x if s is None else s
 
 
 def _forward(
@@ -57,29 +56,42 @@ def _forward(
     rng: Tensor | None,
     dropout_p: float,
     eps: float,
-    sum_dtype: torch.dtype | None,
-    to: tuple[int, int, int, int],  # addresses of y, s, mean, rstd; the last two may be 0
+    y: Tensor,
+    s: Tensor | None,
+    mean: int,  # an address, or 0: not wanted
+    rstd: int,
 ) -> None:
-    C = x.shape[-1]
-    rows, x_stride = _rows(x)
-    dtype = residual_dtype = _CODES[x.dtype]
-    added, residual_stride = 0, 0
+    numel = x.numel()
+    if numel == 0:
+        return
+    C = x_stride = residual_stride = x.shape[-1]
+    if not x.is_contiguous():
+        x = matrix(x)
+        x_stride = x.stride(0)
+    dtype = residual_dtype = sum_dtype = _CODES[x.dtype]
+    if s is not None:
+        sum_dtype = _CODES[s.dtype]
     if residual is not None:
-        residual_rows, residual_stride = _rows(residual)
-        added, residual_dtype = residual_rows.data_ptr(), _CODES[residual.dtype]
+        residual_dtype = _CODES[residual.dtype]
+        if not residual.is_contiguous():
+            residual = matrix(residual)
+            residual_stride = residual.stride(0)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    dropout = _dropout(rng, dropout_p) if dropout_p else (0, 0, 1.0)
+    dropout = _dropout(rng, dropout_p) if dropout_p else _NO_DROPOUT
     module().layer_norm_fwd(
-        rows.data_ptr(), added, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), *to,
-        x.numel() // C, C, x_stride, residual_stride, eps, *dropout, dtype, residual_dtype,
-        _CODES[weight.dtype], dtype if sum_dtype is None else _CODES[sum_dtype],
-        torch.get_num_threads(),
+        x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), 0 if s is None else s.data_ptr(),
+        mean, rstd, numel // C, C, x_stride, residual_stride, eps, *dropout, dtype,
+        residual_dtype, _CODES[weight.dtype], sum_dtype, torch.get_num_threads(),
     )  # fmt: skip
 
 
+# rng's address, the threshold and the scale.
+_NO_DROPOUT = (0, 0, 1.0)
+
+
 def _dropout(rng: Tensor | None, dropout_p: float) -> tuple[int, int, float]:
-    """Returns rng's address, the threshold and the scale."""
     return address(rng), philox.threshold(dropout_p), philox.scale(dropout_p)
 
 
@@ -101,28 +113,23 @@ def layer_norm_bwd(
     dx, dresidual, dweight, dbias = bwd_outputs(
         s, weight, x_dtype, residual_dtype, weight_gradient, bias_gradient
     )
-    if s.numel() == 0:
+    numel = s.numel()
+    if numel == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
-    C = s.shape[-1]
-    rows, sum_stride = _rows(s)
+    C = sum_stride = s.shape[-1]
+    if not s.is_contiguous():
+        s = matrix(s)
+        sum_stride = s.stride(0)
     dy = dy.to(x_dtype).contiguous()
     dsum = None if dsum is None else dsum.to(s.dtype).contiguous()
     weight = weight.contiguous()
-    dropout = _dropout(rng, dropout_p) if dropout_p else (0, 0, 1.0)
+    dropout = _dropout(rng, dropout_p) if dropout_p else _NO_DROPOUT
     module().layer_norm_bwd(
-        dy.data_ptr(), address(dsum), rows.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+        dy.data_ptr(), address(dsum), s.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
         weight.data_ptr(), dx.data_ptr(), 0 if residual_dtype is None else dresidual.data_ptr(),
         dweight.data_ptr() if weight_gradient else 0, dbias.data_ptr() if bias_gradient else 0,
-        s.numel() // C, C, sum_stride, *dropout, _CODES[x_dtype],
+        numel // C, C, sum_stride, *dropout, _CODES[x_dtype],
         _CODES[residual_dtype or x_dtype], _CODES[weight.dtype], _CODES[s.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return dx, dresidual, dweight, dbias
-
-
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """Returns x as rows with a unit stride between columns, and the stride between rows."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    rows = matrix(x)
-    return rows, rows.stride(0)

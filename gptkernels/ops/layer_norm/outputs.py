@@ -8,7 +8,7 @@ from torch import Tensor
 
 def fwd_outputs(x: Tensor, sum_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocates y, s, mean (M,) and rstd (M,) for x (..., C); s is empty without a sum_dtype."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = _contiguous_like(x)
     s = y.new_empty(0) if sum_dtype is None else torch.empty_like(y, dtype=sum_dtype)
     mean = y.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     return y, s, mean, torch.empty_like(mean)
@@ -23,14 +23,20 @@ def bwd_outputs(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocates dx, dresidual, dweight and dbias, each empty where it is not wanted."""
-    dx = torch.empty(s.shape, dtype=x_dtype, device=s.device)
-    residual_shape = (0,) if residual_dtype is None else s.shape
-    dresidual = torch.empty(residual_shape, dtype=residual_dtype or x_dtype, device=s.device)
-    dweight, dbias = (
-        torch.empty(weight.shape if wanted else (0,), dtype=weight.dtype, device=s.device)
-        for wanted in (weight_gradient, bias_gradient)
+    dx = _contiguous_like(s, x_dtype)
+    dresidual = (
+        dx.new_empty(0) if residual_dtype is None else torch.empty_like(dx, dtype=residual_dtype)
     )
+    dweight = _contiguous_like(weight) if weight_gradient else weight.new_empty(0)
+    dbias = _contiguous_like(weight) if bias_gradient else weight.new_empty(0)
     return dx, dresidual, dweight, dbias
+
+
+def _contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.empty_like(x), contiguous. To name that layout costs a small kernel's time."""
+    if x.is_contiguous():
+        return torch.empty_like(x, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def matrix(x: Tensor) -> Tensor:
