@@ -95,7 +95,9 @@ def _compile(command: list[str], source: Path, made: Path) -> int:
 
 def _same_addresses() -> None:
     """Gives the program that this process becomes the same addresses in every run. A container may
-    refuse this; the program then runs with random ones."""
+    refuse this; the program then runs with random ones, as it does on macOS."""
+    if sys.platform != "linux":
+        return
     libc = ctypes.CDLL(None)
     libc.personality(libc.personality(0xFFFFFFFF) | _ADDR_NO_RANDOMIZE)  # 0xFFFFFFFF: the present
 

@@ -5,6 +5,8 @@
     python scripts/cpu_extension.py --check      says whether it can be built here
     python scripts/cpu_extension.py --sanitize   runs tests/cpu/driver.cpp, every kernel on several
                                                  threads, under the sanitizers
+    python scripts/cpu_extension.py --cross      compiles every file with clang for other machines
+                                                 too, from the PyPI package ziglang; links nothing
 
 Each kernel file is compiled once for each instruction set; csrc/cpu/dispatch.cpp chooses among them
 when the module is loaded, by what the CPU and the system have.
@@ -16,6 +18,7 @@ scripts/compile.py).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import shlex
@@ -55,6 +58,8 @@ INSTRUCTION_SETS = {
     "aarch64": {"baseline": []},
     "arm64": {"baseline": []},
 }
+# What --cross compiles for, as ziglang names the machines: Python's name comes first.
+TARGETS = ("x86_64-linux-gnu", "aarch64-linux-gnu", "x86_64-macos", "aarch64-macos")
 # No contraction: a compiler would fuse a product and a sum in one copy of a loop and not in the
 # next, and a row's bits would depend on the rows beside it. vec.h has multiply_add.
 _FLAGS = [
@@ -75,10 +80,18 @@ def cpu(folder: Path | None = None) -> Path:
 def library(folder: Path, added: Sequence[str] = ()) -> Library:
     """The module, compiled with `added` flags too."""
     compiler = _compiler()
+    objects = _objects(compiler, INSTRUCTION_SETS[platform.machine()], added)
+    link = [*compiler, "-shared", *added, *_linked()]
+    return Library(folder / MODULE, objects, link, ["-ldl"], f"{_SOURCES}/module.map")
+
+
+def _objects(
+    compiler: Sequence[str], sets: dict[str, list[str]], added: Sequence[str]
+) -> list[Object]:
+    """What `compiler` makes of every source, for these instruction sets."""
     tools = version_of(compiler)
     kind = "LLVM" if "clang" in tools else "GNU"
     command = [*compiler, *_FLAGS, *_QUIET.get(kind, []), *added]
-    sets = INSTRUCTION_SETS[platform.machine()]
     objects = []
     for path in sorted((ROOT / _SOURCES).glob("**/*.cpp")):
         source = path.relative_to(ROOT)
@@ -91,8 +104,25 @@ def library(folder: Path, added: Sequence[str] = ()) -> Library:
                 Object(source, [*command, *flags, f"-DGK_ISA={name}"], tools, (name,))
                 for name, flags in sets.items()
             ]
-    link = [*compiler, "-shared", *added, *_linked()]
-    return Library(folder / MODULE, objects, link, ["-ldl"], f"{_SOURCES}/module.map")
+    return objects
+
+
+def cross() -> None:
+    """Compiles every source for each of TARGETS; a warning is an error. Python's headers are those
+    of the running Python. Raises as `cpu` does."""
+    if importlib.util.find_spec("ziglang") is None:
+        raise BuildError("--cross needs a compiler for other machines: pip install ziglang")
+    for target in TARGETS:
+        compiler = [sys.executable, "-m", "ziglang", "c++", "-target", target]
+        sets = {
+            name: [flag.replace("x86-64-", "x86_64_") for flag in flags]  # as zig spells them
+            for name, flags in INSTRUCTION_SETS[target.partition("-")[0]].items()
+        }
+        module = ROOT / "build" / "cross" / target / MODULE
+        # zig does not repeat a warning about a source that it has compiled before.
+        compiled = Library(module, _objects(compiler, sets, ["-Werror"]), [], [])
+        print(f"{target}:", flush=True)
+        build(compiled, [compiled.path(o) for o in compiled.objects])
 
 
 def sanitize(sanitizers: str) -> int:
@@ -154,8 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inplace", action="store_true", help="copy it into gptkernels/")
     parser.add_argument("--check", action="store_true", help="build nothing")
     parser.add_argument("--sanitize", action="store_true", help="run the driver instead")
+    parser.add_argument("--cross", action="store_true", help="compile for other machines instead")
     options = parser.parse_args(arguments)
-    reason = lacks()
+    reason = None if options.cross else lacks()
     if options.check:
         print(reason or "the CPU kernels can be built here")
         return 2 if reason else 0
@@ -163,6 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(reason, file=sys.stderr)
         return 2
     try:
+        if options.cross:
+            cross()
+            return 0
         if options.sanitize:
             return max(map(sanitize, ("address,undefined", "thread")))
         made = cpu()

@@ -174,7 +174,9 @@ def _jobs() -> int:
     """Returns how many compilers run at a time: MAX_JOBS, else the number of cores."""
     given = os.environ.get("MAX_JOBS", "").strip()
     if not given:
-        return len(os.sched_getaffinity(0))
+        # macOS does not say which cores a process may use.
+        mine = getattr(os, "sched_getaffinity", None)
+        return len(mine(0)) if mine else os.cpu_count() or 1
     if re.fullmatch(r"0*[1-9]\d*", given, re.ASCII) is None:
         raise BuildError(f"MAX_JOBS is a number of compilers, 1 or more, not {given!r}")
     return int(given)

@@ -2,8 +2,8 @@
 // threads to fall asleep, and the number that a user gives torch.set_num_threads holds.
 //
 // This module links no OpenMP. It looks for the library that the loaded libtorch_cpu.so was linked
-// with. Where there is none, and in a child process after fork(), whose pool has no threads, the
-// caller's thread does all the work.
+// with. Where there is none, as on macOS, and in a child process after fork(), whose pool has no
+// threads, the caller's thread does all the work.
 #pragma once
 
 #include <cstdint>
