@@ -112,15 +112,17 @@ def cross() -> None:
     of the running Python. Raises as `cpu` does."""
     if importlib.util.find_spec("ziglang") is None:
         raise BuildError("--cross needs a compiler for other machines: pip install ziglang")
+    zig = [sys.executable, "-m", "ziglang", "c++"]
     for target in TARGETS:
-        compiler = [sys.executable, "-m", "ziglang", "c++", "-target", target]
         sets = {
             name: [flag.replace("x86-64-", "x86_64_") for flag in flags]  # as zig spells them
             for name, flags in INSTRUCTION_SETS[target.partition("-")[0]].items()
         }
         module = ROOT / "build" / "cross" / target / MODULE
-        # zig does not repeat a warning about a source that it has compiled before.
-        compiled = Library(module, _objects(compiler, sets, ["-Werror"]), [], [])
+        # zig does not repeat a warning about a source that it has compiled before. Asked for its
+        # version with a target of macOS, it leaves a file behind.
+        added = ["-target", target, "-Werror"]
+        compiled = Library(module, _objects(zig, sets, added), [], [])
         print(f"{target}:", flush=True)
         build(compiled, [compiled.path(o) for o in compiled.objects])
 
