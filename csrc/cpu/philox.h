@@ -56,7 +56,7 @@ static inline Longs numbered(uint64_t first) {
 
 // The lanes of up to kBlock elements of a contiguous tensor.
 struct ElementMask {
-    static constexpr int kBlock = 480;
+    static constexpr int kBlock = 512;
 
     Keys keys;
     uint32_t offset, threshold;

@@ -189,20 +189,6 @@ static inline __attribute__((always_inline)) void for_vectors(int64_t first, int
     for (; i + kWidth <= last; i += kWidth) body(i, Whole());
     if (i < last) body(i, static_cast<int>(last - i));
 }
-// The same, with the number of one of kSums accumulators: additions that do not wait for each
-// other.
-constexpr int kSums = 4;
-template <class Body>
-static inline __attribute__((always_inline)) void for_vectors_summing(int64_t last, Body&& body) {
-    int64_t i = 0;
-    for (; i + kSums * kWidth <= last; i += kSums * kWidth) {
-        body(i, Whole(), 0);
-        body(i + kWidth, Whole(), 1);
-        body(i + 2 * kWidth, Whole(), 2);
-        body(i + 3 * kWidth, Whole(), 3);
-    }
-    for_vectors(i, last, [&](int64_t j, auto n) { body(j, n, 0); });
-}
 template <class T>
 static inline Floats load_at(const T* p, Whole) {
     return load(p);
@@ -220,12 +206,12 @@ static inline void store_at(T* p, Floats x, int n) {
     store(p, x, n);
 }
 
-// x where the lane is below n, else 0.
-static inline Floats first_lanes(Floats x, Whole) { return x; }
-static inline Floats first_lanes(Floats x, int n) {
+// x where the lane is below n, else `other`.
+static inline Floats first_lanes(Floats x, Whole, Floats = Floats{}) { return x; }
+static inline Floats first_lanes(Floats x, int n, Floats other = Floats{}) {
     Ints lane;
     for (int i = 0; i < kWidth; ++i) lane[i] = i;
-    return lane < n ? x : Floats{};
+    return lane < n ? x : other;
 }
 
 static inline float sum_of_lanes(Floats x) {
@@ -236,9 +222,6 @@ static inline float sum_of_lanes(Floats x) {
         for (int i = 0; i < half; ++i) x[i] += x[i + half];
     return x[0];
 #endif
-}
-static inline float sum_of_all(const Floats (&sums)[kSums]) {
-    return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // Rounds to what a tensor of T holds.
