@@ -78,7 +78,13 @@ def lines() -> Iterator[str]:
 
 
 def _implementations(torch: object) -> Iterator[str]:
-    from gptkernels.core.choice import IMPLEMENTATIONS, INTERPRETED, unavailable
+    from gptkernels.core.choice import (
+        CPU_OPS,
+        IMPLEMENTATIONS,
+        INTERPRETED,
+        automatic,
+        unavailable,
+    )
     from gptkernels.core.native import EMULATED
 
     how = {
@@ -102,7 +108,13 @@ def _implementations(torch: object) -> Iterator[str]:
                 yield f"          not {name}: {reason}"
         if impl == "cpu":
             yield from _cpu_kernels()
-    yield "  auto    picks torch"
+    device = "cuda" if gpu else "cpu"
+    ours = [op for op in CPU_OPS if automatic(op, device) == "cpu"]
+    yield (
+        f"  auto    picks cpu for {' and '.join(ours)}, else torch"
+        if ours
+        else "  auto    picks torch"
+    )
 
 
 def _cpu_kernels() -> Iterator[str]:

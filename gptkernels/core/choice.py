@@ -1,9 +1,9 @@
 """Which implementation runs. An explicit one runs, or an error says why it cannot; only "auto"
 chooses.
 
-"auto" picks "torch" on every machine today. No kernel has been timed on a GPU yet, and no
-measurement of the CPU kernels is in benchmarks/results. An unmeasured kernel must not replace
-PyTorch's.
+"auto" takes the CPU kernels where they were measured to be faster (`_FASTER`), and PyTorch's
+operators everywhere else: no kernel has been timed on a GPU yet, and an unmeasured kernel must not
+replace PyTorch's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from gptkernels.core import cpu, native
 
 IMPLEMENTATIONS = ("torch", "triton", "cuda", "cpu")
 CPU_OPS = ("gelu_mlp", "layer_norm")  # those that have kernels for a CPU
+# Those of them that "auto" takes, and the instruction sets on which they were measured to be faster
+# than PyTorch's operators (benchmarks/results, docs/cpu.md).
+_FASTER = ("gelu_mlp", "layer_norm")
+_FASTER_ON = ("v3", "v4", "v4_bf16")
 
 # Triton reads the variable when a kernel is decorated, so a later change has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
@@ -41,13 +45,23 @@ def choose(op: str, impl: str, tensor: Tensor, dtype: torch.dtype | None = None)
     implementation, and RuntimeError where an explicit one cannot run on this machine or tensor.
     """
     if check_impl(impl) == "auto":
-        return "torch"
+        return automatic(op, tensor.device.type)
     if impl == "cpu" and op not in CPU_OPS:
         raise NotImplementedError(f"impl='cpu': {_no_cpu_kernels(op)}")
     reason = unavailable(impl, tensor.device.type, dtype or tensor.dtype)
     if reason is None:
         return impl
     raise RuntimeError(f"impl={impl!r}: {reason}")
+
+
+def automatic(op: str, device_type: str) -> str:
+    """Returns the implementation that "auto" picks for an op on tensors of this device type."""
+    faster = op in _FASTER and cpu.unavailable(device_type) is None
+    return "cpu" if faster and cpu.instruction_set() in _FASTER_ON else "torch"
+
+
+# As cpu.unavailable.
+automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _no_cpu_kernels(op: str) -> str:

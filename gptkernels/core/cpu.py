@@ -67,6 +67,12 @@ def module() -> Any:
     return loaded
 
 
+@functools.cache
+def instruction_set() -> str:
+    """Returns the instruction set that the kernels were loaded with. Raises as `module` does."""
+    return str(module().instruction_set())
+
+
 def address(tensor: Tensor | None) -> int:
     """Returns a tensor's address; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -4,8 +4,8 @@
     MLP                  c_fc, c_proj                       as nanoGPT's MLP
     CausalSelfAttention  c_attn, c_proj                     as nanoGPT's CausalSelfAttention
 
-Each has an attribute `.impl`, "auto" unless set ("cuda", "triton" and "torch" are the others),
-which says which implementation of the op runs; `set_impl` sets it throughout a model. An
+Each has an attribute `.impl`, "auto" unless set ("cuda", "triton", "cpu" and "torch" are the
+others), which says which implementation of the op runs; `set_impl` sets it throughout a model. An
 implementation that cannot run raises when it is used, and says why. Dropout acts in training mode
 only.
 

@@ -27,9 +27,24 @@ def _fresh_answers() -> Any:
         answer.cache_clear()
 
 
-@pytest.mark.parametrize("impl", ["auto", "torch"])
-def test_torch_runs_anywhere(impl: str) -> None:
-    assert choice.choose("layer_norm", impl, torch.zeros(1)) == "torch"
+def test_torch_runs_anywhere() -> None:
+    assert choice.choose("layer_norm", "torch", torch.zeros(1)) == "torch"
+
+
+def test_auto_takes_the_cpu_kernels_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def picked(op: str, device: str = CPU) -> str:
+        return choice.choose(op, "auto", torch.zeros(1, device=device))
+
+    monkeypatch.setattr(cpu, "_unavailable", lambda: None)
+    monkeypatch.setattr(cpu, "instruction_set", lambda: "v3")
+    assert [picked(op) for op in ("layer_norm", "gelu_mlp")] == ["cpu", "cpu"]
+    assert picked("attention") == "torch"  # it has none
+    assert picked("layer_norm", "meta") == "torch"
+    monkeypatch.setattr(cpu, "instruction_set", lambda: "baseline")
+    assert picked("layer_norm") == "torch"  # not measured to be faster
+    monkeypatch.setattr(cpu, "_unavailable", lambda: "there is no compiler")
+    monkeypatch.setattr(cpu, "instruction_set", lambda: int("none"))
+    assert picked("layer_norm") == "torch"
 
 
 def test_cpu_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

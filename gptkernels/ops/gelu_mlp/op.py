@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.autocast import autocast_dtype
-from gptkernels.core.autograd import apply, once_differentiable
+from gptkernels.core.autograd import apply, once_differentiable, requires_grad
 from gptkernels.core.checks import (
     check_same_device,
     check_shape,
@@ -135,17 +135,19 @@ def gelu_mlp(
     Differentiable once in x, w1, b1, w2 and b2; gradients have the same bits on every run.
     """
     _check(x, w1, b1, w2, b2, approximate)
+    tensors = (x, w1, b1, w2, b2)
     dtype = autocast_dtype(x)
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(_rows(x), x.shape[-1])
-    rows, w1, w2 = rows.to(dtype), w1.to(dtype), w2.to(dtype)
-    b1 = None if b1 is None else b1.to(dtype)
-    b2 = None if b2 is None else b2.to(dtype)
+    rows = x
+    if x.dim() != 2:
+        rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(_rows(x), x.shape[-1])
+    if any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
+        rows, w1, w2 = rows.to(dtype), w1.to(dtype), w2.to(dtype)
+        b1 = None if b1 is None else b1.to(dtype)
+        b2 = None if b2 is None else b2.to(dtype)
     impl = choose("gelu_mlp", impl, rows)
-    differentiable = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, w1, b1, w2, b2)
-    )
-    keep_h = differentiable and not recompute
-    return apply(_GeluMLP, rows, w1, b1, w2, b2, approximate, keep_h, impl).view(x.shape)
+    keep_h = not recompute and requires_grad(tensors)
+    y = apply(_GeluMLP, rows, w1, b1, w2, b2, approximate, keep_h, impl)
+    return y if x.dim() == 2 else y.view(x.shape)
 
 
 def _rows(x: Tensor) -> int:
