@@ -11,7 +11,8 @@ other implementation is imported.
 
 The decorated name is a function that calls that function directly where nothing could tell the
 difference (core/direct.py), and else the registered op, whose dispatch takes longer than a small
-kernel.
+kernel. Under torch.compile it also calls the function itself for impl="torch": the graph then holds
+PyTorch's operators, which Inductor fuses, and not an op that it cannot look into.
 
 A parameter annotated with a NamedTuple stands for all fields of that record. The schema and the
 calls have one argument for each field; the fake and the implementations get the record.
@@ -37,11 +38,19 @@ from gptkernels.core.direct import direct
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
-def register(home: str) -> Callable[[Callable[..., Any]], Any]:
+def _always(*_: Any) -> bool:
+    return True
+
+
+def register(
+    home: str, traceable: Callable[..., bool] = _always
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorates the fake of an op: defines the op, and returns what calls it in place of the fake.
 
     Args:
         home: The package whose modules `torch`, `triton`, `cuda` and `cpu` implement the op.
+        traceable: Says whether torch.compile can trace a call of impl="torch". It gets the
+            arguments of the call without `impl`.
     """
 
     def define(fake: Callable[..., Any]) -> Any:
@@ -49,15 +58,21 @@ def register(home: str) -> Callable[[Callable[..., Any]], Any]:
         signature = inspect.signature(fake, eval_str=True)
         parameters = tuple(signature.parameters.values())
         pack = _packer(parameters)
+        # Found now: Dynamo cannot trace an import.
+        traced = getattr(importlib.import_module(f"{home}.torch"), name)
 
         def run(*arguments: Any) -> Any:
             *given, impl = pack(arguments)
-            function = getattr(_implementation(home, impl), name)
-            with torch.no_grad(), without_autocast(given[0]):
-                return function(*given)
+            return _undisturbed(getattr(_implementation(home, impl), name), given)
 
         def call(*arguments: Any) -> Any:
             if not direct(arguments):
+                # Dynamo's graph is the key to PyTorch's caches of compiled graphs. With these
+                # functions in it, and not an op's name, the caches notice that one was changed.
+                if torch.compiler.is_compiling() and arguments[-1] == "torch":
+                    given = pack(arguments)[:-1]
+                    if traceable(*given):
+                        return _undisturbed(traced, given)
                 return op(*arguments)
             *given, impl = pack(arguments)
             if autocast_enabled(given[0]):
@@ -79,6 +94,12 @@ def register(home: str) -> Callable[[Callable[..., Any]], Any]:
         return functools.update_wrapper(call, fake)
 
     return define
+
+
+def _undisturbed(function: Callable[..., Any], given: Sequence[Any]) -> Any:
+    """Returns function(*given), computed without autograd and without autocast."""
+    with torch.no_grad(), without_autocast(given[0]):
+        return function(*given)
 
 
 @functools.cache

@@ -392,7 +392,7 @@ def test_it_compiles_whole_while_it_recomputes(norm: str, recompute: str) -> Non
         torch.manual_seed(1)
         loss = run(*batch(config))
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    torch.testing.assert_close(*results)  # the traced form of impl="torch" rounds elsewhere
 
 
 def zeros(*shape: int) -> Tensor:

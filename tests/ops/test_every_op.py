@@ -264,17 +264,21 @@ def compiled_beside_eager(op: str, impl: str, backend: str) -> Any:
     block, inputs = BLOCKS[op]
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
-    for tensors, rest in inputs():
+    stances = ("default", "fail_on_recompile")
+    for stance, (tensors, rest) in zip(stances, inputs(), strict=True):
         calls = (seeded(functools.partial(f, impl=impl, **rest)) for f in (compiled, block))
-        yield tuple(run(call, tensors) for call in calls)
+        with torch.compiler.set_stance(stance):
+            yield tuple(run(call, tensors) for call in calls)
 
 
 @pytest.mark.parametrize("impl", [of("torch"), of("cuda")])
 @pytest.mark.parametrize("op", BLOCKS)
 def test_compile_equals_eager(op: str, impl: str) -> None:
-    """A graph holds the registered op, whatever implements it: two implementations are enough."""
+    """A graph holds the registered op of any kernels, so one of them is enough. Of "torch" it holds
+    PyTorch's operators, in a form that reads no values, which rounds elsewhere."""
+    same = torch.testing.assert_close if impl == "torch" else assert_same
     for found, wanted in compiled_beside_eager(op, impl, "aot_eager"):
-        assert_same(found, wanted)
+        same(found, wanted)
 
 
 def varlen_of_one(x: Tensor, **how: Any) -> Any:
@@ -316,9 +320,7 @@ def test_one_tensor_as_several_arguments_compiles(op: str, impl: str) -> None:
 
 
 def test_inductor_takes_the_ops() -> None:
-    """One implementation is enough: Inductor does not look inside the ops."""
     # Inductor draws other random numbers than eager PyTorch unless this option is set.
     with torch._inductor.config.patch(fallback_random=True):
         for found, wanted in compiled_beside_eager("layer_norm", "torch", "inductor"):
-            for a, b in zip(found, wanted, strict=True):
-                torch.testing.assert_close(a, b)
+            torch.testing.assert_close(found, wanted)

@@ -23,7 +23,8 @@ from gptkernels.ops.attention.options import (
 from gptkernels.ops.attention.splits import NUM_SPLITS_LIMIT
 
 
-@register("gptkernels.ops.attention")
+# Not traceable: on a CPU the lengths are read, and elsewhere the loop depends on the sizes.
+@register("gptkernels.ops.attention", traceable=lambda *_: False)
 def attention_decode_fwd(
     q: Tensor,
     k_cache: Tensor,

@@ -22,10 +22,13 @@ from gptkernels.ops.attention.options import (
     complete,
     scale,
 )
-from gptkernels.ops.attention.torch.dense import fused_backend
+from gptkernels.ops.attention.torch.dense import fused_backend, traceable_bwd, traceable_fwd
 
 
-@register("gptkernels.ops.attention")
+@register(
+    "gptkernels.ops.attention",
+    traceable=lambda q, k, v, options: traceable_fwd(q, k, options),
+)
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -34,7 +37,10 @@ def attention_fwd(
     return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
 
 
-@register("gptkernels.ops.attention")
+@register(
+    "gptkernels.ops.attention",
+    traceable=lambda dout, dlse, q, k, v, out, lse, options, *_: traceable_bwd(dlse, q, k, options),
+)
 def attention_bwd(
     dout: Tensor,
     dlse: Tensor | None,

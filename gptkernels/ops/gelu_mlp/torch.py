@@ -36,9 +36,10 @@ def _gelu(h: Tensor, approximate: str) -> Tensor:
     alone.
 
     On a CPU PyTorch cuts the elements among threads, and computes the last ones of each thread by
-    other instructions, which round differently. So a few rows are computed one by one.
+    other instructions, which round differently. So a few rows are computed one by one. Inductor
+    writes its own loop, so under torch.compile GELU is one operator.
     """
-    if h.device.type != "cpu" or not 1 < len(h) <= _FEW_ROWS:
+    if torch.compiler.is_compiling() or h.device.type != "cpu" or not 1 < len(h) <= _FEW_ROWS:
         return F.gelu(h, approximate=approximate)
     return torch.stack([F.gelu(row, approximate=approximate) for row in h.unbind()])
 

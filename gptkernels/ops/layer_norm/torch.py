@@ -94,9 +94,11 @@ def _gradients(
     mean, rstd = (x.view(*s.shape[:-1], 1) for x in (mean, rstd))
     affine = _affine(weight, dtype)
     if s.device.type == "cpu":
-        if s.dtype != torch.float32:
+        if torch.compiler.is_compiling():  # there are no values yet, and centring is fused
+            s, mean = s.float() - mean, torch.zeros_like(mean)
+        elif s.dtype != torch.float32:
             return _gradients_of_narrow_rows(dy, s, mean, rstd, affine, wanted)
-        if s.numel() and ((mean * rstd).abs() > 1).any():
+        elif s.numel() and ((mean * rstd).abs() > 1).any():
             s, mean = s - mean, torch.zeros_like(mean)
     return _native_gradients(dy.to(dtype), s.to(dtype), mean, rstd, affine, wanted)
 
@@ -143,7 +145,10 @@ def _native_gradients(
 
 def _layer_norm_dtype(s: Tensor, weight: Tensor) -> torch.dtype:
     """Returns the dtype in which PyTorch's LayerNorm runs. It wants s and weight in one dtype; a
-    CPU also takes 16-bit rows with fp32 weights. All other mixtures run in fp32."""
+    CPU also takes 16-bit rows with fp32 weights. All other mixtures run in fp32, and so do 16-bit
+    rows that are compiled for a CPU: Inductor's own formula would round their statistics."""
+    if torch.compiler.is_compiling() and s.device.type == "cpu":
+        return torch.float32
     return s.dtype if s.dtype == weight.dtype or s.device.type == "cpu" else torch.float32
 
 

@@ -15,6 +15,7 @@ from right import assert_gradients_alone, assert_right, assert_same, check_op, r
 
 from gptkernels import layer_norm
 from gptkernels.core import philox
+from gptkernels.ops.layer_norm.op import layer_norm_bwd
 from gptkernels.truth import verify
 
 hold = functools.partial(assert_right, layer_norm)
@@ -76,15 +77,21 @@ def test_large_mean(C: int, impl: str, seed: int) -> None:
 
 
 @each_with_cpu
-@pytest.mark.parametrize("C", [4, 96])
-def test_large_mean_costs_dx_no_digits(C: int, impl: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("C", "compiled"), [(4, False), (96, False), (96, True)])
+def test_large_mean_costs_dx_no_digits(
+    C: int, compiled: bool, impl: str, device: torch.device
+) -> None:
     """With exact statistics dx is right to the last bits, however large the mean is."""
+    call = layer_norm_bwd
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(layer_norm_bwd, fullgraph=True, backend="aot_eager")
     deviations = torch.randn(64, C // 2, dtype=torch.float64).mul(1024).round().div(1024)
     s = 2000 + torch.cat((deviations, -deviations), dim=1)  # 2000 is the exact mean
     dy, weight = torch.randn(64, C), torch.randn(C)
     rstd = (s.var(dim=1, unbiased=False) + 1e-5).rsqrt()
     arguments = (dy, None, s.float(), torch.full((64,), 2000.0), rstd.float(), weight)
-    dx, *_ = torch.ops.gptkernels.layer_norm_bwd(
+    dx, *_ = call(
         *(x if x is None else x.to(device) for x in arguments),
         None, 0.0, FP32, None, False, False, impl,
     )  # fmt: skip

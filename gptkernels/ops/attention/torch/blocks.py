@@ -16,8 +16,15 @@ _SCORES_HELD = 2**24
 
 def row_blocks(scores_per_row: int, Tq: int, most: int | None = None) -> Iterator[slice]:
     """Returns blocks of query rows, each with at most `most` rows and `_SCORES_HELD` scores."""
+    if one_block(scores_per_row, Tq, most):  # for any Tq that torch.compile leaves open
+        return iter((slice(0, Tq),))
     step = max(1, min(most or Tq, _SCORES_HELD // scores_per_row))
     return (slice(first, min(first + step, Tq)) for first in range(0, Tq, step))
+
+
+def one_block(scores_per_row: int, Tq: int, most: int | None = None) -> bool:
+    """Whether all query rows are one block of `row_blocks`."""
+    return Tq <= (most or Tq) and Tq * scores_per_row <= _SCORES_HELD
 
 
 def seen_keys(

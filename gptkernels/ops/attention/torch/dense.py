@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import backend, formula, fused
+from gptkernels.ops.attention.torch.blocks import one_block
 
 
 def attention_fwd(
@@ -95,6 +96,32 @@ def fused_backend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) ->
         return -1
     q, k, v = (fused.heads_first(x) for x in (q, k, v))
     return backend.pick(q, k, v, causal, options.softmax_scale)
+
+
+def traceable_fwd(q: Tensor, k: Tensor, options: AttentionOptions) -> bool:
+    """Whether torch.compile can trace a forward pass.
+
+    Not packed sequences: the host reads their lengths. Not what PyTorch's fused ops run on a GPU:
+    which of them does is a question that cannot be traced. And not a loop over blocks of rows,
+    which would be as long a graph.
+    """
+    if options.cu_seqlens_q is not None:
+        return False
+    if _plain(options, q, k) is not None:
+        return q.device.type != "cuda"
+    if _only_masks(options, q):
+        return fused.one_masked_block(options, q, k)
+    return one_block(q.shape[0] * q.shape[2] * k.shape[1], q.shape[1])
+
+
+def traceable_bwd(dlse: Tensor | None, q: Tensor, k: Tensor, options: AttentionOptions) -> bool:
+    """Whether torch.compile can trace a backward pass, and may.
+
+    The formula's is for itself: it computes the scores again, and a compiler that saw this would
+    find them in the forward pass, and keep them all.
+    """
+    by_fused_op = _plain(options, q, k) is not None or _only_masks(options, q)
+    return dlse is None and by_fused_op and traceable_fwd(q, k, options)
 
 
 def _plain(options: AttentionOptions, q: Tensor, k: Tensor) -> bool | None:

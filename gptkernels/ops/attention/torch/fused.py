@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,13 @@ from torch import Tensor
 
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import backend
-from gptkernels.ops.attention.torch.blocks import hidden_keys, living_keys, row_blocks, seen_keys
+from gptkernels.ops.attention.torch.blocks import (
+    hidden_keys,
+    living_keys,
+    one_block,
+    row_blocks,
+    seen_keys,
+)
 
 # Query rows of a block under causal or a window: a small block can skip most of the hidden keys.
 _BAND_ROWS = 256
@@ -123,7 +128,7 @@ def masked_attention_fwd(
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     q = heads_first(q)
     k, v = (living_keys(heads_first(x), options.key_lengths) for x in (k, v))
-    for rows in _masked_rows(options, B, Tq, Tk):
+    for rows in row_blocks(*_masked_rows(options, B, Tq, Tk)):
         keys = seen_keys(options, rows, Tq, Tk)
         if keys.start == keys.stop:
             out[:, rows], lse[:, :, rows] = 0, -math.inf
@@ -136,7 +141,7 @@ def masked_attention_fwd(
         lse[:, :, rows], out[:, rows] = block_lse, block.transpose(1, 2)
         empty = hidden.all(-1)
         # Rows that see no key: the op gives them lse 0, and lets a NaN in q reach out.
-        if empty.any():
+        if torch.compiler.is_compiling() or empty.any():
             lse[:, :, rows].masked_fill_(empty, -math.inf)
             out[:, rows].transpose(1, 2).masked_fill_(empty[..., None], 0)
     return out, lse
@@ -163,13 +168,13 @@ def masked_attention_bwd(
         for x in (k, v)
     )
     empty = (lse == -math.inf)[..., None]
-    fixing = bool(empty.any())
+    fixing = torch.compiler.is_compiling() or bool(empty.any())
     # With lse 0 the weights of rows without keys are exp(-inf - 0) = 0. Since 0 * NaN is NaN, their
     # dout and q become zeros too.
     if fixing:
         lse = lse.masked_fill(empty[..., 0], 0)
         dout, q = dout.masked_fill(empty, 0), q.masked_fill(empty, 0)
-    for rows in _masked_rows(options, B, Tq, Tk):
+    for rows in row_blocks(*_masked_rows(options, B, Tq, Tk)):
         keys = seen_keys(options, rows, Tq, Tk)
         if keys.start == keys.stop:
             dq[:, rows] = 0
@@ -214,13 +219,19 @@ def _cpu_gradients(
     )
 
 
-def _masked_rows(options: AttentionOptions, B: int, Tq: int, Tk: int) -> Iterator[slice]:
-    """Returns blocks of query rows whose masks (1 or B, 1 or H, rows, keys) are not too large."""
+def one_masked_block(options: AttentionOptions, q: Tensor, k: Tensor) -> bool:
+    """Whether the functions above compute all query rows of q (B, Tq, H, D) at once."""
+    return one_block(*_masked_rows(options, q.shape[0], q.shape[1], k.shape[1]))
+
+
+def _masked_rows(options: AttentionOptions, B: int, Tq: int, Tk: int) -> tuple[int, int, int]:
+    """Returns what `row_blocks` takes for blocks of query rows whose masks (1 or B, 1 or H, rows,
+    keys) are not too large."""
     batches = 1 if options.key_lengths is None else B
     leading = () if options.attn_mask is None else options.attn_mask.shape[:-2]
     per_row = Tk * torch.broadcast_shapes((batches, 1), leading).numel()
     banded = options.left >= 0 or options.right >= 0
-    return row_blocks(per_row, Tq, _BAND_ROWS if banded else Tq)
+    return per_row, Tq, _BAND_ROWS if banded else Tq
 
 
 def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
