@@ -66,7 +66,9 @@ def register(
             return _undisturbed(getattr(_implementation(home, impl), name), given)
 
         def call(*arguments: Any) -> Any:
-            if not direct(arguments):
+            # On "meta" the op answers with its fake: an implementation might loop over a problem
+            # that no machine can hold.
+            if not direct(arguments) or arguments[0].is_meta:
                 # Dynamo's graph is the key to PyTorch's caches of compiled graphs. With these
                 # functions in it, and not an op's name, the caches notice that one was changed.
                 if torch.compiler.is_compiling() and arguments[-1] == "torch":

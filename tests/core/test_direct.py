@@ -12,7 +12,9 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gptkernels import layer_norm
 from gptkernels.core.direct import direct
+from gptkernels.ops.layer_norm import torch as implementation
 
 X = torch.ones(3)
 
@@ -71,3 +73,9 @@ def test_while_tracing_or_compiling_it_is_not(monkeypatch: pytest.MonkeyPatch) -
     assert seen == [False]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not direct((X,))
+
+
+def test_tensors_on_meta_get_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "layer_norm_fwd", None)
+    x = torch.empty(2**40, 8, device="meta")
+    assert layer_norm(x, x[0], impl="torch").shape == x.shape
