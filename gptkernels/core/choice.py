@@ -2,8 +2,8 @@
 chooses.
 
 "auto" takes the CPU kernels where they were measured to be faster (`_FASTER`), and PyTorch's
-operators everywhere else: no kernel has been timed on a GPU yet, and an unmeasured kernel must not
-replace PyTorch's.
+operators everywhere else and under torch.compile: no kernel has been timed on a GPU yet, and an
+unmeasured kernel must not replace PyTorch's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def choose(op: str, impl: str, tensor: Tensor, dtype: torch.dtype | None = None)
     implementation, and RuntimeError where an explicit one cannot run on this machine or tensor.
     """
     if check_impl(impl) == "auto":
-        return automatic(op, tensor.device.type)
+        # Inductor fuses impl="torch" with what is around it, and cannot look into a kernel.
+        compiling = torch.compiler.is_compiling()
+        return "torch" if compiling else automatic(op, tensor.device.type)
     if impl == "cpu" and op not in CPU_OPS:
         raise NotImplementedError(f"impl='cpu': {_no_cpu_kernels(op)}")
     reason = unavailable(impl, tensor.device.type, dtype or tensor.dtype)

@@ -21,8 +21,8 @@ SHAPE: dict[str, Any] = {"d_model": D_MODEL, "nhead": HEADS, "dim_feedforward": 
 
 
 def pair(**options: Any) -> tuple[TransformerLayer, nn.TransformerEncoderLayer]:
-    """Returns our layer and PyTorch's, with the same parameters. Each parameter is large enough to
-    affect the result."""
+    """Returns our layer, which runs PyTorch's operators, and PyTorch's, with the same parameters.
+    Each parameter is large enough to affect the result."""
     theirs = nn.TransformerEncoderLayer(**{**SHAPE, "dropout": 0.0, **options})
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -30,7 +30,7 @@ def pair(**options: Any) -> tuple[TransformerLayer, nn.TransformerEncoderLayer]:
     ours = TransformerLayer(**{**SHAPE, "dropout": 0.0, **options})
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
+    return set_impl(ours, "torch"), theirs
 
 
 def as_function(layer: nn.Module, arguments: dict[str, Any]) -> Any:
@@ -237,8 +237,9 @@ def test_everything_dropped_leaves_the_residual() -> None:
 
 def test_impl_reaches_every_part() -> None:
     ours, _ = pair(activation="gelu", batch_first=True)
-    assert set_impl(ours, "torch") is ours
-    assert ours.impl == ours.norm1.impl == ours.norm2.impl == "torch"
+    assert set_impl(ours, "triton") is ours
+    assert ours.impl == ours.norm1.impl == ours.norm2.impl == "triton"
+    ours.impl = "torch"
     x = torch.randn(1, 5, D_MODEL)
     padding = torch.zeros(1, 5, dtype=torch.bool)
     padding[:, -1] = True

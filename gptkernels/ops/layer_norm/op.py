@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gptkernels.core import philox
@@ -66,11 +65,6 @@ def layer_norm_bwd(
     equals dx then, or there is no residual.
     """
     return bwd_outputs(s, weight, x_dtype, residual_dtype, weight_gradient, bias_gradient)
-
-
-# Where no gradient is wanted, PyTorch's own operators are right too, and "auto" calls them for
-# tensors of fewer elements than this: they start faster than the kernels (docs/cpu.md).
-_FEW = 2**14
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -178,37 +172,21 @@ def layer_norm(
     if weight is None:
         dtype = x.dtype if bias is None else bias.dtype
         weight = torch.ones(x.shape[-1], dtype=dtype, device=x.device)
-    tensors = (x, weight, bias, residual)
-    differentiable = requires_grad(tensors)
-    given, impl = impl, choose("layer_norm", impl, x)
+    impl = choose("layer_norm", impl, x)
+    rng = philox.draw(x.device) if dropout_p > 0 else None
     dtype = x.dtype
     if residual_in_fp32 or (residual is not None and residual.dtype == torch.float32):
         dtype = torch.float32
-    if (
-        given == "auto"
-        and (impl == "torch" or x.numel() < _FEW)
-        and not differentiable
-        and dropout_p == 0
-        and dtype == x.dtype
-        and _one_dtype(tensors)
-    ):
-        s = x if residual is None else x + residual
-        y = F.layer_norm(s, weight.shape, weight, bias, eps)
-        return (y, s) if prenorm else y
-    rng = philox.draw(x.device) if dropout_p > 0 else None
     is_x = residual is None and dropout_p == 0 and dtype == x.dtype
     sum_dtype = None if is_x else dtype
-    if impl == "cpu" and x.is_contiguous() and not differentiable and direct(tensors):
+    tensors = (x, weight, bias, residual)
+    if impl == "cpu" and x.is_contiguous() and not requires_grad(tensors) and direct(tensors):
         y, s = cpu.without_statistics(*tensors, rng, dropout_p, eps, sum_dtype)
     else:
         y, s = apply(_LayerNorm, *tensors, rng, float(dropout_p), float(eps), sum_dtype, impl)
     if not prenorm:
         return y
     return y, x if is_x else s
-
-
-def _one_dtype(tensors: Sequence[Tensor | None]) -> bool:
-    return len({tensor.dtype for tensor in tensors if tensor is not None}) == 1
 
 
 def _sound(
