@@ -33,7 +33,7 @@ CPU_SHAPES = (
     (1, 512, 1600),
 )
 GPU_DTYPES = (torch.bfloat16, torch.float32)
-CPU_DTYPES = (torch.float32, torch.bfloat16)
+CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def workloads(

@@ -25,7 +25,7 @@ def gelu_mlp_fwd(
     one dtype."""
     h = linear(x, w1, b1)
     # Where h is not kept, a takes its place.
-    a = _gelu(h, torch.empty_like(h) if keep_h else h, approximate)
+    a = gelu(h, torch.empty_like(h) if keep_h else h, approximate)
     return linear(a, w2, b2), h if keep_h else x.new_empty(0)
 
 
@@ -50,16 +50,11 @@ def gelu_mlp_bwd(
         return dx, dw1, db1, dw2, db2
     h = linear(x, w1, b1) if h is None else h.contiguous()
     if not (need_x or need_w1 or need_b1):
-        return dx, dw1, db1, mm(dy.t(), _gelu(h, torch.empty_like(h), approximate)), db2
+        return dx, dw1, db1, mm(dy.t(), gelu(h, torch.empty_like(h), approximate)), db2
     da = mm(dy, w2)
     a = torch.empty_like(h) if need_w2 else None
     db1 = x.new_zeros(h.shape[1]) if need_b1 else db1
-    if h.numel():
-        module().gelu_bwd(
-            h.data_ptr(), da.data_ptr(), da.data_ptr(), address(a),
-            db1.data_ptr() if need_b1 else 0, *h.shape, approximate == "tanh",
-            DTYPE_CODES[h.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+    gelu_backward(h, da, da, a, db1 if need_b1 else None, approximate)
     if a is not None:
         dw2 = mm(dy.t(), a)
     if need_w1:
@@ -69,11 +64,23 @@ def gelu_mlp_bwd(
     return dx, dw1, db1, dw2, db2
 
 
-def _gelu(h: Tensor, a: Tensor, approximate: str) -> Tensor:
-    """Writes gelu(h) to a, which may be h, and returns a."""
+def gelu(h: Tensor, a: Tensor, approximate: str) -> Tensor:
+    """Writes gelu(h) to a, which may be h, and returns a. Both are contiguous."""
     if h.numel():
         module().gelu_fwd(
             h.data_ptr(), a.data_ptr(), h.numel(), approximate == "tanh", DTYPE_CODES[h.dtype],
             torch.get_num_threads(),
         )  # fmt: skip
     return a
+
+
+def gelu_backward(
+    h: Tensor, da: Tensor, dh: Tensor, a: Tensor | None, db: Tensor | None, approximate: str
+) -> None:
+    """Writes da gelu'(h) to dh, which may be da; gelu(h) to a; and the sum of dh's rows to db.
+    All are (M, F) and contiguous, db is (F,); without rows db is left as it is."""
+    if h.numel():
+        module().gelu_bwd(
+            h.data_ptr(), da.data_ptr(), dh.data_ptr(), address(a), address(db), *h.shape,
+            approximate == "tanh", DTYPE_CODES[h.dtype], torch.get_num_threads(),
+        )  # fmt: skip

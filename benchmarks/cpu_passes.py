@@ -1,0 +1,86 @@
+"""What the ops of `gptkernels bench` do not show alone, on a CPU: GELU's passes, and dropout.
+
+    python -m benchmarks.cpu_passes [--json FILE]
+
+GELU forward, and backward with the bias's gradient, beside PyTorch's. Then each op with dropout
+beside itself without: the ratio is what dropout costs. Medians of rounds in which both take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import gptkernels
+from gptkernels.bench.report import environment, write_json
+from gptkernels.bench.timing import compare
+from gptkernels.ops.gelu_mlp import cpu
+
+_DTYPES = (torch.bfloat16, torch.float32)
+
+# (what, dtype, the one that the ratio divides, the other)
+Pair = tuple[str, torch.dtype, Callable[[], Any], Callable[[], Any]]
+
+
+def gelu() -> Iterator[Pair]:
+    """PyTorch's pass, and ours."""
+    for dtype in _DTYPES:
+        h, da = (torch.randn(512, 3072).to(dtype) for _ in range(2))
+        a, db = torch.empty_like(h), torch.empty(3072, dtype=dtype)
+
+        def plain(h: Any = h, da: Any = da) -> Any:
+            dh = torch.ops.aten.gelu_backward(da, h, approximate="tanh")
+            return dh, dh.sum(0), F.gelu(h, approximate="tanh")
+
+        def ours(h: Any = h, da: Any = da, a: Any = a, db: Any = db) -> Any:
+            cpu.gelu_backward(h, da, torch.empty_like(da), a, db, "tanh")
+
+        forward = functools.partial(F.gelu, h, approximate="tanh")
+        yield "GELU 512 x 3072, forward", dtype, forward, functools.partial(cpu.gelu, h, a, "tanh")
+        yield "GELU 512 x 3072, backward", dtype, plain, ours
+
+
+def dropout() -> Iterator[Pair]:
+    """With dropout, and without."""
+    for dtype in _DTYPES:
+        x, residual = (torch.randn(512, 768).to(dtype) for _ in range(2))
+        weight = torch.ones(768, dtype=dtype)
+        q, k, v = (torch.randn(1, 512, 12, 64).to(dtype) for _ in range(3))
+
+        def norm(p: float, x: Any = x, weight: Any = weight, residual: Any = residual) -> Any:
+            return gptkernels.layer_norm(x, weight, residual=residual, dropout_p=p, prenorm=True)
+
+        def attention(p: float, q: Any = q, k: Any = k, v: Any = v) -> Any:
+            return gptkernels.attention(q, k, v, dropout_p=p)
+
+        for name, call in (("layer_norm 512 x 768", norm), ("attention 512 x 12 x 64", attention)):
+            with_, without = (functools.partial(call, p) for p in (0.1, 0.0))
+            yield f"dropout of {name}", dtype, with_, without
+
+
+def main() -> None:
+    """Prints one line for each pair."""
+    parser = argparse.ArgumentParser("python -m benchmarks.cpu_passes", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
+    options = parser.parse_args()
+    rows = []
+    for pairs in (gelu(), dropout()):
+        for what, dtype, one, other in pairs:
+            found = compare({"one": one, "other": other}, budget_s=1.0)
+            ratio = found["one"].time_s / found["other"].time_s
+            times = {name: dataclasses.asdict(timing) for name, timing in found.items()}
+            rows.append({"what": what, "dtype": str(dtype), "ratio": ratio, **times})
+            print(f"{what:<36} {str(dtype).removeprefix('torch.'):<9} {ratio:.2f}x")
+    if options.json:
+        write_json(options.json, {"environment": environment(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
