@@ -19,9 +19,9 @@ def table(paths: Sequence[Path | str]) -> Iterator[str]:
     """Yields the lines of the table, in Markdown."""
     files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
     sets = [file["environment"]["cpu"]["instruction_set"] for file in files]
-    yield f"| | | {' | '.join(f'`{name}` | ' for name in sets)}|"
+    heads = " | ".join(f"`{name}` forward | `{name}` + backward" for name in sets)
+    yield f"| op and shape | dtype | {heads} |"
     yield f"| --- | --- |{' ---: | ---: |' * len(sets)}"
-    yield f"| op and shape | dtype |{' forward | + backward |' * len(sets)}"
     ratios = [dict(_ratios(file["rows"])) for file in files]
     for op, shape, dtype in dict.fromkeys(key[:3] for found in ratios for key in found):
         cells = [

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
+from benchmarks.table import table
+
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/**/*.md")]
 
 
@@ -16,3 +18,11 @@ def test_links_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_the_table_of_figures_is_that_of_the_results() -> None:
+    results = [
+        ROOT / "benchmarks" / "results" / f"cpu_{name}.json" for name in ("avx512_bf16", "avx2")
+    ]
+    page = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
+    assert "\n".join(table(results)) in page
