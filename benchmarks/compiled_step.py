@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 import gptkernels
-from gptkernels.bench.report import environment
+from gptkernels.bench.report import environment, write_json
 from gptkernels.bench.timing import BASELINE, compare
 from gptkernels.truth.plain_gpt import PlainGPT
 
@@ -70,7 +69,7 @@ def main() -> None:
         named = {name: getattr(options, name) for name in (*sizes, "dtype", "device", "dropout")}
         content = {"environment": environment(), **named, "ratio": ratio}
         rows = [{"impl": impl, **dataclasses.asdict(timing)} for impl, timing in found.items()]
-        options.json.write_text(json.dumps(content | {"rows": rows}, indent=1) + "\n")
+        write_json(options.json, content | {"rows": rows})
 
 
 if __name__ == "__main__":

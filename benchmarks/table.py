@@ -1,9 +1,9 @@
 """The tables of docs/cpu.md, from results of `gptkernels bench --json`.
 
-    python -m benchmarks.table benchmarks/results/cpu_*.json
+    python -m benchmarks.table benchmarks/results/cpu_{avx512_bf16,avx2}.json
 
 One line for each shape and dtype, two columns for each file: how many times as fast as eager
-PyTorch the forward pass is, and forward and backward together. A test holds the page to this.
+PyTorch impl="cpu" is, forward, and forward and backward together. A test holds the page to this.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def table(paths: Sequence[Path | str]) -> Iterator[str]:
 
 def _ratios(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, ...], float]]:
     for row in rows:
-        if row["impl"] != "pytorch" and row.get("ratio"):
+        if row["impl"] == "cpu" and row.get("ratio"):
             yield (row["op"], row["shape"], row["dtype"], row["direction"]), row["ratio"]
 
 

@@ -201,7 +201,7 @@ def _cpu() -> dict[str, Any]:
         "name": name,
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
-        "instruction_set": None if cpu.unavailable("cpu") else cpu.module().instruction_set(),
+        "instruction_set": None if cpu.unavailable("cpu") else cpu.instruction_set(),
     }
 
 

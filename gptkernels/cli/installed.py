@@ -119,11 +119,11 @@ def _implementations(torch: object) -> Iterator[str]:
 
 def _cpu_kernels() -> Iterator[str]:
     from gptkernels.core.choice import CPU_OPS
-    from gptkernels.core.cpu import module
+    from gptkernels.core.cpu import instruction_set, module
 
     kernels = module()
     library = kernels.threads_library()
-    yield f"          for {' and '.join(CPU_OPS)}, instruction set {kernels.instruction_set()}"
+    yield f"          for {' and '.join(CPU_OPS)}, instruction set {instruction_set()}"
     yield f"          on {'the threads of ' + library if library else 'one thread'}"
 
 

@@ -1,8 +1,8 @@
 """Which implementation runs. An explicit one runs, or an error says why it cannot; only "auto"
 chooses.
 
-"auto" takes the CPU kernels where they were measured to be faster (`_FASTER`), and PyTorch's
-operators everywhere else and under torch.compile: no kernel has been timed on a GPU yet, and an
+"auto" takes the CPU kernels in eager mode where they were measured to be faster than impl="torch"
+(`_FASTER`), and impl="torch" everywhere else: no kernel has been timed on a GPU yet, and an
 unmeasured kernel must not replace PyTorch's.
 """
 
@@ -19,7 +19,7 @@ from gptkernels.core import cpu, native
 IMPLEMENTATIONS = ("torch", "triton", "cuda", "cpu")
 CPU_OPS = ("gelu_mlp", "layer_norm")  # those that have kernels for a CPU
 # Those of them that "auto" takes, and the instruction sets on which they were measured to be faster
-# than PyTorch's operators (benchmarks/results, docs/cpu.md).
+# than impl="torch" (benchmarks/results, docs/cpu.md).
 _FASTER = ("gelu_mlp", "layer_norm")
 _FASTER_ON = ("v3", "v4", "v4_bf16")
 
@@ -60,10 +60,6 @@ def automatic(op: str, device_type: str) -> str:
     """Returns the implementation that "auto" picks for an op on tensors of this device type."""
     faster = op in _FASTER and cpu.unavailable(device_type) is None
     return "cpu" if faster and cpu.instruction_set() in _FASTER_ON else "torch"
-
-
-# As cpu.unavailable.
-automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _no_cpu_kernels(op: str) -> str:

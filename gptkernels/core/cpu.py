@@ -69,7 +69,8 @@ def module() -> Any:
 
 @functools.cache
 def instruction_set() -> str:
-    """Returns the instruction set that the kernels were loaded with. Raises as `module` does."""
+    """Returns the instruction set of the kernels, asked once: only tests change it afterwards.
+    Raises as `module` does."""
     return str(module().instruction_set())
 
 

@@ -21,7 +21,7 @@ _C = torch._C
 def direct(arguments: Iterable[Any]) -> bool:
     """Whether nothing watches PyTorch's calls with these arguments: no compiler or tracer, no mode,
     no transform of torch.func, no level of forward-mode AD, no profiler, and no tensor of another
-    class than PyTorch's own two."""
+    class than PyTorch's own two, or one that the dispatcher would first write out."""
     return not torch.compiler.is_compiling() and not (
         _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
@@ -30,4 +30,11 @@ def direct(arguments: Iterable[Any]) -> bool:
         or _C._autograd._profiler_enabled()
         or _C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, arguments))
+        or any(map(_is_unwritten, arguments))
     )
+
+
+def _is_unwritten(argument: Any) -> bool:
+    """Whether an argument's memory does not hold its values: they are the negative ones, or zeros
+    that have no memory."""
+    return isinstance(argument, Tensor) and (argument.is_neg() or argument._is_zerotensor())

@@ -6,8 +6,8 @@
 
 defines `torch.ops.gptkernels.layer_norm_fwd`. The annotations give the schema. The body is the
 fake, which tells torch.compile the shapes and dtypes of the results. A call runs the function of
-the same name in the module `gptkernels.ops.layer_norm.<impl>`, with all arguments but `impl`; no
-other implementation is imported.
+the same name in the module `gptkernels.ops.layer_norm.<impl>`, with all arguments but `impl`; of
+the others only `torch`, which torch.compile traces, is imported.
 
 The decorated name is a function that calls that function directly where nothing could tell the
 difference (core/direct.py), and else the registered op, whose dispatch takes longer than a small

@@ -34,6 +34,21 @@ def test_another_class_is_not(argument: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "argument",
+    [
+        torch._neg_view(X),
+        torch._efficientzerotensor(3),
+        torch.ones(3, dtype=torch.cfloat).conj().imag,
+    ],
+    ids=["negative", "zeros", "conjugate"],
+)
+def test_values_that_memory_does_not_hold_are_not(argument: Tensor) -> None:
+    assert not direct((argument,))
+    found = layer_norm(torch.zeros(3), torch.ones(3), residual=argument, prenorm=True)
+    assert torch.equal(found[1], argument.clone())
+
+
+@pytest.mark.parametrize(
     "watcher",
     [TorchDispatchMode, TorchFunctionMode, FakeTensorMode, torch.profiler.profile],
     ids=lambda watcher: watcher.__name__,

@@ -35,6 +35,22 @@ void layer_norm(int64_t rows, int64_t cols, DType x_dtype, DType residual_dtype,
                    kThreads);
 }
 
+// What may be absent is.
+void plain_layer_norm(int64_t rows, int64_t cols, DType dtype, bool dropping) {
+    const int64_t rng[2] = {7, 9};
+    const Dropout dropout{dropping ? rng : nullptr, 20000, 1.5f};
+    auto x = room(rows * cols, dtype), y = x, sum = x;
+    std::vector<float> weight(cols, 1), mean(rows), rstd(rows);
+    layer_norm_fwd({x.data(), nullptr, weight.data(), nullptr, y.data(),
+                    dropping ? sum.data() : nullptr, nullptr, nullptr, rows, cols, cols, cols,
+                    1e-5f, dropout, dtype, dtype, DType::float32, dtype},
+                   kThreads);
+    layer_norm_bwd({y.data(), nullptr, x.data(), mean.data(), rstd.data(), weight.data(),
+                    x.data(), nullptr, nullptr, nullptr, rows, cols, cols, dropout, dtype, dtype,
+                    DType::float32, dtype},
+                   kThreads);
+}
+
 void gelu(int64_t rows, int64_t cols, DType dtype, bool tanh) {
     auto h = room(rows * cols, dtype), a = h, dh = h, db = room(cols, dtype);
     gelu_fwd({h.data(), a.data(), rows * cols, tanh, dtype}, kThreads);
@@ -60,6 +76,8 @@ int main() {
                 masks(rows, cols);
                 for (DType dtype : kAll) {
                     for (bool tanh : {false, true}) gelu(rows, cols, dtype, tanh);
+                    for (bool dropping : {false, true})
+                        plain_layer_norm(rows, cols, dtype, dropping);
                     for (DType residual : kAll)
                         for (bool dropping : {false, true})
                             layer_norm(rows, cols, dtype, residual, dropping);

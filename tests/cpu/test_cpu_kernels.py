@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import BF16, DTYPES, FP16, FP32, by_dtype
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,8 @@ from right import assert_gradients_alone, assert_right, assert_same, run, seeded
 
 from gptkernels import gelu_mlp, layer_norm
 from gptkernels.core import cpu, masks, philox
+from gptkernels.ops.gelu_mlp.cpu import gelu_backward
+from gptkernels.ops.layer_norm.op import layer_norm_fwd
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable("cpu") is not None, reason=f"impl='cpu': {cpu.unavailable('cpu')}"
@@ -59,6 +62,37 @@ def test_layer_norm(
     assert_right(
         layer_norm, tensors, seed, impl="cpu", gradients=rows >= 8 and cols >= 8, **options
     )
+
+
+@pytest.mark.parametrize("C", [7, 96, 12288])
+def test_a_mean_is_rounded_once(C: int) -> None:
+    """Row by row: the worst of many rows would hide it."""
+    x = torch.randn(256, C) + 100
+    mean = layer_norm_fwd(x, torch.ones(C), None, None, None, 0.0, 1e-5, None, "cpu")[2]
+    off = (mean - x.double().mean(1)).abs().max().item()
+    # Half the distance of two neighbours of 100, and a quarter of that for the sums.
+    assert off < 1.25 * 2**-18
+
+
+@pytest.mark.parametrize("mean", [1e4, 1e19, 3e37])
+def test_rows_of_one_large_value(mean: float) -> None:
+    for C in (1, 5, 64, 150):
+        bias = torch.randn(C)
+        assert_same([layer_norm(torch.full((5, C), mean), None, bias, impl="cpu")[3]], [bias])
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_loses_no_digits_of_its_slope(approximate: str) -> None:
+    """Its largest error is below PyTorch's own. 1 - s in place of exp(-u) s would make it twice
+    that."""
+    h = torch.linspace(-12, 12, 100_001)[None]
+    exact = h.double().requires_grad_()
+    F.gelu(exact, approximate=approximate).sum().backward()
+    one, found = torch.ones_like(h), torch.empty_like(h)
+    gelu_backward(h, one, found, None, None, approximate)
+    theirs = torch.ops.aten.gelu_backward(one, h, approximate=approximate)
+    errors = [(x - exact.grad).abs().max().item() for x in (found, theirs)]
+    assert errors[0] <= errors[1]
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])

@@ -1,7 +1,7 @@
-// LayerNorm forward: the rows first ... last - 1, kTogether at a time. The first pass over a row adds,
-// writes s and takes the statistics, the second writes y from what is still in the cache. Each pass
-// runs over all rows of a block before the next one: a row's last sums and its square root, each of
-// which waits for the one before, are computed beside the next row's pass.
+// LayerNorm forward: the rows first ... last - 1, kTogether at a time. The first pass over a row
+// adds, writes s and takes the statistics, the second writes y from what is still in the cache.
+// Each pass runs over all rows of a block before the next one: a row's last sums and its square
+// root, each of which waits for the one before, are computed beside the next row's pass.
 #include "cpu/kernels.h"
 #include "cpu/layer_norm/moments.h"
 #include "cpu/philox.h"
@@ -74,7 +74,8 @@ void rows(const LayerNormFwd& p, const float* weight, const float* bias, int64_t
         Moments moments[kTogether];
         for (int64_t r = 0; r < count; ++r)
             moments[r] = add<X, R, S, kResidual, kDropout>(
-                x + (i + r) * p.x_stride, residual + (i + r) * p.residual_stride, s + r * p.cols,
+                x + (i + r) * p.x_stride,
+                kResidual ? residual + (i + r) * p.residual_stride : nullptr, s + r * p.cols,
                 p.cols, (i + r) * p.cols, &mask);
         finish<S, X>(p, weight, bias, s, p.cols, moments, i, count);
     }

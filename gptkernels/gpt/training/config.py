@@ -44,7 +44,7 @@ class TrainConfig:
     )
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
     impl: str = _option(
-        "auto", "implementation of the fused operations: auto, torch, triton, cuda or cpu"
+        "auto", "implementation of the fused operations: auto, torch, triton or cuda"
     )
     tokenizer: str = _option("bytes", "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words")
     token_dtype: str = _option("uint16", "of the ids in token shards (.bin): uint16 or uint32")
