@@ -8,11 +8,13 @@ On a GPU a sample is the time between two CUDA events around one call, after the
 flushed (a write of twice its size). The GPU then waits for longer than the host takes to queue the
 call, so that the sample holds the GPU's work alone; the host's time is measured apart. A call that
 waits for the GPU itself still has the host's time after that wait in its sample. On a CPU a sample
-is `time.perf_counter` around as many calls as fill a few milliseconds.
+is `time.perf_counter` around as many calls as fill a few milliseconds; freed memory stays with the
+process.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import math
@@ -145,6 +147,8 @@ def compare(
             "they must satisfy 1 <= min_rounds <= max_rounds"
         )
     device = torch.device(device)
+    if device.type == "cpu":
+        _keep_freed_memory()
     for call in candidates.values():
         # The first calls compile kernels and fill caches.
         call()
@@ -163,6 +167,18 @@ def compare(
         for name, call in candidates.items():
             samples[name].append(sampler(name, call))
     return {name: Timing.of(values, host_s.get(name)) for name, values in samples.items()}
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Lets the C library keep memory that is freed. By default it gives blocks of some megabytes
+    back to the system, or not, as they happen to lie; the page faults of the next ones can take
+    longer than the kernels that fill them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
 
 
 def _cpu_sampler() -> Callable[[str, Callable[[], Any]], float]:
