@@ -12,9 +12,8 @@ from torch.nn import Parameter
 
 # What an argument of a registered op may be. Another class of tensor could handle the call itself,
 # and a SymInt comes from a compiler.
-_PLAIN = frozenset(
-    (Tensor, Parameter, type(None), bool, int, float, str, list, torch.dtype, torch.device)
-)
+_TENSORS = frozenset((Tensor, Parameter))
+_PLAIN = _TENSORS | {type(None), bool, int, float, str, list, torch.dtype, torch.device}
 _C = torch._C
 
 
@@ -30,11 +29,11 @@ def direct(arguments: Iterable[Any]) -> bool:
         or _C._autograd._profiler_enabled()
         or _C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, arguments))
-        or any(map(_is_unwritten, arguments))
+        or _is_unwritten([x for x in arguments if type(x) in _TENSORS])
     )
 
 
-def _is_unwritten(argument: Any) -> bool:
-    """Whether an argument's memory does not hold its values: they are the negative ones, or zeros
+def _is_unwritten(tensors: list[Tensor]) -> bool:
+    """Whether the memory of a tensor does not hold its values: they are the negative ones, or zeros
     that have no memory."""
-    return isinstance(argument, Tensor) and (argument.is_neg() or argument._is_zerotensor())
+    return any(map(Tensor.is_neg, tensors)) or any(map(Tensor._is_zerotensor, tensors))
