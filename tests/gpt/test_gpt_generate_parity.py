@@ -24,7 +24,8 @@ PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [1], [60, 2, 60], list(range(20)), [66] * 5]
 
 @pytest.fixture(scope="module", params=["gpt2", "openai-gpt"])
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A random model of transformers', and ours of the folder that it wrote."""
+    """A random model of transformers', and ours of the folder that it wrote, with the same
+    operators."""
     torch.manual_seed(0)
     if request.param == "gpt2":
         config = transformers.GPT2Config(**SHAPE, bos_token_id=None, eos_token_id=None)
@@ -34,7 +35,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         theirs = transformers.OpenAIGPTLMHeadModel(config)
     folder: Path = tmp_path_factory.mktemp(request.param)
     shaken(theirs, 0.3).save_pretrained(folder)
-    return GPT.from_pretrained(folder), theirs.eval()
+    return GPT.from_pretrained(folder).set_impl("torch"), theirs.eval()
 
 
 def by_transformers(theirs: Any, prompt: list[int], new: int, **options: Any) -> Any:
