@@ -5,8 +5,24 @@
 
 namespace gk::cpu::GK_ISA {
 
-// exp(x). 2^n 2^f with |f| <= 1/2; 2^f is the polynomial that equals it at seven Chebyshev nodes
-// (its relative error is 2.5e-9). Results below the smallest normal number are 0. NaN stays.
+// 2^f for |f| <= 1/2: the polynomial that equals it at seven Chebyshev nodes (its relative error is
+// 2.5e-9).
+static inline Floats power_of_2(Floats f) {
+    Floats p = multiply_add(f, 0.000154614446986f, 0.00134004281776f);
+    p = multiply_add(p, f, 0.00961805667852f);
+    p = multiply_add(p, f, 0.0555032722667f);
+    p = multiply_add(p, f, 0.240226509223f);
+    p = multiply_add(p, f, 0.693147206703f);
+    return multiply_add(p, f, 1.0f);
+}
+
+// 2^x. Results below the smallest normal number are 0. NaN stays.
+static inline Floats exp2_of(Floats x) {
+    const Floats f = from_nearest(x);
+    return times_power_of_2(power_of_2(f), x - f);
+}
+
+// exp(x), likewise.
 static inline Floats exp_of(Floats x) {
     const Floats y = x * 1.44269504089f;
     Floats clamped = y < -127.0f ? all(-127.0f) : y;
@@ -16,17 +32,25 @@ static inline Floats exp_of(Floats x) {
     // The remainder from x itself: y has lost digits that x still has. ln 2 in two parts.
     Floats f = multiply_add(n, -0.693145751953125f, x);
     f = multiply_add(n, -1.42860676533e-6f, f) * 1.44269504089f;
-    Floats p = multiply_add(f, 0.000154614446986f, 0.00134004281776f);
-    p = multiply_add(p, f, 0.00961805667852f);
-    p = multiply_add(p, f, 0.0555032722667f);
-    p = multiply_add(p, f, 0.240226509223f);
-    p = multiply_add(p, f, 0.693147206703f);
-    p = multiply_add(p, f, 1.0f);
     const Floats power = as_floats((as_words(shifted) + 127) << 23);
-    Floats found = p * power;
+    Floats found = power_of_2(f) * power;
     found = y < -126.0f ? Floats{} : found;
     found = y > 127.5f ? all(__builtin_inff()) : found;
     return x == x ? found : x;
+}
+
+// tanh(x). Near 0 Cephes' polynomial (Moshier, tanhf.c), whose relative error is 1e-7; further off
+// 1 - 2 / (exp(2x) + 1), whose digits are all good there.
+static inline Floats tanh_of(Floats x) {
+    const Floats square = x * x, size = as_floats(as_words(x) & 0x7fffffff);
+    Floats p = multiply_add(square, -5.70498872745e-3f, 2.06390887954e-2f);
+    p = multiply_add(p, square, -5.37397155531e-2f);
+    p = multiply_add(p, square, 1.33314422036e-1f);
+    p = multiply_add(p, square, -3.33332819422e-1f);
+    const Floats near = multiply_add(p * square, x, x);
+    const Floats far = 1.0f - 2.0f / (exp_of(size + size) + 1.0f);
+    const Floats signed_far = as_floats(as_words(far) | (as_words(x) & 0x80000000));
+    return size < 0.625f ? near : signed_far;
 }
 
 // The standard normal distribution function of x, and exp(-x^2 / 2). With z = |x| / sqrt(2),

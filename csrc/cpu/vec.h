@@ -224,6 +224,32 @@ static inline float sum_of_lanes(Floats x) {
 #endif
 }
 
+// x minus the nearest integer; 0 where x is infinite.
+static inline Floats from_nearest(Floats x) {
+#if defined(__AVX512DQ__)
+    return reinterpret_cast<Floats>(_mm512_reduce_ps(
+        reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    const Floats rest = x - ((x + 0x1.8p23f) - 0x1.8p23f);  // right below 2^22
+    const Floats size = as_floats(as_words(x) & 0x7fffffff);
+    return size < 0x1p22f || x != x ? rest : Floats{};
+#endif
+}
+
+// p 2^n for an integer n, 0 where that is below the smallest normal number.
+static inline Floats times_power_of_2(Floats p, Floats n) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(
+        _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+    Floats clamped = n < -127.0f ? all(-127.0f) : n;
+    clamped = clamped > 128.0f ? all(128.0f) : clamped;
+    // The exponents 0 and 255 stand for 0 and infinity.
+    const Words exponent = as_words(clamped + 0x1.8p23f) - (0x4b400000 - 127);
+    return n == n ? p * as_floats(exponent << 23) : n;
+#endif
+}
+
 // Rounds to what a tensor of T holds.
 static inline Floats rounded(Floats x, const float*) { return x; }
 static inline Floats rounded(Floats x, const bf16*) { return widen_bf16(round_bf16(x)); }
