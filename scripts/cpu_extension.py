@@ -47,13 +47,15 @@ MODULE = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
 
 # What all instruction sets share is compiled for the lowest of them.
 _ONCE = ("bindings.cpp", "dispatch.cpp", "launch.cpp", "parallel.cpp")
+_V4 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 # csrc/cpu/dispatch.cpp tests for exactly these features.
 INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": [],
         "v3": ["-march=x86-64-v3"],
-        "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-        "v4_bf16": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"],
+        "v4": _V4,
+        "v4_bf16": [*_V4, "-mavx512bf16"],
+        "v4_amx": [*_V4, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {"baseline": []},
     "arm64": {"baseline": []},

@@ -4,6 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <tuple>
+
+#include "cpu/attention/params.h"
 #include "cpu/dispatch.h"
 #include "cpu/gelu_mlp/params.h"
 #include "cpu/layer_norm/params.h"
@@ -22,6 +26,57 @@ T* at(uintptr_t address) {
 
 Dropout dropout(uintptr_t rng, uint32_t threshold, float scale) {
     return {at<const int64_t>(rng), threshold, scale};
+}
+
+// An attention call's sizes, numbers and tensors, as gptkernels/ops/attention/cpu/dense.py packs them.
+using Sizes = std::array<int64_t, 8>;    // batch, Tq, Tk, H, Hk, D, left, right
+using Numbers = std::array<float, 2>;    // softmax_scale, softcap
+using Tensors = std::array<uintptr_t, 4>;  // alibi_slopes, key_lengths, cu_seqlens_q and _k
+using GivenMask = std::array<int64_t, 7>;  // address, strides of batch, head, query, key; kind, dtype
+using GivenDropout = std::tuple<uintptr_t, uint32_t, float>;
+using GivenStrides = std::array<int64_t, 3>;
+
+AttentionCall attention_call(const Sizes& n, const Numbers& x, const Tensors& t, const GivenMask& m,
+                             const GivenDropout& d, int dtype) {
+    const Mask mask{reinterpret_cast<const void*>(m[0]), m[1], m[2], m[3], m[4], MaskKind(m[5]),
+                    DType(m[6])};
+    return {n[0], n[1], n[2], n[3], n[4], n[5], x[0], n[6], n[7], x[1], at<const float>(t[0]),
+            at<const int32_t>(t[1]), at<const int32_t>(t[2]), at<const int32_t>(t[3]), mask,
+            dropout(std::get<0>(d), std::get<1>(d), std::get<2>(d)), DType(dtype)};
+}
+
+Strides strides(const GivenStrides& s) { return {s[0], s[1], s[2]}; }
+
+void def_attention(py::module_& module) {
+    module.def("attention_fwd", [](const Sizes& sizes, const Numbers& numbers,
+                                   const Tensors& tensors, const GivenMask& mask,
+                                   const GivenDropout& dropout, int dtype,
+                                   std::array<uintptr_t, 3> inputs,
+                                   std::array<GivenStrides, 3> by, uintptr_t out, uintptr_t lse,
+                                   int threads) {
+        const py::gil_scoped_release release;
+        attention_fwd({attention_call(sizes, numbers, tensors, mask, dropout, dtype),
+                       at<const void>(inputs[0]), at<const void>(inputs[1]),
+                       at<const void>(inputs[2]), strides(by[0]), strides(by[1]), strides(by[2]),
+                       at<void>(out), at<float>(lse)},
+                      threads);
+    });
+    module.def("attention_bwd", [](const Sizes& sizes, const Numbers& numbers,
+                                   const Tensors& tensors, const GivenMask& mask,
+                                   const GivenDropout& dropout, int dtype,
+                                   std::array<uintptr_t, 4> inputs,
+                                   std::array<GivenStrides, 4> by, uintptr_t out, uintptr_t lse,
+                                   uintptr_t dlse, std::array<uintptr_t, 3> gradients,
+                                   int threads) {
+        const py::gil_scoped_release release;
+        attention_bwd({attention_call(sizes, numbers, tensors, mask, dropout, dtype),
+                       at<const void>(inputs[0]), at<const void>(inputs[1]),
+                       at<const void>(inputs[2]), at<const void>(inputs[3]), strides(by[0]),
+                       strides(by[1]), strides(by[2]), strides(by[3]), at<const void>(out),
+                       at<const float>(lse), at<const float>(dlse), at<void>(gradients[0]),
+                       at<void>(gradients[1]), at<void>(gradients[2])},
+                      threads);
+    });
 }
 
 void def_layer_norm(py::module_& module) {
@@ -98,6 +153,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("instruction_set", [] { return kernels().isa; });
     module.def("use", &use);
     module.def("threads_library", &threads_library);
+    def_attention(module);
     def_layer_norm(module);
     def_gelu(module);
     def_dropout(module);

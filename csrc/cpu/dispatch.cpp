@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace gk::cpu {
@@ -19,6 +23,9 @@ namespace v4 {
 extern const Kernels kernels;
 }
 namespace v4_bf16 {
+extern const Kernels kernels;
+}
+namespace v4_amx {
 extern const Kernels kernels;
 }
 #else
@@ -56,6 +63,17 @@ unsigned saved_registers() {
     return low;
 }
 
+// Linux saves the tiles of a process that has asked for it: its threads have large stacks for
+// signals then.
+bool tiles_allowed() {
+#if defined(__linux__)
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
 std::vector<Level> levels() {
     const Features one(1, 0), seven(7, 0), more(7, 1), extended(0x80000001, 0);
     const unsigned saved = has(one.c, {27}) ? saved_registers() : 0;  // OSXSAVE
@@ -65,10 +83,13 @@ std::vector<Level> levels() {
     // x86-64-v4: AVX-512 F, DQ, CD, BW, VL.
     const bool v4 = v3 && has(seven.b, {16, 17, 28, 30, 31}) && has(saved, {5, 6, 7});
     const bool v4_bf16 = v4 && has(more.a, {5});  // AVX512-BF16
+    // AMX-BF16, AMX-TILE; the tiles' two parts of the saved registers.
+    const bool amx = v4_bf16 && has(seven.d, {22, 24}) && has(saved, {17, 18}) && tiles_allowed();
     return {{&baseline::kernels, true},
             {&v3::kernels, v3},
             {&v4::kernels, v4},
-            {&v4_bf16::kernels, v4_bf16}};
+            {&v4_bf16::kernels, v4_bf16},
+            {&v4_amx::kernels, amx}};
 }
 
 #else

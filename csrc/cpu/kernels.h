@@ -2,6 +2,7 @@
 // launchers, is compiled once.
 #pragma once
 
+#include "cpu/attention/params.h"
 #include "cpu/dropout/params.h"
 #include "cpu/gelu_mlp/params.h"
 #include "cpu/layer_norm/params.h"
@@ -23,6 +24,11 @@ struct Kernels {
                            int64_t first, int64_t last);
     void (*gelu_fwd)(const GeluFwd& p, int64_t first, int64_t last);
     void (*gelu_bwd)(const GeluBwd& p, float* db, int64_t first, int64_t last);
+    // An item, with scratch memory of as many bytes as the functions below say.
+    void (*attention_fwd)(const AttentionFwd& p, const AttentionItem& item, void* scratch);
+    void (*attention_bwd)(const AttentionBwd& p, const AttentionItem& item, void* scratch);
+    int64_t (*attention_fwd_scratch)(const AttentionFwd& p);
+    int64_t (*attention_bwd_scratch)(const AttentionBwd& p);
     void (*elementwise_keep)(const ElementwiseKeep& p, int64_t first, int64_t last);
     // Rows of all heads, numbered head by head.
     void (*attention_keep)(const AttentionKeep& p, int64_t first, int64_t last);
@@ -40,6 +46,10 @@ void layer_norm_bwd(const LayerNormBwd& p, const float* weight, float* dweight, 
                     int64_t first, int64_t last);
 void gelu_fwd(const GeluFwd& p, int64_t first, int64_t last);
 void gelu_bwd(const GeluBwd& p, float* db, int64_t first, int64_t last);
+void attention_fwd(const AttentionFwd& p, const AttentionItem& item, void* scratch);
+void attention_bwd(const AttentionBwd& p, const AttentionItem& item, void* scratch);
+int64_t attention_fwd_scratch(const AttentionFwd& p);
+int64_t attention_bwd_scratch(const AttentionBwd& p);
 void elementwise_keep(const ElementwiseKeep& p, int64_t first, int64_t last);
 void attention_keep(const AttentionKeep& p, int64_t first, int64_t last);
 }  // namespace GK_ISA

@@ -38,6 +38,7 @@ constexpr int kLongs = kWidth / 2;
 typedef float FloatsThere __attribute__((vector_size(4 * kWidth), aligned(1), may_alias));
 typedef uint16_t HalvesThere __attribute__((vector_size(2 * kWidth), aligned(1), may_alias));
 typedef uint64_t LongsThere __attribute__((vector_size(4 * kWidth), aligned(1), may_alias));
+typedef uint32_t WordsThere __attribute__((vector_size(4 * kWidth), aligned(1), may_alias));
 
 static inline Floats all(float x) { return x - Floats{}; }
 static inline Words as_words(Floats x) { return reinterpret_cast<Words>(x); }
@@ -63,6 +64,41 @@ static inline Floats multiply_add(Floats a, float b, Floats c) {
 }
 static inline Floats multiply_add(Floats a, float b, float c) {
     return multiply_add(a, all(b), all(c));
+}
+
+// The larger of two numbers, b where one is NaN.
+static inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(
+        _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// Whether any lane is not a finite number.
+static inline bool any_nonfinite(Floats x) {
+    const Words size = as_words(x) & 0x7f800000;
+#if defined(__AVX512F__)
+    return _mm512_cmpeq_epi32_mask(reinterpret_cast<__m512i>(size),
+                                   _mm512_set1_epi32(0x7f800000)) != 0;
+#else
+    const Ints found = size == 0x7f800000;
+    int any = 0;
+    for (int i = 0; i < kWidth; ++i) any |= found[i];
+    return any != 0;
+#endif
+}
+
+static inline bool all_ones(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_cmpneq_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(1.0f)) == 0;
+#else
+    const Ints other = x != 1.0f;
+    int any = 0;
+    for (int i = 0; i < kWidth; ++i) any |= other[i];
+    return any == 0;
+#endif
 }
 
 static inline Words words_of(Halves x) {

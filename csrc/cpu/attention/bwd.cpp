@@ -1,0 +1,23 @@
+// Attention backward, by the products that this instruction set has for each dtype.
+#include "cpu/attention/bwd.h"
+
+#include "cpu/amx/product.h"
+#include "cpu/kernels.h"
+
+namespace gk::cpu::GK_ISA {
+
+void attention_bwd(const AttentionBwd& p, const AttentionItem& item, void* scratch) {
+    with_products(p.call.dtype, [&](auto products) {
+        Backward<decltype(products)>(p, scratch).run(item);
+    });
+}
+
+int64_t attention_bwd_scratch(const AttentionBwd& p) {
+    int64_t bytes = 0;
+    with_products(p.call.dtype, [&](auto products) {
+        bytes = Backward<decltype(products)>(p, nullptr).room.used();
+    });
+    return bytes;
+}
+
+}  // namespace gk::cpu::GK_ISA

@@ -1,0 +1,212 @@
+// Attention forward, by the products of P: FlashAttention-2's online softmax (Dao, 2023), with keys
+// down the rows and queries along the lanes.
+//
+// For each block of keys and each group of queries:
+//     s = K Q^T, from q.k to scores       (keys, kLanes)
+//     m, l: the running maximum and sum   (kLanes,)
+//     o += V^T 2^(s - m)                  (D, kLanes), in fp32
+// A query's numbers meet in an order that its own keys alone decide: blocks start at multiples of
+// kKeys, and a block that the query does not see changes nothing.
+#pragma once
+
+#include "cpu/attention/product.h"
+#include "cpu/attention/room.h"
+
+namespace gk::cpu::GK_ISA {
+
+constexpr int kMostGroups = 8;  // of an item
+
+template <class P>
+struct Forward {
+    using T = typename P::Element;
+    using Number = typename P::Number;
+
+    // A group's state.
+    struct State {
+        Number* queries;  // Q^T
+        float* o;         // (width, kLanes)
+        float* most;      // (kLanes,), in units of log2(e)
+        float* sum;       // (kLanes,)
+        bool started;
+    };
+
+    const AttentionFwd& p;
+    const AttentionCall& c;
+    const Scores scores;
+    const DropoutWords dropout;
+    const int D, width, deep;
+    Room room;
+    State states[kMostGroups];
+    Group groups[kMostGroups];
+    int count = 0;
+    Number *k, *v, *weights;
+    float *s, *mask, *taint;
+    uint32_t* words;
+
+    Forward(const AttentionFwd& given, void* scratch)
+        : p(given), c(p.call), scores(c), dropout(c.dropout), D(static_cast<int>(c.D)),
+          width(static_cast<int>(up_to(c.D, P::kWide))), deep(P::deep(D, width)), room(scratch) {
+        k = room.take<Number>(P::kKeys * width);
+        v = room.take<Number>(P::kKeys * width);
+        s = room.take<float>(P::kKeys * kLanes);
+        weights = room.take<Number>(P::kKeys * kLanes);
+        taint = room.take<float>(P::kKeys);
+        mask = c.mask.kind == MaskKind::none ? nullptr : room.take<float>(P::kKeys * kLanes);
+        words = c.dropout.rng == nullptr ? nullptr : room.take<uint32_t>(P::kKeys / 2 * kLanes);
+        for (State& state : states) {
+            state.queries = room.take<Number>(width * kLanes);
+            state.o = room.take<float>(width * kLanes);
+            state.most = room.take<float>(kLanes);
+            state.sum = room.take<float>(kLanes);
+        }
+    }
+
+    void run(const AttentionItem& item) {
+        const Entry e(c, item.entry);
+        [[maybe_unused]] const typename P::Session session;
+        for (int64_t head = item.head; head < item.last_head; ++head)
+            for (int64_t i = item.first; i < item.last; i += kLanes) start(e, head, i, item.last);
+        const int64_t key_head = item.head / (c.H / c.Hk);
+        const T* k_head = static_cast<const T*>(p.k) + e.batch * p.k_strides.batch +
+                          e.first_k * p.k_strides.token + key_head * p.k_strides.head;
+        const T* v_head = static_cast<const T*>(p.v) + e.batch * p.v_strides.batch +
+                          e.first_k * p.v_strides.token + key_head * p.v_strides.head;
+        const int64_t high = e.highest(item.last - 1);
+        for (int64_t j0 = e.lowest(item.first) / P::kKeys * P::kKeys; j0 <= high; j0 += P::kKeys) {
+            const int keys = static_cast<int>(least_of(P::kKeys, high + 1 - j0));
+            const T* v_block = v_head + j0 * p.v_strides.token;
+            const bool broken = find_taint(v_block, p.v_strides.token, keys, D, taint);
+            const auto k_left = P::rows(k_head + j0 * p.k_strides.token, p.k_strides.token, keys,
+                                        D, width, k);
+            const auto v_left = P::transposed(v_block, p.v_strides.token, keys, D, width,
+                                              broken ? taint : nullptr, v);
+            for (int n = 0; n < count; ++n) {
+                const Rows r(e, groups[n], j0, keys);
+                if (r.none()) continue;
+                const int padded = P::padded(r.last);
+                meet(e, item, groups[n], states[n], j0, r, padded, k_left, v_left);
+                if (broken) add_tainted(states[n], r, v_block);
+            }
+        }
+        for (int n = 0; n < count; ++n) finish(e, groups[n], states[n]);
+    }
+
+    void start(const Entry& e, int64_t head, int64_t i, int64_t last) {
+        Group& g = groups[count];
+        State& state = states[count++];
+        g = {head, i, static_cast<int>(least_of(kLanes, last - i))};
+        P::columns(static_cast<const T*>(p.q) + e.batch * p.q_strides.batch +
+                       (e.first_q + i) * p.q_strides.token + head * p.q_strides.head,
+                   p.q_strides.token, g.count, D, width, state.queries);
+        for (int vector = 0; vector < kVectors; ++vector) {
+            store(state.most + vector * kWidth, minus_infinity());
+            store(state.sum + vector * kWidth, Floats{});
+        }
+        state.started = false;
+    }
+
+    // A group meets a block of keys.
+    void meet(const Entry& e, const AttentionItem& item, const Group& g, State& state, int64_t j0,
+              const Rows& r, int padded, const typename P::Left& k_left,
+              const typename P::Left& v_left) {
+        const int even = static_cast<int>(up_to(padded, 2));
+        P::template multiply<false>(s + r.first * kLanes, kLanes, k_left.from(r.first, 0),
+                                    {state.queries, kLanes}, padded - r.first, kLanes, deep);
+        if (mask != nullptr) load_mask(c.mask, g, item.entry, j0, r.first, r.last, mask);
+        scores.adjust(e, g, j0, r, even, s, nullptr, mask, nullptr);
+        if (words != nullptr)
+            dropout.fill(item.entry * c.H + g.head, g.first, j0, r.first, r.last, words);
+        weigh(state, r.first, even);
+        const typename P::Right right = typename P::Right{weights, kLanes}.from(r.first);
+        if (state.started)
+            P::template multiply<true>(state.o, kLanes, v_left.from(0, r.first), right, deep,
+                                       kLanes, padded - r.first);
+        else
+            P::template multiply<false>(state.o, kLanes, v_left.from(0, r.first), right, deep,
+                                        kLanes, padded - r.first);
+        state.started = true;
+    }
+
+    // The weights of rows first ... last - 1, an even number. Brings the state to the new maximum.
+    void weigh(State& state, int first, int last) {
+        const float factor = scores.rest();
+        for (int vector = 0; vector < kVectors; ++vector) {
+            const int lane = vector * kWidth;
+            const float* column = s + lane;
+            Floats top[2] = {minus_infinity(), minus_infinity()};
+            for (int row = first; row < last; row += 2)
+                for (int n = 0; n < 2; ++n)
+                    top[n] = larger(load(column + (row + n) * kLanes), top[n]);
+            const Floats before = load(state.most + lane);
+            const Floats most = larger(larger(top[0], top[1]) * factor, before);
+            const Floats base = zero_where_minus_infinity(most);
+            store(state.most + lane, most);
+            Floats sum[2] = {};
+            const auto pass = [&](auto drop) {
+                for (int row = first; row < last; row += 2) {
+                    Floats w[2];
+#pragma GCC unroll 2
+                    for (int n = 0; n < 2; ++n) {
+                        const Floats score = load(column + (row + n) * kLanes);
+                        w[n] = exp2_of(multiply_add(score, factor, -base));
+                        sum[n] += w[n];
+                        w[n] = drop(w[n], row + n);
+                    }
+                    P::put_right(weights, row, vector, w[0], w[1]);
+                }
+            };
+            if (words == nullptr)
+                pass([](Floats x, int) { return x; });
+            else
+                pass([&](Floats x, int row) { return dropout.drop(x, words, row, vector); });
+            rescale(state, lane, exp2_of(before - base), sum[0] + sum[1]);
+        }
+    }
+
+    void rescale(State& state, int lane, Floats by, Floats sum) {
+        store(state.sum + lane, multiply_add(load(state.sum + lane), by, sum));
+        if (!state.started || all_ones(by)) return;
+        for (int d = 0; d < width; ++d) {
+            float* at = state.o + d * kLanes + lane;
+            store(at, load(at) * by);
+        }
+    }
+
+    // Values that are not finite: their rows were left out of the product, since 0 * NaN would reach
+    // queries that do not see them.
+    void add_tainted(State& state, const Rows& r, const T* v_block) {
+        for (int row = r.first; row < r.last; ++row) {
+            if (taint[row] == 0) continue;
+            for (int vector = 0; vector < kVectors; ++vector) {
+                const int lane = vector * kWidth;
+                const Floats score = load(s + row * kLanes + lane);
+                const Floats base = zero_where_minus_infinity(load(state.most + lane));
+                Floats w = exp2_of(multiply_add(score, scores.rest(), -base));
+                if (words != nullptr) w = dropout.drop(w, words, row, vector);
+                for (int d = 0; d < D; ++d) {
+                    const Floats value = load(v_block + row * p.v_strides.token + d, 1);
+                    float* at = state.o + d * kLanes + lane;
+                    store(at, score == minus_infinity() ? load(at)
+                                                        : multiply_add(w, value[0], load(at)));
+                }
+            }
+        }
+    }
+
+    void finish(const Entry& e, const Group& g, const State& state) {
+        const int64_t token = (e.batch * c.Tq + e.first_q + g.first) * c.H + g.head;
+        T* out = static_cast<T*>(p.out) + token * D;
+        float* lse = p.lse + (e.batch * c.H + g.head) * c.Tq + e.first_q + g.first;
+        for (int vector = 0; vector < kVectors; ++vector) {
+            const Floats sum = load(state.sum + vector * kWidth);
+            const Floats by = sum == 0.0f ? Floats{} : 1.0f / sum;
+            store_columns(state.o + vector * kWidth, by, g.count - vector * kWidth, D,
+                          state.started, out + vector * kWidth * c.H * D, c.H * D);
+        }
+        for (int i = 0; i < g.count; ++i)
+            lse[i] = state.sum[i] == 0 ? -__builtin_inff()
+                                       : state.most[i] * kLn2 + __builtin_logf(state.sum[i]);
+    }
+};
+
+}  // namespace gk::cpu::GK_ISA

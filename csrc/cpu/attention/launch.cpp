@@ -1,0 +1,100 @@
+// Attention's launchers: cut the work into items, the longest first, which threads take in turn.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/attention/params.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+namespace gk::cpu {
+namespace {
+
+struct Job {
+    AttentionItem item;
+    int64_t pairs;  // of queries and keys, about
+};
+
+int64_t tokens(const int32_t* cu_seqlens, int64_t b, int64_t all) {
+    if (cu_seqlens == nullptr) return all;
+    const auto end = [&](int64_t n) { return std::clamp<int64_t>(cu_seqlens[n], 0, all); };
+    return std::max<int64_t>(end(b + 1) - end(b), 0);
+}
+
+// About how many keys the queries first ... last - 1 see.
+int64_t pairs(const AttentionCall& c, int64_t Tq, int64_t Tk, int64_t first, int64_t last) {
+    const int64_t middle = (first + last) / 2 + Tk - Tq;
+    const int64_t low = c.left < 0 ? 0 : std::max<int64_t>(middle - c.left, 0);
+    const int64_t high = c.right < 0 ? Tk : std::min(middle + c.right + 1, Tk);
+    return (last - first) * std::max<int64_t>(high - low, 1);
+}
+
+// `heads` query heads that share a key head, and `queries` of each, make an item.
+std::vector<Job> jobs(const AttentionCall& c, int64_t heads, int64_t queries) {
+    std::vector<Job> found;
+    const int64_t group = c.H / c.Hk;
+    for (int64_t b = 0; b < c.batch; ++b) {
+        const int64_t Tq = tokens(c.cu_seqlens_q, b, c.Tq), Tk = tokens(c.cu_seqlens_k, b, c.Tk);
+        for (int64_t key_head = 0; key_head < c.Hk; ++key_head)
+            for (int64_t head = 0; head < group; head += heads)
+                for (int64_t first = 0; first < Tq; first += queries) {
+                    const int64_t last = std::min(first + queries, Tq);
+                    const int64_t from = key_head * group + head;
+                    const int64_t to = key_head * group + std::min(head + heads, group);
+                    found.push_back({{b, from, to, first, last},
+                                     (to - from) * pairs(c, Tq, Tk, first, last)});
+                }
+    }
+    std::stable_sort(found.begin(), found.end(),
+                     [](const Job& a, const Job& b) { return a.pairs > b.pairs; });
+    return found;
+}
+
+// Calls run(item, scratch) for each, with `bytes` of scratch memory for each thread.
+template <class Run>
+void run_all(const AttentionCall& c, const std::vector<Job>& all, int threads, int64_t bytes,
+             const Run& run) {
+    int64_t work = 0;
+    for (const Job& job : all) work += job.pairs * (c.D / 4 + 16);
+    threads = static_cast<int>(
+        std::min<int64_t>(worth(threads, work), static_cast<int64_t>(all.size())));
+    bytes = (bytes + 4095) / 4096 * 4096;
+    const auto deleter = [](char* p) { ::operator delete(p, std::align_val_t(4096)); };
+    const std::unique_ptr<char, decltype(deleter)> scratch(
+        static_cast<char*>(::operator new(bytes * threads, std::align_val_t(4096))), deleter);
+    std::atomic<size_t> next{0};
+    parallel_for(threads, threads, [&](int64_t first, int64_t) {
+        for (size_t i = next++; i < all.size(); i = next++)
+            run(all[i].item, scratch.get() + first * bytes);
+    });
+}
+
+}  // namespace
+
+void attention_fwd(const AttentionFwd& p, int threads) {
+    constexpr int64_t kGroups = 8, kLanes = 32;  // csrc/cpu/attention/fwd.h
+    const int64_t heads = std::min(p.call.H / p.call.Hk, kGroups);
+    int64_t queries = kGroups / heads * kLanes;
+    std::vector<Job> all = jobs(p.call, heads, queries);
+    // Smaller items where threads would wait for the last ones; they give the same bits.
+    while (queries > kLanes && static_cast<int64_t>(all.size()) < 4 * threads) {
+        queries = std::max(queries / 2 / kLanes, int64_t{1}) * kLanes;
+        all = jobs(p.call, heads, queries);
+    }
+    if (all.empty()) return;
+    const Kernels& use = kernels();
+    run_all(p.call, all, threads, use.attention_fwd_scratch(p),
+            [&](const AttentionItem& item, void* scratch) { use.attention_fwd(p, item, scratch); });
+}
+
+void attention_bwd(const AttentionBwd& p, int threads) {
+    const std::vector<Job> all = jobs(p.call, p.call.H / p.call.Hk, INT64_MAX / 2);
+    if (all.empty()) return;
+    const Kernels& use = kernels();
+    run_all(p.call, all, threads, use.attention_bwd_scratch(p),
+            [&](const AttentionItem& item, void* scratch) { use.attention_bwd(p, item, scratch); });
+}
+
+}  // namespace gk::cpu

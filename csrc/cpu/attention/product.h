@@ -1,0 +1,211 @@
+// Attention's products in fp32 vectors: for fp32, and for 16 bits where there are no matrix tiles.
+// cpu/amx/product.h has the same functions in tiles of bf16.
+//
+// A product is C (m, n) = A (m, k) B (k, n), or is added to C. A number of A is broadcast at a time,
+// so A may lie transposed; B and C are read in rows.
+#pragma once
+
+#include "cpu/attention/scores.h"
+
+namespace gk::cpu::GK_ISA {
+
+// taint[i] becomes NaN where row i holds a number that is not finite, else 0. Returns whether there
+// is such a row.
+template <class T>
+static bool find_taint(const T* from, int64_t stride, int n, int D, float* taint) {
+    bool any = false;
+    for (int i = 0; i < n; ++i) {
+        Floats sum{};  // of 0 times each number, which is NaN for what is not finite
+        for_vectors(0, D, [&](int64_t d, auto m) {
+            sum += load_at(from + i * stride + d, m) * 0.0f;
+        });
+        const bool found = any_nonfinite(sum);
+        taint[i] = found ? __builtin_nanf("") : 0.0f;
+        any = any || found;
+    }
+    return any;
+}
+
+// The first n of kWidth lanes of from[d][kLanes], d < D, times `by`, as rows of D numbers: row i, the
+// lane i, lies at to + i * stride. What is not `there` counts as 0.
+template <class T>
+static void store_columns(const float* from, Floats by, int n, int D, bool there, T* to,
+                          int64_t stride) {
+    for (int d = 0; d < D; d += kWidth) {
+        Floats square[kWidth];
+        for (int i = 0; i < kWidth; ++i)
+            square[i] = there ? load(from + (d + i) * kLanes) * by : Floats{};
+        transpose(square);
+        for (int i = 0; i < n && i < kWidth; ++i) {
+            if (d + kWidth <= D)
+                store(to + i * stride + d, square[i]);
+            else
+                store(to + i * stride + d, square[i], D - d);
+        }
+    }
+}
+
+template <class T>
+struct VectorProducts {
+    using Element = T;
+    using Number = float;                 // of an operand
+    static constexpr int kWide = kWidth;  // a head's width is padded to a multiple of this
+    static constexpr int kKeys = 128;     // of a block
+    static constexpr int kQueries = 128;  // that meet a block of keys at a time, backward
+
+    struct Session {};  // what a thread holds while it computes products
+
+    // Operand A: number (i, j) is at[i * row + j * column].
+    struct Left {
+        const float* at;
+        int64_t row, column;
+
+        Left from(int i, int j) const { return {at + i * row + j * column, row, column}; }
+    };
+    // Operand B: number (i, j) is at[i * stride + j].
+    struct Right {
+        const float* at;
+        int64_t stride;
+
+        Right from(int i) const { return {at + i * stride, stride}; }
+    };
+
+    // How many rows of weights a product takes, and how much of a head's width.
+    static int padded(int rows) { return rows; }
+    static int deep(int D, int) { return D; }
+
+    // A matrix (kKeys, kQueries) that put_left has filled.
+    static Left left(const float* at) { return {at, kQueries, 1}; }
+
+    // n rows of D numbers, `stride` apart, as A. room: (kKeys, width).
+    static Left rows(const T* from, int64_t stride, int n, int D, int width, float* room) {
+        if constexpr (__is_same(T, float)) return {from, stride, 1};
+        copy(from, stride, n, D, width, nullptr, room);
+        return {room, width, 1};
+    }
+    // Their transpose as A. Rows with a taint count as 0; taint is null where there are none.
+    static Left transposed(const T* from, int64_t stride, int n, int D, int width,
+                           const float* taint, float* room) {
+        if constexpr (__is_same(T, float))
+            if (taint == nullptr) return {from, 1, stride};
+        copy(from, stride, n, D, width, taint, room);
+        return {room, 1, width};
+    }
+
+    // The transpose of n <= kLanes rows as B, (width, kLanes): the others are 0.
+    static Right columns(const T* from, int64_t stride, int n, int D, int width, float* room) {
+        for (int v = 0; v < kVectors; ++v)
+            for (int d = 0; d < width; d += kWidth) {
+                Floats square[kWidth];
+                for (int i = 0; i < kWidth; ++i) {
+                    const int row = v * kWidth + i;
+                    const T* at = from + row * stride + d;
+                    square[i] = row >= n          ? Floats{}
+                                : d + kWidth <= D ? load(at)
+                                                  : load(at, D - d);
+                }
+                transpose(square);
+                for (int i = 0; i < kWidth; ++i)
+                    store(room + (d + i) * kLanes + v * kWidth, square[i]);
+            }
+        return {room, kLanes};
+    }
+    // n <= kLanes rows as B, (kLanes, width): those with a taint, and the others, are 0.
+    static void right_rows(const T* from, int64_t stride, int n, int D, int width,
+                           const float* taint, float* to) {
+        copy(from, stride, n, D, width, taint, to);
+        for (int64_t i = static_cast<int64_t>(n) * width; i < kLanes * width; ++i) to[i] = 0;
+    }
+
+    // Rows `row` and row + 1 of weights, one vector of their lanes, as B and as A.
+    static void put_right(float* to, int row, int vector, Floats even, Floats odd) {
+        store(to + row * kLanes + vector * kWidth, even);
+        store(to + (row + 1) * kLanes + vector * kWidth, odd);
+    }
+    static void put_left(float* to, int row, int lane, Floats even, Floats odd) {
+        store(to + row * kQueries + lane, even);
+        store(to + (row + 1) * kQueries + lane, odd);
+    }
+
+    template <bool kAdd>
+    static void multiply(float* c, int64_t stride, const Left& a, const Right& b, int m, int n,
+                         int k) {
+        if (a.column == 1)
+            multiply<kAdd, false>(c, stride, a.at, a.row, b, m, n, k);
+        else
+            multiply<kAdd, true>(c, stride, a.at, a.column, b, m, n, k);
+    }
+
+  private:
+    static void copy(const T* from, int64_t stride, int n, int D, int width, const float* taint,
+                     float* to) {
+        for (int i = 0; i < n; ++i) {
+            const bool clear = taint != nullptr && taint[i] != 0;
+            for_vectors(0, D, [&](int64_t d, auto m) {
+                const Floats x = load_at(from + i * stride + d, m);
+                store_at(to + i * width + d, clear ? Floats{} : x, m);
+            });
+            for (int d = D; d < width; ++d) to[i * width + d] = 0;
+        }
+    }
+
+    // kRows x kAcross vectors of C stay in registers.
+    template <bool kAdd, bool kTransposed, int kRows, int kAcross>
+    static void block(float* c, int64_t stride, const float* a, int64_t a_stride, const Right& b,
+                      int k) {
+        Floats sum[kRows][kAcross];
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+            for (int j = 0; j < kAcross; ++j)
+                sum[i][j] = kAdd ? load(c + i * stride + j * kWidth) : Floats{};
+        const float* there = b.at;
+        for (int step = 0; step < k; ++step) {
+            Floats row[kAcross];
+#pragma GCC unroll 2
+            for (int j = 0; j < kAcross; ++j) row[j] = load(there + j * kWidth);
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; ++i) {
+                const Floats one = all(kTransposed ? a[i] : a[i * a_stride]);
+#pragma GCC unroll 2
+                for (int j = 0; j < kAcross; ++j) sum[i][j] = multiply_add(one, row[j], sum[i][j]);
+            }
+            there += b.stride;
+            a += kTransposed ? a_stride : 1;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+            for (int j = 0; j < kAcross; ++j) store(c + i * stride + j * kWidth, sum[i][j]);
+    }
+
+    template <bool kAdd, bool kTransposed, int kAcross>
+    static void panel(float* c, int64_t stride, const float* a, int64_t a_stride, const Right& b,
+                      int m, int k) {
+        constexpr int kMost = kWidth == 16 ? 8 : 4;
+        const int64_t a_row = kTransposed ? 1 : a_stride;
+        int i = 0;
+        for (; i + kMost <= m; i += kMost)
+            block<kAdd, kTransposed, kMost, kAcross>(c + i * stride, stride, a + i * a_row,
+                                                     a_stride, b, k);
+        for (; i + 2 <= m; i += 2)
+            block<kAdd, kTransposed, 2, kAcross>(c + i * stride, stride, a + i * a_row, a_stride,
+                                                 b, k);
+        if (i < m)
+            block<kAdd, kTransposed, 1, kAcross>(c + i * stride, stride, a + i * a_row, a_stride,
+                                                 b, k);
+    }
+
+    // n is a multiple of kWidth.
+    template <bool kAdd, bool kTransposed>
+    static void multiply(float* c, int64_t stride, const float* a, int64_t a_stride,
+                         const Right& b, int m, int n, int k) {
+        int j = 0;
+        for (; j + 2 * kWidth <= n; j += 2 * kWidth)
+            panel<kAdd, kTransposed, 2>(c + j, stride, a, a_stride, {b.at + j, b.stride}, m, k);
+        if (j < n)
+            panel<kAdd, kTransposed, 1>(c + j, stride, a, a_stride, {b.at + j, b.stride}, m, k);
+    }
+};
+
+}  // namespace gk::cpu::GK_ISA

@@ -1,0 +1,208 @@
+// From q.k to scores: scale, softcap, ALiBi, masks. Scores are in units of log2(e), so that weights
+// are 2^(s - m); what a query does not see has the score -inf.
+#pragma once
+
+#include "cpu/attention/band.h"
+#include "cpu/exp.h"
+#include "cpu/philox.h"
+#include "cpu/transpose.h"
+
+namespace gk::cpu::GK_ISA {
+
+constexpr float kLog2e = 1.44269504089f, kLn2 = 0.69314718056f;
+constexpr int kVectors = kLanes / kWidth;  // of a row of scores
+
+static inline Floats minus_infinity() { return all(-__builtin_inff()); }
+static inline Floats zero_where_minus_infinity(Floats x) {
+    return x == minus_infinity() ? Floats{} : x;
+}
+
+// Element i of attn_mask as what is added to a score.
+static inline float added(const Mask& mask, int64_t i) {
+    if (mask.kind == MaskKind::visible)
+        return static_cast<const uint8_t*>(mask.at)[i] != 0 ? 0.0f : -__builtin_inff();
+    switch (mask.dtype) {
+        case DType::float32: return static_cast<const float*>(mask.at)[i];
+        case DType::bfloat16: {
+            const uint32_t bits = static_cast<const uint16_t*>(mask.at)[i];
+            return __builtin_bit_cast(float, bits << 16);
+        }
+        case DType::float16: return load(static_cast<const fp16*>(mask.at) + i, 1)[0];
+    }
+    return 0;
+}
+
+// The mask of the keys j0 + first ... j0 + last - 1 for a group, into to[row][kLanes].
+static inline void load_mask(const Mask& mask, const Group& g, int64_t b, int64_t j0, int first,
+                             int last, float* to) {
+    const int64_t start = b * mask.batch + g.head * mask.head + g.first * mask.query;
+    if (mask.query == 0) {  // every query has the same
+        for (int r = first; r < last; ++r) {
+            const Floats one = all(added(mask, start + (j0 + r) * mask.key));
+            for (int v = 0; v < kVectors; ++v) store(to + r * kLanes + v * kWidth, one);
+        }
+        return;
+    }
+    // Queries along the lanes, though keys lie together in memory: a square at a time.
+    for (int v = 0; v < kVectors; ++v)
+        for (int r = first; r < last; r += kWidth) {
+            const int rows = static_cast<int>(least_of(last - r, kWidth));
+            Floats square[kWidth] = {};
+            for (int lane = 0; lane < kWidth; ++lane) {
+                const int i = static_cast<int>(least_of(v * kWidth + lane, g.count - 1));
+                const int64_t from = start + i * mask.query + (j0 + r) * mask.key;
+                float values[kWidth] = {};
+                for (int n = 0; n < rows; ++n) values[n] = added(mask, from + n * mask.key);
+                square[lane] = load(values);
+            }
+            transpose(square);
+            for (int n = 0; n < rows; ++n) store(to + (r + n) * kLanes + v * kWidth, square[n]);
+        }
+}
+
+// The lanes of a block of dropout's mask: words[kLanes] for each pair of keys j, j + 1, whose lanes
+// are the two halves of a word. Pairs are numbered as the keys are, two by two.
+struct DropoutWords {
+    Keys keys;
+    uint32_t offset, threshold;
+    float scale;
+
+    explicit DropoutWords(const Dropout& p)
+        : keys(p.rng == nullptr ? 0 : static_cast<uint64_t>(p.rng[0])),
+          offset(p.rng == nullptr ? 0 : static_cast<uint32_t>(p.rng[1])),
+          threshold(p.threshold),
+          scale(p.scale) {}
+
+    // head: numbered through the batch. j0 is a multiple of 16, and so is `first`.
+    void fill(int64_t head, int64_t i0, int64_t j0, int first, int last, uint32_t* words) const {
+        const Longs zero{};
+        for (int tile = 0; tile < kLanes / 16; ++tile)
+            for (int r = first; r < last; r += 16)
+                for (int call = 0; call < 4; ++call) {
+                    const uint64_t c0 = static_cast<uint64_t>((j0 + r) / 16 * 4 + call);
+                    uint64_t found[4][8];
+                    for (int c = 0; c < 8; c += kLongs) {
+                        const auto c1 = static_cast<uint64_t>((i0 / 16 + tile) * 8 + c);
+                        const Counters made =
+                            philox({zero + c0, numbered(c1), zero + static_cast<uint64_t>(head),
+                                    zero + offset},
+                                   keys);
+                        *reinterpret_cast<LongsThere*>(found[0] + c) = made.c0;
+                        *reinterpret_cast<LongsThere*>(found[1] + c) = made.c1;
+                        *reinterpret_cast<LongsThere*>(found[2] + c) = made.c2;
+                        *reinterpret_cast<LongsThere*>(found[3] + c) = made.c3;
+                    }
+                    // Words 0 and 1 are of the queries i & 8 = 0, 2 and 3 of the others; words 1
+                    // and 3 are of the keys eight further on.
+                    uint32_t* near = words + (r / 2 + call) * kLanes + tile * 16;
+                    uint32_t* far = near + 4 * kLanes;
+                    for (int i = 0; i < 8; ++i) {
+                        near[i] = static_cast<uint32_t>(found[0][i]);
+                        far[i] = static_cast<uint32_t>(found[1][i]);
+                        near[i + 8] = static_cast<uint32_t>(found[2][i]);
+                        far[i + 8] = static_cast<uint32_t>(found[3][i]);
+                    }
+                }
+    }
+
+    // x where key `row` of the block is kept, times the scale, else 0.
+    Floats drop(Floats x, const uint32_t* words, int row, int vector) const {
+        const Words there = *reinterpret_cast<const WordsThere*>(words + row / 2 * kLanes +
+                                                                 vector * kWidth);
+        const Words lane = row & 1 ? there >> 16 : there & 0xffff;
+        return lane >= threshold ? x * scale : Floats{};
+    }
+};
+
+// What turns q.k into a score.
+struct Scores {
+    const AttentionCall& call;
+    float factor;  // from q.k to units of log2(e), where nothing else changes a score
+    bool plain;    // whether that is all there is to do where every query sees every key
+
+    explicit Scores(const AttentionCall& c)
+        : call(c),
+          factor(c.softmax_scale * kLog2e),
+          // A negative factor would turn -inf, which hides a key, into inf.
+          plain(c.softcap == 0 && c.alibi_slopes == nullptr && c.mask.kind == MaskKind::none &&
+                c.softmax_scale > 0) {}
+
+    // What is left to multiply by after `adjust`.
+    float rest() const { return plain ? factor : 1.0f; }
+
+    // s[row][kLanes], rows r.first ... `padded` - 1 of a block from key j0 on: q.k becomes a score.
+    // Rows from r.last on are no keys. taint: for each row 0, or NaN for a key whose weights shall
+    // be NaN; or null. mask: as load_mask gives it. slope: gets the softcap's derivative; or null.
+    void adjust(const Entry& e, const Group& g, int64_t j0, const Rows& r, int padded, float* s,
+                const float* taint, const float* mask, float* slope) const {
+        if (plain && taint == nullptr) {
+            hide(e, g, j0, r.first, r.full_first, s);
+            hide(e, g, j0, r.full_last, r.last, s);
+        } else {
+            const float head_slope = call.alibi_slopes == nullptr ? 0 : call.alibi_slopes[g.head];
+            for (int row = r.first; row < r.last; ++row)
+                for (int v = 0; v < kVectors; ++v) {
+                    const int at = row * kLanes + v * kWidth;
+                    Floats x = load(s + at);
+                    if (!plain) {
+                        x = x * call.softmax_scale;
+                        if (call.softcap > 0) {
+                            const Floats t = tanh_of(x / call.softcap);
+                            if (slope != nullptr) store(slope + at, 1.0f - t * t);
+                            x = t * call.softcap;
+                        }
+                        if (call.alibi_slopes != nullptr) {
+                            const Ints away = lanes(g, v) + static_cast<int32_t>(
+                                                  e.position(g.first) - (j0 + row));
+                            const Ints distance = away < 0 ? -away : away;
+                            x = multiply_add(__builtin_convertvector(distance, Floats),
+                                             -head_slope, x);
+                        }
+                        if (mask != nullptr) {
+                            const Floats given = load(mask + at);
+                            x = given == minus_infinity() ? given : x + given;
+                        }
+                        x = x * kLog2e;
+                    }
+                    if (taint != nullptr) {
+                        const Floats tainted = x + taint[row];
+                        x = x == minus_infinity() && mask != nullptr ? x : tainted;
+                    }
+                    store(s + at, x);
+                }
+            hide(e, g, j0, r.first, r.full_first, s);
+            hide(e, g, j0, r.full_last, r.last, s);
+        }
+        for (int row = r.last; row < padded; ++row)
+            for (int v = 0; v < kVectors; ++v)
+                store(s + row * kLanes + v * kWidth, minus_infinity());
+    }
+
+  private:
+    // The number of each lane's query in the group.
+    static Ints lanes(const Group& g, int vector) {
+        Ints lane;
+        for (int i = 0; i < kWidth; ++i) lane[i] = vector * kWidth + i;
+        return lane < g.count ? lane : Ints{} + (g.count - 1);
+    }
+
+    static void hide(const Entry& e, const Group& g, int64_t j0, int first, int last, float* s) {
+        if (last <= first) return;
+        // As rows of the block, the keys that the group's first query sees.
+        const auto row = [&](int64_t j) {
+            return static_cast<int32_t>(within(j - j0, -(1 << 29), 1 << 29));
+        };
+        const int32_t lowest = row(e.position(g.first) - e.left);
+        const int32_t highest = row(e.position(g.first) + e.right);
+        for (int v = 0; v < kVectors; ++v) {
+            const Ints lane = lanes(g, v), low = lane + lowest, high = lane + highest;
+            for (int at = first; at < last; ++at) {
+                float* there = s + at * kLanes + v * kWidth;
+                const Ints key = Ints{} + at;
+                store(there, (key >= low) & (key <= high) ? load(there) : minus_infinity());
+            }
+        }
+    }
+};
+
+}  // namespace gk::cpu::GK_ISA

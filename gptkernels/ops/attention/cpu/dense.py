@@ -1,0 +1,123 @@
+"""Calls of attention's CPU kernels, of a batch and of packed sequences. The formulas are in
+csrc/cpu/attention/params.h."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptkernels.core import philox
+from gptkernels.core.cpu import DTYPE_CODES, address, module
+from gptkernels.ops.attention.options import AttentionOptions
+
+# The values of `gk::cpu::MaskKind`.
+_NO_MASK = (0, 0, 0, 0, 0, 0, 0)
+_VISIBLE, _ADDED = 1, 2
+
+
+def attention_fwd(
+    q: Tensor,  # (B, Tq, H, D)
+    k: Tensor,  # (B, Tk, Hk, D)
+    v: Tensor,  # (B, Tk, Hk, D)
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32."""
+    B, Tq, H, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((B, H, Tq), dtype=torch.float32)
+    if options.cu_seqlens_q is not None or _nothing(q, k):  # some rows may belong to no sequence
+        out.zero_()
+        lse.fill_(-math.inf)
+        if _nothing(q, k):
+            return out, lse
+    given = _Call(q, k, options)
+    module().attention_fwd(
+        *given.arguments,
+        (q.data_ptr(), k.data_ptr(), v.data_ptr()),
+        (q.stride()[:3], k.stride()[:3], v.stride()[:3]),
+        out.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_bwd(
+    dout: Tensor,  # (B, Tq, H, D)
+    dlse: Tensor | None,  # (B, H, Tq) fp32
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    grad_mask: Sequence[bool],
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k, v and an additive attn_mask, each empty where `grad_mask` is
+    False. They always have the same bits, whether `deterministic` or not."""
+    dq, dk, dv = (
+        torch.empty(x.shape if wanted else (0,), dtype=x.dtype)
+        for x, wanted in zip((q, k, v), grad_mask, strict=False)
+    )
+    dmask = torch.empty(0, dtype=q.dtype)
+    if options.cu_seqlens_q is not None or _nothing(q, k):
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        if _nothing(q, k):
+            return dq, dk, dv, dmask
+    if not any(grad_mask[:3]):
+        return dq, dk, dv, dmask
+    if dout.stride(-1) != 1:  # such as an expanded tensor
+        dout = dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    given = _Call(q, k, options)
+    module().attention_bwd(
+        *given.arguments,
+        (q.data_ptr(), k.data_ptr(), v.data_ptr(), dout.data_ptr()),
+        (q.stride()[:3], k.stride()[:3], v.stride()[:3], dout.stride()[:3]),
+        out.data_ptr(), lse.data_ptr(), address(dlse),
+        tuple(address(x if x.numel() else None) for x in (dq, dk, dv)),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv, dmask
+
+
+def _nothing(q: Tensor, k: Tensor) -> bool:
+    """Whether there are no queries or no keys at all."""
+    return q.numel() == 0 or k.numel() == 0
+
+
+class _Call:
+    """What both passes hand over. Keeps the tensors alive whose addresses it holds."""
+
+    def __init__(self, q: Tensor, k: Tensor, options: AttentionOptions) -> None:
+        (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
+        self.tensors = options.vectors
+        if options.cu_seqlens_q is not None:
+            B = options.cu_seqlens_q.shape[0] - 1
+        p = options.dropout_p
+        self.arguments: tuple[Any, ...] = (
+            (B, Tq, Tk, H, Hk, D, options.left, options.right),
+            (options.softmax_scale, options.softcap),
+            tuple(address(self.tensors[name]) for name in _TENSORS),
+            _NO_MASK if options.attn_mask is None else _mask(options.attn_mask),
+            (address(self.tensors["rng"]), philox.threshold(p), philox.scale(p)) if p else (0, 0, 1.0),
+            DTYPE_CODES[q.dtype],
+        )
+
+
+_TENSORS = ("alibi_slopes", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
+
+
+def _mask(mask: Tensor) -> tuple[int, ...]:
+    """Address, strides of batch, head, query and key, kind and dtype."""
+    missing = 4 - mask.dim()
+    strides = [0] * missing + [
+        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
+    ]
+    visible = mask.dtype == torch.bool
+    kind, dtype = (_VISIBLE, 0) if visible else (_ADDED, DTYPE_CODES[mask.dtype])
+    return (mask.data_ptr(), *strides, kind, dtype)
