@@ -63,24 +63,30 @@ struct TileProducts {
         return {room, width};
     }
 
-    static Left transposed(const bf16* from, int64_t stride, int n, int D, int width,
-                           const float* taint, bf16* room) {
+    static bool transposed(const bf16* from, int64_t stride, int n, int D, int width,
+                           const float* taint, bf16* room, Left& found) {
         // Pairs of rows are words, and the squares of words are transposed.
+        Words most{};  // of the bits of every number but its sign
         for (int i = 0; i < padded(n); i += 32)
             for (int d = 0; d < width; d += 16) {
                 Floats square[16];
                 for (int pair = 0; pair < 16; ++pair) {
                     const int row = i + 2 * pair;
-                    square[pair] = as_floats(
-                        half_words(from + row * stride, good(row, n, taint), d, D) |
-                        half_words(from + (row + 1) * stride, good(row + 1, n, taint), d, D)
-                            << 16);
+                    const Words even =
+                        half_words(from + row * stride, good(row, n, taint), d, D);
+                    const Words odd =
+                        half_words(from + (row + 1) * stride, good(row + 1, n, taint), d, D);
+                    most = larger_words(most, larger_words(even & 0x7fff, odd & 0x7fff));
+                    square[pair] = as_floats(even | odd << 16);
                 }
                 transpose(square);
                 for (int j = 0; j < 16; ++j)
                     store_words(room + (d + j) * kKeys + i, as_words(square[j]));
             }
-        return {room, kKeys};
+        found = {room, kKeys};
+        for (int lane = 0; lane < 16; ++lane)
+            if (most[lane] >= 0x7f80) return false;
+        return true;
     }
 
     static Right columns(const bf16* from, int64_t stride, int n, int D, int width, bf16* room) {
@@ -139,11 +145,11 @@ struct TileProducts {
                 const bf16* left = a.at + i * a.stride;
                 const bf16* right = b.at + 2 * j;
                 for (int step = 0; step < k; step += 32) {
-                    _tile_loadd(4, left, a_bytes);
+                    _tile_stream_loadd(4, left, a_bytes);
                     _tile_loadd(6, right, b_bytes);
                     _tile_loadd(7, right + 32, b_bytes);
                     _tile_dpbf16ps(0, 4, 6);
-                    _tile_loadd(5, left + 16 * a.stride, a_bytes);
+                    _tile_stream_loadd(5, left + 16 * a.stride, a_bytes);
                     _tile_dpbf16ps(1, 4, 7);
                     _tile_dpbf16ps(2, 5, 6);
                     _tile_dpbf16ps(3, 5, 7);
@@ -161,6 +167,11 @@ struct TileProducts {
   private:
     static bool good(int row, int n, const float* taint) {
         return row < n && (taint == nullptr || taint[row] == 0);
+    }
+
+    static Words larger_words(Words a, Words b) {
+        return reinterpret_cast<Words>(
+            _mm512_max_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
     }
 
     static void store_words(bf16* to, Words x) { *reinterpret_cast<WordsThere*>(to) = x; }

@@ -105,17 +105,16 @@ struct Backward {
         for (int64_t j0 = e.lowest(first) / P::kKeys * P::kKeys; j0 <= high; j0 += P::kKeys) {
             const int keys = static_cast<int>(least_of(P::kKeys, high + 1 - j0));
             const T* k_block = k_head + j0 * p.k_strides.token;
-            const bool broken = find_taint(k_block, p.k_strides.token, keys, D, k_taint);
             const auto k_left = P::rows(k_block, p.k_strides.token, keys, D, width, k);
             const auto v_left = P::rows(v_head + j0 * p.v_strides.token, p.v_strides.token, keys,
                                         D, width, v);
-            const auto k_across =
-                P::transposed(k_block, p.k_strides.token, keys, D, width,
-                              broken ? k_taint : nullptr, k_transposed);
+            typename P::Left k_across;
+            const float* tainted = transposed<P>(k_block, p.k_strides.token, keys, D, width,
+                                                 k_taint, k_transposed, k_across);
             for (int n = 0; n < count; ++n) {
                 const Rows r(e, groups[n], j0, keys);
                 if (!r.none())
-                    meet(e, item, n, j0, r, broken ? k_taint : nullptr, k_left, v_left, k_across);
+                    meet(e, item, n, j0, r, tainted, k_left, v_left, k_across);
             }
             for (int strip = 0; strip < keys; strip += kStrip)
                 add_strip(e, j0, keys, strip);
@@ -136,30 +135,34 @@ struct Backward {
         const T* dout = tokens(static_cast<const T*>(p.dout), p.dout_strides, e, token, head);
         const T* out = static_cast<const T*>(p.out) + ((e.batch * c.Tq + token) * c.H + head) * D;
         const int64_t row = (e.batch * c.H + head) * c.Tq + token;
-        float other[kLanes];
-        find_taint(q, p.q_strides.token, g.count, D, taint);
-        find_taint(dout, p.dout_strides.token, g.count, D, other);
+        const bool finite = all_finite(q, p.q_strides.token, g.count, D) &&
+                            all_finite(dout, p.dout_strides.token, g.count, D);
+        bool any = !finite;
         for (int lane = 0; lane < kLanes; ++lane) {
             lse[at + lane] = __builtin_inff();
-            delta[at + lane] = 0;
+            delta[at + lane] = taint[lane] = 0;
             if (lane >= g.count) continue;
-            taint[lane] += other[lane];
-            if (p.lse[row + lane] == -__builtin_inff()) continue;  // it sees no key
+            const T *q_row = q + lane * p.q_strides.token, *out_row = out + lane * c.H * D;
+            const T* dout_row = dout + lane * p.dout_strides.token;
+            if (!finite && !(all_finite(q_row, 0, 1, D) && all_finite(dout_row, 0, 1, D)))
+                taint[lane] = __builtin_nanf("");
+            const float known = p.lse[row + lane];
+            if (known == -__builtin_inff()) continue;  // it sees no key
             Floats sum{};
             for_vectors(0, D, [&](int64_t d, auto m) {
-                sum = multiply_add(load_at(dout + lane * p.dout_strides.token + d, m),
-                                   load_at(out + lane * c.H * D + d, m), sum);
+                sum = multiply_add(load_at(dout_row + d, m), load_at(out_row + d, m), sum);
             });
-            float difference = sum_of_lanes(sum);
-            if (p.dlse != nullptr) difference -= p.dlse[row + lane];
-            taint[lane] += difference * 0.0f + p.lse[row + lane] * 0.0f;
-            lse[at + lane] = p.lse[row + lane] * kLog2e + taint[lane];
-            delta[at + lane] = difference;
+            delta[at + lane] = sum_of_lanes(sum) - (p.dlse == nullptr ? 0 : p.dlse[row + lane]);
+            taint[lane] += delta[at + lane] * 0.0f + known * 0.0f;
+            lse[at + lane] = known * kLog2e + taint[lane];
+            any = any || taint[lane] != 0;
         }
+        const float* tainted = any ? taint : nullptr;
         P::columns(q, p.q_strides.token, g.count, D, width, queries + at * width);
         P::columns(dout, p.dout_strides.token, g.count, D, width, douts + at * width);
-        P::right_rows(q, p.q_strides.token, g.count, D, width, taint, query_rows + at * width);
-        P::right_rows(dout, p.dout_strides.token, g.count, D, width, taint, dout_rows + at * width);
+        P::right_rows(q, p.q_strides.token, g.count, D, width, tainted, query_rows + at * width);
+        P::right_rows(dout, p.dout_strides.token, g.count, D, width, tainted,
+                      dout_rows + at * width);
         clear(dq + at * width, kLanes * width);
         ++count;
     }

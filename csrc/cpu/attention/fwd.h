@@ -14,7 +14,10 @@
 
 namespace gk::cpu::GK_ISA {
 
-constexpr int kMostGroups = 8;  // of an item
+constexpr int kMostGroups = 16;  // of an item
+// Blocks of keys that are made ready together, for the second-level cache; a group meets one after
+// the other, so its state stays in the first.
+constexpr int kBlocks = 8;
 
 template <class P>
 struct Forward {
@@ -30,6 +33,15 @@ struct Forward {
         bool started;
     };
 
+    // A block of keys.
+    struct Block {
+        int64_t first;
+        int keys;
+        typename P::Left k, v;  // v: V^T
+        const T* v_from;
+        const float* tainted;  // null where all values are finite
+    };
+
     const AttentionFwd& p;
     const AttentionCall& c;
     const Scores scores;
@@ -39,18 +51,19 @@ struct Forward {
     State states[kMostGroups];
     Group groups[kMostGroups];
     int count = 0;
-    Number *k, *v, *weights;
+    Block blocks[kBlocks];
+    Number *k, *v, *apart;
     float *s, *mask, *taint;
     uint32_t* words;
 
     Forward(const AttentionFwd& given, void* scratch)
         : p(given), c(p.call), scores(c), dropout(c.dropout), D(static_cast<int>(c.D)),
           width(static_cast<int>(up_to(c.D, P::kWide))), deep(P::deep(D, width)), room(scratch) {
-        k = room.take<Number>(P::kKeys * width);
-        v = room.take<Number>(P::kKeys * width);
+        k = room.take<Number>(kBlocks * P::kKeys * width);
+        v = room.take<Number>(kBlocks * P::kKeys * width);
+        taint = room.take<float>(kBlocks * P::kKeys);
         s = room.take<float>(P::kKeys * kLanes);
-        weights = room.take<Number>(P::kKeys * kLanes);
-        taint = room.take<float>(P::kKeys);
+        apart = room.take<Number>(P::kKeys * kLanes);
         mask = c.mask.kind == MaskKind::none ? nullptr : room.take<float>(P::kKeys * kLanes);
         words = c.dropout.rng == nullptr ? nullptr : room.take<uint32_t>(P::kKeys / 2 * kLanes);
         for (State& state : states) {
@@ -72,21 +85,14 @@ struct Forward {
         const T* v_head = static_cast<const T*>(p.v) + e.batch * p.v_strides.batch +
                           e.first_k * p.v_strides.token + key_head * p.v_strides.head;
         const int64_t high = e.highest(item.last - 1);
-        for (int64_t j0 = e.lowest(item.first) / P::kKeys * P::kKeys; j0 <= high; j0 += P::kKeys) {
-            const int keys = static_cast<int>(least_of(P::kKeys, high + 1 - j0));
-            const T* v_block = v_head + j0 * p.v_strides.token;
-            const bool broken = find_taint(v_block, p.v_strides.token, keys, D, taint);
-            const auto k_left = P::rows(k_head + j0 * p.k_strides.token, p.k_strides.token, keys,
-                                        D, width, k);
-            const auto v_left = P::transposed(v_block, p.v_strides.token, keys, D, width,
-                                              broken ? taint : nullptr, v);
-            for (int n = 0; n < count; ++n) {
-                const Rows r(e, groups[n], j0, keys);
-                if (r.none()) continue;
-                const int padded = P::padded(r.last);
-                meet(e, item, groups[n], states[n], j0, r, padded, k_left, v_left);
-                if (broken) add_tainted(states[n], r, v_block);
-            }
+        constexpr int64_t kTogether = kBlocks * P::kKeys;
+        for (int64_t j = e.lowest(item.first) / P::kKeys * P::kKeys; j <= high; j += kTogether) {
+            int n_blocks = 0;
+            for (int64_t j0 = j; j0 <= high && n_blocks < kBlocks; j0 += P::kKeys, ++n_blocks)
+                make_ready(n_blocks, j0, static_cast<int>(least_of(P::kKeys, high + 1 - j0)),
+                     k_head + j0 * p.k_strides.token, v_head + j0 * p.v_strides.token);
+            for (int n = 0; n < count; ++n)
+                for (int m = 0; m < n_blocks; ++m) meet(e, item, groups[n], states[n], blocks[m]);
         }
         for (int n = 0; n < count; ++n) finish(e, groups[n], states[n]);
     }
@@ -105,30 +111,45 @@ struct Forward {
         state.started = false;
     }
 
+    void make_ready(int n, int64_t j0, int keys, const T* k_from, const T* v_from) {
+        const int64_t at = static_cast<int64_t>(n) * P::kKeys;
+        Block& block = blocks[n];
+        block.first = j0;
+        block.keys = keys;
+        block.v_from = v_from;
+        block.k = P::rows(k_from, p.k_strides.token, keys, D, width, k + at * width);
+        block.tainted = transposed<P>(v_from, p.v_strides.token, keys, D, width, taint + at,
+                                      v + at * width, block.v);
+    }
+
     // A group meets a block of keys.
-    void meet(const Entry& e, const AttentionItem& item, const Group& g, State& state, int64_t j0,
-              const Rows& r, int padded, const typename P::Left& k_left,
-              const typename P::Left& v_left) {
-        const int even = static_cast<int>(up_to(padded, 2));
-        P::template multiply<false>(s + r.first * kLanes, kLanes, k_left.from(r.first, 0),
+    void meet(const Entry& e, const AttentionItem& item, const Group& g, State& state,
+              const Block& block) {
+        const Rows r(e, g, block.first, block.keys);
+        if (r.none()) return;
+        const int padded = P::padded(r.last), even = static_cast<int>(up_to(padded, 2));
+        P::template multiply<false>(s + r.first * kLanes, kLanes, block.k.from(r.first, 0),
                                     {state.queries, kLanes}, padded - r.first, kLanes, deep);
-        if (mask != nullptr) load_mask(c.mask, g, item.entry, j0, r.first, r.last, mask);
-        scores.adjust(e, g, j0, r, even, s, nullptr, mask, nullptr);
+        if (mask != nullptr) load_mask(c.mask, g, item.entry, block.first, r.first, r.last, mask);
+        scores.adjust(e, g, block.first, r, even, s, nullptr, mask, nullptr);
         if (words != nullptr)
-            dropout.fill(item.entry * c.H + g.head, g.first, j0, r.first, r.last, words);
-        weigh(state, r.first, even);
+            dropout.fill(item.entry * c.H + g.head, g.first, block.first, r.first, r.last, words);
+        // Weights take the place of their scores, unless those are needed again.
+        Number* weights = block.tainted == nullptr ? reinterpret_cast<Number*>(s) : apart;
+        weigh(state, weights, r.first, even);
         const typename P::Right right = typename P::Right{weights, kLanes}.from(r.first);
+        const auto values = block.v.from(0, r.first);
+        const int keys = padded - r.first;
         if (state.started)
-            P::template multiply<true>(state.o, kLanes, v_left.from(0, r.first), right, deep,
-                                       kLanes, padded - r.first);
+            P::template multiply<true>(state.o, kLanes, values, right, deep, kLanes, keys);
         else
-            P::template multiply<false>(state.o, kLanes, v_left.from(0, r.first), right, deep,
-                                        kLanes, padded - r.first);
+            P::template multiply<false>(state.o, kLanes, values, right, deep, kLanes, keys);
         state.started = true;
+        if (block.tainted != nullptr) add_tainted(state, r, block);
     }
 
     // The weights of rows first ... last - 1, an even number. Brings the state to the new maximum.
-    void weigh(State& state, int first, int last) {
+    void weigh(State& state, Number* weights, int first, int last) {
         const float factor = scores.rest();
         for (int vector = 0; vector < kVectors; ++vector) {
             const int lane = vector * kWidth;
@@ -174,9 +195,9 @@ struct Forward {
 
     // Values that are not finite: their rows were left out of the product, since 0 * NaN would reach
     // queries that do not see them.
-    void add_tainted(State& state, const Rows& r, const T* v_block) {
+    void add_tainted(State& state, const Rows& r, const Block& block) {
         for (int row = r.first; row < r.last; ++row) {
-            if (taint[row] == 0) continue;
+            if (block.tainted[row] == 0) continue;
             for (int vector = 0; vector < kVectors; ++vector) {
                 const int lane = vector * kWidth;
                 const Floats score = load(s + row * kLanes + lane);
@@ -184,7 +205,7 @@ struct Forward {
                 Floats w = exp2_of(multiply_add(score, scores.rest(), -base));
                 if (words != nullptr) w = dropout.drop(w, words, row, vector);
                 for (int d = 0; d < D; ++d) {
-                    const Floats value = load(v_block + row * p.v_strides.token + d, 1);
+                    const Floats value = load(block.v_from + row * p.v_strides.token + d, 1);
                     float* at = state.o + d * kLanes + lane;
                     store(at, score == minus_infinity() ? load(at)
                                                         : multiply_add(w, value[0], load(at)));

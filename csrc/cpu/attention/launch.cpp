@@ -74,7 +74,7 @@ void run_all(const AttentionCall& c, const std::vector<Job>& all, int threads, i
 }  // namespace
 
 void attention_fwd(const AttentionFwd& p, int threads) {
-    constexpr int64_t kGroups = 8, kLanes = 32;  // csrc/cpu/attention/fwd.h
+    constexpr int64_t kGroups = 16, kLanes = 32;  // csrc/cpu/attention/fwd.h
     const int64_t heads = std::min(p.call.H / p.call.Hk, kGroups);
     int64_t queries = kGroups / heads * kLanes;
     std::vector<Job> all = jobs(p.call, heads, queries);

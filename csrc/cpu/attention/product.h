@@ -9,21 +9,23 @@
 
 namespace gk::cpu::GK_ISA {
 
-// taint[i] becomes NaN where row i holds a number that is not finite, else 0. Returns whether there
-// is such a row.
+// Whether n rows of D numbers, `stride` apart, are finite. The sum of 0 times each number is NaN if
+// one is not.
 template <class T>
-static bool find_taint(const T* from, int64_t stride, int n, int D, float* taint) {
-    bool any = false;
+static bool all_finite(const T* from, int64_t stride, int n, int D) {
+    Floats sum[4] = {};
     for (int i = 0; i < n; ++i) {
-        Floats sum{};  // of 0 times each number, which is NaN for what is not finite
-        for_vectors(0, D, [&](int64_t d, auto m) {
-            sum += load_at(from + i * stride + d, m) * 0.0f;
+        const T* row = from + i * stride;
+        int d = 0;
+        for (; d + 4 * kWidth <= D; d += 4 * kWidth)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j)
+                sum[j] = multiply_add(load(row + d + j * kWidth), 0.0f, sum[j]);
+        for_vectors(d, D, [&](int64_t at, auto m) {
+            sum[0] = multiply_add(load_at(row + at, m), 0.0f, sum[0]);
         });
-        const bool found = any_nonfinite(sum);
-        taint[i] = found ? __builtin_nanf("") : 0.0f;
-        any = any || found;
     }
-    return any;
+    return !any_nonfinite(sum[0] + sum[1] + (sum[2] + sum[3]));
 }
 
 // The first n of kWidth lanes of from[d][kLanes], d < D, times `by`, as rows of D numbers: row i, the
@@ -83,13 +85,18 @@ struct VectorProducts {
         copy(from, stride, n, D, width, nullptr, room);
         return {room, width, 1};
     }
-    // Their transpose as A. Rows with a taint count as 0; taint is null where there are none.
-    static Left transposed(const T* from, int64_t stride, int n, int D, int width,
-                           const float* taint, float* room) {
+    // Their transpose as A. Rows with a taint count as 0; taint may be null. Returns whether what
+    // counts is finite.
+    static bool transposed(const T* from, int64_t stride, int n, int D, int width,
+                           const float* taint, float* room, Left& found) {
         if constexpr (__is_same(T, float))
-            if (taint == nullptr) return {from, 1, stride};
+            if (taint == nullptr) {
+                found = {from, 1, stride};
+                return all_finite(from, stride, n, D);
+            }
         copy(from, stride, n, D, width, taint, room);
-        return {room, 1, width};
+        found = {room, 1, width};
+        return taint != nullptr || all_finite(room, width, n, D);
     }
 
     // The transpose of n <= kLanes rows as B, (width, kLanes): the others are 0.
@@ -207,5 +214,19 @@ struct VectorProducts {
             panel<kAdd, kTransposed, 1>(c + j, stride, a, a_stride, {b.at + j, b.stride}, m, k);
     }
 };
+
+// P::transposed, without the rows that hold a number that is not finite: 0 * NaN would reach those who
+// do not see the row. Returns null where there is no such row; else taint, with NaN for each of them
+// and 0 for the others.
+template <class P>
+static const float* transposed(const typename P::Element* from, int64_t stride, int n, int D,
+                               int width, float* taint, typename P::Number* room,
+                               typename P::Left& found) {
+    if (P::transposed(from, stride, n, D, width, nullptr, room, found)) return nullptr;
+    for (int i = 0; i < n; ++i)
+        taint[i] = all_finite(from + i * stride, stride, 1, D) ? 0.0f : __builtin_nanf("");
+    P::transposed(from, stride, n, D, width, taint, room, found);
+    return taint;
+}
 
 }  // namespace gk::cpu::GK_ISA
