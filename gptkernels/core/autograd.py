@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from gptkernels.core.direct import direct
-
 _Gradients = tuple[Tensor | None, ...]
 
 _ONCE = (
@@ -51,17 +49,16 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     """Returns function.apply(*arguments), or function.forward's result where no argument requires a
     gradient. Raises NotImplementedError under a transform of torch.func, and for tensors with a
     tangent."""
-    if direct(arguments):
-        if not requires_grad(arguments):
-            return function.forward(_NothingToSave(), *arguments)
-        # Function.apply itself first looks for leftovers of torch.func's transforms.
-        return super(Function, function).apply(*arguments)  # type: ignore[misc]
+    # What else watches PyTorch's calls, the registered ops that forward calls look for.
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(_ONCE)
     refuse_tangents(*arguments)
     if torch.compiler.is_compiling():
-        arguments = tuple(_distinct(arguments))
-    return function.apply(*arguments)
+        return function.apply(*_distinct(arguments))
+    if not requires_grad(arguments):
+        return function.forward(_NothingToSave(), *arguments)
+    # Function.apply itself first looks for leftovers of torch.func's transforms.
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def once_differentiable(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from harness import DEVICE, each_with_cpu
+from right import Calls
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -57,6 +59,23 @@ def test_under_a_mode_or_a_profiler_it_is_not(watcher: Any) -> None:
     with watcher():
         assert not direct((X,))
     assert direct((X,))
+
+
+@each_with_cpu
+@pytest.mark.parametrize("gradients", [False, True], ids=["without", "with"])
+def test_a_mode_sees_each_pass_that_it_is_on_for(impl: str, gradients: bool) -> None:
+    """Also where it is on for the backward pass alone: forward went past the dispatcher."""
+    ops = torch.ops.gptkernels
+    x = torch.randn(2, 8, device=DEVICE, requires_grad=gradients)
+    weight = torch.ones(8, device=DEVICE)
+    with Calls(ops.layer_norm_fwd.default) as calls:
+        layer_norm(x, weight, impl=impl)
+    assert len(calls) == 1
+    if gradients:
+        y = layer_norm(x, weight, impl=impl)
+        with Calls(ops.layer_norm_bwd.default) as calls:
+            y.backward(torch.ones_like(y))
+        assert len(calls) == 1
 
 
 def test_in_a_level_of_forward_mode_it_is_not() -> None:
