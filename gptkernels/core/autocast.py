@@ -28,6 +28,8 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
+    if x.is_cpu:  # to ask a tensor for its device's name takes longer than all this
+        return torch.is_autocast_enabled("cpu")
     # PyTorch raises an error if asked about autocast on "meta". Meta tensors hold nothing to
     # convert.
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)

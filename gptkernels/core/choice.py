@@ -44,11 +44,12 @@ def choose(op: str, impl: str, tensor: Tensor, dtype: torch.dtype | None = None)
     Raises ValueError for an unknown name, NotImplementedError where the op has no such
     implementation, and RuntimeError where an explicit one cannot run on this machine or tensor.
     """
-    if check_impl(impl) == "auto":
+    if impl == "auto":
         # Inductor fuses impl="torch" with what is around it, and cannot look into a kernel.
-        compiling = torch.compiler.is_compiling()
-        return "torch" if compiling else automatic(op, tensor.device.type)
-    if impl == "cpu" and op not in CPU_OPS:
+        if torch.compiler.is_compiling() or not tensor.is_cpu:
+            return "torch"
+        return automatic(op, "cpu")
+    if check_impl(impl) == "cpu" and op not in CPU_OPS:
         raise NotImplementedError(f"impl='cpu': {_no_cpu_kernels(op)}")
     reason = unavailable(impl, tensor.device.type, dtype or tensor.dtype)
     if reason is None:

@@ -40,5 +40,5 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _missing(a: Tensor) -> int:
     """Returns how many columns of zeros a (M, K) needs."""
-    affected = _AMX and a.device.type == "cpu" and a.dtype != torch.float32
+    affected = _AMX and a.is_cpu and a.dtype != torch.float32
     return -a.shape[1] % _DEPTH if affected else 0

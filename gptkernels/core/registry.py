@@ -61,9 +61,11 @@ def register(
         # Found now: Dynamo cannot trace an import.
         traced = getattr(importlib.import_module(f"{home}.torch"), name)
 
+        def implementation(impl: str) -> Callable[..., Any]:
+            return getattr(_module(home, impl), name)
+
         def run(*arguments: Any) -> Any:
-            *given, impl = pack(arguments)
-            return _undisturbed(getattr(_implementation(home, impl), name), given)
+            return _undisturbed(implementation(arguments[-1]), pack(arguments[:-1]))
 
         def call(*arguments: Any) -> Any:
             # On "meta" the op answers with its fake: an implementation might loop over a problem
@@ -72,15 +74,14 @@ def register(
                 # Dynamo's graph is the key to PyTorch's caches of compiled graphs. With these
                 # functions in it, and not an op's name, the caches notice that one was changed.
                 if torch.compiler.is_compiling() and arguments[-1] == "torch":
-                    given = pack(arguments)[:-1]
+                    given = pack(arguments[:-1])
                     if traceable(*given):
                         return _undisturbed(traced, given)
                 return op(*arguments)
-            *given, impl = pack(arguments)
-            if autocast_enabled(given[0]):
+            if autocast_enabled(arguments[0]):
                 return run(*arguments)
             # The callers are forward and backward passes: nothing requires a gradient.
-            return getattr(_implementation(home, impl), name)(*given)
+            return implementation(arguments[-1])(*pack(arguments[:-1]))
 
         def describe(*arguments: Any) -> Any:
             return fake(*pack(arguments))
@@ -105,7 +106,7 @@ def _undisturbed(function: Callable[..., Any], given: Sequence[Any]) -> Any:
 
 
 @functools.cache
-def _implementation(home: str, impl: str) -> ModuleType:
+def _module(home: str, impl: str) -> ModuleType:
     return importlib.import_module(f"{home}.{check_impl(impl, auto=False)}")
 
 
