@@ -64,6 +64,18 @@ def test_layer_norm(
     )
 
 
+@by_dtype
+@pytest.mark.parametrize("residual", [None, *DTYPES])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_s_that_is_not_kept_changes_no_bits(
+    dtype: torch.dtype, residual: torch.dtype | None, dropout_p: float, seed: int
+) -> None:
+    """It lies in y where it can."""
+    tensors = layer_norm_inputs(9, 70, dtype=dtype, residual=residual)
+    call = seeded(functools.partial(layer_norm, **tensors, dropout_p=dropout_p, impl="cpu"), seed)
+    assert_same([call()], [call(prenorm=True)[0]])
+
+
 @pytest.mark.parametrize("C", [7, 96, 12288])
 def test_a_mean_is_rounded_once(C: int) -> None:
     """Row by row: the worst of many rows would hide it."""

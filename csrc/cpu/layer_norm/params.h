@@ -19,7 +19,7 @@ struct LayerNormFwd {
     const void* weight;    // (cols,), weight_dtype
     const void* bias;      // (cols,), weight_dtype; or null
     void* y;               // (rows, cols), x_dtype
-    void* sum;             // (rows, cols), sum_dtype; or null: s is x
+    void* sum;             // (rows, cols), sum_dtype; or null: s is x; or y, where s is not kept
     float* mean;           // (rows,); or null
     float* rstd;           // (rows,); or null
     int64_t rows, cols, x_stride, residual_stride;

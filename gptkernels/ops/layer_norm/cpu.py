@@ -39,11 +39,15 @@ def without_statistics(
     dropout_p: float,
     eps: float,
     sum_dtype: torch.dtype | None,
+    keep_s: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns y and s as layer_norm_fwd does, of a contiguous x, where nobody will ask for
-    gradients. s is x if sum_dtype is None."""
-    y = torch.empty_like(x)
-    s = None if sum_dtype is None else torch.empty_like(x, dtype=sum_dtype)
+    gradients. s is x if sum_dtype is None; unless `keep_s`, it holds nothing of use."""
+    y, s = torch.empty_like(x), None
+    if sum_dtype is not None:
+        # The kernel's second pass reads an element of s just before it writes that of y.
+        shared = not keep_s and sum_dtype == x.dtype
+        s = y if shared else torch.empty_like(x, dtype=sum_dtype)
     _forward(x, weight, bias, residual, rng, dropout_p, eps, y, s, 0, 0)
     return y, x if s is None else s
 
@@ -120,7 +124,9 @@ def layer_norm_bwd(
     if not s.is_contiguous():
         s = matrix(s)
         sum_stride = s.stride(0)
-    dy = dy.to(x_dtype).contiguous()
+    if dy.dtype != x_dtype:  # a conversion that does nothing takes longer than the question
+        dy = dy.to(x_dtype)
+    dy = dy.contiguous()
     dsum = None if dsum is None else dsum.to(s.dtype).contiguous()
     weight = weight.contiguous()
     dropout = _dropout(rng, dropout_p) if dropout_p else _NO_DROPOUT

@@ -181,7 +181,7 @@ def layer_norm(
     sum_dtype = None if is_x else dtype
     tensors = (x, weight, bias, residual)
     if impl == "cpu" and x.is_contiguous() and not requires_grad(tensors) and direct(tensors):
-        y, s = cpu.without_statistics(*tensors, rng, dropout_p, eps, sum_dtype)
+        y, s = cpu.without_statistics(*tensors, rng, dropout_p, eps, sum_dtype, prenorm)
     else:
         y, s = apply(_LayerNorm, *tensors, rng, float(dropout_p), float(eps), sum_dtype, impl)
     if not prenorm:
@@ -206,7 +206,8 @@ def _sound(
         and type(eps) is float
     ):
         return False
-    shape, device, dtype = x.shape, x.device, weight.dtype
+    shape, device = x.shape, x.device
+    last, dtype = weight.shape, weight.dtype
     return (
         len(shape) > 0
         and shape[-1] > 0
@@ -214,14 +215,14 @@ def _sound(
         and dtype in DTYPES
         and 0.0 <= dropout_p <= 1.0
         and eps > 0
-        and weight.shape == shape[-1:]
+        and last == shape[-1:]
         and weight.device == device
         and (
             bias is None
             or (
                 isinstance(bias, Tensor)
                 and bias.dtype == dtype
-                and bias.shape == shape[-1:]
+                and bias.shape == last
                 and bias.device == device
             )
         )
