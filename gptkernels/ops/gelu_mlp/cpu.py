@@ -38,30 +38,28 @@ def gelu_mlp_bwd(
     h: Tensor | None,
     approximate: str,
     grad_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Returns dx, dw1, db1, dw2 and db2, each empty where `grad_mask` is False. If h is None, it is
     recomputed."""
     need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
-    # Five distinct tensors: the outputs of an op must not be one tensor, even if it is empty.
-    dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in range(5))
+    dx = dw1 = db1 = dw2 = db2 = None
     if need_b2:
         db2 = dy.sum(0, dtype=torch.float32).to(dy.dtype)
-    if not (need_x or need_w1 or need_b1 or need_w2):
-        return dx, dw1, db1, dw2, db2
-    h = linear(x, w1, b1) if h is None else h.contiguous()
-    if not (need_x or need_w1 or need_b1):
-        return dx, dw1, db1, mm(dy.t(), gelu(h, torch.empty_like(h), approximate)), db2
-    da = mm(dy, w2)
-    a = torch.empty_like(h) if need_w2 else None
-    db1 = x.new_zeros(h.shape[1]) if need_b1 else db1
-    gelu_backward(h, da, da, a, db1 if need_b1 else None, approximate)
-    if a is not None:
-        dw2 = mm(dy.t(), a)
-    if need_w1:
-        dw1 = mm(da.t(), x)
-    if need_x:
-        dx = mm(da, w1)
-    return dx, dw1, db1, dw2, db2
+    if need_x or need_w1 or need_b1 or need_w2:
+        h = linear(x, w1, b1) if h is None else h.contiguous()
+        a = torch.empty_like(h) if need_w2 else None
+        if need_x or need_w1 or need_b1:
+            da = mm(dy, w2)
+            db1 = x.new_zeros(h.shape[1]) if need_b1 else None
+            gelu_backward(h, da, da, a, db1, approximate)
+            dw1 = mm(da.t(), x) if need_w1 else None
+            dx = mm(da, w1) if need_x else None
+        elif a is not None:
+            gelu(h, a, approximate)
+        dw2 = None if a is None else mm(dy.t(), a)
+    # An empty tensor for each that is not wanted: the outputs of an op must be distinct.
+    gradients = (dx, dw1, db1, dw2, db2)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def gelu(h: Tensor, a: Tensor, approximate: str) -> Tensor:
