@@ -4,8 +4,9 @@
 //     dV += p dO        dK += ds Q        dQ^T += K^T ds
 // where delta = sum_d dO O - dlse (Dao, "FlashAttention-2", 2023). The factor softmax_scale is
 // applied at the end. An item is a key head and all queries of its query heads, so every sum has one
-// order and no two threads add to the same number. dK and dV of the item's keys lie in fp32 in the
-// scratch memory: 8 D Tk bytes, and less than 2 MB for the rest.
+// order and no two threads add to the same number. A thread's scratch memory holds dK and dV of the
+// item's keys in fp32, 8 D Tk bytes, their operands, 6 D Tk bytes with tiles and 12 D Tk in vectors
+// from 16 bits, and less than 2 MB of the rest.
 #pragma once
 
 #include "cpu/attention/product.h"
@@ -20,6 +21,14 @@ struct Backward {
     static constexpr int kGroups = P::kQueries / kLanes;
     static constexpr int kStrip = 32;  // keys of dK and dV that a product makes at a time
 
+    // A block of keys as operands.
+    struct Block {
+        int64_t first;
+        int keys;
+        typename P::Left k, v, across;  // across: K^T
+        const float* tainted;           // NaN for keys that are not finite; null if all are
+    };
+
     const AttentionBwd& p;
     const AttentionCall& c;
     const Scores scores;
@@ -27,7 +36,9 @@ struct Backward {
     const int D, width, deep;
     Room room;
     float *dk_sum, *dv_sum;  // (keys, width)
-    Number *k, *v, *k_transposed;
+    Block* blocks;
+    int n_blocks = 0;
+    Number *k, *v, *across;
     Number *weights, *gradients;  // p and ds as A: (kKeys, kQueries)
     Number* gradients_right;      // ds of one group as B
     Number *queries, *douts;      // Q^T and dO^T as B, group by group
@@ -35,7 +46,7 @@ struct Backward {
     float *dq;                    // dQ^T, group by group
     float *s, *dp, *slope, *mask;
     float *lse, *delta;           // (kQueries,); lse in units of log2(e)
-    float *k_taint, *taint;
+    float *key_taint, *taint;
     uint32_t* words;
     Group groups[kGroups];
     int count;
@@ -46,9 +57,12 @@ struct Backward {
         const int64_t keys = up_to(c.Tk, kStrip);
         dk_sum = p.dk == nullptr ? nullptr : room.take<float>(keys * width);
         dv_sum = p.dv == nullptr ? nullptr : room.take<float>(keys * width);
-        k = room.take<Number>(P::kKeys * width);
-        v = room.take<Number>(P::kKeys * width);
-        k_transposed = room.take<Number>(P::kKeys * width);
+        const int64_t all = up_to(c.Tk, P::kKeys);
+        blocks = room.take<Block>(all / P::kKeys);
+        k = room.take<Number>(all * width);
+        v = room.take<Number>(all * width);
+        across = room.take<Number>(all * width);
+        key_taint = room.take<float>(all);
         weights = room.take<Number>(P::kKeys * P::kQueries);
         gradients = room.take<Number>(P::kKeys * P::kQueries);
         gradients_right = room.take<Number>(P::kKeys * kLanes);
@@ -63,7 +77,6 @@ struct Backward {
         mask = c.mask.kind == MaskKind::none ? nullptr : room.take<float>(P::kKeys * kLanes);
         lse = room.take<float>(P::kQueries);
         delta = room.take<float>(P::kQueries);
-        k_taint = room.take<float>(P::kKeys);
         taint = room.take<float>(kLanes);
         words = c.dropout.rng == nullptr ? nullptr : room.take<uint32_t>(P::kKeys / 2 * kLanes);
     }
@@ -74,10 +87,12 @@ struct Backward {
         const int64_t sums = up_to(e.Tk, kStrip) * width;
         if (dk_sum != nullptr) clear(dk_sum, sums);
         if (dv_sum != nullptr) clear(dv_sum, sums);
+        const int64_t key_head = item.head / (c.H / c.Hk), high = e.highest(item.last - 1);
+        for (int64_t j = e.lowest(item.first) / P::kKeys * P::kKeys; j <= high; j += P::kKeys)
+            make_ready(e, key_head, j, static_cast<int>(least_of(P::kKeys, high + 1 - j)));
         for (int64_t head = item.head; head < item.last_head; ++head)
             for (int64_t i = item.first; i < item.last; i += P::kQueries)
-                block(e, item, head, i, least_of(i + P::kQueries, item.last));
-        const int64_t key_head = item.head / (c.H / c.Hk);
+                meet_all(e, item, head, i, least_of(i + P::kQueries, item.last));
         const int64_t token = ((e.batch * c.Tk + e.first_k) * c.Hk + key_head) * D;
         round(dk_sum, c.softmax_scale, e.Tk, static_cast<T*>(p.dk) + token);
         round(dv_sum, 1, e.Tk, static_cast<T*>(p.dv) + token);
@@ -93,31 +108,30 @@ struct Backward {
         return tensor + e.batch * by.batch + first * by.token + head * by.head;
     }
 
-    void block(const Entry& e, const AttentionItem& item, int64_t head, int64_t first,
-               int64_t last) {
+    void make_ready(const Entry& e, int64_t key_head, int64_t j, int keys) {
+        Block& block = blocks[n_blocks++];
+        block.first = j;
+        block.keys = keys;
+        const T* k_from =
+            tokens(static_cast<const T*>(p.k), p.k_strides, e, e.first_k + j, key_head);
+        const T* v_from =
+            tokens(static_cast<const T*>(p.v), p.v_strides, e, e.first_k + j, key_head);
+        block.k = P::rows(k_from, p.k_strides.token, keys, D, width, k + j * width);
+        block.v = P::rows(v_from, p.v_strides.token, keys, D, width, v + j * width);
+        block.tainted = transposed<P>(k_from, p.k_strides.token, keys, D, width, key_taint + j,
+                                      across + j * width, block.across);
+    }
+
+    // Some queries of a head meet all keys.
+    void meet_all(const Entry& e, const AttentionItem& item, int64_t head, int64_t first,
+                  int64_t last) {
         count = 0;
         for (int64_t i = first; i < last; i += kLanes) prepare(e, head, i, last);
-        const int64_t key_head = head / (c.H / c.Hk), high = e.highest(last - 1);
-        const T* k_head =
-            tokens(static_cast<const T*>(p.k), p.k_strides, e, e.first_k, key_head);
-        const T* v_head =
-            tokens(static_cast<const T*>(p.v), p.v_strides, e, e.first_k, key_head);
-        for (int64_t j0 = e.lowest(first) / P::kKeys * P::kKeys; j0 <= high; j0 += P::kKeys) {
-            const int keys = static_cast<int>(least_of(P::kKeys, high + 1 - j0));
-            const T* k_block = k_head + j0 * p.k_strides.token;
-            const auto k_left = P::rows(k_block, p.k_strides.token, keys, D, width, k);
-            const auto v_left = P::rows(v_head + j0 * p.v_strides.token, p.v_strides.token, keys,
-                                        D, width, v);
-            typename P::Left k_across;
-            const float* tainted = transposed<P>(k_block, p.k_strides.token, keys, D, width,
-                                                 k_taint, k_transposed, k_across);
-            for (int n = 0; n < count; ++n) {
-                const Rows r(e, groups[n], j0, keys);
-                if (!r.none())
-                    meet(e, item, n, j0, r, tainted, k_left, v_left, k_across);
-            }
-            for (int strip = 0; strip < keys; strip += kStrip)
-                add_strip(e, j0, keys, strip);
+        for (int m = 0; m < n_blocks; ++m) {
+            const Block& block = blocks[m];
+            bool any = false;
+            for (int n = 0; n < count; ++n) any = meet(e, item, n, block) || any;
+            if (any) add_keys(e, block.first, block.keys);
         }
         if (p.dq == nullptr) return;
         for (int n = 0; n < count; ++n) finish(e, groups[n], dq + n * kLanes * width);
@@ -167,21 +181,22 @@ struct Backward {
         ++count;
     }
 
-    void meet(const Entry& e, const AttentionItem& item, int n, int64_t j0, const Rows& r,
-              const float* tainted, const typename P::Left& k_left,
-              const typename P::Left& v_left, const typename P::Left& k_across) {
+    // A group of queries meets a block of keys. Returns whether it sees any of them.
+    bool meet(const Entry& e, const AttentionItem& item, int n, const Block& block) {
         const Group& g = groups[n];
+        const Rows r(e, g, block.first, block.keys);
+        if (r.none()) return false;
         const int rows = P::padded(r.last) - r.first, at = n * kLanes * width;
         const int whole = static_cast<int>(up_to(r.last, kStrip));
-        P::template multiply<false>(s + r.first * kLanes, kLanes, k_left.from(r.first, 0),
+        P::template multiply<false>(s + r.first * kLanes, kLanes, block.k.from(r.first, 0),
                                     {queries + at, kLanes}, rows, kLanes, deep);
-        P::template multiply<false>(dp + r.first * kLanes, kLanes, v_left.from(r.first, 0),
+        P::template multiply<false>(dp + r.first * kLanes, kLanes, block.v.from(r.first, 0),
                                     {douts + at, kLanes}, rows, kLanes, deep);
-        if (mask != nullptr) load_mask(c.mask, g, item.entry, j0, r.first, r.last, mask);
-        scores.adjust(e, g, j0, r, whole, s, tainted, mask, slope);
+        if (mask != nullptr) load_mask(c.mask, g, item.entry, block.first, r.first, r.last, mask);
+        scores.adjust(e, g, block.first, r, whole, s, block.tainted, mask, slope);
         if (words != nullptr)
-            dropout.fill(item.entry * c.H + g.head, g.first, j0, r.first, r.last, words);
-        const bool simple = scores.plain && tainted == nullptr && words == nullptr;
+            dropout.fill(item.entry * c.H + g.head, g.first, block.first, r.first, r.last, words);
+        const bool simple = scores.plain && block.tainted == nullptr && words == nullptr;
         const int full_first = simple ? static_cast<int>(up_to(r.full_first, 2)) : whole;
         const int full_last = simple ? r.full_last / 2 * 2 : whole;
         if (full_first < full_last) {
@@ -192,80 +207,94 @@ struct Backward {
             weigh<true>(n, r.first, whole);
         }
         if (p.dq != nullptr)
-            P::template multiply<true>(dq + at, kLanes, k_across.from(0, r.first),
+            P::template multiply<true>(dq + at, kLanes, block.across.from(0, r.first),
                                        typename P::Right{gradients_right, kLanes}.from(r.first),
                                        deep, kLanes, rows);
+        return true;
     }
 
     // Weights and gradients of scores, rows first ... last - 1. kHidden: some may be hidden, and
     // whatever a query holds, their weight is 0.
     template <bool kHidden>
     void weigh(int n, int first, int last) {
-        const float factor = scores.rest();
-        for (int vector = 0; vector < kVectors; ++vector) {
-            const int lane = n * kLanes + vector * kWidth;
-            const Floats base = load(lse + lane), difference = load(delta + lane);
-            const auto pass = [&](auto change) {
-                for (int row = first; row < last; row += 2) {
-                    Floats w[2], ds[2];
-#pragma GCC unroll 2
-                    for (int k = 0; k < 2; ++k) {
-                        const int at = (row + k) * kLanes + vector * kWidth;
-                        const Floats score = load(s + at);
-                        w[k] = exp2_of(multiply_add(score, factor, -base));
-                        ds[k] = load(dp + at);
-                        change(w[k], ds[k], difference, row + k, vector);
-                        if (kHidden) {
-                            w[k] = score == minus_infinity() ? Floats{} : w[k];
-                            ds[k] = score == minus_infinity() ? Floats{} : ds[k];
-                        }
-                    }
-                    P::put_left(weights, row, lane, w[0], w[1]);
-                    P::put_left(gradients, row, lane, ds[0], ds[1]);
-                    P::put_right(gradients_right, row, vector, ds[0], ds[1]);
+        if (slope == nullptr && words == nullptr)
+            weigh<kHidden>(n, first, last, [](Floats& w, Floats& ds, Floats minus, int, int) {
+                ds = w * (ds - minus);
+            });
+        else
+            weigh<kHidden>(n, first, last, [&](Floats& w, Floats& ds, Floats minus, int row,
+                                               int vector) {
+                Floats by = w;
+                if (words != nullptr) {
+                    w = dropout.drop(w, words, row, vector);
+                    ds = dropout.drop(ds, words, row, vector);
                 }
-            };
-            if (slope == nullptr && words == nullptr)
-                pass([](Floats& w, Floats& ds, Floats difference, int, int) {
-                    ds = w * (ds - difference);
-                });
-            else
-                pass([&](Floats& w, Floats& ds, Floats difference, int row, int vector) {
-                    Floats by = w;
-                    if (words != nullptr) {
-                        w = dropout.drop(w, words, row, vector);
-                        ds = dropout.drop(ds, words, row, vector);
+                if (slope != nullptr)
+                    by = by * load(slope + row * kLanes + vector * kWidth);
+                ds = by * (ds - minus);
+            });
+    }
+    // change(w, dp, delta, row, vector) makes of them a weight and ds.
+    template <bool kHidden, class Change>
+    void weigh(int n, int first, int last, const Change& change) {
+        const float factor = scores.rest();
+        const float *base = lse + n * kLanes, *minus = delta + n * kLanes;
+        for (int row = first; row < last; row += 2)
+            // All lanes of a row: they lie in the same lines of the cache.
+            for (int vector = 0; vector < kVectors; ++vector) {
+                const int lane = vector * kWidth;
+                Floats w[2], ds[2];
+#pragma GCC unroll 2
+                for (int k = 0; k < 2; ++k) {
+                    const int at = (row + k) * kLanes + lane;
+                    const Floats score = load(s + at);
+                    w[k] = exp2_of(multiply_add(score, factor, -load(base + lane)));
+                    ds[k] = load(dp + at);
+                    change(w[k], ds[k], load(minus + lane), row + k, vector);
+                    if (kHidden) {
+                        w[k] = score == minus_infinity() ? Floats{} : w[k];
+                        ds[k] = score == minus_infinity() ? Floats{} : ds[k];
                     }
-                    if (slope != nullptr)
-                        by = by * load(slope + row * kLanes + vector * kWidth);
-                    ds = by * (ds - difference);
-                });
-        }
+                }
+                P::put_left(weights, row, n * kLanes + lane, w[0], w[1]);
+                P::put_left(gradients, row, n * kLanes + lane, ds[0], ds[1]);
+                P::put_right(gradients_right, row, vector, ds[0], ds[1]);
+            }
     }
 
-    // The groups that see a strip of keys add to its dK and dV.
-    void add_strip(const Entry& e, int64_t j0, int keys, int strip) {
-        int first = count, last = 0;
-        for (int n = 0; n < count; ++n) {
-            const Rows r(e, groups[n], j0, keys);
-            if (r.none() || r.first > strip || r.last <= strip) continue;
-            first = static_cast<int>(least_of(first, n));
-            last = n + 1;
+    // The queries add to the dK and dV of a block of keys. Strips that the same groups see make one
+    // product.
+    void add_keys(const Entry& e, int64_t j0, int keys) {
+        int start = 0, first = 0, last = 0;  // the strips so far, and their groups
+        for (int strip = 0; strip < keys + kStrip; strip += kStrip) {
+            int from = count, to = 0;
+            for (int n = 0; n < count && strip < keys; ++n) {
+                const Rows r(e, groups[n], j0, keys);
+                if (r.none() || r.first > strip || r.last <= strip) continue;
+                from = static_cast<int>(least_of(from, n));
+                to = n + 1;
+            }
+            if (strip > start && (from != first || to != last)) {
+                if (first < last)
+                    add_strips(j0, start, static_cast<int>(least_of(strip, keys)) - start, first,
+                               last);
+                start = strip;
+            }
+            first = from;
+            last = to;
         }
-        if (last <= first) return;
-        const int rows = P::padded(static_cast<int>(least_of(kStrip, keys - strip)));
-        const int from = first * kLanes, depth = (last - first) * kLanes;
-        const int64_t key = (j0 + strip) * width;
+    }
+    void add_strips(int64_t j0, int start, int keys, int first, int last) {
+        const int rows = P::padded(keys), from = first * kLanes, depth = (last - first) * kLanes;
+        const int64_t key = (j0 + start) * width;
         if (dv_sum != nullptr)
-            P::template multiply<true>(
-                dv_sum + key, width,
-                P::left(weights).from(strip, from),
-                typename P::Right{dout_rows, width}.from(from), rows, width, depth);
+            P::template multiply<true>(dv_sum + key, width, P::left(weights).from(start, from),
+                                       typename P::Right{dout_rows, width}.from(from), rows,
+                                       width, depth);
         if (dk_sum != nullptr)
-            P::template multiply<true>(
-                dk_sum + key, width,
-                P::left(gradients).from(strip, from),
-                typename P::Right{query_rows, width}.from(from), rows, width, depth);
+            P::template multiply<true>(dk_sum + key, width, P::left(gradients).from(start, from),
+                                       typename P::Right{query_rows, width}.from(from), rows,
+                                       width, depth);
     }
 
     void finish(const Entry& e, const Group& g, const float* sum) {
