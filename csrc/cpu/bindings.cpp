@@ -38,8 +38,8 @@ using GivenStrides = std::array<int64_t, 3>;
 
 AttentionCall attention_call(const Sizes& n, const Numbers& x, const Tensors& t, const GivenMask& m,
                              const GivenDropout& d, int dtype) {
-    const Mask mask{reinterpret_cast<const void*>(m[0]), m[1], m[2], m[3], m[4], MaskKind(m[5]),
-                    DType(m[6])};
+    const Mask mask{reinterpret_cast<const void*>(m[0]), {m[1], m[2], m[3], m[4]},
+                    MaskKind(m[5]), DType(m[6])};
     return {n[0], n[1], n[2], n[3], n[4], n[5], x[0], n[6], n[7], x[1], at<const float>(t[0]),
             at<const int32_t>(t[1]), at<const int32_t>(t[2]), at<const int32_t>(t[3]), mask,
             dropout(std::get<0>(d), std::get<1>(d), std::get<2>(d)), DType(dtype)};
@@ -66,15 +66,16 @@ void def_attention(py::module_& module) {
                                    const GivenDropout& dropout, int dtype,
                                    std::array<uintptr_t, 4> inputs,
                                    std::array<GivenStrides, 4> by, uintptr_t out, uintptr_t lse,
-                                   uintptr_t dlse, std::array<uintptr_t, 3> gradients,
-                                   int threads) {
+                                   uintptr_t dlse, std::array<uintptr_t, 4> gradients,
+                                   std::array<int64_t, 4> mask_by, int threads) {
         const py::gil_scoped_release release;
         attention_bwd({attention_call(sizes, numbers, tensors, mask, dropout, dtype),
                        at<const void>(inputs[0]), at<const void>(inputs[1]),
                        at<const void>(inputs[2]), at<const void>(inputs[3]), strides(by[0]),
                        strides(by[1]), strides(by[2]), strides(by[3]), at<const void>(out),
                        at<const float>(lse), at<const float>(dlse), at<void>(gradients[0]),
-                       at<void>(gradients[1]), at<void>(gradients[2])},
+                       at<void>(gradients[1]), at<void>(gradients[2]), at<float>(gradients[3]),
+                       {mask_by[0], mask_by[1], mask_by[2], mask_by[3]}},
                       threads);
     });
 }

@@ -27,6 +27,7 @@ struct Kernels {
     // An item, with scratch memory of as many bytes as the functions below say.
     void (*attention_fwd)(const AttentionFwd& p, const AttentionItem& item, void* scratch);
     void (*attention_bwd)(const AttentionBwd& p, const AttentionItem& item, void* scratch);
+    void (*attention_mask_bwd)(const AttentionBwd& p, const MaskItem& item, void* scratch);
     int64_t (*attention_fwd_scratch)(const AttentionFwd& p);
     int64_t (*attention_bwd_scratch)(const AttentionBwd& p);
     void (*elementwise_keep)(const ElementwiseKeep& p, int64_t first, int64_t last);
@@ -48,6 +49,7 @@ void gelu_fwd(const GeluFwd& p, int64_t first, int64_t last);
 void gelu_bwd(const GeluBwd& p, float* db, int64_t first, int64_t last);
 void attention_fwd(const AttentionFwd& p, const AttentionItem& item, void* scratch);
 void attention_bwd(const AttentionBwd& p, const AttentionItem& item, void* scratch);
+void attention_mask_bwd(const AttentionBwd& p, const MaskItem& item, void* scratch);
 int64_t attention_fwd_scratch(const AttentionFwd& p);
 int64_t attention_bwd_scratch(const AttentionBwd& p);
 void elementwise_keep(const ElementwiseKeep& p, int64_t first, int64_t last);

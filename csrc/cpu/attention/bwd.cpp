@@ -1,5 +1,5 @@
 // Attention backward, by the products that this instruction set has for each dtype.
-#include "cpu/attention/bwd.h"
+#include "cpu/attention/bwd_mask.h"
 
 #include "cpu/amx/product.h"
 #include "cpu/kernels.h"
@@ -9,6 +9,13 @@ namespace gk::cpu::GK_ISA {
 void attention_bwd(const AttentionBwd& p, const AttentionItem& item, void* scratch) {
     with_products(p.call.dtype, [&](auto products) {
         Backward<decltype(products)>(p, scratch).run(item);
+    });
+}
+
+void attention_mask_bwd(const AttentionBwd& p, const MaskItem& item, void* scratch) {
+    with_products(p.call.dtype, [&](auto products) {
+        using P = decltype(products);
+        MaskGradient<P>{Backward<P>(p, scratch)}.run(item);
     });
 }
 

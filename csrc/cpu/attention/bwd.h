@@ -37,7 +37,7 @@ struct Backward {
     Room room;
     float *dk_sum, *dv_sum;  // (keys, width)
     Block* blocks;
-    int n_blocks = 0;
+    int n_blocks;
     Number *k, *v, *across;
     Number *weights, *gradients;  // p and ds as A: (kKeys, kQueries)
     Number* gradients_right;      // ds of one group as B
@@ -87,12 +87,11 @@ struct Backward {
         const int64_t sums = up_to(e.Tk, kStrip) * width;
         if (dk_sum != nullptr) clear(dk_sum, sums);
         if (dv_sum != nullptr) clear(dv_sum, sums);
-        const int64_t key_head = item.head / (c.H / c.Hk), high = e.highest(item.last - 1);
-        for (int64_t j = e.lowest(item.first) / P::kKeys * P::kKeys; j <= high; j += P::kKeys)
-            make_ready(e, key_head, j, static_cast<int>(least_of(P::kKeys, high + 1 - j)));
+        const int64_t key_head = item.head / (c.H / c.Hk);
+        make_all_ready(e, key_head, item.first, item.last);
         for (int64_t head = item.head; head < item.last_head; ++head)
             for (int64_t i = item.first; i < item.last; i += P::kQueries)
-                meet_all(e, item, head, i, least_of(i + P::kQueries, item.last));
+                meet_all(e, item.entry, head, i, least_of(i + P::kQueries, item.last));
         const int64_t token = ((e.batch * c.Tk + e.first_k) * c.Hk + key_head) * D;
         round(dk_sum, c.softmax_scale, e.Tk, static_cast<T*>(p.dk) + token);
         round(dv_sum, 1, e.Tk, static_cast<T*>(p.dv) + token);
@@ -106,6 +105,14 @@ struct Backward {
     template <class U>
     static U* tokens(U* tensor, const Strides& by, const Entry& e, int64_t first, int64_t head) {
         return tensor + e.batch * by.batch + first * by.token + head * by.head;
+    }
+
+    // The keys that some of the queries first ... last - 1 see.
+    void make_all_ready(const Entry& e, int64_t key_head, int64_t first, int64_t last) {
+        const int64_t high = e.highest(last - 1);
+        n_blocks = 0;
+        for (int64_t j = e.lowest(first) / P::kKeys * P::kKeys; j <= high; j += P::kKeys)
+            make_ready(e, key_head, j, static_cast<int>(least_of(P::kKeys, high + 1 - j)));
     }
 
     void make_ready(const Entry& e, int64_t key_head, int64_t j, int keys) {
@@ -123,14 +130,14 @@ struct Backward {
     }
 
     // Some queries of a head meet all keys.
-    void meet_all(const Entry& e, const AttentionItem& item, int64_t head, int64_t first,
+    void meet_all(const Entry& e, int64_t b, int64_t head, int64_t first,
                   int64_t last) {
         count = 0;
         for (int64_t i = first; i < last; i += kLanes) prepare(e, head, i, last);
         for (int m = 0; m < n_blocks; ++m) {
             const Block& block = blocks[m];
             bool any = false;
-            for (int n = 0; n < count; ++n) any = meet(e, item, n, block) || any;
+            for (int n = 0; n < count; ++n) any = meet(e, b, n, block) || any;
             if (any) add_keys(e, block.first, block.keys);
         }
         if (p.dq == nullptr) return;
@@ -182,20 +189,11 @@ struct Backward {
     }
 
     // A group of queries meets a block of keys. Returns whether it sees any of them.
-    bool meet(const Entry& e, const AttentionItem& item, int n, const Block& block) {
-        const Group& g = groups[n];
-        const Rows r(e, g, block.first, block.keys);
+    bool meet(const Entry& e, int64_t b, int n, const Block& block) {
+        const Rows r(e, groups[n], block.first, block.keys);
         if (r.none()) return false;
-        const int rows = P::padded(r.last) - r.first, at = n * kLanes * width;
+        score(e, b, n, block, r);
         const int whole = static_cast<int>(up_to(r.last, kStrip));
-        P::template multiply<false>(s + r.first * kLanes, kLanes, block.k.from(r.first, 0),
-                                    {queries + at, kLanes}, rows, kLanes, deep);
-        P::template multiply<false>(dp + r.first * kLanes, kLanes, block.v.from(r.first, 0),
-                                    {douts + at, kLanes}, rows, kLanes, deep);
-        if (mask != nullptr) load_mask(c.mask, g, item.entry, block.first, r.first, r.last, mask);
-        scores.adjust(e, g, block.first, r, whole, s, block.tainted, mask, slope);
-        if (words != nullptr)
-            dropout.fill(item.entry * c.H + g.head, g.first, block.first, r.first, r.last, words);
         const bool simple = scores.plain && block.tainted == nullptr && words == nullptr;
         const int full_first = simple ? static_cast<int>(up_to(r.full_first, 2)) : whole;
         const int full_last = simple ? r.full_last / 2 * 2 : whole;
@@ -207,10 +205,26 @@ struct Backward {
             weigh<true>(n, r.first, whole);
         }
         if (p.dq != nullptr)
-            P::template multiply<true>(dq + at, kLanes, block.across.from(0, r.first),
+            P::template multiply<true>(dq + n * kLanes * width, kLanes,
+                                       block.across.from(0, r.first),
                                        typename P::Right{gradients_right, kLanes}.from(r.first),
-                                       deep, kLanes, rows);
+                                       deep, kLanes, P::padded(r.last) - r.first);
         return true;
+    }
+
+    // s and dp of a group and the rows of a block. b: the number of the entry.
+    void score(const Entry& e, int64_t b, int n, const Block& block, const Rows& r) {
+        const Group& g = groups[n];
+        const int rows = P::padded(r.last) - r.first, at = n * kLanes * width;
+        const int whole = static_cast<int>(up_to(r.last, kStrip));
+        P::template multiply<false>(s + r.first * kLanes, kLanes, block.k.from(r.first, 0),
+                                    {queries + at, kLanes}, rows, kLanes, deep);
+        P::template multiply<false>(dp + r.first * kLanes, kLanes, block.v.from(r.first, 0),
+                                    {douts + at, kLanes}, rows, kLanes, deep);
+        if (mask != nullptr) load_mask(c.mask, g, b, block.first, r.first, r.last, mask);
+        scores.adjust(e, g, block.first, r, whole, s, block.tainted, mask, slope);
+        if (words != nullptr)
+            dropout.fill(b * c.H + g.head, g.first, block.first, r.first, r.last, words);
     }
 
     // Weights and gradients of scores, rows first ... last - 1. kHidden: some may be hidden, and

@@ -52,23 +52,43 @@ std::vector<Job> jobs(const AttentionCall& c, int64_t heads, int64_t queries) {
     return found;
 }
 
-// Calls run(item, scratch) for each, with `bytes` of scratch memory for each thread.
+// Calls run(i, scratch) for each of n items, with `bytes` of scratch memory for each thread. pairs:
+// of queries and keys, in all items together.
 template <class Run>
-void run_all(const AttentionCall& c, const std::vector<Job>& all, int threads, int64_t bytes,
+void run_all(const AttentionCall& c, size_t n, int64_t pairs, int threads, int64_t bytes,
              const Run& run) {
-    int64_t work = 0;
-    for (const Job& job : all) work += job.pairs * (c.D / 4 + 16);
+    if (n == 0) return;
     threads = static_cast<int>(
-        std::min<int64_t>(worth(threads, work), static_cast<int64_t>(all.size())));
+        std::min<int64_t>(worth(threads, pairs * (c.D / 4 + 16)), static_cast<int64_t>(n)));
     bytes = (bytes + 4095) / 4096 * 4096;
     const auto deleter = [](char* p) { ::operator delete(p, std::align_val_t(4096)); };
     const std::unique_ptr<char, decltype(deleter)> scratch(
         static_cast<char*>(::operator new(bytes * threads, std::align_val_t(4096))), deleter);
     std::atomic<size_t> next{0};
     parallel_for(threads, threads, [&](int64_t first, int64_t) {
-        for (size_t i = next++; i < all.size(); i = next++)
-            run(all[i].item, scratch.get() + first * bytes);
+        for (size_t i = next++; i < n; i = next++) run(i, scratch.get() + first * bytes);
     });
+}
+
+int64_t pairs_of(const std::vector<Job>& all) {
+    int64_t sum = 0;
+    for (const Job& job : all) sum += job.pairs;
+    return sum;
+}
+
+// The parts of the mask, and for each the queries that it is added to.
+std::vector<MaskItem> mask_items(const AttentionBwd& p) {
+    const AttentionCall& c = p.call;
+    constexpr int64_t kQueries = 256;
+    const int64_t entries = p.dmask_strides.batch == 0 ? c.batch : 1;
+    const int64_t heads = p.dmask_strides.head == 0 ? c.H : 1;
+    const int64_t queries = p.dmask_strides.query == 0 ? c.Tq : kQueries;
+    std::vector<MaskItem> found;
+    for (int64_t b = 0; b < c.batch; b += entries)
+        for (int64_t h = 0; h < c.H; h += heads)
+            for (int64_t i = 0; i < c.Tq; i += queries)
+                found.push_back({b, b + entries, h, h + heads, i, std::min(i + queries, c.Tq)});
+    return found;
 }
 
 }  // namespace
@@ -83,18 +103,23 @@ void attention_fwd(const AttentionFwd& p, int threads) {
         queries = std::max(queries / 2 / kLanes, int64_t{1}) * kLanes;
         all = jobs(p.call, heads, queries);
     }
-    if (all.empty()) return;
     const Kernels& use = kernels();
-    run_all(p.call, all, threads, use.attention_fwd_scratch(p),
-            [&](const AttentionItem& item, void* scratch) { use.attention_fwd(p, item, scratch); });
+    run_all(p.call, all.size(), pairs_of(all), threads, use.attention_fwd_scratch(p),
+            [&](size_t i, void* scratch) { use.attention_fwd(p, all[i].item, scratch); });
 }
 
 void attention_bwd(const AttentionBwd& p, int threads) {
     const std::vector<Job> all = jobs(p.call, p.call.H / p.call.Hk, INT64_MAX / 2);
-    if (all.empty()) return;
     const Kernels& use = kernels();
-    run_all(p.call, all, threads, use.attention_bwd_scratch(p),
-            [&](const AttentionItem& item, void* scratch) { use.attention_bwd(p, item, scratch); });
+    if (p.dq != nullptr || p.dk != nullptr || p.dv != nullptr)
+        run_all(p.call, all.size(), pairs_of(all), threads, use.attention_bwd_scratch(p),
+                [&](size_t i, void* scratch) { use.attention_bwd(p, all[i].item, scratch); });
+    if (p.dmask == nullptr) return;
+    AttentionBwd alone = p;
+    alone.dq = alone.dk = alone.dv = nullptr;
+    const std::vector<MaskItem> items = mask_items(p);
+    run_all(p.call, items.size(), pairs_of(all), threads, use.attention_bwd_scratch(alone),
+            [&](size_t i, void* scratch) { use.attention_mask_bwd(alone, items[i], scratch); });
 }
 
 }  // namespace gk::cpu

@@ -14,11 +14,14 @@ struct Strides {
     int64_t batch, token, head;
 };
 
-// attn_mask, broadcast to (B, H, Tq, Tk) by strides of 0.
+// attn_mask, broadcast to (B, H, Tq, Tk) by strides of 0; strides are in elements.
+struct MaskStrides {
+    int64_t batch, head, query, key;
+};
 enum class MaskKind : int32_t { none, visible, added };
 struct Mask {
     const void* at;  // visible: bool, whether a query sees a key; added: to the scores
-    int64_t batch, head, query, key;  // strides, in elements
+    MaskStrides by;
     MaskKind kind;
     DType dtype;  // of what is added
 };
@@ -63,12 +66,19 @@ struct AttentionBwd {
     void* dq;  // (B, Tq, H, D) contiguous, or null: not wanted
     void* dk;  // (B, Tk, Hk, D) contiguous, or null
     void* dv;  // (B, Tk, Hk, D) contiguous, or null
+    float* dmask;  // with the mask's sizes, to which its gradient is added; or null
+    MaskStrides dmask_strides;
 };
 
 // What one thread computes at a time: the queries first ... last - 1 of the query heads
 // head ... last_head - 1, which share a key head, of one entry.
 struct AttentionItem {
     int64_t entry, head, last_head, first, last;
+};
+
+// The same of the mask's gradient: the entries and the query heads that share a part of the mask.
+struct MaskItem {
+    int64_t entry, last_entry, head, last_head, first, last;
 };
 
 // Every size is at least 1, D is at most 256. `threads`: the most that run.

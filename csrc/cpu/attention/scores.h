@@ -35,10 +35,10 @@ static inline float added(const Mask& mask, int64_t i) {
 // The mask of the keys j0 + first ... j0 + last - 1 for a group, into to[row][kLanes].
 static inline void load_mask(const Mask& mask, const Group& g, int64_t b, int64_t j0, int first,
                              int last, float* to) {
-    const int64_t start = b * mask.batch + g.head * mask.head + g.first * mask.query;
-    if (mask.query == 0) {  // every query has the same
+    const int64_t start = b * mask.by.batch + g.head * mask.by.head + g.first * mask.by.query;
+    if (mask.by.query == 0) {  // every query has the same
         for (int r = first; r < last; ++r) {
-            const Floats one = all(added(mask, start + (j0 + r) * mask.key));
+            const Floats one = all(added(mask, start + (j0 + r) * mask.by.key));
             for (int v = 0; v < kVectors; ++v) store(to + r * kLanes + v * kWidth, one);
         }
         return;
@@ -50,9 +50,9 @@ static inline void load_mask(const Mask& mask, const Group& g, int64_t b, int64_
             Floats square[kWidth] = {};
             for (int lane = 0; lane < kWidth; ++lane) {
                 const int i = static_cast<int>(least_of(v * kWidth + lane, g.count - 1));
-                const int64_t from = start + i * mask.query + (j0 + r) * mask.key;
+                const int64_t from = start + i * mask.by.query + (j0 + r) * mask.by.key;
                 float values[kWidth] = {};
-                for (int n = 0; n < rows; ++n) values[n] = added(mask, from + n * mask.key);
+                for (int n = 0; n < rows; ++n) values[n] = added(mask, from + n * mask.by.key);
                 square[lane] = load(values);
             }
             transpose(square);

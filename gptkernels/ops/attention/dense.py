@@ -164,8 +164,8 @@ def attention(
             hold past that length is ignored. The lengths do not change positions. The values are
             checked on a CPU, and clamped to 0 ... Tk on a GPU.
         attn_mask: bool (True means visible) or floating (added to s), broadcastable to
-            (B, H, Tq, Tk). A floating mask is differentiable. Only impl="torch" takes a mask, and
-            "auto" then picks "torch".
+            (B, H, Tq, Tk). A floating mask is differentiable. impl="torch" and "cpu" take a mask,
+            and "auto" then picks one of them.
         dropout_p: Probability of dropping a weight, rounded to a multiple of 1/65536. Dropout is
             active whenever it is greater than 0. `gptkernels.core.philox` defines the mask; its
             seed comes from PyTorch's generator of q's device.
@@ -174,7 +174,7 @@ def attention(
             kernels always have the same bits, and so have those of the CUDA C++ kernels in
             float32. In 16 bits the CUDA C++ kernels sum dq with atomics unless `deterministic`.
         return_lse: Whether to return lse as well.
-        impl: "auto", "torch", "triton" or "cuda".
+        impl: "auto", "torch", "triton", "cuda" or "cpu".
 
     Returns:
         out (B, Tq, H, D) in q's dtype; with return_lse, (out, lse), where lse = log sum_j exp(s) is
@@ -203,9 +203,10 @@ def attention(
     if attn_mask is not None:
         if impl in ("triton", "cuda"):
             raise NotImplementedError(
-                f"attn_mask runs with impl='torch' or 'auto' only, got {impl!r}"
+                f"attn_mask runs with impl='torch', 'cpu' or 'auto' only, got {impl!r}"
             )
-        impl = "torch" if impl == "auto" else impl
+        if impl == "auto" and q.device.type != "cpu":
+            impl = "torch"
     out, lse = attend(q, k, v, options, deterministic, return_lse, impl)
     return (out, lse) if return_lse else out
 

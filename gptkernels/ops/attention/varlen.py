@@ -56,7 +56,7 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: Length of the longest sequence, or any larger number.
         causal, softmax_scale, window, softcap, alibi_slopes, dropout_p, deterministic, return_lse:
             As for `gptkernels.attention`.
-        impl: "auto", "torch", "triton" or "cuda".
+        impl: "auto", "torch", "triton", "cuda" or "cpu".
 
     Returns:
         out (total_q, H, D) in q's dtype; with return_lse, (out, lse), where lse is (H, total_q)

@@ -62,14 +62,14 @@ def attention_bwd(
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype)
         for x, wanted in zip((q, k, v), grad_mask, strict=False)
     )
-    dmask = torch.empty(0, dtype=q.dtype)
+    mask, dmask = options.attn_mask, None
+    if mask is not None and grad_mask[3]:
+        dmask = torch.zeros(mask.shape, dtype=torch.float32)
     if options.cu_seqlens_q is not None or _nothing(q, k):
         for gradient in (dq, dk, dv):
             gradient.zero_()
-        if _nothing(q, k):
-            return dq, dk, dv, dmask
-    if not any(grad_mask[:3]):
-        return dq, dk, dv, dmask
+    if _nothing(q, k) or not any(grad_mask):
+        return dq, dk, dv, _rounded(dmask, mask, q)
     if dout.stride(-1) != 1:  # such as an expanded tensor
         dout = dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
@@ -79,10 +79,19 @@ def attention_bwd(
         (q.data_ptr(), k.data_ptr(), v.data_ptr(), dout.data_ptr()),
         (q.stride()[:3], k.stride()[:3], v.stride()[:3], dout.stride()[:3]),
         out.data_ptr(), lse.data_ptr(), address(dlse),
-        tuple(address(x if x.numel() else None) for x in (dq, dk, dv)),
+        (*(address(x) if wanted else 0 for x, wanted in zip((dq, dk, dv), grad_mask, strict=False)),
+         address(dmask)),
+        (0, 0, 0, 0) if dmask is None else _strides(dmask),
         torch.get_num_threads(),
     )  # fmt: skip
-    return dq, dk, dv, dmask
+    return dq, dk, dv, _rounded(dmask, mask, q)
+
+
+def _rounded(dmask: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor:
+    """Returns the mask's gradient in its dtype, empty where none is wanted."""
+    if dmask is None or mask is None:
+        return torch.empty(0, dtype=q.dtype)
+    return dmask.to(mask.dtype)
 
 
 def _nothing(q: Tensor, k: Tensor) -> bool:
@@ -114,10 +123,13 @@ _TENSORS = ("alibi_slopes", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
 
 def _mask(mask: Tensor) -> tuple[int, ...]:
     """Address, strides of batch, head, query and key, kind and dtype."""
-    missing = 4 - mask.dim()
-    strides = [0] * missing + [
-        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
-    ]
     visible = mask.dtype == torch.bool
     kind, dtype = (_VISIBLE, 0) if visible else (_ADDED, DTYPE_CODES[mask.dtype])
-    return (mask.data_ptr(), *strides, kind, dtype)
+    return (mask.data_ptr(), *_strides(mask), kind, dtype)
+
+
+def _strides(mask: Tensor) -> tuple[int, ...]:
+    """Strides of batch, head, query and key, 0 where the mask is broadcast."""
+    sizes = zip(mask.shape, mask.stride(), strict=True)
+    strides = [0 if size == 1 else stride for size, stride in sizes]
+    return (0,) * (4 - mask.dim()) + tuple(strides)
