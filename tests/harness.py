@@ -22,10 +22,8 @@ DATA = Path(os.environ.get("GPTKERNELS_DATA") or ROOT.parent / "shared" / "data"
 FP32, FP16, BF16 = DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Without a GPU the kernels run on CPU tensors (see conftest.py).
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Those of every op that run here.
-HERE = [
-    impl for impl in IMPLEMENTATIONS if impl != "cpu" and unavailable(impl, DEVICE, FP32) is None
-]
+# Those that run here.
+HERE = [impl for impl in IMPLEMENTATIONS if unavailable(impl, DEVICE, FP32) is None]
 
 
 def command(
@@ -64,13 +62,9 @@ def _runnable(impls: Iterable[str]) -> list[Any]:
     ]
 
 
-# The implementations of every op, and of the ops that have CPU kernels too (choice.CPU_OPS).
-OF_ALL = [impl for impl in IMPLEMENTATIONS if impl != "cpu"]
-RUNNABLE = _runnable(OF_ALL)
+RUNNABLE = _runnable(IMPLEMENTATIONS)
 runnable = pytest.mark.parametrize(("impl", "dtype"), RUNNABLE)
-runnable_with_cpu = pytest.mark.parametrize(("impl", "dtype"), _runnable(IMPLEMENTATIONS))
-each = pytest.mark.parametrize("impl", [of(impl) for impl in OF_ALL])
-each_with_cpu = pytest.mark.parametrize("impl", [of(impl) for impl in IMPLEMENTATIONS])
+each = pytest.mark.parametrize("impl", [of(impl) for impl in IMPLEMENTATIONS])
 each_kernel = pytest.mark.parametrize("impl", [of("triton"), of("cuda")])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 (needs_cuda,) = of("cuda").marks

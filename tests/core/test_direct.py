@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DEVICE, each_with_cpu
+from harness import DEVICE, each
 from right import Calls
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -61,7 +61,7 @@ def test_under_a_mode_or_a_profiler_it_is_not(watcher: Any) -> None:
     assert direct((X,))
 
 
-@each_with_cpu
+@each
 @pytest.mark.parametrize("gradients", [False, True], ids=["without", "with"])
 def test_a_mode_sees_each_pass_that_it_is_on_for(impl: str, gradients: bool) -> None:
     """Also where it is on for the backward pass alone: forward went past the dispatcher."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import OF_ALL, of
+from harness import IMPLEMENTATIONS, of
 from hypothesis import given
 from hypothesis import strategies as st
 from models import shaken
@@ -29,7 +29,7 @@ CONFIG = GPTConfig(
 )
 
 
-ON_CPU = [of(impl, device="cpu") for impl in OF_ALL]  # PyTorch's first
+ON_CPU = [of(impl, device="cpu") for impl in IMPLEMENTATIONS]  # PyTorch's first
 
 
 def kept(config: GPTConfig, impl: str, recompute: str, dtype: torch.dtype) -> int:

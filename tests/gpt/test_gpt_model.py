@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import BF16, FP16, OF_ALL, name_of, of
+from harness import BF16, FP16, IMPLEMENTATIONS, name_of, of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -242,7 +242,7 @@ def test_autocast_is_no_worse_than_the_plain_gpts(norm: str) -> None:
 
 @pytest.mark.parametrize(
     ("impl", "norm"),
-    [*(of(impl, "pre", device="cpu") for impl in OF_ALL), ("torch", "post")],
+    [*(of(impl, "pre", device="cpu") for impl in IMPLEMENTATIONS), ("torch", "post")],
 )
 def test_every_implementation_with_and_without_dropout(impl: str, norm: str) -> None:
     config = GPTConfig(29, 18, n_layer=2, n_head=2, n_embd=16, dropout=0.3, norm=norm)

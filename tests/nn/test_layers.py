@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, OF_ALL, of
+from harness import DTYPES, IMPLEMENTATIONS, of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -198,7 +198,7 @@ def test_layer_norm_adds_the_residual_and_returns_the_sum(dtype: torch.dtype) ->
     assert s.dtype == torch.float32
 
 
-@pytest.mark.parametrize("impl", [of(impl, device="cpu") for impl in OF_ALL])
+@pytest.mark.parametrize("impl", [of(impl, device="cpu") for impl in IMPLEMENTATIONS])
 def test_dropout_follows_the_contract_in_training_alone(impl: str) -> None:
     torch.manual_seed(3)
     norm, attention = LayerNorm(24), CausalSelfAttention(24, 3, dropout=0.3)

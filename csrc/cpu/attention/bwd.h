@@ -45,7 +45,7 @@ struct Backward {
     Number *query_rows, *dout_rows;  // Q and dO as B
     float *dq;                    // dQ^T, group by group
     float *s, *dp, *slope, *mask;
-    float *lse, *delta;           // (kQueries,); lse in units of log2(e)
+    float *lse, *delta;           // (kQueries,); lse as Scores has a maximum
     float *key_taint, *taint;
     uint32_t* words;
     Group groups[kGroups];
@@ -175,7 +175,7 @@ struct Backward {
             });
             delta[at + lane] = sum_of_lanes(sum) - (p.dlse == nullptr ? 0 : p.dlse[row + lane]);
             taint[lane] += delta[at + lane] * 0.0f + known * 0.0f;
-            lse[at + lane] = known * kLog2e + taint[lane];
+            lse[at + lane] = scores.of_natural(known) + taint[lane];
             any = any || taint[lane] != 0;
         }
         const float* tainted = any ? taint : nullptr;
@@ -231,27 +231,31 @@ struct Backward {
     // whatever a query holds, their weight is 0.
     template <bool kHidden>
     void weigh(int n, int first, int last) {
-        if (slope == nullptr && words == nullptr)
-            weigh<kHidden>(n, first, last, [](Floats& w, Floats& ds, Floats minus, int, int) {
-                ds = w * (ds - minus);
-            });
-        else
-            weigh<kHidden>(n, first, last, [&](Floats& w, Floats& ds, Floats minus, int row,
-                                               int vector) {
-                Floats by = w;
-                if (words != nullptr) {
-                    w = dropout.drop(w, words, row, vector);
-                    ds = dropout.drop(ds, words, row, vector);
-                }
-                if (slope != nullptr)
-                    by = by * load(slope + row * kLanes + vector * kWidth);
-                ds = by * (ds - minus);
-            });
+        scores.with_weight([&](auto weight) {
+            if (slope == nullptr && words == nullptr)
+                weigh<kHidden>(n, first, last, weight,
+                               [](Floats& w, Floats& ds, Floats minus, int, int) {
+                                   ds = w * (ds - minus);
+                               });
+            else
+                weigh<kHidden>(n, first, last, weight,
+                               [&](Floats& w, Floats& ds, Floats minus, int row, int vector) {
+                                   change(w, ds, minus, row, vector);
+                               });
+        });
     }
-    // change(w, dp, delta, row, vector) makes of them a weight and ds.
-    template <bool kHidden, class Change>
-    void weigh(int n, int first, int last, const Change& change) {
-        const float factor = scores.rest();
+    void change(Floats& w, Floats& ds, Floats minus, int row, int vector) const {
+        Floats by = w;
+        if (words != nullptr) {
+            w = dropout.drop(w, words, row, vector);
+            ds = dropout.drop(ds, words, row, vector);
+        }
+        if (slope != nullptr) by = by * load(slope + row * kLanes + vector * kWidth);
+        ds = by * (ds - minus);
+    }
+    // make(w, dp, delta, row, vector) makes of dp ds, and drops what is to be dropped.
+    template <bool kHidden, class Weight, class Make>
+    void weigh(int n, int first, int last, const Weight& weight, const Make& make) {
         const float *base = lse + n * kLanes, *minus = delta + n * kLanes;
         for (int row = first; row < last; row += 2)
             // All lanes of a row: they lie in the same lines of the cache.
@@ -262,9 +266,9 @@ struct Backward {
                 for (int k = 0; k < 2; ++k) {
                     const int at = (row + k) * kLanes + lane;
                     const Floats score = load(s + at);
-                    w[k] = exp2_of(multiply_add(score, factor, -load(base + lane)));
+                    w[k] = weight(score, load(base + lane));
                     ds[k] = load(dp + at);
-                    change(w[k], ds[k], load(minus + lane), row + k, vector);
+                    make(w[k], ds[k], load(minus + lane), row + k, vector);
                     if (kHidden) {
                         w[k] = score == minus_infinity() ? Floats{} : w[k];
                         ds[k] = score == minus_infinity() ? Floats{} : ds[k];

@@ -77,7 +77,7 @@ struct MaskGradient {
     Floats gradient(int row, int vector) const {
         const int lane = vector * kWidth, at = row * kLanes + lane;
         const Floats score = load(pass.s + at);
-        const Floats w = exp2_of(score - load(pass.lse + lane));  // with a mask no factor is left
+        const Floats w = pass.scores.weight(score, load(pass.lse + lane));
         Floats dp = load(pass.dp + at);
         if (pass.words != nullptr) dp = pass.dropout.drop(dp, pass.words, row, vector);
         return score == minus_infinity() ? Floats{} : w * (dp - load(pass.delta + lane));

@@ -28,7 +28,7 @@ struct Forward {
     struct State {
         Number* queries;  // Q^T
         float* o;         // (width, kLanes)
-        float* most;      // (kLanes,), in units of log2(e)
+        float* most;      // (kLanes,), as Scores has it
         float* sum;       // (kLanes,)
         bool started;
     };
@@ -150,7 +150,18 @@ struct Forward {
 
     // The weights of rows first ... last - 1, an even number. Brings the state to the new maximum.
     void weigh(State& state, Number* weights, int first, int last) {
-        const float factor = scores.rest();
+        scores.with_weight([&](auto weight) {
+            if (words == nullptr)
+                weigh(state, weights, first, last, weight, [](Floats x, int, int) { return x; });
+            else
+                weigh(state, weights, first, last, weight, [&](Floats x, int row, int vector) {
+                    return dropout.drop(x, words, row, vector);
+                });
+        });
+    }
+    template <class Weight, class Drop>
+    void weigh(State& state, Number* weights, int first, int last, const Weight& weight,
+               const Drop& drop) {
         for (int vector = 0; vector < kVectors; ++vector) {
             const int lane = vector * kWidth;
             const float* column = s + lane;
@@ -159,28 +170,22 @@ struct Forward {
                 for (int n = 0; n < 2; ++n)
                     top[n] = larger(load(column + (row + n) * kLanes), top[n]);
             const Floats before = load(state.most + lane);
-            const Floats most = larger(larger(top[0], top[1]) * factor, before);
+            const Floats most = larger(scores.most(larger(top[0], top[1])), before);
             const Floats base = zero_where_minus_infinity(most);
             store(state.most + lane, most);
             Floats sum[2] = {};
-            const auto pass = [&](auto drop) {
-                for (int row = first; row < last; row += 2) {
-                    Floats w[2];
+            for (int row = first; row < last; row += 2) {
+                Floats w[2];
 #pragma GCC unroll 2
-                    for (int n = 0; n < 2; ++n) {
-                        const Floats score = load(column + (row + n) * kLanes);
-                        w[n] = exp2_of(multiply_add(score, factor, -base));
-                        sum[n] += w[n];
-                        w[n] = drop(w[n], row + n);
-                    }
-                    P::put_right(weights, row, vector, w[0], w[1]);
+                for (int n = 0; n < 2; ++n) {
+                    w[n] = weight(load(column + (row + n) * kLanes), base);
+                    sum[n] += w[n];
+                    w[n] = drop(w[n], row + n, vector);
                 }
-            };
-            if (words == nullptr)
-                pass([](Floats x, int) { return x; });
-            else
-                pass([&](Floats x, int row) { return dropout.drop(x, words, row, vector); });
-            rescale(state, lane, exp2_of(before - base), sum[0] + sum[1]);
+                P::put_right(weights, row, vector, w[0], w[1]);
+            }
+            const Floats change = before - base;
+            rescale(state, lane, exp2_of(scores.plain ? change : change * kLog2e), sum[0] + sum[1]);
         }
     }
 
@@ -202,7 +207,7 @@ struct Forward {
                 const int lane = vector * kWidth;
                 const Floats score = load(s + row * kLanes + lane);
                 const Floats base = zero_where_minus_infinity(load(state.most + lane));
-                Floats w = exp2_of(multiply_add(score, scores.rest(), -base));
+                Floats w = scores.weight(score, base);
                 if (words != nullptr) w = dropout.drop(w, words, row, vector);
                 for (int d = 0; d < D; ++d) {
                     const Floats value = load(block.v_from + row * p.v_strides.token + d, 1);
@@ -226,7 +231,7 @@ struct Forward {
         }
         for (int i = 0; i < g.count; ++i)
             lse[i] = state.sum[i] == 0 ? -__builtin_inff()
-                                       : state.most[i] * kLn2 + __builtin_logf(state.sum[i]);
+                                       : scores.natural(state.most[i]) + __builtin_logf(state.sum[i]);
     }
 };
 

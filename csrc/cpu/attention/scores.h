@@ -1,5 +1,5 @@
-// From q.k to scores: scale, softcap, ALiBi, masks. Scores are in units of log2(e), so that weights
-// are 2^(s - m); what a query does not see has the score -inf.
+// From q.k to scores: scale, softcap, ALiBi, masks; and from scores to weights. What a query does not
+// see has the score -inf.
 #pragma once
 
 #include "cpu/attention/band.h"
@@ -115,10 +115,14 @@ struct DropoutWords {
 };
 
 // What turns q.k into a score.
+//
+// A plain score stays q.k, and its weight is 2^(factor q.k - m), with the maximum m in units of
+// log2(e): one rounding less and one multiplication less. Other scores are natural, and their weight
+// is 2^((s - m) log2(e)): where s and m are large and near, as with ALiBi, no digit is lost.
 struct Scores {
     const AttentionCall& call;
-    float factor;  // from q.k to units of log2(e), where nothing else changes a score
-    bool plain;    // whether that is all there is to do where every query sees every key
+    float factor;
+    bool plain;
 
     explicit Scores(const AttentionCall& c)
         : call(c),
@@ -127,11 +131,25 @@ struct Scores {
           plain(c.softcap == 0 && c.alibi_slopes == nullptr && c.mask.kind == MaskKind::none &&
                 c.softmax_scale > 0) {}
 
-    // What is left to multiply by after `adjust`.
-    float rest() const { return plain ? factor : 1.0f; }
+    // A maximum of what `adjust` leaves, in m's units, and natural again.
+    Floats most(Floats s) const { return plain ? s * factor : s; }
+    float natural(float m) const { return plain ? m * kLn2 : m; }
+    float of_natural(float m) const { return plain ? m * kLog2e : m; }
+
+    // weight(s, m), as a function that knows whether scores are plain.
+    template <class Body>
+    void with_weight(Body&& body) const {
+        if (plain)
+            body([by = factor](Floats s, Floats m) { return exp2_of(multiply_add(s, by, -m)); });
+        else
+            body([](Floats s, Floats m) { return exp2_of((s - m) * kLog2e); });
+    }
+    Floats weight(Floats s, Floats m) const {
+        return exp2_of(plain ? multiply_add(s, factor, -m) : (s - m) * kLog2e);
+    }
 
     // s[row][kLanes], rows r.first ... `padded` - 1 of a block from key j0 on: q.k becomes a score.
-    // Rows from r.last on are no keys. taint: for each row 0, or NaN for a key whose weights shall
+    // Rows from r.last on are no keys. Plain scores are only hidden. taint: for each row 0, or NaN for a key whose weights shall
     // be NaN; or null. mask: as load_mask gives it. slope: gets the softcap's derivative; or null.
     void adjust(const Entry& e, const Group& g, int64_t j0, const Rows& r, int padded, float* s,
                 const float* taint, const float* mask, float* slope) const {
@@ -162,7 +180,6 @@ struct Scores {
                             const Floats given = load(mask + at);
                             x = given == minus_infinity() ? given : x + given;
                         }
-                        x = x * kLog2e;
                     }
                     if (taint != nullptr) {
                         const Floats tainted = x + taint[row];

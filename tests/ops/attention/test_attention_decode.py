@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BF16, DEVICE, FP16, FP32, HERE, OF_ALL, each, each_kernel, of, runnable
+from harness import BF16, DEVICE, FP16, FP32, HERE, IMPLEMENTATIONS, each, each_kernel, of, runnable
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from op_inputs import cache, in_pages, int32
@@ -21,7 +21,7 @@ from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import decode
 
 # impl="torch" gives an entry the same bits in any batch on a CPU only.
-KEEPS_BITS = [of(impl) for impl in OF_ALL if impl != "torch" or DEVICE == "cpu"]
+KEEPS_BITS = [of(impl) for impl in IMPLEMENTATIONS if impl != "torch" or DEVICE == "cpu"]
 
 
 def hold(tensors: dict[str, Tensor], rest: dict[str, Any], impl: str, **options: Any) -> None:

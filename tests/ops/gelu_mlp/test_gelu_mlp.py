@@ -13,11 +13,11 @@ from harness import (
     DEVICE,
     FP16,
     FP32,
+    each,
     each_kernel,
-    each_with_cpu,
     name_of,
     needs_cuda,
-    runnable_with_cpu,
+    runnable,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +34,7 @@ hold = functools.partial(assert_right, gelu_mlp)
 
 
 class TestParity:
-    @runnable_with_cpu
+    @runnable
     @given(
         rows=st.integers(1, 150),
         width=st.integers(12, 80),
@@ -59,7 +59,7 @@ class TestParity:
         tensors = inputs(rows, width, inner, dtype=dtype, biases=biases, seed=seed)
         hold(tensors, impl=impl, approximate=approximate, recompute=recompute, seed=seed)
 
-    @runnable_with_cpu
+    @runnable
     @pytest.mark.parametrize("sizes", [(2, 3, 64, 64), (65, 33, 129), (1, 128, 16), (0, 8, 16)])
     def test_edges_of_tiles(
         self, impl: str, dtype: torch.dtype, sizes: tuple[int, ...], seed: int
@@ -142,7 +142,7 @@ class TestParity:
                 found.diag().double(), exact.diag(), rtol=1e-6, atol=1e-6, check_dtype=False
             )
 
-    @runnable_with_cpu
+    @runnable
     @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 1, 5), (1, 7, 1)])
     def test_tiny_sizes(self, impl: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
         """PyTorch's error on a handful of numbers is random, so the rule is applied to the largest
@@ -160,7 +160,7 @@ class TestParity:
         for drawn in limits.values():
             assert max(m.error for m in drawn) <= max(m.limit for m in drawn), drawn
 
-    @each_with_cpu
+    @each
     @pytest.mark.parametrize(
         "shape", [(8,), (3, 2, 8), (2, 1, 3, 2, 8), (0, 8), (2, 0, 3, 8)], ids=str
     )
@@ -173,7 +173,7 @@ class TestParity:
 
 
 class TestStrides:
-    @runnable_with_cpu
+    @runnable
     @pytest.mark.parametrize("recompute", [False, True])
     @pytest.mark.parametrize("offset", [8, 5])
     def test_rows_apart(self, impl: str, dtype: torch.dtype, offset: int, recompute: bool) -> None:
@@ -193,7 +193,7 @@ class TestStrides:
         call = functools.partial(gelu_mlp, impl=impl, recompute=recompute)
         assert_same(run(call, strided), run(call, tensors))
 
-    @runnable_with_cpu
+    @runnable
     def test_broadcast_row(self, impl: str, dtype: torch.dtype) -> None:
         tensors = inputs(1, 40, 24, dtype=dtype)
         tensors["x"] = tensors["x"].expand(7, 40)
@@ -201,7 +201,7 @@ class TestStrides:
 
 
 class TestZeroSizes:
-    @runnable_with_cpu
+    @runnable
     @pytest.mark.parametrize("recompute", [False, True])
     @pytest.mark.parametrize("sizes", [(0, 8, 16), (2, 0, 8, 16), (5, 0, 16), (5, 8, 0), (0, 0, 0)])
     def test_same_as_pytorch(
@@ -213,7 +213,7 @@ class TestZeroSizes:
 
 
 class TestDtypes:
-    @runnable_with_cpu
+    @runnable
     def test_weights_of_another_dtype(self, impl: str, dtype: torch.dtype) -> None:
         tensors = inputs(6, 10, 20)
         mixed = tensors | {"x": tensors["x"].to(dtype)}
@@ -225,7 +225,7 @@ class TestDtypes:
 
 
 class TestRegistration:
-    @each_with_cpu
+    @each
     @pytest.mark.parametrize("biases", [False, True])
     @pytest.mark.parametrize("keep_h", [False, True])
     def test_opcheck(self, impl: str, biases: bool, keep_h: bool) -> None:

@@ -11,10 +11,10 @@ from harness import (
     FP16,
     FP32,
     by_dtype,
-    each_with_cpu,
+    each,
     emulated,
     needs_cuda,
-    runnable_with_cpu,
+    runnable,
 )
 from op_inputs import gelu_mlp_inputs as inputs
 from right import Calls, assert_gradients_alone, assert_same, run
@@ -25,7 +25,7 @@ from gptkernels.ops.gelu_mlp import cuda as cuda_kernels
 
 
 class TestMemory:
-    @each_with_cpu
+    @each
     @pytest.mark.parametrize(
         ("recompute", "saved"),
         [(False, ["(6, 10)", "(20, 10)", "(20,)", "(10, 20)", "(6, 20)"]),
@@ -47,7 +47,7 @@ class TestMemory:
         fresh = [t for t in kept if t.untyped_storage().data_ptr() not in own]
         assert len(fresh) == (0 if recompute else 1)
 
-    @each_with_cpu
+    @each
     def test_inference_keeps_no_pre_activation(self, impl: str) -> None:
         leaves = {k: v.requires_grad_() for k, v in inputs(6, 10, 20).items()}
         with Calls(torch.ops.gptkernels.gelu_mlp_fwd.default) as calls:
@@ -57,7 +57,7 @@ class TestMemory:
         keep_h = 6
         assert [arguments[keep_h] for arguments in calls] == [False, True]
 
-    @runnable_with_cpu
+    @runnable
     def test_recomputation_changes_no_bit(self, impl: str, dtype: torch.dtype) -> None:
         tensors = inputs(70, 33, 130, dtype=dtype)
         kept, rebuilt = (
@@ -91,7 +91,7 @@ class TestMemory:
         _, rebuilt, _ = cuda_kernels.linear_gelu_bwd(x, w2, h, approximate, True, False)
         assert torch.equal(a, rebuilt)
 
-    @each_with_cpu
+    @each
     @pytest.mark.parametrize("recompute", [False, True])
     def test_only_gradients_that_are_wanted(self, impl: str, recompute: bool) -> None:
         call = functools.partial(gelu_mlp, impl=impl, recompute=recompute)
@@ -99,7 +99,7 @@ class TestMemory:
 
 
 class TestIsolation:
-    @runnable_with_cpu
+    @runnable
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
     def test_a_bad_row_stays_alone(self, impl: str, dtype: torch.dtype, value: float) -> None:
@@ -113,7 +113,7 @@ class TestIsolation:
         for a, b in zip(clean[:2], dirty[:2], strict=True):  # y and dx
             assert torch.equal(a[others], b[others])
 
-    @runnable_with_cpu
+    @runnable
     def test_a_bad_gradient_row_stays_alone(self, impl: str, dtype: torch.dtype) -> None:
         tensors = inputs(70, 33, 50, dtype=dtype)
         dy = torch.randn_like(tensors["x"])
@@ -125,7 +125,7 @@ class TestIsolation:
         assert torch.isnan(dirty[64]).all()
         assert torch.equal(clean[others], dirty[others])
 
-    @runnable_with_cpu
+    @runnable
     def test_repeats_bit_for_bit(self, impl: str, dtype: torch.dtype) -> None:
         tensors = inputs(150, 33, 70, dtype=dtype)
         call = functools.partial(gelu_mlp, impl=impl)

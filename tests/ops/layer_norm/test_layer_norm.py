@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BF16, FP32, each_kernel, each_with_cpu, runnable_with_cpu
+from harness import BF16, FP32, each, each_kernel, runnable
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import layer_norm_inputs
@@ -21,7 +21,7 @@ from gptkernels.truth import verify
 hold = functools.partial(assert_right, layer_norm)
 
 
-@runnable_with_cpu
+@runnable
 @pytest.mark.parametrize(
     "case", [c for c in verify.CASES if c.op == "layer_norm"], ids=lambda c: c.name
 )
@@ -32,7 +32,7 @@ def test_table_of_cases(
     assert not failures, "\n".join(map(str, failures))
 
 
-@runnable_with_cpu
+@runnable
 @given(data=st.data())
 def test_random_shapes_and_options(impl: str, dtype: torch.dtype, data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 9), min_size=0, max_size=2), label="leading")
@@ -64,7 +64,7 @@ def test_random_shapes_and_options(impl: str, dtype: torch.dtype, data: st.DataO
     )
 
 
-@each_with_cpu
+@each
 @pytest.mark.parametrize("C", [200, 9001])
 def test_large_mean(C: int, impl: str, seed: int) -> None:
     """Here E[x^2] - mean^2 would lose its digits by cancellation, and 16-bit statistics would be
@@ -76,7 +76,7 @@ def test_large_mean(C: int, impl: str, seed: int) -> None:
         hold(inputs | dict(x=inputs["x"] + 1000), seed, impl=impl)
 
 
-@each_with_cpu
+@each
 @pytest.mark.parametrize(("C", "compiled"), [(4, False), (96, False), (96, True)])
 def test_large_mean_costs_dx_no_digits(
     C: int, compiled: bool, impl: str, device: torch.device
@@ -101,7 +101,7 @@ def test_large_mean_costs_dx_no_digits(
     assert ((dx.cpu() - truth).abs() <= 2 * torch.finfo(FP32).eps * largest.amax()).all()
 
 
-@runnable_with_cpu
+@runnable
 def test_many_rows_add_up(impl: str, dtype: torch.dtype, device: torch.device) -> None:
     """A sum of ones in 16 bits stops to grow at 256 (bfloat16) or at 2048 (float16)."""
     M, C = 2560, 16
@@ -125,7 +125,7 @@ def test_wide_rows(C: int, impl: str, device: torch.device, seed: int) -> None:
     hold(inputs | dict(residual=residual), seed, prenorm=True, dropout_p=0.1, impl=impl)
 
 
-@runnable_with_cpu
+@runnable
 def test_statistics_are_saved_in_fp32(
     impl: str, dtype: torch.dtype, device: torch.device, seed: int
 ) -> None:
@@ -154,7 +154,7 @@ def test_more_partial_sums_than_one_block_reduces(
     hold(layer_norm_inputs(70, C), seed, impl="triton")
 
 
-@each_with_cpu
+@each
 def test_strided_rows(impl: str, device: torch.device, seed: int) -> None:
     base = torch.randn(6, 5, 80, device=device)
     weight = torch.randn(40, device=device)
@@ -176,7 +176,7 @@ def test_strided_rows(impl: str, device: torch.device, seed: int) -> None:
     hold(dict(x=base[0, :, :40], **parameters), seed, impl=impl)
 
 
-@each_with_cpu
+@each
 def test_gradients_of_one_output_only(impl: str, device: torch.device, seed: int) -> None:
     x, weight, residual = (
         torch.randn(*s, device=device, requires_grad=True) for s in ((3, 40), (40,), (3, 40))
@@ -192,13 +192,13 @@ def test_gradients_of_one_output_only(impl: str, device: torch.device, seed: int
     assert_same(only_y, both)
 
 
-@each_with_cpu
+@each
 def test_one_column_gives_the_bias(impl: str, device: torch.device, seed: int) -> None:
     x, weight, bias = (torch.randn(*s, device=device) for s in ((5, 1), (1,), (1,)))
     assert torch.equal(layer_norm(x, weight, bias, impl=impl), bias.expand(5, 1))
 
 
-@runnable_with_cpu
+@runnable
 @pytest.mark.parametrize("bias", [None, FP32])
 def test_no_weight_means_ones(
     impl: str, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, seed: int
@@ -213,7 +213,7 @@ def test_no_weight_means_ones(
     )
 
 
-@each_with_cpu
+@each
 def test_no_rows(impl: str, device: torch.device) -> None:
     x = torch.empty(0, 3, 64, device=device, requires_grad=True)
     weight = torch.randn(64, device=device, requires_grad=True)
@@ -226,7 +226,7 @@ def test_no_rows(impl: str, device: torch.device) -> None:
     assert not bias.grad.any()
 
 
-@each_with_cpu
+@each
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_nan_stays_in_its_row(impl: str, poison: float, device: torch.device, seed: int) -> None:
     x = torch.randn(20, 96, device=device, requires_grad=True)
@@ -243,7 +243,7 @@ def test_nan_stays_in_its_row(impl: str, poison: float, device: torch.device, se
     assert torch.equal(dirty.grad[others], x.grad[others])
 
 
-@each_with_cpu
+@each
 def test_dropped_values_never_leak(impl: str, device: torch.device, seed: int) -> None:
     x = torch.randn(8, 64, device=device)
     torch.manual_seed(seed)
@@ -254,7 +254,7 @@ def test_dropped_values_never_leak(impl: str, device: torch.device, seed: int) -
     assert_same(call(poisoned, weight), call(x, weight))
 
 
-@each_with_cpu
+@each
 def test_same_input_same_bits(impl: str, seed: int) -> None:
     inputs = layer_norm_inputs(70, 96)
     call = seeded(functools.partial(layer_norm, dropout_p=0.3, impl=impl), seed)
@@ -276,7 +276,7 @@ def test_implementations_drop_the_same_elements(
     assert torch.equal(*dropped)
 
 
-@each_with_cpu
+@each
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("residual", [False, True])
 def test_opcheck(impl: str, dropout_p: float, residual: bool, device: torch.device) -> None:
@@ -294,7 +294,7 @@ def test_opcheck(impl: str, dropout_p: float, residual: bool, device: torch.devi
         check_op(torch.ops.gptkernels.layer_norm_bwd.default, backward)
 
 
-@each_with_cpu
+@each
 @pytest.mark.parametrize("C", [40, 8200])
 def test_only_the_gradients_asked_for(C: int, impl: str, seed: int) -> None:
     inputs = layer_norm_inputs(2, C, residual=FP32)

@@ -113,11 +113,14 @@ class _Call:
             (options.softmax_scale, options.softcap),
             tuple(address(self.tensors[name]) for name in _TENSORS),
             _NO_MASK if options.attn_mask is None else _mask(options.attn_mask),
-            (address(self.tensors["rng"]), philox.threshold(p), philox.scale(p)) if p else (0, 0, 1.0),
+            (address(self.tensors["rng"]), philox.threshold(p), philox.scale(p))
+            if p
+            else (0, 0, 1.0),
             DTYPE_CODES[q.dtype],
         )
 
 
+_KEEP_ALL = (0, 0, 1.0)  # rng's address, the threshold and the scale
 _TENSORS = ("alibi_slopes", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
 
 
