@@ -1,10 +1,8 @@
-"""The CPU kernels on every instruction set that this machine has; on the highest one the ops' own
-tests run them (tests/ops)."""
+"""LayerNorm, GELU and dropout's masks by the CPU kernels, on every instruction set."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,18 +19,7 @@ from gptkernels.core import cpu, masks, philox
 from gptkernels.ops.gelu_mlp.cpu import gelu_backward
 from gptkernels.ops.layer_norm.op import layer_norm_fwd
 
-pytestmark = pytest.mark.skipif(
-    cpu.unavailable("cpu") is not None, reason=f"impl='cpu': {cpu.unavailable('cpu')}"
-)
-SETS = cpu.module().instruction_sets() if cpu.unavailable("cpu") is None else ["none"]
-
-
-@pytest.fixture(params=SETS, autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.module().instruction_set()
-    cpu.module().use(request.param)
-    yield request.param
-    cpu.module().use(before)
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 @by_dtype
@@ -135,7 +122,7 @@ def test_gelu_of_every_fp16_number(approximate: str) -> None:
         assert (error <= 2**-11 * wanted.abs() * 1.001 + 2**-24).all()
 
 
-def test_conversions_are_those_of_pytorch(isa: str) -> None:
+def test_conversions_are_those_of_pytorch() -> None:
     """By way of a residual stream: s = x + 0 in fp32 widens x, s = x + r in 16 bits rounds."""
     weight = torch.ones(64)
     for dtype in (BF16, FP16):

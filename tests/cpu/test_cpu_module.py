@@ -15,7 +15,7 @@ import pytest
 import torch
 from harness import ROOT, command
 
-from gptkernels import layer_norm
+from gptkernels import attention, layer_norm
 from gptkernels.core import cpu
 
 pytestmark = pytest.mark.skipif(
@@ -127,7 +127,7 @@ def test_the_threads_are_pytorchs() -> None:
 
 
 def rows() -> list[torch.Tensor]:
-    """Results of every kernel that has partial sums, with as many rows as several threads take."""
+    """Results of kernels with partial sums or scratch memory, enough for several threads."""
     torch.manual_seed(1)
     x, weight = torch.randn(600, 257), torch.randn(257)
     x.requires_grad_()
@@ -136,7 +136,11 @@ def rows() -> list[torch.Tensor]:
     y.backward(torch.randn(600, 257))
     assert x.grad is not None
     assert weight.grad is not None
-    return [y.detach(), x.grad, weight.grad]
+    q = torch.randn(2, 300, 2, 20, requires_grad=True)
+    out = attention(q, q, q, dropout_p=0.1, impl="cpu")
+    out.backward(torch.randn_like(out))
+    assert q.grad is not None
+    return [y.detach(), x.grad, weight.grad, out.detach(), q.grad]
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:

@@ -89,14 +89,18 @@ struct TileProducts {
         return true;
     }
 
-    static Right columns(const bf16* from, int64_t stride, int n, int D, int width, bf16* room) {
+    static Right columns(const bf16* from, int64_t stride, int n, int D, int width,
+                         const float* taint, bf16* room) {
         // A word of a row is a pair of numbers of a column.
         for (int lane = 0; lane < kLanes; lane += 16)
             for (int d = 0; d < width; d += 32) {
                 Floats square[16];
-                for (int i = 0; i < 16; ++i)
-                    square[i] = as_floats(
-                        words(from + (lane + i) * stride, lane + i < n, d, D));
+                for (int i = 0; i < 16; ++i) {
+                    const int row = lane + i;
+                    const bool good = taint == nullptr || taint[row] == 0;
+                    square[i] = good ? as_floats(words(from + row * stride, row < n, d, D))
+                                     : as_floats(Words{} + 0x7fc07fc0);  // two NaNs
+                }
                 transpose(square);
                 for (int j = 0; j < 16; ++j)
                     store_words(room + (d + 2 * j) * kLanes + 2 * lane, as_words(square[j]));

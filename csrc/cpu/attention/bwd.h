@@ -44,6 +44,7 @@ struct Backward {
     Number *queries, *douts;      // Q^T and dO^T as B, group by group
     Number *query_rows, *dout_rows;  // Q and dO as B
     float *dq;                    // dQ^T, group by group
+    float *out_across, *dout_across;  // of a group, (width, kLanes)
     float *s, *dp, *slope, *mask;
     float *lse, *delta;           // (kQueries,); lse as Scores has a maximum
     float *key_taint, *taint;
@@ -71,6 +72,8 @@ struct Backward {
         query_rows = room.take<Number>(P::kQueries * width);
         dout_rows = room.take<Number>(P::kQueries * width);
         dq = room.take<float>(P::kQueries * width);
+        out_across = room.take<float>(width * kLanes);
+        dout_across = room.take<float>(width * kLanes);
         s = room.take<float>(P::kKeys * kLanes);
         dp = room.take<float>(P::kKeys * kLanes);
         slope = c.softcap > 0 ? room.take<float>(P::kKeys * kLanes) : nullptr;
@@ -144,9 +147,9 @@ struct Backward {
         for (int n = 0; n < count; ++n) finish(e, groups[n], dq + n * kLanes * width);
     }
 
-    // What is needed of a group's queries. One that holds NaN or Inf, or whose gradient does, gives
-    // NaN to what it sees through its lse and delta, and counts as 0 in products: 0 * NaN would
-    // reach keys that it does not see.
+    // What is needed of a group's queries. One that holds NaN or Inf, or whose gradient does, has
+    // scores that are NaN where it sees a key, and counts as 0 in the sums for dK and dV: 0 * NaN
+    // would reach keys that it does not see.
     void prepare(const Entry& e, int64_t head, int64_t i, int64_t last) {
         const int at = count * kLanes;
         Group& g = groups[count];
@@ -159,33 +162,47 @@ struct Backward {
         const bool finite = all_finite(q, p.q_strides.token, g.count, D) &&
                             all_finite(dout, p.dout_strides.token, g.count, D);
         bool any = !finite;
+        sum_delta(g, dout, out, delta + at);
         for (int lane = 0; lane < kLanes; ++lane) {
             lse[at + lane] = __builtin_inff();
-            delta[at + lane] = taint[lane] = 0;
+            taint[lane] = 0;
             if (lane >= g.count) continue;
-            const T *q_row = q + lane * p.q_strides.token, *out_row = out + lane * c.H * D;
-            const T* dout_row = dout + lane * p.dout_strides.token;
-            if (!finite && !(all_finite(q_row, 0, 1, D) && all_finite(dout_row, 0, 1, D)))
+            if (!finite && !(all_finite(q + lane * p.q_strides.token, 0, 1, D) &&
+                             all_finite(dout + lane * p.dout_strides.token, 0, 1, D)))
                 taint[lane] = __builtin_nanf("");
             const float known = p.lse[row + lane];
-            if (known == -__builtin_inff()) continue;  // it sees no key
-            Floats sum{};
-            for_vectors(0, D, [&](int64_t d, auto m) {
-                sum = multiply_add(load_at(dout_row + d, m), load_at(out_row + d, m), sum);
-            });
-            delta[at + lane] = sum_of_lanes(sum) - (p.dlse == nullptr ? 0 : p.dlse[row + lane]);
+            if (known == -__builtin_inff()) {  // it sees no key
+                delta[at + lane] = 0;
+                continue;
+            }
+            if (p.dlse != nullptr) delta[at + lane] -= p.dlse[row + lane];
             taint[lane] += delta[at + lane] * 0.0f + known * 0.0f;
             lse[at + lane] = scores.of_natural(known) + taint[lane];
             any = any || taint[lane] != 0;
         }
         const float* tainted = any ? taint : nullptr;
-        P::columns(q, p.q_strides.token, g.count, D, width, queries + at * width);
-        P::columns(dout, p.dout_strides.token, g.count, D, width, douts + at * width);
+        P::columns(q, p.q_strides.token, g.count, D, width, tainted, queries + at * width);
+        P::columns(dout, p.dout_strides.token, g.count, D, width, tainted, douts + at * width);
         P::right_rows(q, p.q_strides.token, g.count, D, width, tainted, query_rows + at * width);
         P::right_rows(dout, p.dout_strides.token, g.count, D, width, tainted,
                       dout_rows + at * width);
         clear(dq + at * width, kLanes * width);
         ++count;
+    }
+
+    // sum_d dO O, in the order of the vectors' product for dp: for a query that sees one key the two
+    // are equal then, and ds is 0.
+    void sum_delta(const Group& g, const T* dout, const T* out, float* to) {
+        using Vectors = VectorProducts<T>;
+        Vectors::columns(dout, p.dout_strides.token, g.count, D, width, nullptr, dout_across);
+        Vectors::columns(out, c.H * D, g.count, D, width, nullptr, out_across);
+        for (int lane = 0; lane < kLanes; lane += kWidth) {
+            Floats sum{};
+            for (int d = 0; d < D; ++d)
+                sum = multiply_add(load(out_across + d * kLanes + lane),
+                                   load(dout_across + d * kLanes + lane), sum);
+            store(to + lane, sum);
+        }
     }
 
     // A group of queries meets a block of keys. Returns whether it sees any of them.

@@ -103,7 +103,7 @@ struct Forward {
         g = {head, i, static_cast<int>(least_of(kLanes, last - i))};
         P::columns(static_cast<const T*>(p.q) + e.batch * p.q_strides.batch +
                        (e.first_q + i) * p.q_strides.token + head * p.q_strides.head,
-                   p.q_strides.token, g.count, D, width, state.queries);
+                   p.q_strides.token, g.count, D, width, nullptr, state.queries);
         for (int vector = 0; vector < kVectors; ++vector) {
             store(state.most + vector * kWidth, minus_infinity());
             store(state.sum + vector * kWidth, Floats{});

@@ -99,8 +99,10 @@ struct VectorProducts {
         return taint != nullptr || all_finite(room, width, n, D);
     }
 
-    // The transpose of n <= kLanes rows as B, (width, kLanes): the others are 0.
-    static Right columns(const T* from, int64_t stride, int n, int D, int width, float* room) {
+    // The transpose of n <= kLanes rows as B, (width, kLanes): the others are 0. Rows with a taint are
+    // NaN; taint may be null.
+    static Right columns(const T* from, int64_t stride, int n, int D, int width,
+                         const float* taint, float* room) {
         for (int v = 0; v < kVectors; ++v)
             for (int d = 0; d < width; d += kWidth) {
                 Floats square[kWidth];
@@ -110,6 +112,7 @@ struct VectorProducts {
                     square[i] = row >= n          ? Floats{}
                                 : d + kWidth <= D ? load(at)
                                                   : load(at, D - d);
+                    if (taint != nullptr) square[i] = square[i] + taint[row];
                 }
                 transpose(square);
                 for (int i = 0; i < kWidth; ++i)
@@ -156,7 +159,8 @@ struct VectorProducts {
         }
     }
 
-    // kRows x kAcross vectors of C stay in registers.
+    // kRows x kAcross vectors of C stay in registers. What is added to C is summed apart first: one
+    // long chain of additions would lose more digits.
     template <bool kAdd, bool kTransposed, int kRows, int kAcross>
     static void block(float* c, int64_t stride, const float* a, int64_t a_stride, const Right& b,
                       int k) {
@@ -165,7 +169,7 @@ struct VectorProducts {
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
             for (int j = 0; j < kAcross; ++j)
-                sum[i][j] = kAdd ? load(c + i * stride + j * kWidth) : Floats{};
+                sum[i][j] = Floats{};
         const float* there = b.at;
         for (int step = 0; step < k; ++step) {
             Floats row[kAcross];
@@ -183,7 +187,10 @@ struct VectorProducts {
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-            for (int j = 0; j < kAcross; ++j) store(c + i * stride + j * kWidth, sum[i][j]);
+            for (int j = 0; j < kAcross; ++j) {
+                float* to = c + i * stride + j * kWidth;
+                store(to, kAdd ? load(to) + sum[i][j] : sum[i][j]);
+            }
     }
 
     template <bool kAdd, bool kTransposed, int kAcross>

@@ -176,15 +176,11 @@ struct Scores {
                             x = multiply_add(__builtin_convertvector(distance, Floats),
                                              -head_slope, x);
                         }
-                        if (mask != nullptr) {
-                            const Floats given = load(mask + at);
-                            x = given == minus_infinity() ? given : x + given;
-                        }
                     }
-                    if (taint != nullptr) {
-                        const Floats tainted = x + taint[row];
-                        x = x == minus_infinity() && mask != nullptr ? x : tainted;
-                    }
+                    const Floats given = mask == nullptr ? Floats{} : load(mask + at);
+                    if (mask != nullptr) x = x + given;
+                    if (taint != nullptr) x = x + taint[row];
+                    if (mask != nullptr) x = given == minus_infinity() ? given : x;
                     store(s + at, x);
                 }
             hide(e, g, j0, r.first, r.full_first, s);

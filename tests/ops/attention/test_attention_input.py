@@ -82,7 +82,7 @@ class TestBadInput:
             (
                 dict(attn_mask=torch.ones(5, 7), impl="triton"),
                 NotImplementedError,
-                "attn_mask runs with impl='torch' or 'auto' only, got 'triton'",
+                "attn_mask runs with impl='torch', 'cpu' or 'auto' only, got 'triton'",
             ),
             (dict(causal="no"), TypeError, "causal must be a bool, got 'no'"),
             (dict(window=(True, 0)), ValueError, "window must be a pair .* of integers"),

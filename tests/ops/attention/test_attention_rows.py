@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BF16, DEVICE, FP16, FP32, each, of, runnable
+from harness import BF16, DEVICE, FP16, FP32, each, name_of, of, runnable
 from op_inputs import attention_inputs as inputs
 from op_inputs import int32
 from right import assert_gradients_alone, assert_same, run, seeded
@@ -93,6 +93,7 @@ class TestRowsAndKeysThatAreApart:
         ("impl", "dtype", "deterministic"),
         [
             of("triton", FP32, True, id="triton"),
+            *(of("cpu", dtype, True, id=f"cpu-{name_of(dtype)}") for dtype in (FP32, BF16, FP16)),
             *(
                 of("cuda", dtype, deterministic, id=f"cuda-{name}")
                 for dtype, deterministic, name in (
