@@ -137,6 +137,8 @@ struct Backward {
                   int64_t last) {
         count = 0;
         for (int64_t i = first; i < last; i += kLanes) prepare(e, head, i, last);
+        for (int n = 0; n < count; ++n)
+            if (few_keys(e, groups[n])) sum_delta_again(e, b, n);
         for (int m = 0; m < n_blocks; ++m) {
             const Block& block = blocks[m];
             bool any = false;
@@ -190,8 +192,7 @@ struct Backward {
         ++count;
     }
 
-    // sum_d dO O, in the order of the vectors' product for dp: for a query that sees one key the two
-    // are equal then, and ds is 0.
+    // sum_d dO O
     void sum_delta(const Group& g, const T* dout, const T* out, float* to) {
         using Vectors = VectorProducts<T>;
         Vectors::columns(dout, p.dout_strides.token, g.count, D, width, nullptr, dout_across);
@@ -203,6 +204,45 @@ struct Backward {
                                    load(dout_across + d * kLanes + lane), sum);
             store(to + lane, sum);
         }
+    }
+
+    // Where a query sees few keys, ds is a small difference of large numbers, in which the rounding
+    // of O would remain: in fp32 eager PyTorch does better. In 16 bits dS is rounded anyway.
+    static bool few_keys(const Entry& e, const Group& g) {
+        return __is_same(T, float) && e.highest(g.last()) - e.lowest(g.first) < 64;
+    }
+    // delta = sum_j p dp / sum_j p - dlse
+    void sum_delta_again(const Entry& e, int64_t b, int n) {
+        const Group& g = groups[n];
+        Floats sum[kVectors] = {}, total[kVectors] = {};
+        for (int m = 0; m < n_blocks; ++m) {
+            const Rows r(e, g, blocks[m].first, blocks[m].keys);
+            if (r.none()) continue;
+            score(e, b, n, blocks[m], r);
+            for (int row = r.first; row < r.last; ++row)
+                for (int vector = 0; vector < kVectors; ++vector) {
+                    const Floats w = weight(n, row, vector);
+                    sum[vector] += w == 0.0f ? Floats{} : w * upper(row, vector);
+                    total[vector] += w;
+                }
+        }
+        const float* dlse = p.dlse + (e.batch * c.H + g.head) * c.Tq + e.first_q + g.first;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const float all = total[lane / kWidth][lane % kWidth];
+            const float found = all == 0 ? 0 : sum[lane / kWidth][lane % kWidth] / all;
+            const bool given = p.dlse != nullptr && all != 0;
+            delta[n * kLanes + lane] = given ? found - dlse[lane] : found;
+        }
+    }
+    // One vector of a row of weights, 0 where hidden, and of dp.
+    Floats weight(int n, int row, int vector) const {
+        const Floats score = load(s + row * kLanes + vector * kWidth);
+        const Floats w = scores.weight(score, load(lse + n * kLanes + vector * kWidth));
+        return score == minus_infinity() ? Floats{} : w;
+    }
+    Floats upper(int row, int vector) const {
+        const Floats found = load(dp + row * kLanes + vector * kWidth);
+        return words == nullptr ? found : dropout.drop(found, words, row, vector);
     }
 
     // A group of queries meets a block of keys. Returns whether it sees any of them.

@@ -23,32 +23,11 @@ struct MaskGradient {
                 for (int64_t i = item.first; i < item.last; i += kLanes) {
                     pass.count = 0;
                     pass.prepare(e, head, i, item.last);
-                    sum_delta(e, b);
+                    pass.sum_delta_again(e, b, 0);
                     for (int m = 0; m < pass.n_blocks; ++m) meet(e, b, pass.blocks[m]);
                 }
             }
         }
-    }
-
-    // delta = sum_j p dp - dlse
-    void sum_delta(const Entry& e, int64_t b) {
-        const Group& g = pass.groups[0];
-        const int64_t row0 =
-            (e.batch * pass.c.H + g.head) * pass.c.Tq + e.first_q + g.first;
-        Floats sum[kVectors] = {};
-        Backward<P>::clear(pass.delta, kLanes);
-        for (int m = 0; m < pass.n_blocks; ++m) {
-            const Rows r(e, g, pass.blocks[m].first, pass.blocks[m].keys);
-            if (r.none()) continue;
-            pass.score(e, b, 0, pass.blocks[m], r);
-            for (int row = r.first; row < r.last; ++row)
-                for (int vector = 0; vector < kVectors; ++vector)
-                    sum[vector] += gradient(row, vector);
-        }
-        for (int vector = 0; vector < kVectors; ++vector)
-            store(pass.delta + vector * kWidth, sum[vector]);
-        for (int i = 0; i < g.count && pass.p.dlse != nullptr; ++i)
-            pass.delta[i] -= pass.p.dlse[row0 + i];
     }
 
     void meet(const Entry& e, int64_t b, const typename Backward<P>::Block& block) {
@@ -63,7 +42,10 @@ struct MaskGradient {
             Floats sum{};
             alignas(64) float found[kLanes];
             for (int vector = 0; vector < kVectors; ++vector) {
-                const Floats ds = gradient(row, vector);
+                const Floats w = pass.weight(0, row, vector);
+                const Floats difference =
+                    pass.upper(row, vector) - load(pass.delta + vector * kWidth);
+                const Floats ds = w == 0.0f ? Floats{} : w * difference;
                 store(found + vector * kWidth, ds);
                 sum += ds;
             }
@@ -72,15 +54,6 @@ struct MaskGradient {
             else
                 for (int i = 0; i < g.count; ++i) to[i * by.query + row * by.key] += found[i];
         }
-    }
-
-    Floats gradient(int row, int vector) const {
-        const int lane = vector * kWidth, at = row * kLanes + lane;
-        const Floats score = load(pass.s + at);
-        const Floats w = pass.scores.weight(score, load(pass.lse + lane));
-        Floats dp = load(pass.dp + at);
-        if (pass.words != nullptr) dp = pass.dropout.drop(dp, pass.words, row, vector);
-        return score == minus_infinity() ? Floats{} : w * (dp - load(pass.delta + lane));
     }
 };
 
