@@ -7,6 +7,7 @@
 #include <array>
 #include <tuple>
 
+#include "cpu/attention/decode/params.h"
 #include "cpu/attention/params.h"
 #include "cpu/dispatch.h"
 #include "cpu/gelu_mlp/params.h"
@@ -145,6 +146,31 @@ void def_dropout(py::module_& module) {
     });
 }
 
+// The strides of a tensor, of which the last is 1.
+DecodeStrides strides(const py::tuple& of) {
+    return {of[0].cast<int64_t>(), of[1].cast<int64_t>(), of[2].cast<int64_t>()};
+}
+
+void def_attention(py::module_& module) {
+    module.def("attention_decode", [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t slopes,
+                                      uintptr_t lengths, uintptr_t table, uintptr_t out,
+                                      uintptr_t lse, const py::tuple& q_strides,
+                                      const py::tuple& k_strides, const py::tuple& v_strides,
+                                      int64_t B, int64_t Tq, int64_t Tk, int64_t H, int64_t Hk,
+                                      int64_t D, int64_t pages, int64_t page, int64_t cache_pages,
+                                      int64_t left, int64_t num_splits, float scale, float softcap,
+                                      int dtype, int threads) {
+        const AttentionDecode p{at<const void>(q), at<const void>(k), at<const void>(v),
+                                at<const float>(slopes), at<const int32_t>(lengths),
+                                at<const int32_t>(table), at<void>(out), at<float>(lse),
+                                strides(q_strides), strides(k_strides), strides(v_strides), B, Tq,
+                                Tk, H, Hk, D, pages, page, cache_pages, left, num_splits, scale,
+                                softcap, DType(dtype)};
+        const py::gil_scoped_release release;
+        attention_decode(p, threads);
+    });
+}
+
 }  // namespace
 }  // namespace gk::cpu
 
@@ -158,4 +184,5 @@ PYBIND11_MODULE(_cpu, module) {
     def_layer_norm(module);
     def_gelu(module);
     def_dropout(module);
+    def_attention(module);
 }

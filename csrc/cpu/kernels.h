@@ -2,6 +2,7 @@
 // launchers, is compiled once.
 #pragma once
 
+#include "cpu/attention/decode/params.h"
 #include "cpu/attention/params.h"
 #include "cpu/dropout/params.h"
 #include "cpu/gelu_mlp/params.h"
@@ -33,6 +34,11 @@ struct Kernels {
     void (*elementwise_keep)(const ElementwiseKeep& p, int64_t first, int64_t last);
     // Rows of all heads, numbered head by head.
     void (*attention_keep)(const AttentionKeep& p, int64_t first, int64_t last);
+    // scratch: decode_scratch floats.
+    void (*attention_decode)(const AttentionDecode& p, const DecodeItem* items, int64_t count,
+                             float* scratch);
+    void (*attention_decode_combine)(const AttentionDecode& p, const DecodeSplits* splits,
+                                     int64_t count);
 };
 
 // What the kernel files of one instruction set define; GK_ISA is its name.
@@ -54,6 +60,9 @@ int64_t attention_fwd_scratch(const AttentionFwd& p);
 int64_t attention_bwd_scratch(const AttentionBwd& p);
 void elementwise_keep(const ElementwiseKeep& p, int64_t first, int64_t last);
 void attention_keep(const AttentionKeep& p, int64_t first, int64_t last);
+void attention_decode(const AttentionDecode& p, const DecodeItem* items, int64_t count,
+                      float* scratch);
+void attention_decode_combine(const AttentionDecode& p, const DecodeSplits* splits, int64_t count);
 }  // namespace GK_ISA
 #endif
 

@@ -346,4 +346,39 @@ static inline Longs multiply_low(Longs x, uint32_t by) {
 #endif
 }
 
+// Lane l gets what lane l ^ kHalf holds; kHalf is a power of 2.
+template <int kHalf>
+static inline Floats swapped(Floats x) {
+#if defined(__AVX512F__)
+    const __m512 y = reinterpret_cast<__m512>(x);
+    return reinterpret_cast<Floats>(kHalf == 8   ? _mm512_shuffle_f32x4(y, y, 0x4e)
+                                    : kHalf == 4 ? _mm512_shuffle_f32x4(y, y, 0xb1)
+                                    : kHalf == 2 ? _mm512_permute_ps(y, 0x4e)
+                                                 : _mm512_permute_ps(y, 0xb1));
+#elif defined(__AVX2__)
+    const __m256 y = reinterpret_cast<__m256>(x);
+    return reinterpret_cast<Floats>(kHalf == 4   ? _mm256_permute2f128_ps(y, y, 1)
+                                    : kHalf == 2 ? _mm256_permute_ps(y, 0x4e)
+                                                 : _mm256_permute_ps(y, 0xb1));
+#elif defined(__SSE2__)
+    const __m128 y = reinterpret_cast<__m128>(x);
+    return reinterpret_cast<Floats>(kHalf == 2 ? _mm_shuffle_ps(y, y, 0x4e)
+                                               : _mm_shuffle_ps(y, y, 0xb1));
+#else
+    Floats y;
+    for (int i = 0; i < kWidth; ++i) y[i] = x[i ^ kHalf];
+    return y;
+#endif
+}
+
+// One step on the way from many vectors to one that holds the sum of the lanes of each: lane l gets
+// the sum of the lanes l and l ^ kHalf, of b where l has the bit kHalf, else of a.
+template <int kHalf>
+static inline Floats paired(Floats a, Floats b) {
+    Ints lane;
+    for (int i = 0; i < kWidth; ++i) lane[i] = i;
+    const Ints of_b = (lane & kHalf) != 0;
+    return (of_b ? b : a) + swapped<kHalf>(of_b ? a : b);
+}
+
 }  // namespace gk::cpu::GK_ISA

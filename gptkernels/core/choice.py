@@ -17,7 +17,7 @@ from torch import Tensor
 from gptkernels.core import cpu, native
 
 IMPLEMENTATIONS = ("torch", "triton", "cuda", "cpu")
-CPU_OPS = ("attention", "gelu_mlp", "layer_norm")  # those that have kernels for a CPU
+CPU_OPS = ("attention", "attention_decode", "gelu_mlp", "layer_norm")  # those that have kernels for a CPU
 # Those of them that "auto" takes, and the instruction sets on which they were measured to be faster
 # than impl="torch" (benchmarks/results, docs/cpu.md).
 _FASTER = ("attention", "gelu_mlp", "layer_norm")

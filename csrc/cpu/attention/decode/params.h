@@ -1,0 +1,83 @@
+// Attention of the newest tokens of each batch entry to its cache of keys and values, on a CPU.
+//
+//     s = scale q.k;   s = softcap tanh(s / softcap);   s -= slope (position - j);   masks
+//     out = softmax(s) v                                lse = log sum_j exp(s)
+//
+// Query i of an entry with n keys stands at position n - Tq + i. It sees the keys j with position -
+// left <= j <= position. Query head h reads key head h / (H / Hk). All sums are in fp32.
+//
+// Bytes (the floor): the keys and values that an entry's queries see, read once for each block of
+// rows. The rows are the query heads that share a key head, for every new token: row i H / Hk + h.
+//
+// An entry's keys are cut into splits by the rule of gptkernels/ops/attention/splits.py. One item
+// of work is a split, a key head and a block of rows; threads share the items. Rows with several
+// splits have partial results, which are combined in the splits' order.
+#pragma once
+
+#include "cpu/dtype.h"
+
+namespace gk::cpu {
+
+// Elements from one batch entry (or page), token or head to the next; the last stride is 1.
+struct DecodeStrides {
+    int64_t batch, token, head;
+};
+
+struct AttentionDecode {
+    const void* q;               // (B, Tq, H, D)
+    const void* k;               // (B, Tk, Hk, D), or pages (cache_pages, page, Hk, D)
+    const void* v;               // likewise
+    const float* alibi_slopes;   // (H,), or null
+    const int32_t* key_lengths;  // (B,); clamped to 0 ... Tk
+    const int32_t* block_table;  // (B, pages), numbers of pages; or null
+    void* out;                   // (B, Tq, H, D) contiguous
+    float* lse;                  // (B, H, Tq)
+    DecodeStrides q_strides, k_strides, v_strides;
+    int64_t batch, Tq, Tk, H, Hk, D;   // Tk: room for keys, pages * page where there are pages
+    int64_t pages, page, cache_pages;  // numbers of pages are clamped to 0 ... cache_pages - 1
+    int64_t left;                      // negative: no bound
+    int64_t num_splits;                // 0: none is given
+    float softmax_scale, softcap;      // softcap 0: none
+    DType dtype;
+};
+
+// All sizes are at least 1; D is at most 256. `threads`: the most that run.
+void attention_decode(const AttentionDecode& p, int threads);
+
+// ---- What the launcher and the kernels share.
+
+// The most rows of a block, and the keys that one softmax takes at once. A thread's scratch memory
+// holds the queries, results, scores, maxima and sums of a block's rows: at most 99 KB.
+constexpr int64_t kDecodeRows = 32, kDecodeKeys = 256;
+
+// Floats of a row of queries or results: D, rounded up to whole vectors of every instruction set.
+static inline int64_t decode_width(int64_t D) { return (D + 15) / 16 * 16; }
+static inline int64_t decode_scratch(int64_t rows, int64_t D) {
+    return rows * (2 * decode_width(D) + kDecodeKeys + 2);
+}
+// A block's partial result: its rows without the division by their sums, (rows, decode_width(D)),
+// then the maxima, (rows,), and the sums, (rows,).
+static inline int64_t decode_partial(int64_t rows, int64_t D) {
+    return rows * (decode_width(D) + 2);
+}
+
+// Rows of a key head: first_row ... first_row + rows - 1, at most kDecodeRows.
+struct DecodeRows {
+    int64_t b, hk, first_row, rows;
+};
+
+struct DecodeItem {
+    DecodeRows rows;
+    int64_t first, last;  // the keys of the split that the rows see, none where last <= first
+    int64_t shift;        // query i stands at position i + shift
+    float* partial;       // null: the rows have no other split, and out and lse are written
+};
+
+// Rows with several splits, whose partial results lie one after another.
+struct DecodeSplits {
+    DecodeRows rows;
+    const float* partials;
+    int64_t count;
+};
+
+}  // namespace gk::cpu
