@@ -4,6 +4,9 @@
 #include "cpu/attention/decode/softmax.h"
 #include "cpu/kernels.h"
 
+#ifndef PF
+#define PF 1
+#endif
 namespace gk::cpu::GK_ISA {
 namespace {
 
@@ -82,15 +85,28 @@ void one(const AttentionDecode& p, const Columns& columns, const DecodeItem& ite
     }
     const Cache<T> keys(p, p.k, p.k_strides, item.rows.b, item.rows.hk);
     const Cache<T> values(p, p.v, p.v_strides, item.rows.b, item.rows.hk);
-    const T* tile[kWidth];
+    const T* buffers[2][kWidth];
+    const T** tile = buffers[0];
+    const T** next = buffers[1];
+    const auto turn = [&] {
+        const T** const other = tile;
+        tile = next;
+        next = other;
+    };
+    if (item.first < item.last)
+    keys.rows(item.first / kWidth * kWidth, item.first, item.last, tile);
     for (int64_t j0 = item.first / kWidth * kWidth; j0 < item.last; j0 += kDecodeKeys) {
         const int64_t end = item.last - j0 < kDecodeKeys ? item.last : j0 + kDecodeKeys;
         for (int64_t j = j0; j < end; j += kWidth) {
-            keys.rows(j, item.first, end, tile);
+            if (j + kWidth < end)
+                keys.rows(j + kWidth, item.first, end, next);
+            else
+                values.rows(j0, item.first, end, next);
             for (int64_t r = 0; r < rows; r += kTogether)
                 with_constant(rows - r < kTogether ? rows - r : kTogether, [&](auto count) {
-                    score<count>(columns, q + r * width, tile, s + r * kDecodeKeys + (j - j0));
+                    score<count>(columns, q + r * width, tile, s + r * kDecodeKeys + (j - j0), PF && r == 0 ? next : nullptr);
                 });
+            turn();
         }
         Range seen[kDecodeRows];
         for (int64_t r = 0; r < rows; ++r) {
@@ -107,12 +123,16 @@ void one(const AttentionDecode& p, const Columns& columns, const DecodeItem& ite
                     store(out + r * width + col, load(out + r * width + col) * factor);
         }
         for (int64_t j = j0; j < end; j += kWidth) {
-            values.rows(j, item.first, end, tile);
+            if (j + kWidth < end)
+                values.rows(j + kWidth, item.first, end, next);
+            else if (end < item.last)
+                keys.rows(j + kWidth, item.first, item.last, next);
+            const bool more = j + kWidth < item.last;
             const auto add = [&](auto count, int64_t r, const Range& range) {
                 if (range.first < range.last)
                     add_values<count>(columns, s + r * kDecodeKeys + (range.first - j0),
                                       tile + (range.first - j), range.last - range.first,
-                                      out + r * width);
+                                      out + r * width, PF && more && r == 0 ? next : nullptr);
             };
             for (int64_t r0 = 0; r0 < rows; r0 += kTogether) {
                 const int64_t together = rows - r0 < kTogether ? rows - r0 : kTogether;
@@ -129,6 +149,7 @@ void one(const AttentionDecode& p, const Columns& columns, const DecodeItem& ite
                     for (int64_t r = r0; r < r0 + together; ++r)
                         add(Constant<1>(), r, seen[r].within(j, j + kWidth));
             }
+            turn();
         }
     }
     if (item.partial == nullptr)

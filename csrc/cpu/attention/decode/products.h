@@ -42,11 +42,19 @@ struct Columns {
     }
 };
 
+// Asks for a row of D columns that will be read soon.
+template <class T>
+static inline void ask_for(const T* row, int64_t D) {
+    const char* at = reinterpret_cast<const char*>(row);
+    const int64_t bytes = D * static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 // s[r][i] = q[r].keys[i], not scaled, for kRows rows, whose queries lie decode_width(D) apart, and
 // kWidth keys.
 template <int kRows, class T>
 __attribute__((noinline)) void score(const Columns& columns, const float* q, const T* const* keys,
-                                     float* s) {
+                                     float* s, const T* const* next) {
     constexpr int kFours = kWidth / 4;
     const int64_t width = decode_width(columns.D);
     Floats sums[kRows][kFours];
@@ -56,6 +64,8 @@ __attribute__((noinline)) void score(const Columns& columns, const float* q, con
         const T* k1 = keys[four + kFours];
         const T* k2 = keys[four + 2 * kFours];
         const T* k3 = keys[four + 3 * kFours];
+        if (next != nullptr)
+            for (int i = four; i < kWidth; i += kFours) ask_for(next[i], columns.D);
         Floats of[kRows][4] = {};
         const auto add = [&](int64_t col, const Floats(&k)[4]) {
             for (int r = 0; r < kRows; ++r) {
@@ -107,8 +117,11 @@ static inline __attribute__((always_inline)) void add_columns(int64_t width, con
 // out[r] += sum_i weights[r][i] values[i] for kRows rows, whose results lie decode_width(D) apart.
 template <int kRows, class T>
 __attribute__((noinline)) void add_values(const Columns& columns, const float* weights,
-                                          const T* const* values, int64_t count, float* out) {
+                                          const T* const* values, int64_t count, float* out,
+                                          const T* const* next) {
     constexpr int kVectors = 4;
+    if (next != nullptr)
+        for (int i = 0; i < kWidth; ++i) ask_for(next[i], columns.D);
     const int64_t width = decode_width(columns.D);
     int64_t col = 0;
     const auto load_value = [&](int64_t i, int64_t further) {
