@@ -4,9 +4,6 @@
 #include "cpu/attention/decode/softmax.h"
 #include "cpu/kernels.h"
 
-#ifndef PF
-#define PF 1
-#endif
 namespace gk::cpu::GK_ISA {
 namespace {
 
@@ -37,14 +34,15 @@ static inline void with_constant(int64_t count, const Body& body) {
     }
 }
 
-// Where a row's query, result and sum are.
+// A row's token, key head (from the block's first one) and query head.
 struct Place {
-    int64_t i, h;
+    int64_t i, head, h;
 
     Place(const AttentionDecode& p, const DecodeRows& rows, int64_t r) {
-        const int64_t group = p.H / p.Hk, row = rows.first_row + r;
+        const int64_t group = p.H / p.Hk, row = rows.first_row + r % rows.rows;
+        head = r / rows.rows;
         i = row / group;
-        h = rows.hk * group + row % group;
+        h = (rows.hk + head) * group + row % group;
     }
 };
 
@@ -62,105 +60,162 @@ void finish(const AttentionDecode& p, const Columns& columns, const DecodeRows& 
         sum == 0 ? -__builtin_inff() : max * kLn2 + __builtin_logf(sum);
 }
 
+// A split of a block of rows.
 template <class T>
-void one(const AttentionDecode& p, const Columns& columns, const DecodeItem& item,
-         float* scratch) {
-    const int64_t width = decode_width(p.D), rows = item.rows.rows;
-    float* q = scratch;
-    float* out = item.partial == nullptr ? q + rows * width : item.partial;
-    float* max = out + rows * width;
-    float* sum = max + rows;
-    float* s = scratch + rows * (2 * width + 2);
-    for (int64_t r = 0; r < rows; ++r) {
-        const Place place(p, item.rows, r);
-        const T* from = static_cast<const T*>(p.q) + item.rows.b * p.q_strides.batch +
-                        place.i * p.q_strides.token + place.h * p.q_strides.head;
-        float* to = q + r * width;
-        for (int64_t col = 0; col < columns.whole; col += kWidth)
-            store(to + col, load(from + col));
-        if (columns.rest()) store(to + columns.whole, columns.load_own(from));
-        for (int64_t col = 0; col < width; ++col) out[r * width + col] = 0;
-        max[r] = -__builtin_inff();
-        sum[r] = 0;
+class Block {
+  public:
+    Block(const AttentionDecode& p, const Columns& columns, const DecodeItem& item, float* scratch)
+        : p_(p),
+          columns_(columns),
+          item_(item),
+          rows_(item.rows.rows),
+          all_(item.rows.heads * rows_),
+          width_(decode_width(p.D)),
+          keys_(p, p.k, p.k_strides, item.rows.b, item.rows.hk),
+          values_(p, p.v, p.v_strides, item.rows.b, item.rows.hk),
+          q_(scratch),
+          out_(item.partial == nullptr ? scratch + all_ * width_ : item.partial),
+          max_(out_ + all_ * width_),
+          sum_(max_ + all_),
+          scores_(scratch + all_ * (2 * width_ + 2)) {}
+
+    void run() {
+        start();
+        const int64_t first = item_.first / kWidth * kWidth;
+        if (item_.first < item_.last) keys_.rows(first, item_.first, item_.last, tile_);
+        for (int64_t j0 = first; j0 < item_.last; j0 += kDecodeKeys) {
+            const int64_t end = item_.last - j0 < kDecodeKeys ? item_.last : j0 + kDecodeKeys;
+            score_keys(j0, end);
+            weigh_keys(j0, end);
+            add_up_values(j0, end);
+        }
+        if (item_.partial == nullptr)
+            for (int64_t r = 0; r < all_; ++r)
+                finish<T>(p_, columns_, item_.rows, r, out_ + r * width_, max_[r], sum_[r]);
     }
-    const Cache<T> keys(p, p.k, p.k_strides, item.rows.b, item.rows.hk);
-    const Cache<T> values(p, p.v, p.v_strides, item.rows.b, item.rows.hk);
-    const T* buffers[2][kWidth];
-    const T** tile = buffers[0];
-    const T** next = buffers[1];
-    const auto turn = [&] {
-        const T** const other = tile;
-        tile = next;
-        next = other;
-    };
-    if (item.first < item.last)
-    keys.rows(item.first / kWidth * kWidth, item.first, item.last, tile);
-    for (int64_t j0 = item.first / kWidth * kWidth; j0 < item.last; j0 += kDecodeKeys) {
-        const int64_t end = item.last - j0 < kDecodeKeys ? item.last : j0 + kDecodeKeys;
+
+  private:
+    void start() {
+        for (int64_t r = 0; r < all_; ++r) {
+            const Place place(p_, item_.rows, r);
+            const T* from = static_cast<const T*>(p_.q) + item_.rows.b * p_.q_strides.batch +
+                            place.i * p_.q_strides.token + place.h * p_.q_strides.head;
+            float* to = q_ + r * width_;
+            for (int64_t col = 0; col < columns_.whole; col += kWidth)
+                store(to + col, load(from + col));
+            if (columns_.rest()) store(to + columns_.whole, columns_.load_own(from));
+            for (int64_t col = 0; col < width_; ++col) out_[r * width_ + col] = 0;
+            max_[r] = -__builtin_inff();
+            sum_[r] = 0;
+        }
+    }
+
+    // Calls body(head, tile of the head, the tile to ask for) for each head.
+    template <class Body>
+    void each_head(const DecodeStrides& strides, bool more, const Body& body) {
+        for (int64_t head = 0; head < item_.rows.heads; ++head) {
+            Tile<T> next{tile_, (head + 1) * strides.head};
+            if (head + 1 == item_.rows.heads) next = {more ? next_ : nullptr, 0};
+            body(head, Tile<T>{tile_, head * strides.head}, next);
+        }
+        const T** const other = tile_;
+        tile_ = next_;
+        next_ = other;
+    }
+
+    void score_keys(int64_t j0, int64_t end) {
         for (int64_t j = j0; j < end; j += kWidth) {
             if (j + kWidth < end)
-                keys.rows(j + kWidth, item.first, end, next);
+                keys_.rows(j + kWidth, item_.first, end, next_);
             else
-                values.rows(j0, item.first, end, next);
-            for (int64_t r = 0; r < rows; r += kTogether)
-                with_constant(rows - r < kTogether ? rows - r : kTogether, [&](auto count) {
-                    score<count>(columns, q + r * width, tile, s + r * kDecodeKeys + (j - j0), PF && r == 0 ? next : nullptr);
-                });
-            turn();
-        }
-        Range seen[kDecodeRows];
-        for (int64_t r = 0; r < rows; ++r) {
-            const Place place(p, item.rows, r);
-            const int64_t position = place.i + item.shift;
-            const int64_t lowest = p.left < 0 ? 0 : position - p.left;
-            seen[r] = Range{lowest, position + 1}.within(item.first, end);
-            const int64_t count = (end - j0 + kWidth - 1) / kWidth * kWidth;
-            const float factor =
-                weigh(Score(p, place.h), s + r * kDecodeKeys, count, seen[r].first - j0,
-                      seen[r].last - j0, position - j0, {max + r, sum + r});
-            if (factor != 1)
-                for (int64_t col = 0; col < width; col += kWidth)
-                    store(out + r * width + col, load(out + r * width + col) * factor);
-        }
-        for (int64_t j = j0; j < end; j += kWidth) {
-            if (j + kWidth < end)
-                values.rows(j + kWidth, item.first, end, next);
-            else if (end < item.last)
-                keys.rows(j + kWidth, item.first, item.last, next);
-            const bool more = j + kWidth < item.last;
-            const auto add = [&](auto count, int64_t r, const Range& range) {
-                if (range.first < range.last)
-                    add_values<count>(columns, s + r * kDecodeKeys + (range.first - j0),
-                                      tile + (range.first - j), range.last - range.first,
-                                      out + r * width, PF && more && r == 0 ? next : nullptr);
-            };
-            for (int64_t r0 = 0; r0 < rows; r0 += kTogether) {
-                const int64_t together = rows - r0 < kTogether ? rows - r0 : kTogether;
-                // Rows that see different keys go one by one: a weight of 0 times a value that is
-                // not finite is not a number.
-                bool same = true;
-                for (int64_t r = r0; r < r0 + together; ++r)
-                    same = same && seen[r].within(j, j + kWidth) == seen[r0].within(j, j + kWidth);
-                if (same)
-                    with_constant(together, [&](auto count) {
-                        add(count, r0, seen[r0].within(j, j + kWidth));
+                values_.rows(j0, item_.first, end, next_);
+            each_head(p_.k_strides, true, [&](int64_t head, Tile<T> keys, Tile<T> next) {
+                for (int64_t r = 0; r < rows_; r += kTogether) {
+                    const int64_t row = head * rows_ + r;
+                    with_constant(rows_ - r < kTogether ? rows_ - r : kTogether, [&](auto count) {
+                        score<count>(columns_, q_ + row * width_, keys,
+                                     scores_ + row * kDecodeKeys + (j - j0), next);
                     });
-                else
-                    for (int64_t r = r0; r < r0 + together; ++r)
-                        add(Constant<1>(), r, seen[r].within(j, j + kWidth));
-            }
-            turn();
+                    next.rows = nullptr;
+                }
+            });
         }
     }
-    if (item.partial == nullptr)
-        for (int64_t r = 0; r < rows; ++r)
-            finish<T>(p, columns, item.rows, r, out + r * width, max[r], sum[r]);
-}
+
+    // What row r of each head sees of the keys first <= j < last.
+    Range seen(int64_t r, int64_t first, int64_t last) const {
+        const int64_t position = Place(p_, item_.rows, r).i + item_.shift;
+        return Range{p_.left < 0 ? 0 : position - p_.left, position + 1}.within(first, last);
+    }
+
+    void weigh_keys(int64_t j0, int64_t end) {
+        const int64_t count = (end - j0 + kWidth - 1) / kWidth * kWidth;
+        for (int64_t r = 0; r < all_; ++r) {
+            const Place place(p_, item_.rows, r);
+            const Range range = seen(r, item_.first, end);
+            const float factor = weigh(Score(p_, place.h), scores_ + r * kDecodeKeys, count,
+                                       range.first - j0, range.last - j0,
+                                       place.i + item_.shift - j0, {max_ + r, sum_ + r});
+            float* out = out_ + r * width_;
+            if (factor != 1)
+                for (int64_t col = 0; col < width_; col += kWidth)
+                    store(out + col, load(out + col) * factor);
+        }
+    }
+
+    void add_up_values(int64_t j0, int64_t end) {
+        Range ranges[kDecodeRows];
+        for (int64_t j = j0; j < end; j += kWidth) {
+            const bool last = end == item_.last && j + kWidth >= end;
+            if (j + kWidth < end)
+                values_.rows(j + kWidth, item_.first, end, next_);
+            else if (!last)
+                keys_.rows(j + kWidth, item_.first, item_.last, next_);
+            for (int64_t r = 0; r < rows_; ++r)
+                ranges[r] = seen(r, item_.first > j ? item_.first : j,
+                                 end < j + kWidth ? end : j + kWidth);
+            each_head(p_.v_strides, !last, [&](int64_t head, Tile<T> values, Tile<T> next) {
+                const auto add = [&](auto count, int64_t r) {
+                    const Range range = ranges[r];
+                    const int64_t row = head * rows_ + r;
+                    if (range.first < range.last)
+                        add_values<count>(columns_,
+                                          scores_ + row * kDecodeKeys + (range.first - j0),
+                                          Tile<T>{values.rows + (range.first - j), values.head},
+                                          range.last - range.first, out_ + row * width_, next);
+                    next.rows = nullptr;
+                };
+                for (int64_t r0 = 0; r0 < rows_; r0 += kTogether) {
+                    const int64_t count = rows_ - r0 < kTogether ? rows_ - r0 : kTogether;
+                    // Rows that see different keys go one by one: a weight of 0 times a value that
+                    // is not finite is not a number.
+                    bool same = true;
+                    for (int64_t r = r0; r < r0 + count; ++r)
+                        same = same && ranges[r] == ranges[r0];
+                    if (same)
+                        with_constant(count, [&](auto together) { add(together, r0); });
+                    else
+                        for (int64_t r = r0; r < r0 + count; ++r) add(Constant<1>(), r);
+                }
+            });
+        }
+    }
+
+    const AttentionDecode& p_;
+    const Columns& columns_;
+    const DecodeItem& item_;
+    const int64_t rows_, all_, width_;  // rows of a head, and of all heads
+    const Cache<T> keys_, values_;
+    float *q_, *out_, *max_, *sum_, *scores_;
+    const T* buffers_[2][kWidth];
+    const T** tile_ = buffers_[0];  // of the first head
+    const T** next_ = buffers_[1];
+};
 
 // The splits of each block are added in their order.
 template <class T>
 void combine(const AttentionDecode& p, const Columns& columns, const DecodeSplits& splits) {
-    const int64_t width = decode_width(p.D), rows = splits.rows.rows;
+    const int64_t width = decode_width(p.D), rows = splits.rows.heads * splits.rows.rows;
     const int64_t size = decode_partial(rows, p.D);
     for (int64_t r = 0; r < rows; ++r) {
         const float* stats = splits.partials + rows * width + r;
@@ -184,7 +239,7 @@ void combine(const AttentionDecode& p, const Columns& columns, const DecodeSplit
 template <class T>
 void items_of(const AttentionDecode& p, const DecodeItem* items, int64_t count, float* scratch) {
     const Columns columns(p.D);
-    for (int64_t i = 0; i < count; ++i) one<T>(p, columns, items[i], scratch);
+    for (int64_t i = 0; i < count; ++i) Block<T>(p, columns, items[i], scratch).run();
 }
 
 template <class T>

@@ -44,57 +44,70 @@ struct Work {
     std::vector<int64_t> starts;  // what the items before an item cost, about
     std::vector<DecodeSplits> splits;
     std::unique_ptr<float[]> partials;
-    int64_t cost = 0, moved = 0;  // moved: numbers of keys and values
+    // moved: numbers of keys and values; partial: numbers of partial results
+    int64_t cost = 0, moved = 0, partial = 0;
 };
 
-Work work_of(const AttentionDecode& p) {
-    const int64_t all_rows = p.H / p.Hk * p.Tq;
-    // What the partial results need.
-    int64_t size = 0, count = 0;
-    const auto blocks = [&](const auto& body) {
-        for (int64_t b = 0; b < p.batch; ++b)
-            for (int64_t row = 0; row < all_rows; row += kDecodeRows) {
-                const int64_t rows = std::min(kDecodeRows, all_rows - row);
-                body(b, row, rows, Cut(p, b, row, rows));
-            }
-    };
-    blocks([&](int64_t, int64_t, int64_t rows, const Cut& cut) {
+// Calls body(b, first row, rows, cut) for every block of rows of every entry.
+template <class Body>
+void for_blocks(const AttentionDecode& p, const Body& body) {
+    const int64_t all = p.H / p.Hk * p.Tq;
+    for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t row = 0; row < all; row += kDecodeRows) {
+            const int64_t rows = std::min(kDecodeRows, all - row);
+            body(b, row, rows, Cut(p, b, row, rows));
+        }
+}
+
+// How many key heads go together. All threads need work, and a few items each, so that all end at
+// about the same time.
+int64_t heads_together(const AttentionDecode& p, int threads, int64_t splits) {
+    if (p.k_strides.head >= p.k_strides.token) return 1;
+    const int64_t rows = std::min(kDecodeRows, p.H / p.Hk * p.Tq);
+    const int64_t most = p.Hk * splits / (4 * threads);
+    return std::clamp<int64_t>(std::min(most, kDecodeRows / rows), 1, p.Hk);
+}
+
+Work work_of(const AttentionDecode& p, int threads) {
+    // Sizes first.
+    int64_t count = 0, partial = 0;
+    for_blocks(p, [&](int64_t, int64_t, int64_t rows, const Cut& cut) {
         const int64_t splits = cut.last - cut.first;
-        count += p.Hk * splits;
-        if (splits > 1) size += p.Hk * splits * decode_partial(rows, p.D);
+        count += splits;
+        if (splits > 1) partial += p.Hk * splits * decode_partial(rows, p.D);
     });
+    const int64_t together = heads_together(p, threads, count);
     Work work;
-    work.items.reserve(count);
-    work.starts.reserve(count);
-    if (size > 0) work.partials = std::make_unique_for_overwrite<float[]>(size);
-    float* partials = work.partials.get();
-    blocks([&](int64_t b, int64_t row, int64_t rows, const Cut& cut) {
-        const int64_t splits = cut.last - cut.first, one = decode_partial(rows, p.D);
-        const auto item = [&](int64_t hk, int64_t split) {
-            const DecodeRows place{b, hk, row, rows};
-            const int64_t first = std::max(cut.seen_first, (cut.first + split) * cut.keys);
-            const int64_t last = std::min(cut.seen_last, (cut.first + split + 1) * cut.keys);
-            float* partial =
-                splits == 1 ? nullptr : partials + (hk * splits + split) * one;
-            work.items.push_back({place, first, last, cut.shift, partial});
-            work.starts.push_back(work.cost);
-            const int64_t keys = std::max<int64_t>(last - first, 0);
-            work.cost += 64 + keys * (rows + 4);
-            work.moved += 2 * keys * p.D;
-            if (splits > 1 && split == 0) work.splits.push_back({place, partial, splits});
-        };
-        for (int64_t hk = 0; hk < p.Hk; ++hk)
-            for (int64_t split = 0; split < splits; ++split) item(hk, split);
-        if (splits > 1) partials += p.Hk * splits * one;
+    work.items.reserve(count * ((p.Hk - 1) / together + 1));
+    work.starts.reserve(work.items.capacity());
+    if (partial > 0) work.partials = std::make_unique_for_overwrite<float[]>(partial);
+    float* to = work.partials.get();
+    for_blocks(p, [&](int64_t b, int64_t row, int64_t rows, const Cut& cut) {
+        const int64_t splits = cut.last - cut.first;
+        for (int64_t hk = 0; hk < p.Hk; hk += together) {
+            const int64_t heads = std::min(together, p.Hk - hk);
+            const DecodeRows place{b, hk, heads, row, rows};
+            if (splits > 1) work.splits.push_back({place, to, splits});
+            for (int64_t split = cut.first; split < cut.last; ++split) {
+                const int64_t first = std::max(cut.seen_first, split * cut.keys);
+                const int64_t last = std::min(cut.seen_last, (split + 1) * cut.keys);
+                work.items.push_back({place, first, last, cut.shift, splits > 1 ? to : nullptr});
+                work.starts.push_back(work.cost);
+                const int64_t keys = heads * std::max<int64_t>(last - first, 0);
+                work.cost += 64 * heads + keys * (rows + 4);
+                work.moved += 2 * keys * p.D;
+                if (splits > 1) to += decode_partial(heads * rows, p.D);
+            }
+        }
     });
+    work.partial = partial;
     return work;
 }
 
 }  // namespace
 
 void attention_decode(const AttentionDecode& p, int threads) {
-    const Work work = work_of(p);
-    const int64_t rows = std::min(kDecodeRows, p.H / p.Hk * p.Tq);
+    const Work work = work_of(p, threads);
     const int useful = worth(threads, work.moved * static_cast<int64_t>(bytes_of(p.dtype)));
     parallel_for(work.cost, useful, [&](int64_t first, int64_t last) {
         const auto index = [&](int64_t cost) {
@@ -103,15 +116,16 @@ void attention_decode(const AttentionDecode& p, int threads) {
         };
         const int64_t begin = index(first), count = index(last) - begin;
         if (count == 0) return;
-        const auto scratch = std::make_unique_for_overwrite<float[]>(decode_scratch(rows, p.D));
+        const auto scratch =
+            std::make_unique_for_overwrite<float[]>(decode_scratch(kDecodeRows, p.D));
         kernels().attention_decode(p, work.items.data() + begin, count, scratch.get());
     });
-    const int64_t splits = static_cast<int64_t>(work.splits.size());
-    if (splits == 0) return;
-    const int64_t partial = static_cast<int64_t>(work.items.size()) * decode_partial(rows, p.D);
-    parallel_for(splits, worth(threads, partial * 4), [&](int64_t first, int64_t last) {
-        kernels().attention_decode_combine(p, work.splits.data() + first, last - first);
-    });
+    if (work.splits.empty()) return;
+    parallel_for(static_cast<int64_t>(work.splits.size()), worth(threads, work.partial * 4),
+                 [&](int64_t first, int64_t last) {
+                     kernels().attention_decode_combine(p, work.splits.data() + first,
+                                                        last - first);
+                 });
 }
 
 }  // namespace gk::cpu

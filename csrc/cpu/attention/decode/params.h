@@ -10,8 +10,8 @@
 // rows. The rows are the query heads that share a key head, for every new token: row i H / Hk + h.
 //
 // An entry's keys are cut into splits by the rule of gptkernels/ops/attention/splits.py. One item
-// of work is a split, a key head and a block of rows; threads share the items. Rows with several
-// splits have partial results, which are combined in the splits' order.
+// of work is a split of a block of rows; threads share the items. Rows with several splits have
+// partial results, which are combined in the splits' order.
 #pragma once
 
 #include "cpu/dtype.h"
@@ -55,15 +55,17 @@ static inline int64_t decode_width(int64_t D) { return (D + 15) / 16 * 16; }
 static inline int64_t decode_scratch(int64_t rows, int64_t D) {
     return rows * (2 * decode_width(D) + kDecodeKeys + 2);
 }
-// A block's partial result: its rows without the division by their sums, (rows, decode_width(D)),
+// A block's partial result: its rows, head by head, without the division by their sums, (rows, decode_width(D)),
 // then the maxima, (rows,), and the sums, (rows,).
 static inline int64_t decode_partial(int64_t rows, int64_t D) {
     return rows * (decode_width(D) + 2);
 }
 
-// Rows of a key head: first_row ... first_row + rows - 1, at most kDecodeRows.
+// The rows first_row ... first_row + rows - 1 of each of the key heads hk ... hk + heads - 1, at most
+// kDecodeRows in all. Several heads go together where a token's heads lie beside each other: their
+// memory is then read from one end to the other.
 struct DecodeRows {
-    int64_t b, hk, first_row, rows;
+    int64_t b, hk, heads, first_row, rows;
 };
 
 struct DecodeItem {

@@ -42,19 +42,26 @@ struct Columns {
     }
 };
 
-// Asks for a row of D columns that will be read soon.
+// Rows of kWidth keys or values, of which one head's columns begin `head` further.
 template <class T>
-static inline void ask_for(const T* row, int64_t D) {
-    const char* at = reinterpret_cast<const char*>(row);
-    const int64_t bytes = D * static_cast<int64_t>(sizeof(T));
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
-}
+struct Tile {
+    const T* const* rows;
+    int64_t head;
+
+    const T* operator[](int64_t i) const { return rows[i] + head; }
+    void ask_for(int i, int64_t D) const {
+        if (rows == nullptr) return;
+        const char* at = reinterpret_cast<const char*>(rows[i] + head);
+        const int64_t bytes = D * static_cast<int64_t>(sizeof(T));
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+    }
+};
 
 // s[r][i] = q[r].keys[i], not scaled, for kRows rows, whose queries lie decode_width(D) apart, and
-// kWidth keys.
+// kWidth keys. The rows of `next` are asked for on the way, so that they are there for the next call.
 template <int kRows, class T>
-__attribute__((noinline)) void score(const Columns& columns, const float* q, const T* const* keys,
-                                     float* s, const T* const* next) {
+__attribute__((noinline)) void score(const Columns& columns, const float* q, Tile<T> keys,
+                                     float* s, Tile<T> next) {
     constexpr int kFours = kWidth / 4;
     const int64_t width = decode_width(columns.D);
     Floats sums[kRows][kFours];
@@ -64,8 +71,7 @@ __attribute__((noinline)) void score(const Columns& columns, const float* q, con
         const T* k1 = keys[four + kFours];
         const T* k2 = keys[four + 2 * kFours];
         const T* k3 = keys[four + 3 * kFours];
-        if (next != nullptr)
-            for (int i = four; i < kWidth; i += kFours) ask_for(next[i], columns.D);
+        for (int i = four; i < kWidth; i += kFours) next.ask_for(i, columns.D);
         Floats of[kRows][4] = {};
         const auto add = [&](int64_t col, const Floats(&k)[4]) {
             for (int r = 0; r < kRows; ++r) {
@@ -117,11 +123,10 @@ static inline __attribute__((always_inline)) void add_columns(int64_t width, con
 // out[r] += sum_i weights[r][i] values[i] for kRows rows, whose results lie decode_width(D) apart.
 template <int kRows, class T>
 __attribute__((noinline)) void add_values(const Columns& columns, const float* weights,
-                                          const T* const* values, int64_t count, float* out,
-                                          const T* const* next) {
+                                          Tile<T> values, int64_t count, float* out,
+                                          Tile<T> next) {
     constexpr int kVectors = 4;
-    if (next != nullptr)
-        for (int i = 0; i < kWidth; ++i) ask_for(next[i], columns.D);
+    for (int i = 0; i < kWidth; ++i) next.ask_for(i, columns.D);
     const int64_t width = decode_width(columns.D);
     int64_t col = 0;
     const auto load_value = [&](int64_t i, int64_t further) {
