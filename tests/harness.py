@@ -66,6 +66,7 @@ RUNNABLE = _runnable(IMPLEMENTATIONS)
 runnable = pytest.mark.parametrize(("impl", "dtype"), RUNNABLE)
 each = pytest.mark.parametrize("impl", [of(impl) for impl in IMPLEMENTATIONS])
 each_kernel = pytest.mark.parametrize("impl", [of("triton"), of("cuda")])
+each_kernel_with_cpu = pytest.mark.parametrize("impl", [of("triton"), of("cuda"), of("cpu")])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 (needs_cuda,) = of("cuda").marks
 needs_dry_run = pytest.mark.skipif(

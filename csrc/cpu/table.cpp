@@ -10,7 +10,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     GK_NAME(GK_ISA), widen, round, add_rows, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd,
     attention_fwd, attention_bwd, attention_mask_bwd, attention_fwd_scratch, attention_bwd_scratch,
-    attention_decode, attention_decode_combine, elementwise_keep, attention_keep,
+    elementwise_keep, attention_keep, attention_decode, attention_decode_combine,
 };
 
 }  // namespace gk::cpu::GK_ISA

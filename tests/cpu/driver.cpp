@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "cpu/attention/decode/params.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 
@@ -65,6 +66,32 @@ void masks(int64_t rows, int64_t cols) {
     attention_keep({{rng, 20000, 1}, keep.data(), 3, rows, cols, 5, 1}, kThreads);
 }
 
+// Caches of just the lengths' size. With pages the last one of an entry is whole.
+void decode(int64_t Tq, int64_t H, int64_t Hk, int64_t D, int64_t page, int64_t left,
+            int64_t num_splits, DType dtype) {
+    const std::vector<int32_t> lengths{300, 0, 1, 77};
+    const int64_t B = static_cast<int64_t>(lengths.size()), longest = 300;
+    const int64_t pages = page == 0 ? 1 : (longest + page - 1) / page;
+    const int64_t entries = page == 0 ? B : B * pages, size = page == 0 ? longest : page;
+    const auto q = room(B * Tq * H * D, dtype);
+    auto out = q;
+    const auto k = room(entries * size * Hk * D, dtype), v = k;
+    std::vector<float> lse(B * H * Tq), slopes(H, 0.5f);
+    std::vector<int32_t> table(B * pages);
+    for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(table.size() - 1 - i);
+    // A number that the kernels clamp.
+    if (page != 0) table[0] = 1 << 30;
+    const DecodeStrides of_q{Tq * H * D, H * D, D}, tokens_first{size * Hk * D, Hk * D, D};
+    const DecodeStrides heads_first{size * Hk * D, D, size * D};
+    attention_decode({q.data(), k.data(), v.data(), left < 0 ? nullptr : slopes.data(),
+                      lengths.data(), page == 0 ? nullptr : table.data(), out.data(),
+                      num_splits == 1 ? nullptr : lse.data(), of_q,
+                      left < 0 ? tokens_first : heads_first, left < 0 ? tokens_first : heads_first,
+                      B, Tq, pages * size, H, Hk, D, pages, size, entries, left, num_splits, 0.3f,
+                      left < 0 ? 0.0f : 2.0f, dtype},
+                     kThreads);
+}
+
 }  // namespace
 
 int main() {
@@ -83,6 +110,13 @@ int main() {
                             layer_norm(rows, cols, dtype, residual, dropping);
                 }
             }
+        for (DType dtype : kAll)
+            for (int64_t D : {1, 7, 16, 20, 64, 256})
+                for (int64_t page : {0, 1, 5})
+                    for (int64_t left : {-1, 20})
+                        for (int64_t num_splits : {0, 1, 3})
+                            for (int64_t Tq : {1, 3, 18})
+                                decode(Tq, 4, 2, D, page, left, num_splits, dtype);
         std::printf("%s: done\n", isa.c_str());
     }
 }

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from harness import BF16, DTYPES, FP16, FP32, by_dtype
 from hypothesis import given
 from hypothesis import strategies as st
-from op_inputs import gelu_mlp_inputs, layer_norm_inputs
+from op_inputs import cache, gelu_mlp_inputs, layer_norm_inputs
 from right import assert_gradients_alone, assert_right, assert_same, run, seeded
 
-from gptkernels import gelu_mlp, layer_norm
+from gptkernels import attention_decode, gelu_mlp, layer_norm
 from gptkernels.core import cpu, masks, philox
 from gptkernels.ops.gelu_mlp.cpu import gelu_backward
 from gptkernels.ops.layer_norm.op import layer_norm_fwd
@@ -100,6 +100,84 @@ def test_gelu_mlp(dtype: torch.dtype, approximate: str, seed: int) -> None:
     for rows, cols, inner in ((70, 33, 130), (3, 40, 17), (129, 8, 64)):
         tensors = gelu_mlp_inputs(rows, cols, inner, dtype=dtype, seed=seed)
         assert_right(gelu_mlp, tensors, seed, impl="cpu", approximate=approximate)
+
+
+@by_dtype
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=3),
+    Tq=st.integers(1, 4),
+    heads=st.sampled_from([(1, 1), (3, 3), (6, 2), (40, 1)]),
+    D=st.integers(1, 70),
+    page=st.sampled_from([None, 1, 5, 16]),
+    window=st.sampled_from([None, (6, 0), (100, 0)]),
+    softcap=st.sampled_from([0.0, 2.0]),
+    slopes=st.booleans(),
+    num_splits=st.sampled_from([None, 1, 3]),
+    seed=st.integers(0, 2**20),
+)
+def test_attention_decode(
+    dtype: torch.dtype,
+    lengths: list[int],
+    Tq: int,
+    heads: tuple[int, int],
+    D: int,
+    page: int | None,
+    slopes: bool,
+    seed: int,
+    **options: Any,
+) -> None:
+    torch.manual_seed(seed)
+    # PyTorch's error on few numbers is random.
+    lengths = [*lengths, 90]
+    tensors, rest = cache(lengths, Tq, *heads, max(D, 64 // heads[0]), page, dtype)
+    options["alibi_slopes"] = [0.3 / (i + 1) for i in range(heads[0])] if slopes else None
+    assert_right(
+        attention_decode, tensors, gradients=False, impl="cpu", return_lse=True, **rest, **options
+    )
+
+
+@pytest.mark.parametrize("D", [16, 20, 33, 100])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_decoding_keeps_what_is_not_finite_to_those_who_see_it(D: int, value: float) -> None:
+    """Each of five tokens sees one key more than the one before; two heads share a key head. A row
+    that sees an infinite value has it in that column alone."""
+    tensors, rest = cache([150], 5, 4, 2, D)
+    how = dict(window=(40, 0), num_splits=2, impl="cpu")
+    expected = attention_decode(**tensors, **rest, **how)
+    tensors["v_cache"][0, 147, 1, D - 1] = value  # tokens 2, 3 and 4 see it
+    expected[0, 2:, 2:, D - 1] = value
+    tensors["v_cache"][0, 106, 0, 0] = value  # tokens 0 and 1
+    expected[0, :2, :2, 0] = value
+    found = attention_decode(**tensors, **rest, **how)
+    assert_same([found.nan_to_num(7e7, 8e8, 9e9)], [expected.nan_to_num(7e7, 8e8, 9e9)])
+
+
+@pytest.mark.parametrize("D", [16, 20, 33, 100])
+def test_a_key_that_is_minus_infinity_has_no_weight(D: int) -> None:
+    """The last vector of a row must not count a column twice, nor multiply it by 0."""
+    tensors, rest = cache([70], 1, 2, 1, D)
+    tensors["q"].abs_()
+    how = dict(impl="cpu", return_lse=True)
+    for column in (D - 1, max(0, D - 5), max(0, D - 12), 0):
+        masked = {name: x.clone() for name, x in tensors.items()}
+        masked["k_cache"][0, 33, 0, column] = -torch.inf
+        hidden = {name: x.clone() for name, x in tensors.items()}
+        hidden["k_cache"][0, 33] = -1e4
+        found = attention_decode(**masked, **rest, **how)
+        assert_same(found, attention_decode(**hidden, **rest, **how))
+
+
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
+@pytest.mark.parametrize("D", [1, 7, 20, 63])
+def test_decoding_reads_the_columns_of_its_own_heads_alone(name: str, D: int) -> None:
+    """What lies between rows is NaN."""
+    tensors, rest = cache([70, 20], 2, 4, 2, D)
+    how = dict(impl="cpu", return_lse=True)
+    expected = attention_decode(**tensors, **rest, **how)
+    x = tensors[name]
+    apart = x.new_full((*x.shape[:-1], D + 40), torch.nan)[..., 20 : 20 + D]
+    found = attention_decode(**{**tensors, name: apart.copy_(x)}, **rest, **how)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])

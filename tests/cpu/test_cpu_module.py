@@ -15,7 +15,7 @@ import pytest
 import torch
 from harness import ROOT, command
 
-from gptkernels import attention, layer_norm
+from gptkernels import attention, attention_decode, layer_norm
 from gptkernels.core import cpu
 
 pytestmark = pytest.mark.skipif(
@@ -129,6 +129,11 @@ def test_the_threads_are_pytorchs() -> None:
 def rows() -> list[torch.Tensor]:
     """Results of kernels with partial sums or scratch memory, enough for several threads."""
     torch.manual_seed(1)
+    caches = (torch.randn(3, 900, 4, 40) for _ in range(2))
+    lengths = torch.tensor([900, 0, 300], dtype=torch.int32)
+    decoded = attention_decode(
+        torch.randn(3, 2, 8, 40), *caches, lengths, return_lse=True, impl="cpu"
+    )
     x, weight = torch.randn(600, 257), torch.randn(257)
     x.requires_grad_()
     weight.requires_grad_()
@@ -140,7 +145,7 @@ def rows() -> list[torch.Tensor]:
     out = attention(q, q, q, dropout_p=0.1, impl="cpu")
     out.backward(torch.randn_like(out))
     assert q.grad is not None
-    return [y.detach(), x.grad, weight.grad, out.detach(), q.grad]
+    return [y.detach(), x.grad, weight.grad, out.detach(), q.grad, *decoded]
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:

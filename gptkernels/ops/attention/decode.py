@@ -10,10 +10,13 @@ from torch import Tensor
 
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.autograd import refuse_tangents
-from gptkernels.core.checks import check_count, check_same_device, check_shape, dtype_name
+from gptkernels.core.checks import DTYPES, check_count, check_same_device, check_shape, dtype_name
 from gptkernels.core.choice import choose
+from gptkernels.core.direct import direct
 from gptkernels.core.registry import register
+from gptkernels.ops.attention.cpu import decode as cpu
 from gptkernels.ops.attention.options import (
+    MAX_HEAD_DIM,
     AttentionOptions,
     check_heads,
     check_tensors,
@@ -89,7 +92,7 @@ def attention_decode(
         num_splits: The most splits that the kernels make of an entry's keys. None means that the
             entry's length decides. impl="torch" makes no splits.
         return_lse: Whether to return lse as well.
-        impl: "auto", "cuda", "triton" or "torch".
+        impl: "auto", "cuda", "triton", "cpu" or "torch".
 
     Returns:
         out (B, Tq, H, D) in q's dtype; with return_lse, (out, lse), where lse is (B, H, Tq)
@@ -103,7 +106,11 @@ def attention_decode(
         NotImplementedError: alibi_slopes requires a gradient, or an input has a tangent of
             forward-mode AD.
     """
-    _check(q, k_cache, v_cache, cache_lengths, block_table)
+    if not _sound(q, k_cache, v_cache, cache_lengths, block_table):
+        _check(q, k_cache, v_cache, cache_lengths, block_table)
+    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
+    if q.is_cpu and not torch.compiler.is_compiling():
+        _check_values(cache_lengths, block_table, k_cache)
     options = AttentionOptions(
         softmax_scale=scale(softmax_scale, q), softcap=softcap, key_lengths=cache_lengths
     )
@@ -115,10 +122,46 @@ def attention_decode(
     refuse_tangents(q, k_cache, v_cache)
     dtype = autocast_dtype(q)
     impl = choose("attention_decode", impl, q, dtype)
-    tensors = (q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), block_table)
+    if dtype != q.dtype:
+        q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
+    tensors = (q, k_cache, v_cache, block_table)
     splits = min(num_splits or 0, NUM_SPLITS_LIMIT)
-    out, lse = attention_decode_fwd(*tensors, splits, *options, impl)
+    if impl == "cpu" and direct((*tensors, cache_lengths)):
+        if not return_lse:
+            return cpu.without_lse(*tensors, splits, options)
+        out, lse = cpu.attention_decode_fwd(*tensors, splits, options)
+    else:
+        out, lse = attention_decode_fwd(*tensors, splits, *options, impl)
     return (out, lse) if return_lse else out
+
+
+def _sound(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+) -> bool:
+    """Whether the tensors are those of most calls, which `_check` would pass: a call of it takes
+    longer than a small cache."""
+    if not (type(q) is type(k_cache) is type(v_cache) is type(cache_lengths) is Tensor):
+        return False
+    if block_table is not None:
+        return False
+    shape, cache, device, dtype = q.shape, k_cache.shape, q.device, q.dtype
+    return (
+        len(shape) == len(cache) == 4
+        and v_cache.shape == cache
+        and cache_lengths.shape == shape[:1] == cache[:1]
+        and 0 < shape[3] == cache[3] <= MAX_HEAD_DIM
+        and cache[2] > 0
+        and shape[2] % cache[2] == 0
+        and q.stride(3) == k_cache.stride(3) == v_cache.stride(3) == 1
+        and dtype in DTYPES
+        and k_cache.dtype == v_cache.dtype == dtype
+        and cache_lengths.dtype == torch.int32
+        and k_cache.device == v_cache.device == cache_lengths.device == device
+    )
 
 
 def _check(
@@ -137,20 +180,23 @@ def _check(
     check_heads(H, Hk)
     _check_indices("cache_lengths", cache_lengths, q)
     check_shape("cache_lengths", cache_lengths, (B,), "one length per batch entry of q")
-    most = size
     if block_table is None:
         check_shape("k_cache", k_cache, (B, size, Hk, D), "batch of q")
-    else:
-        _check_indices("block_table", block_table, q)
-        if block_table.dim() != 2 or block_table.shape[0] != B:
-            raise ValueError(
-                f"block_table must have shape ({B}, pages), got {tuple(block_table.shape)}"
-            )
-        most = size * block_table.shape[1]
-    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or B == 0:
         return
-    least, longest = (int(x) for x in cache_lengths.aminmax())
+    _check_indices("block_table", block_table, q)
+    if block_table.dim() != 2 or block_table.shape[0] != B:
+        raise ValueError(
+            f"block_table must have shape ({B}, pages), got {tuple(block_table.shape)}"
+        )
+
+
+def _check_values(cache_lengths: Tensor, block_table: Tensor | None, k_cache: Tensor) -> None:
+    lengths = cache_lengths.tolist()
+    if not lengths:
+        return
+    entries, size = k_cache.shape[:2]
+    most = size if block_table is None else size * block_table.shape[1]
+    least, longest = min(lengths), max(lengths)
     if least < 0 or longest > most:
         wrong = least if least < 0 else longest
         raise ValueError(f"cache_lengths must lie between 0 and {most}, got {wrong}")

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BF16, DEVICE, FP16, FP32, HERE, IMPLEMENTATIONS, each, each_kernel, of, runnable
+from harness import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    HERE,
+    IMPLEMENTATIONS,
+    each,
+    each_kernel_with_cpu,
+    of,
+    runnable,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from op_inputs import cache, in_pages, int32
@@ -15,6 +26,7 @@ from right import assert_right, assert_same, check_op
 from torch import Tensor
 
 from gptkernels import attention_decode
+from gptkernels.core.choice import IMPLEMENTATIONS, unavailable
 from gptkernels.ops.attention import splits
 from gptkernels.ops.attention.decode import attention_decode_fwd
 from gptkernels.ops.attention.options import AttentionOptions
@@ -158,7 +170,7 @@ def test_the_default_dtype_changes_no_bit(impl: str, default: torch.dtype) -> No
         assert torch.equal(x, right)
 
 
-@each_kernel
+@each_kernel_with_cpu
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_nonfinite_values_reach_the_tokens_that_see_them_alone(impl: str, num_splits: int) -> None:
     tensors, rest = cache([150, 70], 3, 4, 2)
@@ -182,7 +194,7 @@ def test_what_lies_before_the_window_is_not_read(impl: str) -> None:
     )
 
 
-@each_kernel
+@each_kernel_with_cpu
 @pytest.mark.parametrize("page", [None, 8])
 def test_kernels_clamp_lengths_and_pages(impl: str, page: int | None) -> None:
     """This calls the op itself, since the public function checks the values of CPU tensors."""

@@ -56,6 +56,7 @@ void finish(const AttentionDecode& p, const Columns& columns, const DecodeRows& 
     for (int64_t col = 0; col < columns.whole; col += kWidth)
         store(out + col, load(sums + col) * scale);
     if (columns.rest()) columns.store_rest(out, load(sums + columns.whole) * scale);
+    if (p.lse == nullptr) return;
     p.lse[(rows.b * p.H + place.h) * p.Tq + place.i] =
         sum == 0 ? -__builtin_inff() : max * kLn2 + __builtin_logf(sum);
 }

@@ -31,7 +31,7 @@ struct AttentionDecode {
     const int32_t* key_lengths;  // (B,); clamped to 0 ... Tk
     const int32_t* block_table;  // (B, pages), numbers of pages; or null
     void* out;                   // (B, Tq, H, D) contiguous
-    float* lse;                  // (B, H, Tq)
+    float* lse;                  // (B, H, Tq), or null
     DecodeStrides q_strides, k_strides, v_strides;
     int64_t batch, Tq, Tk, H, Hk, D;   // Tk: room for keys, pages * page where there are pages
     int64_t pages, page, cache_pages;  // numbers of pages are clamped to 0 ... cache_pages - 1

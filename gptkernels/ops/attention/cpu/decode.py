@@ -21,26 +21,54 @@ def attention_decode_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. num_splits is 0 where the user gave
     none."""
-    (B, Tq, H, D), (entries, page, Hk, _) = q.shape, k_cache.shape
-    out = torch.empty((B, Tq, H, D), dtype=q.dtype)
+    B, Tq, H, _ = q.shape
     lse = torch.empty((B, H, Tq), dtype=torch.float32)
+    return _forward(q, k_cache, v_cache, block_table, num_splits, options, lse), lse
+
+
+def without_lse(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    num_splits: int,
+    options: AttentionOptions,
+) -> Tensor:
+    """Returns out as attention_decode_fwd does."""
+    return _forward(q, k_cache, v_cache, block_table, num_splits, options, None)
+
+
+def _forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    num_splits: int,
+    options: AttentionOptions,
+    lse: Tensor | None,
+) -> Tensor:
+    (B, Tq, H, D), (entries, page, Hk, _) = q.shape, k_cache.shape
+    # Much the faster one of the two.
+    out = torch.empty_like(q) if q.is_contiguous() else torch.empty(q.shape, dtype=q.dtype)
     if B == 0 or Tq == 0 or H == 0:
-        return out, lse
+        return out
     lengths, slopes, pages, table = options.key_lengths, options.alibi_slopes, 1, 0
     assert lengths is not None
     if block_table is not None:
         block_table = block_table.contiguous()
         pages, table = block_table.shape[1], block_table.data_ptr()
     if pages * page == 0 or entries == 0:
-        return out.zero_(), lse.fill_(-math.inf)
+        if lse is not None:
+            lse.fill_(-math.inf)
+        return out.zero_()
     lengths = lengths.contiguous()
     if slopes is not None:
         slopes = slopes.contiguous()
     module().attention_decode(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        0 if slopes is None else slopes.data_ptr(), lengths.data_ptr(), table,
-        out.data_ptr(), lse.data_ptr(), q.stride(), k_cache.stride(), v_cache.stride(),
+        0 if slopes is None else slopes.data_ptr(), lengths.data_ptr(), table, out.data_ptr(),
+        0 if lse is None else lse.data_ptr(), q.stride(), k_cache.stride(), v_cache.stride(),
         B, Tq, pages * page, H, Hk, D, pages, page, entries, options.left, num_splits,
         options.softmax_scale, options.softcap, DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    return out, lse
+    return out
