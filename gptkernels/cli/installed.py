@@ -111,7 +111,7 @@ def _implementations(torch: object) -> Iterator[str]:
     device = "cuda" if gpu else "cpu"
     ours = [op for op in CPU_OPS if automatic(op, device) == "cpu"]
     yield (
-        f"  auto    picks cpu for {' and '.join(ours)}, else torch"
+        f"  auto    picks cpu for {', '.join(ours)}, else torch"
         if ours
         else "  auto    picks torch"
     )
@@ -123,7 +123,7 @@ def _cpu_kernels() -> Iterator[str]:
 
     kernels = module()
     library = kernels.threads_library()
-    yield f"          for {' and '.join(CPU_OPS)}, instruction set {instruction_set()}"
+    yield f"          for {', '.join(CPU_OPS)}, instruction set {instruction_set()}"
     yield f"          on {'the threads of ' + library if library else 'one thread'}"
 
 

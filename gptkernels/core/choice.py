@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ("torch", "triton", "cuda", "cpu")
 CPU_OPS = ("attention", "attention_decode", "gelu_mlp", "layer_norm")  # those that have kernels for a CPU
 # Those of them that "auto" takes, and the instruction sets on which they were measured to be faster
 # than impl="torch" (benchmarks/results, docs/cpu.md).
-_FASTER = ("attention", "gelu_mlp", "layer_norm")
+_FASTER = ("attention", "attention_decode", "gelu_mlp", "layer_norm")
 _FASTER_ON = ("v3", "v4", "v4_bf16", "v4_amx")
 
 # Triton reads the variable when a kernel is decorated, so a later change has no effect.

@@ -25,6 +25,10 @@ from gptkernels.ops.attention.options import (
 )
 from gptkernels.ops.attention.splits import NUM_SPLITS_LIMIT
 
+# The most new tokens for which "auto" takes the CPU kernel. With more, PyTorch's products of
+# matrices catch up, first those of bf16 on AMX and those of AVX2.
+_MOST_TOKENS = 4
+
 
 # Not traceable: on a CPU the lengths are read, and elsewhere the loop depends on the sizes.
 @register("gptkernels.ops.attention", traceable=lambda *_: False)
@@ -92,7 +96,8 @@ def attention_decode(
         num_splits: The most splits that the kernels make of an entry's keys. None means that the
             entry's length decides. impl="torch" makes no splits.
         return_lse: Whether to return lse as well.
-        impl: "auto", "cuda", "triton", "cpu" or "torch".
+        impl: "auto", "cuda", "triton", "cpu" or "torch". On a CPU "auto" takes "cpu" for up to 4
+            new tokens, else "torch".
 
     Returns:
         out (B, Tq, H, D) in q's dtype; with return_lse, (out, lse), where lse is (B, H, Tq)
@@ -121,7 +126,9 @@ def attention_decode(
         raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
     refuse_tangents(q, k_cache, v_cache)
     dtype = autocast_dtype(q)
-    impl = choose("attention_decode", impl, q, dtype)
+    asked, impl = impl, choose("attention_decode", impl, q, dtype)
+    if asked == "auto" and impl == "cpu" and q.shape[1] > _MOST_TOKENS:
+        impl = "torch"
     if dtype != q.dtype:
         q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
     tensors = (q, k_cache, v_cache, block_table)
