@@ -167,6 +167,28 @@ def test_a_key_that_is_minus_infinity_has_no_weight(D: int) -> None:
         assert_same(found, attention_decode(**hidden, **rest, **how))
 
 
+@pytest.mark.parametrize("heads", [(5, 5), (6, 2), (40, 20)])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_heads_that_go_together_are_each_alone(heads: tuple[int, int], threads: int) -> None:
+    """Heads whose memory is apart go one by one. Those side by side go together, fewer of them
+    where there are more threads; here values lie further apart than keys."""
+    tensors, rest = cache([600, 3, 290], 2, *heads, 20)
+    how = dict(impl="cpu", return_lse=True, window=(500, 0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        apart = {
+            name: x if name == "q" else x.transpose(1, 2).contiguous().transpose(1, 2)
+            for name, x in tensors.items()
+        }
+        expected = attention_decode(**apart, **rest, **how)
+        tensors["v_cache"] = F.pad(tensors["v_cache"], (0, 9), value=torch.nan)[..., :20]
+        assert_same(attention_decode(**tensors, **rest, **how), expected)
+    finally:
+        torch.set_num_threads(before)
+    assert_right(attention_decode, tensors, gradients=False, **how, **rest)
+
+
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
 @pytest.mark.parametrize("D", [1, 7, 20, 63])
 def test_decoding_reads_the_columns_of_its_own_heads_alone(name: str, D: int) -> None:
