@@ -66,10 +66,10 @@ void masks(int64_t rows, int64_t cols) {
     attention_keep({{rng, 20000, 1}, keep.data(), 3, rows, cols, 5, 1}, kThreads);
 }
 
-// Caches of just the lengths' size. With pages the last one of an entry is whole.
+// The longest entry is the last: past its keys, and past the numbers of its pages, there is nothing.
 void decode(int64_t Tq, int64_t H, int64_t Hk, int64_t D, int64_t page, int64_t left,
             int64_t num_splits, DType dtype) {
-    const std::vector<int32_t> lengths{300, 0, 1, 77};
+    const std::vector<int32_t> lengths{77, 0, 1, 300};
     const int64_t B = static_cast<int64_t>(lengths.size()), longest = 300;
     const int64_t pages = page == 0 ? 1 : (longest + page - 1) / page;
     const int64_t entries = page == 0 ? B : B * pages, size = page == 0 ? longest : page;
