@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ninja_build import (
@@ -55,12 +55,13 @@ INSTRUCTION_SETS = {
         "v3": ["-march=x86-64-v3"],
         "v4": _V4,
         "v4_bf16": [*_V4, "-mavx512bf16"],
-        "v4_amx": [*_V4, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {"baseline": []},
     "arm64": {"baseline": []},
 }
-# What --cross compiles for, as ziglang names the machines: Python's name comes first.
+# What csrc/cpu/amx is compiled for, and nothing else.
+_TILES = {"x86_64": {"v4_amx": [*_V4, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}}
+# What --cross compiles for, as ziglang spells them: Python's name of the machine comes first.
 TARGETS = ("x86_64-linux-gnu", "aarch64-linux-gnu", "x86_64-macos", "aarch64-macos")
 # No contraction: a compiler would fuse a product and a sum in one copy of a loop and not in the
 # next, and a row's bits would depend on the rows beside it. vec.h has multiply_add.
@@ -82,15 +83,19 @@ def cpu(folder: Path | None = None) -> Path:
 def library(folder: Path, added: Sequence[str] = ()) -> Library:
     """The module, compiled with `added` flags too."""
     compiler = _compiler()
-    objects = _objects(compiler, INSTRUCTION_SETS[platform.machine()], added)
+    objects = _objects(compiler, platform.machine(), added)
     link = [*compiler, "-shared", *added, *_linked()]
     return Library(folder / MODULE, objects, link, ["-ldl"], f"{_SOURCES}/module.map")
 
 
 def _objects(
-    compiler: Sequence[str], sets: dict[str, list[str]], added: Sequence[str]
+    compiler: Sequence[str],
+    machine: str,
+    added: Sequence[str],
+    spelled: Callable[[str], str] = str,
 ) -> list[Object]:
-    """What `compiler` makes of every source, for these instruction sets."""
+    """What `compiler` makes of every source for a machine, as platform.machine() names it.
+    `spelled` turns GCC's flags into the compiler's."""
     tools = version_of(compiler)
     kind = "LLVM" if "clang" in tools else "GNU"
     command = [*compiler, *_FLAGS, *_QUIET.get(kind, []), *added]
@@ -102,8 +107,9 @@ def _objects(
         elif source.name in _ONCE:
             objects.append(Object(source, command, tools))
         else:
+            sets = (_TILES if source.parent.name == "amx" else INSTRUCTION_SETS).get(machine, {})
             objects += [
-                Object(source, [*command, *flags, f"-DGK_ISA={name}"], tools, (name,))
+                Object(source, [*command, *map(spelled, flags), f"-DGK_ISA={name}"], tools, (name,))
                 for name, flags in sets.items()
             ]
     return objects
@@ -116,15 +122,13 @@ def cross() -> None:
         raise BuildError("--cross needs a compiler for other machines: pip install ziglang")
     zig = [sys.executable, "-m", "ziglang", "c++"]
     for target in TARGETS:
-        sets = {
-            name: [flag.replace("x86-64-", "x86_64_") for flag in flags]  # as zig spells them
-            for name, flags in INSTRUCTION_SETS[target.partition("-")[0]].items()
-        }
         module = ROOT / "build" / "cross" / target / MODULE
         # zig does not repeat a warning about a source that it has compiled before. Asked for its
         # version with a target of macOS, it leaves a file behind.
         added = ["-target", target, "-Werror"]
-        compiled = Library(module, _objects(zig, sets, added), [], [])
+        machine = target.partition("-")[0]
+        objects = _objects(zig, machine, added, lambda flag: flag.replace("x86-64-", "x86_64_"))
+        compiled = Library(module, objects, [], [])
         print(f"{target}:", flush=True)
         build(compiled, [compiled.path(o) for o in compiled.objects])
 

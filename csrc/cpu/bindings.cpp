@@ -29,11 +29,12 @@ Dropout dropout(uintptr_t rng, uint32_t threshold, float scale) {
     return {at<const int64_t>(rng), threshold, scale};
 }
 
-// An attention call's sizes, numbers and tensors, as gptkernels/ops/attention/cpu/dense.py packs them.
+// An attention call's sizes, numbers and tensors, as gptkernels/ops/attention/cpu/dense.py packs
+// them.
 using Sizes = std::array<int64_t, 8>;    // batch, Tq, Tk, H, Hk, D, left, right
 using Numbers = std::array<float, 2>;    // softmax_scale, softcap
 using Tensors = std::array<uintptr_t, 4>;  // alibi_slopes, key_lengths, cu_seqlens_q and _k
-using GivenMask = std::array<int64_t, 7>;  // address, strides of batch, head, query, key; kind, dtype
+using GivenMask = std::array<int64_t, 7>;  // address, batch, head, query, key; kind, dtype
 using GivenDropout = std::tuple<uintptr_t, uint32_t, float>;
 using GivenStrides = std::array<int64_t, 3>;
 
@@ -78,6 +79,26 @@ void def_attention(py::module_& module) {
                        at<void>(gradients[1]), at<void>(gradients[2]), at<float>(gradients[3]),
                        {mask_by[0], mask_by[1], mask_by[2], mask_by[3]}},
                       threads);
+    });
+}
+
+void def_attention_decode(py::module_& module) {
+    module.def("attention_decode", [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t slopes,
+                                      uintptr_t lengths, uintptr_t table, uintptr_t out,
+                                      uintptr_t lse, const GivenStrides& q_strides,
+                                      const GivenStrides& k_strides, const GivenStrides& v_strides,
+                                      int64_t B, int64_t Tq, int64_t Tk, int64_t H, int64_t Hk,
+                                      int64_t D, int64_t pages, int64_t page, int64_t cache_pages,
+                                      int64_t left, int64_t num_splits, float scale, float softcap,
+                                      int dtype, int threads) {
+        const AttentionDecode p{at<const void>(q), at<const void>(k), at<const void>(v),
+                                at<const float>(slopes), at<const int32_t>(lengths),
+                                at<const int32_t>(table), at<void>(out), at<float>(lse),
+                                strides(q_strides), strides(k_strides), strides(v_strides), B, Tq,
+                                Tk, H, Hk, D, pages, page, cache_pages, left, num_splits, scale,
+                                softcap, DType(dtype)};
+        const py::gil_scoped_release release;
+        attention_decode(p, threads);
     });
 }
 
@@ -146,31 +167,6 @@ void def_dropout(py::module_& module) {
     });
 }
 
-// The strides of a tensor, of which the last is 1.
-DecodeStrides strides(const py::tuple& of) {
-    return {of[0].cast<int64_t>(), of[1].cast<int64_t>(), of[2].cast<int64_t>()};
-}
-
-void def_attention(py::module_& module) {
-    module.def("attention_decode", [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t slopes,
-                                      uintptr_t lengths, uintptr_t table, uintptr_t out,
-                                      uintptr_t lse, const py::tuple& q_strides,
-                                      const py::tuple& k_strides, const py::tuple& v_strides,
-                                      int64_t B, int64_t Tq, int64_t Tk, int64_t H, int64_t Hk,
-                                      int64_t D, int64_t pages, int64_t page, int64_t cache_pages,
-                                      int64_t left, int64_t num_splits, float scale, float softcap,
-                                      int dtype, int threads) {
-        const AttentionDecode p{at<const void>(q), at<const void>(k), at<const void>(v),
-                                at<const float>(slopes), at<const int32_t>(lengths),
-                                at<const int32_t>(table), at<void>(out), at<float>(lse),
-                                strides(q_strides), strides(k_strides), strides(v_strides), B, Tq,
-                                Tk, H, Hk, D, pages, page, cache_pages, left, num_splits, scale,
-                                softcap, DType(dtype)};
-        const py::gil_scoped_release release;
-        attention_decode(p, threads);
-    });
-}
-
 }  // namespace
 }  // namespace gk::cpu
 
@@ -181,6 +177,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("use", &use);
     module.def("threads_library", &threads_library);
     def_attention(module);
+    def_attention_decode(module);
     def_layer_norm(module);
     def_gelu(module);
     def_dropout(module);

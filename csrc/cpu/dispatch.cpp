@@ -26,7 +26,7 @@ namespace v4_bf16 {
 extern const Kernels kernels;
 }
 namespace v4_amx {
-extern const Kernels kernels;
+const Kernels& kernels();
 }
 #else
 namespace baseline {
@@ -89,7 +89,7 @@ std::vector<Level> levels() {
             {&v3::kernels, v3},
             {&v4::kernels, v4},
             {&v4_bf16::kernels, v4_bf16},
-            {&v4_amx::kernels, amx}};
+            {&v4_amx::kernels(), amx}};
 }
 
 #else

@@ -99,17 +99,17 @@ class Case:
     ) -> Case:
         """Plain PyTorch, and `ours(impl)` for each of `impls` that can be timed here. `about` are
         the other fields."""
-        reasons = {impl: untimeable(impl, device, about["dtype"], about["op"]) for impl in impls}
+        reasons = {impl: untimeable(impl, device, about["dtype"]) for impl in impls}
         skipped = {impl: reason for impl, reason in reasons.items() if reason is not None}
         timed = {impl: ours(impl) for impl in impls if impl not in skipped}
         return cls(candidates={BASELINE: plain, **timed}, skipped=skipped, **about)
 
 
-def untimeable(impl: str, device: torch.device | str, dtype: torch.dtype, op: str) -> str | None:
+def untimeable(impl: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why timing an implementation of an op here would fail or say nothing; None where it can be
     timed."""
     device = torch.device(device)
-    reason = unavailable(impl, device.type, dtype, op)
+    reason = unavailable(impl, device.type, dtype)
     if reason is None and impl in ("triton", "cuda") and device.type != "cuda":
         where = "Triton's interpreter" if impl == "triton" else "the emulator"
         return f"it would run in {where}, whose time says nothing about the kernels"

@@ -79,7 +79,6 @@ def lines() -> Iterator[str]:
 
 def _implementations(torch: object) -> Iterator[str]:
     from gptkernels.core.choice import (
-        CPU_OPS,
         IMPLEMENTATIONS,
         INTERPRETED,
         automatic,
@@ -109,21 +108,15 @@ def _implementations(torch: object) -> Iterator[str]:
         if impl == "cpu":
             yield from _cpu_kernels()
     device = "cuda" if gpu else "cpu"
-    ours = [op for op in CPU_OPS if automatic(op, device) == "cpu"]
-    yield (
-        f"  auto    picks cpu for {', '.join(ours)}, else torch"
-        if ours
-        else "  auto    picks torch"
-    )
+    yield f"  auto    picks {automatic(device)}"
 
 
 def _cpu_kernels() -> Iterator[str]:
-    from gptkernels.core.choice import CPU_OPS
     from gptkernels.core.cpu import instruction_set, module
 
     kernels = module()
     library = kernels.threads_library()
-    yield f"          for {', '.join(CPU_OPS)}, instruction set {instruction_set()}"
+    yield f"          instruction set {instruction_set()}"
     yield f"          on {'the threads of ' + library if library else 'one thread'}"
 
 

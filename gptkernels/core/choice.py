@@ -17,10 +17,8 @@ from torch import Tensor
 from gptkernels.core import cpu, native
 
 IMPLEMENTATIONS = ("torch", "triton", "cuda", "cpu")
-CPU_OPS = ("attention", "attention_decode", "gelu_mlp", "layer_norm")  # those that have kernels for a CPU
-# Those of them that "auto" takes, and the instruction sets on which they were measured to be faster
-# than impl="torch" (benchmarks/results, docs/cpu.md).
-_FASTER = ("attention", "attention_decode", "gelu_mlp", "layer_norm")
+# The instruction sets on which the CPU kernels were measured to be faster than impl="torch"
+# (benchmarks/results, docs/cpu.md).
 _FASTER_ON = ("v3", "v4", "v4_bf16", "v4_amx")
 
 # Triton reads the variable when a kernel is decorated, so a later change has no effect.
@@ -37,41 +35,32 @@ def check_impl(impl: str, *, auto: bool = True) -> str:
     return impl
 
 
-def choose(op: str, impl: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
-    """Returns the implementation of an op that runs on `tensor`, or on `tensor` converted to
-    `dtype`.
+def choose(impl: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """Returns the implementation that runs on `tensor`, or on `tensor` converted to `dtype`.
 
-    Raises ValueError for an unknown name, NotImplementedError where the op has no such
-    implementation, and RuntimeError where an explicit one cannot run on this machine or tensor.
+    Raises ValueError for an unknown name, and RuntimeError where an explicit implementation cannot
+    run on this machine or tensor.
     """
     if impl == "auto":
         # Inductor fuses impl="torch" with what is around it, and cannot look into a kernel.
         if torch.compiler.is_compiling() or not tensor.is_cpu:
             return "torch"
-        return automatic(op, "cpu")
-    if check_impl(impl) == "cpu" and op not in CPU_OPS:
-        raise NotImplementedError(f"impl='cpu': {_no_cpu_kernels(op)}")
-    reason = unavailable(impl, tensor.device.type, dtype or tensor.dtype)
+        return automatic("cpu")
+    reason = unavailable(check_impl(impl), tensor.device.type, dtype or tensor.dtype)
     if reason is None:
         return impl
     raise RuntimeError(f"impl={impl!r}: {reason}")
 
 
-def automatic(op: str, device_type: str) -> str:
-    """Returns the implementation that "auto" picks for an op on tensors of this device type."""
-    faster = op in _FASTER and cpu.unavailable(device_type) is None
-    return "cpu" if faster and cpu.instruction_set() in _FASTER_ON else "torch"
+def automatic(device_type: str) -> str:
+    """Returns the implementation that "auto" picks on tensors of this device type."""
+    here = cpu.unavailable(device_type) is None
+    return "cpu" if here and cpu.instruction_set() in _FASTER_ON else "torch"
 
 
-def _no_cpu_kernels(op: str) -> str:
-    return f"{op} has no CPU kernels yet; impl='auto' and 'torch' run it with PyTorch's"
-
-
-def unavailable(
-    impl: str, device_type: str, dtype: torch.dtype, op: str | None = None
-) -> str | None:
-    """Returns why an implementation, of `op` where one is named, cannot run on tensors of this
-    device type and dtype; None where it can."""
+def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Returns why an implementation cannot run on tensors of this device type and dtype; None where
+    it can."""
     match check_impl(impl, auto=False):
         case "triton":
             if not _TRITON_INSTALLED:
@@ -86,7 +75,5 @@ def unavailable(
         case "cuda":
             return native.unavailable(device_type)
         case "cpu":
-            if op is not None and op not in CPU_OPS:
-                return _no_cpu_kernels(op)
             return cpu.unavailable(device_type)
     return None

@@ -318,7 +318,7 @@ def check(
             for direction in case.directions
         ]
 
-    reason = unavailable(impl, device.type, dtype, case.op)
+    reason = unavailable(impl, device.type, dtype)
     if reason is not None:
         return unmeasured("skipped", reason)
     refusals: list[tuple[str, str]] = []

@@ -28,33 +28,30 @@ def _fresh_answers() -> Any:
 
 
 def test_torch_runs_anywhere() -> None:
-    assert choice.choose("layer_norm", "torch", torch.zeros(1)) == "torch"
+    assert choice.choose("torch", torch.zeros(1)) == "torch"
 
 
 def test_auto_takes_the_cpu_kernels_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    def picked(op: str, device: str = CPU) -> str:
-        return choice.choose(op, "auto", torch.zeros(1, device=device))
+    def picked(device: str = CPU) -> str:
+        return choice.choose("auto", torch.zeros(1, device=device))
 
     monkeypatch.setattr(cpu, "_unavailable", lambda: None)
     monkeypatch.setattr(cpu, "instruction_set", lambda: "v3")
-    assert [picked(op) for op in ("layer_norm", "gelu_mlp")] == ["cpu", "cpu"]
-    assert picked("attention") == "torch"  # it has none
-    assert picked("layer_norm", "meta") == "torch"
+    assert picked() == "cpu"
+    assert picked("meta") == "torch"
     monkeypatch.setattr(cpu, "instruction_set", lambda: "baseline")
-    assert picked("layer_norm") == "torch"  # not measured to be faster
+    assert picked() == "torch"  # not measured to be faster
     monkeypatch.setattr(cpu, "_unavailable", lambda: "there is no compiler")
     monkeypatch.setattr(cpu, "instruction_set", lambda: int("none"))
-    assert picked("layer_norm") == "torch"
+    assert picked() == "torch"
 
 
 def test_cpu_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(NotImplementedError, match=r"^impl='cpu': attention has no CPU kernels"):
-        choice.choose("attention", "cpu", torch.zeros(1))
     with pytest.raises(RuntimeError, match=r"^impl='cpu': it runs on CPU tensors, this one is o"):
-        choice.choose("layer_norm", "cpu", torch.zeros(1, device="meta"))
+        choice.choose("cpu", torch.zeros(1, device="meta"))
     monkeypatch.setattr(cpu, "_unavailable", lambda: "there is none")
     with pytest.raises(RuntimeError, match=r"^impl='cpu': there is none$"):
-        choice.choose("layer_norm", "cpu", torch.zeros(1))
+        choice.choose("cpu", torch.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +71,7 @@ def test_cuda_says_why_it_cannot_run(
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda _name: None)
     tensor: Any = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=f"^impl='cuda': .*{sentence}") as caught:
-        choice.choose("layer_norm", "cuda", tensor)
+        choice.choose("cuda", tensor)
     assert "\n" not in str(caught.value)
 
 

@@ -59,6 +59,36 @@ void gelu(int64_t rows, int64_t cols, DType dtype, bool tanh) {
              kThreads);
 }
 
+// Backward needs out and lse, so forward runs first. mask: kind of attn_mask.
+void attention(int64_t Tq, int64_t Tk, int64_t D, DType dtype, bool packed, bool options,
+               MaskKind kind) {
+    const int64_t B = 2, H = 4, Hk = 2, rng[2] = {7, 9};
+    const int32_t queries[] = {0, static_cast<int32_t>(Tq / 3), static_cast<int32_t>(Tq)};
+    const int32_t keys[] = {0, static_cast<int32_t>(Tk / 2), static_cast<int32_t>(Tk)};
+    const int32_t lengths[] = {static_cast<int32_t>(Tk), static_cast<int32_t>(Tk / 2)};
+    const std::vector<float> slopes(H, 0.3f);
+    const int64_t entries = packed ? 1 : B;
+    const auto added = room(Tq * Tk, kind == MaskKind::visible ? DType::bfloat16 : dtype);
+    AttentionCall call{B, Tq, Tk, H, Hk, D, 0.1f, -1, 0, 0, nullptr, nullptr, nullptr, nullptr,
+                       {added.data(), {0, 0, Tk, 1}, kind, dtype}, {nullptr, 0, 1}, dtype};
+    if (packed) call.cu_seqlens_q = queries, call.cu_seqlens_k = keys;
+    if (options) {
+        call.left = 40, call.softcap = 2, call.alibi_slopes = slopes.data();
+        call.dropout = {rng, 20000, 1.5f};
+        if (!packed) call.key_lengths = lengths;
+    }
+    const Strides q_by{Tq * H * D, H * D, D}, k_by{Tk * Hk * D, Hk * D, D};
+    auto q = room(entries * Tq * H * D, dtype), out = q, dout = q, dq = q;
+    auto k = room(entries * Tk * Hk * D, dtype), v = k, dk = k, dv = k;
+    std::vector<float> lse(entries * H * Tq), dmask(Tq * Tk);
+    attention_fwd({call, q.data(), k.data(), v.data(), q_by, k_by, k_by, out.data(), lse.data()},
+                  kThreads);
+    attention_bwd({call, q.data(), k.data(), v.data(), dout.data(), q_by, k_by, k_by, q_by,
+                   out.data(), lse.data(), lse.data(), dq.data(), dk.data(), dv.data(),
+                   kind == MaskKind::added ? dmask.data() : nullptr, {0, 0, Tk, 1}},
+                  kThreads);
+}
+
 void masks(int64_t rows, int64_t cols) {
     const int64_t rng[2] = {7, 9};
     std::vector<uint8_t> keep(3 * rows * cols);
@@ -117,6 +147,16 @@ int main() {
                         for (int64_t num_splits : {0, 1, 3})
                             for (int64_t Tq : {1, 3, 18})
                                 decode(Tq, 4, 2, D, page, left, num_splits, dtype);
+        for (int64_t T : {1, 45, 300})
+            for (int64_t D : {3, 64, 129})
+                for (DType dtype : kAll)
+                    for (bool options : {false, true}) {
+                        attention(T, T + 7, D, dtype, true, options, MaskKind::none);
+                        attention(T + 2, T, D, dtype, false, options, MaskKind::none);
+                        if (T < 300)
+                            for (MaskKind kind : {MaskKind::visible, MaskKind::added})
+                                attention(T, T, D, dtype, false, options, kind);
+                    }
         std::printf("%s: done\n", isa.c_str());
     }
 }

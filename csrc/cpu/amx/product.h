@@ -11,8 +11,6 @@
 
 namespace gk::cpu::GK_ISA {
 
-#if defined(__AMX_BF16__)
-
 struct TileProducts {
     using Element = bf16;
     using Number = bf16;
@@ -211,22 +209,5 @@ struct TileProducts {
             _mm512_permutexvar_epi16(*reinterpret_cast<const __m512i*>(kFrom), x));
     }
 };
-
-#endif
-
-// Calls body with the products for a dtype.
-template <class Body>
-static void with_products(DType dtype, Body&& body) {
-    switch (dtype) {
-        case DType::float32: return body(VectorProducts<float>());
-        case DType::float16: return body(VectorProducts<fp16>());
-        case DType::bfloat16:
-#if defined(__AMX_BF16__)
-            return body(TileProducts());
-#else
-            return body(VectorProducts<bf16>());
-#endif
-    }
-}
 
 }  // namespace gk::cpu::GK_ISA

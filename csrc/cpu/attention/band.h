@@ -1,7 +1,8 @@
 // Which keys a query sees, and how queries are grouped.
 //
 // The queries of one head are taken kLanes at a time, one in each lane of a row of scores; the rows
-// are keys. So the maximum and the sum of a softmax go down the rows, and no lane waits for another.
+// are keys. So the maximum and the sum of a softmax go down the rows, and no lane waits for
+// another.
 #pragma once
 
 #include "cpu/attention/params.h"
@@ -28,7 +29,8 @@ struct Entry {
     int64_t count;               // keys that exist
     int64_t left, right;
 
-    Entry(const AttentionCall& c, int64_t b) : batch(b), first_q(0), first_k(0), Tq(c.Tq), Tk(c.Tk) {
+    Entry(const AttentionCall& c, int64_t b)
+        : batch(b), first_q(0), first_k(0), Tq(c.Tq), Tk(c.Tk) {
         if (c.cu_seqlens_q != nullptr) {
             batch = 0;
             first_q = within(c.cu_seqlens_q[b], 0, c.Tq);

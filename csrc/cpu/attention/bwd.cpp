@@ -1,7 +1,5 @@
-// Attention backward, by the products that this instruction set has for each dtype.
+// Attention backward in vectors.
 #include "cpu/attention/bwd_mask.h"
-
-#include "cpu/amx/product.h"
 #include "cpu/kernels.h"
 
 namespace gk::cpu::GK_ISA {

@@ -1,12 +1,13 @@
-// Attention backward, by the products of P. With keys down the rows and queries along the lanes, for
-// a block of keys and a block of queries:
+// Attention backward, by the products of P. With keys down the rows and queries along the lanes,
+// for a block of keys and a block of queries:
 //     p = 2^(s - lse),  s from K Q^T      dp = V dO^T      ds = p (dp - delta)
 //     dV += p dO        dK += ds Q        dQ^T += K^T ds
 // where delta = sum_d dO O - dlse (Dao, "FlashAttention-2", 2023). The factor softmax_scale is
-// applied at the end. An item is a key head and all queries of its query heads, so every sum has one
-// order and no two threads add to the same number. A thread's scratch memory holds dK and dV of the
-// item's keys in fp32, 8 D Tk bytes, their operands, 6 D Tk bytes with tiles and 12 D Tk in vectors
-// from 16 bits, and less than 2 MB of the rest.
+// applied at the end. An item is a key head and all queries of its query heads, so every sum has
+// one order and no two threads add to the same number.
+//
+// A thread's scratch memory holds dK and dV of the item's keys in fp32, 8 D Tk bytes, the keys and
+// values as operands, 6 D Tk bytes for tiles and 12 D Tk for vectors, and less than 4 MB more.
 #pragma once
 
 #include "cpu/attention/product.h"

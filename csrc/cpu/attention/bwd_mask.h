@@ -1,8 +1,8 @@
 // The gradient of an added attn_mask: ds before the softcap's derivative, summed over what the mask
 // is broadcast to. It has a pass of its own, which computes the weights again: each number of the
 // gradient then belongs to one item, which adds to it in a fixed order. delta is summed from the
-// weights here: from a rounded out, its error would remain where a mask is broadcast over keys, whose
-// ds nearly cancel.
+// weights here: from a rounded out, its error would remain where a mask is broadcast over keys,
+// whose ds nearly cancel.
 #pragma once
 
 #include "cpu/attention/bwd.h"

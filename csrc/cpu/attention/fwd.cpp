@@ -1,7 +1,6 @@
-// Attention forward, by the products that this instruction set has for each dtype.
+// Attention forward in vectors.
 #include "cpu/attention/fwd.h"
 
-#include "cpu/amx/product.h"
 #include "cpu/kernels.h"
 
 namespace gk::cpu::GK_ISA {

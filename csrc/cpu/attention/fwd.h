@@ -198,8 +198,8 @@ struct Forward {
         }
     }
 
-    // Values that are not finite: their rows were left out of the product, since 0 * NaN would reach
-    // queries that do not see them.
+    // Values that are not finite: their rows were left out of the product, since 0 * NaN would
+    // reach queries that do not see them.
     void add_tainted(State& state, const Rows& r, const Block& block) {
         for (int row = r.first; row < r.last; ++row) {
             if (block.tainted[row] == 0) continue;
@@ -230,8 +230,9 @@ struct Forward {
                           state.started, out + vector * kWidth * c.H * D, c.H * D);
         }
         for (int i = 0; i < g.count; ++i)
-            lse[i] = state.sum[i] == 0 ? -__builtin_inff()
-                                       : scores.natural(state.most[i]) + __builtin_logf(state.sum[i]);
+            lse[i] = state.sum[i] == 0
+                         ? -__builtin_inff()
+                         : scores.natural(state.most[i]) + __builtin_logf(state.sum[i]);
     }
 };
 

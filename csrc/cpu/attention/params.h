@@ -26,9 +26,9 @@ struct Mask {
     DType dtype;  // of what is added
 };
 
-// With cu_seqlens the batch consists of sequences that lie end to end: the tensors have one entry of
-// Tq and Tk tokens, and sequence b has the queries from cu_seqlens_q[b] up to cu_seqlens_q[b + 1],
-// and its keys likewise. Tokens that belong to no sequence are not touched.
+// With cu_seqlens the batch consists of sequences that lie end to end: the tensors have one entry
+// of Tq and Tk tokens, and sequence b has the queries from cu_seqlens_q[b] up to cu_seqlens_q[b +
+// 1], and its keys likewise. Tokens that belong to no sequence are not touched.
 struct AttentionCall {
     int64_t batch, Tq, Tk, H, Hk, D;
     float softmax_scale;

@@ -1,8 +1,8 @@
 // Attention's products in fp32 vectors: for fp32, and for 16 bits where there are no matrix tiles.
 // cpu/amx/product.h has the same functions in tiles of bf16.
 //
-// A product is C (m, n) = A (m, k) B (k, n), or is added to C. A number of A is broadcast at a time,
-// so A may lie transposed; B and C are read in rows.
+// A product is C (m, n) = A (m, k) B (k, n), or is added to C. A number of A is broadcast at a
+// time, so A may lie transposed; B and C are read in rows.
 #pragma once
 
 #include "cpu/attention/scores.h"
@@ -28,8 +28,8 @@ static bool all_finite(const T* from, int64_t stride, int n, int D) {
     return !any_nonfinite(sum[0] + sum[1] + (sum[2] + sum[3]));
 }
 
-// The first n of kWidth lanes of from[d][kLanes], d < D, times `by`, as rows of D numbers: row i, the
-// lane i, lies at to + i * stride. What is not `there` counts as 0.
+// The first n of kWidth lanes of from[d][kLanes], d < D, times `by`, as rows of D numbers: row i,
+// the lane i, lies at to + i * stride. What is not `there` counts as 0.
 template <class T>
 static void store_columns(const float* from, Floats by, int n, int D, bool there, T* to,
                           int64_t stride) {
@@ -99,8 +99,8 @@ struct VectorProducts {
         return taint != nullptr || all_finite(room, width, n, D);
     }
 
-    // The transpose of n <= kLanes rows as B, (width, kLanes): the others are 0. Rows with a taint are
-    // NaN; taint may be null.
+    // The transpose of n <= kLanes rows as B, (width, kLanes): the others are 0. Rows with a taint
+    // are NaN; taint may be null.
     static Right columns(const T* from, int64_t stride, int n, int D, int width,
                          const float* taint, float* room) {
         for (int v = 0; v < kVectors; ++v)
@@ -222,9 +222,19 @@ struct VectorProducts {
     }
 };
 
-// P::transposed, without the rows that hold a number that is not finite: 0 * NaN would reach those who
-// do not see the row. Returns null where there is no such row; else taint, with NaN for each of them
-// and 0 for the others.
+// Calls body with the products for a dtype.
+template <class Body>
+static void with_products(DType dtype, Body&& body) {
+    switch (dtype) {
+        case DType::float32: return body(VectorProducts<float>());
+        case DType::bfloat16: return body(VectorProducts<bf16>());
+        case DType::float16: return body(VectorProducts<fp16>());
+    }
+}
+
+// P::transposed, without the rows that hold a number that is not finite: 0 * NaN would reach those
+// who do not see the row. Returns null where there is no such row; else taint, with NaN for each of
+// them and 0 for the others.
 template <class P>
 static const float* transposed(const typename P::Element* from, int64_t stride, int n, int D,
                                int width, float* taint, typename P::Number* room,

@@ -1,5 +1,5 @@
-// From q.k to scores: scale, softcap, ALiBi, masks; and from scores to weights. What a query does not
-// see has the score -inf.
+// From q.k to scores: scale, softcap, ALiBi, masks; and from scores to weights. What a query does
+// not see has the score -inf.
 #pragma once
 
 #include "cpu/attention/band.h"
@@ -117,8 +117,8 @@ struct DropoutWords {
 // What turns q.k into a score.
 //
 // A plain score stays q.k, and its weight is 2^(factor q.k - m), with the maximum m in units of
-// log2(e): one rounding less and one multiplication less. Other scores are natural, and their weight
-// is 2^((s - m) log2(e)): where s and m are large and near, as with ALiBi, no digit is lost.
+// log2(e): one rounding less and one multiplication less. Other scores are natural, and their
+// weight is 2^((s - m) log2(e)): where s and m are large and near, as with ALiBi, no digit is lost.
 struct Scores {
     const AttentionCall& call;
     float factor;
@@ -149,8 +149,9 @@ struct Scores {
     }
 
     // s[row][kLanes], rows r.first ... `padded` - 1 of a block from key j0 on: q.k becomes a score.
-    // Rows from r.last on are no keys. Plain scores are only hidden. taint: for each row 0, or NaN for a key whose weights shall
-    // be NaN; or null. mask: as load_mask gives it. slope: gets the softcap's derivative; or null.
+    // Rows from r.last on are no keys. Plain scores are only hidden. taint: for each row 0, or NaN
+    // for a key whose weights shall be NaN; or null. mask: as load_mask gives it. slope: gets the
+    // softcap's derivative; or null.
     void adjust(const Entry& e, const Group& g, int64_t j0, const Rows& r, int padded, float* s,
                 const float* taint, const float* mask, float* slope) const {
         if (plain && taint == nullptr) {

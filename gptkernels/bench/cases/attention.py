@@ -60,12 +60,21 @@ GPU_SHAPES = (
     _Shape(16, 512, 12, 12, 64, causal=False),
     _Shape(2, 4096, 16, 16, 256),
 )
+# GPT-2's heads in sequences of several lengths; fewer key heads; wide heads; a window; no causal
+# mask.
 CPU_SHAPES = (
     _Shape(1, 512, 12, 12, 64),
     _Shape(1, 512, 8, 2, 64, window=64),
+    _Shape(1, 64, 12, 12, 64),
+    _Shape(1, 256, 12, 12, 64),
+    _Shape(1, 1024, 12, 12, 64),
+    _Shape(1, 4096, 12, 12, 64),
+    _Shape(1, 1024, 12, 4, 64),
+    _Shape(1, 1024, 6, 6, 128),
+    _Shape(1, 1024, 12, 12, 64, causal=False),
 )
 GPU_DTYPES = (torch.bfloat16,)
-CPU_DTYPES = (torch.float32,)
+CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def workloads(

@@ -60,9 +60,13 @@ GPU_SHAPES = (
 CPU_SHAPES = (
     _Shape(4, 512, 8, 2, 64),
     _Shape(4, 512, 8, 2, 64, queries=4, page=16, ragged=True),
+    _Shape(1, 1024, 12, 12, 64),
+    _Shape(1, 4096, 12, 12, 64),
+    _Shape(1, 4096, 12, 4, 64),
+    _Shape(1, 16384, 12, 12, 64),
 )
 GPU_DTYPES = (torch.bfloat16,)
-CPU_DTYPES = (torch.float32,)
+CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def workloads(

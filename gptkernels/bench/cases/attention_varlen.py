@@ -50,9 +50,9 @@ GPU_SHAPES = (
     _Shape(_evenly(8, 8192), 32, 8, 128),
     _Shape((64,) * 200 + (16384,) + (64,) * 200, 16, 16, 128, ("one by one", "nested")),
 )
-CPU_SHAPES = (_Shape(_evenly(4, 256), 8, 2, 64),)
+CPU_SHAPES = (_Shape(_evenly(4, 256), 8, 2, 64), _Shape(_evenly(8, 512), 12, 12, 64))
 GPU_DTYPES = (torch.bfloat16,)
-CPU_DTYPES = (torch.float32,)
+CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def workloads(

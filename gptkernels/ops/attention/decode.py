@@ -126,7 +126,7 @@ def attention_decode(
         raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
     refuse_tangents(q, k_cache, v_cache)
     dtype = autocast_dtype(q)
-    asked, impl = impl, choose("attention_decode", impl, q, dtype)
+    asked, impl = impl, choose(impl, q, dtype)
     if asked == "auto" and impl == "cpu" and q.shape[1] > _MOST_TOKENS:
         impl = "torch"
     if dtype != q.dtype:

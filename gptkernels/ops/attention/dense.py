@@ -223,7 +223,7 @@ def attend(
     """Returns the differentiable (out, lse) of a batch or of packed sequences, in autocast's
     dtype. Chooses the implementation, and draws dropout's seed."""
     dtype = autocast_dtype(q)
-    impl = choose("attention", impl, q, dtype)
+    impl = choose(impl, q, dtype)
     if options.dropout_p > 0:
         options = options._replace(rng=philox.draw(q.device))
     if deterministic is None:

@@ -150,7 +150,7 @@ def gelu_mlp(
         rows, w1, w2 = rows.to(dtype), w1.to(dtype), w2.to(dtype)
         b1 = None if b1 is None else b1.to(dtype)
         b2 = None if b2 is None else b2.to(dtype)
-    impl = choose("gelu_mlp", impl, rows)
+    impl = choose(impl, rows)
     keep_h = not recompute and requires_grad(tensors)
     y = apply(_GeluMLP, rows, w1, b1, w2, b2, approximate, keep_h, impl)
     return y if x.dim() == 2 else y.view(x.shape)

@@ -93,6 +93,6 @@ def norm_linear(
     dtype = autocast_dtype(y)
     rows = y.reshape(-1, y.shape[-1]).to(dtype)
     bias = None if b is None else b.to(dtype)
-    norm = (source, norm_weight, norm_bias, float(eps), choose("layer_norm", impl, source))
+    norm = (source, norm_weight, norm_bias, float(eps), choose(impl, source))
     z = apply(_NormLinear, rows, w.to(dtype), bias, *norm)
     return z.view(*y.shape[:-1], w.shape[0])

@@ -172,7 +172,7 @@ def layer_norm(
     if weight is None:
         dtype = x.dtype if bias is None else bias.dtype
         weight = torch.ones(x.shape[-1], dtype=dtype, device=x.device)
-    impl = choose("layer_norm", impl, x)
+    impl = choose(impl, x)
     rng = philox.draw(x.device) if dropout_p > 0 else None
     dtype = x.dtype
     if residual_in_fp32 or (residual is not None and residual.dtype == torch.float32):

@@ -10,7 +10,7 @@ namespace {
 template <class T>
 class Cache {
   public:
-    Cache(const AttentionDecode& p, const void* at, const DecodeStrides& strides, int64_t b,
+    Cache(const AttentionDecode& p, const void* at, const Strides& strides, int64_t b,
           int64_t hk)
         : at_(static_cast<const T*>(at) + hk * strides.head), strides_(strides) {
         if (p.block_table == nullptr) {
@@ -54,7 +54,7 @@ class Cache {
     }
 
     const T* at_;
-    DecodeStrides strides_;
+    Strides strides_;
     const int32_t* pages_ = nullptr;
     int64_t page_ = 0, cache_pages_ = 0;
 };

@@ -113,7 +113,7 @@ class Block {
 
     // Calls body(head, tile of the head, the tile to ask for) for each head.
     template <class Body>
-    void each_head(const DecodeStrides& strides, bool more, const Body& body) {
+    void each_head(const Strides& strides, bool more, const Body& body) {
         for (int64_t head = 0; head < item_.rows.heads; ++head) {
             Tile<T> next{tile_, (head + 1) * strides.head};
             if (head + 1 == item_.rows.heads) next = {more ? next_ : nullptr, 0};

@@ -14,14 +14,9 @@
 // partial results, which are combined in the splits' order.
 #pragma once
 
-#include "cpu/dtype.h"
+#include "cpu/attention/params.h"
 
 namespace gk::cpu {
-
-// Elements from one batch entry (or page), token or head to the next; the last stride is 1.
-struct DecodeStrides {
-    int64_t batch, token, head;
-};
 
 struct AttentionDecode {
     const void* q;               // (B, Tq, H, D)
@@ -32,7 +27,7 @@ struct AttentionDecode {
     const int32_t* block_table;  // (B, pages), numbers of pages; or null
     void* out;                   // (B, Tq, H, D) contiguous
     float* lse;                  // (B, H, Tq), or null
-    DecodeStrides q_strides, k_strides, v_strides;
+    Strides q_strides, k_strides, v_strides;  // batch: from one entry, or page, to the next
     int64_t batch, Tq, Tk, H, Hk, D;   // Tk: room for keys, pages * page where there are pages
     int64_t pages, page, cache_pages;  // numbers of pages are clamped to 0 ... cache_pages - 1
     int64_t left;                      // negative: no bound
@@ -55,15 +50,15 @@ static inline int64_t decode_width(int64_t D) { return (D + 15) / 16 * 16; }
 static inline int64_t decode_scratch(int64_t rows, int64_t D) {
     return rows * (2 * decode_width(D) + kDecodeKeys + 2);
 }
-// A block's partial result: its rows, head by head, without the division by their sums, (rows, decode_width(D)),
-// then the maxima, (rows,), and the sums, (rows,).
+// A block's partial result: its rows, head by head, without the division by their sums, (rows,
+// decode_width(D)), then the maxima, (rows,), and the sums, (rows,).
 static inline int64_t decode_partial(int64_t rows, int64_t D) {
     return rows * (decode_width(D) + 2);
 }
 
-// The rows first_row ... first_row + rows - 1 of each of the key heads hk ... hk + heads - 1, at most
-// kDecodeRows in all. Several heads go together where a token's heads lie beside each other: their
-// memory is then read from one end to the other.
+// The rows first_row ... first_row + rows - 1 of each of the key heads hk ... hk + heads - 1, at
+// most kDecodeRows in all. Several heads go together where a token's heads lie beside each other:
+// their memory is then read from one end to the other.
 struct DecodeRows {
     int64_t b, hk, heads, first_row, rows;
 };

@@ -67,7 +67,8 @@ def _forward(
     module().attention_decode(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         0 if slopes is None else slopes.data_ptr(), lengths.data_ptr(), table, out.data_ptr(),
-        0 if lse is None else lse.data_ptr(), q.stride(), k_cache.stride(), v_cache.stride(),
+        0 if lse is None else lse.data_ptr(),
+        q.stride()[:3], k_cache.stride()[:3], v_cache.stride()[:3],
         B, Tq, pages * page, H, Hk, D, pages, page, entries, options.left, num_splits,
         options.softmax_scale, options.softcap, DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
