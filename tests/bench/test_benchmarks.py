@@ -239,7 +239,7 @@ def test_plain_attention_sees_what_ours_sees(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(baseline, "attention", note)
     monkeypatch.setattr(gptkernels, "attention", note)
     for case in bench.cases_of("attention", "cpu", ("torch",)):
-        if case.direction == "forward":
+        if (case.direction, case.dtype) == ("forward", torch.float32) and " T512 " in case.shape:
             case.candidates["pytorch"]()
             case.candidates["torch"]()
     assert [options.get("window") for _, options in calls] == [None, None, None, (64, 0)]
@@ -269,7 +269,9 @@ def test_every_case_runs(op: str) -> None:
 
 def test_packed_sequences_stand_beside_the_same_attention() -> None:
     cases = list(bench.cases_of("attention_varlen", "cpu", ("torch",)))
-    assert [case.shape.split(", PyTorch ")[1] for case in cases[::2]] == ["one by one", "padded"]
+    cases = [case for case in cases if case.dtype == torch.float32]
+    rivals = [case.shape.split(", PyTorch ")[1] for case in cases[::2]]
+    assert rivals == ["one by one", "padded"] * 2
     for case in cases:
         mine, plain = (flat(case.candidates[name]()) for name in ("torch", "pytorch"))
         torch.testing.assert_close(mine, plain)
