@@ -111,8 +111,8 @@ void decode(int64_t Tq, int64_t H, int64_t Hk, int64_t D, int64_t page, int64_t 
     for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(table.size() - 1 - i);
     // A number that the kernels clamp.
     if (page != 0) table[0] = 1 << 30;
-    const DecodeStrides of_q{Tq * H * D, H * D, D}, tokens_first{size * Hk * D, Hk * D, D};
-    const DecodeStrides heads_first{size * Hk * D, D, size * D};
+    const Strides of_q{Tq * H * D, H * D, D}, tokens_first{size * Hk * D, Hk * D, D};
+    const Strides heads_first{size * Hk * D, D, size * D};
     attention_decode({q.data(), k.data(), v.data(), left < 0 ? nullptr : slopes.data(),
                       lengths.data(), page == 0 ? nullptr : table.data(), out.data(),
                       num_splits == 1 ? nullptr : lse.data(), of_q,
