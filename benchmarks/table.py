@@ -1,6 +1,7 @@
 """The tables of docs/cpu.md, from results of `gptkernels bench --json`.
 
     python -m benchmarks.table benchmarks/results/cpu_{avx512_bf16,avx2}.json
+    python -m benchmarks.table benchmarks/results/cpu_attention_{amx,avx2}.json
 
 One line for each shape and dtype, two columns for each file: how many times as fast as eager
 PyTorch impl="cpu" is, forward, and forward and backward together. A test holds the page to this.

@@ -25,9 +25,14 @@ extern const Kernels kernels;
 namespace v4_bf16 {
 extern const Kernels kernels;
 }
+// csrc/cpu/amx: attention in tiles. All else is v4_bf16's.
 namespace v4_amx {
-const Kernels& kernels();
-}
+void attention_fwd(const AttentionFwd& p, const AttentionItem& item, void* scratch);
+void attention_bwd(const AttentionBwd& p, const AttentionItem& item, void* scratch);
+void attention_mask_bwd(const AttentionBwd& p, const MaskItem& item, void* scratch);
+int64_t attention_fwd_scratch(const AttentionFwd& p);
+int64_t attention_bwd_scratch(const AttentionBwd& p);
+}  // namespace v4_amx
 #else
 namespace baseline {
 extern const Kernels kernels;
@@ -63,15 +68,30 @@ unsigned saved_registers() {
     return low;
 }
 
-// Linux saves the tiles of a process that has asked for it: its threads have large stacks for
-// signals then.
+// Linux saves the tiles of a process that has asked for it, once and for good.
 bool tiles_allowed() {
 #if defined(__linux__)
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    static const bool allowed = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    return allowed;
 #else
     return false;
 #endif
+}
+
+// Made here, in code for any CPU.
+const Kernels& with_tiles() {
+    static const Kernels found = [] {
+        Kernels kernels = v4_bf16::kernels;
+        kernels.isa = "v4_amx";
+        kernels.attention_fwd = v4_amx::attention_fwd;
+        kernels.attention_bwd = v4_amx::attention_bwd;
+        kernels.attention_mask_bwd = v4_amx::attention_mask_bwd;
+        kernels.attention_fwd_scratch = v4_amx::attention_fwd_scratch;
+        kernels.attention_bwd_scratch = v4_amx::attention_bwd_scratch;
+        return kernels;
+    }();
+    return found;
 }
 
 std::vector<Level> levels() {
@@ -89,7 +109,7 @@ std::vector<Level> levels() {
             {&v3::kernels, v3},
             {&v4::kernels, v4},
             {&v4_bf16::kernels, v4_bf16},
-            {&v4_amx::kernels(), amx}};
+            {&with_tiles(), amx}};
 }
 
 #else

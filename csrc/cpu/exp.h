@@ -5,6 +5,8 @@
 
 namespace gk::cpu::GK_ISA {
 
+constexpr float kLog2e = 1.44269504089f, kLn2 = 0.69314718056f;
+
 // 2^f for |f| <= 1/2: the polynomial that equals it at seven Chebyshev nodes (its relative error is
 // 2.5e-9).
 static inline Floats power_of_2(Floats f) {

@@ -2,7 +2,7 @@
 chooses.
 
 "auto" takes the CPU kernels in eager mode where they were measured to be faster than impl="torch"
-(`_FASTER`), and impl="torch" everywhere else: no kernel has been timed on a GPU yet, and an
+(`_FASTER_ON`), and impl="torch" everywhere else: no kernel has been timed on a GPU yet, and an
 unmeasured kernel must not replace PyTorch's.
 """
 

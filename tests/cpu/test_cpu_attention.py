@@ -74,6 +74,7 @@ def test_any_size_and_option(
         ((1, 40, 40, 24, 1, 8), dict()),  # more lanes than an item has
         ((1, 70, 70, 1, 1, 256), dict()),
         ((1, 140, 140, 1, 1, 130), dict(softmax_scale=-0.1)),
+        ((1, 40, 2100, 1, 1, 16), dict()),  # more keys than are made ready together
     ],
     ids=str,
 )
@@ -88,11 +89,36 @@ def test_across_blocks(
 
 
 @by_dtype
-@pytest.mark.parametrize("shape", [(2, 1, 70, 150), (1, 3, 70, 150), (70, 150), (2, 1, 1, 150)])
+@pytest.mark.parametrize("shape", [(2, 1, 300, 50), (1, 4, 300, 50), (300, 50), (2, 1, 1, 50)])
 def test_the_gradient_of_a_mask(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
-    tensors = attention_inputs(2, 70, 150, 3, dtype=dtype, seed=seed)
+    tensors = attention_inputs(2, 300, 50, 4, 2, dtype=dtype, seed=seed)
     tensors["attn_mask"] = torch.randn(shape).to(dtype)
     assert_right(attention, tensors, seed, impl="cpu", dropout_p=0.2, softcap=3.0)
+
+
+@by_dtype
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_not_a_number_reaches_only_those_who_see_it(
+    dtype: torch.dtype, where: str, value: float
+) -> None:
+    """Causal with a window of 12: row 130 and key 130 concern the rows and keys 118 ... 142."""
+    T, at, reach = 300, 130, 12
+    tensors = attention_inputs(1, T, dtype=dtype)
+    cotangents = [torch.randn(1, T, 2, 16).to(dtype), torch.randn(1, 2, T)]
+    call = functools.partial(attention, window=(reach, 0), return_lse=True, impl="cpu")
+    wanted = run(call, tensors, cotangents)
+    rows = {**tensors, "dout": cotangents[0]}[where]
+    rows[:, at, 1, 3] = value
+    out, lse, *gradients = run(call, tensors, cotangents)
+    far = torch.ones(T, dtype=torch.bool)
+    far[at - reach : at + reach + 1] = False
+    clean_run = (wanted[0], wanted[1].mT, *wanted[2:])
+    for found, clean in zip((out, lse.mT, *gradients), clean_run, strict=True):
+        assert torch.equal(found[:, far], clean[:, far])
+        assert torch.equal(found[:, :, 0], clean[:, :, 0])
+    seen = torch.stack([x[:, ~far, 1].isfinite().all() for x in (out, *gradients)])
+    assert not seen.all()
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

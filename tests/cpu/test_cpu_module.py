@@ -66,6 +66,17 @@ def test_no_instruction_set_shares_a_function_with_another() -> None:
 
 
 @needs_objects
+def test_what_runs_first_runs_on_any_cpu() -> None:
+    """dispatch.cpp asks the CPU what it has."""
+    for path in (ROOT / "build" / "cpu" / "objects").glob("**/dispatch.cpp.o"):
+        code = command("objdump", "-d", "-r", "--no-show-raw-insn", path, check=True).stdout
+        assert re.search(r"%[yz]mm", code) is None
+        calls = re.findall(r"R_X86_64_P(?:LT|C)32\s+(\S+?)(?:-0x\w+)?$", code, re.MULTILINE)
+        assert calls
+        assert [name for name in calls if "v4" in name and "kernels" not in name] == []
+
+
+@needs_objects
 def test_instruction_sets_use_their_own_registers_alone() -> None:
     avx512 = r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]"
     for isa, forbidden in (("baseline", "%[yz]mm"), ("v3", avx512)):
@@ -141,11 +152,14 @@ def rows() -> list[torch.Tensor]:
     y.backward(torch.randn(600, 257))
     assert x.grad is not None
     assert weight.grad is not None
-    q = torch.randn(2, 300, 2, 20, requires_grad=True)
-    out = attention(q, q, q, dropout_p=0.1, impl="cpu")
-    out.backward(torch.randn_like(out))
-    assert q.grad is not None
-    return [y.detach(), x.grad, weight.grad, out.detach(), q.grad, *decoded]
+    attended = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q = torch.randn(2, 300, 2, 20, dtype=dtype, requires_grad=True)
+        out = attention(q, q, q, dropout_p=0.1, impl="cpu")
+        out.backward(torch.randn_like(out))
+        assert q.grad is not None
+        attended += [out.detach().float(), q.grad.float()]
+    return [y.detach(), x.grad, weight.grad, *attended, *decoded]
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:

@@ -20,9 +20,10 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
-def test_the_table_of_figures_is_that_of_the_results() -> None:
-    results = [
-        ROOT / "benchmarks" / "results" / f"cpu_{name}.json" for name in ("avx512_bf16", "avx2")
-    ]
+@pytest.mark.parametrize(
+    "names", [("avx512_bf16", "avx2"), ("attention_amx", "attention_avx2")], ids=" ".join
+)
+def test_the_table_of_figures_is_that_of_the_results(names: tuple[str, ...]) -> None:
+    results = [ROOT / "benchmarks" / "results" / f"cpu_{name}.json" for name in names]
     page = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
     assert "\n".join(table(results)) in page

@@ -1,5 +1,5 @@
-// Attention in bfloat16 by AMX's tiles. This file alone is compiled with AMX's flags; every other
-// kernel of the instruction set v4_amx, and the other dtypes, are those of v4_bf16.
+// Attention in bfloat16 by AMX's tiles; other dtypes are left to v4_bf16. Only this file is compiled
+// with AMX's flags, and nothing in it runs before dispatch.cpp has asked the CPU and the system.
 #include "cpu/amx/product.h"
 #include "cpu/attention/bwd_mask.h"
 #include "cpu/attention/fwd.h"
@@ -37,20 +37,6 @@ int64_t attention_fwd_scratch(const AttentionFwd& p) {
 int64_t attention_bwd_scratch(const AttentionBwd& p) {
     if (p.call.dtype != DType::bfloat16) return others().attention_bwd_scratch(p);
     return Backward<TileProducts>(p, nullptr).room.used();
-}
-
-const Kernels& kernels() {
-    static Kernels found;
-    if (found.isa == nullptr) {
-        found = others();
-        found.attention_fwd = attention_fwd;
-        found.attention_bwd = attention_bwd;
-        found.attention_mask_bwd = attention_mask_bwd;
-        found.attention_fwd_scratch = attention_fwd_scratch;
-        found.attention_bwd_scratch = attention_bwd_scratch;
-        found.isa = "v4_amx";
-    }
-    return found;
 }
 
 }  // namespace GK_ISA

@@ -28,6 +28,7 @@ struct TileProducts {
                 shapes.bytes[i] = 64;
                 shapes.rows[i] = 16;
             }
+            asm volatile("" : : "m"(shapes) : "memory");  // GCC sees eight bytes of them being read
             _tile_loadconfig(&shapes);
         }
         ~Session() { _tile_release(); }

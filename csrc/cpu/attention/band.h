@@ -10,8 +10,6 @@
 
 namespace gk::cpu::GK_ISA {
 
-constexpr int kLanes = 32;
-
 static inline int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t within(int64_t x, int64_t least, int64_t most) {

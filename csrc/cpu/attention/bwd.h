@@ -56,10 +56,10 @@ struct Backward {
     Backward(const AttentionBwd& given, void* scratch)
         : p(given), c(p.call), scores(c), dropout(c.dropout), D(static_cast<int>(c.D)),
           width(static_cast<int>(up_to(c.D, P::kWide))), deep(P::deep(D, width)), room(scratch) {
-        const int64_t keys = up_to(c.Tk, kStrip);
+        const int64_t keys = up_to(p.most_keys, kStrip);
         dk_sum = p.dk == nullptr ? nullptr : room.take<float>(keys * width);
         dv_sum = p.dv == nullptr ? nullptr : room.take<float>(keys * width);
-        const int64_t all = up_to(c.Tk, P::kKeys);
+        const int64_t all = up_to(p.most_keys, P::kKeys);
         blocks = room.take<Block>(all / P::kKeys);
         k = room.take<Number>(all * width);
         v = room.take<Number>(all * width);
@@ -97,8 +97,9 @@ struct Backward {
             for (int64_t i = item.first; i < item.last; i += P::kQueries)
                 meet_all(e, item.entry, head, i, least_of(i + P::kQueries, item.last));
         const int64_t token = ((e.batch * c.Tk + e.first_k) * c.Hk + key_head) * D;
-        round(dk_sum, c.softmax_scale, e.Tk, static_cast<T*>(p.dk) + token);
-        round(dv_sum, 1, e.Tk, static_cast<T*>(p.dv) + token);
+        if (p.dk != nullptr)
+            round(dk_sum, c.softmax_scale, e.Tk, static_cast<T*>(p.dk) + token);
+        if (p.dv != nullptr) round(dv_sum, 1, e.Tk, static_cast<T*>(p.dv) + token);
     }
 
     static void clear(float* sum, int64_t n) {
@@ -227,12 +228,12 @@ struct Backward {
                     total[vector] += w;
                 }
         }
-        const float* dlse = p.dlse + (e.batch * c.H + g.head) * c.Tq + e.first_q + g.first;
+        const int64_t at = (e.batch * c.H + g.head) * c.Tq + e.first_q + g.first;
         for (int lane = 0; lane < kLanes; ++lane) {
             const float all = total[lane / kWidth][lane % kWidth];
             const float found = all == 0 ? 0 : sum[lane / kWidth][lane % kWidth] / all;
-            const bool given = p.dlse != nullptr && all != 0;
-            delta[n * kLanes + lane] = given ? found - dlse[lane] : found;
+            const bool given = p.dlse != nullptr && lane < g.count && all != 0;
+            delta[n * kLanes + lane] = given ? found - p.dlse[at + lane] : found;
         }
     }
     // One vector of a row of weights, 0 where hidden, and of dp.
@@ -383,7 +384,6 @@ struct Backward {
 
     // Rows of sums, times a factor, as a head's gradient.
     void round(const float* sum, float factor, int64_t rows, T* to) const {
-        if (sum == nullptr) return;
         for (int64_t i = 0; i < rows; ++i)
             for_vectors(0, D, [&](int64_t d, auto m) {
                 store_at(to + i * c.Hk * D + d, load_at(sum + i * width + d, m) * factor, m);

@@ -19,7 +19,8 @@ struct MaskGradient {
         for (int64_t b = item.entry; b < item.last_entry; ++b) {
             const Entry e(c, b);
             for (int64_t head = item.head; head < item.last_head; ++head) {
-                pass.make_all_ready(e, head / (c.H / c.Hk), item.first, item.last);
+                if (head == item.head || head % (c.H / c.Hk) == 0)
+                    pass.make_all_ready(e, head / (c.H / c.Hk), item.first, item.last);
                 for (int64_t i = item.first; i < item.last; i += kLanes) {
                     pass.count = 0;
                     pass.prepare(e, head, i, item.last);

@@ -14,7 +14,6 @@
 
 namespace gk::cpu::GK_ISA {
 
-constexpr int kMostGroups = 16;  // of an item
 // Blocks of keys that are made ready together, for the second-level cache; a group meets one after
 // the other, so its state stays in the first.
 constexpr int kBlocks = 8;

@@ -94,9 +94,8 @@ std::vector<MaskItem> mask_items(const AttentionBwd& p) {
 }  // namespace
 
 void attention_fwd(const AttentionFwd& p, int threads) {
-    constexpr int64_t kGroups = 16, kLanes = 32;  // csrc/cpu/attention/fwd.h
-    const int64_t heads = std::min(p.call.H / p.call.Hk, kGroups);
-    int64_t queries = kGroups / heads * kLanes;
+    const int64_t heads = std::min<int64_t>(p.call.H / p.call.Hk, kMostGroups);
+    int64_t queries = kMostGroups / heads * kLanes;
     std::vector<Job> all = jobs(p.call, heads, queries);
     // Smaller items where threads would wait for the last ones; they give the same bits.
     while (queries > kLanes && static_cast<int64_t>(all.size()) < 4 * threads) {
@@ -108,9 +107,13 @@ void attention_fwd(const AttentionFwd& p, int threads) {
             [&](size_t i, void* scratch) { use.attention_fwd(p, all[i].item, scratch); });
 }
 
-void attention_bwd(const AttentionBwd& p, int threads) {
-    const std::vector<Job> all = jobs(p.call, p.call.H / p.call.Hk, INT64_MAX / 2);
+void attention_bwd(const AttentionBwd& given, int threads) {
+    const std::vector<Job> all = jobs(given.call, given.call.H / given.call.Hk, INT64_MAX / 2);
     const Kernels& use = kernels();
+    AttentionBwd p = given;
+    p.most_keys = 1;
+    for (int64_t b = 0; b < p.call.batch; ++b)
+        p.most_keys = std::max(p.most_keys, tokens(p.call.cu_seqlens_k, b, p.call.Tk));
     if (p.dq != nullptr || p.dk != nullptr || p.dv != nullptr)
         run_all(p.call, all.size(), pairs_of(all), threads, use.attention_bwd_scratch(p),
                 [&](size_t i, void* scratch) { use.attention_bwd(p, all[i].item, scratch); });

@@ -68,7 +68,11 @@ struct AttentionBwd {
     void* dv;  // (B, Tk, Hk, D) contiguous, or null
     float* dmask;  // with the mask's sizes, to which its gradient is added; or null
     MaskStrides dmask_strides;
+    int64_t most_keys;  // of an entry; the launcher sets it
 };
+
+// A group of queries, one in each lane of a row of scores, and the groups of a forward item.
+constexpr int kLanes = 32, kMostGroups = 16;
 
 // What one thread computes at a time: the queries first ... last - 1 of the query heads
 // head ... last_head - 1, which share a key head, of one entry.

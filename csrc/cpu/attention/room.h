@@ -12,7 +12,7 @@ class Room {
 
     template <class T>
     T* take(int64_t n) {
-        T* found = reinterpret_cast<T*>(start_ + used_);
+        T* found = start_ == nullptr ? nullptr : reinterpret_cast<T*>(start_ + used_);
         used_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
         return found;
     }

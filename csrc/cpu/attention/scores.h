@@ -9,7 +9,6 @@
 
 namespace gk::cpu::GK_ISA {
 
-constexpr float kLog2e = 1.44269504089f, kLn2 = 0.69314718056f;
 constexpr int kVectors = kLanes / kWidth;  // of a row of scores
 
 static inline Floats minus_infinity() { return all(-__builtin_inff()); }

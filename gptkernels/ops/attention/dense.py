@@ -174,7 +174,8 @@ def attention(
             kernels always have the same bits, and so have those of the CUDA C++ kernels in
             float32. In 16 bits the CUDA C++ kernels sum dq with atomics unless `deterministic`.
         return_lse: Whether to return lse as well.
-        impl: "auto", "torch", "triton", "cuda" or "cpu".
+        impl: "auto", "torch", "triton", "cuda" or "cpu". On a CPU "auto" takes "cpu", but for
+            float32 where every query sees every key and no other option is used.
 
     Returns:
         out (B, Tq, H, D) in q's dtype; with return_lse, (out, lse), where lse = log sum_j exp(s) is
@@ -187,9 +188,9 @@ def attention(
         NotImplementedError: An explicit impl does not take attn_mask, or alibi_slopes requires a
             gradient.
 
-    Differentiable once in q, k, v and attn_mask. With the Triton and CUDA C++ kernels, NaN and Inf
-    reach only the rows and keys that see them. With impl="torch" PyTorch's own ops may spread them
-    further, but never from keys past a length.
+    Differentiable once in q, k, v and attn_mask. With the kernels, NaN and Inf reach only the rows
+    and keys that see them. With impl="torch" PyTorch's own ops may spread them further, but never
+    from keys past a length.
     """
     _check(q, k, v, key_lengths, attn_mask)
     options = AttentionOptions(
@@ -223,7 +224,9 @@ def attend(
     """Returns the differentiable (out, lse) of a batch or of packed sequences, in autocast's
     dtype. Chooses the implementation, and draws dropout's seed."""
     dtype = autocast_dtype(q)
-    impl = choose(impl, q, dtype)
+    asked, impl = impl, choose(impl, q, dtype)
+    if asked == "auto" and impl == "cpu" and dtype == torch.float32 and options.everything:
+        impl = "torch"  # where it was measured to be faster
     if options.dropout_p > 0:
         options = options._replace(rng=philox.draw(q.device))
     if deterministic is None:

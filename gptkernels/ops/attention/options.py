@@ -74,12 +74,18 @@ class AttentionOptions(NamedTuple):
         return {name: getattr(self, name) for name in _SCORES}
 
     @property
+    def everything(self) -> bool:
+        """Whether every query sees every key, by one product and one exponential."""
+        return not self.costly and self.left < 0 and self.right < 0 and self.tensors == _NO_TENSORS
+
+    @property
     def costly(self) -> bool:
         """Whether a score costs more than one product and one exponential."""
         return self.softcap > 0 or self.alibi_slopes is not None or self.dropout_p > 0
 
 
 _NUMBERS = AttentionOptions._fields.index("alibi_slopes")
+_NO_TENSORS = (None,) * (len(AttentionOptions._fields) - _NUMBERS)
 _SCORES = AttentionOptions._fields[: AttentionOptions._fields.index("dropout_p")]
 
 

@@ -1,5 +1,6 @@
 // Decoding's launcher: makes the list of work, whose parts the threads take.
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -109,6 +110,10 @@ Work work_of(const AttentionDecode& p, int threads) {
 void attention_decode(const AttentionDecode& p, int threads) {
     const Work work = work_of(p, threads);
     const int useful = worth(threads, work.moved * static_cast<int64_t>(bytes_of(p.dtype)));
+    // Before the threads start: one of them could not pass an exception on.
+    const int64_t size = decode_scratch(kDecodeRows, p.D);
+    const auto scratch = std::make_unique_for_overwrite<float[]>(size * useful);
+    std::atomic<int64_t> next{0};
     parallel_for(work.cost, useful, [&](int64_t first, int64_t last) {
         const auto index = [&](int64_t cost) {
             return std::lower_bound(work.starts.begin(), work.starts.end(), cost) -
@@ -116,9 +121,8 @@ void attention_decode(const AttentionDecode& p, int threads) {
         };
         const int64_t begin = index(first), count = index(last) - begin;
         if (count == 0) return;
-        const auto scratch =
-            std::make_unique_for_overwrite<float[]>(decode_scratch(kDecodeRows, p.D));
-        kernels().attention_decode(p, work.items.data() + begin, count, scratch.get());
+        kernels().attention_decode(p, work.items.data() + begin, count,
+                                   scratch.get() + size * next++);
     });
     if (work.splits.empty()) return;
     parallel_for(static_cast<int64_t>(work.splits.size()), worth(threads, work.partial * 4),

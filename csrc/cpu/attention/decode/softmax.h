@@ -8,8 +8,6 @@
 namespace gk::cpu::GK_ISA {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 // What makes a score of a product.
 struct Score {
     bool capped;

@@ -115,7 +115,7 @@ class _Call:
             _NO_MASK if options.attn_mask is None else _mask(options.attn_mask),
             (address(self.tensors["rng"]), philox.threshold(p), philox.scale(p))
             if p
-            else (0, 0, 1.0),
+            else _KEEP_ALL,
             DTYPE_CODES[q.dtype],
         )
 
