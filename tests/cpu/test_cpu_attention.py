@@ -85,7 +85,11 @@ def test_across_blocks(
     if "key_lengths" in options:
         options["key_lengths"] = int32(*options["key_lengths"])
     tensors = attention_inputs(*sizes, dtype=dtype, seed=seed)
-    assert_right(attention, tensors, seed, impl="cpu", return_lse=True, **options)
+    # Backward there is no such limit, and few queries are few numbers.
+    gradients = sizes[2] < 1000
+    assert_right(
+        attention, tensors, seed, impl="cpu", gradients=gradients, return_lse=True, **options
+    )
 
 
 @by_dtype

@@ -47,6 +47,7 @@ struct Backward {
     float *dq;                    // dQ^T, group by group
     float *out_across, *dout_across;  // of a group, (width, kLanes)
     float *s, *dp, *slope, *mask;
+    float* inverse;  // (kQueries,), of the sum of the weights that lse gives, about 1
     float *lse, *delta;           // (kQueries,); lse as Scores has a maximum
     float *key_taint, *taint;
     uint32_t* words;
@@ -81,6 +82,7 @@ struct Backward {
         mask = c.mask.kind == MaskKind::none ? nullptr : room.take<float>(P::kKeys * kLanes);
         lse = room.take<float>(P::kQueries);
         delta = room.take<float>(P::kQueries);
+        inverse = room.take<float>(P::kQueries);
         taint = room.take<float>(kLanes);
         words = c.dropout.rng == nullptr ? nullptr : room.take<uint32_t>(P::kKeys / 2 * kLanes);
     }
@@ -140,7 +142,7 @@ struct Backward {
         count = 0;
         for (int64_t i = first; i < last; i += kLanes) prepare(e, head, i, last);
         for (int n = 0; n < count; ++n)
-            if (few_keys(e, groups[n])) sum_delta_again(e, b, n);
+            if (kExact && (few_keys(e, groups[n]) || large_lse(n))) sum_again(e, b, n);
         for (int m = 0; m < n_blocks; ++m) {
             const Block& block = blocks[m];
             bool any = false;
@@ -169,6 +171,7 @@ struct Backward {
         sum_delta(g, dout, out, delta + at);
         for (int lane = 0; lane < kLanes; ++lane) {
             lse[at + lane] = __builtin_inff();
+            inverse[at + lane] = 1;
             taint[lane] = 0;
             if (lane >= g.count) continue;
             if (!finite && !(all_finite(q + lane * p.q_strides.token, 0, 1, D) &&
@@ -208,13 +211,23 @@ struct Backward {
         }
     }
 
-    // Where a query sees few keys, ds is a small difference of large numbers, in which the rounding
-    // of O would remain: in fp32 eager PyTorch does better. In 16 bits dS is rounded anyway.
+    // In fp32 eager PyTorch does better than these formulas in two cases, in which a second pass
+    // over the scores sums the weights and delta again. Where a query sees few keys, ds is a small
+    // difference of large numbers, in which the rounding of O would remain. And the rounding of a
+    // large lse, as ALiBi gives it, would remain in all of a query's weights.
+    static constexpr bool kExact = __is_same(T, float);
     static bool few_keys(const Entry& e, const Group& g) {
-        return __is_same(T, float) && e.highest(g.last()) - e.lowest(g.first) < 64;
+        return e.highest(g.last()) - e.lowest(g.first) < 64;
     }
-    // delta = sum_j p dp / sum_j p - dlse
-    void sum_delta_again(const Entry& e, int64_t b, int n) {
+    bool large_lse(int n) const {
+        for (int lane = 0; lane < groups[n].count; ++lane) {
+            const float size = __builtin_fabsf(scores.natural(lse[n * kLanes + lane]));
+            if (size > 16 && size < __builtin_inff()) return true;
+        }
+        return false;
+    }
+    // total = sum_j p     delta = sum_j p dp / total - dlse
+    void sum_again(const Entry& e, int64_t b, int n) {
         const Group& g = groups[n];
         Floats sum[kVectors] = {}, total[kVectors] = {};
         for (int m = 0; m < n_blocks; ++m) {
@@ -232,6 +245,7 @@ struct Backward {
         for (int lane = 0; lane < kLanes; ++lane) {
             const float all = total[lane / kWidth][lane % kWidth];
             const float found = all == 0 ? 0 : sum[lane / kWidth][lane % kWidth] / all;
+            if (kExact && all > 0) inverse[n * kLanes + lane] = 1 / all;
             const bool given = p.dlse != nullptr && lane < g.count && all != 0;
             delta[n * kLanes + lane] = given ? found - p.dlse[at + lane] : found;
         }
@@ -239,7 +253,8 @@ struct Backward {
     // One vector of a row of weights, 0 where hidden, and of dp.
     Floats weight(int n, int row, int vector) const {
         const Floats score = load(s + row * kLanes + vector * kWidth);
-        const Floats w = scores.weight(score, load(lse + n * kLanes + vector * kWidth));
+        const int lane = n * kLanes + vector * kWidth;
+        const Floats w = scores.weight(score, load(lse + lane)) * load(inverse + lane);
         return score == minus_infinity() ? Floats{} : w;
     }
     Floats upper(int row, int vector) const {
@@ -326,6 +341,7 @@ struct Backward {
                     const int at = (row + k) * kLanes + lane;
                     const Floats score = load(s + at);
                     w[k] = weight(score, load(base + lane));
+                    if (kExact) w[k] = w[k] * load(inverse + n * kLanes + lane);
                     ds[k] = load(dp + at);
                     make(w[k], ds[k], load(minus + lane), row + k, vector);
                     if (kHidden) {

@@ -24,7 +24,7 @@ struct MaskGradient {
                 for (int64_t i = item.first; i < item.last; i += kLanes) {
                     pass.count = 0;
                     pass.prepare(e, head, i, item.last);
-                    pass.sum_delta_again(e, b, 0);
+                    pass.sum_again(e, b, 0);
                     for (int m = 0; m < pass.n_blocks; ++m) meet(e, b, pass.blocks[m]);
                 }
             }
