@@ -212,7 +212,7 @@ struct Scores {
             for (int at = first; at < last; ++at) {
                 float* there = s + at * kLanes + v * kWidth;
                 const Ints key = Ints{} + at;
-                store(there, (key >= low) & (key <= high) ? load(there) : minus_infinity());
+                store(there, ((key >= low) & (key <= high)) ? load(there) : minus_infinity());
             }
         }
     }

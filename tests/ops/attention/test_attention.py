@@ -17,6 +17,7 @@ from right import assert_same, run, seeded
 from torch import Tensor
 
 from gptkernels import attention
+from gptkernels.core.choice import automatic
 from gptkernels.ops.attention.torch import blocks, fused
 from gptkernels.truth import baseline, parity, reference
 
@@ -274,6 +275,26 @@ class TestParity:
             hold(tensors | dict(attn_mask=mask), impl, seed, softcap=5.0)
         else:
             hold(tensors, impl, seed, attn_mask=mask)
+
+    @pytest.mark.skipif(automatic("cpu") != "cpu", reason="no CPU kernels here")
+    @pytest.mark.parametrize(
+        ("options", "picked"),
+        [
+            (dict(causal=False), "torch"),
+            (dict(causal=False, dtype=BF16), "cpu"),
+            (dict(causal=False, softcap=3.0), "cpu"),
+            (dict(causal=False, key_lengths=torch.tensor([70]).int()), "cpu"),
+            (dict(), "cpu"),
+        ],
+        ids=str,
+    )
+    def test_auto_on_a_cpu(self, options: dict[str, Any], picked: str) -> None:
+        options = dict(options)
+        tensors = inputs(1, 70, dtype=options.pop("dtype", FP32))
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        found = {how: attention(**tensors, **options, impl=how) for how in ("auto", "cpu", "torch")}
+        assert torch.equal(found["auto"], found[picked])
+        assert not torch.equal(found["cpu"], found["torch"])
 
     @each
     def test_lse_alone(self, impl: str, seed: int) -> None:
