@@ -3,9 +3,10 @@ results with the truth or bit for bit; op_inputs.py makes the inputs of ops."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ def command(
     return subprocess.run(
         line, cwd=cwd, env=env, check=check, timeout=timeout, capture_output=True, text=True
     )
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch's ops, and ours on a CPU, run on so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def of(

@@ -28,7 +28,7 @@ extern const Kernels kernels;
 // csrc/cpu/amx: attention in tiles. All else is v4_bf16's.
 namespace v4_amx {
 void attention_fwd(const AttentionFwd& p, const AttentionItem& item, void* scratch);
-void attention_bwd(const AttentionBwd& p, const AttentionItem& item, void* scratch);
+void attention_bwd(const AttentionBwd& p, const BackwardItem& item, void* scratch);
 void attention_mask_bwd(const AttentionBwd& p, const MaskItem& item, void* scratch);
 int64_t attention_fwd_scratch(const AttentionFwd& p);
 int64_t attention_bwd_scratch(const AttentionBwd& p);

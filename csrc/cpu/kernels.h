@@ -27,7 +27,7 @@ struct Kernels {
     void (*gelu_bwd)(const GeluBwd& p, float* db, int64_t first, int64_t last);
     // An item, with scratch memory of as many bytes as the functions below say.
     void (*attention_fwd)(const AttentionFwd& p, const AttentionItem& item, void* scratch);
-    void (*attention_bwd)(const AttentionBwd& p, const AttentionItem& item, void* scratch);
+    void (*attention_bwd)(const AttentionBwd& p, const BackwardItem& item, void* scratch);
     void (*attention_mask_bwd)(const AttentionBwd& p, const MaskItem& item, void* scratch);
     int64_t (*attention_fwd_scratch)(const AttentionFwd& p);
     int64_t (*attention_bwd_scratch)(const AttentionBwd& p);
@@ -54,7 +54,7 @@ void layer_norm_bwd(const LayerNormBwd& p, const float* weight, float* dweight, 
 void gelu_fwd(const GeluFwd& p, int64_t first, int64_t last);
 void gelu_bwd(const GeluBwd& p, float* db, int64_t first, int64_t last);
 void attention_fwd(const AttentionFwd& p, const AttentionItem& item, void* scratch);
-void attention_bwd(const AttentionBwd& p, const AttentionItem& item, void* scratch);
+void attention_bwd(const AttentionBwd& p, const BackwardItem& item, void* scratch);
 void attention_mask_bwd(const AttentionBwd& p, const MaskItem& item, void* scratch);
 int64_t attention_fwd_scratch(const AttentionFwd& p);
 int64_t attention_bwd_scratch(const AttentionBwd& p);

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BF16, DTYPES, FP32, by_dtype
+from harness import BF16, DTYPES, FP32, by_dtype, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_inputs import attention_inputs, int32
@@ -143,6 +143,39 @@ def test_a_head_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
 
 
 @by_dtype
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((1, 600, 600, 1, 1, 20), dict(alibi_slopes=[0.3])),
+        ((1, 300, 900, 3, 1, 33), dict(window=(300, 0), softcap=3.0, dropout_p=0.2)),
+        ((1, 600, 530, 2, 2, 16), dict(causal=False, key_lengths=[300])),
+        ((1, 700, 530, 1, 1, 16), dict(causal=False, window=(30, 260))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wanted", ["qkv", "q", "kv", "v"])
+def test_parts_of_a_head_have_the_bits_of_the_whole(
+    dtype: torch.dtype, sizes: tuple[int, ...], options: dict[str, Any], wanted: str
+) -> None:
+    """One thread takes a whole head, seven take parts of it. Some queries see no key, some keys
+    belong to no query, and a number is not finite."""
+    options = dict(options)
+    if "key_lengths" in options:
+        options["key_lengths"] = int32(*options["key_lengths"])
+    tensors = attention_inputs(*sizes, dtype=dtype)
+    tensors["k"][0, 290, 0, 3] = torch.inf
+    call = functools.partial(attention, return_lse=True, impl="cpu", **options)
+    B, T, _, H, _, D = sizes
+    cotangents = [torch.randn(B, T, H, D).to(dtype), torch.randn(B, H, T)]
+    found = []
+    for count in (1, 7):
+        with threads(count):
+            outputs = run(seeded(call), tensors, cotangents, wanted)
+        found.append([x.nan_to_num(123.0) for x in outputs])
+    assert_same(*found)
+
+
+@by_dtype
 def test_a_packed_sequence_has_the_bits_of_its_own_batch(dtype: torch.dtype) -> None:
     lengths = [37, 0, 260, 5]
     ends = int32(0, 37, 37, 297, 302)
@@ -164,19 +197,15 @@ def test_a_packed_sequence_has_the_bits_of_its_own_batch(dtype: torch.dtype) -> 
 
 
 @by_dtype
-@pytest.mark.parametrize("threads", [1, 3, 16])
-def test_dropout_follows_the_contract(dtype: torch.dtype, threads: int) -> None:
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_dropout_follows_the_contract(dtype: torch.dtype, count: int) -> None:
     """With v a unit matrix, out holds the weights themselves."""
     T = 96
     q, k = torch.zeros(2, T, 3, T, dtype=dtype), torch.zeros(2, T, 3, T, dtype=dtype)
     v = torch.eye(T, dtype=dtype)[None, :, None].expand(2, T, 3, T)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         call = functools.partial(attention, q, k, v, causal=False, dropout_p=0.4)
         found, wanted = (seeded(call)(impl=impl) for impl in ("cpu", "torch"))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(found == 0, wanted == 0)
 
 

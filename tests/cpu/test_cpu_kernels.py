@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import BF16, DTYPES, FP16, FP32, by_dtype
+from harness import BF16, DTYPES, FP16, FP32, by_dtype, threads
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import cache, gelu_mlp_inputs, layer_norm_inputs
@@ -168,15 +168,13 @@ def test_a_key_that_is_minus_infinity_has_no_weight(D: int) -> None:
 
 
 @pytest.mark.parametrize("heads", [(5, 5), (6, 2), (40, 20)])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_heads_that_go_together_are_each_alone(heads: tuple[int, int], threads: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_heads_that_go_together_are_each_alone(heads: tuple[int, int], count: int) -> None:
     """Heads whose memory is apart go one by one. Those side by side go together, fewer of them
     where there are more threads; here values lie further apart than keys."""
     tensors, rest = cache([600, 3, 290], 2, *heads, 20)
     how = dict(impl="cpu", return_lse=True, window=(500, 0))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads(count):
         apart = {
             name: x if name == "q" else x.transpose(1, 2).contiguous().transpose(1, 2)
             for name, x in tensors.items()
@@ -184,8 +182,6 @@ def test_heads_that_go_together_are_each_alone(heads: tuple[int, int], threads: 
         expected = attention_decode(**apart, **rest, **how)
         tensors["v_cache"] = F.pad(tensors["v_cache"], (0, 9), value=torch.nan)[..., :20]
         assert_same(attention_decode(**tensors, **rest, **how), expected)
-    finally:
-        torch.set_num_threads(before)
     assert_right(attention_decode, tensors, gradients=False, **how, **rest)
 
 

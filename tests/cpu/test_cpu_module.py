@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import ROOT, command
+from harness import ROOT, command, threads
 
 from gptkernels import attention, attention_decode, layer_norm
 from gptkernels.core import cpu
@@ -163,14 +163,10 @@ def rows() -> list[torch.Tensor]:
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for count in (1, 2, 3, 7, 64):
-            torch.set_num_threads(count)
+    found = []
+    for count in (1, 2, 3, 7, 64):
+        with threads(count):
             found.append(rows())
-    finally:
-        torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
@@ -182,9 +178,7 @@ def _send(connection: Any) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch forks on Linux")
 def test_a_forked_child_computes_the_same() -> None:
     """The threads of the pool are the parent's: a child that waits for them waits forever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
+    with threads(4):
         wanted = rows()
         receiving, sending = multiprocessing.Pipe(duplex=False)
         child = multiprocessing.get_context("fork").Process(target=_send, args=(sending,))
@@ -195,8 +189,6 @@ def test_a_forked_child_computes_the_same() -> None:
         finally:
             child.kill()
             child.join()
-    finally:
-        torch.set_num_threads(threads)
     assert all(map(torch.equal, found, wanted))
 
 

@@ -19,7 +19,7 @@ void attention_fwd(const AttentionFwd& p, const AttentionItem& item, void* scrat
     Forward<TileProducts>(p, scratch).run(item);
 }
 
-void attention_bwd(const AttentionBwd& p, const AttentionItem& item, void* scratch) {
+void attention_bwd(const AttentionBwd& p, const BackwardItem& item, void* scratch) {
     if (p.call.dtype != DType::bfloat16) return others().attention_bwd(p, item, scratch);
     Backward<TileProducts>(p, scratch).run(item);
 }

@@ -45,6 +45,9 @@ struct Entry {
     // The keys lowest ... highest; there are none where highest < lowest.
     int64_t lowest(int64_t i) const { return most_of(position(i) - left, 0); }
     int64_t highest(int64_t i) const { return least_of(position(i) + right, count - 1); }
+    // The queries that see key j, likewise, if it exists.
+    int64_t lowest_query(int64_t j) const { return most_of(j - right + Tq - Tk, 0); }
+    int64_t highest_query(int64_t j) const { return least_of(j + left + Tq - Tk, Tq - 1); }
 };
 
 // The queries first ... first + count - 1 of a head; count <= kLanes. `first` is a multiple of

@@ -4,7 +4,7 @@
 
 namespace gk::cpu::GK_ISA {
 
-void attention_bwd(const AttentionBwd& p, const AttentionItem& item, void* scratch) {
+void attention_bwd(const AttentionBwd& p, const BackwardItem& item, void* scratch) {
     with_products(p.call.dtype, [&](auto products) {
         Backward<decltype(products)>(p, scratch).run(item);
     });

@@ -4,7 +4,9 @@
 //     dV += p dO        dK += ds Q        dQ^T += K^T ds
 // where delta = sum_d dO O - dlse (Dao, "FlashAttention-2", 2023). The factor softmax_scale is
 // applied at the end. An item is a key head and all queries of its query heads, so every sum has
-// one order and no two threads add to the same number.
+// one order and no two threads add to the same number. Where that leaves threads idle, an item is a
+// part of the queries and makes their dQ, or a part of the keys and makes their dK and dV; it sums
+// in the same order.
 //
 // A thread's scratch memory holds dK and dV of the item's keys in fp32, 8 D Tk bytes, the keys and
 // values as operands, 6 D Tk bytes for tiles and 12 D Tk for vectors, and less than 4 MB more.
@@ -37,6 +39,7 @@ struct Backward {
     const int D, width, deep;
     Room room;
     float *dk_sum, *dv_sum;  // (keys, width)
+    int64_t first_key, last_key;  // that get gradients
     Block* blocks;
     int n_blocks;
     Number *k, *v, *across;
@@ -87,21 +90,27 @@ struct Backward {
         words = c.dropout.rng == nullptr ? nullptr : room.take<uint32_t>(P::kKeys / 2 * kLanes);
     }
 
-    void run(const AttentionItem& item) {
+    void run(const BackwardItem& item) {
+        static_assert(kPart % P::kQueries == 0 && kPart % P::kKeys == 0);
         const Entry e(c, item.entry);
         [[maybe_unused]] const typename P::Session session;
-        const int64_t sums = up_to(e.Tk, kStrip) * width;
-        if (dk_sum != nullptr) clear(dk_sum, sums);
-        if (dv_sum != nullptr) clear(dv_sum, sums);
+        const int64_t keys = item.last_key - item.first_key;
+        if (dk_sum != nullptr) clear(dk_sum, up_to(keys, kStrip) * width);
+        if (dv_sum != nullptr) clear(dv_sum, up_to(keys, kStrip) * width);
+        int64_t first = item.first, last = item.last;
+        if (p.dq == nullptr) {  // the other queries do not see these keys
+            first = most_of(first, e.lowest_query(item.first_key) / P::kQueries * P::kQueries);
+            last = least_of(last, up_to(e.highest_query(item.last_key - 1) + 1, kLanes));
+        }
         const int64_t key_head = item.head / (c.H / c.Hk);
-        make_all_ready(e, key_head, item.first, item.last);
+        make_all_ready(e, key_head, first, last, item.first_key, item.last_key);
         for (int64_t head = item.head; head < item.last_head; ++head)
-            for (int64_t i = item.first; i < item.last; i += P::kQueries)
-                meet_all(e, item.entry, head, i, least_of(i + P::kQueries, item.last));
-        const int64_t token = ((e.batch * c.Tk + e.first_k) * c.Hk + key_head) * D;
-        if (p.dk != nullptr)
-            round(dk_sum, c.softmax_scale, e.Tk, static_cast<T*>(p.dk) + token);
-        if (p.dv != nullptr) round(dv_sum, 1, e.Tk, static_cast<T*>(p.dv) + token);
+            for (int64_t i = first; i < last; i += P::kQueries)
+                meet_all(e, item.entry, head, i, least_of(i + P::kQueries, last));
+        const int64_t token = e.batch * c.Tk + e.first_k + item.first_key;
+        const int64_t at = (token * c.Hk + key_head) * D;
+        if (p.dk != nullptr) round(dk_sum, c.softmax_scale, keys, static_cast<T*>(p.dk) + at);
+        if (p.dv != nullptr) round(dv_sum, 1, keys, static_cast<T*>(p.dv) + at);
     }
 
     static void clear(float* sum, int64_t n) {
@@ -114,15 +123,25 @@ struct Backward {
         return tensor + e.batch * by.batch + first * by.token + head * by.head;
     }
 
-    // The keys that some of the queries first ... last - 1 see.
-    void make_all_ready(const Entry& e, int64_t key_head, int64_t first, int64_t last) {
-        const int64_t high = e.highest(last - 1);
+    // The keys that some of the queries first ... last - 1 see. Where sum_again may need the others
+    // too, those that get no gradient are among them.
+    void make_all_ready(const Entry& e, int64_t key_head, int64_t first, int64_t last,
+                        int64_t from, int64_t to) {
+        first_key = from;
+        last_key = to;
         n_blocks = 0;
-        for (int64_t j = e.lowest(first) / P::kKeys * P::kKeys; j <= high; j += P::kKeys)
+        if (first >= last) return;
+        int64_t low = e.lowest(first), high = e.highest(last - 1);
+        if (!kExact) {
+            low = most_of(low, from);
+            high = least_of(high, to - 1);
+        }
+        for (int64_t j = low / P::kKeys * P::kKeys; j <= high; j += P::kKeys)
             make_ready(e, key_head, j, static_cast<int>(least_of(P::kKeys, high + 1 - j)));
     }
 
     void make_ready(const Entry& e, int64_t key_head, int64_t j, int keys) {
+        const int64_t at = n_blocks * P::kKeys;
         Block& block = blocks[n_blocks++];
         block.first = j;
         block.keys = keys;
@@ -130,10 +149,10 @@ struct Backward {
             tokens(static_cast<const T*>(p.k), p.k_strides, e, e.first_k + j, key_head);
         const T* v_from =
             tokens(static_cast<const T*>(p.v), p.v_strides, e, e.first_k + j, key_head);
-        block.k = P::rows(k_from, p.k_strides.token, keys, D, width, k + j * width);
-        block.v = P::rows(v_from, p.v_strides.token, keys, D, width, v + j * width);
-        block.tainted = transposed<P>(k_from, p.k_strides.token, keys, D, width, key_taint + j,
-                                      across + j * width, block.across);
+        block.k = P::rows(k_from, p.k_strides.token, keys, D, width, k + at * width);
+        block.v = P::rows(v_from, p.v_strides.token, keys, D, width, v + at * width);
+        block.tainted = transposed<P>(k_from, p.k_strides.token, keys, D, width, key_taint + at,
+                                      across + at * width, block.across);
     }
 
     // Some queries of a head meet all keys.
@@ -145,6 +164,7 @@ struct Backward {
             if (kExact && (few_keys(e, groups[n]) || large_lse(n))) sum_again(e, b, n);
         for (int m = 0; m < n_blocks; ++m) {
             const Block& block = blocks[m];
+            if (block.first < first_key || block.first >= last_key) continue;
             bool any = false;
             for (int n = 0; n < count; ++n) any = meet(e, b, n, block) || any;
             if (any) add_keys(e, block.first, block.keys);
@@ -379,7 +399,7 @@ struct Backward {
     }
     void add_strips(int64_t j0, int start, int keys, int first, int last) {
         const int rows = P::padded(keys), from = first * kLanes, depth = (last - first) * kLanes;
-        const int64_t key = (j0 + start) * width;
+        const int64_t key = (j0 + start - first_key) * width;
         if (dv_sum != nullptr)
             P::template multiply<true>(dv_sum + key, width, P::left(weights).from(start, from),
                                        typename P::Right{dout_rows, width}.from(from), rows,

@@ -13,8 +13,8 @@ namespace gk::cpu {
 namespace {
 
 struct Job {
-    AttentionItem item;
-    int64_t pairs;  // of queries and keys, about
+    BackwardItem item;  // forward all keys
+    int64_t pairs;      // of queries and keys, about
 };
 
 int64_t tokens(const int32_t* cu_seqlens, int64_t b, int64_t all) {
@@ -23,12 +23,18 @@ int64_t tokens(const int32_t* cu_seqlens, int64_t b, int64_t all) {
     return std::max<int64_t>(end(b + 1) - end(b), 0);
 }
 
-// About how many keys the queries first ... last - 1 see.
-int64_t pairs(const AttentionCall& c, int64_t Tq, int64_t Tk, int64_t first, int64_t last) {
-    const int64_t middle = (first + last) / 2 + Tk - Tq;
-    const int64_t low = c.left < 0 ? 0 : std::max<int64_t>(middle - c.left, 0);
-    const int64_t high = c.right < 0 ? Tk : std::min(middle + c.right + 1, Tk);
+// About how many pairs the tokens first ... last - 1 make, of n, each with those of m others from
+// `before` its own position up to `after` it; negative: no bound.
+int64_t pairs(int64_t first, int64_t last, int64_t n, int64_t m, int64_t before, int64_t after) {
+    const int64_t middle = (first + last) / 2 + m - n;
+    const int64_t low = before < 0 ? 0 : std::max<int64_t>(middle - before, 0);
+    const int64_t high = after < 0 ? m : std::min(middle + after + 1, m);
     return (last - first) * std::max<int64_t>(high - low, 1);
+}
+
+void longest_first(std::vector<Job>& jobs) {
+    std::stable_sort(jobs.begin(), jobs.end(),
+                     [](const Job& a, const Job& b) { return a.pairs > b.pairs; });
 }
 
 // `heads` query heads that share a key head, and `queries` of each, make an item.
@@ -43,13 +49,47 @@ std::vector<Job> jobs(const AttentionCall& c, int64_t heads, int64_t queries) {
                     const int64_t last = std::min(first + queries, Tq);
                     const int64_t from = key_head * group + head;
                     const int64_t to = key_head * group + std::min(head + heads, group);
-                    found.push_back({{b, from, to, first, last},
-                                     (to - from) * pairs(c, Tq, Tk, first, last)});
+                    found.push_back({{{b, from, to, first, last}, 0, Tk},
+                                     (to - from) * pairs(first, last, Tq, Tk, c.left, c.right)});
                 }
     }
-    std::stable_sort(found.begin(), found.end(),
-                     [](const Job& a, const Job& b) { return a.pairs > b.pairs; });
+    longest_first(found);
     return found;
+}
+
+// The same items, each cut into parts of so many keys.
+std::vector<Job> key_jobs(const AttentionCall& c, const std::vector<Job>& whole, int64_t keys) {
+    std::vector<Job> found;
+    for (const Job& job : whole) {
+        const int64_t Tq = job.item.last, Tk = job.item.last_key;
+        for (int64_t first = 0; first < Tk; first += keys) {
+            Job part = job;
+            part.item.first_key = first;
+            part.item.last_key = std::min(first + keys, Tk);
+            part.pairs = (job.item.last_head - job.item.head) *
+                         pairs(first, part.item.last_key, Tk, Tq, c.right, c.left);
+            found.push_back(part);
+        }
+    }
+    longest_first(found);
+    return found;
+}
+
+int64_t pairs_of(const std::vector<Job>& all) {
+    int64_t sum = 0;
+    for (const Job& job : all) sum += job.pairs;
+    return sum;
+}
+
+// The pairs of the thread that is ready last.
+int64_t longest_of(const std::vector<Job>& all, int threads) {
+    std::vector<int64_t> sums(threads);
+    for (const Job& job : all) *std::min_element(sums.begin(), sums.end()) += job.pairs;
+    return *std::max_element(sums.begin(), sums.end());
+}
+
+int worth_for(const AttentionCall& c, int threads, int64_t pairs) {
+    return worth(threads, pairs * (c.D / 4 + 16));
 }
 
 // Calls run(i, scratch) for each of n items, with `bytes` of scratch memory for each thread. pairs:
@@ -58,8 +98,7 @@ template <class Run>
 void run_all(const AttentionCall& c, size_t n, int64_t pairs, int threads, int64_t bytes,
              const Run& run) {
     if (n == 0) return;
-    threads = static_cast<int>(
-        std::min<int64_t>(worth(threads, pairs * (c.D / 4 + 16)), static_cast<int64_t>(n)));
+    threads = static_cast<int>(std::min<int64_t>(worth_for(c, threads, pairs), n));
     bytes = (bytes + 4095) / 4096 * 4096;
     const auto deleter = [](char* p) { ::operator delete(p, std::align_val_t(4096)); };
     const std::unique_ptr<char, decltype(deleter)> scratch(
@@ -70,10 +109,49 @@ void run_all(const AttentionCall& c, size_t n, int64_t pairs, int threads, int64
     });
 }
 
-int64_t pairs_of(const std::vector<Job>& all) {
-    int64_t sum = 0;
-    for (const Job& job : all) sum += job.pairs;
-    return sum;
+// The products that a pair of a query and a key takes part in: s, dp, and those that are wanted.
+int products(const AttentionBwd& p) {
+    return 2 + (p.dq != nullptr) + (p.dk != nullptr) + (p.dv != nullptr);
+}
+
+// dq, dk and dv, of whole key heads; or, where threads would wait for the last of them, dq of parts
+// of the queries, and dk and dv of parts of the keys, which make s and dp twice. The bits are the
+// same.
+void token_gradients(const AttentionBwd& p, int threads) {
+    const AttentionCall& c = p.call;
+    AttentionBwd for_queries = p, for_keys = p;
+    for_queries.dk = for_queries.dv = nullptr;
+    for_keys.dq = nullptr;
+    const bool of_queries = p.dq != nullptr, of_keys = p.dk != nullptr || p.dv != nullptr;
+    if (!of_queries && !of_keys) return;
+    const std::vector<Job> whole = jobs(c, c.H / c.Hk, INT64_MAX / 2);
+    const int64_t all = pairs_of(whole);
+    const int used = worth_for(c, threads, all);
+    const Kernels& use = kernels();
+    const int64_t bytes = use.attention_bwd_scratch(p);
+    const int64_t split = (of_queries ? products(for_queries) : 0) +
+                          (of_keys ? products(for_keys) : 0);
+    if (used == 1 || longest_of(whole, used) * products(p) <= all / used * split) {
+        run_all(c, whole.size(), all, threads, bytes, [&](size_t i, void* scratch) {
+            use.attention_bwd(p, whole[i].item, scratch);
+        });
+        return;
+    }
+    // About four parts for each thread.
+    const auto part = [&](int64_t longest) {
+        const double share = static_cast<double>(all) / whole[0].pairs / (4.0 * used);
+        const int64_t least = static_cast<int64_t>(share * longest);
+        return std::max<int64_t>((least + kPart - 1) / kPart, 1) * kPart;
+    };
+    std::vector<Job> queries, keys;
+    if (of_queries) queries = jobs(c, c.H / c.Hk, part(whole[0].item.last));
+    if (of_keys) keys = key_jobs(c, whole, part(whole[0].item.last_key));
+    run_all(c, keys.size() + queries.size(), all, threads, bytes, [&](size_t i, void* scratch) {
+        if (i < keys.size())
+            use.attention_bwd(for_keys, keys[i].item, scratch);
+        else
+            use.attention_bwd(for_queries, queries[i - keys.size()].item, scratch);
+    });
 }
 
 // The parts of the mask, and for each the queries that it is added to.
@@ -108,20 +186,18 @@ void attention_fwd(const AttentionFwd& p, int threads) {
 }
 
 void attention_bwd(const AttentionBwd& given, int threads) {
-    const std::vector<Job> all = jobs(given.call, given.call.H / given.call.Hk, INT64_MAX / 2);
-    const Kernels& use = kernels();
     AttentionBwd p = given;
     p.most_keys = 1;
     for (int64_t b = 0; b < p.call.batch; ++b)
         p.most_keys = std::max(p.most_keys, tokens(p.call.cu_seqlens_k, b, p.call.Tk));
-    if (p.dq != nullptr || p.dk != nullptr || p.dv != nullptr)
-        run_all(p.call, all.size(), pairs_of(all), threads, use.attention_bwd_scratch(p),
-                [&](size_t i, void* scratch) { use.attention_bwd(p, all[i].item, scratch); });
+    token_gradients(p, threads);
     if (p.dmask == nullptr) return;
     AttentionBwd alone = p;
     alone.dq = alone.dk = alone.dv = nullptr;
     const std::vector<MaskItem> items = mask_items(p);
-    run_all(p.call, items.size(), pairs_of(all), threads, use.attention_bwd_scratch(alone),
+    const int64_t all = pairs_of(jobs(p.call, p.call.H / p.call.Hk, INT64_MAX / 2));
+    const Kernels& use = kernels();
+    run_all(p.call, items.size(), all, threads, use.attention_bwd_scratch(alone),
             [&](size_t i, void* scratch) { use.attention_mask_bwd(alone, items[i], scratch); });
 }
 

@@ -80,6 +80,13 @@ struct AttentionItem {
     int64_t entry, head, last_head, first, last;
 };
 
+// The same of the backward pass, and the keys that it gives gradients to. `first` and `first_key`
+// are multiples of kPart, as blocks of queries and of keys are parts of kPart.
+constexpr int kPart = 256;
+struct BackwardItem : AttentionItem {
+    int64_t first_key, last_key;
+};
+
 // The same of the mask's gradient: the entries and the query heads that share a part of the mask.
 struct MaskItem {
     int64_t entry, last_entry, head, last_head, first, last;

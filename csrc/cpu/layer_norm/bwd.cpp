@@ -44,7 +44,8 @@ Means means(const LayerNormBwd& p, const float* weight, float* dweight, float* d
     return found;
 }
 
-// The gradients of row i: of s, which is also the residual's (R), and of x.
+// The gradients of row i: of s, which is also the residual's, and of x. R is the residual's dtype;
+// or float, from which they are rounded to it: each mixture that is compiled takes seconds.
 template <class X, class S, class R, bool kDropout>
 void row(const LayerNormBwd& p, const float* weight, int64_t i, float mean_g, float mean_gx,
          ElementMask* mask) {
@@ -52,20 +53,27 @@ void row(const LayerNormBwd& p, const float* weight, int64_t i, float mean_g, fl
     const S* s = static_cast<const S*>(p.sum) + i * p.sum_stride;
     const S* dsum = p.dsum == nullptr ? nullptr : static_cast<const S*>(p.dsum) + i * p.cols;
     X* dx = static_cast<X*>(p.dx) + i * p.cols;
-    R* dresidual = p.dresidual == nullptr ? nullptr : static_cast<R*>(p.dresidual) + i * p.cols;
     const float mean = p.mean[i], rstd = p.rstd[i];
+    const bool rounding = __is_same(R, float) && p.residual_dtype != DType::float32;
     constexpr int kBlock = ElementMask::kBlock;
+    float room[kBlock];
     for (int64_t j0 = 0; j0 < p.cols; j0 += kBlock) {
         const int64_t end = p.cols - j0 < kBlock ? p.cols : j0 + kBlock;
+        R* dresidual = static_cast<R*>(p.dresidual);
+        if (dresidual != nullptr)
+            dresidual = rounding ? reinterpret_cast<R*>(room) : dresidual + i * p.cols + j0;
         if (kDropout) mask->fill(i * p.cols + j0, static_cast<int>(end - j0));
         for_vectors(j0, end, [&](int64_t j, auto n) {
             const Floats x = (load_at(s + j, n) - mean) * rstd;
             Floats ds = multiply_add(load_at(dy + j, n), load_at(weight + j, n), -mean_g);
             ds = multiply_add(x, -mean_gx, ds) * rstd;
             if (dsum != nullptr) ds += load_at(dsum + j, n);
-            if (dresidual != nullptr) store_at(dresidual + j, ds, n);
+            if (dresidual != nullptr) store_at(dresidual + (j - j0), ds, n);
             store_at(dx + j, kDropout ? mask->drop(ds, j - j0) : ds, n);
         });
+        if (dresidual != nullptr && rounding)
+            round(p.residual_dtype, room, static_cast<bf16*>(p.dresidual) + i * p.cols + j0,
+                  end - j0);
     }
 }
 
@@ -92,23 +100,15 @@ void rows(const LayerNormBwd& p, const float* weight, float* dweight, float* dbi
     for (; i < last; ++i) some_rows<X, S, R, 1>(p, weight, dweight, dbias, i, &mask);
 }
 
-template <class X, class S>
-void rows_of(const LayerNormBwd& p, const float* weight, float* dweight, float* dbias,
-             int64_t first, int64_t last) {
-    switch (p.residual_dtype) {
-        case DType::float32: return rows<X, S, float>(p, weight, dweight, dbias, first, last);
-        case DType::bfloat16: return rows<X, S, bf16>(p, weight, dweight, dbias, first, last);
-        case DType::float16: return rows<X, S, fp16>(p, weight, dweight, dbias, first, last);
-    }
-}
-
 template <class X>
 void rows_of(const LayerNormBwd& p, const float* weight, float* dweight, float* dbias,
              int64_t first, int64_t last) {
     if (p.sum_dtype == DType::float32)
-        rows_of<X, float>(p, weight, dweight, dbias, first, last);
+        rows<X, float, float>(p, weight, dweight, dbias, first, last);
+    else if (p.residual_dtype == p.x_dtype)
+        rows<X, X, X>(p, weight, dweight, dbias, first, last);
     else
-        rows_of<X, X>(p, weight, dweight, dbias, first, last);
+        rows<X, X, float>(p, weight, dweight, dbias, first, last);
 }
 
 }  // namespace

@@ -11,18 +11,34 @@ namespace {
 
 constexpr int kTogether = 4;
 
-// s = dropout(x) + residual, of one row. Returns the statistics of the row, as s holds it.
+// The numbers j0 ... j0 + n - 1 of a row of the residual. It is widened where R is not its dtype.
+template <class R>
+const R* block_of(const LayerNormFwd& p, int64_t i, int64_t j0, int64_t n, float* room) {
+    const int64_t at = i * p.residual_stride + j0;
+    if constexpr (__is_same(R, float)) {
+        if (p.residual_dtype != DType::float32) {
+            widen(p.residual_dtype, static_cast<const bf16*>(p.residual) + at, room, n);
+            return room;
+        }
+    }
+    return static_cast<const R*>(p.residual) + at;
+}
+
+// s = dropout(x) + residual, of row i. Returns the statistics of the row, as s holds it.
 template <class X, class R, class S, bool kResidual, bool kDropout>
-Moments add(const X* x, const R* residual, S* s, int64_t cols, int64_t element, ElementMask* mask) {
+Moments add(const LayerNormFwd& p, int64_t i, S* s, ElementMask* mask) {
     constexpr int kBlock = ElementMask::kBlock;
+    const X* x = static_cast<const X*>(p.x) + i * p.x_stride;
+    float room[kBlock];
     Statistics statistics;
-    for (int64_t j0 = 0; j0 < cols; j0 += kBlock) {
-        const int64_t end = cols - j0 < kBlock ? cols : j0 + kBlock;
-        if (kDropout) mask->fill(element + j0, static_cast<int>(end - j0));
+    for (int64_t j0 = 0; j0 < p.cols; j0 += kBlock) {
+        const int64_t end = p.cols - j0 < kBlock ? p.cols : j0 + kBlock;
+        const R* residual = kResidual ? block_of<R>(p, i, j0, end - j0, room) : nullptr;
+        if (kDropout) mask->fill(i * p.cols + j0, static_cast<int>(end - j0));
         statistics.take(j0, end, [&](int64_t j, auto n) {
             Floats one = load_at(x + j, n);
             if (kDropout) one = mask->drop(one, j - j0);
-            if (kResidual) one += load_at(residual + j, n);
+            if (kResidual) one += load_at(residual + (j - j0), n);
             store_at(s + j, one, n);
             return rounded(one, s);
         });
@@ -65,18 +81,13 @@ void finish(const LayerNormFwd& p, const float* weight, const float* bias, const
 template <class X, class R, class S, bool kResidual, bool kDropout>
 void rows(const LayerNormFwd& p, const float* weight, const float* bias, int64_t first,
           int64_t last) {
-    const X* x = static_cast<const X*>(p.x);
-    const R* residual = static_cast<const R*>(p.residual);
     ElementMask mask(p.dropout);
     for (int64_t i = first; i < last; i += kTogether) {
         const int64_t count = last - i < kTogether ? last - i : kTogether;
         S* s = static_cast<S*>(p.sum) + i * p.cols;
         Moments moments[kTogether];
         for (int64_t r = 0; r < count; ++r)
-            moments[r] = add<X, R, S, kResidual, kDropout>(
-                x + (i + r) * p.x_stride,
-                kResidual ? residual + (i + r) * p.residual_stride : nullptr, s + r * p.cols,
-                p.cols, (i + r) * p.cols, &mask);
+            moments[r] = add<X, R, S, kResidual, kDropout>(p, i + r, s + r * p.cols, &mask);
         finish<S, X>(p, weight, bias, s, p.cols, moments, i, count);
     }
 }
@@ -106,20 +117,18 @@ void plain_rows(const LayerNormFwd& p, const float* weight, const float* bias, i
     }
 }
 
-// The sum's dtype is that of x, or fp32; an fp32 residual makes it fp32.
+// The sum's dtype is that of x, or fp32; an fp32 residual makes it fp32. R is float for a residual
+// of any other dtype than x's: each mixture that is compiled takes seconds.
 template <class X>
 void rows_of(const LayerNormFwd& p, const float* weight, const float* bias, int64_t first,
              int64_t last) {
     if (p.sum == nullptr) return plain_rows<X>(p, weight, bias, first, last);
-    if (p.residual_dtype == DType::float32)
-        return rows<X, float, float>(p, weight, bias, first, last);
-    const bool wide = p.sum_dtype == DType::float32;
-    if (p.residual_dtype == DType::bfloat16)
-        wide ? rows<X, bf16, float>(p, weight, bias, first, last)
-             : rows<X, bf16, X>(p, weight, bias, first, last);
+    if (p.sum_dtype == DType::float32)
+        rows<X, float, float>(p, weight, bias, first, last);
+    else if (p.residual_dtype == p.x_dtype)
+        rows<X, X, X>(p, weight, bias, first, last);
     else
-        wide ? rows<X, fp16, float>(p, weight, bias, first, last)
-             : rows<X, fp16, X>(p, weight, bias, first, last);
+        rows<X, float, X>(p, weight, bias, first, last);
 }
 
 }  // namespace
