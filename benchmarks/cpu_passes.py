@@ -1,9 +1,12 @@
-"""What the ops of `gptkernels bench` do not show alone, on a CPU: GELU's passes, and dropout.
+"""What the ops of `gptkernels bench` do not show alone, on a CPU: GELU's passes, dropout, and the
+products of a decode step.
 
     python -m benchmarks.cpu_passes [--json FILE]
 
 GELU forward, and backward with the bias's gradient, beside PyTorch's. Then each op with dropout
-beside itself without: the ratio is what dropout costs. Medians of rounds in which both take turns.
+beside itself without: the ratio is what dropout costs. Then all linear layers of GPT-2 124M and its
+head, once each, as for the next token of so many texts: their weights come from memory. Medians of
+rounds in which both take turns.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 import gptkernels
 from gptkernels.bench.report import environment, write_json
 from gptkernels.bench.timing import compare
+from gptkernels.core import few_rows
 from gptkernels.ops.gelu_mlp import cpu
 
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -65,13 +69,29 @@ def dropout() -> Iterator[Pair]:
             yield f"dropout of {name}", dtype, with_, without
 
 
+def decode_step() -> Iterator[Pair]:
+    """PyTorch's products, and ours."""
+    sizes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12 + [(50257, 768)]
+    for dtype in (*_DTYPES, torch.float16):
+        weights = [torch.randn(size).mul_(0.02).to(dtype) for size in sizes]
+        for rows in (1, 8, 16):
+            inputs = {K: torch.randn(rows, K).to(dtype) for K in (768, 3072)}
+
+            def step(linear: Any, weights: Any = weights, inputs: Any = inputs) -> None:
+                for weight in weights:
+                    linear(inputs[weight.shape[1]], weight, None)
+
+            plain, ours = (functools.partial(step, f) for f in (F.linear, few_rows.linear))
+            yield f"products of a decode step, {rows} rows", dtype, plain, ours
+
+
 def main() -> None:
     """Prints one line for each pair."""
     parser = argparse.ArgumentParser("python -m benchmarks.cpu_passes", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
     options = parser.parse_args()
     rows = []
-    for pairs in (gelu(), dropout()):
+    for pairs in (gelu(), dropout(), decode_step()):
         for what, dtype, one, other in pairs:
             found = compare({"one": one, "other": other}, budget_s=1.0)
             ratio = found["one"].time_s / found["other"].time_s

@@ -12,6 +12,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/gelu_mlp/params.h"
 #include "cpu/layer_norm/params.h"
+#include "cpu/linear/params.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
@@ -150,6 +151,18 @@ void def_gelu(py::module_& module) {
     });
 }
 
+void def_linear(py::module_& module) {
+    module.def("linear", [](uintptr_t x, uintptr_t w, uintptr_t b, uintptr_t y, int64_t M,
+                            int64_t N, int64_t K, int64_t x_stride, int64_t w_stride, int dtype,
+                            int threads) {
+        const py::gil_scoped_release release;
+        linear({at<const void>(x), at<const void>(w), at<const void>(b), at<void>(y), M, N, K,
+                x_stride, w_stride, DType(dtype)},
+               threads);
+    });
+    module.attr("most_rows") = kMostRows;
+}
+
 void def_dropout(py::module_& module) {
     module.def("elementwise_keep", [](uintptr_t rng, uint32_t threshold, uintptr_t keep,
                                       int64_t count, int threads) {
@@ -179,6 +192,7 @@ PYBIND11_MODULE(_cpu, module) {
     def_attention_decode(module);
     def_layer_norm(module);
     def_gelu(module);
+    def_linear(module);
     def_dropout(module);
     def_attention(module);
 }

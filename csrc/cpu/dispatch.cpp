@@ -25,13 +25,16 @@ extern const Kernels kernels;
 namespace v4_bf16 {
 extern const Kernels kernels;
 }
-// csrc/cpu/amx: attention in tiles. All else is v4_bf16's.
+// csrc/cpu/amx: what tiles compute. All else is v4_bf16's.
 namespace v4_amx {
 void attention_fwd(const AttentionFwd& p, const AttentionItem& item, void* scratch);
 void attention_bwd(const AttentionBwd& p, const BackwardItem& item, void* scratch);
 void attention_mask_bwd(const AttentionBwd& p, const MaskItem& item, void* scratch);
 int64_t attention_fwd_scratch(const AttentionFwd& p);
 int64_t attention_bwd_scratch(const AttentionBwd& p);
+int64_t linear_scratch(const Linear& p);
+void linear_ready(const Linear& p, void* x);
+void linear(const Linear& p, const void* x, int64_t first, int64_t last);
 }  // namespace v4_amx
 #else
 namespace baseline {
@@ -89,6 +92,9 @@ const Kernels& with_tiles() {
         kernels.attention_mask_bwd = v4_amx::attention_mask_bwd;
         kernels.attention_fwd_scratch = v4_amx::attention_fwd_scratch;
         kernels.attention_bwd_scratch = v4_amx::attention_bwd_scratch;
+        kernels.linear_scratch = v4_amx::linear_scratch;
+        kernels.linear_ready = v4_amx::linear_ready;
+        kernels.linear = v4_amx::linear;
         return kernels;
     }();
     return found;

@@ -7,6 +7,7 @@
 #include "cpu/dropout/params.h"
 #include "cpu/gelu_mlp/params.h"
 #include "cpu/layer_norm/params.h"
+#include "cpu/linear/params.h"
 
 namespace gk::cpu {
 
@@ -25,6 +26,10 @@ struct Kernels {
                            int64_t first, int64_t last);
     void (*gelu_fwd)(const GeluFwd& p, int64_t first, int64_t last);
     void (*gelu_bwd)(const GeluBwd& p, float* db, int64_t first, int64_t last);
+    // x as linear takes it, in so many bytes; and the columns first ... last - 1 of y.
+    int64_t (*linear_scratch)(const Linear& p);
+    void (*linear_ready)(const Linear& p, void* x);
+    void (*linear)(const Linear& p, const void* x, int64_t first, int64_t last);
     // An item, with scratch memory of as many bytes as the functions below say.
     void (*attention_fwd)(const AttentionFwd& p, const AttentionItem& item, void* scratch);
     void (*attention_bwd)(const AttentionBwd& p, const BackwardItem& item, void* scratch);
@@ -53,6 +58,9 @@ void layer_norm_bwd(const LayerNormBwd& p, const float* weight, float* dweight, 
                     int64_t first, int64_t last);
 void gelu_fwd(const GeluFwd& p, int64_t first, int64_t last);
 void gelu_bwd(const GeluBwd& p, float* db, int64_t first, int64_t last);
+int64_t linear_scratch(const Linear& p);
+void linear_ready(const Linear& p, void* x);
+void linear(const Linear& p, const void* x, int64_t first, int64_t last);
 void attention_fwd(const AttentionFwd& p, const AttentionItem& item, void* scratch);
 void attention_bwd(const AttentionBwd& p, const BackwardItem& item, void* scratch);
 void attention_mask_bwd(const AttentionBwd& p, const MaskItem& item, void* scratch);

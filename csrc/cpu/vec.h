@@ -213,6 +213,15 @@ static inline void store(T* p, Floats x, int n) {
     for (int i = 0; i < n; ++i) p[i] = there[i];
 }
 
+// GCC would load x again for each instruction that takes it, and loads can be what limits a loop.
+static inline void keep_in_register(Floats& x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#else
+    (void)x;
+#endif
+}
+
 // Calls body(i, n) for each vector of a row: n is kWidth, as a constant, or fewer for the last one.
 // load_at and store_at then touch n numbers.
 struct Whole {

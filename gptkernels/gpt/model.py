@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ from gptkernels.nn.layers import (
     add_norm,
     set_impl,
 )
+from gptkernels.nn.linear import call_linear
 
 _INIT_STD = 0.02
 RECOMPUTE = ("none", "mlp", "block")
@@ -177,9 +178,9 @@ class GPT(nn.Module):
         """
         hidden = self.hidden_states(tokens, cache=cache, slot=slot)
         if targets is None:
-            return self.lm_head(hidden)
+            return self.logits(hidden)
         self._check_targets(targets, tokens)
-        logits = self.lm_head(hidden)
+        logits = self.logits(hidden)
         # At least fp32: in bf16 a sum of V exponentials loses the small ones.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)
@@ -196,6 +197,11 @@ class GPT(nn.Module):
         hidden = self.transformer(tokens, caches)
         cache.keep(caches, slot)
         return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) to logits (..., V)."""
+        block = cast("_Block", self.transformer.h[0])
+        return call_linear(self.lm_head, hidden, block.attn.impl)
 
     # model.generate(tokens, max_new_tokens, ...): the function's first argument is the model.
     generate = generate

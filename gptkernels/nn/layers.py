@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count, check_probability, check_tensor
 from gptkernels.core.choice import check_impl
+from gptkernels.nn.linear import call_linear
 from gptkernels.nn.plain import is_plain, not_plain_in, remember
 from gptkernels.ops.attention.decode import attention_decode
 from gptkernels.ops.attention.dense import attention
@@ -352,11 +353,11 @@ class CausalSelfAttention(FusedModule):
             out = attention_decode(
                 q, cache.k, cache.v, cache.lengths, window=self.window, impl=self.impl
             )
-        return self.c_proj(cast("Tensor", out).flatten(-2))
+        return call_linear(self.c_proj, cast("Tensor", out).flatten(-2), self.impl)
 
     def _project(self, x: Tensor, normed: Normed | None) -> Tensor:
         if normed is None or not torch.is_grad_enabled():
-            return self.c_attn(x)
+            return call_linear(self.c_attn, x, self.impl)
         y, norm, s, version = normed
         # A hook of this layer, or a module around it, may have replaced x or changed it in place.
         if x is not y or _version(y) != version:

@@ -11,7 +11,7 @@ using namespace gk::cpu;
 
 namespace {
 
-constexpr int kThreads = 5;
+constexpr int kThreads = 8;
 
 // Room for n numbers of a dtype, exactly: the sanitizer finds an access past it.
 std::vector<char> room(int64_t n, DType dtype) {
@@ -90,6 +90,13 @@ void attention(int64_t Tq, int64_t Tk, int64_t D, DType dtype, bool packed, bool
                   kThreads);
 }
 
+void linear_rows(int64_t M, int64_t N, int64_t K, bool bias, DType dtype) {
+    const auto x = room(M * K, dtype), w = room(N * K, dtype), b = room(N, dtype);
+    auto y = room(M * N, dtype);
+    linear({x.data(), w.data(), bias ? b.data() : nullptr, y.data(), M, N, K, K, K, dtype},
+           kThreads);
+}
+
 void masks(int64_t rows, int64_t cols) {
     const int64_t rng[2] = {7, 9};
     std::vector<uint8_t> keep(3 * rows * cols);
@@ -141,6 +148,10 @@ int main() {
                             layer_norm(rows, cols, dtype, residual, dropping);
                 }
             }
+        for (DType dtype : kAll)
+            for (int64_t M : {1, 3, 8, 16})
+                for (int64_t N : {1, 17, 48, 1000})
+                    for (int64_t K : {1, 31, 128, 300}) linear_rows(M, N, K, N > K, dtype);
         for (DType dtype : kAll)
             for (int64_t D : {1, 7, 16, 20, 64, 256})
                 for (int64_t page : {0, 1, 5})

@@ -15,6 +15,7 @@ from models import sharpened
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkernels import GPT, GPTConfig
+from gptkernels.core.choice import automatic
 from gptkernels.gpt.generation.engine import Engine, Event, Request
 from gptkernels.gpt.generation.generate import stream
 from gptkernels.gpt.generation.sampling import Sampling
@@ -181,6 +182,18 @@ def test_one_slot_gives_the_same_bits_too(model: GPT) -> None:
         i: events for (i, _), events in whole.items()
     }
     assert results(model, requests[5:6], slots=1)[0, 0] == whole[5, 0]
+
+
+@pytest.mark.skipif(automatic("cpu") != "cpu", reason="'auto' takes no CPU kernels here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_cpu_kernels_give_the_same_bits_for_1_8_and_16_slots(
+    model: GPT, dtype: torch.dtype
+) -> None:
+    model = sharpened(GPT(model.config).eval(), 6.0).to(dtype)
+    requests = mixed(20)
+    wanted = results(model, requests, slots=1)
+    for slots in (8, 16):
+        assert results(model, requests, slots=slots) == wanted
 
 
 # Text

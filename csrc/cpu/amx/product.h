@@ -1,5 +1,5 @@
 // Attention's products in AMX's tiles: bf16 operands, fp32 sums. cpu/attention/product.h has the
-// same functions in vectors. Intel's intrinsics for tiles stand here alone.
+// same functions in vectors.
 //
 // A tile has 16 rows of 64 bytes. TDPBF16PS adds to a tile C (16, 16) in fp32 the product of A (16,
 // 32) and B, whose row i holds the rows 2i and 2i + 1 of the matrix (32, 16) number by number in
@@ -7,6 +7,7 @@
 // tiles of A and two of B at a time, so that each is used twice.
 #pragma once
 
+#include "cpu/amx/tiles.h"
 #include "cpu/attention/product.h"
 
 namespace gk::cpu::GK_ISA {
@@ -16,24 +17,7 @@ struct TileProducts {
     using Number = bf16;
     static constexpr int kWide = 32, kKeys = 256, kQueries = 256;
 
-    // The shapes of a thread's tiles.
-    struct Session {
-        Session() {
-            struct alignas(64) {
-                uint8_t palette = 1, start_row = 0, zero[14] = {};
-                uint16_t bytes[16] = {};
-                uint8_t rows[16] = {};
-            } shapes;
-            for (int i = 0; i < 8; ++i) {
-                shapes.bytes[i] = 64;
-                shapes.rows[i] = 16;
-            }
-            asm volatile("" : : "m"(shapes) : "memory");  // GCC sees eight bytes of them being read
-            _tile_loadconfig(&shapes);
-        }
-        ~Session() { _tile_release(); }
-        Session(const Session&) = delete;
-    };
+    using Session = Tiles;
 
     struct Left {
         const bf16* at;

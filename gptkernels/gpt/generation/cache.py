@@ -9,7 +9,7 @@ so shapes never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -28,10 +28,6 @@ class CachingModel(Protocol):
     def config(self) -> GPTConfig:
         """Its vocab_size and block_size."""
 
-    @property
-    def lm_head(self) -> Callable[[Tensor], Tensor]:
-        """Hidden states (..., C) to logits (..., V)."""
-
     def modules(self) -> Iterator[nn.Module]:
         """As `nn.Module.modules`."""
 
@@ -40,6 +36,9 @@ class CachingModel(Protocol):
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise TypeError or ValueError for tokens that the model cannot take."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) to logits (..., V)."""
 
     def hidden_states(self, tokens: Tensor, *, cache: SlotCache, slot: int | None = None) -> Tensor:
         """Tokens (B, T) to hidden states (B, T, C); `cache` takes their keys and values."""

@@ -7,9 +7,10 @@
 
 A step has the same shapes however many slots are taken, and no slot depends on another. So, for a
 given R, a request gives the same bits alone, in any batch, in any order and in any slot. R is 1 or
-a multiple of 8: of 5, 6 or 7 rows, a matrix product on a CPU rounds the last differently from the
-first. A text longer than block_size slides: when its slot holds block_size tokens, the last half of
-them is prefilled again, which depends on the request alone too.
+a multiple of 8: of 5, 6 or 7 rows, PyTorch's matrix product on a CPU rounds the last differently
+from the first. With the CPU kernels the bits are the same for every R up to 16. A text longer than
+block_size slides: when its slot holds block_size tokens, the last half of them is prefilled again,
+which depends on the request alone too.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ class Engine:
 
     def _prefill(self, cache: SlotCache, slot: int, tokens: Tensor) -> Tensor:
         hidden = self._model.hidden_states(tokens[None], cache=cache, slot=slot)
-        return self._model.lm_head(hidden[:, -1])[0, : self._ids].float()
+        return self._model.logits(hidden[:, -1])[0, : self._ids].float()
 
     def _take(self, tokens: list[float], logprobs: list[float]) -> list[Event]:
         """Add the chosen tokens to their texts; those that end leave their slots."""
@@ -202,7 +203,7 @@ class Engine:
                 self._cache.release(slot)
         if self._texts.count(None) + len(sliding) < len(self._texts):
             hidden = self._model.hidden_states(tokens[:, None], cache=self._cache)
-            self._logits = self._model.lm_head(hidden[:, 0])[:, : self._ids].float()
+            self._logits = self._model.logits(hidden[:, 0])[:, : self._ids].float()
         for text in filter(None, self._texts):
             text.held += 1
         for slot, text in sliding:

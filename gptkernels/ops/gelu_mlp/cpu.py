@@ -1,5 +1,5 @@
-"""The GELU MLP with PyTorch's products, and GELU in one pass of a CPU kernel
-(csrc/cpu/gelu_mlp/params.h)."""
+"""The GELU MLP with PyTorch's products, those of few rows by a CPU kernel, and GELU in one pass of
+another (csrc/cpu/gelu_mlp/params.h)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.cpu import DTYPE_CODES, address, module
-from gptkernels.core.products import linear, mm
+from gptkernels.core.few_rows import linear
+from gptkernels.core.products import mm
 
 
 def gelu_mlp_fwd(
