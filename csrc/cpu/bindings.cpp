@@ -78,7 +78,7 @@ void def_attention(py::module_& module) {
                        strides(by[1]), strides(by[2]), strides(by[3]), at<const void>(out),
                        at<const float>(lse), at<const float>(dlse), at<void>(gradients[0]),
                        at<void>(gradients[1]), at<void>(gradients[2]), at<float>(gradients[3]),
-                       {mask_by[0], mask_by[1], mask_by[2], mask_by[3]}, 0},
+                       {mask_by[0], mask_by[1], mask_by[2], mask_by[3]}},
                       threads);
     });
 }

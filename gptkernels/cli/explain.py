@@ -85,7 +85,7 @@ def _layer_lines(problem: Problem) -> Iterator[str]:
         yield from (f"  {part}: {reason}" for part, reason in problem.not_fused.items())
     else:
         yield "fused throughout"
-    yield "  (the projections before and after attention are PyTorch's products in any case)"
+    yield "  (the projections before and after attention are PyTorch's products on a GPU)"
 
 
 def _build_lines(direction: Direction, machine: Machine, made: DryRun) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gptkernels.core import products
 from gptkernels.core.cpu import DTYPE_CODES, address, module
 
-MOST_ROWS = 16  # from which on a product of matrices is faster
+MOST_ROWS = 16  # what the kernel takes at most
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,9 +199,10 @@ class GPT(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., C) to logits (..., V)."""
-        block = cast("_Block", self.transformer.h[0])
-        return call_linear(self.lm_head, hidden, block.attn.impl)
+        """Hidden states (..., C) to logits (..., V), by the implementation of the first block's
+        attention."""
+        attention = getattr(self.transformer.h[0], "attn", None)
+        return call_linear(self.lm_head, hidden, getattr(attention, "impl", "auto"))
 
     # model.generate(tokens, max_new_tokens, ...): the function's first argument is the model.
     generate = generate

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from gptkernels.core import few_rows
 from gptkernels.core.autocast import autocast_enabled
 from gptkernels.core.autograd import requires_grad
+from gptkernels.core.checks import DTYPES
 from gptkernels.core.choice import choose
 from gptkernels.core.direct import direct
 from gptkernels.nn.plain import is_plain
@@ -17,19 +19,22 @@ from gptkernels.nn.plain import is_plain
 
 def call_linear(layer: Callable[[Tensor], Tensor], x: Tensor, impl: str) -> Tensor:
     """layer(x) for x (..., K); by the CPU kernel where `layer` is plainly an nn.Linear, x has few
-    rows, nothing needs a gradient, and `impl` is, or "auto" picks, "cpu"."""
-    if not x.is_cpu or x.numel() > few_rows.MOST_ROWS * x.shape[-1] or autocast_enabled(x):
+    rows, nothing needs a gradient, and `impl` is, or "auto" picks, "cpu". Raises what layer(x)
+    raises."""
+    if torch.compiler.is_compiling():  # a question about sizes would be one that the graph asks
         return layer(x)
-    if not is_plain(layer, nn.Linear):
+    if not 0 < x.numel() <= few_rows.MOST_ROWS * x.shape[-1] or not is_plain(layer, nn.Linear):
         return layer(x)
     w, b = layer.weight, cast("Tensor | None", layer.bias)
-    tensors = (x, w, b)
+    given = [x, w] if b is None else [x, w, b]
     if (
-        requires_grad(tensors)
-        or not direct(tensors)
-        or not w.is_cpu
-        or any(t is not None and t.dtype != x.dtype for t in (w, b))
-        or x.shape[-1] != w.shape[1]
+        requires_grad(given)
+        or not direct(given)
+        or autocast_enabled(x)
+        or x.dtype not in DTYPES
+        or not all(t.is_cpu and t.dtype == x.dtype and t.layout == torch.strided for t in given)
+        or w.shape[1:] != x.shape[-1:]
+        or (b is not None and b.shape != w.shape[:1])
         or choose(impl, x) != "cpu"
     ):
         return layer(x)

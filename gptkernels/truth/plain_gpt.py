@@ -8,8 +8,8 @@ rounding:
     plain = PlainGPT(model.config)
     plain.load_state_dict(model.state_dict())
 
-`python -m gptkernels.truth.plain_gpt` does that with a small random model and prints the
-differences.
+`python -m gptkernels.truth.plain_gpt` does that with a small random model, in two dtypes, and
+prints the errors of both against fp64.
 """
 
 from __future__ import annotations
@@ -151,24 +151,33 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def _show_agreement() -> None:
+def _show_errors() -> None:
     import gptkernels
 
+    config = gptkernels.GPTConfig(vocab_size=256, block_size=256, n_layer=4, n_head=4, n_embd=256)
     torch.manual_seed(0)
-    config = gptkernels.GPTConfig(vocab_size=256, block_size=64, n_layer=4, n_head=4, n_embd=128)
-    model = gptkernels.GPT(config)
-    plain = PlainGPT(config)
-    plain.load_state_dict(model.state_dict())
-    tokens = torch.randint(config.vocab_size, (4, 65))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    print("logits differ by", (model(inputs) - plain(inputs)).abs().max().item())
-    loss, plain_loss = model(inputs, targets), plain(inputs, targets)
-    print("losses", loss.item(), plain_loss.item())
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    plain_gradients = torch.autograd.grad(plain_loss, list(plain.parameters()))
-    pairs = zip(gradients, plain_gradients, strict=True)
-    print("gradients differ by", max((a - b).abs().max().item() for a, b in pairs))
+    tokens = torch.randint(config.vocab_size, (4, config.block_size + 1))
+    print("errors against fp64: of the loss, and of each parameter's gradient, relative in norm")
+    for dtype in (torch.float32, torch.bfloat16):
+        models = {"gptkernels.GPT": gptkernels.GPT(config), "plain PyTorch": PlainGPT(config)}
+        weights = {k: v.to(dtype) for k, v in models["gptkernels.GPT"].state_dict().items()}
+        found = {}
+        for name, model in {**models, "fp64": PlainGPT(config)}.items():
+            model.load_state_dict(weights)
+            model.to(torch.float64 if name == "fp64" else dtype)
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            found[name] = (loss.item(), [x.double() for x in gradients])
+        true_loss, true = found.pop("fp64")
+        for name, (loss, of_model) in found.items():
+            pairs = zip(of_model, true, strict=True)
+            errors = torch.stack([(x - t).norm() / t.norm() for x, t in pairs])
+            title = f"{str(dtype).removeprefix('torch.'):<9} {name:<15}"
+            print(
+                f"{title} loss {abs(loss - true_loss):.1e}   "
+                f"gradients: median {errors.median():.1e}, worst {errors.max():.1e}"
+            )
 
 
 if __name__ == "__main__":
-    _show_agreement()
+    _show_errors()

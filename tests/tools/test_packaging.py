@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -145,10 +146,18 @@ def wheel(pure_build: tuple[Path, str]) -> Path:
 def native_wheel(
     sdist: Path, front_end: FrontEnd, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Built from the sdist where there is nvcc."""
+    """Built from the sdist where there is nvcc, once for all workers: it takes half a minute."""
     folder = tmp_path_factory.mktemp("native")
-    source = unpack(sdist, folder / "unpacked")
-    return front_end.build("build_wheel", source, folder, nvcc=True)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "native"
+        folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built = list(folder.glob("*.whl"))
+        if built:
+            return built[0]
+        source = unpack(sdist, folder / "unpacked")
+        return front_end.build("build_wheel", source, folder, nvcc=True)
 
 
 def unpack(sdist: Path, folder: Path) -> Path:

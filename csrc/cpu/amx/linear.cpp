@@ -49,7 +49,6 @@ struct Rows {
 
 // Writes a tile of y^T, the columns n ... n + 15 of y, up to last - 1.
 void put(const Linear& p, Floats (&found)[kRows], int64_t n, int64_t last) {
-    if (n >= last) return;
     transpose(found);
     const int count = static_cast<int>(last - n < kRows ? last - n : kRows);
     const bf16* b = static_cast<const bf16*>(p.b);
@@ -115,6 +114,7 @@ void linear(const Linear& p, const void* x, int64_t first, int64_t last) {
             _tile_loadd(4, right + 3 * kTile, 64);
             _tile_stream_loadd(5, d.at, d.bytes);
             _tile_dpbf16ps(3, 5, 4);
+            asm volatile("" : : : "memory");  // before the next step writes to `room`
         }
         _tile_stored(0, found[0], 64);
         _tile_stored(1, found[1], 64);

@@ -8,8 +8,10 @@
 // part of the queries and makes their dQ, or a part of the keys and makes their dK and dV; it sums
 // in the same order.
 //
-// A thread's scratch memory holds dK and dV of the item's keys in fp32, 8 D Tk bytes, the keys and
-// values as operands, 6 D Tk bytes for tiles and 12 D Tk for vectors, and less than 4 MB more.
+// A thread's scratch memory, for each thread that works, however few the heads, has room for dK and
+// dV of an entry's keys in fp32, 8 D Tk bytes, for keys and values as operands, 6 D Tk bytes for
+// tiles and 12 D Tk for vectors, and less than 4 MB more. An item that is a part touches its part
+// of the sums, and of the operands those of the keys that its queries see.
 #pragma once
 
 #include "cpu/attention/product.h"
@@ -24,10 +26,11 @@ struct Backward {
     static constexpr int kGroups = P::kQueries / kLanes;
     static constexpr int kStrip = 32;  // keys of dK and dV that a product makes at a time
 
-    // A block of keys as operands.
+    // A block of keys, and once it is ready its operands.
     struct Block {
         int64_t first;
         int keys;
+        bool ready;
         typename P::Left k, v, across;  // across: K^T
         const float* tainted;           // NaN for keys that are not finite; null if all are
     };
@@ -39,7 +42,7 @@ struct Backward {
     const int D, width, deep;
     Room room;
     float *dk_sum, *dv_sum;  // (keys, width)
-    int64_t first_key, last_key;  // that get gradients
+    int64_t key_head, first_key, last_key;  // the keys that get gradients
     Block* blocks;
     int n_blocks;
     Number *k, *v, *across;
@@ -102,8 +105,7 @@ struct Backward {
             first = most_of(first, e.lowest_query(item.first_key) / P::kQueries * P::kQueries);
             last = least_of(last, up_to(e.highest_query(item.last_key - 1) + 1, kLanes));
         }
-        const int64_t key_head = item.head / (c.H / c.Hk);
-        make_all_ready(e, key_head, first, last, item.first_key, item.last_key);
+        find_blocks(e, item.head / (c.H / c.Hk), first, last, item.first_key, item.last_key);
         for (int64_t head = item.head; head < item.last_head; ++head)
             for (int64_t i = first; i < last; i += P::kQueries)
                 meet_all(e, item.entry, head, i, least_of(i + P::kQueries, last));
@@ -123,10 +125,11 @@ struct Backward {
         return tensor + e.batch * by.batch + first * by.token + head * by.head;
     }
 
-    // The keys that some of the queries first ... last - 1 see. Where sum_again may need the others
-    // too, those that get no gradient are among them.
-    void make_all_ready(const Entry& e, int64_t key_head, int64_t first, int64_t last,
-                        int64_t from, int64_t to) {
+    // The keys that some of the queries first ... last - 1 see. Where sum_again may need them, those
+    // that get no gradient are among them.
+    void find_blocks(const Entry& e, int64_t of_head, int64_t first, int64_t last, int64_t from,
+                     int64_t to) {
+        key_head = of_head;
         first_key = from;
         last_key = to;
         n_blocks = 0;
@@ -137,14 +140,14 @@ struct Backward {
             high = least_of(high, to - 1);
         }
         for (int64_t j = low / P::kKeys * P::kKeys; j <= high; j += P::kKeys)
-            make_ready(e, key_head, j, static_cast<int>(least_of(P::kKeys, high + 1 - j)));
+            blocks[n_blocks++] = {j, static_cast<int>(least_of(P::kKeys, high + 1 - j)), false,
+                                  {}, {}, {}, nullptr};
     }
 
-    void make_ready(const Entry& e, int64_t key_head, int64_t j, int keys) {
-        const int64_t at = n_blocks * P::kKeys;
-        Block& block = blocks[n_blocks++];
-        block.first = j;
-        block.keys = keys;
+    void make_ready(const Entry& e, Block& block) {
+        const int64_t j = block.first, at = (&block - blocks) * P::kKeys;
+        const int keys = block.keys;
+        block.ready = true;
         const T* k_from =
             tokens(static_cast<const T*>(p.k), p.k_strides, e, e.first_k + j, key_head);
         const T* v_from =
@@ -163,7 +166,7 @@ struct Backward {
         for (int n = 0; n < count; ++n)
             if (kExact && (few_keys(e, groups[n]) || large_lse(n))) sum_again(e, b, n);
         for (int m = 0; m < n_blocks; ++m) {
-            const Block& block = blocks[m];
+            Block& block = blocks[m];
             if (block.first < first_key || block.first >= last_key) continue;
             bool any = false;
             for (int n = 0; n < count; ++n) any = meet(e, b, n, block) || any;
@@ -283,7 +286,7 @@ struct Backward {
     }
 
     // A group of queries meets a block of keys. Returns whether it sees any of them.
-    bool meet(const Entry& e, int64_t b, int n, const Block& block) {
+    bool meet(const Entry& e, int64_t b, int n, Block& block) {
         const Rows r(e, groups[n], block.first, block.keys);
         if (r.none()) return false;
         score(e, b, n, block, r);
@@ -307,7 +310,8 @@ struct Backward {
     }
 
     // s and dp of a group and the rows of a block. b: the number of the entry.
-    void score(const Entry& e, int64_t b, int n, const Block& block, const Rows& r) {
+    void score(const Entry& e, int64_t b, int n, Block& block, const Rows& r) {
+        if (!block.ready) make_ready(e, block);
         const Group& g = groups[n];
         const int rows = P::padded(r.last) - r.first, at = n * kLanes * width;
         const int whole = static_cast<int>(up_to(r.last, kStrip));

@@ -20,7 +20,7 @@ struct MaskGradient {
             const Entry e(c, b);
             for (int64_t head = item.head; head < item.last_head; ++head) {
                 if (head == item.head || head % (c.H / c.Hk) == 0)
-                    pass.make_all_ready(e, head / (c.H / c.Hk), item.first, item.last, 0, e.Tk);
+                    pass.find_blocks(e, head / (c.H / c.Hk), item.first, item.last, 0, e.Tk);
                 for (int64_t i = item.first; i < item.last; i += kLanes) {
                     pass.count = 0;
                     pass.prepare(e, head, i, item.last);
@@ -31,7 +31,7 @@ struct MaskGradient {
         }
     }
 
-    void meet(const Entry& e, int64_t b, const typename Backward<P>::Block& block) {
+    void meet(const Entry& e, int64_t b, typename Backward<P>::Block& block) {
         const Group& g = pass.groups[0];
         const Rows r(e, g, block.first, block.keys);
         if (r.none()) return;

@@ -68,7 +68,7 @@ struct AttentionBwd {
     void* dv;  // (B, Tk, Hk, D) contiguous, or null
     float* dmask;  // with the mask's sizes, to which its gradient is added; or null
     MaskStrides dmask_strides;
-    int64_t most_keys;  // of an entry; the launcher sets it
+    int64_t most_keys = 0;  // of an entry; the launcher sets it
 };
 
 // A group of queries, one in each lane of a row of scores, and the groups of a forward item.

@@ -8,9 +8,9 @@
 A step has the same shapes however many slots are taken, and no slot depends on another. So, for a
 given R, a request gives the same bits alone, in any batch, in any order and in any slot. R is 1 or
 a multiple of 8: of 5, 6 or 7 rows, PyTorch's matrix product on a CPU rounds the last differently
-from the first. With the CPU kernels the bits are the same for every R up to 16. A text longer than
-block_size slides: when its slot holds block_size tokens, the last half of them is prefilled again,
-which depends on the request alone too.
+from the first. Where all layers run by the CPU kernels, 1, 8 and 16 slots give the same bits. A
+text longer than block_size slides: when its slot holds block_size tokens, the last half of them is
+prefilled again, which depends on the request alone too.
 """
 
 from __future__ import annotations

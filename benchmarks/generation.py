@@ -1,0 +1,95 @@
+"""Tokens a second of `generate`: "auto" beside impl="torch" and beside transformers' generate.
+
+    python -m benchmarks.generation [--dtype bfloat16] [--batch 8] [--json FILE]
+
+A GPT-2 of 124M parameters with random weights continues random prompts, taking the likeliest token
+each time. All candidates have the same weights. Medians of rounds in which they take turns; a ratio
+is the other's time over that of "auto". transformers is left out where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gptkernels
+from gptkernels.bench.report import environment, write_json
+from gptkernels.bench.timing import compare
+
+
+def candidates(
+    config: gptkernels.GPTConfig, dtype: torch.dtype, device: str, prompts: Tensor, count: int
+) -> dict[str, Callable[[], Tensor]]:
+    """Name -> a call that returns the prompts with `count` tokens more."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    ours = gptkernels.GPT(config).to(device=device, dtype=dtype)
+    for impl in ("auto", "torch"):
+
+        def call(impl: str = impl) -> Tensor:
+            ours.set_impl(impl)
+            slots = prompts.shape[0]
+            return ours.generate(prompts, count, temperature=0, slots=slots)
+
+        found[impl] = call
+    try:
+        import transformers
+    except ImportError:
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        theirs: Any = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype)
+        theirs.to(torch.device(device)).eval()
+
+    def generate() -> Tensor:
+        given = {"attention_mask": torch.ones_like(prompts), "pad_token_id": 0}
+        limits = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        tokens: Tensor = theirs.generate(prompts, **given, **limits)
+        return tokens
+
+    found["transformers"] = generate
+    return found
+
+
+def main() -> None:
+    """Prints one line for each candidate."""
+    parser = argparse.ArgumentParser("python -m benchmarks.generation", description=__doc__)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    sizes = {"batch": 1, "prompt": 32, "tokens": 32, "layers": 12, "heads": 12, "width": 768}
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
+    options = parser.parse_args()
+    if options.batch != 1 and options.batch % 8:
+        parser.error("--batch must be 1 or a multiple of 8, as generate has slots")
+    config = gptkernels.GPTConfig(
+        n_layer=options.layers, n_head=options.heads, n_embd=options.width
+    )
+    torch.manual_seed(0)
+    prompts = torch.randint(config.vocab_size, (options.batch, options.prompt)).to(options.device)
+    dtype = getattr(torch, options.dtype)
+    calls = candidates(config, dtype, options.device, prompts, options.tokens)
+    load = os.getloadavg()[0]
+    timings = compare(calls, device=options.device, budget_s=30.0, max_rounds=10)
+    rows: dict[str, Any] = {}
+    for name, timing in timings.items():
+        rate = options.batch * options.tokens / timing.time_s
+        ratio = timing.time_s / timings["auto"].time_s
+        rows[name] = {**dataclasses.asdict(timing), "tokens_per_s": rate, "ratio": ratio}
+        print(f"{name:<13} {rate:7.1f} tokens/s    {ratio:.2f}x")
+    if options.json:
+        record = {k: v for k, v in vars(options).items() if k != "json"}
+        content = {"environment": environment(), "load": load, "options": record, "rows": rows}
+        write_json(options.json, content)
+
+
+if __name__ == "__main__":
+    main()
