@@ -38,7 +38,7 @@ pytest.register_assert_rewrite("attention_cases", "emulated", "right", "training
 settings.register_profile(
     "kernels",
     deadline=None,
-    max_examples=15,
+    max_examples=10,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -24,7 +24,7 @@ from gptkernels.truth import baseline, parity, reference
 
 class TestParity:
     @runnable
-    @settings(max_examples=8)  # test_edges_of_tiles and test_many_tiles have the chosen sizes
+    @settings(max_examples=5)  # test_edges_of_tiles and test_many_tiles have the chosen sizes
     @given(
         sizes=st.tuples(
             st.integers(1, 2),  # B
