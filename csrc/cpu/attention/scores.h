@@ -31,6 +31,23 @@ static inline float added(const Mask& mask, int64_t i) {
     return 0;
 }
 
+// The same of kWidth numbers that lie together.
+static inline Floats added_row(const Mask& mask, int64_t at) {
+    typedef uint8_t BytesThere __attribute__((vector_size(kWidth), aligned(1), may_alias));
+    if (mask.kind == MaskKind::visible) {
+        const auto* seen = static_cast<const uint8_t*>(mask.at) + at;
+        const Words all_seen =
+            __builtin_convertvector(*reinterpret_cast<const BytesThere*>(seen), Words);
+        return all_seen != 0 ? Floats{} : minus_infinity();
+    }
+    switch (mask.dtype) {
+        case DType::float32: return load(static_cast<const float*>(mask.at) + at);
+        case DType::bfloat16: return load(static_cast<const bf16*>(mask.at) + at);
+        case DType::float16: return load(static_cast<const fp16*>(mask.at) + at);
+    }
+    return Floats{};
+}
+
 // The mask of the keys j0 + first ... j0 + last - 1 for a group, into to[row][kLanes].
 static inline void load_mask(const Mask& mask, const Group& g, int64_t b, int64_t j0, int first,
                              int last, float* to) {
@@ -50,6 +67,10 @@ static inline void load_mask(const Mask& mask, const Group& g, int64_t b, int64_
             for (int lane = 0; lane < kWidth; ++lane) {
                 const int i = static_cast<int>(least_of(v * kWidth + lane, g.count - 1));
                 const int64_t from = start + i * mask.by.query + (j0 + r) * mask.by.key;
+                if (rows == kWidth && mask.by.key == 1) {
+                    square[lane] = added_row(mask, from);
+                    continue;
+                }
                 float values[kWidth] = {};
                 for (int n = 0; n < rows; ++n) values[n] = added(mask, from + n * mask.by.key);
                 square[lane] = load(values);
