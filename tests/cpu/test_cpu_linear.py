@@ -48,7 +48,7 @@ def test_any_size(
 
 
 def own_copy(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    # oneDNN reads past a row of w that is not contiguous, and zeros there are not NaN.
+    # Past a row of the strided tensors there is NaN, which oneDNN might read.
     return F.linear(x.contiguous(), w.contiguous(), b)
 
 

@@ -101,6 +101,8 @@ def test_any_shape(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
+    # PyTorch's error on few numbers is random.
+    lengths = lengths * max(1, 32 // (len(lengths) * Tq * heads[0]))
     hold(problem(lengths, Tq, *heads, D, page, dtype), num_splits, window=window)
 
 
