@@ -90,6 +90,16 @@ static inline bool any_nonfinite(Floats x) {
 #endif
 }
 
+static inline bool any_bit(Words x) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(x)) != 0;
+#else
+    uint32_t any = 0;
+    for (int i = 0; i < kWidth; ++i) any |= x[i];
+    return any != 0;
+#endif
+}
+
 static inline bool all_ones(Floats x) {
 #if defined(__AVX512F__)
     return _mm512_cmpneq_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(1.0f)) == 0;

@@ -256,7 +256,7 @@ struct Backward {
         for (int m = 0; m < n_blocks; ++m) {
             const Rows r(e, g, blocks[m].first, blocks[m].keys);
             if (r.none()) continue;
-            score(e, b, n, blocks[m], r);
+            if (!score(e, b, n, blocks[m], r)) continue;
             for (int row = r.first; row < r.last; ++row)
                 for (int vector = 0; vector < kVectors; ++vector) {
                     const Floats w = weight(n, row, vector);
@@ -289,8 +289,15 @@ struct Backward {
     bool meet(const Entry& e, int64_t b, int n, Block& block) {
         const Rows r(e, groups[n], block.first, block.keys);
         if (r.none()) return false;
-        score(e, b, n, block, r);
         const int whole = static_cast<int>(up_to(r.last, kStrip));
+        if (!score(e, b, n, block, r)) {  // others of these queries may see the block
+            for (int row = r.first; row < whole; row += 2)
+                for (int lane = n * kLanes; lane < (n + 1) * kLanes; lane += kWidth) {
+                    P::put_left(weights, row, lane, Floats{}, Floats{});
+                    P::put_left(gradients, row, lane, Floats{}, Floats{});
+                }
+            return false;
+        }
         const bool simple = scores.plain && block.tainted == nullptr && words == nullptr;
         const int full_first = simple ? static_cast<int>(up_to(r.full_first, 2)) : whole;
         const int full_last = simple ? r.full_last / 2 * 2 : whole;
@@ -309,20 +316,25 @@ struct Backward {
         return true;
     }
 
-    // s and dp of a group and the rows of a block. b: the number of the entry.
-    void score(const Entry& e, int64_t b, int n, Block& block, const Rows& r) {
-        if (!block.ready) make_ready(e, block);
+    // s and dp of a group and the rows of a block. b: the number of the entry. Returns false where
+    // the mask hides them all.
+    bool score(const Entry& e, int64_t b, int n, Block& block, const Rows& r) {
         const Group& g = groups[n];
+        Effect masked = Effect::nothing;
+        if (mask != nullptr) masked = load_mask(c.mask, g, b, block.first, r.first, r.last, mask);
+        if (masked == Effect::hides) return false;
+        if (!block.ready) make_ready(e, block);
         const int rows = P::padded(r.last) - r.first, at = n * kLanes * width;
         const int whole = static_cast<int>(up_to(r.last, kStrip));
         P::template multiply<false>(s + r.first * kLanes, kLanes, block.k.from(r.first, 0),
                                     {queries + at, kLanes}, rows, kLanes, deep);
         P::template multiply<false>(dp + r.first * kLanes, kLanes, block.v.from(r.first, 0),
                                     {douts + at, kLanes}, rows, kLanes, deep);
-        if (mask != nullptr) load_mask(c.mask, g, b, block.first, r.first, r.last, mask);
-        scores.adjust(e, g, block.first, r, whole, s, block.tainted, mask, slope);
+        scores.adjust(e, g, block.first, r, whole, s, block.tainted,
+                      masked == Effect::some ? mask : nullptr, slope);
         if (words != nullptr)
             dropout.fill(b * c.H + g.head, g.first, block.first, r.first, r.last, words);
+        return true;
     }
 
     // Weights and gradients of scores, rows first ... last - 1. kHidden: some may be hidden, and
@@ -401,7 +413,13 @@ struct Backward {
             last = to;
         }
     }
+    // In fp32 64 queries at a time: the shorter chains of additions lose fewer digits.
     void add_strips(int64_t j0, int start, int keys, int first, int last) {
+        const int together = kExact ? 2 : P::kQueries / kLanes;
+        for (int n = first; n < last; n += together)
+            add_groups(j0, start, keys, n, static_cast<int>(least_of(n + together, last)));
+    }
+    void add_groups(int64_t j0, int start, int keys, int first, int last) {
         const int rows = P::padded(keys), from = first * kLanes, depth = (last - first) * kLanes;
         const int64_t key = (j0 + start - first_key) * width;
         if (dv_sum != nullptr)

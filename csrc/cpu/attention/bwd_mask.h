@@ -35,7 +35,7 @@ struct MaskGradient {
         const Group& g = pass.groups[0];
         const Rows r(e, g, block.first, block.keys);
         if (r.none()) return;
-        pass.score(e, b, 0, block, r);
+        if (!pass.score(e, b, 0, block, r)) return;
         const MaskStrides& by = pass.p.dmask_strides;
         float* to = pass.p.dmask + b * by.batch + g.head * by.head + g.first * by.query +
                     block.first * by.key;

@@ -127,10 +127,14 @@ struct Forward {
         const Rows r(e, g, block.first, block.keys);
         if (r.none()) return;
         const int padded = P::padded(r.last), even = static_cast<int>(up_to(padded, 2));
+        Effect masked = Effect::nothing;
+        if (mask != nullptr)
+            masked = load_mask(c.mask, g, item.entry, block.first, r.first, r.last, mask);
+        if (masked == Effect::hides) return;
         P::template multiply<false>(s + r.first * kLanes, kLanes, block.k.from(r.first, 0),
                                     {state.queries, kLanes}, padded - r.first, kLanes, deep);
-        if (mask != nullptr) load_mask(c.mask, g, item.entry, block.first, r.first, r.last, mask);
-        scores.adjust(e, g, block.first, r, even, s, nullptr, mask, nullptr);
+        scores.adjust(e, g, block.first, r, even, s, nullptr,
+                      masked == Effect::some ? mask : nullptr, nullptr);
         if (words != nullptr)
             dropout.fill(item.entry * c.H + g.head, g.first, block.first, r.first, r.last, words);
         // Weights take the place of their scores, unless those are needed again.

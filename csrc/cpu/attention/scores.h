@@ -1,83 +1,15 @@
-// From q.k to scores: scale, softcap, ALiBi, masks; and from scores to weights. What a query does
-// not see has the score -inf.
+// From q.k to scores: scale, softcap, ALiBi, attn_mask; and from scores to weights. What a query
+// does not see has the score -inf.
 #pragma once
 
-#include "cpu/attention/band.h"
+#include "cpu/attention/mask.h"
 #include "cpu/exp.h"
 #include "cpu/philox.h"
-#include "cpu/transpose.h"
 
 namespace gk::cpu::GK_ISA {
 
-constexpr int kVectors = kLanes / kWidth;  // of a row of scores
-
-static inline Floats minus_infinity() { return all(-__builtin_inff()); }
 static inline Floats zero_where_minus_infinity(Floats x) {
     return x == minus_infinity() ? Floats{} : x;
-}
-
-// Element i of attn_mask as what is added to a score.
-static inline float added(const Mask& mask, int64_t i) {
-    if (mask.kind == MaskKind::visible)
-        return static_cast<const uint8_t*>(mask.at)[i] != 0 ? 0.0f : -__builtin_inff();
-    switch (mask.dtype) {
-        case DType::float32: return static_cast<const float*>(mask.at)[i];
-        case DType::bfloat16: {
-            const uint32_t bits = static_cast<const uint16_t*>(mask.at)[i];
-            return __builtin_bit_cast(float, bits << 16);
-        }
-        case DType::float16: return load(static_cast<const fp16*>(mask.at) + i, 1)[0];
-    }
-    return 0;
-}
-
-// The same of kWidth numbers that lie together.
-static inline Floats added_row(const Mask& mask, int64_t at) {
-    typedef uint8_t BytesThere __attribute__((vector_size(kWidth), aligned(1), may_alias));
-    if (mask.kind == MaskKind::visible) {
-        const auto* seen = static_cast<const uint8_t*>(mask.at) + at;
-        const Words all_seen =
-            __builtin_convertvector(*reinterpret_cast<const BytesThere*>(seen), Words);
-        return all_seen != 0 ? Floats{} : minus_infinity();
-    }
-    switch (mask.dtype) {
-        case DType::float32: return load(static_cast<const float*>(mask.at) + at);
-        case DType::bfloat16: return load(static_cast<const bf16*>(mask.at) + at);
-        case DType::float16: return load(static_cast<const fp16*>(mask.at) + at);
-    }
-    return Floats{};
-}
-
-// The mask of the keys j0 + first ... j0 + last - 1 for a group, into to[row][kLanes].
-static inline void load_mask(const Mask& mask, const Group& g, int64_t b, int64_t j0, int first,
-                             int last, float* to) {
-    const int64_t start = b * mask.by.batch + g.head * mask.by.head + g.first * mask.by.query;
-    if (mask.by.query == 0) {  // every query has the same
-        for (int r = first; r < last; ++r) {
-            const Floats one = all(added(mask, start + (j0 + r) * mask.by.key));
-            for (int v = 0; v < kVectors; ++v) store(to + r * kLanes + v * kWidth, one);
-        }
-        return;
-    }
-    // Queries along the lanes, though keys lie together in memory: a square at a time.
-    for (int v = 0; v < kVectors; ++v)
-        for (int r = first; r < last; r += kWidth) {
-            const int rows = static_cast<int>(least_of(last - r, kWidth));
-            Floats square[kWidth] = {};
-            for (int lane = 0; lane < kWidth; ++lane) {
-                const int i = static_cast<int>(least_of(v * kWidth + lane, g.count - 1));
-                const int64_t from = start + i * mask.by.query + (j0 + r) * mask.by.key;
-                if (rows == kWidth && mask.by.key == 1) {
-                    square[lane] = added_row(mask, from);
-                    continue;
-                }
-                float values[kWidth] = {};
-                for (int n = 0; n < rows; ++n) values[n] = added(mask, from + n * mask.by.key);
-                square[lane] = load(values);
-            }
-            transpose(square);
-            for (int n = 0; n < rows; ++n) store(to + (r + n) * kLanes + v * kWidth, square[n]);
-        }
 }
 
 // The lanes of a block of dropout's mask: words[kLanes] for each pair of keys j, j + 1, whose lanes
