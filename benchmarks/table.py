@@ -1,10 +1,15 @@
 """The tables of docs/cpu.md, from results of `gptkernels bench --json`.
 
     python -m benchmarks.table benchmarks/results/cpu_{avx512_bf16,avx2}.json
-    python -m benchmarks.table benchmarks/results/cpu_attention_{amx,avx2}.json
+    python -m benchmarks.table benchmarks/results/cpu_attention_{amx,avx512_bf16,avx2}.json
 
 One line for each shape and dtype, two columns for each file: how many times as fast as eager
-PyTorch impl="cpu" is, forward, and forward and backward together. A test holds the page to this.
+PyTorch impl="cpu" is, forward, and forward and backward together.
+
+    python -m benchmarks.table --options benchmarks/results/attention_options_*.json
+
+One line for each option of attention, three columns for each file of benchmarks.attention_options:
+how many times as fast as PyTorch's two ways to say the same. A test holds the page to this.
 """
 
 from __future__ import annotations
@@ -33,6 +38,30 @@ def table(paths: Sequence[Path | str]) -> Iterator[str]:
         yield f"| `{op}` {shape.removeprefix('B1 ')} | {dtype} | {' | '.join(cells)} |"
 
 
+def options_table(paths: Sequence[Path | str]) -> Iterator[str]:
+    """Yields the lines of the table of options, in Markdown."""
+    files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    columns = [
+        (file, direction, other)
+        for file in files
+        for direction, other in (
+            ("forward", "plain"),
+            ("forward + backward", "plain"),
+            ("forward", "flex"),
+        )
+    ]
+    names = {"plain": "SDPA", "flex": "FlexAttention"}
+    heads = [f"{file['dtype']} {way}, {names[other]}" for file, way, other in columns]
+    yield f"| option | {' | '.join(heads)} |"
+    yield f"| --- |{' ---: |' * len(columns)}"
+    for case in dict.fromkeys(row["case"] for row in files[0]["rows"]):
+        cells = []
+        for file, direction, other in columns:
+            rows = (r for r in file["rows"] if (r["case"], r["direction"]) == (case, direction))
+            cells.append(_cell(next(rows)["ratios"].get(other)))
+        yield f"| {case} | {' | '.join(cells)} |"
+
+
 def _ratios(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, ...], float]]:
     for row in rows:
         if row["impl"] == "cpu" and row.get("ratio"):
@@ -44,4 +73,5 @@ def _cell(ratio: float | None) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(table(sys.argv[1:])))
+    of_options = sys.argv[1:2] == ["--options"]
+    print("\n".join(options_table(sys.argv[2:]) if of_options else table(sys.argv[1:])))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
-from benchmarks.table import table
+from benchmarks.table import options_table, table
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/**/*.md")]
 
@@ -21,9 +21,21 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("avx512_bf16", "avx2"), ("attention_amx", "attention_avx2")], ids=" ".join
+    "names",
+    [
+        ("avx512_bf16", "avx2"),
+        ("attention_amx", "attention_avx512_bf16", "attention_avx2"),
+    ],
+    ids=" ".join,
 )
 def test_the_table_of_figures_is_that_of_the_results(names: tuple[str, ...]) -> None:
     results = [ROOT / "benchmarks" / "results" / f"cpu_{name}.json" for name in names]
     page = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
     assert "\n".join(table(results)) in page
+
+
+def test_the_table_of_options_is_that_of_the_results() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    results = [folder / f"attention_options_{dtype}.json" for dtype in ("bfloat16", "float32")]
+    page = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
+    assert "\n".join(options_table(results)) in page

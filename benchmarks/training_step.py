@@ -1,0 +1,94 @@
+"""A training step of gptkernels.GPT beside its plain twin, eager and compiled.
+
+    python -m benchmarks.training_step [--dtype bfloat16] [--layers 12 ...] [--json FILE]
+
+A step is the loss and all gradients, without an optimizer, which would be the same in all. Both
+models have the same weights. Eager, ours takes impl="auto"; under torch.compile, where both are one
+graph of Inductor's, it takes impl="torch", as "auto" does there. Seconds: medians of rounds in which
+all take turns, with the quartiles. A ratio is plain PyTorch's median, eager or compiled, over ours:
+above 1 ours is faster. The load average says whether the machine did other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gptkernels
+from gptkernels.bench.report import environment, write_json
+from gptkernels.bench.timing import compare
+from gptkernels.truth.plain_gpt import PlainGPT
+
+
+def step(model: nn.Module, ids: torch.Tensor, compiled: bool) -> Callable[[], Any]:
+    """Returns a call of one step. ids: tokens and targets."""
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+
+    def call() -> None:
+        model.zero_grad()
+        forward(*ids).backward()
+
+    return call
+
+
+def main() -> None:
+    """Prints one line for each candidate, and the ratios."""
+    parser = argparse.ArgumentParser("python -m benchmarks.training_step", description=__doc__)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    sizes = {"layers": 4, "heads": 6, "width": 384, "tokens": 256, "batch": 4, "vocabulary": 512}
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
+    options = parser.parse_args()
+    config = gptkernels.GPTConfig(
+        vocab_size=options.vocabulary, block_size=options.tokens, n_layer=options.layers,
+        n_head=options.heads, n_embd=options.width, dropout=options.dropout,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+    ours, inner, plain = (
+        model(config).to(**made) for model in (gptkernels.GPT, gptkernels.GPT, PlainGPT)
+    )
+    for twin in (inner, plain):
+        twin.load_state_dict(ours.state_dict())
+    ids = torch.randint(config.vocab_size, (2, options.batch, options.tokens)).to(options.device)
+    steps = {
+        "plain": step(plain, ids, False),
+        "auto": step(ours, ids, False),
+        "plain, compiled": step(plain, ids, True),
+        "torch, compiled": step(inner.set_impl("torch"), ids, True),
+    }
+    rounds = options.rounds
+    found = compare(steps, device=options.device, min_rounds=rounds, max_rounds=rounds)
+    for name, timing in found.items():
+        print(f"{name:<16} {timing.time_s:.4f} s  ({timing.low_s:.4f}-{timing.high_s:.4f})")
+    seconds = {name: timing.time_s for name, timing in found.items()}
+    ratios = {
+        "auto beside plain": seconds["plain"] / seconds["auto"],
+        "auto beside plain, compiled": seconds["plain, compiled"] / seconds["auto"],
+        "torch, compiled beside plain, compiled": (
+            seconds["plain, compiled"] / seconds["torch, compiled"]
+        ),
+    }
+    for name, ratio in ratios.items():
+        print(f"{ratio:.2f}x   {name}")
+    print("load average", *(f"{load:.2f}" for load in os.getloadavg()))
+    if options.json:
+        named = {name: getattr(options, name) for name in (*sizes, "dtype", "device", "dropout")}
+        content = {"environment": environment(), **named, "ratios": ratios}
+        rows = [{"name": name, **dataclasses.asdict(timing)} for name, timing in found.items()]
+        write_json(options.json, content | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
