@@ -9,6 +9,7 @@
 
 #include "cpu/attention/decode/params.h"
 #include "cpu/attention/params.h"
+#include "cpu/decoder/params.h"
 #include "cpu/dispatch.h"
 #include "cpu/gelu_mlp/params.h"
 #include "cpu/layer_norm/params.h"
@@ -163,6 +164,38 @@ void def_linear(py::module_& module) {
     module.attr("most_rows") = kMostRows;
 }
 
+// A block as gptkernels/gpt/cached_blocks.py packs it: addresses, strides and sizes; eps.
+using GivenBlock = std::tuple<std::array<int64_t, 21>, std::array<float, 2>>;
+using GivenNorm = std::tuple<uintptr_t, uintptr_t, float>;
+
+DecoderBlock decoder_block(const GivenBlock& given) {
+    const auto& [n, eps] = given;
+    const auto norm = [&](int i, float by) { return Norm{at<const void>(n[i]),
+                                                         at<const void>(n[i + 1]), by}; };
+    const auto weights = [&](int i) { return Weights{at<const void>(n[i]),
+                                                     at<const void>(n[i + 1]), n[i + 2]}; };
+    return {norm(0, eps[0]), norm(2, eps[1]), weights(4), weights(7), weights(10), weights(13),
+            at<void>(n[16]), at<void>(n[17]), n[18], n[19], n[20] != 0};
+}
+
+void def_decoder(py::module_& module) {
+    module.def("decoder_step", [](uintptr_t x, uintptr_t y, uintptr_t positions, uintptr_t lengths,
+                                  const std::array<int64_t, 6>& sizes, float scale, bool pre_norm,
+                                  const GivenNorm& ln_f, int dtype,
+                                  const std::vector<GivenBlock>& given, int threads) {
+        const auto [R, Tmax, C, H, Hk, D] = sizes;
+        const DecoderStep p{at<const void>(x), at<void>(y), at<const int64_t>(positions),
+                            at<const int32_t>(lengths), R, Tmax, C, H, Hk, D, scale, pre_norm,
+                            {at<const void>(std::get<0>(ln_f)), at<const void>(std::get<1>(ln_f)),
+                             std::get<2>(ln_f)},
+                            DType(dtype)};
+        std::vector<DecoderBlock> blocks;
+        for (const GivenBlock& block : given) blocks.push_back(decoder_block(block));
+        const py::gil_scoped_release release;
+        decoder_step(p, blocks, threads);
+    });
+}
+
 void def_dropout(py::module_& module) {
     module.def("elementwise_keep", [](uintptr_t rng, uint32_t threshold, uintptr_t keep,
                                       int64_t count, int threads) {
@@ -193,6 +226,7 @@ PYBIND11_MODULE(_cpu, module) {
     def_layer_norm(module);
     def_gelu(module);
     def_linear(module);
+    def_decoder(module);
     def_dropout(module);
     def_attention(module);
 }

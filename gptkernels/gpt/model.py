@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptkernels.core.checks import dtype_name
 from gptkernels.gpt import nanogpt, weights
+from gptkernels.gpt.cached_blocks import cached_blocks
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.embedding import Embedding
 from gptkernels.gpt.generation.cache import SlotCache
@@ -45,6 +46,7 @@ from gptkernels.nn.layers import (
     set_impl,
 )
 from gptkernels.nn.linear import call_linear
+from gptkernels.nn.plain import remember
 
 _INIT_STD = 0.02
 RECOMPUTE = ("none", "mlp", "block")
@@ -69,6 +71,7 @@ class _Block(nn.Module):
         self.dropout = config.dropout
 
 
+@remember
 class PreNormBlock(_Block):
     """GPT-2's block: each LayerNorm first adds the branch before it to the stream."""
 
@@ -83,6 +86,7 @@ class PreNormBlock(_Block):
         return self.mlp(normed.y), normed.s
 
 
+@remember
 class PostNormBlock(_Block):
     """GPT-1's block: each LayerNorm adds the branch before it to x."""
 
@@ -120,6 +124,11 @@ class Decoder(nn.Module):
         else:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         embedded = self.wte(tokens) + self.wpe(positions)
+        if caches is not None:
+            kind = PostNormBlock if self.ln_f is None else PreNormBlock
+            found = cached_blocks(self.h, self.ln_f, embedded, caches, kind)
+            if found is not None:
+                return found
         of_blocks = [None] * len(self.h) if caches is None else caches
         if self.ln_f is None:
             x, normed = F.dropout(embedded, self.dropout, self.training), None

@@ -193,6 +193,7 @@ def add_norm(norm: nn.Module, branch: Tensor, stream: Tensor | None, dropout_p: 
     return Normed(y, norm, s, _version(y))
 
 
+@remember
 class MLP(FusedModule):
     """c_proj(gelu(c_fc(x))) as one op. Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
 
@@ -274,6 +275,7 @@ class KVCache:
                 cache[self.places] = new.to(cache.dtype)
 
 
+@remember
 class CausalSelfAttention(FusedModule):
     """Causal self-attention between two linear layers.
 

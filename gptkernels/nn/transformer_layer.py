@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count, check_flag, check_probability, check_tensor
+from gptkernels.core.choice import automatic
 from gptkernels.nn.layers import FusedModule, LayerNorm, add_norm, head_width
 from gptkernels.nn.plain import class_name, not_plain_in
 from gptkernels.ops.attention.dense import attention
@@ -185,8 +186,8 @@ class TransformerLayer(FusedModule):
         reasons = {}
         if not isinstance(self.self_attn, _SelfAttention):
             reasons["attention"] = f"self_attn is a {class_name(self.self_attn)}"
-        elif masked:
-            reasons["attention"] = "a mask tensor runs with impl='torch' only"
+        elif masked and self._attention_impl() != "cpu":
+            reasons["attention"] = "a mask tensor runs with impl='torch' or 'cpu' only"
         training = self.training if training is None else training
         mlp = self._mlp_not_fused(self.dropout if training else 0.0)
         if mlp is not None:
@@ -198,6 +199,11 @@ class TransformerLayer(FusedModule):
         if self.norm_first:
             reasons["last residual add"] = "with norm_first no LayerNorm of this layer follows it"
         return reasons
+
+    def _attention_impl(self) -> str:
+        """The implementation that attention runs by, where the parameters are."""
+        impl = self.self_attn.impl
+        return automatic(self.linear1.weight.device.type) if impl == "auto" else impl
 
     def _check(self, src: Tensor) -> None:
         check_tensor("src", src)

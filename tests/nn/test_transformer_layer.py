@@ -256,7 +256,10 @@ def test_it_tells_what_is_not_fused() -> None:
     ours, _ = pair(activation="gelu", dropout=0.1)
     assert list(ours.not_fused()) == ["mlp"]
     assert ours.not_fused(training=False) == {}
+    ours.impl = "torch"
     assert list(ours.eval().not_fused(masked=True)) == ["attention"]
+    ours.impl = "cpu"  # whose kernels take masks
+    assert ours.not_fused(masked=True) == {}
     ours, _ = pair(activation="relu", norm_first=True)
     assert list(ours.not_fused()) == ["mlp", "last residual add"]
     ours, theirs = pair(activation="gelu")

@@ -30,7 +30,9 @@ def attention_fwd(
     RuntimeError where the given build cannot run this call.
     """
     if options.attn_mask is not None:
-        raise NotImplementedError("attn_mask runs with impl='torch' only, got impl='cuda'")
+        raise NotImplementedError(
+            "attn_mask runs with impl='torch', 'cpu' or 'auto' only, got 'cuda'"
+        )
     B, Tq, H, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)

@@ -62,7 +62,9 @@ def attention_fwd(
     """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. Raises NotImplementedError for an
     attn_mask."""
     if options.attn_mask is not None:
-        raise NotImplementedError("attn_mask runs with impl='torch' only, got impl='triton'")
+        raise NotImplementedError(
+            "attn_mask runs with impl='torch', 'cpu' or 'auto' only, got 'triton'"
+        )
     B, Tq, H, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)

@@ -1,0 +1,229 @@
+"""One native call for all blocks of a GPT gives the bits that its layers give, or is not made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from harness import by_dtype, threads
+from torch import Tensor, nn
+
+from gptkernels import GPT, GPTConfig
+from gptkernels.core.choice import automatic
+from gptkernels.gpt import model as model_file
+from gptkernels.gpt.cached_blocks import cached_blocks
+from gptkernels.gpt.generation.cache import SlotCache
+from gptkernels.gpt.model import PreNormBlock
+
+pytestmark = pytest.mark.skipif(
+    automatic("cpu") != "cpu", reason="no CPU kernels that auto would take"
+)
+
+
+def make(dtype: torch.dtype = torch.float32, **options: Any) -> GPT:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, block_size=40, n_layer=3, n_head=4, n_embd=36)
+    model = GPT(GPTConfig(**(sizes | options)))
+    for parameter in model.parameters():  # biases are 0 otherwise
+        nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def continued(model: GPT, slots: int = 3, steps: int = 4) -> list[Tensor]:
+    """The logits of some steps behind prompts of different lengths, and all keys and values."""
+    cache = SlotCache(model, slots, 30)
+    torch.manual_seed(1)
+    for slot in range(slots - 1):  # the last one stays empty
+        model(torch.randint(61, (1, 3 + 5 * slot % 23)), cache=cache, slot=slot)
+    found = [model(torch.randint(61, (slots, 1)), cache=cache)[: slots - 1] for _ in range(steps)]
+    held = [buffer[: slots - 1, :7] for pair in cache._buffers for buffer in pair]
+    return found + held
+
+
+def by_layers(model: GPT, **options: Any) -> list[Tensor]:
+    with mock.patch.object(model_file, "cached_blocks", return_value=None):
+        return continued(model, **options)
+
+
+def native(model: GPT, **options: Any) -> tuple[list[Tensor], int]:
+    """The same, and how many steps were native."""
+    calls = []
+
+    def watched(*arguments: Any) -> Tensor | None:
+        found = original(*arguments)
+        calls.append(found is not None)
+        return found
+
+    original = model_file.cached_blocks
+    with mock.patch.object(model_file, "cached_blocks", watched):
+        return continued(model, **options), sum(calls)
+
+
+def assert_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@by_dtype
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(norm="post"),
+        dict(bias=False),
+        dict(window=4),
+        dict(approximate="none", n_inner=50),
+        dict(n_layer=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("slots", [2, 9, 16])
+def test_bits_are_those_of_the_layers(
+    dtype: torch.dtype, options: dict[str, Any], slots: int
+) -> None:
+    model = make(dtype, **options)
+    found, steps = native(model, slots=slots)
+    assert steps == 4
+    assert_bits(found, by_layers(model, slots=slots))
+
+
+def test_bits_do_not_depend_on_slots_or_threads() -> None:
+    model = make(torch.bfloat16)
+    with threads(7):
+        wanted = continued(model, slots=3)
+    with threads(1):
+        assert_bits(continued(model, slots=3), wanted)
+    # One text alone, in one slot.
+    alone = SlotCache(model, 1, 30)
+    texts = SlotCache(model, 8, 30)
+    torch.manual_seed(1)
+    prompt, following = torch.randint(61, (1, 6)), torch.randint(61, (3, 1, 1))
+    with torch.no_grad():
+        model(prompt, cache=alone, slot=0)
+        for slot in (0, 5):
+            model(prompt, cache=texts, slot=slot)
+        for token in following:
+            one = model(token, cache=alone)
+            many = model(token.expand(8, 1), cache=texts)
+            assert torch.equal(many[5:6], one)
+
+
+def replaced(model: GPT) -> None:
+    class Linear(nn.Linear):
+        """Such as an adapter's."""
+
+    old = model.transformer.h[1].mlp.c_fc
+    new = Linear(old.in_features, old.out_features)
+    new.load_state_dict(old.state_dict())
+    model.transformer.h[1].mlp.c_fc = new
+
+
+def transposed(model: GPT) -> None:
+    layer = model.transformer.h[0].attn.c_proj
+    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+
+
+def without_weight(model: GPT) -> None:
+    norm = model.transformer.h[0].ln_2
+    norm.weight = norm.bias = None
+
+
+def hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: hook(model.transformer.h[1]),
+        lambda model: hook(model.transformer.h[2].attn.c_attn),
+        lambda model: hook(model.transformer.h[0].mlp),
+        lambda model: model.transformer.h[1].ln_1.register_forward_pre_hook(lambda *_: None),
+        lambda model: model.transformer.ln_f.register_forward_pre_hook(lambda *_: None),
+        lambda model: setattr(model.transformer.h[1].attn, "impl", "torch"),
+        lambda model: setattr(model.transformer.h[1].ln_2, "impl", "torch"),
+        replaced,
+        transposed,
+        without_weight,
+    ],
+)
+def test_changed_models_run_by_their_layers(change: Callable[[GPT], None]) -> None:
+    model = make()
+    change(model)
+    found, steps = native(model)
+    assert_bits(found, by_layers(model))
+    assert steps in (0, 4)
+
+
+def test_a_hook_of_a_block_is_called() -> None:
+    model, seen = make(), []
+    model.transformer.h[1].attn.register_forward_hook(lambda *_: seen.append(1))
+    continued(model)
+    assert len(seen) == 2 + 4  # the prompts, and the steps
+    assert native(model)[1] == 0
+
+
+def test_what_watches_is_told() -> None:
+    model = make()
+    with torch.profiler.profile() as profile:
+        assert native(model)[1] == 0
+    assert any("attention_decode" in event.name for event in profile.events())
+
+
+def test_other_modes_run_by_the_layers() -> None:
+    model = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert native(model)[1] == 0
+    assert native(copy.deepcopy(model).train())[1] == 4  # without dropout nothing differs
+    assert native(make(dropout=0.1).train())[1] == 0
+    assert native(model, slots=17)[1] == 0
+    assert native(make().set_impl("torch"))[1] == 0
+    mixed = make()
+    mixed.transformer.h[0].ln_1.to(torch.float64)
+    with pytest.raises(TypeError, match="float64"):
+        native(mixed)
+
+
+def test_changed_parameters_are_seen() -> None:
+    """In place, by .data, by another parameter; nothing of the old ones is kept."""
+    model, layer = make(), None
+    continued(model)
+    for change in (
+        lambda layer: layer.weight.data.mul_(1.5),
+        lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach() * 1.5)),
+        lambda layer: layer.weight.detach().add_(0.25),
+    ):
+        layer = model.transformer.h[1].attn.c_proj
+        change(layer)
+        found, steps = native(model)
+        assert steps == 4
+        assert_bits(found, by_layers(model))
+
+
+def test_a_full_cache_is_refused_as_by_the_layers() -> None:
+    model = make()
+    cache = SlotCache(model, 1, 4)
+    with torch.no_grad():
+        model(torch.randint(61, (1, 4)), cache=cache, slot=0)
+        with pytest.raises(ValueError, match="at most max_tokens=4"):
+            model(torch.randint(61, (1, 1)), cache=cache)
+        (layer,) = cache.caches(1)[:1]
+        x = torch.randn(1, 1, 36)
+        # As the cache does not let it happen, where nobody asks it.
+        assert cached_blocks(model.transformer.h[:1], None, x, [layer], PreNormBlock) is None
+
+
+def test_gradients_are_refused_as_by_the_layers() -> None:
+    model = make()
+    cache = SlotCache(model, 1, 9)
+    with torch.no_grad():
+        model(torch.randint(61, (1, 4)), cache=cache, slot=0)
+    with pytest.raises(RuntimeError, match="inference"):
+        model(torch.randint(61, (1, 1)), cache=cache)
