@@ -1,6 +1,7 @@
 """Tokens a second of `generate`: "auto" beside impl="torch" and beside transformers' generate.
 
     python -m benchmarks.generation [--dtype bfloat16] [--batch 8] [--json FILE]
+    python -m benchmarks.generation --prompt 1000 --tokens 1       # the time to the first token
 
 A GPT-2 of 124M parameters with random weights continues random prompts, taking the likeliest token
 each time. All candidates have the same weights. Medians of rounds in which they take turns; a ratio
@@ -10,7 +11,9 @@ is the other's time over that of "auto". transformers is left out where it is no
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -26,7 +29,12 @@ from gptkernels.bench.timing import compare
 
 
 def candidates(
-    config: gptkernels.GPTConfig, dtype: torch.dtype, device: str, prompts: Tensor, count: int
+    config: gptkernels.GPTConfig,
+    dtype: torch.dtype,
+    device: str,
+    prompts: Tensor,
+    count: int,
+    compiled: bool,
 ) -> dict[str, Callable[[], Tensor]]:
     """Name -> a call that returns the prompts with `count` tokens more."""
     found: dict[str, Callable[[], Tensor]] = {}
@@ -48,13 +56,19 @@ def candidates(
         theirs: Any = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype)
         theirs.to(torch.device(device)).eval()
 
-    def generate() -> Tensor:
+    def generate(model: Any = theirs, **more: Any) -> Tensor:
         given = {"attention_mask": torch.ones_like(prompts), "pad_token_id": 0}
         limits = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-        tokens: Tensor = theirs.generate(prompts, **given, **limits)
+        tokens: Tensor = model.generate(prompts, **given, **limits, **more)
         return tokens
 
     found["transformers"] = generate
+    if compiled:
+        static = copy.deepcopy(theirs)
+        static.forward = torch.compile(static.forward)
+        found["transformers, static cache, compiled"] = functools.partial(
+            generate, static, cache_implementation="static"
+        )
     return found
 
 
@@ -66,6 +80,9 @@ def main() -> None:
     sizes = {"batch": 1, "prompt": 32, "tokens": 32, "layers": 12, "heads": 12, "width": 768}
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument(
+        "--compiled", action="store_true", help="transformers' static cache under torch.compile too"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
     options = parser.parse_args()
     if options.batch != 1 and options.batch % 8:
@@ -76,7 +93,7 @@ def main() -> None:
     torch.manual_seed(0)
     prompts = torch.randint(config.vocab_size, (options.batch, options.prompt)).to(options.device)
     dtype = getattr(torch, options.dtype)
-    calls = candidates(config, dtype, options.device, prompts, options.tokens)
+    calls = candidates(config, dtype, options.device, prompts, options.tokens, options.compiled)
     load = os.getloadavg()[0]
     timings = compare(calls, device=options.device, budget_s=30.0, max_rounds=10)
     rows: dict[str, Any] = {}
@@ -84,7 +101,7 @@ def main() -> None:
         rate = options.batch * options.tokens / timing.time_s
         ratio = timing.time_s / timings["auto"].time_s
         rows[name] = {**dataclasses.asdict(timing), "tokens_per_s": rate, "ratio": ratio}
-        print(f"{name:<13} {rate:7.1f} tokens/s    {ratio:.2f}x")
+        print(f"{name:<36} {rate:7.1f} tokens/s    {ratio:.2f}x")
     if options.json:
         record = {k: v for k, v in vars(options).items() if k != "json"}
         content = {"environment": environment(), "load": load, "options": record, "rows": rows}
