@@ -72,8 +72,19 @@ def candidates(
     return found
 
 
+def most_steps(config: gptkernels.GPTConfig, dtype: torch.dtype, device: str) -> float:
+    """How often a second as many bytes can be read as a step's weights have: the fastest of some
+    sums over them."""
+    with torch.device("meta"):
+        model = gptkernels.GPT(config)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    numbers -= model.transformer.wpe.weight.numel()
+    there = torch.ones(numbers * dtype.itemsize // 4, device=device)
+    return 1 / compare({"read": there.sum}, device=device, min_rounds=20)["read"].min_s
+
+
 def main() -> None:
-    """Prints one line for each candidate."""
+    """Prints one line for each candidate, and the limit that memory sets."""
     parser = argparse.ArgumentParser("python -m benchmarks.generation", description=__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -102,9 +113,12 @@ def main() -> None:
         ratio = timing.time_s / timings["auto"].time_s
         rows[name] = {**dataclasses.asdict(timing), "tokens_per_s": rate, "ratio": ratio}
         print(f"{name:<36} {rate:7.1f} tokens/s    {ratio:.2f}x")
+    limit = options.batch * most_steps(config, dtype, options.device)
+    print(f"{'reading the weights once a step':<36} {limit:7.1f} tokens/s at most")
     if options.json:
         record = {k: v for k, v in vars(options).items() if k != "json"}
-        content = {"environment": environment(), "load": load, "options": record, "rows": rows}
+        content = {"environment": environment(), "load": load, "options": record}
+        content |= {"rows": rows, "most_tokens_per_s": limit}
         write_json(options.json, content)
 
 
