@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 def cases(tokens: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
-    """All options. Masks are in the dtype of q, as PyTorch wants them."""
+    """All options. What is added to scores is in the dtype of q, as PyTorch wants it."""
     away = torch.arange(tokens)[:, None] - torch.arange(tokens)[None]
     slopes = torch.tensor([2 ** (-8 * (h + 1) / heads) for h in range(heads)])
     causal, near = away >= 0, (away >= 0) & (away <= _WINDOW)

@@ -58,7 +58,8 @@ def options_table(paths: Sequence[Path | str]) -> Iterator[str]:
         cells = []
         for file, direction, other in columns:
             rows = (r for r in file["rows"] if (r["case"], r["direction"]) == (case, direction))
-            cells.append(_cell(next(rows)["ratios"].get(other)))
+            row = next(rows, None)
+            cells.append(_cell(None if row is None else row["ratios"].get(other)))
         yield f"| {case} | {' | '.join(cells)} |"
 
 

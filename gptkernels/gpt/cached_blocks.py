@@ -32,12 +32,15 @@ def cached_blocks(
     kind: type[nn.Module],
 ) -> Tensor | None:
     """Returns what the blocks, each of class `kind`, and GPT-2's ln_f make of x (R, 1, C), whose
-    keys and values go into the caches.
+    keys and values go into the caches: those of row r to slot r, as `KVCache.places` says.
 
     Returns None where the layers have to be called: they are hooked or replaced, do not all run by
-    the CPU kernels, something needs a gradient or watches PyTorch's calls, or R is above MOST_ROWS.
+    the CPU kernels, something needs a gradient or watches PyTorch's calls, R is above MOST_ROWS, or
+    the layers would refuse something.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or autocast_enabled(x):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not direct((x,)):
+        return None
+    if autocast_enabled(x):
         return None
     try:
         call = _Call(x, caches)
@@ -69,10 +72,11 @@ class _Call:
         self._x, self._first = x, caches[0]
         self._impls: set[str] = set()
         self.tensors: list[Tensor] = []
-        R, T, C = x.shape
-        _need(T == 1 and 0 < R <= MOST_ROWS and C > 0 and x.dtype in DTYPE_CODES)
+        _need(x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= MOST_ROWS)
+        R, _, C = x.shape
         self._tensor(x, (R, 1, C))
-        _need(x.is_contiguous() and self._first.k.dim() == 4)
+        _need(C > 0 and x.dtype in DTYPE_CODES and x.is_contiguous())
+        _need(self._first.k.dim() == 4 and self._first.k.numel() > 0)
         Tmax, Hk, D = self._first.k.shape[1:]
         self.sizes = (R, Tmax, C, C // D, Hk, D)
 
@@ -85,19 +89,25 @@ class _Call:
         attn, mlp = block.attn, block.mlp
         _need(is_plain(attn, CausalSelfAttention) and is_plain(mlp, MLP))
         _need((attn.n_head, attn.n_kv_head, attn.head_dim) == (H, Hk, D) and H * D == C)
-        _need(not (block.training and block.dropout) and not (attn.training and attn.dropout))
+        _need(not (block.training and block.dropout))
+        _need(mlp.approximate in ("tanh", "none") and is_plain(mlp.c_fc, nn.Linear))
         self._implementation(attn.impl)
         self._implementation(mlp.impl)
         first, second = self.norm(block.ln_1), self.norm(block.ln_2)
-        F = cast("nn.Linear", mlp.c_fc).weight.shape[0]
+        F = mlp.c_fc.weight.shape[0]
+        _need(F > 0)
         heads = (H + 2 * Hk) * D
         weights = (
             *self._linear(attn.c_attn, heads, C), *self._linear(attn.c_proj, C, C),
             *self._linear(mlp.c_fc, F, C), *self._linear(mlp.c_proj, C, F),
         )  # fmt: skip
+        # Another class of caches may store something else.
+        _need(type(cache) is KVCache and cache.lengths is self._first.lengths)
         places, ours = self._first.places, cache.places
-        _need(places is not None and ours is not None and cache.lengths is self._first.lengths)
+        _need(places is not None and ours is not None)
         _need(all(a is b for a, b in zip(places or (), ours or (), strict=True)))
+        # PyTorch refuses to write to it, in the layers.
+        _need(torch.is_inference_mode_enabled() or not cache.k.is_inference())
         keys, values = (self._tensor(t, (R, Tmax, Hk, D)) for t in (cache.k, cache.v))
         _need(cache.k.is_contiguous() and cache.v.is_contiguous())
         left, _ = bounds(True, attn.window)
@@ -107,7 +117,7 @@ class _Call:
     def norm(self, norm: Any) -> tuple[int, int, float]:
         """Addresses of weight and bias; eps."""
         C = self._x.shape[-1]
-        _need(is_plain(norm, LayerNorm) and norm.weight is not None)
+        _need(is_plain(norm, LayerNorm) and norm.weight is not None and norm.eps > 0)
         self._implementation(norm.impl)
         _need(norm.weight.is_contiguous() and (norm.bias is None or norm.bias.is_contiguous()))
         return self._tensor(norm.weight, (C,)), self._tensor(norm.bias, (C,)), norm.eps
@@ -121,8 +131,9 @@ class _Call:
         _need(positions.dtype == torch.int64 and lengths.dtype == torch.int32)
         _need(positions.shape == (R, 1) and lengths.shape == (R,))
         _need(all(t.is_cpu and t.is_contiguous() for t in (positions, lengths)))
-        low, high = positions.aminmax()
-        _need(low >= 0 and high < self.sizes[1])  # else the layers raise their error
+        Tmax = self.sizes[1]
+        _need(all(0 <= position < Tmax for (position,) in positions.tolist()))
+        _need(all(0 <= length <= Tmax for length in lengths.tolist()))
         return positions.data_ptr(), lengths.data_ptr()
 
     def _linear(self, layer: Any, N: int, K: int) -> tuple[int, int, int]:

@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         else:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         embedded = self.wte(tokens) + self.wpe(positions)
-        if caches is not None:
+        if caches is not None and not (self.training and self.dropout):
             kind = PostNormBlock if self.ln_f is None else PreNormBlock
             found = cached_blocks(self.h, self.ln_f, embedded, caches, kind)
             if found is not None:

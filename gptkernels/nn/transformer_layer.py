@@ -3,9 +3,9 @@
     norm_first=False    x = LN(x + dropout(attention(x)));   x = LN(x + dropout(mlp(x)))
     norm_first=True     x = x + dropout(attention(LN(x)));   x = x + dropout(mlp(LN(x)))
 
-Fused are attention, unless it reads a mask tensor; every residual add with its dropout and the
-LayerNorm that follows it; and the MLP, if its activation is GELU and it has no dropout inside.
-Where a module inside is hooked, replaced or parametrised, it is called, with what
+Fused are attention, which reads a mask tensor by the CPU kernels alone; every residual add with its
+dropout and the LayerNorm that follows it; and the MLP, if its activation is GELU and it has no
+dropout inside. Where a module inside is hooked, replaced or parametrised, it is called, with what
 nn.TransformerEncoderLayer would pass. `TransformerLayer.not_fused` names the parts that are not
 fused, and says why.
 """
@@ -203,7 +203,7 @@ class TransformerLayer(FusedModule):
     def _attention_impl(self) -> str:
         """The implementation that attention runs by, where the parameters are."""
         impl = self.self_attn.impl
-        return automatic(self.linear1.weight.device.type) if impl == "auto" else impl
+        return automatic(self.self_attn.in_proj_weight.device.type) if impl == "auto" else impl
 
     def _check(self, src: Tensor) -> None:
         check_tensor("src", src)

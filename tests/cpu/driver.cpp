@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/attention/decode/params.h"
+#include "cpu/decoder/params.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 
@@ -68,7 +69,9 @@ void attention(int64_t Tq, int64_t Tk, int64_t D, DType dtype, bool packed, bool
     const int32_t lengths[] = {static_cast<int32_t>(Tk), static_cast<int32_t>(Tk / 2)};
     const std::vector<float> slopes(H, 0.3f);
     const int64_t entries = packed ? 1 : B;
-    const auto added = room(Tq * Tk, kind == MaskKind::visible ? DType::bfloat16 : dtype);
+    auto added = kind == MaskKind::visible ? std::vector<char>(Tq * Tk) : room(Tq * Tk, dtype);
+    // The first rows are alike: all hidden, or nothing added.
+    for (size_t i = added.size() / 2; i < added.size(); i += 5) added[i] = 1;
     AttentionCall call{B, Tq, Tk, H, Hk, D, 0.1f, -1, 0, 0, nullptr, nullptr, nullptr, nullptr,
                        {added.data(), {0, 0, Tk, 1}, kind, dtype}, {nullptr, 0, 1}, dtype};
     if (packed) call.cu_seqlens_q = queries, call.cu_seqlens_k = keys;
@@ -130,6 +133,26 @@ void decode(int64_t Tq, int64_t H, int64_t Hk, int64_t D, int64_t page, int64_t 
                      kThreads);
 }
 
+// The last text's token is the last one that the cache has room for.
+void decoder(int64_t R, bool pre_norm, DType dtype) {
+    const int64_t Tmax = 5, H = 4, Hk = 2, D = 7, C = H * D, F = 33, heads = (H + 2 * Hk) * D;
+    const auto x = room(R * C, dtype), norm = room(C, dtype), c_attn = room(heads * C, dtype),
+               c_proj = room(C * C, dtype), c_fc = room(F * C, dtype), bias = room(F, dtype);
+    auto y = x;
+    auto k = room(R * Tmax * Hk * D, dtype), v = k;
+    std::vector<int64_t> positions(R, 0);
+    std::vector<int32_t> lengths(R, 0);
+    positions.back() = Tmax - 1;
+    lengths.back() = Tmax;
+    const Norm n{norm.data(), norm.data(), 1e-5f};
+    const DecoderBlock block{n, n, {c_attn.data(), nullptr, C}, {c_proj.data(), nullptr, C},
+                             {c_fc.data(), bias.data(), C}, {c_fc.data(), nullptr, F}, k.data(),
+                             v.data(), F, 2, true};
+    decoder_step({x.data(), y.data(), positions.data(), lengths.data(), R, Tmax, C, H, Hk, D, 0.3f,
+                  pre_norm, n, dtype},
+                 {block, block, block}, kThreads);
+}
+
 }  // namespace
 
 int main() {
@@ -159,13 +182,16 @@ int main() {
                         for (int64_t num_splits : {0, 1, 3})
                             for (int64_t Tq : {1, 3, 18})
                                 decode(Tq, 4, 2, D, page, left, num_splits, dtype);
+        for (DType dtype : kAll)
+            for (int64_t R : {1, 3, 16})
+                for (bool pre_norm : {false, true}) decoder(R, pre_norm, dtype);
         for (int64_t T : {1, 45, 300})
             for (int64_t D : {3, 64, 129})
                 for (DType dtype : kAll)
                     for (bool options : {false, true}) {
                         attention(T, T + 7, D, dtype, true, options, MaskKind::none);
                         attention(T + 2, T, D, dtype, false, options, MaskKind::none);
-                        if (T < 300)
+                        if (T < 300 || D == 3)
                             for (MaskKind kind : {MaskKind::visible, MaskKind::added})
                                 attention(T, T, D, dtype, false, options, kind);
                     }

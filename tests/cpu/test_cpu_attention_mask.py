@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import by_dtype
+from harness import BF16, FP16, by_dtype
 from op_inputs import attention_inputs
 from right import assert_right, assert_same, run
 from torch import Tensor
@@ -67,8 +67,26 @@ def test_a_mask(
     if kind == "added":
         mask = torch.zeros(Tq, Tk) if make is one_block else torch.randn(Tq, Tk)
         mask = mask.masked_fill(~seen, -torch.inf).to(dtype)
-    tensors["attn_mask"] = LAYOUTS[layout](mask)
-    assert_right(attention, tensors, seed, impl="cpu", causal=False)
+    mask = LAYOUTS[layout](mask)
+    assert_right(attention, tensors, seed, impl="cpu", causal=False, attn_mask=mask)
+
+
+@by_dtype
+@pytest.mark.parametrize("kind", ["bool", "added"])
+def test_padding(dtype: torch.dtype, kind: str, seed: int) -> None:
+    """A mask of the keys alone, which hides whole blocks; the last entry sees nothing."""
+    tensors = attention_inputs(3, 40, Tk, 2, 1, 16, dtype=dtype, seed=seed)
+    seen = torch.arange(Tk) < torch.tensor([300, 100, 0])[:, None]
+    mask = seen[:, None, None]
+    if kind == "added":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf).to(dtype)
+    options = dict(attn_mask=mask, causal=False)
+    found = run(functools.partial(attention, impl="cpu", return_lse=True, **options), tensors)
+    assert all(x[2].eq(0).all() for x in (found[0], *found[2:]))
+    assert torch.isneginf(found[1][2]).all()
+    rest = {name: x[:2] for name, x in tensors.items()}
+    options["attn_mask"] = mask[:2]
+    assert_right(attention, rest, seed, impl="cpu", **options)
 
 
 @by_dtype
@@ -90,3 +108,11 @@ def test_the_gradient_of_a_mask(dtype: torch.dtype, shape: tuple[int, ...], seed
     tensors = attention_inputs(2, 300, 50, 4, 2, dtype=dtype, seed=seed)
     tensors["attn_mask"] = torch.randn(shape).to(dtype)
     assert_right(attention, tensors, seed, impl="cpu", dropout_p=0.2, softcap=3.0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_the_gradient_of_a_mask_that_hides(dtype: torch.dtype, seed: int) -> None:
+    tensors = attention_inputs(1, Tq, Tk, 2, 1, 16, dtype=dtype, seed=seed)
+    mask = torch.randn(Tq, Tk).masked_fill(~in_blocks(), -torch.inf)
+    tensors["attn_mask"] = mask.to(dtype)
+    assert_right(attention, tensors, seed, impl="cpu", causal=False)

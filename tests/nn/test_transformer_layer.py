@@ -260,6 +260,8 @@ def test_it_tells_what_is_not_fused() -> None:
     assert list(ours.eval().not_fused(masked=True)) == ["attention"]
     ours.impl = "cpu"  # whose kernels take masks
     assert ours.not_fused(masked=True) == {}
+    ours.linear1 = nn.Sequential(ours.linear1)
+    assert list(ours.not_fused(masked=True)) == ["mlp"]
     ours, _ = pair(activation="relu", norm_first=True)
     assert list(ours.not_fused()) == ["mlp", "last residual add"]
     ours, theirs = pair(activation="gelu")

@@ -125,8 +125,8 @@ struct Backward {
         return tensor + e.batch * by.batch + first * by.token + head * by.head;
     }
 
-    // The keys that some of the queries first ... last - 1 see. Where sum_again may need them, those
-    // that get no gradient are among them.
+    // The keys that some of the queries first ... last - 1 see. Where sum_again may need them,
+    // those that get no gradient are among them.
     void find_blocks(const Entry& e, int64_t of_head, int64_t first, int64_t last, int64_t from,
                      int64_t to) {
         key_head = of_head;
@@ -415,7 +415,7 @@ struct Backward {
     }
     // In fp32 64 queries at a time: the shorter chains of additions lose fewer digits.
     void add_strips(int64_t j0, int start, int keys, int first, int last) {
-        const int together = kExact ? 2 : P::kQueries / kLanes;
+        const int together = kExact ? 64 / kLanes : P::kQueries / kLanes;
         for (int n = first; n < last; n += together)
             add_groups(j0, start, keys, n, static_cast<int>(least_of(n + together, last)));
     }

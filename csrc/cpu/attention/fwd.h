@@ -32,12 +32,13 @@ struct Forward {
         bool started;
     };
 
-    // A block of keys.
+    // A block of keys, and once a group sees one of them its operands.
     struct Block {
         int64_t first;
         int keys;
+        bool ready;
+        const T *k_from, *v_from;
         typename P::Left k, v;  // v: V^T
-        const T* v_from;
         const float* tainted;  // null where all values are finite
     };
 
@@ -87,9 +88,10 @@ struct Forward {
         constexpr int64_t kTogether = kBlocks * P::kKeys;
         for (int64_t j = e.lowest(item.first) / P::kKeys * P::kKeys; j <= high; j += kTogether) {
             int n_blocks = 0;
-            for (int64_t j0 = j; j0 <= high && n_blocks < kBlocks; j0 += P::kKeys, ++n_blocks)
-                make_ready(n_blocks, j0, static_cast<int>(least_of(P::kKeys, high + 1 - j0)),
-                     k_head + j0 * p.k_strides.token, v_head + j0 * p.v_strides.token);
+            for (int64_t j0 = j; j0 <= high && n_blocks < kBlocks; j0 += P::kKeys)
+                blocks[n_blocks++] = {j0, static_cast<int>(least_of(P::kKeys, high + 1 - j0)),
+                                      false, k_head + j0 * p.k_strides.token,
+                                      v_head + j0 * p.v_strides.token, {}, {}, nullptr};
             for (int n = 0; n < count; ++n)
                 for (int m = 0; m < n_blocks; ++m) meet(e, item, groups[n], states[n], blocks[m]);
         }
@@ -110,20 +112,17 @@ struct Forward {
         state.started = false;
     }
 
-    void make_ready(int n, int64_t j0, int keys, const T* k_from, const T* v_from) {
-        const int64_t at = static_cast<int64_t>(n) * P::kKeys;
-        Block& block = blocks[n];
-        block.first = j0;
-        block.keys = keys;
-        block.v_from = v_from;
-        block.k = P::rows(k_from, p.k_strides.token, keys, D, width, k + at * width);
-        block.tainted = transposed<P>(v_from, p.v_strides.token, keys, D, width, taint + at,
-                                      v + at * width, block.v);
+    void make_ready(Block& block) {
+        const int64_t at = (&block - blocks) * P::kKeys;
+        block.ready = true;
+        block.k = P::rows(block.k_from, p.k_strides.token, block.keys, D, width, k + at * width);
+        block.tainted = transposed<P>(block.v_from, p.v_strides.token, block.keys, D, width,
+                                      taint + at, v + at * width, block.v);
     }
 
     // A group meets a block of keys.
     void meet(const Entry& e, const AttentionItem& item, const Group& g, State& state,
-              const Block& block) {
+              Block& block) {
         const Rows r(e, g, block.first, block.keys);
         if (r.none()) return;
         const int padded = P::padded(r.last), even = static_cast<int>(up_to(padded, 2));
@@ -131,6 +130,7 @@ struct Forward {
         if (mask != nullptr)
             masked = load_mask(c.mask, g, item.entry, block.first, r.first, r.last, mask);
         if (masked == Effect::hides) return;
+        if (!block.ready) make_ready(block);
         P::template multiply<false>(s + r.first * kLanes, kLanes, block.k.from(r.first, 0),
                                     {state.queries, kLanes}, padded - r.first, kLanes, deep);
         scores.adjust(e, g, block.first, r, even, s, nullptr,

@@ -22,7 +22,8 @@ struct Step {
     char *y, *branch, *sums[2], *heads, *attended, *hidden;
 
     Step(const DecoderStep& given, int64_t F, int most)
-        : p(given), threads(most), size(static_cast<int64_t>(bytes_of(p.dtype))), heads_width((p.H + 2 * p.Hk) * p.D) {
+        : p(given), threads(most), size(static_cast<int64_t>(bytes_of(p.dtype))),
+          heads_width((p.H + 2 * p.Hk) * p.D) {
         const int64_t of_C = p.R * p.C * size;
         const int64_t bytes[] = {of_C, of_C, of_C, of_C, p.R * heads_width * size,
                                  p.R * p.H * p.D * size, p.R * F * size};

@@ -25,22 +25,22 @@ struct Weights {
 
 struct DecoderBlock {
     Norm ln_1, ln_2;
-    Weights c_attn, c_proj;     // ((H + 2 Hk) D, C), (C, H D)
-    Weights c_fc, mlp_c_proj;   // (F, C), (C, F)
-    void *k, *v;                // the cache: (R, Tmax, Hk, D), contiguous
-    int64_t F, left;            // left: of the attention's window; negative: no bound
-    bool tanh;                  // which GELU
+    Weights c_attn, c_proj;    // ((H + 2 Hk) D, C), (C, H D)
+    Weights c_fc, mlp_c_proj;  // (F, C), (C, F)
+    void *k, *v;               // the cache: (R, Tmax, Hk, D), contiguous
+    int64_t F, left;           // left: of the attention's window; negative: no bound
+    bool tanh;                 // which GELU
 };
 
 // R texts, at most kMostRows.
 struct DecoderStep {
-    const void* x;              // (R, C)
-    void* y;                    // (R, C): the head's input
-    const int64_t* positions;   // (R,): where in the cache the tokens go, below Tmax
+    const void* x;               // (R, C)
+    void* y;                     // (R, C): the head's input
+    const int64_t* positions;    // (R,): where in the cache the tokens go, below Tmax
     const int32_t* key_lengths;  // (R,): how many keys they see
     int64_t R, Tmax, C, H, Hk, D;
     float softmax_scale;
-    bool pre_norm;              // GPT-2's blocks, which ln_f follows, or GPT-1's
+    bool pre_norm;  // GPT-2's blocks, which ln_f follows, or GPT-1's
     Norm ln_f;
     DType dtype;
 };

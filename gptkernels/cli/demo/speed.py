@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -51,7 +52,8 @@ def speed_table(trained: training.Training, console: Console) -> list[Row]:
 
 
 def _training_step(trained: training.Training) -> timing.Case:
-    """Forward and backward of a whole GPT: the demo's on a CPU, GPT-2's 124M shape on a GPU."""
+    """Forward and backward of a whole GPT: the demo's on a CPU, GPT-2's 124M shape on a GPU. Beside
+    it the plain twin under torch.compile too, as the implementation "compiled"."""
     device = trained.device
     on_gpu = device.type == "cuda"
     config = GPTConfig.named("gpt2") if on_gpu else trained.result.model.config
@@ -75,7 +77,7 @@ def _training_step(trained: training.Training) -> timing.Case:
         return call
 
     flops = flops_per_token(model, config.n_layer, config.n_embd, config.block_size)
-    return timing.Case.beside(
+    case = timing.Case.beside(
         step(twin),
         lambda impl: step(copy.deepcopy(model).set_impl(impl)),
         IMPLEMENTATIONS,
@@ -86,6 +88,8 @@ def _training_step(trained: training.Training) -> timing.Case:
         direction="forward+backward",
         flops=int(flops * tokens.numel()),
     )
+    case.candidates["compiled"] = step(cast("nn.Module", torch.compile(copy.deepcopy(twin))))
+    return case
 
 
 @contextlib.contextmanager
