@@ -18,6 +18,8 @@ from gptkernels import attention
 
 pytestmark = pytest.mark.usefixtures("isa")
 Tq, Tk = 150, 390
+# With weights of about one size no single query decides the largest error, PyTorch's or ours.
+EVEN = dict(impl="cpu", causal=False, softmax_scale=0.05)
 
 
 def scattered() -> Tensor:
@@ -65,10 +67,10 @@ def test_a_mask(
     tensors = attention_inputs(1, Tq, Tk, 2, 1, 16, dtype=dtype, seed=seed)
     mask = seen = make()
     if kind == "added":
-        mask = torch.zeros(Tq, Tk) if make is one_block else torch.randn(Tq, Tk)
+        mask = torch.zeros(Tq, Tk) if make is one_block else 0.3 * torch.randn(Tq, Tk)
         mask = mask.masked_fill(~seen, -torch.inf).to(dtype)
     mask = LAYOUTS[layout](mask)
-    assert_right(attention, tensors, seed, impl="cpu", causal=False, attn_mask=mask)
+    assert_right(attention, tensors, seed, attn_mask=mask, **EVEN)
 
 
 @by_dtype
@@ -80,13 +82,12 @@ def test_padding(dtype: torch.dtype, kind: str, seed: int) -> None:
     mask = seen[:, None, None]
     if kind == "added":
         mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf).to(dtype)
-    options = dict(attn_mask=mask, causal=False)
-    found = run(functools.partial(attention, impl="cpu", return_lse=True, **options), tensors)
+    call = functools.partial(attention, attn_mask=mask, return_lse=True, **EVEN)
+    found = run(call, tensors)
     assert all(x[2].eq(0).all() for x in (found[0], *found[2:]))
     assert torch.isneginf(found[1][2]).all()
     rest = {name: x[:2] for name, x in tensors.items()}
-    options["attn_mask"] = mask[:2]
-    assert_right(attention, rest, seed, impl="cpu", **options)
+    assert_right(attention, rest, seed, attn_mask=mask[:2], **EVEN)
 
 
 @by_dtype
