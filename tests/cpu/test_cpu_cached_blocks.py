@@ -10,7 +10,6 @@ from unittest import mock
 import pytest
 import torch
 from harness import by_dtype, threads
-from right import Calls
 from torch import Tensor, nn
 
 from gptkernels import GPT, GPTConfig
@@ -281,13 +280,18 @@ def test_numbers_past_the_cache_are_left_to_the_layers(position: int, length: in
         assert cached_blocks(model.transformer.h, None, x, [cache], PreNormBlock) is None
 
 
-def test_a_mode_sees_the_calls_of_the_layers_alone() -> None:
-    model, op = make(n_layer=1), torch.ops.aten._local_scalar_dense.default
-    with Calls(op) as asked, mock.patch.object(model_file, "cached_blocks", return_value=None):
-        continued(model)
-    with Calls(op) as seen:
-        assert native(model)[1] == 0
-    assert len(seen) == len(asked)
+def test_a_transform_is_left_to_the_layers() -> None:
+    """Its tensors have no memory of their own to point to."""
+    model, found = make(n_layer=1), []
+
+    def call(x: Tensor) -> Tensor:
+        caches = SlotCache(model, 2, 5).caches(1)
+        found.append(cached_blocks(model.transformer.h, None, x, caches, PreNormBlock))
+        return x
+
+    with torch.no_grad():
+        torch.func.vmap(call)(torch.randn(1, 2, 1, 36))
+    assert found == [None]
 
 
 def test_changed_parameters_are_seen() -> None:
