@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
+from benchmarks import readme
 from benchmarks.table import options_table, table
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/**/*.md")]
@@ -32,6 +33,11 @@ def test_the_table_of_figures_is_that_of_the_results(names: tuple[str, ...]) -> 
     results = [ROOT / "benchmarks" / "results" / f"cpu_{name}.json" for name in names]
     page = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
     assert "\n".join(table(results)) in page
+
+
+def test_the_first_table_is_that_of_the_results() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(readme.lines()) in page
 
 
 def test_the_table_of_options_is_that_of_the_results() -> None:
