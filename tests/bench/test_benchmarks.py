@@ -122,7 +122,7 @@ def test_the_demo_shows_what_has_no_baseline(monkeypatch: pytest.MonkeyPatch) ->
 
     cases = [case_of("S", pytorch=out_of_memory, torch=int)]
     trained = types.SimpleNamespace(device=torch.device("cpu"))
-    monkeypatch.setattr(speed, "_training_step", lambda trained: cases[0])
+    monkeypatch.setattr(speed, "_training_steps", lambda trained: cases[:1])
     monkeypatch.setattr(bench, "rows_of", lambda *a, **k: timing.rows(cases))
     monkeypatch.setattr(bench, "OPERATORS", ["attention"])
     console = Console(file=io.StringIO(), width=200)
