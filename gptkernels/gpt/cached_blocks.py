@@ -21,7 +21,7 @@ from gptkernels.core.direct import direct
 from gptkernels.core.few_rows import MOST_ROWS
 from gptkernels.nn.layers import MLP, CausalSelfAttention, KVCache, LayerNorm
 from gptkernels.nn.plain import is_plain
-from gptkernels.ops.attention.options import bounds, scale
+from gptkernels.ops.attention.options import MAX_HEAD_DIM, bounds, scale
 
 
 def cached_blocks(
@@ -72,12 +72,15 @@ class _Call:
         self._x, self._first = x, caches[0]
         self._impls: set[str] = set()
         self.tensors: list[Tensor] = []
+        # Another class of caches may store something else.
+        _need(all(type(cache) is KVCache for cache in caches) and caches[0].places is not None)
         _need(x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= MOST_ROWS)
         R, _, C = x.shape
         self._tensor(x, (R, 1, C))
         _need(C > 0 and x.dtype in DTYPE_CODES and x.is_contiguous())
         _need(self._first.k.dim() == 4 and self._first.k.numel() > 0)
         Tmax, Hk, D = self._first.k.shape[1:]
+        _need(D <= MAX_HEAD_DIM and C % D == 0 and C // D % Hk == 0)
         self.sizes = (R, Tmax, C, C // D, Hk, D)
 
     def block(
@@ -101,13 +104,12 @@ class _Call:
             *self._linear(attn.c_attn, heads, C), *self._linear(attn.c_proj, C, C),
             *self._linear(mlp.c_fc, F, C), *self._linear(mlp.c_proj, C, F),
         )  # fmt: skip
-        # Another class of caches may store something else.
-        _need(type(cache) is KVCache and cache.lengths is self._first.lengths)
+        _need(cache.lengths is self._first.lengths and cache.places is not None)
         places, ours = self._first.places, cache.places
-        _need(places is not None and ours is not None)
         _need(all(a is b for a, b in zip(places or (), ours or (), strict=True)))
-        # PyTorch refuses to write to it, in the layers.
-        _need(torch.is_inference_mode_enabled() or not cache.k.is_inference())
+        # PyTorch refuses to write to them, in the layers.
+        fresh = cache.k.is_inference() or cache.v.is_inference()
+        _need(torch.is_inference_mode_enabled() or not fresh)
         keys, values = (self._tensor(t, (R, Tmax, Hk, D)) for t in (cache.k, cache.v))
         _need(cache.k.is_contiguous() and cache.v.is_contiguous())
         left, _ = bounds(True, attn.window)
@@ -126,8 +128,10 @@ class _Call:
         """Addresses of the tokens' positions, and of how many keys they see."""
         places, lengths = self._first.places, self._first.lengths
         assert places is not None
-        positions, R = places[1], self._x.shape[0]
-        self.tensors += [positions, lengths]
+        (slots, positions), R = places, self._x.shape[0]
+        self.tensors += [slots, positions, lengths]
+        _need(all(type(t) is Tensor for t in (slots, positions, lengths)))
+        _need(slots.flatten().tolist() == list(range(R)))
         _need(positions.dtype == torch.int64 and lengths.dtype == torch.int32)
         _need(positions.shape == (R, 1) and lengths.shape == (R,))
         _need(all(t.is_cpu and t.is_contiguous() for t in (positions, lengths)))

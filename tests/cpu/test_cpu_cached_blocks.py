@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -85,7 +86,7 @@ def assert_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("slots", [2, 9, 16])
+@pytest.mark.parametrize("slots", [2, 16])
 def test_bits_are_those_of_the_layers(
     dtype: torch.dtype, options: dict[str, Any], slots: int
 ) -> None:
@@ -236,37 +237,72 @@ def test_fewer_key_heads() -> None:
     assert_bits(found, by_layers(model))
 
 
-def step_of(model: GPT, **changes: Any) -> tuple[Tensor | None, KVCache]:
-    """One native step behind 3 tokens, of two slots, with changes to the second block's cache."""
+def step_of(model: GPT, block: int, **changes: Any) -> Tensor | None:
+    """One native step behind 3 tokens, of two slots, with changes to a block's cache."""
     cache = SlotCache(model, 2, 5)
     with torch.no_grad():
         for slot in range(2):
             model(torch.randint(61, (1, 3)), cache=cache, slot=slot)
         caches = cache.caches(1)
-        given = vars(caches[1]) | changes
-        caches[1] = given.pop("kind", KVCache)(**given)
+        given = vars(caches[block]) | changes
+        caches[block] = given.pop("kind", KVCache)(**given)
         x = torch.randn(2, 1, 36)
-        return cached_blocks(model.transformer.h, None, x, caches, PreNormBlock), caches[1]
+        return cached_blocks(model.transformer.h, None, x, caches, PreNormBlock)
 
 
 def test_other_caches_run_by_the_layers() -> None:
     model = make()
-    assert step_of(model)[0] is not None
+    assert step_of(model, 1) is not None
 
     class Counting(KVCache):
         """Such as one that quantises."""
 
+    class Other(types.SimpleNamespace):
+        """One that does not hold k and v as tensors."""
+
     rows, positions = torch.arange(2)[:, None], torch.full((2, 1), 3)
     half = torch.zeros(2, 5, 4, 9, dtype=torch.float16)
+    with torch.inference_mode():
+        fresh = torch.zeros(2, 5, 4, 9)
     for changes in (
         dict(kind=Counting),
         dict(places=(rows, positions)),
         dict(places=None),
         dict(lengths=torch.full((2,), 4, dtype=torch.int32)),
         dict(k=half),
+        dict(v=fresh),
         dict(v=torch.zeros(2, 4, 5, 9).transpose(1, 2)),
     ):
-        assert step_of(model, **changes)[0] is None, changes
+        assert step_of(model, 1, **changes) is None, changes
+    assert step_of(model, 0, kind=Other, k=None) is None
+
+
+def test_slots_in_another_order_are_left_to_the_layers() -> None:
+    model = make(n_layer=1)
+    k, v = torch.zeros(2, 2, 5, 4, 9)
+    x, lengths = torch.randn(2, 1, 36), torch.full((2,), 4, dtype=torch.int32)
+    for slots, native_call in (([[0], [1]], True), ([[1], [0]], False)):
+        cache = KVCache(k, v, (torch.tensor(slots), torch.full((2, 1), 3)), lengths)
+        with torch.no_grad():
+            found = cached_blocks(model.transformer.h, None, x, [cache], PreNormBlock)
+        assert (found is not None) is native_call
+
+
+@pytest.mark.parametrize(("n_head", "head_dim", "n_kv_head"), [(1, 260, 1), (4, 65, 3)])
+def test_heads_that_do_not_fit_are_left_to_the_layers(
+    n_head: int, head_dim: int, n_kv_head: int
+) -> None:
+    """A layer's attributes can be changed after it was made."""
+    model = make(n_layer=1, n_embd=260)
+    attn = model.transformer.h[0].attn
+    attn.n_head, attn.head_dim, attn.n_kv_head = n_head, head_dim, n_kv_head
+    attn.c_attn = nn.Linear(260, (n_head + 2 * n_kv_head) * head_dim)
+    k, v = torch.zeros(2, 1, 5, n_kv_head, head_dim)
+    places = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), 3)
+    cache = KVCache(k, v, places, torch.tensor([4], dtype=torch.int32))
+    with torch.no_grad():
+        x = torch.randn(1, 1, 260)
+        assert cached_blocks(model.transformer.h, None, x, [cache], PreNormBlock) is None
 
 
 @pytest.mark.parametrize(("position", "length"), [(-1, 4), (5, 4), (3, 6), (3, -1)])
