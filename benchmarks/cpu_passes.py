@@ -1,12 +1,13 @@
-"""What the ops of `gptkernels bench` do not show alone, on a CPU: GELU's passes, dropout, and the
-products of a decode step.
+"""What the ops of `gptkernels bench` do not show alone, on a CPU: GELU's passes, dropout, the
+products of a decode step, and what guessed tokens cost.
 
     python -m benchmarks.cpu_passes [--json FILE]
 
 GELU forward, and backward with the bias's gradient, beside PyTorch's. Then each op with dropout
 beside itself without: the ratio is what dropout costs. Then all linear layers of GPT-2 124M and its
-head, once each, as for the next token of so many texts: their weights come from memory. Medians of
-rounds in which both take turns.
+head, once each, as for the next token of so many texts: their weights come from memory. Then a step
+of GPT-2 124M behind 500 tokens, on four new tokens beside one: the ratio is what three guesses
+cost. Medians of rounds in which both take turns.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import gptkernels
 from gptkernels.bench.report import environment, write_json
 from gptkernels.bench.timing import compare
 from gptkernels.core import few_rows
+from gptkernels.gpt.generation.cache import SlotCache
 from gptkernels.ops.gelu_mlp import cpu
 
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -69,6 +71,24 @@ def dropout() -> Iterator[Pair]:
             yield f"dropout of {name}", dtype, with_, without
 
 
+def guesses() -> Iterator[Pair]:
+    """A step on four tokens, and on one."""
+    for dtype in _DTYPES:
+        model = gptkernels.GPT(gptkernels.GPTConfig()).to(dtype).eval()
+        cache = SlotCache(model, 1, 512)
+        tokens = torch.randint(50257, (1, 500))
+        with torch.no_grad():
+            model(tokens, cache=cache, slot=0)
+
+        @torch.no_grad()
+        def step(count: int, model: Any = model, cache: Any = cache, tokens: Any = tokens) -> Any:
+            cache.cut(0, 500)
+            return model(tokens[:, :count], cache=cache)
+
+        four, one = (functools.partial(step, count) for count in (4, 1))
+        yield "a step on 4 tokens beside 1", dtype, four, one
+
+
 def decode_step() -> Iterator[Pair]:
     """PyTorch's products, and ours."""
     sizes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12 + [(50257, 768)]
@@ -91,7 +111,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
     options = parser.parse_args()
     rows = []
-    for pairs in (gelu(), dropout(), decode_step()):
+    for pairs in (gelu(), dropout(), decode_step(), guesses()):
         for what, dtype, one, other in pairs:
             found = compare({"one": one, "other": other}, budget_s=1.0)
             ratio = found["one"].time_s / found["other"].time_s

@@ -180,12 +180,12 @@ DecoderBlock decoder_block(const GivenBlock& given) {
 
 void def_decoder(py::module_& module) {
     module.def("decoder_step", [](uintptr_t x, uintptr_t y, uintptr_t positions, uintptr_t lengths,
-                                  const std::array<int64_t, 6>& sizes, float scale, bool pre_norm,
+                                  const std::array<int64_t, 7>& sizes, float scale, bool pre_norm,
                                   const GivenNorm& ln_f, int dtype,
                                   const std::vector<GivenBlock>& given, int threads) {
-        const auto [R, Tmax, C, H, Hk, D] = sizes;
+        const auto [R, T, Tmax, C, H, Hk, D] = sizes;
         const DecoderStep p{at<const void>(x), at<void>(y), at<const int64_t>(positions),
-                            at<const int32_t>(lengths), R, Tmax, C, H, Hk, D, scale, pre_norm,
+                            at<const int32_t>(lengths), R, T, Tmax, C, H, Hk, D, scale, pre_norm,
                             {at<const void>(std::get<0>(ln_f)), at<const void>(std::get<1>(ln_f)),
                              std::get<2>(ln_f)},
                             DType(dtype)};

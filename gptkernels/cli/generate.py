@@ -7,6 +7,7 @@ that are not finished as it comes; or as JSON, an object a line.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,18 @@ _LIKELY = {256: "bytes", 40478: "gpt1", 50257: "gpt2", 50304: "gpt2"}
 @click.option("--seed", type=int, help="For the same samples again, in any batch.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
 @click.option("--logprobs", is_flag=True, help="Log-probabilities of the tokens; with --json.")
-@click.option("--slots", type=int, default=8, help="Texts at a time: 1, or a multiple of 8.")
+@click.option(
+    "--slots",
+    type=int,
+    help="Texts at a time: 1, or a multiple of 8. Default: 8, with --draft 1.",
+    show_default=False,
+)
+@click.option(
+    "--draft",
+    help='Guess tokens and check them together: "lookup" (what followed the same words before), or '
+    "a smaller model with the same tokens. The text stays the same.",
+)
+@click.option("--draft-tokens", type=int, default=3, help="Guesses at a time, 1 to 3.")
 @click.option(
     "--tokenizer", type=click.Choice(["bytes", "gpt1", "gpt2"]), help="Default: the model's own."
 )
@@ -63,7 +75,9 @@ def command(
     seed: int | None,
     as_json: bool,
     logprobs: bool,
-    slots: int,
+    slots: int | None,
+    draft: str | None,
+    draft_tokens: int,
     tokenizer: str | None,
     impl: str,
     device: str,
@@ -80,6 +94,7 @@ def command(
     import torch
 
     from gptkernels.core.device import choose_device
+    from gptkernels.gpt.generation.draft import LOOKUP
     from gptkernels.gpt.generation.engine import Engine, Request
     from gptkernels.gpt.generation.sampling import Sampling
 
@@ -95,8 +110,14 @@ def command(
     network, vocabulary = load(model, tokenizer)
     network.set_impl(impl)
     network.to(where)
+    guesses: str | GPT | None = draft
+    if draft is not None and draft != LOOKUP:
+        guesses = load_network(Path(draft), "draft")[0].set_impl(impl).to(where)
     given = [(prompt, request(prompt)) for prompt in prompts]
-    engine = Engine(network, slots=slots, tokenizer=vocabulary, vocab_size=vocabulary.vocab_size)
+    engine = Engine(
+        network, slots=slots, tokenizer=vocabulary, vocab_size=vocabulary.vocab_size, draft=guesses,
+        draft_tokens=draft_tokens,
+    )  # fmt: skip
     printer = Printer(vocabulary, as_json, logprobs)
     for prompt, wanted in given:
         printer.expect(engine.submit(wanted), prompt, wanted)
@@ -122,29 +143,10 @@ def command(
 
 def load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
     """The model at `path` and the tokenizer called `name`, or the one it was trained with."""
-    from gptkernels.gpt import nanogpt, tokenizer_files
-    from gptkernels.gpt.model import GPT
     from gptkernels.gpt.tokenizer import load_tokenizer
-    from gptkernels.gpt.training import checkpoint
-    from gptkernels.gpt.training.config import TrainConfig
 
-    if not path.exists():
-        raise FileNotFoundError(f"model: {path} does not exist")
-    if path.is_dir() and not (path / "config.json").exists():
-        path = path / "checkpoint.pt"
-    own: Tokenizer | None = None
-    if path.is_dir():
-        model = GPT.from_pretrained(path, dropout=0.0)
-        own = None if name else tokenizer_files.read(path)
-    elif nanogpt.recognises(path):
-        model = GPT.from_pretrained(path, dropout=0.0)
-        own = None if name else nanogpt.read_tokenizer(path)
-    else:
-        content = checkpoint.load(path)
-        model = checkpoint.model(path, content)
-        settings = checkpoint.config(path, content, "train_config", TrainConfig)
-        name = name or settings.tokenizer
-    tokenizer = own or (load_tokenizer(name) if name else None)
+    model, own = load_network(path, "model")
+    tokenizer = load_tokenizer(name) if name else own()
     if tokenizer is None:
         likely = _LIKELY.get(model.config.vocab_size)
         raise ValueError(
@@ -157,3 +159,25 @@ def load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
             f"than the model's {model.config.vocab_size}"
         )
     return model, tokenizer
+
+
+def load_network(path: Path, called: str) -> tuple[GPT, Callable[[], Tokenizer | None]]:
+    """The model at `path`, and what reads the tokenizer that it was trained with, if it is known.
+    `called`: the argument that named the path."""
+    from gptkernels.gpt import nanogpt, tokenizer_files
+    from gptkernels.gpt.model import GPT
+    from gptkernels.gpt.tokenizer import load_tokenizer
+    from gptkernels.gpt.training import checkpoint
+    from gptkernels.gpt.training.config import TrainConfig
+
+    if not path.exists():
+        raise FileNotFoundError(f"{called}: {path} does not exist")
+    if path.is_dir() and not (path / "config.json").exists():
+        path = path / "checkpoint.pt"
+    if path.is_dir():
+        return GPT.from_pretrained(path, dropout=0.0), lambda: tokenizer_files.read(path)
+    if nanogpt.recognises(path):
+        return GPT.from_pretrained(path, dropout=0.0), lambda: nanogpt.read_tokenizer(path)
+    content = checkpoint.load(path)
+    kept = checkpoint.config(path, content, "train_config", TrainConfig).tokenizer
+    return checkpoint.model(path, content), lambda: load_tokenizer(kept) if kept else None

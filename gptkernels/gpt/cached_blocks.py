@@ -1,4 +1,4 @@
-"""The blocks of a GPT on the newest token of each cached text, by one call of the CPU kernels
+"""The blocks of a GPT on the newest tokens of each cached text, by one call of the CPU kernels
 (csrc/cpu/decoder/params.h).
 
 The layers make some ten calls a block, and what Python does between two of them takes longer than
@@ -21,6 +21,7 @@ from gptkernels.core.direct import direct
 from gptkernels.core.few_rows import MOST_ROWS
 from gptkernels.nn.layers import MLP, CausalSelfAttention, KVCache, LayerNorm
 from gptkernels.nn.plain import is_plain
+from gptkernels.ops.attention.decode import MOST_TOKENS
 from gptkernels.ops.attention.options import MAX_HEAD_DIM, bounds, scale
 
 
@@ -31,12 +32,12 @@ def cached_blocks(
     caches: Sequence[KVCache],
     kind: type[nn.Module],
 ) -> Tensor | None:
-    """Returns what the blocks, each of class `kind`, and GPT-2's ln_f make of x (R, 1, C), whose
+    """Returns what the blocks, each of class `kind`, and GPT-2's ln_f make of x (R, T, C), whose
     keys and values go into the caches: those of row r to slot r, as `KVCache.places` says.
 
     Returns None where the layers have to be called: they are hooked or replaced, do not all run by
-    the CPU kernels, something needs a gradient or watches PyTorch's calls, R is above MOST_ROWS, or
-    the layers would refuse something.
+    the CPU kernels, something needs a gradient or watches PyTorch's calls, T is above MOST_TOKENS
+    or R T above MOST_ROWS, or the layers would refuse something.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not direct((x,)):
         return None
@@ -74,20 +75,21 @@ class _Call:
         self.tensors: list[Tensor] = []
         # Another class of caches may store something else.
         _need(all(type(cache) is KVCache for cache in caches) and caches[0].places is not None)
-        _need(x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= MOST_ROWS)
-        R, _, C = x.shape
-        self._tensor(x, (R, 1, C))
+        _need(x.dim() == 3)
+        R, T, C = x.shape
+        _need(0 < T <= MOST_TOKENS and 0 < R * T <= MOST_ROWS)
+        self._tensor(x, (R, T, C))
         _need(C > 0 and x.dtype in DTYPE_CODES and x.is_contiguous())
         _need(self._first.k.dim() == 4 and self._first.k.numel() > 0)
         Tmax, Hk, D = self._first.k.shape[1:]
         _need(D <= MAX_HEAD_DIM and C % D == 0 and C // D % Hk == 0)
-        self.sizes = (R, Tmax, C, C // D, Hk, D)
+        self.sizes = (R, T, Tmax, C, C // D, Hk, D)
 
     def block(
         self, block: Any, cache: KVCache, kind: type[nn.Module]
     ) -> tuple[tuple[int, ...], tuple[float, float]]:
         """The arguments of a block: addresses, strides and sizes; the eps of its norms."""
-        R, Tmax, C, H, Hk, D = self.sizes
+        R, _, Tmax, C, H, Hk, D = self.sizes
         _need(is_plain(block, kind))
         attn, mlp = block.attn, block.mlp
         _need(is_plain(attn, CausalSelfAttention) and is_plain(mlp, MLP))
@@ -128,15 +130,14 @@ class _Call:
         """Addresses of the tokens' positions, and of how many keys they see."""
         places, lengths = self._first.places, self._first.lengths
         assert places is not None
-        (slots, positions), R = places, self._x.shape[0]
+        (slots, positions), (R, T, Tmax) = places, self.sizes[:3]
         self.tensors += [slots, positions, lengths]
         _need(all(type(t) is Tensor for t in (slots, positions, lengths)))
         _need(slots.flatten().tolist() == list(range(R)))
         _need(positions.dtype == torch.int64 and lengths.dtype == torch.int32)
-        _need(positions.shape == (R, 1) and lengths.shape == (R,))
+        _need(positions.shape == (R, T) and lengths.shape == (R,))
         _need(all(t.is_cpu and t.is_contiguous() for t in (positions, lengths)))
-        Tmax = self.sizes[1]
-        _need(all(0 <= position < Tmax for (position,) in positions.tolist()))
+        _need(all(0 <= position < Tmax for position in positions.flatten().tolist()))
         _need(all(0 <= length <= Tmax for length in lengths.tolist()))
         return positions.data_ptr(), lengths.data_ptr()
 

@@ -233,6 +233,14 @@ def test_what_standard_input_may_hold(
     assert_refused(call("generate", folder, *GREEDY), "--prompt", "standard input")
 
 
+def test_a_draft_changes_nothing(call: Any, folder: Path) -> None:
+    prompts = ("--prompt", "abcabc", "--prompt", "Hello", *GREEDY)
+    wanted = call("generate", folder, *prompts, "--slots", "1")
+    for draft in ("lookup", folder):
+        found = call("generate", folder, *prompts, "--draft", draft)
+        assert (found.code, found.out) == (0, wanted.out)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -243,6 +251,9 @@ def test_what_standard_input_may_hold(
         (["--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty"),
         (["--prompt", "x", "--samples", "0"], "samples"),
         (["--prompt", "x", "--slots", "0"], "slots"),
+        (["--prompt", "x", "--slots", "8", "--draft", "lookup"], "a draft takes slots=1, got 8"),
+        (["--prompt", "x", "--draft", "lookup", "--draft-tokens", "9"], "draft_tokens"),
+        (["--prompt", "x", "--draft", "no-such-folder"], "draft: no-such-folder does not exist"),
         (["--prompt", "x", "--stop", ""], "stop"),
         (["--prompt", "x", "--logprobs"], "--json"),
         (["--prompt", "x", "--temperature", "-1"], "temperature"),

@@ -134,13 +134,13 @@ void decode(int64_t Tq, int64_t H, int64_t Hk, int64_t D, int64_t page, int64_t 
 }
 
 // The last text's token is the last one that the cache has room for.
-void decoder(int64_t R, bool pre_norm, DType dtype) {
+void decoder(int64_t R, int64_t T, bool pre_norm, DType dtype) {
     const int64_t Tmax = 5, H = 4, Hk = 2, D = 7, C = H * D, F = 33, heads = (H + 2 * Hk) * D;
-    const auto x = room(R * C, dtype), norm = room(C, dtype), c_attn = room(heads * C, dtype),
+    const auto x = room(R * T * C, dtype), norm = room(C, dtype), c_attn = room(heads * C, dtype),
                c_proj = room(C * C, dtype), c_fc = room(F * C, dtype), bias = room(F, dtype);
     auto y = x;
     auto k = room(R * Tmax * Hk * D, dtype), v = k;
-    std::vector<int64_t> positions(R, 0);
+    std::vector<int64_t> positions(R * T, 0);
     std::vector<int32_t> lengths(R, 0);
     positions.back() = Tmax - 1;
     lengths.back() = Tmax;
@@ -148,8 +148,8 @@ void decoder(int64_t R, bool pre_norm, DType dtype) {
     const DecoderBlock block{n, n, {c_attn.data(), nullptr, C}, {c_proj.data(), nullptr, C},
                              {c_fc.data(), bias.data(), C}, {c_fc.data(), nullptr, F}, k.data(),
                              v.data(), F, 2, true};
-    decoder_step({x.data(), y.data(), positions.data(), lengths.data(), R, Tmax, C, H, Hk, D, 0.3f,
-                  pre_norm, n, dtype},
+    decoder_step({x.data(), y.data(), positions.data(), lengths.data(), R, T, Tmax, C, H, Hk, D,
+                  0.3f, pre_norm, n, dtype},
                  {block, block, block}, kThreads);
 }
 
@@ -184,7 +184,10 @@ int main() {
                                 decode(Tq, 4, 2, D, page, left, num_splits, dtype);
         for (DType dtype : kAll)
             for (int64_t R : {1, 3, 16})
-                for (bool pre_norm : {false, true}) decoder(R, pre_norm, dtype);
+                for (bool pre_norm : {false, true}) {
+                    decoder(R, 1, pre_norm, dtype);
+                    if (R < 16) decoder(R, 4, pre_norm, dtype);
+                }
         for (int64_t T : {1, 45, 300})
             for (int64_t D : {3, 64, 129})
                 for (DType dtype : kAll)

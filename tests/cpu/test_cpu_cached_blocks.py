@@ -54,16 +54,20 @@ def by_layers(model: GPT, **options: Any) -> list[Tensor]:
 
 def native(model: GPT, **options: Any) -> tuple[list[Tensor], int]:
     """The same, and how many steps were native."""
-    calls = []
+    steps: list[bool] = []
+    with mock.patch.object(model_file, "cached_blocks", watched(steps)):
+        return continued(model, **options), sum(steps)
 
-    def watched(*arguments: Any) -> Tensor | None:
-        found = original(*arguments)
-        calls.append(found is not None)
+
+def watched(steps: list[bool]) -> Callable[..., Tensor | None]:
+    """cached_blocks, which notes whether a step was native."""
+
+    def function(*arguments: Any) -> Tensor | None:
+        found = cached_blocks(*arguments)
+        steps.append(found is not None)
         return found
 
-    original = model_file.cached_blocks
-    with mock.patch.object(model_file, "cached_blocks", watched):
-        return continued(model, **options), sum(calls)
+    return function
 
 
 def assert_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
@@ -94,6 +98,30 @@ def test_bits_are_those_of_the_layers(
     found, steps = native(model, slots=slots)
     assert steps == 4
     assert_bits(found, by_layers(model, slots=slots))
+
+
+@by_dtype
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("options", [dict(), dict(norm="post"), dict(window=4)], ids=str)
+def test_several_tokens_have_the_bits_of_one_after_another(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    model = make(dtype, **options)
+    tokens = torch.randint(61, (3, 4))
+    with torch.no_grad():
+        caches = [SlotCache(model, 3, 30) for _ in range(3)]
+        for cache in caches:
+            for slot in range(3):
+                torch.manual_seed(slot)
+                model(torch.randint(61, (1, 3 + 4 * slot)), cache=cache, slot=slot)
+        one_by_one = [model(tokens[:, i : i + 1], cache=caches[0]) for i in range(4)]
+        steps: list[bool] = []
+        with mock.patch.object(model_file, "cached_blocks", watched(steps)):
+            found = model(tokens, cache=caches[1])
+        assert steps == [True]
+        with mock.patch.object(model_file, "cached_blocks", return_value=None):
+            assert torch.equal(model(tokens, cache=caches[2]), found)
+    assert torch.equal(torch.cat(one_by_one, 1), found)
 
 
 def test_bits_do_not_depend_on_slots_or_threads() -> None:

@@ -16,17 +16,17 @@ namespace {
 struct Step {
     const DecoderStep& p;
     const int threads;
-    const int64_t size, heads_width;
+    const int64_t rows, size, heads_width;
     std::unique_ptr<char[]> room;
     // branch: what the next norm adds to the stream; sums: the streams of a block's two norms.
     char *y, *branch, *sums[2], *heads, *attended, *hidden;
 
     Step(const DecoderStep& given, int64_t F, int most)
-        : p(given), threads(most), size(static_cast<int64_t>(bytes_of(p.dtype))),
-          heads_width((p.H + 2 * p.Hk) * p.D) {
-        const int64_t of_C = p.R * p.C * size;
-        const int64_t bytes[] = {of_C, of_C, of_C, of_C, p.R * heads_width * size,
-                                 p.R * p.H * p.D * size, p.R * F * size};
+        : p(given), threads(most), rows(p.R * p.T),
+          size(static_cast<int64_t>(bytes_of(p.dtype))), heads_width((p.H + 2 * p.Hk) * p.D) {
+        const int64_t of_C = rows * p.C * size;
+        const int64_t bytes[] = {of_C, of_C, of_C, of_C, rows * heads_width * size,
+                                 rows * p.H * p.D * size, rows * F * size};
         char** const names[] = {&y, &branch, &sums[0], &sums[1], &heads, &attended, &hidden};
         int64_t all = 0;
         for (const int64_t n : bytes) all += n;
@@ -41,20 +41,20 @@ struct Step {
     // to = norm(x + residual), which goes to sum; sum may be `to`. Without a residual it is x.
     void norm(const Norm& n, const void* x, const void* residual, void* sum, void* to) const {
         layer_norm_fwd({x, residual, n.weight, n.bias, to, residual == nullptr ? nullptr : sum,
-                        nullptr, nullptr, p.R, p.C, p.C, p.C, n.eps, {nullptr, 0, 1.0f}, p.dtype,
+                        nullptr, nullptr, rows, p.C, p.C, p.C, n.eps, {nullptr, 0, 1.0f}, p.dtype,
                         p.dtype, p.dtype, p.dtype},
                        threads);
     }
 
     void product(const Weights& w, const void* x, void* to, int64_t N, int64_t K) const {
-        linear({x, w.weight, w.bias, to, p.R, N, K, K, w.stride, p.dtype}, threads);
+        linear({x, w.weight, w.bias, to, rows, N, K, K, w.stride, p.dtype}, threads);
     }
 
     // The keys or values in `heads`, from head `first` on, go into the cache.
     void append(int64_t first, void* cache) const {
         const int64_t bytes = p.Hk * p.D * size;
-        for (int64_t row = 0; row < p.R; ++row) {
-            const int64_t place = row * p.Tmax + p.positions[row];
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t place = row / p.T * p.Tmax + p.positions[row];
             std::memcpy(static_cast<char*>(cache) + place * bytes,
                         heads + (row * heads_width + first * p.D) * size, bytes);
         }
@@ -64,10 +64,10 @@ struct Step {
         product(b.c_attn, x, heads, heads_width, p.C);
         append(p.H, b.k);
         append(p.H + p.Hk, b.v);
-        const Strides q{heads_width, heads_width, p.D};
+        const Strides q{p.T * heads_width, heads_width, p.D};
         const Strides cache{p.Tmax * p.Hk * p.D, p.Hk * p.D, p.D};
         attention_decode({heads, b.k, b.v, nullptr, p.key_lengths, nullptr, attended, nullptr, q,
-                          cache, cache, p.R, 1, p.Tmax, p.H, p.Hk, p.D, 1, p.Tmax, p.R, b.left,
+                          cache, cache, p.R, p.T, p.Tmax, p.H, p.Hk, p.D, 1, p.Tmax, p.R, b.left,
                           0, p.softmax_scale, 0, p.dtype},
                          threads);
         product(b.c_proj, attended, branch, p.C, p.H * p.D);
@@ -75,7 +75,7 @@ struct Step {
 
     void mlp(const DecoderBlock& b, const void* x) const {
         product(b.c_fc, x, hidden, b.F, p.C);
-        gelu_fwd({hidden, hidden, p.R * b.F, b.tanh, p.dtype}, threads);
+        gelu_fwd({hidden, hidden, rows * b.F, b.tanh, p.dtype}, threads);
         product(b.mlp_c_proj, hidden, branch, p.C, b.F);
     }
 

@@ -1,4 +1,4 @@
-// The blocks of a GPT on the newest token of each text in a cache, on a CPU: one call instead of
+// The blocks of a GPT on the newest tokens of each text in a cache, on a CPU: one call instead of
 // some ten a block. It runs the launchers of the ops one after another, as the layers do
 // (gptkernels/nn/layers.py), so results have the same bits.
 //
@@ -32,13 +32,13 @@ struct DecoderBlock {
     bool tanh;                 // which GELU
 };
 
-// R texts, at most kMostRows.
+// T new tokens of each of R texts, R T <= kMostRows.
 struct DecoderStep {
-    const void* x;               // (R, C)
-    void* y;                     // (R, C): the head's input
-    const int64_t* positions;    // (R,): where in the cache the tokens go, below Tmax
-    const int32_t* key_lengths;  // (R,): how many keys they see
-    int64_t R, Tmax, C, H, Hk, D;
+    const void* x;               // (R, T, C)
+    void* y;                     // (R, T, C): the head's input
+    const int64_t* positions;    // (R, T): where in the cache the tokens go, below Tmax
+    const int32_t* key_lengths;  // (R,): how many keys the last one of them sees
+    int64_t R, T, Tmax, C, H, Hk, D;
     float softmax_scale;
     bool pre_norm;  // GPT-2's blocks, which ln_f follows, or GPT-1's
     Norm ln_f;

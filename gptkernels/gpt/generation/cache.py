@@ -90,6 +90,10 @@ class SlotCache:
             for mine, other in zip(ours, theirs, strict=True):
                 mine[slot, :tokens] = other[source_slot, :tokens]
 
+    def cut(self, slot: int, tokens: int) -> None:
+        """Let `slot` hold its first `tokens` tokens alone."""
+        self.lengths[slot] = tokens
+
     def release(self, slot: int) -> None:
         """Empty `slot`."""
         self.lengths[slot] = 0

@@ -5,6 +5,10 @@
             choose a token for every slot from its logits; texts that end leave their slots
             run the model on the newest token of all R slots
 
+With a draft, which takes one slot, a step runs the model on the newest token and some guesses
+behind it, and chooses tokens as long as they are those that were guessed: all that a step without
+guesses would choose, one at a time.
+
 A step has the same shapes however many slots are taken, and no slot depends on another. So, for a
 given R, a request gives the same bits alone, in any batch, in any order and in any slot. R is 1 or
 a multiple of 8: of 5, 6 or 7 rows, PyTorch's matrix product on a CPU rounds the last differently
@@ -26,12 +30,15 @@ from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count
 from gptkernels.gpt.generation.cache import CachingModel, SlotCache
+from gptkernels.gpt.generation.draft import LOOKUP, Draft, Lookup, SmallerModel
 from gptkernels.gpt.generation.request import Event, Request
 from gptkernels.gpt.generation.sampling import Sampler
 from gptkernels.gpt.generation.text import TextStream
 from gptkernels.gpt.tokenizer import Tokenizer
 
 _MULTIPLE = 8
+# A step of more tokens would be one that attention_decode's kernels are slow at.
+MOST_DRAFTED = 3
 
 
 @dataclass
@@ -49,12 +56,16 @@ class _Text:
 class Engine:
     """Continues texts with `model`, as many at a time as it has slots.
 
-    slots: 1, or rounded up to a multiple of 8.
+    slots: 1, or rounded up to a multiple of 8; None means 8, or 1 with a draft.
     tokenizer: gives the text in events, and finds stop strings.
     vocab_size: only ids below it are chosen, for a model whose vocabulary is padded past its
         tokenizer's; None allows all of the model's.
     max_tokens: length of the longest text that will be asked for, where that is less than
         block_size. With impl="torch" on a GPU, the last bits of results depend on it.
+    draft: "lookup", or a smaller model with the same ids, which guesses `draft_tokens` (1, 2 or 3)
+        tokens at a time, up to the end of its own context; slots must be 1. Tokens are those chosen
+        without it, where the model gives a token the same logits beside others, as it does by the
+        CPU kernels; elsewhere the last bits may differ, and so a choice between equals.
 
     The model runs in evaluation mode, and is left in the mode it was in. Raises TypeError and
     ValueError for numbers out of range.
@@ -64,11 +75,20 @@ class Engine:
         self,
         model: CachingModel,
         *,
-        slots: int = 8,
+        slots: int | None = None,
         tokenizer: Tokenizer | None = None,
         vocab_size: int | None = None,
         max_tokens: int | None = None,
+        draft: str | CachingModel | None = None,
+        draft_tokens: int = MOST_DRAFTED,
     ) -> None:
+        self._drafted = check_count("draft_tokens", draft_tokens)
+        if self._drafted > MOST_DRAFTED:
+            raise ValueError(f"draft_tokens must be at most {MOST_DRAFTED}, got {draft_tokens}")
+        if slots is None:
+            slots = _MULTIPLE if draft is None else 1
+        if draft is not None and slots != 1:
+            raise ValueError(f"a draft takes slots=1, got {slots}")
         if check_count("slots", slots) > 1:
             slots = _MULTIPLE * -(-slots // _MULTIPLE)
         known = model.config.vocab_size
@@ -92,6 +112,25 @@ class Engine:
         self._texts: list[_Text | None] = [None] * slots
         self._waiting: deque[tuple[int, int, Request]] = deque()
         self._submitted = 0
+        self._draft = self._draft_of(draft)
+        # A token that was chosen and not yet run.
+        self._chosen: Tensor | None = None
+
+    def _draft_of(self, draft: str | CachingModel | None) -> Draft | None:
+        if draft is None:
+            return None
+        if isinstance(draft, str):
+            if draft != LOOKUP:
+                raise ValueError(f"draft must be {LOOKUP!r}, a model or None, got {draft!r}")
+            return Lookup()
+        if not (isinstance(draft, nn.Module) and hasattr(draft, "hidden_states")):
+            raise TypeError(f"draft must be {LOOKUP!r}, a model or None, got {draft!r}")
+        if draft.config.vocab_size < self._ids:
+            raise ValueError(
+                f"the draft must have the model's {self._ids} ids, got {draft.config.vocab_size}"
+            )
+        self._modules += draft.modules()
+        return SmallerModel(draft, self._context, self._ids)
 
     @property
     def busy(self) -> bool:
@@ -134,7 +173,8 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Add a token to every text; returns the events, in the order of slots.
+        """Add a token to every text, with a draft none, one or some; returns the events, in the
+        order of slots and tokens.
 
         Raises RuntimeError where the model's logits give no probabilities, and whatever the model
         raises; the engine cannot be used after that.
@@ -142,11 +182,47 @@ class Engine:
         with _evaluating(self._modules):
             events = self._fill()
             if any(self._texts):
-                tokens, logprobs = self._sampler.choose(self._logits)
-                # A single copy, so that the host waits once; fp64 holds both exactly.
-                events += self._take(*torch.stack([tokens.double(), logprobs.double()]).tolist())
-                self._run(tokens)
+                tokens, self._chosen = self._chosen, None
+                if tokens is None:
+                    tokens = self._choose(events)
+                if self._draft is None or not self._check_guesses(self._draft, tokens, events):
+                    self._run(tokens)
         return events
+
+    def _choose(self, events: list[Event]) -> Tensor:
+        """The next token of every text, whose events are added."""
+        tokens, logprobs = self._sampler.choose(self._logits)
+        # A single copy, so that the host waits once; fp64 holds both exactly.
+        events += self._take(*torch.stack([tokens.double(), logprobs.double()]).tolist())
+        return tokens
+
+    def _check_guesses(self, draft: Draft, tokens: Tensor, events: list[Event]) -> bool:
+        """Run the model on the newest token and what is guessed behind it, and choose tokens up to
+        the first that was guessed wrong. Returns False where nothing is guessed."""
+        text = self._texts[0]
+        if text is None:
+            return False
+        wanted = text.wanted.max_new_tokens - (len(text.tokens) - len(text.wanted.tokens))
+        count = min(self._drafted, self._context - text.held - 1, wanted - 1)
+        guesses = draft.propose(text.tokens, count) if count > 0 else []
+        if not guesses:
+            return False
+        given = torch.cat([tokens, tokens.new_tensor(guesses)])[None]
+        hidden = self._model.hidden_states(given, cache=self._cache)
+        logits = self._model.logits(hidden[0])[:, : self._ids].float()
+        text.held += 1
+        for row, guess in enumerate(guesses):
+            self._logits = logits[row : row + 1]
+            chosen = self._choose(events)
+            if self._texts[0] is None:
+                return True
+            if int(chosen) != guess:
+                self._cache.cut(0, text.held)
+                self._chosen = chosen
+                return True
+            text.held += 1
+        self._logits = logits[len(guesses) :]
+        return True
 
     def _fill(self) -> list[Event]:
         events = []

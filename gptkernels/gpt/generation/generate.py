@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptkernels.core.checks import check_seed
 from gptkernels.gpt.generation.cache import CachingModel
-from gptkernels.gpt.generation.engine import Engine
+from gptkernels.gpt.generation.engine import MOST_DRAFTED, Engine
 from gptkernels.gpt.generation.request import Event, Request
 from gptkernels.gpt.generation.sampling import Sampling
 from gptkernels.gpt.tokenizer import Tokenizer
@@ -32,7 +32,9 @@ def generate(
     eos: int | None = None,
     seed: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
-    slots: int = 8,
+    slots: int | None = None,
+    draft: str | CachingModel | None = None,
+    draft_tokens: int = MOST_DRAFTED,
 ) -> Tensor:
     """`tokens` (B, T) int64 with up to max_new_tokens more behind each row: (B, T + n) int64.
 
@@ -50,9 +52,11 @@ def generate(
     its sample b. None draws a seed from PyTorch's generator for the CPU.
     vocab_size: only ids below it are chosen, for a model whose vocabulary is padded past its
     tokenizer's; None allows all of the model's.
-    slots: how many rows run at a time: 1, or rounded up to a multiple of 8. Every step computes
-    that many rows, even where fewer are left, so that a row's tokens do not depend on the others.
-    1 is the quickest for a single row.
+    slots: how many rows run at a time: 1, or rounded up to a multiple of 8; None means 8, or 1 with
+    a draft. Every step computes that many rows, even where fewer are left, so that a row's tokens
+    do not depend on the others. 1 is the quickest for a single row.
+    draft, draft_tokens: guesses of the next tokens, which are then checked together, as `Engine`
+    says; slots must be 1. The tokens are the same, and come sooner where guesses are often right.
 
     T is at most block_size. A longer text slides: when it holds block_size tokens, the model goes
     on from the last half of them. The model runs in evaluation mode, and is left in the mode it was
@@ -69,7 +73,10 @@ def generate(
         replace(wanted, tokens=row, first_sample=b if numbered else 0, seed=given)
         for b, (row, given) in enumerate(zip(tokens.tolist(), _seeds(seed, B), strict=True))
     ]
-    engine = Engine(model, slots=slots, vocab_size=vocab_size, max_tokens=T + max_new_tokens)
+    engine = Engine(
+        model, slots=slots, vocab_size=vocab_size, max_tokens=T + max_new_tokens, draft=draft,
+        draft_tokens=draft_tokens,
+    )  # fmt: skip
     for request in requests:
         engine.submit(request)
     new: list[list[int]] = [[] for _ in requests]
@@ -90,16 +97,21 @@ def stream(
     model: CachingModel,
     requests: Iterable[Request],
     *,
-    slots: int = 8,
+    slots: int | None = None,
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
+    draft: str | CachingModel | None = None,
+    draft_tokens: int = MOST_DRAFTED,
 ) -> Iterator[Event]:
     """An `Event` for each token of each sample of each request, as it is chosen.
 
     Requests are taken from the iterable when slots get free. They may differ in everything, such as
     the length of their prompts. Arguments and errors are those of `Engine`.
     """
-    engine = Engine(model, slots=slots, tokenizer=tokenizer, vocab_size=vocab_size)
+    engine = Engine(
+        model, slots=slots, tokenizer=tokenizer, vocab_size=vocab_size, draft=draft,
+        draft_tokens=draft_tokens,
+    )  # fmt: skip
     waiting = iter(requests)
     more = True
     while more or engine.busy:

@@ -27,7 +27,7 @@ from gptkernels.ops.attention.splits import NUM_SPLITS_LIMIT
 
 # The most new tokens for which "auto" takes the CPU kernel. With more, PyTorch's products of
 # matrices catch up, first those of bf16 on AMX and those of AVX2.
-_MOST_TOKENS = 4
+MOST_TOKENS = 4
 
 
 # Not traceable: on a CPU the lengths are read, and elsewhere the loop depends on the sizes.
@@ -127,7 +127,7 @@ def attention_decode(
     refuse_tangents(q, k_cache, v_cache)
     dtype = autocast_dtype(q)
     asked, impl = impl, choose(impl, q, dtype)
-    if asked == "auto" and impl == "cpu" and q.shape[1] > _MOST_TOKENS:
+    if asked == "auto" and impl == "cpu" and q.shape[1] > MOST_TOKENS:
         impl = "torch"
     if dtype != q.dtype:
         q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
