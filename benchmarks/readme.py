@@ -31,9 +31,9 @@ def _rows() -> Iterator[tuple[str, str, list[float]]]:
     yield "attention, forward and backward", eager, _bench(*causal, both)
     yield "attention with a window of 256, forward", "compiled FlexAttention", _window()
     norm = ("cpu_avx512_bf16", "layer_norm", "B1 T1024 C768 +residual")
-    yield "residual add and LayerNorm, 1,024 rows", eager, _bench(*norm, "forward")
+    yield "residual add and LayerNorm, 1,024 rows, forward", eager, _bench(*norm, "forward")
     mlp = ("cpu_avx512_bf16", "gelu_mlp", "B1 T512 C768 F3072")
-    yield "GELU MLP, 512 rows", eager, _bench(*mlp, "forward")
+    yield "GELU MLP, 512 rows, forward", eager, _bench(*mlp, "forward")
     yield "a training step, 4 layers of 384", eager, _steps("auto beside plain")
     compiled = "auto beside plain, compiled"
     yield "the same", "`torch.compile`", _steps(compiled)

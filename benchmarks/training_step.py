@@ -1,12 +1,15 @@
 """A training step of gptkernels.GPT beside its plain twin, eager and compiled.
 
-    python -m benchmarks.training_step [--dtype bfloat16] [--layers 12 ...] [--json FILE]
+    python -m benchmarks.training_step [--dtype bfloat16] [--layers 12 ...] [--memory] [--json FILE]
 
 A step is the loss and all gradients, without an optimizer, which would be the same in all. Both
 models have the same weights. Eager, ours takes impl="auto"; under torch.compile, where both are one
 graph of Inductor's, it takes impl="torch", as "auto" does there. Seconds: medians of rounds in
 which all take turns, with the quartiles. A ratio is plain PyTorch's median, eager or compiled, over
 ours: above 1 ours is faster. The load average says whether the machine did other work.
+
+With --memory nothing is timed. It prints the most memory (ru_maxrss) of a process on a CPU that
+runs three steps of one candidate, less that of one that makes the model alone.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ import argparse
 import copy
 import dataclasses
 import os
-from collections.abc import Callable
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +45,35 @@ def step(model: nn.Module, ids: torch.Tensor, compiled: bool) -> Callable[[], An
     return call
 
 
+def candidates(config: gptkernels.GPTConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """A call of one step for each candidate."""
+    torch.manual_seed(0)
+    made = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+    ours, plain = gptkernels.GPT(config).to(**made), PlainGPT(config).to(**made)
+    plain.load_state_dict(ours.state_dict())
+    inside = copy.deepcopy(ours).set_impl("torch")
+    ids = torch.randint(config.vocab_size, (2, options.batch, options.tokens)).to(options.device)
+    return {
+        "plain": step(plain, ids, False),
+        "auto": step(ours, ids, False),
+        "plain, compiled": step(plain, ids, True),
+        "torch, compiled": step(inside, ids, True),
+    }
+
+
+def print_memory(names: Sequence[str]) -> None:
+    """Prints what three steps of each candidate take, in MB, each in a process of its own."""
+
+    def most_kb(name: str) -> int:
+        child = [sys.executable, "-m", "benchmarks.training_step", *sys.argv[1:], "--child", name]
+        said = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return int(said.split()[-1])
+
+    models = most_kb("")
+    for name in names:
+        print(f"{name:<16} {(most_kb(name) - models) * 1024 / 1e6:8.0f} MB")
+
+
 def main() -> None:
     """Prints one line for each candidate, and the ratios."""
     parser = argparse.ArgumentParser("python -m benchmarks.training_step", description=__doc__)
@@ -50,23 +85,22 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
+    parser.add_argument("--memory", action="store_true", help="memory instead of times, on a CPU")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     config = gptkernels.GPTConfig(
         vocab_size=options.vocabulary, block_size=options.tokens, n_layer=options.layers,
         n_head=options.heads, n_embd=options.width, dropout=options.dropout,
     )  # fmt: skip
-    torch.manual_seed(0)
-    made = {"device": options.device, "dtype": getattr(torch, options.dtype)}
-    ours, plain = gptkernels.GPT(config).to(**made), PlainGPT(config).to(**made)
-    plain.load_state_dict(ours.state_dict())
-    inside = copy.deepcopy(ours).set_impl("torch")
-    ids = torch.randint(config.vocab_size, (2, options.batch, options.tokens)).to(options.device)
-    steps = {
-        "plain": step(plain, ids, False),
-        "auto": step(ours, ids, False),
-        "plain, compiled": step(plain, ids, True),
-        "torch, compiled": step(inside, ids, True),
-    }
+    steps = candidates(config, options)
+    if options.child is not None:
+        for _ in range(3 if options.child else 0):
+            steps[options.child]()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return
+    if options.memory:
+        print_memory(list(steps))
+        return
     rounds = options.rounds
     found = compare(steps, device=options.device, min_rounds=rounds, max_rounds=rounds)
     for name, timing in found.items():

@@ -58,7 +58,7 @@ _LIKELY = {256: "bytes", 40478: "gpt1", 50257: "gpt2", 50304: "gpt2"}
 @click.option(
     "--draft",
     help='Guess tokens and check them together: "lookup" (what followed the same words before), or '
-    "a smaller model with the same tokens. The text stays the same.",
+    "a smaller model with the same tokens. With the CPU kernels the text stays the same.",
 )
 @click.option("--draft-tokens", type=int, default=3, help="Guesses at a time, 1 to 3.")
 @click.option(

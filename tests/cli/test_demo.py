@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -18,7 +19,7 @@ from rich.console import Console
 from gptkernels import GPT, GPTConfig, bench
 from gptkernels.bench import timing
 from gptkernels.cli.demo import parity as demo_parity
-from gptkernels.cli.demo import run, training
+from gptkernels.cli.demo import run, speed, training
 from gptkernels.cli.demo.report import worst_rows
 from gptkernels.core.choice import INTERPRETED
 from gptkernels.truth import verify
@@ -70,6 +71,7 @@ def quick() -> Iterator[None]:
     smallest = {case.op: case for case in reversed(verify.CASES)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "CPU_MODEL", TINY)
+        patch.setattr(speed, "CPU_WIDER_MODEL", dataclasses.replace(TINY, n_layer=1))
         patch.setattr(training, "_SAMPLE_TOKENS", 100)
         patch.setattr(verify, "CASES", tuple(smallest.values()))
         patch.setattr(bench, "OPERATORS", ("layer_norm",))

@@ -22,6 +22,9 @@ from gptkernels.gpt.model import GPT
 from gptkernels.gpt.training.throughput import flops_per_token
 from gptkernels.truth.plain_gpt import PlainGPT
 
+# Beside the demo's model: one that has more to compute for each call.
+CPU_WIDER_MODEL = GPTConfig(vocab_size=512, block_size=256, n_layer=4, n_head=6, n_embd=384)
+
 
 def speed_table(trained: training.Training, console: Console) -> list[Row]:
     """The ops and a whole training step, timed beside plain PyTorch."""
@@ -52,15 +55,13 @@ def speed_table(trained: training.Training, console: Console) -> list[Row]:
 
 
 def _training_steps(trained: training.Training) -> Iterator[timing.Case]:
-    """Of GPT-2's 124M shape on a GPU; on a CPU of the demo's model, and of one that has more to
-    compute for each call."""
+    """Of GPT-2's 124M shape on a GPU; on a CPU of the demo's model and a wider one."""
     if trained.device.type == "cuda":
         yield _training_step(GPTConfig.named("gpt2"), 8, torch.bfloat16, trained.device)
         return
     demo = trained.result.model.config
     yield _training_step(demo, trained.config.batch_size, torch.float32, trained.device)
-    wider = GPTConfig(vocab_size=512, block_size=256, n_layer=4, n_head=6, n_embd=384)
-    yield _training_step(wider, 4, torch.bfloat16, trained.device)
+    yield _training_step(CPU_WIDER_MODEL, 4, torch.bfloat16, trained.device)
 
 
 def _training_step(

@@ -56,7 +56,8 @@ def generate(
     a draft. Every step computes that many rows, even where fewer are left, so that a row's tokens
     do not depend on the others. 1 is the quickest for a single row.
     draft, draft_tokens: guesses of the next tokens, which are then checked together, as `Engine`
-    says; slots must be 1. The tokens are the same, and come sooner where guesses are often right.
+    says; slots must be 1. With the CPU kernels the tokens are the same; they come sooner where
+    guesses are often right.
 
     T is at most block_size. A longer text slides: when it holds block_size tokens, the model goes
     on from the last half of them. The model runs in evaluation mode, and is left in the mode it was
