@@ -22,6 +22,8 @@ _HOME = {
     "MLP": "gptkernels.nn.layers",
     "CausalSelfAttention": "gptkernels.nn.layers",
     "TransformerLayer": "gptkernels.nn.transformer_layer",
+    "accelerate": "gptkernels.dropin.accelerate",
+    "restore": "gptkernels.dropin.accelerate",
     "GPT": "gptkernels.gpt.model",
     "GPTConfig": "gptkernels.gpt.config",
 }
@@ -33,14 +35,17 @@ __all__ = [
     "GPTConfig",
     "LayerNorm",
     "TransformerLayer",
+    "accelerate",
     "attention",
     "attention_decode",
     "attention_varlen",
     "gelu_mlp",
     "layer_norm",
+    "restore",
 ]
 
 if TYPE_CHECKING:
+    from gptkernels.dropin.accelerate import accelerate, restore
     from gptkernels.gpt.config import GPTConfig
     from gptkernels.gpt.model import GPT
     from gptkernels.nn.layers import MLP, CausalSelfAttention, LayerNorm

@@ -155,10 +155,10 @@ void def_gelu(py::module_& module) {
 void def_linear(py::module_& module) {
     module.def("linear", [](uintptr_t x, uintptr_t w, uintptr_t b, uintptr_t y, int64_t M,
                             int64_t N, int64_t K, int64_t x_stride, int64_t w_stride, int dtype,
-                            int threads) {
+                            bool transposed, int threads) {
         const py::gil_scoped_release release;
         linear({at<const void>(x), at<const void>(w), at<const void>(b), at<void>(y), M, N, K,
-                x_stride, w_stride, DType(dtype)},
+                x_stride, w_stride, DType(dtype), transposed},
                threads);
     });
     module.attr("most_rows") = kMostRows;

@@ -61,6 +61,9 @@ void gelu_bwd(const GeluBwd& p, float* db, int64_t first, int64_t last);
 int64_t linear_scratch(const Linear& p);
 void linear_ready(const Linear& p, void* x);
 void linear(const Linear& p, const void* x, int64_t first, int64_t last);
+// The same where w is transposed. x: (M, K) in fp32.
+void linear_transposed(const Linear& p, const float* x, int64_t x_stride, int64_t first,
+                       int64_t last);
 void attention_fwd(const AttentionFwd& p, const AttentionItem& item, void* scratch);
 void attention_bwd(const AttentionBwd& p, const BackwardItem& item, void* scratch);
 void attention_mask_bwd(const AttentionBwd& p, const MaskItem& item, void* scratch);

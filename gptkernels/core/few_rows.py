@@ -20,7 +20,9 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """Returns x w^T + b, (M, N), for x (M, K), w (N, K) and b (N,) or None, of one dtype and on the
     CPU: by the kernel if M is at most MOST_ROWS and the strides allow it, else by PyTorch."""
     (M, K), N = x.shape, w.shape[0]
-    if not (0 < M <= MOST_ROWS and K > 0 and N > 0 and w.stride(1) == 1):
+    # A transposed view, as of Conv1D's weight, is read as it lies.
+    transposed = w.stride(1) != 1 and w.stride(0) == 1
+    if not (0 < M <= MOST_ROWS and K > 0 and N > 0 and (transposed or w.stride(1) == 1)):
         return products.linear(x, w, b)
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -28,7 +30,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         b = b.contiguous()
     y = x.new_empty((M, N))
     module().linear(
-        x.data_ptr(), w.data_ptr(), address(b), y.data_ptr(), M, N, K, x.stride(0), w.stride(0),
-        DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        x.data_ptr(), w.data_ptr(), address(b), y.data_ptr(), M, N, K, x.stride(0),
+        w.stride(int(transposed)), DTYPE_CODES[x.dtype], transposed, torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -38,6 +38,12 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
+def weight_gradient(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """Returns dy^T x, (N, K), the gradient of w in x w^T, for dy (M, N) and x (M, K), laid out as
+    w (N, K) is: autograd would copy another layout."""
+    return mm(dy.t(), x) if w.stride(1) == 1 else mm(x.t(), dy).t()
+
+
 def _missing(a: Tensor) -> int:
     """Returns how many columns of zeros a (M, K) needs."""
     affected = _AMX and a.is_cpu and a.dtype != torch.float32

@@ -25,7 +25,13 @@ def call_linear(layer: Callable[[Tensor], Tensor], x: Tensor, impl: str) -> Tens
         return layer(x)
     if not 0 < x.numel() <= few_rows.MOST_ROWS * x.shape[-1] or not is_plain(layer, nn.Linear):
         return layer(x)
-    w, b = layer.weight, cast("Tensor | None", layer.bias)
+    y = linear_of_few_rows(x, layer.weight, cast("Tensor | None", layer.bias), impl)
+    return layer(x) if y is None else y
+
+
+def linear_of_few_rows(x: Tensor, w: Tensor, b: Tensor | None, impl: str) -> Tensor | None:
+    """x w^T + b by the CPU kernel, for x (..., K) with up to MOST_ROWS rows, w (N, K), or the
+    transposed view of a (K, N), and b (N,); None where it does not take them."""
     given = [x, w] if b is None else [x, w, b]
     if (
         requires_grad(given)
@@ -37,6 +43,6 @@ def call_linear(layer: Callable[[Tensor], Tensor], x: Tensor, impl: str) -> Tens
         or (b is not None and b.shape != w.shape[:1])
         or choose(impl, x) != "cpu"
     ):
-        return layer(x)
+        return None
     y = few_rows.linear(x.reshape(-1, x.shape[-1]), w, b)
     return y.view(*x.shape[:-1], w.shape[0])

@@ -22,7 +22,7 @@ _FORWARD: dict[type, Callable[..., Any]] = {nn.Linear: nn.Linear.forward, nn.GEL
 
 def remember(kind: type[_Kind]) -> type[_Kind]:
     """Decorates a class that the functions below are asked about."""
-    _FORWARD[kind] = kind.forward
+    _FORWARD.setdefault(kind, kind.forward)
     return kind
 
 
@@ -35,10 +35,11 @@ def not_plain(module: Any, kind: type[nn.Module]) -> str | None:
     """Returns why `module` may compute something else than `kind` on its parameters; None where it
     computes just that.
 
-    It must be exactly of this class (a parametrization makes a subclass), with the class's own
-    forward, without hooks, its own or global ones, and with plain tensors as parameters.
+    It must be exactly of this class (a parametrization makes a subclass), or be what
+    `gptkernels.accelerate` made of it, with the class's own forward, without hooks, its own or
+    global ones, and with plain tensors as parameters.
     """
-    if type(module) is not kind:
+    if original_class(module) is not kind:
         return f"is a {class_name(module)}, not a plain {kind.__name__}"
     if "forward" in module.__dict__ or kind.forward is not _FORWARD[kind]:
         return "has another forward"
@@ -63,6 +64,12 @@ def not_plain_in(parent: nn.Module, kind: type[nn.Module], *names: str) -> str |
         if reason is not None:
             return f"{name} {reason}"
     return None
+
+
+def original_class(module: Any) -> type[Any]:
+    """The class of `module`; that before `gptkernels.accelerate` where that swapped it."""
+    kind: type[Any] = type(module)
+    return kind.__dict__["original"] if "parts" in kind.__dict__ else kind
 
 
 def class_name(module: Any) -> str:

@@ -93,10 +93,11 @@ void attention(int64_t Tq, int64_t Tk, int64_t D, DType dtype, bool packed, bool
                   kThreads);
 }
 
-void linear_rows(int64_t M, int64_t N, int64_t K, bool bias, DType dtype) {
+void linear_rows(int64_t M, int64_t N, int64_t K, bool bias, DType dtype, bool transposed) {
     const auto x = room(M * K, dtype), w = room(N * K, dtype), b = room(N, dtype);
     auto y = room(M * N, dtype);
-    linear({x.data(), w.data(), bias ? b.data() : nullptr, y.data(), M, N, K, K, K, dtype},
+    linear({x.data(), w.data(), bias ? b.data() : nullptr, y.data(), M, N, K, K,
+            transposed ? N : K, dtype, transposed},
            kThreads);
 }
 
@@ -174,7 +175,9 @@ int main() {
         for (DType dtype : kAll)
             for (int64_t M : {1, 3, 8, 16})
                 for (int64_t N : {1, 17, 48, 1000})
-                    for (int64_t K : {1, 31, 128, 300}) linear_rows(M, N, K, N > K, dtype);
+                    for (int64_t K : {1, 31, 128, 300})
+                        for (bool transposed : {false, true})
+                            linear_rows(M, N, K, N > K, dtype, transposed);
         for (DType dtype : kAll)
             for (int64_t D : {1, 7, 16, 20, 64, 256})
                 for (int64_t page : {0, 1, 5})

@@ -1,5 +1,5 @@
-// A linear layer of few rows in bfloat16: y^T = w x^T in AMX's tiles; other dtypes are left to
-// v4_bf16. A tile takes 16 rows of w as they lie in memory, and one of x^T has all rows of x as its
+// A linear layer of few rows in bfloat16: y^T = w x^T in AMX's tiles; other dtypes and a transposed w
+// are left to v4_bf16. A tile takes 16 rows of w as they lie in memory, and one of x^T has all rows of x as its
 // columns. So w is read once, whatever the number of rows, and a row's bits do not depend on them.
 #include "cpu/amx/tiles.h"
 #include "cpu/kernels.h"
@@ -15,6 +15,8 @@ namespace {
 
 constexpr int kRows = 16, kDepth = 32;  // of a tile of w
 constexpr int kTogether = 4;            // sums: each waits for the one before
+
+bool others(const Linear& p) { return p.dtype != DType::bfloat16 || p.transposed; }
 
 // Tiles of x^T.
 int64_t steps_of(const Linear& p) {
@@ -63,12 +65,12 @@ void put(const Linear& p, Floats (&found)[kRows], int64_t n, int64_t last) {
 
 // x^T in tiles of 32 numbers of 16 rows: row i has the numbers 2 i and 2 i + 1 of each row of x.
 int64_t linear_scratch(const Linear& p) {
-    if (p.dtype != DType::bfloat16) return v4_bf16::kernels.linear_scratch(p);
+    if (others(p)) return v4_bf16::kernels.linear_scratch(p);
     return steps_of(p) * kRows * 64;
 }
 
 void linear_ready(const Linear& p, void* x) {
-    if (p.dtype != DType::bfloat16) return v4_bf16::kernels.linear_ready(p, x);
+    if (others(p)) return v4_bf16::kernels.linear_ready(p, x);
     for (int64_t step = 0; step < steps_of(p); ++step) {
         Floats square[kRows];
         for (int64_t r = 0; r < kRows; ++r)
@@ -83,7 +85,7 @@ void linear_ready(const Linear& p, void* x) {
 }
 
 void linear(const Linear& p, const void* x, int64_t first, int64_t last) {
-    if (p.dtype != DType::bfloat16) return v4_bf16::kernels.linear(p, x, first, last);
+    if (others(p)) return v4_bf16::kernels.linear(p, x, first, last);
     const Tiles session;
     const bf16* w = static_cast<const bf16*>(p.w);
     alignas(64) __m512i room[kTogether][kRows];

@@ -47,7 +47,7 @@ struct Step {
     }
 
     void product(const Weights& w, const void* x, void* to, int64_t N, int64_t K) const {
-        linear({x, w.weight, w.bias, to, rows, N, K, K, w.stride, p.dtype}, threads);
+        linear({x, w.weight, w.bias, to, rows, N, K, K, w.stride, p.dtype, false}, threads);
     }
 
     // The keys or values in `heads`, from head `first` on, go into the cache.

@@ -107,13 +107,17 @@ void linear_ready(const Linear& p, void* x) {
 }
 
 void linear(const Linear& p, const void* x, int64_t first, int64_t last) {
+    const bool own = p.dtype == DType::float32;
+    const float* rows = static_cast<const float*>(own ? p.x : x);
+    const int64_t stride = own ? p.x_stride : p.K;
+    if (p.transposed) return linear_transposed(p, rows, stride, first, last);
     switch (p.dtype) {
         case DType::float32:
-            return columns<float>(p, static_cast<const float*>(p.x), p.x_stride, first, last);
+            return columns<float>(p, rows, stride, first, last);
         case DType::bfloat16:
-            return columns<bf16>(p, static_cast<const float*>(x), p.K, first, last);
+            return columns<bf16>(p, rows, stride, first, last);
         case DType::float16:
-            return columns<fp16>(p, static_cast<const float*>(x), p.K, first, last);
+            return columns<fp16>(p, rows, stride, first, last);
     }
 }
 

@@ -13,11 +13,12 @@ constexpr int kMostRows = 16;
 // The tensors have one dtype, and unit strides between columns.
 struct Linear {
     const void* x;  // (M, K)
-    const void* w;  // (N, K)
+    const void* w;  // (N, K); transposed: (K, N), as Conv1D's
     const void* b;  // (N,), or null
     void* y;        // (M, N), contiguous
     int64_t M, N, K, x_stride, w_stride;
     DType dtype;
+    bool transposed;
 };
 
 // 1 <= M <= kMostRows, N and K are at least 1. A row's bits do not depend on the others. `threads`:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptkernels.core.cpu import DTYPE_CODES, address, module
 from gptkernels.core.few_rows import linear
-from gptkernels.core.products import mm
+from gptkernels.core.products import mm, weight_gradient
 
 
 def gelu_mlp_fwd(
@@ -53,11 +53,11 @@ def gelu_mlp_bwd(
             da = mm(dy, w2)
             db1 = x.new_zeros(h.shape[1]) if need_b1 else None
             gelu_backward(h, da, da, a, db1, approximate)
-            dw1 = mm(da.t(), x) if need_w1 else None
+            dw1 = weight_gradient(da, x, w1) if need_w1 else None
             dx = mm(da, w1) if need_x else None
         elif a is not None:
             gelu(h, a, approximate)
-        dw2 = None if a is None else mm(dy.t(), a)
+        dw2 = None if a is None else weight_gradient(dy, a, w2)
     # An empty tensor for each that is not wanted: the outputs of an op must be distinct.
     gradients = (dx, dw1, db1, dw2, db2)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)

@@ -117,11 +117,12 @@ def gelu_mlp(
 
     Args:
         x: Input (..., C), float32, bfloat16 or float16, with a last stride of 1.
-        w1: Weight (F, C), as in nn.Linear(C, F), with a last stride of 1. Weights and biases may
-            have any of the three dtypes: they are converted to x's dtype, and each gradient has the
-            dtype of its own tensor.
+        w1: Weight (F, C), as in nn.Linear(C, F), with a last stride of 1; or the transposed view of
+            a contiguous (C, F), which "torch" and "cpu" read as it lies, and the others copy.
+            Weights and biases may have any of the three dtypes: they are converted to x's dtype,
+            and each gradient has the dtype of its own tensor.
         b1: Bias (F,), or None.
-        w2: Weight (C, F), as in nn.Linear(F, C), with a last stride of 1.
+        w2: Weight (C, F), as in nn.Linear(F, C), with strides as w1.
         b2: Bias (C,), or None.
         approximate: "tanh" or "none", as in nn.GELU.
         recompute: Whether the backward pass recomputes the pre-activation x w1^T + b1, which is
@@ -151,9 +152,16 @@ def gelu_mlp(
         b1 = None if b1 is None else b1.to(dtype)
         b2 = None if b2 is None else b2.to(dtype)
     impl = choose(impl, rows)
+    if impl in ("triton", "cuda"):
+        w1, w2 = (w.contiguous() if _transposed(w) else w for w in (w1, w2))
     keep_h = not recompute and requires_grad(tensors)
     y = apply(_GeluMLP, rows, w1, b1, w2, b2, approximate, keep_h, impl)
     return y if x.dim() == 2 else y.view(x.shape)
+
+
+def _transposed(w: Tensor) -> bool:
+    """Whether w is the transposed view of a contiguous matrix, as of Conv1D's weight."""
+    return w.dim() == 2 and w.stride(1) != 1 and w.t().is_contiguous()
 
 
 def _rows(x: Tensor) -> int:
@@ -182,7 +190,7 @@ def _sound(
             isinstance(tensor, Tensor)
             and tensor.dtype in DTYPES
             and tensor.device == device
-            and tensor.is_contiguous()
+            and (tensor.is_contiguous() or (tensor is not x and _transposed(tensor)))
         ):
             return False
     return (
@@ -219,6 +227,7 @@ def _check(
     if b2 is not None:
         check_shape("b2", b2, (width,), "the rows of w2")
     for name, tensor in tensors.items():
-        check_unit_last_stride(name, tensor)
+        if not (name in ("w1", "w2") and _transposed(tensor)):
+            check_unit_last_stride(name, tensor)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate must be 'tanh' or 'none', got {approximate!r}")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptkernels.core.products import linear, mm
+from gptkernels.core.products import linear, mm, weight_gradient
 
 # Up to this many rows, GELU runs row by row: that costs little beside the products.
 _FEW_ROWS = 64
@@ -66,13 +66,13 @@ def gelu_mlp_bwd(
     if h is None:
         h = linear(x, w1, b1)
     if need_w2:
-        dw2 = mm(dy.t(), F.gelu(h, approximate=approximate))
+        dw2 = weight_gradient(dy, F.gelu(h, approximate=approximate), w2)
     if need_x or need_w1 or need_b1:
         dh = torch.ops.aten.gelu_backward(mm(dy, w2), h, approximate=approximate)
         if need_b1:
             db1 = dh.sum(0, dtype=torch.float32).to(dh.dtype)
         if need_w1:
-            dw1 = mm(dh.t(), x)
+            dw1 = weight_gradient(dh, x, w1)
         if need_x:
             dx = mm(dh, w1)
     return dx, dw1, db1, dw2, db2

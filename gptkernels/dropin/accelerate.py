@@ -1,0 +1,171 @@
+"""`accelerate`: the ops of this package in a model of somebody else, in place; `restore` undoes it.
+
+First everything is looked at and nothing changed: each module is asked what kind it is. Then the
+classes are swapped (`gptkernels.dropin.swap`), which cannot fail half-way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptkernels.core.checks import check_flag
+from gptkernels.core.choice import check_impl, unavailable
+from gptkernels.dropin import linear, mlp, norm
+from gptkernels.dropin.report import Report, Row
+from gptkernels.dropin.swap import Fused, is_swapped, subclass
+from gptkernels.nn.layers import FusedModule
+from gptkernels.nn.plain import class_name, not_plain, original_class, remember
+
+_Match = tuple[type[Fused], dict[str, Any]] | str | None
+_LOOKED_FOR = (
+    "nn.LayerNorm, nn.Linear and transformers' Conv1D; modules of two linear layers with GELU "
+    "between them; attention of transformers' models"
+)
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    impl: str = "auto",
+    attention: bool = True,
+    norms: bool = True,
+    mlps: bool = True,
+) -> Report:
+    """Let the modules of `model` run the ops of this package, in place, and say what was done.
+
+        report = gptkernels.accelerate(model)
+        print(report)
+
+    Swapped are attention of transformers' models, LayerNorm, and MLPs of linear, GELU, linear, by
+    what they hold and not by their names; a module that this package does not know is first run
+    beside the formula, on random numbers. Everything else stays as it is: parameters and their
+    names, dtypes, devices, hooks, the modules' attributes, `isinstance`, pickling. Results agree up
+    to rounding. Dropout keeps its distribution; inside attention its masks are those of
+    `gptkernels.attention`.
+
+    A module that is hooked, parametrised, quantised or wrapped inside runs its own forward; so does
+    every module where impl="auto" finds nothing that was measured to be faster: on a GPU, and under
+    torch.compile.
+
+    Args:
+        model: Any nn.Module, before or after `.to()`.
+        impl: "auto", "torch", "triton", "cuda" or "cpu".
+        attention: Whether to swap attention.
+        norms: Whether to swap LayerNorms.
+        mlps: Whether to swap MLPs, and to read the weights of other linear layers once where rows
+            are few, as in generation.
+
+    A second call starts from the restored model. Raises TypeError where `model` is no nn.Module,
+    RuntimeError for an `impl` that cannot run on this machine or in the model's dtype, and
+    ValueError for an unknown one and for a model with nothing to swap. Then nothing has changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, flag in (("attention", attention), ("norms", norms), ("mlps", mlps)):
+        check_flag(name, flag)
+    _check_runs(model, check_impl(impl))
+    matches: list[Callable[[nn.Module], _Match]] = []
+    if attention and "transformers.modeling_utils" in sys.modules:
+        # A module of transformers is there only if the program has imported it.
+        from gptkernels.dropin import transformers
+
+        matches.append(transformers.match)
+    matches += [norm.match] if norms else []
+    matches += [mlp.match, linear.match] if mlps else []
+    before = _swapped_classes(model)
+    restore(model)
+    try:
+        plan = list(_plan(model, matches, impl))
+        report = Report(impl, [row for row, *_ in plan])
+        if not report.swapped:
+            kinds = sorted({class_name(module) for module in model.modules()})
+            shown = ", ".join(kinds[:12]) + (", ..." if len(kinds) > 12 else "")
+            raise ValueError(
+                f"model has nothing to swap: accelerate looks for {_LOOKED_FOR}; it saw {shown}"
+            )
+    except BaseException:
+        _swap(before)
+        raise
+    _swap([(module, kind) for _, module, kind in plan if kind is not None])
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: every module gets its class back. Raises TypeError where `model` is no
+    nn.Module; a model that was not accelerated stays as it is."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for module, kind in _swapped_classes(model):
+        _announce(module, getattr(kind, "before", None))
+        module.__class__ = original_class(module)
+
+
+def _swapped_classes(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    return [(module, type(module)) for module in model.modules() if is_swapped(module)]
+
+
+def _swap(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    for module, kind in classes:
+        module.__class__ = kind
+        _announce(module, "gptkernels" if hasattr(kind, "before") else None)
+
+
+def _announce(module: Any, implementation: str | None) -> None:
+    """Writes to the config that transformers' attention reads which one is to run."""
+    if implementation is not None:
+        module.config._attn_implementation = implementation
+
+
+def _plan(
+    model: nn.Module, matches: list[Callable[[nn.Module], _Match]], impl: str
+) -> Iterator[tuple[Row, nn.Module, type[nn.Module] | None]]:
+    """Yields, for each module of a known kind, its row, itself, and its new class or None."""
+    ours: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in ours:
+            continue
+        if isinstance(module, FusedModule):
+            ours.update(module.modules())  # what it holds is its own business
+            yield Row(name, type(module).__name__, False, "a layer of gptkernels"), module, None
+            continue
+        found = next((kind for match in matches if (kind := match(module)) is not None), None)
+        if found is None:
+            continue
+        title = type(module).__name__
+        reason = found if isinstance(found, str) else _unfit(module)
+        if reason is not None:
+            yield Row(name, title, False, reason), module, None
+            continue
+        kind, facts = found
+        made = subclass(kind, type(module), impl, tuple(facts.items()))
+        yield Row(name, title, True, kind.what), module, made
+
+
+def _unfit(module: nn.Module) -> str | None:
+    """Why the class of a module cannot be swapped. Hooks are called as before."""
+    kind = type(module)
+    if type(kind) is not type:
+        return f"its class has the metaclass {class_name(kind)}"
+    if "forward" in vars(module):
+        return "has another forward"
+    remember(kind)
+    reason = not_plain(module, kind)
+    return None if reason == "has hooks" else reason
+
+
+def _check_runs(model: nn.Module, impl: str) -> None:
+    """Raises RuntimeError where an implementation that was named cannot run. The model may still
+    be moved to another device."""
+    if impl == "auto":
+        return
+    dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point} or {torch.float32}
+    for dtype in sorted(dtypes, key=str):
+        reasons = [unavailable(impl, device, dtype) for device in ("cpu", "cuda")]
+        if all(reasons):
+            here = 1 if impl in ("triton", "cuda") and torch.cuda.is_available() else 0
+            raise RuntimeError(f"impl={impl!r}: {reasons[here]}")

@@ -1,0 +1,81 @@
+"""How a module's class is swapped, and swapped back.
+
+The new class is a subclass of the module's own, with one method more: a forward (or another method)
+that runs an op of this package where that gives the same result, and calls the original one where
+it would not. The module itself stays as it was: its parameters, buffers, hooks and attributes are
+not touched, and what the new class has to know (`impl`, names of children) is in the class. The
+class has the name of the original, since programs look for names.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gptkernels.core.choice import choose
+
+
+class Fused:
+    """Base of the kinds of swapped modules."""
+
+    impl: ClassVar[str]
+    original: ClassVar[type[nn.Module]]
+    what: ClassVar[str]  # what the kind does, in a few words
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether the op is to run on x: always where an implementation was named, else where the
+        package has one that was measured to be faster."""
+        return self.impl != "auto" or choose("auto", x) != "torch"
+
+    def extra_repr(self) -> str:
+        """What repr shows."""
+        own = super().extra_repr()  # type: ignore[misc]
+        return f"{own}{', ' if own else ''}gptkernels impl={self.impl!r}"
+
+
+class _Swapped(type):
+    """The class of the new classes."""
+
+    parts: tuple[Any, ...]  # what `subclass` made one of
+
+
+@functools.cache
+def subclass(
+    kind: type[Fused], original: type[nn.Module], impl: str, facts: tuple[tuple[str, Any], ...]
+) -> type[nn.Module]:
+    """The subclass of `original` that does what `kind` says. facts: class attributes of it."""
+    content = {
+        "parts": (kind, original, impl, facts),
+        "impl": impl,
+        "original": original,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        **dict(facts),
+    }
+    return _Swapped(original.__name__, (kind, original), content)
+
+
+def _reduce(made: _Swapped) -> Any:
+    """How pickle writes a new class: as the call that makes it."""
+    if "parts" in made.__dict__:
+        return subclass, made.parts
+    return made.__qualname__  # somebody's subclass of one
+
+
+copyreg.pickle(_Swapped, _reduce)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether the class of `module` is one of the new ones."""
+    return type(type(module)) is _Swapped and "parts" in type(module).__dict__
+
+
+def few(x: Tensor, most: int) -> bool:
+    """Whether x (..., C) has at most so many rows. Under torch.compile always False: a question
+    about sizes would be one that the graph asks."""
+    return not torch.compiler.is_compiling() and x.numel() <= most * x.shape[-1]
