@@ -15,16 +15,16 @@ from torch import nn
 
 from gptkernels.core.checks import check_flag
 from gptkernels.core.choice import check_impl, unavailable
-from gptkernels.dropin import linear, mlp, norm
+from gptkernels.dropin import activation, linear, mlp, norm, pytorch
+from gptkernels.dropin import attention as written_out
 from gptkernels.dropin.report import Report, Row
-from gptkernels.dropin.swap import Fused, is_swapped, subclass
+from gptkernels.dropin.swap import Match, is_swapped, subclass
 from gptkernels.nn.layers import FusedModule
 from gptkernels.nn.plain import class_name, not_plain, original_class, remember
 
-_Match = tuple[type[Fused], dict[str, Any]] | str | None
 _LOOKED_FOR = (
-    "nn.LayerNorm, nn.Linear and transformers' Conv1D; modules of two linear layers with GELU "
-    "between them; attention of transformers' models"
+    "attention of transformers' models, of nanoGPT's and minGPT's form, and nn.MultiheadAttention; "
+    "nn.LayerNorm; modules of two linear layers with GELU between them; nn.Linear"
 )
 
 
@@ -41,12 +41,12 @@ def accelerate(
         report = gptkernels.accelerate(model)
         print(report)
 
-    Swapped are attention of transformers' models, LayerNorm, and MLPs of linear, GELU, linear, by
-    what they hold and not by their names; a module that this package does not know is first run
-    beside the formula, on random numbers. Everything else stays as it is: parameters and their
-    names, dtypes, devices, hooks, the modules' attributes, `isinstance`, pickling. Results agree up
-    to rounding. Dropout keeps its distribution; inside attention its masks are those of
-    `gptkernels.attention`.
+    Swapped are attention (of transformers' models, of nanoGPT's and minGPT's form, PyTorch's own),
+    LayerNorm, and MLPs of linear, GELU, linear, by what they hold and not by their names; a module
+    that this package does not know is first run beside the formula, on random numbers. Everything
+    else stays as it is: parameters and their names, dtypes, devices, hooks, attributes,
+    `isinstance`, pickling. Results agree up to rounding. Dropout keeps its distribution; inside
+    attention its masks are those of `gptkernels.attention`.
 
     A module that is hooked, parametrised, quantised or wrapped inside runs its own forward; so does
     every module where impl="auto" finds nothing that was measured to be faster: on a GPU, and under
@@ -69,14 +69,18 @@ def accelerate(
     for name, flag in (("attention", attention), ("norms", norms), ("mlps", mlps)):
         check_flag(name, flag)
     _check_runs(model, check_impl(impl))
-    matches: list[Callable[[nn.Module], _Match]] = []
+    matches: list[Callable[[nn.Module], Match]] = []
     if attention and "transformers.modeling_utils" in sys.modules:
         # A module of transformers is there only if the program has imported it.
         from gptkernels.dropin import transformers
 
         matches.append(transformers.match)
-    matches += [norm.match] if norms else []
-    matches += [mlp.match, linear.match] if mlps else []
+    if attention:
+        matches += [pytorch.match_attention, written_out.match]
+    if norms:
+        matches += [norm.match]
+    if mlps:
+        matches += [pytorch.match_layer, mlp.match, activation.match, linear.match]
     before = _swapped_classes(model)
     restore(model)
     try:
@@ -122,7 +126,7 @@ def _announce(module: Any, implementation: str | None) -> None:
 
 
 def _plan(
-    model: nn.Module, matches: list[Callable[[nn.Module], _Match]], impl: str
+    model: nn.Module, matches: list[Callable[[nn.Module], Match]], impl: str
 ) -> Iterator[tuple[Row, nn.Module, type[nn.Module] | None]]:
     """Yields, for each module of a known kind, its row, itself, and its new class or None."""
     ours: set[nn.Module] = set()
@@ -133,16 +137,17 @@ def _plan(
             ours.update(module.modules())  # what it holds is its own business
             yield Row(name, type(module).__name__, False, "a layer of gptkernels"), module, None
             continue
-        found = next((kind for match in matches if (kind := match(module)) is not None), None)
+        found: Match = next((said for match in matches if (said := match(module))), None)
         if found is None:
             continue
         title = type(module).__name__
         reason = found if isinstance(found, str) else _unfit(module)
-        if reason is not None:
-            yield Row(name, title, False, reason), module, None
+        if isinstance(found, str) or reason is not None:
+            yield Row(name, title, False, str(reason)), module, None
             continue
         kind, facts = found
-        made = subclass(kind, type(module), impl, tuple(facts.items()))
+        given: Any = (kind, type(module), impl, tuple(sorted(facts.items())))
+        made = subclass(*given)
         yield Row(name, title, True, kind.what), module, made
 
 

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from gptkernels.core.few_rows import MOST_ROWS
-from gptkernels.dropin.swap import Fused, few
+from gptkernels.dropin.swap import Fused, Match, few
 from gptkernels.nn.linear import linear_of_few_rows
 from gptkernels.nn.plain import original_class
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
+# How many rows of a transposed weight the kernel takes in less time than PyTorch (docs/cpu.md).
+_TRANSPOSED_ROWS = {torch.float32: (2, MOST_ROWS), torch.bfloat16: (1, 8), torch.float16: (1, 8)}
 
 
-class Linear(Fused, nn.Module):
+class Linear(Fused):
     """A linear layer: by the CPU kernel where rows are few and nothing needs a gradient, as in
     generation."""
 
@@ -24,11 +26,17 @@ class Linear(Fused, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if torch.is_grad_enabled() or not few(x, MOST_ROWS):
+        if torch.is_grad_enabled() or not few(x, MOST_ROWS) or not self._wins(x):
             return super().forward(x)
         w = self.weight.t() if self.transposed else self.weight
         y = linear_of_few_rows(x, w, self.bias, self.impl)
         return super().forward(x) if y is None else y
+
+    def _wins(self, x: Tensor) -> bool:
+        if self.impl != "auto" or not self.transposed:
+            return True
+        least, most = _TRANSPOSED_ROWS.get(x.dtype, (1, 0))
+        return least * x.shape[-1] <= x.numel() <= most * x.shape[-1]
 
 
 def transposed(module: nn.Module) -> bool | None:
@@ -46,7 +54,7 @@ def weight_of(module: Any) -> Tensor:
     return module.weight.t() if transposed(module) else module.weight
 
 
-def match(module: nn.Module) -> tuple[type[Fused], dict[str, Any]] | str | None:
+def match(module: nn.Module) -> Match:
     """The kind and its facts; None where it is no linear layer."""
     across = transposed(module)
     if across is None:

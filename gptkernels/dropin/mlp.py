@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from gptkernels.dropin.linear import transposed, weight_of
 from gptkernels.dropin.probe import agrees
-from gptkernels.dropin.swap import Fused
+from gptkernels.dropin.swap import Fused, Match
 from gptkernels.nn.plain import not_plain, original_class, remember
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
 
 
-class MLP(Fused, nn.Module):
+class MLP(Fused):
     """second(gelu(first(x))) as one op, and the module's dropout behind it. Where a child was
     hooked or replaced since, the module's own forward runs."""
 
@@ -27,7 +27,7 @@ class MLP(Fused, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., C)."""
-        children = self._modules
+        children: dict[str, Any] = self._modules
         if not self.fuses(x) or any(not_plain(children[n], kind) for n, kind in self.parts_of_op):
             return super().forward(x)
         first, second = (children[name] for name in self.linear)
@@ -38,11 +38,20 @@ class MLP(Fused, nn.Module):
         return y if self.dropout_name is None else children[self.dropout_name](y)
 
 
-def match(module: nn.Module) -> tuple[type[Fused], dict[str, Any]] | str | None:
+def approximate_of(activation: Any) -> str | None:
+    """ "tanh" or "none", which GELU of PyTorch an activation is; None where it is another one."""
+    if activation is F.gelu:
+        return "none"
+    return activation.approximate if not_plain(activation, nn.GELU) is None else None
+
+
+def match(module: nn.Module) -> Match:
     """The kind and its facts; or why the module is left alone; None where it is no MLP."""
     children = dict(module.named_children())
     linear = tuple(name for name, child in children.items() if transposed(child) is not None)
     if len(linear) != 2 or module._parameters or module._buffers or len(children) > 4:
+        return None
+    if isinstance(module, nn.ModuleDict | nn.ModuleList):  # nobody calls it
         return None
     first, second = (weight_of(children[name]) for name in linear)
     if first.dim() != 2 or first.shape != second.t().shape:

@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.core.autocast import autocast_enabled
 from gptkernels.dropin.probe import agrees
-from gptkernels.dropin.swap import Fused, few
+from gptkernels.dropin.swap import Fused, Match
 from gptkernels.ops.layer_norm.op import layer_norm
 
-# Up to so many rows PyTorch's call takes less time than the op's (docs/cpu.md).
-_FEW_ROWS = 128
+# With fewer numbers PyTorch's call takes less time than the op's, and in float32 with any
+# (docs/cpu.md).
+_LEAST_NUMBERS = 1 << 17
 _NANOGPT_EPS = 1e-5
 
 
-class LayerNorm(Fused, nn.Module):
+class LayerNorm(Fused):
     """A LayerNorm of the last dimension."""
 
     what = "LayerNorm as one op"
@@ -32,25 +34,31 @@ class LayerNorm(Fused, nn.Module):
             or autocast_enabled(x)
             or weight.dtype != x.dtype
             or x.shape[-1:] != weight.shape
-            or (self.impl == "auto" and few(x, _FEW_ROWS))
+            or not self._wins(x)
         ):
             return super().forward(x)
         eps = self.eps if self.epsilon is None else self.epsilon
-        return layer_norm(x, weight, bias, eps=eps, impl=self.impl)
+        return cast("Tensor", layer_norm(x, weight, bias, eps=eps, impl=self.impl))
+
+    def _wins(self, x: Tensor) -> bool:
+        return self.impl != "auto" or (x.dtype != torch.float32 and x.numel() >= _LEAST_NUMBERS)
 
 
-def match(module: nn.Module) -> tuple[type[Fused], dict[str, Any]] | str | None:
+def match(module: nn.Module) -> Match:
     """The kind and its facts; or why the module is left alone; None where it is no LayerNorm."""
     if type(module) is nn.LayerNorm:
         if module.weight is None or len(module.normalized_shape) != 1:
             return "only a LayerNorm of the last dimension with a weight is fused"
         return LayerNorm, {"epsilon": None}
-    names = set(module._parameters)
-    if "norm" not in type(module).__name__.lower() or names != {"weight", "bias"}:
+    names = {name for name, parameter in module._parameters.items() if parameter is not None}
+    if "norm" not in type(module).__name__.lower() or "weight" not in names:
         return None
-    if list(module.children()) or module.weight.dim() != 1:
+    if not names <= {"weight", "bias"} or not hasattr(module, "bias") or module._modules:
         return None
-    if not agrees(module, _formula, (4, *module.weight.shape)):
+    shape = cast("Tensor", module.weight).shape
+    if len(shape) != 1:
+        return None
+    if not agrees(module, _formula, (4, *shape)):
         return "its forward is not that of a LayerNorm with an eps of 1e-5"
     return LayerNorm, {"epsilon": _NANOGPT_EPS}
 

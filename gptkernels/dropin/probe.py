@@ -53,9 +53,7 @@ def _settings(module: nn.Module) -> str:
     return str(said)
 
 
-def _agrees(
-    module: nn.Module, formula: Callable[..., Tensor], shape: tuple[int, ...]
-) -> bool:
+def _agrees(module: nn.Module, formula: Callable[..., Tensor], shape: tuple[int, ...]) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64, generator=generator)
     try:
@@ -64,6 +62,8 @@ def _agrees(
             for name, dropout in child.named_children():
                 if type(dropout) is nn.Dropout:
                     setattr(child, name, _Marker())
+            if isinstance(vars(child).get("dropout"), float):
+                vars(child)["dropout"] = 0.0  # nanoGPT's, for PyTorch's attention
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             # Random parameters: those of a new model have biases of 0 and weights of 1.
             for parameter in twin.parameters():

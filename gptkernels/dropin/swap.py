@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,18 @@ from torch import Tensor, nn
 from gptkernels.core.choice import choose
 
 
-class Fused:
-    """Base of the kinds of swapped modules."""
+class Fused(nn.Module):
+    """Base of the kinds of swapped modules. A new class has the kind before the original, so that
+    super() in a kind is the original."""
 
     impl: ClassVar[str]
-    original: ClassVar[type[nn.Module]]
+    original: ClassVar[Any]  # the module's class before
     what: ClassVar[str]  # what the kind does, in a few words
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Attributes of the original."""
 
     def fuses(self, x: Tensor) -> bool:
         """Whether the op is to run on x: always where an implementation was named, else where the
@@ -33,8 +39,13 @@ class Fused:
 
     def extra_repr(self) -> str:
         """What repr shows."""
-        own = super().extra_repr()  # type: ignore[misc]
+        own = super().extra_repr()
         return f"{own}{', ' if own else ''}gptkernels impl={self.impl!r}"
+
+
+# What a file's `match` says of a module: the kind and the facts about it; why it is left alone; or
+# None, where it is something else.
+Match = tuple[type[Fused], dict[str, Any]] | str | None
 
 
 class _Swapped(type):
@@ -57,7 +68,8 @@ def subclass(
         "__doc__": original.__doc__,
         **dict(facts),
     }
-    return _Swapped(original.__name__, (kind, original), content)
+    made: Any = _Swapped(original.__name__, (kind, original), content)
+    return made
 
 
 def _reduce(made: _Swapped) -> Any:

@@ -13,7 +13,7 @@ computes their attention. transformers 4.57 and 5 are supported.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gptkernels.core.choice import choose
-from gptkernels.dropin.swap import Fused
+from gptkernels.dropin.swap import Fused, Match
 from gptkernels.nn.plain import class_name
 from gptkernels.ops.attention import dense
 from gptkernels.ops.attention.decode import MOST_TOKENS, attention_decode
@@ -34,7 +34,7 @@ from gptkernels.ops.attention.options import MAX_HEAD_DIM
 try:
     from transformers.utils.output_capturing import _active_collector
 except ImportError:  # transformers 4
-    _active_collector = None
+    _active_collector = None  # type: ignore[assignment]
 
 NAME = "gptkernels"
 # What some models pass beside the tensors, and the package's attention does not have.
@@ -56,8 +56,9 @@ def attention(
     """What transformers calls: query (B, H, Tq, D), key and value (B, Hk, Tk, D) -> out
     (B, Tq, H, D), and no weights.
 
-    attention_mask: None; (B,) int32, how many keys each text has; (B, 1, 1, Tk) bool, which keys
-    exist; or (B, 1 or H, Tq, Tk), bool or added to the scores, which then also says what is causal.
+    attention_mask: None; a causal one of `mask`, (B,) int32, how many keys each text has, or
+    (B, Tk) bool, which keys exist; or (B, 1 or H, Tq, Tk), bool or added to the scores, which says
+    all that is hidden.
     `module.impl` names the implementation, where there is one. Raises NotImplementedError for an
     argument that the package's attention has not, and what `gptkernels.attention` raises.
     """
@@ -98,18 +99,24 @@ def _attend(
     """(B, Tq, H, D) of q, k and v that are laid out so too."""
     Tq, Tk = q.shape[1], k.shape[1]
     lengths = None
-    if mask is not None and mask.dim() == 1:
-        lengths, mask = mask, None
-    elif mask is not None and mask.shape[-2] == Tq and Tq > 1:
-        causal = False  # the mask says it
+    if mask is not None:
+        causal = mask.dim() < 4
+        if mask.dim() == 1:
+            lengths, mask = mask, None
+        else:
+            mask = mask[:, None, None] if causal else mask[..., :Tk]
     if mask is None and Tq <= MOST_TOKENS and _decodes(q, k, v, causal, options):
         if lengths is None:
             lengths = torch.full((len(q),), Tk, dtype=torch.int32)
-        return attention_decode(
+        out = attention_decode(
             q, k, v, lengths, softmax_scale=options["softmax_scale"], softcap=options["softcap"],
             impl=options["impl"],
         )  # fmt: skip
-    return dense.attention(q, k, v, causal=causal, key_lengths=lengths, attn_mask=mask, **options)
+    else:
+        out = dense.attention(
+            q, k, v, causal=causal, key_lengths=lengths, attn_mask=mask, **options
+        )
+    return cast("Tensor", out)
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, causal: bool, options: dict[str, Any]) -> bool:
@@ -122,8 +129,8 @@ def _decodes(q: Tensor, k: Tensor, v: Tensor, causal: bool, options: dict[str, A
 
 def mask(**given: Any) -> Tensor | None:
     """What transformers asks for a mask with: None where the causal one is all; how many keys each
-    text has, (B,) int32, where they are padded on the right; which keys exist, (B, 1, 1, Tk) bool,
-    where they are padded elsewhere; and for all others the mask of "sdpa"."""
+    text has, (B,) int32, where they are padded on the right; which keys exist, (B, Tk) bool, where
+    they are padded elsewhere; and for all others the mask of "sdpa"."""
     padding = given.get("attention_mask")
     if (
         padding is None
@@ -144,7 +151,7 @@ def mask(**given: Any) -> Tensor | None:
     there = torch.arange(padding.shape[1]) < lengths[:, None]
     if torch.equal(there, padding):
         return lengths
-    return padding[:, None, None]
+    return padding
 
 
 def _at_the_end(given: dict[str, Any], known: int) -> bool:
@@ -162,21 +169,22 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
 
 
-class Registered(Fused, nn.Module):
+class Registered(Fused):
     """An attention that calls what its config's `_attn_implementation` names."""
 
     what = "attention by attn_implementation='gptkernels'"
     before: str  # what its config named before
 
 
-class _OwnMethod(Fused, nn.Module):
+class _OwnMethod(Fused):
     """An attention that computes itself, in a method `_attn` of q, k, v and masks."""
 
     what = "attention as one op"
 
     def _arguments(self, given: Any, options: Any) -> dict[str, Any] | None:
         """The arguments of a call of `_attn` by name; None where the original has to answer."""
-        bound = inspect.signature(self.original._attn).bind(self, *given, **options)
+        original: Any = self.original._attn
+        bound = inspect.signature(original).bind(self, *given, **options)
         arguments = bound.arguments
         wanted = arguments.get("output_attentions") or _weights_wanted()
         if wanted or arguments.get("head_mask") is not None:
@@ -192,12 +200,12 @@ class _OwnMethod(Fused, nn.Module):
         causal = mask is None or mask.shape[-2] == 1 or Tq == Tk
         dropout = self.attn_dropout.p if self.training else 0.0
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = None if mask is None else mask.to(q.dtype)
+        mask = None if mask is None else mask[..., :Tk].to(q.dtype)
         out = dense.attention(
             q, k, v, causal=causal, window=(window, -1), attn_mask=mask, dropout_p=dropout,
             softmax_scale=scale, impl=self.impl,
         )  # fmt: skip
-        return out.transpose(1, 2)
+        return cast("Tensor", out).transpose(1, 2)
 
 
 class OpenAIAttention(_OwnMethod):
@@ -206,7 +214,7 @@ class OpenAIAttention(_OwnMethod):
     def _attn(self, *given: Any, **options: Any) -> list[Any]:
         arguments = self._arguments(given, options)
         if arguments is None:
-            return super()._attn(*given, **options)
+            return super()._attn(*given, **options)  # type: ignore[misc]
         q, k, v = arguments["q"], arguments["k"].transpose(2, 3), arguments["v"]
         scale = v.shape[-1] ** -0.5 if self.scale else 1.0
         return [self._run(q, k, v, arguments.get("attention_mask"), scale, -1)]
@@ -218,8 +226,9 @@ class GPTNeoAttention(_OwnMethod):
     def _attn(self, *given: Any, **options: Any) -> tuple[Tensor, None]:
         arguments = self._arguments(given, options)
         if arguments is None:
-            return super()._attn(*given, **options)
-        window = self.config.window_size - 1 if self.attention_type == "local" else -1
+            return super()._attn(*given, **options)  # type: ignore[misc]
+        local = self.config.attention_layers[self.layer_id] == "local"
+        window = self.config.window_size - 1 if local else -1
         q, k, v = (arguments[name] for name in ("query", "key", "value"))
         return self._run(q, k, v, arguments.get("attention_mask"), 1.0, window), None
 
@@ -230,7 +239,7 @@ class GPTJAttention(_OwnMethod):
     def _attn(self, *given: Any, **options: Any) -> tuple[Tensor, None]:
         arguments = self._arguments(given, options)
         if arguments is None:
-            return super()._attn(*given, **options)
+            return super()._attn(*given, **options)  # type: ignore[misc]
         q, k, v = (arguments[name] for name in ("query", "key", "value"))
         scale = 1 / float(self.scale_attn)
         return self._run(q, k, v, arguments.get("attention_mask"), scale, -1), None
@@ -243,7 +252,7 @@ _BY_METHOD = {
 }
 
 
-def match(module: nn.Module) -> tuple[type[Fused], dict[str, Any]] | None:
+def match(module: nn.Module) -> Match:
     """The kind and its facts; None where it is no attention of transformers."""
     kind = _BY_METHOD.get(class_name(module))
     if kind is not None:

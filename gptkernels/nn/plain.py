@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
 # What the forward of each class was before anybody patched it.
-_FORWARD: dict[type, Callable[..., Any]] = {nn.Linear: nn.Linear.forward, nn.GELU: nn.GELU.forward}
+_FORWARD: dict[type, Callable[..., Any]] = {
+    kind: kind.forward for kind in (nn.Linear, nn.GELU, nn.Dropout, nn.LayerNorm)
+}
 
 
 def remember(kind: type[_Kind]) -> type[_Kind]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gptkernels.core.checks import check_count, check_flag, check_probability, check_tensor
 from gptkernels.core.choice import automatic
 from gptkernels.nn.layers import FusedModule, LayerNorm, add_norm, head_width
+from gptkernels.nn.masks import merge_masks
 from gptkernels.nn.plain import class_name, not_plain_in
 from gptkernels.ops.attention.dense import attention
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
@@ -68,7 +69,7 @@ class _SelfAttention(FusedModule):
         out = attention(
             *heads,
             causal=is_causal,
-            attn_mask=_merge(mask, key_padding_mask, heads[0].shape, query.dtype),
+            attn_mask=merge_masks(mask, key_padding_mask, heads[0].shape, query.dtype),
             dropout_p=self.dropout if self.training else 0.0,
             impl=self.impl,
         )
@@ -260,48 +261,3 @@ def _activation(given: Any) -> Activation:
     if not callable(given):
         raise TypeError(f"activation must be 'relu', 'gelu' or a function, got {given!r}")
     return given
-
-
-def _merge(
-    mask: Tensor | None, padding: Tensor | None, shape: torch.Size, dtype: torch.dtype
-) -> Tensor | None:
-    """Both masks as one that `gptkernels.attention` takes for q of this shape, (B, T, nhead, D): it
-    broadcasts to (B, nhead, T, T)."""
-    B, T, nhead, _ = shape
-    for name, tensor in (("src_mask", mask), ("src_key_padding_mask", padding)):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if mask is not None:
-        given = tuple(mask.shape)
-        if given not in ((T, T), (B * nhead, T, T)):
-            raise ValueError(
-                f"src_mask must have shape {(T, T)} or {(B * nhead, T, T)}, got {given}"
-            )
-        mask = _attention_mask("src_mask", mask, dtype)
-        mask = mask.view(B, nhead, T, T) if mask.dim() == 3 else mask
-    if padding is not None:
-        given = tuple(padding.shape)
-        if given != (B, T) and not (B == 1 and given == (T,)):
-            raise ValueError(f"src_key_padding_mask must have shape {(B, T)}, got {given}")
-        padding = _attention_mask("src_key_padding_mask", padding, dtype).view(B, 1, 1, T)
-    if mask is None or padding is None:
-        return padding if mask is None else mask
-    if mask.dtype == padding.dtype == torch.bool:
-        return mask & padding
-    return _additive(mask, dtype) + _additive(padding, dtype)
-
-
-def _attention_mask(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """`mask` as `gptkernels.attention` takes it: True where a key is seen, or added to scores."""
-    if mask.dtype == torch.bool:
-        return ~mask
-    if not mask.is_floating_point():
-        raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
-    return mask.to(dtype)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask
-    zero = torch.zeros((), dtype=dtype, device=mask.device)
-    return torch.where(mask, zero, -torch.inf)

@@ -1,0 +1,186 @@
+"""PyTorch's own transformer modules: nn.MultiheadAttention, nn.TransformerEncoderLayer and
+nn.TransformerDecoderLayer."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptkernels.dropin.mlp import approximate_of
+from gptkernels.dropin.swap import Fused, Match
+from gptkernels.nn.masks import merge_masks
+from gptkernels.nn.plain import not_plain
+from gptkernels.ops.attention import dense
+from gptkernels.ops.attention.options import MAX_HEAD_DIM
+from gptkernels.ops.gelu_mlp.op import gelu_mlp
+from gptkernels.ops.layer_norm.op import layer_norm
+
+# With fewer numbers in x, PyTorch's add and LayerNorm take less time than the op (docs/cpu.md).
+_LEAST_NUMBERS = 1 << 17
+
+
+class MultiheadAttention(Fused):
+    """Attention as one op where no weights are asked for; a query that may see no key gives zeros,
+    where PyTorch gives NaN."""
+
+    what = "attention as one op, where need_weights=False"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention's."""
+        if (
+            need_weights
+            or not self.fuses(query)
+            or any(x.dim() != 3 or x.is_nested for x in (query, key, value))
+            or key.shape != value.shape
+            or (is_causal and attn_mask is None)
+        ):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
+            )  # fmt: skip
+        given = (query, key, value)
+        q, k, v = (x if self.batch_first else x.transpose(0, 1) for x in self._project(*given))
+        # As in PyTorch: the hint replaces the mask where that is all there is.
+        causal = is_causal and key_padding_mask is None and q.shape[1] == k.shape[1]
+        mask = merge_masks(
+            None if causal else attn_mask, key_padding_mask, q.shape, q.dtype, k.shape[1],
+            ("attn_mask", "key_padding_mask"),
+        )  # fmt: skip
+        out = dense.attention(
+            q, k, v, causal=causal, attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0, impl=self.impl,
+        )  # fmt: skip
+        merged = cast("Tensor", out).flatten(-2)
+        if not self.batch_first:
+            merged = merged.transpose(0, 1)
+        return F.linear(merged, self.out_proj.weight, self.out_proj.bias), None
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Queries, keys and values, each (..., H, D)."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        heads = (self.num_heads, self.head_dim)
+        if query is key is value:
+            return list(F.linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3))
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        given = zip((query, key, value), weight.chunk(3), biases, strict=True)
+        return [F.linear(*one).unflatten(-1, heads) for one in given]
+
+
+class _FeedForward(Fused):
+    """A layer whose _ff_block is linear1, GELU, linear2, with dropouts."""
+
+    last_dropout: str  # the name of the dropout behind linear2
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.get_submodule(self.last_dropout)(self._mlp(x))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        first, second = self.linear1, self.linear2
+        approximate = approximate_of(self.activation)
+        dropping = self.training and self.dropout.p > 0
+        if (
+            approximate is None
+            or dropping
+            or not self.fuses(x)
+            or not_plain(first, nn.Linear)
+            or not_plain(second, nn.Linear)
+        ):
+            return second(self.dropout(self.activation(first(x))))
+        return gelu_mlp(
+            x, first.weight, first.bias, second.weight, second.bias, approximate=approximate,
+            impl=self.impl,
+        )  # fmt: skip
+
+
+class DecoderLayer(_FeedForward):
+    """nn.TransformerDecoderLayer: the MLP as one op, without dropout inside. Its attention and its
+    norms are swapped by themselves."""
+
+    what = "linear, GELU, linear as one op"
+    last_dropout = "dropout3"
+
+
+class EncoderLayer(_FeedForward):
+    """nn.TransformerEncoderLayer: also each residual add, its dropout and the norm behind it."""
+
+    what = "residual adds with LayerNorm, and linear, GELU, linear, as one op each"
+    last_dropout = "dropout2"
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """As nn.TransformerEncoderLayer's."""
+        if not self.fuses(src) or src.is_nested or not self._norms_are_plain(src):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        given = {
+            "attn_mask": src_mask, "key_padding_mask": src_key_padding_mask,
+            "need_weights": False, "is_causal": is_causal and src_mask is not None,
+        }  # fmt: skip
+
+        def attended(x: Tensor) -> Tensor:
+            out: Tensor = self.self_attn(x, x, x, **given)[0]
+            return out
+
+        if self.norm_first:
+            y, x = self._add_norm(self.norm2, attended(self.norm1(src)), src, self.dropout1)
+            return x + self._ff_block(y)
+        x, _ = self._add_norm(self.norm1, attended(src), src, self.dropout1)
+        return self._add_norm(self.norm2, self._mlp(x), x, self.dropout2)[0]
+
+    def _norms_are_plain(self, x: Tensor) -> bool:
+        if self.impl == "auto" and x.numel() < _LEAST_NUMBERS:
+            return False
+        return not any(
+            not_plain(norm, nn.LayerNorm) or norm.weight is None or norm.weight.dtype != x.dtype
+            for norm in (self.norm1, self.norm2)
+        ) and not any(not_plain(drop, nn.Dropout) for drop in (self.dropout1, self.dropout2))
+
+    def _add_norm(
+        self, norm: Any, branch: Tensor, stream: Tensor, dropout: Any
+    ) -> tuple[Tensor, Tensor]:
+        """norm(s) and s = stream + dropout(branch)."""
+        y, s = layer_norm(
+            branch.to(stream.dtype), norm.weight, norm.bias, residual=stream,
+            dropout_p=dropout.p if self.training else 0.0, eps=norm.eps, prenorm=True,
+            impl=self.impl,
+        )  # fmt: skip
+        return y, s
+
+
+def match_attention(module: nn.Module) -> Match:
+    """The kind and its facts; or why the module is left alone; None where it is of another
+    class."""
+    if type(module) is not nn.MultiheadAttention:
+        return None
+    if not module._qkv_same_embed_dim:
+        return "keys or values have another width"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "add_bias_kv and add_zero_attn are not fused"
+    if module.head_dim > MAX_HEAD_DIM:
+        return f"heads are wider than {MAX_HEAD_DIM}"
+    return MultiheadAttention, {}
+
+
+def match_layer(module: nn.Module) -> Match:
+    """The kind and its facts; None where it is of another class."""
+    if type(module) is nn.TransformerEncoderLayer:
+        return EncoderLayer, {}
+    if type(module) is nn.TransformerDecoderLayer and approximate_of(module.activation):
+        return DecoderLayer, {}
+    return None
