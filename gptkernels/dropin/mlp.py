@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gptkernels.dropin.linear import transposed, weight_of
 from gptkernels.dropin.probe import agrees
 from gptkernels.dropin.swap import Fused, Match
-from gptkernels.nn.plain import not_plain, original_class, remember
+from gptkernels.nn.plain import class_name, not_plain, original_class, remember
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
 
 
@@ -49,10 +49,12 @@ def match(module: nn.Module) -> Match:
     """The kind and its facts; or why the module is left alone; None where it is no MLP."""
     children = dict(module.named_children())
     linear = tuple(name for name, child in children.items() if transposed(child) is not None)
-    if len(linear) != 2 or module._parameters or module._buffers or len(children) > 4:
-        return None
     if isinstance(module, nn.ModuleDict | nn.ModuleList):  # nobody calls it
         return None
+    if module._parameters or module._buffers or not 2 <= len(children) <= 4:
+        return None
+    if len(linear) != 2:
+        return _wrapped(children)
     first, second = (weight_of(children[name]) for name in linear)
     if first.dim() != 2 or first.shape != second.t().shape:
         return None
@@ -73,6 +75,20 @@ def match(module: nn.Module) -> Match:
         if agrees(module, _formula, (3, first.shape[1]), approximate=approximate, **facts):
             return MLP, {**facts, "approximate": approximate, "parts_of_op": tuple(inside)}
     return "its forward is not linear, GELU, linear and a dropout"
+
+
+def _wrapped(children: dict[str, nn.Module]) -> str | None:
+    """Of a module with a GELU, which child is in the place of a linear layer."""
+    if not any(_is_gelu(child) for child in children.values()):
+        return None
+    for name, child in children.items():
+        if transposed(child) is None and not _is_gelu(child) and type(child) is not nn.Dropout:
+            return f"{name} is a {class_name(child)}"
+    return None
+
+
+def _is_gelu(module: nn.Module) -> bool:
+    return "gelu" in type(module).__name__.lower()
 
 
 def _formula(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.dropin.mlp import approximate_of
-from gptkernels.dropin.swap import Fused, Match
+from gptkernels.dropin.swap import Fused, Match, with_mask
 from gptkernels.nn.masks import merge_masks
 from gptkernels.nn.plain import not_plain
 from gptkernels.ops.attention import dense
@@ -60,7 +60,7 @@ class MultiheadAttention(Fused):
         )  # fmt: skip
         out = dense.attention(
             q, k, v, causal=causal, attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0, impl=self.impl,
+            dropout_p=self.dropout if self.training else 0.0, impl=with_mask(self.impl, mask),
         )  # fmt: skip
         merged = cast("Tensor", out).flatten(-2)
         if not self.batch_first:

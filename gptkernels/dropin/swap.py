@@ -87,6 +87,12 @@ def is_swapped(module: nn.Module) -> bool:
     return type(type(module)) is _Swapped and "parts" in type(module).__dict__
 
 
+def with_mask(impl: str, mask: Tensor | None) -> str:
+    """The implementation of attention with this mask: the kernels for a GPU have none, and a model
+    that gets one now and then should go on."""
+    return "torch" if mask is not None and impl in ("triton", "cuda") else impl
+
+
 def few(x: Tensor, most: int) -> bool:
     """Whether x (..., C) has at most so many rows. Under torch.compile always False: a question
     about sizes would be one that the graph asks."""

@@ -25,7 +25,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gptkernels.core.choice import choose
-from gptkernels.dropin.swap import Fused, Match
+from gptkernels.dropin.swap import Fused, Match, with_mask
 from gptkernels.nn.plain import class_name
 from gptkernels.ops.attention import dense
 from gptkernels.ops.attention.decode import MOST_TOKENS, attention_decode
@@ -113,6 +113,7 @@ def _attend(
             impl=options["impl"],
         )  # fmt: skip
     else:
+        options["impl"] = with_mask(options["impl"], mask)
         out = dense.attention(
             q, k, v, causal=causal, key_lengths=lengths, attn_mask=mask, **options
         )
@@ -203,7 +204,7 @@ class _OwnMethod(Fused):
         mask = None if mask is None else mask[..., :Tk].to(q.dtype)
         out = dense.attention(
             q, k, v, causal=causal, window=(window, -1), attn_mask=mask, dropout_p=dropout,
-            softmax_scale=scale, impl=self.impl,
+            softmax_scale=scale, impl=with_mask(self.impl, mask),
         )  # fmt: skip
         return cast("Tensor", out).transpose(1, 2)
 
