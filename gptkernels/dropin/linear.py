@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptkernels.core.few_rows import MOST_ROWS
+from gptkernels.core.few_rows import MOST_ROWS, TRANSPOSED_ROWS
 from gptkernels.dropin.swap import Fused, Match, few
 from gptkernels.nn.linear import linear_of_few_rows
 from gptkernels.nn.plain import original_class
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
-# How many rows of a transposed weight the kernel takes in less time than PyTorch (docs/cpu.md).
-_TRANSPOSED_ROWS = {torch.float32: (2, MOST_ROWS), torch.bfloat16: (1, 8), torch.float16: (1, 8)}
 
 
 class Linear(Fused):
@@ -26,17 +24,19 @@ class Linear(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if torch.is_grad_enabled() or not few(x, MOST_ROWS) or not self._wins(x):
+        if torch.is_grad_enabled() or not few(x, MOST_ROWS) or loses(x, self.transposed):
             return super().forward(x)
         w = self.weight.t() if self.transposed else self.weight
         y = linear_of_few_rows(x, w, self.bias, self.impl)
         return super().forward(x) if y is None else y
 
-    def _wins(self, x: Tensor) -> bool:
-        if self.impl != "auto" or not self.transposed:
-            return True
-        least, most = _TRANSPOSED_ROWS.get(x.dtype, (1, 0))
-        return least * x.shape[-1] <= x.numel() <= most * x.shape[-1]
+
+def loses(x: Tensor, transposed: bool) -> bool:
+    """Whether x has few rows, and PyTorch's product with a transposed weight takes less time than
+    the kernel for them."""
+    if not transposed or not few(x, MOST_ROWS) or x.dtype not in TRANSPOSED_ROWS:
+        return False
+    return x.numel() // x.shape[-1] not in TRANSPOSED_ROWS[x.dtype]
 
 
 def transposed(module: nn.Module) -> bool | None:

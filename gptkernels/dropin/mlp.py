@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptkernels.dropin.linear import transposed, weight_of
+from gptkernels.dropin.linear import loses, transposed, weight_of
 from gptkernels.dropin.probe import agrees
 from gptkernels.dropin.swap import Fused, Match
 from gptkernels.nn.plain import class_name, not_plain, original_class, remember
@@ -24,11 +24,16 @@ class MLP(Fused):
     parts_of_op: tuple[tuple[str, type[nn.Module]], ...]  # the children that the op stands for
     dropout_name: str | None
     approximate: str
+    transposed: bool  # the first weight is (in, out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., C)."""
         children: dict[str, Any] = self._modules
-        if not self.fuses(x) or any(not_plain(children[n], kind) for n, kind in self.parts_of_op):
+        if (
+            not self.fuses(x)
+            or (self.impl == "auto" and loses(x, self.transposed))
+            or any(not_plain(children[n], kind) for n, kind in self.parts_of_op)
+        ):
             return super().forward(x)
         first, second = (children[name] for name in self.linear)
         y = gelu_mlp(
@@ -70,10 +75,16 @@ def match(module: nn.Module) -> Match:
             reason = not_plain(child, kind)
             if reason is not None:
                 return f"{name} {reason}"
+    across = {"transposed": transposed(children[linear[0]])}
     facts = {"linear": linear, "dropout_name": dropouts[0] if dropouts else None}
     for approximate in ("tanh", "none"):
         if agrees(module, _formula, (3, first.shape[1]), approximate=approximate, **facts):
-            return MLP, {**facts, "approximate": approximate, "parts_of_op": tuple(inside)}
+            return MLP, {
+                **facts,
+                **across,
+                "approximate": approximate,
+                "parts_of_op": tuple(inside),
+            }
     return "its forward is not linear, GELU, linear and a dropout"
 
 

@@ -13,10 +13,12 @@ computes their attention. transformers 4.57 and 5 are supported.
 from __future__ import annotations
 
 import inspect
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     causal_mask_function,
@@ -28,7 +30,6 @@ from gptkernels.core.choice import choose
 from gptkernels.dropin.swap import Fused, Match, with_mask
 from gptkernels.nn.plain import class_name
 from gptkernels.ops.attention import dense
-from gptkernels.ops.attention.decode import MOST_TOKENS, attention_decode
 from gptkernels.ops.attention.options import MAX_HEAD_DIM
 
 try:
@@ -37,6 +38,10 @@ except ImportError:  # transformers 4
     _active_collector = None  # type: ignore[assignment]
 
 NAME = "gptkernels"
+# True inside a forward that was asked for attention's weights.
+_WEIGHTS: ContextVar[bool] = ContextVar("gptkernels_weights", default=False)
+# With fewer numbers in q, "sdpa" takes less time.
+_LEAST_NUMBERS = 1 << 16
 # What some models pass beside the tensors, and the package's attention does not have.
 _REFUSED = ("s_aux", "position_bias", "cache", "head_mask", "output_attentions")
 
@@ -74,6 +79,13 @@ def attention(
             f"attn_implementation={NAME!r} has heads of up to {MAX_HEAD_DIM} and values as wide as "
             f"keys, got {query.shape[-1]} and {value.shape[-1]}; use attn_implementation='sdpa'"
         )
+    impl = getattr(module, "impl", "auto")
+    if impl == "auto" and not softcap and _is_pytorchs(query, attention_mask):
+        found, _ = sdpa_attention_forward(
+            module, query, key, value, _for_sdpa(attention_mask, key.shape[2]), dropout=dropout,
+            scaling=scaling, is_causal=is_causal, **others,
+        )  # fmt: skip
+        return found, None
     causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
     Tq = query.shape[2]
     if attention_mask is None and causal and Tq > 1:
@@ -82,13 +94,15 @@ def attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = _attend(
         q, k, v, attention_mask, causal=causal, dropout_p=dropout, softmax_scale=scaling,
-        softcap=softcap or 0.0, impl=getattr(module, "impl", "auto"),
+        softcap=softcap or 0.0, impl=impl,
     )  # fmt: skip
     return out, None
 
 
 def _weights_wanted() -> bool:
     """Whether the caller collects attention's weights, of which this attention has none."""
+    if _WEIGHTS.get():
+        return True
     collected = None if _active_collector is None else _active_collector.get()
     return collected is not None and any("attentions" in name for name in collected)
 
@@ -97,35 +111,35 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, **options: Any
 ) -> Tensor:
     """(B, Tq, H, D) of q, k and v that are laid out so too."""
-    Tq, Tk = q.shape[1], k.shape[1]
     lengths = None
     if mask is not None:
         causal = mask.dim() < 4
         if mask.dim() == 1:
             lengths, mask = mask, None
         else:
-            mask = mask[:, None, None] if causal else mask[..., :Tk]
-    if mask is None and Tq <= MOST_TOKENS and _decodes(q, k, v, causal, options):
-        if lengths is None:
-            lengths = torch.full((len(q),), Tk, dtype=torch.int32)
-        out = attention_decode(
-            q, k, v, lengths, softmax_scale=options["softmax_scale"], softcap=options["softcap"],
-            impl=options["impl"],
-        )  # fmt: skip
-    else:
-        options["impl"] = with_mask(options["impl"], mask)
-        out = dense.attention(
-            q, k, v, causal=causal, key_lengths=lengths, attn_mask=mask, **options
-        )
+            mask = mask[:, None, None] if causal else mask[..., : k.shape[1]]
+    options["impl"] = with_mask(options["impl"], mask)
+    out = dense.attention(q, k, v, causal=causal, key_lengths=lengths, attn_mask=mask, **options)
     return cast("Tensor", out)
 
 
-def _decodes(q: Tensor, k: Tensor, v: Tensor, causal: bool, options: dict[str, Any]) -> bool:
-    """Whether the kernel for a few queries over many keys takes them."""
-    if torch.compiler.is_compiling() or options["dropout_p"] or not (causal or q.shape[1] == 1):
-        return False
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return not grad and q.is_cpu and choose(options["impl"], q) == "cpu"
+def _is_pytorchs(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether impl="auto" leaves a call to "sdpa": where no kernel was measured to be faster, and
+    for few numbers and a single new token, where PyTorch's was (docs/dropin.md)."""
+    if mask is not None and mask.dim() < 4 and query.shape[2] > 1:
+        return False  # "sdpa" does not know these masks
+    if choose("auto", query) == "torch":
+        return True
+    return query.shape[2] == 1 or query.numel() < _LEAST_NUMBERS
+
+
+def _for_sdpa(mask: Tensor | None, keys: int) -> Tensor | None:
+    """The mask for a single query, in the form that "sdpa" takes."""
+    if mask is None or mask.dim() == 4:
+        return mask
+    if mask.dim() == 1:
+        mask = torch.arange(keys, device=mask.device) < mask[:, None]
+    return mask[:, None, None]
 
 
 def mask(**given: Any) -> Tensor | None:
@@ -181,6 +195,16 @@ class _OwnMethod(Fused):
     """An attention that computes itself, in a method `_attn` of q, k, v and masks."""
 
     what = "attention as one op"
+
+    def forward(self, *given: Any, **options: Any) -> Any:
+        """As the original's, which gives weights where they are asked for."""
+        if not options.get("output_attentions"):
+            return super().forward(*given, **options)
+        token = _WEIGHTS.set(True)
+        try:
+            return super().forward(*given, **options)
+        finally:
+            _WEIGHTS.reset(token)
 
     def _arguments(self, given: Any, options: Any) -> dict[str, Any] | None:
         """The arguments of a call of `_attn` by name; None where the original has to answer."""

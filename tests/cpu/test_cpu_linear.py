@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gptkernels.core import cpu, few_rows
-from gptkernels.core.few_rows import MOST_ROWS
+from gptkernels.core.few_rows import MOST_ROWS, TRANSPOSED_ROWS
 from gptkernels.nn.layers import CausalSelfAttention
 from gptkernels.nn.linear import call_linear
 from gptkernels.truth.parity import assert_parity
@@ -35,14 +35,20 @@ def linear_inputs(M: int, N: int, K: int, dtype: torch.dtype, seed: int = 0) -> 
     K=st.integers(1, 300),
     bias=st.booleans(),
     strided=st.booleans(),
+    transposed=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 def test_any_size(
-    isa: str, dtype: torch.dtype, M: int, N: int, K: int, bias: bool, strided: bool, seed: int
-) -> None:
+    isa: str, dtype: torch.dtype, M: int, N: int, K: int, bias: bool, strided: bool,
+    transposed: bool, seed: int,
+) -> None:  # fmt: skip
+    if transposed:
+        M = min(M, TRANSPOSED_ROWS[dtype][-1])
     x, w, b = linear_inputs(M, N, K, dtype, seed)
+    w = w.t().contiguous() if transposed else w
     if strided:
         x, w = (F.pad(tensor, (3, 2), value=torch.nan)[:, 3:-2] for tensor in (x, w))
+    w = w.t() if transposed else w
     tensors = dict(x=x, w=w, b=b if bias else None)
     assert_parity(few_rows.linear, own_copy, own_copy, tensors, gradients=False)
 
@@ -68,8 +74,28 @@ def test_a_row_has_the_same_bits_beside_any_others(
 
 
 @by_dtype
-def test_bits_do_not_depend_on_the_number_of_threads(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("N", "K"), [(2, 2), (17, 33), (49, 128), (1100, 300)])
+def test_a_transposed_weight_gives_the_same_bits_beside_any_others(
+    isa: str, dtype: torch.dtype, N: int, K: int
+) -> None:
+    """At the ends of vectors, and of the part that the cache holds."""
+    rows = TRANSPOSED_ROWS[dtype]
+    x, w, b = linear_inputs(rows[-1], N, K, dtype)
+    w = w.t().contiguous().t()
+    wanted = few_rows.linear(x, w, b)
+    for M in rows:
+        assert torch.equal(few_rows.linear(x[-M:], w, b), wanted[-M:])
+    for columns in (2, N // 2 + 1):
+        assert torch.equal(few_rows.linear(x, w[:columns], b[:columns]), wanted[:, :columns])
+
+
+@by_dtype
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bits_do_not_depend_on_the_number_of_threads(
+    isa: str, dtype: torch.dtype, transposed: bool
+) -> None:
     x, w, b = linear_inputs(5, 1001, 130, dtype)
+    w = w.t().contiguous().t() if transposed else w
     found = []
     for count in (1, 2, 7, 64):
         with threads(count):
@@ -80,12 +106,16 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa: str, dtype: torch.dtyp
 @by_dtype
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("K", [33, 64, 95])
-def test_not_a_number_stays_in_its_row(isa: str, dtype: torch.dtype, value: float, K: int) -> None:
-    x, w, b = linear_inputs(9, 70, K, dtype)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_not_a_number_stays_in_its_row(
+    isa: str, dtype: torch.dtype, value: float, K: int, transposed: bool
+) -> None:
+    x, w, b = linear_inputs(8, 70, K, dtype)
+    w = w.t().contiguous().t() if transposed else w
     clean = few_rows.linear(x, w, b)
     x[3, K - 1] = w[20, 0] = w[69, K - 1] = value
     found = few_rows.linear(x, w, b)
-    rows, columns = torch.arange(9) != 3, torch.arange(70)
+    rows, columns = torch.arange(8) != 3, torch.arange(70)
     columns = (columns != 20) & (columns != 69)
     assert torch.equal(found[rows][:, columns], clean[rows][:, columns])
     assert not found[3].isfinite().any()
@@ -99,7 +129,7 @@ def test_what_the_kernel_does_not_take_is_pytorchs(
 ) -> None:
     x, w, b = linear_inputs(*sizes, dtype)
     torch.testing.assert_close(few_rows.linear(x, w, b), F.linear(x, w, b))
-    w = w.t().contiguous().t()
+    w = torch.stack([w, w], -1)[..., 0]
     torch.testing.assert_close(few_rows.linear(x[:3], w, b), F.linear(x[:3], w, b))
 
 

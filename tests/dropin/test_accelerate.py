@@ -1,0 +1,549 @@
+"""`accelerate` and `restore`: what they change, what they leave, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import BF16, FP32
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import gptkernels
+from benchmarks.families import OTHERS, MinBlock, NanoAttention, NanoBlock, NanoNorm, NewGELU, Size
+from gptkernels.dropin import mlp, probe
+from gptkernels.dropin.swap import is_swapped, subclass
+
+ADD_IMPL = pytest.mark.parametrize("impl", ["torch", "cpu"])
+
+
+def block(**size: Any) -> NanoBlock:
+    torch.manual_seed(0)
+    return NanoBlock(Size(**size), bias=True)
+
+
+def x_of(T: int = 9, width: int = 64) -> Tensor:
+    return torch.randn(2, T, width)
+
+
+def swapped(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if is_swapped(module)}
+
+
+# What stays
+
+
+def test_a_model_keeps_everything_but_its_classes() -> None:
+    model = block()
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    classes = [type(module) for module in model.modules()]
+    gptkernels.accelerate(model)
+    assert swapped(model) == {
+        "ln_1", "ln_2", "attn", "attn.c_attn", "attn.c_proj", "mlp", "mlp.c_fc", "mlp.c_proj",
+    }  # fmt: skip
+    now = dict(model.named_parameters())
+    assert list(now) == list(parameters)
+    assert all(now[name] is parameters[name] for name in now)
+    assert list(model.state_dict()) == list(state)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == attributes
+    for module, kind in zip(model.modules(), classes, strict=True):
+        assert isinstance(module, kind)
+        assert type(module).__name__ == kind.__name__
+        assert type(module).__module__ == kind.__module__
+    gptkernels.restore(model)
+    assert [type(module) for module in model.modules()] == classes
+    gptkernels.restore(model)  # there is nothing more to undo
+    assert not swapped(model)
+
+
+def test_copies_and_pickles_are_accelerated_too() -> None:
+    model = block()
+    gptkernels.accelerate(model, impl="cpu")
+    x = x_of()
+    y = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert swapped(twin) == swapped(model)
+        assert torch.equal(twin(x), y)
+        gptkernels.restore(twin)
+        assert not swapped(twin)
+    kind = type(model.mlp)
+    assert pickle.loads(pickle.dumps(kind)) is kind
+    assert "gptkernels impl='cpu'" in repr(model)
+
+
+class Mine(subclass(mlp.MLP, nn.Sequential, "cpu", ())):  # type: ignore[misc]
+    """A subclass of a new class."""
+
+
+def test_somebodys_subclass_of_a_new_class_is_pickled_by_name() -> None:
+    assert pickle.loads(pickle.dumps(Mine)) is Mine
+
+
+def test_a_second_call_starts_anew() -> None:
+    model = block()
+    first = gptkernels.accelerate(model)
+    assert gptkernels.accelerate(model).rows == first.rows
+    gptkernels.accelerate(model, impl="torch", attention=False, mlps=False)
+    assert swapped(model) == {"ln_1", "ln_2"}
+    gptkernels.restore(model)
+    assert type(model.ln_1) is NanoNorm
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"norms": False, "mlps": False}, {"attn"}),
+        ({"attention": False, "mlps": False}, {"ln_1", "ln_2"}),
+        ({"attention": False, "norms": False},
+         {"mlp", "mlp.c_fc", "mlp.c_proj", "attn.c_attn", "attn.c_proj"}),
+    ],
+)  # fmt: skip
+def test_parts_can_be_left_out(given: dict[str, bool], names: set[str]) -> None:
+    model = block()
+    report = gptkernels.accelerate(model, **given)
+    assert swapped(model) == names == {row.name for row in report.swapped}
+
+
+def test_a_model_may_move_and_change_its_dtype_afterwards() -> None:
+    model = block()
+    gptkernels.accelerate(model, impl="cpu")
+    x = x_of().to(BF16)
+    moved = copy.deepcopy(model).to(BF16)
+    assert moved(x).dtype == BF16
+    assert swapped(moved) == swapped(model)
+    meta = copy.deepcopy(model).to("meta")
+    with pytest.raises(RuntimeError, match="impl='cpu': it runs on CPU tensors"):
+        meta(x_of().to("meta"))
+
+
+def test_shared_modules_and_tied_parameters_stay_so() -> None:
+    norm = nn.LayerNorm(8)
+    model = nn.ModuleDict({"a": norm, "b": norm, "c": nn.Linear(8, 5), "d": nn.Embedding(5, 8)})
+    model["c"].weight = model["d"].weight
+    report = gptkernels.accelerate(model)
+    assert [row.name for row in report.swapped] == ["a", "c"]
+    assert model["a"] is model["b"]
+    assert model["c"].weight is model["d"].weight
+
+
+# What is left alone, at once or later
+
+
+def test_hooks_are_called_as_before() -> None:
+    model, said = block(), []
+    x = x_of()
+    for name in ("mlp", "attn", "ln_1", "attn.c_attn", "attn.resid_dropout"):
+        hook = lambda module, given, out, name=name: said.append(name)  # noqa: E731
+        model.get_submodule(name).register_forward_hook(hook)
+    model.get_submodule("mlp.c_fc").register_forward_hook(lambda module, given, out: 1.5 * out)
+    y, order = model(x), list(said)
+    report = gptkernels.accelerate(model)
+    reasons = {row.name: row.why for row in report.left}
+    assert reasons == {"mlp": "c_fc has hooks"}
+    said.clear()
+    assert torch.allclose(model(x), y, atol=1e-5)
+    assert said == order
+
+
+def doubled(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+    return 2 * out
+
+
+@pytest.mark.parametrize(
+    ("path", "inside"), [("mlp.c_fc", "mlp"), ("mlp.gelu", "mlp"), ("attn.attn_dropout", "attn")]
+)
+def test_a_child_that_is_hooked_later_is_called(path: str, inside: str) -> None:
+    model = block(dropout=0.0)
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl="cpu")
+    x, called = x_of(), []
+    if path == "attn.attn_dropout":  # nanoGPT's own forward calls it without flash alone
+        model.attn = ours.attn = None  # type: ignore[assignment]
+        model.attn = NanoAttention(Size(), bias=True, flash=False)
+        ours.attn = copy.deepcopy(model.attn)
+        gptkernels.accelerate(ours, impl="cpu")
+    before = ours(x)
+    for network in (model, ours):
+        network.get_submodule(path).register_forward_hook(doubled)
+    ours.get_submodule(path).register_forward_hook(lambda *_: called.append(path))
+    assert torch.allclose(ours(x), model(x), atol=1e-5)
+    assert called == [path]
+    assert not torch.allclose(ours(x), before, atol=1e-3)
+
+
+class Halving(nn.Linear):
+    """A linear layer of a user's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def parametrised(model: NanoBlock) -> None:
+    parametrizations.weight_norm(model.mlp.c_fc)
+
+
+def pruned(model: NanoBlock) -> None:
+    prune.random_unstructured(model.mlp.c_proj, "weight", amount=0.5)
+
+
+def subclassed(model: NanoBlock) -> None:
+    model.mlp.c_proj = Halving(256, 64)
+
+
+def quantised(model: NanoBlock) -> None:
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+
+
+def another_forward(model: NanoBlock) -> None:
+    model.mlp.forward = lambda x: 3 * x  # type: ignore[method-assign]
+
+
+def another_activation(model: NanoBlock) -> None:
+    model.mlp.gelu = nn.ReLU()
+
+
+CHANGES = [parametrised, pruned, subclassed, another_forward, another_activation]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, quantised])
+@pytest.mark.filterwarnings("ignore:.*quantization.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:UserWarning")
+def test_what_was_changed_before_is_left_alone(change: Any) -> None:
+    model = block().eval()
+    change(model)
+    x = x_of()
+    with torch.no_grad():
+        y = model(x)
+        report = gptkernels.accelerate(model, impl="cpu")
+        assert torch.allclose(model(x), y, atol=1e-5)
+    assert "ln_1" in swapped(model)
+    assert "mlp" not in swapped(model)
+    if change is not quantised:
+        assert "mlp" in {row.name for row in report.left}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_afterwards_runs_as_it_is_then(change: Any) -> None:
+    model = block().eval()
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl="cpu")
+    for network in (model, ours):
+        torch.manual_seed(3)
+        change(network)
+    x = x_of()
+    assert torch.allclose(model(x), ours(x), atol=1e-5)
+
+
+def test_layers_of_this_package_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.LayerNorm(64), gptkernels.MLP(64, 256))
+    report = gptkernels.accelerate(model)
+    assert swapped(model) == {"0"}
+    assert [(row.name, row.why) for row in report.left] == [("1", "a layer of gptkernels")]
+
+
+# What a module computes decides, not how it is called
+
+
+class Wrong(nn.Module):
+    """Has an MLP's parts."""
+
+    def __init__(self, between: bool = False) -> None:
+        super().__init__()
+        self.c_fc, self.act, self.c_proj = nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)
+        self.drop, self.between = nn.Dropout(0.5), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.between:
+            return self.c_proj(self.drop(self.act(self.c_fc(x))))
+        return self.drop(self.c_proj(self.act(self.c_fc(x)))) + x
+
+
+class Functional(nn.Module):
+    """Drops out by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gelu, self.down = nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.dropout(self.gelu(self.up(x)), 0.5, self.training))
+
+
+class Failing(Functional):
+    """Cannot be run by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError("a context that is not there")
+
+
+class ScaledNorm(NanoNorm):
+    """A norm with another eps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-2)
+
+
+class OddGELU(nn.Module):
+    """A GELU by the logistic function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Bidirectional(NanoAttention):
+    """Sees what follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).movedim(-2, -4).unbind(-2)
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Wrong(), "its forward is not linear, GELU, linear and a dropout"),
+        (Wrong(between=True), "its forward is not linear, GELU, linear and a dropout"),
+        (Functional(), "its forward is not linear, GELU, linear and a dropout"),
+        (Failing(), "its forward is not linear, GELU, linear and a dropout"),
+        (nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)),
+         "its forward is not linear, GELU, linear and a dropout"),
+        (ScaledNorm(8, bias=True), "its forward is not that of a LayerNorm with an eps of 1e-5"),
+        (OddGELU(), "it is another function than GELU, exact or by tanh"),
+        (Bidirectional(Size(), bias=True, flash=False),
+         "its forward is not causal self-attention between c_attn and c_proj"),
+        (nn.LayerNorm((3, 4)), "only a LayerNorm of the last dimension with a weight is fused"),
+        (nn.LayerNorm(4, elementwise_affine=False),
+         "only a LayerNorm of the last dimension with a weight is fused"),
+        (nn.MultiheadAttention(8, 2, kdim=4), "keys or values have another width"),
+        (nn.MultiheadAttention(8, 2, add_bias_kv=True),
+         "add_bias_kv and add_zero_attn are not fused"),
+        (nn.MultiheadAttention(514, 2), "heads are wider than 256"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)  # fmt: skip
+def test_what_only_looks_like_it_is_left_alone(model: nn.Module, why: str) -> None:
+    holder = nn.ModuleDict({"it": model, "norm": nn.LayerNorm(3)})
+    report = gptkernels.accelerate(holder)
+    assert [(row.name, row.why) for row in report.left if row.name == "it"] == [("it", why)]
+    assert "it" not in swapped(holder)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@ADD_IMPL
+def test_a_sequence_of_linear_gelu_linear(impl: str, approximate: str, bias: bool) -> None:
+    model = nn.Sequential(
+        nn.Linear(40, 70, bias=bias), nn.GELU(approximate), nn.Linear(70, 40), nn.Dropout(0.5)
+    )
+    ours = copy.deepcopy(model)
+    report = gptkernels.accelerate(ours, impl=impl)
+    assert report.swapped[0].name == ""
+    x = torch.randn(300, 40)
+    for network in (model, ours):
+        torch.manual_seed(1)
+        network.y = network(x)
+    assert torch.allclose(model.y, ours.y, atol=1e-5)
+    assert float((ours.y == 0).double().mean()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_settings_that_differ_are_looked_at_again() -> None:
+    """What was found of one module holds for those with the same class, sizes and settings."""
+    probe._FOUND.clear()
+    right, wrong = Wrong(between=False), Wrong(between=True)
+    mlp.match(right)
+    known = len(probe._FOUND)
+    mlp.match(Wrong(between=False))
+    assert len(probe._FOUND) == known
+    mlp.match(wrong)
+    assert len(probe._FOUND) > known
+
+
+def test_a_probe_changes_nothing() -> None:
+    model = block(dropout=0.5)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    probe._FOUND.clear()
+    random = torch.get_rng_state()
+    gptkernels.accelerate(model)
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.training
+    assert model.attn.dropout == 0.5
+
+
+# Precision and dispatch
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_few_rows_of_a_linear_layer(dtype: torch.dtype) -> None:
+    model = nn.Linear(64, 48).to(dtype)
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl="cpu")
+    with torch.no_grad():
+        for rows in (0, 1, 5, 16, 17):
+            x = torch.randn(rows, 64, dtype=dtype)
+            assert torch.allclose(ours(x), model(x), rtol=2e-2, atol=1e-2)
+    x = torch.randn(3, 64, dtype=dtype, requires_grad=True)
+    assert ours(x).requires_grad
+
+
+def test_autocast_gives_the_dtypes_of_the_model() -> None:
+    model = block().eval()
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl="cpu")
+    x = x_of()
+    with torch.autocast("cpu", dtype=BF16):
+        y, z = model(x), ours(x)
+    assert y.dtype == z.dtype
+    assert torch.allclose(y, z, atol=0.1)
+
+
+def test_auto_asks_nothing_of_a_compiler() -> None:
+    model = block().eval()
+    gptkernels.accelerate(model)
+    x = x_of()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    assert torch.allclose(compiled(x), model(x), atol=1e-5)
+    assert torch.allclose(compiled(x_of(11)), model(x_of(11)), atol=math.inf)
+
+
+# Refused
+
+
+def test_refused_arguments() -> None:
+    model = block()
+    for given, error, message in (
+        ({"impl": "fast"}, ValueError, "impl must be"),
+        ({"norms": 1}, TypeError, "norms must be"),
+    ):
+        with pytest.raises(error, match=message):
+            gptkernels.accelerate(model, **given)
+    for function in (gptkernels.accelerate, gptkernels.restore):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+            function({})
+    assert not swapped(model)
+
+
+def test_a_model_with_nothing_to_swap_is_told_what_is_looked_for() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU())
+    with pytest.raises(ValueError, match=r"nothing to swap: .*nn\.LayerNorm.*it saw .*Conv2d"):
+        gptkernels.accelerate(model)
+
+
+def test_an_impl_that_cannot_run_is_refused_before_anything_is_touched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = block()
+    gptkernels.accelerate(model, impl="torch")
+    monkeypatch.setattr(
+        "gptkernels.dropin.accelerate.unavailable", lambda *given: "there is no compiler"
+    )
+    with pytest.raises(RuntimeError, match="impl='cpu': there is no compiler"):
+        gptkernels.accelerate(model, impl="cpu")
+    assert "impl='torch'" in repr(model)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, accelerated: bool
+) -> None:
+    model = block()
+    if accelerated:
+        gptkernels.accelerate(model, impl="torch")
+    before = repr(model)
+
+    def failing(module: nn.Module) -> None:
+        if type(module) is nn.Linear:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptkernels.dropin.mlp.match", failing)
+    with pytest.raises(KeyboardInterrupt):
+        gptkernels.accelerate(model)
+    assert repr(model) == before
+
+
+def test_the_report_shows_like_modules_in_a_line() -> None:
+    report = gptkernels.accelerate(OTHERS["minGPT"](Size()))
+    text = str(report)
+    assert text.splitlines()[0] == "gptkernels, impl='auto': 18 modules swapped, 0 left alone"
+    assert "2 x NewGELU" in text
+    assert "h.0.attn ..." in text
+    assert not [line for line in text.splitlines() if line != line.rstrip()]
+
+
+def test_masks_of_multihead_attention() -> None:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(64, 4, batch_first=True).eval()
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl="cpu")
+    q, k = torch.randn(2, 9, 64), torch.randn(2, 12, 64)
+    hidden = torch.rand(9, 12) < 0.3
+    hidden[:, 0] = False
+    padding = torch.zeros(2, 12, dtype=torch.bool)
+    padding[0, 8:] = True
+    each = hidden.repeat(8, 1, 1)
+    causal = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    added = torch.randn(9, 12)
+    for given in (
+        {}, {"attn_mask": hidden}, {"key_padding_mask": padding}, {"attn_mask": each},
+        {"attn_mask": added}, {"attn_mask": hidden, "key_padding_mask": padding},
+        {"attn_mask": added, "key_padding_mask": torch.zeros(2, 12).masked_fill(padding, -1e9)},
+    ):  # fmt: skip
+        y, z = (m(q, k, k, need_weights=False, **given)[0] for m in (model, ours))
+        assert torch.allclose(y, z, atol=1e-5), given
+    y, z = (m(q, q, q, attn_mask=causal, is_causal=True, need_weights=False)[0]
+            for m in (model, ours))  # fmt: skip
+    assert torch.allclose(y, z, atol=1e-5)
+    for given in ({}, {"need_weights": True}):
+        (y, v), (z, w) = (m(q, k, k, **given) for m in (model, ours))
+        assert torch.allclose(y, z, atol=1e-5)
+        assert torch.allclose(v, w, atol=1e-5)
+    unbatched = [m(q[0], k[0], k[0], need_weights=False)[0] for m in (model, ours)]
+    assert torch.allclose(*unbatched, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_decoder_of_pytorch(norm_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(
+        64, 4, 128, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_first
+    )
+    model = nn.TransformerDecoder(layer, 2)
+    ours = copy.deepcopy(model)
+    report = gptkernels.accelerate(ours, impl="cpu")
+    assert {"TransformerDecoderLayer", "MultiheadAttention"} <= {r.module for r in report.swapped}
+    x, memory = torch.randn(2, 9, 64), torch.randn(2, 7, 64)
+    mask = nn.Transformer.generate_square_subsequent_mask(9)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, 4:] = True
+    y, z = (m(x, memory, mask, memory_key_padding_mask=padding) for m in (model, ours))
+    assert torch.allclose(y, z, atol=1e-5)
+
+
+def test_an_encoder_layer_takes_padding_and_nested_tensors() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, 0.0, "gelu", batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl="cpu")
+    x, padding = torch.randn(3, 9, 64), torch.zeros(3, 9, dtype=torch.bool)
+    padding[1, 4:] = True
+    for grad in (False, True):  # without gradients PyTorch makes a nested tensor
+        with torch.set_grad_enabled(grad):
+            y, z = (m(x, src_key_padding_mask=padding) for m in (model, ours))
+        assert torch.allclose(y[~padding], z[~padding], atol=1e-5)
+
+
+def test_written_out_gelus_become_one_operator() -> None:
+    model = MinBlock(Size())
+    ours = MinBlock(Size())
+    ours.load_state_dict(model.state_dict())
+    gptkernels.accelerate(ours)
+    assert "mlp.act" in swapped(ours)
+    x = torch.randn(50, 64)
+    assert torch.allclose(NewGELU()(x), ours.mlp["act"](x), atol=1e-6)
