@@ -101,7 +101,7 @@ def attention(
 
 def _weights_wanted() -> bool:
     """Whether the caller collects attention's weights, of which this attention has none."""
-    if _WEIGHTS.get():
+    if not torch.compiler.is_compiling() and _WEIGHTS.get():
         return True
     collected = None if _active_collector is None else _active_collector.get()
     return collected is not None and any("attentions" in name for name in collected)
