@@ -184,20 +184,11 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
 
 
-class Registered(Fused):
-    """An attention that calls what its config's `_attn_implementation` names."""
-
-    what = "attention by attn_implementation='gptkernels'"
-    before: str  # what its config named before
-
-
-class _OwnMethod(Fused):
-    """An attention that computes itself, in a method `_attn` of q, k, v and masks."""
-
-    what = "attention as one op"
+class _Attention(Fused):
+    """An attention that notices when its weights are asked for."""
 
     def forward(self, *given: Any, **options: Any) -> Any:
-        """As the original's, which gives weights where they are asked for."""
+        """As the original's."""
         if not options.get("output_attentions"):
             return super().forward(*given, **options)
         token = _WEIGHTS.set(True)
@@ -205,6 +196,19 @@ class _OwnMethod(Fused):
             return super().forward(*given, **options)
         finally:
             _WEIGHTS.reset(token)
+
+
+class Registered(_Attention):
+    """An attention that calls what its config's `_attn_implementation` names."""
+
+    what = "attention by attn_implementation='gptkernels'"
+    before: str  # what its config named before
+
+
+class _OwnMethod(_Attention):
+    """An attention that computes itself, in a method `_attn` of q, k, v and masks."""
+
+    what = "attention as one op"
 
     def _arguments(self, given: Any, options: Any) -> dict[str, Any] | None:
         """The arguments of a call of `_attn` by name; None where the original has to answer."""

@@ -109,7 +109,7 @@ def test_what_a_mask_becomes() -> None:
         "batch_size": 2, "q_length": 9, "kv_length": 9, "q_offset": 0, "kv_offset": 0,
         "mask_function": registered.causal_mask_function,
     }  # fmt: skip
-    if "q_length" not in registered.sdpa_mask.__code__.co_varnames:  # transformers 4.57
+    if transformers.__version__.startswith("4"):
         given["cache_position"] = torch.arange(9)
         del given["q_length"], given["q_offset"]
     assert registered.mask(**given, attention_mask=there) is None
