@@ -5,7 +5,8 @@ products of a decode step, and what guessed tokens cost.
 
 GELU forward, and backward with the bias's gradient, beside PyTorch's. Then each op with dropout
 beside itself without: the ratio is what dropout costs. Then all linear layers of GPT-2 124M and its
-head, once each, as for the next token of so many texts: their weights come from memory. Then a step
+head, once each, as for the next token of so many texts: their weights come from memory; and the
+layers without the head where weights lie transposed, as Conv1D's. Then a step
 of GPT-2 124M behind 500 tokens, on four new tokens beside one: the ratio is what three guesses
 cost. Medians of rounds in which both take turns.
 """
@@ -103,6 +104,11 @@ def decode_step() -> Iterator[Pair]:
 
             plain, ours = (functools.partial(step, f) for f in (F.linear, few_rows.linear))
             yield f"products of a decode step, {rows} rows", dtype, plain, ours
+            if rows not in few_rows.TRANSPOSED_ROWS[dtype]:
+                continue
+            lying = [weight.t().contiguous().t() for weight in weights[:-1]]
+            plain, ours = (functools.partial(step, f, lying) for f in (F.linear, few_rows.linear))
+            yield f"the same, transposed, {rows} rows", dtype, plain, ours
 
 
 def main() -> None:

@@ -37,6 +37,11 @@ def _rows() -> Iterator[tuple[str, str, list[float]]]:
     yield "a training step, 4 layers of 384", eager, _steps("auto beside plain")
     compiled = "auto beside plain, compiled"
     yield "the same", "`torch.compile`", _steps(compiled)
+    for what, case in (
+        ("a step of transformers' GPT-2 124M, `accelerate`d", "step, dropout 0.1"),
+        ("its `generate`, 1 text", "generate, 1"),
+    ):
+        yield what, "the model untouched", _dropin(case)
     for texts in (1, 8):
         what = f"`generate`, GPT-2 124M, {texts} text{'s' if texts > 1 else ''}"
         yield what, "transformers", _generation(texts)
@@ -67,6 +72,15 @@ def _window() -> list[float]:
 
 def _steps(name: str) -> list[float]:
     return [_read(f"training_step_{dtype}")["ratios"][name] for dtype in _DTYPES]
+
+
+def _dropin(case: str) -> list[float]:
+    found = {
+        row["dtype"]: row["ratio"]
+        for row in _read("dropin")["rows"]
+        if (row["family"], row["what"]) == ("GPT-2 124M", case)
+    }
+    return [found[dtype] for dtype in _DTYPES]
 
 
 def _generation(texts: int) -> list[float]:

@@ -9,7 +9,12 @@ PyTorch impl="cpu" is, forward, and forward and backward together.
     python -m benchmarks.table --options benchmarks/results/attention_options_*.json
 
 One line for each option of attention, three columns for each file of benchmarks.attention_options:
-how many times as fast as PyTorch's two ways to say the same. A test holds the page to this.
+how many times as fast as PyTorch's two ways to say the same.
+
+    python -m benchmarks.table --dropin benchmarks/results/dropin.json
+
+The table of docs/dropin.md: how many times as fast accelerated models are as the same untouched.
+Tests hold the pages to these.
 """
 
 from __future__ import annotations
@@ -36,6 +41,19 @@ def table(paths: Sequence[Path | str]) -> Iterator[str]:
             for direction in ("forward", "forward+backward")
         ]
         yield f"| `{op}` {shape.removeprefix('B1 ')} | {dtype} | {' | '.join(cells)} |"
+
+
+def dropin_table(path: Path | str) -> Iterator[str]:
+    """Yields the lines of the table of accelerated models, in Markdown."""
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    found = {(row["family"], row["dtype"], row["what"]): row["ratio"] for row in rows}
+    columns = list(dict.fromkeys((row["dtype"], row["what"]) for row in rows))
+    columns.sort(key=lambda column: column[0])
+    yield f"| | {' | '.join(f'{dtype}, {what}' for dtype, what in columns)} |"
+    yield f"| --- |{' ---: |' * len(columns)}"
+    for family in dict.fromkeys(row["family"] for row in rows):
+        cells = [_cell(found.get((family, *column))) for column in columns]
+        yield f"| {family} | {' | '.join(cells)} |"
 
 
 def options_table(paths: Sequence[Path | str]) -> Iterator[str]:
@@ -74,5 +92,11 @@ def _cell(ratio: float | None) -> str:
 
 
 if __name__ == "__main__":
-    of_options = sys.argv[1:2] == ["--options"]
-    print("\n".join(options_table(sys.argv[2:]) if of_options else table(sys.argv[1:])))
+    match sys.argv[1:]:
+        case ["--options", *files]:
+            lines = options_table(files)
+        case ["--dropin", file]:
+            lines = dropin_table(file)
+        case files:
+            lines = table(files)
+    print("\n".join(lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +18,7 @@ from gptkernels.cli import installed
     help="attention, attention_varlen, attention_decode, gelu_mlp, layer_norm or "
     "transformer_layer.",
 )
-@click.argument("sizes", nargs=-1, metavar="[SIZES... DTYPE]")
+@click.argument("sizes", nargs=-1, metavar="[FOLDER | SIZES... DTYPE]")
 @click.option("--arch", help="sm80 or sm90; default: this machine's GPU, or sm90 without one.")
 @click.option("--kv-heads", type=int, help="attention*: heads of k and v; default: H.")
 @click.option("--window", type=int, nargs=2, help="attention*: keys left and right; -1: all.")
@@ -51,6 +52,9 @@ from gptkernels.cli import installed
 def command(op: str | None, sizes: tuple[str, ...], arch: str | None, **options: Any) -> None:
     """What is installed, what can run here, and what is missing.
 
+    `info FOLDER` shows what gptkernels.accelerate would do to the Hugging Face model in it, whose
+    weights are not read.
+
     --explain OP shows which CUDA C++ kernels would run for a problem, with tiles, stages, grid,
     waves and shared memory, and why the others would not. For a TransformerLayer it also shows
     which parts are not fused, and why. No GPU is needed. "attention*" below means the three
@@ -66,8 +70,15 @@ def command(op: str | None, sizes: tuple[str, ...], arch: str | None, **options:
     """
     given = {name: value for name, value in options.items() if value is not None}
     if op is None:
+        if len(sizes) == 1 and not (arch or given) and Path(sizes[0]).is_dir():
+            from gptkernels.cli import swaps
+
+            click.echo(swaps.report_of(Path(sizes[0])))
+            return
         if sizes or arch or given:
-            raise ValueError("sizes and options need --explain OP, which is missing")
+            raise ValueError(
+                "info takes nothing, a folder that exists, or --explain OP with sizes and options"
+            )
         click.echo("\n".join(installed.lines()))
         return
     from gptkernels.bench import dry_run

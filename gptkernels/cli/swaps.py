@@ -16,14 +16,19 @@ def report_of(folder: Path) -> Report:
     """Of the Hugging Face model that config.json in `folder` describes; no weights are read.
 
     Raises ImportError without transformers, FileNotFoundError where there is no config.json, and
-    ValueError where transformers does not know its model, and for one with nothing to swap.
+    ValueError for a model that transformers does not know, and for one with nothing to swap.
     """
     transformers: Any = optional(
         "transformers", "info FOLDER needs transformers: pip install transformers"
     )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"transformers does not know the model that {folder / 'config.json'} describes"
+        ) from error
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
     with torch.device("meta"):
         if named and named[0] is not None:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptkernels.core.checks import check_flag
+from gptkernels.core.checks import DTYPES, check_flag, dtype_name
 from gptkernels.core.choice import check_impl, unavailable
 from gptkernels.dropin import activation, linear, mlp, norm, pytorch
 from gptkernels.dropin import attention as written_out
+from gptkernels.dropin.probe import Probe
 from gptkernels.dropin.report import Report, Row
-from gptkernels.dropin.swap import Match, is_swapped, subclass
+from gptkernels.dropin.swap import Match, is_swapped, is_wrapped, subclass
 from gptkernels.nn.layers import FusedModule
 from gptkernels.nn.plain import class_name, not_plain, original_class, remember
 
@@ -69,22 +70,21 @@ def accelerate(
     for name, flag in (("attention", attention), ("norms", norms), ("mlps", mlps)):
         check_flag(name, flag)
     _check_runs(model, check_impl(impl))
-    matches: list[Callable[[nn.Module], Match]] = []
-    if attention and "transformers.modeling_utils" in sys.modules:
-        # A module of transformers is there only if the program has imported it.
-        from gptkernels.dropin import transformers
-
-        matches.append(transformers.match)
+    probe = Probe()
+    matches: list[Callable[[nn.Module, Probe], Match]] = []
     if attention:
+        theirs = _transformers()
+        matches += [] if theirs is None else [theirs.match]
         matches += [pytorch.match_attention, written_out.match]
+    matches.append(lambda module, _: pytorch.match_layer(module, norms, mlps))
     if norms:
-        matches += [norm.match]
+        matches.append(norm.match)
     if mlps:
-        matches += [pytorch.match_layer, mlp.match, activation.match, linear.match]
+        matches += [mlp.match, activation.match, linear.match]
     before = _swapped_classes(model)
     restore(model)
     try:
-        plan = list(_plan(model, matches, impl))
+        plan = list(_plan(model, matches, probe, impl))
         report = Report(impl, [row for row, *_ in plan])
         if not report.swapped:
             kinds = sorted({class_name(module) for module in model.modules()})
@@ -100,12 +100,19 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: every module gets its class back. Raises TypeError where `model` is no
-    nn.Module; a model that was not accelerated stays as it is."""
+    """Undo `accelerate`: every module gets its class back. A model that was not accelerated stays
+    as it is. Raises TypeError where `model` is no nn.Module, and RuntimeError where a module was
+    wrapped since in a way that changes its class."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for module, kind in _swapped_classes(model):
-        _announce(module, getattr(kind, "before", None))
+    for name, module in model.named_modules():
+        if is_wrapped(module):
+            raise RuntimeError(
+                f"{name or 'the model'} was wrapped after accelerate, by FSDP or a "
+                "parametrization: undo that first"
+            )
+    for module, _ in _swapped_classes(model):
+        _announce(module, False)
         module.__class__ = original_class(module)
 
 
@@ -116,17 +123,29 @@ def _swapped_classes(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]
 def _swap(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
     for module, kind in classes:
         module.__class__ = kind
-        _announce(module, "gptkernels" if hasattr(kind, "before") else None)
+        _announce(module, True)
 
 
-def _announce(module: Any, implementation: str | None) -> None:
-    """Writes to the config that transformers' attention reads which one is to run."""
-    if implementation is not None:
-        module.config._attn_implementation = implementation
+def _transformers() -> Any:
+    """The file for transformers' attention. None where the program has not imported transformers,
+    whose modules then are not there, or one without the registries."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    try:
+        from gptkernels.dropin import transformers
+    except ImportError:
+        return None
+    return transformers
+
+
+def _announce(module: nn.Module, accelerated: bool) -> None:
+    theirs = _transformers()
+    if theirs is not None and isinstance(module, theirs.Registered):
+        theirs.announce(module, accelerated)
 
 
 def _plan(
-    model: nn.Module, matches: list[Callable[[nn.Module], Match]], impl: str
+    model: nn.Module, matches: list[Callable[[nn.Module, Probe], Match]], probe: Probe, impl: str
 ) -> Iterator[tuple[Row, nn.Module, type[nn.Module] | None]]:
     """Yields, for each module of a known kind, its row, itself, and its new class or None."""
     ours: set[nn.Module] = set()
@@ -137,7 +156,7 @@ def _plan(
             ours.update(module.modules())  # what it holds is its own business
             yield Row(name, type(module).__name__, False, "a layer of gptkernels"), module, None
             continue
-        found: Match = next((said for match in matches if (said := match(module))), None)
+        found: Match = next((said for match in matches if (said := match(module, probe))), None)
         if found is None:
             continue
         title = type(module).__name__
@@ -170,6 +189,11 @@ def _check_runs(model: nn.Module, impl: str) -> None:
         return
     dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point} or {torch.float32}
     for dtype in sorted(dtypes, key=str):
+        if dtype not in DTYPES:
+            raise RuntimeError(
+                f"impl={impl!r} runs in float32, bfloat16 and float16, this model has "
+                f"{dtype_name(dtype)}"
+            )
         reasons = [unavailable(impl, device, dtype) for device in ("cpu", "cuda")]
         if all(reasons):
             here = 1 if impl in ("triton", "cuda") and torch.cuda.is_available() else 0

@@ -8,38 +8,44 @@ import torch
 from torch import Tensor, nn
 
 from gptkernels.core.few_rows import MOST_ROWS, TRANSPOSED_ROWS
-from gptkernels.dropin.swap import Fused, Match, few
+from gptkernels.dropin.probe import Probe
+from gptkernels.dropin.swap import Match, OneInput, few
 from gptkernels.nn.linear import linear_of_few_rows
 from gptkernels.nn.plain import original_class
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
-class Linear(Fused):
+class Linear(OneInput):
     """A linear layer: by the CPU kernel where rows are few and nothing needs a gradient, as in
     generation."""
 
     what = "few rows (generation) by a kernel that reads the weights once"
-    transposed: bool  # the weight is (in, out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fuses(self, x: Any) -> bool:
+        """The quickest questions first."""
+        return not torch.is_grad_enabled() and super().fuses(x) and few(x, MOST_ROWS)
+
+    def fused(self, x: Tensor) -> Tensor | None:
         """x (..., in) -> (..., out)."""
-        if torch.is_grad_enabled() or not few(x, MOST_ROWS) or loses(x, self.transposed):
-            return super().forward(x)
-        w = self.weight.t() if self.transposed else self.weight
-        y = linear_of_few_rows(x, w, self.bias, self.impl)
-        return super().forward(x) if y is None else y
+        impl, transposed = self._gptkernels.impl, self._gptkernels.transposed
+        if impl == "auto" and loses(x, transposed):
+            return None
+        return linear_of_few_rows(x, weight(self, transposed), self.bias, impl)
 
 
 def loses(x: Tensor, transposed: bool) -> bool:
-    """Whether x has few rows, and PyTorch's product with a transposed weight takes less time than
-    the kernel for them."""
-    if not transposed or not few(x, MOST_ROWS) or x.dtype not in TRANSPOSED_ROWS:
+    """Whether x has few rows, and PyTorch's product takes less time than the kernel for them: for
+    one row in float32, and for some numbers of rows where the weight is transposed."""
+    if not few(x, MOST_ROWS) or x.dtype not in TRANSPOSED_ROWS:
         return False
-    return x.numel() // x.shape[-1] not in TRANSPOSED_ROWS[x.dtype]
+    rows = x.numel() // max(x.shape[-1], 1)
+    if transposed:
+        return rows not in TRANSPOSED_ROWS[x.dtype]
+    return rows == 1 and x.dtype == torch.float32
 
 
-def transposed(module: nn.Module) -> bool | None:
+def is_transposed(module: nn.Module) -> bool | None:
     """Whether the weight of a linear layer is (in, out); None where `module` is none."""
     kind = original_class(module)
     if kind is nn.Linear:
@@ -49,14 +55,12 @@ def transposed(module: nn.Module) -> bool | None:
     return None
 
 
-def weight_of(module: Any) -> Tensor:
+def weight(module: Any, transposed: bool) -> Tensor:
     """The weight of a linear layer as (out, in), a view."""
-    return module.weight.t() if transposed(module) else module.weight
+    return module.weight.t() if transposed else module.weight
 
 
-def match(module: nn.Module) -> Match:
+def match(module: nn.Module, probe: Probe) -> Match:
     """The kind and its facts; None where it is no linear layer."""
-    across = transposed(module)
-    if across is None:
-        return None
-    return Linear, {"transposed": across}
+    transposed = is_transposed(module)
+    return None if transposed is None else (Linear, {"transposed": transposed})

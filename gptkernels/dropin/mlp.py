@@ -8,39 +8,38 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptkernels.dropin.linear import loses, transposed, weight_of
-from gptkernels.dropin.probe import agrees
-from gptkernels.dropin.swap import Fused, Match
+from gptkernels.dropin.linear import is_transposed, loses, weight
+from gptkernels.dropin.probe import Probe
+from gptkernels.dropin.swap import Match, OneInput
 from gptkernels.nn.plain import class_name, not_plain, original_class, remember
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
 
+_Linear = tuple[
+    tuple[str, bool], ...
+]  # names of the linear layers, and whether they lie transposed
 
-class MLP(Fused):
+
+class MLP(OneInput):
     """second(gelu(first(x))) as one op, and the module's dropout behind it. Where a child was
     hooked or replaced since, the module's own forward runs."""
 
     what = "linear, GELU, linear as one op"
-    linear: tuple[str, str]  # the names of the linear layers
-    parts_of_op: tuple[tuple[str, type[nn.Module]], ...]  # the children that the op stands for
-    dropout_name: str | None
-    approximate: str
-    transposed: bool  # the first weight is (in, out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fused(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., C)."""
-        children: dict[str, Any] = self._modules
-        if (
-            not self.fuses(x)
-            or (self.impl == "auto" and loses(x, self.transposed))
-            or any(not_plain(children[n], kind) for n, kind in self.parts_of_op)
-        ):
-            return super().forward(x)
-        first, second = (children[name] for name in self.linear)
+        swap, children = self._gptkernels, self._modules
+        if any(not_plain(children[name], kind) for name, kind in swap.stands_for):
+            return None
+        (first, across), (second, back) = swap.linear
+        if swap.impl == "auto" and loses(x, across):
+            return None
         y = gelu_mlp(
-            x, weight_of(first), first.bias, weight_of(second), second.bias,
-            approximate=self.approximate, impl=self.impl,
+            x if x.stride(-1) == 1 else x.contiguous(),
+            weight(children[first], across), children[first].bias,  # type: ignore[union-attr, arg-type]
+            weight(children[second], back), children[second].bias,  # type: ignore[union-attr, arg-type]
+            approximate=swap.approximate, impl=swap.impl,
         )  # fmt: skip
-        return y if self.dropout_name is None else children[self.dropout_name](y)
+        return y if swap.dropout is None else self.get_submodule(swap.dropout)(y)
 
 
 def approximate_of(activation: Any) -> str | None:
@@ -50,17 +49,18 @@ def approximate_of(activation: Any) -> str | None:
     return activation.approximate if not_plain(activation, nn.GELU) is None else None
 
 
-def match(module: nn.Module) -> Match:
+def match(module: nn.Module, probe: Probe) -> Match:
     """The kind and its facts; or why the module is left alone; None where it is no MLP."""
     children = dict(module.named_children())
-    linear = tuple(name for name, child in children.items() if transposed(child) is not None)
     if isinstance(module, nn.ModuleDict | nn.ModuleList):  # nobody calls it
         return None
     if module._parameters or module._buffers or not 2 <= len(children) <= 4:
         return None
+    lying = ((name, is_transposed(child)) for name, child in children.items())
+    linear = tuple((name, across) for name, across in lying if across is not None)
     if len(linear) != 2:
         return _wrapped(children)
-    first, second = (weight_of(children[name]) for name in linear)
+    first, second = (weight(children[name], across) for name, across in linear)
     if first.dim() != 2 or first.shape != second.t().shape:
         return None
     dropouts = [name for name, child in children.items() if type(child) is nn.Dropout]
@@ -69,22 +69,17 @@ def match(module: nn.Module) -> Match:
     inside = []
     for name, child in children.items():
         if name not in dropouts:
-            kind = original_class(child)
-            remember(kind)
+            kind = remember(original_class(child))
             inside.append((name, kind))
             reason = not_plain(child, kind)
             if reason is not None:
                 return f"{name} {reason}"
-    across = {"transposed": transposed(children[linear[0]])}
-    facts = {"linear": linear, "dropout_name": dropouts[0] if dropouts else None}
+    facts: dict[str, Any] = {"linear": linear, "dropout": dropouts[0] if dropouts else None}
+    C = first.shape[1]
     for approximate in ("tanh", "none"):
-        if agrees(module, _formula, (3, first.shape[1]), approximate=approximate, **facts):
-            return MLP, {
-                **facts,
-                **across,
-                "approximate": approximate,
-                "parts_of_op": tuple(inside),
-            }
+        shape = (2, 5 if C != 5 else 7, C)
+        if probe.agrees(module, _formula, shape, approximate=approximate, **facts):
+            return MLP, {**facts, "approximate": approximate, "stands_for": tuple(inside)}
     return "its forward is not linear, GELU, linear and a dropout"
 
 
@@ -93,7 +88,7 @@ def _wrapped(children: dict[str, nn.Module]) -> str | None:
     if not any(_is_gelu(child) for child in children.values()):
         return None
     for name, child in children.items():
-        if transposed(child) is None and not _is_gelu(child) and type(child) is not nn.Dropout:
+        if is_transposed(child) is None and not _is_gelu(child) and type(child) is not nn.Dropout:
             return f"{name} is a {class_name(child)}"
     return None
 
@@ -103,9 +98,10 @@ def _is_gelu(module: nn.Module) -> bool:
 
 
 def _formula(
-    module: Any, x: Tensor, linear: tuple[str, str], dropout_name: str | None, approximate: str
+    module: Any, x: Tensor, linear: _Linear, dropout: str | None, approximate: str
 ) -> Tensor:
-    first, second = (module.get_submodule(name) for name in linear)
-    h = F.linear(x, weight_of(first), first.bias)
-    y = F.linear(F.gelu(h, approximate=approximate), weight_of(second), second.bias)
-    return y if dropout_name is None else module.get_submodule(dropout_name)(y)
+    (first, across), (second, back) = linear
+    first, second = module.get_submodule(first), module.get_submodule(second)
+    h = F.linear(x, weight(first, across), first.bias)
+    y = F.linear(F.gelu(h, approximate=approximate), weight(second, back), second.bias)
+    return y if dropout is None else module.get_submodule(dropout)(y)

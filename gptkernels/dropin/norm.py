@@ -10,45 +10,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.core.autocast import autocast_enabled
-from gptkernels.dropin.probe import agrees
-from gptkernels.dropin.swap import Fused, Match
+from gptkernels.dropin.probe import Probe
+from gptkernels.dropin.swap import Match, OneInput
 from gptkernels.ops.layer_norm.op import layer_norm
 
 # With fewer numbers PyTorch's call takes less time than the op's, and in float32 with any
-# (docs/cpu.md).
+# (docs/dropin.md).
 _LEAST_NUMBERS = 1 << 17
 _NANOGPT_EPS = 1e-5
 
 
-class LayerNorm(Fused):
+class LayerNorm(OneInput):
     """A LayerNorm of the last dimension."""
 
     what = "LayerNorm as one op"
-    epsilon: float | None  # None: the module's own .eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., C)."""
-        # First what is asked of every token that is generated.
-        if self.impl == "auto" and (x.dtype == torch.float32 or x.numel() < _LEAST_NUMBERS):
-            return super().forward(x)
-        weight, bias = self.weight, self.bias
-        if (
-            not self.fuses(x)
-            or autocast_enabled(x)
-            or weight.dtype != x.dtype
-            or x.shape[-1:] != weight.shape
+    def fuses(self, x: Any) -> bool:
+        """Asked for every token that is generated: the quickest question first."""
+        if self._gptkernels.impl == "auto" and (
+            x.dtype == torch.float32 or x.numel() < _LEAST_NUMBERS
         ):
-            return super().forward(x)
-        eps = self.eps if self.epsilon is None else self.epsilon
-        return cast("Tensor", layer_norm(x, weight, bias, eps=eps, impl=self.impl))
+            return False
+        return super().fuses(x)
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """x (..., C) -> (..., C)."""
+        weight, bias = self.weight, self.bias
+        if autocast_enabled(x) or weight.dtype != x.dtype or x.shape[-1:] != weight.shape:
+            return None
+        known, impl = self._gptkernels.eps, self._gptkernels.impl
+        eps = self.eps if known is None else known
+        return cast("Tensor", layer_norm(x, weight, bias, eps=eps, impl=impl))
 
 
-def match(module: nn.Module) -> Match:
+def match(module: nn.Module, probe: Probe) -> Match:
     """The kind and its facts; or why the module is left alone; None where it is no LayerNorm."""
     if type(module) is nn.LayerNorm:
         if module.weight is None or len(module.normalized_shape) != 1:
             return "only a LayerNorm of the last dimension with a weight is fused"
-        return LayerNorm, {"epsilon": None}
+        return LayerNorm, {"eps": None}  # its own, which may be changed
     names = {name for name, parameter in module._parameters.items() if parameter is not None}
     if "norm" not in type(module).__name__.lower() or "weight" not in names:
         return None
@@ -57,9 +57,9 @@ def match(module: nn.Module) -> Match:
     shape = cast("Tensor", module.weight).shape
     if len(shape) != 1:
         return None
-    if not agrees(module, _formula, (4, *shape)):
+    if not probe.agrees(module, _formula, (2, 5 if shape[0] != 5 else 7, *shape)):
         return "its forward is not that of a LayerNorm with an eps of 1e-5"
-    return LayerNorm, {"epsilon": _NANOGPT_EPS}
+    return LayerNorm, {"eps": _NANOGPT_EPS}
 
 
 def _formula(module: Any, x: Tensor) -> Tensor:

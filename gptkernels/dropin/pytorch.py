@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.dropin.mlp import approximate_of
-from gptkernels.dropin.swap import Fused, Match, with_mask
+from gptkernels.dropin.probe import Probe
+from gptkernels.dropin.swap import Fused, Match, dropout_p, with_mask
 from gptkernels.nn.masks import merge_masks
 from gptkernels.nn.plain import not_plain
 from gptkernels.ops.attention import dense
@@ -17,7 +18,7 @@ from gptkernels.ops.attention.options import MAX_HEAD_DIM
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
 from gptkernels.ops.layer_norm.op import layer_norm
 
-# With fewer numbers in x, PyTorch's add and LayerNorm take less time than the op (docs/cpu.md).
+# With fewer numbers in x, PyTorch's add and LayerNorm take less time than the op (docs/dropin.md).
 _LEAST_NUMBERS = 1 << 17
 
 
@@ -41,8 +42,7 @@ class MultiheadAttention(Fused):
         """As nn.MultiheadAttention's."""
         if (
             need_weights
-            or not self.fuses(query)
-            or any(x.dim() != 3 or x.is_nested for x in (query, key, value))
+            or not all(self.fuses(x) and x.dim() == 3 for x in (query, key, value))
             or key.shape != value.shape
             or (is_causal and attn_mask is None)
         ):
@@ -50,8 +50,9 @@ class MultiheadAttention(Fused):
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
-        given = (query, key, value)
-        q, k, v = (x if self.batch_first else x.transpose(0, 1) for x in self._project(*given))
+        q, k, v = (
+            x if self.batch_first else x.transpose(0, 1) for x in self._project(query, key, value)
+        )
         # As in PyTorch: the hint replaces the mask where that is all there is.
         causal = is_causal and key_padding_mask is None and q.shape[1] == k.shape[1]
         mask = merge_masks(
@@ -60,7 +61,8 @@ class MultiheadAttention(Fused):
         )  # fmt: skip
         out = dense.attention(
             q, k, v, causal=causal, attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0, impl=with_mask(self.impl, mask),
+            dropout_p=self.dropout if self.training else 0.0,
+            impl=with_mask(self._gptkernels.impl, mask),
         )  # fmt: skip
         merged = cast("Tensor", out).flatten(-2)
         if not self.batch_first:
@@ -78,45 +80,39 @@ class MultiheadAttention(Fused):
         return [F.linear(*one).unflatten(-1, heads) for one in given]
 
 
-class _FeedForward(Fused):
-    """A layer whose _ff_block is linear1, GELU, linear2, with dropouts."""
+class FeedForward(Fused):
+    """A layer whose _ff_block is linear1, GELU, linear2, with dropouts: as one op where the one
+    inside drops nothing."""
 
-    last_dropout: str  # the name of the dropout behind linear2
+    what = "linear, GELU, linear as one op"
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        return self.get_submodule(self.last_dropout)(self._mlp(x))
+        y: Tensor = self.get_submodule(self._gptkernels.last_dropout)(self._mlp(x))
+        return y
 
     def _mlp(self, x: Tensor) -> Tensor:
         first, second = self.linear1, self.linear2
-        approximate = approximate_of(self.activation)
-        dropping = self.training and self.dropout.p > 0
+        approximate = approximate_of(self.activation) if self._gptkernels.mlps else None
         if (
             approximate is None
-            or dropping
+            or dropout_p(self.dropout) != 0
             or not self.fuses(x)
             or not_plain(first, nn.Linear)
             or not_plain(second, nn.Linear)
         ):
-            return second(self.dropout(self.activation(first(x))))
+            y: Tensor = second(self.dropout(self.activation(first(x))))
+            return y
         return gelu_mlp(
-            x, first.weight, first.bias, second.weight, second.bias, approximate=approximate,
-            impl=self.impl,
+            x if x.stride(-1) == 1 else x.contiguous(), first.weight, first.bias, second.weight,
+            second.bias, approximate=approximate, impl=self._gptkernels.impl,
         )  # fmt: skip
 
 
-class DecoderLayer(_FeedForward):
-    """nn.TransformerDecoderLayer: the MLP as one op, without dropout inside. Its attention and its
-    norms are swapped by themselves."""
+class EncoderLayer(FeedForward):
+    """nn.TransformerEncoderLayer: each residual add, its dropout and the norm behind it as one
+    op."""
 
-    what = "linear, GELU, linear as one op"
-    last_dropout = "dropout3"
-
-
-class EncoderLayer(_FeedForward):
-    """nn.TransformerEncoderLayer: also each residual add, its dropout and the norm behind it."""
-
-    what = "residual adds with LayerNorm, and linear, GELU, linear, as one op each"
-    last_dropout = "dropout2"
+    what = "residual adds with LayerNorm as one op each"
 
     def forward(
         self,
@@ -126,44 +122,45 @@ class EncoderLayer(_FeedForward):
         is_causal: bool = False,
     ) -> Tensor:
         """As nn.TransformerEncoderLayer's."""
-        if not self.fuses(src) or src.is_nested or not self._norms_are_plain(src):
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        given = {
-            "attn_mask": src_mask, "key_padding_mask": src_key_padding_mask,
-            "need_weights": False, "is_causal": is_causal and src_mask is not None,
-        }  # fmt: skip
+        p1, p2 = dropout_p(self.dropout1), dropout_p(self.dropout2)
+        if not self.fuses(src) or p1 is None or p2 is None or not self._adds(src):
+            found: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
+            return found
 
         def attended(x: Tensor) -> Tensor:
-            out: Tensor = self.self_attn(x, x, x, **given)[0]
-            return out
+            y: Tensor = self.self_attn(
+                x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask,
+                need_weights=False, is_causal=is_causal,
+            )[0]  # fmt: skip
+            return y
 
         if self.norm_first:
-            y, x = self._add_norm(self.norm2, attended(self.norm1(src)), src, self.dropout1)
+            y, x = self._add_norm(self.norm2, attended(self.norm1(src)), src, p1)
             return x + self._ff_block(y)
-        x, _ = self._add_norm(self.norm1, attended(src), src, self.dropout1)
-        return self._add_norm(self.norm2, self._mlp(x), x, self.dropout2)[0]
+        x, _ = self._add_norm(self.norm1, attended(src), src, p1)
+        return self._add_norm(self.norm2, self._mlp(x), x, p2)[0]
 
-    def _norms_are_plain(self, x: Tensor) -> bool:
-        if self.impl == "auto" and x.numel() < _LEAST_NUMBERS:
+    def _adds(self, x: Tensor) -> bool:
+        """Whether the op adds to x and norms."""
+        if self._gptkernels.impl == "auto" and x.numel() < _LEAST_NUMBERS:
             return False
         return not any(
             not_plain(norm, nn.LayerNorm) or norm.weight is None or norm.weight.dtype != x.dtype
             for norm in (self.norm1, self.norm2)
-        ) and not any(not_plain(drop, nn.Dropout) for drop in (self.dropout1, self.dropout2))
+        )
 
     def _add_norm(
-        self, norm: Any, branch: Tensor, stream: Tensor, dropout: Any
+        self, norm: Any, branch: Tensor, stream: Tensor, dropout: float
     ) -> tuple[Tensor, Tensor]:
         """norm(s) and s = stream + dropout(branch)."""
         y, s = layer_norm(
-            branch.to(stream.dtype), norm.weight, norm.bias, residual=stream,
-            dropout_p=dropout.p if self.training else 0.0, eps=norm.eps, prenorm=True,
-            impl=self.impl,
+            branch.to(stream.dtype), norm.weight, norm.bias, residual=stream, dropout_p=dropout,
+            eps=norm.eps, prenorm=True, impl=self._gptkernels.impl,
         )  # fmt: skip
         return y, s
 
 
-def match_attention(module: nn.Module) -> Match:
+def match_attention(module: nn.Module, probe: Probe) -> Match:
     """The kind and its facts; or why the module is left alone; None where it is of another
     class."""
     if type(module) is not nn.MultiheadAttention:
@@ -177,10 +174,14 @@ def match_attention(module: nn.Module) -> Match:
     return MultiheadAttention, {}
 
 
-def match_layer(module: nn.Module) -> Match:
-    """The kind and its facts; None where it is of another class."""
-    if type(module) is nn.TransformerEncoderLayer:
-        return EncoderLayer, {}
-    if type(module) is nn.TransformerDecoderLayer and approximate_of(module.activation):
-        return DecoderLayer, {}
-    return None
+def match_layer(module: nn.Module, norms: bool, mlps: bool) -> Match:
+    """The kind and its facts; None where it is of another class, or has nothing of what is
+    wanted."""
+    encoder = type(module) is nn.TransformerEncoderLayer
+    if not encoder and type(module) is not nn.TransformerDecoderLayer:
+        return None
+    mlps = mlps and approximate_of(module.activation) is not None
+    facts = {"mlps": mlps, "last_dropout": "dropout2" if encoder else "dropout3"}
+    if encoder and norms:
+        return EncoderLayer, facts
+    return (FeedForward, facts) if mlps else None

@@ -3,44 +3,76 @@
 The new class is a subclass of the module's own, with one method more: a forward (or another method)
 that runs an op of this package where that gives the same result, and calls the original one where
 it would not. The module itself stays as it was: its parameters, buffers, hooks and attributes are
-not touched, and what the new class has to know (`impl`, names of children) is in the class. The
-class has the name of the original, since programs look for names.
+not touched, and what the new class has to know (`impl`, names of children) is in one attribute of
+the class, `_gptkernels`. The class has the name of the original, since programs look for names.
 """
 
 from __future__ import annotations
 
 import copyreg
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from gptkernels.core.checks import DTYPES
 from gptkernels.core.choice import choose
+from gptkernels.nn.plain import not_plain
 
 
 class Fused(nn.Module):
     """Base of the kinds of swapped modules. A new class has the kind before the original, so that
-    super() in a kind is the original."""
+    super() in a kind is the original.
 
-    impl: ClassVar[str]
-    original: ClassVar[Any]  # the module's class before
+    `_gptkernels` has the attributes impl, original (the module's class before) and forward (that
+    of the original when it was swapped), and the facts that the kind's `match` found.
+    """
+
     what: ClassVar[str]  # what the kind does, in a few words
+    _gptkernels: ClassVar[Any]
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
             """Attributes of the original."""
 
-    def fuses(self, x: Tensor) -> bool:
+    def fuses(self, x: Any) -> bool:
         """Whether the op is to run on x: always where an implementation was named, else where the
-        package has one that was measured to be faster."""
-        return self.impl != "auto" or choose("auto", x) != "torch"
+        package has one that was measured to be faster; but not for tensors that the ops do not
+        take, and not where somebody has patched the original class since."""
+        swap = self._gptkernels
+        if (
+            type(x) not in (Tensor, nn.Parameter)
+            or x.dtype not in DTYPES
+            or x.is_nested
+            or torch._C._are_functorch_transforms_active()
+            or swap.original.forward is not swap.forward
+        ):
+            return False
+        return swap.impl != "auto" or choose("auto", x) != "torch"
 
     def extra_repr(self) -> str:
         """What repr shows."""
         own = super().extra_repr()
-        return f"{own}{', ' if own else ''}gptkernels impl={self.impl!r}"
+        return f"{own}{', ' if own else ''}gptkernels impl={self._gptkernels.impl!r}"
+
+
+class OneInput(Fused):
+    """A kind whose forward takes one tensor. A call with anything else is the original's."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """As the original's."""
+        if len(given) == 1 and not named and self.fuses(given[0]):
+            y = self.fused(given[0])
+            if y is not None:
+                return y
+        return super().forward(*given, **named)
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The result by the op; None where the original has to compute it."""
+        raise NotImplementedError
 
 
 # What a file's `match` says of a module: the kind and the facts about it; why it is left alone; or
@@ -58,15 +90,14 @@ class _Swapped(type):
 def subclass(
     kind: type[Fused], original: type[nn.Module], impl: str, facts: tuple[tuple[str, Any], ...]
 ) -> type[nn.Module]:
-    """The subclass of `original` that does what `kind` says. facts: class attributes of it."""
+    """The subclass of `original` that does what `kind` says."""
+    swap = SimpleNamespace(impl=impl, original=original, forward=original.forward, **dict(facts))
     content = {
         "parts": (kind, original, impl, facts),
-        "impl": impl,
-        "original": original,
+        "_gptkernels": swap,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        **dict(facts),
     }
     made: Any = _Swapped(original.__name__, (kind, original), content)
     return made
@@ -85,6 +116,25 @@ copyreg.pickle(_Swapped, _reduce)
 def is_swapped(module: nn.Module) -> bool:
     """Whether the class of `module` is one of the new ones."""
     return type(type(module)) is _Swapped and "parts" in type(module).__dict__
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether the class of `module` is somebody's subclass of a new one, as FSDP makes them."""
+    return type(type(module)) is _Swapped and "parts" not in type(module).__dict__
+
+
+def impl_of(module: nn.Module) -> str:
+    """The implementation that `module` was swapped for; "auto" for any other module."""
+    swap = getattr(type(module), "_gptkernels", None)
+    return "auto" if swap is None else str(swap.impl)
+
+
+def dropout_p(child: nn.Module) -> float | None:
+    """What an nn.Dropout drops now; None where it is something else, or hooked, and has to be
+    called."""
+    if not_plain(child, nn.Dropout) is not None:
+        return None
+    return cast("nn.Dropout", child).p if child.training else 0.0
 
 
 def with_mask(impl: str, mask: Tensor | None) -> str:

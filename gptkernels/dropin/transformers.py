@@ -26,8 +26,11 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gptkernels.core.autocast import autocast_dtype
+from gptkernels.core.checks import DTYPES
 from gptkernels.core.choice import choose
-from gptkernels.dropin.swap import Fused, Match, with_mask
+from gptkernels.dropin.probe import Probe
+from gptkernels.dropin.swap import Fused, Match, dropout_p, impl_of, with_mask
 from gptkernels.nn.plain import class_name
 from gptkernels.ops.attention import dense
 from gptkernels.ops.attention.options import MAX_HEAD_DIM
@@ -43,7 +46,7 @@ _WEIGHTS: ContextVar[bool] = ContextVar("gptkernels_weights", default=False)
 # With fewer numbers in q, "sdpa" takes less time.
 _LEAST_NUMBERS = 1 << 16
 # What some models pass beside the tensors, and the package's attention does not have.
-_REFUSED = ("s_aux", "position_bias", "cache", "head_mask", "output_attentions")
+_LACKING = ("s_aux", "position_bias", "cache", "head_mask")
 
 
 def attention(
@@ -63,40 +66,51 @@ def attention(
 
     attention_mask: None; a causal one of `mask`, (B,) int32, how many keys each text has, or
     (B, Tk) bool, which keys exist; or (B, 1 or H, Tq, Tk), bool or added to the scores, which says
-    all that is hidden.
-    `module.impl` names the implementation, where there is one. Raises NotImplementedError for an
-    argument that the package's attention has not, and what `gptkernels.attention` raises.
+    all that is hidden. In an accelerated model "sdpa", which ran there before, computes what this
+    attention does not have. Raises NotImplementedError for such an argument anywhere else and
+    wherever attention's weights are asked for, and what `gptkernels.attention` raises.
     """
-    if _weights_wanted():
-        others["output_attentions"] = True
-    for name in _REFUSED:
-        if others.get(name) is not None and others[name] is not False:
-            raise NotImplementedError(
-                f"attn_implementation={NAME!r} has no {name}; use attn_implementation='eager'"
-            )
-    if query.shape[-1] > MAX_HEAD_DIM or key.shape != value.shape:
+    if others.get("output_attentions") or _weights_wanted():
         raise NotImplementedError(
-            f"attn_implementation={NAME!r} has heads of up to {MAX_HEAD_DIM} and values as wide as "
-            f"keys, got {query.shape[-1]} and {value.shape[-1]}; use attn_implementation='sdpa'"
+            f"attn_implementation={NAME!r} has no output_attentions; use "
+            "attn_implementation='eager'"
         )
-    impl = getattr(module, "impl", "auto")
-    if impl == "auto" and not softcap and _is_pytorchs(query, attention_mask):
-        found, _ = sdpa_attention_forward(
-            module, query, key, value, _for_sdpa(attention_mask, key.shape[2]), dropout=dropout,
-            scaling=scaling, is_causal=is_causal, **others,
+    reason = _lacking(query, key, value, others)
+    if reason is not None and not hasattr(type(module), "_gptkernels"):
+        raise NotImplementedError(f"attn_implementation={NAME!r} {reason}")
+    impl = impl_of(module)
+    if reason is not None or (impl == "auto" and not softcap and _is_pytorchs(query)):
+        return sdpa_attention_forward(
+            module, query, key, value, _for_sdpa(attention_mask, query, key), dropout=dropout,
+            scaling=scaling, is_causal=is_causal, softcap=softcap, **others,
         )  # fmt: skip
-        return found, None
     causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
     Tq = query.shape[2]
     if attention_mask is None and causal and Tq > 1:
         # A static cache has more places than keys so far. The first texts fill its beginning.
         key, value = key[:, :, :Tq], value[:, :, :Tq]
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    dtype = autocast_dtype(query)  # rotary embeddings leave q and k wide
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     out = _attend(
         q, k, v, attention_mask, causal=causal, dropout_p=dropout, softmax_scale=scaling,
         softcap=softcap or 0.0, impl=impl,
     )  # fmt: skip
     return out, None
+
+
+def _lacking(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) -> str | None:
+    """What a call has that the package's attention has not; None where that is nothing."""
+    for name in _LACKING:
+        if others.get(name) is not None:
+            return f"has no {name}; use attn_implementation='eager'"
+    if query.shape[-1] > MAX_HEAD_DIM or key.shape != value.shape:
+        return (
+            f"has heads of up to {MAX_HEAD_DIM} and values as wide as keys, got "
+            f"{query.shape[-1]} and {value.shape[-1]}; use attn_implementation='sdpa'"
+        )
+    if query.shape[0] != key.shape[0] or query.dtype not in DTYPES:
+        return "has q, k and v of one batch in float32, bfloat16 or float16"
+    return None
 
 
 def _weights_wanted() -> bool:
@@ -123,23 +137,22 @@ def _attend(
     return cast("Tensor", out)
 
 
-def _is_pytorchs(query: Tensor, mask: Tensor | None) -> bool:
+def _is_pytorchs(query: Tensor) -> bool:
     """Whether impl="auto" leaves a call to "sdpa": where no kernel was measured to be faster, and
     for few numbers and a single new token, where PyTorch's was (docs/dropin.md)."""
-    if mask is not None and mask.dim() < 4 and query.shape[2] > 1:
-        return False  # "sdpa" does not know these masks
     if choose("auto", query) == "torch":
         return True
     return query.shape[2] == 1 or query.numel() < _LEAST_NUMBERS
 
 
-def _for_sdpa(mask: Tensor | None, keys: int) -> Tensor | None:
-    """The mask for a single query, in the form that "sdpa" takes."""
+def _for_sdpa(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask in a form that "sdpa" takes."""
     if mask is None or mask.dim() == 4:
         return mask
-    if mask.dim() == 1:
-        mask = torch.arange(keys, device=mask.device) < mask[:, None]
-    return mask[:, None, None]
+    Tq, Tk = query.shape[2], key.shape[2]
+    places = torch.arange(Tk, device=mask.device)
+    there = places < mask[:, None] if mask.dim() == 1 else mask
+    return there[:, None, None] & (places <= places[Tk - Tq :, None])
 
 
 def mask(**given: Any) -> Tensor | None:
@@ -202,7 +215,6 @@ class Registered(_Attention):
     """An attention that calls what its config's `_attn_implementation` names."""
 
     what = "attention by attn_implementation='gptkernels'"
-    before: str  # what its config named before
 
 
 class _OwnMethod(_Attention):
@@ -210,29 +222,27 @@ class _OwnMethod(_Attention):
 
     what = "attention as one op"
 
-    def _arguments(self, given: Any, options: Any) -> dict[str, Any] | None:
-        """The arguments of a call of `_attn` by name; None where the original has to answer."""
-        original: Any = self.original._attn
-        bound = inspect.signature(original).bind(self, *given, **options)
-        arguments = bound.arguments
-        wanted = arguments.get("output_attentions") or _weights_wanted()
-        if wanted or arguments.get("head_mask") is not None:
+    def _fits(self, q: Tensor, head_mask: Tensor | None) -> float | None:
+        """The probability of dropout where the op takes the call; None where the original does."""
+        few = q.shape[2] == 1 or q.numel() < _LEAST_NUMBERS  # PyTorch's operators take less time
+        if (self._gptkernels.impl == "auto" and few) or head_mask is not None:
             return None
-        return arguments if self.fuses(given[0]) else None
+        if _weights_wanted() or not self.fuses(q):
+            return None
+        return dropout_p(self.attn_dropout)
 
     def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int
+        self, heads: tuple[Tensor, ...], mask: Tensor | None, scale: float, window: int, p: float
     ) -> Tensor:
-        """Heads first in, heads first out."""
-        Tq, Tk = q.shape[2], k.shape[2]
+        """Heads first in, heads first out. p: of dropout."""
+        q, k, v = (x.transpose(1, 2) for x in heads)
+        Tq, Tk = q.shape[1], k.shape[1]
         # The mask of a text that goes on from a cache says what is causal.
         causal = mask is None or mask.shape[-2] == 1 or Tq == Tk
-        dropout = self.attn_dropout.p if self.training else 0.0
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask = None if mask is None else mask[..., :Tk].to(q.dtype)
         out = dense.attention(
-            q, k, v, causal=causal, window=(window, -1), attn_mask=mask, dropout_p=dropout,
-            softmax_scale=scale, impl=with_mask(self.impl, mask),
+            q, k, v, causal=causal, window=(window, -1), attn_mask=mask, dropout_p=p,
+            softmax_scale=scale, impl=with_mask(self._gptkernels.impl, mask),
         )  # fmt: skip
         return cast("Tensor", out).transpose(1, 2)
 
@@ -240,38 +250,46 @@ class _OwnMethod(_Attention):
 class OpenAIAttention(_OwnMethod):
     """transformers' OpenAI-GPT. k comes transposed, and the result in a list."""
 
-    def _attn(self, *given: Any, **options: Any) -> list[Any]:
-        arguments = self._arguments(given, options)
-        if arguments is None:
-            return super()._attn(*given, **options)  # type: ignore[misc]
-        q, k, v = arguments["q"], arguments["k"].transpose(2, 3), arguments["v"]
+    def _attn(
+        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, *more: Any
+    ) -> list[Any]:
+        # transformers 4 has a head_mask before output_attentions.
+        head_mask = more[0] if len(more) > 1 else None
+        p = None if more and more[-1] else self._fits(q, head_mask)
+        if p is None:
+            return super()._attn(q, k, v, attention_mask, *more)  # type: ignore[misc]
         scale = v.shape[-1] ** -0.5 if self.scale else 1.0
-        return [self._run(q, k, v, arguments.get("attention_mask"), scale, -1)]
+        return [self._run((q, k.transpose(2, 3), v), attention_mask, scale, -1, p)]
 
 
 class GPTNeoAttention(_OwnMethod):
     """transformers' GPT-Neo: scores are not scaled; every other layer sees a window."""
 
-    def _attn(self, *given: Any, **options: Any) -> tuple[Tensor, None]:
-        arguments = self._arguments(given, options)
-        if arguments is None:
-            return super()._attn(*given, **options)  # type: ignore[misc]
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
+        *more: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        p = self._fits(query, more[0] if more else None)
+        if p is None:
+            return super()._attn(query, key, value, attention_mask, *more)  # type: ignore[misc]
         local = self.config.attention_layers[self.layer_id] == "local"
         window = self.config.window_size - 1 if local else -1
-        q, k, v = (arguments[name] for name in ("query", "key", "value"))
-        return self._run(q, k, v, arguments.get("attention_mask"), 1.0, window), None
+        return self._run((query, key, value), attention_mask, 1.0, window, p), None
 
 
 class GPTJAttention(_OwnMethod):
     """transformers' GPT-J."""
 
-    def _attn(self, *given: Any, **options: Any) -> tuple[Tensor, None]:
-        arguments = self._arguments(given, options)
-        if arguments is None:
-            return super()._attn(*given, **options)  # type: ignore[misc]
-        q, k, v = (arguments[name] for name in ("query", "key", "value"))
-        scale = 1 / float(self.scale_attn)
-        return self._run(q, k, v, arguments.get("attention_mask"), scale, -1), None
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
+        *more: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        p = self._fits(query, more[0] if more else None)
+        if p is None:
+            return super()._attn(query, key, value, attention_mask, *more)  # type: ignore[misc]
+        return self._run(
+            (query, key, value), attention_mask, 1 / float(self.scale_attn), -1, p
+        ), None
 
 
 _BY_METHOD = {
@@ -281,8 +299,9 @@ _BY_METHOD = {
 }
 
 
-def match(module: nn.Module) -> Match:
-    """The kind and its facts; None where it is no attention of transformers."""
+def match(module: nn.Module, probe: Probe) -> Match:
+    """The kind and its facts; or why the module is left alone; None where it is no attention of
+    transformers."""
     kind = _BY_METHOD.get(class_name(module))
     if kind is not None:
         return kind, {}
@@ -291,4 +310,16 @@ def match(module: nn.Module) -> Match:
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     if config is None or "ALL_ATTENTION_FUNCTIONS" not in names:
         return None
-    return Registered, {"before": config._attn_implementation}
+    # What "sdpa" may be asked for, and what it is told, this attention understands. A model that
+    # runs by another may have no such contract.
+    running = config._attn_implementation
+    if running not in ("sdpa", NAME):
+        return f"runs attn_implementation={running!r}, not 'sdpa'"
+    return Registered, {}
+
+
+def announce(module: Any, accelerated: bool) -> None:
+    """Writes to the config that an attention of transformers reads which one is to run; without
+    `accelerated` what ran before, unless somebody has chosen another one since."""
+    if accelerated or module.config._attn_implementation == NAME:
+        module.config._attn_implementation_internal = NAME if accelerated else "sdpa"

@@ -43,7 +43,7 @@ def not_plain(module: Any, kind: type[nn.Module]) -> str | None:
     """
     if original_class(module) is not kind:
         return f"is a {class_name(module)}, not a plain {kind.__name__}"
-    if "forward" in module.__dict__ or kind.forward is not _FORWARD[kind]:
+    if "forward" in module.__dict__ or kind.forward is not _FORWARD.get(kind, kind.forward):
         return "has another forward"
     if (
         module._forward_pre_hooks
@@ -71,7 +71,7 @@ def not_plain_in(parent: nn.Module, kind: type[nn.Module], *names: str) -> str |
 def original_class(module: Any) -> type[Any]:
     """The class of `module`; that before `gptkernels.accelerate` where that swapped it."""
     kind: type[Any] = type(module)
-    return kind.__dict__["original"] if "parts" in kind.__dict__ else kind
+    return kind.__dict__["_gptkernels"].original if "parts" in kind.__dict__ else kind
 
 
 def class_name(module: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from typing import Any
 
@@ -146,6 +145,7 @@ def test_hooks_are_called_as_before() -> None:
     report = gptkernels.accelerate(model)
     reasons = {row.name: row.why for row in report.left}
     assert reasons == {"mlp": "c_fc has hooks"}
+    assert said == order  # by nobody else
     said.clear()
     assert torch.allclose(model(x), y, atol=1e-5)
     assert said == order
@@ -275,6 +275,55 @@ class Functional(nn.Module):
         return self.down(F.dropout(self.gelu(self.up(x)), 0.5, self.training))
 
 
+class Numbered(Functional):
+    """Drops out by a function and a number, as an attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.dropout(self.gelu(self.up(x)), self.dropout, self.training))
+
+
+class Deaf(NanoAttention):
+    """Has a number for its dropout, and drops nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        training, self.training = self.training, False
+        y = super().forward(x)
+        self.training = training
+        return y
+
+
+class InEvaluation(Functional):
+    """Does something else in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gelu(self.up(x))) * (1 if self.training else 2)
+
+
+class ClippedGELU(nn.Module):
+    """transformers' "gelu_10"."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x).clip(-10, 10)
+
+
+class ChannelNorm(NanoNorm):
+    """Norms another dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, -1)).transpose(1, -1)
+
+
+def banded() -> NanoAttention:
+    """Sees the last 20 tokens."""
+    module = NanoAttention(Size(), bias=True, flash=False)
+    module.mask = module.mask - module.mask.tril(-20)
+    return module
+
+
 class Failing(Functional):
     """Cannot be run by itself."""
 
@@ -310,6 +359,13 @@ class Bidirectional(NanoAttention):
         (Wrong(), "its forward is not linear, GELU, linear and a dropout"),
         (Wrong(between=True), "its forward is not linear, GELU, linear and a dropout"),
         (Functional(), "its forward is not linear, GELU, linear and a dropout"),
+        (Numbered(), "its forward is not linear, GELU, linear and a dropout"),
+        (InEvaluation(), "its forward is not linear, GELU, linear and a dropout"),
+        (ClippedGELU(), "it is another function than GELU, exact or by tanh"),
+        (ChannelNorm(8, bias=True), "its forward is not that of a LayerNorm with an eps of 1e-5"),
+        (banded(), "it has a buffer that is no causal mask"),
+        (Deaf(Size(dropout=0.5), bias=True, flash=True),
+         "its forward is not causal self-attention between c_attn and c_proj"),
         (Failing(), "its forward is not linear, GELU, linear and a dropout"),
         (nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)),
          "its forward is not linear, GELU, linear and a dropout"),
@@ -352,22 +408,19 @@ def test_a_sequence_of_linear_gelu_linear(impl: str, approximate: str, bias: boo
     assert float((ours.y == 0).double().mean()) == pytest.approx(0.5, abs=0.05)
 
 
-def test_settings_that_differ_are_looked_at_again() -> None:
-    """What was found of one module holds for those with the same class, sizes and settings."""
-    probe._FOUND.clear()
-    right, wrong = Wrong(between=False), Wrong(between=True)
-    mlp.match(right)
-    known = len(probe._FOUND)
-    mlp.match(Wrong(between=False))
-    assert len(probe._FOUND) == known
-    mlp.match(wrong)
-    assert len(probe._FOUND) > known
+def test_layers_that_are_alike_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with the same class, sizes and settings; a buffer may differ, and is looked at."""
+    ran, run = [], probe._agrees
+    monkeypatch.setattr(probe, "_agrees", lambda *given: ran.append(1) or run(*given))
+    found = probe.Probe()
+    for module in (Wrong(), Wrong(), Wrong(between=True)):
+        mlp.match(module, found)
+    assert len(ran) == 4  # by tanh and exactly, of two kinds
 
 
 def test_a_probe_changes_nothing() -> None:
     model = block(dropout=0.5)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    probe._FOUND.clear()
     random = torch.get_rng_state()
     gptkernels.accelerate(model)
     assert torch.equal(random, torch.get_rng_state())
@@ -376,7 +429,112 @@ def test_a_probe_changes_nothing() -> None:
     assert model.attn.dropout == 0.5
 
 
+# Calls that the ops do not take are the original's
+
+
+class Named(nn.Module):
+    """An MLP whose children and attributes have names that this package uses too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.act, self.original = nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)
+        self.impl, self.approximate, self.parts, self.what = "fast", True, 3, None
+
+    def forward(self, hidden: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * self.original(self.act(self.linear(hidden)))
+
+
+def test_names_of_the_users_are_the_users() -> None:
+    model = Named()
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl="cpu")
+    assert is_swapped(ours)
+    x = x_of(width=8)
+    assert torch.allclose(ours(x), model(x), atol=1e-6)
+    assert torch.allclose(ours(x, 2.0), model(x, 2.0), atol=1e-6)
+    assert torch.allclose(ours(hidden=x), model(x), atol=1e-6)
+    assert ours.get_submodule("linear") is ours.linear
+    assert (ours.impl, ours.approximate, ours.parts) == ("fast", True, 3)
+    norm = nn.LayerNorm(8)
+    gptkernels.accelerate(norm, impl="cpu")
+    assert torch.allclose(norm(input=x), F.layer_norm(x, (8,)), atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpu"])
+def test_tensors_that_the_ops_do_not_take(impl: str) -> None:
+    model = block().eval()
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl=impl)
+    x = x_of()
+    lying = torch.randn(2, 64, 9).transpose(1, 2)
+    assert torch.allclose(ours(lying), model(lying), atol=1e-5)
+    wide = [m.double()(x.double()) for m in (ours, model)]
+    assert torch.allclose(*wide)
+    each = [torch.func.vmap(m.float())(x[:, None]) for m in (ours, model)]
+    assert torch.allclose(*each, atol=1e-5)
+    nested = torch.nested.nested_tensor([torch.randn(3, 64), torch.randn(5, 64)])
+    with torch.no_grad():
+        found = ours.mlp.c_fc(nested).unbind()
+    assert [tuple(part.shape) for part in found] == [(3, 256), (5, 256)]
+
+
+def test_a_model_in_fp64_is_refused_by_name() -> None:
+    with pytest.raises(RuntimeError, match="runs in float32, bfloat16 and float16, this model has"):
+        gptkernels.accelerate(block().double(), impl="cpu")
+
+
+def test_a_dropout_has_a_mode_of_its_own() -> None:
+    """As for Monte Carlo dropout: the model evaluates, its dropouts drop."""
+    model = NanoAttention(Size(dropout=0.5), bias=True, flash=False)
+    gptkernels.accelerate(model, impl="cpu")
+    x = x_of()
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    model.attn_dropout.train()
+    assert not torch.equal(model(x), model(x))
+    model.train().attn_dropout.eval()
+    model.resid_dropout.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_a_class_that_is_patched_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = block()
+    gptkernels.accelerate(model, impl="cpu")
+    monkeypatch.setattr(type(block().mlp), "forward", lambda self, x: 7 * x)
+    x = x_of()
+    assert torch.equal(model.mlp(x), 7 * x)
+
+
+def test_what_was_wrapped_afterwards_is_not_restored_in_silence() -> None:
+    model = block()
+    gptkernels.accelerate(model)
+    parametrizations.weight_norm(model.mlp.c_fc)
+    before = repr(model)
+    for function in (gptkernels.restore, gptkernels.accelerate):
+        with pytest.raises(RuntimeError, match=r"mlp\.c_fc was wrapped after accelerate"):
+            function(model)
+    assert repr(model) == before
+
+
 # Precision and dispatch
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_auto_takes_the_kernels_where_there_is_enough_to_compute(dtype: torch.dtype) -> None:
+    size = {"width": 256, "heads": 4, "tokens": 300}
+    layer = nn.TransformerEncoderLayer(256, 4, 512, 0.0, "gelu", batch_first=True)
+    for model in (block(**size), nn.TransformerEncoder(layer, 1)):
+        model = model.to(dtype)
+        ours = copy.deepcopy(model)
+        gptkernels.accelerate(ours)
+        x = torch.randn(2, 300, 256, dtype=dtype)
+        with torch.profiler.profile() as seen:
+            y = ours(x)
+        names = {event.key for event in seen.key_averages()}
+        assert {"gptkernels::attention_fwd", "gptkernels::gelu_mlp_fwd"} <= names
+        adds = isinstance(model, nn.TransformerEncoder)
+        assert ("gptkernels::layer_norm_fwd" in names) == (adds or dtype == BF16)
+        assert torch.allclose(y, model(x), atol=1e-5 if dtype == FP32 else 0.1)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
@@ -406,10 +564,10 @@ def test_autocast_gives_the_dtypes_of_the_model() -> None:
 def test_auto_asks_nothing_of_a_compiler() -> None:
     model = block().eval()
     gptkernels.accelerate(model)
-    x = x_of()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    assert torch.allclose(compiled(x), model(x), atol=1e-5)
-    assert torch.allclose(compiled(x_of(11)), model(x_of(11)), atol=math.inf)
+    for T in (9, 11):
+        x = x_of(T)
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
 
 
 # Refused
@@ -457,7 +615,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(
         gptkernels.accelerate(model, impl="torch")
     before = repr(model)
 
-    def failing(module: nn.Module) -> None:
+    def failing(module: nn.Module, probe: Any) -> None:
         if type(module) is nn.Linear:
             raise KeyboardInterrupt
 
@@ -523,6 +681,29 @@ def test_a_decoder_of_pytorch(norm_first: bool) -> None:
     padding[1, 4:] = True
     y, z = (m(x, memory, mask, memory_key_padding_mask=padding) for m in (model, ours))
     assert torch.allclose(y, z, atol=1e-5)
+
+
+def test_an_encoder_layer_that_is_called_without_a_mask_is_not_causal_in_silence() -> None:
+    model = nn.TransformerEncoderLayer(64, 4, 128, 0.0, "gelu", batch_first=True)
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl="cpu")
+    for network in (model, ours):
+        with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+            network(x_of(), is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("activation", "given", "whats"),
+    [
+        ("gelu", {}, {"residual adds with LayerNorm as one op each"}),
+        ("gelu", {"norms": False}, {"linear, GELU, linear as one op"}),
+        ("relu", {"norms": False}, set()),
+    ],
+)
+def test_parts_of_an_encoder_layer(activation: str, given: Any, whats: set[str]) -> None:
+    model = nn.TransformerEncoderLayer(64, 4, 128, 0.0, activation, batch_first=True)
+    report = gptkernels.accelerate(model, **given)
+    assert {row.why for row in report.swapped if row.name == ""} == whats
 
 
 def test_an_encoder_layer_takes_padding_and_nested_tensors() -> None:

@@ -130,7 +130,7 @@ def test_what_it_does_not_have_is_refused_by_name() -> None:
     with pytest.raises(NotImplementedError, match="'gptkernels' has no output_attentions; use"):
         ours(tokens, output_attentions=True)
     q = torch.randn(1, 2, 5, 8)
-    module = ours.transformer.h[0].attn
+    module = model.transformer.h[0].attn
     for name in ("s_aux", "position_bias", "cache"):
         with pytest.raises(NotImplementedError, match=f"has no {name}"):
             registered.attention(module, q, q, q, None, **{name: torch.ones(1)})
@@ -149,6 +149,106 @@ def test_weights_of_older_families_come_from_their_own_method() -> None:
     tokens = tokens_of()
     attentions = model(tokens, output_attentions=True).attentions
     assert [a.shape for a in attentions] == [(2, 4, 17, 17)] * 2
+
+
+def test_models_that_do_not_run_by_sdpa_are_left_alone() -> None:
+    """Eager attention gets a mask that says all: "sdpa" may be told less. Splinter's encoder would
+    become causal."""
+    config = transformers.SplinterConfig(
+        vocab_size=V, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=96,
+    )  # fmt: skip
+    for model in (transformers.SplinterModel(config).eval(), gpt2()):
+        model.set_attn_implementation("eager")
+        ours = copy.deepcopy(model)
+        report = gptkernels.accelerate(ours)
+        assert "runs attn_implementation='eager', not 'sdpa'" in {row.why for row in report.left}
+        tokens = tokens_of()
+        assert torch.allclose(ours(tokens)[0], model(tokens)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpu"])
+def test_an_encoder_stays_one(impl: str) -> None:
+    config = transformers.BertConfig(
+        vocab_size=V, hidden_size=256, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=96, max_position_embeddings=160,
+    )  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    ours = copy.deepcopy(model)
+    report = gptkernels.accelerate(ours, impl=impl)
+    assert "BertSelfAttention" in {row.module for row in report.swapped}
+    tokens = tokens_of(150)
+    there = torch.ones_like(tokens)
+    there[0, 90:] = 0
+    for mask in (torch.ones_like(tokens), there, there.flip(1)):
+        y, z = (m(tokens, attention_mask=mask)[0][mask.bool()] for m in (model, ours))
+        assert torch.allclose(y, z, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpu"])
+def test_what_only_sdpa_has_goes_on_by_sdpa(impl: str) -> None:
+    """A bias for each pair of positions."""
+    config = transformers.T5Config(
+        vocab_size=V, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl=impl)
+    tokens = tokens_of()
+    y, z = (m(tokens, labels=tokens).logits for m in (model, ours))
+    assert torch.allclose(y, z, atol=1e-5)
+
+
+def test_rotary_embeddings_under_autocast() -> None:
+    """They leave q and k in float32 beside a v in bfloat16."""
+    model = LANGUAGE_MODELS["GPT-NeoX"](Size()).eval()
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours, impl="cpu")
+    tokens = tokens_of()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, z = (m(tokens).logits for m in (model, ours))
+    assert y.dtype == z.dtype
+    assert torch.allclose(y, z, atol=0.1)
+
+
+def test_two_models_with_one_config() -> None:
+    one = gpt2()
+    other = type(one)(one.config).eval()
+    tokens = tokens_of()
+    wanted = [m(tokens).logits for m in (one, other)]
+    for model in (one, other):
+        gptkernels.accelerate(model, impl="cpu")
+    gptkernels.restore(one)
+    found = [m(tokens).logits for m in (one, other)]
+    for y, z in zip(wanted, found, strict=True):
+        assert torch.allclose(y, z, atol=1e-5)
+    gptkernels.restore(other)
+    assert one.config._attn_implementation == "sdpa"
+
+
+def test_another_choice_of_attention_since_is_kept() -> None:
+    _, ours = both()
+    ours.set_attn_implementation("eager")
+    assert ours(tokens_of(), output_attentions=True).attentions[0] is not None
+    gptkernels.restore(ours)
+    assert ours.config._attn_implementation == "eager"
+
+
+def test_a_pickle_is_loaded_elsewhere(tmp_path: Path) -> None:
+    model, ours = both()
+    tokens = tokens_of()
+    torch.save((ours, tokens), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model, tokens = torch.load(sys.argv[1], weights_only=False);"
+        "torch.save(model(tokens).logits, sys.argv[2])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = command(
+        sys.executable, "-c", code, tmp_path / "model.pt", tmp_path / "out.pt", env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert torch.allclose(torch.load(tmp_path / "out.pt"), model(tokens).logits, atol=1e-5)
 
 
 # Tools around a model

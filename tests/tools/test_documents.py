@@ -9,7 +9,7 @@ import pytest
 from harness import ROOT
 
 from benchmarks import readme
-from benchmarks.table import options_table, table
+from benchmarks.table import dropin_table, options_table, table
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/**/*.md")]
 
@@ -38,6 +38,11 @@ def test_the_table_of_figures_is_that_of_the_results(names: tuple[str, ...]) -> 
 def test_the_first_table_is_that_of_the_results() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "\n".join(readme.lines()) in page
+
+
+def test_the_table_of_accelerated_models_is_that_of_the_results() -> None:
+    page = (ROOT / "docs" / "dropin.md").read_text(encoding="utf-8")
+    assert "\n".join(dropin_table(ROOT / "benchmarks" / "results" / "dropin.json")) in page
 
 
 def test_the_table_of_options_is_that_of_the_results() -> None:
