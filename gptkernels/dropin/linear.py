@@ -23,8 +23,13 @@ class Linear(OneInput):
     what = "few rows (generation) by a kernel that reads the weights once"
 
     def fuses(self, x: Any) -> bool:
-        """The quickest questions first."""
-        return not torch.is_grad_enabled() and super().fuses(x) and few(x, MOST_ROWS)
+        """The quickest questions first: they are asked of every token that is generated."""
+        if torch.is_grad_enabled() or not isinstance(x, Tensor):
+            return False
+        # PyTorch's product of one row in float32 is as fast as the kernel.
+        if self._gptkernels.impl == "auto" and x.dtype == torch.float32 and _is_row(x):
+            return False
+        return super().fuses(x) and few(x, MOST_ROWS)
 
     def fused(self, x: Tensor) -> Tensor | None:
         """x (..., in) -> (..., out)."""
@@ -32,6 +37,10 @@ class Linear(OneInput):
         if impl == "auto" and loses(x, transposed):
             return None
         return linear_of_few_rows(x, weight(self, transposed), self.bias, impl)
+
+
+def _is_row(x: Tensor) -> bool:
+    return not (torch.compiler.is_compiling() or x.is_nested) and x.numel() == x.shape[-1]
 
 
 def loses(x: Tensor, transposed: bool) -> bool:

@@ -123,12 +123,6 @@ def is_wrapped(module: nn.Module) -> bool:
     return type(type(module)) is _Swapped and "parts" not in type(module).__dict__
 
 
-def impl_of(module: nn.Module) -> str:
-    """The implementation that `module` was swapped for; "auto" for any other module."""
-    swap = getattr(type(module), "_gptkernels", None)
-    return "auto" if swap is None else str(swap.impl)
-
-
 def dropout_p(child: nn.Module) -> float | None:
     """What an nn.Dropout drops now; None where it is something else, or hooked, and has to be
     called."""

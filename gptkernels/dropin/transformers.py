@@ -30,7 +30,7 @@ from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.checks import DTYPES
 from gptkernels.core.choice import choose
 from gptkernels.dropin.probe import Probe
-from gptkernels.dropin.swap import Fused, Match, dropout_p, impl_of, with_mask
+from gptkernels.dropin.swap import Fused, Match, dropout_p, with_mask
 from gptkernels.nn.plain import class_name
 from gptkernels.ops.attention import dense
 from gptkernels.ops.attention.options import MAX_HEAD_DIM
@@ -75,11 +75,13 @@ def attention(
             f"attn_implementation={NAME!r} has no output_attentions; use "
             "attn_implementation='eager'"
         )
-    reason = _lacking(query, key, value, others)
-    if reason is not None and not hasattr(type(module), "_gptkernels"):
+    swap = getattr(type(module), "_gptkernels", None)
+    impl = "auto" if swap is None else swap.impl
+    leaves = impl == "auto" and not softcap and _is_pytorchs(query)
+    reason = None if leaves and swap is not None else _lacking(query, key, value, others)
+    if reason is not None and swap is None:
         raise NotImplementedError(f"attn_implementation={NAME!r} {reason}")
-    impl = impl_of(module)
-    if reason is not None or (impl == "auto" and not softcap and _is_pytorchs(query)):
+    if leaves or reason is not None:
         return sdpa_attention_forward(
             module, query, key, value, _for_sdpa(attention_mask, query, key), dropout=dropout,
             scaling=scaling, is_causal=is_causal, softcap=softcap, **others,
@@ -140,9 +142,8 @@ def _attend(
 def _is_pytorchs(query: Tensor) -> bool:
     """Whether impl="auto" leaves a call to "sdpa": where no kernel was measured to be faster, and
     for few numbers and a single new token, where PyTorch's was (docs/dropin.md)."""
-    if choose("auto", query) == "torch":
-        return True
-    return query.shape[2] == 1 or query.numel() < _LEAST_NUMBERS
+    few = query.shape[2] == 1 or query.numel() < _LEAST_NUMBERS
+    return few or choose("auto", query) == "torch"
 
 
 def _for_sdpa(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

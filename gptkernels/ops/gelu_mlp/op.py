@@ -62,6 +62,11 @@ def gelu_mlp_bwd(
         x.new_empty(shape if wanted else (0,))
         for shape, wanted in zip(shapes, grad_mask, strict=True)
     )
+    # Laid out as the weights are.
+    if grad_mask[1] and w1.stride(1) != 1:
+        dw1 = x.new_empty(w1.t().shape).t()
+    if grad_mask[3] and w2.stride(1) != 1:
+        dw2 = x.new_empty(w2.t().shape).t()
     return dx, dw1, db1, dw2, db2
 
 

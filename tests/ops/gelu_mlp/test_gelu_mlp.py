@@ -251,6 +251,15 @@ class TestRegistration:
             arguments = (x, w1, b1, w2, h if keep_h else None, "tanh", grad_mask, impl)
             check_op(ops.gelu_mlp_bwd.default, (torch.randn_like(y), *arguments))
 
+    @pytest.mark.parametrize("impl", ["torch", "cpu"])
+    def test_opcheck_of_transposed_weights(self, impl: str) -> None:
+        x, w1, b1, w2, b2 = inputs(6, 10, 20).values()
+        w1, w2 = (w.t().contiguous().t() for w in (w1, w2))
+        ops = torch.ops.gptkernels
+        y, h = ops.gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", True, impl)
+        arguments = (x, w1, b1, w2, h, "tanh", [True] * 5, impl)
+        check_op(ops.gelu_mlp_bwd.default, (torch.randn_like(y), *arguments))
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
