@@ -1,7 +1,7 @@
 """What the ops of `gptkernels bench` do not show alone, on a CPU: GELU's passes, dropout, the
 products of a decode step, and what guessed tokens cost.
 
-    python -m benchmarks.cpu_passes [--json FILE]
+    python -m benchmarks.cpu_passes [--what WORDS] [--json FILE]
 
 GELU forward, and backward with the bias's gradient, beside PyTorch's. Then each op with dropout
 beside itself without: the ratio is what dropout costs. Then all linear layers of GPT-2 124M and its
@@ -114,11 +114,14 @@ def decode_step() -> Iterator[Pair]:
 def main() -> None:
     """Prints one line for each pair."""
     parser = argparse.ArgumentParser("python -m benchmarks.cpu_passes", description=__doc__)
+    parser.add_argument("--what", default="", help="only the lines that say so")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
     options = parser.parse_args()
     rows = []
     for pairs in (gelu(), dropout(), decode_step(), guesses()):
         for what, dtype, one, other in pairs:
+            if options.what not in what:
+                continue
             found = compare({"one": one, "other": other}, budget_s=1.0)
             ratio = found["one"].time_s / found["other"].time_s
             times = {name: dataclasses.asdict(timing) for name, timing in found.items()}

@@ -3,8 +3,9 @@
     python -m benchmarks.dropin [--family GPT-2 ...] [--dtype float32 ...] [--json FILE]
 
 Each family has 4 layers of 512, 8 heads, 2 texts of 512 tokens; "GPT-2 124M" is GPT-2's own size
-with one text of 1,024. A step is the loss and all gradients, without dropout and with 0.1, and
-generate makes 32 tokens behind 32, for one text and for eight, where the model has it. Both models
+with one text of 1,024. A step is the loss and all gradients, without dropout and with 0.1;
+inference is a call without gradients; generate makes 32 tokens behind 32, for one text and for
+eight, where the model has it; --what NAME takes only those cases whose names begin so. Both models
 take turns, with the same weights, in one process. A ratio is the untouched model's median over that
 of the accelerated one: above 1 the accelerated one is faster.
 """
@@ -47,6 +48,17 @@ def step(model: nn.Module, tokens: torch.Tensor) -> Callable[[], Any]:
     return call
 
 
+def inference(model: nn.Module, tokens: torch.Tensor) -> Callable[[], Any]:
+    """A call without gradients."""
+    model.eval()
+
+    @torch.no_grad()
+    def call() -> Any:
+        return model(tokens)
+
+    return call
+
+
 def generation(model: Any, tokens: torch.Tensor) -> Callable[[], Any]:
     """A call that generates."""
     model.eval()
@@ -65,6 +77,7 @@ def cases(
         torch.manual_seed(0)
         model = _MAKERS[family](dataclasses.replace(size, dropout=dropout)).to(dtype)
         yield f"step, dropout {dropout:g}", functools.partial(step, tokens=tokens), model
+    yield "inference", functools.partial(inference, tokens=tokens), model
     if hasattr(model, "generate"):
         for texts in (1, 8):
             prompt = torch.randint(3, size.vocabulary, (texts, 32))
@@ -76,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.dropin", description=__doc__)
     parser.add_argument("--family", nargs="+", choices=_MAKERS, default=list(_MAKERS))
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--what", help="only cases whose name begins so")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
     options = parser.parse_args()
@@ -83,6 +97,8 @@ def main() -> None:
     for family in options.family:
         for dtype in options.dtype:
             for what, call, model in cases(family, getattr(torch, dtype)):
+                if not what.startswith(options.what or ""):
+                    continue
                 ours = copy.deepcopy(model)
                 gptkernels.accelerate(ours)
                 rounds = {"min_rounds": options.rounds, "max_rounds": options.rounds}

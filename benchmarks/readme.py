@@ -38,7 +38,7 @@ def _rows() -> Iterator[tuple[str, str, list[float]]]:
     compiled = "auto beside plain, compiled"
     yield "the same", "`torch.compile`", _steps(compiled)
     for what, case in (
-        ("a step of transformers' GPT-2 124M, `accelerate`d", "step, dropout 0.1"),
+        ("a step of transformers' GPT-2 124M with its dropout, `accelerate`d", "step, dropout 0.1"),
         ("its `generate`, 1 text", "generate, 1"),
     ):
         yield what, "the model untouched", _dropin(case)

@@ -11,7 +11,7 @@ PyTorch impl="cpu" is, forward, and forward and backward together.
 One line for each option of attention, three columns for each file of benchmarks.attention_options:
 how many times as fast as PyTorch's two ways to say the same.
 
-    python -m benchmarks.table --dropin benchmarks/results/dropin.json
+    python -m benchmarks.table --dropin benchmarks/results/dropin{,_inference}.json
 
 The table of docs/dropin.md: how many times as fast accelerated models are as the same untouched.
 Tests hold the pages to these.
@@ -43,9 +43,10 @@ def table(paths: Sequence[Path | str]) -> Iterator[str]:
         yield f"| `{op}` {shape.removeprefix('B1 ')} | {dtype} | {' | '.join(cells)} |"
 
 
-def dropin_table(path: Path | str) -> Iterator[str]:
+def dropin_table(paths: Sequence[Path | str]) -> Iterator[str]:
     """Yields the lines of the table of accelerated models, in Markdown."""
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    files = (json.loads(Path(path).read_text(encoding="utf-8")) for path in paths)
+    rows = [row for file in files for row in file["rows"]]
     found = {(row["family"], row["dtype"], row["what"]): row["ratio"] for row in rows}
     columns = list(dict.fromkeys((row["dtype"], row["what"]) for row in rows))
     columns.sort(key=lambda column: column[0])
@@ -95,8 +96,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--options", *files]:
             lines = options_table(files)
-        case ["--dropin", file]:
-            lines = dropin_table(file)
+        case ["--dropin", *files]:
+            lines = dropin_table(files)
         case files:
             lines = table(files)
     print("\n".join(lines))

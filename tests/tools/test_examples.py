@@ -27,6 +27,7 @@ def test_an_example_runs_and_learns(name: str, tmp_path: Path) -> None:
     text.write_bytes((ROOT / "README.md").read_bytes() * 4)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     environment["GPTKERNELS_EMULATE"] = "0"
+    environment["OMP_NUM_THREADS"] = "1"  # other tests run beside it
     result = command(
         sys.executable, "-W", "ignore", path, text, cwd=tmp_path, env=environment, timeout=120
     )
