@@ -28,6 +28,8 @@ class MLP(OneInput):
     def fused(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., C)."""
         swap, children = self._gptkernels, self._modules
+        if tuple(children) != swap.names:  # an nn.Sequential that was cut or has more
+            return None
         if any(not_plain(children[name], kind) for name, kind in swap.stands_for):
             return None
         (first, across), (second, back) = swap.linear
@@ -79,6 +81,7 @@ def match(module: nn.Module, probe: Probe) -> Match:
     for approximate in ("tanh", "none"):
         shape = (2, 5 if C != 5 else 7, C)
         if probe.agrees(module, _formula, shape, approximate=approximate, **facts):
+            facts["names"] = tuple(children)
             return MLP, {**facts, "approximate": approximate, "stands_for": tuple(inside)}
     return "its forward is not linear, GELU, linear and a dropout"
 

@@ -27,8 +27,11 @@ class LayerNorm(OneInput):
 
     def fuses(self, x: Any) -> bool:
         """Asked for every token that is generated: the quickest question first."""
-        if self._gptkernels.impl == "auto" and (
-            x.dtype == torch.float32 or x.numel() < _LEAST_NUMBERS
+        if (
+            self._gptkernels.impl == "auto"
+            and type(x) is Tensor
+            and not torch.compiler.is_compiling()
+            and (x.dtype == torch.float32 or x.numel() < _LEAST_NUMBERS)
         ):
             return False
         return super().fuses(x)

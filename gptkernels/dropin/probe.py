@@ -17,6 +17,7 @@ from torch import Tensor, nn
 _CLOSE = 1e-9  # of the largest number: rounding in fp64, and constants written with ten digits
 # Large numbers too: a function may differ from GELU there.
 _SCALES = (1.0, 50.0)
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -59,7 +60,7 @@ def _settings(module: nn.Module) -> str:
     """What a module and its children hold: plain values, and which objects else."""
     said: list[Any] = []
     for name, child in module.named_modules():
-        values = {k: v for k, v in vars(child).items() if k != "training" and k[0] != "_"}
+        values = {k: v for k, v in vars(child).items() if k not in _OF_ANY_MODULE}
         plain = [
             (k, repr(v) if isinstance(v, int | float | str | None) else id(v))
             for k, v in values.items()
@@ -79,7 +80,7 @@ def _agrees(
     generator = torch.Generator().manual_seed(0)
     random = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
             twin = _twin(module, attributes)
             # Of a new model biases are 0, and norms have weights of 1.
             for parameter in twin.parameters():
@@ -110,11 +111,14 @@ def _twin(module: nn.Module, attributes: dict[str, Any]) -> nn.Module:
         id(p): nn.Parameter(torch.empty(p.shape, dtype=torch.float64)) for p in module.parameters()
     }
     twin = copy.deepcopy(module, dict(fresh)).to("cpu", torch.float64)
-    vars(twin).update(attributes)
     for child in list(twin.modules()):
+        for name, value in vars(child).items():
+            if isinstance(value, float) and (name == "p" or "drop" in name):
+                vars(child)[name] = 0.5  # that of a functional dropout may be 0 today
         for hooks in _HOOKS:
             getattr(child, hooks).clear()
         for name, dropout in child.named_children():
             if type(dropout) is nn.Dropout:
                 setattr(child, name, _Marker())
+    vars(twin).update(attributes)
     return twin

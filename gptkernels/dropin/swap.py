@@ -83,30 +83,33 @@ Match = tuple[type[Fused], dict[str, Any]] | str | None
 class _Swapped(type):
     """The class of the new classes."""
 
-    parts: tuple[Any, ...]  # what `subclass` made one of
 
-
-@functools.cache
 def subclass(
     kind: type[Fused], original: type[nn.Module], impl: str, facts: tuple[tuple[str, Any], ...]
 ) -> type[nn.Module]:
-    """The subclass of `original` that does what `kind` says."""
-    swap = SimpleNamespace(impl=impl, original=original, forward=original.forward, **dict(facts))
+    """The subclass of `original`, as it is now, that does what `kind` says."""
+    key: Any = (kind, original, original.forward, impl, facts)
+    made: type[nn.Module] = _subclass(*key)
+    return made
+
+
+@functools.cache
+def _subclass(kind: Any, original: Any, forward: Any, impl: str, facts: Any) -> Any:
+    swap = SimpleNamespace(impl=impl, original=original, forward=forward, **dict(facts))
+    swap.parts = (kind, original, impl, facts)
     content = {
-        "parts": (kind, original, impl, facts),
         "_gptkernels": swap,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    made: Any = _Swapped(original.__name__, (kind, original), content)
-    return made
+    return _Swapped(original.__name__, (kind, original), content)
 
 
-def _reduce(made: _Swapped) -> Any:
+def _reduce(made: Any) -> Any:
     """How pickle writes a new class: as the call that makes it."""
-    if "parts" in made.__dict__:
-        return subclass, made.parts
+    if "_gptkernels" in made.__dict__:
+        return subclass, made._gptkernels.parts
     return made.__qualname__  # somebody's subclass of one
 
 
@@ -115,12 +118,12 @@ copyreg.pickle(_Swapped, _reduce)
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether the class of `module` is one of the new ones."""
-    return type(type(module)) is _Swapped and "parts" in type(module).__dict__
+    return type(type(module)) is _Swapped and "_gptkernels" in type(module).__dict__
 
 
 def is_wrapped(module: nn.Module) -> bool:
     """Whether the class of `module` is somebody's subclass of a new one, as FSDP makes them."""
-    return type(type(module)) is _Swapped and "parts" not in type(module).__dict__
+    return type(type(module)) is _Swapped and "_gptkernels" not in type(module).__dict__
 
 
 def dropout_p(child: nn.Module) -> float | None:

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -43,8 +44,14 @@ except ImportError:  # transformers 4
 NAME = "gptkernels"
 # True inside a forward that was asked for attention's weights.
 _WEIGHTS: ContextVar[bool] = ContextVar("gptkernels_weights", default=False)
+# The configs that accelerated models have, perhaps together with others.
+_ANNOUNCED: Any = WeakIdKeyDictionary()
+# Masks, their versions, and whether they hide the future.
+_LOOKED_AT: Any = WeakIdKeyDictionary()
 # With fewer numbers in q, "sdpa" takes less time.
 _LEAST_NUMBERS = 1 << 16
+# Models that hand a mask to attention as it is; others may cut it.
+_SHORT_MASKS = ("gpt2", "gpt_bigcode", "gpt_neox", "opt")
 # What some models pass beside the tensors, and the package's attention does not have.
 _LACKING = ("s_aux", "position_bias", "cache", "head_mask")
 
@@ -79,7 +86,7 @@ def attention(
     impl = "auto" if swap is None else swap.impl
     leaves = impl == "auto" and not softcap and _is_pytorchs(query)
     reason = None if leaves and swap is not None else _lacking(query, key, value, others)
-    if reason is not None and swap is None:
+    if reason is not None and swap is None and _config_of(module) not in _ANNOUNCED:
         raise NotImplementedError(f"attn_implementation={NAME!r} {reason}")
     if leaves or reason is not None:
         return sdpa_attention_forward(
@@ -92,7 +99,7 @@ def attention(
         # A static cache has more places than keys so far. The first texts fill its beginning.
         key, value = key[:, :, :Tq], value[:, :, :Tq]
     dtype = autocast_dtype(query)  # rotary embeddings leave q and k wide
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (_dense(x.to(dtype)).transpose(1, 2) for x in (query, key, value))
     out = _attend(
         q, k, v, attention_mask, causal=causal, dropout_p=dropout, softmax_scale=scaling,
         softcap=softcap or 0.0, impl=impl,
@@ -113,6 +120,10 @@ def _lacking(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) 
     if query.shape[0] != key.shape[0] or query.dtype not in DTYPES:
         return "has q, k and v of one batch in float32, bfloat16 or float16"
     return None
+
+
+def _config_of(module: Any) -> Any:
+    return getattr(module, "config", module)
 
 
 def _weights_wanted() -> bool:
@@ -142,8 +153,15 @@ def _attend(
 def _is_pytorchs(query: Tensor) -> bool:
     """Whether impl="auto" leaves a call to "sdpa": where no kernel was measured to be faster, and
     for few numbers and a single new token, where PyTorch's was (docs/dropin.md)."""
+    if torch.compiler.is_compiling():  # a question about sizes would be one that the graph asks
+        return True
     few = query.shape[2] == 1 or query.numel() < _LEAST_NUMBERS
     return few or choose("auto", query) == "torch"
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with a last stride of 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _for_sdpa(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
@@ -164,6 +182,7 @@ def mask(**given: Any) -> Tensor | None:
     if (
         padding is None
         or padding.dim() != 2
+        or getattr(given.get("config"), "model_type", "") not in _SHORT_MASKS
         or torch.compiler.is_compiling()
         or padding.device.type != "cpu"
         or given.get("mask_function", causal_mask_function) is not causal_mask_function
@@ -225,22 +244,19 @@ class _OwnMethod(_Attention):
 
     def _fits(self, q: Tensor, head_mask: Tensor | None) -> float | None:
         """The probability of dropout where the op takes the call; None where the original does."""
-        few = q.shape[2] == 1 or q.numel() < _LEAST_NUMBERS  # PyTorch's operators take less time
-        if (self._gptkernels.impl == "auto" and few) or head_mask is not None:
+        if (self._gptkernels.impl == "auto" and _is_pytorchs(q)) or head_mask is not None:
             return None
         if _weights_wanted() or not self.fuses(q):
             return None
         return dropout_p(self.attn_dropout)
 
     def _run(
-        self, heads: tuple[Tensor, ...], mask: Tensor | None, scale: float, window: int, p: float
-    ) -> Tensor:
+        self, heads: tuple[Tensor, ...], mask: Tensor | None, scale: float, p: float,
+        causal: bool = True, window: int = -1,
+    ) -> Tensor:  # fmt: skip
         """Heads first in, heads first out. p: of dropout."""
-        q, k, v = (x.transpose(1, 2) for x in heads)
-        Tq, Tk = q.shape[1], k.shape[1]
-        # The mask of a text that goes on from a cache says what is causal.
-        causal = mask is None or mask.shape[-2] == 1 or Tq == Tk
-        mask = None if mask is None else mask[..., :Tk].to(q.dtype)
+        q, k, v = (_dense(x).transpose(1, 2) for x in heads)
+        mask = None if mask is None else mask[..., : k.shape[1]].to(q.dtype)
         out = dense.attention(
             q, k, v, causal=causal, window=(window, -1), attn_mask=mask, dropout_p=p,
             softmax_scale=scale, impl=with_mask(self._gptkernels.impl, mask),
@@ -260,7 +276,7 @@ class OpenAIAttention(_OwnMethod):
         if p is None:
             return super()._attn(q, k, v, attention_mask, *more)  # type: ignore[misc]
         scale = v.shape[-1] ** -0.5 if self.scale else 1.0
-        return [self._run((q, k.transpose(2, 3), v), attention_mask, scale, -1, p)]
+        return [self._run((q, k.transpose(2, 3), v), attention_mask, scale, p)]
 
 
 class GPTNeoAttention(_OwnMethod):
@@ -275,7 +291,8 @@ class GPTNeoAttention(_OwnMethod):
             return super()._attn(query, key, value, attention_mask, *more)  # type: ignore[misc]
         local = self.config.attention_layers[self.layer_id] == "local"
         window = self.config.window_size - 1 if local else -1
-        return self._run((query, key, value), attention_mask, 1.0, window, p), None
+        heads = (query, key, value)
+        return self._run(heads, attention_mask, 1.0, p, window=window), None
 
 
 class GPTJAttention(_OwnMethod):
@@ -288,9 +305,25 @@ class GPTJAttention(_OwnMethod):
         p = self._fits(query, more[0] if more else None)
         if p is None:
             return super()._attn(query, key, value, attention_mask, *more)  # type: ignore[misc]
-        return self._run(
-            (query, key, value), attention_mask, 1 / float(self.scale_attn), -1, p
-        ), None
+        # The mask says what is hidden; where it hides the future, that need not be read.
+        causal = attention_mask is not None and _hides_the_future(attention_mask, key.shape[2])
+        heads, scale = (query, key, value), 1 / float(self.scale_attn)
+        return self._run(heads, attention_mask, scale, p, causal), None
+
+
+def _hides_the_future(mask: Tensor, keys: int) -> bool:
+    """Whether an added mask of as many queries as keys hides all that follows. Looked at once, for
+    all layers that get it, and on a CPU."""
+    if torch.compiler.is_compiling() or not mask.is_cpu or mask.shape[-2] != keys:
+        return False
+    version = 0 if mask.is_inference() else mask._version
+    known = _LOOKED_AT.get(mask)
+    if known is None or known[0] != version:
+        lowest = torch.finfo(mask.dtype).min
+        future = torch.ones(keys, keys, dtype=torch.bool).triu(1)
+        hidden = bool(((mask[..., :keys] <= lowest) | ~future).all())
+        _LOOKED_AT[mask] = known = (version, hidden)
+    return bool(known[1])
 
 
 _BY_METHOD = {
@@ -316,11 +349,14 @@ def match(module: nn.Module, probe: Probe) -> Match:
     running = config._attn_implementation
     if running not in ("sdpa", NAME):
         return f"runs attn_implementation={running!r}, not 'sdpa'"
-    return Registered, {}
+    return Registered, {"before": running}
 
 
 def announce(module: Any, accelerated: bool) -> None:
     """Writes to the config that an attention of transformers reads which one is to run; without
     `accelerated` what ran before, unless somebody has chosen another one since."""
-    if accelerated or module.config._attn_implementation == NAME:
-        module.config._attn_implementation_internal = NAME if accelerated else "sdpa"
+    if accelerated:
+        _ANNOUNCED[module.config] = True
+        module.config._attn_implementation_internal = NAME
+    elif module.config._attn_implementation == NAME:
+        module.config._attn_implementation_internal = type(module)._gptkernels.before

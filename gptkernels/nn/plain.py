@@ -71,7 +71,7 @@ def not_plain_in(parent: nn.Module, kind: type[nn.Module], *names: str) -> str |
 def original_class(module: Any) -> type[Any]:
     """The class of `module`; that before `gptkernels.accelerate` where that swapped it."""
     kind: type[Any] = type(module)
-    return kind.__dict__["_gptkernels"].original if "parts" in kind.__dict__ else kind
+    return kind.__dict__["_gptkernels"].original if "_gptkernels" in kind.__dict__ else kind
 
 
 def class_name(module: Any) -> str:

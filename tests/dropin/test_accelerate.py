@@ -418,6 +418,66 @@ def test_layers_that_are_alike_are_run_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(ran) == 4  # by tanh and exactly, of two kinds
 
 
+class Scaled(Functional):
+    """Has a setting of its own."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self._scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._scale * self.down(self.gelu(self.up(x)))
+
+
+class Sleeping(Functional):
+    """Has a dropout by a function that drops nothing today."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_p = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.dropout(self.gelu(self.up(x)), self.drop_p, self.training))
+
+
+def test_settings_decide() -> None:
+    model = nn.ModuleList([Scaled(1.0), Scaled(2.0), Scaled(1.0), Sleeping()])
+    gptkernels.accelerate(model)
+    assert {"0", "2"} == swapped(model) & set("0123")
+
+
+def test_a_default_device_changes_nothing() -> None:
+    model = block()
+    with torch.device("meta"):
+        gptkernels.accelerate(model)
+    assert "mlp" in swapped(model)
+    assert "attn" in swapped(model)
+
+
+def test_a_sequence_that_is_changed_later() -> None:
+    def sequence() -> nn.Sequential:
+        torch.manual_seed(0)
+        layers = (nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8), nn.Dropout(0.0))
+        return nn.Sequential(*layers)
+
+    x = x_of(width=8)
+    for change in (
+        lambda m: m.append(nn.ReLU()), lambda m: m[:-1], lambda m: m[:3], lambda m: m[:2],
+        lambda m: m.insert(0, nn.ReLU()), lambda m: m.pop(3) and m,
+    ):  # fmt: skip
+        model, ours = sequence(), sequence()
+        gptkernels.accelerate(ours, impl="cpu")
+        assert torch.allclose(change(ours)(x), change(model)(x), atol=1e-6)
+
+
+def test_a_module_is_traced_as_before() -> None:
+    model = block().eval()
+    gptkernels.accelerate(model)
+    traced = torch.fx.symbolic_trace(nn.Sequential(model.ln_1, model.mlp))
+    x = x_of()
+    assert torch.allclose(traced(x), model.mlp(model.ln_1(x)), atol=1e-5)
+
+
 def test_a_probe_changes_nothing() -> None:
     model = block(dropout=0.5)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -435,10 +495,13 @@ def test_a_probe_changes_nothing() -> None:
 class Named(nn.Module):
     """An MLP whose children and attributes have names that this package uses too."""
 
+    names = facts = None
+    parts = original_class = 3
+
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.act, self.original = nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)
-        self.impl, self.approximate, self.parts, self.what = "fast", True, 3, None
+        self.impl, self.approximate, self.what = "fast", True, None
 
     def forward(self, hidden: Tensor, scale: float = 1.0) -> Tensor:
         return scale * self.original(self.act(self.linear(hidden)))
@@ -455,6 +518,7 @@ def test_names_of_the_users_are_the_users() -> None:
     assert torch.allclose(ours(hidden=x), model(x), atol=1e-6)
     assert ours.get_submodule("linear") is ours.linear
     assert (ours.impl, ours.approximate, ours.parts) == ("fast", True, 3)
+    assert len(list(ours.parameters())) == 4
     norm = nn.LayerNorm(8)
     gptkernels.accelerate(norm, impl="cpu")
     assert torch.allclose(norm(input=x), F.layer_norm(x, (8,)), atol=1e-6)

@@ -107,7 +107,7 @@ def test_what_a_mask_becomes() -> None:
     there = torch.ones(2, 9, dtype=torch.bool)
     given = {
         "batch_size": 2, "q_length": 9, "kv_length": 9, "q_offset": 0, "kv_offset": 0,
-        "mask_function": registered.causal_mask_function,
+        "mask_function": registered.causal_mask_function, "config": gpt2().config,
     }  # fmt: skip
     if transformers.__version__.startswith("4"):
         given["cache_position"] = torch.arange(9)
@@ -117,6 +117,9 @@ def test_what_a_mask_becomes() -> None:
     assert registered.mask(**given, attention_mask=there).tolist() == [6, 9]
     there[0, 0] = False
     assert registered.mask(**given, attention_mask=there).shape == (2, 9)
+    # A model that may cut its mask gets one with four dimensions.
+    other = {**given, "config": transformers.BertConfig()}
+    assert registered.mask(**other, attention_mask=there).shape == (2, 1, 9, 9)
     one = {**given, "allow_is_causal_skip": False}
     assert registered.mask(**one, attention_mask=there).shape == (2, 1, 9, 9)
     assert registered.mask(**{**given, "local_size": 4}, attention_mask=there).shape[1:] == (
@@ -200,16 +203,35 @@ def test_what_only_sdpa_has_goes_on_by_sdpa(impl: str) -> None:
     assert torch.allclose(y, z, atol=1e-5)
 
 
-def test_rotary_embeddings_under_autocast() -> None:
-    """They leave q and k in float32 beside a v in bfloat16."""
-    model = LANGUAGE_MODELS["GPT-NeoX"](Size()).eval()
+def test_calls_of_attention() -> None:
+    """Rotary embeddings under autocast leave q and k in float32 beside a v in bfloat16. A static
+    cache has places past its keys. Heads may lie apart."""
+    _, ours = both()
+    module = ours.transformer.h[0].attn
+    q, k, v = torch.randn(3, 2, 4, 9, 16)
+    plain = torch.nn.functional.scaled_dot_product_attention
+    wanted = plain(q, k, v, is_causal=True).transpose(1, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = registered.attention(module, q, k, v.bfloat16(), None)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), wanted, atol=0.05)
+    longer = [torch.cat([x, torch.full((2, 4, 5, 16), torch.nan)], 2) for x in (k, v)]
+    found, _ = registered.attention(module, q, *longer, None)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    apart = torch.stack([q, q], -1)[..., 0]
+    assert torch.allclose(registered.attention(module, apart, k, v, None)[0], wanted, atol=1e-5)
+
+
+def test_a_mask_of_ones_own_is_all_that_hides() -> None:
+    """GPT-J's attention has no triangle: with a mask that hides nothing it sees what follows."""
+    model = LANGUAGE_MODELS["GPT-J"](Size()).eval()
     ours = copy.deepcopy(model)
     gptkernels.accelerate(ours, impl="cpu")
     tokens = tokens_of()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, z = (m(tokens).logits for m in (model, ours))
-    assert y.dtype == z.dtype
-    assert torch.allclose(y, z, atol=0.1)
+    everything = torch.zeros(2, 1, 17, 17)
+    y, z = (m(tokens, attention_mask=everything).logits for m in (model, ours))
+    assert torch.allclose(y, z, atol=1e-5)
+    assert not torch.allclose(y, model(tokens).logits, atol=1e-3)
 
 
 def test_two_models_with_one_config() -> None:
@@ -223,6 +245,8 @@ def test_two_models_with_one_config() -> None:
     found = [m(tokens).logits for m in (one, other)]
     for y, z in zip(wanted, found, strict=True):
         assert torch.allclose(y, z, atol=1e-5)
+    # What is not swapped runs by the same config, and has what "sdpa" has.
+    assert one.double()(tokens).logits.dtype == torch.float64
     gptkernels.restore(other)
     assert one.config._attn_implementation == "sdpa"
 
