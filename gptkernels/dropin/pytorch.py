@@ -12,6 +12,7 @@ from gptkernels.dropin.mlp import approximate_of
 from gptkernels.dropin.probe import Probe
 from gptkernels.dropin.swap import Fused, Match, dropout_p, with_mask
 from gptkernels.nn.masks import merge_masks
+from gptkernels.nn.multihead import project
 from gptkernels.nn.plain import not_plain
 from gptkernels.ops.attention import dense
 from gptkernels.ops.attention.options import MAX_HEAD_DIM
@@ -51,7 +52,7 @@ class MultiheadAttention(Fused):
                 average_attn_weights, is_causal,
             )  # fmt: skip
         q, k, v = (
-            x if self.batch_first else x.transpose(0, 1) for x in self._project(query, key, value)
+            x if self.batch_first else x.transpose(0, 1) for x in project(self, query, key, value)
         )
         # As in PyTorch: the hint replaces the mask where that is all there is.
         causal = is_causal and key_padding_mask is None and q.shape[1] == k.shape[1]
@@ -68,16 +69,6 @@ class MultiheadAttention(Fused):
         if not self.batch_first:
             merged = merged.transpose(0, 1)
         return F.linear(merged, self.out_proj.weight, self.out_proj.bias), None
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Queries, keys and values, each (..., H, D)."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        heads = (self.num_heads, self.head_dim)
-        if query is key is value:
-            return list(F.linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3))
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        given = zip((query, key, value), weight.chunk(3), biases, strict=True)
-        return [F.linear(*one).unflatten(-1, heads) for one in given]
 
 
 class FeedForward(Fused):

@@ -12,7 +12,7 @@ fused, and says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from gptkernels.core.checks import check_count, check_flag, check_probability, c
 from gptkernels.core.choice import automatic
 from gptkernels.nn.layers import FusedModule, LayerNorm, add_norm, head_width
 from gptkernels.nn.masks import merge_masks
+from gptkernels.nn.multihead import project
 from gptkernels.nn.plain import class_name, not_plain_in
 from gptkernels.ops.attention.dense import attention
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
@@ -60,7 +61,7 @@ class _SelfAttention(FusedModule):
         """Each input, and the result, has the shape of the layer's src."""
         if need_weights:
             raise NotImplementedError("need_weights must be False: attention keeps no weights")
-        heads = self._project(query, key, value)
+        heads = project(self, query, key, value)
         if query.dim() == 2:
             heads = [x.unsqueeze(0) for x in heads]
         elif not self.batch_first:
@@ -79,16 +80,6 @@ class _SelfAttention(FusedModule):
         elif not self.batch_first:
             out = out.transpose(0, 1)
         return self.out_proj(out), None
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
-        """q, k and v, each (..., H, D). Hooks may have made three inputs of one."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        if query is key is value:
-            heads = F.linear(query, weight, bias).unflatten(-1, (3 * self.num_heads, -1))
-            return heads.chunk(3, dim=-2)
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        given = zip((query, key, value), weight.chunk(3), biases, strict=True)
-        return [F.linear(*one).unflatten(-1, (self.num_heads, -1)) for one in given]
 
 
 class TransformerLayer(FusedModule):

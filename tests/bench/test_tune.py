@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 import textwrap
@@ -369,7 +370,7 @@ class TestProcesses:
         assert "| attention p d | none: wrong |" in capsys.readouterr().out
         content = json.loads((tmp_path / "tune.json").read_text())
         assert content["finished"]
-        assert content["environment"]["versions"]["torch"] == torch.__version__
+        assert content["environment"]["versions"]["torch"] == importlib.metadata.version("torch")
         assert [row["status"] for row in content["rows"]] == ["wrong"]
 
 

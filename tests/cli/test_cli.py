@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import io
 import json
 import os
@@ -79,7 +80,7 @@ def test_help(call: Any, name: str) -> None:
 def test_info(call: Any) -> None:
     result = call("info")
     assert result.code == 0
-    assert f"PyTorch     {torch.__version__}" in result.out
+    assert f"PyTorch     {importlib.metadata.version('torch')}" in result.out
     if not torch.cuda.is_available():
         assert "\n  cuda    not usable: it runs on CUDA tensors" in result.out
     assert "\n  torch   usable" in result.out
@@ -174,7 +175,7 @@ def test_verify_passes_and_writes_json(call: Any, tmp_path: Path) -> None:
     assert "0 fail, 0 skipped" in result.out
     content = json.loads(path.read_text())
     assert content["finished"]
-    assert content["environment"]["versions"]["torch"] == torch.__version__
+    assert content["environment"]["versions"]["torch"] == importlib.metadata.version("torch")
     assert {row["status"] for row in content["rows"]} == {"pass"}
     assert {row["direction"] for row in content["rows"]} == {"forward", "gradient"}
 

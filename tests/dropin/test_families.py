@@ -1,6 +1,6 @@
 """Accelerated models beside the same models untouched: logits, losses, gradients, padding and
-generated tokens, by every implementation that can run here. The table in docs/dropin.md is that of
-these tests."""
+generated tokens, by every implementation that can run here. The table in README.md is that of these
+tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from gptkernels.truth.parity import K_FORWARD, K_GRADIENT, compare
 
 FAMILIES = {**LANGUAGE_MODELS, **HEADS, **OTHERS}
 # What runs natively here runs every family; the interpreter and the emulator take one of each kind.
-NATIVE = [of("torch", device="cpu"), of("cpu", device="cpu")]
+NATIVE = [of(impl, device="cpu") for impl in ("torch", "cpu")]
+INTERPRETED = ("GPT-2", "GPT-Neo", "GPT-BigCode", "nanoGPT")
+PADDED = (*LANGUAGE_MODELS, "GPT-2, two heads", "GPT-2, answers")
 SLOW = [of("triton"), of("cuda")]
 SMALL = Size()
 SMALLEST = Size(layers=2, heads=2, width=32, tokens=24, vocabulary=37)
@@ -75,7 +77,7 @@ def test_results_are_those_of_the_model(family: str, impl: str, dtype: torch.dty
     assert_like(family, impl, dtype, SMALL, 33)
 
 
-@pytest.mark.parametrize("family", ["GPT-2", "GPT-Neo", "GPT-BigCode", "nanoGPT"])
+@pytest.mark.parametrize("family", INTERPRETED)
 @pytest.mark.parametrize("impl", SLOW)
 def test_the_kernels_for_a_gpu(family: str, impl: str) -> None:
     assert_like(family, impl, FP32, SMALLEST, 17)
@@ -98,7 +100,7 @@ def test_dropout_drops_as_much(family: str) -> None:
     assert scatter(ours) / scatter(model) == pytest.approx(1, abs=0.15)
 
 
-@pytest.mark.parametrize("family", [*LANGUAGE_MODELS, "GPT-2, two heads", "GPT-2, answers"])
+@pytest.mark.parametrize("family", PADDED)
 @pytest.mark.parametrize("side", ["left", "right", "within"])
 @pytest.mark.parametrize("impl", ["auto", *NATIVE])
 def test_padding(family: str, side: str, impl: str) -> None:
@@ -162,21 +164,21 @@ def test_classes_of_padded_texts(impl: str) -> None:
 
 
 def rows() -> list[str]:
-    """The table of docs/dropin.md: what the tests above run."""
-    head = "| | logits and gradients, float32, bfloat16 | padding | generate | Triton, CUDA C++ |"
-    lines = [head, "| --- | --- | --- | --- | --- |"]
-    slow = {"GPT-2", "GPT-Neo", "GPT-BigCode", "nanoGPT"}
+    """The table in README.md: which families the tests above run, and how."""
+    native = ", ".join(f"`{parameter.values[0]}`" for parameter in NATIVE)
+    columns = {
+        "logits and gradients, float32, bfloat16": (FAMILIES, native),
+        "padding": ((*PADDED, "GPT-2, classes"), native),
+        "generate": (LANGUAGE_MODELS, native),
+        "Triton, CUDA C++": (INTERPRETED, "interpreter, emulator"),
+    }
+    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
     for family in FAMILIES:
-        cells = [
-            "`torch`, `cpu`",
-            "`torch`, `cpu`" if family in LANGUAGE_MODELS or family in HEADS else "",
-            "`torch`, `cpu`" if family in LANGUAGE_MODELS else "",
-            "interpreter, emulator" if family in slow else "",
-        ]
-        lines.append(f"| {family} | {' | '.join(cells)} |")
-    return [line.replace("|  |", "| |").replace("|  |", "| |") for line in lines]
+        cells = (f" {how} |" if family in run else " |" for run, how in columns.values())
+        lines.append(f"| {family} |{''.join(cells)}")
+    return lines
 
 
 def test_the_table_names_the_families_that_are_tested() -> None:
-    page = (ROOT / "docs" / "dropin.md").read_text(encoding="utf-8")
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "\n".join(rows()) in page
