@@ -323,4 +323,7 @@ def test_inductor_takes_the_ops() -> None:
     # Inductor draws other random numbers than eager PyTorch unless this option is set.
     with torch._inductor.config.patch(fallback_random=True):
         for found, wanted in compiled_beside_eager("layer_norm", "torch", "inductor"):
-            torch.testing.assert_close(found, wanted)
+            for one, other in zip(found, wanted, strict=True):
+                # A sum may be small where its terms are not: what counts is the largest number.
+                size = other.abs().max().clamp(min=1.0)
+                torch.testing.assert_close(one / size, other / size)
