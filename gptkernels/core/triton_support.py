@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The sizes of the blocks that a program of a kernel works on, then its warps and stages, such as
+# (128, 64, 8, 3). Launchers choose tiles by themselves; tuning gives them others, by keyword.
+Tile = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Shipped:

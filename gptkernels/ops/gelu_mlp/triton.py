@@ -26,15 +26,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels.core.triton_support import Shipped, on_device
+from gptkernels.core.triton_support import Shipped, Tile, on_device
 from gptkernels.ops.gelu_mlp import torch as plain
 
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -248,8 +247,7 @@ def _linear_gelu_backward_kernel(
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Tile:
+class _Tile(NamedTuple):
     rows: int
     cols: int
     depth: int
@@ -280,6 +278,27 @@ def _tile_for(left: Tensor, right: Tensor, cols: int) -> _Tile:
     return _tile(rows, cols, left.element_size(), aligned, _shared_bytes(left.device))
 
 
+def forward_tiles(x: Tensor, w1: Tensor) -> dict[str, list[Tile]]:
+    """Returns the tiles for x w1^T, by the launcher's keyword: first the chosen one, then the
+    others for the same size of elements."""
+    return {"tile": _tiles(x, w1, w1.shape[0])}
+
+
+def backward_tiles(dy: Tensor, w2: Tensor) -> dict[str, list[Tile]]:
+    """As `forward_tiles`, for dy w2."""
+    return {"tile": _tiles(dy, w2, w2.shape[1])}
+
+
+def _tiles(left: Tensor, right: Tensor, cols: int) -> list[Tile]:
+    others = [
+        _tile(rows, 1, left.element_size(), aligned, shared)
+        for rows in (128 * _FEW_TILES, 1)
+        for aligned in (True, False)
+        for shared in (_AMPLE_SHARED, 0)
+    ]
+    return list(dict.fromkeys([_tile_for(left, right, cols), *others]))
+
+
 @functools.cache
 def _shared_bytes(device: torch.device) -> int:
     """Returns the bytes of shared memory that one thread block may use. The interpreter, for CPU
@@ -305,7 +324,7 @@ def gelu_mlp_fwd(
         return plain.gelu_mlp_fwd(x, w1, b1, w2, b2, approximate, keep_h)
     a = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
     h = torch.empty_like(a) if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
-    _launch_linear_gelu(x, w1, b1, h if keep_h else None, a, approximate)
+    linear_gelu_fwd(x, w1, b1, h if keep_h else None, a, approximate)
     y = torch.mm(a, w2.t()) if b2 is None else torch.addmm(b2, a, w2.t())
     return y, h
 
@@ -334,8 +353,8 @@ def gelu_mlp_bwd(
     dy = dy if dy.stride(1) == 1 or dy.shape[1] == 1 else dy.contiguous()
     if h is None:
         h = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
-        _launch_linear_gelu(x, w1, b1, h, None, approximate)
-    dh, a, partial = _launch_linear_gelu_backward(dy, w2, h, approximate, need_w2, need_b1)
+        linear_gelu_fwd(x, w1, b1, h, None, approximate)
+    dh, a, partial = linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1)
     if need_b1:
         db1 = partial.sum(0).to(x.dtype)
     if need_w2:
@@ -347,14 +366,22 @@ def gelu_mlp_bwd(
     return dx, dw1, db1, dw2, db2
 
 
-def _launch_linear_gelu(
-    x: Tensor, w1: Tensor, b1: Tensor | None, h: Tensor | None, a: Tensor | None, approximate: str
+def linear_gelu_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    h: Tensor | None,
+    a: Tensor | None,
+    approximate: str,
+    *,
+    tile: Tile | None = None,
 ) -> None:
-    """Fills h and a; either may be None, and is then left out."""
+    """Fills h and a; either may be None, and is then left out. A `tile` runs in place of the chosen
+    one."""
     (rows, width), inner = x.shape, w1.shape[0]
-    tile = _tile_for(x, w1, inner)
+    used = _Tile(*tile) if tile else _tile_for(x, w1, inner)
     with on_device(x):
-        _linear_gelu_kernel[(_programs(rows, inner, tile),)](
+        _linear_gelu_kernel[(_programs(rows, inner, used),)](
             x,
             w1,
             x if b1 is None else b1,  # even an unused pointer needs some tensor
@@ -368,28 +395,35 @@ def _launch_linear_gelu(
             HAS_BIAS=b1 is not None,
             STORE_H=h is not None,
             STORE_A=a is not None,
-            **_constexprs(tile, width, approximate),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **_constexprs(used, width, approximate),
+            num_warps=used.num_warps,
+            num_stages=used.num_stages,
             enable_fp_fusion=True,
         )
 
 
-def _launch_linear_gelu_backward(
-    dy: Tensor, w2: Tensor, h: Tensor, approximate: str, store_a: bool, sum_columns: bool
+def linear_gelu_bwd(
+    dy: Tensor,
+    w2: Tensor,
+    h: Tensor,
+    approximate: str,
+    store_a: bool,
+    sum_columns: bool,
+    *,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dh (M, F); a = gelu(h) (M, F), empty unless `store_a`; and partial column sums of dh
-    (tiles, F) in fp32, empty unless `sum_columns`."""
+    (tiles, F) in fp32, empty unless `sum_columns`. A `tile` runs in place of the chosen one."""
     (rows, width), inner = dy.shape, w2.shape[1]
-    tile = _tile_for(dy, w2, inner)
-    tiles = triton.cdiv(rows, tile.rows)
+    used = _Tile(*tile) if tile else _tile_for(dy, w2, inner)
+    tiles = triton.cdiv(rows, used.rows)
     dh = torch.empty((rows, inner), dtype=dy.dtype, device=dy.device)
     a = torch.empty((rows, inner) if store_a else (0,), dtype=dy.dtype, device=dy.device)
     partial = torch.empty(
         (tiles, inner) if sum_columns else (0,), dtype=torch.float32, device=dy.device
     )
     with on_device(dy):
-        _linear_gelu_backward_kernel[(_programs(rows, inner, tile),)](
+        _linear_gelu_backward_kernel[(_programs(rows, inner, used),)](
             dy,
             w2,
             h,
@@ -403,9 +437,9 @@ def _launch_linear_gelu_backward(
             w2.stride(0),
             STORE_A=store_a,
             SUM_COLUMNS=sum_columns,
-            **_constexprs(tile, width, approximate),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **_constexprs(used, width, approximate),
+            num_warps=used.num_warps,
+            num_stages=used.num_stages,
             enable_fp_fusion=True,
         )
     return dh, a, partial

@@ -73,8 +73,8 @@ class TestMemory:
         x, w1, b1, w2, _ = inputs(70, 48, 130, dtype=dtype).values()
         h = torch.empty(70, 130, dtype=dtype, device=DEVICE)
         a = torch.empty_like(h)
-        kernels._launch_linear_gelu(x, w1, b1, h, a, approximate)
-        _, rebuilt, _ = kernels._launch_linear_gelu_backward(x, w2, h, approximate, True, False)
+        kernels.linear_gelu_fwd(x, w1, b1, h, a, approximate)
+        _, rebuilt, _ = kernels.linear_gelu_bwd(x, w2, h, approximate, True, False)
         assert torch.equal(a, rebuilt)
 
     @needs_cuda

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from gptkernels.core import philox
-from gptkernels.core.triton_support import Shipped, on_device
+from gptkernels.core.triton_support import Shipped, Tile, on_device
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.triton.bwd import (
     attention_bwd_delta_kernel,
@@ -31,19 +31,20 @@ from gptkernels.ops.attention.triton.fwd import attention_fwd_kernel
 # Each tile is the largest found that spills few registers or none (gates/triton.json). For that the
 # keys kernel of width 256 does without wgmma. No GPU has timed these tiles yet.
 _Tile = tuple[int, int, int, int]
-_FORWARD: dict[str, dict[int, _Tile]] = {
+_Table = dict[str, dict[int, _Tile]]
+_FORWARD: _Table = {
     "sm90": {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
     "sm90 options": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 2)},
     "sm80": {64: (128, 32, 8, 3), 128: (64, 32, 8, 3), 256: (32, 32, 8, 2)},
     "fp32": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
 }
-_QUERIES: dict[str, dict[int, _Tile]] = {
+_QUERIES: _Table = {
     "sm90": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "sm90 options": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
     "sm80": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2)},
     "fp32": {64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
-_KEYS: dict[str, dict[int, _Tile]] = {
+_KEYS: _Table = {
     "sm90": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
     "sm90 options": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
     "sm80": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
@@ -58,9 +59,11 @@ def attention_fwd(
     k: Tensor,  # (B, Tk, Hk, D)
     v: Tensor,  # (B, Tk, Hk, D)
     options: AttentionOptions,
+    *,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. Raises NotImplementedError for an
-    attn_mask."""
+    attn_mask. A `tile` runs in place of the chosen one."""
     if options.attn_mask is not None:
         raise NotImplementedError(
             "attn_mask runs with impl='torch', 'cpu' or 'auto' only, got 'triton'"
@@ -73,7 +76,7 @@ def attention_fwd(
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-math.inf)
     arguments, switches = _arguments(q, k, options)
-    BM, BN, warps, stages = _FORWARD[room_of(q, options.costly)][max(64, padded_width(D))]
+    BM, BN, warps, stages = tile or _tile(_FORWARD, q, options)
     with on_device(q):
         attention_fwd_kernel[_grid(q, H, BM, options.cu_seqlens_q)](
             q, k, v, *_vectors(options), out, lse,
@@ -95,9 +98,12 @@ def attention_bwd(
     options: AttentionOptions,
     grad_mask: Sequence[bool],
     deterministic: bool,
+    *,
+    queries_tile: Tile | None = None,
+    keys_tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns dq, dk and dv, contiguous, each empty where `grad_mask` is False; the fourth tensor,
-    the mask's gradient, is always empty.
+    the mask's gradient, is always empty. A tile of a kernel runs in place of the chosen one.
 
     No kernel uses atomics, so gradients have the same bits on every run even without
     `deterministic`.
@@ -133,7 +139,6 @@ def attention_bwd(
     inputs = (q, k, v, *_vectors(options), dout, lse, delta, total, dlse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     BD = padded_width(D)
-    room = room_of(q, options.costly)
     with on_device(q):
         if not exact:
             # This kernel treats each row by itself, so packed sequences need nothing special.
@@ -142,18 +147,40 @@ def attention_bwd(
                 dlse is not None, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         if queries_wanted:
-            BM, BN, warps, stages = _QUERIES[room][max(64, BD)]
+            BM, BN, warps, stages = queries_tile or _tile(_QUERIES, q, options)
             attention_bwd_queries_kernel[_grid(q, H, BM, options.cu_seqlens_q)](
                 *inputs, dq, *strides, *arguments, D, BD, BM, BN, *switches,
                 num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
         if keys_wanted:
-            BM, BN, warps, stages = _KEYS[room][max(64, BD)]
+            BM, BN, warps, stages = keys_tile or _tile(_KEYS, q, options)
             attention_bwd_keys_kernel[_grid(k, k.shape[2], BN, options.cu_seqlens_q)](
                 *inputs, dk, dv, *strides, *arguments, D, BD, BM, BN, *switches,
                 num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
     return asked_for()
+
+
+def forward_tiles(q: Tensor, options: AttentionOptions) -> dict[str, list[Tile]]:
+    """Returns the tiles for q, by the launcher's keyword: first the chosen one, then the others
+    that the tables have for q's width, in 16 bits or in fp32."""
+    return {"tile": _tiles(_FORWARD, q, options)}
+
+
+def backward_tiles(q: Tensor, options: AttentionOptions) -> dict[str, list[Tile]]:
+    """As `forward_tiles`, for the two kernels of the backward pass."""
+    tables = {"queries_tile": _QUERIES, "keys_tile": _KEYS}
+    return {keyword: _tiles(table, q, options) for keyword, table in tables.items()}
+
+
+def _tile(table: _Table, q: Tensor, options: AttentionOptions) -> _Tile:
+    return table[room_of(q, options.costly)][max(64, padded_width(q.shape[-1]))]
+
+
+def _tiles(table: _Table, q: Tensor, options: AttentionOptions) -> list[Tile]:
+    width, exact = max(64, padded_width(q.shape[-1])), q.dtype == torch.float32
+    others = [tiles[width] for room, tiles in table.items() if (room == "fp32") == exact]
+    return list(dict.fromkeys([_tile(table, q, options), *others]))
 
 
 def _grid(x: Tensor, heads: int, block: int, cu_seqlens: Tensor | None) -> tuple[int]:

@@ -31,7 +31,7 @@ import triton
 from torch import Tensor
 
 from gptkernels.core import philox
-from gptkernels.core.triton_support import Shipped, multiprocessors, on_device
+from gptkernels.core.triton_support import Shipped, Tile, multiprocessors, on_device
 from gptkernels.ops.layer_norm.outputs import bwd_outputs, fwd_outputs, matrix
 from gptkernels.ops.layer_norm.triton.bwd import (
     backward_kernel,
@@ -48,6 +48,7 @@ _WIDE_CHUNK = 4096
 # more than 128 registers a thread, few threads would fit on a multiprocessor.
 _FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 4096, 2048
 _REDUCE_ROWS, _REDUCE_COLS, _REDUCE_WARPS = 64, 32, 4
+_STAGES = 3  # Triton's own choice; no loop has a product, so none is pipelined
 
 
 def layer_norm_fwd(
@@ -59,8 +60,11 @@ def layer_norm_fwd(
     dropout_p: float,
     eps: float,
     sum_dtype: torch.dtype | None,
+    *,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y, s, mean and rstd. s is empty if sum_dtype is None: s is x then."""
+    """Returns y, s, mean and rstd. s is empty if sum_dtype is None: s is x then. A `tile` runs in
+    place of the chosen one."""
     C = x.shape[-1]
     rows, residual_rows = matrix(x), None if residual is None else matrix(residual)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
@@ -75,12 +79,13 @@ def layer_norm_fwd(
         residual is not None, bias is not None, dropout_p > 0, sum_dtype is not None,
         _aligned(C, *strides),
     )  # fmt: skip
-    tile_rows, tile_cols, warps = _tile(C, _FORWARD_ELEMENTS)
+    tile_rows, tile_cols, warps, stages = tile or _tile(C, _FORWARD_ELEMENTS)
     kernel = forward_kernel if C <= _WIDEST_IN_REGISTERS else forward_wide_kernel
     with on_device(x):
         kernel[(triton.cdiv(M, tile_rows),)](
-            *arguments, tile_rows, tile_cols, num_warps=warps, enable_fp_fusion=True
-        )
+            *arguments, tile_rows, tile_cols,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        )  # fmt: skip
     return y, s, mean, rstd
 
 
@@ -97,8 +102,11 @@ def layer_norm_bwd(
     residual_dtype: torch.dtype | None,
     weight_gradient: bool,
     bias_gradient: bool,
+    *,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns dx, dresidual, dweight and dbias, each empty as in `op.layer_norm_bwd`."""
+    """Returns dx, dresidual, dweight and dbias, each empty as in `op.layer_norm_bwd`. A `tile` runs
+    in place of the chosen one."""
     C = s.shape[-1]
     rows = matrix(s)
     M = rows.shape[0]
@@ -109,8 +117,10 @@ def layer_norm_bwd(
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
     weight = weight.contiguous()
-    tile_rows, tile_cols, warps = _tile(C, _BACKWARD_ELEMENTS)
-    options = dict(ROWS=tile_rows, COLS=tile_cols, num_warps=warps, enable_fp_fusion=True)
+    tile_rows, tile_cols, warps, stages = tile or _tile(C, _BACKWARD_ELEMENTS)
+    options = dict(
+        ROWS=tile_rows, COLS=tile_cols, num_warps=warps, num_stages=stages, enable_fp_fusion=True
+    )
     programs = min(triton.cdiv(M, tile_rows), multiprocessors(s) * _programs_per_multiprocessor(C))
     partial_dweight, partial_dbias = (
         torch.empty((programs if wanted else 0, C), dtype=torch.float32, device=s.device)
@@ -141,19 +151,35 @@ def layer_norm_bwd(
     return dx, dresidual, dweight, dbias
 
 
+def forward_tiles(x: Tensor) -> dict[str, list[Tile]]:
+    """Returns the tiles for x, by the launcher's keyword: first the chosen one, then the backward
+    pass's."""
+    return {"tile": _tiles(x, _FORWARD_ELEMENTS, _BACKWARD_ELEMENTS)}
+
+
+def backward_tiles(x: Tensor) -> dict[str, list[Tile]]:
+    """As `forward_tiles`, for the backward pass."""
+    return {"tile": _tiles(x, _BACKWARD_ELEMENTS, _FORWARD_ELEMENTS)}
+
+
+def _tiles(x: Tensor, *elements: int) -> list[Tile]:
+    return list(dict.fromkeys(_tile(x.shape[-1], number) for number in elements))
+
+
 def _aligned(*sizes: int) -> bool:
     """Whether all sizes are multiples of 8 elements. Then rows start where a 16-byte access and a
     Philox call do."""
     return all(size % 8 == 0 for size in sizes)
 
 
-def _tile(C: int, elements: int) -> tuple[int, int, int]:
-    """Returns the rows, columns and warps of a program, such that 8 warps hold `elements`."""
+def _tile(C: int, elements: int) -> tuple[int, int, int, int]:
+    """Returns the rows, columns, warps and stages of a program, such that 8 warps hold
+    `elements`."""
     if C > _WIDEST_IN_REGISTERS:
-        return 1, _WIDE_CHUNK, 8
+        return 1, _WIDE_CHUNK, 8, _STAGES
     cols = max(16, triton.next_power_of_2(C))
     rows = max(1, min(16, elements // cols))
-    return rows, cols, max(1, min(16, rows * cols * 8 // elements))
+    return rows, cols, max(1, min(16, rows * cols * 8 // elements)), _STAGES
 
 
 def _programs_per_multiprocessor(C: int) -> int:
@@ -190,7 +216,7 @@ def _shipped(
     kernel: Any, name: str, C: int, dtypes: str, pointers: dict[str, str], other_pointers: str
 ) -> Shipped:
     elements = _FORWARD_ELEMENTS if name.startswith("fwd") else _BACKWARD_ELEMENTS
-    rows, cols, warps = _tile(C, elements)
+    rows, cols, warps, stages = _tile(C, elements)
     types = {
         "rng_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr": "*fp32",
         "partial_dweight_ptr": "*fp32", "partial_dbias_ptr": "*fp32",
@@ -210,4 +236,4 @@ def _shipped(
     }
     aligned = tuple(n for n in signature if n.endswith(("_ptr", "stride")) or n == "C")
     label = f"layer_norm_{name} C{C} {dtypes}"
-    return Shipped(label, kernel, signature, constexprs, warps, 3, aligned)
+    return Shipped(label, kernel, signature, constexprs, warps, stages, aligned)
