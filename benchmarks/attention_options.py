@@ -11,7 +11,6 @@ ratio is the other's time over ours: above 1 ours is faster.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import gptkernels
-from gptkernels.bench.report import environment, write_json
+from gptkernels.bench.environment import environment
+from gptkernels.bench.results import write_json
 from gptkernels.bench.timing import compare
 
 _WINDOW, _CAP = 256, 20.0
@@ -132,7 +132,7 @@ def main() -> None:
             line = "   ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
             print(f"{case.name:<25} {direction:<20} {1e3 * found['cpu'].time_s:7.2f} ms   {line}")
             row = {"case": case.name, "direction": direction, "ratios": ratios}
-            rows.append(row | {name: dataclasses.asdict(t) for name, t in found.items()})
+            rows.append(row | {name: t.as_dict() for name, t in found.items()})
     print("load average", *(f"{load:.2f}" for load in os.getloadavg()))
     if options.json:
         named = {name: getattr(options, name) for name in ("dtype", "tokens", "heads", "width")}

@@ -14,7 +14,6 @@ cost. Medians of rounds in which both take turns.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 import gptkernels
-from gptkernels.bench.report import environment, write_json
+from gptkernels.bench.environment import environment
+from gptkernels.bench.results import write_json
 from gptkernels.bench.timing import compare
 from gptkernels.core import few_rows
 from gptkernels.gpt.generation.cache import SlotCache
@@ -124,7 +124,7 @@ def main() -> None:
                 continue
             found = compare({"one": one, "other": other}, budget_s=1.0)
             ratio = found["one"].time_s / found["other"].time_s
-            times = {name: dataclasses.asdict(timing) for name, timing in found.items()}
+            times = {name: timing.as_dict() for name, timing in found.items()}
             rows.append({"what": what, "dtype": str(dtype), "ratio": ratio, **times})
             print(f"{what:<36} {str(dtype).removeprefix('torch.'):<9} {ratio:.2f}x")
     if options.json:

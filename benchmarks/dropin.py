@@ -27,7 +27,8 @@ from torch import nn
 
 import gptkernels
 from benchmarks.families import LANGUAGE_MODELS, OTHERS, Size, logits
-from gptkernels.bench.report import environment, write_json
+from gptkernels.bench.environment import environment
+from gptkernels.bench.results import write_json
 from gptkernels.bench.timing import compare
 
 _SMALL = Size(layers=4, heads=8, width=512, tokens=512, vocabulary=512)
@@ -111,7 +112,7 @@ def main() -> None:
                     f" ({found['ours'].low_s:.3f}-{found['ours'].high_s:.3f})",
                     flush=True,
                 )
-                timed = {name: dataclasses.asdict(timing) for name, timing in found.items()}
+                timed = {name: timing.as_dict() for name, timing in found.items()}
                 rows.append(named | timed)
     print("load average", *(f"{load:.2f}" for load in os.getloadavg()))
     if options.json:

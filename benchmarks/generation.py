@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import functools
 import os
 import tempfile
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 
 import gptkernels
-from gptkernels.bench.report import environment, write_json
+from gptkernels.bench.environment import environment
+from gptkernels.bench.results import write_json
 from gptkernels.bench.timing import compare
 
 
@@ -111,7 +111,7 @@ def main() -> None:
     for name, timing in timings.items():
         rate = options.batch * options.tokens / timing.time_s
         ratio = timing.time_s / timings["auto"].time_s
-        rows[name] = {**dataclasses.asdict(timing), "tokens_per_s": rate, "ratio": ratio}
+        rows[name] = {**timing.as_dict(), "tokens_per_s": rate, "ratio": ratio}
         print(f"{name:<36} {rate:7.1f} tokens/s    {ratio:.2f}x")
     limit = options.batch * most_steps(config, dtype, options.device)
     print(f"{'reading the weights once a step':<36} {limit:7.1f} tokens/s at most")

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +33,12 @@ from typing import Any
 import torch
 
 from benchmarks import child_environment
-from gptkernels.bench import OPERATORS, rows_of
-from gptkernels.bench.report import Row, environment, figures, recorded, write_json
+from gptkernels import bench
+from gptkernels.bench import OPERATORS
+from gptkernels.bench.environment import environment
+from gptkernels.bench.results import Results, recorded, write_json
+from gptkernels.bench.run import head, run
+from gptkernels.bench.text import figures
 from gptkernels.core.choice import unavailable
 from gptkernels.truth import verify
 
@@ -116,10 +119,7 @@ def _all(results: Path, seconds: float) -> int:
         arguments = ["benchmarks.gpu", "--part=speed", f"--results={path}", *extra]
         _run([_Part(f"speed, {name}", arguments, path)], until(end), path)
     print(f"Results are in {results}, after {time.monotonic() - started:.0f} s")
-    if reason is None:
-        print(
-            "`make gpu-tune` times every way to build the CUDA kernels, beside the best of others"
-        )
+    print("`make gpu-tune` times every build and tile of the kernels, beside the best of others")
     return 0 if right else 1
 
 
@@ -244,17 +244,15 @@ def _sanitized(op: str, path: Path) -> int:
 
 
 def _speed(quick: bool, path: Path) -> int:
-    for row in recorded(_interleaved(quick), path):
-        head = f"{row['op']} {row['shape']} {row['dtype']} {row['direction']} {row['impl']}"
-        print(head, *(f"{k} {v}" for k, v in figures(row).items()), flush=True)
+    device, level = torch.device("cuda"), "quick" if quick else "full"
+    steps = bench.steps(OPERATORS + bench.MODELS, device, level)
+    results = Results(path, **head(device, [step.dtype for step in steps]))
+    every: dict[str, Any] = {"impls": _IMPLS, "peers": lambda name: True, "level": level}
+    for _, rows in run(steps, results, device=device, **every):
+        for row in rows:
+            what = f"{row['op']} {row['shape']} {row['dtype']} {row['direction']} {row['impl']}"
+            print(what, *(f"{k} {v}" for k, v in figures(row).items()), flush=True)
     return 0
-
-
-def _interleaved(quick: bool) -> Iterator[Row]:
-    """The operators' rows by turns, so that a run cut short has measured some of each."""
-    iterators = [rows_of(op, "cuda", _IMPLS, quick) for op in OPERATORS]
-    for turn in itertools.zip_longest(*iterators):
-        yield from (row for row in turn if row is not None)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from gptkernels.bench.report import environment, write_json
+from gptkernels.bench.environment import environment
+from gptkernels.bench.results import write_json
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import os
 import resource
 import subprocess
@@ -29,7 +28,8 @@ import torch
 from torch import nn
 
 import gptkernels
-from gptkernels.bench.report import environment, write_json
+from gptkernels.bench.environment import environment
+from gptkernels.bench.results import write_json
 from gptkernels.bench.timing import compare
 from gptkernels.truth.plain_gpt import PlainGPT
 
@@ -119,7 +119,7 @@ def main() -> None:
     if options.json:
         named = {name: getattr(options, name) for name in (*sizes, "dtype", "device", "dropout")}
         content = {"environment": environment(), **named, "ratios": ratios}
-        rows = [{"name": name, **dataclasses.asdict(timing)} for name, timing in found.items()]
+        rows = [{"name": name, **timing.as_dict()} for name, timing in found.items()]
         write_json(options.json, content | {"rows": rows})
 
 

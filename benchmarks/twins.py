@@ -26,7 +26,7 @@ from torch import Tensor
 import gptkernels
 from benchmarks import child_environment
 from gptkernels.bench import OPERATORS, dry_run
-from gptkernels.bench.report import Row, recorded
+from gptkernels.bench.results import Row, recorded
 from gptkernels.core import native, philox
 from gptkernels.truth import baseline, parity, reference, verify
 

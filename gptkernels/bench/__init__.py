@@ -1,4 +1,4 @@
-"""Benchmarks of the fused operators against plain PyTorch.
+"""Benchmarks of the fused operators and whole models, beside plain PyTorch and the best others.
 
 Everything that reports speed (`gptkernels bench`, the demo, `make gpu`, `pytest benchmarks`) times
 the same cases; their shapes, bytes and operations are in `gptkernels.bench.cases`.
@@ -6,45 +6,94 @@ the same cases; their shapes, bytes and operations are in `gptkernels.bench.case
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from gptkernels.bench import timing
+from gptkernels.bench import measure
+from gptkernels.bench.case import Case
+from gptkernels.bench.results import Row
 
 OPERATORS = ("layer_norm", "attention", "attention_varlen", "attention_decode", "gelu_mlp")
+MODELS = ("gpt_training", "gpt_generate", "gpt_first_token")
+LEVELS = ("quick", "default", "full")
+# Seconds of one comparison, by level.
+BUDGET_S = {"quick": 0.3, "default": 1.0, "full": 0.5}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One shape and dtype of an operator or of a model: the unit in which a run proceeds."""
+
+    op: str
+    shape: Any
+    dtype: torch.dtype
+
+    def cases(self, device: torch.device, impls: Sequence[str]) -> Iterator[Case]:
+        """Each direction. Tensors are made when the first case is asked for."""
+        yield from _module(self.op).cases(self.shape, self.dtype, device, impls)
+
+
+def steps(
+    ops: Sequence[str],
+    device: torch.device | str,
+    level: str = "default",
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    shapes: Callable[[str], bool] | None = None,
+) -> list[Step]:
+    """What a run does, the most telling first: the first shape of each op, then the second...
+
+    Args:
+        ops: names of OPERATORS and MODELS.
+        device: where it runs; shapes depend on it.
+        level: "quick", "default" or "full".
+        dtypes: only these; None takes those of each op.
+        shapes: of a readable shape, such as "B1 T1024 H12 D64 causal": whether it is wanted.
+
+    Raises:
+        ValueError: an op or the level is unknown.
+    """
+    for op in ops:
+        if op not in OPERATORS + MODELS:
+            raise ValueError(f"op is {op!r}; it must be one of {', '.join(OPERATORS + MODELS)}")
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}")
+    kind = torch.device(device).type
+    columns = [
+        [
+            Step(op, shape, dtype)
+            for shape in _module(op).shapes(kind, level)
+            if shapes is None or shapes(str(shape))
+            for dtype in (_module(op).dtypes(kind, level) if dtypes is None else dtypes)
+        ]
+        for op in ops
+    ]
+    turns = itertools.zip_longest(*columns)
+    return [step for turn in turns for step in turn if step is not None]
 
 
 def cases_of(
-    op: str, device: torch.device | str, impls: Sequence[str], quick: bool = False
-) -> Iterator[timing.Case]:
-    """What to call for an operator, and what it must move and do; `quick`: of the first shape only.
-
-    Raises ValueError for an unknown operator, at once.
-    """
-    if op not in OPERATORS:
-        raise ValueError(f"op is {op!r}; it must be one of {', '.join(OPERATORS)}")
-    module = importlib.import_module(f"gptkernels.bench.cases.{op}")
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    shapes = module.GPU_SHAPES if on_gpu else module.CPU_SHAPES
-    return (
-        case
-        for shape in shapes[: 1 if quick else None]
-        for dtype in (module.GPU_DTYPES if on_gpu else module.CPU_DTYPES)
-        for workload in module.workloads(shape, dtype, device, quick)
-        for case in workload.cases(op, impls)
-    )
+    op: str, device: torch.device | str, impls: Sequence[str], level: str = "default"
+) -> Iterator[Case]:
+    """What is called for an operator, and what it must move and do. Raises as `steps`, at once."""
+    found = steps([op], device, level)
+    return (case for step in found for case in step.cases(torch.device(device), impls))
 
 
 def rows_of(
-    op: str, device: torch.device | str, impls: Sequence[str], quick: bool = False
-) -> Iterator[dict[str, Any]]:
-    """`cases_of`, timed as they come: rows as `timing.rows` describes them.
+    op: str, device: torch.device | str, impls: Sequence[str], level: str = "default"
+) -> Iterator[Row]:
+    """`cases_of` beside plain PyTorch alone, as rows of `measure`, as they are measured."""
+    found = cases_of(op, device, impls, level)
+    alone = (dataclasses.replace(case, peers={}) for case in found)
+    return measure.rows(alone, device=device, budget_s=BUDGET_S[level])
 
-    Raises ValueError for an unknown operator, at once.
-    """
-    found = cases_of(op, device, impls, quick)
-    return timing.rows(found, device=device, budget_s=0.3 if quick else 1.0)
+
+def _module(op: str) -> Any:
+    return importlib.import_module(f"gptkernels.bench.cases.{op}")

@@ -2,59 +2,153 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gptkernels.cli import bench_table as table
 from gptkernels.cli import options
-from gptkernels.cli.console import plain_console, print_text
+from gptkernels.cli.console import PipeConsole, print_text
+
+_MINUTES_ON_A_GPU = 8.0
 
 
 @click.command("bench")
 @options.ops
 @options.impls
+@options.dtypes
+@click.option("--shape", "shapes", multiple=True, help="Only shapes that hold this text, such as "
+              "T1024 or C768; may be repeated.")  # fmt: skip
+@click.option("--peers", "peers", multiple=True, help="Only peers that hold this text, such as "
+              "SDPA or compile; may be repeated. none: plain PyTorch alone.")  # fmt: skip
 @options.device
-@click.option("--quick", is_flag=True, help="Fewer shapes and shorter measurements.")
+@click.option("--quick", is_flag=True, help="One or two shapes of each op, within two minutes on "
+              "two cores.")  # fmt: skip
+@click.option("--full", is_flag=True, help="Every shape and peer, and larger models.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Begin nothing after "
+              "so long. --full on a GPU has 8 unless told.")  # fmt: skip
 @options.json
-@click.option("--plot", type=options.PATH, help="Draw the speed-ups as a PNG or SVG file.")
+@click.option("--resume", is_flag=True, help="Go on with the file of --json: what it has is not "
+              "measured again.")  # fmt: skip
+@click.option("--report", "folder", type=options.PATH, metavar="DIR", help="Write a page with "
+              "plots into this folder.")  # fmt: skip
+@click.option("--compare", "old", type=options.PATH, metavar="OLD.json", help="Exit with 1 where "
+              "one of our implementations is slower than in this file.")  # fmt: skip
 def command(
     ops: tuple[str, ...],
     impls: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    shapes: tuple[str, ...],
+    peers: tuple[str, ...],
     device: str,
     quick: bool,
+    full: bool,
+    minutes: float | None,
     path: Path | None,
-    plot: Path | None,
-) -> None:
-    """Time the operators against plain PyTorch on the same inputs, in alternation.
+    resume: bool,
+    folder: Path | None,
+    old: Path | None,
+) -> int:
+    """Time the operators and whole GPTs beside plain PyTorch and the best others.
 
-    "spread" is half the distance between the quartiles of a time, as a share of the time.
+    All candidates of a case get the same tensors and take turns. "spread" is half the distance
+    between the quartiles of a time. "PyTorch" and "best" say how many times as fast a candidate is
+    as plain PyTorch, and as the fastest of all others. "ceiling" is the share that it reaches of
+    what this machine was measured to do; "error" that of its limit against fp64.
 
-    "floor" is the least time that this machine's measured rates of memory and arithmetic allow, as
-    a share of the time that it took.
+    Every case is written to the file of --json as it is measured. The exit code is 1 where one of
+    our implementations fails or is wrong, where an installed peer does not import, and where
+    --compare finds something slower.
     """
     from gptkernels import bench
-    from gptkernels.bench import report
+    from gptkernels.bench import regressions, report, results, run
     from gptkernels.core.choice import IMPLEMENTATIONS, check_impl
     from gptkernels.core.device import choose_device
 
     where = choose_device(device)
     for impl in impls:
         check_impl(impl, auto=False)
-    if plot is not None:
-        report.check_plot(plot)
-    timed = [
-        bench.rows_of(op, where, impls or IMPLEMENTATIONS, quick) for op in ops or bench.OPERATORS
-    ]
-    console = plain_console()
-    rows = []
-    for row in report.recorded(itertools.chain(*timed), path):
-        rows.append(row)
-        cells = ", ".join(
-            value if name == "time" else f"{name} {value}"
-            for name, value in report.figures(row).items()
-        )
-        head = f"{row['op']:<16} {row['shape']:<32} {row['dtype']:<8} {row['direction']:<16}"
-        print_text(console, f"{head} {row['impl']:<7} {cells}")
-    if plot is not None:
-        report.plot(rows, plot)
+    if quick and full:
+        raise ValueError("--quick and --full exclude each other")
+    if resume and path is None:
+        raise ValueError("--resume goes on with a file, which --json names")
+    if folder is not None:
+        report.check(folder)
+    before = None if old is None else results.read(old)
+    level = "quick" if quick else "full" if full else "default"
+    if full and where.type == "cuda" and minutes is None:
+        minutes = _MINUTES_ON_A_GPU
+    steps = bench.steps(
+        ops or bench.OPERATORS + bench.MODELS,
+        where,
+        level,
+        dtypes=[options.dtype(name) for name in dtypes] or None,
+        shapes=lambda shape: not shapes or any(text in shape for text in shapes),
+    )
+    if not steps:
+        raise ValueError("no shape holds " + " or ".join(repr(text) for text in shapes))
+
+    impls = impls or IMPLEMENTATIONS
+    console = PipeConsole(highlight=False, soft_wrap=True)
+    with console.status("measuring what this machine can do"):
+        about = run.head(where, [step.dtype for step in steps])
+    found = results.Results(path, resume=resume, **about)
+    for line in table.head(found.content):
+        print_text(console, line)
+    if found.rows:
+        print_text(console, f"\n{path} has {len(found.rows)} rows, which are not measured again")
+
+    def wanted(name: str) -> bool:
+        if peers:
+            return any(text in name for text in peers)
+        return full or "max-autotune" not in name
+
+    how: dict[str, Any] = {"device": where, "impls": impls, "peers": wanted, "level": level}
+    try:
+        _show(console, run.run(steps, found, minutes=minutes, **how), len(steps))
+    except KeyboardInterrupt:
+        if path is not None:
+            print_text(console, f"\nstopped; --json {path} --resume goes on")
+        raise
+    for line in table.foot(found.rows):
+        print_text(console, line)
+    if not found.content["finished"]:
+        file = path or "FILE"
+        print_text(console, f"\n{minutes:g} minutes are over; --json {file} --resume goes on")
+    if folder is not None and found.rows:
+        print_text(console, f"\nReport: {report.write(found.content, folder)}")
+    broken = [p for p in found.content["peers"] if p["status"] == "broken" and wanted(p["name"])]
+    failed = bool(broken) or any(row.get("failed") for row in found.rows)
+    if before is not None:
+        slower = list(regressions.found(before["rows"], found.rows))
+        again = run.again(steps, slower, **how)
+        slower = regressions.confirmed(slower, before["rows"], again)
+        count = regressions.compared(before["rows"], found.rows)
+        environments = found.content["environment"], before["environment"]
+        for line in table.regressions(count, *environments, slower):
+            print_text(console, line)
+        failed |= bool(slower)
+    return int(failed)
+
+
+def _show(console: Console, done: Iterator[tuple[Any, list[Any]]], count: int) -> None:
+    """Prints each case as it comes, over a bar of the steps on a terminal."""
+    # Where nobody looks, lines may be as wide as they are.
+    width = console.width if console.is_terminal else 1000
+    step = None
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    ) as progress:  # fmt: skip
+        bar = progress.add_task("", total=count)
+        for now, rows in done:
+            if now is not step and step is not None:
+                progress.advance(bar)
+            step = now
+            progress.update(bar, description=f"{now.op} {now.shape}")
+            for line in table.case(rows, width) if rows else ():
+                print_text(console, line)

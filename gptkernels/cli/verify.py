@@ -12,16 +12,13 @@ from rich.console import Console
 from gptkernels.cli import options
 from gptkernels.cli.console import STYLES, plain_console, print_text
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _WIDTHS = (16, 44, 6, 8, 9, 9, 9, 0)
 
 
 @click.command("verify")
 @options.impls
 @options.ops
-@click.option(
-    "--dtype", "dtypes", multiple=True, help="float32, bfloat16 or float16; may be repeated."
-)
+@options.dtypes
 @options.device
 @click.option("--seed", type=int, help="Of the random inputs; default: a new one.")
 @click.option("--arch", help="sm80 or sm90: which GPU the emulator stands for.")
@@ -40,11 +37,11 @@ def command(
     Exits with 1 when any row fails. With --arch sm90, a row says when a kernel made for Hopper did
     not run, and why.
     """
-    from gptkernels.bench.report import recorded
+    from gptkernels.bench.results import recorded
     from gptkernels.core.device import choose_device
     from gptkernels.truth import verify as table
 
-    given = {"impls": impls, "ops": ops, "dtypes": [_dtype(name) for name in dtypes]}
+    given = {"impls": impls, "ops": ops, "dtypes": [options.dtype(name) for name in dtypes]}
     chosen: dict[str, Any] = {name: values for name, values in given.items() if values}
     seed = table.fresh_seed() if seed is None else seed
     rows = table.run(device=choose_device(device), seed=seed, arch=arch, **chosen)
@@ -70,14 +67,6 @@ def command(
     print_text(console, ", ".join(f"{count} {status}" for status, count in counts.items()))
     print_text(console, f"--seed {seed} gives the same inputs again")
     return 1 if counts["fail"] else 0
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    if name not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
-    return getattr(torch, name)
 
 
 def _print_cells(console: Console, cells: Sequence[str], style: str | None = None) -> None:

@@ -226,15 +226,6 @@ def test_verify_refuses(call: Any, option: str, value: str) -> None:
     assert_refused(call("verify", option, value), option[2:], value)
 
 
-# ---- bench
-
-
-def test_bench_refuses(call: Any) -> None:
-    assert_refused(call("bench", "--op", "softmax"), "softmax", "layer_norm")
-    assert_refused(call("bench", "--impl", "cutlass"), "cutlass", "torch")
-    assert_refused(call("bench", "--device", "cuda:99"), "cuda:99")
-
-
 # ---- train
 
 

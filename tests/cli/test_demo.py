@@ -137,7 +137,7 @@ def test_the_page_stands_alone_and_holds_the_tables(finished: tuple[Path, int, s
     speed = json.loads((out / "speed.json").read_text())["rows"]
     timed = [row for row in speed if row["time_s"] is not None]
     assert [row[0] for row in page.tables["speed"][1:]] == [row["op"] for row in timed]
-    assert {row["op"] for row in timed} == {"layer_norm", "gpt"}
+    assert {row["op"] for row in timed} == {"layer_norm", "gpt_training"}
     assert all(row["ratio"] > 0 for row in timed)
 
 
@@ -270,7 +270,7 @@ def test_an_interpreter_that_takes_too_long_or_dies_is_reported(
 def test_without_a_gpu_kernels_say_why_they_are_not_timed(finished: tuple[Path, int, str]) -> None:
     out, _, printed = finished
     skipped = [r for r in json.loads((out / "speed.json").read_text())["rows"] if not r["time_s"]]
-    assert {row["impl"] for row in skipped if row["op"] != "gpt"} == {"triton", "cuda"}
+    assert {row["impl"] for row in skipped if row["op"] != "gpt_training"} == {"triton", "cuda"}
     assert skipped[0]["skipped"] in printed
 
 

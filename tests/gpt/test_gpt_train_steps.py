@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
 from gptkernels.gpt.training.config import TrainConfig, learning_rate
 from gptkernels.gpt.training.learner import parameter_groups
-from gptkernels.gpt.training.throughput import flops_per_token, peak_flops
+from gptkernels.gpt.training.throughput import Speed, flops_per_token
 from gptkernels.gpt.training.train import train
 from gptkernels.truth.parity import compare
 from gptkernels.truth.plain_gpt import PlainGPT
@@ -72,30 +73,15 @@ def test_flops_per_token_counts_gpt2_as_the_formula_says() -> None:
     assert flops_per_token(model, 12, 768, 1024) == 6 * counted + 12 * 12 * 768 * 1024
 
 
-def test_cpu_peak_is_measured_and_draws_no_random_number() -> None:
-    before = torch.get_rng_state()
-    peak = peak_flops(torch.device("cpu"), torch.float32)
-    assert peak is not None
-    assert peak > 1e6
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize(
-    ("name", "bf16", "fp32"),
-    [
-        ("NVIDIA H200", 989.4e12, 66.9e12),
-        ("NVIDIA A100-SXM4-80GB", 311.9e12, 19.5e12),
-        ("NVIDIA A10", 125e12, 31.2e12),
-        ("NVIDIA A10G", None, None),
-        ("NVIDIA H100 PCIe", 756.5e12, 51.2e12),
-    ],
-)
-def test_gpu_peak_comes_from_the_data_sheet_or_is_unknown(
-    monkeypatch: pytest.MonkeyPatch, name: str, bf16: float | None, fp32: float | None
+@pytest.mark.parametrize(("peak", "mfu"), [(1e12, 0.5), (1e11, None), (None, None)])
+def test_the_mfu_is_a_share_or_unknown(
+    peak: float | None, mfu: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda"), torch.bfloat16) == pytest.approx(bf16)
-    assert peak_flops(torch.device("cuda"), torch.float32) == pytest.approx(fp32)
+    """1e9 FLOP a token at 500 tokens a second."""
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    found = Speed(1e9, peak).read(1000)
+    assert found == {"tokens_per_s": 500.0, "mfu": mfu}
 
 
 def test_accumulation_equals_one_big_batch(

@@ -1,8 +1,9 @@
-"""What is timed, one module an op.
+"""What is timed, one module an op, and modules for whole models.
 
 Each module offers
 
-    GPU_SHAPES, CPU_SHAPES      of any type, the most telling first
-    GPU_DTYPES, CPU_DTYPES
-    workloads(shape, dtype, device, quick) -> Iterator[Workload]
+    shapes(device_type, level) -> Sequence[Shape]       the most telling first; level is "quick",
+                                                        "default" or "full"; str(shape) names it
+    dtypes(device_type, level) -> Sequence[torch.dtype]
+    cases(shape, dtype, device, impls) -> Iterator[Case]
 """

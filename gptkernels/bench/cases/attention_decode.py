@@ -2,13 +2,14 @@
 
 PyTorch gets the lengths as a mask that is made before, none where every query sees all keys; pages
 it has to gather first, within its time. Two products, each of 2 H Tq D operations a key. Bytes:
-q and out, and the keys and values of every entry up to its length.
+q and out, and the keys and values of every entry up to its length. Checked is the first batch
+entry.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 import gptkernels
-from gptkernels.bench.cases.workload import FORWARD, Workload, normal
-from gptkernels.truth import baseline
+from gptkernels.bench.case import FORWARD, Case
+from gptkernels.bench.cases.workload import Part, Workload, normal
+from gptkernels.bench.peers import attention_decode as others
+from gptkernels.truth import baseline, reference
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """Sizes of one step of decoding."""
 
     batch: int
@@ -36,42 +39,69 @@ class _Shape:
     def __str__(self) -> str:
         sizes = f"B{self.batch} T{self.tokens} H{self.heads}/{self.key_heads} D{self.head_dim}"
         queries = f" Tq{self.queries}" if self.queries > 1 else ""
+        return sizes + queries + self.layout
+
+    @property
+    def layout(self) -> str:
+        """Of the caches, in words; nothing for full caches of one piece."""
         pages = f" pages of {self.page}" if self.page is not None else ""
-        return sizes + queries + pages + (" ragged" if self.ragged else "")
+        return pages + (" ragged" if self.ragged else "")
 
     @property
     def lengths(self) -> list[int]:
+        """Keys of each entry."""
         if not self.ragged:
             return [self.tokens] * self.batch
         return [self.tokens * (b + 1) // self.batch for b in range(self.batch)]
 
 
-# 64 query heads on 8 key heads: one sequence, longer, a batch, ragged lengths, a paged cache, 8
-# new tokens at a time; GPT-2's heads.
-GPU_SHAPES = (
-    _Shape(1, 8192, 64, 8, 128),
-    _Shape(1, 32768, 64, 8, 128),
-    _Shape(32, 8192, 64, 8, 128),
-    _Shape(64, 8192, 64, 8, 128, ragged=True),
-    _Shape(32, 8192, 64, 8, 128, page=64),
-    _Shape(32, 8192, 64, 8, 128, queries=8),
-    _Shape(64, 1024, 12, 12, 64),
-)
-CPU_SHAPES = (
-    _Shape(4, 512, 8, 2, 64),
-    _Shape(4, 512, 8, 2, 64, queries=4, page=16, ragged=True),
-    _Shape(1, 1024, 12, 12, 64),
-    _Shape(1, 4096, 12, 12, 64),
-    _Shape(1, 4096, 12, 4, 64),
-    _Shape(1, 16384, 12, 12, 64),
-)
-GPU_DTYPES = (torch.bfloat16,)
-CPU_DTYPES = (torch.bfloat16, torch.float32)
+def shapes(device_type: str, level: str) -> Sequence[Shape]:
+    """One sequence, longer ones, batches, ragged lengths, a paged cache, several new tokens at a
+    time; GPT-2's heads."""
+    if device_type == "cuda":
+        few = [
+            Shape(1, 8192, 64, 8, 128),
+            Shape(1, 32768, 64, 8, 128),
+            Shape(32, 8192, 64, 8, 128),
+            Shape(64, 8192, 64, 8, 128, ragged=True),
+            Shape(32, 8192, 64, 8, 128, page=64),
+            Shape(32, 8192, 64, 8, 128, queries=8),
+            Shape(64, 1024, 12, 12, 64),
+        ]
+        more = [
+            Shape(1, 1024, 64, 8, 128),
+            Shape(1, 65536, 64, 8, 128),
+            Shape(128, 4096, 64, 8, 128),
+            Shape(8, 8192, 64, 8, 128, queries=16),
+        ]
+    else:
+        few = [
+            Shape(4, 512, 8, 2, 64),
+            Shape(4, 512, 8, 2, 64, queries=4, page=16, ragged=True),
+            Shape(1, 1024, 12, 12, 64),
+            Shape(1, 4096, 12, 12, 64),
+            Shape(1, 4096, 12, 4, 64),
+            Shape(1, 16384, 12, 12, 64),
+        ]
+        more = [
+            Shape(1, 65536, 12, 4, 64),
+            Shape(8, 1024, 12, 12, 64),
+            Shape(128, 1024, 12, 4, 64),
+            Shape(1, 4096, 12, 12, 64, queries=16),
+            Shape(8, 4096, 32, 4, 128),
+        ]
+    return {"quick": few[:2], "default": few, "full": few + more}[level]
 
 
-def workloads(
-    shape: _Shape, dtype: torch.dtype, device: torch.device, quick: bool
-) -> Iterator[Workload]:
+def dtypes(device_type: str, level: str) -> Sequence[torch.dtype]:
+    """On a GPU fp32 is no case for fused attention."""
+    both = (torch.bfloat16, torch.float32)
+    return both[:1] if device_type == "cuda" or level == "quick" else both
+
+
+def cases(
+    shape: Shape, dtype: torch.dtype, device: torch.device, impls: Sequence[str]
+) -> Iterator[Case]:
     """The forward pass, the only one."""
     B, T, H, Hk, D = shape.batch, shape.tokens, shape.heads, shape.key_heads, shape.head_dim
     Tq, page = shape.queries, shape.page
@@ -91,18 +121,35 @@ def workloads(
         position = lengths[:, None] - Tq + torch.arange(Tq, device=device)
         mask = (torch.arange(T, device=device) <= position[..., None])[:, None]
 
+    def gathered(caches: Tensor, first: int | None = None) -> Tensor:
+        """The caches as one piece an entry; of the first entries alone."""
+        return caches[:first] if table is None else caches[table[:first]].flatten(1, 2)
+
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        keys, values = (x if table is None else x[table].flatten(1, 2) for x in (k, v))
+        keys, values = gathered(k), gathered(v)
         return baseline.attention(q, keys, values, causal=False, attn_mask=mask)
 
     keys = sum(shape.lengths)
     moved = (2 * B * Tq * H + 2 * keys * Hk) * D * dtype.itemsize
-    yield Workload(
+    in_cache: dict[str, Any] = {"cache_lengths": lengths, "block_table": table}
+    of_first: dict[str, Any] = {"cache_lengths": lengths[:1]}
+    yield from Workload(
         shape=str(shape),
+        sizes={"B": B, "T": T, "Tq": Tq, "H": H, "Hk": Hk, "D": D},
+        series=shape.layout.strip() or "one piece",
         tensors=(q, k, v),
         plain=plain,
-        ours=functools.partial(
-            gptkernels.attention_decode, cache_lengths=lengths, block_table=table
-        ),
+        ours=functools.partial(gptkernels.attention_decode, **in_cache),
         work={FORWARD: (moved, 4 * keys * H * Tq * D)},
-    )
+        peers=lambda backward: others.peers(
+            device, dtype, tuple(q.shape), tuple(k.shape), lengths, block_table=table
+        ),
+        part=Part(
+            tensors=(q[:1], gathered(k, 1), gathered(v, 1)),
+            truth=functools.partial(reference.attention_decode, **of_first),
+            yardstick=functools.partial(baseline.attention_decode, **of_first),
+            of_output=lambda x: x[:1],
+            of_gradient=(),
+            of_own=(),
+        ),
+    ).cases("attention_decode", impls)

@@ -12,8 +12,10 @@ shape that memory limits, in tensors:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,50 +23,101 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import gptkernels
-from gptkernels.bench.cases.workload import BOTH, FORWARD, Workload, normal
-from gptkernels.truth import baseline
+from gptkernels.bench.case import BOTH, FORWARD, Case
+from gptkernels.bench.cases.workload import Part, Workload, normal, whole
+from gptkernels.bench.peers import gelu_mlp as others
+from gptkernels.truth import baseline, reference
 
-# (batch, tokens, width, inner): GPT-2's smallest and largest, and a 7B model's.
-GPU_SHAPES = ((8, 1024, 768, 3072), (8, 1024, 1600, 6400), (4, 2048, 4096, 16384))
-CPU_SHAPES = (
-    (1, 128, 768, 3072),
-    (1, 1, 768, 3072),
-    (1, 8, 768, 3072),
-    (1, 512, 768, 3072),
-    (1, 1024, 768, 3072),
-)
-GPU_DTYPES = (torch.bfloat16, torch.float32)
-CPU_DTYPES = (torch.bfloat16, torch.float32)
+_CHECKED = 64  # rows
 
 
-def workloads(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, quick: bool
-) -> Iterator[Workload]:
-    """One that keeps the pre-activation; unless `quick`, one that computes it again."""
-    batch, tokens, width, inner = shape
+@dataclass(frozen=True)
+class Shape:
+    """Rows and width; the inner width is four times that."""
+
+    rows: int
+    width: int
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        recompute = " recompute" if self.recompute else ""
+        return f"{self.rows} rows C{self.width} F{4 * self.width}{recompute}"
+
+
+def shapes(device_type: str, level: str) -> Sequence[Shape]:
+    """GPT-2's smallest, and the pre-activation computed again; other rows and widths."""
+    if device_type == "cuda":
+        few = [Shape(8192, 768), Shape(8192, 1600), Shape(8192, 4096)]
+        more = [Shape(n, 768) for n in (1, 64, 1024, 65536)] + [Shape(8192, 12288)]
+    else:
+        few = [Shape(n, 768) for n in (512, 1, 8, 128, 1024)]
+        more = [Shape(4096, 768), Shape(512, 1600), Shape(128, 4096)]
+    if level == "quick":
+        return few[:1]
+    few.append(dataclasses.replace(few[0], recompute=True))
+    return few if level == "default" else few + more
+
+
+def dtypes(device_type: str, level: str) -> Sequence[torch.dtype]:
+    """In fp32 too: GPT-2 was trained so."""
+    return (torch.bfloat16, torch.float32)[: 1 if level == "quick" else None]
+
+
+def cases(
+    shape: Shape, dtype: torch.dtype, device: torch.device, impls: Sequence[str]
+) -> Iterator[Case]:
+    """Forward, and both directions; recomputation has a sense with the backward pass alone."""
+    rows, width, inner = shape.rows, shape.width, 4 * shape.width
     draw = normal(device, dtype)
     tensors = (
-        draw(batch, tokens, width),
+        draw(rows, width),
         draw(inner, width, scale=width**-0.5),
         draw(inner),
         draw(width, inner, scale=inner**-0.5),
         draw(width),
     )
-    rows, weights = batch * tokens, 2 * width * inner
-    product = 2 * rows * width * inner
+    weights, product = 2 * width * inner, 2 * rows * width * inner
     forward = weights + 2 * rows * width
-    backward = rows * inner + 2 * weights + 3 * rows * width + rows * inner
+    backward = 2 * rows * inner + 2 * weights + 3 * rows * width
     work = {
         FORWARD: (forward * dtype.itemsize, 2 * product),
         BOTH: ((forward + backward) * dtype.itemsize, 6 * product),
     }
-    size = f"B{batch} T{tokens} C{width} F{inner}"
-    yield Workload(size, tensors, baseline.gelu_mlp, gptkernels.gelu_mlp, work)
-    if not quick:
-        recomputing = functools.partial(gptkernels.gelu_mlp, recompute=True)
-        both = {BOTH: work[BOTH]}
-        yield Workload(f"{size} recompute", tensors, _checkpointed, recomputing, both)
+    if shape.recompute:
+        del work[FORWARD]
+    yield from Workload(
+        shape=str(shape),
+        sizes={"rows": rows, "C": width, "F": inner},
+        series="recompute" if shape.recompute else "plain",
+        tensors=tensors,
+        plain=_checkpointed if shape.recompute else baseline.gelu_mlp,
+        ours=functools.partial(gptkernels.gelu_mlp, recompute=shape.recompute),
+        work=work,
+        peers=lambda backward: (
+            {} if shape.recompute else others.peers(device, dtype, backward=backward)
+        ),
+        part=_part(tensors),
+    ).cases("gelu_mlp", impls)
 
 
 def _checkpointed(*tensors: Tensor) -> Any:
     return checkpoint(baseline.gelu_mlp, *tensors, use_reentrant=False)
+
+
+def _part(tensors: Sequence[Tensor]) -> Part:
+    """The last rows. Gradients of the weights are sums over all."""
+    x, *weights = tensors
+    n = min(_CHECKED, x.shape[0])
+
+    def last(x: Tensor) -> Tensor:
+        return x[-n:]
+
+    of_weights = [whole if n == x.shape[0] else None] * len(weights)
+    return Part(
+        tensors=[last(x), *weights],
+        truth=reference.gelu_mlp,
+        yardstick=baseline.gelu_mlp,
+        of_output=last,
+        of_gradient=[last, *of_weights],
+        of_own=[whole, *of_weights],
+    )

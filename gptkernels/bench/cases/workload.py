@@ -1,18 +1,42 @@
-"""What each op's module describes, and how it becomes a case to time."""
+"""What each op's module describes, and how it becomes cases to time."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptkernels.bench.timing import Case
+from gptkernels.bench.case import BACKWARD, FORWARD, Call, Case, untimeable
+from gptkernels.truth import parity
+from gptkernels.truth.yardstick import FullSums
 
-FORWARD, BOTH = "forward", "forward+backward"
+# A function of the workload's tensors: the op's forward pass.
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a workload whose truth takes little: some rows, some queries.
+
+    Args:
+        tensors: the workload's tensors, as far as the part needs them.
+        truth, yardstick: the op on them, in fp64 and in plain PyTorch.
+        of_output: cuts the part from an output of the whole.
+        of_gradient: cuts from the gradient of each tensor what the part alone gives; None for a
+            tensor whose gradient needs the rest too.
+        of_own: the same for gradients that were computed of the part.
+    """
+
+    tensors: Sequence[Tensor]
+    truth: Function
+    yardstick: Function
+    of_output: Callable[[Tensor], Tensor]
+    of_gradient: Sequence[Callable[[Tensor], Tensor] | None]
+    of_own: Sequence[Callable[[Tensor], Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -21,54 +45,143 @@ class Workload:
 
     Args:
         shape: readable sizes, such as "B8 T1024 C768".
+        sizes, series: as of `Case`.
         tensors: what the op takes, and the backward pass differentiates by; every output has the
             shape of the first one.
         plain: eager PyTorch's forward pass, of the tensors.
         ours: the op's forward pass, of the tensors, with `impl` by name.
         work: direction -> bytes that any implementation must read and write, and floating-point
             operations that it must do, 0 where not counted.
+        peers: of whether the result is to be differentiated: name -> what makes a forward pass.
+        part: what is checked; None: nothing.
     """
 
     shape: str
     tensors: Sequence[Tensor]
-    plain: Callable[..., Any]
-    ours: Callable[..., Any]
+    plain: Function
+    ours: Function
     work: dict[str, tuple[int, int]]
+    sizes: dict[str, int] = field(default_factory=dict)
+    series: str = ""
+    peers: Callable[[bool], Mapping[str, Callable[[], Function]]] = lambda backward: {}
+    part: Part | None = None
 
     def cases(self, op: str, impls: Sequence[str]) -> Iterator[Case]:
-        """Each direction: PyTorch and each of `impls`, on the same tensors."""
+        """Each direction: PyTorch, each of `impls`, and the peers, on the same tensors."""
         yield from (self._case(op, direction, impls) for direction in self.work)
 
     def _case(self, op: str, direction: str, impls: Sequence[str]) -> Case:
-        called = self._forward if direction == FORWARD else self._both
+        dtype, device = self.tensors[0].dtype, self.tensors[0].device
+        called = functools.partial(call, tensors=self.tensors, direction=direction)
+        reasons = {impl: untimeable(impl, device, dtype) for impl in impls}
+        runnable = [impl for impl, reason in reasons.items() if reason is None]
         bytes_moved, flops = self.work[direction]
-        return Case.beside(
-            called(self.plain),
-            lambda impl: called(functools.partial(self.ours, impl=impl)),
-            impls,
-            self.tensors[0].device,
+        return Case(
             op=op,
             shape=self.shape,
-            dtype=self.tensors[0].dtype,
+            dtype=dtype,
             direction=direction,
+            plain=lambda: called(self.plain),
+            ours={
+                impl: functools.partial(called, functools.partial(self.ours, impl=impl))
+                for impl in runnable
+            },
+            peers={
+                name: functools.partial(_made, make, self.tensors, direction)
+                for name, make in self.peers(direction != FORWARD).items()
+            },
             bytes_moved=bytes_moved,
             flops=flops,
+            sizes=self.sizes,
+            series=self.series,
+            skipped={impl: reason for impl, reason in reasons.items() if reason is not None},
+            check=None if self.part is None else self._check(direction, self.part),
         )
 
-    def _forward(self, function: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: function(*self.tensors)
+    def _check(self, direction: str, part: Part) -> Callable[[Any], tuple[float, float]]:
+        @functools.cache
+        def expected() -> tuple[list[Tensor], list[Tensor]]:
+            """Of plain PyTorch, and in fp64."""
+            cotangents = [part.of_output(c) for c in _cotangents(self.tensors)]
+            with FullSums():
+                plain = _results(part, part.yardstick, part.tensors, cotangents, direction)
+            wide = [x.double() for x in part.tensors]
+            return plain, _results(part, part.truth, wide, cotangents, direction)
 
-    def _both(self, function: Callable[..., Any]) -> Callable[[], Any]:
-        leaves = [x.detach().requires_grad_() for x in self.tensors]
-        first = self.tensors[0]
-        cotangent = normal(first.device, first.dtype, seed=1)(*first.shape)
+        def check(result: Any) -> tuple[float, float]:
+            """Of the tensor that is nearest to its limit, or furthest beyond."""
+            if direction == FORWARD:
+                k, found = parity.K_FORWARD, [part.of_output(x) for x in listed(result)]
+            else:
+                k, found = parity.K_GRADIENT, _cut(result, part.of_gradient)
+            measured = [
+                parity.compare(mine, plain, truth, k=k)
+                for mine, plain, truth in zip(found, *expected(), strict=True)
+            ]
+            worst = max(measured, key=lambda m: m.error / m.limit if m.limit else m.error)
+            return worst.error, worst.limit
 
-        def run() -> Any:
-            outputs = function(*leaves)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            return torch.autograd.grad(outputs, leaves, [cotangent] * len(outputs))
+        return check
 
-        return run
+
+def call(function: Function, tensors: Sequence[Tensor], direction: str) -> Call:
+    """A call of the function on the tensors in one direction: forward, where no gradient is wanted;
+    the backward pass alone, behind one forward pass; or both. The latter two return the gradients
+    of all tensors."""
+    if direction == FORWARD:
+        return lambda: function(*tensors)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    cotangents = _cotangents(tensors)
+
+    def gradients(outputs: list[Tensor], keep: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, leaves, cotangents[: len(outputs)], retain_graph=keep)
+
+    if direction == BACKWARD:
+        outputs = listed(function(*leaves))
+        return lambda: gradients(outputs, True)
+    return lambda: gradients(listed(function(*leaves)), False)
+
+
+def _made(make: Callable[[], Function], tensors: Sequence[Tensor], direction: str) -> Call:
+    return call(make(), tensors, direction)
+
+
+def _results(
+    part: Part,
+    function: Function,
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    direction: str,
+) -> list[Tensor]:
+    if direction == FORWARD:
+        return listed(function(*tensors))
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    outputs = listed(function(*leaves))
+    given = [c.to(x.dtype) for c, x in zip(cotangents, outputs, strict=False)]
+    return _cut(torch.autograd.grad(outputs, leaves, given), part.of_own)
+
+
+def _cut(
+    gradients: Sequence[Tensor], cuts: Sequence[Callable[[Tensor], Tensor] | None]
+) -> list[Tensor]:
+    pairs = zip(gradients, cuts, strict=True)
+    return [cut(gradient) for gradient, cut in pairs if cut is not None]
+
+
+def _cotangents(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of an op's outputs: of two, if it has so many."""
+    first = tensors[0]
+    return [normal(first.device, first.dtype, seed=1)(*first.shape)] * 2
+
+
+def listed(outputs: Any) -> list[Tensor]:
+    """One output, or several, as a list."""
+    return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor, as a cut of a `Part`."""
+    return x
 
 
 def normal(device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Callable[..., Tensor]:

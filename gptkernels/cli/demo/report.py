@@ -11,7 +11,8 @@ from pathlib import Path
 import jinja2
 
 from gptkernels import bench
-from gptkernels.bench import report
+from gptkernels.bench.results import write_json
+from gptkernels.bench.text import seconds
 from gptkernels.cli.demo.terminal import Row, reasons, small
 from gptkernels.core.files import replacing
 
@@ -54,8 +55,8 @@ def write(
         file.write_bytes(picture)
     environment = content["environment"]
     for name, rows in (("parity", parity_rows), ("speed", speed_rows)):
-        report.write_json(out / f"{name}.json", {"environment": environment, "rows": rows})
-    report.write_json(out / "summary.json", content)
+        write_json(out / f"{name}.json", {"environment": environment, "rows": rows})
+    write_json(out / "summary.json", content)
     page = _template().render(
         **content,
         picture=base64.b64encode(picture).decode("ascii"),
@@ -81,5 +82,5 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(small=small, seconds=report.seconds)
+    environment.filters.update(small=small, seconds=seconds)
     return environment.get_template("report.html.j2")

@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from gptkernels.bench import report
+from gptkernels.bench.environment import environment
 from gptkernels.cli.demo.parity import parity_table
 from gptkernels.cli.demo.report import write
 from gptkernels.cli.demo.speed import fastest_threads, speed_table
@@ -65,13 +65,13 @@ def _run(
         twin_rows = twin_table(trained, console)
         parity_rows = parity_table(trained.device, console)
         speed_rows = speed_table(trained, console)
-        environment = report.environment()
+        measured_on = environment()
     right = all(row["status"] != "fail" for row in [*twin_rows, *parity_rows])
     seconds = time.perf_counter() - started
     content = {
         "passed": right,
         "seconds": seconds,
-        "environment": environment,
+        "environment": measured_on,
         "device": str(trained.device),
         "text": trained.text,
         "model": dataclasses.asdict(trained.result.model.config),

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptkernels.core.ceilings import product_rate
 from gptkernels.core.device import choose_device
 from gptkernels.core.figure import figure_class
 from gptkernels.core.files import check_folder, make_folder
@@ -45,7 +46,7 @@ from gptkernels.gpt.training.curve import draw_losses
 from gptkernels.gpt.training.learner import Learner
 from gptkernels.gpt.training.log import Log
 from gptkernels.gpt.training.stopping import Stopping
-from gptkernels.gpt.training.throughput import Speed, flops_per_token, peak_flops
+from gptkernels.gpt.training.throughput import Speed, flops_per_token
 from gptkernels.gpt.weights import safetensors_package
 
 Observer = Callable[[dict[str, Any], float], None]
@@ -228,7 +229,7 @@ class _Run:
         config, shape = self.config, self.model_config
         speed = Speed(
             flops_per_token(self.model, shape.n_layer, shape.n_embd, shape.block_size),
-            peak_flops(self.device, self.learner.dtype),
+            product_rate(self.device, self.learner.dtype),
         )
         tokens_a_step = config.accumulation * config.batch_size * shape.block_size
         self.started = time.perf_counter()
