@@ -98,9 +98,11 @@ gpu: ## on a machine with an NVIDIA GPU: test, verify and time the kernels; resu
 	$(in_place) -m benchmarks.gpu --results "$(RESULTS)"
 
 gpu-tune: PYTHON ?= python3
-gpu-tune: ## likewise: every way to build the CUDA C++ kernels, checked and timed beside the best of others
+gpu-tune: ## likewise: every build of the CUDA C++ kernels and every tile of Triton's, beside the best of others
 	@$(PYTHON) -c '$(capability)' >/dev/null
-	@since=$$(date +%s); $(native_here) && \
+	@since=$$(date +%s); \
+	if $(PYTHON) scripts/extension.py native --check; then $(native_here); \
+	else rm -f gptkernels/_cuda*; echo 'going on without the CUDA C++ kernels'; fi && \
 	$(in_place) -m benchmarks.tune --results "$(RESULTS)" --since $$since $(ARGS)
 
 clean: ## remove what the targets made

@@ -1,24 +1,27 @@
-"""`make gpu-tune`: every way to build the CUDA C++ kernels, checked and timed on a GPU beside the
-best that others offer, most valuable first. A few minutes; needs PyTorch and the extension.
+"""`make gpu-tune`: every way to build the CUDA C++ kernels and the tiles of Triton's, checked and
+timed on a GPU beside the best that others offer, most valuable first. A few minutes; needs PyTorch,
+and the extension or Triton.
 
     python -m benchmarks.tune --results FOLDER --minutes 8
 
 For each case (of `tune_cases`, in the order of `predict.PROBLEMS`) the peers are timed, then each
 of our kernels is held to the truth, and where it is right timed beside the best peer, in turns.
+First come the launchers' own choices for the first problem of every operator, then what else could
+run there, then the other problems. Triton's kernels are compiled beside it (`tune_ahead`).
+
 Every row is added to FOLDER/tune.jsonl as it comes, and what stands there for the same GPU and the
 same kernels is not done again: a run that was cut short, or whose kernel took its process with it,
 goes on where it stopped. Each operator has processes of its own; one that crashed, or from which
 nothing came for long, is started again without the row at which it ended. At the end comes a table,
-also as FOLDER/tune.json: of each case the best of our kernels, TFLOP/s or GB/s, its share of the
-ceiling measured on this GPU, the ratio to the best peer, the error beside its limit, and what was
-predicted.
+also as FOLDER/tune.json: of each case the best of our kernels in CUDA C++ and in Triton, TFLOP/s or
+GB/s, its share of the ceiling measured on this GPU, the ratio to the best peer, the error beside
+its limit, and what was predicted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import math
 import signal
@@ -32,17 +35,22 @@ from typing import Any
 
 import torch
 
-from benchmarks import child_environment, tune_cases
+from benchmarks import child_environment, tune_ahead, tune_cases, tune_tiles
 from benchmarks.tune_rows import Rows, best_peer, here, now, say, table
 from gptkernels.bench import dry_run, predict, timing
-from gptkernels.bench.peers import Call
-from gptkernels.bench.report import Row, environment, write_json
-from gptkernels.core import native
+from gptkernels.bench.case import Call
+from gptkernels.bench.environment import environment
+from gptkernels.bench.results import Row, write_json
+from gptkernels.core import ceilings
+from gptkernels.core.choice import unavailable
 
-# One process each, in this order: the most valuable problem of every operator, then the others.
+# One process each, in this order: of the most valuable problem of every operator the launchers'
+# choices, then all that could run; then the other problems.
 _OPS = ("attention", "gelu_mlp", "layer_norm")
-PARTS = tuple((op, which) for which in ("first", "rest") for op in _OPS)
+_WHICH = ("chosen", "first", "rest")
+PARTS = tuple((op, which) for which in _WHICH for op in _OPS)
 _BUDGET_S = 0.3  # of one comparison
+_LARGE = 1 << 30  # bytes that lie in no cache
 _GRACE_S = 10.0  # after its time a process is stopped
 _STUCK_S = 90.0  # so is one that has added no row for so long: a kernel waits for itself
 _POLL_S = 0.2
@@ -54,11 +62,11 @@ _OUT_OF_TIME, _POISONED = 3, 4  # exit codes of a process; the latter: its GPU t
 
 def run_part(op: str, which: str, rows: Rows, device: torch.device, until: float) -> int:
     """0; or that the time (of time.time()) was up. Rows that are there already are skipped."""
-    machine, tuner = dry_run.machine_here(), _Tuner(rows, device)
+    place, tuner = tune_cases.Place.here(device), _Tuner(rows, device)
     for problem in _problems(op, which):
         try:
-            for case in tune_cases.cases(problem, device, machine):
-                for step in tuner.steps(case):
+            for case in tune_cases.cases(problem, place):
+                for step in tuner.steps(case, chosen_alone=which == "chosen"):
                     if time.time() > until:
                         return _OUT_OF_TIME
                     step()
@@ -81,7 +89,14 @@ def _usable(device: torch.device) -> bool:
 
 def _problems(op: str, which: str) -> list[dry_run.Problem]:
     found = [problem for problem in predict.PROBLEMS if problem.op == op]
-    return found[:1] if which == "first" else found[1:]
+    return found[1:] if which == "rest" else found[:1]
+
+
+def _predicted_s(case: tune_cases.Case, way: tune_cases.Way) -> float | None:
+    """Of CUDA C++ kernels alone."""
+    if way.impl != "cuda":
+        return None
+    return _predicted().get((case.problem, case.direction, way.name))
 
 
 @functools.cache
@@ -96,13 +111,15 @@ class _Tuner:
     rows: Rows
     device: torch.device
 
-    def steps(self, case: tune_cases.Case) -> Iterator[Callable[[], None]]:
+    def steps(
+        self, case: tune_cases.Case, *, chosen_alone: bool = False
+    ) -> Iterator[Callable[[], None]]:
         """What is to be done for a case, in order; each writes one row."""
         name = (case.op, case.problem, case.direction)
-        for peer in case.peers:
+        for peer in case.peers if case.ways else ():
             if self.rows.get(*name, peer) is None:
                 yield functools.partial(self._time_peer, case, peer)
-        for way in case.ways:
+        for way in (way for way in case.ways if way.chosen or not chosen_alone):
             if self.rows.get(*name, way.name) is None:
                 yield functools.partial(self._try_way, case, way)
 
@@ -115,12 +132,21 @@ class _Tuner:
         """Checks one of our kernels, and times it beside the best peer where it is right."""
         head = {
             **_head(case, way.name, "ours"),
-            "build": way.build,
+            "impl": way.impl,
+            **way.made,
             "chosen": way.chosen,
-            "predicted_s": _predicted().get((case.problem, case.direction, way.name)),
+            "predicted_s": _predicted_s(case, way),
         }
         with _told(self.rows, head, "failed") as row:
-            measured = case.check(way.call())
+            try:
+                result = way.call()
+            except Exception as error:
+                # The launchers choose no tile that does not fit.
+                if way.chosen or way.impl != "triton" or not tune_tiles.does_not_fit(error):
+                    raise
+                row |= {"status": "skipped", "reason": f"does not fit: {_sentence(error)}"}
+                return
+            measured = case.check(result)
             row |= {"error": _finite(measured.error), "limit": _finite(measured.limit)}
             if not measured.passed:
                 row["status"] = "wrong"
@@ -140,7 +166,7 @@ class _Tuner:
 
     def _figures(self, case: tune_cases.Case, timed: timing.Timing) -> dict[str, Any]:
         """Times, rates, and the share of the ceiling that was measured here."""
-        found = {**dataclasses.asdict(timed), "flops": case.flops, "bytes": case.bytes}
+        found = {**timed.as_dict(), "flops": case.flops, "bytes": case.bytes}
         rate = (case.flops or case.bytes) / timed.time_s
         ceiling = self._ceiling("products" if case.flops else "copy")
         return found | {"rate": rate, "share": rate / ceiling}
@@ -150,9 +176,11 @@ class _Tuner:
         row = self.rows.get("ceiling", "", "", kind)
         if row is None:
             if kind == "copy":
-                rate = timing.copy_bandwidth(self.device)
+                rate = ceilings.memory_rate(self.device, _LARGE)
             else:
-                rate = timing.product_rate(self.device, torch.bfloat16)
+                rate = ceilings.product_rate(self.device, torch.bfloat16)
+            if rate is None:
+                raise torch.OutOfMemoryError("no memory is left to measure what this GPU can do")
             row = self.rows.add(op="ceiling", way=kind, kind="ceiling", status="timed", rate=rate)
         return row["rate"]
 
@@ -286,23 +314,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--since", type=float, help="when they began, in seconds of the epoch")
     parser.add_argument("--part", choices=_OPS, help=argparse.SUPPRESS)
-    parser.add_argument("--which", choices=("first", "rest"), help=argparse.SUPPRESS)
+    parser.add_argument("--which", choices=_WHICH, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("make gpu-tune needs an NVIDIA GPU that PyTorch can use", file=sys.stderr)
         return 2
-    reason = native.unavailable("cuda")
-    if reason is not None:
-        print(f"make gpu-tune needs the CUDA C++ kernels: {reason}", file=sys.stderr)
+    names = {"cuda": "the CUDA C++ kernels", "triton": "Triton's kernels"}
+    reasons = {impl: unavailable(impl, "cuda", torch.bfloat16) for impl in names}
+    missing = [f"{names[impl]}: {why}" for impl, why in reasons.items() if why is not None]
+    if len(missing) == len(names):
+        print(f"make gpu-tune needs kernels; it lacks {'; '.join(missing)}", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     about = here(device)
     if options.part is not None:
         rows = Rows(options.results / "tune.jsonl", about)
         return run_part(options.part, options.which, rows, device, options.until)
+    for lacking in missing:
+        print(f"going on without {lacking}", flush=True)
     since = time.time() if options.since is None else options.since
-    return run(options.results, since + 60 * options.minutes, about)
+    ahead = tune_ahead.compiling() if reasons["triton"] is None else contextlib.nullcontext()
+    with ahead:
+        return run(options.results, since + 60 * options.minutes, about)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib
+import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptkernels.bench.report import Row, commit, seconds
+import gptkernels
+from gptkernels.bench.environment import commit
+from gptkernels.bench.results import Row
+from gptkernels.bench.text import seconds
 from gptkernels.core import native
 
 # Statuses of rows that another run does again.
@@ -30,12 +35,13 @@ class Rows:
                     row = json.loads(line)
                 except ValueError:  # the last line of a run that was stopped
                     continue
-                if _about(row, here):
+                if _counts(row, here):
                     self.found[_key(row)] = row
 
     def add(self, **row: Any) -> Row:
         """Writes a row, which replaces one of the same name."""
-        full = {"time": now(), **self.here, **row}
+        about = self.here["about"][row.get("impl", "others")]
+        full = {"time": now(), **self.here, "about": about, **row}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # On a line of its own, also after a line that was cut short.
         with open(self.path, "a+b") as file:
@@ -62,15 +68,16 @@ def _key(row: Row) -> tuple[str, ...]:
     return tuple(str(row.get(name, "")) for name in ("op", "problem", "direction", "way"))
 
 
-def _about(row: Row, here: dict[str, Any]) -> bool:
-    """The same GPU and the same kernels: by the extension's content, or by a commit without
-    changes."""
+def _counts(row: Row, here: dict[str, Any]) -> bool:
+    """Whether a row is about what is here: the same GPU and the same kernels; the extension also by
+    a commit without changes."""
     if row.get("gpu") != here["gpu"]:
         return False
+    impl = row.get("impl", "others")
+    if row.get("about") == here["about"][impl]:
+        return True
     unchanged = here["commit"] and not here["commit"].endswith("+changes")
-    return row.get("build") == here["build"] or bool(
-        unchanged and row.get("commit") == here["commit"]
-    )
+    return bool(impl == "cuda" and unchanged and row.get("commit") == here["commit"])
 
 
 def now() -> str:
@@ -79,10 +86,35 @@ def now() -> str:
 
 
 def here(device: torch.device) -> dict[str, Any]:
-    """What rows are about: the GPU, the commit, and the extension by its content."""
+    """What rows are about: the GPU, the commit, and by implementation what runs: the extension by
+    its content, Triton's kernels by version and source, others by PyTorch's version."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    build = hashlib.sha256(Path(native.dry_run_module().__file__).read_bytes()).hexdigest()[:12]
-    return {"gpu": gpu, "commit": commit(), "build": build}
+    about = {
+        "cuda": _extension(device),
+        "triton": _triton(),
+        "others": f"PyTorch {torch.__version__}",
+    }
+    return {"gpu": gpu, "commit": commit(), "about": about}
+
+
+def _extension(device: torch.device) -> str | None:
+    if native.unavailable(device.type) is not None:
+        return None
+    return f"extension {_hash([Path(native.module().__file__)])}"
+
+
+def _triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    version = importlib.import_module("triton").__version__
+    package = Path(gptkernels.__file__).parent
+    patterns = ("core/triton_*.py", "ops/*/triton.py", "ops/*/triton/*.py")
+    found = [path for pattern in patterns for path in sorted(package.glob(pattern))]
+    return f"Triton {version}, kernels {_hash(found)}"
+
+
+def _hash(files: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def best_peer(op: str, problem: str, direction: str, rows: Rows) -> str | None:
@@ -116,25 +148,34 @@ def _rate(row: Row) -> str:
 
 
 def table(rows: Rows) -> Iterator[str]:
-    """Markdown: of each case the best of our kernels, beside the best peer."""
-    yield "| case | best of ours | measured | predicted | share | beside the best peer | error |"
-    yield "| --- | --- | ---: | ---: | ---: | --- | --- |"
-    for name in dict.fromkeys(key[:3] for key in rows.found if key[0] != "ceiling"):
-        # A problem whose inputs did not fit has a row, though it has no cases.
-        ours = [row for key, row in rows.found.items() if key[:3] == name and row["kind"] != "peer"]
-        timed = [row for row in ours if row["status"] == "timed"]
-        case = " ".join(filter(None, name))
-        if not timed:
-            statuses = ", ".join(sorted({row["status"] for row in ours})) or "not tried"
-            yield f"| {case} | none: {statuses} | | | | | |"
-            continue
-        # The ratio is compared first, because it comes from calls that alternated.
-        best = max(timed, key=lambda row: (row.get("ratio") or 0.0, -row["time_s"]))
-        chosen = " (the rule's)" if best["chosen"] else ""
-        peer = f"{best['ratio']:.2f}x {best['peer']}" if best.get("ratio") else "no peer ran"
-        predicted = seconds(best["predicted_s"])
-        yield (
-            f"| {case} | {best['way']}{chosen} | {seconds(best['time_s'])}, {_rate(best)} "
-            f"| {predicted} | {100 * best['share']:.0f}% | {peer} "
-            f"| {best['error']:.1e} of {best['limit']:.1e} |"
-        )
+    """Markdown: of each case the best of our kernels in each implementation, beside the best
+    peer."""
+    yield "| case | | best of ours | measured | predicted | share | beside the best peer | error |"
+    yield "| --- | --- | --- | ---: | ---: | ---: | --- | --- |"
+    # A problem whose inputs did not fit has a row, though it has no cases; a case of which nothing
+    # was tried has peers' rows alone.
+    ours: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    for key, row in rows.found.items():
+        if row["kind"] != "ceiling":
+            by_impl = ours.setdefault(key[:3], {})
+            if row["kind"] != "peer":
+                by_impl.setdefault(row.get("impl", ""), []).append(row)
+    for name, by_impl in ours.items():
+        for impl, found in by_impl.items() or {"": []}.items():
+            yield _line(" ".join(filter(None, name)), impl, found)
+
+
+def _line(case: str, impl: str, ours: list[Row]) -> str:
+    timed = [row for row in ours if row["status"] == "timed"]
+    if not timed:
+        statuses = ", ".join(sorted({row["status"] for row in ours})) or "not tried"
+        return f"| {case} | {impl} | none: {statuses} | | | | | |"
+    # The ratio is compared first, because it comes from calls that alternated.
+    best = max(timed, key=lambda row: (row.get("ratio") or 0.0, -row["time_s"]))
+    chosen = " (the rule's)" if best["chosen"] else ""
+    peer = f"{best['ratio']:.2f}x {best['peer']}" if best.get("ratio") else "no peer ran"
+    return (
+        f"| {case} | {impl} | {best['way']}{chosen} | {seconds(best['time_s'])}, {_rate(best)} "
+        f"| {seconds(best['predicted_s'])} | {100 * best['share']:.0f}% | {peer} "
+        f"| {best['error']:.1e} of {best['limit']:.1e} |"
+    )

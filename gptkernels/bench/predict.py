@@ -297,11 +297,19 @@ def makespan(units: Sequence[float], places: int) -> float:
 def _mlp(problem: Problem, direction: Direction) -> Iterator[Part]:
     for number, launched in enumerate(products(direction.dry_run(MACHINE).launches)):
         m, k, n = _product_sizes(launched)
-        moved = float(problem.dtype.itemsize * (m * k + k * n + m * n))
-        name = product_name(direction.name, number, (m, n, k))
-        pick = functools.partial(product, number)
-        cost = functools.partial(_product_cost, moved)
-        yield Part(problem, direction, name, pick, cost, 2.0 * m * n * k, moved)
+        yield product_part(problem, direction, number, (m, n, k))
+
+
+def product_part(
+    problem: Problem, direction: Direction, number: int, sizes: tuple[int, int, int]
+) -> Part:
+    """Returns one product of a direction, by its number; sizes m, n, k."""
+    m, n, k = sizes
+    moved = float(problem.dtype.itemsize * (m * k + k * n + m * n))
+    name = product_name(direction.name, number, sizes)
+    pick = functools.partial(product, number)
+    cost = functools.partial(_product_cost, moved)
+    return Part(problem, direction, name, pick, cost, 2.0 * m * n * k, moved)
 
 
 def _product_cost(moved: float, main: Launched, launches: int) -> tuple[float, str]:
