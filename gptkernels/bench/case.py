@@ -32,6 +32,7 @@ class Case:
         peers: name of a peer -> what makes its call.
         bytes_moved: bytes that any implementation must read and write, 0 where not counted.
         flops: floating-point operations that any implementation must do, 0 where not counted.
+        working_set: bytes of these that lie in memory at a time; 0: all of them.
         sizes: the numbers in `shape` by their letters, which plots have as an axis.
         series: what else the shape says, such as "causal": shapes of one series make one line.
         tokens: tokens that one call processes or makes, 0 where it has none.
@@ -48,6 +49,7 @@ class Case:
     peers: Makers = field(default_factory=dict)
     bytes_moved: int = 0
     flops: int = 0
+    working_set: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
     series: str = ""
     tokens: int = 0

@@ -154,7 +154,8 @@ def _try(candidate: _Candidate, case: Case, device: torch.device) -> None:
 
 def _limits(case: Case, device: torch.device) -> Row:
     """What the machine allows: the rates, which of the two binds, and the least seconds."""
-    memory = ceilings.memory_rate(device, case.bytes_moved) if case.bytes_moved else None
+    touched = case.working_set or case.bytes_moved
+    memory = ceilings.memory_rate(device, touched) if touched else None
     products = ceilings.product_rate(device, case.dtype) if case.flops else None
     seconds = {
         "memory": case.bytes_moved / memory if memory else 0.0,

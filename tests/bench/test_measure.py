@@ -199,5 +199,5 @@ def test_figures_are_short() -> None:
            "efficiency": 0.63, "error": 1e-3, "limit": 4e-3, "peak_bytes": 3_100_000}  # fmt: skip
     assert figures(row) == {
         "time": "10 us", "spread": "10%", "host": "100 us", "PyTorch": "2.00x", "best": "1.50x",
-        "rate": "2 TFLOP/s", "ceiling": "63%", "error": "0.25", "memory": "3.1 MB",
+        "rate": "2 TFLOP/s", "ceiling": "63%", "error": "0.25", "memory": "2.96 MiB",
     }  # fmt: skip

@@ -72,7 +72,7 @@ def test_it_prints_the_machine_the_rows_and_a_summary(call: Any, seconds: Any) -
     (line,) = (line for line in lines if line.startswith("  layer_norm float32 forward "))
     assert "2.00x (2-0-0)" in line
     assert "1.50x (2-0-0)" in line
-    (line,) = (line for line in lines if line.startswith("  triton (4x), "))
+    (line,) = (line for line in lines if line.startswith("  triton (4x)"))
     assert "CUDA tensors" in line or "Triton's interpreter" in line
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from gptkernels.bench.case import Call, untimeable
+from gptkernels.bench.peers import packages
+from gptkernels.core.choice import automatic
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.truth.plain_gpt import PlainGPT
@@ -83,13 +84,10 @@ class Weights:
     @functools.cached_property
     def transformers(self) -> Any:
         """A transformers.GPT2LMHeadModel. ImportError where transformers does not import."""
-        try:
-            from transformers import GPT2LMHeadModel
-        except Exception as error:  # a broken package raises anything
-            raise ImportError(f"transformers is installed, but does not import: {error}") from error
+        package = packages.load(TRANSFORMERS)
         with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
             self.ours("torch").save_pretrained(folder)
-            model: Any = GPT2LMHeadModel.from_pretrained(
+            model: Any = package.GPT2LMHeadModel.from_pretrained(
                 folder, dtype=self.dtype, attn_implementation="sdpa"
             )
         model.loss_type = "ForCausalLM"  # the default, which it warns about, and breaks graphs by
@@ -107,15 +105,15 @@ def ours(
     make: Callable[[str], Call], dtype: torch.dtype, device: torch.device, impls: Sequence[str]
 ) -> tuple[dict[str, Callable[[], Call]], dict[str, str]]:
     """Of `make`, a function of an implementation: what makes the calls of "auto", which users get,
-    and of each of `impls`; and why the others of `impls` cannot run."""
+    and of each of `impls` that "auto" does not take here; and why some of `impls` cannot run."""
     makers: dict[str, Callable[[], Call]] = {"auto": functools.partial(make, "auto")}
     skipped = {}
     for impl in impls:
         reason = untimeable(impl, device, dtype)
-        if reason is None:
-            makers[impl] = functools.partial(make, impl)
-        else:
+        if reason is not None:
             skipped[impl] = reason
+        elif impl != automatic(device.type):
+            makers[impl] = functools.partial(make, impl)
     return makers, skipped
 
 
@@ -123,11 +121,6 @@ def random_tokens(config: GPTConfig, *sizes: int, device: torch.device) -> Tenso
     """Tokens (B, T) int64, the same ones each time."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(config.vocab_size, sizes, generator=generator).to(device)
-
-
-def has_transformers() -> bool:
-    """Whether transformers is installed. It may be broken all the same."""
-    return importlib.util.find_spec("transformers") is not None
 
 
 def compiled(function: Callable[..., Any], *, whole: bool = True) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from gptkernels.bench.cases import gpt
 from gptkernels.bench.cases.gpt import TRANSFORMERS, TWIN
 from gptkernels.bench.cases.gpt import dtypes as dtypes
 from gptkernels.bench.cases.gpt_generate import Shape, Texts
+from gptkernels.bench.peers import packages
 
 
 def shapes(device_type: str, level: str) -> Sequence[Shape]:
@@ -46,7 +47,7 @@ def cases(
         return texts.without_cache(gpt.compiled(likeliest, whole=False))
 
     peers: dict[str, Callable[[], Call]] = {f"{TWIN}, torch.compile": plain_compiled}
-    if gpt.has_transformers():
+    if packages.is_installed(TRANSFORMERS):
         peers[TRANSFORMERS] = texts.theirs
         peers[f"{TRANSFORMERS}, torch.compile"] = theirs_compiled
     tokens = shape.batch * shape.prompt

@@ -24,6 +24,7 @@ from gptkernels.bench.case import FORWARD, Call, Case
 from gptkernels.bench.cases import gpt
 from gptkernels.bench.cases.gpt import TRANSFORMERS, Weights
 from gptkernels.bench.cases.gpt import dtypes as dtypes
+from gptkernels.bench.peers import packages
 
 # A CPU takes minutes for more texts by the baseline.
 _MOST_TEXTS_ON_CPU = 16
@@ -76,7 +77,7 @@ def cases(
     gpt.forget_graphs()
     texts = Texts(shape, dtype, device)
     peers = {}
-    if gpt.has_transformers():
+    if packages.is_installed(TRANSFORMERS):
         peers[TRANSFORMERS] = texts.theirs
         peers[f"{TRANSFORMERS}, static cache, torch.compile"] = texts.theirs_static
     yield texts.case("gpt_generate", impls, texts.plain, peers, tokens=shape.batch * shape.new)
@@ -113,6 +114,8 @@ class Texts:
             ours=ours,
             peers=peers,
             bytes_moved=numbers * self.dtype.itemsize,
+            # A step reads what the step before it has read.
+            working_set=numbers * self.dtype.itemsize // shape.new,
             flops=flops,
             sizes={
                 "layers": config.n_layer,

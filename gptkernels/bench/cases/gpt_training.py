@@ -21,6 +21,7 @@ from gptkernels.bench.case import BOTH, Call, Case
 from gptkernels.bench.cases import gpt
 from gptkernels.bench.cases.gpt import TRANSFORMERS, TWIN, Weights
 from gptkernels.bench.cases.gpt import dtypes as dtypes
+from gptkernels.bench.peers import packages
 from gptkernels.gpt.training.throughput import flops_per_token
 from gptkernels.truth import parity
 from gptkernels.truth.yardstick import FullSums
@@ -116,7 +117,7 @@ class _Steps:
 
     def peers(self) -> dict[str, Callable[[], Call]]:
         found = {f"{TWIN}, torch.compile": self._plain_compiled}
-        if gpt.has_transformers():
+        if packages.is_installed(TRANSFORMERS):
             found[TRANSFORMERS] = self._theirs
             found[f"{TRANSFORMERS}, torch.compile"] = self._theirs_compiled
         return found

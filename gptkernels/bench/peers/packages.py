@@ -46,6 +46,8 @@ _PACKAGES = {
     "Liger": _Package("liger-kernel", "liger_kernel.ops.layer_norm", ("liger_kernel",)),
     "quack": _Package("quack-kernels", "quack", ("quack",)),
     "flash-attn Triton": _Package("flash-attn", "flash_attn.ops.triton.layer_norm", _FLASH_2),
+    # Of whole models: `cases.gpt` makes these.
+    "transformers": _Package("transformers", "transformers", ("transformers",)),
 }
 _PYTORCH = (
     "SDPA cuDNN",
@@ -77,6 +79,11 @@ def installed(peers: Peers) -> Peers:
         for name, maker in peers.items()
         if name not in _PACKAGES or _is_installed(_PACKAGES[name])
     }
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package of a peer that is not PyTorch's is here, be it broken."""
+    return _is_installed(_PACKAGES[name])
 
 
 def load(name: str, module: str | None = None) -> Any:
