@@ -193,19 +193,19 @@ def test_an_implementation_that_cannot_run_is_skipped(module: Any) -> None:
             gpt_training, "cuda", "full",
             ["GPT-2 124M B8 T1024", "GPT-2 350M B8 T1024", "GPT-2 774M B8 T1024"],
         ),
-        (gpt_training, "cpu", "quick", ["GPT 7M B4 T256"]),
+        (gpt_training, "cpu", "quick", ["GPT 4M B4 T256"]),
         (gpt_training, "cpu", "default", ["GPT-2 124M B1 T1024", "GPT 7M B4 T256"]),
         (
             gpt_training, "cpu", "full",
             ["GPT-2 124M B1 T1024", "GPT-2 124M B4 T1024", "GPT 7M B4 T256"],
         ),
         (gpt_generate, "cuda", "quick", ["GPT-2 124M B1 prompt 128 new 64"]),
-        (gpt_generate, "cpu", "quick", ["GPT 7M B1 prompt 32 new 16"]),
+        (gpt_generate, "cpu", "quick", ["GPT 4M B1 prompt 32 new 16"]),
         (
             gpt_generate, "cpu", "full",
             [f"GPT-2 124M B{batch} prompt 32 new 16" for batch in (1, 8, 64)],
         ),
-        (gpt_first_token, "cpu", "quick", ["GPT 7M B1 prompt 128 new 1"]),
+        (gpt_first_token, "cpu", "quick", ["GPT 4M B1 prompt 128 new 1"]),
         (
             gpt_first_token, "cuda", "default",
             ["GPT-2 124M B1 prompt 512 new 1", "GPT-2 124M B1 prompt 1000 new 1"],

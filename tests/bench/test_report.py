@@ -247,7 +247,8 @@ def test_no_label_is_cut() -> None:
             rows += case(shape=f"T{T} D128", sizes=sizes, times=times, **more)
     rows += case("gpt_generate", "a model of many words, 12 layers", {}, times, tokens_per_s=1e7)
     shown = drawn(rows)
-    assert {"memory", "models", "roofline", "peers_gelu_mlp", "peers_others"} <= set(shown)
+    names = {"memory", "models", "roofline", "peers_gelu_mlp", "peers_ops_of_few_shapes"}
+    assert names <= set(shown)
     for picture in shown.values():
         assert_no_label_is_cut(picture.draw(LIGHT))
 
@@ -262,7 +263,7 @@ def test_many_cases_are_parted() -> None:
 
 def test_a_figure_needs_rows() -> None:
     one = drawn(case(peak_bytes=None))
-    assert set(one) == {"peers_ops", "roofline"}
+    assert set(one) == {"peers_ops_of_few_shapes", "roofline"}
     assert {name for name in drawn(everything()) if "_bfloat16" in name} == {
         "attention_T_bfloat16",
         "attention_decode_T_bfloat16",

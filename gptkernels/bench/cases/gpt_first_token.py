@@ -22,7 +22,7 @@ from gptkernels.bench.peers import packages
 def shapes(device_type: str, level: str) -> Sequence[Shape]:
     """GPT-2's smallest model, and on a CPU a small one in brief."""
     if level == "quick" and device_type != "cuda":
-        return (Shape(gpt.SMALL, 1, 128, 1),)
+        return (Shape(gpt.SMALLEST, 1, 128, 1),)
     prompts = {"quick": (512,), "default": (512, 1000), "full": (512, 1000)}[level]
     return tuple(Shape(gpt.GPT2_124M, 1, prompt, 1) for prompt in prompts)
 

@@ -64,7 +64,7 @@ def shapes(device_type: str, level: str) -> Sequence[Shape]:
     """GPT-2's smallest model, one text first, then more; on a CPU a small model in brief."""
     on_gpu = device_type == "cuda"
     if level == "quick" and not on_gpu:
-        return (Shape(gpt.SMALL, 1, 32, 16),)
+        return (Shape(gpt.SMALLEST, 1, 32, 16),)
     batches = {"quick": (1,), "default": (1, 8), "full": (1, 8, 64)}[level]
     prompt, new = (128, 64) if on_gpu else (32, 16)
     return tuple(Shape(gpt.GPT2_124M, batch, prompt, new) for batch in batches)

@@ -19,6 +19,7 @@ from gptkernels.bench.results import Row
 _SHAPES = 40
 # Ops of fewer shapes share a picture.
 _FEW = 4
+_NAMED = 3  # ops that a title names
 
 _SIGNS = {"slower": "▼ ", "same": "", "faster": "▲ "}
 
@@ -36,7 +37,7 @@ def pictures(rows: Sequence[Row]) -> Iterator[Picture]:
         else:
             maps[op] = group
     if few:
-        maps["others" if maps else "ops"] = few
+        maps["ops of few shapes"] = few
     for name, group in maps.items():
         shapes = list(grouped(group, _shape))
         parts = [shapes[i : i + _SHAPES] for i in range(0, len(shapes), _SHAPES)]
@@ -45,8 +46,8 @@ def pictures(rows: Sequence[Row]) -> Iterator[Picture]:
             shown = [row for row in group if _shape(row) in part]
             ops = list(grouped(shown, lambda row: row["op"]))
             yield Picture(
-                name=f"peers_{name}" + (f"_{number}" if several else ""),
-                title=f"{words.listed(ops)}: beside the best peer"
+                name=f"peers_{name.replace(' ', '_')}" + (f"_{number}" if several else ""),
+                title=f"{words.listed(ops) if len(ops) <= _NAMED else name}: beside the best peer"
                 + (f", part {number} of {len(parts)}" if several else ""),
                 alt=f"Heat map of {words.listed(ops)}: the best peer's time over ours, a row for "
                 f"each of {words.count(len(part), 'shape')}, a column for each dtype and direction",
