@@ -2,11 +2,13 @@
 
     python -m benchmarks.readme
 
-How many times as fast as PyTorch the package is on a CPU, by default. A test holds the page to it.
+How many times as fast as PyTorch and others the package is on a CPU, by default. A test holds the
+page to it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _DTYPES = ("bfloat16", "float32")
+_EAGER, _COMPILED = "eager PyTorch", "`torch.compile`"
 
 
 def lines() -> Iterator[str]:
@@ -25,18 +28,25 @@ def lines() -> Iterator[str]:
 
 
 def _rows() -> Iterator[tuple[str, str, list[float]]]:
-    both, eager = "forward+backward", "eager PyTorch"
-    causal = ("cpu_attention_amx", "attention", "B1 T1024 H12 D64 causal")
-    yield "attention, 1,024 tokens, forward", eager, _bench(*causal, "forward")
-    yield "attention, forward and backward", eager, _bench(*causal, both)
-    yield "attention with a window of 256, forward", "compiled FlexAttention", _window()
-    norm = ("cpu_avx512_bf16", "layer_norm", "B1 T1024 C768 +residual")
-    yield "residual add and LayerNorm, 1,024 rows, forward", eager, _bench(*norm, "forward")
-    mlp = ("cpu_avx512_bf16", "gelu_mlp", "B1 T512 C768 F3072")
-    yield "GELU MLP, 512 rows, forward", eager, _bench(*mlp, "forward")
-    yield "a training step, 4 layers of 384", eager, _steps("auto beside plain")
-    compiled = "auto beside plain, compiled"
-    yield "the same", "`torch.compile`", _steps(compiled)
+    forward, both = "forward", "forward+backward"
+    causal = ("attention", "B1 T1024 H12 D64 causal")
+    yield "attention, 1,024 tokens, forward", _EAGER, _bench(*causal, forward)
+    yield "attention, forward and backward", _EAGER, _bench(*causal, both)
+    window = ("attention", "B1 T1024 H12 D64 causal window 256", forward)
+    flex = _bench(*window, other="FlexAttention")
+    yield "attention with a window of 256, forward", "compiled FlexAttention", flex
+    norm = ("layer_norm", "1024 rows C768 +residual", forward)
+    yield "residual add and LayerNorm, 1,024 rows, forward", _EAGER, _bench(*norm)
+    yield "the same", _COMPILED, _bench(*norm, other="torch.compile")
+    mlp = ("gelu_mlp", "512 rows C768 F3072", forward)
+    yield "GELU MLP, 512 rows, forward", _EAGER, _bench(*mlp)
+    for what, shape in (
+        ("a training step, 4 layers of 384", "GPT 7M B4 T256"),
+        ("a training step, GPT-2 124M, a text of 1,024", "GPT-2 124M B1 T1024"),
+    ):
+        step = ("gpt_training", shape, both)
+        yield what, _EAGER, _bench(*step)
+        yield "the same", _COMPILED, _bench(*step, other="nanoGPT-shaped, torch.compile")
     for what, case in (
         ("a step of transformers' GPT-2 124M with its dropout, `accelerate`d", "step, dropout 0.1"),
         ("its `generate`, 1 text", "generate, 1"),
@@ -44,34 +54,23 @@ def _rows() -> Iterator[tuple[str, str, list[float]]]:
         yield what, "the model untouched", _dropin(case)
     for texts in (1, 8):
         what = f"`generate`, GPT-2 124M, {texts} text{'s' if texts > 1 else ''}"
-        yield what, "transformers", _generation(texts)
+        case = ("gpt_generate", f"GPT-2 124M B{texts} prompt 32 new 16", forward)
+        yield what, "transformers", _bench(*case, other="transformers")
 
 
 def _read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _bench(file: str, op: str, shape: str, direction: str) -> list[float]:
-    found = {
-        row["dtype"]: row["ratio"]
-        for row in _read(file)["rows"]
+def _bench(op: str, shape: str, direction: str, other: str = "pytorch") -> list[float]:
+    """The other's time over that of the default, in each dtype."""
+    seconds = {
+        (row["dtype"], row["impl"]): row["time_s"]
+        for row in _read("bench_full")["rows"]
         if (row["op"], row["shape"], row["direction"]) == (op, shape, direction)
-        and row["impl"] == "cpu"
     }
-    return [found[dtype] for dtype in _DTYPES]
-
-
-def _window() -> list[float]:
-    files = [_read(f"attention_options_{dtype}")["rows"] for dtype in _DTYPES]
-    wanted = ("window", "forward")
-    return [
-        next(row["ratios"]["flex"] for row in rows if (row["case"], row["direction"]) == wanted)
-        for rows in files
-    ]
-
-
-def _steps(name: str) -> list[float]:
-    return [_read(f"training_step_{dtype}")["ratios"][name] for dtype in _DTYPES]
+    default = "auto" if op.startswith("gpt_") else "cpu"
+    return [seconds[dtype, other] / seconds[dtype, default] for dtype in _DTYPES]
 
 
 def _dropin(case: str) -> list[float]:
@@ -83,10 +82,6 @@ def _dropin(case: str) -> list[float]:
     return [found[dtype] for dtype in _DTYPES]
 
 
-def _generation(texts: int) -> list[float]:
-    files = (_read(f"generation_{dtype}_{texts}") for dtype in _DTYPES)
-    return [file["rows"]["transformers"]["ratio"] for file in files]
-
-
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m benchmarks.readme", description=__doc__).parse_args()
     print("\n".join(lines()))

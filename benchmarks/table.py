@@ -1,34 +1,59 @@
-"""The tables of docs/cpu.md, from results of `gptkernels bench --json`.
+"""The tables of docs/, from committed results.
+
+    python -m benchmarks.table --bench benchmarks/results/bench_full.json
+
+Of `gptkernels bench`: one line for each shape and dtype, how many times as fast the default is as
+plain PyTorch, and as the fastest of all others, with its name.
 
     python -m benchmarks.table benchmarks/results/cpu_{avx512_bf16,avx2}.json
     python -m benchmarks.table benchmarks/results/cpu_attention_{amx,avx512_bf16,avx2}.json
 
-One line for each shape and dtype, two columns for each file: how many times as fast as eager
-PyTorch impl="cpu" is, forward, and forward and backward together.
-
-    python -m benchmarks.table --options benchmarks/results/attention_options_*.json
-
-One line for each option of attention, three columns for each file of benchmarks.attention_options:
-how many times as fast as PyTorch's two ways to say the same.
+Of several instruction sets: two columns for each file, forward, and forward and backward together,
+beside eager PyTorch.
 
     python -m benchmarks.table --dropin benchmarks/results/dropin{,_inference}.json
 
-The table of docs/dropin.md: how many times as fast accelerated models are as the same untouched.
-Tests hold the pages to these.
+How many times as fast accelerated models are as the same untouched.
+
+    python -m benchmarks.table --ceilings benchmarks/results/ceilings.json
+
+How well the ceilings are known. Tests hold the pages to these.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptkernels.bench.text import byte_rate, flop_rate, size
 
-def table(paths: Sequence[Path | str]) -> Iterator[str]:
-    """Yields the lines of the table, in Markdown."""
-    files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+# What users get: of the ops "auto" takes the CPU kernels, and whole models are timed with it.
+_DEFAULTS = ("cpu", "auto")
+_DIRECTIONS = {"forward": "forward", "forward+backward": "forward and backward"}
+
+
+def bench_table(path: Path | str) -> Iterator[str]:
+    """Yields the lines of the table of a run of `gptkernels bench`, in Markdown."""
+    rows = [row for row in _read(path)["rows"] if _is_default(row)]
+    heads = " | ".join(f"{name} | beside the best" for name in _DIRECTIONS.values())
+    yield f"| op and shape | dtype | {heads} |"
+    yield f"| --- | --- |{' ---: | ---: |' * len(_DIRECTIONS)}"
+    found = {(row["op"], row["shape"], row["dtype"], row["direction"]): row for row in rows}
+    for op, shape, dtype in dict.fromkeys(key[:3] for key in sorted(found, key=_of_op)):
+        cells = []
+        for direction in _DIRECTIONS:
+            row = found.get((op, shape, dtype, direction), {})
+            best = f" {row['best_peer']}" if row.get("best_peer") else ""
+            cells += [_cell(row.get("ratio")), _cell(row.get("peer_ratio")) + best]
+        yield f"| `{op}` {shape} | {dtype} | {' | '.join(cells)} |"
+
+
+def instruction_sets_table(paths: Sequence[Path | str]) -> Iterator[str]:
+    """Yields the lines of the table of several instruction sets, in Markdown."""
+    files = [_read(path) for path in paths]
     sets = [file["environment"]["cpu"]["instruction_set"] for file in files]
     heads = " | ".join(f"`{name}` forward | `{name}` + backward" for name in sets)
     yield f"| op and shape | dtype | {heads} |"
@@ -38,15 +63,14 @@ def table(paths: Sequence[Path | str]) -> Iterator[str]:
         cells = [
             _cell(found.get((op, shape, dtype, direction)))
             for found in ratios
-            for direction in ("forward", "forward+backward")
+            for direction in _DIRECTIONS
         ]
         yield f"| `{op}` {shape.removeprefix('B1 ')} | {dtype} | {' | '.join(cells)} |"
 
 
 def dropin_table(paths: Sequence[Path | str]) -> Iterator[str]:
     """Yields the lines of the table of accelerated models, in Markdown."""
-    files = (json.loads(Path(path).read_text(encoding="utf-8")) for path in paths)
-    rows = [row for file in files for row in file["rows"]]
+    rows = [row for path in paths for row in _read(path)["rows"]]
     found = {(row["family"], row["dtype"], row["what"]): row["ratio"] for row in rows}
     columns = list(dict.fromkeys((row["dtype"], row["what"]) for row in rows))
     columns.sort(key=lambda column: column[0])
@@ -57,29 +81,30 @@ def dropin_table(paths: Sequence[Path | str]) -> Iterator[str]:
         yield f"| {family} | {' | '.join(cells)} |"
 
 
-def options_table(paths: Sequence[Path | str]) -> Iterator[str]:
-    """Yields the lines of the table of options, in Markdown."""
-    files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
-    columns = [
-        (file, direction, other)
-        for file in files
-        for direction, other in (
-            ("forward", "plain"),
-            ("forward + backward", "plain"),
-            ("forward", "flex"),
-        )
-    ]
-    names = {"plain": "SDPA", "flex": "FlexAttention"}
-    heads = [f"{file['dtype']} {way}, {names[other]}" for file, way, other in columns]
-    yield f"| option | {' | '.join(heads)} |"
-    yield f"| --- |{' ---: |' * len(columns)}"
-    for case in dict.fromkeys(row["case"] for row in files[0]["rows"]):
-        cells = []
-        for file, direction, other in columns:
-            rows = (r for r in file["rows"] if (r["case"], r["direction"]) == (case, direction))
-            row = next(rows, None)
-            cells.append(_cell(None if row is None else row["ratios"].get(other)))
-        yield f"| {case} | {' | '.join(cells)} |"
+def ceilings_table(path: Path | str) -> Iterator[str]:
+    """Yields the lines of the table of repeated ceilings, in Markdown."""
+    yield "| rate | least | median | best | the median below the best |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for row in _read(path)["rows"]:
+        kind, what, how = row["name"].split()
+        memory = kind == "memory"
+        name = f"{how} in {size(int(what))}" if memory else f"{what} products of {how}"
+        said = byte_rate if memory else flop_rate
+        rates = " | ".join(said(row[figure]) for figure in ("least", "median", "best"))
+        yield f"| {name} | {rates} | {1 - row['median'] / row['best']:.0%} |"
+
+
+def _read(path: Path | str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _is_default(row: dict[str, Any]) -> bool:
+    return row["impl"] in _DEFAULTS and row["time_s"] is not None
+
+
+def _of_op(key: tuple[str, ...]) -> tuple[bool, str]:
+    """Ops before whole models, each together; the order of shapes stays."""
+    return key[0].startswith("gpt_"), key[0]
 
 
 def _ratios(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, ...], float]]:
@@ -92,12 +117,25 @@ def _cell(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
-if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["--options", *files]:
-            lines = options_table(files)
-        case ["--dropin", *files]:
-            lines = dropin_table(files)
-        case files:
-            lines = table(files)
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser("python -m benchmarks.table", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    for name in ("bench", "dropin", "ceilings"):
+        what.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("files", nargs="+", type=Path)
+    options = parser.parse_args()
+    if options.bench:
+        lines = bench_table(options.files[0])
+    elif options.ceilings:
+        lines = ceilings_table(options.files[0])
+    elif options.dropin:
+        lines = dropin_table(options.files)
+    else:
+        lines = instruction_sets_table(options.files)
     print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

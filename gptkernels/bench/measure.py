@@ -22,6 +22,7 @@ What was not measured is None. A candidate that was not timed has time_s None an
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ from gptkernels.bench.memory import peak_bytes
 from gptkernels.bench.results import Row
 from gptkernels.core import ceilings
 
+# Calls that take longer need fewer samples: what disturbs them is averaged within each.
+_SLOW_S, _ROUNDS, _FEW_ROUNDS = 1.0, 5, 3
 _TOO_FAST = (
     "it took less than the fastest {what} measured on this machine would; that ceiling is too low"
 )
@@ -59,7 +62,16 @@ def measure(case: Case, *, device: torch.device | str = "cpu", budget_s: float =
     for candidate in candidates:
         _try(candidate, case, device)
     running = {c.name: c.call for c in candidates if c.call is not None}
-    timings = timing.compare(running, device=device, budget_s=budget_s) if running else {}
+    timings = {}
+    if running:
+        slow = max(c.seconds for c in candidates) > _SLOW_S
+        timings = timing.compare(
+            running,
+            device=device,
+            budget_s=budget_s,
+            min_rounds=_FEW_ROUNDS if slow else _ROUNDS,
+            warm_ups=1,  # each was called before, but gave its memory back
+        )
     limits = _limits(case, device) if running else {}
     skipped = [
         _Candidate(name, "ours", None, {"skipped": reason, "failed": False})
@@ -97,6 +109,7 @@ class _Candidate:
     make: Callable[[], Call] | None
     found: Row
     call: Call | None = None
+    seconds: float = 0.0  # of one call, roughly
 
 
 def _candidates(case: Case) -> list[_Candidate]:
@@ -135,7 +148,9 @@ def _try(candidate: _Candidate, case: Case, device: torch.device) -> None:
                 candidate.found |= {"skipped": said, "failed": True}
                 return
         del result
+        started = time.perf_counter()
         candidate.found["peak_bytes"] = peak_bytes(call, device)
+        candidate.seconds = time.perf_counter() - started
         candidate.call = call
         return
     except Exception as error:

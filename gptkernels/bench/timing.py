@@ -76,6 +76,7 @@ def compare(
     budget_s: float = 1.0,
     min_rounds: int = 5,
     max_rounds: int = 100,
+    warm_ups: int = 2,
 ) -> dict[str, Timing]:
     """Times the candidates against each other.
 
@@ -85,6 +86,7 @@ def compare(
         budget_s: rounds stop once the comparison has taken this long, but not before `min_rounds`.
         min_rounds: least number of samples per candidate.
         max_rounds: greatest number of samples per candidate.
+        warm_ups: calls of each candidate before that, which compile kernels and fill caches.
 
     Returns:
         Name -> `Timing`, in the order of `candidates`.
@@ -103,9 +105,8 @@ def compare(
     if device.type == "cpu":
         _keep_freed_memory()
     for call in candidates.values():
-        # The first calls compile kernels and fill caches.
-        call()
-        call()
+        for _ in range(warm_ups):
+            call()
     host_s: dict[str, float] = {}
     if device.type == "cuda":
         host_s = {name: _host_s(call, device) for name, call in candidates.items()}

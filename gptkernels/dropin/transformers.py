@@ -246,7 +246,7 @@ class _OwnMethod(_Attention):
         """The probability of dropout where the op takes the call; None where the original does."""
         if (self._gptkernels.impl == "auto" and _is_pytorchs(q)) or head_mask is not None:
             return None
-        if _weights_wanted() or not self.fuses(q):
+        if _weights_wanted() or not self.fuses(q) or q.shape[-1] > MAX_HEAD_DIM:
             return None
         return dropout_p(self.attn_dropout)
 

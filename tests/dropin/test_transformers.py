@@ -17,7 +17,7 @@ from harness import ROOT, command
 from torch import Tensor, nn
 
 import gptkernels
-from benchmarks.families import LANGUAGE_MODELS, Size
+from benchmarks.families import LANGUAGE_MODELS, Size, logits
 from gptkernels.dropin.swap import is_swapped
 
 transformers = pytest.importorskip("transformers")
@@ -422,6 +422,17 @@ def test_two_processes() -> None:
     ]  # fmt: skip
     said = [child.communicate(timeout=120)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0], said
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_heads_too_wide_for_the_op_are_left_to_the_original(family: str) -> None:
+    torch.manual_seed(0)
+    model = LANGUAGE_MODELS[family](Size(heads=1, width=264, tokens=16)).eval()
+    ours = copy.deepcopy(model)
+    gptkernels.accelerate(ours)
+    tokens = tokens_of(9)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(ours(tokens)), logits(model(tokens)))
 
 
 def test_transformers_is_not_imported_for_other_models() -> None:
