@@ -100,10 +100,14 @@ gpu: ## on a machine with an NVIDIA GPU: test, verify and time the kernels; resu
 gpu-tune: PYTHON ?= python3
 gpu-tune: ## likewise: every build of the CUDA C++ kernels and every tile of Triton's, beside the best of others
 	@$(PYTHON) -c '$(capability)' >/dev/null
-	@since=$$(date +%s); \
-	if $(PYTHON) scripts/extension.py native --check; then $(native_here); \
-	else rm -f gptkernels/_cuda*; echo 'going on without the CUDA C++ kernels'; fi && \
-	$(in_place) -m benchmarks.tune --results "$(RESULTS)" --since $$since $(ARGS)
+	@since=$$(date +%s); status=0; \
+	if ! $(PYTHON) scripts/extension.py native --check; then \
+		rm -f gptkernels/_cuda*; echo 'going on without the CUDA C++ kernels'; \
+	elif ! { $(native_here); }; then \
+		rm -f gptkernels/_cuda*; echo 'going on without the CUDA C++ kernels: the build failed'; status=1; \
+	fi; \
+	$(in_place) -m benchmarks.tune --results "$(RESULTS)" --since $$since $(ARGS) || status=$$?; \
+	exit $$status
 
 clean: ## remove what the targets made
 	rm -f gptkernels/_cpu* gptkernels/_cuda*

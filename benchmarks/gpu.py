@@ -37,7 +37,7 @@ from gptkernels import bench
 from gptkernels.bench import OPERATORS
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import Results, recorded, write_json
-from gptkernels.bench.run import head, run
+from gptkernels.bench.run import head, run, wanted_peers
 from gptkernels.bench.text import figures
 from gptkernels.core.choice import unavailable
 from gptkernels.truth import verify
@@ -118,6 +118,7 @@ def _all(results: Path, seconds: float) -> int:
         path = results / f"speed_{name}.json"
         arguments = ["benchmarks.gpu", "--part=speed", f"--results={path}", *extra]
         _run([_Part(f"speed, {name}", arguments, path)], until(end), path)
+        right &= not any(row.get("failed") for row in _rows(path))  # it may be cut short
     print(f"Results are in {results}, after {time.monotonic() - started:.0f} s")
     print("`make gpu-tune` times every build and tile of the kernels, beside the best of others")
     return 0 if right else 1
@@ -224,6 +225,11 @@ def _join(paths: list[Path], together: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return rows
+
+
 def _parity(op: str, path: Path) -> int:
     failed = 0
     rows = (row.as_dict() for row in verify.run(impls=_IMPLS, ops=[op], device="cuda"))
@@ -244,15 +250,18 @@ def _sanitized(op: str, path: Path) -> int:
 
 
 def _speed(quick: bool, path: Path) -> int:
+    """Returns 1 where one of our implementations failed or was wrong."""
     device, level = torch.device("cuda"), "quick" if quick else "full"
     steps = bench.steps(OPERATORS + bench.MODELS, device, level)
-    results = Results(path, **head(device, [step.dtype for step in steps]))
-    every: dict[str, Any] = {"impls": _IMPLS, "peers": lambda name: True, "level": level}
-    for _, rows in run(steps, results, device=device, **every):
+    results = Results(path)
+    results.begin(level=level, **head(device, [step.dtype for step in steps]))
+    # Without max-autotune, which would take all of the time.
+    every: dict[str, Any] = {"impls": _IMPLS, "peers": wanted_peers((), "default")}
+    for _, rows in run(steps, results, device=device, level=level, **every):
         for row in rows:
             what = f"{row['op']} {row['shape']} {row['dtype']} {row['direction']} {row['impl']}"
             print(what, *(f"{k} {v}" for k, v in figures(row).items()), flush=True)
-    return 0
+    return int(any(row.get("failed") for row in results.rows))
 
 
 if __name__ == "__main__":

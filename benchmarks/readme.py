@@ -47,11 +47,11 @@ def _rows() -> Iterator[tuple[str, str, list[float]]]:
         step = ("gpt_training", shape, both)
         yield what, _EAGER, _bench(*step)
         yield "the same", _COMPILED, _bench(*step, other="nanoGPT-shaped, torch.compile")
-    for what, case in (
+    for what, part in (
         ("a step of transformers' GPT-2 124M with its dropout, `accelerate`d", "step, dropout 0.1"),
         ("its `generate`, 1 text", "generate, 1"),
     ):
-        yield what, "the model untouched", _dropin(case)
+        yield what, "the model untouched", _dropin(part)
     for texts in (1, 8):
         what = f"`generate`, GPT-2 124M, {texts} text{'s' if texts > 1 else ''}"
         case = ("gpt_generate", f"GPT-2 124M B{texts} prompt 32 new 16", forward)

@@ -2,8 +2,12 @@
 
     python -m benchmarks.table --bench benchmarks/results/bench_full.json
 
-Of `gptkernels bench`: one line for each shape and dtype, how many times as fast the default is as
-plain PyTorch, and as the fastest of all others, with its name.
+Of the ops in `gptkernels bench`: one line for each shape and dtype, how many times as fast the
+default is as plain PyTorch, and as the fastest of all others, with its name.
+
+    python -m benchmarks.table --models benchmarks/results/bench_full.json
+
+Of whole models: tokens a second, and how many times as fast the default is as each other.
 
     python -m benchmarks.table benchmarks/results/cpu_{avx512_bf16,avx2}.json
     python -m benchmarks.table benchmarks/results/cpu_attention_{amx,avx512_bf16,avx2}.json
@@ -28,6 +32,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptkernels.bench import MODELS
+from gptkernels.bench.results import case_of
 from gptkernels.bench.text import byte_rate, flop_rate, size
 
 # What users get: of the ops "auto" takes the CPU kernels, and whole models are timed with it.
@@ -37,18 +43,37 @@ _DIRECTIONS = {"forward": "forward", "forward+backward": "forward and backward"}
 
 def bench_table(path: Path | str) -> Iterator[str]:
     """Yields the lines of the table of a run of `gptkernels bench`, in Markdown."""
-    rows = [row for row in _read(path)["rows"] if _is_default(row)]
+    rows = [row for row in _read(path)["rows"] if _is_default(row) and not _of_model(row)]
     heads = " | ".join(f"{name} | beside the best" for name in _DIRECTIONS.values())
     yield f"| op and shape | dtype | {heads} |"
     yield f"| --- | --- |{' ---: | ---: |' * len(_DIRECTIONS)}"
     found = {(row["op"], row["shape"], row["dtype"], row["direction"]): row for row in rows}
-    for op, shape, dtype in dict.fromkeys(key[:3] for key in sorted(found, key=_of_op)):
+    # Ops stand together; the order of their shapes stays.
+    for op, shape, dtype in dict.fromkeys(key[:3] for key in sorted(found, key=lambda k: k[0])):
         cells = []
         for direction in _DIRECTIONS:
             row = found.get((op, shape, dtype, direction), {})
             best = f" {row['best_peer']}" if row.get("best_peer") else ""
             cells += [_cell(row.get("ratio")), _cell(row.get("peer_ratio")) + best]
         yield f"| `{op}` {shape} | {dtype} | {' | '.join(cells)} |"
+
+
+def models_table(path: Path | str) -> Iterator[str]:
+    """Yields the lines of the table of whole models, in Markdown."""
+    rows = [r for r in _read(path)["rows"] if _of_model(r) and r["time_s"] is not None]
+    names = {"pytorch": "eager PyTorch"}
+    names |= {row["impl"]: row["impl"] for row in rows if row["kind"] == "peer"}
+    heads = " | ".join(names.values())
+    yield f"| model | dtype | tokens a second | of the ceiling | memory | {heads} |"
+    yield f"| --- | --- |{' ---: |' * (3 + len(names))}"
+    for ours in filter(_is_default, rows):
+        case = {r["impl"]: r for r in rows if case_of(r) == case_of(ours)}
+        ratios = (case[n]["time_s"] / ours["time_s"] if n in case else None for n in names)
+        share = "" if ours["efficiency"] is None else f"{ours['efficiency']:.0%}"
+        memory = "" if ours["peak_bytes"] is None else size(ours["peak_bytes"])
+        figures = [f"{ours['tokens_per_s']:,.0f}", share, memory, *map(_cell, ratios)]
+        what = ours["op"].removeprefix("gpt_").replace("_", " ")
+        yield f"| {what}, {ours['shape']} | {ours['dtype']} | {' | '.join(figures)} |"
 
 
 def instruction_sets_table(paths: Sequence[Path | str]) -> Iterator[str]:
@@ -102,9 +127,8 @@ def _is_default(row: dict[str, Any]) -> bool:
     return row["impl"] in _DEFAULTS and row["time_s"] is not None
 
 
-def _of_op(key: tuple[str, ...]) -> tuple[bool, str]:
-    """Ops before whole models, each together; the order of shapes stays."""
-    return key[0].startswith("gpt_"), key[0]
+def _of_model(row: dict[str, Any]) -> bool:
+    return bool(row["op"] in MODELS)
 
 
 def _ratios(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, ...], float]]:
@@ -119,15 +143,20 @@ def _cell(ratio: float | None) -> str:
 
 def main() -> None:
     """Prints one table."""
-    parser = argparse.ArgumentParser("python -m benchmarks.table", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     what = parser.add_mutually_exclusive_group()
-    for name in ("bench", "dropin", "ceilings"):
+    for name in ("bench", "models", "dropin", "ceilings"):
         what.add_argument(f"--{name}", action="store_true")
     parser.add_argument("files", nargs="+", type=Path)
     options = parser.parse_args()
     if options.bench:
         lines = bench_table(options.files[0])
+    elif options.models:
+        lines = models_table(options.files[0])
     elif options.ceilings:
         lines = ceilings_table(options.files[0])
     elif options.dropin:

@@ -23,23 +23,33 @@ from benchmarks import child_environment, tune_cases
 from gptkernels.bench import predict
 
 _MOST_PROCESSES = 8  # each takes some 400 MB of the GPU's memory, for CUDA itself
+_OTHER_CPUS = 2  # for the process that times, and for the compilers that it starts itself
 
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Inside, the processes run."""
-    count = min(_MOST_PROCESSES, os.cpu_count() or 1)
+    """Inside, the processes run. At the end those that failed are named."""
+    count = max(1, min(_MOST_PROCESSES, _usable_cpus() - _OTHER_CPUS))
     command = [sys.executable, "-P", "-m", "benchmarks.tune_ahead"]
-    processes = [
-        subprocess.Popen([*command, f"--share={i}", f"--of={count}"], env=child_environment())
-        for i in range(count)
-    ]
+    processes: list[subprocess.Popen[Any]] = []
     try:
+        for i in range(count):
+            share = [f"--share={i}", f"--of={count}"]
+            processes.append(subprocess.Popen([*command, *share], env=child_environment()))
         yield
     finally:
-        for process in processes:
+        for i, process in enumerate(processes):
+            if code := process.poll():
+                who = f"the process that compiled share {i} of {count} ahead"
+                print(f"{who} ended with {code}", file=sys.stderr, flush=True)
             process.kill()
             process.wait()
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def compile_share(share: int, of: int, gpu: torch.device) -> None:

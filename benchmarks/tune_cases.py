@@ -27,6 +27,7 @@ from gptkernels.bench.dry_run import Problem
 from gptkernels.bench.peers import Peers
 from gptkernels.bench.peers import attention as attention_peers
 from gptkernels.bench.peers import layer_norm as layer_norm_peers
+from gptkernels.bench.peers.compiled import repeatable
 from gptkernels.core.choice import unavailable
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.layer_norm.op import layer_norm_fwd
@@ -162,8 +163,9 @@ def _calls(
     cotangents: Sequence[Tensor] | None = None,
 ) -> Makers:
     """Of the peers of these names, calls on the tensors; with cotangents, the backward pass alone,
-    behind one forward pass."""
+    behind one forward pass. A call is made once, since torch.compile compiles for each anew."""
 
+    @functools.cache
     def call(name: str) -> Call:
         if name not in found:
             raise NotImplementedError(f"there is no {name} here")
@@ -171,8 +173,14 @@ def _calls(
         if cotangents is None:
             return lambda: function(*tensors)
         leaves = [x.detach().requires_grad_() for x in tensors]
-        outputs = _listed(function(*leaves))
-        return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+        with repeatable():
+            outputs = _listed(function(*leaves))
+
+        def backward() -> Any:
+            with repeatable():
+                return torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+
+        return backward
 
     return {name: functools.partial(call, name) for name in names}
 

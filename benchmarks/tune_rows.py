@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import torch
 
 import gptkernels
 from gptkernels.bench.environment import commit
+from gptkernels.bench.peers import packages
 from gptkernels.bench.results import Row
 from gptkernels.bench.text import seconds
 from gptkernels.core import native
 
+NO_MEMORY = "out of memory"
 # Statuses of rows that another run does again.
-_UNFINISHED = ("started", "unfinished")
+_UNFINISHED = ("started", "unfinished", NO_MEMORY)
 
 
 class Rows:
@@ -87,12 +89,13 @@ def now() -> str:
 
 def here(device: torch.device) -> dict[str, Any]:
     """What rows are about: the GPU, the commit, and by implementation what runs: the extension by
-    its content, Triton's kernels by version and source, others by PyTorch's version."""
+    its content, Triton's kernels by version and source, others by the versions of PyTorch and of
+    the peers' packages."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     about = {
         "cuda": _extension(device),
         "triton": _triton(),
-        "others": f"PyTorch {torch.__version__}",
+        "others": _peers(),
     }
     return {"gpu": gpu, "commit": commit(), "about": about}
 
@@ -113,18 +116,31 @@ def _triton() -> str | None:
     return f"Triton {version}, kernels {_hash(found)}"
 
 
+def _peers() -> str:
+    """Also whether a package imports, which another package may have changed."""
+    versions = {
+        f"{peer['package']} {peer['version']} {peer['status']}"
+        for peer in packages.found()
+        if peer["status"] != "absent"
+    }
+    return ", ".join(sorted(versions))
+
+
 def _hash(files: Iterable[Path]) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def best_peer(op: str, problem: str, direction: str, rows: Rows) -> str | None:
-    """The name of the fastest that ran; None where none did."""
+def best_peer(
+    op: str, problem: str, direction: str, among: Collection[str], rows: Rows
+) -> str | None:
+    """The name of the fastest of them that ran; None where none did."""
     ran = [
         row
         for key, row in rows.found.items()
         if key[:3] == (op, problem, direction)
         and row["kind"] == "peer"
         and row["status"] == "timed"
+        and row["way"] in among
     ]
     return min(ran, key=lambda row: row["time_s"])["way"] if ran else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ def steps(
     level: str = "default",
     *,
     dtypes: Sequence[torch.dtype] | None = None,
-    shapes: Callable[[str], bool] | None = None,
+    shapes: Sequence[str] = (),
 ) -> list[Step]:
     """What a run does, the most telling first: the first shape of each op, then the second...
 
@@ -54,10 +54,10 @@ def steps(
         device: where it runs; shapes depend on it.
         level: "quick", "default" or "full".
         dtypes: only these; None takes those of each op.
-        shapes: of a readable shape, such as "B1 T1024 H12 D64 causal": whether it is wanted.
+        shapes: only shapes that hold one of these texts, such as "T1024"; none: all.
 
     Raises:
-        ValueError: an op or the level is unknown.
+        ValueError: an op or the level is unknown, or no shape holds one of the texts.
     """
     for op in ops:
         if op not in OPERATORS + MODELS:
@@ -69,11 +69,14 @@ def steps(
         [
             Step(op, shape, dtype)
             for shape in _module(op).shapes(kind, level)
-            if shapes is None or shapes(str(shape))
+            if not shapes or any(text in str(shape) for text in shapes)
             for dtype in (_module(op).dtypes(kind, level) if dtypes is None else dtypes)
         ]
         for op in ops
     ]
+    for text in shapes:
+        if not any(text in str(step.shape) for column in columns for step in column):
+            raise ValueError(f"no shape of {', '.join(ops)} holds {text!r} (level {level})")
     turns = itertools.zip_longest(*columns)
     return [step for turn in turns for step in turn if step is not None]
 

@@ -56,6 +56,11 @@ class Case:
     skipped: dict[str, str] = field(default_factory=dict)
     check: Callable[[Any], tuple[float, float]] | None = None
 
+    @property
+    def names(self) -> set[str]:
+        """All that a row is made for."""
+        return {BASELINE, *self.ours, *self.peers, *self.skipped}
+
 
 def untimeable(impl: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why timing an implementation of an op here would fail or say nothing; None where it can be

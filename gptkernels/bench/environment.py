@@ -81,7 +81,7 @@ def _cpu() -> dict[str, Any]:
     return {
         "name": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "instruction_set": None if cpu.unavailable("cpu") else cpu.instruction_set(),
     }
 

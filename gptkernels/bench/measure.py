@@ -12,7 +12,8 @@ A row has
     bound ceiling memory_ceiling product_ceiling efficiency no_efficiency
                                              what limits the case here, at which rate, and the share
                                              of it that is reached, or why there is none
-    error limit                              against fp64, where the case has a check
+    error limit wrong                        against fp64, where the case has a check; what is far
+                                             beyond the limit is wrong, and no best peer
     peak_bytes                               the most memory that one call takes
 
 What was not measured is None. A candidate that was not timed has time_s None and the reason in
@@ -21,10 +22,12 @@ What was not measured is None. A candidate that was not timed has time_s None an
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +39,8 @@ from gptkernels.core import ceilings
 
 # Calls that take longer need fewer samples: what disturbs them is averaged within each.
 _SLOW_S, _ROUNDS, _FEW_ROUNDS = 1.0, 5, 3
+_WRONG = 10.0  # limits; PyTorch's own sums in 16 bits on a CPU are some beyond
+_MISTAKES = (ImportError, TypeError, AttributeError, KeyError)
 _TOO_FAST = (
     "it took less than the fastest {what} measured on this machine would; that ceiling is too low"
 )
@@ -61,18 +66,8 @@ def measure(case: Case, *, device: torch.device | str = "cpu", budget_s: float =
     candidates = _candidates(case)
     for candidate in candidates:
         _try(candidate, case, device)
-    running = {c.name: c.call for c in candidates if c.call is not None}
-    timings = {}
-    if running:
-        slow = max(c.seconds for c in candidates) > _SLOW_S
-        timings = timing.compare(
-            running,
-            device=device,
-            budget_s=budget_s,
-            min_rounds=_FEW_ROUNDS if slow else _ROUNDS,
-            warm_ups=1,  # each was called before, but gave its memory back
-        )
-    limits = _limits(case, device) if running else {}
+    timings = _timed(candidates, device, budget_s)
+    limits = _limits(case, device) if timings else {}
     skipped = [
         _Candidate(name, "ours", None, {"skipped": reason, "failed": False})
         for name, reason in case.skipped.items()
@@ -90,7 +85,7 @@ def measure(case: Case, *, device: torch.device | str = "cpu", budget_s: float =
 
 
 def spread(row: Row) -> float:
-    """How far the time of a row is known: half the distance of its quartiles, as a share."""
+    """How far the time of a row is known: half of the interval that holds it, as a share."""
     share: float = (row["high_s"] - row["low_s"]) / 2 / row["time_s"]
     return share
 
@@ -142,11 +137,14 @@ def _try(candidate: _Candidate, case: Case, device: torch.device) -> None:
             torch.cuda.synchronize(device)
         if case.check is not None:
             error, limit = case.check(result)
-            candidate.found |= {"error": error, "limit": limit}
+            # JSON has no other numbers.
+            candidate.found |= {"error": error if math.isfinite(error) else None, "limit": limit}
             if candidate.kind == "ours" and not error <= limit:
                 said = f"its error is {error:.1e}, beyond the limit of {limit:.1e}"
                 candidate.found |= {"skipped": said, "failed": True}
                 return
+            if not error <= _WRONG * limit:
+                candidate.found["wrong"] = True
         del result
         started = time.perf_counter()
         candidate.found["peak_bytes"] = peak_bytes(call, device)
@@ -154,17 +152,64 @@ def _try(candidate: _Candidate, case: Case, device: torch.device) -> None:
         candidate.call = call
         return
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        said = f"{type(error).__name__}: {lines[0]}"
-        if isinstance(error, NotImplementedError):
-            said = lines[0]
-        cannot = isinstance(error, NotImplementedError | torch.OutOfMemoryError)
-        # A peer's own refusal is its limit; a package that is here and does not import is broken.
-        failed = not cannot and (candidate.kind == "ours" or isinstance(error, ImportError))
-        candidate.found |= {"skipped": said, "failed": failed}
+        _drop(candidate, error)
     # The next candidate needs the memory, which the error's frames held until here.
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a kernel's error stays with the process
+            torch.cuda.empty_cache()
+
+
+def _drop(candidate: _Candidate, error: Exception) -> None:
+    """Takes a candidate out, for an error."""
+    lines = str(error).strip().splitlines() or [""]
+    cannot = isinstance(error, NotImplementedError | torch.OutOfMemoryError)
+    # A peer's own refusal is its limit; but a package that is here and does not import is broken,
+    # and one that takes no such arguments is called wrongly.
+    ours = candidate.kind == "ours" or isinstance(error, _MISTAKES)
+    said = (
+        lines[0]
+        if isinstance(error, NotImplementedError)
+        else f"{type(error).__name__}: {lines[0]}"
+    )
+    candidate.found |= {"skipped": said, "failed": ours and not cannot}
+    candidate.call = None
+
+
+def _timed(
+    candidates: Sequence[_Candidate], device: torch.device, budget_s: float
+) -> dict[str, timing.Timing]:
+    """Times those that have a call. One that raises now, beside all others (no memory is left,
+    say), is dropped, and the rest begins again."""
+    raised: list[tuple[_Candidate, Exception]] = []
+
+    def guarded(candidate: _Candidate) -> Call:
+        call = candidate.call
+        assert call is not None
+
+        def guard() -> Any:
+            try:
+                return call()
+            except Exception as error:
+                raised.append((candidate, error))
+                raise
+
+        return guard
+
+    while running := [c for c in candidates if c.call is not None]:
+        slow = max(c.seconds for c in running) > _SLOW_S
+        try:
+            return timing.compare(
+                {c.name: guarded(c) for c in running},
+                device=device,
+                budget_s=budget_s,
+                min_rounds=_FEW_ROUNDS if slow else _ROUNDS,
+                warm_ups=1,  # each was called before, but gave its memory back
+            )
+        except Exception:
+            if not raised:
+                raise
+            _drop(*raised.pop())
+    return {}
 
 
 def _limits(case: Case, device: torch.device) -> Row:
@@ -207,7 +252,7 @@ def _put_beside(found: list[Row]) -> None:
     """Adds how each row stands to plain PyTorch, and ours to the fastest of the others."""
     timed = [row for row in found if row["time_s"] is not None]
     plain = next((row for row in timed if row["kind"] == "baseline"), None)
-    others = [row for row in timed if row["kind"] != "ours"]
+    others = [row for row in timed if row["kind"] != "ours" and not row.get("wrong")]
     best = min(others, key=lambda row: row["time_s"], default=None)
     for row in timed:
         ratio, within, said = _beside(row, plain)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
 
 @functools.cache
 def _trim() -> Callable[[int], int] | None:
+    if sys.platform != "linux":
+        return None
     return getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
 
 

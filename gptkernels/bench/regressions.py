@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptkernels.bench.measure import spread
-from gptkernels.bench.results import Row
+from gptkernels.bench.results import Row, case_of
 from gptkernels.core.choice import IMPLEMENTATIONS
 
 TOLERATED = 0.05
@@ -19,7 +19,7 @@ TOLERATED = 0.05
 
 def key(row: Row) -> tuple[str, ...]:
     """What makes two rows comparable."""
-    return tuple(row[name] for name in ("op", "shape", "dtype", "direction", "impl"))
+    return *case_of(row), row["impl"]
 
 
 def found(old: Sequence[Row], new: Sequence[Row]) -> Iterator[dict[str, Any]]:
@@ -32,14 +32,8 @@ def found(old: Sequence[Row], new: Sequence[Row]) -> Iterator[dict[str, Any]]:
         if was is None:
             continue
         if row["time_s"] is None:
-            if row.get("failed"):
-                yield {
-                    **row,
-                    "was": was.get("ratio"),
-                    "is": None,
-                    "change": math.inf,
-                    "within": 0.0,
-                }
+            gone = {"was": was.get("ratio"), "is": None, "change": math.inf, "within": 0.0}
+            yield row | gone
             continue
         change, within = _change(was, row)
         if change - 1 > max(TOLERATED, within):

@@ -14,15 +14,14 @@ Row = dict[str, Any]
 
 # What two runs must share for their rows to stand in one file.
 _SAME = (
-    "commit",
-    "gptkernels",
-    "python",
-    "platform",
-    "processor",
-    "cpu_threads",
-    "versions",
-    "gpu",
-)
+    "commit", "gptkernels", "python", "platform", "processor", "cpu_threads", "versions", "gpu",
+    "level", "peers",
+)  # fmt: skip
+
+
+def case_of(row: Row) -> tuple[str, str, str, str]:
+    """What the rows of one case have in common: op, shape, dtype and direction."""
+    return row["op"], row["shape"], row["dtype"], row["direction"]
 
 
 def write_json(path: Path | str, content: Any) -> None:
@@ -33,7 +32,9 @@ def write_json(path: Path | str, content: Any) -> None:
     path = Path(path)
     make_folder(f"the parent of {path}", path.parent)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -48,35 +49,38 @@ def read(path: Path | str) -> dict[str, Any]:
     raise ValueError(f"{path} is no results file of gptkernels")
 
 
+def refuse_unfinished(path: Path | str) -> None:
+    """Raises ValueError where a new run would overwrite one that may go on."""
+    try:
+        content = read(path)
+    except (OSError, ValueError):
+        return
+    if content["rows"] and not content["finished"]:
+        raise ValueError(
+            f"{path} holds an unfinished run of {len(content['rows'])} rows: --resume goes on with "
+            "it; delete it, or name another file, to begin anew"
+        )
+
+
 class Results:
     """The rows of one run. With a path they are written, with all before, as they come.
 
     Args:
         path: the file; None keeps the rows in memory alone.
-        head: what stands in the file besides environment and rows.
         resume: go on with the rows of the file, where it is there.
 
     Raises:
         ValueError: the file to go on with is no results file, or of another machine or version.
     """
 
-    def __init__(
-        self, path: Path | str | None = None, *, resume: bool = False, **head: Any
-    ) -> None:
+    def __init__(self, path: Path | str | None = None, *, resume: bool = False) -> None:
         self.path = path
-        here = environment()
-        self.content: dict[str, Any] = {"environment": here, **head, "finished": False, "rows": []}
+        self.content: dict[str, Any] = {"environment": environment(), "finished": False, "rows": []}
+        self._old: dict[str, Any] | None = None
         if resume and path is not None and Path(path).exists():
-            old = read(path)
-            was, now = _same(old["environment"]), _same(here)
-            other = next((name for name in _SAME if was[name] != now[name]), None)
-            if other is not None:
-                raise ValueError(
-                    f"{path} holds rows of another {other.replace('_', ' ')} ({was[other]}, here "
-                    f"{now[other]}), so this run cannot go on with it; name another file"
-                )
-            self.content["rows"] = old["rows"]
-        self._write()
+            self._old = read(path)
+            self._check_same()
+            self.content["rows"] = self._old["rows"]
 
     @property
     def rows(self) -> list[Row]:
@@ -84,9 +88,19 @@ class Results:
         rows: list[Row] = self.content["rows"]
         return rows
 
+    def begin(self, **head: Any) -> None:
+        """Writes the file, with more in its head. Raises ValueError where the file to go on with
+        has another level or other peers."""
+        rows = self.content.pop("rows")
+        self.content |= {**head, "rows": rows}
+        self._check_same()
+        self._write()
+
     def add(self, *rows: Row) -> None:
-        """Adds rows, all or none of which a reader sees."""
-        self.content["rows"] += rows
+        """Adds rows in place of others of their cases. A reader sees all of them or none."""
+        cases = {case_of(row) for row in rows}
+        kept = [row for row in self.rows if case_of(row) not in cases]
+        self.content["rows"] = [*kept, *rows]
         self._write()
 
     def finish(self) -> None:
@@ -98,20 +112,34 @@ class Results:
         if self.path is not None:
             write_json(self.path, self.content)
 
+    def _check_same(self) -> None:
+        if self._old is None:
+            return
+        was, now = _sameness(self._old), _sameness(self.content)
+        other = next((n for n in _SAME if n in now and was.get(n) != now[n]), None)
+        if other is not None:
+            raise ValueError(
+                f"{self.path} holds rows of another {other.replace('_', ' ')} ({was.get(other)}, "
+                f"here {now[other]}), so this run cannot go on with it; name another file"
+            )
 
-def _same(environment: dict[str, Any]) -> dict[str, Any]:
-    processor = {k: v for k, v in environment.get("cpu", {}).items() if k != "load"}
-    found = {**environment, "processor": processor}
-    return {name: found.get(name) for name in _SAME}
+
+def _sameness(content: dict[str, Any]) -> dict[str, Any]:
+    """What a file is of, as far as it says so; the load is no part of it."""
+    here = content["environment"]
+    processor = {k: v for k, v in here.get("cpu", {}).items() if k != "load"}
+    return {**content, **here, "processor": processor}
 
 
 def recorded(rows: Iterable[Row], path: Path | str | None) -> Iterator[Row]:
-    """Passes rows through, and writes all so far to `path` after each one, as `Results` does.
+    """Passes rows of any kind through, and writes all so far to `path` after each one.
 
     A run that is cut short thus leaves a complete file of the rows it had; its "finished" is false.
     """
     results = Results(path)
+    results.begin()
     for row in rows:
-        results.add(row)
+        results.rows.append(row)
+        results.begin()
         yield row
     results.finish()

@@ -12,10 +12,11 @@ import torch
 from gptkernels.bench import BUDGET_S, Step, measure
 from gptkernels.bench.case import Case
 from gptkernels.bench.peers import packages
-from gptkernels.bench.results import Results, Row
+from gptkernels.bench.results import Results, Row, case_of
 from gptkernels.core import ceilings
 
 Wanted = Callable[[str], bool]
+NO_PEERS = "none"
 
 
 def head(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
@@ -41,15 +42,18 @@ def run(
     `peers` says of a name whether that peer takes part. Once `minutes` have passed, no further case
     is begun. Otherwise `results` is finished at the end.
     """
-    there = {_key(row) for row in results.rows}
+    there: dict[Any, set[str]] = {}
+    for row in results.rows:
+        there.setdefault(case_of(row), set()).add(row["impl"])
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     for step in steps:
         for case in step.cases(device, impls):
-            if _key_of(case) in there:
+            case = _with(case, peers)
+            if case.names <= there.get(_key(case), set()):
                 continue
             if ends is not None and time.monotonic() > ends:
                 return
-            rows = _measured(case, device, peers, level)
+            rows = measure.measure(case, device=device, budget_s=BUDGET_S[level])
             results.add(*rows)
             yield step, rows
         yield step, []
@@ -66,26 +70,37 @@ def again(
     level: str = "default",
 ) -> list[Row]:
     """Measures the cases of these rows once more, and returns all rows of them."""
-    wanted = {_key(row) for row in rows}
+    wanted = {case_of(row) for row in rows}
     ops = {op for op, *_ in wanted}
     results = Results()
     for step in steps:
         if step.op in ops:
-            cases = (case for case in step.cases(device, impls) if _key_of(case) in wanted)
-            for case in cases:
-                results.add(*_measured(case, device, peers, level))
+            for case in step.cases(device, impls):
+                if _key(case) in wanted:
+                    case = _with(case, peers)
+                    results.add(*measure.measure(case, device=device, budget_s=BUDGET_S[level]))
     return results.rows
 
 
-def _measured(case: Case, device: torch.device, peers: Wanted, level: str) -> list[Row]:
+def wanted_peers(patterns: Sequence[str], level: str) -> Wanted:
+    """Whether a peer takes part, by its name: those that hold one of the patterns, in any case; by
+    default all, but max-autotune, which takes minutes, in a full run alone.
+
+    Raises ValueError for a pattern, other than "none", that no peer's name holds.
+    """
+    names = [peer["name"] for peer in packages.found()]
+    for pattern in patterns:
+        if pattern != NO_PEERS and not any(pattern.lower() in name.lower() for name in names):
+            raise ValueError(f"no peer is called {pattern!r}; there are {', '.join(names)}")
+    if patterns:
+        return lambda name: any(pattern.lower() in name.lower() for pattern in patterns)
+    return lambda name: level == "full" or "max-autotune" not in name
+
+
+def _with(case: Case, peers: Wanted) -> Case:
     chosen = {name: make for name, make in case.peers.items() if peers(name)}
-    case = dataclasses.replace(case, peers=chosen)
-    return measure.measure(case, device=device, budget_s=BUDGET_S[level])
+    return dataclasses.replace(case, peers=chosen)
 
 
-def _key(row: Row) -> tuple[str, str, str, str]:
-    return row["op"], row["shape"], row["dtype"], row["direction"]
-
-
-def _key_of(case: Case) -> tuple[str, str, str, str]:
+def _key(case: Case) -> tuple[str, str, str, str]:
     return case.op, case.shape, str(case.dtype).removeprefix("torch."), case.direction

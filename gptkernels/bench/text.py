@@ -28,7 +28,7 @@ def figures(row: Row) -> dict[str, str]:
         cells["rate"] = rate(row)
     if row.get("efficiency") is not None:
         cells["ceiling"] = f"{100 * row['efficiency']:.0f}%"
-    if row.get("limit"):
+    if row.get("limit") and row["error"] is not None:
         cells["error"] = f"{row['error'] / row['limit']:.2f}"
     if row.get("peak_bytes") is not None:
         cells["memory"] = size(row["peak_bytes"])

@@ -7,9 +7,10 @@ the figure and the least is kept beside it.
 On a GPU a sample is the time between two CUDA events around one call, after the L2 cache was
 flushed (a write of twice its size). The GPU then waits for longer than the host takes to queue the
 call, so that the sample holds the GPU's work alone; the host's time is measured apart. A call that
-waits for the GPU itself still has the host's time after that wait in its sample. On a CPU a sample
-is `time.perf_counter` around as many calls as fill a few milliseconds; freed memory stays with the
-process.
+waits for the GPU itself still has the host's time after that wait in its sample. Where the host
+needs milliseconds to queue one of the candidates, as whole models do, a sample of each is the time
+from an idle GPU to the next. On a CPU a sample is `time.perf_counter` around as many calls as fill
+a few milliseconds; freed memory stays with the process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import dataclasses
 import functools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,14 +33,20 @@ _CPU_SAMPLE_S = 2e-3
 _FLUSH_FACTOR = 2
 # The GPU waits this much longer than the host took to queue the call in the warm-up.
 _HOST_MARGIN = 1.5
+# A driver queues about a thousand kernels. What takes the host longer to queue, such as a whole
+# model, would not be queued before the GPU begins with it.
+_LONG_HOST_S = 3e-3
 # torch.cuda._sleep counts cycles. No GPU has a faster clock than this, so none waits too short.
 _FASTEST_CLOCK_HZ = 3e9
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: `time_s` is the median of `rounds` samples, `low_s` and `high_s` are their
-    quartiles and `min_s` is the least.
+    """Seconds per call: `time_s` is the median of `rounds` samples, `min_s` is the least.
+
+    `low_s` and `high_s` are the samples between which the true median lies with 95%, whatever their
+    distribution (ranks by the binomial one); the least and the greatest of fewer than six, which
+    hold it with 75% (three) or 94% (five).
 
     On a GPU `host_s` is what the host takes to queue the call; None on a CPU. `samples` are all, as
     they came.
@@ -55,18 +63,26 @@ class Timing:
     @classmethod
     def of(cls, samples: Sequence[float], host_s: float | None = None) -> Timing:
         """The timing of these samples, of which there is at least one."""
-        low, median, high = (
-            statistics.quantiles(samples, n=4, method="inclusive")
-            if len(samples) > 1
-            else [samples[0]] * 3
-        )
-        return cls(median, low, high, min(samples), len(samples), host_s, tuple(samples))
+        found, rank = sorted(samples), _rank(len(samples))
+        median = statistics.median(samples)
+        bounds = found[rank], found[-1 - rank]
+        return cls(median, *bounds, found[0], len(samples), host_s, tuple(samples))
 
     def as_dict(self) -> dict[str, Any]:
         """What a row has of it: all but the samples."""
         found = dataclasses.asdict(self)
         del found["samples"]
         return found
+
+
+@functools.cache
+def _rank(count: int) -> int:
+    """How many of so many samples lie below the interval, and above: as many as leave 2.5% at most
+    on each side."""
+    below, rank = 0.0, 0
+    while (below := below + math.comb(count, rank) / 2**count) <= 0.025:
+        rank += 1
+    return max(0, rank - 1)
 
 
 def compare(
@@ -110,7 +126,8 @@ def compare(
     host_s: dict[str, float] = {}
     if device.type == "cuda":
         host_s = {name: _host_s(call, device) for name, call in candidates.items()}
-        sampler = _cuda_sampler(device, host_s)
+        long = max(host_s.values()) > _LONG_HOST_S
+        sampler = _whole_sampler(device) if long else _cuda_sampler(device, host_s)
     else:
         sampler = _cpu_sampler()
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -128,6 +145,8 @@ def _keep_freed_memory() -> None:
     """Lets the C library keep memory that is freed. By default it gives blocks of some megabytes
     back to the system, or not, as they happen to lie; the page faults of the next ones can take
     longer than the kernels that fill them."""
+    if sys.platform != "linux":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         trim_threshold, mmap_max = -1, -4
@@ -162,6 +181,17 @@ def _host_s(call: Callable[[], Any], device: torch.device) -> float:
         samples.append(time.perf_counter() - started)
     torch.cuda.synchronize(device)
     return statistics.median(samples)
+
+
+def _whole_sampler(device: torch.device) -> Callable[[str, Callable[[], Any]], float]:
+    def sample(name: str, call: Callable[[], Any]) -> float:
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    return sample
 
 
 def _cuda_sampler(

@@ -55,21 +55,25 @@ def command(
 ) -> int:
     """Time the operators and whole GPTs beside plain PyTorch and the best others.
 
-    All candidates of a case get the same tensors and take turns. "spread" is half the distance
-    between the quartiles of a time. "PyTorch" and "best" say how many times as fast a candidate is
-    as plain PyTorch, and as the fastest of all others. "ceiling" is the share that it reaches of
+    All candidates of a case get the same tensors and take turns. "spread" is half of the interval
+    that holds the true median with 95%. "PyTorch" and "best" say how many times as fast a candidate
+    is as plain PyTorch, and as the fastest of all others. "ceiling" is the share that it reaches of
     what this machine was measured to do; "error" that of its limit against fp64.
 
     Every case is written to the file of --json as it is measured. The exit code is 1 where one of
     our implementations fails or is wrong, where an installed peer does not import, and where
     --compare finds something slower.
     """
+    import torch
+
     from gptkernels import bench
     from gptkernels.bench import regressions, report, results, run
     from gptkernels.core.choice import IMPLEMENTATIONS, check_impl
     from gptkernels.core.device import choose_device
 
     where = choose_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # where kernels and peers run that look at no tensor
     for impl in impls:
         check_impl(impl, auto=False)
     if quick and full:
@@ -82,30 +86,26 @@ def command(
     level = "quick" if quick else "full" if full else "default"
     if full and where.type == "cuda" and minutes is None:
         minutes = _MINUTES_ON_A_GPU
+    wanted = run.wanted_peers(peers, level)
     steps = bench.steps(
-        ops or bench.OPERATORS + bench.MODELS,
+        tuple(dict.fromkeys(ops)) or bench.OPERATORS + bench.MODELS,
         where,
         level,
-        dtypes=[options.dtype(name) for name in dtypes] or None,
-        shapes=lambda shape: not shapes or any(text in shape for text in shapes),
+        dtypes=[options.dtype(name) for name in dict.fromkeys(dtypes)] or None,
+        shapes=shapes,
     )
-    if not steps:
-        raise ValueError("no shape holds " + " or ".join(repr(text) for text in shapes))
-
+    if path is not None and not resume:
+        results.refuse_unfinished(path)
+    found = results.Results(path, resume=resume)
     impls = impls or IMPLEMENTATIONS
     console = PipeConsole(highlight=False, soft_wrap=True)
     with console.status("measuring what this machine can do"):
         about = run.head(where, [step.dtype for step in steps])
-    found = results.Results(path, resume=resume, **about)
+    found.begin(level=level, **about)
     for line in table.head(found.content):
         print_text(console, line)
     if found.rows:
         print_text(console, f"\n{path} has {len(found.rows)} rows, which are not measured again")
-
-    def wanted(name: str) -> bool:
-        if peers:
-            return any(text in name for text in peers)
-        return full or "max-autotune" not in name
 
     how: dict[str, Any] = {"device": where, "impls": impls, "peers": wanted, "level": level}
     try:
@@ -128,6 +128,8 @@ def command(
         again = run.again(steps, slower, **how)
         slower = regressions.confirmed(slower, before["rows"], again)
         count = regressions.compared(before["rows"], found.rows)
+        if not count:
+            raise ValueError(f"{old} and this run have no row in common, so nothing is compared")
         environments = found.content["environment"], before["environment"]
         for line in table.regressions(count, *environments, slower):
             print_text(console, line)

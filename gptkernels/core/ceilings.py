@@ -29,6 +29,7 @@ from gptkernels.core.machine import cache_folder, fingerprint
 
 _FILE = "ceilings.json"
 _PASSES = 3
+_QUEUEING_CLOCKS = 200_000  # about 0.1 ms
 _PASS_S = 0.03  # a rate is measured for at least so long in each pass
 # Bytes, from a core's own cache to memory. A GPU's cache is flushed before each measurement.
 _CPU_SETS = tuple(1 << bits for bits in range(16, 29, 2))
@@ -116,7 +117,10 @@ def _product_pass(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[st
     for n in _GPU_SIZES if device.type == "cuda" else _CPU_SIZES:
         a, b = (torch.randn(n, n, generator=generator, device=device).to(dtype) for _ in range(2))
         product = functools.partial(torch.mm, a, b.t(), out=torch.empty_like(a))
-        yield f"products {_name(dtype)} {n}", 2 * n**3 / _fastest(product, device)
+        seconds = _fastest(product, device)
+        yield f"products {_name(dtype)} {n}", 2 * n**3 / seconds
+        if seconds > _PASS_S:  # a larger one would be no faster, and take eight times as long
+            return
 
 
 def _fastest(call: Callable[[], Any], device: torch.device) -> float:
@@ -142,6 +146,8 @@ def _cuda_clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
     def once(call: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(device):
+            # The GPU waits while the host queues the call, which would be within the time.
+            torch.cuda._sleep(_QUEUEING_CLOCKS)
             start.record()
             call()
             end.record()
@@ -173,7 +179,7 @@ def _keep(device: torch.device, rates: dict[str, float]) -> None:
     # What another process has measured meanwhile counts too.
     for name, rate in [*machines.get(fingerprint(device), {}).items(), *rates.items()]:
         kept[name] = max(rate, kept.get(name, 0.0))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):
         path = cache_folder() / _FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({**machines, fingerprint(device): kept}, indent=1) + "\n"
@@ -189,7 +195,9 @@ def _machines() -> dict[str, dict[str, float]]:
             str(machine): {str(name): float(rate) for name, rate in rates.items()}
             for machine, rates in found.items()
         }
-        names = (name for rates in machines.values() for name in rates)
-        return machines if all(len(name.split()) == 3 for name in names) else {}
-    except (OSError, ValueError, AttributeError, TypeError):
+        for kind, what, _ in (name.split() for rates in machines.values() for name in rates):
+            if kind == "memory":
+                int(what)
+        return machines
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError):  # or without a home
         return {}

@@ -66,7 +66,7 @@ def test_a_row_stands_beside_the_others() -> None:
                         dtype="float16", direction="forward")  # fmt: skip
     assert (cpu["time_s"], cpu["rounds"], cpu["baseline_s"], cpu["ratio"]) == (0.5, 3, 2.0, 4.0)
     assert "samples" not in cpu
-    assert cpu["ratio_spread"] == pytest.approx(0.05 * 2**0.5)
+    assert cpu["ratio_spread"] == pytest.approx(0.1 * 2**0.5)
     assert (cpu["verdict"], cpu["best_peer"], cpu["peer_ratio"]) == ("faster", "SDPA", 2.0)
     assert found["torch"]["peer_verdict"] == "same"
     assert found["pytorch"]["ratio"] == 1.0
@@ -133,6 +133,7 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34
         (RuntimeError("No available kernel"), "peers", False, "RuntimeError: No available kernel"),
         (RuntimeError("illegal access"), "ours", True, "RuntimeError: illegal access"),
         (ImportError("undefined symbol"), "peers", True, "ImportError: undefined symbol"),
+        (TypeError("no such argument"), "peers", True, "TypeError: no such argument"),
         (RuntimeError(), "ours", True, "RuntimeError: "),
     ],
 )  # fmt: skip
@@ -174,8 +175,50 @@ def test_a_wrong_result_of_ours_is_not_timed() -> None:
 
 
 def test_a_wrong_result_of_a_peer_is_told_and_timed() -> None:
-    found = rows(peers={"SDPA": takes(3.0)}, check=lambda result: (result / 10, 0.2))
-    assert (found["SDPA"]["error"], found["SDPA"]["time_s"]) == (0.3, 3.0)
+    found = rows(
+        ours={"cpu": takes(0.1)},
+        peers={"near": takes(1.0), "wrong": takes(0.5), "nan": takes(0.6)},
+        check=lambda result: (float("nan") if result == 0.6 else result, 0.1),
+    )
+    for name, error in (("near", 1.0), ("wrong", 0.5), ("nan", None)):
+        assert found[name]["error"] == error
+        assert found[name]["time_s"] is not None
+    assert [name for name, row in found.items() if row.get("wrong")] == ["pytorch", "nan"]
+    assert found["cpu"]["best_peer"] == "wrong"  # half its limit times ten
+
+
+def test_what_raises_beside_the_others_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone it has memory enough."""
+    compare, calls = timing.compare, []
+
+    def greedy() -> float:
+        calls.append(1)
+        if len(calls) > 2:  # tried, and its memory measured
+            raise OUT_OF_MEMORY
+        return 1.0
+
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, device: call() and None)
+    found = rows(ours={"cpu": takes(1.0)}, peers={"greedy": lambda: greedy})
+    assert compare is timing.compare
+    assert found["greedy"]["time_s"] is None
+    assert "OutOfMemoryError" in found["greedy"]["skipped"]
+    assert not found["greedy"]["failed"]
+    assert found["cpu"]["ratio"] == 2.0
+
+
+def test_slow_calls_get_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = []
+
+    def compare(calls: Any, **options: Any) -> Any:
+        rounds.append(options["min_rounds"])
+        return {name: timing.Timing.of([1.0]) for name in calls}
+
+    monkeypatch.setattr(timing, "compare", compare)
+    clock = iter([0.0, 0.1, 0.0, 1.1])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    rows()
+    rows()
+    assert rounds == [5, 3]
 
 
 def test_ceilings_belong_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_many_texts_have_no_baseline_on_a_cpu() -> None:
 def test_a_step_counts_the_operations_of_its_tokens() -> None:
     weights = 124_439_808 - 1024 * 768  # but of the position table
     case = case_of(gpt_training, gpt_training.shapes("cuda", "default")[0], BF16)
-    assert case.flops == (6 * weights + 12 * 12 * 768 * 1024) * 8 * 1024
+    assert case.flops == (6 * weights + 6 * 12 * 768 * 1024) * 8 * 1024
     assert case.tokens == 8 * 1024
     assert case.sizes == {"layers": 12, "C": 768, "T": 1024, "B": 8}
     assert (case.shape, case.series) == ("GPT-2 124M B8 T1024", "GPT-2 124M")

@@ -178,9 +178,14 @@ def everything(device: torch.device) -> dict[str, Peers]:
     }
 
 
+# Peers of whole models, and one that its case makes.
+ELSEWHERE = {"transformers", "nanoGPT-shaped", "SDPA, padded"}
+
+
 def test_an_absent_package_is_in_no_dict(fakes: Fakes) -> None:
     found = statuses()
-    del found["transformers"]  # of whole models, and installed where this is tested
+    for name in ELSEWHERE:
+        del found[name]
     names = {name for peers in everything(GPU).values() for name in peers}
     for row in found.values():
         assert row["status"] == ("here" if row["package"] == "torch" else "absent")
@@ -196,7 +201,7 @@ def test_every_package_is_a_peer_of_some_op(flash_packages: Fakes) -> None:
     for module in ("liger_kernel", "quack", "xformers", "transformer_engine"):
         flash_packages.add(f"{module}.part")
     names = {name for peers in everything(GPU).values() for name in peers}
-    assert names == statuses().keys() - {"transformers"}
+    assert names == statuses().keys() - ELSEWHERE
 
 
 def test_a_package_that_raises_on_import_is_broken(fakes: Fakes) -> None:
@@ -506,6 +511,7 @@ def test_transformer_engine_attends_heads_that_it_joins(fakes: Fakes) -> None:
     tensors = {"q": q, "k": k}
     refused = outcome(attention_peers(tensors, True, GPU)["TransformerEngine"])
     assert refused == "TransformerEngine's backward pass cannot be repeated, to be timed"
+    assert callable(attention_peers(tensors, True, GPU, repeated=False)["TransformerEngine"]())
     for options in ({"softcap": 1.0}, {"alibi_slopes": slopes(4)}, {"attn_mask": draw(8, 8)}):
         peers = attention_peers(tensors, False, GPU, **options)
         assert isinstance(outcome(peers["TransformerEngine"]), str)
@@ -720,9 +726,8 @@ NORMS = ("Liger", "quack", "TransformerEngine", "flash-attn Triton")
 def test_norms_of_packages_are_called_rightly(name: str, dtype: torch.dtype, norms: Fakes) -> None:
     """Their fakes give the truth where they get the right arguments."""
     for backward in (False, True):
-        if name == "TransformerEngine" and backward:
-            continue
-        function = layer_norm.peers(GPU, dtype, 24, backward=backward)[name]()
+        peers = layer_norm.peers(GPU, dtype, 24, backward=backward, repeated=False)
+        function = peers[name]()
         assert_norm(function, norm_inputs(False, dtype), gradients=backward)
 
 
@@ -810,7 +815,7 @@ def test_each_maker_compiles_for_itself(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for width in (8, 16, 24):
-            function = compiled.compiled(baseline.layer_norm, backward=False)
+            function = compiled.compiled(baseline.layer_norm)
             function(draw(3, width), draw(width), draw(width))
 
 
@@ -818,16 +823,16 @@ def test_compiled_for_real() -> None:
     """The backward pass alone can be called again and again."""
     inputs = norm_inputs(True)
     leaves = [x.detach().requires_grad_() for x in inputs.values()]
-    with torch._functorch.config.patch(donated_buffer=True):
-        function = layer_norm.peers(CPU, FP32, 24, residual=True, backward=True)["torch.compile"]()
-        outputs = function(*leaves)  # it does not compile while the check poisons memory
-        assert_norm(function, inputs, gradients=True)
-    cotangents = [torch.ones_like(x) for x in outputs]
-    first, again = (
-        torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True) for _ in range(2)
-    )
+    function = layer_norm.peers(CPU, FP32, 24, residual=True, backward=True)["torch.compile"]()
+    with compiled.repeatable():
+        outputs = function(*leaves)
+        cotangents = [torch.ones_like(x) for x in outputs]
+        first, again = (
+            torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True) for _ in range(2)
+        )
     for x, y in zip(first, again, strict=True):
         assert torch.equal(x, y)
+    assert_norm(function, inputs, gradients=True)
 
 
 def test_flex_attention_compiled_for_real() -> None:

@@ -46,28 +46,75 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = Results()
-    found.add({"n": 1}, {"n": 2})
+    found.add(row(1), row(2))
     found.finish()
-    assert (found.rows, found.content["finished"]) == ([{"n": 1}, {"n": 2}], True)
+    assert (found.rows, found.content["finished"]) == ([row(1), row(2)], True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def row(n: int, **more: Any) -> Row:
+    return {"op": "o", "shape": str(n), "dtype": "d", "direction": "f", **more}
+
+
+def test_rows_take_the_place_of_those_of_their_case(tmp_path: Path) -> None:
+    found = Results(tmp_path / "rows.json")
+    found.add(row(1, impl="a"), row(1, impl="b"))
+    found.add(row(2))
+    found.add(row(1, impl="c"))
+    assert results.read(tmp_path / "rows.json")["rows"] == [row(2), row(1, impl="c")]
+
+
+def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    results.refuse_unfinished(path)  # there is none
+    found = Results(path)
+    found.begin()
+    results.refuse_unfinished(path)  # it has no rows
+    found.add(row(1))
+    with pytest.raises(ValueError, match="an unfinished run of 1 rows: --resume goes on with it"):
+        results.refuse_unfinished(path)
+    found.finish()
+    results.refuse_unfinished(path)
+    path.write_text("something else")
+    results.refuse_unfinished(path)
+
+
+def test_json_has_no_infinity(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results.write_json(tmp_path / "rows.json", {"x": float("inf")})
     assert list(tmp_path.iterdir()) == []
 
 
 class TestResume:
+    @pytest.mark.parametrize(
+        ("name", "was", "now"), [("level", "quick", "full"), ("peers", [], [1])]
+    )
+    def test_refuses_another_head(self, name: str, was: Any, now: Any, tmp_path: Path) -> None:
+        path = tmp_path / "rows.json"
+        first = Results(path)
+        first.begin(**{name: was})
+        first.add(row(1))
+        again = Results(path, resume=True)
+        again.begin(**{name: was})
+        with pytest.raises(ValueError, match=f"rows of another {name}"):
+            again.begin(**{name: now})
+        assert results.read(path)[name] == was
+
     def test_goes_on_with_the_rows(self, tmp_path: Path) -> None:
         path = tmp_path / "rows.json"
-        Results(path, peers=[]).add({"n": 1})
-        again = Results(path, resume=True, peers=[])
-        assert again.rows == [{"n": 1}]
-        again.add({"n": 2})
-        assert results.read(path)["rows"] == [{"n": 1}, {"n": 2}]
+        Results(path).add(row(1))
+        again = Results(path, resume=True)
+        assert again.rows == [row(1)]
+        again.add(row(2))
+        assert results.read(path)["rows"] == [row(1), row(2)]
 
     def test_starts_where_nothing_is(self, tmp_path: Path) -> None:
         assert Results(tmp_path / "rows.json", resume=True).rows == []
 
     def test_without_it_a_file_is_begun_anew(self, tmp_path: Path) -> None:
         path = tmp_path / "rows.json"
-        Results(path).add({"n": 1})
-        assert Results(path).rows == []
+        Results(path).add(row(1))
+        Results(path).begin()
         assert results.read(path)["rows"] == []
 
     @pytest.mark.parametrize(
@@ -83,7 +130,7 @@ class TestResume:
         self, name: str, change: Any, said: str, tmp_path: Path
     ) -> None:
         path = tmp_path / "rows.json"
-        Results(path).add({"n": 1})
+        Results(path).add(row(1))
         content = json.loads(path.read_text())
         content["environment"][name] = change
         path.write_text(json.dumps(content))
@@ -93,11 +140,11 @@ class TestResume:
 
     def test_another_load_is_the_same_machine(self, tmp_path: Path) -> None:
         path = tmp_path / "rows.json"
-        Results(path).add({"n": 1})
+        Results(path).add(row(1))
         content = json.loads(path.read_text())
         content["environment"]["cpu"]["load"] = 99.0
         path.write_text(json.dumps(content))
-        assert Results(path, resume=True).rows == [{"n": 1}]
+        assert Results(path, resume=True).rows == [row(1)]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"rows": 1, "environment": {}}', "\x00"])

@@ -99,6 +99,29 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, made: list[str]) -> None
     assert len(set(keys)) == 18
 
 
+def test_a_run_with_more_peers_measures_again(tmp_path: Path, made: list[str]) -> None:
+    path = tmp_path / "rows.json"
+    list(go(Results(path), peers=lambda name: False))
+    assert len(read(path)["rows"]) == 12
+    list(go(Results(path, resume=True)))
+    assert len(read(path)["rows"]) == 18
+    made.clear()
+    list(go(Results(path, resume=True), peers=lambda name: False))  # fewer are there
+    assert made == []
+
+
+def test_peers_are_wanted_by_their_names() -> None:
+    everything = run.wanted_peers((), "default")
+    assert everything("SDPA flash")
+    assert not everything("torch.compile max-autotune")
+    assert run.wanted_peers((), "full")("torch.compile max-autotune")
+    some = run.wanted_peers(("sdpa", "Liger"), "quick")
+    assert [some(name) for name in ("SDPA flash", "Liger", "quack")] == [True, True, False]
+    assert not run.wanted_peers(("none",), "quick")("SDPA flash")
+    with pytest.raises(ValueError, match="no peer is called 'sdap'; there are SDPA cuDNN"):
+        run.wanted_peers(("sdap",), "quick")
+
+
 def test_nothing_is_begun_when_time_is_up(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 10.0, 59.0, 61.0])
     monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
@@ -150,7 +173,7 @@ def row(impl: str = "cpu", **of: Any) -> dict[str, Any]:
         ({"ratio": 2.0, "time_s": 3.0}, None),  # so PyTorch took 3 times as long too: the machine
         ({"ratio": None, "time_s": 1.1, "low_s": 1.09, "high_s": 1.11}, 1.1),
         ({"time_s": None, "failed": True, "skipped": "wrong"}, float("inf")),
-        ({"time_s": None, "failed": False, "skipped": "no memory"}, None),
+        ({"time_s": None, "failed": False, "skipped": "not built"}, float("inf")),
         ({"kind": "peer", "impl": "SDPA", "ratio": 0.1}, None),
         ({"shape": "other", "ratio": 0.1}, None),
     ],

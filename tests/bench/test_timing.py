@@ -73,3 +73,33 @@ def test_the_gpu_waits_while_the_host_queues_the_call(monkeypatch: pytest.Monkey
     assert rest == ["record", "call", "record", "synchronize"]
     assert sleep / 2e9 > 1e-4  # seconds on a GPU of 2 GHz, against the host's
     sample("b", int)
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high"),
+    # Ranks from tables of the binomial distribution.
+    [(1, 0, 0), (3, 0, 2), (5, 0, 4), (6, 0, 5), (8, 0, 7), (9, 1, 7), (12, 2, 9), (25, 7, 17),
+     (100, 39, 60)],
+)  # fmt: skip
+def test_the_interval_of_the_median(count: int, low: int, high: int) -> None:
+    found = timing.Timing.of([float(x) for x in reversed(range(count))])
+    assert (found.low_s, found.high_s) == (low, high)
+    assert found.time_s == (count - 1) / 2
+    assert (found.min_s, found.rounds, len(found.samples)) == (0.0, count, count)
+    assert set(found.as_dict()) == {"time_s", "low_s", "high_s", "min_s", "rounds", "host_s"}
+
+
+def test_what_takes_the_host_long_is_timed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver queues so many kernels only. All candidates are timed in one way."""
+    taken: list[str] = []
+
+    def sampler(name: str) -> Any:
+        return lambda *_: taken.append(name) or 1.0
+
+    for name in ("_whole_sampler", "_cuda_sampler"):
+        monkeypatch.setattr(timing, name, lambda *_, name=name: sampler(name))
+    for host_s in ({"a": 1e-5, "b": 1e-4}, {"a": 1e-5, "b": 1.0}):
+        monkeypatch.setattr(timing, "_host_s", lambda call, device, host_s=host_s: host_s[call()])
+        calls = {name: (lambda name=name: name) for name in host_s}
+        timing.compare(calls, device="cuda", budget_s=0.0, min_rounds=1)
+    assert taken == ["_cuda_sampler"] * 2 + ["_whole_sampler"] * 2

@@ -40,7 +40,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     found = dict(SECONDS)
 
     def compare(calls: dict[str, Callable[[], Any]], **_: Any) -> dict[str, timing.Timing]:
-        return {n: timing.Timing.of([0.98 * found[n], found[n], 1.02 * found[n]]) for n in calls}
+        return {n: timing.Timing.of([0.99 * found[n], found[n], 1.01 * found[n]]) for n in calls}
 
     monkeypatch.setattr(timing, "compare", compare)
     monkeypatch.setattr(run, "head", lambda device, dtypes: HEAD)
@@ -145,6 +145,25 @@ def test_a_run_goes_on(call: Any, seconds: dict[str, float], tmp_path: Path) -> 
     assert len(after) == 2 * len(before)
 
 
+def test_an_unfinished_run_is_not_overwritten(call: Any, seconds: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    assert call(*ONE, "--json", path).code == 0
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "finished": False}))
+    result = call(*ONE, "--json", path)
+    assert result.code == 2
+    assert "holds an unfinished run of" in result.err
+    assert json.loads(path.read_text())["rows"] == content["rows"]
+
+
+def test_nothing_in_common_is_no_success(call: Any, seconds: Any, tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    assert call(*ONE, "--shape", "3 rows", "--json", path).code == 0
+    result = call(*ONE, "--shape", "5 rows", "--compare", path)
+    assert result.code == 2
+    assert "have no row in common" in result.err
+
+
 def test_minutes_that_are_over(call: Any, seconds: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     result = call(*ONE, "--minutes", "1e-9", "--json", path)
@@ -196,7 +215,8 @@ def test_a_report(call: Any, seconds: Any, tmp_path: Path) -> None:
         (("--dtype", "int8"), ["int8", "bfloat16"]),
         (("--quick", "--full"), ["--quick and --full"]),
         (("--resume",), ["--resume", "--json"]),
-        (("--shape", "T77777"), ["no shape holds 'T77777'"]),
+        (("--shape", "T77777"), ["no shape of", "holds 'T77777'"]),
+        (("--peers", "sdap"), ["no peer is called 'sdap'", "SDPA flash"]),
         (("--compare", "nothere.json"), ["nothere.json"]),
         (("--minutes", "0"), ["0"]),
         (("--report", "{file}/below"), ["is a file"]),

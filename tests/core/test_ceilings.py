@@ -109,6 +109,22 @@ def test_without_a_file_a_process_has_its_own_rates(
     assert ceilings.memory_rate(CPU, 16000) == 60.0
 
 
+def test_without_a_home_a_process_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has none."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(ceilings, "cache_folder", no_home)
+    assert ceilings.product_rate(CPU, torch.float32) == 20.0
+
+
+def test_slow_products_end_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(ceilings, "_fastest", lambda call, device: 1.0)
+    assert len(dict(ceilings._product_pass(CPU, torch.float32))) == 1
+
+
 def test_no_rates_on_other_devices() -> None:
     assert ceilings.product_rate(torch.device("meta"), torch.float32) is None
     assert ceilings.memory_rate(torch.device("meta"), 1) is None

@@ -1,15 +1,15 @@
-"""The Markdown pages: what they link to is there."""
+"""The Markdown pages: what they link to is there, and tables are those of the results."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT
 
-from benchmarks import readme
-from benchmarks.table import dropin_table, options_table, table
+from benchmarks import readme, table
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/**/*.md")]
 
@@ -32,7 +32,7 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_the_table_of_figures_is_that_of_the_results(names: tuple[str, ...]) -> None:
     results = [ROOT / "benchmarks" / "results" / f"cpu_{name}.json" for name in names]
     page = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
-    assert "\n".join(table(results)) in page
+    assert "\n".join(table.instruction_sets_table(results)) in page
 
 
 def test_the_first_table_is_that_of_the_results() -> None:
@@ -40,15 +40,16 @@ def test_the_first_table_is_that_of_the_results() -> None:
     assert "\n".join(readme.lines()) in page
 
 
-def test_the_table_of_accelerated_models_is_that_of_the_results() -> None:
-    folder = ROOT / "benchmarks" / "results"
-    results = [folder / f"{name}.json" for name in ("dropin", "dropin_inference")]
-    page = (ROOT / "docs" / "dropin.md").read_text(encoding="utf-8")
-    assert "\n".join(dropin_table(results)) in page
-
-
-def test_the_table_of_options_is_that_of_the_results() -> None:
-    folder = ROOT / "benchmarks" / "results"
-    results = [folder / f"attention_options_{dtype}.json" for dtype in ("bfloat16", "float32")]
-    page = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
-    assert "\n".join(options_table(results)) in page
+@pytest.mark.parametrize(
+    ("made", "names", "page"),
+    [
+        (lambda files: table.bench_table(*files), ["bench_full"], "cpu"),
+        (lambda files: table.models_table(*files), ["bench_full"], "cpu"),
+        (table.dropin_table, ["dropin", "dropin_inference"], "dropin"),
+        (lambda files: table.ceilings_table(*files), ["ceilings"], "benchmarking"),
+    ],
+)
+def test_a_table_is_that_of_the_results(made: Any, names: list[str], page: str) -> None:
+    results = [ROOT / "benchmarks" / "results" / f"{name}.json" for name in names]
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert "\n".join(made(results)) in text

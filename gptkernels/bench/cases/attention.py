@@ -82,6 +82,7 @@ def shapes(device_type: str, level: str) -> Sequence[Shape]:
             Shape(1, 16384, 32, 8, 128, window=1024),
             Shape(16, 512, 12, 12, 64, causal=False),
             Shape(2, 4096, 16, 16, 256),
+            *(Shape(32768 // T, T, 32, 32, 64) for T in (1024, 4096, 16384)),  # one line
         ]
         tokens, width, lengths = 32768, 2048, [512, 1024, 2048, 4096, 8192, 16384, 32768]
         one = (16, 2048)
@@ -135,7 +136,11 @@ def cases(
     if shape.window is not None:
         sees["window"] = (shape.window, 0)
     moved = 2 * B * T * (H + Hk) * D * dtype.itemsize
-    product = 2 * B * H * shape.pairs * D
+    hidden = sees.get("attn_mask")
+    pairs = shape.pairs
+    if hidden is not None and hidden.dtype == torch.bool:
+        pairs = int(hidden.sum())  # what it hides need not be computed
+    product = 2 * B * H * pairs * D
     yield from Workload(
         shape=str(shape),
         sizes={"B": B, "T": T, "H": H, "Hk": Hk, "D": D},
@@ -148,8 +153,14 @@ def cases(
             BACKWARD: (2 * moved, round(5 * product)),
             BOTH: (3 * moved, round(7 * product)),
         },
-        peers=lambda backward: others.peers(
-            device, dtype, tuple(q.shape), tuple(k.shape), backward=backward, **sees
+        peers=lambda backward, repeated: others.peers(
+            device,
+            dtype,
+            tuple(q.shape),
+            tuple(k.shape),
+            backward=backward,
+            repeated=repeated,
+            **sees,
         ),
         part=_part(q, k, v, sees),
     ).cases("attention", impls)
@@ -161,7 +172,8 @@ def _options(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str
         case "softcap":
             return {"softcap": _CAP}
         case "ALiBi":
-            return {"alibi_slopes": torch.tensor([2 ** (-8 * (h + 1) / H) for h in range(H)])}
+            slopes = [2 ** (-8 * (h + 1) / H) for h in range(H)]
+            return {"alibi_slopes": torch.tensor(slopes, device=device)}
         case "bool mask":  # causal, and 2 of 10 keys hidden
             generator = torch.Generator(device).manual_seed(2)
             seen = torch.rand(T, T, generator=generator, device=device) < 0.8
@@ -176,12 +188,15 @@ def _plain(sees: dict[str, Any], T: int, device: torch.device, dtype: torch.dtyp
     """SDPA, with a mask that is made before for what it has no flag for. It has no softcap at all:
     products and a softmax do that."""
     added = sees.get("attn_mask")
+    if "softcap" in sees:
+        hidden = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
+        return functools.partial(_softcapped, hidden)
     if "window" in sees:
         sees = {"causal": False, "attn_mask": baseline.band_mask(device, T, T, **sees)}
     elif "alibi_slopes" in sees:
         token = torch.arange(T, device=device)
         away = token[:, None] - token
-        slopes = sees["alibi_slopes"].to(device)[:, None, None]
+        slopes = sees["alibi_slopes"][:, None, None]
         added = (-slopes * away.abs()).masked_fill(away < 0, float("-inf"))[None].to(dtype)
     if added is None or added.dtype == torch.bool:
         return functools.partial(baseline.attention, **sees)
@@ -191,6 +206,12 @@ def _plain(sees: dict[str, Any], T: int, device: torch.device, dtype: torch.dtyp
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added).transpose(1, 2)
 
     return attention
+
+
+def _softcapped(hidden: Tensor, *tensors: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in tensors)
+    scores = torch.tanh(q @ k.mT * (q.shape[-1] ** -0.5 / _CAP)) * _CAP
+    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
 
 def _part(q: Tensor, k: Tensor, v: Tensor, sees: dict[str, Any]) -> Part:

@@ -2,8 +2,8 @@
 
 PyTorch gets the lengths as a mask that is made before, none where every query sees all keys; pages
 it has to gather first, within its time. Two products, each of 2 H Tq D operations a key. Bytes:
-q and out, and the keys and values of every entry up to its length. Checked is the first batch
-entry.
+q and out, and the keys and values of every entry up to its length. Checked is the last batch
+entry, the longest.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def cases(
         position = lengths[:, None] - Tq + torch.arange(Tq, device=device)
         mask = (torch.arange(T, device=device) <= position[..., None])[:, None]
 
-    def gathered(caches: Tensor, first: int | None = None) -> Tensor:
-        """The caches as one piece an entry; of the first entries alone."""
-        return caches[:first] if table is None else caches[table[:first]].flatten(1, 2)
+    def gathered(caches: Tensor, entries: slice = slice(None)) -> Tensor:
+        """The caches of these entries as one piece each."""
+        return caches[entries] if table is None else caches[table[entries]].flatten(1, 2)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Any:
         keys, values = gathered(k), gathered(v)
@@ -132,7 +132,8 @@ def cases(
     keys = sum(shape.lengths)
     moved = (2 * B * Tq * H + 2 * keys * Hk) * D * dtype.itemsize
     in_cache: dict[str, Any] = {"cache_lengths": lengths, "block_table": table}
-    of_first: dict[str, Any] = {"cache_lengths": lengths[:1]}
+    last = slice(B - 1, B)
+    of_last: dict[str, Any] = {"cache_lengths": lengths[last]}
     yield from Workload(
         shape=str(shape),
         sizes={"B": B, "T": T, "Tq": Tq, "H": H, "Hk": Hk, "D": D},
@@ -141,14 +142,14 @@ def cases(
         plain=plain,
         ours=functools.partial(gptkernels.attention_decode, **in_cache),
         work={FORWARD: (moved, 4 * keys * H * Tq * D)},
-        peers=lambda backward: others.peers(
+        peers=lambda *_: others.peers(
             device, dtype, tuple(q.shape), tuple(k.shape), lengths, block_table=table
         ),
         part=Part(
-            tensors=(q[:1], gathered(k, 1), gathered(v, 1)),
-            truth=functools.partial(reference.attention_decode, **of_first),
-            yardstick=functools.partial(baseline.attention_decode, **of_first),
-            of_output=lambda x: x[:1],
+            tensors=(q[last], gathered(k, last), gathered(v, last)),
+            truth=functools.partial(reference.attention_decode, **of_last),
+            yardstick=functools.partial(baseline.attention_decode, **of_last),
+            of_output=lambda x: x[last],
             of_gradient=(),
             of_own=(),
         ),

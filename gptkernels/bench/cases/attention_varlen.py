@@ -8,7 +8,7 @@ without padding; bytes, in tensors:
     forward                read q, k, v; write out
     + backward             read dout, q, k, v, out; write dq, dk, dv
 
-Checked are the last queries of the last sequence.
+Checked are the last queries of the longest sequence.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def cases(
     def ours(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Any:
         return gptkernels.attention_varlen(q, k, v, *packed, impl=impl)
 
-    def peers(backward: bool) -> Mapping[str, Callable[[], Function]]:
+    def peers(backward: bool, repeated: bool) -> Mapping[str, Callable[[], Function]]:
         found = others.peers(device, dtype, H, Hk, ends, longest, backward=backward)
         return found | {"SDPA, padded": lambda: _padded(shape, ends)} if shape.padded else found
 
@@ -97,27 +97,33 @@ def cases(
         ours=ours,
         work={FORWARD: (moved, round(2 * product)), BOTH: (3 * moved, round(7 * product))},
         peers=peers,
-        part=_part(*tensors, shape.lengths[-1]),
+        part=_part(*tensors, shape.lengths),
     ).cases("attention_varlen", impls)
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, length: int) -> Part:
-    """The last queries of the last sequence."""
-    n = min(_CHECKED, length)
+def _part(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Part:
+    """The last queries of the longest sequence."""
+    longest = max(lengths)
+    begins = sum(lengths[: lengths.index(longest)])
+    sequence = slice(begins, begins + longest)
+    n = min(_CHECKED, longest)
 
     def last(x: Tensor) -> Tensor:
+        return x[sequence][-n:]
+
+    def of_own(x: Tensor) -> Tensor:
         return x[-n:]
 
     def dense(attention: Function) -> Function:
         return lambda *tensors: attention(*(x[None] for x in tensors))[0]
 
     return Part(
-        tensors=(last(q), k[-length:], v[-length:]),
+        tensors=(last(q), k[sequence], v[sequence]),
         truth=dense(reference.attention),
         yardstick=dense(baseline.attention),
         of_output=last,
         of_gradient=(last, last, last),
-        of_own=(last, last, last),
+        of_own=(of_own, of_own, of_own),
     )
 
 

@@ -93,7 +93,7 @@ def cases(
         plain=_checkpointed if shape.recompute else baseline.gelu_mlp,
         ours=functools.partial(gptkernels.gelu_mlp, recompute=shape.recompute),
         work=work,
-        peers=lambda backward: (
+        peers=lambda backward, _: (
             {} if shape.recompute else others.peers(device, dtype, backward=backward)
         ),
         part=_part(tensors),

@@ -3,7 +3,8 @@ which would be the same for all candidates.
 
 The baseline is the plain twin of nanoGPT's form, eager. On a GPU 16 bits are those of autocast,
 over weights in fp32; on a CPU the weights have them too. Operations are those of
-`gptkernels.gpt.training.throughput`. The loss and the gradients of the small model are checked.
+`gptkernels.gpt.training.throughput`, without the half of attention that causality hides. The loss
+and the gradients of the small models are checked.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Shape:
 
 
 def shapes(device_type: str, level: str) -> Sequence[Shape]:
-    """GPT-2's smallest model first; in full larger ones on a GPU. A CPU has a small model too, and in
+    """GPT-2's smallest model first; in full larger ones on a GPU. A CPU has a small model too, in
     brief the smallest alone."""
     if device_type == "cuda":
         first = Shape(gpt.GPT2_124M, 8, 1024)
@@ -64,6 +65,7 @@ def cases(
     config, steps = shape.model.config, _Steps(shape, dtype, device)
     count = shape.batch * shape.tokens
     flops = flops_per_token(shape.model.empty, config.n_layer, config.n_embd, shape.tokens)
+    flops -= 6 * config.n_layer * config.n_embd * shape.tokens  # what the causal mask hides
     ours, skipped = gpt.ours(steps.ours, dtype, device, impls)
     yield Case(
         op="gpt_training",

@@ -101,8 +101,14 @@ def cases(
         plain=plain,
         ours=_through(gptkernels.layer_norm, dropout_p=p),
         work=work,
-        peers=lambda backward: others.peers(
-            device, dtype, width, residual=shape.residual, dropout_p=p, backward=backward
+        peers=lambda backward, repeated: others.peers(
+            device,
+            dtype,
+            width,
+            residual=shape.residual,
+            dropout_p=p,
+            backward=backward,
+            repeated=repeated,
         ),
         # PyTorch draws other dropout masks than ours.
         part=None if shape.dropout else _part(tensors),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.bench.case import BACKWARD, FORWARD, Call, Case, untimeable
+from gptkernels.bench.peers.compiled import repeatable
 from gptkernels.truth import parity
 from gptkernels.truth.yardstick import FullSums
 
@@ -52,7 +53,8 @@ class Workload:
         ours: the op's forward pass, of the tensors, with `impl` by name.
         work: direction -> bytes that any implementation must read and write, and floating-point
             operations that it must do, 0 where not counted.
-        peers: of whether the result is to be differentiated: name -> what makes a forward pass.
+        peers: of whether the result is to be differentiated, and its backward pass to be called
+            again and again: name -> what makes a forward pass.
         part: what is checked; None: nothing.
     """
 
@@ -63,7 +65,7 @@ class Workload:
     work: dict[str, tuple[int, int]]
     sizes: dict[str, int] = field(default_factory=dict)
     series: str = ""
-    peers: Callable[[bool], Mapping[str, Callable[[], Function]]] = lambda backward: {}
+    peers: Callable[[bool, bool], Mapping[str, Callable[[], Function]]] = lambda *_: {}
     part: Part | None = None
 
     def cases(self, op: str, impls: Sequence[str]) -> Iterator[Case]:
@@ -88,7 +90,7 @@ class Workload:
             },
             peers={
                 name: functools.partial(_made, make, self.tensors, direction)
-                for name, make in self.peers(direction != FORWARD).items()
+                for name, make in self.peers(direction != FORWARD, direction == BACKWARD).items()
             },
             bytes_moved=bytes_moved,
             flops=flops,
@@ -137,8 +139,14 @@ def call(function: Function, tensors: Sequence[Tensor], direction: str) -> Call:
         return torch.autograd.grad(outputs, leaves, cotangents[: len(outputs)], retain_graph=keep)
 
     if direction == BACKWARD:
-        outputs = listed(function(*leaves))
-        return lambda: gradients(outputs, True)
+        with repeatable():
+            outputs = listed(function(*leaves))
+
+        def repeated() -> tuple[Tensor, ...]:
+            with repeatable():
+                return gradients(outputs, True)
+
+        return repeated
     return lambda: gradients(listed(function(*leaves)), False)
 
 
@@ -171,7 +179,7 @@ def _cut(
 def _cotangents(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of an op's outputs: of two, if it has so many."""
     first = tensors[0]
-    return [normal(first.device, first.dtype, seed=1)(*first.shape)] * 2
+    return [normal(first.device, first.dtype, seed=seed)(*first.shape) for seed in (1, 2)]
 
 
 def listed(outputs: Any) -> list[Tensor]:

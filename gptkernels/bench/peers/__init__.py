@@ -6,10 +6,12 @@ Each offers
     peers(device, dtype, ...the problem..., backward) -> name -> maker
 
 A maker returns a function of the same tensors as the op takes, in the op's layout, which autograd
-differentiates where `backward` asks for that; its first call may compile. The maker makes what is
-no part of the timing, such as masks. It raises NotImplementedError, with one sentence, where the
-peer cannot take the problem, and ImportError where its package is installed but does not import. A
-peer whose package is not installed is not there at all. `packages` lists them all.
+differentiates where `backward` asks for that; its first call may compile. Some packages let go of
+what they saved, so attention and LayerNorm are told too whether the backward pass is `repeated`
+behind one call. The maker makes what is no part of the timing, such as masks. It raises
+NotImplementedError, with one sentence, where the peer cannot take the problem, and ImportError
+where its package is installed but does not import. A peer whose package is not installed is not
+there at all. `packages` lists them all.
 """
 
 from __future__ import annotations

@@ -27,23 +27,39 @@ def peers(
     alibi_slopes: Tensor | Sequence[float] | None = None,
     attn_mask: Tensor | None = None,
     backward: bool,
+    repeated: bool = True,
 ) -> Peers:
     """Makers of functions of q (B, Tq, H, D), k and v (B, Tk, Hk, D), which return out (B, Tq, H,
-    D). The options are those of `gptkernels.attention`; `backward`: whether out is differentiated.
-    """
+    D). The options are those of `gptkernels.attention`; `backward`: whether out is differentiated,
+    `repeated`: again and again behind one call."""
     if alibi_slopes is not None:
         alibi_slopes = torch.as_tensor(alibi_slopes, dtype=torch.float32, device=device)
     problem = _Problem(
-        device, dtype, q_shape, k_shape, causal, window, softcap, alibi_slopes, attn_mask, backward
+        device,
+        dtype,
+        q_shape,
+        k_shape,
+        causal,
+        window,
+        softcap,
+        alibi_slopes,
+        attn_mask,
+        backward,
+        repeated,
     )
+    backends = sdpa.peers(device, dtype, q_shape, k_shape, problem.sdpa, backward=backward)
+    # A backward pass alone keeps its graph. This one's holds all scores, so it comes last: others
+    # must find memory.
+    math = {"SDPA math": backends.pop("SDPA math")}
     found: Peers = {
-        **sdpa.peers(device, dtype, q_shape, k_shape, problem.sdpa, backward=backward),
+        **backends,
         "FlexAttention": problem.flex,
         "FlashAttention-2": functools.partial(problem.flash, "FlashAttention-2"),
         "FlashAttention-3": functools.partial(problem.flash, "FlashAttention-3"),
         "FlashAttention-4": functools.partial(problem.flash, "FlashAttention-4"),
         xformers_attention.NAME: problem.xformers,
         "TransformerEngine": problem.transformer_engine,
+        **math,
     }
     return installed(found)
 
@@ -60,6 +76,7 @@ class _Problem:
     alibi_slopes: Tensor | None
     attn_mask: Tensor | None
     backward: bool
+    repeated: bool
 
     @property
     def square(self) -> bool:
@@ -179,7 +196,7 @@ class _Problem:
         self.refuse_softcap(name)
         self.refuse_mask(f"{name}'s fused attention")
         self.refuse_alibi(f"{name}'s fused attention")
-        if self.backward:  # it lets go of what it saved
+        if self.backward and self.repeated:  # it lets go of what it saved
             raise NotImplementedError(f"{name}'s backward pass cannot be repeated, to be timed")
         H, D = self.q_shape[2:]
         causal = "causal" if self.square else "causal_bottom_right"

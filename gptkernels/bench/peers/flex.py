@@ -36,7 +36,7 @@ def function(
     if seen is not None:
         entries = B if by_entry else None
         options["block_mask"] = create_block_mask(seen, entries, None, Tq, Tk, device=str(device))
-    attention = compiled(flex_attention, backward=backward)
+    attention = compiled(flex_attention)
 
     def flex(*tensors: Tensor) -> Any:
         return attention(*(x.transpose(1, 2) for x in tensors), **options).transpose(1, 2)

@@ -17,7 +17,11 @@ from gptkernels.truth import baseline
 
 
 def peers(
-    device: torch.device, dtype: torch.dtype, *, approximate: str = "tanh", backward: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    approximate: str = "tanh",
+    backward: bool,
 ) -> Peers:
     """Makers of functions of x (..., C), w1 (F, C), b1 (F,), w2 (C, F), b2 (C,), which return y
     (..., C). `backward`: whether y is differentiated."""
@@ -34,7 +38,7 @@ def peers(
             raise NotImplementedError("PyTorch has no derivative of torch._addmm_activation")
         return _fused
 
-    return both(plain, backward=backward) | {"addmm with GELU": fused}
+    return both(plain) | {"addmm with GELU": fused}
 
 
 def _fused(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

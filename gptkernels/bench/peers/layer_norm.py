@@ -25,10 +25,12 @@ def peers(
     residual: bool = False,
     dropout_p: float = 0.0,
     backward: bool,
+    repeated: bool = True,
 ) -> Peers:
     """Makers of functions of x (..., C), weight and bias (C,), which return y; with `residual`, of
     these and the residual (..., C), which return (y, s) as gptkernels.layer_norm(prenorm=True).
-    Dropout drops other elements in each; `backward`: whether the results are differentiated."""
+    Dropout drops other elements in each; `backward`: whether the results are differentiated,
+    `repeated`: again and again behind one call."""
 
     def alone(name: str) -> Any:
         """The module of a package that has the norm alone."""
@@ -49,7 +51,7 @@ def peers(
     def transformer_engine() -> Function:
         name = "TransformerEngine"
         module = alone(name)
-        if backward:
+        if backward and repeated:  # it lets go of what it saved
             raise NotImplementedError(f"{name}'s backward pass cannot be repeated, to be timed")
         norm = module.LayerNorm(width, eps=_EPS, device=device, dtype=dtype)
 
@@ -67,7 +69,7 @@ def peers(
         return lambda x, weight, bias, *rest: function(x, weight, bias, *rest, **options)
 
     return installed(
-        both(functools.partial(_plain, dropout_p), backward=backward)
+        both(functools.partial(_plain, dropout_p))
         | {
             "Liger": liger,
             "quack": quack,
@@ -109,9 +111,12 @@ def _quack(backward: bool) -> Function:
             x, weight, rstd, mean = ctx.saved_tensors
             return module.layernorm_bwd(x, weight, dy, rstd, mean, has_bias=True)
 
+    # It takes weights in fp32, as its users hold them: forward, a conversion is no part of it.
+    in_fp32 = functools.cache(Tensor.float)
+
     def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        # It takes rows, and weights in fp32.
-        rows, weight, bias = x.reshape(-1, x.shape[-1]), weight.float(), bias.float()
+        rows = x.reshape(-1, x.shape[-1])
+        weight, bias = (w.float() if backward else in_fp32(w) for w in (weight, bias))
         if backward:
             return Joined.apply(rows, weight, bias).view(x.shape)
         return module.layernorm_fwd(rows, weight, bias, eps=_EPS).view(x.shape)

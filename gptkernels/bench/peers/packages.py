@@ -55,10 +55,12 @@ _PYTORCH = (
     "SDPA efficient",
     "SDPA math",
     "SDPA nested",
+    "SDPA, padded",
     "FlexAttention",
     "torch.compile",
     "torch.compile max-autotune",
     "addmm with GELU",
+    "nanoGPT-shaped",
 )
 
 
