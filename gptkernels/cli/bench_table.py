@@ -95,7 +95,7 @@ def foot(rows: Sequence[Row]) -> Iterator[str]:
         yield f"  {', '.join(f'{name} ({count}x)' for name, count in names.items())}: {reason}"
     means = geometric_means(rows)
     if means:
-        yield "\nHow many times as fast our best implementation is (geometric mean; won-even-lost):"
+        yield "\nHow many times as fast our best kernel is (geometric mean; won-even-lost):"
         yield f"  {'':<44} {'plain PyTorch':<22} the best of all others"
     for mean in means:
         what = f"{mean.op} {mean.dtype} {mean.direction}"

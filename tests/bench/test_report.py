@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
 import re
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +20,19 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from PIL import Image, ImageChops
 
-from gptkernels.bench.report.looks import DARK, LIGHT, candidates
+from gptkernels.bench.report.looks import LIGHT, LOOKS, Look, candidates
 from gptkernels.bench.report.picture import Picture
 from gptkernels.bench.report.pictures import pictures
 
 Row = dict[str, Any]
 SPREAD = 0.02
+OURS = ("cuda", "cpu", "triton", "torch", "auto", "torch.compile of ours")
 PRODUCTS, MEMORY = 700e12, 4e12
 
 
@@ -39,7 +44,7 @@ def case(
     skipped: dict[str, str] | None = None,
     **more: Any,
 ) -> list[Row]:
-    """The rows of one case: name -> seconds; cuda and triton are ours."""
+    """The rows of one case: name -> seconds."""
     if times is None:
         times = {"pytorch": 4e-3, "cuda": 1e-3, "triton": 2e-3, "Rival": 1.5e-3}
     flops, moved = 5e11, 2e9
@@ -82,7 +87,7 @@ def case(
 
 
 def kind(name: str) -> str:
-    return {"pytorch": "baseline", "cuda": "ours", "triton": "ours"}.get(name, "peer")
+    return "baseline" if name == "pytorch" else "ours" if name in OURS else "peer"
 
 
 def verdict(ratio: float | None) -> str | None:
@@ -139,31 +144,41 @@ def drawn(rows: list[Row]) -> dict[str, Picture]:
     return {picture.name: picture for picture in pictures(content(rows))}
 
 
-def assert_no_label_is_cut(figure: Figure) -> None:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    boxes = [
-        box
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        if (box := axis.get_tightbbox(renderer)) is not None  # ticks out of view are not drawn
-    ]
-    ticks = {
-        id(label)
+def texts(figure: Figure) -> list[tuple[str, Bbox]]:
+    """What the texts of a figure say, and their boxes."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    shown = {
+        label: axis.get_tightbbox(renderer)
         for axes in figure.axes
         for axis in (axes.xaxis, axes.yaxis)
         for label in axis.get_ticklabels(which="both")
     }
-    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
-    boxes += [t.get_window_extent(renderer) for t in texts if id(t) not in ticks]
+    boxes = {
+        text: text.get_window_extent(renderer)
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text()
+    }
+    return [
+        (text.get_text(), box)
+        for text, box in boxes.items()
+        # Ticks out of view are not drawn.
+        if text not in shown or box.count_overlaps([shown[text]])
+    ]
+
+
+def assert_texts_are_whole_and_apart(figure: Figure) -> None:
+    boxes = texts(figure)
+    width, height = figure.canvas.get_width_height()
     assert boxes
-    width, height = canvas.get_width_height()
-    for box in boxes:
-        assert box.x0 >= 0, box
-        assert box.y0 >= 0, box
-        assert box.x1 <= width, box
-        assert box.y1 <= height, box
+    for said, box in boxes:
+        assert "…" not in said
+        assert box.x0 >= 0, said
+        assert box.y0 >= 0, said
+        assert box.x1 <= width, said
+        assert box.y1 <= height, said
+    for (one, box), (other, beside) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(beside), f"{one!r} lies on {other!r}"
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +198,32 @@ def test_the_page_holds_everything_it_shows(page: Path) -> None:
     assert len(pngs) == 2 * text.count("<picture>")
     assert {file.suffix for file in page.parent.iterdir()} == {".html", ".png"}
     for png in pngs.values():
-        width, height = struct.unpack(">II", png[16:24])
-        assert width == 1440
-        assert 150 <= height <= 3000
+        image = Image.open(io.BytesIO(png))
+        assert image.mode == "P"
+        assert image.width == 1440
+        assert 150 <= image.height <= 3000
+
+
+def test_a_palette_shows_the_same(page: Path) -> None:
+    full, small = io.BytesIO(), page.with_name("attention_T_bfloat16_light.png")
+    drawn(everything())["attention_T_bfloat16"].draw(LIGHT).savefig(full, format="png")
+    one, other = (Image.open(file).convert("RGB") for file in (full, small))
+    # Of 255, at the blurred edges of lines.
+    assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 32
+    assert small.stat().st_size < 0.4 * len(full.getvalue())
+
+
+def test_what_scrolls_can_be_reached_and_columns_have_names(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    boxes = re.findall(r'<div class="wide"([^>]*)>', text)
+    assert len(boxes) > text.count("<picture>")
+    for box in boxes:
+        assert re.fullmatch(r' tabindex="0" role="region" aria-label="[^"]+"', box)
+    headers = re.findall(r"<th\b([^>]*)>([^<]*)", text)
+    assert headers
+    assert all("scope=" in attributes for attributes, _ in headers)
+    assert all(name for attributes, name in headers if 'scope="col"' in attributes)
+    assert ">status</th>" in text
 
 
 def test_the_page_says_what_the_run_was_and_what_lost(page: Path) -> None:
@@ -202,8 +240,10 @@ def test_the_page_says_what_the_run_was_and_what_lost(page: Path) -> None:
 
 
 def test_an_unfinished_run_is_said(tmp_path: Path) -> None:
-    page = report.write(content(case(), finished=False), tmp_path)
-    assert "This run did not finish: the page holds the 4 rows" in page.read_text(encoding="utf-8")
+    page = report.write(content(case(times={"pytorch": 1.0}), finished=False), tmp_path)
+    assert "This run did not finish: the page holds the 1 row that it had" in page.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_rows_without_times_or_checks(tmp_path: Path) -> None:
@@ -233,7 +273,8 @@ def test_html_in_names_is_escaped(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x$" in text
 
 
-def test_no_label_is_cut() -> None:
+@pytest.mark.parametrize("look", LOOKS, ids=lambda look: look.name)
+def test_texts_are_whole_and_apart(look: Look) -> None:
     long = "a peer with a name of many words"
     times = {"pytorch": 4e-3, "cuda": 1e-3, "triton": 2e-3} | {
         f"{long} {i}": 3e-3 for i in range(7)
@@ -243,14 +284,17 @@ def test_no_label_is_cut() -> None:
     for direction in ("forward", "backward", "forward+backward"):
         for T in (1024, 2048):
             sizes = {"T": T, "B": 1, "H": 16, "Hk": 16, "D": 128}
-            more = {"series": "window 1024, softcap", "direction": direction}
+            more = {"series": "window 1024, softcap, sinks, dropout", "direction": direction}
             rows += case(shape=f"T{T} D128", sizes=sizes, times=times, **more)
     rows += case("gpt_generate", "a model of many words, 12 layers", {}, times, tokens_per_s=1e7)
+    for name in ("one", "another"):
+        alone = {"cuda": 1e-3}
+        rows += case("gpt_generate", f"{name} of many words " * 12, {}, alone, tokens_per_s=1e7)
     shown = drawn(rows)
     names = {"memory", "models", "roofline", "peers_gelu_mlp", "peers_ops_of_few_shapes"}
     assert names <= set(shown)
     for picture in shown.values():
-        assert_no_label_is_cut(picture.draw(LIGHT))
+        assert_texts_are_whole_and_apart(picture.draw(look))
 
 
 def test_many_cases_are_parted() -> None:
@@ -287,12 +331,109 @@ def test_shapes_of_one_length_are_parted_by_what_else_they_differ_in() -> None:
     )
 
 
-def test_a_candidate_has_one_colour_and_one_marker() -> None:
-    known = candidates(case(times={"pytorch": 2.0, "cuda": 1.0, "A": 1.0, "B": 1.0, "C": 1.0}))
-    for look in (LIGHT, DARK):
+def test_a_line_breaks_where_its_candidate_was_not_timed() -> None:
+    rows = []
+    for T in (512, 1024, 2048):
+        sizes = {"B": 1, "T": T, "H": 12, "Hk": 12, "D": 64}
+        times = {"pytorch": 4e-3, "cuda": 1e-3} | ({} if T == 1024 else {"Rival": 2e-3})
+        rows += case(shape=f"T{T}", sizes=sizes, times=times)
+    (axes,) = drawn(rows)["attention_T_bfloat16"].draw(LIGHT).axes
+    broken = [[math.isnan(y) for y in line.get_ydata()] for line in axes.lines]
+    assert broken == [[False] * 3, [False] * 3, [False, True, False], [False] * 3]
+
+
+def test_a_candidate_has_a_look_of_its_own() -> None:
+    peers = [f"peer {i}" for i in range(7)]
+    known = candidates(case(times=dict.fromkeys(["pytorch", *OURS, *peers], 1.0)))
+    for look in LOOKS:
         lines = [candidate.line(look) for candidate in known.values()]
         assert len({(line["color"], line["marker"]) for line in lines}) == len(known)
+        ours = [known[name].line(look) for name in OURS]
+        for what in ("color", "marker", "linestyle"):
+            assert len({line[what] for line in ours}) == len(OURS)
     assert [c.label for c in known.values()][:2] == ["plain PyTorch", "gptkernels cuda"]
+    alone = candidates(case(times={"auto": 1.0}))
+    assert alone["auto"] == known["auto"]
+
+
+def test_bars_have_their_candidates_names_and_each_group_its_own_scale() -> None:
+    rows = case("gpt_training", "small", {}, tokens_per_s=10.0, peak_bytes=None)
+    rows += case("gpt_training", "large", {}, tokens_per_s=5.0, peak_bytes=None)
+    figure = drawn(rows)["models"].draw(LIGHT)
+    names = ("plain PyTorch", "gptkernels cuda", "gptkernels triton", "Rival")
+    said = [text for text, _ in texts(figure)]
+    for value in (10, 5):
+        assert {f"{value}  {name}" for name in names} <= set(said)
+    assert {bar.get_width() for bar in figure.axes[0].patches} == {1.0}
+
+
+def test_memory_shows_where_ours_stands_worst() -> None:
+    times = {"pytorch": 4.0, "cuda": 1.0, "torch": 0.5, "Fast": 1.5, "Middling": 1.7, "Small": 2.0}
+
+    def one(shape: str, **peaks: int) -> list[Row]:
+        return [row | {"peak_bytes": peaks[row["impl"]]} for row in case(shape=shape, times=times)]
+
+    large = dict.fromkeys(times, 2**30)
+    rows = [row for i in range(12) for row in one(f"large {i}", **large)]
+    small = {**dict.fromkeys(times, 2**20), "cuda": 2**12, "Small": 2**11}
+    rows += one("small, but twice the least", **small)
+    picture = drawn(rows)["memory"]
+    assert "Of 13 cases these are the 12" in picture.how
+    said = [text for text, _ in texts(picture.draw(LIGHT))]
+    labels = [text for text in said if text.startswith("attention")]
+    assert labels[0] == "attention forward\nsmall, but twice the least bfloat16"
+    assert len(labels) == 12
+    assert "4 KiB  gptkernels cuda" in said
+    assert "2 KiB  Small" in said
+    assert not any("Middling" in text or "torch" in text.split() for text in said)
+
+
+def test_the_roofline_has_the_ceiling_of_its_rows_and_names_what_it_lacks() -> None:
+    rows = case(product_ceiling=2 * PRODUCTS) + case(shape="other")
+    rows += case("layer_norm", flops=None) + case("gpt_training", bytes=None)
+    picture = drawn(rows)["roofline"]
+    assert picture.how.endswith(
+        " Not in it: layer_norm: no FLOPs are counted; gpt_training: no bytes are counted."
+    )
+    figure = picture.draw(LIGHT)
+    assert "products 1,400 TFLOP/s" in [text for text, _ in texts(figure)]
+    (axes,) = figure.axes
+    top = axes.get_window_extent().y1
+    legend = axes.get_legend()
+    assert legend is not None
+    assert legend.get_window_extent().y0 >= top
+    assert "Not in it" not in drawn(case())["roofline"].how
+
+
+def test_the_numbers_of_a_heat_map_can_be_read() -> None:
+    def luminance(colour: Any) -> float:
+        parts = [
+            x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(colour)
+        ]
+        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+    rows = []
+    for i in range(31):
+        times = {"cuda": 1.0, "Rival": 2 ** ((i - 15) / 12)}
+        rows += case(shape=f"shape {i}", times=times)
+    for look in LOOKS:
+        (axes,) = drawn(rows)["peers_attention"].draw(look).axes
+        (image,) = axes.images
+        for text in axes.texts:
+            x, y = text.get_position()
+            cell, ink = luminance(image.get_array()[int(y)][int(x)]), luminance(text.get_color())
+            assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) >= 4.5
+
+
+def test_a_kernel_that_loses_is_not_hidden_behind_torch() -> None:
+    times = {"triton": 2.0, "cuda": 3.0, "torch": 0.5, "torch.compile of ours": 0.4, "Rival": 1.0}
+    (lost,) = summary.losing(case(times=times))
+    assert (lost["impl"], lost["peer_ratio"]) == ("triton", 0.5)
+    for kernel in ("cpu", "auto"):
+        rows = case(times={kernel: 2.0, "torch": 1.0})
+        assert [row["impl"] for row in summary.best_of_ours(rows)] == [kernel]
+    alone = case(times={"torch": 2.0, "torch.compile of ours": 1.0}, skipped={"cuda": "too large"})
+    assert [row["impl"] for row in summary.best_of_ours(alone)] == ["torch.compile of ours"]
 
 
 def test_means_are_geometric_and_of_the_best_of_ours() -> None:

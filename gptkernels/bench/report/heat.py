@@ -10,8 +10,18 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from gptkernels.bench.case import BACKWARD, BOTH, FORWARD
 from gptkernels.bench.report import words
-from gptkernels.bench.report.looks import NORMAL, SMALL, Look, dress, figure, legend, literal
+from gptkernels.bench.report.looks import (
+    NORMAL,
+    SMALL,
+    Look,
+    dress,
+    figure,
+    legend,
+    lines_of,
+    literal,
+)
 from gptkernels.bench.report.picture import Picture
 from gptkernels.bench.report.summary import best_of_ours, grouped
 from gptkernels.bench.results import Row
@@ -60,13 +70,15 @@ def pictures(rows: Sequence[Row]) -> Iterator[Picture]:
 
 def _draw(rows: list[Row], look: Look) -> Figure:
     def column(row: Row) -> str:
-        return f"{row['dtype']}\n{row['direction']}"
+        return f"{row['dtype']}\n{row['direction']}".replace("+", "+\n")
 
     shapes = list(grouped(rows, _shape))
     several = len({op for op, _ in shapes}) > 1
-    columns = list(grouped(sorted(rows, key=lambda row: row["dtype"]), column))
+    columns = list(grouped(sorted(rows, key=_dtype_and_direction), column))
     cells = {(_shape(row), column(row)): row for row in rows}
-    drawn = figure(look, 1.0 + 0.27 * len(shapes))
+    labels = [literal(f"{op} {shape}" if several else shape) for op, shape in shapes]
+    height = max(0.27, 0.04 + 0.14 * max(map(lines_of, labels)))  # inches of a row
+    drawn = figure(look, 1.1 + height * len(shapes))
     axes = drawn.subplots()
     dress(axes, look)
     axes.grid(False)
@@ -97,7 +109,6 @@ def _draw(rows: list[Row], look: Look) -> Figure:
     axes.vlines(
         [j - 0.5 for j in range(len(columns) + 1)], -0.5, len(shapes) - 0.5, look.back, lw=2
     )
-    labels = [literal(f"{op} {shape}" if several else shape) for op, shape in shapes]
     axes.set_yticks(range(len(shapes)), labels)
     axes.set_xticks(range(len(columns)), [literal(name) for name in columns])
     axes.xaxis.tick_top()
@@ -109,6 +120,10 @@ def _draw(rows: list[Row], look: Look) -> Figure:
 
 def _shape(row: Row) -> tuple[str, str]:
     return row["op"], row["shape"]
+
+
+def _dtype_and_direction(row: Row) -> tuple[str, int]:
+    return row["dtype"], (FORWARD, BACKWARD, BOTH).index(row["direction"])
 
 
 def _colour(row: Row, look: Look) -> Colour:
@@ -123,5 +138,12 @@ def _colour(row: Row, look: Look) -> Colour:
 
 
 def _readable_on(colour: Colour) -> str:
-    red, green, blue = colour
-    return "#10161b" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+    """Black or white, whichever has the higher contrast; by WCAG 2 one always has 4.5."""
+    luminance = _luminance(colour)
+    return "#000000" if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else "#ffffff"
+
+
+def _luminance(colour: Colour) -> float:
+    """By WCAG 2, from 0 of black to 1 of white."""
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in colour)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -103,7 +103,8 @@ def _picture(
         alt=f"Lines of {unit} against {view.words} of {view.op} in {dtype}, one for each candidate,"
         f" in panels for {words.listed([panel.title for panel in shown])}",
         how="Higher is faster. Thick warm lines are gptkernels, thin ones are others; the dashed "
-        "line is the rate that this machine reaches. A dot is a shape's median time.",
+        "line is the rate that this machine reaches. A dot is a shape's median time; a line breaks "
+        "where its candidate was not timed.",
         draw=functools.partial(_draw, view, shown, candidates),
     )
 
@@ -165,7 +166,8 @@ def _draw(view: View, panels: list[Panel], candidates: Candidates, look: Look) -
             fits |= _lines(axes, view, shown, candidates, look, scale)
             axes.set_xlabel(view.words)
             axes.set_ylabel(unit)
-            dress(axes, look, parting.join(filter(None, (panel.title, direction))))
+            title = parting.join(filter(None, (panel.title, direction)))
+            dress(axes, look, title, len(directions))
     impls = {row["impl"] for row in rows}
     handles = [
         Line2D([], [], **candidate.line(look))
@@ -183,10 +185,12 @@ def _lines(
 ) -> bool:
     """Draws one panel. Returns whether the ceiling is a line on it."""
     top = 0.0
+    xs = sorted({row["sizes"][view.x] for row in rows})
     for impl, group in grouped(rows, lambda row: row["impl"]).items():
         points = _medians(view.x, view.rate, group, scale)
         top = max(top, *points.values())
-        axes.plot(list(points), list(points.values()), **candidates[impl].line(look))
+        # A line breaks where its candidate was not timed.
+        axes.plot(xs, [points.get(x, math.nan) for x in xs], **candidates[impl].line(look))
     ceiling = _medians(view.x, view.ceiling, rows, scale)
     fits = bool(ceiling) and max(ceiling.values()) <= _FITS * top
     if fits:
@@ -206,7 +210,6 @@ def _lines(
         top *= 1.08
     axes.set_ylim(0, 1.08 * top)
     axes.set_xscale("log", base=2)
-    xs = sorted({row["sizes"][view.x] for row in rows})
     axes.set_xlim(xs[0] / 1.25, xs[-1] * 1.25)
     axes.set_xticks(_apart(xs), [_short(x) for x in _apart(xs)])
     axes.minorticks_off()

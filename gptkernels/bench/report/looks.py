@@ -1,11 +1,12 @@
 """How figures look, in light and in dark: one palette each, and one colour for a candidate.
 
 Warm colours are ours, cool ones are others', grey is plain PyTorch. Each candidate also has a
-marker of its own, so that no figure rests on colours alone.
+marker of its own, so that no line rests on its colour alone.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ DPI = 160
 SMALL, NORMAL = 8.0, 9.0
 """Sizes of text in points."""
 LONGEST = 56
-"""Letters of a label."""
+"""Letters of a line in a label."""
+_TITLE = 90  # letters of titles side by side
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ LIGHT = Look(
     bad="#d1402f",
     same="#d9dee2",
     plain="#7c8894",
-    ours=("#d55e00", "#b8860b", "#a3194f"),
+    ours=("#d55e00", "#c4760a", "#b8860b", "#a3194f", "#e0457b", "#7a4419"),
     others=("#0072b2", "#009e73", "#9a4f9e", "#45a5dc", "#3b3b98", "#7a7a00", "#1f8a8a"),
 )
 DARK = Look(
@@ -66,14 +68,19 @@ DARK = Look(
     bad="#f0705f",
     same="#3d4852",
     plain="#9aa7b2",
-    ours=("#ff8a3d", "#e8c04a", "#ff7aa8"),
+    ours=("#ff8a3d", "#ffb072", "#e8c04a", "#ff7aa8", "#ff5f57", "#c99a6b"),
     others=("#55aef0", "#3fd0a0", "#d08ad6", "#9fd8ff", "#a8a0ff", "#c6c64e", "#5fd3d3"),
 )
 LOOKS = (LIGHT, DARK)
 
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
-# A GPU's and a CPU's never meet in one run.
-_OUR_PLACES = {"cuda": 0, "cpu": 0, "triton": 1, "torch": 2}
+_OUR_MARKERS = ("o", "p", "h", "d", "*", "8")
+_OUR_DASHES = ("-", (0, (8, 1)), "--", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 0.6)))
+# Fixed, so that ours look the same in every report.
+_OUR_PLACES = {
+    name: i
+    for i, name in enumerate(("cuda", "cpu", "triton", "torch", "auto", "torch.compile of ours"))
+}
 
 
 @dataclass(frozen=True)
@@ -95,11 +102,16 @@ class Candidate:
         """Arguments of matplotlib's `plot`: ours are thick and lie on top."""
         ours = self.kind == "ours"
         plain = self.kind == "baseline"
+        markers = _OUR_MARKERS if ours else _MARKERS
         return {
             "label": self.label,
             "color": self.colour(look),
-            "marker": "o" if ours or plain else _MARKERS[self.index % len(_MARKERS)],
-            "linestyle": ("-", "--", "-.")[self.index % 3] if ours else (":" if plain else "-"),
+            "marker": "o" if plain else markers[self.index % len(markers)],
+            "linestyle": _OUR_DASHES[self.index % len(_OUR_DASHES)]
+            if ours
+            else ":"
+            if plain
+            else "-",
             "linewidth": 2.6 if ours else 1.2,
             "markersize": 6.5 if ours else 4.5,
             "markeredgecolor": look.back if ours else self.colour(look),
@@ -117,19 +129,23 @@ def candidates(rows: Iterable[Row]) -> Candidates:
         name: Candidate("plain PyTorch", "baseline", 0) for name, _ in names.get("baseline", [])
     }
     for i, (name, _) in enumerate(names.get("ours", [])):
-        found[name] = Candidate(
-            f"gptkernels {literal(name)}", "ours", _OUR_PLACES.get(name, len(_OUR_PLACES) + i)
-        )
+        place = _OUR_PLACES.get(name, len(_OUR_PLACES) + i)
+        found[name] = Candidate(literal(f"gptkernels {name}"), "ours", place)
     for i, (name, _) in enumerate(names.get("peer", [])):
         found[name] = Candidate(literal(name), "peer", i)
     return found
 
 
-def literal(text: str) -> str:
-    """Text that matplotlib draws as it is, where a dollar starts no formula; a longer line than a
-    figure has room for is cut short."""
-    lines = (x if len(x) <= LONGEST else f"{x[: LONGEST - 1]}…" for x in text.splitlines())
+def literal(text: str, letters: int = LONGEST) -> str:
+    """Text that matplotlib draws as it is, where a dollar starts no formula, in lines of so many
+    letters."""
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, letters)]
     return "\n".join(lines).replace("$", r"\$")
+
+
+def lines_of(label: str) -> int:
+    """Lines that a label takes."""
+    return label.count("\n") + 1
 
 
 def figure(look: Look, height: float) -> Figure:
@@ -143,9 +159,11 @@ def figure(look: Look, height: float) -> Figure:
     )
 
 
-def dress(axes: Axes, look: Look, title: str = "") -> None:
-    """The axes in the look's colours, with a title and a grid behind what is drawn."""
-    axes.set_title(literal(title), loc="left", color=look.ink, fontsize=NORMAL, fontweight="bold")
+def dress(axes: Axes, look: Look, title: str = "", beside: int = 1) -> None:
+    """The axes in the look's colours, with a title and a grid behind what is drawn; `beside`:
+    panels that share the width."""
+    title = literal(title, int(_TITLE / beside))
+    axes.set_title(title, loc="left", color=look.ink, fontsize=NORMAL, fontweight="bold")
     axes.set_facecolor(look.back)
     axes.set_axisbelow(True)
     axes.grid(color=look.line, linewidth=0.7)
@@ -158,7 +176,7 @@ def dress(axes: Axes, look: Look, title: str = "") -> None:
 
 def legend(drawn: Figure, look: Look, handles: Sequence[Any]) -> None:
     """One legend above all panels, in as many columns as fit."""
-    longest = max(len(handle.get_label()) for handle in handles)
+    longest = max(len(line) for handle in handles for line in handle.get_label().split("\n"))
     columns = max(1, int(WIDTH / (0.55 + 0.085 * longest)))
     drawn.legend(
         handles=handles,

@@ -26,16 +26,16 @@ def pictures(rows: Sequence[Row], candidates: Candidates) -> Iterator[Picture]:
             name="models",
             title="Whole models: tokens per second",
             alt=f"Bars of tokens per second of whole models: {', '.join(panels)}",
-            how="Longer is faster. Each panel has a scale of its own.",
+            how="Longer is faster. The longest bar of each group has the same length: compare the "
+            "bars of one group.",
             draw=functools.partial(_draw, panels, candidates),
         )
 
 
 def _draw(panels: Mapping[str, bars.Groups], candidates: Candidates, look: Look) -> Figure:
     heights = [bars.height(groups) for groups in panels.values()]
-    drawn = figure(look, 0.6 + sum(height + 0.3 for height in heights))
+    drawn = figure(look, 0.2 + sum(height + 0.3 for height in heights))
     grid = drawn.subplots(len(panels), squeeze=False, height_ratios=heights).flatten()
     for axes, (op, groups) in zip(grid, panels.items(), strict=True):
         bars.draw(axes, groups, candidates, look, lambda value: f"{value:,.0f}", op)
-    bars.key(drawn, panels.values(), candidates, look)
     return drawn

@@ -11,7 +11,7 @@ import jinja2
 from gptkernels.bench import text
 from gptkernels.bench.report import summary, words
 from gptkernels.bench.report.picture import Picture
-from gptkernels.bench.results import Row
+from gptkernels.bench.results import Row, case_of
 
 # What a row may lack: one that was not timed has little more than its reason.
 _OPTIONAL = (
@@ -36,6 +36,7 @@ def html(content: dict[str, Any], drawn: Sequence[tuple[Picture, Mapping[str, by
         best=best,
         beside_plain=[row["verdict"] for row in best if row["ratio"] is not None],
         beside_peers=[row["peer_verdict"] for row in best if row["peer_ratio"] is not None],
+        kernels=words.listed(summary.KERNELS),
         means=summary.geometric_means(rows),
         losing=[(row, _rival(row, rows)) for row in losing],
         without_ours=[_without_ours(case) for case in summary.without_ours(rows)],
@@ -92,8 +93,8 @@ def _joined(*parts: str | None) -> str:
 
 def _rival(row: Row, rows: Sequence[Row]) -> float | None:
     """The time of a row's best peer."""
-    case = summary.case_of(row)
-    theirs = (r for r in rows if r["impl"] == row["best_peer"] and summary.case_of(r) == case)
+    case = case_of(row)
+    theirs = (r for r in rows if r["impl"] == row["best_peer"] and case_of(r) == case)
     return next((r["time_s"] for r in theirs), None)
 
 
@@ -104,7 +105,7 @@ def _without_ours(case: list[Row]) -> dict[str, Any]:
 def _by_op(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
     """The rows of each op, case by case."""
     return {
-        op: list(summary.grouped(group, summary.case_of).values())
+        op: list(summary.grouped(group, case_of).values())
         for op, group in summary.grouped(rows, lambda row: row["op"]).items()
     }
 

@@ -13,23 +13,25 @@ from matplotlib.lines import Line2D
 
 from gptkernels.bench import text
 from gptkernels.bench.report import words
-from gptkernels.bench.report.looks import SMALL, Look, dress, figure, legend, literal
+from gptkernels.bench.report.looks import NORMAL, SMALL, Look, dress, figure, legend, literal
 from gptkernels.bench.report.picture import Picture
 from gptkernels.bench.report.summary import best_of_ours, grouped
 from gptkernels.bench.results import Row
 
+# What places a row, and why one without it has no place.
+_NEEDS = {
+    "flops": "no FLOPs are counted",
+    "bytes": "no bytes are counted",
+    "product_ceiling": "no ceiling of products is known",
+}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def pictures(rows: Sequence[Row], ceilings: dict[str, Any]) -> Iterator[Picture]:
     """One picture, with a panel for each dtype whose ceilings are known."""
-    products = ceilings.get("products") or {}
     memory = ceilings.get("memory") or []
-    placed = [
-        row
-        for row in best_of_ours(rows)
-        if row.get("flops") and row.get("bytes") and row["dtype"] in products
-    ]
+    ours = best_of_ours(rows)
+    placed = [row for row in ours if all(row.get(need) for need in _NEEDS)]
     if placed and memory:
         yield Picture(
             name="roofline",
@@ -38,22 +40,35 @@ def pictures(rows: Sequence[Row], ceilings: dict[str, Any]) -> Iterator[Picture]
             f"memory and of matrix products, in {words.listed(list(_dtypes(placed)))}",
             how="Every dot is ours, in the colour of its op; the nearer it lies to the line above "
             "it, the less is left to gain. Under the slope memory binds, and under the flat line "
-            "arithmetic does. A small case that the caches hold may lie above memory's solid line.",
-            draw=functools.partial(_draw, placed, products, memory),
+            "arithmetic does. A small case that the caches hold may lie above memory's solid line."
+            + _left_out(ours, {row["op"] for row in placed}),
+            draw=functools.partial(_draw, placed, memory),
         )
+
+
+def _left_out(ours: Sequence[Row], placed: set[str]) -> str:
+    """The ops without a dot, and why."""
+    rows = (row for row in ours if row["op"] not in placed)
+    reasons = grouped(
+        rows, lambda row: next(why for need, why in _NEEDS.items() if not row.get(need))
+    )
+    said = (
+        f"{words.listed(list(grouped(group, lambda row: row['op'])))}: {why}"
+        for why, group in reasons.items()
+    )
+    listed = "; ".join(said)
+    return f" Not in it: {listed}." if listed else ""
 
 
 def _dtypes(rows: list[Row]) -> dict[str, list[Row]]:
     return grouped(rows, lambda row: row["dtype"])
 
 
-def _draw(
-    rows: list[Row], products: dict[str, float], memory: list[list[float]], look: Look
-) -> Figure:
+def _draw(rows: list[Row], memory: list[list[float]], look: Look) -> Figure:
     panels = _dtypes(rows)
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    drawn = figure(look, 0.7 + 3.6 * lines)
+    drawn = figure(look, 0.7 + 4.2 * lines)
     grid = drawn.subplots(lines, columns, squeeze=False).flatten()
     ops = list(grouped(rows, lambda row: row["op"]))
     colours = dict(zip(ops, (*look.others, look.ours[0]), strict=False))
@@ -61,7 +76,7 @@ def _draw(
     for axes in grid[len(panels) :]:
         axes.remove()
     for axes, (dtype, shown) in zip(grid, panels.items(), strict=False):
-        _ceilings(axes, shown, products[dtype], memory, look)
+        _ceilings(axes, shown, memory, look)
         for row in shown:
             forward = row["direction"] == "forward"
             axes.plot(
@@ -75,16 +90,14 @@ def _draw(
                 zorder=3,
             )
         axes.set(xlabel="FLOP per byte that must be moved", ylabel="FLOP/s")
-        dress(axes, look, dtype)
-        box = axes.legend(loc="lower right", fontsize=SMALL, labelcolor=look.ink)
-        box.get_frame().set(facecolor=look.back, edgecolor=look.line)
+        dress(axes, look)
+        _name(axes, dtype, look)
     legend(drawn, look, [_key(op, colours, markers, look) for op in ops] + _fillings(look))
     return drawn
 
 
-def _ceilings(
-    axes: Axes, rows: list[Row], product: float, memory: list[list[float]], look: Look
-) -> None:
+def _ceilings(axes: Axes, rows: list[Row], memory: list[list[float]], look: Look) -> None:
+    product = max(row["product_ceiling"] for row in rows)
     at = [row["flops"] / row["bytes"] for row in rows]
     (cache_size, cache), (large, main) = max(memory, key=lambda m: m[1]), max(memory)
     low, high = min(at) / 3, max(*at, 2 * product / main) * 3
@@ -110,6 +123,23 @@ def _ceilings(
     )
     reached = [row["flops"] / row["time_s"] for row in rows]
     axes.set_ylim(min(*reached, low * main) / 2, 2 * max(*reached, product))
+
+
+def _name(axes: Axes, title: str, look: Look) -> None:
+    """The panel's title and what its lines are, above it, where they cover no dot."""
+    above = axes.legend(
+        title=title,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        borderpad=0,
+        alignment="left",
+        frameon=False,
+        fontsize=SMALL,
+        labelcolor=look.ink,
+        title_fontproperties={"size": NORMAL, "weight": "bold"},
+    )
+    above.get_title().set_color(look.ink)
 
 
 def _key(op: str, colours: dict[str, str], markers: dict[str, str], look: Look) -> Line2D:
