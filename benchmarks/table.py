@@ -10,7 +10,7 @@ default is as plain PyTorch, and as the fastest of all others, with its name.
 Of whole models: tokens a second, and how many times as fast the default is as each other.
 
     python -m benchmarks.table benchmarks/results/cpu_{avx512_bf16,avx2}.json
-    python -m benchmarks.table benchmarks/results/cpu_attention_{amx,avx512_bf16,avx2}.json
+    python -m benchmarks.table benchmarks/results/cpu_attention_{avx512_bf16,avx2}.json
 
 Of several instruction sets: two columns for each file, forward, and forward and backward together,
 beside eager PyTorch.

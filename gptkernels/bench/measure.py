@@ -91,7 +91,8 @@ def spread(row: Row) -> float:
 
 
 def verdict(ratio: float, within: float) -> str:
-    """ "faster" or "slower"; "same" where the ratio is not further from 1 than it is known."""
+    """Whether a ratio says "faster" or "slower"; "same" where it is no further from 1 than it is
+    known."""
     if abs(math.log(ratio)) <= math.log1p(within):
         return "same"
     return "faster" if ratio > 1 else "slower"
@@ -165,13 +166,9 @@ def _drop(candidate: _Candidate, error: Exception) -> None:
     cannot = isinstance(error, NotImplementedError | torch.OutOfMemoryError)
     # A peer's own refusal is its limit; but a package that is here and does not import is broken,
     # and one that takes no such arguments is called wrongly.
-    ours = candidate.kind == "ours" or isinstance(error, _MISTAKES)
-    said = (
-        lines[0]
-        if isinstance(error, NotImplementedError)
-        else f"{type(error).__name__}: {lines[0]}"
-    )
-    candidate.found |= {"skipped": said, "failed": ours and not cannot}
+    counts = candidate.kind == "ours" or isinstance(error, _MISTAKES)
+    kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
+    candidate.found |= {"skipped": kind + lines[0], "failed": counts and not cannot}
     candidate.call = None
 
 

@@ -123,18 +123,16 @@ def command(
         print_text(console, f"\nReport: {report.write(found.content, folder)}")
     broken = [p for p in found.content["peers"] if p["status"] == "broken" and wanted(p["name"])]
     failed = bool(broken) or any(row.get("failed") for row in found.rows)
-    if before is not None:
-        slower = list(regressions.found(before["rows"], found.rows))
-        again = run.again(steps, slower, **how)
-        slower = regressions.confirmed(slower, before["rows"], again)
-        count = regressions.compared(before["rows"], found.rows)
-        if not count:
-            raise ValueError(f"{old} and this run have no row in common, so nothing is compared")
-        environments = found.content["environment"], before["environment"]
-        for line in table.regressions(count, *environments, slower):
-            print_text(console, line)
-        failed |= bool(slower)
-    return int(failed)
+    if before is None:
+        return int(failed)
+    if not regressions.compared(before["rows"], found.rows):
+        raise ValueError(f"{old} and this run have no row in common, so nothing is compared")
+    slower = list(regressions.found(before["rows"], found.rows))
+    again = run.again(steps, slower, **how)
+    slower = regressions.confirmed(slower, before["rows"], again)
+    for line in table.regressions(before, found.content, slower):
+        print_text(console, line)
+    return int(failed or bool(slower))
 
 
 def _show(console: Console, done: Iterator[tuple[Any, list[Any]]], count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
+from gptkernels.bench.regressions import compared
 from gptkernels.bench.report.summary import Tally, geometric_means, losing
 from gptkernels.bench.results import Row
 from gptkernels.bench.text import byte_rate, figures, flop_rate, size
@@ -114,15 +115,18 @@ def _tally(tally: Tally | None) -> str:
     return f"{tally.mean:.2f}x ({tally.faster}-{tally.same}-{tally.slower})"
 
 
-def regressions(count: int, environment: Row, was: Row, slower: Sequence[Row]) -> Iterator[str]:
-    """What became slower than in an older file, of `count` rows that both have."""
+def regressions(
+    before: dict[str, Any], now: dict[str, Any], slower: Sequence[Row]
+) -> Iterator[str]:
+    """What became slower than in an older file."""
+    here, there = now["environment"], before["environment"]
+    yield ""
     for name in ("cpu_threads", "versions", "gpu", "platform"):
-        if environment.get(name) != was.get(name):
-            yield (
-                f"The older file is of another {name.replace('_', ' ')}: {was.get(name)}, here "
-                f"{environment.get(name)}"
-            )
-    yield f"\nBeside the older file: {count} rows in both, {len(slower)} slower"
+        if here.get(name) != there.get(name):
+            other = f"{there.get(name)}, here {here.get(name)}"
+            yield f"The older file is of another {name.replace('_', ' ')}: {other}"
+    count = compared(before["rows"], now["rows"])
+    yield f"Beside the older file: {count} rows in both, {len(slower)} slower"
     for row in slower:
         what = f"{row['op']} {row['shape']} {row['dtype']} {row['direction']} {row['impl']}"
         if row["time_s"] is None:

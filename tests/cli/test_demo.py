@@ -8,16 +8,19 @@ import io
 import json
 import re
 import sys
+import types
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from gptkernels import GPT, GPTConfig, bench
-from gptkernels.bench import timing
+from gptkernels.bench import measure, timing
+from gptkernels.bench.case import Case
 from gptkernels.cli.demo import parity as demo_parity
 from gptkernels.cli.demo import run, speed, training
 from gptkernels.cli.demo.report import worst_rows
@@ -272,6 +275,26 @@ def test_without_a_gpu_kernels_say_why_they_are_not_timed(finished: tuple[Path, 
     skipped = [r for r in json.loads((out / "speed.json").read_text())["rows"] if not r["time_s"]]
     assert {row["impl"] for row in skipped if row["op"] != "gpt_training"} == {"triton", "cuda"}
     assert skipped[0]["skipped"] in printed
+
+
+def test_the_table_shows_what_has_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GiB\nand more")
+
+    case = Case(
+        "attention", "S", torch.float32, "forward", no_memory, ours={"torch": lambda: lambda: 0}
+    )
+    trained = types.SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(speed, "_training_steps", lambda trained: [case])
+    monkeypatch.setattr(bench, "rows_of", lambda *a, **k: measure.rows([case]))
+    monkeypatch.setattr(bench, "OPERATORS", ["attention"])
+    console = Console(file=io.StringIO(), width=200)
+    rows = speed.speed_table(trained, console)
+    assert sorted(row["impl"] for row in rows) == ["pytorch", "pytorch", "torch", "torch"]
+    shown = console.file.getvalue()
+    assert "pytorch: OutOfMemoryError: CUDA out of memory. Tried to allocate 34 GiB" in shown
+    for line in (line.split() for line in shown.splitlines() if " torch " in line):
+        assert line[-2:] == ["-", "-"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import emulated, needs_cuda
+from harness import command, emulated, needs_cuda
 
 from gptkernels import layer_norm
 from gptkernels.core import choice, cpu, native
@@ -44,6 +45,24 @@ def test_auto_takes_the_cpu_kernels_where_they_are_faster(monkeypatch: pytest.Mo
     monkeypatch.setattr(cpu, "_unavailable", lambda: "there is no compiler")
     monkeypatch.setattr(cpu, "instruction_set", lambda: int("none"))
     assert picked() == "torch"
+
+
+def test_the_kill_switch_makes_auto_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An implementation that is named runs all the same."""
+    monkeypatch.setattr(choice, "_SWITCH", "torch")
+    monkeypatch.setattr(cpu, "_unavailable", lambda: None)
+    monkeypatch.setattr(cpu, "instruction_set", lambda: "v3")
+    assert choice.automatic(CPU) == choice.choose("auto", torch.zeros(1)) == "torch"
+    assert choice.choose("cpu", torch.zeros(1)) == "cpu"
+    monkeypatch.setattr(choice, "_SWITCH", "cuda")
+    with pytest.raises(ValueError, match="GPTKERNELS_IMPL is 'cuda', but it can only be 'torch'"):
+        choice.automatic(CPU)
+
+
+def test_the_kill_switch_is_read_from_the_environment() -> None:
+    code = "import gptkernels.core.choice as c; print(c.automatic('cpu'))"
+    done = command(sys.executable, "-c", code, env={**os.environ, "GPTKERNELS_IMPL": "torch"})
+    assert (done.returncode, done.stdout) == (0, "torch\n"), done.stderr
 
 
 def test_cpu_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
