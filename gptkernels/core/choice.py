@@ -62,8 +62,8 @@ def automatic(device_type: str) -> str:
     if _SWITCH:
         if _SWITCH != "torch":
             raise ValueError(
-                f"GPTKERNELS_IMPL is {_SWITCH!r}, but it can only be 'torch': then impl=\"auto\" takes "
-                "PyTorch's operators"
+                f"GPTKERNELS_IMPL is {_SWITCH!r}, but it can only be 'torch': then impl='auto' "
+                "takes PyTorch's operators"
             )
         return "torch"
     here = cpu.unavailable(device_type) is None

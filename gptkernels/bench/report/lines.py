@@ -28,6 +28,7 @@ from gptkernels.bench.report.summary import grouped, timed
 from gptkernels.bench.results import Row
 
 _PANEL_ROWS = 5
+_TOKENS = "tokens"  # of all sequences together, which sizes do not name
 # A ceiling farther above the highest line would press all lines to the ground.
 _FITS = 1.8
 
@@ -58,7 +59,14 @@ class View:
 
 
 VIEWS = (
-    View("attention", "T", "tokens in a sequence (T)", "flops_per_s", ("D",), ("B", "H", "Hk")),
+    View(
+        "attention",
+        "T",
+        "tokens in a sequence (T)",
+        "flops_per_s",
+        ("D",),
+        ("B", _TOKENS, "H", "Hk"),
+    ),
     View("attention_decode", "T", "keys (T)", "bytes_per_s", ("D", "Tq"), ("B", "H", "Hk")),
     View("layer_norm", "C", "width (C)", "bytes_per_s", (), ("rows",)),
     View("layer_norm", "rows", "rows", "bytes_per_s", ("C",)),
@@ -120,13 +128,31 @@ def _panels(view: View, rows: list[Row]) -> Iterator[Panel]:
 
 def _parted(x: str, title: str, rows: list[Row], split: tuple[str, ...]) -> list[Panel]:
     """Panels of more than one x, in each of which a shape is known by its x where `split` can do
-    that; of several ways to part the rows, the one that keeps the most of them."""
+    that. Of several ways to part the rows, the one that keeps the most of them comes first, and of
+    the others the panels that show more shapes."""
     at = {row["shape"]: row["sizes"][x] for row in rows}
     several = len(set(at.values())) > 1
     if not several or not split or len(set(at.values())) == len(at):
         return [Panel(title, rows)] if several else []
     ways = [_parted_by(key, x, title, rows, split) for key in split]
-    return max(ways, key=lambda panels: sum(len(panel.rows) for panel in panels))
+    ways.sort(key=lambda panels: -sum(len(panel.rows) for panel in panels))
+    shown: set[str] = set()
+    kept = []
+    for panel in (panel for way in ways for panel in way):
+        shapes = {row["shape"] for row in panel.rows}
+        if not shapes <= shown:
+            kept.append(panel)
+            shown |= shapes
+    return kept
+
+
+def _size(row: Row, key: str) -> int | None:
+    sizes = row["sizes"]
+    if key == _TOKENS:
+        tokens: int = sizes["B"] * sizes["T"]
+        return tokens
+    found: int | None = sizes.get(key)
+    return found
 
 
 def _named(size: str, value: int | None) -> str:
@@ -138,7 +164,7 @@ def _parted_by(
     key: str, x: str, title: str, rows: list[Row], split: tuple[str, ...]
 ) -> list[Panel]:
     rest = tuple(other for other in split if other != key)
-    groups = grouped(rows, lambda row: row["sizes"].get(key))
+    groups = grouped(rows, lambda row: _size(row, key))
     return [
         panel
         for value, group in groups.items()
