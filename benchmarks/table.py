@@ -35,9 +35,8 @@ from typing import Any
 from gptkernels.bench import MODELS
 from gptkernels.bench.results import case_of
 from gptkernels.bench.text import byte_rate, flop_rate, size
+from gptkernels.ops.attention.decode import MOST_TOKENS
 
-# What users get: of the ops "auto" takes the CPU kernels, and whole models are timed with it.
-_DEFAULTS = ("cpu", "auto")
 _DIRECTIONS = {"forward": "forward", "forward+backward": "forward and backward"}
 
 
@@ -124,7 +123,17 @@ def _read(path: Path | str) -> Any:
 
 
 def _is_default(row: dict[str, Any]) -> bool:
-    return row["impl"] in _DEFAULTS and row["time_s"] is not None
+    """Whether a row is of what users get, impl="auto"."""
+    return row["time_s"] is not None and row["impl"] == _default(row)
+
+
+def _default(row: dict[str, Any]) -> str:
+    """Whole models are timed with "auto"; the ops with what it takes on a CPU."""
+    if _of_model(row):
+        return "auto"
+    everything = row["op"] == "attention" and row["series"] == "full"
+    many = row["op"] == "attention_decode" and row["sizes"]["Tq"] > MOST_TOKENS
+    return "torch" if many or (everything and row["dtype"] == "float32") else "cpu"
 
 
 def _of_model(row: dict[str, Any]) -> bool:

@@ -42,9 +42,11 @@ def found(old: Sequence[Row], new: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 
 def confirmed(slower: Sequence[Row], old: Sequence[Row], again: Sequence[Row]) -> list[Row]:
-    """Those that are slower once more: one measurement in a few hundred is off by chance."""
+    """Those that are slower once more, or were not measured again: one measurement in a few hundred
+    is off by chance."""
     still = {key(row) for row in found(old, again)}
-    return [row for row in slower if key(row) in still]
+    measured = {key(row) for row in again}
+    return [row for row in slower if key(row) in still or key(row) not in measured]
 
 
 def compared(old: Sequence[Row], new: Sequence[Row]) -> int:

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 # What two runs must share for their rows to stand in one file.
 _SAME = (
     "commit", "gptkernels", "python", "platform", "processor", "cpu_threads", "versions", "gpu",
-    "level", "peers",
+    "level", "peers", "device",
 )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ class Results:
 
     def begin(self, **head: Any) -> None:
         """Writes the file, with more in its head. Raises ValueError where the file to go on with
-        has another level or other peers."""
+        has another level, device or other peers."""
         rows = self.content.pop("rows")
         self.content |= {**head, "rows": rows}
         self._check_same()
@@ -115,7 +115,7 @@ class Results:
     def _check_same(self) -> None:
         if self._old is None:
             return
-        was, now = _sameness(self._old), _sameness(self.content)
+        was, now = sameness(self._old), sameness(self.content)
         other = next((n for n in _SAME if n in now and was.get(n) != now[n]), None)
         if other is not None:
             raise ValueError(
@@ -124,7 +124,7 @@ class Results:
             )
 
 
-def _sameness(content: dict[str, Any]) -> dict[str, Any]:
+def sameness(content: dict[str, Any]) -> dict[str, Any]:
     """What a file is of, as far as it says so; the load is no part of it."""
     here = content["environment"]
     processor = {k: v for k, v in here.get("cpu", {}).items() if k != "load"}

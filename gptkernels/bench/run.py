@@ -88,7 +88,7 @@ def wanted_peers(patterns: Sequence[str], level: str) -> Wanted:
 
     Raises ValueError for a pattern, other than "none", that no peer's name holds.
     """
-    names = [peer["name"] for peer in packages.found()]
+    names = packages.names()
     for pattern in patterns:
         if pattern != NO_PEERS and not any(pattern.lower() in name.lower() for name in names):
             raise ValueError(f"no peer is called {pattern!r}; there are {', '.join(names)}")

@@ -56,9 +56,10 @@ def command(
     """Time the operators and whole GPTs beside plain PyTorch and the best others.
 
     All candidates of a case get the same tensors and take turns. "spread" is half of the interval
-    that holds the true median with 95%. "PyTorch" and "best" say how many times as fast a candidate
-    is as plain PyTorch, and as the fastest of all others. "ceiling" is the share that it reaches of
-    what this machine was measured to do; "error" that of its limit against fp64.
+    that holds the true median with 95% (of three samples with 75%). "PyTorch" and "best" say how
+    many times as fast a candidate is as plain PyTorch, and as the fastest of all others. "ceiling"
+    is the share that it reaches of what this machine was measured to do; "error" that of its limit
+    against fp64.
 
     Every case is written to the file of --json as it is measured. The exit code is 1 where one of
     our implementations fails or is wrong, where an installed peer does not import, and where
@@ -101,7 +102,7 @@ def command(
     console = PipeConsole(highlight=False, soft_wrap=True)
     with console.status("measuring what this machine can do"):
         about = run.head(where, [step.dtype for step in steps])
-    found.begin(level=level, **about)
+    found.begin(level=level, device=where.type, **about)
     for line in table.head(found.content):
         print_text(console, line)
     if found.rows:
@@ -117,8 +118,8 @@ def command(
     for line in table.foot(found.rows):
         print_text(console, line)
     if not found.content["finished"]:
-        file = path or "FILE"
-        print_text(console, f"\n{minutes:g} minutes are over; --json {file} --resume goes on")
+        how_on = f"--json {path} --resume goes on" if path else "with --json a run can go on"
+        print_text(console, f"\n{minutes:g} minutes are over; {how_on}")
     if folder is not None and found.rows:
         print_text(console, f"\nReport: {report.write(found.content, folder)}")
     broken = [p for p in found.content["peers"] if p["status"] == "broken" and wanted(p["name"])]

@@ -7,7 +7,7 @@ from typing import Any
 
 from gptkernels.bench.regressions import compared
 from gptkernels.bench.report.summary import Tally, geometric_means, losing
-from gptkernels.bench.results import Row
+from gptkernels.bench.results import Row, sameness
 from gptkernels.bench.text import byte_rate, figures, flop_rate, size
 
 # Columns in order of value: a narrow terminal loses the last ones.
@@ -119,9 +119,9 @@ def regressions(
     before: dict[str, Any], now: dict[str, Any], slower: Sequence[Row]
 ) -> Iterator[str]:
     """What became slower than in an older file."""
-    here, there = now["environment"], before["environment"]
     yield ""
-    for name in ("cpu_threads", "versions", "gpu", "platform"):
+    here, there = sameness(now), sameness(before)
+    for name in ("processor", "cpu_threads", "versions", "gpu", "platform"):
         if here.get(name) != there.get(name):
             other = f"{there.get(name)}, here {here.get(name)}"
             yield f"The older file is of another {name.replace('_', ' ')}: {other}"

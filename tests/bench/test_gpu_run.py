@@ -73,6 +73,10 @@ def test_a_part_is_stopped_when_its_time_is_up(
     part = gpu._Part("endless", sleeping, tmp_path / "none.json")
     assert not gpu._run([part], time.monotonic(), tmp_path / "joined.json")
     assert "=== endless: cut short" in capsys.readouterr().out
+    assert gpu._run([part], time.monotonic(), tmp_path / "joined.json", cut_short_passes=True)
+    part = gpu._Part("wrong", ["nothere"], tmp_path / "none.json")
+    later = time.monotonic() + 100
+    assert not gpu._run([part], later, tmp_path / "wrong.json", cut_short_passes=True)
     assert not json.loads((tmp_path / "joined.json").read_text())["finished"]
 
 
@@ -117,14 +121,15 @@ def test_the_gpu_run_goes_on_without_cuda_kernels(
 ) -> None:
     ran = []
 
-    def run(parts: list[gpu._Part], end: float, together: Path) -> bool:
+    def run(parts: list[gpu._Part], end: float, together: Path, **_: bool) -> bool:
         ran.append(together.name)
         return True
 
     monkeypatch.setattr(gpu, "_run", run)
     monkeypatch.setattr(gpu, "_sanitize", lambda end, path: run([], end, path))
     monkeypatch.setattr(gpu, "unavailable", lambda *asked: reason)
-    (tmp_path / "twins.json").touch()  # of an earlier run
+    for name in ("twins", "speed_quick"):  # of an earlier run
+        (tmp_path / f"{name}.json").touch()
     assert gpu._all(tmp_path, 1.0) == 0
     checked = [] if reason else ["twins.json", "sanitizer.json"]
     speed = ["speed_quick.json", "speed_full.json"]

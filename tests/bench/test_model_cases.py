@@ -150,6 +150,11 @@ def test_a_first_token_counts_its_prompt() -> None:
 
 
 @every_module
+def test_every_peer_can_be_named(module: Any) -> None:
+    assert case_of(module).peers.keys() <= set(packages.names())
+
+
+@every_module
 def test_transformers_is_left_out_where_it_is_not_installed(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,7 +87,8 @@ def test_json_has_no_infinity(tmp_path: Path) -> None:
 
 class TestResume:
     @pytest.mark.parametrize(
-        ("name", "was", "now"), [("level", "quick", "full"), ("peers", [], [1])]
+        ("name", "was", "now"),
+        [("level", "quick", "full"), ("peers", [], [1]), ("device", "cpu", "cuda")],
     )
     def test_refuses_another_head(self, name: str, was: Any, now: Any, tmp_path: Path) -> None:
         path = tmp_path / "rows.json"

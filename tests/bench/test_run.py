@@ -118,6 +118,8 @@ def test_peers_are_wanted_by_their_names() -> None:
     some = run.wanted_peers(("sdpa", "Liger"), "quick")
     assert [some(name) for name in ("SDPA flash", "Liger", "quack")] == [True, True, False]
     assert not run.wanted_peers(("none",), "quick")("SDPA flash")
+    static = run.wanted_peers(("static",), "quick")
+    assert static("transformers, static cache, torch.compile")
     with pytest.raises(ValueError, match="no peer is called 'sdap'; there are SDPA cuDNN"):
         run.wanted_peers(("sdap",), "quick")
 
@@ -198,6 +200,8 @@ def test_what_is_slow_once_alone_is_chance() -> None:
     assert len(slower) == 2
     again = [row(ratio=1.1), row(impl="torch", ratio=2.0)]
     assert regressions.confirmed(slower, old, again) == slower[:1]
+    # What was not measured again, since another run put it into the file, stays.
+    assert regressions.confirmed(slower, old, again[1:]) == slower[:1]
 
 
 def test_only_the_cases_in_doubt_are_measured_again(made: list[str]) -> None:

@@ -62,6 +62,8 @@ _PYTORCH = (
     "addmm with GELU",
     "nanoGPT-shaped",
 )
+# Ways in which whole models run, which `cases.gpt` adds to their names.
+_WAYS = ("torch.compile", "static cache, torch.compile")
 
 
 def found() -> list[dict[str, Any]]:
@@ -72,6 +74,13 @@ def found() -> list[dict[str, Any]]:
     return [{"name": name, **pytorch} for name in _PYTORCH] + [
         {"name": name, **_state(package)} for name, package in _PACKAGES.items()
     ]
+
+
+def names() -> list[str]:
+    """All names that rows may have."""
+    models = ("nanoGPT-shaped", "transformers")
+    ways = [f"{model}, {way}" for model in models for way in _WAYS]
+    return [*_PYTORCH, *_PACKAGES, *ways]
 
 
 def installed(peers: Peers) -> Peers:
