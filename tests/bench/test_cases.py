@@ -18,6 +18,7 @@ from gptkernels.bench.cases import (
     attention_varlen,
     gelu_mlp,
     layer_norm,
+    workload,
 )
 from gptkernels.bench.cases.workload import listed
 from gptkernels.core.choice import unavailable
@@ -138,6 +139,11 @@ def test_work_of_known_sizes() -> None:
     assert backward.flops == 2.5 * forward.flops
     assert both.flops == 3.5 * forward.flops
     assert forward.bytes_moved == 4 * 128 * 16 * (2 * 2 + 2 * 1)
+    shape = attention.Shape(1, 80, 2, 2, 16, causal=False, option="bool mask")
+    masked, *_ = cases_of("attention", shape)
+    seen = int(attention._options(shape, CPU, torch.float32)["attn_mask"].sum())
+    assert masked.flops == 4 * seen * 16 * 2
+    assert seen < 80 * 80 / 2
     (mlp, _) = cases_of("gelu_mlp", gelu_mlp.Shape(10, 16))
     assert mlp.flops == 2 * 2 * 10 * 16 * 64
     (norm, _) = cases_of("layer_norm", layer_norm.Shape(10, 16), torch.bfloat16)
@@ -156,6 +162,11 @@ def test_levels_grow(op: str, device: str) -> None:
     assert levels[0][0] == levels[1][0] == levels[2][0]
     names = [str(shape) for shape in full]
     assert len(set(names)) == len(names)
+
+
+def test_two_outputs_get_two_gradients() -> None:
+    first, second = workload._cotangents([torch.zeros(3, 4)])
+    assert not torch.equal(first, second)
 
 
 def test_steps_take_turns_and_are_chosen() -> None:
