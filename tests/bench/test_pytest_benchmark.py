@@ -20,6 +20,7 @@ def test_candidates_take_turns_and_runs_are_compared(tmp_path: Path) -> None:
     suite += ["-k", "layer_norm and plain and not backward"]
     # In a worker of xdist pytest-benchmark measures nothing.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env["OMP_NUM_THREADS"] = "1"  # other tests run beside it
     done = command(*suite, "--benchmark-save=one", "--benchmark-save-data", cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout
     (path,) = saved.rglob("*_one.json")
