@@ -24,6 +24,7 @@ from torch import Tensor
 
 import gptkernels
 from gptkernels.bench.case import BACKWARD, BOTH, FORWARD, Case
+from gptkernels.bench.cases.dtypes import narrow_on_a_gpu
 from gptkernels.bench.cases.workload import Function, Part, Workload, normal, whole
 from gptkernels.bench.peers import attention as others
 from gptkernels.truth import baseline, reference
@@ -119,10 +120,7 @@ def shapes(device_type: str, level: str) -> Sequence[Shape]:
     return list(dict.fromkeys(few + many))
 
 
-def dtypes(device_type: str, level: str) -> Sequence[torch.dtype]:
-    """On a GPU fp32 is no case for fused attention."""
-    both = (torch.bfloat16, torch.float32)
-    return both[:1] if device_type == "cuda" or level == "quick" else both
+dtypes = narrow_on_a_gpu
 
 
 def cases(

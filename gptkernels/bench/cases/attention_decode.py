@@ -18,6 +18,7 @@ from torch import Tensor
 
 import gptkernels
 from gptkernels.bench.case import FORWARD, Case
+from gptkernels.bench.cases.dtypes import narrow_on_a_gpu
 from gptkernels.bench.cases.workload import Part, Workload, normal
 from gptkernels.bench.peers import attention_decode as others
 from gptkernels.truth import baseline, reference
@@ -93,10 +94,7 @@ def shapes(device_type: str, level: str) -> Sequence[Shape]:
     return {"quick": few[:2], "default": few, "full": few + more}[level]
 
 
-def dtypes(device_type: str, level: str) -> Sequence[torch.dtype]:
-    """On a GPU fp32 is no case for fused attention."""
-    both = (torch.bfloat16, torch.float32)
-    return both[:1] if device_type == "cuda" or level == "quick" else both
+dtypes = narrow_on_a_gpu
 
 
 def cases(

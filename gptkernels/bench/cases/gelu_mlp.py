@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gptkernels
 from gptkernels.bench.case import BOTH, FORWARD, Case
+from gptkernels.bench.cases.dtypes import both
 from gptkernels.bench.cases.workload import Part, Workload, normal, whole
 from gptkernels.bench.peers import gelu_mlp as others
 from gptkernels.truth import baseline, reference
@@ -58,9 +59,7 @@ def shapes(device_type: str, level: str) -> Sequence[Shape]:
     return few if level == "default" else few + more
 
 
-def dtypes(device_type: str, level: str) -> Sequence[torch.dtype]:
-    """In fp32 too: GPT-2 was trained so."""
-    return (torch.bfloat16, torch.float32)[: 1 if level == "quick" else None]
+dtypes = both
 
 
 def cases(

@@ -54,12 +54,6 @@ GPT2_350M = Model("GPT-2 350M", GPTConfig.named("gpt2-medium"))
 GPT2_774M = Model("GPT-2 774M", GPTConfig.named("gpt2-large"))
 
 
-def dtypes(device_type: str, level: str) -> Sequence[torch.dtype]:
-    """bf16, in which such models run; on a CPU fp32 too."""
-    both = (torch.bfloat16, torch.float32)
-    return both[:1] if device_type == "cuda" or level == "quick" else both
-
-
 class Weights:
     """Random weights of a configuration, and models that have them: all share their memory."""
 

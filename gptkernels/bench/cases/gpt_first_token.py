@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gptkernels.bench.case import Call, Case
 from gptkernels.bench.cases import gpt
+from gptkernels.bench.cases.dtypes import narrow_on_a_gpu
 from gptkernels.bench.cases.gpt import TRANSFORMERS, TWIN
-from gptkernels.bench.cases.gpt import dtypes as dtypes
 from gptkernels.bench.cases.gpt_generate import Shape, Texts
 from gptkernels.bench.peers import packages
 
@@ -25,6 +25,9 @@ def shapes(device_type: str, level: str) -> Sequence[Shape]:
         return (Shape(gpt.SMALLEST, 1, 128, 1),)
     prompts = {"quick": (512,), "default": (512, 1000), "full": (512, 1000)}[level]
     return tuple(Shape(gpt.GPT2_124M, 1, prompt, 1) for prompt in prompts)
+
+
+dtypes = narrow_on_a_gpu
 
 
 def cases(

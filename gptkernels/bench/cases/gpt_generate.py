@@ -22,8 +22,8 @@ from torch import Tensor
 
 from gptkernels.bench.case import FORWARD, Call, Case
 from gptkernels.bench.cases import gpt
+from gptkernels.bench.cases.dtypes import narrow_on_a_gpu
 from gptkernels.bench.cases.gpt import TRANSFORMERS, Weights
-from gptkernels.bench.cases.gpt import dtypes as dtypes
 from gptkernels.bench.peers import packages
 
 # A CPU takes minutes for more texts by the baseline.
@@ -68,6 +68,9 @@ def shapes(device_type: str, level: str) -> Sequence[Shape]:
     batches = {"quick": (1,), "default": (1, 8), "full": (1, 8, 64)}[level]
     prompt, new = (128, 64) if on_gpu else (32, 16)
     return tuple(Shape(gpt.GPT2_124M, batch, prompt, new) for batch in batches)
+
+
+dtypes = narrow_on_a_gpu
 
 
 def cases(

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from gptkernels.bench.case import BOTH, Call, Case
 from gptkernels.bench.cases import gpt
+from gptkernels.bench.cases.dtypes import narrow_on_a_gpu
 from gptkernels.bench.cases.gpt import TRANSFORMERS, TWIN, Weights
-from gptkernels.bench.cases.gpt import dtypes as dtypes
 from gptkernels.bench.peers import packages
 from gptkernels.gpt.training.throughput import flops_per_token
 from gptkernels.truth import parity
@@ -55,6 +55,9 @@ def shapes(device_type: str, level: str) -> Sequence[Shape]:
     if level == "quick":
         return (Shape(gpt.SMALLEST, 4, 256),)
     return (Shape(gpt.GPT2_124M, 1, 1024), Shape(gpt.SMALL, 4, 256))
+
+
+dtypes = narrow_on_a_gpu
 
 
 def cases(

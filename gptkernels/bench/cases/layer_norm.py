@@ -25,6 +25,7 @@ from torch import Tensor
 
 import gptkernels
 from gptkernels.bench.case import BOTH, FORWARD, Case
+from gptkernels.bench.cases.dtypes import both
 from gptkernels.bench.cases.workload import Function, Part, Workload, normal, whole
 from gptkernels.bench.peers import layer_norm as others
 from gptkernels.truth import baseline, reference
@@ -73,9 +74,7 @@ def shapes(device_type: str, level: str) -> Sequence[Shape]:
     ]
 
 
-def dtypes(device_type: str, level: str) -> Sequence[torch.dtype]:
-    """In both the floor is memory's."""
-    return (torch.bfloat16, torch.float32)[: 1 if level == "quick" else None]
+dtypes = both
 
 
 def cases(
