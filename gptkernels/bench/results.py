@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,25 +29,31 @@ def case_of(row: Row) -> tuple[str, str, str, str]:
 def write_json(path: Path | str, content: Any) -> None:
     """Writes `content` as JSON; a reader sees the old file or the new one, never half of one.
 
-    Parent folders are made. Raises OSError when the file cannot be written.
+    JSON has no NaN and no infinity, which an error may be: they become null. Parent folders are
+    made. Raises OSError when the file cannot be written.
     """
     path = Path(path)
     make_folder(f"the parent of {path}", path.parent)
+    text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
     with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read(path: Path | str) -> dict[str, Any]:
     """A results file. Raises ValueError, in one sentence, for a file that is none, and OSError."""
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if isinstance(content["rows"], list) and isinstance(content["environment"], dict):
             found: dict[str, Any] = content
             return found
-    except (ValueError, KeyError, TypeError):
-        pass
     raise ValueError(f"{path} is no results file of gptkernels")
 
 
