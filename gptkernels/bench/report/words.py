@@ -29,7 +29,7 @@ def efficiency(row: Row) -> str:
 
 
 def spread(row: Row) -> str:
-    """Half of the distance of the quartiles, as a share of the median."""
+    """Half of the interval that holds the true median, as a share of the median."""
     return NONE if row.get("low_s") is None else f"±{100 * measure.spread(row):.1f}%"
 
 
