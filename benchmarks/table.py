@@ -35,7 +35,7 @@ from typing import Any
 from gptkernels.bench import MODELS
 from gptkernels.bench.results import case_of
 from gptkernels.bench.text import byte_rate, flop_rate, size
-from gptkernels.ops.attention.decode import MOST_TOKENS
+from gptkernels.ops.attention.plan import MOST_TOKENS
 
 _DIRECTIONS = {"forward": "forward", "forward+backward": "forward and backward"}
 

@@ -25,6 +25,8 @@ os.environ.setdefault(
 os.environ.setdefault(
     "GPTKERNELS_CACHE", str(Path(__file__).resolve().parent.parent / "build" / "measured")
 )
+# Nor must what was measured here choose what the tests run.
+os.environ["GPTKERNELS_TUNE"] = "off"
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

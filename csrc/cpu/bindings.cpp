@@ -221,6 +221,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("instruction_sets", &instruction_sets);
     module.def("instruction_set", [] { return kernels().isa; });
     module.def("use", &use);
+    module.def("prefer", &prefer);
     module.def("threads_library", &threads_library);
     def_attention_decode(module);
     def_layer_norm(module);

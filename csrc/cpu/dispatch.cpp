@@ -132,6 +132,17 @@ const Kernels* highest() {
 }
 
 const Kernels* chosen = highest();
+thread_local const Kernels* preferred = nullptr;
+
+const Kernels* named(const std::string& isa) {
+    std::string here;
+    for (const Level& level : levels()) {
+        if (level.here && isa == level.kernels->isa) return level.kernels;
+        if (level.here) here += (here.empty() ? "" : ", ") + std::string(level.kernels->isa);
+    }
+    throw std::invalid_argument("the CPU kernels run here with the instruction sets " + here +
+                                ", not with " + isa);
+}
 
 }  // namespace
 
@@ -142,19 +153,10 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-const Kernels& kernels() { return *chosen; }
+const Kernels& kernels() { return preferred == nullptr ? *chosen : *preferred; }
 
-void use(const std::string& isa) {
-    std::string here;
-    for (const Level& level : levels()) {
-        if (level.here && isa == level.kernels->isa) {
-            chosen = level.kernels;
-            return;
-        }
-        if (level.here) here += (here.empty() ? "" : ", ") + std::string(level.kernels->isa);
-    }
-    throw std::invalid_argument("the CPU kernels run here with the instruction sets " + here +
-                                ", not with " + isa);
-}
+void use(const std::string& isa) { chosen = named(isa); }
+
+void prefer(const std::string& isa) { preferred = isa.empty() ? nullptr : named(isa); }
 
 }  // namespace gk::cpu

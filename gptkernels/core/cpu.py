@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,22 @@ def instruction_set() -> str:
     """Returns the instruction set of the kernels, asked once: only tests change it afterwards.
     Raises as `module` does."""
     return str(module().instruction_set())
+
+
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those that the kernels are compiled for and this CPU has, the lowest first."""
+    return tuple(module().instruction_sets())
+
+
+def run_on(isa: str, function: Callable[..., Any], *given: Any) -> Any:
+    """function(*given), whose kernels, of this thread's calls, run on an instruction set."""
+    loaded = module()
+    loaded.prefer(isa)
+    try:
+        return function(*given)
+    finally:
+        loaded.prefer("")
 
 
 def address(tensor: Tensor | None) -> int:

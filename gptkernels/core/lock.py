@@ -12,6 +12,7 @@ import errno
 import importlib
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,20 +21,29 @@ from typing import BinaryIO
 from gptkernels.core.files import WINDOWS, make_folder
 
 _NAME = ".lock"
+_POLL_S = 0.02
 # What file systems without locks answer, such as some that clusters mount.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextlib.contextmanager
-def alone_in(name: str, folder: Path) -> Iterator[None]:
+def alone_in(name: str, folder: Path, *, patience_s: float = 0.0) -> Iterator[None]:
     """In this context no other one, of any process, has `folder`, which is made where it is not
     there; a folder that was made and stays empty is removed.
 
-    Raises ValueError, in one sentence about the argument `name`, where another has it. A file
-    system without locks gives a warning.
+    Raises ValueError, in one sentence about the argument `name`, where another has it, and still
+    has it after `patience_s` seconds. A file system without locks gives a warning.
     """
     made = not folder.exists()
-    file, locked = _taken(name, folder)
+    ends = time.monotonic() + patience_s
+    while True:
+        try:
+            file, locked = _taken(name, folder)
+            break
+        except ValueError:
+            if time.monotonic() >= ends:
+                raise
+            time.sleep(_POLL_S)
     try:
         yield
     finally:

@@ -19,6 +19,18 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_model() -> str:
+    """Family, model and stepping of the processor, as "6/143/8"; "" where the system does not
+    tell."""
+    numbers = dict.fromkeys(("cpu family", "model", "stepping"), "")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in numbers:
+                numbers[name.strip()] = value.strip()
+    return "/".join(numbers.values()).strip("/")
+
+
 def fingerprint(device: torch.device) -> str:
     """What a rate measured on `device` depends on, besides the load: device and software."""
     software = f"torch {torch.__version__}"

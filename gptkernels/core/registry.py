@@ -9,6 +9,10 @@ fake, which tells torch.compile the shapes and dtypes of the results. A call run
 the same name in the module `gptkernels.ops.layer_norm.<impl>`, with all arguments but `impl`; of
 the others only `torch`, which torch.compile traces, is imported.
 
+`impl` may name a variant of an implementation behind a colon (`core.plans`): its keywords go to
+that function, "cpu:v3" runs on that instruction set. Where it is a choice of a table (`plans.Way`)
+and its launch fails, impl="torch" runs the call.
+
 The decorated name is a function that calls that function directly where nothing could tell the
 difference (core/direct.py), and else the registered op, whose dispatch takes longer than a small
 kernel. Under torch.compile it also calls the function itself for impl="torch": the graph then holds
@@ -30,6 +34,7 @@ from typing import Any
 
 import torch
 
+from gptkernels.core import cpu, plans
 from gptkernels.core.autocast import autocast_enabled, without_autocast
 from gptkernels.core.choice import check_impl
 from gptkernels.core.direct import direct
@@ -62,6 +67,8 @@ def register(
         traced = getattr(importlib.import_module(f"{home}.torch"), name)
 
         def implementation(impl: str) -> Callable[..., Any]:
+            if ":" in impl:
+                return _variant(implementation(plans.implementation(impl)), impl)
             return getattr(_module(home, impl), name)
 
         def run(*arguments: Any) -> Any:
@@ -71,6 +78,9 @@ def register(
             # On "meta" the op answers with its fake: an implementation might loop over a problem
             # that no machine can hold.
             if not direct(arguments) or arguments[0].is_meta:
+                # No plain string, and so not direct.
+                if not torch.compiler.is_compiling() and type(arguments[-1]) is plans.Way:
+                    return _or_torch(call, arguments)
                 # Dynamo's graph is the key to PyTorch's caches of compiled graphs. With these
                 # functions in it, and not an op's name, the caches notice that one was changed.
                 if torch.compiler.is_compiling() and arguments[-1] == "torch":
@@ -97,6 +107,31 @@ def register(
         return functools.update_wrapper(call, fake)
 
     return define
+
+
+def _or_torch(call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """The call by the way that a table chose; by impl="torch" where that raises and "torch" does
+    not: a launch that fails has written nothing that anybody sees, as all results are fresh."""
+    *given, way = arguments
+    try:
+        return call(*given, str(way))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        try:
+            found = call(*given, "torch")
+        except Exception:
+            raise error from None
+        plans.demote(way, error)
+        return found
+
+
+def _variant(function: Callable[..., Any], impl: str) -> Callable[..., Any]:
+    """The function of the implementation's variant that `impl` names."""
+    variant = plans.variant(impl)
+    if plans.implementation(impl) == "cpu":
+        return functools.partial(cpu.run_on, variant, function)
+    return functools.partial(function, **plans.keywords(variant))
 
 
 def _undisturbed(function: Callable[..., Any], given: Sequence[Any]) -> Any:

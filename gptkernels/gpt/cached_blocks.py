@@ -21,8 +21,8 @@ from gptkernels.core.direct import direct
 from gptkernels.core.few_rows import MOST_ROWS
 from gptkernels.nn.layers import MLP, CausalSelfAttention, KVCache, LayerNorm
 from gptkernels.nn.plain import is_plain
-from gptkernels.ops.attention.decode import MOST_TOKENS
 from gptkernels.ops.attention.options import MAX_HEAD_DIM, bounds, scale
+from gptkernels.ops.attention.plan import MOST_TOKENS
 
 
 def cached_blocks(

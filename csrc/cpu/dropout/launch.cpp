@@ -6,15 +6,17 @@
 namespace gk::cpu {
 
 void elementwise_keep(const ElementwiseKeep& p, int threads) {
+    const Kernels& run = kernels();
     parallel_for(p.count, worth(threads, p.count * 8), [&](int64_t first, int64_t last) {
-        kernels().elementwise_keep(p, first, last);
+        run.elementwise_keep(p, first, last);
     });
 }
 
 void attention_keep(const AttentionKeep& p, int threads) {
+    const Kernels& run = kernels();
     const int64_t rows = p.heads * p.rows;
     parallel_for(rows, worth(threads, rows * p.cols * 8), [&](int64_t first, int64_t last) {
-        kernels().attention_keep(p, first, last);
+        run.attention_keep(p, first, last);
     });
 }
 

@@ -28,9 +28,10 @@ class Widened {
 }  // namespace
 
 void layer_norm_fwd(const LayerNormFwd& p, int threads) {
+    const Kernels& run = kernels();
     const Widened weight(p.weight_dtype, p.weight, p.cols), bias(p.weight_dtype, p.bias, p.cols);
     parallel_for(p.rows, worth(threads, p.rows * p.cols * 4), [&](int64_t first, int64_t last) {
-        kernels().layer_norm_fwd(p, weight.at, bias.at, first, last);
+        run.layer_norm_fwd(p, weight.at, bias.at, first, last);
     });
 }
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.autograd import refuse_tangents
 from gptkernels.core.checks import DTYPES, check_count, check_same_device, check_shape, dtype_name
-from gptkernels.core.choice import choose
 from gptkernels.core.direct import direct
+from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
+from gptkernels.ops.attention import plan
 from gptkernels.ops.attention.cpu import decode as cpu
 from gptkernels.ops.attention.options import (
     MAX_HEAD_DIM,
@@ -24,10 +25,6 @@ from gptkernels.ops.attention.options import (
     scale,
 )
 from gptkernels.ops.attention.splits import NUM_SPLITS_LIMIT
-
-# The most new tokens for which "auto" takes the CPU kernel. With more, PyTorch's products of
-# matrices catch up, first those of bf16 on AMX and those of AVX2.
-MOST_TOKENS = 4
 
 
 # Not traceable: on a CPU the lengths are read, and elsewhere the loop depends on the sizes.
@@ -96,8 +93,9 @@ def attention_decode(
         num_splits: The most splits that the kernels make of an entry's keys. None means that the
             entry's length decides. impl="torch" makes no splits.
         return_lse: Whether to return lse as well.
-        impl: "auto", "cuda", "triton", "cpu" or "torch". On a CPU "auto" takes "cpu" for up to 4
-            new tokens, else "torch".
+        impl: "auto", "cuda", "triton", "cpu" or "torch". "auto" takes what `gptkernels tune`
+            measured to be the fastest here; without that, on a CPU, "cpu" for up to 4 new tokens,
+            else "torch".
 
     Returns:
         out (B, Tq, H, D) in q's dtype; with return_lse, (out, lse), where lse is (B, H, Tq)
@@ -111,7 +109,17 @@ def attention_decode(
         NotImplementedError: alibi_slopes requires a gradient, or an input has a tangent of
             forward-mode AD.
     """
-    if not _sound(q, k_cache, v_cache, cache_lengths, block_table):
+    signature = None
+    way: Plan | None = None
+    if impl == "auto" and not torch.compiler.is_compiling():
+        try:
+            signature, way = plan.known(
+                "attention_decode", q, k_cache, v_cache, True, softmax_scale, window, softcap,
+                alibi_slopes, 0.0, False, return_lse, cache_lengths, block_table,
+            )  # fmt: skip
+        except (AttributeError, TypeError):  # something of another kind, which the checks name
+            signature = None
+    if way is None and not _sound(q, k_cache, v_cache, cache_lengths, block_table):
         _check(q, k_cache, v_cache, cache_lengths, block_table)
     # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
     if q.is_cpu and not torch.compiler.is_compiling():
@@ -125,10 +133,14 @@ def attention_decode(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
         raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
     refuse_tangents(q, k_cache, v_cache)
+    if way is None:
+        Tmax = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+        way = plan.of(
+            "attention_decode", signature, (q, k_cache, v_cache), (q.shape[1], Tmax, q.shape[0]),
+            options, False, return_lse, impl, block_table is not None,
+        )  # fmt: skip
+    impl = way.forward
     dtype = autocast_dtype(q)
-    asked, impl = impl, choose(impl, q, dtype)
-    if asked == "auto" and impl == "cpu" and q.shape[1] > MOST_TOKENS:
-        impl = "torch"
     if dtype != q.dtype:
         q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
     tensors = (q, k_cache, v_cache, block_table)

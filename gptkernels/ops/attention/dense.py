@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.core import philox
+from gptkernels.core import philox, plans
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.autograd import apply, once_differentiable
 from gptkernels.core.checks import (
@@ -19,8 +19,9 @@ from gptkernels.core.checks import (
     check_tensor,
     dtype_name,
 )
-from gptkernels.core.choice import choose
+from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
+from gptkernels.ops.attention import plan, whole
 from gptkernels.ops.attention.options import (
     MAX_HEAD_DIM,
     AttentionOptions,
@@ -79,20 +80,25 @@ class _Attention(torch.autograd.Function):
         deterministic: bool,
         return_lse: bool,
         impl: str,
+        backward_impl: str,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *fields: Any,
     ) -> tuple[Tensor, Tensor]:
         options = AttentionOptions(*fields)
+        impl, options = _with_backend(impl, options)
         # The backward pass runs the backend of the forward pass, whatever the flags of
         # torch.backends.cuda are by then. torch.compile cannot trace the question: both passes ask.
         if impl == "torch" and not torch.compiler.is_compiling():
             options = options._replace(backend=fused_backend(q, k, v, options))
         out, lse = attention_fwd(q, k, v, *options, impl)
         ctx.save_for_backward(q, k, v, out, lse, *options.tensors)
+        if impl != "torch":
+            options = options._replace(backend=-1)
+        ctx.impl, options = _with_backend(backward_impl, options)
         ctx.numbers = options.numbers
-        ctx.deterministic, ctx.return_lse, ctx.impl = deterministic, return_lse, impl
+        ctx.deterministic, ctx.return_lse = deterministic, return_lse
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -117,7 +123,18 @@ class _Attention(torch.autograd.Function):
         return tuple(found[name] if wanted else None for name, wanted in needed.items())
 
 
-_INPUTS = ("deterministic", "return_lse", "impl", "q", "k", "v", *AttentionOptions._fields)
+def _with_backend(impl: str, options: AttentionOptions) -> tuple[str, AttentionOptions]:
+    """An implementation, and the options with the backend of SDPA that a variant of impl="torch"
+    names."""
+    if not impl.startswith("torch:"):
+        return impl, options
+    return "torch", options._replace(**plans.keywords(plans.variant(impl)))
+
+
+_INPUTS = (
+    "deterministic", "return_lse", "impl", "backward_impl", "q", "k", "v",
+    *AttentionOptions._fields,
+)  # fmt: skip
 _DIFFERENTIABLE = ("q", "k", "v", "attn_mask")
 
 
@@ -181,8 +198,9 @@ def attention(
             kernels always have the same bits, and so have those of the CUDA C++ kernels in
             float32. In 16 bits the CUDA C++ kernels sum dq with atomics unless `deterministic`.
         return_lse: Whether to return lse as well.
-        impl: "auto", "torch", "triton", "cuda" or "cpu". On a CPU "auto" takes "cpu", but for
-            float32 where every query sees every key and no other option is used.
+        impl: "auto", "torch", "triton", "cuda" or "cpu". "auto" takes what `gptkernels tune`
+            measured to be the fastest here; without that, on a CPU, "cpu", but for float32 where
+            every query sees every key and no other option is used.
 
     Returns:
         out (B, Tq, H, D) in q's dtype; with return_lse, (out, lse), where lse = log sum_j exp(s) is
@@ -199,7 +217,24 @@ def attention(
     and keys that see them. With impl="torch" PyTorch's own ops may spread them further, but never
     from keys past a length.
     """
-    _check(q, k, v, key_lengths, attn_mask)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    signature, way = None, None
+    if impl == "auto" and not torch.compiler.is_compiling():
+        try:
+            given = (causal, softmax_scale, window, softcap, alibi_slopes, dropout_p)
+            others = () if key_lengths is attn_mask is None else (key_lengths, attn_mask)
+            signature, way = plan.known(
+                "attention", q, k, v, *given, bool(deterministic), return_lse, *others
+            )
+        except (AttributeError, TypeError):  # something of another kind, which the checks name
+            signature = None
+    if way is None:
+        _check(q, k, v, key_lengths, attn_mask)
+    elif way.whole is not None:
+        return whole.run(way.whole, q, k, v, causal, softmax_scale)
+    elif key_lengths is not None:
+        _check_length_values(key_lengths, k.shape[1])
     options = AttentionOptions(
         softmax_scale=scale(softmax_scale, q),
         softcap=softcap,
@@ -215,7 +250,15 @@ def attention(
             )
         if impl == "auto" and q.device.type != "cpu":
             impl = "torch"
-    out, lse = attend(q, k, v, options, deterministic, return_lse, impl)
+    if way is None:
+        sizes = (q.shape[1], k.shape[1], q.shape[0])
+        way = plan.of(
+            "attention", signature, (q, k, v), sizes, options, bool(deterministic), return_lse,
+            impl,
+        )  # fmt: skip
+        if way.whole is not None:
+            return whole.run(way.whole, q, k, v, causal, softmax_scale)
+    out, lse = attend(q, k, v, options, deterministic, return_lse, way)
     return (out, lse) if return_lse else out
 
 
@@ -224,23 +267,19 @@ def attend(
     k: Tensor,
     v: Tensor,
     options: AttentionOptions,
-    deterministic: bool | None,
+    deterministic: bool,
     return_lse: bool,
-    impl: str,
+    way: Plan,
 ) -> tuple[Tensor, Tensor]:
     """Returns the differentiable (out, lse) of a batch or of packed sequences, in autocast's
-    dtype. Chooses the implementation, and draws dropout's seed."""
+    dtype, by the implementations of a plan. Draws dropout's seed."""
     dtype = autocast_dtype(q)
-    asked, impl = impl, choose(impl, q, dtype)
-    if asked == "auto" and impl == "cpu" and dtype == torch.float32 and options.everything:
-        impl = "torch"  # where it was measured to be faster
     if options.dropout_p > 0:
         options = options._replace(rng=philox.draw(q.device))
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
     if q.dtype != dtype:  # a conversion that does nothing takes longer than the question
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    return apply(_Attention, bool(deterministic), bool(return_lse), impl, q, k, v, *options)
+    numbers = (bool(deterministic), bool(return_lse), way.forward, way.backward)
+    return apply(_Attention, *numbers, q, k, v, *options)
 
 
 def _check(
@@ -290,6 +329,10 @@ def _check_key_lengths(key_lengths: Tensor, q: Tensor, Tk: int) -> None:
         raise TypeError(f"key_lengths must be int32, got {dtype_name(key_lengths.dtype)}")
     check_shape("key_lengths", key_lengths, (q.shape[0],), "one length per batch entry of q")
     check_same_device("key_lengths", key_lengths, "q", q)
+    _check_length_values(key_lengths, Tk)
+
+
+def _check_length_values(key_lengths: Tensor, Tk: int) -> None:
     # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
     if (
         key_lengths.device.type == "cpu"

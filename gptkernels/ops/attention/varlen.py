@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_same_device, check_shape, dtype_name
+from gptkernels.core.plans import Plan
+from gptkernels.ops.attention import plan
 from gptkernels.ops.attention.dense import attend
 from gptkernels.ops.attention.options import (
     AttentionOptions,
@@ -56,7 +59,7 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: Length of the longest sequence, or any larger number.
         causal, softmax_scale, window, softcap, alibi_slopes, dropout_p, deterministic, return_lse:
             As for `gptkernels.attention`.
-        impl: "auto", "torch", "triton", "cuda" or "cpu".
+        impl: As for `gptkernels.attention`.
 
     Returns:
         out (total_q, H, D) in q's dtype; with return_lse, (out, lse), where lse is (H, total_q)
@@ -80,7 +83,24 @@ def attention_varlen(
         cu_seqlens_k=cu_seqlens_k,
     )
     options = complete(options, q, causal=causal, window=window, alibi_slopes=alibi_slopes)
-    out, lse = attend(q[None], k[None], v[None], options, deterministic, return_lse, impl)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    signature = None
+    way: Plan | None = None
+    if impl == "auto" and not torch.compiler.is_compiling():
+        with contextlib.suppress(TypeError):  # a list as the window has no hash
+            signature, way = plan.known(
+                "attention_varlen", q, k, v, causal, softmax_scale, window, softcap, alibi_slopes,
+                dropout_p, bool(deterministic), return_lse, cu_seqlens_q.shape, max_seqlen_q,
+                max_seqlen_k,
+            )  # fmt: skip
+    if way is None:
+        sizes = (max_seqlen_q, max_seqlen_k, cu_seqlens_q.shape[0] - 1)
+        way = plan.of(
+            "attention_varlen", signature, (q, k, v), sizes, options, bool(deterministic),
+            return_lse, impl,
+        )  # fmt: skip
+    out, lse = attend(q[None], k[None], v[None], options, deterministic, return_lse, way)
     out, lse = out.squeeze(0), lse.squeeze(0)  # whose backward is a view, unlike that of out[0]
     return (out, lse) if return_lse else out
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptkernels.core import plans
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.autograd import apply, once_differentiable, requires_grad
 from gptkernels.core.checks import (
@@ -19,7 +20,14 @@ from gptkernels.core.checks import (
     check_unit_last_stride,
 )
 from gptkernels.core.choice import choose
+from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
+from gptkernels.ops.gelu_mlp import plan, whole
+
+# x, w1, b1, w2 and b2.
+_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+# Those that take the transposed view of a contiguous weight; the others get a copy.
+_READ_TRANSPOSED = ("torch", "cpu")
 
 
 @register("gptkernels.ops.gelu_mlp")
@@ -84,10 +92,11 @@ class _GeluMLP(torch.autograd.Function):
         approximate: str,
         keep_h: bool,
         impl: str,
+        backward_impl: str,
     ) -> Tensor:
         y, h = gelu_mlp_fwd(x, w1, b1, w2, b2, approximate, keep_h, impl)
         ctx.save_for_backward(x, w1, b1, w2, h if keep_h else None)
-        ctx.options = (approximate, impl)
+        ctx.options = (approximate, backward_impl)
         return y
 
     @staticmethod
@@ -100,7 +109,7 @@ class _GeluMLP(torch.autograd.Function):
         wanted = (
             gradient if want else None for gradient, want in zip(gradients, grad_mask, strict=True)
         )
-        return (*wanted, None, None, None)
+        return (*wanted, None, None, None, None)
 
 
 def gelu_mlp(
@@ -132,7 +141,8 @@ def gelu_mlp(
         approximate: "tanh" or "none", as in nn.GELU.
         recompute: Whether the backward pass recomputes the pre-activation x w1^T + b1, which is
             (..., F), instead of keeping it in memory. The activation is always recomputed.
-        impl: "auto", "torch", "triton", "cuda" or "cpu".
+        impl: "auto", "torch", "triton", "cuda" or "cpu". "auto" takes what `gptkernels tune`
+            measured to be the fastest here.
 
     Returns:
         y with x's shape and dtype. Under autocast the inputs are first converted to autocast's
@@ -145,9 +155,10 @@ def gelu_mlp(
 
     Differentiable once in x, w1, b1, w2 and b2; gradients have the same bits on every run.
     """
-    if not _sound(x, w1, b1, w2, b2, approximate):
-        _check(x, w1, b1, w2, b2, approximate)
     tensors = (x, w1, b1, w2, b2)
+    way = _plan(tensors, approximate, recompute, impl)
+    if way.whole is not None:
+        return whole.run(way.whole, *tensors, approximate)
     dtype = autocast_dtype(x)
     rows = x
     if x.dim() != 2:
@@ -156,12 +167,38 @@ def gelu_mlp(
         rows, w1, w2 = rows.to(dtype), w1.to(dtype), w2.to(dtype)
         b1 = None if b1 is None else b1.to(dtype)
         b2 = None if b2 is None else b2.to(dtype)
-    impl = choose(impl, rows)
-    if impl in ("triton", "cuda"):
+    if not way.forward.startswith(_READ_TRANSPOSED) or not way.backward.startswith(
+        _READ_TRANSPOSED
+    ):
         w1, w2 = (w.contiguous() if _transposed(w) else w for w in (w1, w2))
     keep_h = not recompute and requires_grad(tensors)
-    y = apply(_GeluMLP, rows, w1, b1, w2, b2, approximate, keep_h, impl)
+    y = apply(_GeluMLP, rows, w1, b1, w2, b2, approximate, keep_h, way.forward, way.backward)
     return y if x.dim() == 2 else y.view(x.shape)
+
+
+def _plan(tensors: _Tensors, approximate: str, recompute: bool, impl: str) -> Plan:
+    """Checks the arguments, and returns what runs the call. One with the signature of an earlier
+    call need not be checked again."""
+    if impl != "auto" or torch.compiler.is_compiling():
+        if not _sound(*tensors, approximate):
+            _check(*tensors, approximate)
+        x = tensors[0]
+        dtype = autocast_dtype(x)
+        if impl == "auto":
+            training = requires_grad(tensors)
+            chosen = plans.compiled("gelu_mlp", training, dtype, x.device.type)
+        else:
+            chosen = choose(impl, x, dtype)
+        return Plan(chosen, chosen)
+    try:
+        signature, found = plan.known(*tensors, approximate, recompute)
+    except (AttributeError, TypeError):  # something of another kind, which the checks name
+        signature, found = None, None
+    if found is not None:
+        return found
+    if not _sound(*tensors, approximate):
+        _check(*tensors, approximate)
+    return plan.new(signature, *tensors, approximate, recompute)
 
 
 def _transposed(w: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.core import philox
+from gptkernels.core import philox, plans
 from gptkernels.core.autograd import apply, once_differentiable, requires_grad
 from gptkernels.core.checks import (
     DTYPES,
@@ -21,8 +21,9 @@ from gptkernels.core.checks import (
 )
 from gptkernels.core.choice import choose
 from gptkernels.core.direct import direct
+from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
-from gptkernels.ops.layer_norm import cpu
+from gptkernels.ops.layer_norm import cpu, plan, whole
 from gptkernels.ops.layer_norm.outputs import bwd_outputs, fwd_outputs
 
 
@@ -82,12 +83,13 @@ class _LayerNorm(torch.autograd.Function):
         eps: float,
         sum_dtype: torch.dtype | None,
         impl: str,
+        backward_impl: str,
     ) -> tuple[Tensor, Tensor]:
         y, s, mean, rstd = layer_norm_fwd(
             x, weight, bias, residual, rng, dropout_p, eps, sum_dtype, impl
         )
         ctx.save_for_backward(x if sum_dtype is None else s, mean, rstd, weight, rng)
-        ctx.dropout_p, ctx.x_dtype, ctx.impl = dropout_p, x.dtype, impl
+        ctx.dropout_p, ctx.x_dtype, ctx.impl = dropout_p, x.dtype, backward_impl
         # The residual's gradient differs from x's only with dropout or another dtype.
         ctx.residual_dtype = None
         if residual is not None and (dropout_p > 0 or residual.dtype != x.dtype):
@@ -118,7 +120,7 @@ class _LayerNorm(torch.autograd.Function):
             dweight if need_weight else None,
             dbias if need_bias else None,
             dresidual if need_residual else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -154,7 +156,8 @@ def layer_norm(
         prenorm: Whether to return s as well, the residual stream of a pre-norm block.
         residual_in_fp32: Whether to keep s in float32. s is float32 also where residual is;
             otherwise s has x's dtype.
-        impl: "auto", "torch", "triton", "cuda" or "cpu".
+        impl: "auto", "torch", "triton", "cuda" or "cpu". "auto" takes what `gptkernels tune`
+            measured to be the fastest here.
 
     Returns:
         y with x's shape and dtype; with prenorm, (y, s). Where s would equal x, x itself is
@@ -167,12 +170,13 @@ def layer_norm(
 
     Differentiable once in x, weight, bias and residual; gradients have the same bits on every run.
     """
-    if not _sound(x, weight, bias, residual, dropout_p, eps):
-        _check(x, weight, bias, residual, dropout_p, eps)
+    way = _plan(x, weight, bias, residual, dropout_p, eps, prenorm, residual_in_fp32, impl)
+    if way.whole is not None:
+        y, s = whole.run(way.whole, x, weight, bias, residual, eps)
+        return (y, s) if prenorm else y
     if weight is None:
         dtype = x.dtype if bias is None else bias.dtype
         weight = torch.ones(x.shape[-1], dtype=dtype, device=x.device)
-    impl = choose(impl, x)
     rng = philox.draw(x.device) if dropout_p > 0 else None
     dtype = x.dtype
     if residual_in_fp32 or (residual is not None and residual.dtype == torch.float32):
@@ -180,13 +184,48 @@ def layer_norm(
     is_x = residual is None and dropout_p == 0 and dtype == x.dtype
     sum_dtype = None if is_x else dtype
     tensors = (x, weight, bias, residual)
-    if impl == "cpu" and x.is_contiguous() and not requires_grad(tensors) and direct(tensors):
+    fused = way.forward == "cpu" and x.is_contiguous()
+    if fused and not requires_grad(tensors) and direct(tensors):
         y, s = cpu.without_statistics(*tensors, rng, dropout_p, eps, sum_dtype, prenorm)
     else:
-        y, s = apply(_LayerNorm, *tensors, rng, float(dropout_p), float(eps), sum_dtype, impl)
+        numbers = (float(dropout_p), float(eps), sum_dtype)
+        y, s = apply(_LayerNorm, *tensors, rng, *numbers, way.forward, way.backward)
     if not prenorm:
         return y
     return y, x if is_x else s
+
+
+def _plan(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    prenorm: bool,
+    residual_in_fp32: bool,
+    impl: str,
+) -> Plan:
+    """Checks the arguments, and returns what runs the call. One with the signature of an earlier
+    call need not be checked again."""
+    given = (x, weight, bias, residual, dropout_p)
+    if impl != "auto" or torch.compiler.is_compiling():
+        if not _sound(*given, eps):
+            _check(*given, eps)
+        if impl == "auto":
+            training = requires_grad(given)
+            chosen = plans.compiled("layer_norm", training, x.dtype, x.device.type)
+        else:
+            chosen = choose(impl, x)
+        return Plan(chosen, chosen)
+    try:
+        signature, found = plan.known(*given, eps, prenorm, residual_in_fp32)
+    except (AttributeError, TypeError):  # something of another kind, which the checks name
+        signature, found = None, None
+    if found is not None:
+        return found
+    _check(*given, eps)
+    return plan.new(signature, *given, prenorm, residual_in_fp32)
 
 
 def _sound(

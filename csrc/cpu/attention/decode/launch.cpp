@@ -108,6 +108,7 @@ Work work_of(const AttentionDecode& p, int threads) {
 }  // namespace
 
 void attention_decode(const AttentionDecode& p, int threads) {
+    const Kernels& run = kernels();
     const Work work = work_of(p, threads);
     const int useful = worth(threads, work.moved * static_cast<int64_t>(bytes_of(p.dtype)));
     // Before the threads start: one of them could not pass an exception on.
@@ -121,14 +122,13 @@ void attention_decode(const AttentionDecode& p, int threads) {
         };
         const int64_t begin = index(first), count = index(last) - begin;
         if (count == 0) return;
-        kernels().attention_decode(p, work.items.data() + begin, count,
-                                   scratch.get() + size * next++);
+        run.attention_decode(p, work.items.data() + begin, count,
+                             scratch.get() + size * next++);
     });
     if (work.splits.empty()) return;
     parallel_for(static_cast<int64_t>(work.splits.size()), worth(threads, work.partial * 4),
                  [&](int64_t first, int64_t last) {
-                     kernels().attention_decode_combine(p, work.splits.data() + first,
-                                                        last - first);
+                     run.attention_decode_combine(p, work.splits.data() + first, last - first);
                  });
 }
 

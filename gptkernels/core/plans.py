@@ -1,0 +1,271 @@
+"""What runs a call of impl="auto": a plan, looked up once for all calls with the same shapes,
+dtypes and options. A lookup never measures.
+
+An op asks with a signature, all that its plan could depend on; most calls find their plan in
+`known`. For a new signature the op says the call's class, its sizes and its static plan, which
+holds where nothing was measured; the tables decide (core/tuned.py, core/tuned_files.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Hashable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from gptkernels.core import cpu, tuned_files
+from gptkernels.core.checks import dtype_name
+from gptkernels.core.tuned import (
+    COMPILED,
+    EAGER,
+    EXTERNAL,
+    FORWARD,
+    PYTORCH,
+    TRAINING,
+    Entry,
+    Key,
+    Table,
+)
+from gptkernels.core.tuned import position as position_of
+
+
+class Plan(NamedTuple):
+    """What runs a call: `whole`, a function that is no implementation of ours, or else an
+    implementation for each direction."""
+
+    forward: str
+    backward: str
+    whole: str | None = None
+
+
+TORCH = Plan("torch", "torch")
+
+
+class Way(str):
+    """An implementation that a table chose. Where its launch fails, PyTorch runs the call, and all
+    later ones of its class (`core.registry`)."""
+
+    key: Key
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an op says of a call with a new signature.
+
+    sizes: axis -> its size, for the class and for the position in it.
+    static: the plan where nothing was measured.
+    """
+
+    op: str
+    training: bool
+    facts: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    static: Plan
+
+    @property
+    def key(self) -> Key:
+        """Its class, in eager mode."""
+        direction = TRAINING if self.training else FORWARD
+        return Key.of(self.op, direction, EAGER, self.facts, self.sizes)
+
+
+Choices = Mapping[str, Plan]
+
+# Signature -> plan. It is emptied where anything that plans depend on changes.
+known: dict[Hashable, Plan] = {}
+_MOST_KNOWN = 1 << 14
+# The plans of an engine, by op: in its context the tables are not asked.
+fixed: ContextVar[Choices | None] = ContextVar("fixed", default=None)
+
+_tables: dict[str, Table] = {}
+_demoted: set[Key] = set()
+_recordings: list[list[Call]] = []
+
+
+def new(signature: Hashable, call: Call) -> Plan:
+    """The plan of a call whose signature is not in `known`; a signature of None is not kept."""
+    chosen = fixed.get()
+    if chosen is not None:
+        return chosen.get(call.op, call.static)
+    for recording in _recordings:
+        recording.append(call)
+    plan = _of(call)
+    if signature is not None:
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[signature] = plan
+    return plan
+
+
+def compiled(op: str, training: bool, dtype: torch.dtype, device_type: str) -> str:
+    """The implementation inside a graph of torch.compile: what wins in all classes that were
+    measured of the op in this dtype, so that the graph asks nothing about sizes; else "torch",
+    which Inductor fuses with what is around it."""
+    if os.environ.get("GPTKERNELS_IMPL"):
+        return "torch"
+    direction, name = TRAINING if training else FORWARD, dtype_name(dtype)
+    way = table(device_type).unanimous(op, direction, COMPILED, {"dtype": name})
+    if way is None or not _is_ours(way) or unavailable(way, device_type) is not None:
+        return "torch"
+    return way
+
+
+# torch.compile takes the answer as a constant.
+compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def explained(call: Call, device_type: str) -> tuple[Plan, Entry | None]:
+    """The plan of a call, and the entry of the table that it is of, if one is."""
+    entry = table(device_type).get(call.key)
+    return _of(call), entry
+
+
+def table(device_type: str) -> Table:
+    """The table of a device, read when it is first wanted."""
+    found = _tables.get(device_type)
+    if found is None:
+        found = _tables[device_type] = tuned_files.load(device_type)
+    return found
+
+
+def use(device_type: str, found: Table | None) -> None:
+    """From now on plans are of this table; None: read the files again."""
+    if found is None:
+        _tables.pop(device_type, None)
+    else:
+        _tables[device_type] = found
+    _demoted.clear()
+    known.clear()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Call]]:
+    """A list to which each call that is new in this context is added, of any thread. What they
+    compute does not change."""
+    calls: list[Call] = []
+    _recordings.append(calls)
+    known.clear()
+    try:
+        yield calls
+    finally:
+        _recordings.remove(calls)
+
+
+@contextlib.contextmanager
+def only(choices: Choices) -> Iterator[None]:
+    """In this context, of this thread, an op has the plan that is named here, else its static one,
+    whatever the sizes are."""
+    token = fixed.set(choices)
+    try:
+        yield
+    finally:
+        fixed.reset(token)
+
+
+def demote(way: Way, error: Exception) -> None:
+    """From now on, calls of the way's class run by PyTorch."""
+    if way.key in _demoted:
+        return
+    _demoted.add(way.key)
+    known.clear()
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    warnings.warn(
+        f"{way} was measured to be the fastest for {way.key}, but cannot run now ({said[0]}): "
+        "PyTorch runs such calls in this process; gptkernels tune measures again",
+        stacklevel=4,
+    )
+
+
+def implementation(way: str) -> str:
+    """The implementation that a way is of, such as "cpu" of "cpu:v3"."""
+    return way.partition(":")[0]
+
+
+def variant(way: str) -> str:
+    """What follows the colon in a way; "" where nothing does."""
+    return way.partition(":")[2]
+
+
+def keywords(text: str) -> dict[str, Any]:
+    """The keywords that a variant stands for: "tile=128x64x8x3,build=2" is {"tile": (128, 64, 8,
+    3), "build": 2}."""
+    found: dict[str, Any] = {}
+    for pair in text.split(","):
+        name, _, value = pair.partition("=")
+        numbers = tuple(map(int, value.split("x")))
+        found[name] = numbers if len(numbers) > 1 else numbers[0]
+    return found
+
+
+def unavailable(way: str, device_type: str) -> str | None:
+    """Why a way that a table names cannot be taken here; None where it can."""
+    if way == PYTORCH:
+        return None
+    if way.startswith(EXTERNAL):
+        return _external_missing(way)
+    for part in way.split("+"):
+        reason = _unavailable(part, device_type)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _unavailable(way: str, device_type: str) -> str | None:
+    from gptkernels.core import choice
+
+    name, isa = implementation(way), variant(way)
+    if name not in choice.IMPLEMENTATIONS:
+        return f"there is no implementation {name!r}"
+    reason = choice.unavailable(name, device_type, torch.float32)
+    if reason is None and name == "cpu" and isa and isa not in cpu.instruction_sets():
+        return f"this CPU, or this build, has no {isa}"
+    return reason
+
+
+@functools.cache
+def _external_missing(way: str) -> str | None:
+    from gptkernels.core import externals
+
+    return externals.missing(way.removeprefix(EXTERNAL))
+
+
+def _of(call: Call) -> Plan:
+    device_type = str(call.facts["device"])
+    if os.environ.get("GPTKERNELS_IMPL"):
+        return call.static
+    key = call.key
+    entry = table(device_type).get(key)
+    if entry is None:
+        return call.static
+    if key in _demoted:
+        return TORCH
+    way = entry.way(position_of(call.sizes.values()))
+    if unavailable(way, device_type) is not None:
+        return call.static
+    return of_way(way, key)
+
+
+def of_way(way: str, key: Key | None = None) -> Plan:
+    """The plan that a way stands for; with a key, the implementations are of a table."""
+    if not _is_ours(way):
+        return Plan("torch", "torch", way)
+    forward, _, backward = way.partition("+")
+    return Plan(_chosen(forward, key), _chosen(backward or forward, key))
+
+
+def _chosen(name: str, key: Key | None) -> str:
+    if key is None or implementation(name) == "torch":
+        return name
+    way = Way(name)
+    way.key = key
+    return way
+
+
+def _is_ours(way: str) -> bool:
+    return way != PYTORCH and not way.startswith(EXTERNAL)

@@ -1,0 +1,162 @@
+"""Tables in files: the user's, one for each machine and version of what runs on it, and those that
+ship with the package.
+
+A file has JSON lines: the first says what machine and software it is of (`fingerprint`), each
+further one is an entry. A line that is cut or of another form is left out, and a file of a newer
+form or of another machine as a whole, each with one warning: all can be measured again. A file is
+written whole, beside the old one and then in its place, by one process at a time; so readers need
+no lock, and a process that is killed loses its own new entries at most.
+
+    GPTKERNELS_TUNE=off        no table at all; "cached", the default, takes what is there
+    GPTKERNELS_TUNED_FILE=F    the user's table is in F
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from gptkernels.core import cpu
+from gptkernels.core.files import replacing
+from gptkernels.core.lock import alone_in
+from gptkernels.core.machine import cache_folder, cpu_model, cpu_name
+from gptkernels.core.tuned import Entry, Table
+
+FORMAT = 1
+# How long another process may write the same file: that takes milliseconds.
+_PATIENCE_S = 30.0
+_PACKAGE = Path(__file__).resolve().parent.parent
+_SHIPPED = _PACKAGE / "core" / "tables"
+# Of a machine, what a shipped table must share with it: the software may be newer.
+_SHARED = ("device", "name", "model", "isa")
+
+
+def switched_on() -> bool:
+    """Whether tables are used. Raises ValueError for a GPTKERNELS_TUNE that it cannot be."""
+    mode = os.environ.get("GPTKERNELS_TUNE", "") or "cached"
+    if mode not in ("off", "cached"):
+        raise ValueError(f"GPTKERNELS_TUNE must be 'off' or 'cached', got {mode!r}")
+    return mode == "cached"
+
+
+@functools.cache
+def fingerprint(device_type: str, index: int = 0) -> dict[str, str]:
+    """What times on a device depend on, besides the load."""
+    found = {"device": device_type, "torch": torch.__version__, "kernels": kernels_hash()}
+    if device_type == "cuda":
+        import triton
+
+        major, minor = torch.cuda.get_device_capability(index)
+        return found | {
+            "name": torch.cuda.get_device_name(index),
+            "model": f"{major}.{minor}",
+            "isa": f"sm{major}{minor}",
+            "driver": str(torch._C._cuda_getDriverVersion()),  # type: ignore[attr-defined]
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "triton": triton.__version__,
+        }
+    missing = cpu.unavailable("cpu")
+    return found | {
+        "name": cpu_name(),
+        "model": cpu_model(),
+        "isa": torch.backends.cpu.get_cpu_capability() if missing else cpu.instruction_set(),
+        "blas": _blas(),
+    }
+
+
+def _blas() -> str:
+    """The libraries of products that PyTorch was built with."""
+    lines = [line.strip(" -") for line in torch.__config__.show().splitlines()]
+    return ", ".join(line for line in lines if "Math Kernel Library" in line or "MKL-DNN" in line)
+
+
+@functools.cache
+def kernels_hash() -> str:
+    """Of everything that computes: the compiled modules, and the sources in Python."""
+    digest = hashlib.sha256()
+    modules = [*_PACKAGE.glob("_cpu*"), *_PACKAGE.glob("_cuda*")]
+    for path in sorted([*modules, *(_PACKAGE / "ops").rglob("*.py")]):
+        digest.update(f"{path.relative_to(_PACKAGE)}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def path_of(device_type: str) -> Path:
+    """The user's file for this machine. Raises RuntimeError where there is no home."""
+    named = os.environ.get("GPTKERNELS_TUNED_FILE")
+    if named:
+        return Path(named)
+    text = json.dumps(fingerprint(device_type), sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return cache_folder() / "tuned" / f"{device_type}-{name}.jsonl"
+
+
+def load(device_type: str) -> Table:
+    """All that is known here of a device: what ships, and over it what the user's file has."""
+    if not switched_on():
+        return Table()
+    entries: list[Entry] = []
+    here = fingerprint(device_type)
+    for path in sorted(_SHIPPED.glob("*.jsonl")):
+        found, _ = _read(path, {name: here[name] for name in _SHARED})
+        entries += found
+    try:
+        path = path_of(device_type)
+    except RuntimeError:  # no home
+        return Table(entries)
+    found, trouble = _read(path, here)
+    if trouble:
+        warnings.warn(f"{path}: {trouble}; gptkernels tune measures again", stacklevel=2)
+    return Table([*entries, *found])
+
+
+def save(device_type: str, entries: Iterable[Entry]) -> Path:
+    """Adds entries to the user's file, in the place of those of the same classes, and returns its
+    path. Raises OSError, or ValueError where another process has it for long, and leaves the file
+    as it was."""
+    path = path_of(device_type)
+    here = fingerprint(device_type)
+    with alone_in("the table", path.parent, patience_s=_PATIENCE_S):
+        there, _ = _read(path, here)
+        table = Table([*there, *entries])
+        lines = [{"gptkernels": "tuned", "format": FORMAT, "fingerprint": here}]
+        lines += [entry.as_dict() for entry in table.entries.values()]
+        with replacing(path, durable=True) as temporary:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _read(path: Path, wanted: Mapping[str, str]) -> tuple[list[Entry], str]:
+    """The entries of a file for a machine with these facts, and what is wrong with it, if
+    anything."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return [], ""
+    except OSError as error:
+        return [], f"the table cannot be read ({error.strerror})"
+    try:
+        head = json.loads(lines[0])
+        version, machine = int(head["format"]), dict(head["fingerprint"])
+    except (IndexError, ValueError, KeyError, TypeError):
+        return [], "it is no table of gptkernels, and is left out"
+    if version != FORMAT:
+        return [], f"the table has format {version}, this version reads {FORMAT}, it is left out"
+    if any(machine.get(name) != value for name, value in wanted.items()):
+        return [], "the table is of another machine or another software, and is left out"
+    entries, foreign = [], 0
+    for line in lines[1:]:
+        try:
+            entries.append(Entry.from_dict(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            foreign += 1
+    return entries, f"{foreign} damaged lines of the table are left out" if foreign else ""

@@ -1,0 +1,42 @@
+"""Attention by functions that are no implementation of ours: they bring their own autograd, and
+compute a call with and without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptkernels.core.tuned import PYTORCH
+
+
+def pytorch(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None) -> Tensor:
+    """out (B, Tq, H, D) of q (B, Tq, H, D), k and v (B, Tk, Hk, D), by PyTorch's own function."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal,
+        scale=softmax_scale, enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous()
+
+
+WHOLE = {PYTORCH: pytorch}
+# What PyTorch's function has no argument for, or another meaning.
+_LACKING = ("converted", "softcap", "alibi", "lengths", "dropout", "lse", "deterministic")
+
+
+def takes(facts: Mapping[str, Any]) -> list[str]:
+    """Those that have all that a class of calls of `attention` asks for."""
+    bounded = facts["left"] >= 0 or facts["right"] > 0
+    if any(facts[name] for name in _LACKING) or facts["mask"] != "none" or bounded:
+        return []
+    # SDPA counts a causal mask's positions from the first query, ours from the last.
+    return [PYTORCH] if facts["square"] or not facts["causal"] else []
+
+
+def run(
+    name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None
+) -> Tensor:
+    """out of the call by the function of this name."""
+    return WHOLE[name](q, k, v, causal, softmax_scale)

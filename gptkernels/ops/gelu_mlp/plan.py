@@ -1,0 +1,104 @@
+"""Which plan runs a call of `gelu_mlp` with impl="auto"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gptkernels.core import plans
+from gptkernels.core.autocast import autocast_dtype
+from gptkernels.core.autograd import requires_grad
+from gptkernels.core.checks import DTYPES, dtype_name
+from gptkernels.core.choice import automatic
+from gptkernels.core.plans import Call, Plan
+
+_PLAIN_TYPES = (Tensor, Parameter)
+# With more rows the work only repeats.
+_MOST_ROWS = {"cpu": 1 << 11, "cuda": 1 << 16}
+
+
+def known(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str,
+    recompute: bool,
+) -> tuple[Any, Plan | None]:
+    """The signature of a call, and its plan where one with the same signature was checked before.
+    A signature holds all that `op._check` looks at. Raises AttributeError for what is no tensor,
+    and TypeError for what cannot be hashed."""
+    tensors = (x, w1, b1, w2, b2)
+    signature = (
+        "gelu_mlp",
+        *((type(t), t.shape, t.dtype, t.device) if t is not None else None for t in tensors),
+        x.is_contiguous(),
+        w1.is_contiguous(),
+        w2.is_contiguous(),
+        approximate,
+        recompute,
+        requires_grad(tensors),
+        autocast_dtype(x),
+        torch.get_num_threads(),
+    )
+    # What is not contiguous may have any strides: it is checked each time.
+    usual = signature[6] and signature[7] and signature[8]
+    if plans.fixed.get() is not None or not usual:
+        return signature, None
+    return signature, plans.known.get(signature)
+
+
+def new(
+    signature: Any,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str,
+    recompute: bool,
+) -> Plan:
+    """The plan of a call that was checked, for all that have its signature."""
+    call = described(x, w1, b1, w2, b2, approximate, recompute)
+    tensors = (x, w1, b1, w2, b2)
+    plannable = all(
+        t is None or (type(t) in _PLAIN_TYPES and t.numel() > 0 and t.dtype in DTYPES)
+        for t in tensors
+    )
+    return plans.new(signature, call) if plannable else call.static
+
+
+def described(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str,
+    recompute: bool,
+) -> Call:
+    """The call's class and static plan."""
+    device, dtype = x.device.type, autocast_dtype(x)
+    tensors = (x, w1, b1, w2, b2)
+    facts = {
+        "device": device,
+        "threads": torch.get_num_threads() if device == "cpu" else 0,
+        "dtype": dtype_name(dtype),
+        "converted": any(t is not None and t.dtype != dtype for t in tensors),
+        "b1": b1 is not None,
+        "b2": b2 is not None,
+        "C": w1.shape[1],
+        "F": w1.shape[0],
+        "approximate": approximate,
+        "recompute": recompute,
+        "transposed": not (w1.is_contiguous() and w2.is_contiguous()),
+        "layout": "contiguous" if x.is_contiguous() else "strided",
+    }
+    rows = min(max(1, x.numel() // max(1, x.shape[-1])), _MOST_ROWS.get(device, 1 << 16))
+    chosen = automatic(device)
+    training = requires_grad(tensors)
+    return Call("gelu_mlp", training, facts, {"rows": rows}, Plan(chosen, chosen))

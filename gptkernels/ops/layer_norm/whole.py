@@ -1,0 +1,45 @@
+"""LayerNorm by functions that are no implementation of ours: they bring their own autograd, and
+compute a call with and without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptkernels.core.tuned import PYTORCH
+
+
+def pytorch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y and s, by PyTorch's own operators."""
+    s = x if residual is None else x + residual
+    return F.layer_norm(s, x.shape[-1:], weight, bias, eps), s
+
+
+WHOLE = {PYTORCH: pytorch}
+
+
+def takes(facts: Mapping[str, Any]) -> list[str]:
+    """Those that have all that a class of calls asks for."""
+    dtype, residual, weights = facts["dtype"], facts["residual"], facts["weights"]
+    mixed = facts["device"] == "cpu" and weights == "float32"  # a CPU takes 16-bit rows with them
+    same = weights in (dtype, "none") or mixed
+    plain = not facts["dropout"] and residual in (dtype, "none") and not facts["autocast"]
+    wide = facts["wide"] and dtype != "float32"
+    return [PYTORCH] if same and plain and not wide else []
+
+
+def run(
+    name: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """y and s of the call by the function of this name."""
+    return WHOLE[name](x, weight, bias, residual, eps)
