@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 # NAME -> the module that its package installs.
 MODULES: dict[str, str] = {}
 
 
+@functools.cache
 def missing(name: str) -> str | None:
     """Why a package cannot be taken; None where it is installed."""
     module = MODULES.get(name)

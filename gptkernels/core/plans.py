@@ -9,7 +9,6 @@ holds where nothing was measured; the tables decide (core/tuned.py, core/tuned_f
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import warnings
 from collections.abc import Hashable, Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gptkernels.core import cpu, tuned_files
+from gptkernels.core import choice, cpu, externals, tuned_files
 from gptkernels.core.checks import dtype_name
 from gptkernels.core.tuned import (
     COMPILED,
@@ -208,7 +207,7 @@ def unavailable(way: str, device_type: str) -> str | None:
     if way == PYTORCH:
         return None
     if way.startswith(EXTERNAL):
-        return _external_missing(way)
+        return externals.missing(way.removeprefix(EXTERNAL))
     for part in way.split("+"):
         reason = _unavailable(part, device_type)
         if reason is not None:
@@ -217,8 +216,6 @@ def unavailable(way: str, device_type: str) -> str | None:
 
 
 def _unavailable(way: str, device_type: str) -> str | None:
-    from gptkernels.core import choice
-
     name, isa = implementation(way), variant(way)
     if name not in choice.IMPLEMENTATIONS:
         return f"there is no implementation {name!r}"
@@ -226,13 +223,6 @@ def _unavailable(way: str, device_type: str) -> str | None:
     if reason is None and name == "cpu" and isa and isa not in cpu.instruction_sets():
         return f"this CPU, or this build, has no {isa}"
     return reason
-
-
-@functools.cache
-def _external_missing(way: str) -> str | None:
-    from gptkernels.core import externals
-
-    return externals.missing(way.removeprefix(EXTERNAL))
 
 
 def _of(call: Call) -> Plan:
