@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
 
 from gptkernels.bench.peers import Peers
+from gptkernels.core.externals import is_there
 
 
 @dataclass(frozen=True)
@@ -147,16 +146,4 @@ def _attempt(module: str) -> tuple[Any, str | None]:
 
 
 def _is_installed(package: _Package) -> bool:
-    return all(_is_there(module) for module in package.signs)
-
-
-def _is_there(module: str) -> bool:
-    """Whether the module's file is, without importing any package around it."""
-    name, *rest = module.split(".")
-    spec = importlib.util.find_spec(name)
-    for part in rest:
-        if spec is None or spec.submodule_search_locations is None:
-            return False
-        name = f"{name}.{part}"
-        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
-    return spec is not None
+    return all(is_there(module) for module in package.signs)

@@ -30,6 +30,7 @@ from gptkernels.ops.attention.options import (
     complete,
     scale,
 )
+from gptkernels.ops.attention.torch import named
 from gptkernels.ops.attention.torch.dense import fused_backend, traceable_bwd, traceable_fwd
 
 
@@ -87,16 +88,16 @@ class _Attention(torch.autograd.Function):
         *fields: Any,
     ) -> tuple[Tensor, Tensor]:
         options = AttentionOptions(*fields)
-        impl, options = _with_backend(impl, options)
+        impl, name = _of_torch(impl)
         # The backward pass runs the backend of the forward pass, whatever the flags of
         # torch.backends.cuda are by then. torch.compile cannot trace the question: both passes ask.
         if impl == "torch" and not torch.compiler.is_compiling():
-            options = options._replace(backend=fused_backend(q, k, v, options))
+            options = options._replace(backend=_backend(name, q, k, v, options))
         out, lse = attention_fwd(q, k, v, *options, impl)
         ctx.save_for_backward(q, k, v, out, lse, *options.tensors)
-        if impl != "torch":
-            options = options._replace(backend=-1)
-        ctx.impl, options = _with_backend(backward_impl, options)
+        ctx.impl, name = _of_torch(backward_impl)
+        if name >= 0 and not torch.compiler.is_compiling():
+            options = options._replace(backend=_backend(name, q, k, v, options))
         ctx.numbers = options.numbers
         ctx.deterministic, ctx.return_lse = deterministic, return_lse
         ctx.set_materialize_grads(False)
@@ -123,12 +124,17 @@ class _Attention(torch.autograd.Function):
         return tuple(found[name] if wanted else None for name, wanted in needed.items())
 
 
-def _with_backend(impl: str, options: AttentionOptions) -> tuple[str, AttentionOptions]:
-    """An implementation, and the options with the backend of SDPA that a variant of impl="torch"
-    names."""
+def _backend(name: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> int:
+    """The backend of SDPA for both passes: the one that is named, or that SDPA would pick."""
+    own = fused_backend(q, k, v, options)
+    return own if name < 0 else named.chosen(name, own, q, k, v, options)
+
+
+def _of_torch(impl: str) -> tuple[str, int]:
+    """An implementation, and the backend of SDPA that a variant of impl="torch" names; -1: none."""
     if not impl.startswith("torch:"):
-        return impl, options
-    return "torch", options._replace(**plans.keywords(plans.variant(impl)))
+        return impl, -1
+    return "torch", plans.keywords(plans.variant(impl))["backend"]
 
 
 _INPUTS = (
@@ -232,7 +238,7 @@ def attention(
     if way is None:
         _check(q, k, v, key_lengths, attn_mask)
     elif way.whole is not None:
-        return whole.run(way.whole, q, k, v, causal, softmax_scale)
+        return whole.run(way.whole, q, k, v, causal, softmax_scale, window, softcap, alibi_slopes)
     elif key_lengths is not None:
         _check_length_values(key_lengths, k.shape[1])
     options = AttentionOptions(
@@ -257,7 +263,9 @@ def attention(
             impl,
         )  # fmt: skip
         if way.whole is not None:
-            return whole.run(way.whole, q, k, v, causal, softmax_scale)
+            return whole.run(
+                way.whole, q, k, v, causal, softmax_scale, window, softcap, alibi_slopes
+            )
     out, lse = attend(q, k, v, options, deterministic, return_lse, way)
     return (out, lse) if return_lse else out
 

@@ -3,13 +3,14 @@ compute a call with and without gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptkernels.core.tuned import PYTORCH
+from gptkernels.core.tuned import EXTERNAL, PYTORCH
+from gptkernels.ops.attention import external
 
 
 def pytorch(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None) -> Tensor:
@@ -21,7 +22,6 @@ def pytorch(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float 
     return out.transpose(1, 2).contiguous()
 
 
-WHOLE = {PYTORCH: pytorch}
 # What PyTorch's function has no argument for, or another meaning.
 _LACKING = ("converted", "softcap", "alibi", "lengths", "dropout", "lse", "deterministic")
 
@@ -29,14 +29,26 @@ _LACKING = ("converted", "softcap", "alibi", "lengths", "dropout", "lse", "deter
 def takes(facts: Mapping[str, Any]) -> list[str]:
     """Those that have all that a class of calls of `attention` asks for."""
     bounded = facts["left"] >= 0 or facts["right"] > 0
-    if any(facts[name] for name in _LACKING) or facts["mask"] != "none" or bounded:
-        return []
+    lacking = any(facts[name] for name in _LACKING) or facts["mask"] != "none" or bounded
     # SDPA counts a causal mask's positions from the first query, ours from the last.
-    return [PYTORCH] if facts["square"] or not facts["causal"] else []
+    own = not lacking and (facts["square"] or not facts["causal"])
+    return [*([PYTORCH] if own else []), *(EXTERNAL + name for name in external.takes(facts))]
 
 
 def run(
-    name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | Sequence[float] | None = None,
 ) -> Tensor:
-    """out of the call by the function of this name."""
-    return WHOLE[name](q, k, v, causal, softmax_scale)
+    """out of the call by the function of this name, which takes it."""
+    if name == PYTORCH:
+        return pytorch(q, k, v, causal, softmax_scale)
+    name = name.removeprefix(EXTERNAL)
+    options = (causal, softmax_scale, window, softcap, alibi_slopes)
+    return external.run(name, q, k, v, *options)

@@ -9,7 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptkernels.core.tuned import PYTORCH
+from gptkernels.core.tuned import EXTERNAL, PYTORCH
+from gptkernels.ops.layer_norm import external
 
 
 def pytorch(
@@ -20,9 +21,6 @@ def pytorch(
     return F.layer_norm(s, x.shape[-1:], weight, bias, eps), s
 
 
-WHOLE = {PYTORCH: pytorch}
-
-
 def takes(facts: Mapping[str, Any]) -> list[str]:
     """Those that have all that a class of calls asks for."""
     dtype, residual, weights = facts["dtype"], facts["residual"], facts["weights"]
@@ -30,7 +28,8 @@ def takes(facts: Mapping[str, Any]) -> list[str]:
     same = weights in (dtype, "none") or mixed
     plain = not facts["dropout"] and residual in (dtype, "none") and not facts["autocast"]
     wide = facts["wide"] and dtype != "float32"
-    return [PYTORCH] if same and plain and not wide else []
+    own = same and plain and not wide
+    return [*([PYTORCH] if own else []), *(EXTERNAL + name for name in external.takes(facts))]
 
 
 def run(
@@ -41,5 +40,7 @@ def run(
     residual: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """y and s of the call by the function of this name."""
-    return WHOLE[name](x, weight, bias, residual, eps)
+    """y and s of the call by the function of this name, which takes it."""
+    if name == PYTORCH:
+        return pytorch(x, weight, bias, residual, eps)
+    return external.run(name.removeprefix(EXTERNAL), x, weight, bias, residual, eps)

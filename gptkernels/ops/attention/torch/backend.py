@@ -33,13 +33,22 @@ def pick(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> int:
         return NONE
     if found == NONE or _right_in_both_passes(found, q, k):
         return found
-    call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, grouped)
-    takes = {
+    return next((b for b in (FLASH, EFFICIENT) if takes(b, q, k, v, causal)), NONE)
+
+
+def takes(backend: int, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
+    """Whether a fused op for GPUs takes (B, H, T, D) inputs, is switched on, and is right in both
+    passes."""
+    ask = {
         FLASH: torch.backends.cuda.can_use_flash_attention,
         EFFICIENT: torch.backends.cuda.can_use_efficient_attention,
-    }
-    others = (b for b in takes if _right_in_both_passes(b, q, k) and takes[b](call))
-    return next(others, NONE)
+        CUDNN: torch.backends.cuda.can_use_cudnn_attention,
+    }.get(backend)
+    if ask is None or q.device.type != "cuda" or max(q.shape[:2]) > _LAUNCH_LIMIT:
+        return False
+    grouped = q.shape[1] != k.shape[1]
+    call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, grouped)
+    return _right_in_both_passes(backend, q, k) and ask(call)
 
 
 def _right_in_both_passes(backend: int, q: Tensor, k: Tensor) -> bool:
