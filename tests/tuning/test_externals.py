@@ -129,7 +129,7 @@ def draw(*sizes: int, dtype: torch.dtype = FP16) -> Tensor:
     return torch.randn(sizes).to(dtype)
 
 
-def heads(Tq: int = 24, Tk: int = 24, D: int = 16) -> dict[str, Tensor]:
+def heads(Tq: int = 24, Tk: int = 24, D: int = 16) -> dict[str, Any]:
     return {"q": draw(2, Tq, 4, D), "k": draw(2, Tk, 2, D), "v": draw(2, Tk, 2, D)}
 
 
@@ -228,7 +228,7 @@ def test_flash_attention_4_alone_is_no_flash_attention_2(fakes: Packages) -> Non
 def test_liger_is_offered_for_what_it_has(
     given: dict[str, Any], options: dict[str, Any], offered: bool, fakes: Packages
 ) -> None:
-    tensors = {"x": draw(6, 24, dtype=BF16), "weight": draw(24, dtype=BF16)}
+    tensors: dict[str, Any] = {"x": draw(6, 24, dtype=BF16), "weight": draw(24, dtype=BF16)}
     tensors |= {"bias": draw(24, dtype=BF16)}
     facts = facts_of("layer_norm", **tensors | given, **options)
     assert names_of(layer_norm_whole.takes(facts)) == set()
@@ -301,12 +301,12 @@ def test_a_call_of_auto_runs_by_flash_attention(
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_call_of_auto_runs_by_liger(residual: bool, fakes: Packages, table: Any) -> None:
     fakes.add("liger_kernel.ops.layer_norm", LIGER)
-    tensors = {"x": draw(6, 24, dtype=BF16), "weight": draw(24, dtype=BF16)}
+    tensors: dict[str, Any] = {"x": draw(6, 24, dtype=BF16), "weight": draw(24, dtype=BF16)}
     tensors |= {"bias": draw(24, dtype=BF16)}
     if residual:
         tensors["residual"] = draw(6, 24, dtype=BF16)
     leaves = {key: x.clone().requires_grad_() for key, x in tensors.items()}
-    options = {"eps": 1e-3, "prenorm": residual}
+    options: dict[str, Any] = {"eps": 1e-3, "prenorm": residual}
     table("external:liger", "layer_norm", **leaves, **options)
     applied = []
     function = externals.load("liger").LigerLayerNormFunction
@@ -338,6 +338,6 @@ def test_a_package_that_is_gone_is_not_taken(fakes: Packages, table: Any) -> Non
     importlib.invalidate_caches()
     forget()
     plans.known.clear()
-    out = gptkernels.attention(**tensors)
+    out: Any = gptkernels.attention(**tensors)
     assert "flash_attn_interface" not in sys.modules
     assert torch.isfinite(out).all()

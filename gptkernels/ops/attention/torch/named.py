@@ -33,4 +33,4 @@ def usable(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> list[i
 def _takes(name: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> bool:
     """Of a call that fused ops are asked for: they have all of its options."""
     causal = 0 <= options.right < q.shape[1] - 1
-    return backend.takes(name, *(heads_first(x) for x in (q, k, v)), causal)
+    return backend.takes(name, heads_first(q), heads_first(k), heads_first(v), causal)
