@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import child_environment, tune_ahead, tune_cases, tune_tiles
+from benchmarks import child_environment, tune_ahead, tune_cases
 from benchmarks.tune_rows import NO_MEMORY, Rows, best_peer, here, now, say, table
 from gptkernels.bench import dry_run, predict, timing
 from gptkernels.bench.case import Call
@@ -44,6 +44,7 @@ from gptkernels.bench.environment import environment
 from gptkernels.bench.results import Row, write_json
 from gptkernels.core import ceilings
 from gptkernels.core.choice import unavailable
+from gptkernels.tuning import tiles
 
 # One process each, in this order: of the most valuable problem of every operator the launchers'
 # choices, then all that could run; then the other problems.
@@ -144,7 +145,7 @@ class _Tuner:
                 result = way.call()
             except Exception as error:
                 # The launchers choose no tile that does not fit.
-                if way.chosen or way.impl != "triton" or not tune_tiles.does_not_fit(error):
+                if way.chosen or way.impl != "triton" or not tiles.does_not_fit(error):
                     raise
                 row |= {"status": "skipped", "reason": f"does not fit: {_sentence(error)}"}
                 return

@@ -1,5 +1,5 @@
 """What `make gpu-tune` checks and times: for each problem of `predict.PROBLEMS` and each direction,
-every way in which the CUDA C++ kernels are built, the tiles of Triton's (`tune_tiles`), and what
+every way in which the CUDA C++ kernels are built, the tiles of Triton's (`tuning.tiles`), and what
 others offer for the same.
 
 A case's result is checked on the inputs that are timed, against the truth in fp64: of attention the
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gptkernels
-from benchmarks import tune_tiles
 from gptkernels.bench import dry_run, predict
 from gptkernels.bench.case import Call, Makers
 from gptkernels.bench.cases.workload import normal
@@ -32,6 +31,7 @@ from gptkernels.core.choice import unavailable
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.layer_norm.op import layer_norm_fwd
 from gptkernels.truth import baseline, parity, reference
+from gptkernels.tuning import tiles as triton_tiles
 
 _K = {"forward": parity.K_FORWARD, "backward": parity.K_GRADIENT}
 _EDGE_ROWS = 64  # of the MLP's products, at either end
@@ -69,7 +69,7 @@ class Case:
 
 
 # Forward and backward.
-_Tiles = tuple[tune_tiles.Choices | None, tune_tiles.Choices | None]
+_Tiles = tuple[triton_tiles.Choices | None, triton_tiles.Choices | None]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _ways(
     part: predict.Part,
     place: Place,
     call: Callable[..., Any],
-    choices: tune_tiles.Choices | None,
+    choices: triton_tiles.Choices | None,
     tiled: Callable[..., Any] | None = None,
 ) -> Iterator[Way]:
     """`call` takes the module of the launchers, and by keyword a build or tiles; `tiled`, if given,
@@ -147,7 +147,7 @@ def _ways(
         yield Way(name, "cuda", chosen, called, build)
     if choices is None:
         return
-    for i, (name, tiles) in enumerate(tune_tiles.ways(choices)):
+    for i, (name, tiles) in enumerate(triton_tiles.ways(choices)):
         called = functools.partial(tiled or call, _launchers(op, "triton"), **tiles)
         yield Way(name, "triton", i == 0, called, {"tiles": tiles})
 
@@ -241,7 +241,7 @@ def _attention(problem: Problem, place: Place) -> Iterator[Case]:
     forward, backward = predict.parts(problem)
     group = H // Hk
     mine = (q[:1, :, :group], k[:1, :, :1], v[:1, :, :1])
-    tiles = place.tiles(dtype, lambda: tune_tiles.attention(place.shown(q), options))
+    tiles = place.tiles(dtype, lambda: triton_tiles.attention(place.shown(q), options))
 
     def others(cotangents: list[Tensor] | None) -> Makers:
         shapes, backward = (tuple(q.shape), tuple(k.shape)), cotangents is not None
@@ -301,7 +301,7 @@ def _mlp(problem: Problem, place: Place) -> Iterator[Case]:
     dh = torch.ops.aten.gelu_backward(dy @ w2, h, approximate="tanh")
 
     shown = functools.partial(map, place.shown, (x, w1, dy, w2))
-    tiles = place.tiles(problem.dtype, lambda: tune_tiles.gelu_mlp(*shown()))
+    tiles = place.tiles(problem.dtype, lambda: triton_tiles.gelu_mlp(*shown()))
 
     def gelu(kernels: Any, **build: Any) -> Any:
         outputs = torch.empty_like(h), torch.empty_like(h)
@@ -438,7 +438,7 @@ def _layer_norm(problem: Problem, place: Place) -> Iterator[Case]:
         return _listed(y)
 
     given = (x, weight, bias, residual, None, 0.0, 1e-5, None if residual is None else dtype)
-    tiles = place.tiles(dtype, lambda: tune_tiles.layer_norm(x))
+    tiles = place.tiles(dtype, lambda: triton_tiles.layer_norm(x))
 
     def others(cotangents: list[Tensor] | None) -> Makers:
         added, backward = residual is not None, cotangents is not None

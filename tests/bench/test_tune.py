@@ -21,11 +21,12 @@ import pytest
 import torch
 from harness import ROOT, command, of
 
-from benchmarks import tune, tune_ahead, tune_cases, tune_rows, tune_tiles
+from benchmarks import tune, tune_ahead, tune_cases, tune_rows
 from gptkernels.bench import dry_run, predict, timing
 from gptkernels.bench.peers import packages
 from gptkernels.core import ceilings, native
 from gptkernels.ops.layer_norm import cuda as layer_norm_kernels
+from gptkernels.tuning import tiles as triton_tiles
 
 pytestmark = pytest.mark.skipif(
     not (native.EMULATED and native._EMULATOR.exists()),
@@ -301,7 +302,7 @@ class TestTiles:
 
     def test_names(self) -> None:
         choices = {"queries_tile": [(128, 64, 8, 2), (64, 64, 4, 2)], "keys_tile": [(32, 64, 8, 2)]}
-        assert dict(tune_tiles.ways(choices)) == {
+        assert dict(triton_tiles.ways(choices)) == {
             "triton queries 128x64, 8 warps, 2 stages; keys 32x64, 8 warps, 2 stages": {
                 "queries_tile": (128, 64, 8, 2),
                 "keys_tile": (32, 64, 8, 2),
@@ -311,13 +312,13 @@ class TestTiles:
                 "keys_tile": (32, 64, 8, 2),
             },
         }
-        assert next(tune_tiles.ways({"tile": [(1, 512, 2, 3)]}))[0] == (
+        assert next(triton_tiles.ways({"tile": [(1, 512, 2, 3)]}))[0] == (
             "triton 1x512, 2 warps, 3 stages"
         )
 
     def test_neighbours(self) -> None:
         bounds = (16, 16, 4, 2), (128, 128, 8, 4)
-        assert list(tune_tiles._neighbours((128, 32, 8, 2), *bounds)) == [
+        assert list(triton_tiles._neighbours((128, 32, 8, 2), *bounds)) == [
             (64, 32, 8, 2),
             (128, 16, 8, 2),
             (128, 64, 8, 2),

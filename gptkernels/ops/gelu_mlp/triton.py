@@ -317,14 +317,16 @@ def gelu_mlp_fwd(
     b2: Tensor | None,
     approximate: str,
     keep_h: bool,
+    *,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y (M, C) and h (M, F), which is empty unless `keep_h`. Inputs have a last stride of
-    1."""
+    1. A `tile` runs in place of the one chosen for the fused product, x w1^T."""
     if not (x.numel() and w1.numel()):  # there is nothing to fuse
         return plain.gelu_mlp_fwd(x, w1, b1, w2, b2, approximate, keep_h)
     a = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
     h = torch.empty_like(a) if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
-    linear_gelu_fwd(x, w1, b1, h if keep_h else None, a, approximate)
+    linear_gelu_fwd(x, w1, b1, h if keep_h else None, a, approximate, tile=tile)
     y = torch.mm(a, w2.t()) if b2 is None else torch.addmm(b2, a, w2.t())
     return y, h
 
@@ -338,9 +340,11 @@ def gelu_mlp_bwd(
     h: Tensor | None,
     approximate: str,
     grad_mask: Sequence[bool],
+    *,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, dw1, db1, dw2 and db2, each empty where `grad_mask` is False. If h is None, it is
-    recomputed."""
+    recomputed. A `tile` runs in place of the one chosen for the fused product, dy w2."""
     if not (x.numel() and w1.numel()):
         return plain.gelu_mlp_bwd(dy, x, w1, b1, w2, h, approximate, grad_mask)
     need_x, need_w1, need_b1, need_w2, need_b2 = grad_mask
@@ -354,7 +358,7 @@ def gelu_mlp_bwd(
     if h is None:
         h = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
         linear_gelu_fwd(x, w1, b1, h, None, approximate)
-    dh, a, partial = linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1)
+    dh, a, partial = linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1, tile=tile)
     if need_b1:
         db1 = partial.sum(0).to(x.dtype)
     if need_w2:

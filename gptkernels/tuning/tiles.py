@@ -1,6 +1,5 @@
-"""The tiles that `make gpu-tune` tries with the Triton kernels: those of the launchers' tables for
-the op, the head width and the kind of dtype, and the neighbours of the one that the launcher
-chooses."""
+"""The tiles that are tried with the Triton kernels: those of the launchers' tables for the op, the
+head width and the kind of dtype, and the neighbours of the one that the launcher chooses."""
 
 from __future__ import annotations
 
