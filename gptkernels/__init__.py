@@ -26,7 +26,9 @@ _HOME = {
     "restore": "gptkernels.dropin.accelerate",
     "GPT": "gptkernels.gpt.model",
     "GPTConfig": "gptkernels.gpt.config",
+    "tune": "gptkernels.tuning.tuner",
 }
+_MODULES = ("tuning",)
 
 __all__ = [
     "GPT",
@@ -42,9 +44,12 @@ __all__ = [
     "gelu_mlp",
     "layer_norm",
     "restore",
+    "tune",
+    "tuning",
 ]
 
 if TYPE_CHECKING:
+    from gptkernels import tuning as tuning
     from gptkernels.dropin.accelerate import accelerate, restore
     from gptkernels.gpt.config import GPTConfig
     from gptkernels.gpt.model import GPT
@@ -55,9 +60,12 @@ if TYPE_CHECKING:
     from gptkernels.ops.attention.varlen import attention_varlen
     from gptkernels.ops.gelu_mlp.op import gelu_mlp
     from gptkernels.ops.layer_norm.op import layer_norm
+    from gptkernels.tuning.tuner import tune
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"gptkernels.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

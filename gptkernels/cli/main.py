@@ -23,6 +23,7 @@ _SUMMARIES = {
     "info": "What is installed, what can run here, and what is missing.",
     "verify": "Compare every operator with its formulas in fp64: the parity table.",
     "bench": "Time the operators against plain PyTorch.",
+    "tune": 'Measure what is the fastest here; impl="auto" then takes it.',
     "demo": "Train a small GPT on real text, check it, time it, write a report.",
     "train": "Train a GPT on text files or token shards.",
     "generate": "Continue a text with a trained model.",

@@ -9,6 +9,7 @@ import click
 
 PATH = click.Path(path_type=Path)
 DTYPES = ("float32", "bfloat16", "float16")
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 IMPLS = ("auto", "torch", "triton", "cuda")
 
 device = click.option(
@@ -25,9 +26,11 @@ json = click.option("--json", "path", type=PATH, help="Also write the rows to th
 
 
 def dtype(name: str) -> Any:
-    """The torch.dtype of this name. Raises ValueError for any other than those of `dtypes`."""
+    """The torch.dtype of this name. Raises ValueError for any other than those of `dtypes`, and
+    their short forms."""
     import torch
 
+    name = _SHORT.get(name, name)
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return getattr(torch, name)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gptkernels.core import plans
-from gptkernels.core.autocast import autocast_dtype
+from gptkernels.core.autocast import autocast_dtype, autocast_enabled
 from gptkernels.core.autograd import requires_grad
 from gptkernels.core.checks import DTYPES, dtype_name
 from gptkernels.core.choice import automatic
@@ -17,7 +17,7 @@ from gptkernels.core.plans import Call, Plan
 
 _PLAIN_TYPES = (Tensor, Parameter)
 # With more rows the work only repeats.
-_MOST_ROWS = {"cpu": 1 << 11, "cuda": 1 << 16}
+_MOST_ROWS = {"cpu": 1 << 10, "cuda": 1 << 16}
 
 
 def known(
@@ -68,7 +68,7 @@ def new(
     plannable = all(
         t is None or (type(t) in _PLAIN_TYPES and t.numel() > 0 and t.dtype in DTYPES)
         for t in tensors
-    )
+    ) and all(t is None or t.dtype == w1.dtype for t in (b1, w2, b2))
     return plans.new(signature, call) if plannable else call.static
 
 
@@ -88,7 +88,9 @@ def described(
         "device": device,
         "threads": torch.get_num_threads() if device == "cpu" else 0,
         "dtype": dtype_name(dtype),
-        "converted": any(t is not None and t.dtype != dtype for t in tensors),
+        "x": dtype_name(x.dtype),
+        "weights": dtype_name(w1.dtype),
+        "autocast": autocast_enabled(x),
         "b1": b1 is not None,
         "b2": b2 is not None,
         "C": w1.shape[1],

@@ -24,7 +24,8 @@ WHOLE = {PYTORCH: pytorch}
 
 def takes(facts: Mapping[str, Any]) -> list[str]:
     """Those that have all that a class of calls asks for."""
-    return [] if facts["converted"] or facts["recompute"] else [PYTORCH]
+    same = facts["autocast"] or facts["x"] == facts["weights"]
+    return [PYTORCH] if same and not facts["recompute"] else []
 
 
 def run(
