@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.gpt.generation.cache import CachingModel, SlotCache
+from gptkernels.gpt.generation.choices import choices_of, running
 
 LOOKUP = "lookup"
 _LONGEST = 3
@@ -50,6 +51,7 @@ class SmallerModel:
     def __init__(self, model: CachingModel, max_tokens: int, vocab_size: int) -> None:
         """Only ids below `vocab_size` are guessed."""
         self._model, self._ids = model, vocab_size
+        self._choices = choices_of(model)  # its layers are not those of the model that checks
         self._room = min(max_tokens, model.config.block_size)
         self._cache = SlotCache(model, 1, self._room)
         self._held: list[int] = []
@@ -74,10 +76,12 @@ class SmallerModel:
 
     def _run(self, tokens: Sequence[int], held: int) -> Tensor:
         """The logits behind `tokens`, which follow the first `held` tokens in the cache."""
-        given = torch.tensor([list(tokens)], device=self._cache.lengths.device)
-        if held == 0:
-            hidden = self._model.hidden_states(given, cache=self._cache, slot=0)
-        else:
-            self._cache.cut(0, held)
-            hidden = self._model.hidden_states(given, cache=self._cache)
-        return self._model.logits(hidden[:, -1])[0, : self._ids]
+        device = self._cache.lengths.device
+        given = torch.tensor([list(tokens)], device=device)
+        with running(self._choices, device.type):
+            if held == 0:
+                hidden = self._model.hidden_states(given, cache=self._cache, slot=0)
+            else:
+                self._cache.cut(0, held)
+                hidden = self._model.hidden_states(given, cache=self._cache)
+            return self._model.logits(hidden[:, -1])[0, : self._ids]

@@ -14,7 +14,8 @@ given R, a request gives the same bits alone, in any batch, in any order and in 
 a multiple of 8: of 5, 6 or 7 rows, PyTorch's matrix product on a CPU rounds the last differently
 from the first. Where all layers run by the CPU kernels, 1, 8 and 16 slots give the same bits. A
 text longer than block_size slides: when its slot holds block_size tokens, the last half of them is
-prefilled again, which depends on the request alone too.
+prefilled again, which depends on the request alone too. What computes an op is chosen when the
+engine is made (choices.py), so no table of measurements changes a text's bits in its middle.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count
 from gptkernels.gpt.generation.cache import CachingModel, SlotCache
+from gptkernels.gpt.generation.choices import choices_of, running
 from gptkernels.gpt.generation.draft import LOOKUP, Draft, Lookup, SmallerModel
 from gptkernels.gpt.generation.request import Event, Request
 from gptkernels.gpt.generation.sampling import Sampler
@@ -97,6 +99,7 @@ class Engine:
             raise ValueError(f"vocab_size must be at most the model's {known}, got {vocab_size}")
         self._model = model
         self._modules = list(model.modules())
+        self._choices = choices_of(model)
         self._tokenizer = tokenizer
         block_size = model.config.block_size
         if max_tokens is None:
@@ -179,7 +182,8 @@ class Engine:
         Raises RuntimeError where the model's logits give no probabilities, and whatever the model
         raises; the engine cannot be used after that.
         """
-        with _evaluating(self._modules):
+        device_type = self._cache.lengths.device.type
+        with _evaluating(self._modules), running(self._choices, device_type):
             events = self._fill()
             if any(self._texts):
                 tokens, self._chosen = self._chosen, None
