@@ -65,11 +65,13 @@ class Key:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Key:
         """The inverse of as_dict. Raises KeyError, TypeError and ValueError for anything else."""
-        op, direction, mode = (str(given[name]) for name in ("op", "direction", "mode"))
-        octaves = {str(axis): int(k) for axis, k in dict(given["buckets"]).items()}
-        facts = dict(given["facts"])
-        if not all(isinstance(value, str | int | float | bool) for value in facts.values()):
-            raise ValueError("a fact must be a word, a number or a bool")
+        op, direction, mode = (_word(given[name]) for name in ("op", "direction", "mode"))
+        octaves = {_word(axis): k for axis, k in dict(given["buckets"]).items()}
+        if not all(type(k) is int and 0 <= k <= _MOST_OCTAVES for k in octaves.values()):
+            raise ValueError(f"a bucket must be an integer between 0 and {_MOST_OCTAVES}")
+        facts = {_word(name): value for name, value in dict(given["facts"]).items()}
+        if not all(_is_fact(value) for value in facts.values()):
+            raise ValueError("a fact must be a word, a finite number or a bool")
         return cls(op, direction, mode, _sorted(facts), _sorted(octaves))
 
     def __str__(self) -> str:
@@ -114,17 +116,18 @@ class Entry:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Entry:
         """The inverse of as_dict. Raises KeyError, TypeError and ValueError for anything else."""
-        ranges = tuple((float(end), str(way)) for end, way in given["ranges"])
-        if not ranges or ranges[-1][0] != 1.0:
-            raise ValueError("the ranges of an entry must end at 1")
-        errors = {str(way): (float(a), float(b)) for way, (a, b) in given["errors"].items()}
+        ranges = tuple((_number(end), _word(way)) for end, way in given["ranges"])
+        ends = [end for end, _ in ranges]
+        if not all(0 <= end <= 1 for end in ends) or ends != sorted(ends) or ends[-1:] != [1.0]:
+            raise ValueError("the ranges of an entry must rise, and end at 1")
+        errors = dict(given["errors"]).items()
         return cls(
             Key.from_dict(given["key"]),
             ranges,
             tuple(dict(point) for point in given["points"]),
-            {str(way): str(why) for way, why in given["refused"].items()},
-            errors,
-            str(given["origin"]),
+            {_word(way): _word(why) for way, why in dict(given["refused"]).items()},
+            {_word(way): (_number(error), _number(limit)) for way, (error, limit) in errors},
+            _word(given["origin"]),
         )
 
 
@@ -181,6 +184,31 @@ def position(sizes: Iterable[int]) -> float:
     return sum(places) / len(places) if places else 1.0
 
 
+# The largest size of any tensor is below 2^62.
+_MOST_OCTAVES = 62
+
+
+def _word(given: Any) -> str:
+    if not isinstance(given, str):
+        raise TypeError(f"a word is wanted, got {type(given).__name__}")
+    return given
+
+
+def _number(given: Any) -> float:
+    if not isinstance(given, int | float) or isinstance(given, bool):
+        raise TypeError(f"a number is wanted, got {type(given).__name__}")
+    try:
+        return float(given)
+    except OverflowError:  # an integer of hundreds of digits
+        raise ValueError("a number is too large") from None
+
+
+def _is_fact(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int)  # a bool is an int
+
+
 def _sorted(named: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(named.items()))
 
@@ -190,12 +218,13 @@ def _range(axis: str, k: int) -> str:
     return f"{axis} {least}" if least == largest else f"{axis} {least}...{largest}"
 
 
-# Facts of every class of a machine; what is False or absent says nothing.
-_PLAIN = {"device", "threads", "layout"}
+# Facts of every class of a machine; what is False, absent or usual says nothing.
+_PLAIN = {"device", "threads"}
+_USUAL = ("none", "contiguous", -1)
 
 
 def _tells(name: str, value: Any) -> bool:
-    return value is not False and value != "none" and name not in _PLAIN
+    return value is not False and value not in _USUAL and name not in _PLAIN
 
 
 def _said(name: str, value: Any) -> str:
