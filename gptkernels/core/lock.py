@@ -27,9 +27,12 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextlib.contextmanager
-def alone_in(name: str, folder: Path, *, patience_s: float = 0.0) -> Iterator[None]:
+def alone_in(
+    name: str, folder: Path, *, patience_s: float = 0.0, file: str = _NAME
+) -> Iterator[None]:
     """In this context no other one, of any process, has `folder`, which is made where it is not
-    there; a folder that was made and stays empty is removed.
+    there; a folder that was made and stays empty is removed. With another name of the lock's `file`
+    it is not the folder that one has, but what all that use this name take turns at.
 
     Raises ValueError, in one sentence about the argument `name`, where another has it, and still
     has it after `patience_s` seconds. A file system without locks gives a warning.
@@ -38,7 +41,7 @@ def alone_in(name: str, folder: Path, *, patience_s: float = 0.0) -> Iterator[No
     ends = time.monotonic() + patience_s
     while True:
         try:
-            file, locked = _taken(name, folder)
+            opened, locked = _taken(name, folder, file)
             break
         except ValueError:
             if time.monotonic() >= ends:
@@ -47,9 +50,9 @@ def alone_in(name: str, folder: Path, *, patience_s: float = 0.0) -> Iterator[No
     try:
         yield
     finally:
-        if locked or not os.fstat(file.fileno()).st_size:  # else it may be another run's
-            _remove(file, folder / _NAME)
-        file.close()
+        if locked or not os.fstat(opened.fileno()).st_size:  # else it may be another run's
+            _remove(opened, folder / file)
+        opened.close()
         if made:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
@@ -64,9 +67,9 @@ def _remove(file: BinaryIO, path: Path) -> None:
         path.unlink()
 
 
-def _taken(name: str, folder: Path) -> tuple[BinaryIO, bool]:
+def _taken(name: str, folder: Path, file_name: str) -> tuple[BinaryIO, bool]:
     """The file, open, and whether it is locked: not on a file system without locks."""
-    path = folder / _NAME
+    path = folder / file_name
     while True:
         make_folder(name, folder)
         try:
@@ -90,9 +93,9 @@ def _taken(name: str, folder: Path) -> tuple[BinaryIO, bool]:
             file.close()
             raise ValueError(f"{name}: {folder} is in use by {holder}, wait or name another folder")
         if _is_still(path, file):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            file.flush()
+            with contextlib.suppress(OSError):  # of a full disk; the lock needs no name in it
+                os.truncate(file.fileno(), 0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             return file, True
         file.close()  # its holder removed it between the two
 

@@ -5,7 +5,8 @@ A file has JSON lines: the first says what machine and software it is of (`finge
 further one is an entry. A line that is cut or of another form is left out, and a file of a newer
 form or of another machine as a whole, each with one warning: all can be measured again. A file is
 written whole, beside the old one and then in its place, by one process at a time; so readers need
-no lock, and a process that is killed loses its own new entries at most.
+no lock, and a process that is killed loses its own new entries at most. What such a process leaves
+behind, a lock's file and a half-written one, the next one takes away.
 
     GPTKERNELS_TUNE=off        no table at all; "cached", the default, takes what is there
     GPTKERNELS_TUNED_FILE=F    the user's table is in F
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import warnings
@@ -34,6 +36,9 @@ FORMAT = 1
 _PATIENCE_S = 30.0
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SHIPPED = _PACKAGE / "core" / "tables"
+_START = b'{"gptkernels"'
+# What a line raises that is no entry; RecursionError: brackets in thousands of brackets.
+_DAMAGE = (ValueError, KeyError, TypeError, RecursionError)
 # Of a machine, what a shipped table must share with it: the software may be newer.
 _SHARED = ("device", "name", "model", "isa")
 
@@ -51,8 +56,6 @@ def fingerprint(device_type: str, index: int = 0) -> dict[str, str]:
     """What times on a device depend on, besides the load."""
     found = {"device": device_type, "torch": torch.__version__, "kernels": kernels_hash()}
     if device_type == "cuda":
-        import triton
-
         major, minor = torch.cuda.get_device_capability(index)
         return found | {
             "name": torch.cuda.get_device_name(index),
@@ -61,7 +64,7 @@ def fingerprint(device_type: str, index: int = 0) -> dict[str, str]:
             "driver": str(torch._C._cuda_getDriverVersion()),  # type: ignore[attr-defined]
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),
-            "triton": triton.__version__,
+            "triton": _triton(),
         }
     missing = cpu.unavailable("cpu")
     return found | {
@@ -70,6 +73,13 @@ def fingerprint(device_type: str, index: int = 0) -> dict[str, str]:
         "isa": torch.backends.cpu.get_cpu_capability() if missing else cpu.instruction_set(),
         "blas": _blas(),
     }
+
+
+def _triton() -> str:
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return "none"
 
 
 def _blas() -> str:
@@ -82,7 +92,8 @@ def _blas() -> str:
 def kernels_hash() -> str:
     """Of everything that computes: the compiled modules, and the sources in Python."""
     digest = hashlib.sha256()
-    modules = [*_PACKAGE.glob("_cpu*"), *_PACKAGE.glob("_cuda*")]
+    found = (*_PACKAGE.glob("_cpu.*"), *_PACKAGE.glob("_cuda.*"))
+    modules = [path for path in found if path.suffix != ".tmp"]  # which a build has not finished
     for path in sorted([*modules, *(_PACKAGE / "ops").rglob("*.py")]):
         digest.update(f"{path.relative_to(_PACKAGE)}\n".encode())
         digest.update(path.read_bytes())
@@ -120,19 +131,38 @@ def load(device_type: str) -> Table:
 
 def save(device_type: str, entries: Iterable[Entry]) -> Path:
     """Adds entries to the user's file, in the place of those of the same classes, and returns its
-    path. Raises OSError, or ValueError where another process has it for long, and leaves the file
-    as it was."""
+    path.
+
+    Raises OSError, or ValueError where another process has the file for long, or the user named a
+    file that is no table, or RuntimeError where there is no home; the file then stays as it was.
+    """
     path = path_of(device_type)
     here = fingerprint(device_type)
-    with alone_in("the table", path.parent, patience_s=_PATIENCE_S):
+    lock = f".{path.name}.lock"  # a file that the user names may lie where a run has the folder
+    with alone_in("the table", path.parent, patience_s=_PATIENCE_S, file=lock):
+        if os.environ.get("GPTKERNELS_TUNED_FILE"):
+            _check_ours(path)
         there, _ = _read(path, here)
         table = Table([*there, *entries])
         lines = [{"gptkernels": "tuned", "format": FORMAT, "fingerprint": here}]
         lines += [entry.as_dict() for entry in table.entries.values()]
-        with replacing(path, durable=True) as temporary:
+        with replacing(path, durable=True, alone=True) as temporary:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             temporary.write_text(text, encoding="utf-8")
     return path
+
+
+def _check_ours(path: Path) -> None:
+    """Raises ValueError for a file that no table ever was."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(len(_START))
+    if start != _START[: len(start)]:
+        raise ValueError(
+            f"GPTKERNELS_TUNED_FILE is {path}, which is no table of gptkernels: name another file, "
+            "or remove this one"
+        )
 
 
 def _read(path: Path, wanted: Mapping[str, str]) -> tuple[list[Entry], str]:
@@ -146,8 +176,10 @@ def _read(path: Path, wanted: Mapping[str, str]) -> tuple[list[Entry], str]:
         return [], f"the table cannot be read ({error.strerror})"
     try:
         head = json.loads(lines[0])
-        version, machine = int(head["format"]), dict(head["fingerprint"])
-    except (IndexError, ValueError, KeyError, TypeError):
+        kind, version, machine = head["gptkernels"], head["format"], dict(head["fingerprint"])
+        if kind != "tuned" or type(version) is not int:
+            raise ValueError(f"a table has no {kind} of format {version}")
+    except (IndexError, *_DAMAGE):
         return [], "it is no table of gptkernels, and is left out"
     if version != FORMAT:
         return [], f"the table has format {version}, this version reads {FORMAT}, it is left out"
@@ -157,6 +189,6 @@ def _read(path: Path, wanted: Mapping[str, str]) -> tuple[list[Entry], str]:
     for line in lines[1:]:
         try:
             entries.append(Entry.from_dict(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except _DAMAGE:
             foreign += 1
-    return entries, f"{foreign} damaged lines of the table are left out" if foreign else ""
+    return entries, f"damaged lines of the table are left out ({foreign})" if foreign else ""
