@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from contextvars import ContextVar
@@ -36,11 +37,12 @@ from gptkernels.core.tuned import position as position_of
 
 class Plan(NamedTuple):
     """What runs a call: `whole`, a function that is no implementation of ours, or else an
-    implementation for each direction."""
+    implementation for each direction. `measured`: it is of a table."""
 
     forward: str
     backward: str
     whole: str | None = None
+    measured: bool = False
 
 
 TORCH = Plan("torch", "torch")
@@ -79,12 +81,14 @@ Choices = Mapping[str, Plan]
 # Signature -> plan. It is emptied where anything that plans depend on changes.
 known: dict[Hashable, Plan] = {}
 _MOST_KNOWN = 1 << 14
+_forgotten = 0  # how often it was emptied
+_LOCK = threading.Lock()
 # The plans of an engine, by op: in its context the tables are not asked.
 fixed: ContextVar[Choices | None] = ContextVar("fixed", default=None)
 
 _tables: dict[str, Table] = {}
 _demoted: set[Key] = set()
-_recordings: list[list[Call]] = []
+_recordings: dict[int, list[Call]] = {}  # by the list's id: two may hold the same calls
 
 
 def new(signature: Hashable, call: Call) -> Plan:
@@ -92,25 +96,39 @@ def new(signature: Hashable, call: Call) -> Plan:
     chosen = fixed.get()
     if chosen is not None:
         return chosen.get(call.op, call.static)
-    for recording in _recordings:
-        recording.append(call)
+    before = _forgotten
+    for recording in tuple(_recordings.values()):
+        if signature is not None or call not in recording:
+            recording.append(call)
     plan = _of(call)
     if signature is not None:
-        if len(known) >= _MOST_KNOWN:
-            known.clear()
-        known[signature] = plan
+        with _LOCK:
+            if len(known) >= _MOST_KNOWN:
+                known.clear()
+            if before == _forgotten:  # else it may be the plan of other tables
+                known[signature] = plan
     return plan
+
+
+def _forget() -> None:
+    """Every signature is new from now on, also one whose plan another thread is just looking up."""
+    global _forgotten
+    with _LOCK:
+        _forgotten += 1
+        known.clear()
 
 
 def compiled(op: str, training: bool, dtype: torch.dtype, device_type: str) -> str:
     """The implementation inside a graph of torch.compile: what wins in all classes that were
     measured of the op in this dtype, so that the graph asks nothing about sizes; else "torch",
     which Inductor fuses with what is around it."""
-    if os.environ.get("GPTKERNELS_IMPL"):
+    if switched_off():
         return "torch"
     direction, name = TRAINING if training else FORWARD, dtype_name(dtype)
     way = table(device_type).unanimous(op, direction, COMPILED, {"dtype": name})
-    if way is None or not _is_ours(way) or unavailable(way, device_type) is not None:
+    if way is None or not _is_ours(way) or "+" in way:
+        return "torch"
+    if unavailable(way, device_type) is not None:
         return "torch"
     return way
 
@@ -125,11 +143,22 @@ def explained(call: Call, device_type: str) -> tuple[Plan, Entry | None]:
     return _of(call), entry
 
 
+def asked(device_type: str) -> bool:
+    """Whether a plan could be one that was measured, or is looked for by somebody who records."""
+    return bool(_recordings or table(device_type).entries)
+
+
+def switched_off() -> bool:
+    """Whether GPTKERNELS_IMPL takes the choice away from the tables."""
+    return bool(os.environ.get("GPTKERNELS_IMPL"))
+
+
 def table(device_type: str) -> Table:
     """The table of a device, read when it is first wanted."""
     found = _tables.get(device_type)
     if found is None:
-        found = _tables[device_type] = tuned_files.load(device_type)
+        # Not over one that another thread has put there meanwhile.
+        found = _tables.setdefault(device_type, tuned_files.load(device_type))
     return found
 
 
@@ -140,7 +169,7 @@ def use(device_type: str, found: Table | None) -> None:
     else:
         _tables[device_type] = found
     _demoted.clear()
-    known.clear()
+    _forget()
 
 
 @contextlib.contextmanager
@@ -148,12 +177,12 @@ def recording() -> Iterator[list[Call]]:
     """A list to which each call that is new in this context is added, of any thread. What they
     compute does not change."""
     calls: list[Call] = []
-    _recordings.append(calls)
-    known.clear()
+    _recordings[id(calls)] = calls
+    _forget()
     try:
         yield calls
     finally:
-        _recordings.remove(calls)
+        del _recordings[id(calls)]
 
 
 @contextlib.contextmanager
@@ -172,7 +201,7 @@ def demote(way: Way, error: Exception) -> None:
     if way.key in _demoted:
         return
     _demoted.add(way.key)
-    known.clear()
+    _forget()
     said = str(error).strip().splitlines() or [type(error).__name__]
     warnings.warn(
         f"{way} was measured to be the fastest for {way.key}, but cannot run now ({said[0]}): "
@@ -208,7 +237,10 @@ def unavailable(way: str, device_type: str) -> str | None:
         return None
     if way.startswith(EXTERNAL):
         return externals.missing(way.removeprefix(EXTERNAL))
-    for part in way.split("+"):
+    parts = way.split("+")
+    if len(parts) > 2:
+        return f"a call has two directions, {way!r} names more"
+    for part in parts:
         reason = _unavailable(part, device_type)
         if reason is not None:
             return reason
@@ -216,18 +248,25 @@ def unavailable(way: str, device_type: str) -> str | None:
 
 
 def _unavailable(way: str, device_type: str) -> str | None:
-    name, isa = implementation(way), variant(way)
+    name, which = implementation(way), variant(way)
     if name not in choice.IMPLEMENTATIONS:
         return f"there is no implementation {name!r}"
     reason = choice.unavailable(name, device_type, torch.float32)
-    if reason is None and name == "cpu" and isa and isa not in cpu.instruction_sets():
-        return f"this CPU, or this build, has no {isa}"
-    return reason
+    if reason is not None or name == way:
+        return reason
+    if name == "cpu":
+        here = which in cpu.instruction_sets()
+        return None if here else f"this CPU, or this build, has no {which!r}"
+    try:
+        keywords(which)
+    except ValueError:
+        return f"impl={name!r} has no variant {which!r}"
+    return None
 
 
 def _of(call: Call) -> Plan:
     device_type = str(call.facts["device"])
-    if os.environ.get("GPTKERNELS_IMPL"):
+    if switched_off():
         return call.static
     key = call.key
     entry = table(device_type).get(key)
@@ -243,14 +282,15 @@ def _of(call: Call) -> Plan:
 
 def of_way(way: str, key: Key | None = None) -> Plan:
     """The plan that a way stands for; with a key, the implementations are of a table."""
+    measured = key is not None
     if not _is_ours(way):
-        return Plan("torch", "torch", way)
+        return Plan("torch", "torch", way, measured)
     forward, _, backward = way.partition("+")
-    return Plan(_chosen(forward, key), _chosen(backward or forward, key))
+    return Plan(_chosen(forward, key), _chosen(backward or forward, key), measured=measured)
 
 
 def _chosen(name: str, key: Key | None) -> str:
-    if key is None or implementation(name) == "torch":
+    if key is None or name == "torch":
         return name
     way = Way(name)
     way.key = key
