@@ -17,6 +17,7 @@ from gptkernels.core.checks import DTYPES, dtype_name
 from gptkernels.core.choice import automatic, choose
 from gptkernels.core.plans import TORCH, Call, Plan
 from gptkernels.core.tuned import bucket, ends
+from gptkernels.ops.attention import canary
 from gptkernels.ops.attention.options import AttentionOptions
 
 _PLAIN_TYPES = (Tensor, Parameter)
@@ -105,6 +106,9 @@ def of(
         chosen = plans.compiled(op, training, dtype, q.device.type)
         if options.attn_mask is not None and plans.implementation(chosen) not in MASKED:
             chosen = "torch"
+        if chosen == "torch" and canary.on_gpu(q):
+            k = tensors[1]
+            chosen = canary.compiled(op, training, q, k, options, return_lse, paged)
         return Plan(chosen, chosen)
     call = described(op, tensors, sizes, options, deterministic, return_lse, paged)
     others = (x for x in options.tensors if x is not None)
@@ -114,6 +118,9 @@ def of(
     # A factor that is not positive is a case of its own, which nobody has.
     if not plannable or not options.softmax_scale > 0:
         return call.static
+    if canary.on_gpu(q):
+        call, kept = canary.instead(call, tensors, options, deterministic, return_lse, paged)
+        signature = signature if kept else None
     return plans.new(signature, call)
 
 
