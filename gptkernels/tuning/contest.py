@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gptkernels.bench import timing
-from gptkernels.core.tuned import EAGER, PYTORCH, TRAINING, Entry, Key, ends
+from gptkernels.core.tuned import EAGER, PYTORCH, TRAINING, Entry, Key, bucket, ends
 from gptkernels.tuning import ways
 from gptkernels.tuning.problems import problem
 from gptkernels.tuning.trial import Refused, Runner, Trial, is_pytorchs
@@ -28,6 +28,7 @@ _NEAR = 1.03
 _HALVINGS = 2
 _SLOW_S, _ROUNDS, _FEW_ROUNDS = 0.05, 7, 5
 _BUDGET_S = 0.25
+_MANY = 30  # runs of a way, to see whether it was that which raised
 
 Refusals = Mapping[str, str]
 
@@ -63,8 +64,10 @@ class Point:
 
 class Contest:
     """Measures one class. `refused` are ways that are left out from the start, and why; those that
-    do not pass are added. `trying` is called with a way before anything of it runs. After `seconds`
-    the class is not halved any more."""
+    do not pass are added. `trying` is called with a way before anything of it runs, with "" before
+    anything else; `in_turns` before several ways are timed together, with how long that takes,
+    roughly. `alone`: each is timed alone before that, so that `trying` names what ends a process.
+    After `seconds` the class is not halved any more."""
 
     def __init__(
         self,
@@ -72,37 +75,40 @@ class Contest:
         refused: Refusals,
         trying: Callable[[str], None] = lambda way: None,
         seconds: float = math.inf,
+        in_turns: Callable[[float], None] = lambda seconds: None,
+        alone: bool = False,
     ) -> None:
         self.key, self.refused, self._trying = key, dict(refused), trying
+        self._in_turns, self._alone = in_turns, alone
         self._ends = time.monotonic() + seconds
+        self._points: list[Point] = []
         self.errors: dict[str, tuple[float, float]] = {}
 
     def entry(self) -> Entry:
         """What was found. Raises NotImplementedError for a class that cannot be measured."""
         points = [self._point(position) for position in _distinct(self.key)]
-        if len(points) == 1:
-            ranges = [(1.0, self._best(points, points))]
-        else:
-            ranges = list(self._ranges(points, 0))
-        ranges = list(_joined(ranges))
-        measured = tuple(p.as_dict() for p in sorted(points, key=lambda p: p.position))
+        parts = [points] if len(points) == 1 else list(self._parts(points, 0))
+        # Only now: what is refused at any point is nowhere chosen.
+        ranges = _joined((part[-1].position, self._best(part)) for part in parts)
+        measured = tuple(p.as_dict() for p in sorted(self._points, key=lambda p: p.position))
         return Entry(self.key, tuple(ranges), measured, self.refused, self.errors)
 
-    def _ranges(self, points: list[Point], halvings: int) -> Iterator[tuple[float, str]]:
-        """The winners between the last two points; further points are added at the front."""
-        low, high = points[-2:]
-        way = self._best([low, high], points)
-        near = max(p.regret(way) for p in (low, high)) <= _NEAR
+    def _parts(self, ends: list[Point], halvings: int) -> Iterator[list[Point]]:
+        """The ends of the parts that are not halved any more, between these two."""
+        low, high = ends
+        way = self._best(ends)
+        near = max(point.regret(way) for point in ends) <= _NEAR
         if near or halvings == _HALVINGS or time.monotonic() > self._ends:
-            yield high.position, way
+            yield ends
             return
         middle = self._point((low.position + high.position) / 2)
-        for pair in ([low, middle], [middle, high]):
-            yield from self._ranges(pair, halvings + 1)
-        points.insert(0, middle)
+        for part in ([low, middle], [middle, high]):
+            yield from self._parts(part, halvings + 1)
 
-    def _best(self, at: list[Point], points: list[Point]) -> str:
-        ways_here = set.intersection(*(point.eligible for point in at))
+    def _best(self, at: list[Point]) -> str:
+        ways_here = set.intersection(*(self._eligible(point) for point in at))
+        if not any(is_pytorchs(way) for way in ways_here):
+            raise self._impossible()
 
         def order(way: str) -> tuple[float, bool, bool]:
             regret = max(point.regret(way) for point in at)
@@ -111,15 +117,25 @@ class Contest:
 
         return min(sorted(ways_here), key=order)
 
+    def _eligible(self, point: Point) -> set[str]:
+        """The ways that may be chosen at a point, by all that is known of them now."""
+        return {way for way in point.eligible if self.refused.keys().isdisjoint(_parts_of(way))}
+
+    def _impossible(self) -> NotImplementedError:
+        said = "; ".join(f"{way}: {why}" for way, why in self.refused.items())
+        return NotImplementedError(f"PyTorch itself cannot run it ({said})")
+
     def _point(self, position: float) -> Point:
+        self._trying("")
         sizes = sizes_at(self.key, position)
         made = problem(self.key, sizes)
         runner = Runner(self.key, made)
         tried = self._trials(runner, ways.of(self.key, made.inputs))
         if not any(is_pytorchs(trial.way) for trial in tried):
-            said = "; ".join(f"{way}: {why}" for way, why in self.refused.items())
-            raise NotImplementedError(f"PyTorch itself cannot run it ({said})")
-        return _timed(Point(position, sizes), tried, made.device)
+            raise self._impossible()
+        point = self._timed(Point(position, sizes), tried, made.device)
+        self._points.append(point)
+        return point
 
     def _trials(self, runner: Runner, found: ways.Ways) -> list[Trial]:
         tried = [t for way in (*found.forward, *found.whole) if (t := self._trial(runner, way))]
@@ -151,12 +167,76 @@ class Contest:
             self.refused[way] = str(error)
             return None
         except Exception as error:  # whatever a way raises, it is the way's fault alone
-            self.refused[way] = f"{type(error).__name__}: {_first_line(error)}"
+            self.refused[way] = _said(error)
+            _check_alive(runner.device)
             return None
-        worst = self.errors.get(way)
-        if worst is None or trial.error / trial.limit > worst[0] / worst[1]:
-            self.errors[way] = trial.error, trial.limit
+        found = trial.error, trial.limit
+        self.errors[way] = max(found, self.errors.get(way, found), key=lambda pair: _share(*pair))
         return trial
+
+    def _timed(self, point: Point, tried: Iterable[Trial], device: torch.device) -> Point:
+        """Times the trials that are not far behind, twice: for the figures, and for what holds."""
+        trials = {trial.way: trial for trial in tried if trial.way not in self.refused}
+        if not any(map(is_pytorchs, trials)):
+            raise self._impossible()
+        try:
+            return self._filled(point, trials, device)
+        except Exception:
+            _check_alive(device)
+            before = len(self.refused)
+            for way, trial in trials.items():
+                self._refuse_if_it_raises(way, trial.call)
+            if len(self.refused) == before:
+                raise
+        return self._timed(Point(point.position, point.sizes), trials.values(), device)
+
+    def _refuse_if_it_raises(self, way: str, call: Callable[[], Any]) -> None:
+        self._trying(way)
+        try:
+            for _ in range(_MANY):
+                call()
+        except Exception as error:
+            self.refused[way] = f"{_said(error)}, after some runs"
+
+    def _filled(self, point: Point, trials: Mapping[str, Trial], device: torch.device) -> Point:
+        rough = {way: trial.forward_s + trial.backward_s for way, trial in trials.items()}
+        fastest = min(rough.values())
+        near = {way: trials[way].call for way, s in rough.items() if s <= _FAR * fastest}
+        best_of_pytorch = min(
+            (way for way in rough if is_pytorchs(way)), key=lambda way: rough[way]
+        )
+        near[best_of_pytorch] = trials[best_of_pytorch].call
+        found = self._compare(near, device, rough)
+        for way, seconds in rough.items():
+            if way not in found:
+                point.times[way] = timing.Timing(seconds, seconds, seconds, seconds, 1)
+        point.times |= found
+        others = [way for way in found if is_pytorchs(way)]
+        best = min(others, key=lambda way: found[way].time_s)
+        ours = [w for w in found if w not in others and found[w].time_s < found[best].time_s]
+        if ours:
+            again = {way: near[way] for way in (best, *ours)}
+            fresh = self._compare(again, device, rough)
+            for way in ours:
+                pairs = zip(fresh[best].samples, fresh[way].samples, strict=True)
+                if timing.Timing.of([b / w for b, w in pairs]).low_s > 1:
+                    point.holds.add(way)
+        return point
+
+    def _compare(
+        self, calls: dict[str, Callable[[], Any]], device: torch.device, rough: dict[str, float]
+    ) -> dict[str, timing.Timing]:
+        slowest = max(rough[way] for way in calls)
+        rounds = _FEW_ROUNDS if slowest > _SLOW_S else _ROUNDS
+        how: dict[str, Any] = dict(
+            device=device, budget_s=_BUDGET_S, min_rounds=rounds, max_rounds=31, warm_ups=1
+        )
+        if self._alone:
+            for way, call in calls.items():
+                self._trying(way)
+                timing.compare({way: call}, **how)
+        self._in_turns(_BUDGET_S + (rounds + 2) * sum(rough[way] for way in calls))
+        return timing.compare(calls, **how)
 
 
 def sizes_at(key: Key, position: float) -> dict[str, int]:
@@ -169,54 +249,26 @@ def sizes_at(key: Key, position: float) -> dict[str, int]:
 
 
 def whole_groups(key: Key, sizes: dict[str, int]) -> dict[str, int]:
-    """These sizes as a call of the class has them: heads in whole groups, as many keys as queries
-    where that is so for the class."""
+    """These sizes as a call of the class has them: heads in whole groups, and as many keys as
+    queries where that is so for the class, and nowhere else."""
     facts = dict(key.facts)
     if "heads" in sizes:
         group = facts["group"]
-        sizes["heads"] = group * max(1, round(sizes["heads"] / group))
+        least, largest = ends(bucket(sizes["heads"]))
+        groups = min(max(round(sizes["heads"] / group), -(-least // group)), largest // group)
+        sizes["heads"] = group * max(1, groups)  # one that is larger than any octave is capped
     if facts.get("square"):
         sizes["Tk"] = sizes["Tq"]
+    elif key.op != "attention_decode" and sizes.get("Tq", 0) == sizes.get("Tk", 1):
+        # Fewer queries than keys, as behind a prefix.
+        least, _ = ends(bucket(sizes["Tk"]))
+        axis, step = ("Tq", -1) if sizes["Tq"] > least else ("Tk", 1)
+        sizes[axis] += step
     return sizes
 
 
 def _distinct(key: Key) -> list[float]:
     return [0.0, 1.0] if sizes_at(key, 0.0) != sizes_at(key, 1.0) else [1.0]
-
-
-def _timed(point: Point, tried: Iterable[Trial], device: torch.device) -> Point:
-    """Times the trials that are not far behind, twice: for the figures, and for what holds."""
-    trials = {trial.way: trial for trial in tried}
-    rough = {way: trial.forward_s + trial.backward_s for way, trial in trials.items()}
-    fastest = min(rough.values())
-    near = {way: trials[way].call for way, s in rough.items() if s <= _FAR * fastest}
-    best_of_pytorch = min((way for way in rough if is_pytorchs(way)), key=lambda way: rough[way])
-    near[best_of_pytorch] = trials[best_of_pytorch].call
-    found = _compare(near, device, max(rough[way] for way in near))
-    for way, seconds in rough.items():
-        if way not in found:
-            point.times[way] = timing.Timing(seconds, seconds, seconds, seconds, 1)
-    point.times |= found
-    others = [way for way in found if is_pytorchs(way)]
-    best = min(others, key=lambda way: found[way].time_s)
-    ours = [w for w in found if w not in others and found[w].time_s < found[best].time_s]
-    if ours:
-        again = {way: near[way] for way in (best, *ours)}
-        fresh = _compare(again, device, max(found[way].time_s for way in again))
-        for way in ours:
-            pairs = zip(fresh[best].samples, fresh[way].samples, strict=True)
-            if timing.Timing.of([b / w for b, w in pairs]).low_s > 1:
-                point.holds.add(way)
-    return point
-
-
-def _compare(
-    calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float
-) -> dict[str, timing.Timing]:
-    rounds = _FEW_ROUNDS if seconds > _SLOW_S else _ROUNDS
-    return timing.compare(
-        calls, device=device, budget_s=_BUDGET_S, min_rounds=rounds, max_rounds=31, warm_ups=1
-    )
 
 
 def _joined(ranges: Iterable[tuple[float, str]]) -> Iterator[tuple[float, str]]:
@@ -232,6 +284,30 @@ def _joined(ranges: Iterable[tuple[float, str]]) -> Iterator[tuple[float, str]]:
 
 def _plain(way: str) -> str:
     return way.partition(":")[0]
+
+
+def _parts_of(way: str) -> set[str]:
+    """A way, and those of its directions."""
+    return {way, *way.split("+")}
+
+
+def _share(error: float, limit: float) -> float:
+    return error / limit if limit else error
+
+
+def _check_alive(device: torch.device) -> None:
+    """Ends the process, with a reason, where an error stays with the GPU: each further call would
+    raise it too, also a right one."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except Exception as error:
+            raise SystemExit(_said(error)) from None
+
+
+def _said(error: Exception) -> str:
+    line = _first_line(error)
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,17 +25,28 @@ WORKER = (sys.executable, "-m", "gptkernels.tuning.worker")
 PATIENCE_S = 60.0
 _COMPILING_PATIENCE_S = 300.0
 _MOST_DEATHS = 8  # of children, by one class
+_ENDING_S = 10.0  # a child that has closed its stdout
+# Event -> the name and type of what it says.
+_EVENTS: dict[str, tuple[str, type] | None] = {
+    "trying": ("way", str),
+    "in turns": ("seconds", float),
+    "entry": ("entry", dict),
+    "cannot": ("why", str),
+    "done": None,
+}
 
 
 @dataclass
 class Outcome:
     """What was found of a class: its entry; or why there is none. `refused`: the ways that may not
-    be chosen, and why."""
+    be chosen, and why. `alone`: a process ended while it timed several ways, so each is timed alone
+    first."""
 
     key: Key
     entry: Entry | None = None
     why: str = ""
     refused: dict[str, str] = field(default_factory=dict)
+    alone: bool = False
 
 
 def measure(
@@ -45,7 +56,7 @@ def measure(
     worker: Sequence[str] = WORKER,
     patience_s: float | None = None,
     trying: Callable[[Key, str], None] = lambda key, way: None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Measures the classes one after the other, and yields what was found of each. After `seconds`
     no further class is begun; those left yield nothing.
 
@@ -56,35 +67,39 @@ def measure(
     left = [Outcome(key) for key in keys]
     deaths = 0
     while left and time.monotonic() < ends:
-        child = _Child(worker, [(o.key, o.refused) for o in left], ends - time.monotonic())
-        finished, way = 0, ""
+        child = _Child(worker, left, ends - time.monotonic())
+        finished, way, in_turns = 0, "", False
+        patience = patience_s or _patience(left[0].key)
+        wait = patience
         try:
-            for event in child.events(patience_s or _patience(left[0].key)):
-                outcome = left[event.get("key", 0)] if event["event"] != "done" else left[-1]
-                match event["event"]:
-                    case "trying":
-                        way = event["way"]
-                        trying(outcome.key, way)
-                    case "entry":
+            while (event := child.event(wait))["event"] != "done":
+                outcome, wait = left[event["key"]], patience
+                in_turns = event["event"] == "in turns"
+                way = event["way"] if event["event"] == "trying" else ""
+                if way:
+                    trying(outcome.key, way)
+                elif in_turns:
+                    wait += 2 * event["seconds"]
+                elif event["event"] != "trying":
+                    if event["event"] == "entry":
                         outcome.entry = Entry.from_dict(event["entry"])
                         outcome.refused = dict(outcome.entry.refused)
-                        finished, way, deaths = event["key"] + 1, "", 0
-                        yield outcome
-                    case "cannot":
+                    else:
                         outcome.why = event["why"]
-                        finished, way, deaths = event["key"] + 1, "", 0
-                        yield outcome
-                    case "done":
-                        return
+                    finished, deaths = event["key"] + 1, 0
+                    yield outcome
+            return
         except _Died as error:
             left = left[finished:]
             if not left:
                 return
             deaths += 1
             if way and deaths < _MOST_DEATHS:
-                left[0].refused[way] = str(error)
+                left[0].refused[way] = f"it {error}"
+            elif in_turns and not left[0].alone:
+                left[0].alone = True  # then `way` says which it was
             else:
-                left[0].why = f"the measuring process {str(error).removeprefix('it ')}"
+                left[0].why = f"the process that measures {error}"
                 yield left.pop(0)
                 deaths = 0
         finally:
@@ -96,33 +111,39 @@ def _patience(key: Key) -> float:
 
 
 class _Died(Exception):
-    """The child ended, or said nothing for too long; the message says which of a way."""
+    """The child ended, or said nothing for too long; the message is what it did."""
 
 
 class _Child:
-    def __init__(
-        self, command: Sequence[str], classes: Sequence[tuple[Key, dict[str, str]]], seconds: float
-    ) -> None:
+    def __init__(self, command: Sequence[str], classes: Sequence[Outcome], seconds: float) -> None:
+        self._count = len(classes)
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=_environment(),
             start_new_session=os.name != "nt",
         )
         given = {
-            "keys": [key.as_dict() for key, _ in classes],
-            "refused": [refused for _, refused in classes],
+            "keys": [outcome.key.as_dict() for outcome in classes],
+            "refused": [outcome.refused for outcome in classes],
+            "alone": [outcome.alone for outcome in classes],
             "seconds": seconds,
             "threads": torch.get_num_threads(),
         }
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
+        # One that does not read keeps nobody waiting.
+        threading.Thread(target=self._give, args=(given,), daemon=True).start()
+
+    def _give(self, given: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it has ended: `events` says how
+        # ValueError: it is closed. OSError: the child has ended, and `event` says how.
+        with contextlib.suppress(OSError, ValueError):
             self._process.stdin.write(json.dumps(given) + "\n")
             self._process.stdin.flush()
 
@@ -132,27 +153,31 @@ class _Child:
             self._lines.put(line)
         self._lines.put("")
 
-    def events(self, patience_s: float) -> Iterator[dict[str, Any]]:
-        """What the child says. Raises _Died where it ends before it is done, or hangs."""
+    def event(self, patience_s: float) -> dict[str, Any]:
+        """What the child says next. Raises _Died where it ends before it is done, or hangs."""
+        ends = time.monotonic() + patience_s
         while True:
             try:
-                line = self._lines.get(timeout=patience_s)
+                line = self._lines.get(timeout=max(0.0, ends - time.monotonic()))
             except queue.Empty:
-                raise _Died(f"it was not done after {patience_s:.0f} s") from None
+                raise _Died(f"was not done after {patience_s:.0f} s") from None
             if not line:
                 raise _Died(self._ended())
-            event = json.loads(line)
-            yield event
-            if event["event"] == "done":
-                return
+            event = _event(line, self._count)
+            if event is not None:
+                return event
 
     def _ended(self) -> str:
-        code = self._process.wait()
+        """The last words of a child whose stdout has ended."""
+        try:
+            code = self._process.wait(_ENDING_S)
+        except subprocess.TimeoutExpired:
+            return "closed its stdout"
         if code < 0:
-            return f"it ended the process with {signal.Signals(-code).name}"
+            return f"was ended by {signal.Signals(-code).name}"
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
-        return f"it ended the process with exit code {code}" + (f" ({lines[-1]})" if lines else "")
+        return f"ended with exit code {code}" + (f" ({lines[-1]})" if lines else "")
 
     def close(self) -> None:
         """Ends the child and all that it started."""
@@ -167,6 +192,19 @@ class _Child:
                 with contextlib.suppress(OSError):  # what it did not read
                     stream.close()
         self._said.close()
+
+
+def _event(line: str, classes: int) -> dict[str, Any] | None:
+    """What a line says; None where it is no event but what something has printed."""
+    try:
+        event: dict[str, Any] = json.loads(line)
+        kind = event["event"]
+        wanted = _EVENTS[kind]
+        if kind != "done" and not 0 <= event["key"] < classes:
+            return None
+        return event if wanted is None or isinstance(event[wanted[0]], wanted[1]) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _environment() -> dict[str, str]:

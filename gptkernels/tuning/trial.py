@@ -1,7 +1,8 @@
 """One way on one call: it has to be right before it is timed.
 
 The gates: it runs; its outputs and gradients pass the parity rule against fp64 (on parts, of the
-inputs that are timed), though all memory it gets holds NaN; and they have equal bits in three runs.
+inputs that are timed), and are nowhere far from those of impl="torch", though all memory it gets
+holds NaN; and they have equal bits in three runs.
 PyTorch's own functions may differ from run to run, and have no gate but the first two.
 """
 
@@ -50,7 +51,7 @@ class Runner:
     def __init__(self, key: Key, problem: Problem) -> None:
         self._key, self._problem = key, problem
         self._compiled = key.mode == COMPILED
-        self._signature = None if self._compiled else _signature(problem)
+        self._signature = None if self._compiled else _signature(key, problem)
 
     def trial(self, way: str) -> Trial:
         """The way through all gates. Raises Refused, or what the way raises."""
@@ -62,6 +63,8 @@ class Runner:
         error, limit = self._problem.check(outputs, gradients)
         if not error <= limit:
             raise Refused(f"it is wrong: error {error:.1e}, limit {limit:.1e}")
+        if self._problem.strays(outputs, gradients):
+            raise Refused("it is wrong in parts: they are far from those of impl='torch'")
         first = [x.detach() for x in (*outputs, *gradients)]
         seconds: list[tuple[float, float]] = []
         # Without poison, whose writing takes time; of a short call often, for its least time.
@@ -103,19 +106,31 @@ class Runner:
             function, impl = problem.forward, "auto"
         plan = plans.of_way(way)
         known, signature = plans.known, self._signature
+        unusual = {problem.op: plan} if signature is None and not self._compiled else None
+
+        def run() -> list[Tensor]:
+            if unusual is None:
+                return function(leaves, impl)
+            with plans.only(unusual):
+                return function(leaves, impl)
 
         def forward() -> tuple[Any, list[Tensor]]:
             if signature is not None:
                 known[signature] = plan
             if problem.training:
-                return leaves, function(leaves, impl)
+                return leaves, run()
             with torch.no_grad():
-                return leaves, function(leaves, impl)
+                return leaves, run()
 
         def backward(state: Any, outputs: list[Tensor]) -> list[Tensor]:
             return problem.backward(state, outputs) if problem.training else []
 
         return forward, backward
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._problem.device
 
     def _clock(self) -> float:
         if self._problem.device.type == "cuda":
@@ -133,17 +148,18 @@ def is_pytorchs(way: str) -> bool:
     return all(part == PYTORCH or plans.implementation(part) == "torch" for part in parts)
 
 
-def _signature(problem: Problem) -> Hashable:
-    """What the op looks the call's plan up by."""
-    plans.known.clear()
-    if problem.training:
+def _signature(key: Key, problem: Problem) -> Hashable:
+    """What the op looks the call's plan up by; None where it does so anew in each call. Raises
+    NotImplementedError where it does not, or where the call is of another class."""
+    with plans.recording() as calls, torch.set_grad_enabled(problem.training):
         problem.forward(problem.leaves())
-    else:
-        with torch.no_grad():
-            problem.forward(problem.leaves())
-    if len(plans.known) != 1:
+        signatures = list(plans.known)
+        problem.forward(problem.leaves())
+    if len(signatures) != 1 or not calls:
         raise NotImplementedError("impl='auto' does not look a plan up for this call")
-    return next(iter(plans.known))
+    if calls[0].key != key:
+        raise NotImplementedError(f"the call that was made is of another class ({calls[0].key})")
+    return signatures[0] if len(calls) == 1 else None
 
 
 def _same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

@@ -99,16 +99,18 @@ def tune(
         raise ValueError("the model makes no call that impl='auto' could choose for")
     keys.sort(key=lambda key: work(key, sizes_at(key, 1.0)), reverse=True)
     report = Report(left=list(keys))
-    for outcome in supervisor.measure(
+    measuring = supervisor.measure(
         keys, seconds, worker=worker, patience_s=patience_s, trying=trying
-    ):
-        report.left.remove(outcome.key)
-        if outcome.entry is None:
-            report.cannot[outcome.key] = outcome.why
-        else:
-            report.entries.append(outcome.entry)
-            _keep(outcome.entry, report)
-        found(outcome)
+    )
+    with contextlib.closing(measuring):  # also where `found` raises: the child ends
+        for outcome in measuring:
+            report.left.remove(outcome.key)
+            if outcome.entry is None:
+                report.cannot[outcome.key] = outcome.why
+            else:
+                report.entries.append(outcome.entry)
+                _keep(outcome.entry, report)
+            found(outcome)
     if report.trouble:
         warnings.warn(f"the table is kept for this process alone: {report.trouble}", stacklevel=2)
     return report
