@@ -7,7 +7,8 @@ What is inside: {"format", "version", "model", "optimizer", "step", "tokens" (tr
 "seconds", "best_validation_loss", "since_log" (sum of the losses and number of the steps since the
 last line of the log), "average" (of the weights; empty where none is kept), "scaler" (of the loss;
 empty but in float16), "sampler", "random" (PyTorch's CPU and CUDA generators), "model_config",
-"train_config", "files", "text" (a fingerprint of what the files hold)}.
+"train_config", "files", "text" (a fingerprint of what the files hold), "tuned" (the digest of the
+table of measurements that impl="auto" followed; empty where another impl was named)}.
 
 `model`, `optimizer`, `average`, `scaler`, `since_log`, `generators` and `config` restore the parts
 of the content: each refuses, in one sentence, what does not fit.
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.files import check_no_pointer, replacing
+from gptkernels.core.tuned import Table
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.training.average import Average
@@ -48,7 +50,11 @@ KEYS: dict[str, type] = {
     "train_config": dict,
     "files": list,
     "text": str,
+    "tuned": str,
 }
+# What checkpoints of this version hold that were written before a key was known: none was in
+# float16, and none had a table.
+_OLDER: dict[str, Any] = {"scaler": {}, "tuned": Table().digest()}
 _Config = TypeVar("_Config")
 
 
@@ -110,7 +116,7 @@ def load(path: str | Path) -> dict[str, Any]:
             f"checkpoint: {path} has version {content.get('version')!r}, this package reads "
             f"version {VERSION}"
         )
-    content = {"scaler": {}, **content}  # older ones were never in float16
+    content = {**_OLDER, **content}
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise ValueError(f"checkpoint: {path} lacks {', '.join(missing)}")

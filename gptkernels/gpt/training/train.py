@@ -9,10 +9,11 @@ curve out. learner.py makes the steps.
            tensorboard/    with `tensorboard`: the log for it
 
 A run that was interrupted and resumed ends with the same bits as one that was not, dropout
-included, on the same machine with the same number of threads. This is because the checkpoint holds
-everything that has a state (weights, optimiser, PyTorch's generators, the sampler's generator), and
-log, validation, samples and saving leave these generators alone. The exception is a run with
-`minutes`, whose learning rate follows the clock.
+included, on the same machine with the same number of threads and, with impl="auto", the same table
+of measurements (core/tuned.py); under another table, `resume` warns. This is because the checkpoint
+holds everything that has a state (weights, optimiser, PyTorch's generators, the sampler's
+generator), and log, validation, samples and saving leave these generators alone. The exception is a
+run with `minutes`, whose learning rate follows the clock.
 
 SIGINT and SIGTERM end a run after the present step, with a checkpoint to resume from.
 """
@@ -22,8 +23,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptkernels.core import plans
 from gptkernels.core.ceilings import product_rate
 from gptkernels.core.device import choose_device
 from gptkernels.core.figure import figure_class
 from gptkernels.core.files import check_folder, make_folder
 from gptkernels.core.lock import alone_in
+from gptkernels.core.tuned import Table
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import load_tokenizer
@@ -109,7 +114,9 @@ def resume(
 
     `files` names the same text when it has moved. Raises as `train` does, FileNotFoundError when
     there is no checkpoint, and ValueError when the checkpoint cannot be read, when the text is not
-    the text it was, or when a change comes too late (seed, tokenizer, validation_fraction).
+    the text it was, or when a change comes too late (seed, tokenizer, validation_fraction). Warns
+    where impl="auto" now follows another table of measurements than when the checkpoint was
+    written.
     """
     out = Path(out)
     checkpoint.check_exists(out / "checkpoint.pt")
@@ -206,7 +213,32 @@ class _Run:
         self.best_validation_loss = content["best_validation_loss"]
         losses, self.since = checkpoint.since_log(path, content)
         self.losses.copy_(losses)
+        self._warn_of_another_table(path, content["tuned"])
         self.log.take_up(self.step)
+
+    def _tuned(self) -> str:
+        """The digest of the table that the run follows; "" where it asks none."""
+        if self.config.impl != "auto":
+            return ""
+        if os.environ.get("GPTKERNELS_IMPL"):  # the kill switch stands above all tables
+            return Table().digest()
+        return plans.table(self.device.type).digest()
+
+    def _warn_of_another_table(self, path: Path, before: str) -> None:
+        now = self._tuned()
+        # Where either names an impl, whoever changed it knows that.
+        if not before or not now or before == now:
+            return
+        none = Table().digest()
+        then = "without a table" if before == none else f"under the table {before}"
+        same = "GPTKERNELS_TUNE=off" if before == none else "that table"
+        follows = "none" if now == none else f"the table {now}"
+        warnings.warn(
+            f"{path} was written {then} of measurements, and impl='auto' now follows {follows}: "
+            "the rest of the run may differ in its last bits from one that was not interrupted; "
+            f"resumed with {same} it has the same",
+            stacklevel=5,  # whoever called resume
+        )
 
     def finish(self) -> TrainResult:
         """Train to the end of the budget, or until a signal asks to stop, and write what belongs
@@ -357,6 +389,7 @@ class _Run:
                 "train_config": dataclasses.asdict(self.config),
                 "files": self.files,
                 "text": self.digest,
+                "tuned": self._tuned(),
             },
         )
 
