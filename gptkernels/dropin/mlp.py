@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptkernels.dropin import measured
 from gptkernels.dropin.linear import is_transposed, loses, weight
 from gptkernels.dropin.probe import Probe
 from gptkernels.dropin.swap import Match, OneInput
@@ -33,14 +34,16 @@ class MLP(OneInput):
         if any(not_plain(children[name], kind) for name, kind in swap.stands_for):
             return None
         (first, across), (second, back) = swap.linear
-        if swap.impl == "auto" and loses(x, across):
-            return None
-        y = gelu_mlp(
+        given: Any = (
             x if x.stride(-1) == 1 else x.contiguous(),
-            weight(children[first], across), children[first].bias,  # type: ignore[union-attr, arg-type]
-            weight(children[second], back), children[second].bias,  # type: ignore[union-attr, arg-type]
-            approximate=swap.approximate, impl=swap.impl,
+            weight(children[first], across), children[first].bias,  # type: ignore[union-attr]
+            weight(children[second], back), children[second].bias,  # type: ignore[union-attr]
         )  # fmt: skip
+        if swap.impl == "auto":
+            runs = measured.gelu_mlp(*given, swap.approximate)  # type: ignore[call-arg]
+            if runs is False or (runs is None and loses(x, across)):
+                return None
+        y = gelu_mlp(*given, approximate=swap.approximate, impl=swap.impl)
         return y if swap.dropout is None else self.get_submodule(swap.dropout)(y)
 
 

@@ -27,9 +27,11 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gptkernels.core import plans
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.checks import DTYPES
 from gptkernels.core.choice import choose
+from gptkernels.dropin import measured
 from gptkernels.dropin.probe import Probe
 from gptkernels.dropin.swap import Fused, Match, dropout_p, with_mask
 from gptkernels.nn.plain import class_name
@@ -84,7 +86,10 @@ def attention(
         )
     swap = getattr(type(module), "_gptkernels", None)
     impl = "auto" if swap is None else swap.impl
+    causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
     leaves = impl == "auto" and not softcap and _is_pytorchs(query)
+    if leaves and _was_measured(query, key, value, attention_mask, causal, dropout, scaling):
+        leaves = False
     reason = None if leaves and swap is not None else _lacking(query, key, value, others)
     if reason is not None and swap is None and _config_of(module) not in _ANNOUNCED:
         raise NotImplementedError(f"attn_implementation={NAME!r} {reason}")
@@ -93,18 +98,45 @@ def attention(
             module, query, key, value, _for_sdpa(attention_mask, query, key), dropout=dropout,
             scaling=scaling, is_causal=is_causal, softcap=softcap, **others,
         )  # fmt: skip
-    causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
+    q, k, v = _tokens_first(query, key, value, attention_mask, causal)
+    seen, mask = _seen(attention_mask, k, causal)
+    out = dense.attention(
+        q, k, v, **seen, attn_mask=mask, dropout_p=dropout, softmax_scale=scaling,
+        softcap=softcap or 0.0, impl=with_mask(impl, mask),
+    )  # fmt: skip
+    return cast("Tensor", out), None
+
+
+def _tokens_first(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, ...]:
+    """q, k and v as the op takes them, (B, T, H, D)."""
     Tq = query.shape[2]
-    if attention_mask is None and causal and Tq > 1:
+    if mask is None and causal and Tq > 1:
         # A static cache has more places than keys so far. The first texts fill its beginning.
         key, value = key[:, :, :Tq], value[:, :, :Tq]
     dtype = autocast_dtype(query)  # rotary embeddings leave q and k wide
-    q, k, v = (_dense(x.to(dtype)).transpose(1, 2) for x in (query, key, value))
-    out = _attend(
-        q, k, v, attention_mask, causal=causal, dropout_p=dropout, softmax_scale=scaling,
-        softcap=softcap or 0.0, impl=impl,
-    )  # fmt: skip
-    return out, None
+    return tuple(_dense(x.to(dtype)).transpose(1, 2) for x in (query, key, value))
+
+
+def _was_measured(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+) -> bool:
+    """Whether a table says what runs the call."""
+    if torch.compiler.is_compiling() or not plans.asked(query.device.type):
+        return False
+    if _lacking(query, key, value, {}) is not None:
+        return False
+    q, k, v = _tokens_first(query, key, value, attention_mask, causal)
+    seen, mask = _seen(attention_mask, k, causal)
+    named = {"attn_mask": mask, "dropout_p": dropout, "softmax_scale": scaling}
+    return bool(measured.attention(q, k, v, **seen, **named))
 
 
 def _lacking(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) -> str | None:
@@ -134,10 +166,8 @@ def _weights_wanted() -> bool:
     return collected is not None and any("attentions" in name for name in collected)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, **options: Any
-) -> Tensor:
-    """(B, Tq, H, D) of q, k and v that are laid out so too."""
+def _seen(mask: Tensor | None, k: Tensor, causal: bool) -> tuple[dict[str, Any], Tensor | None]:
+    """What a mask of `attention` says, as arguments of the op, and the mask that is left."""
     lengths = None
     if mask is not None:
         causal = mask.dim() < 4
@@ -145,9 +175,7 @@ def _attend(
             lengths, mask = mask, None
         else:
             mask = mask[:, None, None] if causal else mask[..., : k.shape[1]]
-    options["impl"] = with_mask(options["impl"], mask)
-    out = dense.attention(q, k, v, causal=causal, key_lengths=lengths, attn_mask=mask, **options)
-    return cast("Tensor", out)
+    return {"causal": causal, "key_lengths": lengths}, mask
 
 
 def _is_pytorchs(query: Tensor) -> bool:

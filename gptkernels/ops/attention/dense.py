@@ -225,20 +225,67 @@ def attention(
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    seen = causal, softmax_scale, window, softcap, alibi_slopes
+    way, options = _planned(
+        q, k, v, seen, key_lengths, attn_mask, dropout_p, bool(deterministic), return_lse, impl
+    )
+    if way.whole is not None:
+        return whole.run(way.whole, q, k, v, *seen)
+    assert options is not None
+    out, lse = attend(q, k, v, options, deterministic, return_lse, way)
+    return (out, lse) if return_lse else out
+
+
+def plan_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    key_lengths: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Plan:
+    """What would run such a call of `attention` with impl="auto", outside of torch.compile. Raises
+    as that does."""
+    seen = causal, softmax_scale, window, softcap, None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _planned(q, k, v, seen, key_lengths, attn_mask, dropout_p, deterministic, False, "auto")[
+        0
+    ]
+
+
+def _planned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: tuple[Any, ...],
+    key_lengths: Tensor | None,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    deterministic: bool,
+    return_lse: bool,
+    impl: str,
+) -> tuple[Plan, AttentionOptions | None]:
+    """Checks the arguments; returns what runs the call, and the options of an implementation. One
+    with the signature of an earlier call need not be checked again, but for values."""
+    causal, softmax_scale, window, softcap, alibi_slopes = seen
     signature, way = None, None
     if impl == "auto" and not torch.compiler.is_compiling():
         try:
-            given = (causal, softmax_scale, window, softcap, alibi_slopes, dropout_p)
             others = () if key_lengths is attn_mask is None else (key_lengths, attn_mask)
             signature, way = plan.known(
-                "attention", q, k, v, *given, bool(deterministic), return_lse, *others
+                "attention", q, k, v, *seen, dropout_p, deterministic, return_lse, *others
             )
         except (AttributeError, TypeError):  # something of another kind, which the checks name
             signature = None
     if way is None:
         _check(q, k, v, key_lengths, attn_mask)
     elif way.whole is not None:
-        return whole.run(way.whole, q, k, v, causal, softmax_scale, window, softcap, alibi_slopes)
+        return way, None
     elif key_lengths is not None:
         _check_length_values(key_lengths, k.shape[1])
     options = AttentionOptions(
@@ -259,15 +306,9 @@ def attention(
     if way is None:
         sizes = (q.shape[1], k.shape[1], q.shape[0])
         way = plan.of(
-            "attention", signature, (q, k, v), sizes, options, bool(deterministic), return_lse,
-            impl,
-        )  # fmt: skip
-        if way.whole is not None:
-            return whole.run(
-                way.whole, q, k, v, causal, softmax_scale, window, softcap, alibi_slopes
-            )
-    out, lse = attend(q, k, v, options, deterministic, return_lse, way)
-    return (out, lse) if return_lse else out
+            "attention", signature, (q, k, v), sizes, options, deterministic, return_lse, impl
+        )
+    return way, options
 
 
 def attend(
