@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,6 +61,7 @@ class Call:
 
     sizes: axis -> its size, for the class and for the position in it.
     static: the plan where nothing was measured.
+    whole: the functions that have all that it asks for.
     """
 
     op: str
@@ -68,6 +69,7 @@ class Call:
     facts: Mapping[str, Any]
     sizes: Mapping[str, int]
     static: Plan
+    whole: Sequence[str] = ()
 
     @property
     def key(self) -> Key:
@@ -76,7 +78,13 @@ class Call:
         return Key.of(self.op, direction, EAGER, self.facts, self.sizes)
 
 
-Choices = Mapping[str, Plan]
+class Choices(dict[str, Plan]):
+    """Plans by op, whatever the sizes are. `known`: as the one below, for calls by them."""
+
+    def __init__(self, plans: Mapping[str, Plan]) -> None:
+        super().__init__(plans)
+        self.known: dict[Hashable, Plan] = {}
+
 
 # Signature -> plan. It is emptied where anything that plans depend on changes.
 known: dict[Hashable, Plan] = {}
@@ -91,15 +99,24 @@ _demoted: set[Key] = set()
 _recordings: dict[int, list[Call]] = {}  # by the list's id: two may hold the same calls
 
 
+def seen(signature: Hashable) -> Plan | None:
+    """The plan of an earlier call with the same signature; None where there was none."""
+    choices = fixed.get()
+    return (known if choices is None else choices.known).get(signature)
+
+
 def new(signature: Hashable, call: Call) -> Plan:
-    """The plan of a call whose signature is not in `known`; a signature of None is not kept."""
-    chosen = fixed.get()
-    if chosen is not None:
-        return chosen.get(call.op, call.static)
+    """The plan of a call whose signature was not seen; a signature of None is not kept."""
     before = _forgotten
     for recording in tuple(_recordings.values()):
         if signature is not None or call not in recording:
             recording.append(call)
+    choices = fixed.get()
+    if choices is not None:
+        plan = _fitting(choices.get(call.op, call.static), call)
+        if signature is not None and len(choices.known) < _MOST_KNOWN:
+            choices.known[signature] = plan
+        return plan
     plan = _of(call)
     if signature is not None:
         with _LOCK:
@@ -108,6 +125,11 @@ def new(signature: Hashable, call: Call) -> Plan:
             if before == _forgotten:  # else it may be the plan of other tables
                 known[signature] = plan
     return plan
+
+
+def _fitting(plan: Plan, call: Call) -> Plan:
+    """A plan for other calls too, or the static one where this call has what it lacks."""
+    return plan if plan.whole is None or plan.whole in call.whole else call.static
 
 
 def _forget() -> None:
@@ -122,7 +144,7 @@ def compiled(op: str, training: bool, dtype: torch.dtype, device_type: str) -> s
     """The implementation inside a graph of torch.compile: what wins in all classes that were
     measured of the op in this dtype, so that the graph asks nothing about sizes; else "torch",
     which Inductor fuses with what is around it."""
-    if switched_off():
+    if switched_off() or fixed.get() is not None:
         return "torch"
     direction, name = TRAINING if training else FORWARD, dtype_name(dtype)
     way = table(device_type).unanimous(op, direction, COMPILED, {"dtype": name})
@@ -186,10 +208,10 @@ def recording() -> Iterator[list[Call]]:
 
 
 @contextlib.contextmanager
-def only(choices: Choices) -> Iterator[None]:
+def only(choices: Mapping[str, Plan]) -> Iterator[None]:
     """In this context, of this thread, an op has the plan that is named here, else its static one,
     whatever the sizes are."""
-    token = fixed.set(choices)
+    token = fixed.set(choices if isinstance(choices, Choices) else Choices(choices))
     try:
         yield
     finally:
@@ -277,7 +299,7 @@ def _of(call: Call) -> Plan:
     way = entry.way(position_of(call.sizes.values()))
     if unavailable(way, device_type) is not None:
         return call.static
-    return of_way(way, key)
+    return _fitting(of_way(way, key), call)
 
 
 def of_way(way: str, key: Key | None = None) -> Plan:

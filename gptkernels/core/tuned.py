@@ -157,10 +157,16 @@ class Table:
     def digest(self) -> str:
         """A hash of all choices: two tables with the same one choose alike."""
         lines = sorted(
-            json.dumps([entry.key.as_dict(), entry.ranges], sort_keys=True)
+            json.dumps([entry.key.as_dict(), *map(_plain, entry.ranges)], sort_keys=True)
             for entry in self.entries.values()
         )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _plain(pair: tuple[float, str]) -> list[Any]:
+    """A range as a file has it: 1 and 1.0 are one end."""
+    end, way = pair
+    return [float(end), str(way)]
 
 
 def bucket(size: int) -> int:

@@ -74,7 +74,7 @@ class _Call:
     def __init__(self, x: Tensor, caches: Sequence[KVCache]) -> None:
         self._x, self._first = x, caches[0]
         self._impls: set[tuple[str, str]] = set()
-        self._fixed = plans.fixed.get() or {}
+        self._fixed = plans.fixed.get() or plans.Choices({})
         self.tensors: list[Tensor] = []
         # Another class of caches may store something else.
         _need(all(type(cache) is KVCache for cache in caches) and caches[0].places is not None)

@@ -28,7 +28,7 @@ _INTERPRETER_COMMAND = "TRITON_INTERPRET=1 gptkernels verify --impl triton"
 
 def parity_table(device: torch.device, console: Console) -> list[Row]:
     """Every op, implementation, dtype and direction, held to the truth in fp64."""
-    heading(console, "4. Parity", "errors against the formulas in fp64, beside eager PyTorch's")
+    heading(console, "5. Parity", "errors against the formulas in fp64, beside eager PyTorch's")
     interpret = (
         unavailable("triton", device.type, torch.float32) is not None
         and importlib.util.find_spec("triton") is not None

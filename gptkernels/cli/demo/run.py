@@ -1,10 +1,11 @@
 """The demo: one run that shows what the package does, on real text, on whatever machine there is.
 
-    1. train   a small GPT-2-shaped model for about `minutes` minutes, validation loss falling
-    2. sample  from it
-    3. twin    the same weights in plain PyTorch: logits, loss and gradients agree up to rounding
-    4. parity  every op, implementation, dtype and direction, held to the truth in fp64
-    5. speed   the ops and a whole training step against plain PyTorch
+    1. tune    measure what is the fastest on this machine, which impl="auto" then takes
+    2. train   a small GPT-2-shaped model for about `minutes` minutes, validation loss falling
+    3. sample  from it
+    4. twin    the same weights in plain PyTorch: logits, loss and gradients agree up to rounding
+    5. parity  every op, implementation, dtype and direction, held to the truth in fp64
+    6. speed   the ops and a whole training step against plain PyTorch
 
 Everything is printed and written to a folder: report.html (self-contained), loss.png, parity.json,
 speed.json, summary.json, and training/ as `gptkernels train` leaves it. Nothing is downloaded: the
@@ -29,6 +30,7 @@ from gptkernels.cli.demo.parity import parity_table
 from gptkernels.cli.demo.report import write
 from gptkernels.cli.demo.speed import fastest_threads, speed_table
 from gptkernels.cli.demo.training import PROMPT, sample, train_model
+from gptkernels.cli.demo.tuning import tune_model
 from gptkernels.cli.demo.twin import twin_table
 from gptkernels.core.device import choose_device
 from gptkernels.core.lock import alone_in
@@ -59,7 +61,9 @@ def _run(
     text: str | Path | None, out: Path, minutes: float, device: str, seed: int, console: Console
 ) -> int:
     started = time.perf_counter()
-    with _quiet(), fastest_threads(choose_device(device)):
+    where = choose_device(device)
+    with _quiet(), fastest_threads(where):
+        tuned = tune_model(where, console)
         trained = train_model(text, out, minutes, device, seed, console)
         sampled = sample(trained.result.model, seed, console)
         twin_rows = twin_table(trained, console)
@@ -82,6 +86,7 @@ def _run(
         "records": trained.result.records,
         "sample": sampled,
         "twin": twin_rows,
+        "tuned": tuned,
     }
     write(out, content, PROMPT, parity_rows, speed_rows)
     style, verdict = ("green", "Every check passed") if right else ("red", "A check FAILED")

@@ -28,7 +28,7 @@ CPU_WIDER_MODEL = GPTConfig(vocab_size=512, block_size=256, n_layer=4, n_head=6,
 
 def speed_table(trained: training.Training, console: Console) -> list[Row]:
     """The ops and a whole training step, timed beside plain PyTorch."""
-    heading(console, "5. Speed", "median times, alternating with eager PyTorch on the same inputs")
+    heading(console, "6. Speed", "median times, alternating with eager PyTorch on the same inputs")
     rows: list[Row] = []
     with console.status("measuring"):
         for op in bench.OPERATORS:
@@ -85,8 +85,9 @@ def fastest_threads(device: torch.device) -> Iterator[None]:
     if device.type == "cuda" or threads == 1:
         yield
         return
-    model = GPT(training.CPU_MODEL)
-    tokens = torch.zeros(training.CPU_BATCH, training.CPU_MODEL.block_size, dtype=torch.int64)
+    config, batch = training.size(on_gpu=False)
+    model = GPT(config)
+    tokens = torch.zeros(batch, config.block_size, dtype=torch.int64)
     parameters = list(model.parameters())
 
     def step(count: int) -> None:

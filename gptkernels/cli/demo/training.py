@@ -48,6 +48,11 @@ class Training:
         return next(self.result.model.parameters()).device
 
 
+def size(on_gpu: bool) -> tuple[GPTConfig, int]:
+    """The model, and how many texts a step has."""
+    return (GPU_MODEL, 64) if on_gpu else (CPU_MODEL, CPU_BATCH)
+
+
 def train_model(
     text: str | Path | None, out: Path, minutes: float, device: str, seed: int, console: Console
 ) -> Training:
@@ -55,12 +60,12 @@ def train_model(
     before it removes anything of an earlier demo.
     """
     on_gpu = choose_device(device).type == "cuda"
-    model = GPU_MODEL if on_gpu else CPU_MODEL
+    model, batch = size(on_gpu)
     config = TrainConfig(
         # On a CPU the minutes end the run; a GPU could read the text a hundred times in them.
         steps=2000 if on_gpu else 10**6,
         minutes=minutes,
-        batch_size=64 if on_gpu else CPU_BATCH,
+        batch_size=batch,
         learning_rate=1e-3 if on_gpu else 3e-3,
         warmup_steps=50,
         beta2=0.99,
@@ -88,7 +93,7 @@ def train_model(
         file, named = Path(text), str(text)
     where = "the GPU" if on_gpu else f"{torch.get_num_threads()} CPU threads"
     heading(
-        console, "1. Training", f"on {named}, {len(tokens):,} bytes, {minutes:g} minutes, {where}"
+        console, "2. Training", f"on {named}, {len(tokens):,} bytes, {minutes:g} minutes, {where}"
     )
     with ProgressBar(console) as bar:
         result = train([file], out / "training", model=model, config=config, observer=bar)
@@ -110,7 +115,7 @@ def manual() -> str:
 @torch.no_grad()
 def sample(model: GPT, seed: int, console: Console) -> str:
     """A continuation of the prompt, longer than the context."""
-    heading(console, "2. A sample", f"after {PROMPT!r}, temperature 0.7")
+    heading(console, "3. A sample", f"after {PROMPT!r}, temperature 0.7")
     tokenizer = ByteTokenizer()
     prompt = torch.tensor([tokenizer.encode(PROMPT)], device=next(model.parameters()).device)
     tokens = model.generate(

@@ -16,7 +16,7 @@ from gptkernels.truth.plain_gpt import PlainGPT
 
 def twin_table(trained: Training, console: Console) -> list[Row]:
     """The trained weights in plain PyTorch, on a batch of held-out text, both held to fp64."""
-    heading(console, "3. The same weights in plain PyTorch", "on held-out text")
+    heading(console, "4. The same weights in plain PyTorch", "on held-out text")
     model, config = trained.result.model, trained.config
     size = model.config.block_size
     tokens = data.tokenize(data.read_text([trained.file]), ByteTokenizer())

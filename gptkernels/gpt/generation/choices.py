@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gptkernels.core import plans
-from gptkernels.core.plans import Call, Plan
+from gptkernels.core.plans import Call
 from gptkernels.core.tuned import EAGER, EXTERNAL, FORWARD, PYTORCH
 from gptkernels.gpt.generation.cache import CachingModel
 from gptkernels.nn.layers import MLP, CausalSelfAttention, LayerNorm
@@ -39,7 +39,7 @@ _TAKES = {
 }
 
 
-def choices_of(model: CachingModel) -> dict[str, Plan]:
+def choices_of(model: CachingModel) -> plans.Choices:
     """The plan of each op of which one way was measured to be the best for the model's layers,
     whatever the sizes, that can run here, and by which no row depends on the rows beside it.
 
@@ -55,16 +55,18 @@ def choices_of(model: CachingModel) -> dict[str, Plan]:
     first = next(model.parameters())
     # The kill switch stands above all tables, of which one without entries has no say.
     if os.environ.get("GPTKERNELS_IMPL") or not plans.table(first.device.type).entries:
-        return {}
+        return plans.Choices({})
     ways: dict[str, set[str | None]] = {}
     for call in _calls(model.modules(), first):
         ways.setdefault(call.op, set()).add(_way(call))
-    return {
-        op: plans.of_way(way)
-        for op, found in ways.items()
-        for way in found
-        if way and len(found) == 1
-    }
+    return plans.Choices(
+        {
+            op: plans.of_way(way)
+            for op, found in ways.items()
+            for way in found
+            if way and len(found) == 1
+        }
+    )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from gptkernels.core.checks import DTYPES, dtype_name
 from gptkernels.core.choice import automatic, choose
 from gptkernels.core.plans import TORCH, Call, Plan
 from gptkernels.core.tuned import bucket, ends
-from gptkernels.ops.attention import canary
+from gptkernels.ops.attention import canary, whole
 from gptkernels.ops.attention.options import AttentionOptions
 
 _PLAIN_TYPES = (Tensor, Parameter)
@@ -26,6 +26,7 @@ _PLAIN_TYPES = (Tensor, Parameter)
 MOST_TOKENS = 4
 # Heads of all batch entries, by thread of a CPU: with more the work only repeats.
 _MOST_HEADS_PER_THREAD, _MOST_HEADS = 16, 1 << 12
+_MOST_KEYS = {"cpu": 1 << 12, "cuda": 1 << 14}
 
 
 def known(
@@ -74,7 +75,7 @@ def known(
         return_lse,
         others and tuple(map(_said, others)),
     )
-    return signature, None if plans.fixed.get() is not None else plans.known.get(signature)
+    return signature, plans.seen(signature)
 
 
 def _said(option: Any) -> Any:
@@ -167,9 +168,11 @@ def described(
         "layout": "contiguous" if all(x.is_contiguous() for x in tensors) else "strided",
     }
     heads = min(max(1, batch * H), _MOST_HEADS_PER_THREAD * threads or _MOST_HEADS)
-    found = {"Tq": max(1, Tq), "Tk": max(1, Tk), "heads": heads}
+    most = _MOST_KEYS.get(device, 1 << 14)
+    found = {"Tq": min(max(1, Tq), most), "Tk": min(max(1, Tk), most), "heads": heads}
     training = requires_grad((*tensors, mask))
-    return Call(op, training, facts, found, _static(op, options, q, Tq))
+    functions = whole.takes(facts) if op == "attention" else ()
+    return Call(op, training, facts, found, _static(op, options, q, Tq), functions)
 
 
 def _octave(bound: int) -> int:

@@ -14,6 +14,7 @@ from gptkernels.core.autograd import requires_grad
 from gptkernels.core.checks import DTYPES, dtype_name
 from gptkernels.core.choice import automatic
 from gptkernels.core.plans import Call, Plan
+from gptkernels.ops.gelu_mlp import whole
 
 _PLAIN_TYPES = (Tensor, Parameter)
 # With more rows the work only repeats.
@@ -47,9 +48,7 @@ def known(
     )
     # What is not contiguous may have any strides: it is checked each time.
     usual = signature[6] and signature[7] and signature[8]
-    if plans.fixed.get() is not None or not usual:
-        return signature, None
-    return signature, plans.known.get(signature)
+    return signature, plans.seen(signature) if usual else None
 
 
 def new(
@@ -103,4 +102,5 @@ def described(
     rows = min(max(1, x.numel() // max(1, x.shape[-1])), _MOST_ROWS.get(device, 1 << 16))
     chosen = automatic(device)
     training = requires_grad(tensors)
-    return Call("gelu_mlp", training, facts, {"rows": rows}, Plan(chosen, chosen))
+    static = Plan(chosen, chosen)
+    return Call("gelu_mlp", training, facts, {"rows": rows}, static, whole.takes(facts))

@@ -14,6 +14,7 @@ from gptkernels.core.autograd import requires_grad
 from gptkernels.core.checks import DTYPES, dtype_name
 from gptkernels.core.choice import automatic
 from gptkernels.core.plans import Call, Plan
+from gptkernels.ops.layer_norm import whole
 
 _PLAIN_TYPES = (Tensor, Parameter)
 # With more rows the work only repeats.
@@ -61,7 +62,7 @@ def known(
             (residual.is_cpu and alike) or residual.device,
         ),
     )
-    return signature, None if plans.fixed.get() is not None else plans.known.get(signature)
+    return signature, plans.seen(signature)
 
 
 def new(
@@ -107,7 +108,8 @@ def described(
     rows = min(max(1, x.numel() // C), _MOST_ROWS.get(device, 1 << 17))
     chosen = automatic(device)
     training = requires_grad((x, weight, bias, residual))
-    return Call("layer_norm", training, facts, {"rows": rows}, Plan(chosen, chosen))
+    static = Plan(chosen, chosen)
+    return Call("layer_norm", training, facts, {"rows": rows}, static, whole.takes(facts))
 
 
 def _plannable(*tensors: Tensor | None) -> bool:
