@@ -61,7 +61,7 @@ def lines(problem: Problem, machine: Machine) -> Iterator[str]:
     yield f"{problem.op} {problem.text}, {dtype}"
     yield (
         f"dry run for {machine.arch}: {machine.name}, {machine.multiprocessors} multiprocessors; "
-        'impl="auto" picks torch, this is impl="cuda"'
+        'this is impl="cuda"'
     )
     yield from _layer_lines(problem)
     for direction in problem.directions:

@@ -55,7 +55,8 @@ def command(op: str | None, sizes: tuple[str, ...], arch: str | None, **options:
     `info FOLDER` shows what gptkernels.accelerate would do to the Hugging Face model in it, whose
     weights are not read.
 
-    --explain OP shows which CUDA C++ kernels would run for a problem, with tiles, stages, grid,
+    --explain OP shows what impl="auto" runs on this machine for a problem, why, and the times that
+    `gptkernels tune` measured; and which CUDA C++ kernels would run, with tiles, stages, grid,
     waves and shared memory, and why the others would not. For a TransformerLayer it also shows
     which parts are not fused, and why. No GPU is needed. "attention*" below means the three
     attention ops. Examples:
@@ -82,8 +83,10 @@ def command(op: str | None, sizes: tuple[str, ...], arch: str | None, **options:
         click.echo("\n".join(installed.lines()))
         return
     from gptkernels.bench import dry_run
-    from gptkernels.cli import explain
+    from gptkernels.cli import chosen, explain
 
     problem = explain.parse(op, sizes, **given)
+    if op != "transformer_layer":
+        click.echo("\n".join([*chosen.lines(problem), ""]))
     for line in explain.lines(problem, dry_run.machine_here(arch)):
         click.echo(line)

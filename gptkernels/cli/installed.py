@@ -110,7 +110,18 @@ def _implementations(torch: object) -> Iterator[str]:
         if impl == "cpu":
             yield from _cpu_kernels()
     device = "cuda" if gpu else "cpu"
-    yield f"  auto    picks {automatic(device)}"
+    yield f"  auto    picks {automatic(device)}{_measured(device)}"
+
+
+def _measured(device: str) -> str:
+    from gptkernels.core import plans
+
+    if plans.switched_off():
+        return ", as GPTKERNELS_IMPL says"
+    count = len(plans.table(device).entries)
+    if not count:
+        return "; gptkernels tune measures what is the fastest for your model"
+    return f" where nothing was measured; {count} classes of calls were (gptkernels tune --explain)"
 
 
 def _cpu_kernels() -> Iterator[str]:

@@ -167,12 +167,21 @@ def described(
         "deterministic": deterministic,
         "layout": "contiguous" if all(x.is_contiguous() for x in tensors) else "strided",
     }
-    heads = min(max(1, batch * H), _MOST_HEADS_PER_THREAD * threads or _MOST_HEADS)
-    most = _MOST_KEYS.get(device, 1 << 14)
-    found = {"Tq": min(max(1, Tq), most), "Tk": min(max(1, Tk), most), "heads": heads}
+    found = axes(device, threads, Tq, Tk, batch * H)
     training = requires_grad((*tensors, mask))
     functions = whole.takes(facts) if op == "attention" else ()
     return Call(op, training, facts, found, _static(op, options, q, Tq), functions)
+
+
+def axes(device: str, threads: int, Tq: int, Tk: int, heads: int) -> dict[str, int]:
+    """The sizes that a class goes by: above some, the work only repeats."""
+    keys = _MOST_KEYS.get(device, 1 << 14)
+    most = _MOST_HEADS_PER_THREAD * threads or _MOST_HEADS
+    return {
+        "Tq": min(max(1, Tq), keys),
+        "Tk": min(max(1, Tk), keys),
+        "heads": min(max(1, heads), most),
+    }
 
 
 def _octave(bound: int) -> int:

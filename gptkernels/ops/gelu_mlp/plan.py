@@ -99,8 +99,13 @@ def described(
         "transposed": not (w1.is_contiguous() and w2.is_contiguous()),
         "layout": "contiguous" if x.is_contiguous() else "strided",
     }
-    rows = min(max(1, x.numel() // max(1, x.shape[-1])), _MOST_ROWS.get(device, 1 << 16))
+    sizes = axes(device, x.numel() // max(1, x.shape[-1]))
     chosen = automatic(device)
     training = requires_grad(tensors)
     static = Plan(chosen, chosen)
-    return Call("gelu_mlp", training, facts, {"rows": rows}, static, whole.takes(facts))
+    return Call("gelu_mlp", training, facts, sizes, static, whole.takes(facts))
+
+
+def axes(device: str, rows: int) -> dict[str, int]:
+    """The sizes that a class goes by: above some, the work only repeats."""
+    return {"rows": min(max(1, rows), _MOST_ROWS.get(device, 1 << 16))}

@@ -105,11 +105,11 @@ def described(
         "layout": "contiguous" if x.is_contiguous() else "strided",
         "autocast": autocast_enabled(x),
     }
-    rows = min(max(1, x.numel() // C), _MOST_ROWS.get(device, 1 << 17))
+    sizes = axes(device, x.numel() // C)
     chosen = automatic(device)
     training = requires_grad((x, weight, bias, residual))
     static = Plan(chosen, chosen)
-    return Call("layer_norm", training, facts, {"rows": rows}, static, whole.takes(facts))
+    return Call("layer_norm", training, facts, sizes, static, whole.takes(facts))
 
 
 def _plannable(*tensors: Tensor | None) -> bool:
@@ -117,3 +117,8 @@ def _plannable(*tensors: Tensor | None) -> bool:
         t is None or (type(t) in _PLAIN_TYPES and t.numel() > 0 and t.dtype in DTYPES)
         for t in tensors
     )
+
+
+def axes(device: str, rows: int) -> dict[str, int]:
+    """The sizes that a class goes by: above some, the work only repeats."""
+    return {"rows": min(max(1, rows), _MOST_ROWS.get(device, 1 << 17))}
