@@ -108,17 +108,10 @@ def _builds(direction: Direction) -> list[str]:
         rule = direction.dry_run(machine)
     except (ImportError, ValueError):
         return []
-    tried = [
-        (index, build["head_width"], made)
-        for index, (build, made) in enumerate(direction.tried(machine))
-        if made is not None
-    ]
-    # A build for wider heads can run too, but is never faster.
-    least = min((width for _, width, _ in tried), default=0)
     others = [
         (sum(launch.clocks for launch in made.launches), index)
-        for index, width, made in tried
-        if width == least and made.launches != rule.launches
+        for index, (_, made) in enumerate(direction.tried(machine))
+        if made is not None and made.launches != rule.launches
     ]
     return ["cuda", *(f"cuda:build={index}" for _, index in sorted(others)[:MOST_BUILDS])]
 
