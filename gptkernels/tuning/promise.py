@@ -25,10 +25,10 @@ from gptkernels.truth import baseline
 from gptkernels.tuning.contest import whole_groups
 from gptkernels.tuning.problems import problem
 from gptkernels.tuning.problems.problem import Problem, listed
-from gptkernels.tuning.trial import Runner, is_pytorchs
+from gptkernels.tuning.trial import AUTO, Runner, is_pytorchs
 
 SHARE, WITHIN, WITHIN_S, MOST = 0.95, 0.03, 2e-6, 0.08
-AUTO, PLAIN = "auto", "plain PyTorch"
+PLAIN = "plain PyTorch"
 _BUDGET_S, _AGAIN, _AGAIN_S = 0.15, 2, 0.6
 
 
@@ -97,7 +97,7 @@ def _measure(entry: Entry, sizes: dict[str, int]) -> Kept:
     runner = Runner(entry.key, made)
     way = entry.way(position_of(sizes.values()))
     others = _others(entry, runner, made)
-    calls = {AUTO: _auto(made), **others}
+    calls = {AUTO: runner.call(AUTO), **others}
     kept = _timed(entry, sizes, way, calls, made.device, _BUDGET_S)
     for _ in range(_AGAIN):
         if kept.is_kept:
@@ -129,21 +129,6 @@ def _others(entry: Entry, runner: Runner, made: Problem) -> dict[str, Callable[[
     if not made.options.get("dropout_p"):
         calls[PLAIN] = _plain(made)
     return calls
-
-
-def _auto(made: Problem) -> Callable[[], Any]:
-    """The call as users make it."""
-    leaves = made.leaves()
-    made.cotangents()
-
-    def both() -> Any:
-        return made.backward(leaves, made.forward(leaves))
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return made.forward(leaves)
-
-    return both if made.training else forward
 
 
 def _plain(made: Problem) -> Callable[[], Any]:

@@ -25,6 +25,7 @@ WORKER = (sys.executable, "-m", "gptkernels.tuning.worker")
 PATIENCE_S = 60.0
 _COMPILING_PATIENCE_S = 300.0
 _MOST_DEATHS = 8  # of children, by one class
+_STARTING_S = 60.0  # at least: to import PyTorch
 _ENDING_S = 10.0  # a child that has closed its stdout
 # Event -> the name and type of what it says.
 _EVENTS: dict[str, tuple[str, type] | None] = {
@@ -70,7 +71,7 @@ def measure(
         child = _Child(worker, left, ends - time.monotonic())
         finished, way, in_turns = 0, "", False
         patience = patience_s or _patience(left[0].key)
-        wait = patience
+        wait = max(patience, _STARTING_S)
         try:
             while (event := child.event(wait))["event"] != "done":
                 outcome, wait = left[event["key"]], patience
