@@ -57,10 +57,6 @@ class Point:
         """The ways that may be chosen here."""
         return {way for way in self.times if is_pytorchs(way) or way in self.holds}
 
-    def regret(self, way: str) -> float:
-        """How many times as long a way takes as the fastest of the eligible."""
-        return self.times[way].time_s / min(self.times[w].time_s for w in self.eligible)
-
 
 class Contest:
     """Measures one class. `refused` are ways that are left out from the start, and why; those that
@@ -97,7 +93,7 @@ class Contest:
         """The ends of the parts that are not halved any more, between these two."""
         low, high = ends
         way = self._best(ends)
-        near = max(point.regret(way) for point in ends) <= _NEAR
+        near = max(self._regret(point, way) for point in ends) <= _NEAR
         if near or halvings == _HALVINGS or time.monotonic() > self._ends:
             yield ends
             return
@@ -111,7 +107,7 @@ class Contest:
             raise self._impossible()
 
         def order(way: str) -> tuple[float, bool, bool]:
-            regret = max(point.regret(way) for point in at)
+            regret = max(self._regret(point, way) for point in at)
             # Within the noise: PyTorch's kernels, and those by our op, whose memory is documented.
             return round(regret, 2), not is_pytorchs(way), way == PYTORCH
 
@@ -120,6 +116,10 @@ class Contest:
     def _eligible(self, point: Point) -> set[str]:
         """The ways that may be chosen at a point, by all that is known of them now."""
         return {way for way in point.eligible if self.refused.keys().isdisjoint(_parts_of(way))}
+
+    def _regret(self, point: Point, way: str) -> float:
+        """How many times as long a way takes as the fastest that may be chosen."""
+        return point.times[way].time_s / min(point.times[w].time_s for w in self._eligible(point))
 
     def _impossible(self) -> NotImplementedError:
         said = "; ".join(f"{way}: {why}" for way, why in self.refused.items())
