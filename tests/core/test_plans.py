@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import threading
@@ -182,8 +183,9 @@ def test_a_call_runs_by_the_way_of_the_table(op: str, way: str, ran: Ran) -> Non
     install(way, both_directions(op, tensors, rest))
     forward, _, backward = way.partition("+")
     whole = way == PYTORCH and op in WHOLES
-    if way == PYTORCH:
-        forward = backward = "torch"  # where there is no such function
+    if way == PYTORCH and not whole:  # there is no such function
+        forward = plans.implementation(seen_calls(lambda: OPS[op](**tensors, **rest))[0].static[0])
+        backward = ""
 
     ran.clear()
     with torch.no_grad():
@@ -431,6 +433,42 @@ def test_what_pytorch_returns_is_what_an_op_returns(name: str, ran: Ran) -> None
     # then refuses it.
     gradients = name != "fp32 weights"
     assert_right(OPS[op], differentiable, gradients=gradients, **others, **options)
+
+
+LACKING: dict[str, tuple[str, dict[str, Any]]] = {
+    "not square": ("attention", on_cpu(attention_inputs(2, 12, 14))),
+    "lengths": ("attention", {"key_lengths": torch.tensor([3, 12], dtype=torch.int32)}),
+    "a window": ("attention", {"window": (3, 0)}),
+    "a mask": ("attention", {"attn_mask": torch.ones(12, 12).tril(2) > 0}),
+    "lse": ("attention", {"return_lse": True}),
+    "deterministic": ("attention", {"deterministic": True}),
+    "softcap": ("attention", {"softcap": 2.0}),
+    "dropout": ("layer_norm", {"dropout_p": 1.0}),
+    "a wide sum": (
+        "layer_norm",
+        {"residual": torch.ones(6, 32), "x": torch.ones(6, 32).bfloat16()},
+    ),
+    "recompute": ("gelu_mlp", {"recompute": True}),
+    "other weights": ("gelu_mlp", {"x": torch.ones(6, 10).bfloat16()}),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_table_that_names_what_lacks_an_option(name: str, ran: Ran) -> None:
+    """A file may say anything: the call has its static plan, also in a context with plans."""
+    op, changes = LACKING[name]
+    tensors, rest = INPUTS[op]()
+    call = functools.partial(OPS[op], **{**tensors, **rest, **changes})
+    wanted = _tuple(call())
+    static = ran_by(ran, "forward")
+    install(PYTORCH, call)
+    for context in (contextlib.nullcontext(), plans.only({op: plans.of_way(PYTORCH)})):
+        with context:
+            ran.clear()
+            for _ in range(2):
+                assert_same(_tuple(call()), wanted)
+            assert not ran_by(ran, "whole")
+            assert ran_by(ran, "forward") == static
 
 
 @pytest.mark.parametrize("Tk", [16, 9])
@@ -1008,7 +1046,7 @@ def test_plans_of_a_context(ran: Ran) -> None:
         with plans.only({"gelu_mlp": Plan("cpu", "cpu")}):
             assert ran_now(everything) == ["torch", "cpu"]
         assert ran_now(everything) == ["cpu", "torch"]
-    assert len(calls) == 2  # of the other thread
+    assert {call.op for call in calls} == {"layer_norm", "gelu_mlp"}
     assert plans.known.keys() >= known.keys()
     assert ran_now(everything) == [PYTORCH, PYTORCH]
     with pytest.raises(KeyError), plans.only({}):
@@ -1068,6 +1106,8 @@ def test_the_way_in_a_graph(
     assert plans.compiled("layer_norm", False, FP32, CPU) == wanted
     assert plans.compiled("layer_norm", True, FP32, CPU) == "torch"
     assert plans.compiled("gelu_mlp", False, FP32, CPU) == "torch"
+    with plans.only({"layer_norm": Plan("cpu", "cpu")}):  # of an engine, which is not compiled
+        assert plans.compiled("layer_norm", False, FP32, CPU) == "torch"
     monkeypatch.setenv("GPTKERNELS_IMPL", "torch")
     assert plans.compiled("layer_norm", False, FP32, CPU) == "torch"
 
