@@ -151,10 +151,34 @@ def _classes_of(model: Callable[..., Any], inputs: Sequence[Any], train: bool) -
 
 
 def _backward(outputs: Any) -> None:
-    """The backward pass of all outputs that have one."""
-    leaves = [x for x in _pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
-    if leaves:
-        torch.autograd.backward(leaves, [torch.ones_like(x) for x in leaves])
+    """The backward pass of all outputs that have one; gradients are afterwards as they were."""
+    roots = [x for x in _pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+    before = [(leaf, leaf.grad) for leaf in _leaves_of(roots)]
+    for leaf, _ in before:
+        leaf.grad = None
+    try:
+        if roots:
+            torch.autograd.backward(roots, [torch.ones_like(x) for x in roots])
+    finally:
+        for leaf, gradient in before:
+            leaf.grad = gradient
+
+
+def _leaves_of(roots: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that a backward pass would add gradients to."""
+    found = [x for x in roots if x.grad_fn is None]
+    nodes = [x.grad_fn for x in roots if x.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        leaf = getattr(node, "variable", None)  # of the node that accumulates a gradient
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                nodes.append(below)
+    return found
 
 
 @contextlib.contextmanager
