@@ -17,7 +17,9 @@ from torch import Tensor
 import gptkernels
 from gptkernels.core import externals, plans
 from gptkernels.core.tuned import PYTORCH, Entry, Table
+from gptkernels.ops.attention import external as attention_external
 from gptkernels.ops.attention import whole as attention_whole
+from gptkernels.ops.layer_norm import external as layer_norm_external
 from gptkernels.ops.layer_norm import whole as layer_norm_whole
 from gptkernels.truth import baseline, reference
 from gptkernels.truth.parity import assert_parity
@@ -242,7 +244,15 @@ def test_liger_is_offered_for_what_it_has(
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A function that makes a way the winner of a call's class."""
+    """A function that makes a way the winner of a call's class. Tensors on the CPU count as those
+    of a GPU."""
+    for module in (attention_external, layer_norm_external):
+        takes = module.takes
+
+        def on_gpu(facts: Any, takes: Any = takes) -> list[str]:
+            return takes({**facts, "device": "cuda"})
+
+        monkeypatch.setattr(module, "takes", on_gpu)
 
     def win(way: str, op: str, *arguments: Any, **options: Any) -> None:
         with plans.recording() as calls:
@@ -336,6 +346,7 @@ def test_a_package_that_is_gone_is_not_taken(fakes: Packages, table: Any) -> Non
     tensors = heads()
     table("external:flash_attn3", "attention", **tensors)
     (fakes.folder / "flash_attn_interface.py").unlink()
+    sys.modules.pop("flash_attn_interface", None)
     importlib.invalidate_caches()
     forget()
     plans.known.clear()
