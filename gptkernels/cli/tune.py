@@ -124,7 +124,7 @@ def _tune(
     from gptkernels.tuning import explanation, tune
     from gptkernels.tuning.supervisor import Outcome
 
-    print_text(console, f"{len(classes)} classes of calls")
+    print_text(console, f"{tune_table.classes(len(classes))} of calls")
     started = time.perf_counter()
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console,

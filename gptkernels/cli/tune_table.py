@@ -13,6 +13,11 @@ from gptkernels.tuning.supervisor import Outcome
 from gptkernels.tuning.tuner import Report
 
 
+def classes(count: int) -> str:
+    """So many classes, in words."""
+    return "1 class" if count == 1 else f"{count} classes"
+
+
 def outcome(found: Outcome) -> Iterator[str]:
     """A class as it was measured: what wins, by how much, and what may not be chosen."""
     yield str(found.key)
@@ -28,7 +33,7 @@ def outcome(found: Outcome) -> Iterator[str]:
 def foot(report: Report, took: float) -> Iterator[str]:
     """The whole run."""
     where = f", kept in {report.path}" if report.path else ", for this process alone"
-    yield f"{len(report.entries)} classes measured in {took:.0f} s{where}"
+    yield f"{classes(len(report.entries))} measured in {took:.0f} s{where}"
     if report.left:
         yield f"No time was left for {len(report.left)}: a larger --seconds measures them too"
         for key in report.left:
