@@ -5,9 +5,11 @@
    cases worked by hand, which the emulator is held to as well (test_emulator.py, test_clusters.py,
    test_hopper.py and test_tma.py in `tests/emulator`);
 2. the parity table of `gptkernels verify`;
-3. the CUDA C++ kernels, where they are built, beside the emulator (benchmarks/twins.py);
-4. the same kernels under compute-sanitizer's memcheck and racecheck, where it is and can run;
-5. the benchmarks, one shape of each operator first, then all.
+3. `gptkernels tune` for a training step and for generation of GPT-2 124M in bf16: what "auto" would
+   take on this GPU, and which candidate is refused;
+4. the CUDA C++ kernels, where they are built, beside the emulator (benchmarks/twins.py);
+5. the same kernels under compute-sanitizer's memcheck and racecheck, where it is and can run;
+6. the benchmarks, one shape of each operator first, then all.
 
 Every part runs in a process of its own, because a kernel that touches wrong memory takes its
 process with it, and is stopped when its time is up. Results are written as they come, so that what
@@ -40,7 +42,11 @@ from gptkernels.bench.results import Results, recorded, write_json
 from gptkernels.bench.run import head, run, wanted_peers
 from gptkernels.bench.text import figures
 from gptkernels.core.choice import unavailable
+from gptkernels.gpt.config import GPTConfig
 from gptkernels.truth import verify
+from gptkernels.tuning import tune
+from gptkernels.tuning.models import classes_of
+from gptkernels.tuning.trial import is_pytorchs
 
 _TESTS = tuple(
     Path(f"tests/{name}.py")
@@ -50,10 +56,16 @@ _TESTS = tuple(
         "emulator/test_clusters",
         "emulator/test_hopper",
         "emulator/test_tma",
+        "tuning/test_canary",
+        "tuning/test_gpu_ways",
     )
 )
 # When each part must have ended, as a share of the whole time.
-_TESTS_END, _PARITY_END, _TWINS_END, _SANITIZED_END, _QUICK_END = 0.42, 0.55, 0.66, 0.77, 0.88
+_TESTS_END, _PARITY_END, _TUNED_END, _TWINS_END, _SANITIZED_END, _QUICK_END = (
+    0.38, 0.5, 0.65, 0.73, 0.81, 0.9,
+)  # fmt: skip
+# Of tuning, for training and for generation each: it ends a class that it has begun.
+_TUNE_S = 25.0
 _CUT_SHORT = "cut short: its time was up"
 _IMPLS = ("triton", "cuda", "torch")
 
@@ -72,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--part", choices=("parity", "speed", "sanitized"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--part", choices=("parity", "tune", "speed", "sanitized"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--op", choices=OPERATORS, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -81,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.part == "parity":
         return _parity(options.op, options.results)
+    if options.part == "tune":
+        return _tune(options.results)
     if options.part == "sanitized":
         return _sanitized(options.op, options.results)
     if options.part == "speed":
@@ -95,7 +111,13 @@ def _all(results: Path, seconds: float) -> int:
     started = time.monotonic()
     results.mkdir(parents=True, exist_ok=True)
     # Of an earlier run, where this one skips them.
-    for name in ("twins.json", "sanitizer.json", "speed_quick.json", "speed_full.json"):
+    for name in (
+        "tuned.json",
+        "twins.json",
+        "sanitizer.json",
+        "speed_quick.json",
+        "speed_full.json",
+    ):
         (results / name).unlink(missing_ok=True)
 
     def until(share: float) -> float:
@@ -108,6 +130,10 @@ def _all(results: Path, seconds: float) -> int:
     # The kernels are compiled by now.
     parity = _of_operators("parity", results, "benchmarks.gpu", "--part=parity")
     right &= _run(parity, until(_PARITY_END), results / "parity.json")
+    # Alone: what runs beside a kernel would change its time.
+    path = results / "tuned.json"
+    tuning = _Part("tuning", ["benchmarks.gpu", "--part=tune", f"--results={path}"], path)
+    right &= _run([tuning], until(_TUNED_END), path, cut_short_passes=True)
     reason = unavailable("cuda", "cuda", torch.float32)
     if reason is None:
         twins = _of_operators("twins", results, "benchmarks.twins")
@@ -115,7 +141,7 @@ def _all(results: Path, seconds: float) -> int:
         right &= _sanitize(until(_SANITIZED_END), results / "sanitizer.json")
     else:
         print(f"=== twins and compute-sanitizer: skipped, {reason}", flush=True)
-    # One after the other: what runs beside a kernel would change its time.
+    # One after the other, as above.
     for name, end, extra in (("quick", _QUICK_END, ["--quick"]), ("full", 1.0, [])):
         path = results / f"speed_{name}.json"
         arguments = ["benchmarks.gpu", "--part=speed", f"--results={path}", *extra]
@@ -241,6 +267,31 @@ def _parity(op: str, path: Path) -> int:
             print(row, flush=True)
         failed += row["status"] == "fail"
     return 1 if failed else 0
+
+
+def _tune(path: Path) -> int:
+    """Returns 1 where a candidate of ours was wrong, or nothing could be measured."""
+    config, device = GPTConfig.named("gpt2"), torch.device("cuda")
+    kinds: dict[str, Any] = {
+        "training": {"batch": 8, "tokens": 1024, "train": True, "autocast": True},
+        "generation": {"batch": 8, "tokens": 512, "train": False},
+    }
+    rows: list[dict[str, Any]] = []
+    measured, wrong = 0, False
+    for kind in kinds.values():
+        classes = classes_of(config, torch.bfloat16, device, **kind)
+        report = tune(classes, seconds=_TUNE_S)
+        measured += len(report.entries)
+        for entry in report.entries:
+            print(entry.key, *entry.ranges, flush=True)
+            rows.append(entry.as_dict())
+        for key, way, why in report.refused:
+            print(f"{key}: {way} refused: {why}", flush=True)
+            wrong |= why.startswith("it is wrong") and not is_pytorchs(way)
+        for key, why in report.cannot.items():
+            print(f"{key}: not measured: {why}", flush=True)
+        write_json(path, {"environment": environment(), "rows": rows})
+    return int(wrong or not measured)
 
 
 def _sanitized(op: str, path: Path) -> int:

@@ -232,6 +232,15 @@ def demote(way: Way, error: Exception) -> None:
     )
 
 
+def instead(way: str, error: Exception) -> str:
+    """What runs a call whose way raised `error`: impl="torch" where a table chose it. Raises the
+    error for a way that was named, and where no memory is left."""
+    if not isinstance(way, Way) or isinstance(error, torch.OutOfMemoryError):
+        raise error
+    demote(way, error)
+    return "torch"
+
+
 def implementation(way: str) -> str:
     """The implementation that a way is of, such as "cpu" of "cpu:v3"."""
     return way.partition(":")[0]

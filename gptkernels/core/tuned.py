@@ -10,7 +10,7 @@ A way is what can compute a call:
     pytorch               PyTorch's own function with its own autograd; no implementation of ours
     external:NAME         another package's, likewise
     torch, cpu, triton, cuda   an implementation of ours; after a colon its variant, such as
-                          cpu:v3 (an instruction set), torch:flash (a backend of SDPA)
+                          cpu:v3 (an instruction set), torch:backend=1 (one of SDPA's)
     FORWARD+BACKWARD      two implementations of ours, for a call that is differentiated
 """
 

@@ -34,6 +34,8 @@ from gptkernels.core.tuned import Entry, Table
 FORMAT = 1
 # How long another process may write the same file: that takes milliseconds.
 _PATIENCE_S = 30.0
+# What implementations share, outside of their own folders.
+_COMPUTING = ("few_rows", "masks", "philox", "products")
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SHIPPED = _PACKAGE / "core" / "tables"
 _START = b'{"gptkernels"'
@@ -94,7 +96,8 @@ def kernels_hash() -> str:
     digest = hashlib.sha256()
     found = (*_PACKAGE.glob("_cpu.*"), *_PACKAGE.glob("_cuda.*"))
     modules = [path for path in found if path.suffix != ".tmp"]  # which a build has not finished
-    for path in sorted([*modules, *(_PACKAGE / "ops").rglob("*.py")]):
+    shared = [path for path in (_PACKAGE / "core").glob("*.py") if path.stem in _COMPUTING]
+    for path in sorted([*modules, *shared, *(_PACKAGE / "ops").rglob("*.py")]):
         digest.update(f"{path.relative_to(_PACKAGE)}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -133,7 +133,7 @@ def test_the_gpu_run_goes_on_without_cuda_kernels(
     assert gpu._all(tmp_path, 1.0) == 0
     checked = [] if reason else ["twins.json", "sanitizer.json"]
     speed = ["speed_quick.json", "speed_full.json"]
-    assert ran == ["tests.json", "parity.json", *checked, *speed]
+    assert ran == ["tests.json", "parity.json", "tuned.json", *checked, *speed]
     said = f"=== twins and compute-sanitizer: skipped, {reason}\n"
     assert (said in capsys.readouterr().out) == bool(reason)
     assert list(tmp_path.iterdir()) == []

@@ -543,13 +543,14 @@ def test_a_named_file_of_another_kind_is_not_written_over(
 def test_the_hash_is_of_all_that_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuned_files, "_PACKAGE", tmp_path)
     (tmp_path / "ops" / "gelu_mlp").mkdir(parents=True)
+    (tmp_path / "core").mkdir()
     seen = set()
-    for name in ("_cpu.so", "_cuda.so", "ops/plan.py", "ops/gelu_mlp/cpu.py"):
+    for name in ("_cpu.so", "_cuda.so", "core/products.py", "ops/plan.py", "ops/gelu_mlp/cpu.py"):
         for content in ("a", "b"):
             (tmp_path / name).write_text(content)
             seen.add(tuned_files.kernels_hash.__wrapped__())
-    assert len(seen) == 8
-    for name in ("_cpu.so.tmp", "ops/notes.txt", "layers.py"):
+    assert len(seen) == 10
+    for name in ("_cpu.so.tmp", "ops/notes.txt", "layers.py", "core/lock.py"):
         (tmp_path / name).write_text("a")
         assert tuned_files.kernels_hash.__wrapped__() in seen
 

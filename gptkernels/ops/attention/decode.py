@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gptkernels.core import plans
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.autograd import refuse_tangents
 from gptkernels.core.checks import DTYPES, check_count, check_same_device, check_shape, dtype_name
@@ -145,12 +146,12 @@ def attention_decode(
         q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
     tensors = (q, k_cache, v_cache, block_table)
     splits = min(num_splits or 0, NUM_SPLITS_LIMIT)
-    if impl == "cpu" and direct((*tensors, cache_lengths)):
-        if not return_lse:
+    if impl == "cpu" and not return_lse and direct((*tensors, cache_lengths)):
+        try:
             return cpu.without_lse(*tensors, splits, options)
-        out, lse = cpu.attention_decode_fwd(*tensors, splits, options)
-    else:
-        out, lse = attention_decode_fwd(*tensors, splits, *options, impl)
+        except Exception as error:
+            impl = plans.instead(impl, error)
+    out, lse = attention_decode_fwd(*tensors, splits, *options, impl)
     return (out, lse) if return_lse else out
 
 

@@ -52,6 +52,8 @@ def known(
     """
     if not (type(q) is type(k) is type(v) is Tensor and type(causal) is bool):
         return None, None
+    if bool in (type(softmax_scale), type(softcap), type(dropout_p)):  # equal to numbers, but none
+        return None, None
     # The quickest questions that tell all this: they are asked in every call.
     signature = (
         op,

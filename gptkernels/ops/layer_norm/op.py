@@ -184,11 +184,15 @@ def layer_norm(
     is_x = residual is None and dropout_p == 0 and dtype == x.dtype
     sum_dtype = None if is_x else dtype
     tensors = (x, weight, bias, residual)
+    numbers = (float(dropout_p), float(eps), sum_dtype)
     fused = way.forward == "cpu" and x.is_contiguous()
     if fused and not requires_grad(tensors) and direct(tensors):
-        y, s = cpu.without_statistics(*tensors, rng, dropout_p, eps, sum_dtype, prenorm)
+        try:
+            y, s = cpu.without_statistics(*tensors, rng, *numbers, prenorm)
+        except Exception as error:
+            impl = plans.instead(way.forward, error)
+            y, s = apply(_LayerNorm, *tensors, rng, *numbers, impl, impl)
     else:
-        numbers = (float(dropout_p), float(eps), sum_dtype)
         y, s = apply(_LayerNorm, *tensors, rng, *numbers, way.forward, way.backward)
     if not prenorm:
         return y

@@ -34,7 +34,7 @@ def known(
     """The signature of a call, and its plan where one with the same signature was checked before.
     A signature holds all that `op._check` looks at. Raises AttributeError for what is no tensor,
     and TypeError for what cannot be hashed."""
-    if type(x) is not Tensor:
+    if type(x) is not Tensor or type(dropout_p) is not float:  # False is no number, but 0 is one
         return None, None
     # The quickest questions that tell all this: they are asked in every call.
     alike = x.is_cpu

@@ -17,7 +17,7 @@ def pytorch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y and s, by PyTorch's own operators."""
-    s = x if residual is None else x + residual
+    s = x if residual is None else (x + residual).contiguous()
     return F.layer_norm(s, x.shape[-1:], weight, bias, eps), s
 
 
