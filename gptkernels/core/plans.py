@@ -49,8 +49,8 @@ TORCH = Plan("torch", "torch")
 
 
 class Way(str):
-    """An implementation that a table chose. Where its launch fails, PyTorch runs the call, and all
-    later ones of its class (`core.registry`)."""
+    """An implementation, or another package's function, that was chosen. Where its launch fails,
+    PyTorch runs the call, and all later ones of its class (`core.registry`)."""
 
     key: Key
 
@@ -226,8 +226,8 @@ def demote(way: Way, error: Exception) -> None:
     _forget()
     said = str(error).strip().splitlines() or [type(error).__name__]
     warnings.warn(
-        f"{way} was measured to be the fastest for {way.key}, but cannot run now ({said[0]}): "
-        "PyTorch runs such calls in this process; gptkernels tune measures again",
+        f"{way} was chosen for {way.key}, but cannot run now ({said[0]}): PyTorch runs such calls "
+        "in this process; gptkernels tune measures again",
         stacklevel=4,
     )
 
@@ -300,11 +300,11 @@ def _of(call: Call) -> Plan:
     if switched_off():
         return call.static
     key = call.key
+    if key in _demoted:
+        return TORCH
     entry = table(device_type).get(key)
     if entry is None:
         return call.static
-    if key in _demoted:
-        return TORCH
     way = entry.way(position_of(call.sizes.values()))
     if unavailable(way, device_type) is not None:
         return call.static
@@ -315,7 +315,8 @@ def of_way(way: str, key: Key | None = None) -> Plan:
     """The plan that a way stands for; with a key, the implementations are of a table."""
     measured = key is not None
     if not _is_ours(way):
-        return Plan("torch", "torch", way, measured)
+        # An error of PyTorch's own function is one of the call.
+        return Plan("torch", "torch", way if way == PYTORCH else _chosen(way, key), measured)
     forward, _, backward = way.partition("+")
     return Plan(_chosen(forward, key), _chosen(backward or forward, key), measured=measured)
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from gptkernels.bench import timing
-from gptkernels.core.tuned import EAGER, PYTORCH, TRAINING, Entry, Key, bucket, ends
+from gptkernels.core import plans
+from gptkernels.core.tuned import EAGER, PYTORCH, Entry, Key, bucket, ends
 from gptkernels.tuning import ways
 from gptkernels.tuning.problems import problem
 from gptkernels.tuning.trial import Refused, Runner, Trial, is_pytorchs
@@ -138,20 +139,23 @@ class Contest:
         return point
 
     def _trials(self, runner: Runner, found: ways.Ways) -> list[Trial]:
-        tried = [t for way in (*found.forward, *found.whole) if (t := self._trial(runner, way))]
-        if self.key.direction == TRAINING and self.key.mode == EAGER:
-            ours = [trial for trial in tried if trial.way in found.forward]
-            backward = [trial for trial in ours if trial.way in found.backward]
-            extra = [w for w in found.backward if w not in found.forward]
-            for way in extra:  # tiles that the forward pass has not
-                trial = self._trial(runner, f"{_plain(way)}+{way}")
-                backward += [trial] if trial else []
-            if ours and backward:
-                first = min(ours, key=lambda trial: trial.forward_s).way
-                second = min(backward, key=lambda trial: trial.backward_s).way.split("+")[-1]
-                if first != second:
-                    mixed = self._trial(runner, f"{first}+{second}")
-                    tried += [mixed] if mixed else []
+        names = {
+            **{_of_both(way, found.backward, "{0}+{1}"): None for way in found.forward},
+            **{_of_both(way, found.forward, "{1}+{0}"): None for way in found.backward},
+            **dict.fromkeys(found.whole),
+        }
+        tried = [trial for name in names if (trial := self._trial(runner, name))]
+        if not found.backward or self.key.mode != EAGER:
+            return tried
+        ours = [trial for trial in tried if trial.way not in found.whole]
+        # The best of either pass together; each may have been tried with another one.
+        first = _best(ours, found.forward, 0, lambda trial: trial.forward_s)
+        second = _best(ours, found.backward, -1, lambda trial: trial.backward_s)
+        if first and second:
+            pair = first if first == second else f"{first}+{second}"
+            if pair not in {trial.way for trial in tried}:
+                mixed = self._trial(runner, pair)
+                tried += [mixed] if mixed else []
         return tried
 
     def _trial(self, runner: Runner, way: str) -> Trial | None:
@@ -282,8 +286,21 @@ def _joined(ranges: Iterable[tuple[float, str]]) -> Iterator[tuple[float, str]]:
         yield last
 
 
-def _plain(way: str) -> str:
-    return way.partition(":")[0]
+def _of_both(way: str, others: Sequence[str], pair: str) -> str:
+    """How a way of one pass is tried: in both, where the other pass has one of this name; else with
+    its implementation's own choice for the other."""
+    if not others or way in others:
+        return way
+    return pair.format(way, plans.implementation(way))
+
+
+def _best(
+    trials: Sequence[Trial], names: Sequence[str], part: int, seconds: Callable[[Trial], float]
+) -> str | None:
+    """The fastest of the ways with these names in one part of a trial's pair."""
+    own = {trial.way.split("+")[part]: trial for trial in sorted(trials, key=seconds)[::-1]}
+    found = [name for name in names if name in own]
+    return min(found, key=lambda name: seconds(own[name]), default=None)
 
 
 def _parts_of(way: str) -> set[str]:

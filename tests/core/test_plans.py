@@ -818,7 +818,7 @@ def test_a_way_that_cannot_run_by_a_short_cut(op: str, monkeypatch: pytest.Monke
 
 HOMES = {op: op for op in TRAINED} | {"attention_varlen": "attention"}
 SENTENCE = (
-    r"^cpu(:\w+)? was measured to be the fastest for {} training eager: .*, but cannot run now "
+    r"^cpu(:\w+)? was chosen for {} training eager: .*, but cannot run now "
     r"\(no launch\): PyTorch runs such calls in this process; gptkernels tune measures again$"
 )
 

@@ -230,7 +230,12 @@ def attention(
         q, k, v, seen, key_lengths, attn_mask, dropout_p, bool(deterministic), return_lse, impl
     )
     if way.whole is not None:
-        return whole.run(way.whole, q, k, v, *seen)
+        try:
+            return whole.run(way.whole, q, k, v, *seen)
+        except Exception as error:
+            impl = plans.instead(way.whole, error)
+        given = key_lengths, attn_mask, dropout_p, bool(deterministic), return_lse
+        way, options = _planned(q, k, v, seen, *given, impl)
     assert options is not None
     out, lse = attend(q, k, v, options, deterministic, return_lse, way)
     return (out, lse) if return_lse else out
