@@ -56,7 +56,7 @@ def after(direction: str, count: int, outputs: Outputs) -> None:
         case "wrong", "forward":
             first.add_(1.0)
         case "wrong weight", "backward":
-            outputs[2].mul_(1.5)
+            outputs[2].mul_(1.0001)  # nearer than what is looked at beside the truth
         case "wrong last row", "forward":
             first.view(-1, first.shape[-1])[-1].add_(1.0)
         case ("other bits second", _) if count == 2:

@@ -268,6 +268,15 @@ def test_a_pair_of_what_is_refused_later(world: World) -> None:
     assert entry.ranges == ((0.25, "torch"), (1.0, "cpu"))
 
 
+def test_a_pair_that_has_won_before(world: World) -> None:
+    """In the lower half; the upper one shows that a part of it is wrong."""
+    world.ways["cpu"] = lambda rows: (2.0, 9.0) if rows <= 12 else (20.0, 20.0)
+    world.ways["cpu:v3"] = lambda rows: (9.0, 2.0) if rows <= 12 else (20.0, 20.0)
+    assert world.entry(key(TRAINING)).ranges == ((0.5, "cpu+cpu:v3"), (1.0, "torch"))
+    world.raising["cpu:v3"] = lambda rows: Refused("it is wrong") if rows == 14 else None
+    assert world.entry(key(TRAINING)).ranges == ((1.0, "torch"),)
+
+
 @pytest.mark.parametrize(
     ("error", "why"),
     [
@@ -351,7 +360,8 @@ def test_what_is_far_behind_is_timed_once_more_at_most(world: World) -> None:
     entry = world.entry(key())
     assert all("cpu:v3" not in ways for ways in world.compared)
     assert all(point["times"]["cpu:v3"] == [50.0] * 3 for point in entry.points)
-    assert any("torch" in ways for ways in world.compared)  # to be compared with
+    # To be compared with.
+    assert any({"torch", PYTORCH} & set(ways) for ways in world.compared)
 
 
 # ---- sizes
