@@ -938,7 +938,7 @@ def test_a_variant_of_torch_that_an_op_has_not(ran: Ran) -> None:
     tensors, _ = INPUTS["gelu_mlp"]()
     install("torch:backend=1", lambda: gelu_mlp(**tensors))
     ran.clear()
-    with pytest.warns(UserWarning, match="^torch:backend=1 was measured"):
+    with pytest.warns(UserWarning, match="^torch:backend=1 was chosen"):
         gelu_mlp(**tensors)
     gelu_mlp(**tensors)
     assert ran_by(ran, "forward") == {"torch"}
