@@ -3,6 +3,7 @@ all else is measured as if it were not there."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -183,13 +184,13 @@ def test_a_worker_that_does_nothing(what: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_child_ends_with_whoever_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that hangs."""
     monkeypatch.setenv("FAULT", "hang")
-    child = supervisor._Child(WORKER, [Outcome(key) for key in keys(FORWARD, 1, WIDTH)], 60)
-    while child.event(60).get("way") != "cpu":
-        pass
-    assert child._process.stdin is not None
-    child._process.stdin.close()
-    assert child._process.wait(20) == 1
-    child.close()
+    outcomes = [Outcome(key) for key in keys(FORWARD, 1, WIDTH)]
+    with contextlib.closing(supervisor._Child(WORKER, outcomes, 60)) as child:
+        while child.event(60).get("way") != "cpu":
+            pass
+        assert child._process.stdin is not None
+        child._process.stdin.close()
+        assert child._process.wait(20) == 1
 
 
 def test_a_command_that_is_not_there() -> None:
