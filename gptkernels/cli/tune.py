@@ -124,6 +124,9 @@ def _tune(
     from gptkernels.tuning import explanation, tune
     from gptkernels.tuning.supervisor import Outcome
 
+    busy = tune_table.busy()
+    if busy:
+        print_text(console, busy, style="yellow")
     print_text(console, f"{tune_table.classes(len(classes))} of calls")
     started = time.perf_counter()
     with Progress(

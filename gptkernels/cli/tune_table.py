@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,10 +13,25 @@ from gptkernels.tuning.promise import Kept
 from gptkernels.tuning.supervisor import Outcome
 from gptkernels.tuning.tuner import Report
 
+_BUSY = 0.5  # of the processors
+
 
 def classes(count: int) -> str:
     """So many classes, in words."""
     return "1 class" if count == 1 else f"{count} classes"
+
+
+def busy() -> str:
+    """What to say where other programs keep the processors busy; "" where they do not."""
+    if not hasattr(os, "getloadavg"):
+        return ""
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load < _BUSY * cpus:
+        return ""
+    return (
+        f"this machine is busy (load {load:.1f}, {cpus} CPUs): what is timed now may be the work of "
+        "others"
+    )
 
 
 def outcome(found: Outcome) -> Iterator[str]:

@@ -2,7 +2,8 @@
 (csrc/cpu/decoder/params.h).
 
 The layers make some ten calls a block, and what Python does between two of them takes longer than
-most kernels do. Results have the same bits. Nothing is kept from one call to the next: each looks
+most kernels do. That is why no table has a say here, which knows the ops alone. Results have the
+same bits as the layers' by the CPU kernels. Nothing is kept from one call to the next: each looks
 at all modules and parameters again.
 """
 
@@ -14,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gptkernels.core import plans
 from gptkernels.core.autocast import autocast_enabled
 from gptkernels.core.choice import choose
 from gptkernels.core.cpu import DTYPE_CODES, module
@@ -37,9 +37,8 @@ def cached_blocks(
     keys and values go into the caches: those of row r to slot r, as `KVCache.places` says.
 
     Returns None where the layers have to be called: they are hooked or replaced, do not all run by
-    the CPU kernels, or by those of another instruction set, something needs a gradient or watches
-    PyTorch's calls, T is above MOST_TOKENS or R T above MOST_ROWS, or the layers would refuse
-    something.
+    the CPU kernels, something needs a gradient or watches PyTorch's calls, T is above MOST_TOKENS
+    or R T above MOST_ROWS, or the layers would refuse something.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not direct((x,)):
         return None
@@ -73,8 +72,7 @@ class _Call:
 
     def __init__(self, x: Tensor, caches: Sequence[KVCache]) -> None:
         self._x, self._first = x, caches[0]
-        self._impls: set[tuple[str, str]] = set()
-        self._fixed = plans.fixed.get() or plans.Choices({})
+        self._impls: set[str] = set()
         self.tensors: list[Tensor] = []
         # Another class of caches may store something else.
         _need(all(type(cache) is KVCache for cache in caches) and caches[0].places is not None)
@@ -99,8 +97,8 @@ class _Call:
         _need((attn.n_head, attn.n_kv_head, attn.head_dim) == (H, Hk, D) and H * D == C)
         _need(not (block.training and block.dropout))
         _need(mlp.approximate in ("tanh", "none") and is_plain(mlp.c_fc, nn.Linear))
-        self._implementation("attention_decode", attn.impl)
-        self._implementation("gelu_mlp", mlp.impl)
+        self._implementation(attn.impl)
+        self._implementation(mlp.impl)
         first, second = self.norm(block.ln_1), self.norm(block.ln_2)
         F = mlp.c_fc.weight.shape[0]
         _need(F > 0)
@@ -125,7 +123,7 @@ class _Call:
         """Addresses of weight and bias; eps."""
         C = self._x.shape[-1]
         _need(is_plain(norm, LayerNorm) and norm.weight is not None and norm.eps > 0)
-        self._implementation("layer_norm", norm.impl)
+        self._implementation(norm.impl)
         _need(norm.weight.is_contiguous() and (norm.bias is None or norm.bias.is_contiguous()))
         return self._tensor(norm.weight, (C,)), self._tensor(norm.bias, (C,)), norm.eps
 
@@ -151,12 +149,10 @@ class _Call:
         _need(weight.stride(1) == 1 and (bias is None or bias.is_contiguous()))
         return (*addresses, weight.stride(0))
 
-    def _implementation(self, op: str, impl: str) -> None:
-        if (op, impl) not in self._impls:
+    def _implementation(self, impl: str) -> None:
+        if impl not in self._impls:
             _need(impl in ("auto", "cpu") and choose(impl, self._x) == "cpu")
-            fixed = self._fixed.get(op) if impl == "auto" else None
-            _need(fixed is None or (fixed.whole is None and fixed.forward == "cpu"))
-            self._impls.add((op, impl))
+            self._impls.add(impl)
 
     def _tensor(self, tensor: Tensor | None, shape: tuple[int, ...]) -> int:
         if tensor is None:

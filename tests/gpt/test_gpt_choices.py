@@ -189,6 +189,7 @@ def test_a_way_that_always_won_is_taken(monkeypatch: pytest.MonkeyPatch) -> None
     assert any(fused)
     assert not called
     fused.clear()
+    model.transformer.h[0].register_forward_hook(lambda *_: None)  # the layers run
     plans.use("cpu", table(calls, lambda call: ways[call.op]))
     torch_way, whole = Plan("torch", "torch"), Plan("torch", "torch", "pytorch")
     assert choices_of(model) == dict(
@@ -204,22 +205,11 @@ def test_a_way_that_always_won_is_taken(monkeypatch: pytest.MonkeyPatch) -> None
     assert results(model, requests(), slots=8) == results(model, requests()[::-1], slots=8)[::-1]
 
 
-@pytest.mark.parametrize(
-    ("ways", "fused"),
-    [
-        ({}, True),
-        (dict.fromkeys(OPS, "cpu"), True),
-        ({"attention": "torch"}, True),  # which is the prefill's
-        ({"layer_norm": "pytorch"}, False),
-        ({"layer_norm": "torch"}, False),
-        ({"gelu_mlp": "torch"}, False),
-        ({"attention_decode": "torch"}, False),
-        ({"gelu_mlp": "cpu:v3"}, False),
-    ],
-)
-def test_a_fused_step_runs_where_it_computes_what_was_chosen(
-    ways: dict[str, str], fused: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ways", [{}, dict.fromkeys(OPS, "cpu"), dict.fromkeys(OPS, "torch")])
+def test_a_fused_step_runs_whatever_the_ops_would_run_by(
+    ways: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It was measured as a whole, and the ops by themselves."""
     model = make(**SIZES)
     calls = calls_of(model)
     model.transformer.h[0]._forward_hooks.clear()
@@ -236,7 +226,7 @@ def test_a_fused_step_runs_where_it_computes_what_was_chosen(
     for slots in (1, 8):
         seen.clear()
         results(model, [Request([1, 2, 3], 3, seed=1)], slots=slots)
-        assert seen == [False, fused, fused]  # the prefill, two steps
+        assert seen == [False, True, True]  # the prefill, two steps
     # An impl that is named asks for no plan.
     model.set_impl("cpu")
     assert choices_of(model) == {}
