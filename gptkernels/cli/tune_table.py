@@ -13,7 +13,7 @@ from gptkernels.tuning.promise import Kept
 from gptkernels.tuning.supervisor import Outcome
 from gptkernels.tuning.tuner import Report
 
-_BUSY = 0.5  # of the processors
+_BUSY = 0.8  # of the processors
 
 
 def classes(count: int) -> str:
@@ -29,8 +29,8 @@ def busy() -> str:
     if load < _BUSY * cpus:
         return ""
     return (
-        f"this machine is busy (load {load:.1f}, {cpus} CPUs): what is timed now may be the work of "
-        "others"
+        f"this machine is busy (load {load:.1f}, {cpus} CPUs), which the times are of too: better "
+        "measure when it is idle"
     )
 
 
