@@ -13,7 +13,6 @@ from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.autograd import refuse_tangents
 from gptkernels.core.checks import DTYPES, check_count, check_same_device, check_shape, dtype_name
 from gptkernels.core.direct import direct
-from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
 from gptkernels.ops.attention import plan
 from gptkernels.ops.attention.cpu import decode as cpu
@@ -110,16 +109,12 @@ def attention_decode(
         NotImplementedError: alibi_slopes requires a gradient, or an input has a tangent of
             forward-mode AD.
     """
-    signature = None
-    way: Plan | None = None
+    signature = way = None
     if impl == "auto" and not torch.compiler.is_compiling():
-        try:
-            signature, way = plan.known(
-                "attention_decode", q, k_cache, v_cache, True, softmax_scale, window, softcap,
-                alibi_slopes, 0.0, False, return_lse, cache_lengths, block_table,
-            )  # fmt: skip
-        except (AttributeError, TypeError):  # something of another kind, which the checks name
-            signature = None
+        signature, way = plan.known(
+            "attention_decode", q, k_cache, v_cache, True, softmax_scale, window, softcap,
+            alibi_slopes, 0.0, False, return_lse, cache_lengths, block_table,
+        )  # fmt: skip
     if way is None and not _sound(q, k_cache, v_cache, cache_lengths, block_table):
         _check(q, k_cache, v_cache, cache_lengths, block_table)
     # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.

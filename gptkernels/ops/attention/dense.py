@@ -226,16 +226,21 @@ def attention(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     seen = causal, softmax_scale, window, softcap, alibi_slopes
-    way, options = _planned(
-        q, k, v, seen, key_lengths, attn_mask, dropout_p, bool(deterministic), return_lse, impl
-    )
+    masks = () if key_lengths is attn_mask is None else (key_lengths, attn_mask)
+    signature = way = options = None
+    if impl == "auto" and not torch.compiler.is_compiling():
+        signature, way = plan.known(
+            "attention", q, k, v, *seen, dropout_p, bool(deterministic), return_lse, *masks
+        )
+    given = key_lengths, attn_mask, dropout_p, bool(deterministic), return_lse
+    if way is None or way.whole is None:
+        way, options = _planned(signature, way, q, k, v, seen, *given, impl)
     if way.whole is not None:
         try:
             return whole.run(way.whole, q, k, v, *seen)
         except Exception as error:
             impl = plans.instead(way.whole, error)
-        given = key_lengths, attn_mask, dropout_p, bool(deterministic), return_lse
-        way, options = _planned(q, k, v, seen, *given, impl)
+            way, options = _planned(None, None, q, k, v, seen, *given, impl)
     assert options is not None
     out, lse = attend(q, k, v, options, deterministic, return_lse, way)
     return (out, lse) if return_lse else out
@@ -258,12 +263,19 @@ def plan_of(
     as that does."""
     seen = causal, softmax_scale, window, softcap, None
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _planned(q, k, v, seen, key_lengths, attn_mask, dropout_p, deterministic, False, "auto")[
-        0
-    ]
+    masks = () if key_lengths is attn_mask is None else (key_lengths, attn_mask)
+    signature, way = plan.known(
+        "attention", q, k, v, *seen, dropout_p, deterministic, False, *masks
+    )
+    if way is not None:
+        return way
+    given = key_lengths, attn_mask, dropout_p, deterministic, False
+    return _planned(signature, None, q, k, v, seen, *given, "auto")[0]
 
 
 def _planned(
+    signature: Any,
+    way: Plan | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -274,23 +286,12 @@ def _planned(
     deterministic: bool,
     return_lse: bool,
     impl: str,
-) -> tuple[Plan, AttentionOptions | None]:
-    """Checks the arguments; returns what runs the call, and the options of an implementation. One
-    with the signature of an earlier call need not be checked again, but for values."""
+) -> tuple[Plan, AttentionOptions]:
+    """Checks the arguments; returns what runs the call, and the options of an implementation. With
+    the plan of an earlier call of this signature only values are checked again."""
     causal, softmax_scale, window, softcap, alibi_slopes = seen
-    signature, way = None, None
-    if impl == "auto" and not torch.compiler.is_compiling():
-        try:
-            others = () if key_lengths is attn_mask is None else (key_lengths, attn_mask)
-            signature, way = plan.known(
-                "attention", q, k, v, *seen, dropout_p, deterministic, return_lse, *others
-            )
-        except (AttributeError, TypeError):  # something of another kind, which the checks name
-            signature = None
     if way is None:
         _check(q, k, v, key_lengths, attn_mask)
-    elif way.whole is not None:
-        return way, None
     elif key_lengths is not None:
         _check_length_values(key_lengths, k.shape[1])
     options = AttentionOptions(

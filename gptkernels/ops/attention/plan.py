@@ -45,39 +45,43 @@ def known(
     *others: Any,
 ) -> tuple[Any, Plan | None]:
     """The signature of a call, or None where it is of an unusual kind, and its plan where one with
-    the same signature was checked before.
+    the same signature was checked before. A signature holds all that the checks look at but values
+    of tensors; `others` are further arguments.
 
-    A signature holds all that the checks look at but values of tensors; `others` are further
-    arguments. Raises AttributeError for what is no tensor, and TypeError for what cannot be hashed.
+    Asked in every call, beside PyTorch's own of some microseconds: so there are few questions, and
+    no calls of functions in Python.
     """
     if not (type(q) is type(k) is type(v) is Tensor and type(causal) is bool):
         return None, None
     if bool in (type(softmax_scale), type(softcap), type(dropout_p)):  # equal to numbers, but none
         return None, None
-    # The quickest questions that tell all this: they are asked in every call.
-    signature = (
-        op,
-        q.shape,
-        k.shape,
-        v.shape,
-        q.dtype if q.dtype is k.dtype is v.dtype else (q.dtype, k.dtype, v.dtype),
-        "cpu" if q.is_cpu and k.is_cpu and v.is_cpu else (q.device, k.device, v.device),
-        (q.is_contiguous() and k.is_contiguous() and v.is_contiguous())
-        or (q.stride(), k.stride(), v.stride()),
-        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-        torch._C._is_any_autocast_enabled() and autocast_dtype(q),
-        torch.get_num_threads(),
-        causal,
-        softmax_scale,
-        window,
-        softcap,
-        None if alibi_slopes is None else _said(alibi_slopes),
-        dropout_p,
-        deterministic,
-        return_lse,
-        others and tuple(map(_said, others)),
-    )
-    return signature, plans.seen(signature)
+    try:
+        signature = (
+            op,
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype if q.dtype is k.dtype is v.dtype else (q.dtype, k.dtype, v.dtype),
+            "cpu" if q.is_cpu and k.is_cpu and v.is_cpu else (q.device, k.device, v.device),
+            (q.is_contiguous() and k.is_contiguous() and v.is_contiguous())
+            or (q.stride(), k.stride(), v.stride()),
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            torch._C._is_any_autocast_enabled() and autocast_dtype(q),
+            torch.get_num_threads(),
+            causal,
+            softmax_scale,
+            window,
+            softcap,
+            None if alibi_slopes is None else _said(alibi_slopes),
+            dropout_p,
+            deterministic,
+            return_lse,
+            others and tuple(map(_said, others)),
+        )
+        choices = plans.fixed.get()
+        return signature, (plans.known if choices is None else choices.known).get(signature)
+    except (AttributeError, TypeError):  # something of another kind, which the checks name
+        return None, None
 
 
 def _said(option: Any) -> Any:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_same_device, check_shape, dtype_name
-from gptkernels.core.plans import Plan
 from gptkernels.ops.attention import plan
 from gptkernels.ops.attention.dense import attend
 from gptkernels.ops.attention.options import (
@@ -85,15 +83,13 @@ def attention_varlen(
     options = complete(options, q, causal=causal, window=window, alibi_slopes=alibi_slopes)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    signature = None
-    way: Plan | None = None
+    signature = way = None
     if impl == "auto" and not torch.compiler.is_compiling():
-        with contextlib.suppress(TypeError):  # a list as the window has no hash
-            signature, way = plan.known(
-                "attention_varlen", q, k, v, causal, softmax_scale, window, softcap, alibi_slopes,
-                dropout_p, bool(deterministic), return_lse, cu_seqlens_q.shape, max_seqlen_q,
-                max_seqlen_k,
-            )  # fmt: skip
+        signature, way = plan.known(
+            "attention_varlen", q, k, v, causal, softmax_scale, window, softcap, alibi_slopes,
+            dropout_p, bool(deterministic), return_lse, cu_seqlens_q.shape, max_seqlen_q,
+            max_seqlen_k,
+        )  # fmt: skip
     if way is None:
         sizes = (max_seqlen_q, max_seqlen_k, cu_seqlens_q.shape[0] - 1)
         way = plan.of(

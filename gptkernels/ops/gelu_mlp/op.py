@@ -179,26 +179,22 @@ def gelu_mlp(
 def _plan(tensors: _Tensors, approximate: str, recompute: bool, impl: str) -> Plan:
     """Checks the arguments, and returns what runs the call. One with the signature of an earlier
     call need not be checked again."""
-    if impl != "auto" or torch.compiler.is_compiling():
-        if not _sound(*tensors, approximate):
-            _check(*tensors, approximate)
-        x = tensors[0]
-        dtype = autocast_dtype(x)
-        if impl == "auto":
-            training = requires_grad(tensors)
-            chosen = plans.compiled("gelu_mlp", training, dtype, x.device.type)
-        else:
-            chosen = choose(impl, x, dtype)
-        return Plan(chosen, chosen)
-    try:
+    signature = None
+    if impl == "auto" and not torch.compiler.is_compiling():
         signature, found = plan.known(*tensors, approximate, recompute)
-    except (AttributeError, TypeError):  # something of another kind, which the checks name
-        signature, found = None, None
-    if found is not None:
-        return found
+        if found is not None:
+            return found
     if not _sound(*tensors, approximate):
         _check(*tensors, approximate)
-    return plan.new(signature, *tensors, approximate, recompute)
+    x = tensors[0]
+    dtype = autocast_dtype(x)
+    if impl != "auto":
+        chosen = choose(impl, x, dtype)
+    elif torch.compiler.is_compiling():
+        chosen = plans.compiled("gelu_mlp", requires_grad(tensors), dtype, x.device.type)
+    else:
+        return plan.new(signature, *tensors, approximate, recompute)
+    return Plan(chosen, chosen)
 
 
 def _transposed(w: Tensor) -> bool:

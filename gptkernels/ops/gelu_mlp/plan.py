@@ -30,22 +30,24 @@ def known(
     approximate: str,
     recompute: bool,
 ) -> tuple[Any, Plan | None]:
-    """The signature of a call, and its plan where one with the same signature was checked before.
-    A signature holds all that `op._check` looks at. Raises AttributeError for what is no tensor,
-    and TypeError for what cannot be hashed."""
+    """The signature of a call, or None for one of an unusual kind, and its plan where one with the
+    same signature was checked before. A signature holds all that `op._check` looks at."""
     tensors = (x, w1, b1, w2, b2)
-    signature = (
-        "gelu_mlp",
-        *((type(t), t.shape, t.dtype, t.device) if t is not None else None for t in tensors),
-        approximate,
-        recompute,
-        requires_grad(tensors),
-        autocast_dtype(x),
-        torch.get_num_threads(),
-    )
-    # What is not contiguous may have any strides: it is checked each time.
-    usual = all(t is None or t.is_contiguous() for t in tensors)
-    return signature, plans.seen(signature) if usual else None
+    try:
+        signature = (
+            "gelu_mlp",
+            *((type(t), t.shape, t.dtype, t.device) if t is not None else None for t in tensors),
+            approximate,
+            recompute,
+            requires_grad(tensors),
+            autocast_dtype(x),
+            torch.get_num_threads(),
+        )
+        # What is not contiguous may have any strides: it is checked each time.
+        usual = all(t is None or t.is_contiguous() for t in tensors)
+        return signature, plans.seen(signature) if usual else None
+    except (AttributeError, TypeError):  # something of another kind, which the checks name
+        return None, None
 
 
 def new(

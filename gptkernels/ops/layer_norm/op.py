@@ -170,7 +170,15 @@ def layer_norm(
 
     Differentiable once in x, weight, bias and residual; gradients have the same bits on every run.
     """
-    way = _plan(x, weight, bias, residual, dropout_p, eps, prenorm, residual_in_fp32, impl)
+    signature = way = None
+    if impl == "auto" and not torch.compiler.is_compiling():
+        signature, way = plan.known(
+            x, weight, bias, residual, dropout_p, eps, prenorm, residual_in_fp32
+        )
+    if way is None:
+        way = _plan(
+            signature, x, weight, bias, residual, dropout_p, eps, prenorm, residual_in_fp32, impl
+        )
     if way.whole is not None:
         try:
             y, s = whole.run(way.whole, x, weight, bias, residual, eps)
@@ -204,6 +212,7 @@ def layer_norm(
 
 
 def _plan(
+    signature: Any,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -214,26 +223,17 @@ def _plan(
     residual_in_fp32: bool,
     impl: str,
 ) -> Plan:
-    """Checks the arguments, and returns what runs the call. One with the signature of an earlier
-    call need not be checked again."""
+    """Checks the arguments, and returns what runs a call of this signature, or of none."""
     given = (x, weight, bias, residual, dropout_p)
-    if impl != "auto" or torch.compiler.is_compiling():
-        if not _sound(*given, eps):
-            _check(*given, eps)
-        if impl == "auto":
-            training = requires_grad(given)
-            chosen = plans.compiled("layer_norm", training, x.dtype, x.device.type)
-        else:
-            chosen = choose(impl, x)
-        return Plan(chosen, chosen)
-    try:
-        signature, found = plan.known(*given, eps, prenorm, residual_in_fp32)
-    except (AttributeError, TypeError):  # something of another kind, which the checks name
-        signature, found = None, None
-    if found is not None:
-        return found
-    _check(*given, eps)
-    return plan.new(signature, *given, prenorm, residual_in_fp32)
+    if not _sound(*given, eps):
+        _check(*given, eps)
+    if impl != "auto":
+        chosen = choose(impl, x)
+    elif torch.compiler.is_compiling():
+        chosen = plans.compiled("layer_norm", requires_grad(given), x.dtype, x.device.type)
+    else:
+        return plan.new(signature, *given, prenorm, residual_in_fp32)
+    return Plan(chosen, chosen)
 
 
 def _sound(

@@ -31,38 +31,56 @@ def known(
     prenorm: bool,
     residual_in_fp32: bool,
 ) -> tuple[Any, Plan | None]:
-    """The signature of a call, and its plan where one with the same signature was checked before.
-    A signature holds all that `op._check` looks at. Raises AttributeError for what is no tensor,
-    and TypeError for what cannot be hashed."""
+    """The signature of a call, or None for one of an unusual kind, and its plan where one with the
+    same signature was checked before. A signature holds all that `op._check` looks at.
+
+    Asked in every call, beside PyTorch's own of some microseconds: so there are few questions, and
+    no calls of functions in Python.
+    """
     if type(x) is not Tensor or type(dropout_p) is not float:  # False is no number, but 0 is one
         return None, None
-    # The quickest questions that tell all this: they are asked in every call.
-    alike = x.is_cpu
-    signature: Any = (
-        "layer_norm",
-        x.shape,
-        x.dtype,
-        alike or x.device,
-        x.is_contiguous(),
-        dropout_p,
-        eps,
-        prenorm,
-        residual_in_fp32,
-        torch._C._is_any_autocast_enabled() and autocast_enabled(x),
-        torch.get_num_threads(),
-        torch.is_grad_enabled() and requires_grad((x, weight, bias, residual)),
-        weight is not None
-        and (weight.shape, weight.dtype, (weight.is_cpu and alike) or weight.device),
-        bias is not None and (bias.shape, bias.dtype, (bias.is_cpu and alike) or bias.device),
-        residual is not None
-        and (
-            type(residual) is Tensor,
-            residual.shape,
-            residual.dtype,
-            (residual.is_cpu and alike) or residual.device,
-        ),
-    )
-    return signature, plans.seen(signature)
+    gradients, alike = torch.is_grad_enabled(), x.is_cpu
+    try:
+        signature: Any = (
+            "layer_norm",
+            x.shape,
+            x.dtype,
+            alike or x.device,
+            x.is_contiguous(),
+            gradients and x.requires_grad,
+            dropout_p,
+            eps,
+            prenorm,
+            residual_in_fp32,
+            torch._C._is_any_autocast_enabled() and autocast_enabled(x),
+            torch.get_num_threads(),
+            weight is not None
+            and (
+                weight.shape,
+                weight.dtype,
+                (alike and weight.is_cpu) or weight.device,
+                gradients and weight.requires_grad,
+            ),
+            bias is not None
+            and (
+                bias.shape,
+                bias.dtype,
+                (alike and bias.is_cpu) or bias.device,
+                gradients and bias.requires_grad,
+            ),
+            residual is not None
+            and (
+                type(residual) is Tensor,
+                residual.shape,
+                residual.dtype,
+                (alike and residual.is_cpu) or residual.device,
+                gradients and residual.requires_grad,
+            ),
+        )
+        choices = plans.fixed.get()
+        return signature, (plans.known if choices is None else choices.known).get(signature)
+    except (AttributeError, TypeError):  # something of another kind, which the checks name
+        return None, None
 
 
 def new(
