@@ -68,6 +68,14 @@ class Timing:
         bounds = found[rank], found[-1 - rank]
         return cls(median, *bounds, found[0], len(samples), host_s, tuple(samples))
 
+    @property
+    def whole(self) -> Timing:
+        """Of an eager call: the larger of a sample and the host's time, which hides behind a busy
+        GPU alone."""
+        if self.host_s is None:
+            return self
+        return Timing.of([max(sample, self.host_s) for sample in self.samples], self.host_s)
+
     def as_dict(self) -> dict[str, Any]:
         """What a row has of it: all but the samples."""
         found = dataclasses.asdict(self)

@@ -11,12 +11,12 @@ import torch
 from gptkernels.bench.dry_run import Problem
 from gptkernels.cli.tune_table import explained
 from gptkernels.core import plans
-from gptkernels.core.choice import automatic
+from gptkernels.core.choice import automatic, switched_off
 from gptkernels.core.tuned import Entry, bucket, position
 from gptkernels.ops.attention import plan as attention
 from gptkernels.ops.gelu_mlp import plan as gelu_mlp
 from gptkernels.ops.layer_norm import plan as layer_norm
-from gptkernels.tuning.explanation import of_entry
+from gptkernels.tuning.explanation import is_of_these_threads, of_entry
 
 
 def lines(problem: Problem) -> Iterator[str]:
@@ -25,7 +25,7 @@ def lines(problem: Problem) -> Iterator[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = [entry for entry in plans.table(device).entries.values() if _fits(entry, problem)]
     yield f'impl="auto" on this machine ({device})'
-    if plans.switched_off():
+    if switched_off():
         yield "  torch: GPTKERNELS_IMPL says so"
         return
     if not found:
@@ -46,6 +46,8 @@ def _fits(entry: Entry, problem: Problem) -> bool:
     facts, sizes = dict(entry.key.facts), problem.sizes
     dtype = str(problem.dtype).removeprefix("torch.")
     if entry.key.op != problem.op or facts["dtype"] != dtype:
+        return False
+    if not is_of_these_threads(entry.key):
         return False
     if problem.op == "layer_norm":
         known = {"C": sizes["cols"]}

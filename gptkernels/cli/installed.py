@@ -115,8 +115,9 @@ def _implementations(torch: object) -> Iterator[str]:
 
 def _measured(device: str) -> str:
     from gptkernels.core import plans
+    from gptkernels.core.choice import switched_off
 
-    if plans.switched_off():
+    if switched_off():
         return ", as GPTKERNELS_IMPL says"
     count = len(plans.table(device).entries)
     if not count:

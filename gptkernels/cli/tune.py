@@ -23,7 +23,7 @@ if TYPE_CHECKING:
               "FOLDER.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=8, help="Texts at a time.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens of a text; default: the "
-              "model's block_size.", show_default=False)  # fmt: skip
+              "model's block_size, half of it with --generate.", show_default=False)  # fmt: skip
 @click.option("--dtype", default="bfloat16", help="float32, bfloat16 or float16; or fp32, bf16, "
               "fp16.")  # fmt: skip
 @click.option("--train/--generate", default=True, help="Measure the calls of a training step, or "
@@ -67,9 +67,9 @@ def command(
     call gptkernels.tune(model, *inputs) in Python.
 
     Each candidate has to be right first, in a process of its own, and to beat PyTorch twice. The
-    result is kept for this machine and software. With --prove the exit code is 1 where "auto" is
-    not what it promises: within 3% or 2 us of the best at 95% of the calls, and nowhere more than
-    8% behind.
+    result is kept for this machine and software. The exit code is 1 where nothing could be
+    measured; with --prove where "auto" is not what it promises: within 3% or 2 us of the best at
+    95% of the calls, and nowhere more than 8% behind.
     """
     from gptkernels.core.device import choose_device
 
@@ -77,8 +77,12 @@ def command(
     console = PipeConsole(highlight=False, soft_wrap=True)
     if explain and prove:
         raise ValueError("--explain and --prove exclude each other")
-    if (explain or prove) and (folder or shape):
-        raise ValueError("--explain and --prove are about all that was measured: name no model")
+    if (explain or prove) and (folder or shape or path):
+        raise ValueError(
+            "--explain and --prove are about all that was measured: name no model, and no --json"
+        )
+    if seed is not None and not prove:
+        raise ValueError("--seed is of --prove")
     if explain:
         return _explain(console, where.type)
     if prove:
@@ -126,7 +130,7 @@ def _tune(
 
     busy = tune_table.busy()
     if busy:
-        print_text(console, busy, style="yellow")
+        click.echo(busy, err=True)
     print_text(console, f"{tune_table.classes(len(classes))} of calls")
     started = time.perf_counter()
     with Progress(
@@ -152,7 +156,7 @@ def _tune(
 
         rows = [tune_table.row(e) for entry in report.entries for e in explanation.of_entry(entry)]
         write_json(path, {"seconds": took, "rows": rows})
-    return 0
+    return 0 if report.entries else 1
 
 
 def _explain(console: Console, device_type: str) -> int:

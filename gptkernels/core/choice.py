@@ -1,10 +1,10 @@
 """Which implementation runs. An explicit one runs, or an error says why it cannot; only "auto"
 chooses.
 
-"auto" takes the CPU kernels in eager mode where they were measured to be faster than impl="torch"
-(`_FASTER_ON`), and impl="torch" everywhere else: no kernel has been timed on a GPU yet, and an
-unmeasured kernel must not replace PyTorch's. GPTKERNELS_IMPL=torch in the environment makes it take
-impl="torch" everywhere.
+"auto" takes what a table says (core/plans.py). Where none says anything, it begins with the static
+policy that is here: the CPU kernels in eager mode where they were measured to be faster than
+impl="torch" (`_FASTER_ON`), and impl="torch" everywhere else. GPTKERNELS_IMPL=torch in the
+environment makes it take impl="torch" everywhere.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ IMPLEMENTATIONS = ("torch", "triton", "cuda", "cpu")
 # The instruction sets on which the CPU kernels were measured to be faster than impl="torch"
 # (benchmarks/results, docs/cpu.md).
 _FASTER_ON = ("v3", "v4", "v4_bf16", "v4_amx")
-
-# The kill switch: where it is set, to "torch", "auto" takes PyTorch's operators everywhere.
-_SWITCH = os.environ.get("GPTKERNELS_IMPL", "")
 
 # Triton reads the variable when a kernel is decorated, so a later change has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
@@ -56,15 +53,22 @@ def choose(impl: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     raise RuntimeError(f"impl={impl!r}: {reason}")
 
 
+def switched_off() -> bool:
+    """Whether the kill switch is set: then "auto" takes PyTorch's operators everywhere. Raises
+    ValueError where GPTKERNELS_IMPL has a value that it cannot have."""
+    switch = os.environ.get("GPTKERNELS_IMPL", "")
+    if switch not in ("", "torch"):
+        raise ValueError(
+            f"GPTKERNELS_IMPL is {switch!r}, but it can only be 'torch': then impl='auto' takes "
+            "PyTorch's operators"
+        )
+    return switch == "torch"
+
+
 def automatic(device_type: str) -> str:
     """Returns the implementation that "auto" picks on tensors of this device type. Raises
     ValueError where the variable GPTKERNELS_IMPL has a value that it cannot have."""
-    if _SWITCH:
-        if _SWITCH != "torch":
-            raise ValueError(
-                f"GPTKERNELS_IMPL is {_SWITCH!r}, but it can only be 'torch': then impl='auto' "
-                "takes PyTorch's operators"
-            )
+    if switched_off():
         return "torch"
     here = cpu.unavailable(device_type) is None
     return "cpu" if here and cpu.instruction_set() in _FASTER_ON else "torch"

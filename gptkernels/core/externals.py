@@ -26,7 +26,7 @@ def missing(name: str) -> str | None:
     module = MODULES.get(name)
     if module is None:
         return f"there is no external {name!r}"
-    if not all(is_there(sign) for sign in (module, *_SIGNS.get(name, ()))):
+    if not is_installed(name):
         return f"{module} is not installed"
     try:
         load(name)
@@ -34,6 +34,11 @@ def missing(name: str) -> str | None:
         lines = str(error).strip().splitlines() or [""]
         return f"{module} is installed but does not import: {type(error).__name__}: {lines[0]}"
     return None
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package's files are there: it is imported when a table names it."""
+    return all(is_there(sign) for sign in (MODULES[name], *_SIGNS.get(name, ())))
 
 
 @functools.cache

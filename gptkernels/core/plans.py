@@ -9,7 +9,6 @@ holds where nothing was measured; the tables decide (core/tuned.py, core/tuned_f
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -79,17 +78,26 @@ class Call:
 
 
 class Choices(dict[str, Plan]):
-    """Plans by op, whatever the sizes are. `known`: as the one below, for calls by them."""
+    """Plans by op, whatever the sizes are."""
 
     def __init__(self, plans: Mapping[str, Plan]) -> None:
         super().__init__(plans)
-        self.known: dict[Hashable, Plan] = {}
+        self._known: dict[Hashable, Plan] = {}
+        self._since = _forgotten
+
+    @property
+    def known(self) -> dict[Hashable, Plan]:
+        """As the one of the module, for calls by these plans; emptied where that is, too."""
+        if self._since != _forgotten:
+            self._since = _forgotten
+            self._known.clear()
+        return self._known
 
 
+_forgotten = 0  # how often `known` was emptied
 # Signature -> plan. It is emptied where anything that plans depend on changes.
 known: dict[Hashable, Plan] = {}
 _MOST_KNOWN = 1 << 14
-_forgotten = 0  # how often it was emptied
 _LOCK = threading.Lock()
 # The plans of an engine, by op: in its context the tables are not asked.
 fixed: ContextVar[Choices | None] = ContextVar("fixed", default=None)
@@ -144,7 +152,7 @@ def compiled(op: str, training: bool, dtype: torch.dtype, device_type: str) -> s
     """The implementation inside a graph of torch.compile: what wins in all classes that were
     measured of the op in this dtype, so that the graph asks nothing about sizes; else "torch",
     which Inductor fuses with what is around it."""
-    if switched_off() or fixed.get() is not None:
+    if choice.switched_off() or fixed.get() is not None:
         return "torch"
     direction, name = TRAINING if training else FORWARD, dtype_name(dtype)
     way = table(device_type).unanimous(op, direction, COMPILED, {"dtype": name})
@@ -168,11 +176,6 @@ def explained(call: Call, device_type: str) -> tuple[Plan, Entry | None]:
 def asked(device_type: str) -> bool:
     """Whether a plan could be one that was measured, or is looked for by somebody who records."""
     return bool(_recordings or table(device_type).entries)
-
-
-def switched_off() -> bool:
-    """Whether GPTKERNELS_IMPL takes the choice away from the tables."""
-    return bool(os.environ.get("GPTKERNELS_IMPL"))
 
 
 def table(device_type: str) -> Table:
@@ -297,7 +300,7 @@ def _unavailable(way: str, device_type: str) -> str | None:
 
 def _of(call: Call) -> Plan:
     device_type = str(call.facts["device"])
-    if switched_off():
+    if choice.switched_off():
         return call.static
     key = call.key
     if key in _demoted:

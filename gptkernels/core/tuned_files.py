@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import warnings
@@ -34,6 +35,7 @@ from gptkernels.core.tuned import Entry, Table
 FORMAT = 1
 # How long another process may write the same file: that takes milliseconds.
 _PATIENCE_S = 30.0
+_EXTERNAL_PACKAGES = ("flash-attn", "liger-kernel")
 # What implementations share, outside of their own folders.
 _COMPUTING = ("few_rows", "masks", "philox", "products")
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -53,34 +55,40 @@ def switched_on() -> bool:
     return mode == "cached"
 
 
-@functools.cache
-def fingerprint(device_type: str, index: int = 0) -> dict[str, str]:
-    """What times on a device depend on, besides the load."""
-    found = {"device": device_type, "torch": torch.__version__, "kernels": kernels_hash()}
-    if device_type == "cuda":
-        major, minor = torch.cuda.get_device_capability(index)
-        return found | {
-            "name": torch.cuda.get_device_name(index),
-            "model": f"{major}.{minor}",
-            "isa": f"sm{major}{minor}",
+def fingerprint(device_type: str) -> dict[str, str]:
+    """What times on a device, the current one of its type, depend on, besides the load."""
+    software = {"torch": torch.__version__, "kernels": kernels_hash()}
+    if device_type != "cuda":
+        return machine(device_type) | software | {"blas": _blas()}
+    return (
+        machine(device_type)
+        | software
+        | {
             "driver": str(torch._C._cuda_getDriverVersion()),  # type: ignore[attr-defined]
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),
-            "triton": _triton(),
+            "triton": _version_of("triton"),
+            **{package: _version_of(package) for package in _EXTERNAL_PACKAGES},
         }
+    )
+
+
+def machine(device_type: str) -> dict[str, str]:
+    """Which device it is, without its software."""
+    if device_type == "cuda":
+        index = torch.cuda.current_device()
+        major, minor = torch.cuda.get_device_capability(index)
+        name, model = torch.cuda.get_device_name(index), f"{major}.{minor}"
+        return {"device": device_type, "name": name, "model": model, "isa": f"sm{major}{minor}"}
     missing = cpu.unavailable("cpu")
-    return found | {
-        "name": cpu_name(),
-        "model": cpu_model(),
-        "isa": torch.backends.cpu.get_cpu_capability() if missing else cpu.instruction_set(),
-        "blas": _blas(),
-    }
+    isa = torch.backends.cpu.get_cpu_capability() if missing else cpu.instruction_set()
+    return {"device": device_type, "name": cpu_name(), "model": cpu_model(), "isa": isa}
 
 
-def _triton() -> str:
+def _version_of(package: str) -> str:
     try:
-        return str(importlib.import_module("triton").__version__)
-    except ImportError:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return "none"
 
 
@@ -103,6 +111,13 @@ def kernels_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def _has_any(device_type: str) -> bool:
+    """Whether the user has a table of any software. Raises RuntimeError where there is no home."""
+    if os.environ.get("GPTKERNELS_TUNED_FILE"):
+        return True
+    return any((cache_folder() / "tuned").glob(f"{device_type}-*.jsonl"))
+
+
 def path_of(device_type: str) -> Path:
     """The user's file for this machine. Raises RuntimeError where there is no home."""
     named = os.environ.get("GPTKERNELS_TUNED_FILE")
@@ -118,15 +133,17 @@ def load(device_type: str) -> Table:
     if not switched_on():
         return Table()
     entries: list[Entry] = []
-    here = fingerprint(device_type)
     for path in sorted(_SHIPPED.glob("*.jsonl")):
+        here = machine(device_type)
         found, _ = _read(path, {name: here[name] for name in _SHARED})
         entries += found
     try:
+        if not _has_any(device_type):  # then nobody needs the kernels' hash, which takes a while
+            return Table(entries)
         path = path_of(device_type)
     except RuntimeError:  # no home
         return Table(entries)
-    found, trouble = _read(path, here)
+    found, trouble = _read(path, fingerprint(device_type))
     if trouble:
         warnings.warn(f"{path}: {trouble}; gptkernels tune measures again", stacklevel=2)
     return Table([*entries, *found])

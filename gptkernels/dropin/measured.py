@@ -11,41 +11,34 @@ from torch import Tensor
 from gptkernels.core import plans
 from gptkernels.core.plans import Plan
 from gptkernels.ops.attention import dense
-from gptkernels.ops.gelu_mlp import plan as gelu_mlp_plan
-from gptkernels.ops.layer_norm import plan as layer_norm_plan
+from gptkernels.ops.gelu_mlp import op as mlp_op
+from gptkernels.ops.layer_norm import op as norm_op
+
+
+def asked(x: Any) -> bool:
+    """Whether a table could say something of calls with x, or somebody records them."""
+    return not torch.compiler.is_compiling() and plans.asked(x.device.type)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> bool | None:
-    """Whether the op is to run, which is given what it takes; None where nothing was measured."""
-    if not _asked(x):
-        return None
-    signature, way = layer_norm_plan.known(x, weight, bias, None, 0.0, eps, False, False)
-    if way is None:
-        way = layer_norm_plan.new(signature, x, weight, bias, None, 0.0, False, False)
-    return _runs(way)
+    """Whether the op is to run; None where nothing was measured. Raises as the op does."""
+    return _runs(norm_op.plan_of(x, weight, bias, eps=eps)) if asked(x) else None
 
 
 def gelu_mlp(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str
 ) -> bool | None:
     """As `layer_norm`."""
-    if not _asked(x):
+    if not asked(x):
         return None
-    given: Any = (x, w1, b1, w2, b2, approximate, False)
-    signature, way = gelu_mlp_plan.known(*given)
-    return _runs(gelu_mlp_plan.new(signature, *given) if way is None else way)
+    return _runs(mlp_op.plan_of(x, w1, b1, w2, b2, approximate=approximate))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> bool | None:
-    """As `layer_norm`; for q (B, Tq, H, D), k and v (B, Tk, Hk, D), as `dense.plan_of` takes them.
-    The op itself knows PyTorch's function, so it runs where anything was measured."""
-    if not _asked(q):
-        return None
-    return True if dense.plan_of(q, k, v, **options).measured else None
-
-
-def _asked(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and plans.asked(x.device.type)
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> bool:
+    """Whether anything was measured of a call that asked for q (B, Tq, H, D), k and v (B, Tk, Hk,
+    D), with options as `dense.plan_of` takes them. The op then runs: it knows PyTorch's function
+    too. Raises as the op does."""
+    return dense.plan_of(q, k, v, **options).measured
 
 
 def _runs(way: Plan) -> bool | None:

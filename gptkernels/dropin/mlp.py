@@ -26,6 +26,12 @@ class MLP(OneInput):
 
     what = "linear, GELU, linear as one op"
 
+    def fuses(self, x: Any) -> bool:
+        """Where a table could say something, `fused` asks it."""
+        if self._gptkernels.impl == "auto" and type(x) is Tensor and measured.asked(x):
+            return self.fits(x)
+        return super().fuses(x)
+
     def fused(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., C)."""
         swap, children = self._gptkernels, self._modules
@@ -41,7 +47,7 @@ class MLP(OneInput):
         )  # fmt: skip
         if swap.impl == "auto":
             runs = measured.gelu_mlp(*given, swap.approximate)  # type: ignore[call-arg]
-            if runs is False or (runs is None and loses(x, across)):
+            if runs is False or (runs is None and (loses(x, across) or not super().fuses(x))):
                 return None
         y = gelu_mlp(*given, approximate=swap.approximate, impl=swap.impl)
         return y if swap.dropout is None else self.get_submodule(swap.dropout)(y)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptkernels.core import plans
 from gptkernels.core.autocast import autocast_enabled
 from gptkernels.dropin import measured
 from gptkernels.dropin.probe import Probe
@@ -29,14 +28,11 @@ class LayerNorm(OneInput):
 
     def fuses(self, x: Any) -> bool:
         """Asked for every token that is generated: the quickest question first."""
-        if (
-            self._gptkernels.impl == "auto"
-            and type(x) is Tensor
-            and not torch.compiler.is_compiling()
-            and _is_pytorchs(x)
-            and not plans.asked(x.device.type)
-        ):
-            return False
+        if self._gptkernels.impl == "auto" and type(x) is Tensor:
+            if measured.asked(x):
+                return self.fits(x)  # the table says the rest
+            if _is_pytorchs(x):
+                return False
         return super().fuses(x)
 
     def fused(self, x: Tensor) -> Tensor | None:
@@ -48,7 +44,7 @@ class LayerNorm(OneInput):
         eps = self.eps if known is None else known
         if impl == "auto":
             runs = measured.layer_norm(x, weight, bias, eps)
-            if runs is False or (runs is None and _is_pytorchs(x)):
+            if runs is False or (runs is None and (_is_pytorchs(x) or not super().fuses(x))):
                 return None
         return cast("Tensor", layer_norm(x, weight, bias, eps=eps, impl=impl))
 

@@ -40,18 +40,19 @@ class Fused(nn.Module):
 
     def fuses(self, x: Any) -> bool:
         """Whether the op is to run on x: always where an implementation was named, else where the
-        package has one that was measured to be faster; but not for tensors that the ops do not
-        take, and not where somebody has patched the original class since."""
+        package has one that was measured to be faster; and only if it `fits`."""
+        return self.fits(x) and (self._gptkernels.impl != "auto" or choose("auto", x) != "torch")
+
+    def fits(self, x: Any) -> bool:
+        """Whether the op takes x, and nobody has patched the original class since."""
         swap = self._gptkernels
-        if (
+        return not (
             type(x) not in (Tensor, nn.Parameter)
             or x.dtype not in DTYPES
             or x.is_nested
             or torch._C._are_functorch_transforms_active()
             or swap.original.forward is not swap.forward
-        ):
-            return False
-        return swap.impl != "auto" or choose("auto", x) != "torch"
+        )
 
     def extra_repr(self) -> str:
         """What repr shows."""

@@ -27,7 +27,6 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gptkernels.core import plans
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.checks import DTYPES
 from gptkernels.core.choice import choose
@@ -88,8 +87,12 @@ def attention(
     impl = "auto" if swap is None else swap.impl
     causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
     leaves = impl == "auto" and not softcap and _is_pytorchs(query)
-    if leaves and _was_measured(query, key, value, attention_mask, causal, dropout, scaling):
-        leaves = False
+    taken = None
+    if leaves and measured.asked(query) and _lacking(query, key, value, {}) is None:
+        taken = _taken(query, key, value, attention_mask, causal)
+        q, k, v, seen, mask = taken
+        named: Any = {"attn_mask": mask, "dropout_p": dropout, "softmax_scale": scaling}
+        leaves = not measured.attention(q, k, v, **seen, **named)
     reason = None if leaves and swap is not None else _lacking(query, key, value, others)
     if reason is not None and swap is None and _config_of(module) not in _ANNOUNCED:
         raise NotImplementedError(f"attn_implementation={NAME!r} {reason}")
@@ -98,8 +101,7 @@ def attention(
             module, query, key, value, _for_sdpa(attention_mask, query, key), dropout=dropout,
             scaling=scaling, is_causal=is_causal, softcap=softcap, **others,
         )  # fmt: skip
-    q, k, v = _tokens_first(query, key, value, attention_mask, causal)
-    seen, mask = _seen(attention_mask, k, causal)
+    q, k, v, seen, mask = taken or _taken(query, key, value, attention_mask, causal)
     out = dense.attention(
         q, k, v, **seen, attn_mask=mask, dropout_p=dropout, softmax_scale=scaling,
         softcap=softcap or 0.0, impl=with_mask(impl, mask),
@@ -107,36 +109,17 @@ def attention(
     return cast("Tensor", out), None
 
 
-def _tokens_first(
+def _taken(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, ...]:
-    """q, k and v as the op takes them, (B, T, H, D)."""
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any], Tensor | None]:
+    """q, k and v as the op takes them, (B, T, H, D), and what `_seen` says."""
     Tq = query.shape[2]
     if mask is None and causal and Tq > 1:
         # A static cache has more places than keys so far. The first texts fill its beginning.
         key, value = key[:, :, :Tq], value[:, :, :Tq]
     dtype = autocast_dtype(query)  # rotary embeddings leave q and k wide
-    return tuple(_dense(x.to(dtype)).transpose(1, 2) for x in (query, key, value))
-
-
-def _was_measured(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    causal: bool,
-    dropout: float,
-    scaling: float | None,
-) -> bool:
-    """Whether a table says what runs the call."""
-    if torch.compiler.is_compiling() or not plans.asked(query.device.type):
-        return False
-    if _lacking(query, key, value, {}) is not None:
-        return False
-    q, k, v = _tokens_first(query, key, value, attention_mask, causal)
-    seen, mask = _seen(attention_mask, k, causal)
-    named = {"attn_mask": mask, "dropout_p": dropout, "softmax_scale": scaling}
-    return bool(measured.attention(q, k, v, **seen, **named))
+    q, k, v = (_dense(x.to(dtype)).transpose(1, 2) for x in (query, key, value))
+    return q, k, v, *_seen(mask, k, causal)
 
 
 def _lacking(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) -> str | None:

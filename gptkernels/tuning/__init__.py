@@ -10,7 +10,8 @@ impl="auto" (core/tuned.py, core/plans.py).
 from __future__ import annotations
 
 from gptkernels.tuning.explanation import Explanation, explain
+from gptkernels.tuning.ranks import sync
 from gptkernels.tuning.recording import Classes, record
 from gptkernels.tuning.tuner import Report, tune
 
-__all__ = ["Classes", "Explanation", "Report", "explain", "record", "tune"]
+__all__ = ["Classes", "Explanation", "Report", "explain", "record", "sync", "tune"]

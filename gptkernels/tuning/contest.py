@@ -26,7 +26,7 @@ from gptkernels.tuning.trial import Refused, Runner, Trial, is_pytorchs
 # A way that took so many times as long as the fastest in its trial is not timed further.
 _FAR = 1.4
 _NEAR = 1.03
-_HALVINGS = 2
+_HALVINGS = 3
 _SLOW_S, _ROUNDS, _FEW_ROUNDS = 0.05, 7, 5
 _BUDGET_S = 0.25
 _MANY = 30  # runs of a way, to see whether it was that which raised
@@ -240,7 +240,10 @@ class Contest:
                 self._trying(way)
                 timing.compare({way: call}, **how)
         self._in_turns(_BUDGET_S + (rounds + 2) * sum(rough[way] for way in calls))
-        return timing.compare(calls, **how)
+        found = timing.compare(calls, **how)
+        # A graph's host time is that of the whole graph.
+        eager = self.key.mode == EAGER
+        return {way: t.whole if eager else t for way, t in found.items()}
 
 
 def sizes_at(key: Key, position: float) -> dict[str, int]:
@@ -263,7 +266,9 @@ def whole_groups(key: Key, sizes: dict[str, int]) -> dict[str, int]:
         sizes["heads"] = group * max(1, groups)  # one that is larger than any octave is capped
     if facts.get("square"):
         sizes["Tk"] = sizes["Tq"]
-    elif key.op != "attention_decode" and sizes.get("Tq", 0) == sizes.get("Tk", 1):
+    elif key.op == "attention_decode":
+        sizes["Tk"] = max(sizes["Tk"], sizes["Tq"])  # a cache holds the new tokens too
+    elif sizes.get("Tq", 0) == sizes.get("Tk", 1):
         # Fewer queries than keys, as behind a prefix.
         least, _ = ends(bucket(sizes["Tk"]))
         axis, step = ("Tq", -1) if sizes["Tq"] > least else ("Tk", 1)

@@ -46,8 +46,13 @@ class Explanation:
         )
 
 
+def is_of_these_threads(key: Key) -> bool:
+    """Whether calls of the class are made with as many CPU threads as there are now."""
+    return dict(key.facts)["threads"] in (0, torch.get_num_threads())
+
+
 def explain(op: str | None = None, device: str | None = None) -> list[Explanation]:
-    """Every choice that the tables make on this machine.
+    """Every choice that the tables make on this machine, with as many threads as there are now.
 
     Args:
         op: of this operator alone.
@@ -58,7 +63,7 @@ def explain(op: str | None = None, device: str | None = None) -> list[Explanatio
         explanation
         for device_type in devices
         for entry in plans.table(device_type).entries.values()
-        if op in (None, entry.key.op)
+        if op in (None, entry.key.op) and is_of_these_threads(entry.key)
         for explanation in of_entry(entry)
     ]
 

@@ -23,6 +23,7 @@ from gptkernels.core.tuned import EAGER, Entry, Table, ends
 from gptkernels.core.tuned import position as position_of
 from gptkernels.truth import baseline
 from gptkernels.tuning.contest import whole_groups
+from gptkernels.tuning.explanation import is_of_these_threads
 from gptkernels.tuning.problems import problem
 from gptkernels.tuning.problems.problem import Problem, listed
 from gptkernels.tuning.trial import AUTO, Runner, is_pytorchs
@@ -74,9 +75,15 @@ def holds(points: Sequence[Kept]) -> bool:
 
 def points(table: Table, count: int, seed: int) -> Iterator[Kept]:
     """Measures so many points of the table's eager classes. Raises ValueError where it has none."""
-    entries = [entry for entry in table.entries.values() if entry.key.mode == EAGER]
+    entries = [
+        entry
+        for entry in table.entries.values()
+        if entry.key.mode == EAGER and is_of_these_threads(entry.key)
+    ]
     if not entries:
-        raise ValueError("nothing was measured on this machine yet: run gptkernels tune first")
+        raise ValueError(
+            "nothing was measured on this machine with so many threads: run gptkernels tune first"
+        )
     chance = random.Random(seed)
     for _ in range(count):
         entry = chance.choice(entries)
@@ -115,7 +122,8 @@ def _timed(
     device: torch.device,
     budget_s: float,
 ) -> Kept:
-    found = timing.compare(calls, device=device, budget_s=budget_s, max_rounds=300, warm_ups=1)
+    taken = timing.compare(calls, device=device, budget_s=budget_s, max_rounds=300, warm_ups=1)
+    found = {name: t.whole for name, t in taken.items()}
     best = min((name for name in found if name != AUTO), key=lambda name: found[name].time_s)
     return Kept(entry, sizes, way, found[AUTO].time_s, best, found[best].time_s)
 

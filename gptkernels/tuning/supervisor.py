@@ -135,6 +135,8 @@ class _Child:
             "alone": [outcome.alone for outcome in classes],
             "seconds": seconds,
             "threads": torch.get_num_threads(),
+            "device": torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+            "precision": torch.get_float32_matmul_precision(),
         }
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from gptkernels.core import plans, tuned_files
+from gptkernels.core.choice import switched_off
 from gptkernels.core.tuned import COMPILED, Entry, Key, Table
 from gptkernels.tuning import supervisor
 from gptkernels.tuning.contest import sizes_at
@@ -119,7 +120,7 @@ def tune(
 def _check_used() -> None:
     if not tuned_files.switched_on():
         raise ValueError("GPTKERNELS_TUNE is 'off': nothing that is measured would be used")
-    if plans.switched_off():
+    if switched_off():
         raise ValueError("GPTKERNELS_IMPL is set: nothing that is measured would be used")
 
 

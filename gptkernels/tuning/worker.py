@@ -4,7 +4,8 @@ ends costs it alone.
 It reads one line of JSON from stdin:
 
     {"keys": [Key.as_dict(), ...], "refused": [{way: why}, ...], "alone": [bool, ...],
-     "seconds": of all, "threads": n}
+     "seconds": of all,
+     "threads": n, "device": index of a GPU or null, "precision": of fp32 products}
 
 and writes one line an event to stdout:
 
@@ -49,6 +50,9 @@ def main() -> None:
     given = json.loads(_first_line())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     torch.set_num_threads(given["threads"])
+    torch.set_float32_matmul_precision(given["precision"])
+    if given["device"] is not None:
+        torch.cuda.set_device(given["device"])
     ends = time.monotonic() + given["seconds"]
     classes = zip(given["keys"], given["refused"], given["alone"], strict=True)
     for number, (key, refused, alone) in enumerate(classes):

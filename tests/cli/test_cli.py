@@ -92,7 +92,9 @@ def test_info_explains(call: Any) -> None:
     options = ["--alibi", "--kv-heads", "8", "--no-causal", "--window", "64", "-1"]
     result = call("info", "--explain", "attention", *sizes, *options, "--arch", "sm80")
     assert result.code == 0
-    first, second, _, direction, kernel, *_ = result.out.splitlines()
+    auto, static, _, first, second, _, direction, kernel, *_ = result.out.splitlines()
+    assert auto.startswith('impl="auto" on this machine (')
+    assert "nothing was measured for it" in static
     assert first == "attention B2 T8192 H32/8 D128 not causal, window 64, -1, ALiBi, bfloat16"
     assert second.startswith("dry run for sm80: ")
     assert (direction, kernel[:25]) == ("forward", "  attention_fwd_kernel on")

@@ -49,12 +49,12 @@ def test_auto_takes_the_cpu_kernels_where_they_are_faster(monkeypatch: pytest.Mo
 
 def test_the_kill_switch_makes_auto_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """An implementation that is named runs all the same."""
-    monkeypatch.setattr(choice, "_SWITCH", "torch")
+    monkeypatch.setenv("GPTKERNELS_IMPL", "torch")
     monkeypatch.setattr(cpu, "_unavailable", lambda: None)
     monkeypatch.setattr(cpu, "instruction_set", lambda: "v3")
     assert choice.automatic(CPU) == choice.choose("auto", torch.zeros(1)) == "torch"
     assert choice.choose("cpu", torch.zeros(1)) == "cpu"
-    monkeypatch.setattr(choice, "_SWITCH", "cuda")
+    monkeypatch.setenv("GPTKERNELS_IMPL", "cuda")
     with pytest.raises(ValueError, match="GPTKERNELS_IMPL is 'cuda', but it can only be 'torch'"):
         choice.automatic(CPU)
 

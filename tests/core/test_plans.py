@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from gptkernels import attention, attention_decode, attention_varlen, gelu_mlp, layer_norm
-from gptkernels.core import choice, cpu, native, plans
+from gptkernels.core import cpu, native, plans
 from gptkernels.core.plans import Call, Plan, Way
 from gptkernels.core.tuned import COMPILED, FORWARD, PYTORCH, TRAINING, Entry, Key, Table
 from gptkernels.ops.attention import whole as attention_whole
@@ -278,7 +278,6 @@ def test_other_facts_are_other_classes(ran: Ran) -> None:
 
 def test_the_kill_switch_beats_the_table(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     install("cpu", lambda: normed(100))
-    monkeypatch.setattr(choice, "_SWITCH", "torch")
     monkeypatch.setenv("GPTKERNELS_IMPL", "torch")
     ran.clear()
     normed(101)

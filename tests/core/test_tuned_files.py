@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.metadata
 import json
 import os
 import resource
@@ -215,9 +216,7 @@ def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
         NotADirectoryError, match=r"^the table must be a folder, but \S+ is a file$"
     ):
         tuned_files.save(CPU, [entry(1)])
-    found, said = loaded()
-    assert not found
-    assert "the table cannot be read (Not a directory)" in said[0]
+    assert loaded() == ({}, [])  # nothing can be in it
     assert (tmp_path / "cache").read_text() == "mine"
 
 
@@ -561,15 +560,19 @@ def test_what_times_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert here["kernels"] == tuned_files.kernels_hash()
     assert all(isinstance(value, str) for value in here.values())
     monkeypatch.setattr(cpu, "unavailable", lambda _: "there is none")
-    without = tuned_files.fingerprint.__wrapped__(CPU)
+    without = tuned_files.fingerprint(CPU)
     assert without["isa"] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
+    def version(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H200")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
-    found = tuned_files.fingerprint.__wrapped__(CUDA)
+    found = tuned_files.fingerprint(CUDA)
     assert (found["name"], found["isa"], found["triton"]) == ("H200", "sm90", "none")
     assert all(isinstance(value, str) for value in found.values())

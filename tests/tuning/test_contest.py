@@ -80,6 +80,7 @@ class FakeRunner:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World({"torch": steady(10.0, 10.0), PYTORCH: steady(10.0, 10.0)})
+    monkeypatch.setattr(contest, "_HALVINGS", 2)
 
     def problem(of: Key, sizes: Any) -> Any:
         made.rows, made.training = sizes["rows"], of.direction == TRAINING

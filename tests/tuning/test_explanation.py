@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from gptkernels.cli import tune_table
 from gptkernels.core import plans
@@ -14,7 +15,14 @@ from gptkernels.tuning import Report, explain
 from gptkernels.tuning.explanation import of_entry, said
 from gptkernels.tuning.supervisor import Outcome
 
-FACTS = {"device": "cpu", "threads": 2, "dtype": "float32", "C": 32, "bias": True, "wide": False}
+FACTS = {
+    "device": "cpu",
+    "threads": torch.get_num_threads(),
+    "dtype": "float32",
+    "C": 32,
+    "bias": True,
+    "wide": False,
+}
 US = 1e-6
 
 

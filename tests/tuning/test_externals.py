@@ -197,7 +197,8 @@ def test_what_is_not_installed_is_not_offered(fakes: Packages) -> None:
     assert externals.missing("flash_attn3") == "flash_attn_interface is not installed"
     assert externals.missing("other") == "there is no external 'other'"
     fakes.add("flash_attn_interface", "raise OSError('libcudart.so.12 is missing\\nmore')")
-    assert attention_whole.takes(facts) == [PYTORCH]
+    # It is not imported for that; where it is tried, it is refused.
+    assert attention_whole.takes(facts) == [PYTORCH, "external:flash_attn3"]
     assert externals.missing("flash_attn3") == (
         "flash_attn_interface is installed but does not import: OSError: libcudart.so.12 is missing"
     )
@@ -332,13 +333,15 @@ def test_a_call_of_auto_runs_by_liger(residual: bool, fakes: Packages, table: An
     assert applied == [1]
 
 
-def test_an_older_release_without_the_option_raises(fakes: Packages, table: Any) -> None:
-    """So the contest refuses it; a table holds only what ran here."""
+def test_an_older_release_without_the_option(fakes: Packages, table: Any) -> None:
+    """The contest refuses it. Where a table names it all the same, PyTorch runs the call."""
     fakes.add("flash_attn_interface", "def flash_attn_func(q, k, v, softmax_scale, causal): pass")
     tensors = heads()
     table("external:flash_attn3", "attention", **tensors, softcap=2.0)
-    with pytest.raises(TypeError, match="softcap"):
-        gptkernels.attention(**tensors, softcap=2.0)
+    wanted = gptkernels.attention(**tensors, softcap=2.0, impl="torch")
+    with pytest.warns(UserWarning, match=r"^external:flash_attn3 was chosen for .*softcap"):
+        found = gptkernels.attention(**tensors, softcap=2.0)
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(wanted))
 
 
 def test_a_package_that_is_gone_is_not_taken(fakes: Packages, table: Any) -> None:

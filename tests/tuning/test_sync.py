@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from gptkernels.core import plans, tuned_files
 from gptkernels.core.tuned import EAGER, FORWARD, Entry, Key, Table
-from gptkernels.tuning.sync import _device_type, _differing, sync
+from gptkernels.tuning.ranks import _device_type, _differing, sync
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="PyTorch lacks gloo"
@@ -63,7 +63,7 @@ def on_ranks(
     """What `work(rank, world)` returns and warns of on each rank."""
     # PyTorch is imported once, by the server, which has started no threads.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "gptkernels.tuning.sync"])
+    context.set_forkserver_preload(["torch.distributed", "gptkernels.tuning.ranks"])
     answers = context.Queue()
     given = {
         **os.environ,

@@ -9,7 +9,8 @@ from gptkernels.bench.text import seconds
 from gptkernels.cli.demo import training
 from gptkernels.cli.demo.terminal import Row, heading, table
 from gptkernels.cli.tune_table import row
-from gptkernels.core import plans, tuned_files
+from gptkernels.core import tuned_files
+from gptkernels.core.choice import switched_off
 from gptkernels.tuning import explanation, tune
 from gptkernels.tuning.models import classes_of
 
@@ -22,7 +23,7 @@ def tune_model(device: torch.device, console: Console) -> list[Row]:
     heading(
         console, "1. Tuning", "which implementation is the fastest here, for this model's calls"
     )
-    if plans.switched_off() or not tuned_files.switched_on():
+    if switched_off() or not tuned_files.switched_on():
         console.print("switched off by GPTKERNELS_TUNE or GPTKERNELS_IMPL: nothing is measured")
         return []
     on_gpu = device.type == "cuda"

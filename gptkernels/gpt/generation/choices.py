@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from gptkernels.core import plans
+from gptkernels.core.choice import switched_off
 from gptkernels.core.plans import Call
 from gptkernels.core.tuned import EAGER, EXTERNAL, FORWARD, PYTORCH
 from gptkernels.gpt.generation.cache import CachingModel
@@ -54,7 +54,7 @@ def choices_of(model: CachingModel) -> plans.Choices:
     """
     first = next(model.parameters())
     # The kill switch stands above all tables, of which one without entries has no say.
-    if os.environ.get("GPTKERNELS_IMPL") or not plans.table(first.device.type).entries:
+    if switched_off() or not plans.table(first.device.type).entries:
         return plans.Choices({})
     ways: dict[str, set[str | None]] = {}
     for call in _calls(model.modules(), first):

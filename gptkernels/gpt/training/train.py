@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 import time
 import warnings
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from gptkernels.core import plans
 from gptkernels.core.ceilings import product_rate
+from gptkernels.core.choice import switched_off
 from gptkernels.core.device import choose_device
 from gptkernels.core.figure import figure_class
 from gptkernels.core.files import check_folder, make_folder
@@ -220,7 +220,7 @@ class _Run:
         """The digest of the table that the run follows; "" where it asks none."""
         if self.config.impl != "auto":
             return ""
-        if os.environ.get("GPTKERNELS_IMPL"):  # the kill switch stands above all tables
+        if switched_off():  # the kill switch stands above all tables
             return Table().digest()
         return plans.table(self.device.type).digest()
 

@@ -18,7 +18,6 @@ import dataclasses
 import importlib
 import itertools
 import math
-import os
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -88,7 +87,7 @@ def instead(
     A table decides before a static plan does, and so does an engine: no canary runs then.
     """
     q, k, _ = tensors
-    if not _is_candidate(q) or os.environ.get("GPTKERNELS_IMPL"):
+    if not _is_candidate(q) or choice.switched_off():
         return call, True
     fixed = plans.fixed.get()
     measured = plans.table(str(call.facts["device"])).get(call.key) is not None
@@ -125,7 +124,7 @@ def compiled(
 
 def _compiled(*fields: Any) -> str:
     kind = Kind(*fields)
-    if os.environ.get("GPTKERNELS_IMPL"):
+    if choice.switched_off():
         return "torch"
     direction, facts = TRAINING if kind.training else FORWARD, {"dtype": dtype_name(kind.dtype)}
     found = plans.table(kind.device[0]).unanimous(kind.op, direction, COMPILED, facts)

@@ -34,7 +34,7 @@ def takes(facts: Mapping[str, Any]) -> list[str]:
         for name, widest in _WIDEST.items()
         if facts["D"] <= widest
         and (name in _WITH_ALIBI or not facts["alibi"])
-        and externals.missing(name) is None
+        and externals.is_installed(name)
     ]
 
 

@@ -182,7 +182,8 @@ def described(
 def axes(device: str, threads: int, Tq: int, Tk: int, heads: int) -> dict[str, int]:
     """The sizes that a class goes by: above some, the work only repeats."""
     keys = _MOST_KEYS.get(device, 1 << 14)
-    most = _MOST_HEADS_PER_THREAD * threads or _MOST_HEADS
+    # To the end of an octave, so that all larger calls are at an end that was measured.
+    most = ends(bucket(_MOST_HEADS_PER_THREAD * threads or _MOST_HEADS))[1]
     return {
         "Tq": min(max(1, Tq), keys),
         "Tk": min(max(1, Tk), keys),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gptkernels.core.tuned import EXTERNAL, PYTORCH
 from gptkernels.ops.attention import external
+from gptkernels.ops.attention.options import bounds
 
 
 def pytorch(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None) -> Tensor:
@@ -48,7 +49,9 @@ def run(
 ) -> Tensor:
     """out of the call by the function of this name, which takes it."""
     if name == PYTORCH:
-        return pytorch(q, k, v, causal, softmax_scale)
+        # Of windows it takes the one that says no more than `causal`.
+        last = causal or (window is not None and bounds(causal, window)[1] == 0)
+        return pytorch(q, k, v, last, softmax_scale)
     name = name.removeprefix(EXTERNAL)
     options = (causal, softmax_scale, window, softcap, alibi_slopes)
     return external.run(name, q, k, v, *options)

@@ -142,7 +142,8 @@ def gelu_mlp(
         recompute: Whether the backward pass recomputes the pre-activation x w1^T + b1, which is
             (..., F), instead of keeping it in memory. The activation is always recomputed.
         impl: "auto", "torch", "triton", "cuda" or "cpu". "auto" takes what `gptkernels tune`
-            measured to be the fastest here.
+            measured to be the fastest here. That may be PyTorch's own function, which keeps
+            the activation for the backward pass too, (..., F).
 
     Returns:
         y with x's shape and dtype. Under autocast the inputs are first converted to autocast's
@@ -174,6 +175,20 @@ def gelu_mlp(
     keep_h = not recompute and requires_grad(tensors)
     y = apply(_GeluMLP, rows, w1, b1, w2, b2, approximate, keep_h, way.forward, way.backward)
     return y if x.dim() == 2 else y.view(x.shape)
+
+
+def plan_of(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str = "tanh",
+) -> Plan:
+    """What would run such a call of `gelu_mlp` with impl="auto", outside of torch.compile. Raises
+    as that does."""
+    return _plan((x, w1, b1, w2, b2), approximate, False, "auto")
 
 
 def _plan(tensors: _Tensors, approximate: str, recompute: bool, impl: str) -> Plan:

@@ -40,12 +40,11 @@ def known(
             approximate,
             recompute,
             requires_grad(tensors),
-            autocast_dtype(x),
+            autocast_enabled(x) and autocast_dtype(x),
             torch.get_num_threads(),
+            tuple(None if t is None or t.is_contiguous() else t.stride() for t in tensors),
         )
-        # What is not contiguous may have any strides: it is checked each time.
-        usual = all(t is None or t.is_contiguous() for t in tensors)
-        return signature, plans.seen(signature) if usual else None
+        return signature, plans.seen(signature)
     except (AttributeError, TypeError):  # something of another kind, which the checks name
         return None, None
 

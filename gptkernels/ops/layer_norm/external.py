@@ -21,7 +21,7 @@ def takes(facts: Mapping[str, Any]) -> list[str]:
     wide = facts["wide"] and dtype != "float32"
     if facts["device"] != "cuda" or not same or not plain or wide:
         return []
-    return [LIGER] if externals.missing(LIGER) is None else []
+    return [LIGER] if externals.is_installed(LIGER) else []
 
 
 def run(

@@ -211,6 +211,15 @@ def layer_norm(
     return y, x if is_x else s
 
 
+def plan_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float = 1e-5) -> Plan:
+    """What would run such a call of `layer_norm` with impl="auto", outside of torch.compile. Raises
+    as that does."""
+    signature, way = plan.known(x, weight, bias, None, 0.0, eps, False, False)
+    if way is None:
+        way = _plan(signature, x, weight, bias, None, 0.0, eps, False, False, "auto")
+    return way
+
+
 def _plan(
     signature: Any,
     x: Tensor,

@@ -95,7 +95,10 @@ def new(
 ) -> Plan:
     """The plan of a call that was checked, for all that have its signature."""
     call = described(x, weight, bias, residual, dropout_p, prenorm, residual_in_fp32)
-    return call.static if not _plannable(x, weight, bias, residual) else plans.new(signature, call)
+    # A class says nothing of a bias that has another dtype than all else.
+    alone = weight is None and bias is not None and bias.dtype != x.dtype
+    plannable = _plannable(x, weight, bias, residual) and not alone
+    return plans.new(signature, call) if plannable else call.static
 
 
 def described(

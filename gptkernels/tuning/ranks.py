@@ -82,8 +82,7 @@ def _device_type(group: dist.ProcessGroup | None) -> str:
 def _facts(device_type: str) -> _Facts:
     """All that must be the same on all ranks. It never raises: the other ranks would wait."""
     try:
-        index = torch.cuda.current_device() if device_type == "cuda" else 0
-        found = dict(tuned_files.fingerprint(device_type, index))
+        found = dict(tuned_files.fingerprint(device_type))
         if device_type == "cpu":
             found["threads"] = str(torch.get_num_threads())
         found["GPTKERNELS_TUNE"] = "cached" if tuned_files.switched_on() else "off"
