@@ -40,7 +40,7 @@ EXTRAS = {
     ),
 }
 _PURPOSES = {
-    "cli": "the commands verify, bench, demo, train and generate",
+    "cli": "the commands verify, bench, tune, demo, train and generate",
     "gpt": "Hugging Face folders, and the tokenizers of GPT-1 and GPT-2",
     "bench": "plots and the demo's report",
     "test": "the test suite",
