@@ -103,3 +103,11 @@ def test_what_takes_the_host_long_is_timed_whole(monkeypatch: pytest.MonkeyPatch
         calls = {name: (lambda name=name: name) for name in host_s}
         timing.compare(calls, device="cuda", budget_s=0.0, min_rounds=1)
     assert taken == ["_cuda_sampler"] * 2 + ["_whole_sampler"] * 2
+
+
+def test_the_whole_of_an_eager_call() -> None:
+    """The host's time is hidden behind a busy GPU alone."""
+    samples = [1.0, 2.0, 4.0]
+    assert timing.Timing.of(samples).whole == timing.Timing.of(samples)
+    whole = timing.Timing.of(samples, 3.0).whole
+    assert (whole.min_s, whole.time_s, whole.high_s) == (3.0, 3.0, 4.0)

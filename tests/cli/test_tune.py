@@ -174,6 +174,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "explain a model": (["FOLDER", "--explain"], "name no model"),
     "explain a config": (["--config", "gpt2", "--explain"], "name no model"),
     "prove a model": (["FOLDER", "--prove", "2"], "name no model"),
+    "explain to a file": (["--explain", "--json", "rows.json"], "no --json"),
+    "a seed for nothing": (["FOLDER", "--seed", "1"], "--seed is of --prove"),
     "prove nothing": (["--prove", "0"], "--prove"),
     "explain and prove": (["--explain", "--prove", "2"], "exclude each other"),
     "nothing to prove": (["--prove", "2"], "run gptkernels tune first"),

@@ -47,6 +47,13 @@ def test_auto_takes_the_cpu_kernels_where_they_are_faster(monkeypatch: pytest.Mo
     assert picked() == "torch"
 
 
+def test_the_kill_switch_is_read_when_a_plan_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it may be set from Python, too."""
+    assert not choice.switched_off()
+    monkeypatch.setenv("GPTKERNELS_IMPL", "torch")
+    assert choice.switched_off()
+
+
 def test_the_kill_switch_makes_auto_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """An implementation that is named runs all the same."""
     monkeypatch.setenv("GPTKERNELS_IMPL", "torch")

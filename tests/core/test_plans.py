@@ -27,6 +27,7 @@ from torch._dynamo.testing import CompileCounter
 
 from gptkernels import attention, attention_decode, attention_varlen, gelu_mlp, layer_norm
 from gptkernels.core import cpu, native, plans
+from gptkernels.core.choice import automatic
 from gptkernels.core.plans import Call, Plan, Way
 from gptkernels.core.tuned import COMPILED, FORWARD, PYTORCH, TRAINING, Entry, Key, Table
 from gptkernels.ops.attention import whole as attention_whole
@@ -247,6 +248,41 @@ def normed(rows: int, **how: Any) -> Any:
 def torch_is_static(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing was measured, impl="torch" runs."""
     monkeypatch.setattr(cpu, "instruction_set", lambda: "baseline")
+
+
+def test_a_window_that_hides_the_future_is_causal(ran: Ran) -> None:
+    """Such a call is of the causal class, whose winner may be PyTorch's function."""
+    q, k, v = (torch.randn(1, 12, 2, 16) for _ in range(3))
+
+    def call(impl: str = "auto") -> Any:
+        return attention(q, k, v, causal=False, window=(-1, 0), impl=impl)
+
+    install(PYTORCH, call)
+    ran.clear()
+    assert torch.allclose(call(), call("torch"), atol=1e-5)
+    assert ran_by(ran, "whole")
+
+
+def test_a_plan_of_autocast_is_none_without_it() -> None:
+    """With bf16 rows and fp32 weights the products are in bf16 either way."""
+    x = torch.randn(6, 8, dtype=torch.bfloat16)
+    w1, w2 = torch.randn(16, 8), torch.randn(8, 16)
+
+    def call() -> Any:
+        return gelu_mlp(x, w1, None, w2, None)
+
+    def under_autocast() -> Any:
+        with torch.autocast(CPU, torch.bfloat16):
+            return call()
+
+    install(PYTORCH, under_autocast)
+    under_autocast()
+    assert torch.equal(call(), gelu_mlp(x, w1, None, w2, None, impl=automatic(CPU)))
+
+
+def test_a_bias_of_another_dtype_without_a_weight_has_the_static_plan() -> None:
+    x, bias = torch.randn(4, 8), torch.randn(8, dtype=torch.bfloat16)
+    assert not seen_calls(lambda: layer_norm(x, None, bias))
 
 
 @pytest.mark.usefixtures("torch_is_static")

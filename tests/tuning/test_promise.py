@@ -12,7 +12,7 @@ from harness import threads
 from gptkernels import attention, layer_norm
 from gptkernels.bench.timing import Timing
 from gptkernels.core import cpu, plans
-from gptkernels.core.tuned import COMPILED, FORWARD, PYTORCH, Entry, Key, Table, bucket
+from gptkernels.core.tuned import COMPILED, EAGER, FORWARD, PYTORCH, Entry, Key, Table, bucket
 from gptkernels.tuning import promise
 from gptkernels.tuning.promise import Kept, holds, points
 from gptkernels.tuning.trial import AUTO
@@ -75,6 +75,14 @@ def test_nothing_was_measured() -> None:
     for table in (Table(), Table([ENTRY])):  # in graphs alone
         with pytest.raises(ValueError, match="run gptkernels tune first"):
             next(points(table, 1, 0))
+
+
+def test_classes_of_other_threads_are_left_out() -> None:
+    """`use` alone does not say so: calls with so many threads are of other classes."""
+    facts = {"device": "cpu", "threads": torch.get_num_threads() + 1}
+    key = Key.of("layer_norm", FORWARD, EAGER, facts, {"rows": 4})
+    with pytest.raises(ValueError, match="with so many threads"):
+        next(points(Table([Entry(key, ((1.0, "torch"),))]), 1, 0))
 
 
 # ---- points

@@ -23,6 +23,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def test_its_public_name() -> None:
+    import gptkernels
+
+    assert gptkernels.tuning.sync is sync
+
+
 def table_of(rank: int, rows: int = 8) -> Table:
     """Another one for each rank; an end of 1 and no 1.0, as nobody forbids."""
     key = Key.of(
