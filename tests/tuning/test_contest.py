@@ -114,6 +114,27 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return made
 
 
+@pytest.mark.parametrize(
+    ("disturbed", "asked", "holds"), [(0, 2, True), (1, 3, True), (2, 3, False)]
+)
+def test_a_fresh_run_that_was_disturbed_is_repeated_once(
+    disturbed: int, asked: int, holds: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half as long in six of nine samples, and six times as long in three."""
+    runs: list[list[str]] = []
+
+    def compare(calls: dict[str, Any], **how: Any) -> dict[str, Timing]:
+        runs.append(list(calls))
+        own = [5.0] * 6 + [60.0 if 1 < len(runs) <= 1 + disturbed else 5.0] * 3
+        return {way: Timing.of(own if way == "cpu" else [10.0] * 9) for way in calls}
+
+    monkeypatch.setattr(contest.timing, "compare", compare)
+    world.ways["cpu"] = steady(5.0)
+    entry = world.entry(key(buckets=(("rows", 0),)))
+    assert len(runs) == asked
+    assert entry.ranges == ((1.0, "cpu" if holds else "torch"),)
+
+
 def faster_up_to(rows: int, fast: float = 5.0, slow: float = 20.0) -> Seconds:
     return lambda here: (fast if here <= rows else slow, 0.0)
 
