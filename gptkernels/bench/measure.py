@@ -36,6 +36,7 @@ from gptkernels.bench.case import BASELINE, Call, Case
 from gptkernels.bench.memory import peak_bytes
 from gptkernels.bench.results import Row
 from gptkernels.core import ceilings
+from gptkernels.core.errors import first_line, in_a_line
 
 # Calls that take longer need fewer samples: what disturbs them is averaged within each.
 _SLOW_S, _ROUNDS, _FEW_ROUNDS = 1.0, 5, 3
@@ -162,13 +163,12 @@ def _try(candidate: _Candidate, case: Case, device: torch.device) -> None:
 
 def _drop(candidate: _Candidate, error: Exception) -> None:
     """Takes a candidate out, for an error."""
-    lines = str(error).strip().splitlines() or [""]
     cannot = isinstance(error, NotImplementedError | torch.OutOfMemoryError)
     # A peer's own refusal is its limit; but a package that is here and does not import is broken,
     # and one that takes no such arguments is called wrongly.
     counts = candidate.kind == "ours" or isinstance(error, _MISTAKES)
-    kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
-    candidate.found |= {"skipped": kind + lines[0], "failed": counts and not cannot}
+    said = first_line if isinstance(error, NotImplementedError) else in_a_line
+    candidate.found |= {"skipped": said(error), "failed": counts and not cannot}
     candidate.call = None
 
 

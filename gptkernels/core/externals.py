@@ -8,6 +8,8 @@ import importlib.util
 from importlib.machinery import PathFinder
 from typing import Any
 
+from gptkernels.core.errors import in_a_line
+
 # NAME -> the module that has the functions.
 MODULES: dict[str, str] = {
     "flash_attn2": "flash_attn.flash_attn_interface",
@@ -31,8 +33,7 @@ def missing(name: str) -> str | None:
     try:
         load(name)
     except Exception as error:  # a package made for another PyTorch or CUDA raises all kinds
-        lines = str(error).strip().splitlines() or [""]
-        return f"{module} is installed but does not import: {type(error).__name__}: {lines[0]}"
+        return f"{module} is installed but does not import: {in_a_line(error)}"
     return None
 
 

@@ -20,6 +20,7 @@ import torch
 
 from gptkernels.core import choice, cpu, externals, tuned_files
 from gptkernels.core.checks import dtype_name
+from gptkernels.core.errors import first_line
 from gptkernels.core.tuned import (
     COMPILED,
     EAGER,
@@ -227,9 +228,9 @@ def demote(way: Way, error: Exception) -> None:
         return
     _demoted.add(way.key)
     _forget()
-    said = str(error).strip().splitlines() or [type(error).__name__]
+    said = first_line(error) or type(error).__name__
     warnings.warn(
-        f"{way} was chosen for {way.key}, but cannot run now ({said[0]}): PyTorch runs such calls "
+        f"{way} was chosen for {way.key}, but cannot run now ({said}): PyTorch runs such calls "
         "in this process; gptkernels tune measures again",
         stacklevel=4,
     )

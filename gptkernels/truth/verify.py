@@ -18,6 +18,7 @@ import gptkernels
 from gptkernels.core import native, philox
 from gptkernels.core.checks import DTYPES, check_seed, dtype_name
 from gptkernels.core.choice import IMPLEMENTATIONS, check_impl, unavailable
+from gptkernels.core.errors import in_a_line
 from gptkernels.truth import baseline, parity, reference
 
 Randn = Callable[..., Tensor]  # takes sizes, returns a standard normal tensor
@@ -330,8 +331,7 @@ def check(
     except NotImplementedError as error:
         return unmeasured("skipped", str(error))
     except Exception as error:  # one case failed (a kernel too large for this GPU, say): go on
-        lines = str(error).strip().splitlines() or [""]
-        return unmeasured("fail", f"{type(error).__name__}: {lines[0]}", seed)
+        return unmeasured("fail", in_a_line(error), seed)
     rows = []
     for direction in case.directions:
         worst = max((m for m in measurements if m.direction == direction), key=_closeness)

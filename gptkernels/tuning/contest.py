@@ -18,9 +18,11 @@ import torch
 
 from gptkernels.bench import timing
 from gptkernels.core import plans
+from gptkernels.core.errors import first_line, in_a_line
 from gptkernels.core.tuned import EAGER, PYTORCH, Entry, Key, bucket, ends
 from gptkernels.tuning import ways
 from gptkernels.tuning.problems import problem
+from gptkernels.tuning.problems.problem import share
 from gptkernels.tuning.trial import Refused, Runner, Trial, is_pytorchs
 
 # A way that took so many times as long as the fastest in its trial is not timed further.
@@ -168,17 +170,17 @@ class Contest:
         try:
             trial = runner.trial(way)
         except torch.OutOfMemoryError as error:
-            self.refused[way] = f"no memory is left: {_first_line(error)}"
+            self.refused[way] = f"no memory is left: {first_line(error)}"
             return None
         except Refused as error:
             self.refused[way] = str(error)
             return None
         except Exception as error:  # whatever a way raises, it is the way's fault alone
-            self.refused[way] = _said(error)
+            self.refused[way] = in_a_line(error)
             _check_alive(runner.device)
             return None
         found = trial.error, trial.limit
-        self.errors[way] = max(found, self.errors.get(way, found), key=lambda pair: _share(*pair))
+        self.errors[way] = max(found, self.errors.get(way, found), key=lambda pair: share(*pair))
         return trial
 
     def _timed(self, point: Point, tried: Iterable[Trial], device: torch.device) -> Point:
@@ -203,7 +205,7 @@ class Contest:
             for _ in range(_MANY):
                 call()
         except Exception as error:
-            self.refused[way] = f"{_said(error)}, after some runs"
+            self.refused[way] = f"{in_a_line(error)}, after some runs"
 
     def _filled(self, point: Point, trials: Mapping[str, Trial], device: torch.device) -> Point:
         rough = {way: trial.forward_s + trial.backward_s for way, trial in trials.items()}
@@ -324,10 +326,6 @@ def _parts_of(way: str) -> set[str]:
     return {way, *way.split("+")}
 
 
-def _share(error: float, limit: float) -> float:
-    return error / limit if limit else error
-
-
 def _check_alive(device: torch.device) -> None:
     """Ends the process, with a reason, where an error stays with the GPU: each further call would
     raise it too, also a right one."""
@@ -335,13 +333,4 @@ def _check_alive(device: torch.device) -> None:
         try:
             torch.cuda.synchronize(device)
         except Exception as error:
-            raise SystemExit(_said(error)) from None
-
-
-def _said(error: Exception) -> str:
-    line = _first_line(error)
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+            raise SystemExit(in_a_line(error)) from None

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gptkernels.core import plans, tuned_files
+from gptkernels.core.errors import in_a_line
 from gptkernels.core.tuned import Entry, Table
 
 _Facts = dict[str, str]
@@ -121,8 +122,7 @@ def _installed(group: dist.ProcessGroup | None, device_type: str, message: _Fact
 
 
 def _failure(error: Exception) -> _Facts:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return {"failure": f"{type(error).__name__}: {first}"}
+    return {"failure": in_a_line(error)}
 
 
 def _gathered(group: dist.ProcessGroup | None, facts: _Facts) -> list[_Facts]:

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from gptkernels.core.errors import in_a_line
 from gptkernels.core.tuned import Key
 from gptkernels.tuning.contest import Contest
 
@@ -95,8 +96,7 @@ def _measure(
     except torch.OutOfMemoryError:
         say(event="cannot", key=number, why="no memory is left for a call of its size")
     except Exception as error:  # in what makes or times the calls: other classes may be measured
-        line = (str(error).strip().splitlines() or [""])[0]
-        say(event="cannot", key=number, why=f"{type(error).__name__}: {line}")
+        say(event="cannot", key=number, why=in_a_line(error))
     else:
         say(event="entry", key=number, entry=entry.as_dict())
 

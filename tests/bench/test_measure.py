@@ -134,7 +134,7 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34
         (RuntimeError("illegal access"), "ours", True, "RuntimeError: illegal access"),
         (ImportError("undefined symbol"), "peers", True, "ImportError: undefined symbol"),
         (TypeError("no such argument"), "peers", True, "TypeError: no such argument"),
-        (RuntimeError(), "ours", True, "RuntimeError: "),
+        (RuntimeError(), "ours", True, "RuntimeError"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("when", ["made", "called"])

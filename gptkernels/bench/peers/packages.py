@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gptkernels.bench.peers import Peers
+from gptkernels.core.errors import in_a_line
 from gptkernels.core.externals import is_there
 
 
@@ -141,8 +142,7 @@ def _attempt(module: str) -> tuple[Any, str | None]:
     try:
         return importlib.import_module(module), None
     except Exception as error:  # a package made for another PyTorch or CUDA raises all kinds
-        lines = str(error).strip().splitlines() or [""]
-        return None, f"{type(error).__name__}: {lines[0]}"
+        return None, in_a_line(error)
 
 
 def _is_installed(package: _Package) -> bool:

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from gptkernels.core import choice, masks, philox, plans
 from gptkernels.core.autocast import autocast_dtype, without_autocast
 from gptkernels.core.checks import dtype_name
+from gptkernels.core.errors import in_a_line
 from gptkernels.core.plans import Call, Plan
 from gptkernels.core.tuned import COMPILED, FORWARD, TRAINING
 from gptkernels.ops.attention.options import AttentionOptions
@@ -150,7 +151,7 @@ def verdict(kind: Kind, q: Tensor, options: AttentionOptions) -> bool | None:
         except torch.OutOfMemoryError:
             return None
         except Exception as error:  # whatever a compiler or a driver raises
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            reason = in_a_line(error)
         _verdicts[kind] = reason is None
     if reason is not None:
         warnings.warn(

@@ -106,7 +106,7 @@ class Problem:
         for name, _, limit in found:
             limits[name] = max(limit, limits.get(name, 0.0))
         far = self._far(outputs, gradients, limits)
-        return far or max(((e, limit) for _, e, limit in found), key=lambda pair: _share(*pair))
+        return far or max(((e, limit) for _, e, limit in found), key=lambda pair: share(*pair))
 
     def _far(
         self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], limits: Mapping[str, float]
@@ -234,10 +234,10 @@ def dtype_of(name: str) -> torch.dtype:
     return found
 
 
-def _share(error: float, limit: float) -> float:
-    """Of the limit; a NaN is the largest of all."""
-    share = error / limit if limit else error
-    return math.inf if math.isnan(share) else share
+def share(error: float, limit: float) -> float:
+    """An error's share of its limit; a NaN is the largest of all."""
+    found = error / limit if limit else error
+    return math.inf if math.isnan(found) else found
 
 
 def _difference(mine: Tensor, usual: Tensor) -> tuple[float, float]:
