@@ -163,6 +163,7 @@ def test_what_another_process_measures_changes_no_run(
     file = tmp_path / "table.jsonl"
     monkeypatch.setenv("GPTKERNELS_TUNE", "cached")
     monkeypatch.setenv("GPTKERNELS_TUNED_FILE", str(file))
+    monkeypatch.setattr(tuned_files, "_SHIPPED", tmp_path / "shipped")
     tuned_files.save("cpu", ONE.entries.values())
     plans.use("cpu", None)
     seen = []

@@ -31,6 +31,7 @@ def _own_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     monkeypatch.setenv("GPTKERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("GPTKERNELS_TUNED_FILE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(tuned_files, "_SHIPPED", tmp_path / "shipped")
     plans.use("cpu", None)
     with threads(1):
         yield
