@@ -129,8 +129,6 @@ def _tune(
     from gptkernels.tuning.supervisor import Outcome
 
     busy = tune_table.busy()
-    if busy:
-        click.echo(busy, err=True)
     print_text(console, f"{tune_table.classes(len(classes))} of calls")
     started = time.perf_counter()
     with Progress(
@@ -149,7 +147,7 @@ def _tune(
         report = tune(classes, seconds=seconds, compile=compiled, found=found, trying=trying)
     took = time.perf_counter() - started
     print_text(console, "")
-    for line in tune_table.foot(report, took):
+    for line in [*tune_table.foot(report, took), *busy]:
         print_text(console, line)
     if path is not None:
         from gptkernels.bench.results import write_json

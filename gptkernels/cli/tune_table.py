@@ -21,17 +21,14 @@ def classes(count: int) -> str:
     return "1 class" if count == 1 else f"{count} classes"
 
 
-def busy() -> str:
-    """What to say where other programs keep the processors busy; "" where they do not."""
+def busy() -> list[str]:
+    """What to say of times that are taken now where other programs keep the processors busy."""
     if not hasattr(os, "getloadavg"):
-        return ""
+        return []
     load, cpus = os.getloadavg()[0], os.cpu_count() or 1
     if load < _BUSY * cpus:
-        return ""
-    return (
-        f"this machine is busy (load {load:.1f}, {cpus} CPUs), which the times are of too: better "
-        "measure when it is idle"
-    )
+        return []
+    return [f"the machine was busy (load {load:.1f}, {cpus} CPUs): tune again when it is idle"]
 
 
 def outcome(found: Outcome) -> Iterator[str]:

@@ -20,6 +20,7 @@ pytest.importorskip("safetensors")
 from test_cli import assert_refused
 
 from gptkernels import GPT, GPTConfig
+from gptkernels.cli import tune_table
 from gptkernels.core import plans
 from gptkernels.core.tuned import FORWARD, TRAINING, Key
 
@@ -200,3 +201,9 @@ def test_nothing_to_explain(call: Any) -> None:
     result = call("tune", "--explain", "--device", "cpu")
     assert result.code == 0
     assert result.out == "nothing was measured on this machine yet: run gptkernels tune\n"
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.0, False), (1000.0, True)])
+def test_a_busy_machine_is_named(load: float, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_table.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    assert bool(tune_table.busy()) == said
