@@ -28,7 +28,6 @@ from gptkernels.core.tuned import (
     FORWARD,
     PYTORCH,
     TRAINING,
-    Entry,
     Key,
     Table,
 )
@@ -126,7 +125,7 @@ def new(signature: Hashable, call: Call) -> Plan:
         if signature is not None and len(choices.known) < _MOST_KNOWN:
             choices.known[signature] = plan
         return plan
-    plan = _of(call)
+    plan = of(call)
     if signature is not None:
         with _LOCK:
             if len(known) >= _MOST_KNOWN:
@@ -166,12 +165,6 @@ def compiled(op: str, training: bool, dtype: torch.dtype, device_type: str) -> s
 
 # torch.compile takes the answer as a constant.
 compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def explained(call: Call, device_type: str) -> tuple[Plan, Entry | None]:
-    """The plan of a call, and the entry of the table that it is of, if one is."""
-    entry = table(device_type).get(call.key)
-    return _of(call), entry
 
 
 def asked(device_type: str) -> bool:
@@ -299,7 +292,8 @@ def _unavailable(way: str, device_type: str) -> str | None:
     return None
 
 
-def _of(call: Call) -> Plan:
+def of(call: Call) -> Plan:
+    """The plan of a call by the tables, or its static one."""
     device_type = str(call.facts["device"])
     if choice.switched_off():
         return call.static

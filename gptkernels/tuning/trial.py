@@ -109,22 +109,14 @@ class Runner:
             function, impl = problem.forward, "auto"
         plan = self._chosen if way == AUTO else plans.of_way(way)
         known, signature = plans.known, None if self._compiled else self._signature
-        anew = signature is None and not self._compiled and way != AUTO
-        unusual = {problem.op: plan} if anew else None
-
-        def run() -> list[Tensor]:
-            if unusual is None:
-                return function(leaves, impl)
-            with plans.only(unusual):
-                return function(leaves, impl)
 
         def forward() -> tuple[Any, list[Tensor]]:
             if signature is not None:
                 known[signature] = plan
             if problem.training:
-                return leaves, run()
+                return leaves, function(leaves, impl)
             with torch.no_grad():
-                return leaves, run()
+                return leaves, function(leaves, impl)
 
         def backward(state: Any, outputs: list[Tensor]) -> list[Tensor]:
             return problem.backward(state, outputs) if problem.training else []
@@ -158,9 +150,9 @@ def is_pytorchs(way: str) -> bool:
 
 
 def _looked_up(key: Key, problem: Problem) -> tuple[Hashable, plans.Plan]:
-    """The signature by which the op looks the call's plan up, None where it does so anew in each
-    call; and the plan by the tables. Nothing but PyTorch runs. Raises NotImplementedError where no
-    plan is looked up, or where the call is of another class."""
+    """The signature by which the op looks the call's plan up, and the plan by the tables. Nothing
+    but PyTorch runs. Raises NotImplementedError where no plan is looked up, or where the call is of
+    another class."""
     device = problem.device.type
     before = plans.table(device)
     plans.use(device, Table([Entry(key, ((1.0, "torch"),))]))
@@ -168,15 +160,13 @@ def _looked_up(key: Key, problem: Problem) -> tuple[Hashable, plans.Plan]:
         with plans.recording() as calls, torch.set_grad_enabled(problem.training):
             problem.forward(problem.leaves())
             signatures = list(plans.known)
-            problem.forward(problem.leaves())
     finally:
         plans.use(device, before)
     if len(signatures) != 1 or not calls:
         raise NotImplementedError("impl='auto' does not look a plan up for this call")
     if calls[0].key != key:
         raise NotImplementedError(f"the call that was made is of another class ({calls[0].key})")
-    chosen, _ = plans.explained(calls[0], device)
-    return signatures[0] if len(calls) == 1 else None, chosen
+    return signatures[0], plans.of(calls[0])
 
 
 def _same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

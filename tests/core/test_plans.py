@@ -331,14 +331,11 @@ def test_an_implementation_that_is_named_asks_no_table(ran: Ran) -> None:
         assert not ran_by(ran, "whole")
 
 
-def test_explained() -> None:
+def test_the_plan_of_a_call() -> None:
     (call,) = seen_calls(lambda: normed(100))
-    assert plans.explained(call, CPU) == (call.static, None)
-    found = Entry(call.key, ((1.0, "cpu+torch"),))
-    plans.use(CPU, Table([found]))
-    plan, entry = plans.explained(call, CPU)
-    assert plan[:3] == ("cpu", "torch", None)
-    assert entry is found
+    assert plans.of(call) == call.static
+    plans.use(CPU, Table([Entry(call.key, ((1.0, "cpu+torch"),))]))
+    assert plans.of(call) == Plan("cpu", "torch", None, measured=True)
 
 
 # PyTorch's own functions: (op, inputs, options).
@@ -684,13 +681,13 @@ def test_lengths_are_checked_in_every_call(page: int | None) -> None:
 def lookups(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Each call whose plan is looked up in the tables."""
     seen: list[Call] = []
-    look_up = plans._of
+    look_up = plans.of
 
     def spy(call: Call) -> Plan:
         seen.append(call)
         return look_up(call)
 
-    monkeypatch.setattr(plans, "_of", spy)
+    monkeypatch.setattr(plans, "of", spy)
     return seen
 
 
@@ -781,7 +778,7 @@ def test_a_table_that_is_installed_while_the_files_are_read(
 def test_a_plan_of_old_tables_does_not_come_back(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one thread looks it up while another installs new ones."""
     found = table_for(lambda: normed(100), (1.0, "cpu"))
-    look_up = plans._of
+    look_up = plans.of
 
     def slow(call: Call) -> Plan:
         plan = look_up(call)
@@ -791,7 +788,7 @@ def test_a_plan_of_old_tables_does_not_come_back(ran: Ran, monkeypatch: pytest.M
     plans.use(CPU, None)
     known = plans.known
     with monkeypatch.context() as patched:
-        patched.setattr(plans, "_of", slow)
+        patched.setattr(plans, "of", slow)
         normed(100)
     assert plans.known is known  # who holds it sees what is new
     ran.clear()
@@ -955,7 +952,7 @@ def test_without_a_table_an_error_is_an_error(broken: Broken) -> None:
     tensors, _ = INPUTS["gelu_mlp"]()
     broken.breaks("gelu_mlp", "gelu_mlp_fwd", RuntimeError("no launch"))
     for how in ({"impl": "cpu"}, {}):
-        if how or plans.explained(seen(tensors), CPU)[0].forward == "cpu":
+        if how or plans.of(seen(tensors)).forward == "cpu":
             with pytest.raises(RuntimeError, match="no launch"):
                 gelu_mlp(**tensors, **how)
 

@@ -219,6 +219,6 @@ def test_the_next_call_runs_by_what_was_found(monkeypatch: pytest.MonkeyPatch) -
     with plans.recording() as calls:
         one(torch.ones(WIDTH))
     tuned(monkeypatch, "wrong", Classes(call.key for call in calls))
-    plan, entry = plans.explained(calls[0], "cpu")
-    assert entry is not None
+    plan = plans.of(calls[0])
+    assert plan.measured
     assert plan.whole == PYTORCH or (plan.forward, plan.backward) == ("torch", "torch")
