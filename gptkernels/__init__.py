@@ -18,6 +18,7 @@ _HOME = {
     "attention_decode": "gptkernels.ops.attention.decode",
     "layer_norm": "gptkernels.ops.layer_norm.op",
     "gelu_mlp": "gptkernels.ops.gelu_mlp.op",
+    "linear_cross_entropy": "gptkernels.ops.linear_cross_entropy.op",
     "LayerNorm": "gptkernels.nn.layers",
     "MLP": "gptkernels.nn.layers",
     "CausalSelfAttention": "gptkernels.nn.layers",
@@ -43,6 +44,7 @@ __all__ = [
     "attention_varlen",
     "gelu_mlp",
     "layer_norm",
+    "linear_cross_entropy",
     "restore",
     "tune",
     "tuning",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from gptkernels.ops.attention.varlen import attention_varlen
     from gptkernels.ops.gelu_mlp.op import gelu_mlp
     from gptkernels.ops.layer_norm.op import layer_norm
+    from gptkernels.ops.linear_cross_entropy.op import linear_cross_entropy
     from gptkernels.tuning.tuner import tune
 
 

@@ -148,18 +148,22 @@ def _forget() -> None:
         known.clear()
 
 
-def compiled(op: str, training: bool, dtype: torch.dtype, device_type: str) -> str:
+def compiled(
+    op: str, training: bool, dtype: torch.dtype, device_type: str, *, opaque: bool = False
+) -> str:
     """The implementation inside a graph of torch.compile: what wins in all classes that were
     measured of the op in this dtype, so that the graph asks nothing about sizes; else "torch",
-    which Inductor fuses with what is around it."""
+    which Inductor fuses with what is around it. Of an `opaque` op no implementation is fused: then
+    the static policy holds as in eager mode."""
+    static = choice.automatic(device_type) if opaque else "torch"
     if choice.switched_off() or fixed.get() is not None:
-        return "torch"
+        return static
     direction, name = TRAINING if training else FORWARD, dtype_name(dtype)
     way = table(device_type).unanimous(op, direction, COMPILED, {"dtype": name})
     if way is None or not _is_ours(way) or "+" in way:
-        return "torch"
+        return static
     if unavailable(way, device_type) is not None:
-        return "torch"
+        return static
     return way
 
 

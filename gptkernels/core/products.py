@@ -24,7 +24,7 @@ _AMX = torch.cpu._is_amx_tile_supported() and (
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """Returns x w^T + b, (M, N), for x (M, K), w (N, K) and b (N,) or None."""
-    missing = _missing(x)
+    missing = missing_columns(x)
     if missing:
         x, w = F.pad(x, (0, missing)), F.pad(w, (0, missing))
     return F.linear(x, w, b)
@@ -32,7 +32,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """Returns a b, (M, N), for a (M, K) and b (K, N)."""
-    missing = _missing(a)
+    missing = missing_columns(a)
     if missing:
         a, b = F.pad(a, (0, missing)), F.pad(b, (0, 0, 0, missing))
     return torch.mm(a, b)
@@ -44,7 +44,7 @@ def weight_gradient(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
     return mm(dy.t(), x) if w.stride(1) == 1 else mm(x.t(), dy).t()
 
 
-def _missing(a: Tensor) -> int:
+def missing_columns(a: Tensor) -> int:
     """Returns how many columns of zeros a (M, K) needs."""
     affected = _AMX and a.is_cpu and a.dtype != torch.float32
     return -a.shape[1] % _DEPTH if affected else 0

@@ -63,6 +63,38 @@ def gelu_mlp(
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
 
 
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """F.linear, F.cross_entropy of its outputs in fp32. The shapes are those of
+    `reference.linear_cross_entropy`."""
+    logits = F.linear(x, weight, bias).float()
+    if softcap > 0:
+        logits = torch.tanh(logits / softcap) * softcap
+    losses = F.cross_entropy(
+        logits.flatten(0, -2),
+        targets.flatten(),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    ).view(targets.shape)
+    counts = (targets != ignore_index).to(losses.dtype)
+    if z_loss > 0:
+        losses = losses + z_loss * counts * logits.logsumexp(-1).square()
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
+
+
 def attention(
     q: Tensor,
     k: Tensor,

@@ -83,6 +83,43 @@ def gelu_mlp(
     return y if b2 is None else y + b2
 
 
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The losses of x (..., C) whose classes have the logits l = x weight^T + bias, or
+    softcap tanh(l / softcap) of them; or their sum, or their mean over the rows that count.
+
+    A row with the target t has the loss lse - (1 - label_smoothing) l[t]
+    - label_smoothing mean(l) + z_loss lse^2, where lse = log sum exp(l); one whose target is
+    `ignore_index` has 0. weight (V, C), bias (V,), targets (...) int64.
+    """
+    logits = torch.einsum("...c,vc->...v", x, weight)
+    if bias is not None:
+        logits = logits + bias
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    counts = targets != ignore_index
+    highest = logits.detach().amax(-1, keepdim=True)
+    lse = (highest + torch.log(torch.exp(logits - highest).sum(-1, keepdim=True))).squeeze(-1)
+    at = logits.gather(-1, torch.where(counts, targets, 0)[..., None]).squeeze(-1)
+    losses = lse - (1 - label_smoothing) * at + z_loss * lse**2
+    if label_smoothing > 0:
+        losses = losses - label_smoothing * logits.mean(-1)
+    losses = losses.masked_fill(~counts, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
+
+
 def attention(
     q: Tensor,
     k: Tensor,

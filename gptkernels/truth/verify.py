@@ -74,6 +74,18 @@ def _mlp(randn: Randn, *sizes: int) -> dict[str, Any]:
     )
 
 
+def _head(randn: Randn, *sizes: int, bias: bool = False) -> dict[str, Any]:
+    """Returns linear_cross_entropy's inputs; `sizes` are x's sizes (..., C), then V. Every fifth
+    target is -100. The logits are about 2, so that rows differ in their losses."""
+    *rows, width, classes = sizes
+    x, weight = randn(*rows, width), randn(classes, width) * (2 * width**-0.5)
+    drawn = randn(*rows)
+    targets = (drawn.double().abs() * 1e4).long() % classes
+    targets.view(-1)[::5] = -100
+    found = dict(x=x, weight=weight, targets=targets)
+    return found | (dict(bias=randn(classes)) if bias else {})
+
+
 def _qkv(
     randn: Randn, B: int, Tq: int, Tk: int, H: int, Hk: int, D: int, *lengths: int
 ) -> dict[str, Any]:
@@ -238,6 +250,34 @@ CASES: tuple[Case, ...] = (
         "gelu_mlp",
         "2050 rows, C 16, F 24",
         lambda randn: _mlp(randn, 2050, 16, 24),
+    ),
+    Case(
+        "linear_cross_entropy",
+        "C 64, V 517",
+        lambda randn: _head(randn, 2, 50, 64, 517),
+        dict(reduction="none"),
+        outputs=("losses",),
+    ),
+    Case(
+        "linear_cross_entropy",
+        "C 33, V 130, bias, mean",
+        lambda randn: _head(randn, 70, 33, 130, bias=True),
+        # A mean is one number: chance may bring PyTorch's as near to the truth as you like.
+        directions=("gradient",),
+    ),
+    Case(
+        "linear_cross_entropy",
+        "C 96, V 1000, smoothing, z-loss, softcap",
+        lambda randn: _head(randn, 40, 96, 1000, bias=True),
+        dict(label_smoothing=0.1, z_loss=1e-2, softcap=3.0, reduction="none"),
+        outputs=("losses",),
+    ),
+    Case(
+        "linear_cross_entropy",
+        "2050 rows, C 16, V 70, sum",
+        lambda randn: _head(randn, 2050, 16, 70),
+        dict(reduction="sum"),
+        directions=("gradient",),
     ),
 )
 

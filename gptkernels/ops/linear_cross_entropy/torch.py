@@ -1,0 +1,126 @@
+"""linear_cross_entropy by PyTorch's operators, a chunk of rows at a time (chunks.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptkernels.ops.linear_cross_entropy import chunks
+from gptkernels.ops.linear_cross_entropy.options import LossOptions, counted
+
+# Bytes of the logits that are in fp32 at one time: of a CPU they should stay in its cache.
+_CPU_BYTES, _BYTES = 8 << 20, 256 << 20
+
+
+def linear_cross_entropy_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    dloss: Tensor | None,
+    options: LossOptions,
+    grad_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the losses and lse (N,), fp32, and dx, dweight and dbias, each empty where no
+    gradient is wanted. All floating tensors but dloss have one dtype."""
+    losses = x.new_empty(x.shape[0], dtype=torch.float32)
+    lse = torch.empty_like(losses)
+
+    def of_rows(logits: Tensor, rows: slice) -> None:
+        for some in _parts(logits):
+            _forward(
+                logits[some], targets[rows][some], losses[rows][some], lse[rows][some],
+                None if dloss is None else dloss[rows][some], options,
+            )  # fmt: skip
+
+    gradients = chunks.run(x, weight, bias, grad_mask, of_rows)
+    return losses, lse, *gradients
+
+
+def linear_cross_entropy_bwd(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    options: LossOptions,
+    grad_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dx, dweight and dbias, each empty where `grad_mask` is False."""
+
+    def of_rows(logits: Tensor, rows: slice) -> None:
+        for some in _parts(logits):
+            here, at = logits[some], targets[rows][some]
+            capped, slope = _capped(here.float(), options.softcap)
+            _backward(here, capped, slope, at, lse[rows][some], dloss[rows][some], options)
+
+    return chunks.run(x, weight, bias, grad_mask, of_rows)
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    """Slices of rows that are computed in fp32 together."""
+    most = _CPU_BYTES if logits.is_cpu else _BYTES
+    step = max(1, most // (4 * logits.shape[1]))
+    return [slice(first, first + step) for first in range(0, len(logits), step)]
+
+
+def _capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """The logits (R, V) behind the softcap, and their derivative by those before it; None where it
+    is 1."""
+    if softcap == 0:
+        return logits, None
+    t = torch.tanh(logits / softcap)
+    return softcap * t, 1 - t * t
+
+
+def _forward(
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    lse: Tensor,
+    dloss: Tensor | None,
+    options: LossOptions,
+) -> None:
+    """Writes the losses and lse of some rows, and with dloss the logits' gradients over them."""
+    _, smoothing, z_loss, softcap = options
+    l, slope = _capped(logits.float(), softcap)
+    lse.copy_(torch.logsumexp(l, 1))
+    counts, wrong = counted(targets, l.shape[1], options)
+    at = torch.where(counts & ~wrong, targets, 0)
+    found = lse - (1 - smoothing) * l.gather(1, at[:, None]).squeeze(1) + z_loss * lse * lse
+    if smoothing:
+        found -= smoothing * l.mean(1)
+    losses.copy_(found.masked_fill(~counts, 0).masked_fill(wrong, float("nan")))
+    if dloss is not None:
+        _backward(logits, l, slope, targets, lse, dloss, options)
+
+
+def _backward(
+    logits: Tensor,
+    l: Tensor,
+    slope: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    dloss: Tensor,
+    options: LossOptions,
+) -> None:
+    """Writes the gradients over the logits of some rows; `l`, which are those in fp32 behind the
+    softcap, are lost."""
+    _, smoothing, z_loss, _ = options
+    V = l.shape[1]
+    counts, wrong = counted(targets, V, options)
+    alive = counts & ~wrong
+    p = l.sub_(lse[:, None]).exp_()
+    if z_loss:
+        p *= 1 + 2 * z_loss * lse[:, None]
+    if smoothing:
+        p -= smoothing / V
+    at = torch.where(alive, targets, 0)[:, None]
+    p.scatter_add_(1, at, torch.full_like(at, smoothing - 1, dtype=p.dtype))
+    if slope is not None:
+        p *= slope
+    p *= dloss[:, None]
+    logits.copy_(p.masked_fill_(~alive[:, None], 0))
