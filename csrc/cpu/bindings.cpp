@@ -9,6 +9,7 @@
 
 #include "cpu/attention/decode/params.h"
 #include "cpu/attention/params.h"
+#include "cpu/cross_entropy/params.h"
 #include "cpu/decoder/params.h"
 #include "cpu/dispatch.h"
 #include "cpu/gelu_mlp/params.h"
@@ -152,6 +153,19 @@ void def_gelu(py::module_& module) {
     });
 }
 
+void def_cross_entropy(py::module_& module) {
+    module.def("cross_entropy", [](uintptr_t logits, uintptr_t targets, uintptr_t dloss,
+                                   uintptr_t losses, uintptr_t lse, int64_t rows, int64_t cols,
+                                   int64_t stride, int64_t ignore_index, float smoothing,
+                                   float z_loss, float softcap, int dtype, int threads) {
+        const py::gil_scoped_release release;
+        cross_entropy({at<void>(logits), at<const int64_t>(targets), at<const float>(dloss),
+                       at<float>(losses), at<float>(lse), rows, cols, stride, ignore_index,
+                       smoothing, z_loss, softcap, DType(dtype)},
+                      threads);
+    });
+}
+
 void def_linear(py::module_& module) {
     module.def("linear", [](uintptr_t x, uintptr_t w, uintptr_t b, uintptr_t y, int64_t M,
                             int64_t N, int64_t K, int64_t x_stride, int64_t w_stride, int dtype,
@@ -226,6 +240,7 @@ PYBIND11_MODULE(_cpu, module) {
     def_attention_decode(module);
     def_layer_norm(module);
     def_gelu(module);
+    def_cross_entropy(module);
     def_linear(module);
     def_decoder(module);
     def_dropout(module);
