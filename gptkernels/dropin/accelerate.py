@@ -15,7 +15,7 @@ from torch import nn
 
 from gptkernels.core.checks import DTYPES, check_flag, dtype_name
 from gptkernels.core.choice import check_impl, unavailable
-from gptkernels.dropin import activation, linear, mlp, norm, pytorch
+from gptkernels.dropin import activation, linear, logits, mlp, norm, pytorch
 from gptkernels.dropin import attention as written_out
 from gptkernels.dropin.probe import Probe
 from gptkernels.dropin.report import Report, Row
@@ -36,6 +36,7 @@ def accelerate(
     attention: bool = True,
     norms: bool = True,
     mlps: bool = True,
+    losses: bool = True,
 ) -> Report:
     """Let the modules of `model` run the ops of this package, in place, and say what was done.
 
@@ -43,9 +44,9 @@ def accelerate(
         print(report)
 
     Swapped are attention (of transformers' models, of nanoGPT's and minGPT's form, PyTorch's own),
-    LayerNorm, and MLPs of linear, GELU, linear, by what they hold and not by their names; a module
-    that this package does not know is first run beside the formula, on random numbers. Everything
-    else stays as it is: parameters and their names, dtypes, devices, hooks, attributes,
+    LayerNorm, MLPs of linear, GELU, linear, and a language model's head with its loss, by what they
+    hold and not by their names; a module that this package does not know is first run beside the
+    formula, on random numbers. Everything else stays as it is: parameters and their names, dtypes, devices, hooks, attributes,
     `isinstance`, pickling. Results agree up to rounding. Dropout keeps its distribution; inside
     attention its masks are those of `gptkernels.attention`.
 
@@ -61,16 +62,22 @@ def accelerate(
         mlps: Whether to swap MLPs, and to read the weights of other linear layers once where rows
             are few, as in generation.
 
+        losses: Whether the logits of a language model's head wait, in training, for what is done
+            with them: F.cross_entropy of them is `gptkernels.linear_cross_entropy`, and they are
+            never in memory. For anything else they are computed when it is done; after an
+            optimizer's step that is an error.
+
     A second call starts from the restored model. Raises TypeError where `model` is no nn.Module,
     RuntimeError for an `impl` that cannot run on this machine or in the model's dtype, and
     ValueError for an unknown one and for a model with nothing to swap. Then nothing has changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, flag in (("attention", attention), ("norms", norms), ("mlps", mlps)):
+    flags = {"attention": attention, "norms": norms, "mlps": mlps, "losses": losses}
+    for name, flag in flags.items():
         check_flag(name, flag)
     _check_runs(model, check_impl(impl))
-    probe = Probe()
+    probe = Probe(model)
     matches: list[Callable[[nn.Module, Probe], Match]] = []
     if attention:
         theirs = _transformers()
@@ -79,6 +86,8 @@ def accelerate(
     matches.append(lambda module, _: pytorch.match_layer(module, norms, mlps))
     if norms:
         matches.append(norm.match)
+    if losses:
+        matches.append(logits.match)
     if mlps:
         matches += [mlp.match, activation.match, linear.match]
     before = _swapped_classes(model)

@@ -25,8 +25,14 @@ class Probe:
     """Runs modules, and remembers what it found: the layers of a model are alike. For one call of
     `accelerate`, during which the modules stay as they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._found: dict[Any, bool] = {}
+        embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding))
+        self._vocabularies = {embedding.num_embeddings for embedding in embeddings}
+
+    def is_vocabulary(self, classes: int) -> bool:
+        """Whether an embedding of the model has so many rows."""
+        return classes in self._vocabularies
 
     def agrees(
         self,
