@@ -22,6 +22,7 @@ _HOME = {
     "LayerNorm": "gptkernels.nn.layers",
     "MLP": "gptkernels.nn.layers",
     "CausalSelfAttention": "gptkernels.nn.layers",
+    "LinearCrossEntropy": "gptkernels.nn.cross_entropy",
     "TransformerLayer": "gptkernels.nn.transformer_layer",
     "accelerate": "gptkernels.dropin.accelerate",
     "restore": "gptkernels.dropin.accelerate",
@@ -37,6 +38,7 @@ __all__ = [
     "CausalSelfAttention",
     "GPTConfig",
     "LayerNorm",
+    "LinearCrossEntropy",
     "TransformerLayer",
     "accelerate",
     "attention",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from gptkernels.dropin.accelerate import accelerate, restore
     from gptkernels.gpt.config import GPTConfig
     from gptkernels.gpt.model import GPT
+    from gptkernels.nn.cross_entropy import LinearCrossEntropy
     from gptkernels.nn.layers import MLP, CausalSelfAttention, LayerNorm
     from gptkernels.nn.transformer_layer import TransformerLayer
     from gptkernels.ops.attention.decode import attention_decode

@@ -36,6 +36,7 @@ from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.embedding import Embedding
 from gptkernels.gpt.generation.cache import SlotCache
 from gptkernels.gpt.generation.generate import generate
+from gptkernels.nn.cross_entropy import IGNORED, call_cross_entropy
 from gptkernels.nn.layers import (
     MLP,
     CausalSelfAttention,
@@ -50,7 +51,6 @@ from gptkernels.nn.plain import remember
 
 _INIT_STD = 0.02
 RECOMPUTE = ("none", "mlp", "block")
-_IGNORED = -100
 
 
 class _Block(nn.Module):
@@ -189,10 +189,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         self._check_targets(targets, tokens)
-        logits = self.logits(hidden)
-        # At least fp32: in bf16 a sum of V exponentials loses the small ones.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)
+        return call_cross_entropy(self.lm_head, hidden, targets, self._head_impl())
 
     def hidden_states(
         self, tokens: Tensor, *, cache: SlotCache | None = None, slot: int | None = None
@@ -210,8 +207,12 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) to logits (..., V), by the implementation of the first block's
         attention."""
+        return call_linear(self.lm_head, hidden, self._head_impl())
+
+    def _head_impl(self) -> str:
         attention = getattr(self.transformer.h[0], "attn", None)
-        return call_linear(self.lm_head, hidden, getattr(attention, "impl", "auto"))
+        impl: str = getattr(attention, "impl", "auto")
+        return impl
 
     # model.generate(tokens, max_new_tokens, ...): the function's first argument is the model.
     generate = generate
@@ -338,7 +339,7 @@ class GPT(nn.Module):
                 f"targets must have the shape of tokens, {tuple(tokens.shape)}, "
                 f"got {tuple(targets.shape)}"
             )
-        self._check_values("targets", targets, _IGNORED)
+        self._check_values("targets", targets, IGNORED)
 
     def _check_values(self, name: str, ids: Tensor, ignored: int | None = None) -> None:
         # Only on a CPU: on a GPU, reading the ids would wait for the device. Not while compiling,
