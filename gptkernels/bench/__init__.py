@@ -19,7 +19,14 @@ from gptkernels.bench import measure
 from gptkernels.bench.case import Case
 from gptkernels.bench.results import Row
 
-OPERATORS = ("layer_norm", "attention", "attention_varlen", "attention_decode", "gelu_mlp")
+OPERATORS = (
+    "layer_norm",
+    "attention",
+    "attention_varlen",
+    "attention_decode",
+    "gelu_mlp",
+    "linear_cross_entropy",
+)
 MODELS = ("gpt_training", "gpt_generate", "gpt_first_token")
 LEVELS = ("quick", "default", "full")
 # Seconds of one comparison, by level.

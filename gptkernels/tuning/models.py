@@ -1,5 +1,5 @@
-"""A GPT made small, which makes the same calls: layers repeat, and the vocabulary is no part of an
-op that is tuned."""
+"""A GPT made small, which makes the same calls: layers repeat, and the vocabulary is a part of the
+loss alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.tuning.recording import Classes, record
 
-_VOCABULARY = 64
+_VOCABULARY = 64  # of generation
 _NEW_TOKENS = 4
 
 
@@ -35,7 +35,8 @@ def classes_of(
     if tokens > config.block_size:
         raise ValueError(f"tokens must be at most block_size={config.block_size}, got {tokens}")
     layers = min(config.n_layer, 2)  # of GPT-3 every other one has a window
-    small = dataclasses.replace(config, n_layer=layers, vocab_size=_VOCABULARY)
+    vocabulary = config.vocab_size if train else _VOCABULARY
+    small = dataclasses.replace(config, n_layer=layers, vocab_size=vocabulary)
     model = GPT(small).to(device, torch.float32 if autocast else dtype).train(train)
     text = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     with record() as classes:

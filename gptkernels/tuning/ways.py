@@ -14,6 +14,8 @@ from gptkernels.tuning.problems.problem import dtype_of
 
 # Instruction sets below the highest: a lower one may have a higher clock, or no tiles to set up.
 _LOWER_SETS = ("v3", "v4_bf16")
+# Their time is that of products, which are PyTorch's whatever the kernels' instruction set is.
+_PYTORCHS_PRODUCTS = ("gelu_mlp", "linear_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def _is_lower(isa: str, facts: Mapping[str, Any], op: str) -> bool:
         return False
     # AMX has its own products of attention in bf16; all else is AVX-512's.
     tiles = op in ("attention", "attention_varlen") and facts["dtype"] == "bfloat16"
-    return tiles if isa == "v4_bf16" else op != "gelu_mlp"  # whose products are PyTorch's
+    return tiles if isa == "v4_bf16" else op not in _PYTORCHS_PRODUCTS
 
 
 def _whole(key: Key, facts: Mapping[str, Any]) -> list[str]:

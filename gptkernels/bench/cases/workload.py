@@ -48,7 +48,7 @@ class Workload:
         shape: readable sizes, such as "B8 T1024 C768".
         sizes, series: as of `Case`.
         tensors: what the op takes, and the backward pass differentiates by; every output has the
-            shape of the first one.
+            shape of the first one, or is a loss, a scalar or one a row.
         plain: eager PyTorch's forward pass, of the tensors.
         ours: the op's forward pass, of the tensors, with `impl` by name.
         work: direction -> bytes that any implementation must read and write, and floating-point
@@ -136,7 +136,8 @@ def call(function: Function, tensors: Sequence[Tensor], direction: str) -> Call:
     cotangents = _cotangents(tensors)
 
     def gradients(outputs: list[Tensor], keep: bool) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(outputs, leaves, cotangents[: len(outputs)], retain_graph=keep)
+        given = _given(cotangents, outputs)
+        return torch.autograd.grad(outputs, leaves, given, retain_graph=keep)
 
     if direction == BACKWARD:
         with repeatable():
@@ -165,8 +166,8 @@ def _results(
         return listed(function(*tensors))
     leaves = [x.detach().requires_grad_() for x in tensors]
     outputs = listed(function(*leaves))
-    given = [c.to(x.dtype) for c, x in zip(cotangents, outputs, strict=False)]
-    return _cut(torch.autograd.grad(outputs, leaves, given), part.of_own)
+    found = torch.autograd.grad(outputs, leaves, _given(cotangents, outputs))
+    return _cut(found, part.of_own)
 
 
 def _cut(
@@ -180,6 +181,14 @@ def _cotangents(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of an op's outputs: of two, if it has so many."""
     first = tensors[0]
     return [normal(first.device, first.dtype, seed=seed)(*first.shape) for seed in (1, 2)]
+
+
+def _given(cotangents: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the outputs; 1 for a loss."""
+    return [
+        c.to(y.dtype) if y.dim() else torch.ones_like(y)
+        for c, y in zip(cotangents, outputs, strict=False)
+    ]
 
 
 def listed(outputs: Any) -> list[Tensor]:

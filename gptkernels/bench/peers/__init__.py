@@ -1,6 +1,7 @@
 """What others offer for the same ops, found at run time: what our kernels are compared with.
 
-One module an op: `attention`, `attention_varlen`, `attention_decode`, `layer_norm`, `gelu_mlp`.
+One module an op: `attention`, `attention_varlen`, `attention_decode`, `layer_norm`, `gelu_mlp`,
+`linear_cross_entropy`.
 Each offers
 
     peers(device, dtype, ...the problem..., backward) -> name -> maker

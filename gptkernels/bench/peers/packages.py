@@ -60,6 +60,7 @@ _PYTORCH = (
     "torch.compile",
     "torch.compile max-autotune",
     "addmm with GELU",
+    "logits in fp32",
     "nanoGPT-shaped",
 )
 # Ways in which whole models run, which `cases.gpt` adds to their names.

@@ -72,6 +72,7 @@ VIEWS = (
     View("layer_norm", "rows", "rows", "bytes_per_s", ("C",)),
     View("gelu_mlp", "rows", "rows", "flops_per_s", ("C", "F")),
     View("gelu_mlp", "C", "width (C)", "flops_per_s", ("rows",)),
+    View("linear_cross_entropy", "rows", "rows", "flops_per_s", ("C", "V")),
 )
 
 

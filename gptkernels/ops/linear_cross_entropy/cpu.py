@@ -1,5 +1,5 @@
-"""linear_cross_entropy by PyTorch's products, a chunk of rows at a time (chunks.py), and one pass of
-a CPU kernel over the logits (csrc/cpu/cross_entropy/params.h)."""
+"""linear_cross_entropy by PyTorch's products, a chunk of rows at a time (chunks.py), and one visit
+of a CPU kernel to each row of logits (csrc/cpu/cross_entropy/params.h)."""
 
 from __future__ import annotations
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gptkernels.core.tuned import Key
-from gptkernels.tuning.problems import attention, gelu_mlp, layer_norm
+from gptkernels.tuning.problems import (
+    attention,
+    gelu_mlp,
+    layer_norm,
+    linear_cross_entropy,
+)
 from gptkernels.tuning.problems.problem import Problem
 
 _MAKERS = {
@@ -14,6 +19,7 @@ _MAKERS = {
     "attention_decode": attention.decode,
     "gelu_mlp": gelu_mlp.problem,
     "layer_norm": layer_norm.problem,
+    "linear_cross_entropy": linear_cross_entropy.problem,
 }
 
 
@@ -30,4 +36,6 @@ def work(key: Key, sizes: Mapping[str, int]) -> float:
         return 32.0 * sizes["rows"] * facts["C"]  # bytes weigh more than operations
     if key.op == "gelu_mlp":
         return 4.0 * sizes["rows"] * facts["C"] * facts["F"]
+    if key.op == "linear_cross_entropy":
+        return 2.0 * sizes["rows"] * facts["C"] * facts["V"]
     return 4.0 * sizes["Tq"] * sizes["Tk"] * sizes["heads"] * facts["D"]

@@ -106,7 +106,8 @@ class Problem:
         for name, _, limit in found:
             limits[name] = max(limit, limits.get(name, 0.0))
         far = self._far(outputs, gradients, limits)
-        return far or max(((e, limit) for _, e, limit in found), key=lambda pair: share(*pair))
+        measured = ((e, limit) for _, e, limit in found)
+        return far or max(measured, key=lambda pair: share(*pair), default=(0.0, 0.0))
 
     def _far(
         self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], limits: Mapping[str, float]
@@ -255,4 +256,6 @@ def _difference(mine: Tensor, usual: Tensor) -> tuple[float, float]:
 
 
 def _normal(like: Tensor, seed: int) -> Tensor:
+    if like.dim() == 0:  # a loss, whose gradient is 1
+        return torch.ones_like(like)
     return drawing(like.device.type, seed)(*like.shape, dtype=like.dtype)
