@@ -54,6 +54,26 @@ def gelu_mlp_inputs(
     return made if biases else made | {"b1": None, "b2": None}
 
 
+def linear_cross_entropy_inputs(
+    *sizes: int, dtype: torch.dtype = FP32, bias: bool = False, ignored: bool = True, seed: int = 0
+) -> dict[str, Any]:
+    """Returns x (..., C), weight (V, C), targets (...) and bias (V,) or None for sizes (..., C, V),
+    scaled so that the logits are about 2. Unless `ignored` is False, every fifth target is -100,
+    the second one first."""
+    generator = torch.Generator().manual_seed(seed)
+    *rows, width, classes = sizes
+    x, weight = (draw(*s, generator=generator) for s in ((*rows, width), (classes, width)))
+    targets = torch.randint(classes, rows, generator=generator)
+    if ignored:
+        targets.view(-1)[1::5] = -100
+    return {
+        "x": x.to(dtype),
+        "weight": (weight * (2 * max(width, 1) ** -0.5)).to(dtype),
+        "targets": targets.to(DEVICE),
+        "bias": draw(classes, dtype=dtype, generator=generator) if bias else None,
+    }
+
+
 def attention_inputs(
     B: int = 1,
     Tq: int = 20,

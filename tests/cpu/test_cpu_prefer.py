@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 from harness import BF16, FP32, threads
-from op_inputs import attention_inputs, cache, gelu_mlp_inputs, layer_norm_inputs
+from op_inputs import (
+    attention_inputs,
+    cache,
+    gelu_mlp_inputs,
+    layer_norm_inputs,
+    linear_cross_entropy_inputs,
+)
 from right import assert_same, run
 
-from gptkernels import attention, attention_decode, gelu_mlp, layer_norm
+from gptkernels import attention, attention_decode, gelu_mlp, layer_norm, linear_cross_entropy
 from gptkernels.core import cpu
 
 CPU = "cpu"
@@ -144,11 +150,28 @@ def _gelu_mlp() -> list[Any]:
     return found
 
 
+def _linear_cross_entropy() -> list[Any]:
+    """With the gradients in the forward pass, and in a pass of their own."""
+    made = linear_cross_entropy_inputs(40, 32, 300, dtype=BF16)
+    targets = made.pop("targets").cpu()
+    tensors = {k: v.cpu() for k, v in made.items() if v is not None}
+    how: dict[str, Any] = dict(label_smoothing=0.1, z_loss=1e-2, softcap=5.0, impl="cpu")
+    return [
+        found
+        for reduction in ("mean", "none")
+        for found in run(
+            lambda r=reduction, **t: linear_cross_entropy(**t, targets=targets, reduction=r, **how),
+            tensors,
+        )
+    ]
+
+
 RUNS: dict[str, Callable[[], list[Any]]] = {
     "attention": _attention,
     "attention_decode": _decoding,
     "layer_norm": _layer_norm,
     "gelu_mlp": _gelu_mlp,
+    "linear_cross_entropy": _linear_cross_entropy,
 }
 
 
