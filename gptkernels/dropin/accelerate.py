@@ -46,9 +46,9 @@ def accelerate(
     Swapped are attention (of transformers' models, of nanoGPT's and minGPT's form, PyTorch's own),
     LayerNorm, MLPs of linear, GELU, linear, and a language model's head with its loss, by what they
     hold and not by their names; a module that this package does not know is first run beside the
-    formula, on random numbers. Everything else stays as it is: parameters and their names, dtypes, devices, hooks, attributes,
-    `isinstance`, pickling. Results agree up to rounding. Dropout keeps its distribution; inside
-    attention its masks are those of `gptkernels.attention`.
+    formula, on random numbers. Everything else stays as it is: parameters and their names, dtypes,
+    devices, hooks, attributes, `isinstance`, pickling. Results agree up to rounding. Dropout keeps
+    its distribution; inside attention its masks are those of `gptkernels.attention`.
 
     A module that is hooked, parametrised, quantised or wrapped inside runs its own forward; so does
     every module where impl="auto" finds nothing that was measured to be faster: on a GPU, and under

@@ -92,7 +92,9 @@ class Logits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Below autograd it is too late for gradients. Only a call from C++ comes here."""
         raise NotImplementedError(
             f"{func} got the logits of a head that gptkernels.accelerate swapped before they were "
