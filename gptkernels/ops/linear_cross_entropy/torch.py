@@ -53,9 +53,10 @@ def linear_cross_entropy_bwd(
 
     def of_rows(logits: Tensor, rows: slice) -> None:
         for some in _parts(logits):
-            here, at = logits[some], targets[rows][some]
-            capped, slope = _capped(here.float(), options.softcap)
-            _backward(here, capped, slope, at, lse[rows][some], dloss[rows][some], options)
+            here, of_row = logits[some], lse[rows][some]
+            l, slope = _capped(here, options.softcap)
+            p = (l.float() - of_row[:, None]).exp_()
+            _backward(here, p, slope, targets[rows][some], of_row, dloss[rows][some], options)
 
     return chunks.run(x, weight, bias, grad_mask, of_rows)
 
@@ -72,7 +73,7 @@ def _capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
     is 1."""
     if softcap == 0:
         return logits, None
-    t = torch.tanh(logits / softcap)
+    t = torch.tanh(logits.float() / softcap)
     return softcap * t, 1 - t * t
 
 
@@ -86,41 +87,39 @@ def _forward(
 ) -> None:
     """Writes the losses and lse of some rows, and with dloss the logits' gradients over them."""
     _, smoothing, z_loss, softcap = options
-    l, slope = _capped(logits.float(), softcap)
-    lse.copy_(torch.logsumexp(l, 1))
+    l, slope = _capped(logits, softcap)
+    # PyTorch's softmax is one kernel. The largest p is at least 1 / V, so its logarithm is exact.
+    p = torch.softmax(l, 1, dtype=torch.float32)
+    torch.sub(l.amax(1).float(), p.amax(1).log_(), out=lse)
     counts, wrong = counted(targets, l.shape[1], options)
-    at = torch.where(counts & ~wrong, targets, 0)
-    found = lse - (1 - smoothing) * l.gather(1, at[:, None]).squeeze(1) + z_loss * lse * lse
+    at = torch.where(counts & ~wrong, targets, 0)[:, None]
+    found = lse - (1 - smoothing) * l.gather(1, at).squeeze(1).float() + z_loss * lse * lse
     if smoothing:
-        found -= smoothing * l.mean(1)
-    losses.copy_(found.masked_fill(~counts, 0).masked_fill(wrong, float("nan")))
+        found -= smoothing * l.mean(1, dtype=torch.float32)
+    losses.copy_(found.masked_fill_(~counts, 0).masked_fill_(wrong, float("nan")))
     if dloss is not None:
-        _backward(logits, l, slope, targets, lse, dloss, options)
+        _backward(logits, p, slope, targets, lse, dloss, options)
 
 
 def _backward(
     logits: Tensor,
-    l: Tensor,
+    p: Tensor,
     slope: Tensor | None,
     targets: Tensor,
     lse: Tensor,
     dloss: Tensor,
     options: LossOptions,
 ) -> None:
-    """Writes the gradients over the logits of some rows; `l`, which are those in fp32 behind the
-    softcap, are lost."""
+    """Writes the gradients over the logits of some rows, whose probabilities `p` are lost."""
     _, smoothing, z_loss, _ = options
-    V = l.shape[1]
+    V = p.shape[1]
     counts, wrong = counted(targets, V, options)
     alive = counts & ~wrong
-    p = l.sub_(lse[:, None]).exp_()
-    if z_loss:
-        p *= 1 + 2 * z_loss * lse[:, None]
+    p *= (dloss * (1 + 2 * z_loss * lse))[:, None]
     if smoothing:
-        p -= smoothing / V
+        p -= (dloss * (smoothing / V))[:, None]
     at = torch.where(alive, targets, 0)[:, None]
-    p.scatter_add_(1, at, torch.full_like(at, smoothing - 1, dtype=p.dtype))
+    p.scatter_add_(1, at, (dloss * (smoothing - 1))[:, None])
     if slope is not None:
         p *= slope
-    p *= dloss[:, None]
-    logits.copy_(p.masked_fill_(~alive[:, None], 0))
+    logits.copy_(p).masked_fill_(~alive[:, None], 0)
