@@ -1,9 +1,11 @@
 // Runs every CPU kernel on several threads, each instruction set that this machine has: for the
 // sanitizers, which say what is wrong. `make sanitize` builds and runs it.
+#include <cstdint>
 #include <cstdio>
 #include <vector>
 
 #include "cpu/attention/decode/params.h"
+#include "cpu/cross_entropy/params.h"
 #include "cpu/decoder/params.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -58,6 +60,27 @@ void gelu(int64_t rows, int64_t cols, DType dtype, bool tanh) {
     gelu_fwd({h.data(), a.data(), rows * cols, tanh, dtype}, kThreads);
     gelu_bwd({h.data(), a.data(), dh.data(), a.data(), db.data(), rows, cols, tanh, dtype},
              kThreads);
+}
+
+// The last row's numbers end where the rows' memory ends. Forward alone, with the gradient, and the
+// gradient by a given lse.
+void cross_entropy(int64_t rows, int64_t cols, int64_t gap, DType dtype, float smoothing,
+                   float softcap) {
+    const int64_t stride = cols + gap;
+    auto logits = room((rows - 1) * stride + cols, dtype);
+    for (size_t i = 0; i < logits.size(); i += 3) logits[i] = static_cast<char>(i % 60);
+    // One that does not count, the first and the last class, and such as are no classes.
+    const int64_t some[] = {-100, 0, cols - 1, cols, -1, INT64_MIN, INT64_MAX};
+    std::vector<int64_t> targets(rows);
+    for (int64_t i = 0; i < rows; ++i) targets[i] = some[(i + cols) % 7];
+    std::vector<float> dloss(rows, 0.5f), losses(rows), lse(rows);
+    CrossEntropy p{logits.data(), targets.data(), nullptr, losses.data(), lse.data(), rows, cols,
+                   stride, -100, smoothing, 0.01f, softcap, dtype};
+    gk::cpu::cross_entropy(p, kThreads);
+    p.dloss = dloss.data();
+    gk::cpu::cross_entropy(p, kThreads);
+    p.losses = nullptr;
+    gk::cpu::cross_entropy(p, kThreads);
 }
 
 // Backward needs out and lse, so forward runs first. mask: kind of attn_mask.
@@ -172,6 +195,13 @@ int main() {
                             layer_norm(rows, cols, dtype, residual, dropping);
                 }
             }
+        for (DType dtype : kAll)
+            for (int64_t cols : {1, 2, 7, 16, 33, 63, 500, 4097, 9001})
+                for (int64_t rows : {1, 3, 70})
+                    for (float smoothing : {0.0f, 0.1f})
+                        for (float softcap : {0.0f, 5.0f})
+                            if (rows < 70 || cols <= 500)
+                                cross_entropy(rows, cols, cols % 3 * 5, dtype, smoothing, softcap);
         for (DType dtype : kAll)
             for (int64_t M : {1, 3, 8, 16})
                 for (int64_t N : {1, 17, 48, 1000})

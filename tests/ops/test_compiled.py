@@ -18,6 +18,7 @@ from op_inputs import (
     gelu_mlp_inputs,
     int32,
     layer_norm_inputs,
+    linear_cross_entropy_inputs,
     varlen_inputs,
     varlen_lengths,
 )
@@ -25,7 +26,14 @@ from right import assert_right, run
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
-from gptkernels import attention, attention_decode, attention_varlen, gelu_mlp, layer_norm
+from gptkernels import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    gelu_mlp,
+    layer_norm,
+    linear_cross_entropy,
+)
 from gptkernels.core import philox
 from gptkernels.ops.attention.torch import blocks
 from gptkernels.truth import parity
@@ -173,6 +181,20 @@ def test_what_cannot_be_traced_stays_an_op() -> None:
     compiled = Compiled(functools.partial(attention_decode, impl="torch"))
     compiled(**tensors, **rest)
     assert compiled.opaque == [{"gptkernels.attention_decode_fwd.default"}]
+
+
+@pytest.mark.parametrize("impl", [of("torch"), of("cpu")])
+@pytest.mark.parametrize(
+    ("reduction", "second"), [("none", {"gptkernels.linear_cross_entropy_bwd.default"}),
+                              ("mean", set())]
+)  # fmt: skip
+def test_the_loop_over_chunks_stays_an_op(impl: str, reduction: str, second: set[str]) -> None:
+    """A graph of it would be one of this number of rows. The gradients of a mean are there."""
+    call = functools.partial(linear_cross_entropy, reduction=reduction, impl=impl)
+    made = linear_cross_entropy_inputs(40, 10, 20)
+    compiled = Compiled(functools.partial(call, targets=made.pop("targets"), bias=made.pop("bias")))
+    run(compiled, made)
+    assert compiled.opaque == [{"gptkernels.linear_cross_entropy_fwd.default"}, second]
 
 
 @pytest.mark.parametrize("impl", [of("triton"), of("cuda"), of("cpu")])

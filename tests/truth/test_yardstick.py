@@ -75,6 +75,38 @@ def gelu_mlp(
     )
 
 
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    counts = targets != -100
+    at = torch.where(counts, targets, 0)[..., None]
+    with torch.no_grad():
+        l, slope = F.linear(x, weight, bias), 1.0
+        if softcap > 0:
+            t = torch.tanh(l / softcap)
+            l, slope = softcap * t, 1 - t * t
+        lse = l.logsumexp(-1, keepdim=True)
+        p = torch.exp(l - lse) * (1 + 2 * z_loss * lse.abs())
+    size = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+    step = slope * change(size)
+    l = l.abs() + step
+    losses = lse.abs() + z_loss * lse**2 + (p * step).sum(-1, keepdim=True)
+    losses = losses + (1 - label_smoothing) * l.gather(-1, at)
+    losses = losses + label_smoothing * l.mean(-1, keepdim=True)
+    losses = losses.squeeze(-1).masked_fill(~counts, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
+
+
 def attention(
     q: Tensor,
     k: Tensor,
