@@ -3,8 +3,9 @@
 A way with a variant has the keywords of the launcher behind the registered op (`core.registry`):
 
     torch:backend=N        a fused op behind F.scaled_dot_product_attention; attention alone
-    triton:tile=...        attention and layer_norm, and the product with GELU of gelu_mlp; of
-                           attention's backward pass queries_tile and keys_tile
+    triton:tile=...        attention and layer_norm, the product with GELU of gelu_mlp and that of
+                           linear_cross_entropy's logits; of attention's backward pass queries_tile
+                           and keys_tile
     cuda:build=N           a build for compute capability 9.0, by its number in the module's list
                            for the op and the pass; of gelu_mlp all products of the pass take it
 
@@ -244,6 +245,13 @@ def _mlp(facts: Mapping[str, Any], inputs: Mapping[str, Any]) -> _Kernels:
     return _Kernels(["torch"], True, shown, directions)
 
 
+def _head(facts: Mapping[str, Any], inputs: Mapping[str, Any]) -> _Kernels:
+    x, weight = (_converted(inputs[name], facts) for name in ("x", "weight"))
+    shown = functools.partial(tiles.linear_cross_entropy, x.reshape(-1, x.shape[-1]), weight)
+    # Products of matrices are cuBLAS's there.
+    return _Kernels(["torch"], True, shown, list)
+
+
 def _layer_norm(facts: Mapping[str, Any], inputs: Mapping[str, Any]) -> _Kernels:
     x, weight, bias = inputs["x"], inputs.get("weight"), inputs.get("bias")
     residual = inputs.get("residual")
@@ -293,6 +301,7 @@ _MAKERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], _Kernels]] =
     "attention_varlen": _varlen,
     "attention_decode": _decode,
     "gelu_mlp": _mlp,
+    "linear_cross_entropy": _head,
     "layer_norm": _layer_norm,
 }
 

@@ -16,7 +16,7 @@ Choices = Mapping[str, Sequence[Tile]]
 Bounds = tuple[Tile, Tile]
 
 _ATTENTION: Bounds = (16, 16, 4, 2), (128, 128, 8, 4)
-_MLP: Bounds = (64, 64, 32, 4, 2), (256, 256, 128, 8, 5)
+_PRODUCT: Bounds = (64, 64, 32, 4, 2), (256, 256, 128, 8, 5)
 
 
 def attention(q: Tensor, options: AttentionOptions) -> tuple[Choices, Choices]:
@@ -32,7 +32,15 @@ def gelu_mlp(x: Tensor, w1: Tensor, dy: Tensor, w2: Tensor) -> tuple[Choices, Ch
     from gptkernels.ops.gelu_mlp import triton as kernels
 
     forward, backward = kernels.forward_tiles(x, w1), kernels.backward_tiles(dy, w2)
-    return _with_neighbours(forward, _MLP), _with_neighbours(backward, _MLP)
+    return _with_neighbours(forward, _PRODUCT), _with_neighbours(backward, _PRODUCT)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor) -> tuple[Choices, Choices]:
+    """Of the logits' product, forward and backward."""
+    from gptkernels.ops.linear_cross_entropy.triton import launch
+
+    found = _with_neighbours(launch.tiles(x, weight), _PRODUCT)
+    return found, found
 
 
 def layer_norm(x: Tensor) -> tuple[Choices, Choices]:

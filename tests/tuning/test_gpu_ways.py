@@ -51,6 +51,11 @@ def mlp(M: int = 8192, C: int = 768, F: int = 3072, **how: Any) -> Inputs:
     return {name: torch.empty(shape, **how) for name, shape in shapes.items()}
 
 
+def head(M: int = 8192, C: int = 768, V: int = 50257) -> Inputs:
+    found = {name: torch.empty(n, C, **META) for name, n in (("x", M), ("weight", V))}
+    return found | {"targets": torch.empty(M, dtype=torch.int64, device="meta")}
+
+
 MAKERS: dict[str, Callable[..., Inputs]] = {"attention": heads, "layer_norm": rows, "gelu_mlp": mlp}
 OPTIONS: dict[str, Inputs] = {"layer_norm": {"prenorm": True}}
 META: Inputs = {"dtype": BF16, "device": "meta"}
@@ -105,6 +110,15 @@ class TestEnumeration:
             # The launchers' own choices come before their variants.
             for way in variants:
                 assert ways.index(plans.implementation(way)) < ways.index(way)
+
+    def test_of_a_head(self) -> None:
+        inputs = head()
+        found = gpu_ways.ways(key_of("linear_cross_entropy", TRAINING, inputs), inputs)
+        for ways in found:
+            assert ways[:2] == ["torch", "triton"]
+            assert [way.partition("=")[0] for way in ways[2:]] == (
+                ["triton:tile"] * gpu_ways.MOST_TILES
+            )
 
     def test_of_both_kernels_of_attentions_backward_pass(self) -> None:
         backward = of_gpt2("attention", TRAINING).backward
@@ -300,6 +314,25 @@ class TestEveryWay:
         for way, made in zip(tried, launched, strict=True):
             told_apart = "=" in way and (direction == TRAINING or "=" in way.partition("+")[0])
             assert (made != own) == told_apart, way
+
+    def test_of_a_head_launches_its_tile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from gptkernels.ops.linear_cross_entropy.triton import launch
+
+        used: list[tuple[int, ...]] = []
+        real = launch._constexprs
+
+        def note(tile: Any, width: int) -> Any:
+            used.append(tuple(tile))
+            return real(tile, width)
+
+        monkeypatch.setattr(launch, "_constexprs", note)
+        tensors = {"x": torch.randn(40, 16), "weight": torch.randn(70, 16)}
+        leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+        targets = torch.arange(40)
+        way = "triton:tile=64x32x32x4x2+triton:tile=32x64x16x4x3"
+        with plans.only({"linear_cross_entropy": plans.of_way(way)}):
+            gptkernels.linear_cross_entropy(**leaves, targets=targets).backward()
+        assert used == [(64, 32, 32, 4, 2), (32, 64, 16, 4, 3)]
 
     @each_op
     @pytest.mark.parametrize("direction", [FORWARD, TRAINING])
