@@ -3,8 +3,10 @@
 //
 //     l = logits, or softcap tanh(logits / softcap);  lse = log sum over the row of exp(l)
 //     loss = lse - (1 - smoothing) l[target] - smoothing mean(l) + z_loss lse^2
-//     dlogits = dloss (exp(l - lse) (1 + 2 z_loss lse) - smoothing / cols
-//                      - (1 - smoothing) [target]) (1 - (l / softcap)^2)
+//     dlogits = dloss (p (1 + 2 z_loss lse) - smoothing / cols - (1 - smoothing) [target])
+//                     (1 - (l / softcap)^2),  p = exp(l - max l) / sum over the row of exp(l - max l)
+//
+// p is not exp(l - lse): of large logits lse has lost digits. A backward pass computes the sum again.
 //
 // A row is read from memory once and, for the gradient, written once: between the passes over it,
 // for the maximum, the sum and the gradient, it stays in the cache. Sums are in fp32, and in fp64
@@ -19,8 +21,8 @@ struct CrossEntropy {
     void* logits;            // (rows, cols), rows `stride` apart; their gradients take their place
     const int64_t* targets;  // (rows,)
     const float* dloss;      // (rows,), or null: no gradient
-    float* losses;           // (rows,), or null: lse is given, and not written
-    float* lse;              // (rows,)
+    float* losses;           // (rows,), or null
+    float* lse;              // (rows,), or null
     int64_t rows, cols, stride;
     int64_t ignore_index;  // a row with this target has loss 0 and no gradient
     float smoothing, z_loss, softcap;  // softcap 0: none

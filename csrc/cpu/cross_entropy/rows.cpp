@@ -62,28 +62,21 @@ Sums sums_of(const T* logits, int64_t cols, float highest, float softcap, bool s
     return found;
 }
 
-// Writes the gradient over the logits: scale exp(l - lse) - each, less `target` at the target.
+// Writes the gradient over the logits. scale: of exp(l - highest), p's other factor and dloss.
 template <class T, bool kCapped>
-void differentiate(const CrossEntropy& p, T* logits, float lse, float dloss, int64_t target) {
-    const float scale = dloss * (1.0f + 2.0f * p.z_loss * lse);
+void differentiate(const CrossEntropy& p, T* logits, float highest, float scale, float dloss,
+                   int64_t target) {
     const float each = dloss * p.smoothing / static_cast<float>(p.cols);
-    const auto gradient = [&](Floats l) {
+    const auto gradient = [&](Floats l, Floats at) {
         Floats slope;
         l = capped<kCapped>(l, p.softcap, slope);
-        const Floats d = multiply_add(exp2_of((l - lse) * kLog2e), scale, -each);
+        const Floats d = multiply_add(exp2_of((l - highest) * kLog2e), scale, -each) - at;
         return kCapped ? d * slope : d;
     };
-    // The target's is rounded once.
-    float at_slope = 1.0f;
-    const Floats before = load(logits + target, 1);
-    if (kCapped) {
-        Floats slope;
-        capped<kCapped>(before, p.softcap, slope);
-        at_slope = slope[0];
-    }
-    const Floats at = gradient(before) - dloss * (1.0f - p.smoothing) * at_slope;
+    // The target's is computed apart, so that it is rounded once.
+    const Floats at = gradient(load(logits + target, 1), all(dloss * (1.0f - p.smoothing)));
     for_vectors(0, p.cols, [&](int64_t i, auto n) {
-        store_at(logits + i, gradient(load_at(logits + i, n)), n);
+        store_at(logits + i, gradient(load_at(logits + i, n), Floats{}), n);
     });
     store(logits + target, at, 1);
 }
@@ -93,30 +86,31 @@ void row(const CrossEntropy& p, int64_t i) {
     T* logits = static_cast<T*>(p.logits) + i * p.stride;
     const int64_t target = p.targets[i];
     const bool counts = target != p.ignore_index, known = target >= 0 && target < p.cols;
+    float highest = largest(logits, p.cols);
+    if (kCapped) highest = p.softcap * std::tanh(highest / p.softcap);
+    const Sums sums = sums_of<T, kCapped>(logits, p.cols, highest, p.softcap, p.smoothing > 0.0f);
+    const double lse = highest + std::log(sums.exps);
+    if (p.lse != nullptr) p.lse[i] = static_cast<float>(lse);
     if (p.losses != nullptr) {
-        float highest = largest(logits, p.cols);
-        if (kCapped) highest = p.softcap * std::tanh(highest / p.softcap);
-        const Sums sums =
-            sums_of<T, kCapped>(logits, p.cols, highest, p.softcap, p.smoothing > 0.0f);
-        const double lse = highest + std::log(sums.exps);
-        p.lse[i] = static_cast<float>(lse);
-        float loss = 0.0f;
+        double loss = 0.0;
         if (counts && known) {
             Floats slope;
             const float at = capped<kCapped>(load(logits + target, 1), p.softcap, slope)[0];
-            double sum = (1.0f - p.smoothing) * (lse - at) + p.z_loss * lse * lse;
-            if (p.smoothing > 0.0f) sum += p.smoothing * (lse - sums.logits / p.cols);
-            loss = static_cast<float>(sum);
+            loss = (1.0f - p.smoothing) * (lse - at) + p.z_loss * lse * lse;
+            if (p.smoothing > 0.0f) loss += p.smoothing * (lse - sums.logits / p.cols);
         } else if (counts) {
-            loss = std::numeric_limits<float>::quiet_NaN();
+            loss = std::numeric_limits<double>::quiet_NaN();
         }
-        p.losses[i] = loss;
+        p.losses[i] = static_cast<float>(loss);
     }
     if (p.dloss == nullptr) return;
-    if (counts && known)
-        differentiate<T, kCapped>(p, logits, p.lse[i], p.dloss[i], target);
-    else
+    if (counts && known) {
+        const double scale = p.dloss[i] * (1.0 + 2.0 * p.z_loss * lse) / sums.exps;
+        differentiate<T, kCapped>(p, logits, highest, static_cast<float>(scale), p.dloss[i],
+                                  target);
+    } else {
         std::fill_n(logits, p.cols, T{});
+    }
 }
 
 template <class T>

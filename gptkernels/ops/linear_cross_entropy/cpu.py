@@ -46,11 +46,12 @@ def linear_cross_entropy_bwd(
     options: LossOptions,
     grad_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dx, dweight and dbias, each empty where `grad_mask` is False."""
+    """Returns dx, dweight and dbias, each empty where `grad_mask` is False. A chunk has whole rows,
+    of which lse is computed again, with more digits."""
     targets = targets.contiguous()
 
     def of_rows(logits: Tensor, rows: slice) -> None:
-        _cross_entropy(logits, targets[rows], dloss[rows], None, lse[rows], options)
+        _cross_entropy(logits, targets[rows], dloss[rows], None, None, options)
 
     return chunks.run(x, weight, bias, grad_mask, of_rows)
 
@@ -60,13 +61,13 @@ def _cross_entropy(
     targets: Tensor,
     dloss: Tensor | None,
     losses: Tensor | None,
-    lse: Tensor,
+    lse: Tensor | None,
     options: LossOptions,
 ) -> None:
-    """Writes the losses and lse of some rows, unless `losses` is None, and with dloss the logits'
+    """Writes the losses and lse of some rows, unless they are None, and with dloss the logits'
     gradients over them. All but the logits are contiguous."""
     module().cross_entropy(
-        logits.data_ptr(), targets.data_ptr(), address(dloss), address(losses), lse.data_ptr(),
+        logits.data_ptr(), targets.data_ptr(), address(dloss), address(losses), address(lse),
         *logits.shape, logits.stride(0), *options, DTYPE_CODES[logits.dtype],
         torch.get_num_threads(),
     )  # fmt: skip

@@ -140,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options, at_once, reduction, impl = ctx.options
         grad_mask = list(ctx.needs_input_grad[:3])
         if at_once:
-            gradients = saved if _is_one(dloss) else [(g * dloss).to(g.dtype) for g in saved]
+            gradients = [_scaled(g, dloss) for g in saved]
         else:
             x, weight, bias, targets, lse, scale = saved
             if reduction != "none":
@@ -155,9 +155,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*wanted, None, None, None, None, None)
 
 
-def _is_one(dloss: Tensor) -> bool:
-    """Whether the gradient of the loss is plainly 1, where that can be asked without waiting."""
-    return not torch.compiler.is_compiling() and dloss.is_cpu and dloss.item() == 1.0
+def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """The gradient of the forward pass times that of the loss: itself where that is plainly 1, what
+    is asked where nothing has to wait for it, and the graph is not kept for another pass."""
+    if (
+        not torch.compiler.is_compiling()
+        and dloss.is_cpu
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and dloss.item() == 1.0
+    ):
+        return gradient
+    return (gradient * dloss).to(gradient.dtype)
 
 
 def linear_cross_entropy(

@@ -49,14 +49,12 @@ def linear_cross_entropy_bwd(
     options: LossOptions,
     grad_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dx, dweight and dbias, each empty where `grad_mask` is False."""
+    """Returns dx, dweight and dbias, each empty where `grad_mask` is False. A chunk has whole rows,
+    of which lse is computed again: p from the softmax has more digits than exp(l - lse)."""
 
     def of_rows(logits: Tensor, rows: slice) -> None:
         for some in _parts(logits):
-            here, of_row = logits[some], lse[rows][some]
-            l, slope = _capped(here, options.softcap)
-            p = (l.float() - of_row[:, None]).exp_()
-            _backward(here, p, slope, targets[rows][some], of_row, dloss[rows][some], options)
+            _differentiate(logits[some], targets[rows][some], dloss[rows][some], options)
 
     return chunks.run(x, weight, bias, grad_mask, of_rows)
 
@@ -77,6 +75,13 @@ def _capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
     return softcap * t, 1 - t * t
 
 
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """p and lse of the logits (R, V), in fp32. PyTorch's softmax is one kernel; the largest p is at
+    least 1 / V, so its logarithm is good."""
+    p = torch.softmax(logits, 1, dtype=torch.float32)
+    return p, logits.amax(1).float() - p.amax(1).log_()
+
+
 def _forward(
     logits: Tensor,
     targets: Tensor,
@@ -88,9 +93,8 @@ def _forward(
     """Writes the losses and lse of some rows, and with dloss the logits' gradients over them."""
     _, smoothing, z_loss, softcap = options
     l, slope = _capped(logits, softcap)
-    # PyTorch's softmax is one kernel. The largest p is at least 1 / V, so its logarithm is exact.
-    p = torch.softmax(l, 1, dtype=torch.float32)
-    torch.sub(l.amax(1).float(), p.amax(1).log_(), out=lse)
+    p, of_rows = _softmax(l)
+    lse.copy_(of_rows)
     counts, wrong = counted(targets, l.shape[1], options)
     at = torch.where(counts & ~wrong, targets, 0)[:, None]
     found = lse - (1 - smoothing) * l.gather(1, at).squeeze(1).float() + z_loss * lse * lse
@@ -98,10 +102,17 @@ def _forward(
         found -= smoothing * l.mean(1, dtype=torch.float32)
     losses.copy_(found.masked_fill_(~counts, 0).masked_fill_(wrong, float("nan")))
     if dloss is not None:
-        _backward(logits, p, slope, targets, lse, dloss, options)
+        _write(logits, p, slope, targets, lse, dloss, options)
 
 
-def _backward(
+def _differentiate(logits: Tensor, targets: Tensor, dloss: Tensor, options: LossOptions) -> None:
+    """Writes the logits' gradients over those of some rows."""
+    l, slope = _capped(logits, options.softcap)
+    p, lse = _softmax(l)
+    _write(logits, p, slope, targets, lse, dloss, options)
+
+
+def _write(
     logits: Tensor,
     p: Tensor,
     slope: Tensor | None,
