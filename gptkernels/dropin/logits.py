@@ -9,8 +9,10 @@ and there, and all goes on as without this package.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gptkernels.core.autocast import autocast_dtype, autocast_enabled
-from gptkernels.core.autograd import requires_grad
+from gptkernels.core.autograd import apply, once_differentiable, requires_grad
 from gptkernels.core.checks import DTYPES
 from gptkernels.core.choice import choose
 from gptkernels.core.direct import direct
@@ -37,35 +39,95 @@ _FACTS = frozenset(
 _SHAPES = frozenset(
     {Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten, Tensor.contiguous}
 )
+_WATCHES = frozenset({Tensor.retain_grad, Tensor.register_hook})
 
 
-class _Head(NamedTuple):
+@dataclass(eq=False)
+class _Call:
+    """A call of a head."""
+
+    hidden: Tensor  # (..., C)
     weight: Tensor  # (V, C)
     bias: Tensor | None  # (V,)
     impl: str
     dtype: torch.dtype  # what it computes in
     autocast: bool
+    passed: bool = False  # whether a loss was computed whose gradients pass the logits by
+
+    def __post_init__(self) -> None:
+        self._versions = self._count()
+
+    def _count(self) -> list[int]:
+        """How often the tensors were changed in place."""
+        return [t._version for t in (self.hidden, self.weight, self.bias) if t is not None]
+
+    def check(self) -> None:
+        """Raises RuntimeError where the tensors are no longer what they were."""
+        if self._count() != self._versions:
+            raise RuntimeError(
+                "the logits of this model's head are computed when they are needed, and the "
+                "weights, or the hidden states, have changed since, by an optimizer's step say: "
+                "look at them before, or call gptkernels.accelerate(model, losses=False)"
+            )
+
+    def as_then(self) -> Any:
+        """A context with autocast as it was."""
+        return torch.autocast(self.hidden.device.type, self.dtype, enabled=self.autocast)
+
+    def logits(self) -> Tensor:
+        """What the head would have returned."""
+        self.check()
+        with self.as_then():
+            return F.linear(self.hidden, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """What `Logits` are to autograd, should they come to it as they are: F.linear's result."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: _Call,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.as_then = call.as_then
+        made: Tensor = Tensor._make_wrapper_subclass(
+            Logits, (*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device=hidden.device
+        )
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, saved: Sequence[Any], dlogits: Tensor) -> tuple[Tensor | None, ...]:
+        given: list[Any] = [None if t is None else t.detach().requires_grad_() for t in saved]
+        with torch.enable_grad(), ctx.as_then():
+            y = F.linear(*given)
+        wanted = [t for t in given if t is not None]
+        found = torch.autograd.grad(y, wanted, dlogits.to(y.dtype))
+        return (*found, *(None for _ in range(5 - len(found))))
 
 
 class Logits(Tensor):
-    """The logits (..., V) of hidden states (..., C), in `dtype`, that nobody has looked at."""
+    """The logits (..., V) of hidden states (..., C), in `dtype`, that nobody has looked at. Those
+    that are made of others, in another shape say, may be the same memory, as PyTorch's are: all are
+    computed when one of them is."""
 
+    _call: _Call
     _hidden: Tensor
-    _head: _Head
-    _versions: tuple[int, ...]
+    _parent: Logits | None
+    _made: list[tuple[weakref.ref[Logits], Callable[[Tensor], Tensor]]]  # of these, and how
     _found: Tensor | None
 
     @staticmethod
-    def of(hidden: Tensor, head: _Head, dtype: torch.dtype, versions: tuple[int, ...]) -> Any:
-        """`versions`: of the tensors when the head was called."""
-        self: Any = Tensor._make_wrapper_subclass(
-            Logits,
-            (*hidden.shape[:-1], head.weight.shape[0]),
-            dtype=dtype,
-            device=hidden.device,
-            requires_grad=True,
-        )
-        self._hidden, self._head, self._versions, self._found = hidden, head, versions, None
+    def of(call: _Call, hidden: Tensor, dtype: torch.dtype, parent: Logits | None = None) -> Logits:
+        """Logits of hidden states that are those of the call, or some of them."""
+        self: Logits = apply(_Linear, hidden, call.weight, call.bias, call, dtype)
+        self._call, self._hidden, self._parent = call, hidden, parent
+        self._made, self._found = [], None
         return self
 
     @classmethod
@@ -78,9 +140,6 @@ class Logits(Tensor):
     ) -> Any:
         """What a function of PyTorch gives that got such a tensor."""
         kwargs = kwargs or {}
-        if func is F.cross_entropy and "input" in kwargs:
-            kwargs = dict(kwargs)
-            args = (kwargs.pop("input"), *args)
         if args and isinstance(args[0], Logits):
             with torch._C.DisableTorchFunctionSubclass():
                 if func in _FACTS:
@@ -95,34 +154,47 @@ class Logits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Below autograd it is too late for gradients. Only a call from C++ comes here."""
-        raise NotImplementedError(
-            f"{func} got the logits of a head that gptkernels.accelerate swapped before they were "
-            "computed; call gptkernels.accelerate(model, losses=False)"
-        )
+        """Calls that come from C++, below autograd: of an autograd.Function's arguments, say."""
+        if func._schema.is_mutable:
+            raise NotImplementedError(
+                f"{func} got the logits of a head that gptkernels.accelerate swapped before they "
+                "were computed; call gptkernels.accelerate(model, losses=False)"
+            )
+        args, kwargs = tree_map(_values, (tuple(args), dict(kwargs or {})))
+        return func(*args, **kwargs)
 
     def _unseen(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         """The result where it needs no logits in memory; else None."""
+        if func in _WATCHES and self._call.passed:
+            raise RuntimeError(
+                "a loss of these logits was computed before: it has no gradient of them. Hook them "
+                "first, or call gptkernels.accelerate(model, losses=False)"
+            )
         if self._found is not None:
             return None
         if func is F.cross_entropy:
             return self._loss(*args, **kwargs)
+        if not torch.is_grad_enabled():  # what is made now has no gradient
+            return None
         if func is Tensor.float or (func is Tensor.to and args == (torch.float32,) and not kwargs):
-            return Logits.of(self._hidden, self._head, torch.float32, self._versions)
+            return self._make(self._hidden, torch.float32, Tensor.float)
         if func in _SHAPES or (func is Tensor.__getitem__ and _cuts(args[0])):
             return self._cut(func, args, kwargs)
         return None
 
-    def _cut(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _cut(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Logits | None:
         """Other shapes, and some of the rows, each with all of its logits."""
+        self._call.check()  # the rows may be copied now
         with torch._C.DisableTorchFunctionSubclass():
-            shape, (*_, width) = self.shape, self._hidden.shape
-            empty = torch.empty(shape, device="meta", dtype=self.dtype)
+            shape, dtype, (*_, width) = self.shape, self.dtype, self._hidden.shape
+            empty = torch.empty(shape, device="meta", dtype=dtype)
             try:
                 cut = func(empty, *args, **kwargs)
-                if cut.dim() == 0 or cut.shape[-1] != shape[-1] or cut.dtype != self.dtype:
+                if cut.dim() == 0 or cut.shape[-1] != shape[-1] or cut.dtype != dtype:
                     return None
                 wanted = (*cut.shape[:-1], width)
                 if func is Tensor.__getitem__:
@@ -135,7 +207,13 @@ class Logits(Tensor):
                     hidden = self._hidden.reshape(wanted)
             except (TypeError, ValueError, RuntimeError, IndexError):  # let the logits raise it
                 return None
-        return Logits.of(hidden, self._head, cut.dtype, (hidden._version, *self._versions[1:]))
+        return self._make(hidden, dtype, lambda found: func(found, *args, **kwargs))
+
+    def _make(self, hidden: Tensor, dtype: torch.dtype, how: Callable[[Tensor], Tensor]) -> Logits:
+        """Logits that `how` makes of these."""
+        made = Logits.of(self._call, hidden, dtype, self)
+        self._made.append((weakref.ref(made), how))
+        return made
 
     def _loss(
         self,
@@ -146,8 +224,9 @@ class Logits(Tensor):
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-    ) -> Any:
-        """F.cross_entropy of the logits; None where the op has not all of it."""
+    ) -> Tensor | None:
+        """F.cross_entropy of the logits; None where the op has not all of it, and where PyTorch has
+        an error to raise."""
         if not (
             weight is size_average is reduce is None
             and type(target) is Tensor
@@ -158,13 +237,17 @@ class Logits(Tensor):
             and self._hidden.shape[0] > 0
         ):
             return None
-        self._check_versions()
-        head = self._head
-        with _as_then(head, self._hidden):
-            loss = linear_cross_entropy(
-                self._hidden, head.weight, target, bias=head.bias, ignore_index=ignore_index,
-                label_smoothing=label_smoothing, reduction=reduction, impl=head.impl,
-            )  # fmt: skip
+        call = self._call
+        call.check()
+        try:
+            with call.as_then():
+                loss = linear_cross_entropy(
+                    self._hidden, call.weight, target, bias=call.bias, ignore_index=ignore_index,
+                    label_smoothing=label_smoothing, reduction=reduction, impl=call.impl,
+                )  # fmt: skip
+        except (TypeError, ValueError):
+            return None
+        call.passed |= loss.requires_grad
         with torch._C.DisableTorchFunctionSubclass():
             dtype = self.dtype
         autocast = torch.is_autocast_enabled(target.device.type)
@@ -173,35 +256,29 @@ class Logits(Tensor):
     def _logits(self) -> Tensor:
         """The logits themselves, with their graph."""
         if self._found is None:
-            self._check_versions()
-            head = self._head
-            with torch.enable_grad(), _as_then(head, self._hidden):
-                self._found = F.linear(self._hidden, head.weight, head.bias)
-            with torch._C.DisableTorchFunctionSubclass():
-                self._found = self._found.to(self.dtype)
-        return self._found
+            if self._parent is not None:
+                self._parent._logits()
+            else:
+                with torch.inference_mode(False), torch.enable_grad():
+                    self._keep(self._call.logits())
+        return cast("Tensor", self._found)
 
-    def _check_versions(self) -> None:
-        if versions(self._hidden, self._head) != self._versions:
-            raise RuntimeError(
-                "the logits of this model's head are computed when they are needed, and the "
-                "weights, or the hidden states, have changed since, by an optimizer's step say: "
-                "look at them before, or call gptkernels.accelerate(model, losses=False)"
-            )
-
-
-def versions(hidden: Tensor, head: _Head) -> tuple[int, ...]:
-    """How often the tensors were changed in place."""
-    return tuple(t._version for t in (hidden, head.weight, head.bias) if t is not None)
-
-
-def _as_then(head: _Head, hidden: Tensor) -> Any:
-    """A context with autocast as it was when the head was called."""
-    return torch.autocast(hidden.device.type, head.dtype, enabled=head.autocast)
+    def _keep(self, found: Tensor) -> None:
+        """Holds the logits, and those of all that were made of them."""
+        self._found = found
+        for reference, how in self._made:
+            made = reference()
+            if made is not None:
+                made._keep(how(found))
+        self._made.clear()
 
 
 def _seen(value: Any) -> Any:
     return value._logits() if isinstance(value, Logits) else value
+
+
+def _values(value: Any) -> Any:
+    return value._logits().detach() if isinstance(value, Logits) else value
 
 
 def _cuts(index: Any) -> bool:
@@ -222,10 +299,9 @@ class Head(Linear):
     def forward(self, *given: Any, **named: Any) -> Any:
         """x (..., C) -> logits (..., V)."""
         if len(given) == 1 and not named and self._waits(given[0]):
-            x, bias = given[0], self.bias
-            autocast = autocast_enabled(x)
-            head = _Head(self.weight, bias, self._gptkernels.impl, autocast_dtype(x), autocast)
-            return Logits.of(x, head, head.dtype, versions(x, head))
+            x = given[0]
+            impl, dtype, autocast = self._gptkernels.impl, autocast_dtype(x), autocast_enabled(x)
+            return Logits.of(_Call(x, self.weight, self.bias, impl, dtype, autocast), x, dtype)
         return super().forward(*given, **named)
 
     def _waits(self, x: Any) -> bool:
@@ -239,7 +315,7 @@ class Head(Linear):
             and autocast_dtype(x) in DTYPES
             and (autocast_enabled(x) or x.dtype == self.weight.dtype)
             and x.stride(-1) == 1
-            and not _distributed()  # whose wrappers look for gradients where Logits have none
+            and not _distributed()  # whose wrappers hook what a model returns
             and (self._gptkernels.impl != "auto" or choose("auto", x) != "torch")
         )
 
