@@ -349,27 +349,44 @@ class TestRange:
         tensors["bias"] = tensors["bias"].round()
         assert all(t.isfinite().all() for t in assert_alike(tensors, options))
 
-    @pytest.mark.parametrize("options", [PLAIN, EVERY, (-100, 0.1, 1e-2, 0.0)], ids=str)
-    @pytest.mark.parametrize("masked", [[3], [*range(64, 128)], [*range(150)]], ids=len)
-    @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
-    def test_classes_with_no_finite_logit(
-        self, value: float, masked: list[int], options: tuple[float, ...]
+    @pytest.mark.parametrize("options", [PLAIN, EVERY, (-100, 0.0, 1e-2, 0.0)], ids=str)
+    @pytest.mark.parametrize("masked", [[3], [*range(64, 128)]], ids=len)
+    def test_classes_that_are_masked_out(
+        self, masked: list[int], options: tuple[float, ...]
     ) -> None:
-        """A class, a whole tile of them, all of them. Some of them are targets."""
+        """A class and a whole tile of them, one of which is a target."""
         tensors = inputs(40, 16, 150, bias=True)
         tensors["targets"][7] = masked[0]
-        tensors["bias"][masked] = value
-        _, lse, *_ = assert_alike(tensors, options)
-        if value < 0 and len(masked) < 150:
-            assert lse.isfinite().all()
+        tensors["bias"][masked] = -torch.inf
+        _, lse, *gradients = assert_alike(tensors, options)
+        assert all(t.isfinite().all() for t in (lse, *gradients))
+
+    @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+    @pytest.mark.parametrize("options", [PLAIN, (-100, 0.1, 1e-2, 0.0)], ids=str)
+    def test_no_finite_loss(self, options: tuple[float, ...], value: float) -> None:
+        """A class whose logits are NaN or infinite, or none but of minus infinity: no loss that
+        counts is finite, and no gradient of its row is a number."""
+        x, weight, targets, bias = inputs(40, 16, 150, bias=True).values()
+        bias[range(150) if value < 0 else 100] = value
+        dloss = torch.rand(40, device=DEVICE) + 1
+        losses, _, dx, _, dbias = FWD(x, weight, bias, targets, dloss, *options, WHOLE, "triton")
+        counts = targets != -100
+        assert not losses[counts].isfinite().any()
+        assert dx[counts].isnan().all()
+        assert torch.count_nonzero(losses[~counts]) == torch.count_nonzero(dx[~counts]) == 0
+        if value == torch.inf and options == PLAIN:  # the other classes have no weight
+            assert dbias[:100].isfinite().all()
 
     def test_far_below_zero(self) -> None:
-        """A tile of -inf beside logits of which no other number is large."""
-        tensors = inputs(40, 16, 150, bias=True)
-        tensors["bias"] -= 1000.0
-        tensors["bias"][:64] = -torch.inf
-        tensors["targets"] = tensors["targets"] % 20 + 100
-        assert all(t.isfinite().all() for t in assert_alike(tensors, PLAIN))
+        """A tile of -inf beside logits of which no other number is large: nothing overflows."""
+        x, weight, targets, bias = inputs(40, 16, 150, bias=True, ignored=False).values()
+        bias -= 1000.0
+        bias[:64] = -torch.inf
+        targets.fill_(100)
+        found = FWD(
+            x, weight, bias, targets, torch.rand(40, device=DEVICE), *PLAIN, WHOLE, "triton"
+        )
+        assert all(t.isfinite().all() for t in found)
 
     def test_float32_only_where_asked(self) -> None:
         losses, lse, *_ = FWD(
