@@ -63,7 +63,7 @@ void gelu(int64_t rows, int64_t cols, DType dtype, bool tanh) {
 }
 
 // The last row's numbers end where the rows' memory ends. Forward alone, with the gradient, and the
-// gradient by a given lse.
+// gradient alone.
 void cross_entropy(int64_t rows, int64_t cols, int64_t gap, DType dtype, float smoothing,
                    float softcap) {
     const int64_t stride = cols + gap;
@@ -79,7 +79,7 @@ void cross_entropy(int64_t rows, int64_t cols, int64_t gap, DType dtype, float s
     gk::cpu::cross_entropy(p, kThreads);
     p.dloss = dloss.data();
     gk::cpu::cross_entropy(p, kThreads);
-    p.losses = nullptr;
+    p.losses = p.lse = nullptr;
     gk::cpu::cross_entropy(p, kThreads);
 }
 

@@ -52,23 +52,24 @@ def kernel(
     targets: Tensor,
     *,
     dloss: Tensor | None = None,
-    lse: Tensor | None = None,
+    forward: bool = True,
     smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
     ignore_index: int = -100,
     count: int = 1,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Returns (losses, lse, logits' gradients or the logits); no losses if lse is given."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (losses, lse, logits' gradients or the logits). Without `forward` the losses and lse
+    are not asked for, and NaN."""
     rows, cols = logits.shape
     memory = logits.new_full((rows * (cols + GAP),), torch.nan)
     room = memory.view(rows, cols + GAP)[:, :cols]
     room.copy_(logits)
-    losses = None if lse is not None else torch.full((rows,), torch.nan)
-    lse = torch.full((rows,), torch.nan) if lse is None else lse.clone()
+    losses, lse = (torch.full((rows,), torch.nan) for _ in range(2))
     cpu.module().cross_entropy(
-        room.data_ptr(), targets.data_ptr(), cpu.address(dloss), cpu.address(losses),
-        lse.data_ptr(), rows, cols, cols + GAP, ignore_index, smoothing, z_loss, softcap,
+        room.data_ptr(), targets.data_ptr(), cpu.address(dloss),
+        cpu.address(losses if forward else None), cpu.address(lse if forward else None),
+        rows, cols, cols + GAP, ignore_index, smoothing, z_loss, softcap,
         cpu.DTYPE_CODES[logits.dtype], count,
     )  # fmt: skip
     assert memory.view(rows, cols + GAP)[:, cols:].isnan().all()  # nothing is written there
@@ -94,9 +95,11 @@ def formula(
     """The same in fp64."""
     leaf = logits.double().requires_grad_()
     l = softcap * torch.tanh(leaf / softcap) if softcap else leaf
-    lse = l.logsumexp(1)
-    at = l.gather(1, targets[:, None]).squeeze(1)
-    losses = lse - (1 - smoothing) * at - smoothing * l.mean(1) + z_loss * lse**2
+    lse, logs = l.logsumexp(1), l.log_softmax(1)
+    at = logs.gather(1, targets[:, None]).squeeze(1)
+    losses = -(1 - smoothing) * at - smoothing * logs.mean(1)
+    if z_loss:  # the gradient of a large lse loses digits in fp64 too
+        losses = losses + z_loss * lse**2
     (found,) = torch.autograd.grad(losses, leaf, dloss.double())
     return losses.detach(), lse.detach(), found
 
@@ -119,7 +122,7 @@ def test_any_width(dtype: torch.dtype, options: dict[str, float]) -> None:
         assert (error <= unit * gradient.abs() + 4e-6 * gradient.abs() + 3e-7 + smallest).all()
         # Forward alone, and the gradient alone.
         assert_same(kernel(logits, targets, **options), [losses, lse, logits])
-        assert_same(kernel(logits, targets, dloss=dloss, lse=lse, **options)[1:], [lse, found])
+        assert_same([kernel(logits, targets, dloss=dloss, forward=False, **options)[2]], [found])
 
 
 @by_dtype
@@ -167,13 +170,13 @@ def test_any_finite_logit(dtype: torch.dtype, softcap: float) -> None:
     losses, lse, found = kernel(logits, targets, dloss=dloss, softcap=softcap)
     exact, exact_lse, gradient = formula(logits, targets, dloss, softcap=softcap)
     finite = exact.float().isfinite()
-    torch.testing.assert_close(losses[finite].double(), exact[finite], rtol=1e-6, atol=1e-6)
+    # A loss of 0.7 is lost beside 1e19 in fp64 too.
+    known = finite & ((exact_lse.abs() < 1e15) | (exact > 1.0))
+    torch.testing.assert_close(losses[known].double(), exact[known], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
     assert (losses[~finite] == torch.inf).all()
-    # exp(l - lse) loses what lse is rounded by.
-    known = exact_lse.abs() < 100
-    torch.testing.assert_close(found[known].double(), gradient[known], rtol=0.005, atol=1e-5)
-    assert found.isfinite().all()
+    near = 1e-6 if dtype == FP32 else 0.005
+    torch.testing.assert_close(found.double(), gradient, rtol=near, atol=1e-6)
 
 
 @by_dtype
