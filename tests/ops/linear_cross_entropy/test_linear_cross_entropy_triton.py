@@ -369,13 +369,12 @@ class TestRange:
         x, weight, targets, bias = inputs(40, 16, 150, bias=True).values()
         bias[range(150) if value < 0 else 100] = value
         dloss = torch.rand(40, device=DEVICE) + 1
-        losses, _, dx, _, dbias = FWD(x, weight, bias, targets, dloss, *options, WHOLE, "triton")
+        losses, _, dx, *_ = FWD(x, weight, bias, targets, dloss, *options, WHOLE, "triton")
         counts = targets != -100
         assert not losses[counts].isfinite().any()
+        assert value < 0 or losses[counts].isnan().all()
         assert dx[counts].isnan().all()
         assert torch.count_nonzero(losses[~counts]) == torch.count_nonzero(dx[~counts]) == 0
-        if value == torch.inf and options == PLAIN:  # the other classes have no weight
-            assert dbias[:100].isfinite().all()
 
     def test_far_below_zero(self) -> None:
         """A tile of -inf beside logits of which no other number is large: nothing overflows."""

@@ -30,8 +30,9 @@ _INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def _finite(highest):
-    """What is subtracted before exp: 0 in place of an infinity, from which it would make NaN."""
-    return tl.where(tl.abs(highest) == _INFINITY, 0.0, highest)
+    """What is subtracted before exp: 0 in place of -inf, from which it would make NaN. A row with a
+    logit of +inf has no lse: there NaN is right."""
+    return tl.where(highest == -_INFINITY, 0.0, highest)
 
 
 # Kernels specialised on N and V would be no faster: N differs from call to call, and no row of what
