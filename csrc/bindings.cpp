@@ -10,6 +10,7 @@
 #include "attention/params.h"
 #include "gelu_mlp/params.h"
 #include "layer_norm/params.h"
+#include "linear_cross_entropy/params.h"
 #include "runtime/context.h"
 #include "runtime/dry_run.h"
 #include "runtime/launch.h"
@@ -86,8 +87,9 @@ const Table kAttentionDecode =
 
 const Table kProduct =
     table(member("a", &Product::a), member("b", &Product::b), member("bias", &Product::bias),
-          member("h", &Product::h), member("out", &Product::out),
-          member("activation", &Product::activation), member("partial", &Product::partial),
+          member("h", &Product::h), member("addend", &Product::addend),
+          member("out", &Product::out), member("activation", &Product::activation),
+          member("partial", &Product::partial), member("total", &Product::total),
           member("m", &Product::m), member("n", &Product::n), member("k", &Product::k),
           member("a_stride", &Product::a_stride), member("b_stride", &Product::b_stride),
           member("splits", &Product::splits), member("tanh", &Product::tanh));
@@ -128,6 +130,37 @@ const Table kLayerNormBwd =
           member("partial_dbias", &NormBwd::partial_dbias), member("dweight", &NormBwd::dweight),
           member("dbias", &NormBwd::dbias), member("sum_stride", &NormBwd::sum_stride),
           member("partials", &NormBwd::partials));
+
+const Table kLogits =
+    table(member("x", &Logits::x), member("weight", &Logits::weight), member("bias", &Logits::bias),
+          member("targets", &Logits::targets), member("rows", &Logits::rows),
+          member("classes", &Logits::classes), member("width", &Logits::width),
+          member("x_stride", &Logits::x_stride), member("weight_stride", &Logits::weight_stride),
+          member("softcap", &Logits::softcap));
+
+const Table kLossOptions = table(member("ignore_index", &LossOptions::ignore_index),
+                                 member("label_smoothing", &LossOptions::label_smoothing),
+                                 member("z_loss", &LossOptions::z_loss));
+
+const Table kLossPartials =
+    table(inside(&LossPartials::logits, kLogits), member("highest", &LossPartials::highest),
+          member("exponential", &LossPartials::exponential), member("sum", &LossPartials::sum),
+          member("at_target", &LossPartials::at_target));
+
+const Table kLossSums =
+    table(member("targets", &LossSums::targets), member("highest", &LossSums::highest),
+          member("exponential", &LossSums::exponential), member("sum", &LossSums::sum),
+          member("at_target", &LossSums::at_target), member("losses", &LossSums::losses),
+          member("lse", &LossSums::lse), member("rows", &LossSums::rows),
+          member("classes", &LossSums::classes), member("tiles", &LossSums::tiles),
+          inside(&LossSums::options, kLossOptions));
+
+using Gradients = LogitGradients;
+const Table kLogitGradients =
+    table(inside(&Gradients::logits, kLogits), member("lse", &Gradients::lse),
+          member("dloss", &Gradients::dloss), member("dlogits", &Gradients::dlogits),
+          member("dlogits_stride", &Gradients::dlogits_stride), member("first", &Gradients::first),
+          member("all", &Gradients::all), inside(&Gradients::options, kLossOptions));
 
 // ---- The module
 
@@ -201,6 +234,17 @@ void def_layer_norm(py::module_& module) {
     module.def("layer_norm_bwd_builds", [] { return described(layer_norm_bwd_builds()); });
 }
 
+void def_linear_cross_entropy(py::module_& module) {
+    def(module, "linear_cross_entropy_tiles", kLossPartials, &linear_cross_entropy_tiles);
+    def(module, "linear_cross_entropy_partials", kLossPartials,
+        &launch_linear_cross_entropy_partials);
+    def(module, "linear_cross_entropy_losses", kLossSums, &launch_linear_cross_entropy_losses);
+    def(module, "linear_cross_entropy_dlogits", kLogitGradients,
+        &launch_linear_cross_entropy_dlogits);
+    module.def("linear_cross_entropy_builds",
+               [] { return described(linear_cross_entropy_builds()); });
+}
+
 void def_emulator(py::module_& module) {
 #ifdef GK_EMULATE
     module.attr("emulated") = true;
@@ -236,4 +280,5 @@ PYBIND11_MODULE(_cuda, module) {
     def_attention(module);
     def_gelu_mlp(module);
     def_layer_norm(module);
+    def_linear_cross_entropy(module);
 }

@@ -39,14 +39,17 @@ CACHE = ROOT / "build" / "gates"
 MOST_SECONDS = 180  # of one core, to compile one source
 
 # Kernels for any GPU: tensor cores for 16-bit operands, 16-byte accesses where data is moved.
-_PRODUCTS = r"(attention_(fwd|decode|bwd_keys|bwd_queries)|product)_kernel<"
-_HOPPERS = r"(attention_fwd|attention_bwd|product)_sm90_kernel<"
+_PRODUCTS = (
+    r"(attention_(fwd|decode|bwd_keys|bwd_queries)|product|linear_cross_entropy_(fwd|bwd))_kernel<"
+)
+_HOPPERS = r"(attention_fwd|attention_bwd|product|linear_cross_entropy_bwd)_sm90_kernel<"
 REQUIREMENTS = (
     Requirement(rf"{_PRODUCTS}(bf16|fp16)\b", "HMMA"),
     Requirement(_PRODUCTS, "LDGSTS.128"),
     # Hopper's own kernels: tensor cores of four warps, and tiles loaded and stored by the tensor
     # memory accelerator.
     *(Requirement(_HOPPERS, name) for name in ("HGMMA", "UTMALDG", "UTMASTG")),
+    *(Requirement(r"linear_cross_entropy_fwd_sm90_kernel<", n) for n in ("HGMMA", "UTMALDG")),
     Requirement(r"(column_sums|attention_decode_combine)_kernel<", "LDG.128"),
     Requirement(r"attention_bwd_sm90_kernel<", "UBLKCP"),
     Requirement(r"attention_bwd_sm90_kernel<", "UBLKRED"),  # dq

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <span>
 
 #include "gelu_mlp/sm90/tiles.h"
 #include "runtime/dry_run.h"
@@ -39,11 +40,12 @@ double waves(int64_t items, int64_t places) {
     return static_cast<double>(divide_up(items, places));
 }
 
-double unit_clocks(const Product& p) {
+double unit_clocks_of(const Product& p) {
     return p.h != nullptr ? kDifferentiate : p.activation != nullptr ? kActivate : kRound;
 }
 
-double clocks_of(const Build& c, Layout layout, const Product& p, int splits, int processors) {
+double clocks_of(const Build& c, Layout layout, const Product& p, double unit_clocks, int splits,
+                 int processors) {
     const int64_t places = std::max(1, processors / c.cluster);
     const int64_t items =
         divide_up(p.m, int64_t{c.tile_m} * c.cluster) * divide_up(p.n, c.tile_n) * splits;
@@ -52,7 +54,7 @@ double clocks_of(const Build& c, Layout layout, const Product& p, int splits, in
     const double step = std::max(static_cast<double>(c.tile_m) * c.tile_n * c.tile_k / kProducts,
                                  bytes / std::min(kIntoOne, kFromL2 / loading));
     const double products = step * static_cast<double>(divide_up(divide_up(p.k, c.tile_k), splits));
-    const double finish = unit_clocks(p) * (splits > 1 ? 2.0 : 1.0) * c.tile_m * c.tile_n /
+    const double finish = unit_clocks * (splits > 1 ? 2.0 : 1.0) * c.tile_m * c.tile_n /
                           (64.0 * 64.0) / (c.pingpong ? 1 : c.consumers);
     double total = kStart + finish;
     if (c.pingpong) {
@@ -67,46 +69,49 @@ double clocks_of(const Build& c, Layout layout, const Product& p, int splits, in
     return total;
 }
 
-double generic_clocks(const Product& p, int processors) {
+double generic_clocks(const Product& p, double unit_clocks, int processors) {
     const auto of = [&](int size, int resident, double rate) {
         const int64_t tiles = divide_up(p.m, size) * divide_up(p.n, size);
         const double products = size * size * static_cast<double>(p.k) / (kProducts * rate);
-        const double finish = kGenericFinish * unit_clocks(p) * size * size / (64.0 * 64.0);
+        const double finish = kGenericFinish * unit_clocks * size * size / (64.0 * 64.0);
         return kStart + waves(tiles, int64_t{processors} * resident) * resident *
                             (products + finish);
     };
     return std::min(of(128, 2, kGenericLarge), of(64, 3, kGenericSmall));
 }
 
-// Returns why no build can compute the product, or "" if one can.
-std::string refuses(DType dtype, Layout layout, const Product& p) {
-    if (dtype == DType::f32) return "wgmma has no products in full precision";
-    if (p.n % 8 != 0) return "rows of the result are no multiple of 16 bytes";
-    // The kernel reads the bias two elements at a time.
-    if (reinterpret_cast<uintptr_t>(p.bias) % 4 != 0) return "bias: not at a multiple of 4 bytes";
-    // Coordinates have 32 bits, and the last tile may reach past the end.
-    constexpr int64_t kLongest = std::numeric_limits<int>::max() - 1024;
-    if (std::max({p.m, p.n, p.k}) > kLongest) return "a dimension is too long for TMA";
-    struct Named {
-        const char* name;
-        const void* base;
-        int64_t rows, cols, stride;
-    };
-    const bool trans_a = layout == Layout::weight, trans_b = layout != Layout::forward;
-    const Named matrices[] = {
-        {"a", p.a, trans_a ? p.k : p.m, trans_a ? p.m : p.k, p.a_stride},
-        {"b", p.b, trans_b ? p.k : p.n, trans_b ? p.n : p.k, p.b_stride},
-        {"h", p.h, p.m, p.n, p.n},
-        {"out", p.out, p.m, p.n, p.n},
-        {"activation", p.activation, p.m, p.n, p.n},
-    };
-    for (const Named& x : matrices) {
+struct Matrix {
+    const char* name;
+    const void* base;
+    int64_t rows, cols, stride;
+};
+
+// Returns why TMA cannot address one of the matrices that are there, or "" if it can.
+std::string matrices_refuse(DType dtype, std::span<const Matrix> matrices) {
+    for (const Matrix& x : matrices) {
         if (x.base == nullptr) continue;
         const char* reason = tensor_map_refuses(
             {dtype, 2, x.base, {x.cols, x.rows}, {1, x.stride}, {64, 64}, Swizzle::b128});
         if (reason != nullptr) return std::string(x.name) + ": " + reason;
     }
     return "";
+}
+
+// Returns why no build can compute the product, or "" if one can.
+std::string refuses(DType dtype, Layout layout, const Product& p) {
+    const std::string reason = operands_refuse(dtype, layout, p);
+    if (!reason.empty()) return reason;
+    if (p.n % 8 != 0) return "rows of the result are no multiple of 16 bytes";
+    // The kernel reads the bias two elements at a time.
+    if (reinterpret_cast<uintptr_t>(p.bias) % 4 != 0) return "bias: not at a multiple of 4 bytes";
+    const Matrix matrices[] = {
+        {"h", p.h, p.m, p.n, p.n},
+        {"out", p.out, p.m, p.n, p.n},
+        {"activation", p.activation, p.m, p.n, p.n},
+        {"addend", p.addend, p.m, p.n, p.n},
+        {"total", p.total, p.m, p.n, p.n},
+    };
+    return matrices_refuse(dtype, matrices);
 }
 
 // A number of splits of k, and how long the product is predicted to take with it.
@@ -116,30 +121,16 @@ struct Split {
 };
 
 // The number of splits with the shortest predicted time.
-Split split_of(const Build& build, Layout layout, const Product& p, int processors) {
+Split split_of(const Build& build, Layout layout, const Product& p, double unit_clocks,
+               int processors) {
     constexpr int kMostSplits = 8, kLeastSteps = 4;  // a split has enough steps to fill the stages
     const int64_t steps = divide_up(p.k, kProductStep);
     const int64_t most =
         layout == Layout::weight ? std::clamp<int64_t>(steps / kLeastSteps, 1, kMostSplits) : 1;
-    Split best{1, clocks_of(build, layout, p, 1, processors)};
+    Split best{1, clocks_of(build, layout, p, unit_clocks, 1, processors)};
     for (int parts = 2; parts <= most; ++parts) {
-        const double clocks = clocks_of(build, layout, p, parts, processors);
+        const double clocks = clocks_of(build, layout, p, unit_clocks, parts, processors);
         if (clocks < best.clocks) best = {parts, clocks};
-    }
-    return best;
-}
-
-// Chooses the build with the shortest predicted time, or the kernel for any GPU where that is
-// predicted to be faster by enough.
-Choice by_rule(Layout layout, const Product& p, int processors) {
-    Choice best{kAnyGpu, "it is predicted to be slower"};
-    double least = generic_clocks(p, processors) / kGenericGain;
-    for (int i = 0; i < kProductCount; ++i) {
-        if (kProductBuilds[i].rule == Rule::never) continue;
-        const double clocks = split_of(kProductBuilds[i], layout, p, processors).clocks;
-        if (clocks >= least) continue;
-        least = clocks;
-        best = {i};
     }
     return best;
 }
@@ -148,28 +139,59 @@ Choice choose_build(DType dtype, Layout layout, const Product& p, int build, int
     return choose(
         kName, kProductBuilds, p, build, device, [&] { return refuses(dtype, layout, p); },
         [&](int number) { return build_refuses(kProductBuilds[number], dtype); },
-        [&] { return by_rule(layout, p, multiprocessors(device)); });
-}
-
-// Completes the choice of a build: the rows of a tile, the splits of k and the predicted time.
-ProductChoice product_choice(Layout layout, const Product& p, int build, int device) {
-    const int processors = multiprocessors(device);
-    if (build != kAnyGpu) {
-        const Split split = split_of(kProductBuilds[build], layout, p, processors);
-        return {build, kUnitRows, split.parts, split.clocks};
-    }
-    ProductChoice choice = choose_product_any(layout, p.m, p.n, p.k, device);
-    if (capability(device) == 90) choice.clocks = generic_clocks(p, processors);
-    return choice;
+        [&] {
+            return product_by_rule(layout, p, unit_clocks_of(p), multiprocessors(device));
+        });
 }
 
 }  // namespace
+
+const double kExponentialUnit = kActivate;
+
+std::string operands_refuse(DType dtype, Layout layout, const Product& p) {
+    if (dtype == DType::f32) return "wgmma has no products in full precision";
+    // Coordinates have 32 bits, and the last tile may reach past the end.
+    constexpr int64_t kLongest = std::numeric_limits<int>::max() - 1024;
+    if (std::max({p.m, p.n, p.k}) > kLongest) return "a dimension is too long for TMA";
+    const bool trans_a = layout == Layout::weight, trans_b = layout != Layout::forward;
+    const Matrix matrices[] = {
+        {"a", p.a, trans_a ? p.k : p.m, trans_a ? p.m : p.k, p.a_stride},
+        {"b", p.b, trans_b ? p.k : p.n, trans_b ? p.n : p.k, p.b_stride},
+    };
+    return matrices_refuse(dtype, matrices);
+}
+
+Choice product_by_rule(Layout layout, const Product& p, double unit_clocks, int processors) {
+    Choice best{kAnyGpu, "it is predicted to be slower"};
+    double least = generic_clocks(p, unit_clocks, processors) / kGenericGain;
+    for (int i = 0; i < kProductCount; ++i) {
+        if (kProductBuilds[i].rule == Rule::never) continue;
+        const double clocks =
+            split_of(kProductBuilds[i], layout, p, unit_clocks, processors).clocks;
+        if (clocks >= least) continue;
+        least = clocks;
+        best = {i};
+    }
+    return best;
+}
+
+ProductChoice product_choice(Layout layout, const Product& p, double unit_clocks, int build,
+                             int device) {
+    const int processors = multiprocessors(device);
+    if (build != kAnyGpu) {
+        const Split split = split_of(kProductBuilds[build], layout, p, unit_clocks, processors);
+        return {build, kUnitRows, split.parts, split.clocks};
+    }
+    ProductChoice choice = choose_product_any(layout, p.m, p.n, p.k, device);
+    if (capability(device) == 90) choice.clocks = generic_clocks(p, unit_clocks, processors);
+    return choice;
+}
 
 std::vector<Build> gelu_mlp_builds() { return {kProductBuilds.begin(), kProductBuilds.end()}; }
 
 ProductChoice choose_product(DType dtype, Layout layout, const Product& p, int build, int device) {
     const Choice choice = choose_build(dtype, layout, p, build, device);
-    return product_choice(layout, p, choice.build, device);
+    return product_choice(layout, p, unit_clocks_of(p), choice.build, device);
 }
 
 int64_t product_partials(DType dtype, Layout layout, const Product& p, int build, Stream stream) {
@@ -179,7 +201,8 @@ int64_t product_partials(DType dtype, Layout layout, const Product& p, int build
 
 void launch_product(DType dtype, Layout layout, const Product& p, int build, Stream stream) {
     const Choice chosen = choose_build(dtype, layout, p, build, stream.device);
-    const ProductChoice choice = product_choice(layout, p, chosen.build, stream.device);
+    const ProductChoice choice =
+        product_choice(layout, p, unit_clocks_of(p), chosen.build, stream.device);
     dry_run_refused(kName, chosen.reason);
     if (choice.build == kAnyGpu) return launch_product_any(dtype, layout, p, choice, stream);
     if (p.splits > divide_up(p.k, kProductStep)) {

@@ -26,11 +26,14 @@ struct Product {
     const void* bias;   // (n,) or null; forward
     const void* h;      // (m, n), the pre-activation, or null; backward: the product is
                         // multiplied by gelu'(h)
+    const float* addend; // (m, n) fp32 or null, with `total` alone: it is added to the product
     void* out;          // (m, n): the product, with bias; or dh; forward: may be null
     void* activation;   // (m, n) or null: gelu of h; forward: gelu of the rounded `out`
     float* partial;     // null, or `product_partials` rows. backward: rows of n, column sums of dh,
                         // which Hopper rounds before it adds them. weight: rows of m * n, one for
                         // each split, to be summed; nothing goes to `out`
+    float* total;       // null, or (m, n) fp32: the product goes there and not to `out`; backward
+                        // without h
     int64_t m, n, k;
     int64_t a_stride, b_stride;
     int splits;         // splits of k; weight only

@@ -15,182 +15,23 @@
 // Accumulation is in fp32. There are no atomics: gelu_mlp/sums.cu adds up partial sums (over row
 // tiles for db1, over the splits of k for dw1 and dw2) in a fixed order.
 #include <algorithm>
-#include <type_traits>
 
-#include "device/copy.h"
-#include "device/mma.h"
-#include "device/tile.h"
-#include "device/vector.h"
 #include "gelu_mlp/choice.h"
 #include "gelu_mlp/epilogue.h"
+#include "gelu_mlp/tile.h"
 
 namespace gk {
 namespace {
 
-// Row tiles that read the same columns of B run together, so that these columns stay in L2.
-constexpr int kGroup = 8;
-
-// The sizes of a kernel: a CTA's tile of D, m x n, in which its warps' tiles lie side by side; the
-// depth of one step along k, 64 or 128 bytes; and the stages, each of which holds one step in
-// flight or in use.
-template <class T, int kTileM, int kTileN, int kDepthBytes, int kTileStages, int kWarpRows,
-          int kWarpCols, int kResident>
-struct Config {
-    static constexpr int kM = kTileM, kN = kTileN, kStages = kTileStages;
-    static constexpr int kK = kDepthBytes / static_cast<int>(sizeof(T));
-    static constexpr int kThreads = 32 * kWarpRows * kWarpCols;
-    static constexpr int kWarpM = kM / kWarpRows, kWarpN = kN / kWarpCols, kWarpsN = kWarpCols;
-    static constexpr int kCtas = kResident;  // CTAs on a multiprocessor, as registers should allow
-    static constexpr int kStageBytes = (kM + kN) * kDepthBytes;
-    static constexpr int kSharedBytes = std::max(kStages * kStageBytes, kM * kN * 4);
-    static_assert(kSharedBytes <= 99 * 1024, "what every device from sm_80 on has");
-};
-
-// Warps of 64 x 64 read 32 KB of shared memory for a step of 128 x 128 x 32. Warps of 64 x 32 would
-// read 48 KB, which at 128 bytes a clock takes as long as the products.
-template <class T>
-struct Large : Config<T, 128, 128, 64, 4, 2, 2, 2> {};
-// fp32 needs the smaller warps, since registers are short: a thread has 8 x 8 results and their
-// operands.
-template <>
-struct Large<float> : Config<float, 128, 128, 64, 4, 2, 4, 1> {};
-template <class T>
-struct Small : Config<T, 64, 64, 128, 3, 2, 2, sizeof(T) == 4 ? 2 : 3> {};
-
-struct ProductKernel {
-    Product p;
-    // The tiles of D; `group` row tiles run together. The numbers have 32 bits, as the grid's size
-    // has: 64-bit divisions would take a good part of a small tile's time.
-    unsigned tiles_m, tiles_n, group;
-    int split_steps;                         // steps along k of one split
-    bool a_aligned, b_aligned, out_aligned;  // whether base and rows are aligned to 16 bytes
-};
-
-// A CTA's operands, and the stages of shared memory that hold tiles of them.
+// What happens to the tile of D once it is in shared memory.
 template <class T, class C, Layout kLayout>
-struct Operands {
-    static constexpr bool kTransA = kLayout == Layout::weight;
-    static constexpr bool kTransB = kLayout != Layout::forward;
-    template <bool kTransposed, int kSize>
-    using Tile = std::conditional_t<kTransposed, SharedTile<T, C::kK, kSize>,
-                                    SharedTile<T, kSize, C::kK>>;
-    using TileA = Tile<kTransA, C::kM>;
-    using TileB = Tile<kTransB, C::kN>;
-
-    const T* a;  // the tile's first row or column
-    const T* b;
-    int64_t a_stride, b_stride, k_end;
-    int rows, cols;  // rows and columns of D within the tile, at most kM and kN
-    bool a_aligned, b_aligned;
-
-    __device__ static TileA tile_a(int slot) {
-        return {reinterpret_cast<T*>(shared_memory() + slot * C::kStageBytes)};
-    }
-
-    __device__ static TileB tile_b(int slot) {
-        return {reinterpret_cast<T*>(shared_memory() + slot * C::kStageBytes + TileA::kBytes)};
-    }
-
-    __device__ void copy(int64_t k, int slot) const {
-        const int depth = static_cast<int>(min(k_end - k, static_cast<int64_t>(C::kK)));
-        if constexpr (kTransA) {
-            copy_tile<C::kThreads>(tile_a(slot), a + k * a_stride, a_stride, depth, rows,
-                                   a_aligned);
-        } else {
-            copy_tile<C::kThreads>(tile_a(slot), a + k, a_stride, rows, depth, a_aligned);
-        }
-        if constexpr (kTransB) {
-            copy_tile<C::kThreads>(tile_b(slot), b + k * b_stride, b_stride, depth, cols,
-                                   b_aligned);
-        } else {
-            copy_tile<C::kThreads>(tile_b(slot), b + k, b_stride, cols, depth, b_aligned);
-        }
-    }
-};
-
-// A warp's part of D: accumulators of its 16 x 8 tiles.
-template <class C>
-struct Accumulators {
-    float at[C::kWarpM / 16][C::kWarpN / 8][4];
-};
-
-// acc += A B over one stage.
-template <class T, class C, Layout kLayout>
-__device__ __forceinline__ void multiply_stage(Accumulators<C>& acc, int slot, int warp_m,
-                                               int warp_n) {
-    using Source = Operands<T, C, kLayout>;
-    const auto tile_a = Source::tile_a(slot);
-    const auto tile_b = Source::tile_b(slot);
-    // The fp32 loop is not unrolled: the fragments of the next k would be loaded ahead into
-    // registers that fp32 does not have.
-    [[maybe_unused]] constexpr int kUnrolled = sizeof(T) == 4 ? 1 : C::kK / Mma<T>::K;
-#pragma unroll kUnrolled
-    for (int k = 0; k < C::kK; k += Mma<T>::K) {
-        typename Mma<T>::A a[C::kWarpM / 16];
-#pragma unroll
-        for (int i = 0; i < C::kWarpM / 16; ++i) {
-            if constexpr (Source::kTransA) {
-                load_a_transposed(a[i], tile_a, k, warp_m + 16 * i);
-            } else {
-                load_a(a[i], tile_a, warp_m + 16 * i, k);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < C::kWarpN / 8; j += 2) {
-            typename Mma<T>::B b[2];
-            if constexpr (Source::kTransB) {
-                load_b_transposed(b, tile_b, k, warp_n + 8 * j);
-            } else {
-                load_b(b, tile_b, warp_n + 8 * j, k);
-            }
-#pragma unroll
-            for (int i = 0; i < C::kWarpM / 16; ++i) {
-                Mma<T>::multiply(acc.at[i][j], a[i], b[0]);
-                Mma<T>::multiply(acc.at[i][j + 1], a[i], b[1]);
-            }
-        }
-    }
-}
-
-// The tile of D in shared memory, in fp32. Groups of 8 columns are swizzled, so that the 8 rows
-// that a warp writes at once lie in different banks.
-template <class C>
-__device__ __forceinline__ float* staged(int row, int col) {
-    return reinterpret_cast<float*>(shared_memory()) + row * C::kN +
-           (((col / 8) ^ (row % 8)) * 8 + col % 8);
-}
-
-template <class C>
-__device__ __forceinline__ void stage(const Accumulators<C>& acc, int warp_m, int warp_n) {
-    const int row = warp_m + lane_index() / 4, col = warp_n + lane_index() % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < C::kWarpM / 16; ++i) {
-#pragma unroll
-        for (int j = 0; j < C::kWarpN / 8; ++j) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float* pair = staged<C>(row + 16 * i + 8 * half, col + 8 * j);
-                *reinterpret_cast<float2*>(pair) =
-                    make_float2(acc.at[i][j][2 * half], acc.at[i][j][2 * half + 1]);
-            }
-        }
-    }
-}
-
-// What happens to the tile of D once it is in shared memory: each thread takes eight columns of
-// every kRowStep-th row.
-template <class T, class C, Layout kLayout>
-struct Epilogue {
-    static constexpr int kGroups = C::kN / 8, kRowStep = C::kThreads / kGroups;
+struct Epilogue : TileOfD<C> {
+    using TileOfD<C>::m, TileOfD<C>::n, TileOfD<C>::rows, TileOfD<C>::cols, TileOfD<C>::split;
+    using TileOfD<C>::col, TileOfD<C>::first_row, TileOfD<C>::valid, TileOfD<C>::load;
+    using TileOfD<C>::kRowStep;
 
     const ProductKernel& kernel;
-    int64_t m, n;    // the first row and column of the tile
-    int rows, cols;  // rows and columns of D in the tile
-    unsigned split;
 
-    __device__ static int col() { return static_cast<int>(threadIdx.x) % kGroups * 8; }
-    __device__ static int first_row() { return static_cast<int>(threadIdx.x) / kGroups; }
-    __device__ int valid() const { return min(cols - col(), 8); }
     __device__ int64_t place(int row) const { return (m + row) * kernel.p.n + n + col(); }
 
     // Stores eight values of a row to an output (m, n).
@@ -202,10 +43,6 @@ struct Epilogue {
     __device__ __forceinline__ Pack<T, 8> load_h(int row) const {
         return load_valid<8>(static_cast<const T*>(kernel.p.h) + place(row), valid(),
                              kernel.out_aligned);
-    }
-
-    __device__ __forceinline__ static void load(float (&d)[8], int row) {
-        unpack_floats(d, load_pack<8>(staged<C>(row, col())));
     }
 
     // Stores out = D + bias, and the gelu of the rounded out.
@@ -249,6 +86,22 @@ struct Epilogue {
         }
     }
 
+    // Stores total = addend + D, in fp32.
+    __device__ __forceinline__ void add() const {
+        const Product& p = kernel.p;
+        for (int row = first_row(); row < rows; row += kRowStep) {
+            float d[8], before[8] = {};
+            load(d, row);
+            if (p.addend != nullptr) {
+                unpack_floats(before, load_valid<8>(p.addend + place(row), valid(),
+                                                    kernel.out_aligned));
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) d[i] += before[i];
+            store(p.total, row, d);
+        }
+    }
+
     template <class U>
     __device__ __forceinline__ void plain(U* base) const {
         for (int row = first_row(); row < rows; row += kRowStep) {
@@ -266,7 +119,9 @@ struct Epilogue {
         } else if constexpr (kLayout == Layout::backward) {
             float sums[8] = {};
             if (any) {
-                if (p.h == nullptr) {
+                if (p.total != nullptr) {
+                    add();
+                } else if (p.h == nullptr) {
                     plain(static_cast<T*>(p.out));
                 } else {
                     p.tanh ? backward<true>(sums) : backward<false>(sums);
@@ -301,63 +156,7 @@ struct Epilogue {
 template <class T, class C, Layout kLayout>
 __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     product_kernel(const __grid_constant__ ProductKernel kernel) {
-    using Source = Operands<T, C, kLayout>;
-    const Product& p = kernel.p;
-
-    // CTAs go down `group` row tiles, then on to the next columns. The splits of k come one after
-    // another.
-    const unsigned tiles = kernel.tiles_m * kernel.tiles_n;
-    const unsigned split = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-    const unsigned first = tile / (kernel.group * kernel.tiles_n) * kernel.group;
-    const unsigned height = min(kernel.tiles_m - first, kernel.group);
-    const unsigned place = tile - first * kernel.tiles_n;
-    const int64_t m = static_cast<int64_t>(first + place % height) * C::kM;
-    const int64_t n = static_cast<int64_t>(place / height) * C::kN;
-
-    const int64_t k = static_cast<int64_t>(split) * kernel.split_steps * C::kK;
-    const int64_t steps_left = (p.k - k + C::kK - 1) / C::kK;
-    const int steps = static_cast<int>(min(max(steps_left, static_cast<int64_t>(0)),
-                                           static_cast<int64_t>(kernel.split_steps)));
-
-    const T* a = static_cast<const T*>(p.a) + (Source::kTransA ? m : m * p.a_stride);
-    const T* b = static_cast<const T*>(p.b) + (Source::kTransB ? n : n * p.b_stride);
-    const Source source{a,
-                        b,
-                        p.a_stride,
-                        p.b_stride,
-                        p.k,
-                        static_cast<int>(min(p.m - m, static_cast<int64_t>(C::kM))),
-                        static_cast<int>(min(p.n - n, static_cast<int64_t>(C::kN))),
-                        kernel.a_aligned,
-                        kernel.b_aligned};
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int warp_m = warp / C::kWarpsN * C::kWarpM, warp_n = warp % C::kWarpsN * C::kWarpN;
-
-    Accumulators<C> acc = {};
-#pragma unroll
-    for (int step = 0; step < C::kStages - 1; ++step) {
-        if (step < steps) source.copy(k + step * C::kK, step);
-        cp_async_commit();
-    }
-    int slot = 0, free_slot = C::kStages - 1;
-    for (int step = 0; step < steps; ++step) {
-        cp_async_wait<C::kStages - 2>();
-        // All threads' copies of this step are there, and all threads are done with the step before
-        // it, whose slot the next copy takes.
-        __syncthreads();
-        const int ahead = step + C::kStages - 1;
-        if (ahead < steps) source.copy(k + static_cast<int64_t>(ahead) * C::kK, free_slot);
-        cp_async_commit();
-        multiply_stage<T, C, kLayout>(acc, slot, warp_m, warp_n);
-        free_slot = slot;
-        slot = slot + 1 == C::kStages ? 0 : slot + 1;
-    }
-
-    __syncthreads();  // the stages become the tile of D
-    stage<C>(acc, warp_m, warp_n);
-    __syncthreads();
-
-    Epilogue<T, C, kLayout>{kernel, m, n, source.rows, source.cols, split}.run();
+    Epilogue<T, C, kLayout>{multiply_tile<T, C, kLayout>(kernel), kernel}.run();
 }
 
 // ---- host
@@ -365,16 +164,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
 template <class T, class C, Layout kLayout>
 void launch_tiles(ProductKernel& kernel, DType dtype, const ProductChoice& choice, Stream stream) {
     const Product& p = kernel.p;
-    const int64_t tiles_m = divide_up(p.m, C::kM), tiles_n = divide_up(p.n, C::kN);
-    const int64_t ctas = tiles_m * tiles_n * p.splits;
+    const int64_t ctas = divide_into_tiles<C>(kernel, dtype);
     const std::string shape = shape_of(p) + " " + name_of(dtype);
     constexpr const char* kNames[] = {"gelu_mlp product, forward", "gelu_mlp product, backward",
                                       "gelu_mlp product, weight gradient"};
     const char* kernel_name = kNames[static_cast<int>(kLayout)];
-    kernel.tiles_m = static_cast<unsigned>(tiles_m);
-    kernel.tiles_n = static_cast<unsigned>(tiles_n);
-    kernel.group = static_cast<unsigned>(std::min<int64_t>(tiles_m, kGroup));
-    kernel.split_steps = static_cast<int>(divide_up(divide_up(p.k, C::kK), p.splits));
     launch(product_kernel<T, C, kLayout>,
            {.name = kernel_name,
             .shape = shape,
@@ -430,11 +224,10 @@ void launch_product_any(DType dtype, Layout layout, const Product& p, const Prod
     const int64_t size = dtype == DType::f32 ? 4 : 2;
     ProductKernel kernel{};
     kernel.p = p;
-    kernel.a_aligned = aligned_16(p.a, p.a_stride * size);
-    kernel.b_aligned = aligned_16(p.b, p.b_stride * size);
     kernel.out_aligned = true;
-    for (const void* matrix : {p.h, static_cast<const void*>(p.out),
-                               static_cast<const void*>(p.activation)}) {
+    for (const void* matrix :
+         {p.h, static_cast<const void*>(p.addend), static_cast<const void*>(p.out),
+          static_cast<const void*>(p.activation), static_cast<const void*>(p.total)}) {
         kernel.out_aligned &= aligned_16(matrix, p.n * size);
     }
     dispatch(dtype, [&](auto element) {

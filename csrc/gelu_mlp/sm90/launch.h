@@ -25,15 +25,20 @@ ProductSm90 product_sm90(DType dtype, const Product& p) {
     kernel.b = kLayout == Layout::forward
                    ? matrix(p.b, p.n, p.k, p.b_stride, C::kN / C::kCluster)
                    : matrix(p.b, p.k, p.n, p.b_stride, C::kK / C::kCluster);
-    if (p.splits > 1) {
-        kernel.out = tensor_map({DType::f32, 3, p.partial, {p.n, p.m, p.splits},
-                                 {1, p.n, p.m * p.n}, {kUnitCols / 2, kUnitRows, 1},
-                                 Swizzle::b128});
+    kernel.wide = p.splits > 1 || p.total != nullptr;
+    if (kernel.wide) {
+        const float* base = p.splits > 1 ? p.partial : p.total;
+        kernel.out = tensor_map({DType::f32, 3, base, {p.n, p.m, p.splits}, {1, p.n, p.m * p.n},
+                                 {kUnitCols / 2, kUnitRows, 1}, Swizzle::b128});
     } else if (p.out != nullptr) {
         kernel.out = matrix(p.out, p.m, p.n, p.n, kUnitRows);
     }
     if (p.activation != nullptr) kernel.activation = matrix(p.activation, p.m, p.n, p.n, kUnitRows);
     if (p.h != nullptr) kernel.h = matrix(p.h, p.m, p.n, p.n, kUnitRows);
+    if (p.addend != nullptr) {
+        kernel.h = tensor_map({DType::f32, 2, p.addend, {p.n, p.m}, {1, p.n},
+                               {kUnitCols / 2, kUnitRows}, Swizzle::b128});
+    }
     kernel.bias = p.bias;
     kernel.partial = kLayout == Layout::backward ? p.partial : nullptr;
     kernel.m = p.m;
@@ -45,11 +50,31 @@ ProductSm90 product_sm90(DType dtype, const Product& p) {
     kernel.group = std::min(kernel.tiles_m,
                             static_cast<unsigned>(kProductGroupRows / (C::kM * C::kCluster)));
     kernel.items = kernel.tiles_m * kernel.tiles_n * kernel.splits;
-    kernel.has_out = p.out != nullptr || p.splits > 1;
+    kernel.has_out = p.out != nullptr || kernel.wide;
     kernel.has_activation = p.activation != nullptr;
-    kernel.has_h = p.h != nullptr;
+    kernel.has_h = p.h != nullptr || p.addend != nullptr;
     kernel.tanh = p.tanh;
     return kernel;
+}
+
+// How a kernel of build kNumber is launched: one cluster for each place on the chip.
+template <int kNumber>
+Launch product_launch(const char* name, const std::string& shape, const ProductSm90& kernel,
+                      double clocks, const Stream& stream) {
+    using C = ProductBuild<kNumber>;
+    const unsigned clusters =
+        std::min(kernel.items, std::max(1u, static_cast<unsigned>(multiprocessors(stream.device)) /
+                                                C::kCluster));
+    return {.name = name,
+            .shape = shape,
+            .grid = dim3(clusters * C::kCluster),
+            .threads = C::kThreads,
+            .shared_bytes = C::kSharedBytes,
+            .stream = stream,
+            .cluster = C::kCluster,
+            .tiles = int64_t{kernel.items} * C::kCluster,
+            .built = kProductBuilds[kNumber],
+            .clocks = clocks};
 }
 
 template <class T, int kNumber, Layout kLayout>
@@ -59,20 +84,9 @@ void launch_product_build(DType dtype, const Product& p, double clocks, const St
                                       "gelu_mlp product for sm90, backward",
                                       "gelu_mlp product for sm90, weight gradient"};
     const ProductSm90 kernel = product_sm90<C, kLayout>(dtype, p);
-    const unsigned clusters =
-        std::min(kernel.items, std::max(1u, static_cast<unsigned>(multiprocessors(stream.device)) /
-                                                C::kCluster));
     launch(product_sm90_kernel<T, C, kLayout>,
-           {.name = kNames[static_cast<int>(kLayout)],
-            .shape = shape_of(p) + " " + name_of(dtype),
-            .grid = dim3(clusters * C::kCluster),
-            .threads = C::kThreads,
-            .shared_bytes = C::kSharedBytes,
-            .stream = stream,
-            .cluster = C::kCluster,
-            .tiles = int64_t{kernel.items} * C::kCluster,
-            .built = kProductBuilds[kNumber],
-            .clocks = clocks},
+           product_launch<kNumber>(kNames[static_cast<int>(kLayout)],
+                                   shape_of(p) + " " + name_of(dtype), kernel, clocks, stream),
            kernel);
 }
 

@@ -5,7 +5,7 @@
 //     accumulated in fp32
 //     forward    out = D + bias (m, n) and activation = gelu(out) (m, n), either may be absent
 //     backward   out = D gelu'(h) (m, n), activation = gelu(h), partial: column sums of out as
-//                stored, of 64 rows each; without h: out = D
+//                stored, of 64 rows each; without h: out = D, or total = addend + D in fp32
 //     weight     out = D, or, with k split, partial (splits, m, n) fp32
 //
 // Bytes: each CTA reads its tiles' operands once, but only half of B where two CTAs of a cluster
@@ -105,9 +105,9 @@ constexpr auto kProductBuilds = build_table<kProductCount>([](auto number) {
 
 struct ProductSm90 {
     TensorMap a, b;
-    TensorMap out;         // (m, n), or (splits, m, n) fp32
+    TensorMap out;         // (m, n), or (splits, m, n) fp32 where it is wide
     TensorMap activation;  // (m, n)
-    TensorMap h;           // (m, n)
+    TensorMap h;           // (m, n), or what is added, in fp32, where the output is wide
     const void* bias;      // (n,) or absent
     float* partial;        // (ceil(m / 64), n) column sums, or absent
     int64_t m, n;
@@ -115,6 +115,7 @@ struct ProductSm90 {
     unsigned tiles_m, tiles_n, group; // tiles_m: clusters; `group` of them run together
     unsigned items;                   // tiles times splits
     bool has_out, has_activation, has_h, tanh;
+    bool wide;  // the output is fp32
 
     // How many slots one unit takes.
     __host__ __device__ int outputs() const { return has_out && has_activation ? 2 : 1; }

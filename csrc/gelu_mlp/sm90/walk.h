@@ -1,4 +1,4 @@
-// What the roles of gelu_mlp/sm90/kernel.h share: the layout of shared memory, and the order of
+// What the roles of gelu_mlp/sm90/roles.h share: the layout of shared memory, and the order of
 // tiles and units.
 #pragma once
 
@@ -99,7 +99,7 @@ struct Units {
     __device__ __forceinline__ Units(const ProductSm90& p, int consumer, unsigned rank)
         : p(p), consumer(consumer), rank(rank), stride(gridDim.x / C::kCluster),
           item(blockIdx.x / C::kCluster),
-          cols(kLayout == Layout::weight && p.splits > 1 ? kUnitCols / 2 : kUnitCols) {
+          cols(kLayout != Layout::forward && p.wide ? kUnitCols / 2 : kUnitCols) {
         if constexpr (C::kPingpong) {
             item += consumer * stride;
             stride *= C::kConsumers;

@@ -63,7 +63,8 @@ def gelu_mlp_bwd(
     dx, dw1, db1, dw2, db2 = (torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(5))
     dy = dy if dy.stride(1) == 1 or dy.shape[1] == 1 else dy.contiguous()
     if need_b2:
-        db2 = _column_sums(dy)
+        db2 = torch.empty(dy.shape[1], dtype=dy.dtype, device=dy.device)
+        column_sums(dy, out=db2)
     if not (need_x or need_w1 or need_b1 or need_w2):
         return dx, dw1, db1, dw2, db2
     if h is None:
@@ -71,7 +72,8 @@ def gelu_mlp_bwd(
         linear_fwd(x, w1, b1, out=h, build=build)
     dh, a, partial = linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1, build=build)
     if need_b1:
-        db1 = _partial_sums(partial, dy.dtype)
+        db1 = torch.empty(w1.shape[0], dtype=dy.dtype, device=dy.device)
+        partial_sums(partial, out=db1)
     if need_w2:
         dw2 = weight_grad(dy, a, build=build)
     if need_w1:
@@ -104,18 +106,21 @@ def linear_bwd(
     a: Tensor,
     b: Tensor,
     *,
-    out: Tensor,
+    out: Tensor | None = None,
     h: Tensor | None = None,
     activation: Tensor | None = None,
     partial: Tensor | None = None,
+    addend: Tensor | None = None,
+    total: Tensor | None = None,
     approximate: str = "tanh",
     build: int = -1,
 ) -> None:
     """Computes out = a (m, k) b (k, n). With h (m, n) it multiplies out by gelu'(h), and writes
-    gelu(h) to `activation` and the column sums of out in each tile of rows to `partial`."""
+    gelu(h) to `activation` and the column sums of out in each tile of rows to `partial`. In place
+    of out it computes, without h, total = a b in fp32, plus `addend` if that is given."""
     _product(
-        _MADE, _BACKWARD, a, b, h=h, out=out, activation=activation, partial=partial,
-        approximate=approximate, build=build,
+        _MADE, _BACKWARD, a, b, h=h, addend=addend, out=out, activation=activation,
+        partial=partial, total=total, approximate=approximate, build=build,
     )  # fmt: skip
 
 
@@ -153,24 +158,23 @@ def linear_gelu_bwd(
     return dh, a, partial
 
 
-def weight_grad(a: Tensor, b: Tensor, *, build: int = -1) -> Tensor:
-    """Returns a^T b (m, n) of a (k, m) and b (k, n)."""
+def weight_grad(a: Tensor, b: Tensor, *, out: Tensor | None = None, build: int = -1) -> Tensor:
+    """Returns a^T b (m, n) of a (k, m) and b (k, n): contiguous, in `out` if that is given."""
     rows, cols = a.shape[1], b.shape[1]
     splits = _product(_PARTIALS, _WEIGHT, a, b, build=build)
-    out = partial = None
-    if splits > 1:
-        partial = torch.empty((splits, rows * cols), dtype=torch.float32, device=a.device)
-    else:
+    if out is None:
         out = torch.empty((rows, cols), dtype=a.dtype, device=a.device)
-    _product(_MADE, _WEIGHT, a, b, out=out, partial=partial, splits=splits, build=build)
-    if partial is not None:
-        out = _partial_sums(partial, a.dtype).view(rows, cols)
-    assert out is not None
+    if splits == 1:
+        _product(_MADE, _WEIGHT, a, b, out=out, build=build)
+        return out
+    partial = torch.empty((splits, rows * cols), dtype=torch.float32, device=a.device)
+    _product(_MADE, _WEIGHT, a, b, partial=partial, splits=splits, build=build)
+    partial_sums(partial, out=out.view(-1))
     return out
 
 
-def _column_sums(x: Tensor) -> Tensor:
-    """Returns the sums of x (rows, cols) over its rows, (cols,)."""
+def column_sums(x: Tensor, *, out: Tensor) -> None:
+    """Writes the sums of x (rows, cols) over its rows to out (cols,)."""
     rows, cols = x.shape
     parts = native.module().gelu_mlp_column_sum_parts(rows)
     partial = torch.empty((parts, cols), dtype=torch.float32, device=x.device)
@@ -184,23 +188,21 @@ def _column_sums(x: Tensor) -> Tensor:
         cols=cols,
         stride=x.stride(0),
     )
-    return _partial_sums(partial, x.dtype)
+    partial_sums(partial, out=out)
 
 
-def _partial_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the sums of partial (parts, cols) fp32 over the parts, (cols,), rounded to dtype."""
+def partial_sums(partial: Tensor, *, out: Tensor) -> None:
+    """Writes the sums of partial (parts, cols) fp32 over the parts, rounded, to out (cols,)."""
     parts, cols = partial.shape
-    out = torch.empty(cols, dtype=dtype, device=partial.device)
     native.call(
         "gelu_mlp_partial_sums",
         partial,
         inputs={"partial": partial},
         outputs={"out": out},
-        dtype=native.dtype_code(dtype),
+        dtype=native.dtype_code(out.dtype),
         parts=parts,
         cols=cols,
     )
-    return out
 
 
 def _product(
@@ -211,9 +213,11 @@ def _product(
     *,
     bias: Tensor | None = None,
     h: Tensor | None = None,
+    addend: Tensor | None = None,
     out: Tensor | None = None,
     activation: Tensor | None = None,
     partial: Tensor | None = None,
+    total: Tensor | None = None,
     splits: int = 1,
     approximate: str = "tanh",
     build: int = -1,
@@ -228,8 +232,8 @@ def _product(
     return native.call(
         function,
         a,
-        inputs=dict(a=a, b=b, bias=bias, h=h),
-        outputs=dict(out=out, activation=activation, partial=partial),
+        inputs=dict(a=a, b=b, bias=bias, h=h, addend=addend),
+        outputs=dict(out=out, activation=activation, partial=partial, total=total),
         dtype=native.dtype_code(a.dtype),
         layout=layout,
         m=rows,

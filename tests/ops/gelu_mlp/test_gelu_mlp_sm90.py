@@ -72,6 +72,28 @@ class TestProducts:
         kernels.linear_bwd(a, b, out=out, build=build)
         assert torch.equal(out, exact(a, b, BF16))
 
+    @pytest.mark.parametrize("build", [*BUILDS, "any GPU"])
+    @pytest.mark.parametrize("sizes", SIZES[1:3])
+    def test_sum_of_products(
+        self,
+        build: Any,
+        sizes: tuple[int, int, int],
+        seed: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """In fp32, as linear_cross_entropy adds up dx."""
+        if build == "any GPU":
+            monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm80")
+        number = build if build in BUILDS else -1
+        m, n, k = sizes
+        wanted, addend = torch.zeros(m, n).to(DEVICE), None
+        for _ in range(2):
+            a, b, total = integers(m, k), integers(k, n), filled(m, n, dtype=FP32)
+            kernels.linear_bwd(a, b, addend=addend, total=total, build=number)
+            wanted += exact(a, b, FP32)
+            assert torch.equal(total, wanted)
+            addend = total
+
     @every_build
     @pytest.mark.parametrize("sizes", SIZES)
     def test_weight(self, build: int, sizes: tuple[int, int, int], seed: int) -> None:
