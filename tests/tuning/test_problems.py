@@ -14,7 +14,14 @@ import torch
 from harness import BF16, FP16, FP32
 from torch import Tensor
 
-from gptkernels import attention, attention_decode, attention_varlen, gelu_mlp, layer_norm
+from gptkernels import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    gelu_mlp,
+    layer_norm,
+    linear_cross_entropy,
+)
 from gptkernels.core import cpu, plans
 from gptkernels.core.plans import Call
 from gptkernels.core.tuned import TRAINING, Key
@@ -88,6 +95,26 @@ def mlp(
         "b2": drawn(C, dtype=own) if b2 else None,
     }
     return gelu_mlp, tensors, options
+
+
+def head(
+    rows: int = 6,
+    C: int = 16,
+    V: int = 40,
+    *,
+    dtype: torch.dtype = FP32,
+    weights: torch.dtype | None = None,
+    bias: bool = False,
+    strided: bool = False,
+    **options: Any,
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    x = drawn(rows, 2 * C, dtype=dtype)[:, :C]
+    tensors: dict[str, Any] = {
+        "x": x if strided else x.contiguous(),
+        "weight": drawn(V, C, dtype=weights or dtype) / 4,
+        "bias": drawn(V, dtype=weights or dtype) if bias else None,
+    }
+    return linear_cross_entropy, tensors, {**options, "targets": torch.randint(V, (rows,))}
 
 
 def dense(
@@ -198,6 +225,12 @@ CALLS: dict[str, Callable[[], Made]] = {
     "mlp, transposed": lambda: mlp(transposed=True),
     "mlp, strided": lambda: mlp(strided=True),
     "mlp, strided and transposed": lambda: mlp(strided=True, transposed=True, dtype=BF16),
+    "head": head,
+    "head of one row": lambda: head(1),
+    "head, each row": lambda: head(100, reduction="none", label_smoothing=0.2, bias=True),
+    "head, sum": lambda: head(reduction="sum", z_loss=0.01, softcap=3.0, bias=True),
+    "head with bf16 weights": lambda: head(weights=BF16),
+    "head in bf16, strided": lambda: head(100, dtype=BF16, strided=True, bias=True),
     "attention": dense,
     "attention in bf16": lambda: dense(dtype=BF16),
     "attention, no mask": lambda: dense(causal=False),
@@ -256,6 +289,7 @@ AUTOCAST: dict[str, Callable[[], Made]] = {
     "mlp, converted weights": lambda: mlp(dtype=BF16, weights=FP32, recompute=True),
     "mlp, converted and transposed": lambda: mlp(transposed=True, b1=False),
     "mlp in bf16": lambda: mlp(dtype=BF16),
+    "head, converted": lambda: head(bias=True),
     "attention in bf16": lambda: dense(dtype=BF16),
 }
 
@@ -318,10 +352,57 @@ def test_a_problem_under_autocast(name: str) -> None:
         assert_measurable(key)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "reduction"),
+    [("x", "mean"), ("x", "none"), ("w", "mean"), ("wb", "none"), ("b", "sum"), ("xb", "mean")],
+)
+def test_a_problem_where_some_gradients_are_wanted(wanted: str, reduction: str) -> None:
+    """As with a frozen head, or a frozen model under it."""
+    op, tensors, options = head(bias=True, reduction=reduction)
+    leaves = {k: v.requires_grad_(k[0] in wanted) for k, v in tensors.items()}
+    (call,) = seen(lambda: op(**leaves, **options))
+    made = problem(call.key, sizes_at(call.key, 1.0))
+    assert {name[0] for name in made.differentiated} == set(wanted)
+    assert_measurable(call.key)
+    assert_wrong_is_noticed(call.key)
+
+
+def assert_wrong_is_noticed(key: Key) -> None:
+    """In the first number of each output and gradient."""
+    made = problem(key, sizes_at(key, 1.0))
+    leaves = made.leaves()
+    outputs = made.forward(leaves, impl="torch")
+    results = [*outputs, *(made.backward(leaves, outputs) if made.training else [])]
+    results = [x.detach() for x in results]
+
+    def checked(found: list[Tensor]) -> bool:
+        error, limit = made.check(found[: len(outputs)], found[len(outputs) :])
+        return error <= limit
+
+    assert checked(results)
+    for index, right in enumerate(results):
+        wrong = right.clone()
+        wrong.view(-1)[0] += right.abs().max() / 4
+        assert not checked([*results[:index], wrong, *results[index + 1 :]]), index
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("head")])
+def test_a_wrong_loss_or_gradient_is_noticed(name: str) -> None:
+    for key in keys_of(CALLS[name]()):
+        assert_wrong_is_noticed(key)
+
+
 @pytest.mark.parametrize("way", ["torch", "cpu"])
 @pytest.mark.parametrize(
     "name",
-    ["norm of strided rows", "mlp", "mlp, transposed", "mlp, strided", "attention, strided"],
+    [
+        "norm of strided rows",
+        "mlp",
+        "mlp, transposed",
+        "mlp, strided",
+        "attention, strided",
+        "head",
+    ],
 )
 def test_a_call_runs_by_the_way_that_is_asked_for(
     name: str, way: str, monkeypatch: pytest.MonkeyPatch
