@@ -18,6 +18,7 @@ from gptkernels.bench.cases import (
     attention_varlen,
     gelu_mlp,
     layer_norm,
+    linear_cross_entropy,
     workload,
 )
 from gptkernels.bench.cases.workload import listed
@@ -48,6 +49,10 @@ SMALL = {
         layer_norm.Shape(150, 32, dropout=True),
     ],
     "gelu_mlp": [gelu_mlp.Shape(70, 16), gelu_mlp.Shape(20, 16, recompute=True)],
+    "linear_cross_entropy": [
+        linear_cross_entropy.Shape(70, 16, 50),
+        linear_cross_entropy.Shape(20, 16, 37),
+    ],
 }
 
 
@@ -148,6 +153,13 @@ def test_work_of_known_sizes() -> None:
     assert mlp.flops == 2 * 2 * 10 * 16 * 64
     (norm, _) = cases_of("layer_norm", layer_norm.Shape(10, 16), torch.bfloat16)
     assert norm.bytes_moved == 4 * 10 * 16 * 2
+    shape = linear_cross_entropy.Shape(70, 16, 50)
+    forward, both = cases_of("linear_cross_entropy", shape, torch.bfloat16)
+    assert (forward.direction, both.direction) == (FORWARD, BOTH)
+    # One product of (70, 16) and (16, 50), and two of its size backward.
+    assert (forward.flops, both.flops) == (2 * 70 * 16 * 50, 3 * 2 * 70 * 16 * 50)
+    assert (forward.bytes_moved, both.bytes_moved) == (120 * 16 * 2, 3 * 120 * 16 * 2)
+    assert forward.sizes == {"rows": 70, "C": 16, "V": 50}
     (step,) = cases_of("attention_decode", attention_decode.Shape(2, 40, 4, 2, 16))
     assert step.flops == 4 * 80 * 4 * 16
 

@@ -28,6 +28,7 @@ from gptkernels.bench.peers import (
     compiled,
     gelu_mlp,
     layer_norm,
+    linear_cross_entropy,
     packages,
 )
 from gptkernels.truth import baseline, reference
@@ -175,6 +176,9 @@ def everything(device: torch.device) -> dict[str, Peers]:
         "attention_decode": attention_decode.peers(device, BF16, (2, 1, 4, 16), k, lengths),
         "layer_norm": layer_norm.peers(device, BF16, 16, backward=False),
         "gelu_mlp": gelu_mlp.peers(device, BF16, backward=False),
+        "linear_cross_entropy": linear_cross_entropy.peers(
+            device, torch.tensor([0, 3]), reduction="mean", backward=False
+        ),
     }
 
 
@@ -805,6 +809,65 @@ def test_the_fused_product_has_one_gelu_a_device() -> None:
     make = gelu_mlp.peers(GPU, BF16, backward=True)["addmm with GELU"]
     with pytest.raises(NotImplementedError, match="no derivative"):
         make()
+
+
+# ---- the loss
+
+FUSED_LOSS = (
+    RECORDING
+    + """
+import torch
+class LigerFusedLinearCrossEntropyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, target, bias, ce_weight, ignore_index, lse_square_scale,
+                label_smoothing, reduction):
+        assert bias is ce_weight is None and (ignore_index, lse_square_scale) == (-100, 0.0)
+        assert label_smoothing == 0.0
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, weight)]
+            logits = torch.nn.functional.linear(*leaves).float()
+            loss = torch.nn.functional.cross_entropy(logits, target, reduction=reduction)
+        ctx.leaves, ctx.loss = leaves, loss
+        return loss.detach(), None
+    @staticmethod
+    def backward(ctx, dloss, _):
+        return *torch.autograd.grad(ctx.loss, ctx.leaves, dloss), *[None] * 7
+"""
+)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_losses_of_others_are_called_rightly(
+    dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch, fakes: Fakes
+) -> None:
+    """Those in x's dtype too: in fp32 they give the truth, in bf16 they are PyTorch's own two."""
+    uncompiled(monkeypatch)
+    fakes.add("liger_kernel.ops.fused_linear_cross_entropy", FUSED_LOSS)
+    targets = torch.randint(37, (50,))
+    targets[7] = -100
+    given = {"targets": targets, "reduction": reduction}
+    inputs = {"x": draw(50, 24, dtype=dtype), "weight": draw(37, 24, dtype=dtype)}
+    plain = functools.partial(linear_cross_entropy.in_dtype, **given)
+    narrow = {"torch.compile", "torch.compile max-autotune"}
+    for backward in (False, True):
+        peers = linear_cross_entropy.peers(GPU, **given, backward=backward)
+        functions = functions_of(peers)
+        liger = {"Liger"} if not backward or reduction == "mean" else set()
+        assert functions.keys() == narrow | {"logits in fp32"} | liger
+        for name, function in functions.items():
+            if dtype == BF16 and name in narrow:
+                assert torch.equal(function(**inputs), plain(**inputs))
+                continue
+            assert_parity(
+                lambda x, weight, f=function: f(x, weight),
+                functools.partial(baseline.linear_cross_entropy, **given),
+                functools.partial(reference.linear_cross_entropy, **given),
+                inputs,
+                gradients=backward,
+            )
+    if reduction == "none":
+        assert outcome(peers["Liger"]) == "Liger's gradients are those of a sum or a mean"
 
 
 # ---- torch.compile
