@@ -24,7 +24,7 @@ from gptkernels.cli import tune_table
 from gptkernels.core import plans
 from gptkernels.core.tuned import FORWARD, TRAINING, Key
 
-OPS = {"attention", "gelu_mlp", "layer_norm"}
+OPS = {"attention", "gelu_mlp", "layer_norm", "linear_cross_entropy"}
 
 
 @pytest.fixture(scope="module")

@@ -412,7 +412,7 @@ def test_layers_that_are_alike_are_run_once(monkeypatch: pytest.MonkeyPatch) -> 
     """Those with the same class, sizes and settings; a buffer may differ, and is looked at."""
     ran, run = [], probe._agrees
     monkeypatch.setattr(probe, "_agrees", lambda *given: ran.append(1) or run(*given))
-    found = probe.Probe()
+    found = probe.Probe(nn.Module())
     for module in (Wrong(), Wrong(), Wrong(between=True)):
         mlp.match(module, found)
     assert len(ran) == 4  # by tanh and exactly, of two kinds
