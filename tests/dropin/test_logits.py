@@ -689,7 +689,7 @@ def test_errors_and_numbers_are_pytorchs(use: Callable[[Tensor], Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "kept", [saved, copy.copy, lambda y: pickle.loads(pickle.dumps(y)), lambda y: y.data], ids=str
+    "kept", [saved, copy.copy, lambda y: pickle.loads(pickle.dumps(y)), lambda y: y.data]
 )
 def test_copies_are_plain_tensors(kept: Callable[[Tensor], Tensor]) -> None:
     model, ours = twins()
@@ -883,7 +883,6 @@ def test_generated_tokens_are_the_same_in_training_mode(name: str) -> None:
 def test_a_trainer_of_transformers(tmp_path: Path, calls: list[Any]) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    transformers.logging.disable_progress_bar()
     texts = [{"input_ids": t, "labels": t} for t in torch.randint(3, V, (8, 9))]
     model, ours = twins(gpt2())
     for network in (model, ours):
