@@ -76,7 +76,7 @@ def linear_cross_entropy_fwd(
         rows=rows, classes=classes, tiles=tiles, **_of_loss(options),
     )  # fmt: skip
     if dloss is None:
-        return losses, lse, *(x.new_empty(0) for _ in range(3))
+        return losses, lse, x.new_empty(0), x.new_empty(0), x.new_empty(0)
     gradients = linear_cross_entropy_bwd(
         dloss, x, weight, bias, targets, lse, options, grad_mask, build=build
     )
