@@ -12,11 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gptkernels.core import native
+from gptkernels.core import cuda_products as products
 from gptkernels.ops.gelu_mlp import torch as plain
-
-_FORWARD, _BACKWARD, _WEIGHT = 0, 1, 2  # the values of gk::Layout
-_MADE, _PARTIALS = "gelu_mlp_product", "gelu_mlp_product_partials"
 
 
 def gelu_mlp_fwd(
@@ -37,8 +34,8 @@ def gelu_mlp_fwd(
     a = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
     h = torch.empty_like(a) if keep_h else torch.empty(0, dtype=x.dtype, device=x.device)
     y = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype, device=x.device)
-    linear_fwd(x, w1, b1, out=h, activation=a, approximate=approximate, build=build)
-    linear_fwd(a, w2, b2, out=y, build=build)
+    products.linear_fwd(x, w1, b1, out=h, activation=a, approximate=approximate, build=build)
+    products.linear_fwd(a, w2, b2, out=y, build=build)
     return y, h
 
 
@@ -64,64 +61,24 @@ def gelu_mlp_bwd(
     dy = dy if dy.stride(1) == 1 or dy.shape[1] == 1 else dy.contiguous()
     if need_b2:
         db2 = torch.empty(dy.shape[1], dtype=dy.dtype, device=dy.device)
-        column_sums(dy, out=db2)
+        products.column_sums(dy, out=db2)
     if not (need_x or need_w1 or need_b1 or need_w2):
         return dx, dw1, db1, dw2, db2
     if h is None:
         h = torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device)
-        linear_fwd(x, w1, b1, out=h, build=build)
+        products.linear_fwd(x, w1, b1, out=h, build=build)
     dh, a, partial = linear_gelu_bwd(dy, w2, h, approximate, need_w2, need_b1, build=build)
     if need_b1:
         db1 = torch.empty(w1.shape[0], dtype=dy.dtype, device=dy.device)
-        partial_sums(partial, out=db1)
+        products.partial_sums(partial, out=db1)
     if need_w2:
-        dw2 = weight_grad(dy, a, build=build)
+        dw2 = products.weight_grad(dy, a, build=build)
     if need_w1:
-        dw1 = weight_grad(dh, x, build=build)
+        dw1 = products.weight_grad(dh, x, build=build)
     if need_x:
         dx = torch.empty((x.shape[0], w1.shape[1]), dtype=x.dtype, device=x.device)
-        linear_bwd(dh, w1, out=dx, build=build)
+        products.linear_bwd(dh, w1, out=dx, build=build)
     return dx, dw1, db1, dw2, db2
-
-
-def linear_fwd(
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    *,
-    out: Tensor,
-    activation: Tensor | None = None,
-    approximate: str = "tanh",
-    build: int = -1,
-) -> None:
-    """Computes a (m, k) times the transpose of b (n, k), plus bias. Writes it to `out` unless that
-    is empty, and its GELU to `activation` if that is given."""
-    _product(
-        _MADE, _FORWARD, a, b, bias=bias, out=out, activation=activation,
-        approximate=approximate, build=build,
-    )  # fmt: skip
-
-
-def linear_bwd(
-    a: Tensor,
-    b: Tensor,
-    *,
-    out: Tensor | None = None,
-    h: Tensor | None = None,
-    activation: Tensor | None = None,
-    partial: Tensor | None = None,
-    addend: Tensor | None = None,
-    total: Tensor | None = None,
-    approximate: str = "tanh",
-    build: int = -1,
-) -> None:
-    """Computes out = a (m, k) b (k, n). With h (m, n) it multiplies out by gelu'(h), and writes
-    gelu(h) to `activation` and the column sums of out in each tile of rows to `partial`. In place
-    of out it computes, without h, total = a b in fp32, plus `addend` if that is given."""
-    _product(
-        _MADE, _BACKWARD, a, b, h=h, addend=addend, out=out, activation=activation,
-        partial=partial, total=total, approximate=approximate, build=build,
-    )  # fmt: skip
 
 
 def linear_gelu_bwd(
@@ -140,12 +97,14 @@ def linear_gelu_bwd(
     dh = torch.empty((rows, inner), dtype=dy.dtype, device=dy.device)
     a = torch.empty((rows, inner) if store_a else (0,), dtype=dy.dtype, device=dy.device)
     partials = (
-        _product(_PARTIALS, _BACKWARD, dy, w2, h=h, out=dh, activation=a, build=build)
+        products.product(
+            products.PARTIALS, products.BACKWARD, dy, w2, h=h, out=dh, activation=a, build=build
+        )
         if sum_columns
         else 0
     )
     partial = torch.empty((partials, inner), dtype=torch.float32, device=dy.device)
-    linear_bwd(
+    products.linear_bwd(
         dy,
         w2,
         out=dh,
@@ -156,92 +115,3 @@ def linear_gelu_bwd(
         build=build,
     )
     return dh, a, partial
-
-
-def weight_grad(a: Tensor, b: Tensor, *, out: Tensor | None = None, build: int = -1) -> Tensor:
-    """Returns a^T b (m, n) of a (k, m) and b (k, n): contiguous, in `out` if that is given."""
-    rows, cols = a.shape[1], b.shape[1]
-    splits = _product(_PARTIALS, _WEIGHT, a, b, build=build)
-    if out is None:
-        out = torch.empty((rows, cols), dtype=a.dtype, device=a.device)
-    if splits == 1:
-        _product(_MADE, _WEIGHT, a, b, out=out, build=build)
-        return out
-    partial = torch.empty((splits, rows * cols), dtype=torch.float32, device=a.device)
-    _product(_MADE, _WEIGHT, a, b, partial=partial, splits=splits, build=build)
-    partial_sums(partial, out=out.view(-1))
-    return out
-
-
-def column_sums(x: Tensor, *, out: Tensor) -> None:
-    """Writes the sums of x (rows, cols) over its rows to out (cols,)."""
-    rows, cols = x.shape
-    parts = native.module().gelu_mlp_column_sum_parts(rows)
-    partial = torch.empty((parts, cols), dtype=torch.float32, device=x.device)
-    native.call(
-        "gelu_mlp_column_sums",
-        x,
-        inputs={"x": x},
-        outputs={"partial": partial},
-        dtype=native.dtype_code(x.dtype),
-        rows=rows,
-        cols=cols,
-        stride=x.stride(0),
-    )
-    partial_sums(partial, out=out)
-
-
-def partial_sums(partial: Tensor, *, out: Tensor) -> None:
-    """Writes the sums of partial (parts, cols) fp32 over the parts, rounded, to out (cols,)."""
-    parts, cols = partial.shape
-    native.call(
-        "gelu_mlp_partial_sums",
-        partial,
-        inputs={"partial": partial},
-        outputs={"out": out},
-        dtype=native.dtype_code(out.dtype),
-        parts=parts,
-        cols=cols,
-    )
-
-
-def _product(
-    function: str,
-    layout: int,
-    a: Tensor,
-    b: Tensor,
-    *,
-    bias: Tensor | None = None,
-    h: Tensor | None = None,
-    addend: Tensor | None = None,
-    out: Tensor | None = None,
-    activation: Tensor | None = None,
-    partial: Tensor | None = None,
-    total: Tensor | None = None,
-    splits: int = 1,
-    approximate: str = "tanh",
-    build: int = -1,
-) -> int:
-    """Calls one of the module's two functions for a product of a and b; `layout` says how they are
-    read.
-
-    _MADE computes the product. _PARTIALS returns the number of rows that `partial` must have. For a
-    weight's gradient 1 means that there is no `partial`: the product goes to `out`.
-    """
-    rows, depth = a.T.shape if layout == _WEIGHT else a.shape
-    return native.call(
-        function,
-        a,
-        inputs=dict(a=a, b=b, bias=bias, h=h, addend=addend),
-        outputs=dict(out=out, activation=activation, partial=partial, total=total),
-        dtype=native.dtype_code(a.dtype),
-        layout=layout,
-        m=rows,
-        n=b.shape[0 if layout == _FORWARD else 1],
-        k=depth,
-        a_stride=a.stride(0),
-        b_stride=b.stride(0),
-        splits=splits,
-        tanh=approximate == "tanh",
-        build=build,
-    )

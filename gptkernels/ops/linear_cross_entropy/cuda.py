@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptkernels.core import cuda_products as products
 from gptkernels.core import native
-from gptkernels.ops.gelu_mlp import cuda as products
 from gptkernels.ops.linear_cross_entropy import torch as plain
 from gptkernels.ops.linear_cross_entropy.options import LossOptions
 

@@ -26,8 +26,8 @@ from right import assert_right, assert_same, check_op, run
 from torch import Tensor
 
 from gptkernels import gelu_mlp
+from gptkernels.core import cuda_products as products
 from gptkernels.core.choice import INTERPRETED
-from gptkernels.ops.gelu_mlp import cuda as cuda_kernels
 from gptkernels.truth import baseline, parity, reference
 
 hold = functools.partial(assert_right, gelu_mlp)
@@ -119,7 +119,7 @@ class TestParity:
         """The weights' gradients sum over the rows in splits of k, the biases' in many partial
         sums."""
         a, b = (torch.empty(rows, cols, dtype=dtype, device=DEVICE) for cols in (12, 20))
-        splits = cuda_kernels._product(cuda_kernels._PARTIALS, cuda_kernels._WEIGHT, a, b)
+        splits = products.product(products.PARTIALS, products.WEIGHT, a, b)
         assert splits == rows // 1024
         hold(inputs(rows, 12, 20, dtype=dtype, seed=seed), impl="cuda", seed=seed)
 

@@ -15,6 +15,7 @@ from right import assert_right, assert_same
 from torch import Tensor
 
 from gptkernels import gelu_mlp
+from gptkernels.core import cuda_products as products
 from gptkernels.core import native
 from gptkernels.ops.gelu_mlp import cuda as kernels
 
@@ -59,7 +60,7 @@ class TestProducts:
         m, n, k = sizes
         a, b, bias = integers(m, k), integers(n, k), integers(n)
         out, activation = filled(m, n, dtype=BF16), filled(m, n, dtype=BF16)
-        kernels.linear_fwd(a, b, bias, out=out, activation=activation, build=build)
+        products.linear_fwd(a, b, bias, out=out, activation=activation, build=build)
         assert torch.equal(out, (a.double() @ b.double().T + bias.double()).to(BF16))
         assert torch.equal(activation, self.gelu_of(out))
 
@@ -69,7 +70,7 @@ class TestProducts:
         m, n, k = sizes
         a, b = integers(m, k), integers(k, n)
         out = filled(m, n, dtype=BF16)
-        kernels.linear_bwd(a, b, out=out, build=build)
+        products.linear_bwd(a, b, out=out, build=build)
         assert torch.equal(out, exact(a, b, BF16))
 
     @pytest.mark.parametrize("build", [*BUILDS, "any GPU"])
@@ -89,7 +90,7 @@ class TestProducts:
         wanted, addend = torch.zeros(m, n).to(DEVICE), None
         for _ in range(2):
             a, b, total = integers(m, k), integers(k, n), filled(m, n, dtype=FP32)
-            kernels.linear_bwd(a, b, addend=addend, total=total, build=number)
+            products.linear_bwd(a, b, addend=addend, total=total, build=number)
             wanted += exact(a, b, FP32)
             assert torch.equal(total, wanted)
             addend = total
@@ -100,7 +101,7 @@ class TestProducts:
         m, n, k = sizes
         m = -(-m // 8) * 8  # TMA needs rows of a multiple of 16 bytes
         a, b = integers(k, m), integers(k, n)
-        out = kernels.weight_grad(a, b, build=build)
+        out = products.weight_grad(a, b, build=build)
         assert torch.equal(out, exact(a.T, b, BF16))
 
     @every_build
@@ -111,8 +112,8 @@ class TestProducts:
         m, n, k = 136, 264, 5 * 64 + 8
         a, b = integers(k, m), integers(k, n)
         partial = filled(splits, m * n, dtype=FP32)
-        weight = kernels._MADE, kernels._WEIGHT
-        kernels._product(*weight, a, b, partial=partial, splits=splits, build=build)
+        weight = products.MADE, products.WEIGHT
+        products.product(*weight, a, b, partial=partial, splits=splits, build=build)
         ends = [6 * part // splits * 64 for part in range(splits)] + [k]
         for part, (first, last) in enumerate(itertools.pairwise(ends)):
             wanted = exact(a[first:last].T, b[first:last], FP32)
@@ -148,7 +149,7 @@ class TestProducts:
     ) -> None:
         a, b = integers(70, 40, dtype=dtype), integers(328, 40, dtype=dtype)
         out, activation = (filled(70, 328, dtype=dtype) for _ in range(2))
-        kernels.linear_fwd(
+        products.linear_fwd(
             a,
             b,
             None,
@@ -170,7 +171,7 @@ class TestProducts:
         row = torch.zeros(1, -(-len(values) // 8) * 8, dtype=h.dtype, device=h.device)
         row[0, : len(values)] = values
         activation = torch.empty_like(row)
-        kernels.linear_fwd(
+        products.linear_fwd(
             torch.ones(1, 1, dtype=FP32, device=DEVICE).to(h.dtype),
             row.T.contiguous(),
             None,
@@ -256,7 +257,7 @@ class TestBits:
         x, w1, b1, w2, _ = inputs(70, 48, 136, dtype=dtype).values()
         h, a = (filled(70, 136, dtype=dtype) for _ in range(2))
         options: dict[str, Any] = {"approximate": approximate, "build": build}
-        kernels.linear_fwd(x, w1, b1, out=h, activation=a, **options)
+        products.linear_fwd(x, w1, b1, out=h, activation=a, **options)
         _, rebuilt, _ = kernels.linear_gelu_bwd(x, w2, h, approximate, True, False, build=build)
         assert torch.equal(a, rebuilt)
 
@@ -296,7 +297,7 @@ class TestChoice:
         for a, why in ((shifted, "a: the tensor does not start"), (x[:, :39], "")):
             b = w[:, : a.shape[1]]
             found = native.record(
-                functools.partial(kernels.linear_fwd, a, b, None, out=filled(70, 64, dtype=BF16))
+                functools.partial(products.linear_fwd, a, b, None, out=filled(70, 64, dtype=BF16))
             )
             (launch,) = found["launches"]
             refused = [reason for kernel, reason in found["refusals"] if "sm90" in kernel]
@@ -309,10 +310,10 @@ class TestChoice:
         flat = integers(1, 65).view(-1)  # like parameters that are views of one flat tensor
         bias = flat[first : first + 64]
         out = filled(70, 64, dtype=BF16)
-        found = native.record(functools.partial(kernels.linear_fwd, a, b, bias, out=out))
+        found = native.record(functools.partial(products.linear_fwd, a, b, bias, out=out))
         (launch,) = found["launches"]
         assert ("sm90" in launch["kernel"]) is (first == 0)
-        kernels.linear_fwd(a, b, bias, out=out)
+        products.linear_fwd(a, b, bias, out=out)
         assert torch.equal(out, a @ b.T + bias)
 
     @pytest.mark.parametrize(
@@ -326,33 +327,33 @@ class TestChoice:
     def test_a_build_says_why_it_cannot(self, dtype: torch.dtype, n: int, reason: str) -> None:
         a, b = integers(70, 40, dtype=dtype), integers(n, 40, dtype=dtype)
         with pytest.raises(RuntimeError, match=f"build 3 cannot .*{reason}"):
-            kernels.linear_fwd(a, b, None, out=filled(70, n, dtype=dtype), build=3)
+            products.linear_fwd(a, b, None, out=filled(70, n, dtype=dtype), build=3)
 
     def test_more_parts_of_k_than_steps(self) -> None:
         a, b = integers(72, 40), integers(72, 64)
         partial = filled(3, 40 * 64, dtype=FP32)
-        weight = kernels._MADE, kernels._WEIGHT
+        weight = products.MADE, products.WEIGHT
         with pytest.raises(RuntimeError, match="fewer steps along k than splits, 3"):
-            kernels._product(*weight, a, b, partial=partial, splits=3, build=0)
+            products.product(*weight, a, b, partial=partial, splits=3, build=0)
 
     def test_there_is_no_other_build(self) -> None:
         a, b = integers(70, 40), integers(64, 40)
         with pytest.raises(RuntimeError, match=r"build 7 cannot .*there are 7"):
-            kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), build=7)
+            products.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), build=7)
 
     @emulated
     def test_other_devices_have_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GPTKERNELS_EMULATE_ARCH", "sm80")
         a, b = integers(70, 40), integers(64, 40)
         with pytest.raises(RuntimeError, match=r"for compute capability 9\.0 alone"):
-            kernels.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), build=0)
+            products.linear_fwd(a, b, None, out=filled(70, 64, dtype=BF16), build=0)
 
     def test_few_tiles_of_a_weight_gradient_are_made_in_parts_of_k(self) -> None:
         """A dry run for an H200: 9 tiles of 128 x 128 would leave most of its 132 multiprocessors
         idle, so k is split."""
         a, b = (torch.empty(16384, 384, dtype=BF16, device="meta") for _ in range(2))
         launches = native.dry_run(
-            lambda: kernels.weight_grad(a, b), capability=90, multiprocessors=132
+            lambda: products.weight_grad(a, b), capability=90, multiprocessors=132
         )["launches"]
         assert [launch["kernel"] for launch in launches[1:]] == [SPLIT_SUM]
         assert launches[0]["tiles"] > 9
@@ -363,6 +364,6 @@ class TestChoice:
         b = torch.empty(n, k, dtype=BF16, device="meta")
         out = torch.empty(m, n, dtype=BF16, device="meta")
         (launch,) = native.dry_run(
-            lambda: kernels.linear_fwd(a, b, None, out=out), capability=90, multiprocessors=132
+            lambda: products.linear_fwd(a, b, None, out=out), capability=90, multiprocessors=132
         )["launches"]
         assert "sm90" in launch["kernel"]
