@@ -27,6 +27,7 @@ from gptkernels.bench.peers import Peers
 from gptkernels.bench.peers import attention as attention_peers
 from gptkernels.bench.peers import layer_norm as layer_norm_peers
 from gptkernels.bench.peers.compiled import repeatable
+from gptkernels.core import cuda_products as products
 from gptkernels.core.choice import unavailable
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.layer_norm.op import layer_norm_fwd
@@ -305,7 +306,7 @@ def _mlp(problem: Problem, place: Place) -> Iterator[Case]:
 
     def gelu(kernels: Any, **build: Any) -> Any:
         outputs = torch.empty_like(h), torch.empty_like(h)
-        kernels.linear_fwd(x, w1, b1, out=outputs[0], activation=outputs[1], **build)
+        products.linear_fwd(x, w1, b1, out=outputs[0], activation=outputs[1], **build)
         return outputs
 
     def gelu_tiled(kernels: Any, **tile: Any) -> Any:
@@ -315,18 +316,18 @@ def _mlp(problem: Problem, place: Place) -> Iterator[Case]:
 
     def plain(kernels: Any, **build: Any) -> Any:
         y = torch.empty_like(x)
-        kernels.linear_fwd(a, w2, b2, out=y, **build)
+        products.linear_fwd(a, w2, b2, out=y, **build)
         return (y,)
 
     def slope(kernels: Any, **made: Any) -> Any:
         return kernels.linear_gelu_bwd(dy, w2, h, "tanh", True, True, **made)[:2]
 
     def to_weight(left: Tensor, right: Tensor) -> Any:
-        return lambda kernels, **build: (kernels.weight_grad(left, right, **build),)
+        return lambda kernels, **build: (products.weight_grad(left, right, **build),)
 
     def to_input(kernels: Any, **build: Any) -> Any:
         dx = torch.empty_like(x)
-        kernels.linear_bwd(dh, w1, out=dx, **build)
+        products.linear_bwd(dh, w1, out=dx, **build)
         return (dx,)
 
     forward, backward = problem.directions

@@ -16,6 +16,7 @@ from gptkernels.core.tuned import Entry, bucket, position
 from gptkernels.ops.attention import plan as attention
 from gptkernels.ops.gelu_mlp import plan as gelu_mlp
 from gptkernels.ops.layer_norm import plan as layer_norm
+from gptkernels.ops.linear_cross_entropy import plan as linear_cross_entropy
 from gptkernels.tuning.explanation import is_of_these_threads, of_entry
 
 
@@ -55,6 +56,8 @@ def _fits(entry: Entry, problem: Problem) -> bool:
             return False
     elif problem.op == "gelu_mlp":
         known = {"C": sizes["C"], "F": sizes["F"]}
+    elif problem.op == "linear_cross_entropy":
+        known = {"C": sizes["C"], "V": sizes["V"]}
     else:
         known = {"D": sizes["D"], "group": sizes["H"] // sizes["Hk"]}
         if problem.op != "attention_decode":
@@ -71,5 +74,7 @@ def _axes(problem: Problem, facts: Mapping[str, Any]) -> dict[str, int]:
         return layer_norm.axes(device, sizes["rows"])
     if problem.op == "gelu_mlp":
         return gelu_mlp.axes(device, sizes["M"])
+    if problem.op == "linear_cross_entropy":
+        return linear_cross_entropy.axes(device, sizes["N"])
     heads = sizes["B"] * sizes["H"]
     return attention.axes(device, facts["threads"], sizes["T"], sizes["Tk"], heads)

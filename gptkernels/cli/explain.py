@@ -24,6 +24,7 @@ _OPS: dict[str, tuple[Callable[..., Problem], str]] = {
     "attention_decode": (dry_run.attention_decode, "64 1 8192 32 128 bf16"),
     "gelu_mlp": (dry_run.gelu_mlp, "8192 4096 16384 bf16"),
     "layer_norm": (dry_run.layer_norm, "8192 4096 bf16"),
+    "linear_cross_entropy": (dry_run.linear_cross_entropy, "8192 768 50257 bf16"),
     "transformer_layer": (dry_run.transformer_layer, "8 512 768 12 3072 bf16"),
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,8 +69,13 @@ def lines(problem: Problem, machine: Machine) -> Iterator[str]:
         made = direction.dry_run(machine)
         yield ""
         yield direction.name
-        for launched in made.launches:
-            yield f"  {launched.kernel} on {launched.shape}"
+        keys = [(launched.kernel, launched.shape, launched.grid) for launched in made.launches]
+        for place, launched in enumerate(made.launches):
+            if keys[place] in keys[:place]:
+                continue
+            count = keys.count(keys[place])
+            times = f", {count} times" if count > 1 else ""
+            yield f"  {launched.kernel} on {launched.shape}{times}"
             yield from (f"    {line}" for line in described(launched, machine))
         for kernel, reason in made.refusals:
             yield f"  not {kernel}: {reason}"

@@ -15,14 +15,14 @@ from gptkernels.cli import installed
     "--explain",
     "op",
     metavar="OP",
-    help="attention, attention_varlen, attention_decode, gelu_mlp, layer_norm or "
-    "transformer_layer.",
+    help="attention, attention_varlen, attention_decode, gelu_mlp, layer_norm, "
+    "linear_cross_entropy or transformer_layer.",
 )
 @click.argument("sizes", nargs=-1, metavar="[FOLDER | SIZES... DTYPE]")
 @click.option("--arch", help="sm80 or sm90; default: this machine's GPU, or sm90 without one.")
 @click.option("--kv-heads", type=int, help="attention*: heads of k and v; default: H.")
 @click.option("--window", type=int, nargs=2, help="attention*: keys left and right; -1: all.")
-@click.option("--softcap", type=float, help="attention*.")
+@click.option("--softcap", type=float, help="attention*, linear_cross_entropy.")
 @click.option("--alibi", is_flag=True, default=None, help="attention*.")
 @click.option("--keys", type=int, help="attention, attention_varlen; default: T.")
 @click.option(
@@ -43,7 +43,7 @@ from gptkernels.cli import installed
 @click.option(
     "--bias/--no-bias",
     default=None,
-    help="gelu_mlp, layer_norm, transformer_layer; default: yes.",
+    help="gelu_mlp, layer_norm, transformer_layer; default: yes. linear_cross_entropy; default: no.",
 )
 @click.option("--recompute", is_flag=True, default=None, help="gelu_mlp.")
 @click.option("--activation", help="transformer_layer: relu or gelu; default: relu.")
@@ -66,6 +66,7 @@ def command(op: str | None, sizes: tuple[str, ...], arch: str | None, **options:
         gptkernels info --explain attention_varlen B T H D bf16
         gptkernels info --explain attention_decode B NEW_TOKENS CACHE H D bf16 --kv-heads 8
         gptkernels info --explain gelu_mlp ROWS WIDTH INNER fp16
+        gptkernels info --explain linear_cross_entropy ROWS WIDTH CLASSES bf16
         gptkernels info --explain layer_norm ROWS COLS fp32 --residual --arch sm80
         gptkernels info --explain transformer_layer B T WIDTH HEADS INNER bf16 --activation gelu
     """

@@ -30,6 +30,7 @@ from gptkernels.core.choice import unavailable
 from gptkernels.core.tuned import TRAINING, Key
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import named
+from gptkernels.ops.linear_cross_entropy.options import LossOptions
 from gptkernels.tuning import tiles
 
 # Tiles and builds that are tried for a pass beside the launcher's own. Triton compiles a kernel in
@@ -248,8 +249,30 @@ def _mlp(facts: Mapping[str, Any], inputs: Mapping[str, Any]) -> _Kernels:
 def _head(facts: Mapping[str, Any], inputs: Mapping[str, Any]) -> _Kernels:
     x, weight = (_converted(inputs[name], facts) for name in ("x", "weight"))
     shown = functools.partial(tiles.linear_cross_entropy, x.reshape(-1, x.shape[-1]), weight)
+    rows = x.numel() // x.shape[-1]
+
+    def directions() -> Sequence[Direction]:
+        from gptkernels.ops.linear_cross_entropy import cuda as kernels
+
+        x_, weight_ = _meta(rows, x.shape[-1], dtype=x.dtype), _like(weight)
+        bias = _meta(len(weight), dtype=x.dtype) if facts["bias"] else None
+        targets, lse = _meta(rows, dtype=torch.int64), _meta(rows, dtype=torch.float32)
+        options = LossOptions(softcap=30.0 if facts["softcap"] else 0.0)
+        wanted = tuple(letter in facts["gradients"] for letter in "xwb")
+
+        def forward(**build: Any) -> Any:
+            given = x_, weight_, bias, targets, None, options, (False,) * 3
+            return kernels.linear_cross_entropy_fwd(*given, **build)
+
+        def backward(**build: Any) -> Any:
+            given = torch.empty_like(lse), x_, weight_, bias, targets, lse, options, wanted
+            return kernels.linear_cross_entropy_bwd(*given, **build)
+
+        name = "linear_cross_entropy_builds"
+        return _both(forward, backward, name, name)
+
     # Products of matrices are cuBLAS's there.
-    return _Kernels(["torch"], True, shown, list)
+    return _Kernels(["torch"], True, shown, directions)
 
 
 def _layer_norm(facts: Mapping[str, Any], inputs: Mapping[str, Any]) -> _Kernels:

@@ -11,6 +11,7 @@ from gptkernels.bench.dry_run.problems import (
     attention_decode,
     gelu_mlp,
     layer_norm,
+    linear_cross_entropy,
     transformer_layer,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "attention_decode",
     "gelu_mlp",
     "layer_norm",
+    "linear_cross_entropy",
     "machine_here",
     "transformer_layer",
 ]

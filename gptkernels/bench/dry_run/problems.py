@@ -20,6 +20,8 @@ from gptkernels.ops.attention import cuda as attention_kernels
 from gptkernels.ops.attention.options import AttentionOptions, complete
 from gptkernels.ops.gelu_mlp import cuda as mlp_kernels
 from gptkernels.ops.layer_norm import cuda as layer_norm_kernels
+from gptkernels.ops.linear_cross_entropy import cuda as loss_kernels
+from gptkernels.ops.linear_cross_entropy.options import LossOptions
 
 
 def attention(
@@ -159,6 +161,47 @@ def gelu_mlp(
         Direction("backward", backward, "gelu_mlp_builds"),
     )
     return Problem("gelu_mlp", text, dtype, dict(M=M, C=C, F=F), directions)
+
+
+def linear_cross_entropy(
+    N: int,
+    C: int,
+    V: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool = False,
+    softcap: float = 0.0,
+) -> Problem:
+    """N rows, width C, V classes. Raises TypeError, ValueError as `gptkernels.linear_cross_entropy`
+    does."""
+    _check_sizes(N=N, C=C, V=V)
+    x, weight = _empty(N, C, dtype=dtype), _empty(V, C, dtype=dtype)
+    shift = _empty(V, dtype=dtype) if bias else None
+    targets = _empty(N, dtype=torch.int64)
+    gptkernels.linear_cross_entropy(
+        x, weight, targets, bias=shift, softcap=softcap, impl="torch"
+    )  # checks, as above
+    options = LossOptions(softcap=softcap)
+    lse = _empty(N, dtype=torch.float32)
+
+    def forward(**chosen: Any) -> Any:
+        nothing = (False, False, False)
+        return loss_kernels.linear_cross_entropy_fwd(
+            x, weight, shift, targets, None, options, nothing, **chosen
+        )
+
+    def backward(**chosen: Any) -> Any:
+        wanted = (True, True, bias)
+        return loss_kernels.linear_cross_entropy_bwd(
+            torch.empty_like(lse), x, weight, shift, targets, lse, options, wanted, **chosen
+        )
+
+    text = _text(f"N{N} C{C} V{V}", {"bias": bias, f"softcap {softcap:g}": softcap})
+    directions = (
+        Direction("forward", forward, "linear_cross_entropy_builds"),
+        Direction("backward", backward, "linear_cross_entropy_builds"),
+    )
+    return Problem("linear_cross_entropy", text, dtype, dict(N=N, C=C, V=V), directions)
 
 
 def layer_norm(
