@@ -43,7 +43,7 @@ from gptkernels.cli import installed
 @click.option(
     "--bias/--no-bias",
     default=None,
-    help="gelu_mlp, layer_norm, transformer_layer; default: yes. linear_cross_entropy; default: no.",
+    help="gelu_mlp, layer_norm, transformer_layer: default yes; linear_cross_entropy: default no.",
 )
 @click.option("--recompute", is_flag=True, default=None, help="gelu_mlp.")
 @click.option("--activation", help="transformer_layer: relu or gelu; default: relu.")
