@@ -105,7 +105,7 @@ class TestIsolation:
         """Of an odd number of columns and of classes."""
         tensors = inputs(LAST + 1, 15, 45, dtype=dtype, ignored=False)
         bad = tensors | {"x": tensors["x"].clone()}
-        bad["x"][row, 14] = value
+        bad["x"][row, [0, 14]] = value
         cotangent = [torch.rand(LAST + 1, device=DEVICE)]
         with in_pieces():
             clean, dirty = (
