@@ -222,9 +222,13 @@ class TestRows:
 class TestRange:
     @by_gpu
     def test_large_logits(self, arch: str, dtype: torch.dtype, seed: int) -> None:
+        """No exponential overflows. In fp32 few rows have two logits that are so near to each other
+        that their rounding shows in a gradient, so PyTorch's error of the gradients is random."""
         tensors = inputs(40, 16, 150, dtype=dtype, bias=True, seed=seed)
         tensors["weight"] *= 1e3 if dtype == FP16 else 1e4  # float16 ends at 65504
-        hold(tensors, seed, z_loss=1e-6)
+        hold(tensors, seed, z_loss=1e-6, gradients=dtype != FP32)
+        if dtype != FP16:  # there such gradients of such losses are infinite
+            assert all(found.isfinite().all() for found in results(tensors))
 
     @pytest.mark.parametrize("masked", [slice(0, 128), slice(1, None, 2), slice(20, 300)])
     def test_classes_that_are_masked_out(self, arch: str, masked: slice, seed: int) -> None:
