@@ -2,8 +2,8 @@
 the room for its logits.
 
 A chunk takes rows x V numbers in x's dtype: at least 8 MiB, at least 256 rows, and beyond that no
-more than the fp32 sum of the weight's gradient takes, 4 V C bytes. Fewer rows would lose the time
-that reading and writing this sum takes: 8 bytes for 2 rows flops. A single chunk needs no sum.
+more than the fp32 sum of the weight's gradient takes, 4 V C bytes, or 512 MiB. With fewer rows the
+reading and writing of this sum would take long: 8 bytes for 2 flops a row. A single chunk has none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptkernels.core import products
 
-_LEAST_BYTES = 8 << 20
+_LEAST_BYTES, _MOST_BYTES = 8 << 20, 512 << 20
 _LEAST_ROWS = 256
 # Products of so many rows are the fastest where their depth is a vocabulary (oneDNN, on a CPU).
 _ROWS_OF_DX = 256
@@ -28,7 +28,8 @@ _DEPTH = 32
 
 def rows_together(rows: int, width: int, classes: int, itemsize: int) -> int:
     """How many rows a chunk has: all chunks about the same."""
-    most = max(4 * width, _LEAST_ROWS * itemsize, _LEAST_BYTES // classes) // itemsize
+    of_row = min(4 * width, _MOST_BYTES // classes)  # bytes for each class
+    most = max(of_row, _LEAST_ROWS * itemsize, _LEAST_BYTES // classes) // itemsize
     chunks = -(-rows // most)
     each = -(-rows // max(1, chunks))
     return -(-each // _DEPTH) * _DEPTH

@@ -2,8 +2,8 @@
 whose logits stay in a tile, and for the gradients those of the GELU MLP.
 
 The backward pass computes the logits again, a block of classes at a time, and holds the gradients
-of one block's logits, in x's dtype. They take about the bytes of the weight's gradient in fp32, or
-32 MiB where that is more; with very many rows those of 768 classes.
+of one block's logits, in x's dtype. They take about the bytes of the weight's gradient in fp32, at
+least 32 and at most 256 MiB; with very many rows those of 768 classes.
 
 `build` is an index into the compiled module's linear_cross_entropy_builds(), the builds for Hopper;
 every product of the call uses it. With -1 the rules of csrc/linear_cross_entropy/choice.cpp and
@@ -25,7 +25,7 @@ from gptkernels.ops.linear_cross_entropy import torch as plain
 from gptkernels.ops.linear_cross_entropy.options import LossOptions
 
 # Of the gradients of a block's logits.
-_LEAST_BYTES = 32 << 20
+_LEAST_BYTES, _MOST_BYTES = 32 << 20, 256 << 20
 # A block has a multiple of this many classes, which the columns of every kernel's tiles divide.
 _CLASSES = 768
 
@@ -138,7 +138,8 @@ def linear_cross_entropy_bwd(
 
 def classes_together(rows: int, width: int, classes: int, itemsize: int) -> int:
     """How many classes a block has: all blocks about the same, and whole tiles."""
-    most = max(_CLASSES, max(_LEAST_BYTES, 4 * classes * width) // (rows * itemsize))
+    taken = min(max(_LEAST_BYTES, 4 * classes * width), _MOST_BYTES)
+    most = max(_CLASSES, taken // (rows * itemsize))
     blocks = -(-classes // most)
     each = -(-classes // blocks)
     return min(classes, -(-each // _CLASSES) * _CLASSES)

@@ -47,8 +47,9 @@ _GROUP = 8
 _COMBINED_ROWS, _COMBINED_TILES = 32, 16
 
 # dl of a block of classes may take as many bytes as the weight's gradient in fp32, which the other
-# implementations hold. Small problems, of less than these bytes, are one block.
-_LEAST_BYTES = 32 << 20
+# implementations hold, but no more than the latter of these. Small problems, of less than the
+# former, are one block.
+_LEAST_BYTES, _MOST_BYTES = 32 << 20, 256 << 20
 # Each block but the first moves up to 10 bytes for a number of dx, and computes 2 flops for it and
 # each class. With fewer classes a GPU would wait for these bytes longer than it computes.
 _LEAST_CLASSES = 1024
@@ -321,7 +322,8 @@ def dlogits(
 def _classes_together(x: Tensor, classes: int, cols: int) -> int:
     """How many classes a block has, a multiple of `cols`: all blocks about the same."""
     rows, width = x.shape
-    most = max(4 * classes * width, _LEAST_BYTES) // (rows * x.element_size())
+    taken = min(max(4 * classes * width, _LEAST_BYTES), _MOST_BYTES)
+    most = taken // (rows * x.element_size())
     most = max(most, _LEAST_CLASSES) // cols * cols
     blocks = triton.cdiv(classes, most)
     return triton.cdiv(triton.cdiv(classes, blocks), cols) * cols
