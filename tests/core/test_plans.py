@@ -744,14 +744,9 @@ def lookups(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
 
 @each_op
-def test_a_plan_is_looked_up_once(
-    op: str, lookups: list[Call], request: pytest.FixtureRequest
-) -> None:
+def test_a_plan_is_looked_up_once(op: str, lookups: list[Call]) -> None:
     """And again where something that it depends on is another: it is of another class then, but
     for new tables."""
-    if op == "linear_cross_entropy":
-        reason = "its signature holds what requires a gradient also where there are none"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     tensors, rest = INPUTS[op]()
     call = functools.partial(OPS[op], **tensors, **rest)
 

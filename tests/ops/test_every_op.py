@@ -173,14 +173,9 @@ def refused() -> Any:
 @each
 @of_ops(*OPS)
 @pytest.mark.parametrize("reduce", [torch.sum, torch.linalg.vector_norm])
-def test_a_second_derivative_is_refused(
-    op: Op, impl: str, reduce: Callable[..., Tensor], request: pytest.FixtureRequest
-) -> None:
+def test_a_second_derivative_is_refused(op: Op, impl: str, reduce: Callable[..., Tensor]) -> None:
     """It is not dropped, whatever else the penalty contains. That of sum() starts from a constant,
     so PyTorch's own once_differentiable would let it pass."""
-    if op is OPS["mean loss"] and reduce is torch.sum and impl in ("torch", "cpu"):
-        kept = "gradients that the forward pass computed depend on nothing that is kept"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=kept))
     leaves = {name: tensor.requires_grad_() for name, tensor in op.inputs().items()}
     gradients = torch.autograd.grad(
         reduce(op.call(**leaves, impl=impl)), list(leaves.values()), create_graph=True

@@ -126,10 +126,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, weight, bias, targets, dloss, *options, grad_mask if at_once else [False] * 3, impl
         )
         ctx.options = (options, at_once, reduction, backward_impl)
-        if at_once:
-            ctx.save_for_backward(*gradients)
-        else:
-            ctx.save_for_backward(x, weight, bias, targets, lse, scale)
+        # The gradients depend on x and weight: so a second derivative is refused, not dropped.
+        kept = gradients if at_once else (targets, lse, scale)
+        ctx.save_for_backward(x, weight, bias, *kept)
         if reduction == "none":
             return losses
         return losses.sum() if scale is None else losses.sum() * scale
@@ -139,10 +138,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, saved: Sequence[Any], dloss: Tensor) -> tuple[Tensor | None, ...]:
         options, at_once, reduction, impl = ctx.options
         grad_mask = list(ctx.needs_input_grad[:3])
+        x, weight, bias, *kept = saved
         if at_once:
-            gradients = [_scaled(g, dloss) for g in saved]
+            gradients = [_scaled(g, dloss) for g in kept]
         else:
-            x, weight, bias, targets, lse, scale = saved
+            targets, lse, scale = kept
             if reduction != "none":
                 dloss = dloss if scale is None else dloss * scale
                 dloss = dloss.expand(targets.shape)
@@ -314,6 +314,8 @@ def _check(
     check_same_device("targets", targets, "x", x)
     check_shape("targets", targets, tuple(x.shape[:-1]), "that of x without its last dimension")
     check_integer("ignore_index", options.ignore_index)
+    if not -(2**63) <= options.ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int64, got {options.ignore_index}")
     check_probability("label_smoothing", options.label_smoothing)
     for name in ("z_loss", "softcap"):
         value = getattr(options, name)

@@ -33,6 +33,7 @@ def known(
     """The signature of a call, or None for one of an unusual kind, and its plan where one with the
     same signature was checked before. A signature holds all that `op._check` looks at."""
     tensors = (x, weight, bias, targets)
+    gradients = torch.is_grad_enabled()
     try:
         signature = (
             "linear_cross_entropy",
@@ -40,8 +41,7 @@ def known(
             # True is 1 in a key, but no ignore_index.
             *((type(number), number) for number in options),
             reduction,
-            tuple(t is not None and t.requires_grad for t in tensors),
-            torch.is_grad_enabled(),
+            tuple(gradients and t is not None and t.requires_grad for t in tensors),
             autocast_enabled(x) and autocast_dtype(x),
             torch.get_num_threads(),
             tuple(None if t is None or t.is_contiguous() else t.stride() for t in tensors),

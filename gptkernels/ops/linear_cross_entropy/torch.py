@@ -75,11 +75,11 @@ def _capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
     return softcap * t, 1 - t * t
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """p and lse of the logits (R, V), in fp32. PyTorch's softmax is one kernel; the largest p is at
-    least 1 / V, so its logarithm is good."""
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p of the logits (R, V), their maximum and lse less that, in fp32. PyTorch's softmax is one
+    kernel; the largest p is at least 1 / V, so its logarithm is good."""
     p = torch.softmax(logits, 1, dtype=torch.float32)
-    return p, logits.amax(1).float() - p.amax(1).log_()
+    return p, logits.amax(1).float(), p.amax(1).log_().neg_()
 
 
 def _forward(
@@ -93,13 +93,15 @@ def _forward(
     """Writes the losses and lse of some rows, and with dloss the logits' gradients over them."""
     _, smoothing, z_loss, softcap = options
     l, slope = _capped(logits, softcap)
-    p, of_rows = _softmax(l)
-    lse.copy_(of_rows)
+    p, highest, rest = _softmax(l)
+    torch.add(highest, rest, out=lse)
     counts, wrong = counted(targets, l.shape[1], options)
     at = torch.where(counts & ~wrong, targets, 0)[:, None]
-    found = lse - (1 - smoothing) * l.gather(1, at).squeeze(1).float() + z_loss * lse * lse
+    # From differences to the maximum: lse may be large, the loss small.
+    found = (1 - smoothing) * (highest - l.gather(1, at).squeeze(1).float() + rest)
+    found += z_loss * lse * lse
     if smoothing:
-        found -= smoothing * l.mean(1, dtype=torch.float32)
+        found += smoothing * (highest - l.mean(1, dtype=torch.float32) + rest)
     losses.copy_(found.masked_fill_(~counts, 0).masked_fill_(wrong, float("nan")))
     if dloss is not None:
         _write(logits, p, slope, targets, lse, dloss, options)
@@ -108,8 +110,8 @@ def _forward(
 def _differentiate(logits: Tensor, targets: Tensor, dloss: Tensor, options: LossOptions) -> None:
     """Writes the logits' gradients over those of some rows."""
     l, slope = _capped(logits, options.softcap)
-    p, lse = _softmax(l)
-    _write(logits, p, slope, targets, lse, dloss, options)
+    p, highest, rest = _softmax(l)
+    _write(logits, p, slope, targets, highest + rest, dloss, options)
 
 
 def _write(
