@@ -382,6 +382,9 @@ LOOKS: dict[str, Loss] = {
     "a list": lambda y, t: ce(y[:, [0, 5]].flatten(0, 1), rows(t[:, [0, 5]])),
     "a new dimension": lambda y, t: ce(y[None, 0, -1], t[0, -1:]),
     "some columns": lambda y, t: ce(y[..., :10].reshape(-1, 10), rows(t) % 10),
+    "as many columns as a hidden state has": lambda y, t: (
+        ce(y[..., :C].flatten(0, 1), rows(t) % C) + ce(y.view(-1, V)[:, :C], rows(t) % C)
+    ),
     "columns of a view": lambda y, t: ce(y.view(-1, V)[:, 1:], rows(t) - 1),
     "another last size": lambda y, t: ce(y.view(-1, V * T), t[:, 0]),
     "as flat numbers": lambda y, t: y.flatten().square().mean(),
@@ -440,14 +443,25 @@ def test_a_column_of_as_many_tokens_as_classes(calls: list[Any]) -> None:
     model, ours = twins()
     tokens, targets = batch(V)
     for column in ((..., 0), (slice(None), slice(None), 5), (0, ..., -1)):
-        same(
-            model, ours, backward_of(lambda y, t, at=column: y[at].square().mean(), tokens, targets)
-        )
+        for function in (torch.square, Square.apply):
+            loss = lambda y, t, at=column, f=function: f(y[at]).mean()  # noqa: E731
+            same(model, ours, backward_of(loss, tokens, targets))
     same(model, ours, backward_of(lambda y, t: ce(y[..., 0], t[:, 0]), tokens, targets))
     assert not calls
     # Dimension 1 has the classes, and as many tokens as classes are no classes.
     same(model, ours, backward_of(lambda y, t: ce(y, t), tokens, targets))
     assert not calls
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_tokens_at_all(reduction: str) -> None:
+    model, ours = twins()
+    tokens = torch.randint(3, V, (0,))
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        return ce(y, t, reduction=reduction).sum() + ce(y.view(-1, V), t, reduction=reduction).sum()
+
+    same(model, ours, backward_of(loss, tokens, tokens))
 
 
 def test_both_the_loss_and_the_logits(calls: list[Any]) -> None:
@@ -813,6 +827,13 @@ def test_no_waiting_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     gptkernels.accelerate(ours)
     monkeypatch.setattr(choice.cpu, "unavailable", lambda device: "not built")
     plain(ours, tokens)
+
+
+def test_a_class_that_is_patched_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = twins()
+    tokens, _ = batch()
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 7 * x)
+    assert torch.equal(plain(ours, tokens), 7 * ours.wte(tokens))
 
 
 def test_auto_waits_where_a_kernel_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
