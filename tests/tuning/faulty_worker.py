@@ -1,12 +1,15 @@
-"""A measuring process in which impl="cpu" of layer_norm has the fault that FAULT names; with
-FAULT_IN=torch, all of PyTorch's ways of it."""
+"""A measuring process in which layer_norm of some widths has a fault: FAULTS maps a width to the
+name of its fault. impl="cpu" has it, or, where the name ends with " in PyTorch", all of PyTorch's
+ways."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,42 +21,60 @@ from gptkernels.ops.layer_norm import cpu, whole
 from gptkernels.ops.layer_norm import torch as plain
 from gptkernels.tuning import worker
 
-FAULT = os.environ["FAULT"]
-# The width of the rows that have the fault: other classes are as they should be.
-WIDTH = int(os.environ.get("FAULT_WIDTH", "32"))
-began: list[bool] = []  # not empty once ways are timed: all gates were passed before
+FAULTS: dict[int, str] = {int(C): name for C, name in json.loads(os.environ["FAULTS"]).items()}
+STDOUT = os.dup(1)  # the worker leaves only its events there
+NO_EVENTS = (
+    b"hello\n",
+    b"{\n",
+    b"[1, 2]\n",
+    b'{"event": "entry"}\n',
+    b'{"event": "trying", "key": 99, "way": "cpu"}\n',
+)
 Outputs = tuple[Tensor, ...]
-calls = {"forward": 0, "backward": 0}
+calls: Counter[tuple[str, str, int]] = Counter()
+comparing = False
+timed: set[int] = set()  # widths of which a way is timed, or was: it has passed all gates
 
 
-def before(count: int) -> None:
+def fault_of(place: str, width: int) -> str:
+    what, _, where = FAULTS.get(width, "").partition(" in ")
+    if place == (where or "cpu"):
+        return what
+    # PyTorch slower, so that the other is timed for sure.
+    return "slow" if what.endswith(" late") else ""
+
+
+def before(fault: str, direction: str, width: int, count: int) -> None:
     """What happens instead of the call."""
-    match FAULT:
+    if fault.endswith(" late"):
+        if width not in timed:
+            return
+        fault = fault.removesuffix(" late")
+    match fault:
         case "segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
         case "exit":
             print("a last word", file=sys.stderr, flush=True)
             os._exit(3)
         case "hang":
+            os.write(STDOUT, b"hangs\n")
             time.sleep(600)
         case "raise":
             raise ValueError("no such thing\nand more of it")
         case "memory":
             raise torch.OutOfMemoryError("tried to allocate 1 PiB")
-        case "slow":
+        case "slow" if direction == "forward":
             time.sleep(2e-3)
-        case "segfault late" if began:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        case "hang late" if began:
-            time.sleep(600)
-        case "raise late" if began:
-            raise ValueError("no such thing")
+        case "print" if count == 1:
+            print("hello")
+            for line in NO_EVENTS:
+                os.write(STDOUT, line)
 
 
-def after(direction: str, count: int, outputs: Outputs) -> None:
+def after(fault: str, direction: str, count: int, outputs: Outputs) -> None:
     """What becomes of the results, in place."""
     first = outputs[0]
-    match FAULT, direction:
+    match fault, direction:
         case "wrong", "forward":
             first.add_(1.0)
         case "wrong weight", "backward":
@@ -64,62 +85,52 @@ def after(direction: str, count: int, outputs: Outputs) -> None:
             first.mul_(1 + 2**-23)
         case ("other bits third", _) if count == 3:
             first.mul_(1 + 2**-23)
-
-
-def faulty(direction: str, function: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    def patched(x: Tensor, *rest: Any) -> Outputs:
-        if x.shape[-1] != WIDTH:
-            return function(x, *rest)
-        calls[direction] += 1
-        if direction == os.environ.get("FAULT_DIRECTION", direction):
-            before(calls[direction])
-        outputs = function(x, *rest)
-        if FAULT == "unwritten" and direction == "forward":
+        case "unwritten", "forward":
             # As if the kernel had never written it: it is as the allocation left it, and that is
             # what it should be, unless somebody looks.
-            left = torch.empty_like(outputs[0])
+            left = torch.empty_like(first)
             if left.isnan().any():
-                outputs[0].view(-1, WIDTH)[-1] = left.view(-1, WIDTH)[-1]
-        after(direction, calls[direction], outputs)
+                first.view(-1, first.shape[-1])[-1] = left.view(-1, first.shape[-1])[-1]
+
+
+def faulty(place: str, direction: str, function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    def patched(x: Tensor, *rest: Any) -> Outputs:
+        width = x.shape[-1]
+        fault = fault_of(place, width)
+        if comparing:
+            timed.add(width)
+        calls[place, direction, width] += 1
+        count = calls[place, direction, width]
+        before(fault, direction, width, count)
+        outputs = function(x, *rest)
+        after(fault, direction, count, outputs)
         return outputs
 
     return patched
 
 
-def slowed(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    def patched(*given: Any) -> Outputs:
-        time.sleep(1e-3)
-        return function(*given)
-
-    return patched
-
-
-PATCHED: dict[str, list[tuple[Any, str, str]]] = {
-    "cpu": [
-        (cpu, "layer_norm_fwd", "forward"),
-        (cpu, "without_statistics", "forward"),
-        (cpu, "layer_norm_bwd", "backward"),
-    ],
-    "torch": [(plain, "layer_norm_fwd", "forward"), (whole, "pytorch", "forward")],
-}
-for module, name, direction in PATCHED[os.environ.get("FAULT_IN", "cpu")]:
-    setattr(module, name, faulty(direction, getattr(module, name)))
+for place, direction, module, name in (
+    ("cpu", "forward", cpu, "layer_norm_fwd"),
+    ("cpu", "forward", cpu, "without_statistics"),
+    ("cpu", "backward", cpu, "layer_norm_bwd"),
+    ("PyTorch", "forward", plain, "layer_norm_fwd"),
+    ("PyTorch", "forward", whole, "pytorch"),
+):
+    setattr(module, name, faulty(place, direction, getattr(module, name)))
 compare = timing.compare
 
 
 def compared(*given: Any, **how: Any) -> Any:
     """`timing.compare`, noted."""
-    began.append(True)
-    return compare(*given, **how)
+    global comparing
+    comparing = True
+    try:
+        return compare(*given, **how)
+    finally:
+        comparing = False
 
 
 timing.compare = compared
-if "late" in FAULT:  # slow PyTorch down, so that the other is timed for sure
-    for module, name, _ in PATCHED["torch"]:
-        setattr(module, name, slowed(getattr(module, name)))
-if FAULT == "print":
-    for line in ("hello", "{", "[1, 2]", '{"event": "entry"}', '{"event": "trying", "key": 99}'):
-        print(line, flush=True)
 
 if __name__ == "__main__":
     worker.main()
