@@ -39,7 +39,9 @@ _FACTS = frozenset(
 _SHAPES = frozenset(
     {Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten, Tensor.contiguous}
 )
-_WATCHES = frozenset({Tensor.retain_grad, Tensor.register_hook})
+# What asks for the logits' gradient.
+_GRAD: Any = Tensor.grad
+_WATCHES = frozenset({Tensor.retain_grad, Tensor.register_hook, _GRAD.__get__, torch.autograd.grad})
 
 
 @dataclass(eq=False)
@@ -103,12 +105,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: Sequence[Any], dlogits: Tensor) -> tuple[Tensor | None, ...]:
-        given: list[Any] = [None if t is None else t.detach().requires_grad_() for t in saved]
+        wanted = ctx.needs_input_grad[:3]
+        given: list[Any] = [
+            t if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(saved, wanted, strict=True)
+        ]
         with torch.enable_grad(), ctx.as_then():
             y = F.linear(*given)
-        wanted = [t for t in given if t is not None]
-        found = torch.autograd.grad(y, wanted, dlogits.to(y.dtype))
-        return (*found, *(None for _ in range(5 - len(found))))
+        leaves = [t for t, need in zip(given, wanted, strict=True) if need]
+        found = iter(torch.autograd.grad(y, leaves, dlogits.to(y.dtype)))
+        return (*(next(found) if need else None for need in wanted), None, None)
 
 
 class Logits(Tensor):
@@ -118,15 +124,17 @@ class Logits(Tensor):
 
     _call: _Call
     _hidden: Tensor
+    _shape: Tensor  # on "meta": shape, strides and dtype
     _parent: Logits | None
     _made: list[tuple[weakref.ref[Logits], Callable[[Tensor], Tensor]]]  # of these, and how
     _found: Tensor | None
 
     @staticmethod
-    def of(call: _Call, hidden: Tensor, dtype: torch.dtype, parent: Logits | None = None) -> Logits:
-        """Logits of hidden states that are those of the call, or some of them."""
-        self: Logits = apply(_Linear, hidden, call.weight, call.bias, call, dtype)
-        self._call, self._hidden, self._parent = call, hidden, parent
+    def of(call: _Call, hidden: Tensor, shape: Tensor, parent: Logits | None = None) -> Logits:
+        """Logits of hidden states that are those of the call, or some of them; `shape` is as they
+        would be, on "meta"."""
+        self: Logits = apply(_Linear, hidden, call.weight, call.bias, call, shape.dtype)
+        self._call, self._hidden, self._shape, self._parent = call, hidden, shape, parent
         self._made, self._found = [], None
         return self
 
@@ -140,6 +148,8 @@ class Logits(Tensor):
     ) -> Any:
         """What a function of PyTorch gives that got such a tensor."""
         kwargs = kwargs or {}
+        if func in _WATCHES:
+            tree_map(_check_watched, (tuple(args), dict(kwargs)))
         if args and isinstance(args[0], Logits):
             with torch._C.DisableTorchFunctionSubclass():
                 if func in _FACTS:
@@ -167,11 +177,6 @@ class Logits(Tensor):
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         """The result where it needs no logits in memory; else None."""
-        if func in _WATCHES and self._call.passed:
-            raise RuntimeError(
-                "a loss of these logits was computed before: it has no gradient of them. Hook them "
-                "first, or call gptkernels.accelerate(model, losses=False)"
-            )
         if self._found is not None:
             return None
         if func is F.cross_entropy:
@@ -179,7 +184,7 @@ class Logits(Tensor):
         if not torch.is_grad_enabled():  # what is made now has no gradient
             return None
         if func is Tensor.float or (func is Tensor.to and args == (torch.float32,) and not kwargs):
-            return self._make(self._hidden, torch.float32, Tensor.float)
+            return self._make(self._hidden, self._shape.float(), Tensor.float)
         if func in _SHAPES or (func is Tensor.__getitem__ and _cuts(args[0])):
             return self._cut(func, args, kwargs)
         return None
@@ -190,11 +195,10 @@ class Logits(Tensor):
         """Other shapes, and some of the rows, each with all of its logits."""
         self._call.check()  # the rows may be copied now
         with torch._C.DisableTorchFunctionSubclass():
-            shape, dtype, (*_, width) = self.shape, self.dtype, self._hidden.shape
-            empty = torch.empty(shape, device="meta", dtype=dtype)
+            whole, width = self._shape, self._hidden.shape[-1]
             try:
-                cut = func(empty, *args, **kwargs)
-                if cut.dim() == 0 or cut.shape[-1] != shape[-1] or cut.dtype != dtype:
+                cut = func(whole, *args, **kwargs)
+                if cut.dim() == 0 or cut.shape[-1] != whole.shape[-1] or cut.dtype != whole.dtype:
                     return None
                 wanted = (*cut.shape[:-1], width)
                 if func is Tensor.__getitem__:
@@ -207,11 +211,11 @@ class Logits(Tensor):
                     hidden = self._hidden.reshape(wanted)
             except (TypeError, ValueError, RuntimeError, IndexError):  # let the logits raise it
                 return None
-        return self._make(hidden, dtype, lambda found: func(found, *args, **kwargs))
+        return self._make(hidden, cut, lambda found: func(found, *args, **kwargs))
 
-    def _make(self, hidden: Tensor, dtype: torch.dtype, how: Callable[[Tensor], Tensor]) -> Logits:
+    def _make(self, hidden: Tensor, shape: Tensor, how: Callable[[Tensor], Tensor]) -> Logits:
         """Logits that `how` makes of these."""
-        made = Logits.of(self._call, hidden, dtype, self)
+        made = Logits.of(self._call, hidden, shape, self)
         self._made.append((weakref.ref(made), how))
         return made
 
@@ -244,10 +248,8 @@ class Logits(Tensor):
         except (TypeError, ValueError):
             return None
         call.passed |= loss.requires_grad
-        with torch._C.DisableTorchFunctionSubclass():
-            dtype = self.dtype
         autocast = torch.is_autocast_enabled(target.device.type)
-        return loss if autocast else loss.to(dtype)
+        return loss if autocast else loss.to(self._shape.dtype)
 
     def _logits(self) -> Tensor:
         """The logits themselves, with their graph."""
@@ -267,6 +269,14 @@ class Logits(Tensor):
             if made is not None:
                 made._keep(how(found))
         self._made.clear()
+
+
+def _check_watched(value: Any) -> None:
+    if isinstance(value, Logits) and value._call.passed:
+        raise RuntimeError(
+            "a loss of these logits was computed before: it has no gradient of them. Hook them "
+            "first, or call gptkernels.accelerate(model, losses=False)"
+        )
 
 
 def _seen(value: Any) -> Any:
@@ -297,7 +307,9 @@ class Head(Linear):
         if len(given) == 1 and not named and self._waits(given[0]):
             x = given[0]
             impl, dtype, autocast = self._gptkernels.impl, autocast_dtype(x), autocast_enabled(x)
-            return Logits.of(_Call(x, self.weight, self.bias, impl, dtype, autocast), x, dtype)
+            call = _Call(x, self.weight, self.bias, impl, dtype, autocast)
+            sizes = (*x.shape[:-1], len(self.weight))
+            return Logits.of(call, x, torch.empty(sizes, dtype=dtype, device="meta"))
         return super().forward(*given, **named)
 
     def _waits(self, x: Any) -> bool:

@@ -28,11 +28,12 @@ class Probe:
     def __init__(self, model: nn.Module) -> None:
         self._found: dict[Any, bool] = {}
         embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding))
-        self._vocabularies = {embedding.num_embeddings for embedding in embeddings}
+        # That of positions may have as many rows as a block's inner layer has outputs.
+        self._vocabulary = max((each.num_embeddings for each in embeddings), default=0)
 
     def is_vocabulary(self, classes: int) -> bool:
-        """Whether an embedding of the model has so many rows."""
-        return classes in self._vocabularies
+        """Whether the largest embedding of the model has so many rows."""
+        return classes == self._vocabulary
 
     def agrees(
         self,

@@ -72,7 +72,9 @@ def call_cross_entropy(
 ) -> Tensor:
     """The mean cross-entropy of head(hidden), for hidden (..., C) and targets (...), over those
     that are not -100, a fp32 scalar: without logits where `head` is plainly an nn.Linear."""
-    if is_plain(head, nn.Linear) and {hidden.dtype, head.weight.dtype} <= set(DTYPES):
+    if is_plain(head, nn.Linear) and all(
+        tensor.dtype in DTYPES and tensor.stride(-1) == 1 for tensor in (hidden, head.weight)
+    ):
         return linear_cross_entropy(
             hidden, head.weight, targets, bias=head.bias, ignore_index=IGNORED, impl=impl
         )

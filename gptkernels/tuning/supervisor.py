@@ -161,7 +161,10 @@ class _Child:
         ends = time.monotonic() + patience_s
         while True:
             try:
-                line = self._lines.get(timeout=max(0.0, ends - time.monotonic()))
+                left = ends - time.monotonic()
+                if left <= 0:  # what lies in the queue may be no event, and more of it may come
+                    raise queue.Empty
+                line = self._lines.get(timeout=left)
             except queue.Empty:
                 raise _Died(f"was not done after {patience_s:.0f} s") from None
             if not line:

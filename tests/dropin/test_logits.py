@@ -749,9 +749,47 @@ def test_hooks_of_logits_come_before_the_loss() -> None:
     y = ours(tokens)
     flat = y.view(-1, V)
     ce(flat, rows(targets))
-    for late in (y.retain_grad, flat.retain_grad, lambda: y.register_hook(lambda _: None)):
+    late_grad: list[Any] = [lambda: y.grad, lambda: torch.autograd.grad(y.sum(), [flat])]
+    for late in (
+        y.retain_grad, flat.retain_grad, lambda: y.register_hook(lambda _: None), *late_grad
+    ):  # fmt: skip
         with pytest.raises(RuntimeError, match="a loss of these logits was computed before"):
             late()
+
+
+def test_a_view_of_some_tokens_is_refused_as_pytorch_does() -> None:
+    """Their rows do not lie side by side."""
+    for network in twins():
+        y = network(batch()[0])
+        with pytest.raises(RuntimeError, match="view size is not compatible"):
+            y[:, :-1].view(-1, V)
+        assert y[:, :-1].reshape(-1, V).shape == (y.shape[0] * (y.shape[1] - 1), V)
+
+
+@pytest.mark.parametrize("frozen", ["head", "body"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    """By the loss, and by an autograd.Function that gets the logits as they are."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y * 2
+
+        @staticmethod
+        def backward(ctx: Any, *dy: Tensor) -> Tensor:
+            return dy[0] * 2
+
+    hidden = nn.Parameter(torch.randn(6, C), requires_grad=frozen == "head")
+    model = nn.ModuleDict({"wte": nn.Embedding(V, C), "head": nn.Linear(C, V)})
+    model["head"].requires_grad_(frozen == "body")
+    gptkernels.accelerate(model)
+    leaves = [p for p in (hidden, *model["head"].parameters()) if p.requires_grad]
+    targets = torch.randint(V, (6,))
+    for loss in (ce, lambda y, t: ce(Twice.apply(y), t)):
+        found = torch.autograd.grad(loss(model["head"](hidden), targets), leaves)
+        plain = loss(F.linear(hidden, model["head"].weight, model["head"].bias), targets)
+        for mine, wanted in zip(found, torch.autograd.grad(plain, leaves), strict=True):
+            torch.testing.assert_close(mine, wanted)
 
 
 def test_a_function_that_changes_its_argument_is_refused() -> None:
@@ -924,22 +962,23 @@ def swapped_head(model: nn.Module) -> bool:
     return isinstance(model, dropin.Head)
 
 
-def test_a_head_has_an_output_for_each_row_of_an_embedding() -> None:
+def test_a_head_has_an_output_for_each_row_of_the_largest_embedding() -> None:
+    """Of positions there may be as many as a block's inner layer has outputs."""
     model = nn.ModuleDict({
         "wte": nn.Embedding(V, C), "wpe": nn.Embedding(8, C), "head": nn.Linear(C, V),
         "wide": nn.Linear(V + 1, V), "square": nn.Linear(V, V), "other": nn.Linear(C, V + 1),
-        "classes": nn.Linear(C, 8), "narrow": nn.Linear(4, 8),
+        "classes": nn.Linear(C, 8), "inner": nn.Linear(4, 8),
     })  # fmt: skip
     report = gptkernels.accelerate(model)
-    assert {name for name in model if swapped_head(model[name])} == {"head", "narrow"}
+    assert {name for name in model if swapped_head(model[name])} == {"head"}
     title = "logits with their cross-entropy"
-    assert {row.name for row in report.swapped if title in row.why} == {"head", "narrow"}
+    assert {row.name for row in report.swapped if title in row.why} == {"head"}
     assert title in str(report)
     gptkernels.accelerate(model, losses=False)
     assert not any(swapped_head(module) for module in model.modules())
     assert is_swapped(model["head"])  # few rows of it are still read once
     gptkernels.accelerate(model, mlps=False)
-    assert {name for name in model if is_swapped(model[name])} == {"head", "narrow"}
+    assert {name for name in model if is_swapped(model[name])} == {"head"}
 
 
 def test_without_an_embedding_there_is_no_head() -> None:

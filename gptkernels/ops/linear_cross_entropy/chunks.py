@@ -28,8 +28,8 @@ _DEPTH = 32
 
 def rows_together(rows: int, width: int, classes: int, itemsize: int) -> int:
     """How many rows a chunk has: all chunks about the same."""
-    of_row = min(4 * width, _MOST_BYTES // classes)  # bytes for each class
-    most = max(of_row, _LEAST_ROWS * itemsize, _LEAST_BYTES // classes) // itemsize
+    of_class = min(4 * width, _MOST_BYTES // classes)  # bytes
+    most = max(of_class, _LEAST_ROWS * itemsize, _LEAST_BYTES // classes) // itemsize
     chunks = -(-rows // most)
     each = -(-rows // max(1, chunks))
     return -(-each // _DEPTH) * _DEPTH
@@ -90,24 +90,28 @@ class _WeightGradient:
 
     def __init__(self, x: Tensor, weight: Tensor, chunks: int) -> None:
         self.found = x.new_empty(weight.shape) if chunks else x.new_zeros(weight.shape)
-        self._left = chunks
-        self._sum: Tensor | None = None  # in fp32; `found` itself where that is fp32
-        if chunks > 1:
-            narrow = x.dtype != torch.float32
-            self._sum = x.new_zeros(weight.shape, dtype=torch.float32) if narrow else self.found
-            if not narrow:
-                self.found.zero_()
+        self._chunks, self._added = chunks, 0
+        self._sum = self.found  # in fp32
+        if chunks > 1 and x.dtype != torch.float32:
+            self._sum = x.new_empty(weight.shape, dtype=torch.float32)
 
     def add(self, dlogits: Tensor, x: Tensor) -> None:
         """Adds dlogits^T x, of dlogits (R, V) and x (R, C)."""
-        self._left -= 1
-        if self._sum is None:
+        self._added += 1
+        if self._sum is self.found and self._added == 1:
             torch.mm(dlogits.t(), x, out=self.found)
         elif self._sum is self.found:
             self._sum.addmm_(dlogits.t(), x)
         else:
             for first in range(0, len(self._sum), _CLASSES_TOGETHER):
-                some = slice(first, first + _CLASSES_TOGETHER)
-                self._sum[some] += torch.mm(dlogits[:, some].t(), x)
-                if not self._left:
-                    self.found[some] = self._sum[some]
+                self._add(slice(first, first + _CLASSES_TOGETHER), dlogits, x)
+
+    def _add(self, some: slice, dlogits: Tensor, x: Tensor) -> None:
+        """The same of some classes, in 16 bits: while they are in the cache."""
+        product, total = torch.mm(dlogits[:, some].t(), x), self._sum[some]
+        if self._added == 1:
+            total.copy_(product)
+            return
+        total += product
+        if self._added == self._chunks:
+            self.found[some] = total

@@ -156,16 +156,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
-    """The gradient of the forward pass times that of the loss: itself where that is plainly 1, what
-    is asked where nothing has to wait for it, and the graph is not kept for another pass."""
-    if (
-        not torch.compiler.is_compiling()
-        and dloss.is_cpu
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and dloss.item() == 1.0
-    ):
+    """The gradient of the forward pass times that of the loss; in place, unless the graph is kept
+    for another pass; itself where that is plainly 1, if nothing has to wait for the answer."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (gradient * dloss).to(gradient.dtype)
+    if dloss.is_cpu and dloss.item() == 1.0:
         return gradient
-    return (gradient * dloss).to(gradient.dtype)
+    return gradient.mul_(dloss)
 
 
 def linear_cross_entropy(
@@ -327,9 +324,11 @@ def _check(
 
 
 def _check_values(targets: Tensor, classes: int, options: LossOptions) -> None:
-    # Only on a CPU: on a GPU, reading the targets would wait for the device. Not while compiling,
-    # when there are no values to read.
+    # Only on a CPU: on a GPU, reading the targets would wait for the device. Not while compiling or
+    # tracing, when there are no values to read.
     if torch.compiler.is_compiling() or not targets.is_cpu or targets.numel() == 0:
+        return
+    if type(targets) is not Tensor or torch._C._len_torch_dispatch_stack():
         return
     low, high = (int(bound) for bound in targets.aminmax())
     if low >= 0 and high < classes:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptkernels.core.tuned import PYTORCH
-from gptkernels.ops.linear_cross_entropy.options import LossOptions
+from gptkernels.ops.linear_cross_entropy.options import LossOptions, counted
 
 MOST_LOGITS = 1 << 22  # 16 MiB in fp32
 
@@ -26,6 +26,10 @@ def pytorch(
 ) -> Tensor:
     """The losses (N,), their sum or their mean, by PyTorch's own operators."""
     ignored, smoothing, z_loss, softcap = options
+    if not x.is_cpu:
+        # A target that is no class, which on a CPU was refused, would end the process.
+        _, wrong = counted(targets, weight.shape[0], options)
+        targets = targets.masked_fill(wrong, ignored)
     logits = F.linear(x, weight, bias).float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -40,6 +44,9 @@ def pytorch(
         elif reduction == "mean":
             squares = squares.sum() / counts.sum()
         loss = loss + z_loss * squares
+    if not x.is_cpu:
+        wrong = wrong if reduction == "none" else wrong.any()
+        loss = loss.masked_fill(wrong, float("nan"))
     return loss
 
 
