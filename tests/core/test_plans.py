@@ -471,7 +471,8 @@ def test_pytorch_under_autocast(ran: Ran) -> None:
                 torch.testing.assert_close(found, wanted)
         ran.clear()
         OPS[op](**tensors, **rest)  # of another class
-        assert not ran_by(ran, "whole")
+        # Of few logits the static plan is PyTorch's function too.
+        assert bool(ran_by(ran, "whole")) == (op == "linear_cross_entropy")
 
 
 @pytest.mark.parametrize("name", SAME)

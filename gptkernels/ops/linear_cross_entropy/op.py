@@ -225,10 +225,16 @@ def linear_cross_entropy(
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
     way = _plan((x, weight, bias), targets, options, reduction, impl)
-    _check_values(targets, weight.shape[0], options)
+    if way.whole is None:  # PyTorch's own function looks itself
+        _check_values(targets, weight.shape[0], options)
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(targets.numel(), x.shape[-1])
     if way.whole is not None:
-        losses = whole.run(way.whole, rows, weight, bias, targets.reshape(-1), options, reduction)
+        given = rows, weight, bias, targets.reshape(-1), options, reduction
+        try:
+            losses = whole.run(way.whole, *given)
+        except IndexError:
+            _check_values(targets, weight.shape[0], options)
+            raise
     else:
         dtype = autocast_dtype(x)
         losses = apply(

@@ -14,12 +14,15 @@ from gptkernels.core.autograd import requires_grad
 from gptkernels.core.checks import DTYPES, dtype_name
 from gptkernels.core.choice import automatic
 from gptkernels.core.plans import Call, Plan
+from gptkernels.core.tuned import PYTORCH
 from gptkernels.ops.linear_cross_entropy import whole
 from gptkernels.ops.linear_cross_entropy.options import LossOptions
 
 _PLAIN_TYPES = (Tensor, Parameter)
 # With more rows the work only repeats.
 _MOST_ROWS = {"cpu": 1 << 12, "cuda": 1 << 16}
+# Up to so many, 4 MiB in fp32, the calls that a chunk makes take longer than its logits.
+_FEW_LOGITS = 1 << 20
 
 
 def known(
@@ -70,7 +73,10 @@ def new(
         and type(targets) is Tensor
         and (bias is None or bias.dtype == weight.dtype)
     )
-    return plans.new(signature, call) if plannable else call.static
+    if plannable:
+        return plans.new(signature, call)
+    chosen = automatic(x.device.type)
+    return Plan(chosen, chosen)
 
 
 def described(
@@ -108,11 +114,11 @@ def described(
         "few": targets.numel() * weight.shape[0] <= whole.MOST_LOGITS,
     }
     sizes = axes(device, targets.numel())
-    chosen = automatic(device)
+    chosen, others = automatic(device), whole.takes(facts)
     static = Plan(chosen, chosen)
-    return Call(
-        "linear_cross_entropy", requires_grad(tensors), facts, sizes, static, whole.takes(facts)
-    )
+    if others and targets.numel() * weight.shape[0] <= _FEW_LOGITS:
+        static = Plan("torch", "torch", PYTORCH)
+    return Call("linear_cross_entropy", requires_grad(tensors), facts, sizes, static, others)
 
 
 def axes(device: str, rows: int) -> dict[str, int]:
