@@ -164,6 +164,13 @@ void def_cross_entropy(py::module_& module) {
                        smoothing, z_loss, softcap, DType(dtype)},
                       threads);
     });
+    module.def("accumulate", [](uintptr_t sum, uintptr_t part, uintptr_t out, int64_t count,
+                                bool first, int dtype, int threads) {
+        const py::gil_scoped_release release;
+        accumulate({at<float>(sum), at<const void>(part), at<void>(out), count, first,
+                    DType(dtype)},
+                   threads);
+    });
 }
 
 void def_linear(py::module_& module) {

@@ -28,6 +28,7 @@ struct Kernels {
     void (*gelu_fwd)(const GeluFwd& p, int64_t first, int64_t last);
     void (*gelu_bwd)(const GeluBwd& p, float* db, int64_t first, int64_t last);
     void (*cross_entropy)(const CrossEntropy& p, int64_t first, int64_t last);
+    void (*accumulate)(const Accumulate& p, int64_t first, int64_t last);
     // x as linear takes it, in so many bytes; and the columns first ... last - 1 of y.
     int64_t (*linear_scratch)(const Linear& p);
     void (*linear_ready)(const Linear& p, void* x);
@@ -61,6 +62,7 @@ void layer_norm_bwd(const LayerNormBwd& p, const float* weight, float* dweight, 
 void gelu_fwd(const GeluFwd& p, int64_t first, int64_t last);
 void gelu_bwd(const GeluBwd& p, float* db, int64_t first, int64_t last);
 void cross_entropy(const CrossEntropy& p, int64_t first, int64_t last);
+void accumulate(const Accumulate& p, int64_t first, int64_t last);
 int64_t linear_scratch(const Linear& p);
 void linear_ready(const Linear& p, void* x);
 void linear(const Linear& p, const void* x, int64_t first, int64_t last);

@@ -29,7 +29,19 @@ struct CrossEntropy {
     DType dtype;
 };
 
+// The weight's gradient of one chunk of rows after the other: sum = part, then sum += part; the last
+// goes to `out`, rounded, and not to the sum.
+struct Accumulate {
+    float* sum;        // (count,)
+    const void* part;  // (count,)
+    void* out;         // (count,), or null: it is not the last
+    int64_t count;
+    bool first;
+    DType dtype;  // of part and out
+};
+
 // `threads`: the most that run.
 void cross_entropy(const CrossEntropy& p, int threads);
+void accumulate(const Accumulate& p, int threads);
 
 }  // namespace gk::cpu

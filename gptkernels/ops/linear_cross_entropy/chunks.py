@@ -35,22 +35,29 @@ def rows_together(rows: int, width: int, classes: int, itemsize: int) -> int:
     return -(-each // _DEPTH) * _DEPTH
 
 
+# (sum, part, out, first): sum = part if it is the first, else sum += part; with `out` the sum goes
+# there instead. The sum is fp32, the others are in x's dtype.
+Add = Callable[[Tensor, Tensor, Tensor | None, bool], None]
+
+
 def run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     grad_mask: Sequence[bool],
     of_rows: Callable[[Tensor, slice], None],
+    add: Add,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Calls of_rows(logits, rows) for each chunk, where logits (R, V) are those of x's `rows`; a
     gradient is wanted where `grad_mask` is True: then it has put the logits' gradients in their
-    place. Returns dx, dweight and dbias, each empty where no gradient is wanted."""
+    place. `add` adds up the weight's gradient. Returns dx, dweight and dbias, each empty where no
+    gradient is wanted."""
     (N, C), V = x.shape, weight.shape[0]
     need_x, need_weight, need_bias = grad_mask
     dx = x.new_empty(x.shape if need_x else 0)
     dbias = x.new_zeros(V, dtype=torch.float32) if need_bias else x.new_empty(0)
     each = rows_together(N, C, V, x.element_size())
-    of_weight = _WeightGradient(x, weight, -(-N // max(1, each))) if need_weight else None
+    of_weight = _WeightGradient(x, weight, -(-N // max(1, each)), add) if need_weight else None
     # Rows of a multiple of 32 numbers, as many as that: past the logits there are zeros.
     room = x.new_empty(min(each, -(-N // _DEPTH) * _DEPTH), -(-V // _DEPTH) * _DEPTH)
     room[:, V:] = 0
@@ -88,9 +95,9 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 class _WeightGradient:
     """The gradient `found` (V, C), in x's dtype, is right after the last of `chunks` additions."""
 
-    def __init__(self, x: Tensor, weight: Tensor, chunks: int) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, chunks: int, add: Add) -> None:
         self.found = x.new_empty(weight.shape) if chunks else x.new_zeros(weight.shape)
-        self._chunks, self._added = chunks, 0
+        self._chunks, self._added, self._add = chunks, 0, add
         self._sum = self.found  # in fp32
         if chunks > 1 and x.dtype != torch.float32:
             self._sum = x.new_empty(weight.shape, dtype=torch.float32)
@@ -103,15 +110,10 @@ class _WeightGradient:
         elif self._sum is self.found:
             self._sum.addmm_(dlogits.t(), x)
         else:
-            for first in range(0, len(self._sum), _CLASSES_TOGETHER):
-                self._add(slice(first, first + _CLASSES_TOGETHER), dlogits, x)
-
-    def _add(self, some: slice, dlogits: Tensor, x: Tensor) -> None:
-        """The same of some classes, in 16 bits: while they are in the cache."""
-        product, total = torch.mm(dlogits[:, some].t(), x), self._sum[some]
-        if self._added == 1:
-            total.copy_(product)
-            return
-        total += product
-        if self._added == self._chunks:
-            self.found[some] = total
+            # Some classes at a time: while they are in the cache.
+            last = self._added == self._chunks
+            for start in range(0, len(self._sum), _CLASSES_TOGETHER):
+                some = slice(start, start + _CLASSES_TOGETHER)
+                product = torch.mm(dlogits[:, some].t(), x)
+                out = self.found[some] if last else None
+                self._add(self._sum[some], product, out, self._added == 1)

@@ -32,7 +32,7 @@ def linear_cross_entropy_fwd(
         of_chunk = None if dloss is None else dloss[rows]
         _cross_entropy(logits, targets[rows], of_chunk, losses[rows], lse[rows], options)
 
-    gradients = chunks.run(x, weight, bias, grad_mask, of_rows)
+    gradients = chunks.run(x, weight, bias, grad_mask, of_rows, _add)
     return losses, lse, *gradients
 
 
@@ -53,7 +53,14 @@ def linear_cross_entropy_bwd(
     def of_rows(logits: Tensor, rows: slice) -> None:
         _cross_entropy(logits, targets[rows], dloss[rows], None, None, options)
 
-    return chunks.run(x, weight, bias, grad_mask, of_rows)
+    return chunks.run(x, weight, bias, grad_mask, of_rows, _add)
+
+
+def _add(total: Tensor, part: Tensor, out: Tensor | None, first: bool) -> None:
+    module().accumulate(
+        total.data_ptr(), part.data_ptr(), address(out), part.numel(), first,
+        DTYPE_CODES[part.dtype], torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _cross_entropy(

@@ -35,7 +35,7 @@ def linear_cross_entropy_fwd(
                 None if dloss is None else dloss[rows][some], options,
             )  # fmt: skip
 
-    gradients = chunks.run(x, weight, bias, grad_mask, of_rows)
+    gradients = chunks.run(x, weight, bias, grad_mask, of_rows, _add)
     return losses, lse, *gradients
 
 
@@ -56,7 +56,16 @@ def linear_cross_entropy_bwd(
         for some in _parts(logits):
             _differentiate(logits[some], targets[rows][some], dloss[rows][some], options)
 
-    return chunks.run(x, weight, bias, grad_mask, of_rows)
+    return chunks.run(x, weight, bias, grad_mask, of_rows, _add)
+
+
+def _add(total: Tensor, part: Tensor, out: Tensor | None, first: bool) -> None:
+    if first:
+        total.copy_(part)
+    else:
+        total += part
+    if out is not None:
+        out.copy_(total)
 
 
 def _parts(logits: Tensor) -> list[slice]:
