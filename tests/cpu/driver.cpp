@@ -81,6 +81,12 @@ void cross_entropy(int64_t rows, int64_t cols, int64_t gap, DType dtype, float s
     gk::cpu::cross_entropy(p, kThreads);
     p.losses = p.lse = nullptr;
     gk::cpu::cross_entropy(p, kThreads);
+    std::vector<float> sum(cols);
+    auto part = room(cols, dtype), out = part;
+    for (int time = 0; time < 3; ++time)
+        accumulate({sum.data(), part.data(), time == 2 ? out.data() : nullptr, cols, time == 0,
+                    dtype},
+                   kThreads);
 }
 
 // Backward needs out and lse, so forward runs first. mask: kind of attn_mask.
