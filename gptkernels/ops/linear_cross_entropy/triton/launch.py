@@ -14,8 +14,9 @@ and tile of l, and a second kernel combines them.
 
 The backward pass has three. Our kernel (bwd.py) computes l again, a block of classes at a time, and
 writes dl of the block in x's dtype. PyTorch computes the plain products, which have nothing to
-fuse: the block's rows of dW, and dl W, whose sum over the blocks, in fp32, is dx. db comes from
-column sums of row tiles, in fp32. Nothing is added by atomics: the bits are the same every time.
+fuse: the block's rows of dW, and dl W, which is rounded to x's dtype and whose sum over the blocks,
+in fp32, is dx. db comes from column sums of row tiles, in fp32. Nothing is added by atomics: the
+bits are the same every time.
 
 Bytes beyond the products' own operands: those of dl, written once and read twice; for each block
 but the first 10 (fp32: 8) for each number of dx; and the few of the forward pass. Saved for the
