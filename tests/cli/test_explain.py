@@ -290,7 +290,7 @@ def test_report_of_sequences_laid_end_to_end() -> None:
             [],
             {},
             "op must be one of attention, attention_varlen, attention_decode, gelu_mlp, "
-            "layer_norm, transformer_layer",
+            "layer_norm, linear_cross_entropy, transformer_layer",
         ),
         (
             "gelu_mlp",

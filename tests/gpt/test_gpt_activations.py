@@ -161,7 +161,7 @@ def test_training_reports_its_activations(tmp_path: Path) -> None:
         steps=3, batch_size=B, accumulation=2, warmup_steps=1, log_interval=1, device="cpu"
     )
     result = train([text], tmp_path / "run", model=model, config=config)
-    wanted = kept(model, "torch", "none", torch.float32)
+    wanted = kept(model, config.impl, "none", torch.float32)
     first, *others = result.records
     assert "activation_bytes" not in first
     assert [record["activation_bytes"] for record in others] == [wanted] * 3
