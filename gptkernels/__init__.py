@@ -1,5 +1,5 @@
-"""gptkernels: fused causal attention, LayerNorm and GELU-MLP for PyTorch, and a reference GPT
-built on them.
+"""gptkernels: fused causal attention, LayerNorm, GELU-MLP and linear + cross-entropy for PyTorch,
+and a reference GPT built on them.
 
 Importing this package imports nothing else: a public name loads its module when it is first used.
 So the import works without torch, without Triton and without a GPU, and never initialises CUDA.
