@@ -128,8 +128,11 @@ class TestParity:
     def test_edges_of_tiles(
         self, arch: str, dtype: torch.dtype, sizes: tuple[int, ...], seed: int
     ) -> None:
+        tensors = inputs(*sizes, dtype=dtype, bias=True, seed=seed)
+        if sizes[-2] == 1:  # products of one term are exact, but lse of large logits is rounded
+            tensors["x"] /= 8
         for options in ({}, OPTIONS):
-            hold(inputs(*sizes, dtype=dtype, bias=True, seed=seed), seed, **options)
+            hold(tensors, seed, **options)
 
     @pytest.mark.parametrize("option", [{k: v} for k, v in OPTIONS.items()], ids=str)
     def test_one_option(self, arch: str, option: dict[str, float], seed: int) -> None:
