@@ -1,0 +1,1 @@
+"""What makes token shards for training out of text, JSONL, HTML files and WARC archives."""
