@@ -7,7 +7,6 @@ that are not finished as it comes; or as JSON, an object a line.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,6 @@ from gptkernels.cli.prompts import Lines, Printer
 
 if TYPE_CHECKING:
     from gptkernels.gpt.model import GPT
-    from gptkernels.gpt.tokenizer import Tokenizer
-
-# The tokenizer of most models of this size: a hint. Others may have as many ids.
-_LIKELY = {256: "bytes", 40478: "gpt1", 50257: "gpt2", 50304: "gpt2"}
 
 
 @click.command("generate", context_settings={"show_default": True})
@@ -97,6 +92,7 @@ def command(
     from gptkernels.gpt.generation.draft import LOOKUP
     from gptkernels.gpt.generation.engine import Engine, Request
     from gptkernels.gpt.generation.sampling import Sampling
+    from gptkernels.gpt.loading import load, load_network
 
     how = Sampling(**sampling)
     template = Request((), max_new_tokens, how, samples=samples, seed=seed, stop=stop)
@@ -139,45 +135,3 @@ def command(
             printer.take(event)
     if refused is not None:
         raise refused
-
-
-def load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
-    """The model at `path` and the tokenizer called `name`, or the one it was trained with."""
-    from gptkernels.gpt.tokenizer import load_tokenizer
-
-    model, own = load_network(path, "model")
-    tokenizer = load_tokenizer(name) if name else own()
-    if tokenizer is None:
-        likely = _LIKELY.get(model.config.vocab_size)
-        raise ValueError(
-            f"tokenizer: nothing beside {path} says which one its {model.config.vocab_size} tokens "
-            f"are of, name it with --tokenizer{f' (perhaps {likely})' if likely else ''}"
-        )
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer: {name or 'that of the model'} has {tokenizer.vocab_size} tokens, more "
-            f"than the model's {model.config.vocab_size}"
-        )
-    return model, tokenizer
-
-
-def load_network(path: Path, called: str) -> tuple[GPT, Callable[[], Tokenizer | None]]:
-    """The model at `path`, and what reads the tokenizer that it was trained with, if it is known.
-    `called`: the argument that named the path."""
-    from gptkernels.gpt import nanogpt, tokenizer_files
-    from gptkernels.gpt.model import GPT
-    from gptkernels.gpt.tokenizer import load_tokenizer
-    from gptkernels.gpt.training import checkpoint
-    from gptkernels.gpt.training.config import TrainConfig
-
-    if not path.exists():
-        raise FileNotFoundError(f"{called}: {path} does not exist")
-    if path.is_dir() and not (path / "config.json").exists():
-        path = path / "checkpoint.pt"
-    if path.is_dir():
-        return GPT.from_pretrained(path, dropout=0.0), lambda: tokenizer_files.read(path)
-    if nanogpt.recognises(path):
-        return GPT.from_pretrained(path, dropout=0.0), lambda: nanogpt.read_tokenizer(path)
-    content = checkpoint.load(path)
-    kept = checkpoint.config(path, content, "train_config", TrainConfig).tokenizer
-    return checkpoint.model(path, content), lambda: load_tokenizer(kept) if kept else None
