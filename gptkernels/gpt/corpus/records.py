@@ -14,12 +14,14 @@ class Record:
         content: text, or the bytes of an HTML page in whatever encoding it has.
         score: how often others recommended the page, where the source says so.
         continues: whether this text goes on where the record before it was cut.
+        charset: of an HTML page, the encoding that the server named, if it named one.
     """
 
     name: str
     content: str | bytes
     score: float | None = None
     continues: bool = False
+    charset: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

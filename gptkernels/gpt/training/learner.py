@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from gptkernels.gpt.model import GPT
+from gptkernels.gpt.options import DTYPES
 from gptkernels.gpt.training import activations, checkpoint, data
 from gptkernels.gpt.training.average import Average
-from gptkernels.gpt.training.config import DTYPES, TrainConfig
+from gptkernels.gpt.training.config import TrainConfig
 
 
 class Learner:

@@ -6,6 +6,7 @@ curve out. learner.py makes the steps.
            loss.png        the curve
            model/          the trained weights, as `GPT.save_pretrained` writes them
            model-ema/      with `ema`: their average
+           snapshots/      with `snapshot_interval`: the weights along the way, a folder a step
            tensorboard/    with `tensorboard`: the log for it
 
 A run that was interrupted and resumed ends with the same bits as one that was not, dropout
@@ -267,6 +268,8 @@ class _Run:
         self.started = time.perf_counter()
         if self.step == 0:
             self._write({"step": 0, **self._validate(), "seconds": self.seconds})
+            if config.snapshot_interval:
+                self._save_model("snapshots/0")
 
         speed.restart(self.tokens)
         last = (
@@ -288,6 +291,9 @@ class _Run:
                 self._log(rate, norm, speed, validate)
             if config.sample_interval and self.step % config.sample_interval == 0:
                 self._write({"step": self.step, "sample": self._sample()})
+            interval = config.snapshot_interval
+            if interval and (last or self.step % interval == 0):
+                self._save_model(f"snapshots/{self.step}")
             if save:
                 self._check_finite({"loss": loss.item(), "gradient_norm": self._norm(norm)})
                 self._save()
