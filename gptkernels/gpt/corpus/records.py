@@ -1,4 +1,4 @@
-"""What flows from a source file to the shards: records, and what takes the place of a broken one."""
+"""What flows from a source file to the shards: records, and what stands for a broken one."""
 
 from __future__ import annotations
 

@@ -55,6 +55,7 @@ KEYS: dict[str, type] = {
 # What checkpoints of this version hold that were written before a key was known: none was in
 # float16, and none had a table.
 _OLDER: dict[str, Any] = {"scaler": {}, "tuned": Table().digest()}
+_OLDER_SETTINGS: dict[str, Any] = {"snapshot_interval": 0}  # of train_config, likewise
 _Config = TypeVar("_Config")
 
 
@@ -126,6 +127,7 @@ def load(path: str | Path) -> dict[str, Any]:
                 f"checkpoint: {path} must hold {kind.__name__} as its {key}, "
                 f"got {type(content[key]).__name__}"
             )
+    content["train_config"] = {**_OLDER_SETTINGS, **content["train_config"]}
     if not all(isinstance(file, str) for file in content["files"]):
         raise ValueError(f"checkpoint: {path} must hold names as its files")
     return content
