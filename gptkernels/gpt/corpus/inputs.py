@@ -1,0 +1,77 @@
+"""The files of a corpus: which they are, what identifies them, and their records in one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from gptkernels.gpt.corpus import sources
+from gptkernels.gpt.corpus.manifest import Input, sha256
+from gptkernels.gpt.corpus.records import Malformed, Record
+from gptkernels.gpt.corpus.sources import Reading
+
+
+def find(files: Sequence[str | Path], out: Path) -> list[Path]:
+    """The files that are named, and those in the folders that are named, at any depth, whose names
+    end as those of sources do; sorted, each once. What lies in `out` is no input.
+
+    Raises FileNotFoundError for one that is not there, and ValueError for none, for a folder that
+    holds none, and for a file of another kind.
+    """
+    if not files:
+        raise ValueError("files: no file was given, at least one is wanted")
+    found: set[Path] = set()
+    for file in map(Path, files):
+        if not file.exists():
+            raise FileNotFoundError(f"files: {file} does not exist")
+        inside = [file]
+        if file.is_dir():
+            inside = [path for path in file.rglob("*") if _is_input(path, out)]
+            if not inside:
+                raise ValueError(f"files: {file} holds no file that ends with {sources.kinds()}")
+        elif not sources.is_source(file):
+            raise ValueError(f"files: {file} is of no kind that is read: {sources.kinds()}")
+        found.update(inside)
+    return sorted(found, key=Path.as_posix)
+
+
+def describe(paths: Sequence[Path]) -> tuple[Input, ...]:
+    """What identifies the files. Every byte is read: that takes seconds for each 10 GB, where the
+    rest of the work takes an hour, and nothing less proves that a run goes on with the same."""
+    return tuple(Input(path.as_posix(), path.stat().st_size, sha256(path)) for path in paths)
+
+
+class Reader:
+    """The records of `inputs`, one file after the other; each as `reading` says."""
+
+    def __init__(self, inputs: Sequence[Input], reading: Reading) -> None:
+        self._inputs, self._reading = inputs, reading
+        self._size = sum(file.bytes for file in inputs)
+        self._before = self._inside = 0
+
+    def __iter__(self) -> Iterator[Record | Malformed]:
+        for file in self._inputs:
+            path = Path(file.name)
+            for record in sources.read(path, self._reading):
+                if isinstance(record, Record):
+                    self._inside = min(self._inside + len(record.content), file.bytes)
+                yield record
+            if path.stat().st_size != file.bytes:
+                raise ValueError(f"files: {path} has changed while it was read")
+            self._before += file.bytes
+            self._inside = 0
+
+    @property
+    def share(self) -> float:
+        """How much of the input was read, 0 to 1. Inside a compressed file it is a guess, by the
+        bytes that came out."""
+        return min(1.0, (self._before + self._inside) / max(1, self._size))
+
+
+def _is_input(path: Path, out: Path) -> bool:
+    return (
+        path.is_file()
+        and sources.is_source(path)
+        and out.resolve() not in path.resolve().parents
+        and not path.name.startswith(".")
+    )

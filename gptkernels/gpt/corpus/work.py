@@ -1,0 +1,118 @@
+"""What becomes of one record, as a worker process finds it out: text, filters, fingerprint, ids.
+
+Nothing here knows of another record: whether a text was seen before is for the main process to say
+(prepare.py), in the order of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from gptkernels.gpt.corpus.config import PrepareConfig
+from gptkernels.gpt.corpus.extract import extract
+from gptkernels.gpt.corpus.filters import refusal
+from gptkernels.gpt.corpus.fingerprints import Fingerprint, fingerprint, rows_of_bands
+from gptkernels.gpt.corpus.packing import pack
+from gptkernels.gpt.corpus.records import Malformed, Record
+from gptkernels.gpt.tokenizer import load_tokenizer
+
+Chunk: TypeAlias = list[Record | Malformed]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A record that passed the filters.
+
+    Fields:
+        fingerprint: what its duplicates are found by.
+        ids: as bytes of the shards' dtype, without eos.
+        characters, utf8_bytes, words: how long the text is.
+        continues: as the record has it.
+    """
+
+    fingerprint: Fingerprint
+    ids: bytes
+    characters: int
+    utf8_bytes: int
+    words: int
+    continues: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A record that is left out, and the name of the reason."""
+
+    reason: str
+
+
+Outcome: TypeAlias = Text | Dropped | Malformed
+
+
+class Worker:
+    """Works on records as `config` says. Raises what `load_tokenizer` raises."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self._config = config
+        self._tokenizer = load_tokenizer(config.tokenizer)
+        self._dtype = token_dtype(self._tokenizer.vocab_size)
+        threshold = config.near_duplicates
+        self._rows = None if threshold is None else rows_of_bands(threshold)
+
+    def outcome(self, record: Record | Malformed) -> Outcome:
+        """What becomes of `record`. Raises ImportError for a package that is missing."""
+        if isinstance(record, Malformed):
+            return record
+        try:
+            return self._outcome(record)
+        except ImportError:
+            raise
+        except Exception as error:  # one page that a library stumbles over ends no run of days
+            return Malformed(record.name, f"cannot be read ({type(error).__name__}: {error})")
+
+    def _outcome(self, record: Record) -> Outcome:
+        text = extract(record)
+        if isinstance(text, Malformed):
+            return text
+        limits = self._config
+        reason = refusal(
+            text,
+            record.score,
+            min_score=limits.min_score,
+            min_characters=limits.min_characters,
+        )
+        if reason is not None:
+            return Dropped(reason)
+        ids = self._tokenizer.encode(text)
+        if not ids:  # GPT-1's leaves out control characters, for one
+            return Dropped("no token")
+        return Text(
+            fingerprint(text, self._rows),
+            pack(self._dtype, ids),
+            len(text),
+            len(text.encode()),
+            len(text.split()),
+            record.continues,
+        )
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The narrowest of the shards' dtypes that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def chunks(
+    records: Iterable[Record | Malformed], most_records: int, most_bytes: int
+) -> Iterator[Chunk]:
+    """The records in groups, of at most so many and, but for the last of a group, so many bytes."""
+    chunk: Chunk = []
+    size = 0
+    for record in records:
+        chunk.append(record)
+        size += len(record.content) if isinstance(record, Record) else 0
+        if len(chunk) == most_records or size >= most_bytes:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
