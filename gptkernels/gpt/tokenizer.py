@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gptkernels.core.files import check_no_pointer
+from gptkernels.core.files import check_no_pointer, replacing
 from gptkernels.core.optional import optional
 
 END_OF_TEXT = "<|endoftext|>"
@@ -111,6 +111,11 @@ class PackageTokenizer:
         """Ids of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
         _utf8(text)
         return self._tokenizer.encode(text).ids
+
+    def save(self, path: Path) -> None:
+        """Write it as a tokenizer.json, which tokenizer_files.py and transformers read."""
+        with replacing(path) as file:
+            self._tokenizer.save(str(file))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens included. ValueError for an unknown id."""

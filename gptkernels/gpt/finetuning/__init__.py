@@ -1,0 +1,1 @@
+"""Fine-tuning a GPT on a task by input transformations, as GPT-1's paper does."""

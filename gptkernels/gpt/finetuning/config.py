@@ -1,0 +1,76 @@
+"""How to fine-tune: FinetuneConfig, whose defaults are the paper's, and the learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gptkernels.gpt.options import DTYPES, check_option, check_options, one_of, option
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune. Raises ValueError for a value out of range, TypeError for a wrong type.
+
+    The defaults are those of Radford et al., "Improving Language Understanding by Generative
+    Pre-Training", 2018, section 4.1.
+    """
+
+    epochs: int = option(3, "times that each training example is seen", least=1)
+    batch_size: int = option(32, "examples whose gradients make one step", least=1)
+    learning_rate: float = option(6.25e-5, "the highest learning rate, after the warm-up")
+    warmup_fraction: float = option(
+        0.002, "share of the steps in which the learning rate rises, before it falls to 0", least=0
+    )
+    lm_coefficient: float = option(
+        0.5, "weight λ of the auxiliary language-model loss; 0 leaves it out", least=0
+    )
+    dropout: float = option(0.1, "of the pre-trained model", least=0)
+    head_dropout: float = option(0.1, "of what the linear head reads", least=0)
+    weight_decay: float = option(0.01, "AdamW's decay, of matrices only", least=0)
+    clip: float = option(1.0, "largest norm of all gradients together; 0 does not clip", least=0)
+    transfer: str = option(
+        "all",
+        "blocks taken from the pre-trained model, with its embeddings: all, or a number; the "
+        "others begin at random. none: nothing is taken",
+    )
+    freeze_body: bool = option(False, "train the new tokens' embeddings and the linear head alone")
+    train_examples: int | None = option(
+        None, "train on this many examples, drawn by the seed; default: on all", least=1
+    )
+    validation_fraction: float = option(
+        0.05, "share of the training part that is held out, where the task has no validation part"
+    )
+    seed: int = option(1337, "of the new parameters, dropout and the order of examples", least=0)
+    dtype: str = option("float32", "float32, or bfloat16 for autocast (weights stay float32)")
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
+    impl: str = option(
+        "auto", "implementation of the fused operations: auto, torch, triton or cuda"
+    )
+    log_interval: int = option(10, "steps between two lines of the log", least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_option(self, "seed", self.seed < 2**63, "less than 2**63")
+        check_option(self, "learning_rate", self.learning_rate > 0, "more than 0")
+        check_option(self, "warmup_fraction", self.warmup_fraction <= 1, "at most 1")
+        for name in ("dropout", "head_dropout"):
+            check_option(self, name, getattr(self, name) < 1, "less than 1")
+        share = self.validation_fraction
+        check_option(self, "validation_fraction", 0 < share < 1, "between 0 and 1")
+        count = self.transfer.isascii() and self.transfer.isdigit()
+        right = count or self.transfer in ("all", "none")
+        check_option(self, "transfer", right, "all, none or a number of blocks")
+        # float16 needs a scaled loss, which these short runs do without.
+        dtypes = [name for name in DTYPES if name != "float16"]
+        check_option(self, "dtype", self.dtype in dtypes, one_of(dtypes))
+
+
+def learning_rate(config: FinetuneConfig, step: int, steps: int) -> float:
+    """Linear warm-up to `learning_rate`, then a linear fall to 0 at `steps`; `step` counts from 0.
+
+    Section 4.1: "a linear learning rate decay schedule with warmup over 0.2% of training".
+    """
+    warmup = config.warmup_fraction * steps
+    if step + 1 < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * (steps - step) / max(1.0, steps - warmup)

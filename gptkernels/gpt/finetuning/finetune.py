@@ -1,0 +1,195 @@
+"""Fine-tuning: a pre-trained GPT and a task in, a folder with a model that answers out.
+
+    out/   log.jsonl         a JSON object a line: the losses; after each epoch the metrics
+           model/            the best epoch's model (folder.py), replaced whenever there is a better
+           predictions.tsv   its answers to the test part, or else to the validation part
+           results.json      its metrics beside those of the majority's, the settings, the counts
+
+Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018, section 3.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptkernels.core.device import choose_device
+from gptkernels.core.files import check_folder, replacing
+from gptkernels.core.lock import alone_in
+from gptkernels.gpt.finetuning import folder
+from gptkernels.gpt.finetuning.answers import Answer, answer
+from gptkernels.gpt.finetuning.batches import Encoded
+from gptkernels.gpt.finetuning.config import FinetuneConfig
+from gptkernels.gpt.finetuning.fitting import Fit, Observer
+from gptkernels.gpt.finetuning.metrics import check_packages, score
+from gptkernels.gpt.finetuning.parts import Parts, baseline, read_parts, targets
+from gptkernels.gpt.finetuning.task import Task, load_task
+from gptkernels.gpt.finetuning.task_model import TaskModel, standardisation, transferred
+from gptkernels.gpt.finetuning.transformations import Encoder
+from gptkernels.gpt.loading import load
+from gptkernels.gpt.model import GPT
+from gptkernels.gpt.options import DTYPES
+from gptkernels.gpt.training.log import Log
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run leaves behind, besides its folder.
+
+    Fields:
+        model: the best epoch's, in evaluation mode.
+        validation, test: its metrics; `test` is empty where the task has no test part.
+        majority: of always giving the training part's most frequent answer, or its mean, on the
+            test part, or else the validation part.
+        truncated: how many examples were too long for the model, and were cut.
+        stopped: by SIGINT or SIGTERM, before the end.
+    """
+
+    model: TaskModel
+    validation: dict[str, float]
+    test: dict[str, float]
+    majority: dict[str, float]
+    truncated: int
+    seconds: float
+    stopped: bool
+
+
+def finetune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    task: str | Path | Task,
+    data: str | Path | None = None,
+    tokenizer: str | None = None,
+    config: FinetuneConfig | None = None,
+    observer: Observer | None = None,
+) -> FinetuneResult:
+    """Fine-tune `model` on `task` and write the folder `out`.
+
+    model: a Hugging Face GPT-2 or OpenAI-GPT folder, a folder that `train` wrote, its
+    checkpoint.pt, or a nanoGPT checkpoint. task: a name (sst-2, sick-entailment, sick-relatedness,
+    mctest) or the path of a .toml file (task.py). data: the folder of the task's files. tokenizer:
+    where nothing beside the model says which it is.
+
+    Raises FileNotFoundError or ValueError for a model, a task or data that cannot be used, and when
+    `out` already holds a run, before anything is written; ImportError where scikit-learn, scipy or
+    a tokenizer's package is missing; DivergedError when the loss is no longer finite (the best
+    model so far stays); RuntimeError when `config.impl` cannot run on the device; OSError when
+    `out` is a file or cannot be written.
+    """
+    config, out = config or FinetuneConfig(), Path(out)
+    check_packages()
+    _check_new(out)
+    task = task if isinstance(task, Task) else load_task(task)
+    data_folder = task.data_folder(data)
+    pretrained, vocabulary = load(Path(model), tokenizer)
+    folder.check_tokenizer(vocabulary)
+    shape = pretrained.config
+    encoder = Encoder(task.transformation, vocabulary, shape.vocab_size, shape.block_size)
+    parts = read_parts(task, data_folder, encoder).drawn(config)
+    network = new_model(task, pretrained, parts, config)
+    started = time.perf_counter()
+    with alone_in("out", out):
+        _check_new(out)
+        log = Log(out, tensorboard=False)
+
+        def observe(record: dict[str, Any], done: float) -> None:
+            log.write(record)
+            if observer is not None:
+                observer(record, done)
+
+        def keep() -> None:
+            folder.save(network, vocabulary, out / "model")
+
+        fit = Fit(network, parts.training, parts.validation, config, observe, keep)
+        stopped = fit.run()
+        answers = answer(network, parts.judged, config.batch_size, DTYPES[config.dtype])
+        result = FinetuneResult(
+            network,
+            fit.best,
+            _metrics(task, parts.test, answers) if parts.test else {},
+            baseline(task, parts),
+            parts.truncated,
+            time.perf_counter() - started,
+            stopped,
+        )
+        write_predictions(out / "predictions.tsv", task, parts.judged, answers)
+        _write_results(out / "results.json", model, task, parts, config, result)
+    return result
+
+
+def new_model(task: Task, pretrained: GPT, parts: Parts, config: FinetuneConfig) -> TaskModel:
+    """What fine-tuning begins with, on its device. Its random numbers follow from the seed."""
+    torch.manual_seed(config.seed)
+    body = transferred(pretrained, config.transfer, config.dropout)
+    scale = (0.0, 1.0) if task.range is None else standardisation(targets(parts.training))
+    network = TaskModel(task, body, config.head_dropout, scale)
+    network.body.set_impl(config.impl)
+    return network.to(choose_device(config.device))
+
+
+def write_predictions(
+    path: Path, task: Task, examples: Sequence[Encoded], answers: Sequence[Answer]
+) -> None:
+    """Write a line for each example: its number, the answer, the right answer where it is known,
+    and the probability of each class or choice."""
+    with replacing(path) as file, file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+        longest = max(len(one.probabilities) for one in answers)
+        names = task.classes or tuple(map(str, range(longest)))
+        writer.writerow(["example", "prediction", "target", *names[:longest]])
+        for i, (one, example) in enumerate(zip(answers, examples, strict=True)):
+            right = "" if example.target is None else f"{example.target:g}"
+            if right and task.classes:
+                right = task.classes[int(example.target or 0)]
+            writer.writerow([i, one.label, right, *(f"{p:.6f}" for p in one.probabilities)])
+
+
+def _metrics(
+    task: Task, examples: Sequence[Encoded], answers: Sequence[Answer]
+) -> dict[str, float]:
+    values = [one.value for one in answers]
+    return score(task.metrics, targets(examples), values, len(task.classes))
+
+
+def _write_results(
+    path: Path,
+    model: str | Path,
+    task: Task,
+    parts: Parts,
+    config: FinetuneConfig,
+    result: FinetuneResult,
+) -> None:
+    content = {
+        "task": task.name,
+        "model": str(model),
+        "config": dataclasses.asdict(config),
+        "examples": {
+            "training": len(parts.training),
+            "validation": len(parts.validation),
+            "test": len(parts.test),
+            "truncated": result.truncated,
+        },
+        "validation": result.validation,
+        "test": result.test,
+        "majority": result.majority,
+        "seconds": result.seconds,
+        "stopped": result.stopped,
+    }
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_new(out: Path) -> None:
+    check_folder("out", out)
+    for name in ("results.json", "model", "checkpoint.pt"):
+        if (out / name).exists():
+            raise ValueError(f"out: {out} already holds a run ({name}), name another folder")

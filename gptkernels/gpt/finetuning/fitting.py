@@ -1,0 +1,143 @@
+"""The loop of fine-tuning: minimises L3 on the training part, keeps the best of all epochs.
+
+After each epoch the model answers the validation part; the epoch with the best first metric of the
+task is the best one, the earliest of those that are equal. At the end the model has its weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptkernels.gpt.finetuning.answers import answer
+from gptkernels.gpt.finetuning.batches import Encoded, collate, epoch
+from gptkernels.gpt.finetuning.config import FinetuneConfig, learning_rate
+from gptkernels.gpt.finetuning.metrics import score
+from gptkernels.gpt.finetuning.task_model import TaskModel
+from gptkernels.gpt.options import DTYPES
+from gptkernels.gpt.training.stopping import Stopping
+
+Observer = Callable[[dict[str, Any], float], None]
+"""Called with each log record and the share of the run that is done, 0 to 1."""
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass
+class Fit:
+    """Trains `model`, on its device, on the examples `training` and judges it on `validation`.
+
+    observer: called with each record. on_best: called whenever the model is the best so far.
+    """
+
+    model: TaskModel
+    training: Sequence[Encoded]
+    validation: Sequence[Encoded]
+    config: FinetuneConfig
+    observer: Observer | None = None
+    on_best: Callable[[], None] | None = None
+    best: dict[str, float] = field(default_factory=dict)  # the metrics of the best epoch
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self) -> bool:
+        """Train to the end; whether SIGINT or SIGTERM stopped it before.
+
+        Raises DivergedError for a loss that is not finite, at the next line of the log.
+        """
+        config, model = self.config, self.model
+        steps = config.epochs * math.ceil(len(self.training) / config.batch_size)
+        if config.freeze_body:
+            model.freeze_body()
+        groups = model.parameter_groups(config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        generator = torch.Generator().manual_seed(config.seed)
+        self._started, step = time.perf_counter(), 0
+        sums, since = torch.zeros(3, device=model.head.weight.device), 0
+        with Stopping() as stopping:
+            for number in range(config.epochs):
+                for part in epoch(self.training, config.batch_size, generator):
+                    rate = learning_rate(config, step, steps)
+                    sums += self._step(optimizer, part, rate)
+                    step, since = step + 1, since + 1
+                    if step % config.log_interval == 0:
+                        self._log(step, steps, rate, (sums / since).tolist())
+                        sums.zero_()
+                        since = 0
+                    if stopping.asked:
+                        return self._finish(stopped=True)
+                self._judge(number + 1, step, steps)
+        return self._finish(stopped=False)
+
+    def _step(self, optimizer: torch.optim.Optimizer, part: list[Encoded], rate: float) -> Tensor:
+        """One step; the losses L3, L2 and L1 (0 where it is left out)."""
+        config, model = self.config, self.model
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        model.train()
+        batch = collate(part, model.task.range is not None).to(model.head.weight.device)
+        scores, hidden = model(batch, DTYPES[config.dtype])
+        assert batch.targets is not None  # examples to train on have answers
+        task_loss = model.task_loss(scores, batch.targets)
+        loss, lm_loss = task_loss, torch.zeros_like(task_loss)
+        if config.lm_coefficient:
+            lm_loss = model.lm_loss(hidden, batch)
+            loss = task_loss + config.lm_coefficient * lm_loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return torch.stack((loss.detach(), task_loss.detach(), lm_loss.detach()))
+
+    def _log(self, step: int, steps: int, rate: float, losses: list[float]) -> None:
+        if not all(map(math.isfinite, losses)):
+            raise DivergedError(
+                f"fine-tuning diverged by step {step}, the loss is {losses[0]}: try a lower "
+                "learning_rate"
+            )
+        names = ("loss", "task_loss", "lm_loss")
+        self._write(
+            {"step": step, **dict(zip(names, losses, strict=True)), "learning_rate": rate},
+            step / steps,
+        )
+
+    def _judge(self, number: int, step: int, steps: int) -> None:
+        metrics = evaluate(self.model, self.validation, self.config)
+        first = self.model.task.metrics[0]
+        if not self.best or metrics[first] > self.best[first]:
+            self.best = metrics
+            state = self.model.state_dict()
+            self._kept = {name: tensor.detach().clone() for name, tensor in state.items()}
+            if self.on_best is not None:
+                self.on_best()
+        named = {f"validation_{name}": value for name, value in metrics.items()}
+        self._write({"step": step, "epoch": number, **named}, step / steps)
+
+    def _finish(self, stopped: bool) -> bool:
+        if self._kept:
+            self.model.load_state_dict(self._kept)
+        self._kept = {}
+        self.model.eval()
+        return stopped
+
+    def _write(self, record: dict[str, Any], done: float) -> None:
+        if self.observer is not None:
+            seconds = time.perf_counter() - self._started
+            self.observer({**record, "seconds": seconds}, done)
+
+
+def evaluate(
+    model: TaskModel, examples: Sequence[Encoded], config: FinetuneConfig
+) -> dict[str, float]:
+    """The task's metrics of the model's answers to `examples`, which all have a target."""
+    task = model.task
+    answers = answer(model, examples, config.batch_size, DTYPES[config.dtype])
+    targets = [example.target or 0.0 for example in examples]
+    return score(task.metrics, targets, [one.value for one in answers], len(task.classes))

@@ -1,0 +1,84 @@
+"""The parts of a task's data, encoded for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptkernels.gpt.finetuning.batches import Encoded
+from gptkernels.gpt.finetuning.config import FinetuneConfig
+from gptkernels.gpt.finetuning.metrics import score
+from gptkernels.gpt.finetuning.reading import Example, read_split
+from gptkernels.gpt.finetuning.task import Task
+from gptkernels.gpt.finetuning.transformations import Encoder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Training, validation and test part; a task without a test part is judged on its validation
+    part alone. truncated: how many examples of all three were too long for the model."""
+
+    training: Sequence[Encoded]
+    validation: Sequence[Encoded]
+    test: Sequence[Encoded]
+    truncated: int
+
+    def drawn(self, config: FinetuneConfig) -> Parts:
+        """With the training part that `config` asks for: some examples held out where there is no
+        validation part, and of the rest `train_examples`, both by its seed.
+
+        Raises ValueError where too few examples are left.
+        """
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(self.training), generator=generator).tolist()
+        held_out = 0
+        if not self.validation:
+            held_out = max(1, round(config.validation_fraction * len(order)))
+        kept = order[held_out:][: config.train_examples]
+        if len(kept) < (config.train_examples or 1):
+            raise ValueError(
+                f"train_examples is {config.train_examples or 1}, but the training part has "
+                f"{len(order) - held_out} examples"
+            )
+        validation = self.validation or [self.training[i] for i in order[:held_out]]
+        return Parts([self.training[i] for i in kept], validation, self.test, self.truncated)
+
+    @property
+    def judged(self) -> Sequence[Encoded]:
+        """The test part, or else the validation part."""
+        return self.test or self.validation
+
+
+def read_parts(task: Task, folder: Path, encoder: Encoder) -> Parts:
+    """The parts of `task` in `folder`. Raises as `read_split` does."""
+    before = encoder.truncated
+    parts = {
+        split: encode(encoder, read_split(task, folder, split)) if split in task.files else []
+        for split in ("train", "validation", "test")
+    }
+    cut = encoder.truncated - before
+    return Parts(parts["train"], parts["validation"], parts["test"], cut)
+
+
+def encode(encoder: Encoder, examples: Sequence[Example]) -> list[Encoded]:
+    """Each example as its sequences."""
+    return [Encoded(encoder(example), example.target) for example in examples]
+
+
+def targets(examples: Sequence[Encoded]) -> list[float]:
+    """The right answers, of examples that have one."""
+    return [example.target for example in examples if example.target is not None]
+
+
+def baseline(task: Task, parts: Parts) -> dict[str, float]:
+    """The metrics, on the part that is judged, of always giving the training part's most frequent
+    answer, or its mean."""
+    known, wanted = targets(parts.training), targets(parts.judged)
+    if task.range is not None:
+        constant = sum(known) / len(known)
+    else:
+        constant = max(sorted(set(known)), key=known.count)
+    return score(task.metrics, wanted, [constant] * len(wanted), len(task.classes))

@@ -1,0 +1,208 @@
+"""Tasks: what a data set asks, as a small TOML file. Those in tasks/ come with the package; one of
+a user's own is named by its path.
+
+    transformation = "classification"     or entailment, similarity, choice (transformations.py)
+    metrics = ["accuracy", "f1"]          the first one decides which checkpoint is the best
+    format = "tsv"                        or csv, jsonl, mctest (reading.py)
+    texts = ["premise", "hypothesis"]     columns: names, or numbers that count from 0
+    label = "label"                       a column; where the answer is a number, `range` bounds it
+    choices = ["a", "b", "c"]             columns, for "choice"; the label counts them from 0
+    folder = "snli"                       where the files are, below the folder of all data
+    [labels]                              what stands in the file = what it is called
+    [files]                               train, and validation and test where there are any
+    [zero_shot]                           how a model without fine-tuning is asked (zero_shot.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_OWN = Path(__file__).parent / "tasks"
+TRANSFORMATIONS = ("classification", "entailment", "similarity", "choice")
+FORMATS = ("tsv", "csv", "jsonl", "mctest")
+SPLITS = ("train", "validation", "test")
+CLASS_METRICS = ("accuracy", "f1", "matthews")
+SCORE_METRICS = ("pearson", "spearman")
+_TEXTS = {"classification": 1, "entailment": 2, "similarity": 2}
+
+Column = str | int
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """How a language model answers without fine-tuning (section 5 of GPT-1's paper).
+
+    Fields:
+        prompt: put after the text.
+        answers: what may follow, one for each label; for "choice" the choices themselves.
+    """
+
+    prompt: str = ""
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and what it asks. Raises ValueError for a description that makes no sense.
+
+    Fields: as in the file (see the module); `name` is the file's.
+    """
+
+    name: str
+    transformation: str
+    metrics: tuple[str, ...]
+    format: str
+    files: Mapping[str, str]
+    texts: tuple[Column, ...] = ()
+    choices: tuple[Column, ...] = ()
+    label: Column = "label"
+    labels: Mapping[str, str] = field(default_factory=dict)
+    range: tuple[float, float] | None = None
+    folder: str = ""
+    zero_shot: ZeroShot | None = None
+
+    def __post_init__(self) -> None:
+        self._one_of("transformation", self.transformation, TRANSFORMATIONS)
+        self._one_of("format", self.format, FORMATS)
+        for split in self.files:
+            self._one_of("a split in files", split, SPLITS)
+        if "train" not in self.files:
+            raise ValueError(f"task {self.name}: files must name the train part")
+        if self.choice and (self.labels or self.range):
+            raise ValueError(f"task {self.name}: a choice has neither labels nor a range")
+        if not self.choice and bool(self.labels) == bool(self.range):
+            raise ValueError(f"task {self.name}: either labels or a range is wanted")
+        if self.labels and len(set(self.labels.values())) < 2:
+            raise ValueError(f"task {self.name}: labels must name at least two classes")
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"task {self.name}: range must be [lowest, highest]")
+        if not self.metrics:
+            raise ValueError(f"task {self.name}: metrics must name at least one")
+        for metric in self.metrics:
+            kinds = SCORE_METRICS if self.range else CLASS_METRICS
+            self._one_of("a metric", metric, ("accuracy",) if self.choice else kinds)
+        if self.format != "mctest":
+            self._check_columns()
+        elif not self.choice:
+            raise ValueError(f"task {self.name}: format mctest holds choices")
+        answers = self.zero_shot.answers if self.zero_shot else ()
+        wanted = 0 if self.choice else len(self.classes)
+        if self.zero_shot and (self.range or len(answers) != wanted):
+            raise ValueError(
+                f"task {self.name}: zero_shot needs an answer for each of the {wanted} classes"
+            )
+
+    @property
+    def choice(self) -> bool:
+        """Whether an example has choices of its own."""
+        return self.transformation == "choice"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the labels, whose places are the class indices; empty for a range."""
+        return tuple(dict.fromkeys(self.labels.values()))
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the head gives for a sequence."""
+        return len(self.classes) or 1
+
+    def data_folder(self, data: str | Path | None) -> Path:
+        """The folder of the task's files: `data`, or `folder` in the one that the environment
+        variable GPTKERNELS_DATA names.
+
+        Raises FileNotFoundError where neither says, and where the folder does not exist.
+        """
+        home = os.environ.get("GPTKERNELS_DATA")
+        if data is None and not home:
+            raise FileNotFoundError(
+                f"data: name the folder that holds {self.files['train']}, or set GPTKERNELS_DATA "
+                f"to one that holds {self.folder or 'it'}"
+            )
+        folder = Path(data) if data is not None else Path(home or "") / self.folder
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data: {folder} is not a folder")
+        return folder
+
+    def _check_columns(self) -> None:
+        wanted = _TEXTS.get(self.transformation)
+        if wanted is not None and len(self.texts) != wanted:
+            raise ValueError(
+                f"task {self.name}: {self.transformation} needs {wanted} texts, "
+                f"got {len(self.texts)}"
+            )
+        if self.choice and not (self.texts and self.choices):
+            raise ValueError(f"task {self.name}: choice needs texts and choices")
+        if not self.choice and self.choices:
+            raise ValueError(f"task {self.name}: choices are for the transformation choice")
+
+    def _one_of(self, what: str, value: str, names: tuple[str, ...]) -> None:
+        if value not in names:
+            raise ValueError(
+                f"task {self.name}: {what} must be one of {', '.join(names)}, got {value!r}"
+            )
+
+
+def names() -> tuple[str, ...]:
+    """The tasks that come with the package."""
+    return tuple(sorted(path.stem for path in _OWN.glob("*.toml")))
+
+
+def load_task(name: str | Path) -> Task:
+    """The task called `name`, or described by the TOML file at this path.
+
+    Raises ValueError for an unknown name and for a file that describes no task, FileNotFoundError
+    for a path that is not there.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        if str(name) not in names():
+            raise ValueError(
+                f"task must be one of {', '.join(names())}, or the path of a .toml file, "
+                f"got {str(name)!r}"
+            )
+        path = _OWN / f"{name}.toml"
+    if not path.is_file():
+        raise FileNotFoundError(f"task: {path} does not exist")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"task: {path} is not TOML ({error})") from None
+    return task_of(path.stem, content)
+
+
+def task_of(name: str, content: Mapping[str, Any]) -> Task:
+    """The task that `content`, a file's or that of `as_dict`, describes. Raises ValueError."""
+    known = {option.name for option in dataclasses.fields(Task)} - {"name"}
+    if strange := sorted(content.keys() - known):
+        raise ValueError(f"task {name}: {', '.join(strange)} is not known there")
+    given: dict[str, Any] = {"texts": (), "choices": (), **content}
+    if missing := sorted({"transformation", "metrics", "format", "files"} - content.keys()):
+        raise ValueError(f"task {name}: {', '.join(missing)} is missing")
+    try:
+        for key in ("metrics", "texts", "choices"):
+            if not isinstance(given[key], list | tuple):
+                raise TypeError(f"{key} must be a list")
+            given[key] = tuple(given[key])
+        if given.get("range") is not None:
+            low, high = given["range"]
+            given["range"] = (float(low), float(high))
+        if given.get("zero_shot") is not None:
+            asked = dict(given["zero_shot"])
+            given["zero_shot"] = ZeroShot(**{**asked, "answers": tuple(asked.get("answers", ()))})
+        return Task(name=name, **given)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"task {name}: {error}") from None
+
+
+def as_dict(task: Task) -> dict[str, Any]:
+    """What `task_of` reads, of JSON's types."""
+    content = dataclasses.asdict(task)
+    del content["name"]
+    return {key: value for key, value in content.items() if value is not None}
