@@ -3,52 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gptkernels.cli.console import plain_console
-from gptkernels.cli.options import IMPLS, PATH
+from gptkernels.cli.fields import fields_of
+from gptkernels.cli.options import PATH
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.training.config import TrainConfig
-
-_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
-
-
-def fields_of(
-    kind: type, default: dict[str, str] | None = None
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that adds an option for each field of a dataclass; None means "not given"."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        # Decorators are applied from the last to the first.
-        for field in reversed(dataclasses.fields(kind)):
-            shown = (default or {}).get(field.name, field.default)
-            text = field.metadata.get("help") or _documented(kind, field.name)
-            text += "" if shown is None else f"  [default: {shown}]"
-            function = _field_option(field, text)(function)
-        return function
-
-    return decorate
-
-
-def _field_option(field: dataclasses.Field[Any], text: str) -> Callable[..., Any]:
-    name = field.name.replace("_", "-")
-    if field.type == "bool":
-        return click.option(f"--{name}/--no-{name}", default=None, help=text)
-    kind = _TYPES[str(field.type).removesuffix(" | None")]
-    if field.name == "impl":
-        kind = click.Choice(IMPLS)
-    return click.option(f"--{name}", field.name, type=kind, default=None, help=text)
-
-
-def _documented(kind: type, name: str) -> str:
-    """What a class's docstring says of a field, in the line "name: ..."."""
-    found = re.search(rf"^ +{name}: (.+)$", kind.__doc__ or "", re.MULTILINE)
-    return found[1].rstrip(".") if found else ""
 
 
 @click.command("train")
@@ -61,13 +25,14 @@ def _documented(kind: type, name: str) -> str:
 def command(
     files: tuple[Path, ...], out: Path, shape: str | None, resume: bool, **options: Any
 ) -> None:
-    """Train a GPT on FILES, text or token shards (.bin), and write a folder: log.jsonl,
-    checkpoint.pt, loss.png and model/, which `generate` and Hugging Face's transformers read.
+    """Train a GPT on FILES, text, token shards (.bin) or folders that `prepare` wrote, and write a
+    folder: log.jsonl, checkpoint.pt, loss.png and model/, which `generate` and Hugging Face's
+    transformers read.
 
     The first options are the model's shape, the later ones how it is trained.
     """
     from gptkernels.gpt.tokenizer import load_tokenizer
-    from gptkernels.gpt.training import train
+    from gptkernels.gpt.training import prepared, train
     from gptkernels.gpt.training.progress import ProgressBar
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -83,7 +48,7 @@ def command(
         else:
             if not files:
                 raise ValueError("files: name at least one text file or token shard to train on")
-            config = TrainConfig(**training)
+            config = prepared.settled(files, TrainConfig(**training))
             sizes.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)
             published = GPTConfig.named(shape) if shape else GPTConfig()
             model = dataclasses.replace(published, **sizes)
