@@ -14,7 +14,7 @@ import csv
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,9 @@ from gptkernels.gpt.finetuning.batches import Encoded
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.fitting import Fit, Observer
 from gptkernels.gpt.finetuning.metrics import check_packages, score
-from gptkernels.gpt.finetuning.parts import Parts, baseline, read_parts, targets
+from gptkernels.gpt.finetuning.parts import Parts, baseline, parts_for, targets
 from gptkernels.gpt.finetuning.task import Task, load_task
 from gptkernels.gpt.finetuning.task_model import TaskModel, standardisation, transferred
-from gptkernels.gpt.finetuning.transformations import Encoder
 from gptkernels.gpt.loading import load
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.options import DTYPES
@@ -49,6 +48,7 @@ class FinetuneResult:
         validation, test: its metrics; `test` is empty where the task has no test part.
         majority: of always giving the training part's most frequent answer, or its mean, on the
             test part, or else the validation part.
+        answers: to the test part, or else the validation part.
         truncated: how many examples were too long for the model, and were cut.
         stopped: by SIGINT or SIGTERM, before the end.
     """
@@ -57,6 +57,7 @@ class FinetuneResult:
     validation: dict[str, float]
     test: dict[str, float]
     majority: dict[str, float]
+    answers: list[Answer]
     truncated: int
     seconds: float
     stopped: bool
@@ -92,11 +93,8 @@ def finetune(
     data_folder = task.data_folder(data)
     pretrained, vocabulary = load(Path(model), tokenizer)
     folder.check_tokenizer(vocabulary)
-    shape = pretrained.config
-    encoder = Encoder(task.transformation, vocabulary, shape.vocab_size, shape.block_size)
-    parts = read_parts(task, data_folder, encoder).drawn(config)
+    parts = parts_for(task, data_folder, vocabulary, pretrained.config).drawn(config)
     network = new_model(task, pretrained, parts, config)
-    started = time.perf_counter()
     with alone_in("out", out):
         _check_new(out)
         log = Log(out, tensorboard=False)
@@ -109,19 +107,8 @@ def finetune(
         def keep() -> None:
             folder.save(network, vocabulary, out / "model")
 
-        fit = Fit(network, parts.training, parts.validation, config, observe, keep)
-        stopped = fit.run()
-        answers = answer(network, parts.judged, config.batch_size, DTYPES[config.dtype])
-        result = FinetuneResult(
-            network,
-            fit.best,
-            _metrics(task, parts.test, answers) if parts.test else {},
-            baseline(task, parts),
-            parts.truncated,
-            time.perf_counter() - started,
-            stopped,
-        )
-        write_predictions(out / "predictions.tsv", task, parts.judged, answers)
+        result = fitted(network, parts, config, observe, keep)
+        write_predictions(out / "predictions.tsv", task, parts.judged, result.answers)
         _write_results(out / "results.json", model, task, parts, config, result)
     return result
 
@@ -134,6 +121,33 @@ def new_model(task: Task, pretrained: GPT, parts: Parts, config: FinetuneConfig)
     network = TaskModel(task, body, config.head_dropout, scale)
     network.body.set_impl(config.impl)
     return network.to(choose_device(config.device))
+
+
+def fitted(
+    network: TaskModel,
+    parts: Parts,
+    config: FinetuneConfig,
+    observer: Observer | None = None,
+    on_best: Callable[[], None] | None = None,
+) -> FinetuneResult:
+    """Fine-tune `network`, which `new_model` made, in place, and judge it. Writes no file.
+
+    parts: as `Parts.drawn` returns them. observer, on_best, and the error: as of Fit (fitting.py).
+    """
+    started = time.perf_counter()
+    fit = Fit(network, parts.training, parts.validation, config, observer, on_best)
+    stopped = fit.run()
+    answers = answer(network, parts.judged, config.batch_size, DTYPES[config.dtype])
+    return FinetuneResult(
+        network,
+        fit.best,
+        _metrics(network.task, parts.test, answers) if parts.test else {},
+        baseline(network.task, parts),
+        answers,
+        parts.truncated,
+        time.perf_counter() - started,
+        stopped,
+    )
 
 
 def write_predictions(

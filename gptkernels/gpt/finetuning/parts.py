@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.finetuning.batches import Encoded
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.metrics import score
 from gptkernels.gpt.finetuning.reading import Example, read_split
 from gptkernels.gpt.finetuning.task import Task
 from gptkernels.gpt.finetuning.transformations import Encoder
+from gptkernels.gpt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,13 @@ class Parts:
     def judged(self) -> Sequence[Encoded]:
         """The test part, or else the validation part."""
         return self.test or self.validation
+
+
+def parts_for(task: Task, folder: Path, tokenizer: Tokenizer, shape: GPTConfig) -> Parts:
+    """The parts of `task` in `folder`, for a pre-trained model of this shape. Raises as
+    `read_split` does, and ValueError for a context that is too short for any example."""
+    encoder = Encoder(task.transformation, tokenizer, shape.vocab_size, shape.block_size)
+    return read_parts(task, folder, encoder)
 
 
 def read_parts(task: Task, folder: Path, encoder: Encoder) -> Parts:
