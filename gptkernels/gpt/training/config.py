@@ -10,6 +10,7 @@ from gptkernels.gpt.options import DTYPES, check_option, check_options, one_of, 
 
 # The steps already made depend on these settings: a resumed run cannot change them.
 DECIDED = ("seed", "tokenizer", "token_dtype", "validation_fraction")
+_TOKEN_DTYPES = ("auto", "uint16", "uint32")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,16 @@ class TrainConfig:
     impl: str = option(
         "auto", "implementation of the fused operations: auto, torch, triton or cuda"
     )
-    tokenizer: str = option("bytes", "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words")
-    token_dtype: str = option("uint16", "of the ids in token shards (.bin): uint16 or uint32")
+    tokenizer: str = option(
+        "auto",
+        "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words; auto: what the shards' manifest "
+        "says, else bytes",
+    )
+    token_dtype: str = option(
+        "auto",
+        "of the ids in token shards (.bin): uint16 or uint32; auto: what their manifest says, else "
+        "uint16",
+    )
     seed: int = option(1337, "of initial weights, dropout and batches", least=0)
     validation_fraction: float = option(0.1, "share of the text, its end, that is held out")
     validation_interval: int = option(200, "steps between two validations", least=1)
@@ -75,9 +84,7 @@ class TrainConfig:
         )
         check_option(self, "dtype", self.dtype in DTYPES, one_of(DTYPES))
         check_option(self, "recompute", self.recompute in RECOMPUTE, one_of(RECOMPUTE))
-        check_option(
-            self, "token_dtype", self.token_dtype in ("uint16", "uint32"), "uint16 or uint32"
-        )
+        check_option(self, "token_dtype", self.token_dtype in _TOKEN_DTYPES, one_of(_TOKEN_DTYPES))
 
 
 def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float:

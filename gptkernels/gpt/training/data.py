@@ -1,7 +1,7 @@
 """Training data: one sequence of tokens, from text or token shards, split in two and batched.
 
     text = the files, joined by a blank line          -> tokens (N,) int32
-    shards (.bin)                                     -> tokens, mapped into memory
+    shards (.bin), or folders of them (prepared.py)   -> tokens, mapped into memory
     tokens = training part | validation part          validation is the last `validation_fraction`
     epoch: a random offset o < T, then every window from o, o + T, o + 2 T ... once, in random order
     batch: the next `batch_size` starts s             x = tokens[s : s+T], y = tokens[s+1 : s+T+1]
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gptkernels.core.files import check_no_pointer
 from gptkernels.gpt.tokenizer import Tokenizer
+from gptkernels.gpt.training import prepared
 from gptkernels.gpt.training.shards import Shards
 
 Tokens: TypeAlias = Tensor | Shards
@@ -32,12 +33,13 @@ Tokens: TypeAlias = Tensor | Shards
 def read(
     files: Sequence[str | Path], tokenizer: Tokenizer, token_dtype: str, vocab_size: int
 ) -> tuple[Tokens, str]:
-    """The tokens of `files`, all of them text or all of them shards (.bin), and a fingerprint, by
-    which a resumed run knows that it reads the same.
+    """The tokens of `files`, all of them text or all of them shards (.bin, or prepared folders of
+    them), and a fingerprint, by which a resumed run knows that it reads the same.
 
-    Raises ValueError for a mixture, and what `read_text` and `Shards` raise.
+    Raises ValueError for a mixture, and what `prepared.checked`, `read_text` and `Shards` raise.
     """
-    shards = [Path(file).suffix == ".bin" for file in files]
+    files = prepared.checked(files, tokenizer.vocab_size)
+    shards = [file.suffix == ".bin" for file in files]
     if files and all(shards):
         opened = Shards(files, token_dtype, vocab_size)
         opened.scan()

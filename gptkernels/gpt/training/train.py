@@ -46,7 +46,7 @@ from gptkernels.core.tuned import Table
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import load_tokenizer
-from gptkernels.gpt.training import checkpoint, data
+from gptkernels.gpt.training import checkpoint, data, prepared
 from gptkernels.gpt.training.config import DECIDED, TrainConfig, learning_rate
 from gptkernels.gpt.training.curve import draw_losses
 from gptkernels.gpt.training.learner import Learner
@@ -84,7 +84,8 @@ def train(
     config: TrainConfig | None = None,
     observer: Observer | None = None,
 ) -> TrainResult:
-    """Train a new GPT on `files`, text or token shards (.bin), and write the folder `out`.
+    """Train a new GPT on `files`, text, token shards (.bin) or folders that `prepare` wrote, and
+    write the folder `out`.
 
     Raises FileNotFoundError or ValueError for files that cannot be trained on, ValueError when
     `out` already holds a checkpoint or is in use by another run, or when `model` does not fit the
@@ -94,7 +95,7 @@ def train(
     run on the device, OSError when `out` is a file or cannot be written (the last checkpoint
     stays).
     """
-    config = config or TrainConfig()
+    config = prepared.settled(files, config or TrainConfig())
     out = Path(out)
     _check_new(out)
     torch.manual_seed(config.seed)
@@ -145,6 +146,7 @@ def _resumed(
             )
     config = dataclasses.replace(saved, **changes)
     texts = content["files"] if files is None else [str(Path(file).resolve()) for file in files]
+    config = prepared.settled(texts, config)
     model = checkpoint.model(path, content)
     run = _Run(texts, out, model.config, config, observer, model)
     run.restore(content)

@@ -1,0 +1,91 @@
+"""Folders that `gptkernels prepare` wrote, as the files of a run.
+
+A folder stands for the shards that its manifest names; a shard with a manifest beside it is held to
+it. The manifest says which tokenizer and which dtype the ids have, so that nobody has to, and sizes
+and sums, so that a run does not train on a shard that is not what was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptkernels.gpt.corpus import manifest as manifests
+from gptkernels.gpt.corpus import state
+from gptkernels.gpt.corpus.manifest import Manifest, Shard
+from gptkernels.gpt.training.config import TrainConfig
+
+# Where neither a manifest nor the user says.
+_ELSE = {"tokenizer": "bytes", "token_dtype": "uint16"}
+
+
+def settled(files: Sequence[str | Path], config: TrainConfig) -> TrainConfig:
+    """`config` with the tokenizer and token_dtype of the manifests in place of "auto"; where there
+    is none, "bytes" and "uint16".
+
+    Raises ValueError where a manifest contradicts it, or is broken or of another version, and for a
+    shard that the manifest beside it does not name.
+    """
+    settings: dict[str, Any] = {name: getattr(config, name) for name in _ELSE}
+    for part in _parts(files):
+        if isinstance(part, Path):
+            continue
+        for name, asked in settings.items():
+            said = getattr(part.manifest, name)
+            if asked not in ("auto", said):
+                raise ValueError(f"{name} is {asked!r}, but {part.path} says {said!r}")
+            settings[name] = said
+    for name, value in _ELSE.items():
+        if settings[name] == "auto":
+            settings[name] = value
+    return dataclasses.replace(config, **settings)
+
+
+def checked(files: Sequence[str | Path], vocab_size: int) -> list[Path]:
+    """`files`, with the shards of each folder in its place. Every byte of them is read: 1 or 2 GB
+    take a second.
+
+    vocab_size: the tokenizer's. Raises as `settled` does, and FileNotFoundError or ValueError for a
+    shard that is missing, has another size or another sha256 than its manifest says, and for a
+    manifest of another vocab_size.
+    """
+    paths = []
+    for part in _parts(files):
+        if isinstance(part, Path):
+            paths.append(part)
+            continue
+        if part.manifest.vocab_size != vocab_size:
+            raise ValueError(
+                f"files: {part.path} says vocab_size={part.manifest.vocab_size}, but the tokenizer "
+                f"{part.manifest.tokenizer!r} has {vocab_size} tokens"
+            )
+        manifests.check(part.path.parent, part.shards, part.manifest.token_dtype)
+        paths += [part.path.parent / shard.name for shard in part.shards]
+    return paths
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    path: Path  # of the manifest
+    manifest: Manifest
+    shards: tuple[Shard, ...]
+
+
+def _parts(files: Sequence[str | Path]) -> Iterator[_Prepared | Path]:
+    """Each file: what its manifest says of it, or itself where it has none."""
+    for file in map(Path, files):
+        folder = file if file.is_dir() else file.parent
+        path = folder / manifests.NAME
+        if file == folder and (folder / state.NAME).exists() and not path.exists():
+            raise ValueError(f"files: {folder} is not finished, go on with gptkernels prepare")
+        if not path.exists() or (file != folder and file.suffix != ".bin"):
+            yield file
+            continue
+        manifest = manifests.read(folder)
+        shards = [shard for shard in manifest.shards if file in (folder, folder / shard.name)]
+        if not shards:
+            raise ValueError(f"files: {file} is not among the shards that {path} names")
+        yield _Prepared(path, manifest, tuple(shards))
