@@ -27,6 +27,8 @@ _SUMMARIES = {
     "demo": "Train a small GPT on real text, check it, time it, write a report.",
     "train": "Train a GPT on text files or token shards.",
     "generate": "Continue a text with a trained model.",
+    "finetune": "Fine-tune a trained model on a task: sentiment, entailment, choices ...",
+    "classify": "Answer texts with a fine-tuned model.",
 }
 
 

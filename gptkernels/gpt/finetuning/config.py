@@ -71,6 +71,6 @@ def learning_rate(config: FinetuneConfig, step: int, steps: int) -> float:
     Section 4.1: "a linear learning rate decay schedule with warmup over 0.2% of training".
     """
     warmup = config.warmup_fraction * steps
-    if step + 1 < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * (steps - step) / max(1.0, steps - warmup)
+    if step < warmup:
+        return config.learning_rate * min(1.0, (step + 1) / warmup)
+    return config.learning_rate * (steps - step) / (steps - warmup)

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gptkernels.gpt.finetuning.task import Column, Task
 
 _QUESTIONS, _CHOICES = 4, 4  # of MCTest's stories
-_LETTERS = "ABCD"
+_LETTERS = ("A", "B", "C", "D")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,9 @@ def _rows(kind: str, path: Path) -> Iterator[tuple[int, list[str] | dict[str, An
             if kind == "jsonl":
                 yield from _objects(path, lines)
                 return
-            if kind == "csv":
-                rows: Iterator[list[str]] = csv.reader(lines)
-            else:
-                rows = (line.rstrip("\r\n").split("\t") for line in lines)
-            names = next(rows, [])
-            for number, row in enumerate(rows, 2):
+            rows = _numbered(kind, lines)
+            _, names = next(rows, (1, []))
+            for number, row in rows:
                 if not any(row):
                     continue
                 if len(row) != len(names):
@@ -80,9 +78,20 @@ def _rows(kind: str, path: Path) -> Iterator[tuple[int, list[str] | dict[str, An
                 yield number, by_number | dict(zip(names, row, strict=True))
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path} is not UTF-8 text ({error.reason})") from None
+    except csv.Error as error:
+        raise ValueError(f"data: {path} is not CSV that can be read ({error})") from None
 
 
-def _objects(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _numbered(kind: str, lines: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """The columns of each row, and the line that the row ends in: in CSV it may have several."""
+    if kind == "csv":
+        reader = csv.reader(lines)
+        yield from ((reader.line_num, row) for row in reader)
+    else:
+        yield from ((i, line.rstrip("\r\n").split("\t")) for i, line in enumerate(lines, 1))
+
+
+def _objects(path: Path, lines: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -122,7 +131,7 @@ def _target(task: Task, where: str, value: str, choices: int) -> float:
     try:
         number = int(value) if task.choice else float(value)
     except ValueError:
-        number = high + 1
+        number = math.nan
     if not low <= number <= high:
         raise ValueError(
             f"data: {where} has the label {value!r}, a {kind} from {low:g} to {high:g} is wanted"
@@ -132,8 +141,8 @@ def _target(task: Task, where: str, value: str, choices: int) -> float:
 
 def _mctest(folder: Path, name: str) -> Iterator[Example]:
     stories, answers = (_present(folder / f"{name}{end}") for end in (".statements.tsv", ".ans"))
-    lines = stories.read_text(encoding="utf-8").splitlines()
-    right = [line.split() for line in answers.read_text(encoding="utf-8").splitlines()]
+    lines = _lines(stories)
+    right = [line.split() for line in _lines(answers)]
     if len(lines) != len(right):
         raise ValueError(f"data: {stories} has {len(lines)} stories, {answers.name} {len(right)}")
     for number, (line, letters) in enumerate(zip(lines, right, strict=True), 1):
@@ -153,6 +162,13 @@ def _mctest(folder: Path, name: str) -> Iterator[Example]:
                 )
             choices = tuple(columns[first : first + _CHOICES])
             yield Example((story,), choices, _LETTERS.index(letter))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path} is not UTF-8 text ({error.reason})") from None
 
 
 def _present(path: Path) -> Path:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.finetuning.reading import Example
 from gptkernels.gpt.tokenizer import Tokenizer
 
@@ -44,6 +45,11 @@ class Encoder:
         self.start, self.delimiter, self.extract = range(vocab_size, vocab_size + NEW_TOKENS)
         self.length = length
         self.truncated = 0
+
+    @classmethod
+    def of_grown(cls, transformation: str, tokenizer: Tokenizer, shape: GPTConfig) -> Encoder:
+        """For a model that has the new tokens already."""
+        return cls(transformation, tokenizer, shape.vocab_size - NEW_TOKENS, shape.block_size)
 
     def __call__(self, example: Example) -> list[list[int]]:
         """The sequences of `example`: one, two for a similarity, one a choice for a choice."""

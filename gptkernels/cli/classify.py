@@ -1,0 +1,55 @@
+"""The command `gptkernels classify`: a fine-tuned model's answers to texts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from gptkernels.cli import options
+
+
+@click.command("classify")
+@click.argument("folder", type=options.PATH)
+@click.argument("texts", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@click.option("--impl", type=click.Choice(options.IMPLS), default="auto", show_default=True)
+@options.device
+def command(folder: Path, texts: tuple[str, ...], as_json: bool, impl: str, device: str) -> None:
+    """Answer TEXTS with the model in FOLDER, which `finetune` wrote: the label, or the number, and
+    how probable the label is, a line an example.
+
+    For a task about one text each of TEXTS is an example. For a task about two, or about choices,
+    TEXTS are one example: its texts, then its choices. Without TEXTS every line of standard input
+    is an example, with tabs between its texts.
+    """
+    from gptkernels.gpt.finetuning.classifier import Classifier
+
+    classify = Classifier(folder, impl=impl, device=device)
+    if not texts:
+        examples = [line.rstrip("\r\n").split("\t") for line in sys.stdin if line.strip()]
+    elif classify.texts == 1 and not classify.task.choice:
+        examples = [[text] for text in texts]
+    else:
+        examples = [list(texts)]
+    if not examples:
+        raise ValueError("texts: there is none to answer, neither as an argument nor as input")
+    for one in classify(examples):
+        likely = max(one.probabilities, default=None)
+        if as_json:
+            names = classify.task.classes or tuple(map(str, range(len(one.probabilities))))
+            record: dict[str, object] = {"answer": one.label}
+            if classify.task.range is not None:
+                record["answer"] = one.value
+            else:
+                record["probabilities"] = dict(zip(names, one.probabilities, strict=True))
+            click.echo(json.dumps(record, ensure_ascii=False))
+        else:
+            click.echo(one.label if likely is None else f"{one.label}\t{likely:.4f}")
+    if classify.encoder.truncated:
+        length = classify.encoder.length
+        count = classify.encoder.truncated
+        cut = "example was" if count == 1 else "examples were"
+        click.echo(f"{count} {cut} longer than {length} tokens, and cut", err=True)
