@@ -110,13 +110,20 @@ def _example(task: Task, path: Path, line: int, row: Any) -> Example:
             raise ValueError(f"data: {path} has no column {key!r} in line {line}")
         return row[key]
 
-    texts = tuple(str(column(key)) for key in task.texts)
-    choices = tuple(column(key) for key in task.choices)
+    def text(value: Any) -> str:
+        if value is None or isinstance(value, list | dict):
+            raise ValueError(
+                f"data: {path} has {json.dumps(value)} in line {line}, a text or number is wanted"
+            )
+        return value if isinstance(value, str) else json.dumps(value)
+
+    texts = tuple(text(column(key)) for key in task.texts)
+    choices = [column(key) for key in task.choices]
     if len(choices) == 1 and isinstance(choices[0], list):
-        choices = tuple(choices[0])
-    choices = tuple(map(str, choices))
+        (choices,) = choices
+    answers = tuple(map(text, choices))
     where = f"{path}, line {line}"
-    return Example(texts, choices, _target(task, where, str(column(task.label)), len(choices)))
+    return Example(texts, answers, _target(task, where, text(column(task.label)), len(answers)))
 
 
 def _target(task: Task, where: str, value: str, choices: int) -> float:
