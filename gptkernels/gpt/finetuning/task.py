@@ -16,12 +16,15 @@ a user's own is named by its path.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gptkernels.gpt.finetuning import task_keys
 
 _OWN = Path(__file__).parent / "tasks"
 TRANSFORMATIONS = ("classification", "entailment", "similarity", "choice")
@@ -80,7 +83,7 @@ class Task:
             raise ValueError(f"task {self.name}: either labels or a range is wanted")
         if self.labels and len(set(self.labels.values())) < 2:
             raise ValueError(f"task {self.name}: labels must name at least two classes")
-        if self.range is not None and not self.range[0] < self.range[1]:
+        if self.range is not None and not -math.inf < self.range[0] < self.range[1] < math.inf:
             raise ValueError(f"task {self.name}: range must be [lowest, highest]")
         if not self.metrics:
             raise ValueError(f"task {self.name}: metrics must name at least one")
@@ -179,26 +182,12 @@ def load_task(name: str | Path) -> Task:
 
 def task_of(name: str, content: Mapping[str, Any]) -> Task:
     """The task that `content`, a file's or that of `as_dict`, describes. Raises ValueError."""
-    known = {option.name for option in dataclasses.fields(Task)} - {"name"}
-    if strange := sorted(content.keys() - known):
-        raise ValueError(f"task {name}: {', '.join(strange)} is not known there")
-    given: dict[str, Any] = {"texts": (), "choices": (), **content}
-    if missing := sorted({"transformation", "metrics", "format", "files"} - content.keys()):
-        raise ValueError(f"task {name}: {', '.join(missing)} is missing")
-    try:
-        for key in ("metrics", "texts", "choices"):
-            if not isinstance(given[key], list | tuple):
-                raise TypeError(f"{key} must be a list")
-            given[key] = tuple(given[key])
-        if given.get("range") is not None:
-            low, high = given["range"]
-            given["range"] = (float(low), float(high))
-        if given.get("zero_shot") is not None:
-            asked = dict(given["zero_shot"])
-            given["zero_shot"] = ZeroShot(**{**asked, "answers": tuple(asked.get("answers", ()))})
-        return Task(name=name, **given)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"task {name}: {error}") from None
+    task_keys.check(name, content)
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    if "zero_shot" in given:
+        asked = given["zero_shot"]
+        given["zero_shot"] = ZeroShot(asked.get("prompt", ""), tuple(asked.get("answers", ())))
+    return Task(name=name, **given)
 
 
 def as_dict(task: Task) -> dict[str, Any]:
