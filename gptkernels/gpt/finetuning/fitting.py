@@ -2,6 +2,7 @@
 
 After each epoch the model answers the validation part; the epoch with the best first metric of the
 task is the best one, the earliest of those that are equal. At the end the model has its weights.
+An epoch that a signal cuts short is judged too, so that there always is a best one.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ class Fit:
     def run(self) -> bool:
         """Train to the end; whether SIGINT or SIGTERM stopped it before.
 
-        Raises DivergedError for a loss that is not finite, at the next line of the log.
+        The log has a line for each `log_interval` steps, and one at the end of an epoch. Raises
+        DivergedError for a loss that is not finite, at the next of these lines.
         """
         config, model = self.config, self.model
-        steps = config.epochs * math.ceil(len(self.training) / config.batch_size)
+        each = math.ceil(len(self.training) / config.batch_size)
+        steps = config.epochs * each
         if config.freeze_body:
             model.freeze_body()
         groups = model.parameter_groups(config.weight_decay)
@@ -62,19 +65,22 @@ class Fit:
         self._started, step = time.perf_counter(), 0
         sums, since = torch.zeros(3, device=model.head.weight.device), 0
         with Stopping() as stopping:
-            for number in range(config.epochs):
+            for number in range(1, config.epochs + 1):
                 for part in epoch(self.training, config.batch_size, generator):
                     rate = learning_rate(config, step, steps)
                     sums += self._step(optimizer, part, rate)
                     step, since = step + 1, since + 1
-                    if step % config.log_interval == 0:
+                    if step % config.log_interval == 0 or step % each == 0 or stopping.asked:
                         self._log(step, steps, rate, (sums / since).tolist())
                         sums.zero_()
                         since = 0
                     if stopping.asked:
-                        return self._finish(stopped=True)
-                self._judge(number + 1, step, steps)
-        return self._finish(stopped=False)
+                        break
+                self._judge(number, step, steps)
+                if stopping.asked:
+                    break
+        self._finish()
+        return step < steps
 
     def _step(self, optimizer: torch.optim.Optimizer, part: list[Encoded], rate: float) -> Tensor:
         """One step; the losses L3, L2 and L1 (0 where it is left out)."""
@@ -120,12 +126,10 @@ class Fit:
         named = {f"validation_{name}": value for name, value in metrics.items()}
         self._write({"step": step, "epoch": number, **named}, step / steps)
 
-    def _finish(self, stopped: bool) -> bool:
-        if self._kept:
-            self.model.load_state_dict(self._kept)
+    def _finish(self) -> None:
+        self.model.load_state_dict(self._kept)
         self._kept = {}
         self.model.eval()
-        return stopped
 
     def _write(self, record: dict[str, Any], done: float) -> None:
         if self.observer is not None:
