@@ -5,36 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gptkernels.gpt.corpus.filters import MIN_CHARACTERS, MIN_SCORE
+from gptkernels.gpt.options import check_option, check_options, option
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """How to prepare a corpus. Raises ValueError for a value out of range.
+    """How to prepare a corpus. Raises ValueError for a value out of range, TypeError for a wrong
+    type."""
 
-    Fields:
-        tokenizer: "gpt2", "gpt1" or "bytes".
-        shard_tokens: of a shard, at most.
-        near_duplicates: texts that resemble an earlier one by this much, 0.1 to 1, are left out;
-            None looks for exact duplicates alone.
-        min_score: a record with a lower score is left out; one without a score is kept.
-        min_characters: a shorter text is left out.
-        text_key, score_key: where a line of JSON has its text, and may have its score.
-    """
-
-    tokenizer: str = "gpt2"
-    shard_tokens: int = 100_000_000
-    near_duplicates: float | None = 0.8
-    min_score: float = MIN_SCORE
-    min_characters: int = MIN_CHARACTERS
-    text_key: str = "text"
-    score_key: str = "score"
+    tokenizer: str = option("gpt2", "gpt2, its byte-level BPE; gpt1, its BPE of words; bytes")
+    shard_tokens: int = option(100_000_000, "tokens of a shard, at most", least=1)
+    near_duplicates: float = option(
+        0.8,
+        "leave out what resembles an earlier text by this share, 0.1 to 1; 0 leaves out exact "
+        "duplicates alone",
+    )
+    min_score: float = option(
+        MIN_SCORE, "leave out records with a lower score; those without one are kept"
+    )
+    min_characters: int = option(MIN_CHARACTERS, "leave out shorter texts", least=0)
+    text_key: str = option("text", "where a line of JSON has its text")
+    score_key: str = option("score", "where a line of JSON may have its score")
 
     def __post_init__(self) -> None:
-        if self.shard_tokens < 1:
-            raise ValueError(f"shard_tokens is {self.shard_tokens}, at least 1 is wanted")
-        if self.near_duplicates is not None and not 0.1 <= self.near_duplicates <= 1:
-            raise ValueError(f"near_duplicates is {self.near_duplicates}, 0.1 to 1 is wanted")
-        if self.min_score != self.min_score:
-            raise ValueError(f"min_score is {self.min_score}, a number is wanted")
-        if self.min_characters < 0:
-            raise ValueError(f"min_characters is {self.min_characters}, at least 0 is wanted")
+        check_options(self)
+        right = self.near_duplicates == 0 or 0.1 <= self.near_duplicates <= 1
+        check_option(self, "near_duplicates", right, "0 or 0.1 to 1")

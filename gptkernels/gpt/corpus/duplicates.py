@@ -28,13 +28,12 @@ CREATE TABLE IF NOT EXISTS bands (band INTEGER PRIMARY KEY, text INTEGER NOT NUL
 class Duplicates:
     """All texts seen so far, in `database`, whose owner commits.
 
-    threshold: of the estimated resemblance, above 0 and at most 1; None where no text will have a
-    signature.
+    threshold: of the estimated resemblance, 0 to 1; only texts with a signature are held to it.
     """
 
-    def __init__(self, database: sqlite3.Connection, threshold: float | None) -> None:
+    def __init__(self, database: sqlite3.Connection, threshold: float) -> None:
         database.executescript(_SCHEMA)
-        self._database, self._least = database, (threshold or 0.0) * SLOTS
+        self._database, self._least = database, threshold * SLOTS
 
     def kind(self, text: Fingerprint) -> Literal["exact duplicate", "near duplicate"] | None:
         """What the next text is, None where it is neither; from now on it was seen."""

@@ -53,15 +53,15 @@ class Fingerprint:
     bands: tuple[int, ...] = ()
 
 
-def fingerprint(text: str, rows: int | None) -> Fingerprint:
-    """That of `text`, with bands of `rows` numbers; with None only the digest.
+def fingerprint(text: str, rows: int) -> Fingerprint:
+    """That of `text`, with bands of `rows` numbers; where that is 0, its digest alone.
 
     Raises ImportError where rensa is missing and needed.
     """
     normal = unicodedata.normalize("NFC", text)
     digest = hashlib.blake2b(" ".join(normal.split()).encode(), digest_size=16).digest()
     words = _WORD.findall(normal.lower()) if rows else []
-    if rows is None or len(words) < SHINGLE:
+    if len(words) < SHINGLE:
         return Fingerprint(digest)
     shingles = [" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)]
     minhash = rensa_package().RMinHash(num_perm=SLOTS, seed=_SEED)

@@ -42,11 +42,14 @@ def describe(paths: Sequence[Path]) -> tuple[Input, ...]:
 
 
 class Reader:
-    """The records of `inputs`, one file after the other; each as `reading` says."""
+    """The records of `inputs`, one file after the other, each read as `reading` says.
+
+    total: the bytes of all files.
+    """
 
     def __init__(self, inputs: Sequence[Input], reading: Reading) -> None:
         self._inputs, self._reading = inputs, reading
-        self._size = sum(file.bytes for file in inputs)
+        self.total = sum(file.bytes for file in inputs)
         self._before = self._inside = 0
 
     def __iter__(self) -> Iterator[Record | Malformed]:
@@ -62,10 +65,10 @@ class Reader:
             self._inside = 0
 
     @property
-    def share(self) -> float:
-        """How much of the input was read, 0 to 1. Inside a compressed file it is a guess, by the
-        bytes that came out."""
-        return min(1.0, (self._before + self._inside) / max(1, self._size))
+    def done(self) -> int:
+        """How many bytes were read. Inside a compressed file that is a guess, by the bytes that
+        came out."""
+        return self._before + self._inside
 
 
 def _is_input(path: Path, out: Path) -> bool:

@@ -18,9 +18,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeAlias
 
-from gptkernels.gpt.corpus.config import PrepareConfig
 from gptkernels.gpt.corpus.records import Malformed, Record
-from gptkernels.gpt.corpus.work import Chunk, Outcome, Worker
+from gptkernels.gpt.corpus.work import Chunk, Outcome, Task, Worker
 
 _AHEAD = 3  # chunks for each process: in work, waiting for it, and waiting to be taken
 
@@ -28,10 +27,10 @@ _Waiting: TypeAlias = deque[tuple[Chunk, Future[list[Outcome]]]]
 
 
 class Pool:
-    """`processes` that work as `config` says. Use as a context: at its end they end too."""
+    """`processes` that work on one task. Use as a context: at its end they end too."""
 
-    def __init__(self, processes: int, config: PrepareConfig) -> None:
-        self._processes, self._config = processes, config
+    def __init__(self, processes: int, task: Task) -> None:
+        self._processes, self._task = processes, task
         self._executor = self._started()
 
     def __enter__(self) -> Pool:
@@ -83,7 +82,7 @@ class Pool:
     def _started(self) -> ProcessPoolExecutor:
         # Not forked: a thread of this process may hold a lock that its copy would wait for.
         spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._processes, spawn, _begin, (self._config,))
+        return ProcessPoolExecutor(self._processes, spawn, _begin, (self._task,))
 
     def _restart(self) -> None:
         self._executor.shutdown()
@@ -100,12 +99,12 @@ class Pool:
 _worker: Worker  # of this process
 
 
-def _begin(config: PrepareConfig) -> None:
+def _begin(task: Task) -> None:
     """Make a process ready."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = Worker(config)
+    _worker = Worker(task)
 
 
 def _end_with_parent() -> None:

@@ -32,7 +32,7 @@ from gptkernels.gpt.corpus import manifest as manifests
 from gptkernels.gpt.corpus import state as states
 from gptkernels.gpt.corpus.config import PrepareConfig
 from gptkernels.gpt.corpus.duplicates import Duplicates
-from gptkernels.gpt.corpus.fingerprints import rensa_package
+from gptkernels.gpt.corpus.fingerprints import rensa_package, rows_of_bands
 from gptkernels.gpt.corpus.growing import Growing
 from gptkernels.gpt.corpus.inputs import Reader, describe, find
 from gptkernels.gpt.corpus.manifest import Input, Manifest, Shard, sha256
@@ -41,14 +41,15 @@ from gptkernels.gpt.corpus.pool import Pool
 from gptkernels.gpt.corpus.records import Malformed
 from gptkernels.gpt.corpus.sources import Reading
 from gptkernels.gpt.corpus.state import State
-from gptkernels.gpt.corpus.work import Dropped, Outcome, Text, chunks, token_dtype
+from gptkernels.gpt.corpus.work import Dropped, Outcome, Task, Text, chunks, token_dtype
 from gptkernels.gpt.corpus.writer import Writer, shard_name
 from gptkernels.gpt.tokenizer import load_tokenizer
 
 MALFORMED = "malformed.jsonl"
 
-Observer = Callable[[dict[str, int], float], None]
-"""Called with the counts so far, as in the manifest, and the share of the input that was read."""
+Observer = Callable[[dict[str, int], int, int], None]
+"""Called with the counts so far, as in the manifest, and how many bytes of the input were read, of
+how many."""
 
 _CHUNK_RECORDS, _CHUNK_BYTES = 256, 1 << 20
 _COMMIT_CHUNKS = 32  # from one commit to the next: what a kill loses at most
@@ -78,7 +79,7 @@ def prepare(
     if processes is not None and processes < 1:
         raise ValueError(f"processes is {processes}, at least 1 is wanted")
     load_tokenizer(config.tokenizer)
-    if config.near_duplicates is not None:
+    if config.near_duplicates:
         rensa_package()
     check_folder("out", out)
     paths = find(files, out)
@@ -143,17 +144,24 @@ class _Run:
         return manifest
 
     def _work(self, processes: int, observer: Observer | None) -> None:
+        counts = self.progress.counts
         reader = Reader(self.inputs, Reading(self.config.text_key, self.config.score_key))
-        todo = itertools.islice(reader, self.progress.counts["records"], None)
-        with Pool(processes, self.config) as pool:
+        todo = itertools.islice(reader, counts["records"], None)
+        with Pool(processes, self._task()) as pool:
             done = pool.outcomes(chunks(todo, _CHUNK_RECORDS, _CHUNK_BYTES))
             for number, outcomes in enumerate(done, start=1):
                 for outcome in outcomes:
                     self._take(outcome)
+                counts["tokens"] = sum(tokens for tokens, _ in self.writer.lengths)
                 if number % _COMMIT_CHUNKS == 0:
                     self._commit()
                 if observer is not None:
-                    observer(self.progress.counts, reader.share)
+                    observer(counts, reader.done, reader.total)
+
+    def _task(self) -> Task:
+        config, threshold = self.config, self.config.near_duplicates
+        rows = rows_of_bands(threshold) if threshold else 0
+        return Task(config.tokenizer, rows, config.min_score, config.min_characters)
 
     def _take(self, outcome: Outcome) -> None:
         counts, dropped = self.progress.counts, self.progress.dropped
@@ -186,7 +194,6 @@ class _Run:
         self.writer.sync()
         self.malformed.sync()
         self.progress.shards = self.writer.lengths
-        self.progress.counts["tokens"] = sum(tokens for tokens, _ in self.writer.lengths)
         self.progress.malformed_bytes = self.malformed.size
         self.state.commit(self.progress)
 

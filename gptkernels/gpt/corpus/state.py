@@ -100,7 +100,7 @@ def remove(folder: Path) -> None:
 
 def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ValueError where what was done in `folder` before differs from what is asked now."""
-    now = json.loads(json.dumps(now))  # with lists for tuples, as it came back
+    before, now = (json.loads(json.dumps(done)) for done in (before, now))  # lists for tuples
     different = [key for key in now if before.get(key) != now[key]]
     if different:
         raise ValueError(

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from gptkernels.gpt.corpus.config import PrepareConfig
 from gptkernels.gpt.corpus.extract import extract
 from gptkernels.gpt.corpus.filters import refusal
-from gptkernels.gpt.corpus.fingerprints import Fingerprint, fingerprint, rows_of_bands
+from gptkernels.gpt.corpus.fingerprints import Fingerprint, fingerprint
 from gptkernels.gpt.corpus.packing import pack
 from gptkernels.gpt.corpus.records import Malformed, Record
 from gptkernels.gpt.tokenizer import load_tokenizer
@@ -50,15 +49,24 @@ class Dropped:
 Outcome: TypeAlias = Text | Dropped | Malformed
 
 
-class Worker:
-    """Works on records as `config` says. Raises what `load_tokenizer` raises."""
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a worker has to know: the tokenizer's name, the numbers in a band of a signature (0
+    where none is wanted), and the filters' limits."""
 
-    def __init__(self, config: PrepareConfig) -> None:
-        self._config = config
-        self._tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer: str
+    rows: int
+    min_score: float
+    min_characters: int
+
+
+class Worker:
+    """Works on records. Raises what `load_tokenizer` raises."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._tokenizer = load_tokenizer(task.tokenizer)
         self._dtype = token_dtype(self._tokenizer.vocab_size)
-        threshold = config.near_duplicates
-        self._rows = None if threshold is None else rows_of_bands(threshold)
 
     def outcome(self, record: Record | Malformed) -> Outcome:
         """What becomes of `record`. Raises ImportError for a package that is missing."""
@@ -75,12 +83,9 @@ class Worker:
         text = extract(record)
         if isinstance(text, Malformed):
             return text
-        limits = self._config
+        task = self._task
         reason = refusal(
-            text,
-            record.score,
-            min_score=limits.min_score,
-            min_characters=limits.min_characters,
+            text, record.score, min_score=task.min_score, min_characters=task.min_characters
         )
         if reason is not None:
             return Dropped(reason)
@@ -88,7 +93,7 @@ class Worker:
         if not ids:  # GPT-1's leaves out control characters, for one
             return Dropped("no token")
         return Text(
-            fingerprint(text, self._rows),
+            fingerprint(text, task.rows),
             pack(self._dtype, ids),
             len(text),
             len(text.encode()),

@@ -1,0 +1,72 @@
+"""The command `gptkernels prepare`, whose options are the fields of a dataclass."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gptkernels.cli.console import plain_console, print_text
+from gptkernels.cli.fields import fields_of
+from gptkernels.cli.options import PATH
+from gptkernels.gpt.corpus.config import PrepareConfig
+
+if TYPE_CHECKING:
+    from gptkernels.gpt.corpus.manifest import Manifest
+
+_NAMED = 3  # malformed pages
+
+
+@click.command("prepare")
+@click.argument("files", type=PATH, nargs=-1)
+@click.option("--out", type=PATH, required=True, help="Folder to write.")
+@click.option("--processes", type=int, help="That work at a time. Default: one for each core.")
+@fields_of(PrepareConfig)
+def command(files: tuple[Path, ...], out: Path, processes: int | None, **options: Any) -> int:
+    """Make token shards of FILES, or of the files in folders, for `gptkernels train`: texts (.txt,
+    .md), JSON lines (.jsonl), pages (.html) and WARC archives (.warc), also compressed (.gz, .zst).
+
+    Where the command was stopped or killed, the same command goes on.
+    """
+    from gptkernels.gpt.corpus import manifest as manifests
+    from gptkernels.gpt.corpus.prepare import MALFORMED, prepare
+    from gptkernels.gpt.corpus.progress import ProgressBar
+
+    given = {name: value for name, value in options.items() if value is not None}
+    console = plain_console()
+    before = (out / manifests.NAME).exists()
+    try:
+        with ProgressBar(console) as bar:
+            config = PrepareConfig(**given)
+            manifest = prepare(files, out, config=config, processes=processes, observer=bar)
+    except KeyboardInterrupt:
+        click.echo("stopped; go on with the same command", err=True)
+        return 130
+    for line in _summary(manifest, out / MALFORMED):
+        print_text(console, line)
+    was = "was finished before, and stays as it is" if before else "is finished"
+    print_text(console, f"{out} {was}; train on it: gptkernels train {out} --out RUN")
+    return 0
+
+
+def _summary(manifest: Manifest, malformed: Path) -> Iterator[str]:
+    counts = manifest.counts
+    yield f"{_count(counts['records'], 'record')} in {_count(counts['files'], 'file')}"
+    for reason, count in manifest.dropped.items():
+        yield f"  {count:,} left out: {reason}"
+    if counts["malformed"]:
+        yield f"  {counts['malformed']:,} malformed, all named in {malformed}:"
+        with malformed.open(encoding="utf-8") as lines:
+            for page in map(json.loads, itertools.islice(lines, _NAMED)):
+                yield f"    {page['name']} {page['reason']}"
+    yield f"  {counts['kept']:,} kept: {_count(counts['documents'], 'document')}"
+    shards = _count(len(manifest.shards), "shard")
+    yield f"{_count(counts['tokens'], 'token')} of {manifest.tokenizer} in {shards}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
