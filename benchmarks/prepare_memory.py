@@ -1,0 +1,105 @@
+"""What `gptkernels prepare` holds in memory at most, and how fast it is, on a corpus made here.
+
+    python -m benchmarks.prepare_memory FOLDER [--megabytes 1000] [--processes 2] [--json FILE]
+
+FOLDER holds text files (.txt), such as WikiText. The corpus is one file of JSON lines in a
+temporary folder: each line has a text of 200 to 1,200 of their words, drawn one by one, so that no
+text repeats another. So the words are real and every text is kept: the work of one that is dropped
+would be less.
+
+`prepare` runs in a process of its own. Linux keeps the highest resident size of each (VmHWM); those
+of the workers are read from it until they end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from gptkernels.bench.environment import environment
+from gptkernels.bench.results import write_json
+from gptkernels.gpt.corpus import manifest as manifests
+
+_POLL_S = 0.5
+
+
+def main() -> None:
+    """Runs the program."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        corpus, out = Path(temporary) / "corpus.jsonl", Path(temporary) / "out"
+        _make(corpus, options.folder, options.megabytes * 10**6)
+        row = _prepare(corpus, out, options.processes)
+    for key, value in row.items():
+        print(f"{key}: {value}")
+    if options.json:
+        write_json(options.json, {"environment": environment(), "rows": [row]})
+
+
+def _make(corpus: Path, folder: Path, size: int) -> None:
+    words = [word for file in sorted(folder.rglob("*.txt")) for word in file.read_text().split()]
+    draw = random.Random(0)
+    with corpus.open("w", encoding="utf-8") as file:
+        while file.tell() < size:
+            text = " ".join(draw.choices(words, k=draw.randint(200, 1200)))
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+
+def _prepare(corpus: Path, out: Path, processes: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "gptkernels", "prepare", str(corpus), "--out", str(out)]
+    started = time.perf_counter()
+    run = subprocess.Popen([*command, "--processes", str(processes)], stdout=subprocess.DEVNULL)
+    peaks: dict[int, int] = {}
+    state = 0
+    while run.poll() is None:
+        for process in (run.pid, *_children(run.pid)):
+            peaks[process] = max(peaks.get(process, 0), _peak_bytes(process))
+        state = max(state, *(file.stat().st_size for file in out.glob("state.sqlite")), 0)
+        time.sleep(_POLL_S)
+    seconds = time.perf_counter() - started
+    if run.returncode:
+        raise SystemExit(f"prepare ended with {run.returncode}")
+    counts = manifests.read(out).counts
+    main_peak = peaks.pop(run.pid)
+    size = corpus.stat().st_size
+    return {
+        "input_bytes": size,
+        "processes": processes,
+        "main_peak_bytes": main_peak,
+        "largest_worker_peak_bytes": max(peaks.values()),
+        "sum_of_peaks_bytes": main_peak + sum(peaks.values()),
+        "database_bytes": state,
+        "seconds": round(seconds, 1),
+        "megabytes_per_second": round(size / 1e6 / seconds, 2),
+        "counts": counts,
+    }
+
+
+def _children(parent: int) -> list[int]:
+    return [int(i) for i in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def _peak_bytes(process: int) -> int:
+    """0 for one that has just ended."""
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{process}/status").read_text(), re.M)
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0
+
+
+if __name__ == "__main__":
+    main()
