@@ -12,5 +12,5 @@ def figure_class() -> Any:
 
     Raises ImportError with one sentence where matplotlib is missing.
     """
-    missing = "drawing the loss curve needs matplotlib: pip install 'gptkernels[all]'"
+    missing = "drawing figures needs matplotlib: pip install 'gptkernels[all]'"
     return optional("matplotlib.figure", missing).Figure
