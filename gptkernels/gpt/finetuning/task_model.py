@@ -68,7 +68,7 @@ class TaskModel(nn.Module):
             features = features.view(-1, 2, features.shape[-1]).sum(1)
         scores = self.head(F.dropout(features, self.dropout, self.training))
         if self.task.choice:
-            scores = _side_by_side(scores.squeeze(1), batch)
+            scores = side_by_side(scores.squeeze(1), batch)
         elif self.task.range is not None:
             scores = scores.squeeze(1)
         return scores, hidden
@@ -158,7 +158,7 @@ def _of_new_tokens(gradient: Tensor) -> Tensor:
     return kept
 
 
-def _side_by_side(scores: Tensor, batch: Batch) -> Tensor:
+def side_by_side(scores: Tensor, batch: Batch) -> Tensor:
     """The scores (R,) of all choices, a row an example."""
     size = (int(batch.owner[-1]) + 1, int(batch.choice.max()) + 1)
     table = scores.new_full(size, -torch.inf)

@@ -14,7 +14,6 @@ fourth model, an LSTM, is not among these.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,7 @@ from typing import Any
 from gptkernels.gpt.finetuning.analyses.plots import draw_bars
 from gptkernels.gpt.finetuning.analyses.records import Record
 from gptkernels.gpt.finetuning.analyses.spread import Table, metrics_of, summarise
-from gptkernels.gpt.finetuning.analyses.study import (
-    Planned,
-    Study,
-    carry_out,
-    check_seeds,
-    read_subject,
-)
+from gptkernels.gpt.finetuning.analyses.study import Study, carry_out
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.fitting import Observer
 
@@ -52,30 +45,22 @@ def ablations(
 ) -> Study:
     """Fine-tune `model` in full and with one thing taken away, and write into the folder `out`.
 
-    A run whose record is there already, of the same settings, weights and examples, is not made
-    again: an interrupted analysis goes on. All variants of a task and a seed are made before those
-    of the next, all tasks of a seed before the next seed.
-
-    model, tokenizer: as of `finetune`. tasks: how to fine-tune on each, by the task's name or the
-    path of its .toml file; seeds take the place of the seed there. data: the folder that holds the
-    tasks' folders. observer: as of `carry_out`.
-
-    Raises ValueError where a configuration leaves out already what an ablation leaves out; else as
-    `read_subject` and `carry_out` do.
+    Raises ValueError where a configuration leaves out already what an ablation leaves out. The
+    arguments, what is not made again, and the other errors are those of `carry_out`.
     """
     out = Path(out)
-    check_seeds(seeds)
     for name, config in tasks.items():
         _check_complete(name, config)
-    subject = read_subject(model, list(tasks), data, tokenizer)
-    configs = dict(zip(subject.tasks, tasks.values(), strict=True))
-    plan = [
-        Planned(task, variant, dataclasses.replace(config, seed=seed, **changes))
-        for seed in seeds
-        for task, config in configs.items()
-        for variant, changes in _CHANGES.items()
-    ]
-    study = carry_out(subject, plan, out / "ablations.json", observer)
+    study = carry_out(
+        model,
+        out / "ablations.json",
+        lambda shape: _CHANGES,
+        tasks=tasks,
+        seeds=seeds,
+        data=data,
+        tokenizer=tokenizer,
+        observer=observer,
+    )
     if not study.stopped:
         draw_bars(summary(study.records), metrics_of(study.records), out / "ablations.png")
     return study

@@ -9,19 +9,13 @@ block too (1), and so on to all blocks. What is not transferred begins at random
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.finetuning.analyses.plots import draw_layers
 from gptkernels.gpt.finetuning.analyses.spread import metrics_of, summarise
-from gptkernels.gpt.finetuning.analyses.study import (
-    Planned,
-    Study,
-    carry_out,
-    check_seeds,
-    read_subject,
-)
+from gptkernels.gpt.finetuning.analyses.study import Study, carry_out
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.fitting import Observer
 
@@ -38,22 +32,25 @@ def layers(
 ) -> Study:
     """Fine-tune `model` with more and more of its blocks, and write into the folder `out`.
 
-    tasks: how to fine-tune on each; `seeds` and the number of blocks take the place of seed and
-    transfer there. The other arguments, what is not made again, and the errors are those of
-    `ablations`.
+    `seeds` and the number of blocks take the place of seed and transfer in `tasks`. The arguments,
+    what is not made again, and the errors are those of `carry_out`.
     """
     out = Path(out)
-    check_seeds(seeds)
-    subject = read_subject(model, list(tasks), data, tokenizer)
-    configs = dict(zip(subject.tasks, tasks.values(), strict=True))
-    transfers = ("none", *map(str, range(subject.pretrained.config.n_layer + 1)))
-    plan = [
-        Planned(task, transfer, dataclasses.replace(config, seed=seed, transfer=transfer))
-        for seed in seeds
-        for task, config in configs.items()
-        for transfer in transfers
-    ]
-    study = carry_out(subject, plan, out / "layers.json", observer)
+    study = carry_out(
+        model,
+        out / "layers.json",
+        _transfers,
+        tasks=tasks,
+        seeds=seeds,
+        data=data,
+        tokenizer=tokenizer,
+        observer=observer,
+    )
     if not study.stopped:
         draw_layers(summarise(study.records), metrics_of(study.records), out / "layers.png")
     return study
+
+
+def _transfers(shape: GPTConfig) -> dict[str, dict[str, str]]:
+    names = ("none", *map(str, range(shape.n_layer + 1)))
+    return {name: {"transfer": name} for name in names}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 from gptkernels.core.figure import figure_class
 from gptkernels.core.files import check_folder
 from gptkernels.core.lock import alone_in
+from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.finetuning.analyses.records import (
     Record,
     Records,
@@ -38,6 +39,9 @@ from gptkernels.gpt.finetuning.parts import Parts, parts_for
 from gptkernels.gpt.finetuning.task import Task, load_task
 from gptkernels.gpt.loading import load
 from gptkernels.gpt.model import GPT
+
+Variants = Callable[[GPTConfig], Mapping[str, Mapping[str, Any]]]
+"""From the shape of the model: the name of each variant, and the settings that make it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,15 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Planned:
+class _Subject:
+    """A pre-trained model, and the examples of each task, encoded for it."""
+
+    pretrained: GPT
+    tasks: Mapping[str, tuple[Task, Parts]]
+
+
+@dataclass(frozen=True)
+class _Run:
     """A run to make: the task's name, what the figure calls the run, and how to fine-tune."""
 
     task: str
@@ -62,28 +74,54 @@ class Planned:
     config: FinetuneConfig
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A pre-trained model, and the examples of each task, encoded for it."""
-
-    pretrained: GPT
-    tasks: Mapping[str, tuple[Task, Parts]]
-
-
-def read_subject(
+def carry_out(
     model: str | Path,
-    tasks: Sequence[str | Path],
+    file: Path,
+    variants: Variants,
+    *,
+    tasks: Mapping[str, FinetuneConfig],
+    seeds: Sequence[int],
     data: str | Path | None,
     tokenizer: str | None,
-) -> Subject:
-    """What there is to fine-tune. Raises as `finetune` does, and ValueError for tasks that are
-    none or have one name."""
+    observer: Observer | None,
+) -> Study:
+    """Fine-tune `model` on each task, by each variant, with each seed, and keep the records in
+    `file`. A run whose record is there already, of the same settings, weights and examples, is not
+    made again: what was interrupted goes on.
+
+    model, tokenizer: as of `finetune`. variants: see there. tasks: how to fine-tune on each, by the
+    task's name or the path of its .toml file; a seed takes the place of the seed there. All
+    variants of a task and a seed come before the next task, all tasks of a seed before the next
+    seed. data: the folder that holds the tasks' folders; None: the one that GPTKERNELS_DATA names.
+    observer: called with the records of each run's log, which then name task, variant and seed, and
+    with each finished run's record; and with the share of all runs that is done, 0 to 1.
+
+    Raises as `finetune` does, before the first run; ValueError, too, for tasks that are none or
+    have one name, such seeds, and a `file` that no analysis wrote.
+    """
+    check_folder("out", file.parent)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
+    subject = _read_subject(model, list(tasks), data, tokenizer)
+    changes = variants(subject.pretrained.config)
+    runs = [
+        _Run(task, variant, dataclasses.replace(config, seed=seed, **change))
+        for seed in seeds
+        for task, config in zip(subject.tasks, tasks.values(), strict=True)
+        for variant, change in changes.items()
+    ]
+    return _carry_out(subject, runs, file, observer)
+
+
+def _read_subject(
+    model: str | Path, tasks: Sequence[str], data: str | Path | None, tokenizer: str | None
+) -> _Subject:
     check_packages()
     figure_class()  # better to report a missing package now than after all runs
     described = load_tasks(tasks)
     folders = {name: home_of(task, data) for name, task in described.items()}
     pretrained, vocabulary = load(Path(model), tokenizer)
-    return Subject(
+    return _Subject(
         pretrained,
         {
             name: (task, parts_for(task, folders[name], vocabulary, pretrained.config))
@@ -107,26 +145,12 @@ def home_of(task: Task, data: str | Path | None) -> Path:
     return task.data_folder(None if data is None else Path(data) / task.folder)
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise ValueError for no seeds at all, and for one that is named twice."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
-
-
-def carry_out(
-    subject: Subject, plan: Sequence[Planned], file: Path, observer: Observer | None
+def _carry_out(
+    subject: _Subject, runs: Sequence[_Run], file: Path, observer: Observer | None
 ) -> Study:
-    """Make the runs of `plan` whose records are not in `file` yet, one after another.
-
-    observer: called with the records of each run's log, which then name task, variant and seed, and
-    with each finished run's record; and with the share of the plan that is done, 0 to 1.
-
-    Raises ValueError for settings that do not fit the model or the data, before the first run,
-    where another process works in the folder, and for a `file` that no analysis wrote; OSError
-    where it cannot be written; DivergedError for a run whose loss is no longer finite.
-    """
-    check_folder("out", file.parent)
-    parts = [subject.tasks[run.task][1].drawn(run.config) for run in plan]
+    parts = [
+        subject.tasks[run.task][1].drawn(run.config) for run in runs
+    ]  # all: a wrong one is told now
     model = digest_of_model(subject.pretrained)
     data = {
         name: digest_of_examples(chain(of.training, of.validation, of.test))
@@ -135,7 +159,7 @@ def carry_out(
     study = Study([], stopped=False)
     with alone_in("out", file.parent):
         records = Records(file)
-        for number, (run, drawn) in enumerate(zip(plan, parts, strict=True)):
+        for number, (run, drawn) in enumerate(zip(runs, parts, strict=True)):
             settings = {
                 "task": run.task,
                 "variant": run.variant,
@@ -144,19 +168,19 @@ def carry_out(
                 "data": data[run.task],
             }
             if (record := records.find(settings)) is None:
-                watch = _within(run, number, len(plan), observer)
+                watch = _within(run, number, len(runs), observer)
                 measured = _run(subject, run, drawn, watch)
                 if measured is None:
                     return dataclasses.replace(study, stopped=True)
                 record = records.add(settings | measured)
                 if observer is not None:
-                    observer(record, (number + 1) / len(plan))
+                    observer(record, (number + 1) / len(runs))
             study.records.append(record)
     return study
 
 
 def _run(
-    subject: Subject, run: Planned, parts: Parts, observer: Observer | None
+    subject: _Subject, run: _Run, parts: Parts, observer: Observer | None
 ) -> dict[str, Any] | None:
     """What one run measures; None where a signal stopped it."""
     task, _ = subject.tasks[run.task]
@@ -187,8 +211,8 @@ def _measured(task: Task, parts: Parts, result: FinetuneResult) -> dict[str, Any
     }
 
 
-def _within(run: Planned, number: int, runs: int, observer: Observer | None) -> Observer | None:
-    """An observer of run `number`, for the one of the whole plan."""
+def _within(run: _Run, number: int, runs: int, observer: Observer | None) -> Observer | None:
+    """An observer of run `number`, for the one of them all."""
     if observer is None:
         return None
     named = {"task": run.task, "variant": run.variant, "seed": run.config.seed}
