@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import click
@@ -15,13 +15,16 @@ _TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 
 
 def fields_of(
-    kind: type, default: dict[str, str] | None = None
+    kind: type, default: dict[str, str] | None = None, without: Collection[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that adds an option for each field of a dataclass; None means "not given"."""
+    """A decorator that adds an option for each field of a dataclass, `without` some; None means
+    "not given"."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         # Decorators are applied from the last to the first.
         for field in reversed(dataclasses.fields(kind)):
+            if field.name in without:
+                continue
             shown = (default or {}).get(field.name, field.default)
             text = field.metadata.get("help") or _documented(kind, field.name)
             text += "" if shown is None else f"  [default: {shown}]"

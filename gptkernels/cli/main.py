@@ -30,6 +30,7 @@ _SUMMARIES = {
     "generate": "Continue a text with a trained model.",
     "finetune": "Fine-tune a trained model on a task: sentiment, entailment, choices ...",
     "classify": "Answer texts with a fine-tuned model.",
+    "analyse": "The analyses of GPT-1's paper: blocks transferred, zero-shot, ablations.",
 }
 
 
