@@ -26,6 +26,7 @@ _SUMMARIES = {
     "tune": 'Measure what is the fastest here; impl="auto" then takes it.',
     "demo": "Train a small GPT on real text, check it, time it, write a report.",
     "prepare": "Make token shards of texts, JSON lines, HTML pages and WARC archives.",
+    "overlap": "Say how much of evaluation texts a prepared corpus holds.",
     "train": "Train a GPT on text files or token shards.",
     "generate": "Continue a text with a trained model.",
     "finetune": "Fine-tune a trained model on a task: sentiment, entailment, choices ...",

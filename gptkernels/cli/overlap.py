@@ -1,0 +1,61 @@
+"""The command `gptkernels overlap`: how much of evaluations a prepared corpus holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from gptkernels.cli import options
+from gptkernels.cli.console import plain_console, print_text
+
+
+@click.command("overlap")
+@click.argument("folder", type=options.PATH)
+@click.argument("evaluations", type=options.PATH, nargs=-1)
+@click.option(
+    "--memory",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="MiB of the filter that the corpus goes into, part by part, at most.",
+)
+@options.json
+def command(folder: Path, evaluations: tuple[Path, ...], memory: int, path: Path | None) -> None:
+    """Look for the 8-grams of EVALUATIONS, files of text, in the shards that `gptkernels prepare`
+    wrote into FOLDER, to see how much a model that is trained on them has seen before.
+    """
+    from gptkernels.bench.results import recorded
+    from gptkernels.gpt.corpus import manifest
+    from gptkernels.gpt.corpus.documents import texts
+    from gptkernels.gpt.corpus.evaluations import evaluation_texts
+    from gptkernels.gpt.corpus.overlap import overlap
+
+    if not evaluations:
+        raise ValueError("evaluations: name at least one file to look for")
+    counts = manifest.read(folder).counts
+    given = {str(file): evaluation_texts(file) for file in evaluations}
+    # A word is a letter at least, and so is what divides it from the next.
+    words = (counts["characters"] + counts["documents"]) // 2
+    found = overlap(texts(folder), words, given, memory=memory << 20)
+    rows = ({**dataclasses.asdict(each), "share": each.share} for each in found)
+    _print(list(recorded(rows, path)))
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("evaluation")
+    for title in ("8-grams", "found", "share", "longest"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        counts = (f"{row['ngrams']:,}", f"{row['found']:,}", f"{row['share']:.2%}")
+        table.add_row(escape(row["name"]), *counts, f"{row['longest']:,} words")
+    console = plain_console()
+    console.print(table)
+    for row in rows:
+        if row["found"]:
+            print_text(console, f"the longest of {row['name']} begins: {row['example']}")
