@@ -1,0 +1,296 @@
+"""The loop of fine-tuning: its settings, the learning rate, what moves, and which epoch is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from finetune_cases import GPT1, QUICK, encoded, pretrained, task, task_model
+from torch import Tensor
+
+from gptkernels.gpt.finetuning import fitting
+from gptkernels.gpt.finetuning.batches import Encoded
+from gptkernels.gpt.finetuning.config import FinetuneConfig, learning_rate
+from gptkernels.gpt.finetuning.fitting import DivergedError, Fit
+from gptkernels.gpt.finetuning.parts import Parts, baseline
+from gptkernels.gpt.finetuning.task_model import TaskModel, transferred
+
+SHORT = dataclasses.replace(QUICK, batch_size=8)  # three batches an epoch
+TRAINING, VALIDATION = encoded("entailment", 20, 1), encoded("entailment", 8, 2)
+
+
+def state_of(model: TaskModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def fit_of(config: FinetuneConfig, records: list[Any] | None = None, **more: Any) -> Fit:
+    model = task_model("entailment", dropout=config.head_dropout)
+    observer = None if records is None else lambda record, done: records.append((record, done))
+    return Fit(model, TRAINING, VALIDATION, config, more.pop("observer", observer), **more)
+
+
+# Settings
+
+
+def test_the_defaults_are_the_papers() -> None:
+    """Section 4.1: "learning rate of 6.25e-5 and a batchsize of 32", "3 epochs", "warmup over 0.2%
+    of training", "λ was set to 0.5", "a rate of 0.1", and w = 0.01 on all non bias or gain
+    weights."""
+    config = FinetuneConfig()
+    assert (config.learning_rate, config.batch_size, config.epochs) == (6.25e-5, 32, 3)
+    assert (config.lm_coefficient, config.warmup_fraction) == (0.5, 0.002)
+    assert config.dropout == config.head_dropout == 0.1
+    assert config.weight_decay == 0.01
+    assert (config.transfer, config.freeze_body) == ("all", False)
+
+
+def test_the_learning_rate_rises_and_falls_linearly() -> None:
+    """Section 4.1: "a linear learning rate decay schedule with warmup over 0.2% of training"."""
+    config = FinetuneConfig(learning_rate=8.0)
+    rates = [learning_rate(config, step, 2000) for step in range(2000)]
+    assert rates[:5] == pytest.approx([2.0, 4.0, 6.0, 8.0, 8.0])  # 0.2% are 4 steps
+    assert rates[4 + 998] == pytest.approx(4.0)  # halfway between them and the end
+    assert rates[-1] == pytest.approx(8.0 / 1996)
+    falls = [after - before for before, after in pairwise(rates[4:])]
+    assert falls == pytest.approx([-8.0 / 1996] * 1995)
+    none = dataclasses.replace(config, warmup_fraction=0.0)
+    assert [learning_rate(none, step, 4) for step in range(4)] == [8.0, 6.0, 4.0, 2.0]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.002, 0.1, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 500])
+def test_the_learning_rate_is_never_above_the_highest(fraction: float, steps: int) -> None:
+    config = FinetuneConfig(learning_rate=2.0, warmup_fraction=fraction)
+    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    assert max(rates) == pytest.approx(2.0)
+    assert max(rates) <= 2.0
+    assert min(rates) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0, at least 1 is wanted"),
+        ({"learning_rate": 0.0}, r"learning_rate is 0\.0, more than 0 is wanted"),
+        ({"learning_rate": math.nan}, "learning_rate is nan, a finite number is wanted"),
+        ({"warmup_fraction": 1.5}, r"warmup_fraction is 1\.5, at most 1 is wanted"),
+        ({"lm_coefficient": -0.5}, r"lm_coefficient is -0\.5, at least 0 is wanted"),
+        ({"dropout": 1.0}, r"dropout is 1\.0, less than 1 is wanted"),
+        ({"head_dropout": -0.1}, r"head_dropout is -0\.1, at least 0 is wanted"),
+        ({"transfer": "some"}, "transfer is 'some', all, none or a number of blocks is wanted"),
+        ({"transfer": "-1"}, "transfer is '-1', all, none or a number"),
+        ({"validation_fraction": 1.0}, r"validation_fraction is 1\.0, between 0 and 1 is wanted"),
+        ({"train_examples": 0}, "train_examples is 0, at least 1 is wanted"),
+        ({"dtype": "float16"}, "dtype is 'float16', float32 or bfloat16 is wanted"),
+        ({"seed": 2**63}, "seed is 9223372036854775808, less than"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**changes)
+
+
+def test_a_setting_of_a_wrong_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="transfer is 3, str is wanted"):
+        FinetuneConfig(transfer=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="freeze_body is 1, bool is wanted"):
+        FinetuneConfig(freeze_body=1)  # type: ignore[arg-type]
+
+
+# What moves
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_frozen_body_keeps_every_bit_but_the_new_tokens_embeddings(tied: bool) -> None:
+    body = transferred(pretrained(GPT1, tied=tied), "all", 0.1)
+    model = TaskModel(task("entailment"), body, 0.1)
+    before = state_of(model)
+    config = dataclasses.replace(SHORT, epochs=2, freeze_body=True, weight_decay=0.5)
+    Fit(model, TRAINING, VALIDATION, config).run()
+    for name, tensor in model.state_dict().items():
+        if name.startswith("head."):
+            assert (tensor != before[name]).all(), name
+        elif name.endswith(("wte.weight", "lm_head.weight")):
+            assert torch.equal(tensor[:256], before[name][:256]), name
+            assert (tensor[256:] != before[name][256:]).any(1).all(), name
+        else:
+            assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_matrices_alone_decay_and_no_embedding_of_which_rows_are_frozen(frozen: bool) -> None:
+    model = task_model("entailment")
+    if frozen:
+        model.freeze_body()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, others = (
+        {names[id(parameter)]: group["weight_decay"] for parameter in group["params"]}
+        for group in model.parameter_groups(0.25)
+    )
+    assert set(decayed.values()) == {0.25}
+    assert set(others.values()) == {0.0}
+    if frozen:
+        assert set(decayed) == {"head.weight"}
+        assert set(others) == {"head.bias", "body.transformer.wte.weight"}
+        return
+    assert decayed.keys() | others.keys() == set(names.values())
+    matrices = {name for name, p in model.named_parameters() if p.dim() == 2}
+    assert decayed.keys() == matrices
+
+
+def test_every_parameter_moves_where_none_is_frozen() -> None:
+    fit = fit_of(dataclasses.replace(SHORT, epochs=1))
+    before = state_of(fit.model)
+    fit.run()
+    for name, tensor in fit.model.state_dict().items():
+        assert not torch.equal(tensor, before[name]), name
+
+
+def test_steps_follow_the_learning_rate_and_are_logged() -> None:
+    records: list[Any] = []
+    fit = fit_of(dataclasses.replace(SHORT, epochs=2, log_interval=2), records)
+    assert fit.run() is False
+    steps = [record for record, _ in records if "loss" in record]
+    # Each second step, and the last one of an epoch.
+    assert [record["step"] for record in steps] == [2, 3, 4, 6]
+    assert [record["learning_rate"] for record in steps] == [
+        learning_rate(fit.config, record["step"] - 1, 6) for record in steps
+    ]
+    for record in steps:
+        together = record["task_loss"] + 0.5 * record["lm_loss"]
+        assert record["loss"] == pytest.approx(together, rel=1e-5)
+    judged = [(record["step"], record["epoch"]) for record, _ in records if "epoch" in record]
+    assert judged == [(3, 1), (6, 2)]
+    assert [done for _, done in records] == [record["step"] / 6 for record, _ in records]
+
+
+def test_gradients_are_clipped_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def spy(self: Any, *given: Any) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    one = dataclasses.replace(SHORT, epochs=1, batch_size=32)
+    for clip in (0.0, 0.01):
+        torch.manual_seed(0)
+        fit_of(dataclasses.replace(one, clip=clip)).run()
+    assert norms[0] > 0.1
+    assert norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+# What is kept
+
+
+@pytest.mark.parametrize(
+    ("metrics", "best"), [([0.5, 0.9, 0.9, 0.1], 1), ([0.0, 0.0, 0.0], 0), ([0.1, 0.2, 0.3], 2)]
+)
+def test_the_best_epoch_is_kept_and_of_equal_ones_the_earliest(
+    metrics: list[float], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[dict[str, Tensor]] = []
+    kept: list[int] = []
+
+    def judged(model: TaskModel, *_: Any) -> dict[str, float]:
+        states.append(state_of(model))
+        return {"accuracy": metrics[len(states) - 1], "f1": -metrics[len(states) - 1]}
+
+    monkeypatch.setattr(fitting, "evaluate", judged)
+    config = dataclasses.replace(SHORT, epochs=len(metrics), head_dropout=0.0)
+    fit = fit_of(config, on_best=lambda: kept.append(len(states) - 1))
+    fit.run()
+    assert kept == [i for i in range(len(metrics)) if metrics[i] > max([-1.0, *metrics[:i]])]
+    assert fit.best["accuracy"] == metrics[best]
+    now = fit.model.state_dict()
+    same = [all(torch.equal(state[name], now[name]) for name in now) for state in states]
+    assert same == [i == best for i in range(len(metrics))]
+    assert not fit.model.training
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_a_signal_stops_after_the_step_and_the_best_model_is_kept(at: int) -> None:
+    """Even in the first epoch, whose model is then judged as it is."""
+    records, kept = [], []
+
+    def observer(record: dict[str, Any], done: float) -> None:
+        records.append(record)
+        if record["step"] == at and "loss" in record:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = dataclasses.replace(SHORT, epochs=9, log_interval=1)
+    fit = fit_of(config, observer=observer, on_best=lambda: kept.append(records[-1]["step"]))
+    assert fit.run() is True
+    assert records[-1]["step"] == at
+    assert records[-1]["epoch"] == 1 + (at > 3)
+    assert kept[0] == min(at, 3)
+    assert fit.best["accuracy"] == max(r.get("validation_accuracy", -1) for r in records)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("log_interval", [1, 100])
+def test_a_loss_that_is_not_finite_ends_the_run(log_interval: int) -> None:
+    config = dataclasses.replace(SHORT, log_interval=log_interval)
+    fit = fit_of(config)
+    with torch.no_grad():
+        fit.model.body.transformer.wpe.weight[1] = math.inf
+    with pytest.raises(DivergedError, match=r"diverged by step [13], the loss is nan: try a lower"):
+        fit.run()
+    assert not fit.best
+
+
+# Parts
+
+
+def numbered(count: int, target: float = 0) -> list[Encoded]:
+    return [Encoded([[i, i]], target) for i in range(count)]
+
+
+def test_a_validation_part_is_held_out_where_there_is_none() -> None:
+    parts = Parts(numbered(40), [], numbered(3, 1), 7)
+    drawn = parts.drawn(FinetuneConfig(validation_fraction=0.25))
+    assert (len(drawn.training), len(drawn.validation)) == (30, 10)
+    together = sorted(one.rows[0][0] for one in [*drawn.training, *drawn.validation])
+    assert together == list(range(40))
+    assert drawn.test == drawn.judged == parts.test
+    assert drawn.truncated == 7
+    assert drawn == parts.drawn(FinetuneConfig(validation_fraction=0.25))
+    assert drawn != parts.drawn(FinetuneConfig(validation_fraction=0.25, seed=1))
+    tiny = Parts(numbered(2), [], [], 0).drawn(FinetuneConfig(validation_fraction=0.01))
+    assert (len(tiny.training), len(tiny.validation)) == (1, 1)
+    assert tiny.judged == tiny.validation
+
+
+def test_a_part_of_the_training_examples_is_drawn_by_the_seed() -> None:
+    parts = Parts(numbered(50), numbered(5), [], 0)
+    drawn = [
+        parts.drawn(FinetuneConfig(train_examples=n, seed=seed)).training
+        for n, seed in ((10, 1), (20, 1), (10, 2))
+    ]
+    assert [len(part) for part in drawn] == [10, 20, 10]
+    assert drawn[0] == drawn[1][:10]  # more examples: the same ones, and others
+    assert drawn[0] != drawn[2]
+    assert parts.drawn(FinetuneConfig()).validation == parts.validation
+    with pytest.raises(ValueError, match=r"train_examples is 51, but the training part has 50"):
+        parts.drawn(FinetuneConfig(train_examples=51))
+    with pytest.raises(ValueError, match=r"the training part has 0 examples"):
+        Parts(numbered(1), [], [], 0).drawn(FinetuneConfig())
+
+
+def test_the_baseline_is_the_training_parts_most_frequent_answer_or_mean() -> None:
+    training = [Encoded([[1, 1]], target) for target in (2, 1, 1, 0, 2, 2)]
+    judged = [Encoded([[1, 1]], target) for target in (2, 0, 2, 1)]
+    found = baseline(task("entailment"), Parts(training, judged, [], 0))
+    assert found["accuracy"] == 0.5
+    assert found["f1"] == pytest.approx((2 * 2 / (2 * 2 + 2)) / 3)
+    numbers = baseline(task("similarity"), Parts(training, judged, [], 0))
+    assert numbers == {"pearson": 0.0, "spearman": 0.0}
