@@ -26,6 +26,7 @@ from typing import Any
 
 from gptkernels.core.optional import optional
 from gptkernels.gpt.corpus.packing import WIDTHS, pack
+from gptkernels.gpt.corpus.pieces import pieces
 
 SHINGLE = 5  # words
 SLOTS = 128  # numbers of a signature
@@ -59,15 +60,9 @@ def fingerprint(text: str, rows: int) -> Fingerprint:
     Raises ImportError where rensa is missing and needed.
     """
     normal = unicodedata.normalize("NFC", text)
-    digest = hashlib.blake2b(" ".join(normal.split()).encode(), digest_size=16).digest()
-    words = _WORD.findall(normal.lower()) if rows else []
-    if len(words) < SHINGLE:
-        return Fingerprint(digest)
-    shingles = [" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)]
-    minhash = rensa_package().RMinHash(num_perm=SLOTS, seed=_SEED)
-    minhash.update(shingles)
-    signature = pack("uint32", minhash.digest())
-    return Fingerprint(digest, signature, _bands(signature, rows))
+    digest = _digest(normal)
+    signature = _signature(normal) if rows else b""
+    return Fingerprint(digest, signature, _bands(signature, rows) if signature else ())
 
 
 def rows_of_bands(threshold: float) -> int:
@@ -82,6 +77,26 @@ def rows_of_bands(threshold: float) -> int:
 def rensa_package() -> Any:
     """The package rensa. Raises ImportError, in one sentence, where it is missing."""
     return optional("rensa", _MISSING)
+
+
+def _digest(normal: str) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces(normal):
+        for word in piece.split():
+            digest.update(b" %b" % word.encode())
+    return digest.digest()
+
+
+def _signature(normal: str) -> bytes:
+    minhash = rensa_package().RMinHash(num_perm=SLOTS, seed=_SEED)
+    words: list[str] = []
+    shingles = 0
+    for piece in pieces(normal):
+        words = words[1 - SHINGLE :] + _WORD.findall(piece.lower())
+        found = [" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)]
+        minhash.update(found)
+        shingles += len(found)
+    return pack("uint32", minhash.digest()) if shingles else b""
 
 
 def _bands(signature: bytes, rows: int) -> tuple[int, ...]:

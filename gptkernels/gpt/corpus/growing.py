@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
 class Growing:
     """The file at `path`, cut to its first `size` bytes and open for more.
 
-    Raises ValueError where it has fewer: somebody else changed it.
+    Raises ValueError where it has fewer, since somebody else changed it. Every method raises
+    OSError, which names the file, where the disk refuses.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -19,21 +22,31 @@ class Growing:
                 f"out: {path} has {there} bytes, but {size} were written: remove the folder and "
                 "begin again"
             )
+        self._path = path
         self._file = path.open("ab")
         self._file.truncate(size)
         self.size = size
 
     def append(self, content: bytes) -> None:
         """Write `content` at the end."""
-        self._file.write(content)
+        with self._named():
+            self._file.write(content)
         self.size += len(content)
 
     def sync(self) -> None:
         """What was appended survives the process, and a power cut."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._named():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Sync and close."""
         self.sync()
         self._file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # from a write, which does not name the file
+            raise OSError(error.errno, error.strerror, str(self._path)) from None

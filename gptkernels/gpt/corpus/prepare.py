@@ -20,6 +20,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import sqlite3
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -132,8 +133,11 @@ class _Run:
         """Work on all records that are left, and write the manifest."""
         self.progress.counts["files"] = len(self.inputs)
         with contextlib.closing(self.state):
-            self._work(processes, observer)
-            self._commit()
+            try:
+                self._work(processes, observer)
+                self._commit()
+            except sqlite3.OperationalError as error:  # of a full disk, for one
+                raise OSError(f"out: {self.out / states.NAME}: {error}") from None
             self.writer.close()
             self.malformed.close()
         if not self.progress.counts["kept"]:

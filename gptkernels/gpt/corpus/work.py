@@ -14,6 +14,7 @@ from gptkernels.gpt.corpus.extract import extract
 from gptkernels.gpt.corpus.filters import refusal
 from gptkernels.gpt.corpus.fingerprints import Fingerprint, fingerprint
 from gptkernels.gpt.corpus.packing import pack
+from gptkernels.gpt.corpus.pieces import pieces
 from gptkernels.gpt.corpus.records import Malformed, Record
 from gptkernels.gpt.tokenizer import load_tokenizer
 
@@ -89,15 +90,18 @@ class Worker:
         )
         if reason is not None:
             return Dropped(reason)
-        ids = self._tokenizer.encode(text)
+        ids, words = bytearray(), 0
+        for piece in pieces(text):
+            ids += pack(self._dtype, self._tokenizer.encode(piece))
+            words += len(piece.split())
         if not ids:  # GPT-1's leaves out control characters, for one
             return Dropped("no token")
         return Text(
             fingerprint(text, task.rows),
-            pack(self._dtype, ids),
+            bytes(ids),
             len(text),
             len(text.encode()),
-            len(text.split()),
+            words,
             record.continues,
         )
 

@@ -1,0 +1,396 @@
+"""`prepare` against a plain pipeline that holds everything in memory: the same bytes, whatever the
+number of processes and the chunks, and however often a run is killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import json
+import shutil
+import signal
+import sqlite3
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from corpus_cases import BYTES, Inline, contents, corpus
+from harness import DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptkernels.gpt.corpus import manifest as manifests
+from gptkernels.gpt.corpus import prepare as module
+from gptkernels.gpt.corpus import sources
+from gptkernels.gpt.corpus.config import PrepareConfig
+from gptkernels.gpt.corpus.pieces import pieces
+from gptkernels.gpt.corpus.pool import Pool
+from gptkernels.gpt.corpus.prepare import prepare
+from gptkernels.gpt.corpus.records import Malformed, Record
+from gptkernels.gpt.corpus.sources import Reading
+from gptkernels.gpt.corpus.state import State
+from gptkernels.gpt.corpus.work import Task, Text
+from gptkernels.gpt.corpus.writer import Writer
+from gptkernels.gpt.tokenizer import GPT2Tokenizer, load_tokenizer
+
+rensa = pytest.importorskip("rensa")
+
+gpt2 = functools.cache(GPT2Tokenizer)
+
+
+def plainly(records: list[Record | Malformed], config: PrepareConfig) -> dict[str, Any]:
+    """The same, all in memory, without chunks, bands or a database: every text is compared with
+    every one before it."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    ids: list[int] = []
+    begins: list[int] = []
+    dropped: dict[str, int] = {}
+    malformed: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    signatures: list[list[int]] = []
+
+    def reason(record: Record) -> str | None:
+        text = record.content
+        assert isinstance(text, str)
+        if record.score is not None and record.score < config.min_score:
+            return "low score"
+        if len(text.strip()) < config.min_characters:
+            return "too short"
+        if (exact := " ".join(text.split())) in seen:
+            return "exact duplicate"
+        seen.add(exact)
+        words = "".join(c if c.isalnum() or c == "_" else " " for c in text.lower()).split()
+        if not config.near_duplicates or len(words) < 5:
+            return None
+        minhash = rensa.RMinHash(128, 1)
+        minhash.update([" ".join(words[i : i + 5]) for i in range(len(words) - 4)])
+        own = minhash.digest()
+        for other in signatures:
+            if sum(map(int.__eq__, own, other)) >= 128 * config.near_duplicates:
+                return "near duplicate"
+        signatures.append(own)
+        return None
+
+    kept_last = False
+    for record in records:
+        kept = False
+        if isinstance(record, Malformed):
+            malformed.append((record.name, record.reason))
+        elif (why := reason(record)) is not None:
+            dropped[why] = dropped.get(why, 0) + 1
+        else:
+            kept = True
+            assert isinstance(record.content, str)
+            if not (record.continues and kept_last):
+                begins.append(len(ids))
+                ids += [] if tokenizer.eos is None else [tokenizer.eos]
+            ids += tokenizer.encode(record.content)
+        kept_last = kept
+    return {"ids": ids, "begins": begins, "dropped": dropped, "malformed": malformed}
+
+
+def assert_is(folder: Path, wanted: dict[str, Any], config: PrepareConfig) -> None:
+    manifest = manifests.read(folder)
+    ids, begins, place = [], [], 0
+    for shard in manifest.shards:
+        content, index = (folder / name for name in (shard.name, shard.index))
+        found = memoryview(content.read_bytes()).cast("H").tolist()
+        ids += found
+        begins += [place + at for at in memoryview(index.read_bytes()).cast("q")]
+        place += len(found)
+        assert len(found) == shard.tokens == config.shard_tokens or shard == manifest.shards[-1]
+    assert ids == wanted["ids"]
+    assert begins == wanted["begins"]
+    assert manifest.dropped == wanted["dropped"]
+    lines = [json.loads(line) for line in (folder / "malformed.jsonl").open()]
+    assert [(line["name"], line["reason"]) for line in lines] == wanted["malformed"]
+    counts = manifest.counts
+    assert (
+        counts["records"] == counts["malformed"] + sum(manifest.dropped.values()) + counts["kept"]
+    )
+    assert counts["documents"] == len(begins)
+    assert counts["tokens"] == len(ids)
+    assert counts["malformed"] == len(lines)
+
+
+# ---- the same as a plain pipeline
+
+
+texts = st.lists(st.sampled_from(["a", "b", "C", "d,", "\n"]), max_size=12).map(" ".join)
+scores = st.none() | st.sampled_from([1.0, 3.0, 7.0])
+some = st.builds(Record, st.just("r"), texts, scores, st.booleans())
+broken = st.builds(Malformed, st.sampled_from(["x", "y"]), st.just("is not JSON"))
+
+
+@given(
+    records=st.lists(some | broken, max_size=30),
+    threshold=st.sampled_from([0.0, 1.0]),  # between them bands may miss a pair
+    shard_tokens=st.integers(4, 40),
+    size=st.integers(1, 7),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_records_become_what_a_plain_pipeline_makes_of_them(
+    tmp_path_factory: pytest.TempPathFactory,
+    records: list[Record | Malformed],
+    threshold: float,
+    shard_tokens: int,
+    size: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "in.txt").write_text("x")
+    config = PrepareConfig(tokenizer="bytes", near_duplicates=threshold, shard_tokens=shard_tokens)
+    wanted = plainly(records, config)
+    with (
+        mock.patch("os.fsync"),
+        mock.patch.object(module, "Pool", Inline),
+        mock.patch.object(sources, "read", return_value=iter(records)),
+        mock.patch.object(module, "_CHUNK_RECORDS", size),
+        mock.patch.object(module, "_COMMIT_CHUNKS", 2),
+    ):
+        if wanted["ids"]:
+            prepare([folder / "in.txt"], folder / "out", config=config)
+            assert_is(folder / "out", wanted, config)
+        else:
+            with pytest.raises(ValueError, match="nothing is left of"):
+                prepare([folder / "in.txt"], folder / "out", config=config)
+            assert not (folder / "out").exists()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_the_same_bytes_for_any_processes_and_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str
+) -> None:
+    folder = corpus(tmp_path / "in", lines=150)
+    config = PrepareConfig(tokenizer=tokenizer, shard_tokens=700)
+    read, reading = sources.read, Reading(piece=1000)
+    monkeypatch.setattr(sources, "read", lambda path, _: read(path, reading))
+    made = []
+    for processes, size in ((1, 1000), (2, 7), (3, 1)):
+        monkeypatch.setattr(module, "_CHUNK_RECORDS", size)
+        out = tmp_path / f"out{processes}"
+        prepare([folder], out, config=config, processes=processes)
+        made.append(contents(out))
+    assert made[0] == made[1] == made[2]
+    paths = [folder / name for name in ("a.txt", "b.jsonl", "c/d.txt")]
+    records = [record for path in paths for record in read(path, reading)]
+    assert sum(record.continues for record in records if isinstance(record, Record)) > 2
+    assert_is(tmp_path / "out1", plainly(records, config), config)
+
+
+def test_real_texts_come_back(tmp_path: Path) -> None:
+    text = DATA / "tinyshakespeare.txt"
+    if not text.exists():
+        pytest.skip(f"{text} does not exist: set GPTKERNELS_DATA to a folder that holds it")
+    (tmp_path / "play.txt").write_bytes(text.read_bytes()[:200_000])
+    with mock.patch.object(module, "Pool", Inline):
+        manifest = prepare([tmp_path / "play.txt"], tmp_path / "out")
+    (shard,) = manifest.shards
+    ids = memoryview((tmp_path / "out" / shard.name).read_bytes()).cast("H").tolist()
+    tokenizer = GPT2Tokenizer()
+    whole = (tmp_path / "play.txt").read_text()
+    assert ids == [tokenizer.eos, *tokenizer.encode(whole)]
+
+
+@given(st.text(alphabet="ab \n'.\u00e9", max_size=60), st.integers(1, 8))
+@settings(max_examples=150, deadline=None)
+def test_pieces_have_the_tokens_of_the_whole(text: str, piece: int) -> None:
+    tokenizer = gpt2()
+    with (
+        mock.patch("gptkernels.gpt.corpus.pieces.PIECE", piece),
+        mock.patch("gptkernels.gpt.corpus.pieces._LONGEST", 100),
+    ):
+        parts = list(pieces(text))
+    assert "".join(parts) == text
+    assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
+
+
+# ---- folders that are there already
+
+
+def test_a_finished_folder_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = corpus(tmp_path / "in"), tmp_path / "out"
+    monkeypatch.setattr(module, "Pool", Inline)
+    first = prepare([folder], out, config=BYTES)
+    before = contents(out)
+    monkeypatch.setattr(module, "Pool", None)  # nothing may work
+    assert prepare([folder], out, config=BYTES) == first
+    (out / "state.sqlite").write_bytes(b"")  # as a kill between the last two steps leaves it
+    assert prepare([folder], out, config=BYTES) == first
+    assert contents(out) == before
+    with pytest.raises(ValueError, match="was begun with other options, name"):
+        prepare([folder], out, config=dataclasses.replace(BYTES, min_score=4.0))
+    (folder / "a.txt").write_text("another text")
+    with pytest.raises(ValueError, match="was begun with other inputs, name"):
+        prepare([folder], out, config=BYTES)
+
+
+def test_a_run_goes_on_only_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = corpus(tmp_path / "in"), tmp_path / "out"
+    monkeypatch.setattr(module, "Pool", Inline)
+    monkeypatch.setattr(module, "_CHUNK_RECORDS", 10)
+    monkeypatch.setattr(module, "_COMMIT_CHUNKS", 1)
+
+    def stop(counts: dict[str, int], done: int, total: int) -> None:
+        assert 0 < done <= total
+        if counts["records"] >= 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare([folder], out, config=BYTES, observer=stop)
+    with pytest.raises(ValueError, match="was begun with other options, name"):
+        prepare([folder], out, config=dataclasses.replace(BYTES, shard_tokens=99))
+    with pytest.raises(ValueError, match="was begun with other inputs, name"):
+        prepare([folder / "b.jsonl"], out, config=BYTES)
+    with (
+        mock.patch.object(module, "_versions", return_value={"rensa": "0.1"}),
+        pytest.raises(ValueError, match="was begun with other versions, name"),
+    ):
+        prepare([folder], out, config=BYTES)
+    shard = out / "shard_00000.bin"
+    kept = shard.read_bytes()
+    shard.write_bytes(kept[:-2])
+    with pytest.raises(ValueError, match=rf"bin has {len(kept) - 2} bytes, but {len(kept)} were"):
+        prepare([folder], out, config=BYTES)
+    shard.write_bytes(kept)
+    prepare([folder], out, config=BYTES)
+    prepare([folder], tmp_path / "whole", config=BYTES)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_cannot_be_prepared_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    folder, out = corpus(tmp_path / "in"), tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    for files, into, options, message in (
+        ([], out, {}, "no file was given"),
+        ([tmp_path / "nothere"], out, {}, "nothere does not exist"),
+        ([tmp_path / "empty"], out, {}, "empty holds no file that ends with"),
+        ([folder / "c" / "picture.png"], out, {}, "picture.png is of no kind that is read"),
+        ([folder], full, {}, "full holds mine.txt, a new or an empty folder is wanted"),
+        ([folder], folder / "a.txt", {}, "a.txt is a file"),
+        ([folder], out, {"processes": 0}, "processes is 0, at least 1 is wanted"),
+        ([folder], out, {"config": PrepareConfig(tokenizer="x")}, "tokenizer name must be"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message) as caught:
+            prepare(files, into, **options)
+        assert "\n" not in str(caught.value)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"shard_tokens": 0}, "shard_tokens is 0, at least 1"),
+        ({"near_duplicates": 1.5}, "near_duplicates is 1.5, 0 or 0.1 to 1"),
+        ({"near_duplicates": 0.01}, "near_duplicates is 0.01, 0 or 0.1 to 1"),
+        ({"min_score": float("nan")}, "min_score is nan, a finite number"),
+        ({"min_characters": -1}, "min_characters is -1, at least 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrepareConfig(**option)
+
+
+def test_the_folder_that_is_written_is_no_input(tmp_path: Path) -> None:
+    folder = corpus(tmp_path / "in")
+    with mock.patch.object(module, "Pool", Inline):
+        first = prepare([folder], folder / "out", config=BYTES)
+        assert prepare([folder], folder / "out", config=BYTES) == first
+    assert len(first.inputs) == 3
+
+
+# ---- pages that nobody can work on
+
+
+class Deadly(str):
+    """A text that kills whichever process it is sent to."""
+
+    def __reduce__(self) -> Any:
+        return signal.raise_signal, (signal.SIGKILL,)
+
+
+TASK = Task("bytes", 0, 3.0, 1)
+
+
+def test_a_page_that_kills_its_process_is_malformed_and_named() -> None:
+    pages = [Record(f"page {i}", Deadly() if i in (3, 4, 11) else f"text {i}") for i in range(14)]
+    with Pool(2, TASK) as pool:
+        chunks = [pages[:2], pages[2:7], pages[7:9], pages[9:13], pages[13:]]
+        outcomes = [outcome for chunk in pool.outcomes(iter(chunks)) for outcome in chunk]
+    for page, outcome in zip(pages, outcomes, strict=True):
+        if isinstance(page.content, Deadly):
+            assert outcome == Malformed(page.name, "ends the process that reads it")
+        else:
+            assert isinstance(outcome, Text)
+            assert outcome.ids[::2] == str(page.content).encode()
+
+
+def test_processes_that_cannot_start_end_the_run() -> None:
+    with (
+        Pool(1, dataclasses.replace(TASK, tokenizer="words")) as pool,
+        pytest.raises(RuntimeError, match="they end before they have read anything"),
+    ):
+        next(pool.outcomes([[Record("a", "text")]]))
+
+
+def test_a_page_that_a_library_stumbles_over_is_malformed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": "bad"}\n')
+
+    def extract(record: Record) -> Any:
+        if record.content == "bad":
+            raise LookupError("unknown encoding")
+        return record.content
+
+    with (
+        mock.patch.object(module, "Pool", Inline),
+        mock.patch("gptkernels.gpt.corpus.work.extract", extract),
+    ):
+        manifest = prepare([tmp_path / "a.jsonl"], tmp_path / "out", config=BYTES)
+    assert (manifest.counts["kept"], manifest.counts["malformed"]) == (1, 1)
+    line = json.loads((tmp_path / "out" / "malformed.jsonl").read_text())
+    assert line["name"].endswith("a.jsonl:2")
+    assert line["reason"] == "cannot be read (LookupError: unknown encoding)"
+
+
+def test_an_input_that_changes_while_it_is_read_ends_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n')
+
+    def grow(*_: Any) -> Any:
+        with path.open("a") as file:
+            file.write("more")
+        return iter([Record("a", "text")])
+
+    with (
+        mock.patch.object(module, "Pool", Inline),
+        mock.patch.object(sources, "read", grow),
+        pytest.raises(ValueError, match=r"a\.jsonl has changed while it was read"),
+    ):
+        prepare([path], tmp_path / "out", config=BYTES)
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, "uint16", 100, [])
+    writer.append(b"ab", True)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        mock.patch("os.fsync", side_effect=full),
+        pytest.raises(OSError, match=r"No space left on device: .*shard_00000\.bin"),
+    ):
+        writer.sync()
+
+
+def test_a_database_that_cannot_be_written_is_told_in_one_sentence(tmp_path: Path) -> None:
+    folder = corpus(tmp_path / "in")
+    full = sqlite3.OperationalError("database or disk is full")
+    with (
+        mock.patch.object(module, "Pool", Inline),
+        mock.patch.object(State, "commit", side_effect=full),
+        pytest.raises(OSError, match=r"out: \S+state\.sqlite: database or disk is full"),
+    ):
+        prepare([folder], tmp_path / "out", config=BYTES)
