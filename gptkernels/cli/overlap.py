@@ -48,7 +48,7 @@ def command(folder: Path, evaluations: tuple[Path, ...], memory: int, path: Path
 
 def _print(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("evaluation")
+    table.add_column("evaluation", overflow="fold")
     for title in ("8-grams", "found", "share", "longest"):
         table.add_column(title, justify="right")
     for row in rows:

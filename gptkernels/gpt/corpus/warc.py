@@ -44,13 +44,7 @@ def read(file: Bytes, name: str, longest: int) -> Iterator[Record | Malformed]:
     are passed over. A page is at most `longest` bytes long, packed or not.
     """
     warc = optional("fastwarc.warc", _MISSING)
-    kinds = warc.WarcRecordType
-    archive = warc.ArchiveIterator(
-        _Pieces(file),
-        record_types=kinds.response | kinds.resource | kinds.conversion,
-        parse_http=False,
-        stream_detect=False,
-    )
+    archive = warc.ArchiveIterator(_Pieces(file), parse_http=False, stream_detect=False)
     number = 0
     while True:
         number += 1
@@ -71,34 +65,46 @@ def read(file: Bytes, name: str, longest: int) -> Iterator[Record | Malformed]:
 
 
 def _page(warc: Any, record: Any, place: str, longest: int) -> Record | Malformed | None:
+    kinds = warc.WarcRecordType
+    with_pages = (kinds.response, kinds.resource, kinds.conversion)
+    # Of a record that is cut off in its header, the type may not be known.
+    if record.record_type not in (*with_pages, kinds.unknown, kinds.no_type):
+        return None
     too_long = Malformed(place, f"is longer than {longest} bytes")
     if record.content_length > longest:
         return too_long
     block = record.reader.read(record.content_length)
     if record.headers.get("Content-Length") != str(len(block)):
         return Malformed(place, "is cut off, or says that it is longer than it is")
-    kind, charset, content = record.headers.get("Content-Type", ""), None, block
-    if record.record_type == warc.WarcRecordType.response:
-        # In a record of its own: where it cannot be parsed, the archive's reader is not touched.
-        answer = warc.WarcRecord()
-        answer.set_bytes_content(block)
-        answer.is_http = True
+    if record.record_type not in with_pages:
+        return None
+    status, kind, charset, content = 200, record.headers.get("Content-Type", ""), None, block
+    if record.record_type == kinds.response:
         try:
-            answer.parse_http(auto_decode="all")
-            content = answer.reader.read(longest + 1)
+            status, kind, charset, content = _answer(warc, block, longest)
         except OSError as error:
             return Malformed(place, f"holds no answer of a server ({error})")
-        if len(content) > longest:
-            return too_long
-        if answer.http_headers.status_code not in range(200, 300):
-            return None
-        kind, charset = answer.http_content_type or "", answer.http_charset
-    kind = kind.partition(";")[0].strip().lower()
-    if not content:
+    if len(content) > longest:
+        return too_long
+    if status not in range(200, 300) or not content:
         return None
+    kind = kind.partition(";")[0].strip().lower()
     if kind in _HTML:
         return Record(place, content, charset=charset)
     if kind != _TEXT:
         return None
     text = decoded(content, charset)
     return Malformed(place, UNDECODED) if text is None else Record(place, text)
+
+
+def _answer(warc: Any, block: bytes, longest: int) -> tuple[int, str, str | None, bytes]:
+    """Of a server's answer the status (0 where there is none), type, charset and unpacked content,
+    at most `longest` + 1 bytes of it. Raises OSError where it is not HTTP."""
+    # In a record of its own: where it cannot be parsed, the archive's reader is not touched.
+    answer = warc.WarcRecord()
+    answer.set_bytes_content(block)
+    answer.is_http = True
+    answer.parse_http(auto_decode="all")
+    content = answer.reader.read(longest + 1)
+    headers = answer.http_headers
+    return headers.status_code or 0, answer.http_content_type or "", answer.http_charset, content
