@@ -79,7 +79,7 @@ def test_pieces_of_a_text_are_the_text(parts: list[str], piece: int) -> None:
     ("whole", "first"),
     [
         ("One two.\n\nThree\nfour five", "One two.\n\n"),
-        ("One two.\r\n\r\nThree\r\nfour", "One two.\r\n\r\n"),
+        ("One two.\r\n\r\nT\r\nfour", "One two.\r\n\r\n"),
         ("One two.\nThree four five", "One two.\n"),
         ("One two three fourfive", "One two three "),
         ("ééééééééééééééé", "éééééééé"),
@@ -91,7 +91,7 @@ def test_pieces_of_a_text_are_the_text(parts: list[str], piece: int) -> None:
     ],
 )
 def test_a_text_is_cut_where_a_reader_would_pause(whole: str, first: str) -> None:
-    cut = next(text.read(io.BytesIO(whole.encode()), "t", 16 if "\r" not in whole else 18))
+    cut = next(text.read(io.BytesIO(whole.encode()), "t", 16))
     assert cut.content == first  # type: ignore[union-attr]
 
 
