@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from finetune_cases import GPT1, QUICK, encoded, pretrained, task, task_model
 from torch import Tensor
+from training import assert_same_bits
 
 from gptkernels.gpt.finetuning import fitting
-from gptkernels.gpt.finetuning.batches import Encoded
+from gptkernels.gpt.finetuning.batches import Encoded, collate, epoch
 from gptkernels.gpt.finetuning.config import FinetuneConfig, learning_rate
 from gptkernels.gpt.finetuning.fitting import DivergedError, Fit
 from gptkernels.gpt.finetuning.parts import Parts, baseline
@@ -150,6 +153,38 @@ def test_every_parameter_moves_where_none_is_frozen() -> None:
     fit.run()
     for name, tensor in fit.model.state_dict().items():
         assert not torch.equal(tensor, before[name]), name
+
+
+def test_steps_are_those_of_a_written_out_loop() -> None:
+    """With dropout, the learning rate of each step, clipping, and decay of matrices alone."""
+    config = dataclasses.replace(SHORT, epochs=1, clip=0.5, weight_decay=0.1)
+    body = transferred(pretrained(GPT1), "all", 0.2).set_impl("torch")
+    model = TaskModel(task("entailment"), body, 0.3)
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    Fit(model, TRAINING, VALIDATION, config).run()
+
+    torch.manual_seed(1)
+    matrices = [p for p in twin.parameters() if p.dim() == 2]
+    others = [p for p in twin.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        fused=True,
+    )
+    twin.train()
+    parts = epoch(TRAINING, 8, torch.Generator().manual_seed(config.seed))
+    for step, part in enumerate(parts):
+        batch = collate(part, number=False)
+        scores, hidden = twin(batch)
+        following = hidden.flatten(0, 1)[batch.places]
+        loss = F.cross_entropy(scores, batch.targets)
+        (loss + 0.5 * twin.body.loss(following, batch.following)).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, 3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_bits(model.state_dict(), twin.state_dict())
 
 
 def test_steps_follow_the_learning_rate_and_are_logged() -> None:
