@@ -3,9 +3,9 @@
     python -m benchmarks.prepare_memory FOLDER [--megabytes 1000] [--processes 2] [--json FILE]
 
 FOLDER holds text files (.txt), such as WikiText. The corpus is one file of JSON lines in a
-temporary folder: each line has a text of 200 to 1,200 of their words, drawn one by one, so that no
-text repeats another. So the words are real and every text is kept: the work of one that is dropped
-would be less.
+temporary folder: each line has a text of 200 to 1,200 of their words, four in a row from each of
+many places drawn at random. So the words are real, no text resembles another, and every text is
+kept: the work of one that is dropped would be less.
 
 `prepare` runs in a process of its own. Linux keeps the highest resident size of each (VmHWM); those
 of the workers are read from it until they end.
@@ -51,10 +51,11 @@ def main() -> None:
 
 def _make(corpus: Path, folder: Path, size: int) -> None:
     words = [word for file in sorted(folder.rglob("*.txt")) for word in file.read_text().split()]
+    rows = [" ".join(words[i : i + 4]) for i in range(len(words) - 3)]
     draw = random.Random(0)
     with corpus.open("w", encoding="utf-8") as file:
         while file.tell() < size:
-            text = " ".join(draw.choices(words, k=draw.randint(200, 1200)))
+            text = " ".join(draw.choices(rows, k=draw.randint(50, 300)))
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
