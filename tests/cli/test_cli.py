@@ -29,6 +29,7 @@ from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.progress import ProgressBar
 from gptkernels.truth import parity, verify
 
+COMMANDS = list(main._SUMMARIES)
 SHAPE = ["--block-size", "16", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"]
 BATCHES = ["--batch-size", "2", "--validation-batches", "1", "--device", "cpu"]
 SMALL = [*SHAPE, *BATCHES, "--steps", "3", "--warmup-steps", "1"]
@@ -66,11 +67,11 @@ def assert_refused(result: Any, *words: str) -> None:
 def test_no_arguments_shows_every_command(call: Any) -> None:
     result = call()
     assert result.code == 0
-    for name in ("info", "verify", "bench", "demo", "train", "generate"):
+    for name in COMMANDS:
         assert f"\n  {name} " in result.out
 
 
-@pytest.mark.parametrize("name", ["info", "verify", "bench", "demo", "train", "generate"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help(call: Any, name: str) -> None:
     result = call(name, "--help")
     assert result.code == 0
