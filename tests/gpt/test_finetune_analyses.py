@@ -481,6 +481,13 @@ def test_settings_that_fit_nothing(
     assert not world.begun
 
 
+def test_the_last_task_is_checked_before_the_first_run(world: World) -> None:
+    tasks = {world.mood: QUICK, world.close: dataclasses.replace(QUICK, train_examples=17)}
+    with pytest.raises(ValueError, match="the training part has 16 examples"):
+        world.study(layers, tasks=tasks)
+    assert not world.begun
+
+
 def test_two_tasks_of_one_name(world: World, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mood.toml").write_text(MOOD)

@@ -96,8 +96,8 @@ def carry_out(
     observer: called with the records of each run's log, which then name task, variant and seed, and
     with each finished run's record; and with the share of all runs that is done, 0 to 1.
 
-    Raises as `finetune` does, before the first run; ValueError, too, for tasks that are none or
-    have one name, such seeds, and a `file` that no analysis wrote.
+    Raises as `finetune` does; ValueError, too, for tasks that are none or have one name, such
+    seeds, and a `file` that no analysis wrote.
     """
     check_folder("out", file.parent)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -148,9 +148,8 @@ def home_of(task: Task, data: str | Path | None) -> Path:
 def _carry_out(
     subject: _Subject, runs: Sequence[_Run], file: Path, observer: Observer | None
 ) -> Study:
-    parts = [
-        subject.tasks[run.task][1].drawn(run.config) for run in runs
-    ]  # all: a wrong one is told now
+    # All, before the first run: better to report a setting that does not fit now.
+    parts = [subject.tasks[run.task][1].drawn(run.config) for run in runs]
     model = digest_of_model(subject.pretrained)
     data = {
         name: digest_of_examples(chain(of.training, of.validation, of.test))
