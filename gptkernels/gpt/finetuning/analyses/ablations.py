@@ -25,11 +25,11 @@ from gptkernels.gpt.finetuning.analyses.study import Study, carry_out
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.fitting import Observer
 
-FULL = "full"
+FULL, SCRATCH = "full", "without pre-training"
 _CHANGES: dict[str, dict[str, Any]] = {
     FULL: {},
     "without the auxiliary loss": {"lm_coefficient": 0.0},
-    "without pre-training": {"transfer": "none"},
+    SCRATCH: {"transfer": "none"},
 }
 
 
