@@ -38,6 +38,7 @@ def corpus(tmp_path: Path) -> Path:
     lines += ["{", '{"score": 3}', lines[-1], "[]", "3"]
     (folder / "pages.jsonl").write_text("\n".join(lines))
     (folder / "page.html").write_text("<html><body><p>" + "A page of words. " * 20 + "</p></html>")
+    (folder / "empty.txt").touch()
     return folder
 
 
@@ -57,15 +58,16 @@ def test_a_folder_is_prepared_trained_on_and_left_alone(
     result = call(*words, "--near-duplicates", "0", "--shard-tokens", "900")
     assert result.code == 0, result.err
     for line in (
-        "18 records in 2 files",
+        "19 records in 3 files",
         "  1 left out: exact duplicate",
         "  6 left out: low score",
-        f"  4 malformed, all named in {out / 'malformed.jsonl'}:",
+        f"  5 malformed, all named in {out / 'malformed.jsonl'}:",
+        f"    {corpus / 'empty.txt'} holds no page",
         f"    {corpus / 'pages.jsonl'}:13 is not JSON",
         "  7 kept: 7 documents",
     ):
         assert f"{line}\n" in result.out
-    assert result.out.count("pages.jsonl:") == 3  # of the malformed ones
+    assert result.out.count("pages.jsonl:") == 2  # of the malformed ones
     manifest = json.loads((out / "manifest.json").read_text())
     assert f"{manifest['counts']['tokens']:,} tokens of bytes in 2 shards\n" in result.out
     again = call(*words, "--near-duplicates", "0", "--shard-tokens", "900")
@@ -89,7 +91,11 @@ def test_a_folder_is_prepared_trained_on_and_left_alone(
         (["{in}", "--near-duplicates", "3"], "near_duplicates is 3.0"),
         (["{in}", "--processes", "0"], "processes is 0"),
         (["{in}", "--tokenizer", "words"], "tokenizer name must be"),
-        (["{in}", "--text-key", "body", "--min-characters", "9999"], "nothing is left of 18 rec"),
+        (
+            ["{in}", "--text-key", "body", "--min-characters", "9999"],
+            "nothing is left of what was read: 18 malformed, 1 too short",
+        ),
+        (["{in}/empty.txt"], "nothing is left of what was read: 1 malformed"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(

@@ -10,6 +10,7 @@ import sqlite3
 import struct
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 from harness import command
@@ -145,6 +146,17 @@ print(f.digest.hex(), f.signature.hex(), f.bands)
     assert one == other
     words = b" It is a truth universally acknowledged, that a single man"
     assert one.startswith(hashlib.blake2b(words, digest_size=16).hexdigest())
+
+
+@given(st.text(alphabet="ab, \n\u00e9", max_size=80), st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_a_fingerprint_in_pieces_is_that_of_the_whole(text: str, piece: int) -> None:
+    whole = fingerprint(text, 6)
+    with (
+        mock.patch("gptkernels.gpt.corpus.pieces.PIECE", piece),
+        mock.patch("gptkernels.gpt.corpus.pieces._LONGEST", 100),
+    ):
+        assert fingerprint(text, 6) == whole
 
 
 class Plainly:

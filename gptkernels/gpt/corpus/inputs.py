@@ -21,6 +21,7 @@ def find(files: Sequence[str | Path], out: Path) -> list[Path]:
     if not files:
         raise ValueError("files: no file was given, at least one is wanted")
     found: set[Path] = set()
+    out = out.resolve()
     for file in map(Path, files):
         if not file.exists():
             raise FileNotFoundError(f"files: {file} does not exist")
@@ -75,6 +76,6 @@ def _is_input(path: Path, out: Path) -> bool:
     return (
         path.is_file()
         and sources.is_source(path)
-        and out.resolve() not in path.resolve().parents
+        and out not in path.resolve().parents
         and not path.name.startswith(".")
     )

@@ -44,7 +44,7 @@ from gptkernels.gpt.corpus.sources import Reading
 from gptkernels.gpt.corpus.state import State
 from gptkernels.gpt.corpus.work import Dropped, Outcome, Task, Text, chunks, token_dtype
 from gptkernels.gpt.corpus.writer import Writer, shard_name
-from gptkernels.gpt.tokenizer import load_tokenizer
+from gptkernels.gpt.tokenizer import Tokenizer, load_tokenizer
 
 MALFORMED = "malformed.jsonl"
 
@@ -79,7 +79,7 @@ def prepare(
     config, out = config or PrepareConfig(), Path(out)
     if processes is not None and processes < 1:
         raise ValueError(f"processes is {processes}, at least 1 is wanted")
-    load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     if config.near_duplicates:
         rensa_package()
     check_folder("out", out)
@@ -93,7 +93,7 @@ def prepare(
         if (out / manifests.NAME).exists():
             return _finished(out, job)
         _check_ours(out)
-        run = _Run(out, config, inputs, {**job, "versions": _versions()})
+        run = _Run(out, config, tokenizer, inputs, {**job, "versions": _versions()})
         return run.finish(processes or _cores(), observer)
 
 
@@ -116,10 +116,14 @@ class _Run:
     """One run, from where an earlier one was killed, if it was."""
 
     def __init__(
-        self, out: Path, config: PrepareConfig, inputs: tuple[Input, ...], job: dict[str, Any]
+        self,
+        out: Path,
+        config: PrepareConfig,
+        tokenizer: Tokenizer,
+        inputs: tuple[Input, ...],
+        job: dict[str, Any],
     ) -> None:
         self.out, self.config, self.inputs, self.job = out, config, inputs, job
-        tokenizer = load_tokenizer(config.tokenizer)
         self.vocab_size, self.eos = tokenizer.vocab_size, tokenizer.eos
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.first = pack(self.dtype, [] if tokenizer.eos is None else [tokenizer.eos])
@@ -208,9 +212,7 @@ class _Run:
         states.remove(self.out)
         counts = {"malformed": self.progress.counts["malformed"], **self.progress.dropped}
         why = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-        raise ValueError(
-            f"files: nothing is left of {self.progress.counts['records']} records ({why})"
-        )
+        raise ValueError(f"files: nothing is left of what was read: {why}")
 
     def _manifest(self) -> Manifest:
         shards = []

@@ -43,7 +43,7 @@ class ProgressBar:
         read = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
         figures = f"{counts['documents']:,} documents  {counts['tokens']:,} tokens"
         self._progress.start()  # only now: a run that is refused shows no bar
-        self._progress.update(self._task, completed=done / total, read=read, figures=figures)
+        self._progress.update(self._task, total=total, completed=done, read=read, figures=figures)
         if not self._console.is_terminal and time.monotonic() - self._last >= _EVERY_S:
             self._last = time.monotonic()
             self._console.print(f"{read}  {figures}", highlight=False)
