@@ -3,8 +3,11 @@
     python -m examples.gpt1 DATA --out DIR
 
 DATA holds tinyshakespeare.txt, wikitext-2/, mctest/, sst-2/, sick/ and gpt1-bpe/. The model is
-pre-trained on Shakespeare, Wikipedia and the stories of MCTest's training part: 0.6 million words
-that have nothing to do with the three tasks. DIR gets
+pre-trained on Shakespeare, Wikipedia, the stories of MCTest, and what the training parts of the
+other tasks say: the sentences of SST-2, the pairs of SICK. Labels are left out, and test parts. So
+a part of pre-training is on the tasks' own text, as Howard & Ruder, "Universal Language Model
+Fine-tuning for Text Classification" (2018), have it; fine-tuning's auxiliary loss sees that text
+too, with pre-training or without. DIR gets
 
     texts/           what is pre-trained on
     corpus/          its shards, as `gptkernels prepare` writes them, and in overlap.json how much
@@ -75,7 +78,7 @@ SETTINGS = Settings(
         vocab_size=40478, block_size=128, n_layer=4, n_head=4, n_embd=128, norm="post", dropout=0.1
     ),
     training=TrainConfig(
-        steps=2400,
+        steps=1800,
         batch_size=16,
         learning_rate=1e-3,
         min_learning_rate=1e-5,
@@ -95,15 +98,18 @@ SETTINGS = Settings(
 
 
 def write_texts(data: Path, folder: Path) -> None:
-    """Write what is pre-trained on: three texts, and the stories of MCTest's training part."""
+    """Write what is pre-trained on: three texts, and those of the tasks' training parts."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tinyshakespeare.txt", "wikitext-2/valid.txt", "wikitext-2/test.txt"):
         shutil.copyfile(data / name, folder / name.replace("/", "-"))
-    task = load_task("mctest")
-    examples = read_split(task, data / task.folder, "train")
-    stories = dict.fromkeys(example.texts[0] for example in examples)
-    lines = "".join(json.dumps({"text": story}) + "\n" for story in stories)
-    (folder / "mctest.jsonl").write_text(lines, encoding="utf-8")
+    for name in ("mctest", "sick-entailment", "sst-2"):
+        task = load_task(name)
+        examples = read_split(task, data / task.folder, "train")
+        said = dict.fromkeys(" . ".join(example.texts) for example in examples)
+        if name == "sst-2":  # most of its examples are phrases of others
+            said = {text: None for text in said if text.rstrip().endswith(".")}
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in said)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def overlaps(data: Path, corpus: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
