@@ -144,7 +144,7 @@ def standings(table: Table) -> dict[str, Any]:
             ("majority", table["majority"][task]),
         ):
             ahead = full.mean - other.mean
-            deviation = max(full.deviation, other.deviation)
+            deviation = max(full.deviation, other.deviation) or float("nan")
             found[task][f"ahead_of_{name}"] = {"by": ahead, "deviations": ahead / deviation}
     return found
 
