@@ -52,9 +52,12 @@ def test_the_main_text_of_a_page_without_what_is_around_it() -> None:
         (FRENCH, "utf-8-sig", "", None),
         (FRENCH, "utf-8", "iso-8859-1", "windows-1252"),  # both are wrong, and the bytes tell
         (FRENCH, "iso-8859-1", "iso-8859-1", None),
-        (FRENCH, "iso-8859-1", "", '"ISO-8859-1"'),
+        (FRENCH, "iso-8859-1", "", "ISO-8859-1"),
         (RUSSIAN, "koi8-r", "", "koi8-r"),
         (RUSSIAN, "koi8-r", "windows-1251", "koi8-r"),  # the server's word counts for more
+        (RUSSIAN, "koi8-r", "windows-1251", '"KOI8-R"'),
+        (RUSSIAN, "koi8-r", "utf-8", None),  # the page is wrong, and the bytes tell
+        ("Ёж", "koi8-r", "koi8-r", None),  # too few bytes to tell
         (RUSSIAN, "windows-1251", "windows-1251", "klingon"),
         (RUSSIAN, "windows-1251", "windows-1251", "utf-8"),
         (JAPANESE, "shift_jis", "Shift_JIS", None),

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import io
 import json
+import random
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -245,6 +246,23 @@ def test_what_comes_before_the_cut_of_a_file_is_kept(cut: int, suffix: str, tmp_
     whole = [Record(f"{file}:{i}", json.loads(line)["text"]) for i, line in enumerate(lines, 1)]
     assert kept == whole[: len(kept)]
     assert len(kept) > 3000
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("place", [20, 9000])  # gzip finds no code that it knows, or a wrong sum
+def test_wrong_bytes_inside_a_compressed_file_end_it(
+    place: int, suffix: str, tmp_path: Path
+) -> None:
+    of_packages(suffix)
+    draw = random.Random(0)
+    lines = [json.dumps({"text": str(draw.getrandbits(900))}).encode() + b"\n" for _ in range(800)]
+    content = bytearray(COMPRESS[suffix](b"".join(lines)))
+    content[place : place + 40] = bytes(40)
+    file = tmp_path / f"a.jsonl{suffix}"
+    file.write_bytes(content)
+    *_, last = records(file)
+    assert isinstance(last, Malformed)
+    assert last.reason.startswith("cannot be decompressed from here on (")
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import io
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,19 @@ def test_a_page_that_is_too_long_is_malformed_packed_or_not(tmp_path: Path) -> N
         "is longer than 4000 bytes",
         "",
     ]
+
+
+def test_a_page_that_is_too_long_is_not_held(tmp_path: Path) -> None:
+    content = Archive().answer(b"<p>" + bytes(8 << 20)).answer(PAGE).bytes()
+    (tmp_path / "a.warc").write_bytes(content)
+    tracemalloc.start()
+    try:
+        found = list(sources.read(tmp_path / "a.warc", Reading(longest=1 << 16)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [type(record) for record in found] == [Malformed, Record]
+    assert peak < 2 << 20
 
 
 @pytest.mark.parametrize("packed", [False, True])
