@@ -28,7 +28,7 @@ from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
 from gptkernels.gpt.corpus import manifest as manifests
 
-_POLL_S = 0.5
+_POLL_S, _ROW_S = 0.5, 30.0
 
 
 def main() -> None:
@@ -64,29 +64,36 @@ def _prepare(corpus: Path, out: Path, processes: int) -> dict[str, Any]:
     started = time.perf_counter()
     run = subprocess.Popen([*command, "--processes", str(processes)], stdout=subprocess.DEVNULL)
     peaks: dict[int, int] = {}
-    state = 0
+    growth: list[dict[str, int]] = []
     while run.poll() is None:
         for process in (run.pid, *_children(run.pid)):
             peaks[process] = max(peaks.get(process, 0), _peak_bytes(process))
-        state = max(state, *(file.stat().st_size for file in out.glob("state.sqlite")), 0)
+        if time.perf_counter() - started > _ROW_S * (len(growth) + 1):
+            growth.append({**_on_disk(out), **_largest(peaks, run.pid)})
         time.sleep(_POLL_S)
     seconds = time.perf_counter() - started
     if run.returncode:
         raise SystemExit(f"prepare ended with {run.returncode}")
-    counts = manifests.read(out).counts
-    main_peak = peaks.pop(run.pid)
     size = corpus.stat().st_size
     return {
         "input_bytes": size,
         "processes": processes,
-        "main_peak_bytes": main_peak,
-        "largest_worker_peak_bytes": max(peaks.values()),
-        "sum_of_peaks_bytes": main_peak + sum(peaks.values()),
-        "database_bytes": state,
         "seconds": round(seconds, 1),
         "megabytes_per_second": round(size / 1e6 / seconds, 2),
-        "counts": counts,
+        **_largest(peaks, run.pid),
+        "counts": manifests.read(out).counts,
+        "growth": growth,  # every 30 seconds
     }
+
+
+def _largest(peaks: dict[int, int], run: int) -> dict[str, int]:
+    workers = [peak for process, peak in peaks.items() if process != run]
+    return {"main_peak_bytes": peaks[run], "worker_peak_bytes": max(workers, default=0)}
+
+
+def _on_disk(out: Path) -> dict[str, int]:
+    shards = sum(file.stat().st_size for file in out.glob("*.bin"))
+    return {"shard_bytes": shards, "database_bytes": (out / "state.sqlite").stat().st_size}
 
 
 def _children(parent: int) -> list[int]:
