@@ -26,6 +26,11 @@ def read(one: Task, folder: Path, content: str | bytes) -> list[Example]:
     return read_split(one, folder, "train")
 
 
+def in_short(value: object) -> str:
+    """What names a case in pytest's output."""
+    return str(value)[-24:]
+
+
 @pytest.mark.parametrize("kind", TRANSFORMATIONS)
 def test_each_split_holds_its_examples_in_order(kind: str, tmp_path: Path) -> None:
     folder = write_data(kind, tmp_path, (30, 20, 10))
@@ -105,6 +110,7 @@ def test_jsonl_labels_are_compared_as_json_writes_them(tmp_path: Path) -> None:
         ("choice", '{"story": null, "endings": ["b"], "right": 0}', "has null in line 1, a text"),
         ("choice", '{"story": "a", "endings": [[]], "right": 0}', r"has \[\] in line 1, a text"),
     ],
+    ids=in_short,
 )
 def test_a_broken_line_is_refused_in_one_sentence(
     kind: str, content: str | bytes, message: str, tmp_path: Path
@@ -157,6 +163,7 @@ def test_mctest_has_four_questions_for_each_story(tmp_path: Path) -> None:
         (story("a"), "A\tB\tC\tD\nA\tB\tC\tD", r"has 1 stories, mc500\.train\.ans 2"),
         (story("caf\u00e9").encode("latin-1"), "A\tB\tC\tD", r"statements\.tsv is not UTF-8 text"),
     ],
+    ids=in_short,
 )
 def test_a_broken_mctest_is_refused_in_one_sentence(
     stories: Any, letters: str, message: str, tmp_path: Path
