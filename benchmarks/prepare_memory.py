@@ -70,6 +70,7 @@ def _prepare(corpus: Path, out: Path, processes: int) -> dict[str, Any]:
             peaks[process] = max(peaks.get(process, 0), _peak_bytes(process))
         if time.perf_counter() - started > _ROW_S * (len(growth) + 1):
             growth.append({**_on_disk(out), **_largest(peaks, run.pid)})
+            print(growth[-1], flush=True)
         time.sleep(_POLL_S)
     seconds = time.perf_counter() - started
     if run.returncode:
@@ -92,8 +93,8 @@ def _largest(peaks: dict[int, int], run: int) -> dict[str, int]:
 
 
 def _on_disk(out: Path) -> dict[str, int]:
-    shards = sum(file.stat().st_size for file in out.glob("*.bin"))
-    return {"shard_bytes": shards, "database_bytes": (out / "state.sqlite").stat().st_size}
+    ends = {"shard_bytes": "*.bin", "database_bytes": "state.sqlite"}
+    return {key: sum(file.stat().st_size for file in out.glob(end)) for key, end in ends.items()}
 
 
 def _children(parent: int) -> list[int]:
