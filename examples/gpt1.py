@@ -36,6 +36,7 @@ from typing import Any
 
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
+from gptkernels.cli.console import plain_console
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.corpus import manifest as manifests
 from gptkernels.gpt.corpus.config import PrepareConfig
@@ -126,7 +127,7 @@ def overlaps(data: Path, corpus: Path, tasks: Sequence[str]) -> list[dict[str, A
 
 def pretrain(corpus: Path, out: Path, settings: Settings) -> None:
     """Train the model, or go on where training was stopped."""
-    with ProgressBar() as bar:
+    with ProgressBar(plain_console()) as bar:
         if not (out / "checkpoint.pt").exists():
             train([corpus], out, model=settings.shape, config=settings.training, observer=bar)
         elif not (out / "model").exists():
