@@ -8,6 +8,7 @@ malformed.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -73,7 +74,8 @@ class Pool:
 
     def _submit(self, chunk: Chunk) -> Future[list[Outcome]]:
         try:
-            return self._executor.submit(_outcomes, chunk)
+            with _interrupts_wait():  # where a process is missing, this starts it
+                return self._executor.submit(_outcomes, chunk)
         except BrokenProcessPool as error:  # already, by a chunk that was not yet asked for
             broken: Future[list[Outcome]] = Future()
             broken.set_exception(error)
@@ -88,12 +90,26 @@ class Pool:
         self._executor.shutdown()
         self._executor = self._started()
         try:
-            self._executor.submit(_outcomes, []).result()
+            self._submit([]).result()
         except BrokenProcessPool:
             raise RuntimeError(
                 "processes: they end before they have read anything; a script that calls prepare "
                 'must do so under if __name__ == "__main__"'
             ) from None
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal, and is for this one to handle: those that are
+    started in this context never see it."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: Worker  # of this process
@@ -102,7 +118,6 @@ _worker: Worker  # of this process
 def _begin(task: Task) -> None:
     """Make a process ready."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Worker(task)
 
