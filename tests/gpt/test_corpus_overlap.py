@@ -67,6 +67,16 @@ def test_what_an_overlap_says() -> None:
     assert nothing.share == 0
 
 
+@pytest.mark.parametrize("memory", [64, 1 << 10, 1 << 20])
+def test_every_part_of_the_corpus_is_looked_in(memory: int) -> None:
+    texts = [" ".join(f"w{i}x{j}" for j in range(30)) for i in range(20)]
+    evaluation = [*texts, " ".join(f"w{i}" for i in range(30))]
+    (result,) = overlap(texts, 600, {"e": evaluation}, memory=memory)
+    assert (result.ngrams, result.found) == (21 * 23, 20 * 23)
+    assert result.longest == 30
+    assert result.example.startswith("w0x0 w0x1 ")  # the first of equal length
+
+
 def test_each_evaluation_is_for_itself() -> None:
     one, two = "a b c d e f g h", "a b c d e f g h i j"
     results = overlap([two], 10, {"one": [one], "two": [one, two], "three": ["h g f e d c b a"]})
