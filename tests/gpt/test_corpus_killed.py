@@ -20,10 +20,12 @@ pytest.importorskip("rensa")
 SERVER = """
 import dataclasses, json, os, random, signal, sqlite3, sys
 from corpus_cases import BYTES, Inline
-from gptkernels.gpt.corpus import growing, manifest, prepare as module, state
+from gptkernels.gpt.corpus import growing, manifest, prepare as module, sources, state
 
 folder, out, mode, chunk, seed = sys.argv[1:]
 module.Pool, module._CHUNK_RECORDS, module._COMMIT_CHUNKS = Inline, int(chunk), 1
+read, pieces = sources.read, sources.Reading(piece=400)  # of long texts, which go on
+sources.read = lambda path, _: read(path, pieces)
 CONFIG = dataclasses.replace(BYTES, shard_tokens=3000)
 # A kill loses nothing that was written, synced or not; syncing takes longer than all the rest.
 os.fsync, connect = lambda descriptor: None, sqlite3.connect
