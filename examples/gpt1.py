@@ -18,6 +18,7 @@ too, with pre-training or without. DIR gets
     zero_shot.json   what the copies know without fine-tuning, as `gptkernels analyse zero-shot`
                      finds out; zero_shot.png
     summary.json     means, deviations, by how many of these pre-training wins, CPU minutes, machine
+    cpu_seconds.json of all before fine-tuning, on all threads
 
 What is finished is not made again, so a run that was interrupted goes on. docs/gpt1.md has the
 figures.
@@ -29,7 +30,8 @@ import argparse
 import json
 import resource
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,21 +152,33 @@ def standings(table: Table) -> dict[str, Any]:
     return found
 
 
-def cpu_minutes() -> float:
-    """Of this process and those that it waited for, all threads together."""
+@contextmanager
+def counted(path: Path) -> Iterator[None]:
+    """Add the CPU seconds of what happens in this context to those in the file `path`: of all
+    threads, and of the processes that were waited for."""
+    before = _cpu_seconds()
+    try:
+        yield
+    finally:
+        earlier = json.loads(path.read_text()) if path.exists() else 0.0
+        write_json(path, earlier + _cpu_seconds() - before)
+
+
+def _cpu_seconds() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used) / 60
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def run(data: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """Make everything that is not in `out` yet; returns the summary."""
-    if not (out / "corpus" / manifests.NAME).exists():
-        write_texts(data, out / "texts")
-        how = PrepareConfig(tokenizer="gpt1")
-        prepare([out / "texts"], out / "corpus", config=how)
-        write_json(out / "overlap.json", overlaps(data, out / "corpus", list(settings.tasks)))
-    pretrain(out / "corpus", out / "pretrained", settings)
-    zero_shot([out / "pretrained"], out, tasks=settings.asked, data=data, observer=show)
+    with counted(out / "cpu_seconds.json"):
+        if not (out / "corpus" / manifests.NAME).exists():
+            write_texts(data, out / "texts")
+            how = PrepareConfig(tokenizer="gpt1")
+            prepare([out / "texts"], out / "corpus", config=how)
+            write_json(out / "overlap.json", overlaps(data, out / "corpus", list(settings.tasks)))
+        pretrain(out / "corpus", out / "pretrained", settings)
+        zero_shot([out / "pretrained"], out, tasks=settings.asked, data=data, observer=show)
     study = ablations(
         out / "pretrained" / "model",
         out,
@@ -175,11 +189,13 @@ def run(data: Path, out: Path, settings: Settings) -> dict[str, Any]:
     )
     if study.stopped:
         raise SystemExit("stopped; the same command goes on")
+    seconds = json.loads((out / "cpu_seconds.json").read_text())
+    seconds += sum(record["cpu_seconds"] for record in study.records)
     table = summary(study.records)
     print(markdown(table, metrics_of(study.records)))
     found = {
         "environment": environment(),
-        "cpu_minutes": cpu_minutes(),
+        "cpu_minutes": seconds / 60,
         "tasks": standings(table),
         "settings": asdict(settings),
     }

@@ -164,7 +164,9 @@ def write_predictions(
             right = "" if example.target is None else f"{example.target:g}"
             if right and task.classes:
                 right = task.classes[int(example.target or 0)]
-            writer.writerow([i, one.label, right, *(f"{p:.6f}" for p in one.probabilities)])
+            chances = [f"{p:.6f}" for p in one.probabilities]
+            blank = [""] * (longest - len(chances))  # of examples with fewer choices than others
+            writer.writerow([i, one.label, right, *chances, *blank])
 
 
 def _metrics(
