@@ -8,10 +8,6 @@ from collections.abc import Iterable
 from dataclasses import field
 from typing import Any
 
-import torch
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def option(default: Any, text: str, least: float | None = None) -> Any:
     """A field with a default value, a help text and, for a number, the least that it may be."""

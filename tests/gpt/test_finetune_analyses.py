@@ -118,7 +118,7 @@ class World:
     def untrained(self, network: TaskModel, *given: Any) -> FinetuneResult:
         """Stands for `fitted` where what a run finds is of no interest."""
         found = {"accuracy": 0.5, "f1": 0.25}
-        return FinetuneResult(network, found, found, found, [], 0, 1.0, False)
+        return FinetuneResult(network, found, found, found, [], 0, 1.0, False, False)
 
     def study(self, analyse: Any, **given: Any) -> Any:
         default = {"tasks": {self.mood: QUICK}, "seeds": [1], "data": self.data}
@@ -464,7 +464,7 @@ def test_the_score_is_that_of_the_guesses(world: World, kept_run: Path) -> None:
         ({"tasks": {}}, ValueError, "tasks must be one or more of different names"),
         ({"tasks": {"moods": QUICK}}, ValueError, "task must be one of"),
         ({"tasks": {"sst-2": QUICK}}, FileNotFoundError, "sst-2 is not a folder"),
-        ({"config": {"train_examples": 99}}, ValueError, "the training part has 19 examples"),
+        ({"config": {"train_examples": 99}}, ValueError, "19 of the training part's 20 examples"),
         ({"config": {"lm_coefficient": 0.0}}, ValueError, "lm_coefficient is 0 for"),
         ({"config": {"transfer": "none"}}, ValueError, "transfer is none for"),
         ({"config": {"transfer": "3"}}, ValueError, "the model has 2 blocks"),
@@ -483,7 +483,7 @@ def test_settings_that_fit_nothing(
 
 def test_the_last_task_is_checked_before_the_first_run(world: World) -> None:
     tasks = {world.mood: QUICK, world.close: dataclasses.replace(QUICK, train_examples=17)}
-    with pytest.raises(ValueError, match="the training part has 16 examples"):
+    with pytest.raises(ValueError, match="16 of the training part's 16 examples"):
         world.study(layers, tasks=tasks)
     assert not world.begun
 

@@ -62,7 +62,7 @@ def test_csv_is_what_the_standard_library_writes(
     assert found == [Example((one, other), (), "enc".index(label)) for one, other, label in rows]
 
 
-@given(st.lists(st.tuples(CELL, st.lists(CELL, min_size=1, max_size=4)), min_size=1, max_size=4))
+@given(st.lists(st.tuples(CELL, st.lists(CELL, min_size=2, max_size=4)), min_size=1, max_size=4))
 def test_jsonl_holds_a_list_of_choices_or_a_key_for_each(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, list[str]]]
 ) -> None:
@@ -74,6 +74,25 @@ def test_jsonl_holds_a_list_of_choices_or_a_key_for_each(
     apart = dataclasses.replace(CHOICES, choices=("a", "b"))
     content = '{"story": "s", "a": "x", "b": 2, "right": "1"}'
     assert read(apart, folder, content) == [Example(("s",), ("x", "2"), 1)]
+
+
+def test_letters_of_choices_stand_for_their_numbers(tmp_path: Path) -> None:
+    letters = dataclasses.replace(CHOICES, labels={"A": "0", "B": "1"})
+    content = '{"story": "s", "endings": ["x", "y"], "right": "B"}'
+    assert read(letters, tmp_path, content) == [Example(("s",), ("x", "y"), 1)]
+    with pytest.raises(ValueError, match="has the label 'C', one of A, B is wanted"):
+        read(letters, tmp_path, content.replace('"B"', '"C"'))
+    with pytest.raises(ValueError, match="labels of a choice stand for numbers from 0"):
+        dataclasses.replace(CHOICES, labels={"A": "first"})
+
+
+def test_a_test_part_may_lack_its_answers(tmp_path: Path) -> None:
+    task = dataclasses.replace(ENTAILMENT, files={"train": "train", "test": "test"})
+    (tmp_path / "test").write_text("premise,hypothesis\na,b\n")
+    assert read_split(task, tmp_path, "test") == [Example(("a", "b"), (), None)]
+    (tmp_path / "train").write_text("premise,hypothesis\na,b\n")
+    with pytest.raises(ValueError, match="has no column 'label' in line 2"):
+        read_split(task, tmp_path, "train")
 
 
 def test_jsonl_labels_are_compared_as_json_writes_them(tmp_path: Path) -> None:
@@ -101,13 +120,38 @@ def test_jsonl_labels_are_compared_as_json_writes_them(tmp_path: Path) -> None:
         ("similarity", "one\tother\tscore\na\tb\t-0.1\n", "'-0.1', a number from 0 to 4 is wanted"),
         ("similarity", "one\tother\tscore\na\tb\tmany\n", "'many', a number from 0 to 4 is wanted"),
         ("similarity", "one\tother\tscore\na\tb\tnan\n", "'nan', a number from 0 to 4 is wanted"),
-        ("choice", '{"story": "a", "endings": ["b"], "right": 0}\nb\n', "has no JSON in line 2"),
+        (
+            "choice",
+            '{"story": "a", "endings": [1, 2], "right": 0}\nb\n',
+            "has no JSON in line 2",
+        ),
         ("choice", "[1]", "has no object in line 1"),
-        ("choice", '{"story": "a", "endings": ["b"], "right": 1}', "'1', a choice from 0 to 0 is"),
-        ("choice", '{"story": "a", "endings": ["b"], "right": -1}', "'-1', a choice from 0 to 0"),
-        ("choice", '{"story": "a", "endings": ["b"], "right": "B"}', "'B', a choice from 0 to 0"),
-        ("choice", '{"story": "a", "endings": ["b"]}', "has no column 'right' in line 1"),
-        ("choice", '{"story": null, "endings": ["b"], "right": 0}', "has null in line 1, a text"),
+        (
+            "choice",
+            '{"story": "a", "endings": [1, 2], "right": 2}',
+            "'2', a choice from 0 to 1 is",
+        ),
+        (
+            "choice",
+            '{"story": "a", "endings": [1, 2], "right": -1}',
+            "'-1', a choice from 0 to 1",
+        ),
+        (
+            "choice",
+            '{"story": "a", "endings": [1, 2], "right": "B"}',
+            "'B', a choice from 0 to 1",
+        ),
+        ("choice", '{"story": "a", "endings": [1, 2]}', "has no column 'right' in line 1"),
+        (
+            "choice",
+            '{"story": "a", "endings": ["b"], "right": 0}',
+            "line 1 has 1 choices, at least",
+        ),
+        (
+            "choice",
+            '{"story": null, "endings": [1, 2], "right": 0}',
+            "has null in line 1, a text",
+        ),
         ("choice", '{"story": "a", "endings": [[]], "right": 0}', r"has \[\] in line 1, a text"),
     ],
     ids=in_short,

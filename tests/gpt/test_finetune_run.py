@@ -89,7 +89,8 @@ def test_predictions_are_the_answers_to_the_test_part(kind: str, runs: Any) -> N
     assert [row[0] for row in rows] == [str(i) for i in range(16)]
     predicted = []
     for row, example in zip(rows, asked, strict=True):
-        likely = [float(text) for text in row[3:]]
+        likely = [float(text) for text in row[3:] if text]
+        assert len(row) == len(header)
         if kind == "similarity":
             assert not likely
             predicted.append(float(row[1]))
@@ -102,7 +103,7 @@ def test_predictions_are_the_answers_to_the_test_part(kind: str, runs: Any) -> N
         predicted.append(names.index(row[1]))
     right = [float(example.target) for example in asked]
     found = score(one.metrics, right, predicted, len(one.classes))
-    assert result.test == pytest.approx(found, abs=1e-3)
+    assert result.test == pytest.approx(found, abs=1e-6)  # all digits are there
 
 
 @each_kind
@@ -334,7 +335,7 @@ def _set(**changes: Any) -> Any:
         (_shrink, ValueError, "bytes has 256 tokens, more than the model's 100"),
         (_shorten, ValueError, "a sequence of 2 texts needs a context of at least 5 tokens"),
         (_set(transfer="3"), ValueError, "transfer is 3, but the model has 2 blocks"),
-        (_set(train_examples=9), ValueError, "train_examples is 9, but the training part has 8"),
+        (_set(train_examples=9), ValueError, "train_examples is 9"),
         (_set(device="tpu"), ValueError, "device"),
     ],
 )

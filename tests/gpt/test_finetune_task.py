@@ -117,7 +117,7 @@ def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
         ("similarity", {"range": [0, True]}, r"range must be \[lowest, highest\]"),
         ("similarity", {"metrics": ["accuracy"]}, "a metric must be one of pearson, spearman"),
         ("similarity", {"zero_shot": {}}, "zero_shot needs"),
-        ("choice", {"labels": {"0": "a", "1": "b"}}, "a choice has neither labels nor a range"),
+        ("choice", {"labels": {"0": "a", "1": "b"}}, "labels of a choice stand for numbers from 0"),
         ("choice", {"metrics": ["f1"]}, "a metric must be one of accuracy, got 'f1'"),
         ("choice", {"choices": []}, "choice needs texts and choices"),
         ("choice", {"texts": []}, "choice needs texts and choices"),

@@ -23,20 +23,23 @@ class Growing:
                 "begin again"
             )
         self._path = path
-        self._file = path.open("ab")
+        # Unbuffered: what an interrupted run left in a buffer would be written when Python collects
+        # the file, perhaps after another run has gone on with it.
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(size)
         self.size = size
 
     def append(self, content: bytes) -> None:
         """Write `content` at the end."""
+        left = memoryview(content)
         with self._named():
-            self._file.write(content)
+            while left:  # the system may take a part
+                left = left[self._file.write(left) :]
         self.size += len(content)
 
     def sync(self) -> None:
         """What was appended survives the process, and a power cut."""
         with self._named():
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import gzip
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,9 @@ _MISSING = "reading .zst needs the package backports.zstd: pip install 'gptkerne
 class Bytes(Protocol):
     """What the readers of formats need of a file.
 
-    There is no `read`: where it meets damage, it loses what it has collected so far.
+    Both raise Damaged where the file is cut off or was not made by its suffix's program, and OSError
+    where the disk fails. There is no `read`: where it meets damage, it loses what it has collected
+    so far.
     """
 
     def read1(self, size: int, /) -> bytes:
@@ -38,25 +40,43 @@ class Damaged(Exception):
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Bytes]:
-    """The bytes of `path`. In this context, reading raises Damaged where the file is cut off or was
-    not made by its suffix's program, and OSError where the disk fails.
+    """The bytes of `path`, which is closed at the end of the context.
 
     Raises ImportError for .zst where no package reads it.
     """
-    file, broken = _open(path)
-    with file:
-        try:
-            yield file
-        except broken as error:
-            raise Damaged(f"cannot be decompressed from here on ({error})") from None
-
-
-def _open(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
-    """The file, and what reading it raises where its bytes are wrong."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        zstd = optional(_ZSTD, _MISSING)
-        return zstd.open(path), (EOFError, zstd.ZstdError)
-    if suffix == ".gz":
-        return gzip.open(path), (EOFError, gzip.BadGzipFile, zlib.error)
-    return path.open("rb"), ()
+        zstd = zstd_package()
+        with zstd.open(path) as file:
+            yield _Unpacked(file, (EOFError, zstd.ZstdError))
+    elif suffix == ".gz":
+        with gzip.open(path) as file:
+            yield _Unpacked(file, (EOFError, gzip.BadGzipFile, zlib.error))
+    else:
+        with path.open("rb") as file:
+            yield file
+
+
+def zstd_package() -> Any:
+    """Python's module of zstd, or the same for older Pythons. Raises ImportError, in one sentence,
+    where it is missing."""
+    return optional(_ZSTD, _MISSING)
+
+
+class _Unpacked:
+    """A file that a library decompresses, and raises one of `broken` where its bytes are wrong."""
+
+    def __init__(self, file: Any, broken: tuple[type[Exception], ...]) -> None:
+        self._file, self._broken = file, broken
+
+    def read1(self, size: int, /) -> bytes:
+        return self._read(self._file.read1, size)
+
+    def readline(self, size: int, /) -> bytes:
+        return self._read(self._file.readline, size)
+
+    def _read(self, read: Callable[[int], bytes], size: int) -> bytes:
+        try:
+            return read(size)
+        except self._broken as error:
+            raise Damaged(f"cannot be decompressed from here on ({error})") from None

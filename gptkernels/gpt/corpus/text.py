@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 
 from gptkernels.gpt.corpus.records import Malformed, Record
-from gptkernels.gpt.corpus.streams import Bytes
+from gptkernels.gpt.corpus.streams import Bytes, Damaged
 
 SUFFIXES = (".txt", ".md")
 _PAUSES = (b"\n\n", b"\n\r\n", b"\n", b" ")  # the best first
@@ -16,7 +17,8 @@ def read(file: Bytes, name: str, piece: int) -> Iterator[Record | Malformed]:
 
     Every record but the first `continues` the one before it; joined, they are the file, without the
     byte order mark that some editors put first. A piece that is not UTF-8 is malformed, and the
-    record after it begins a text of its own.
+    record after it begins a text of its own. What comes before damage is read up to its last whole
+    character.
     """
     start, continues = 0, False
     for part in _cut(file, piece):
@@ -36,12 +38,18 @@ def read(file: Bytes, name: str, piece: int) -> Iterator[Record | Malformed]:
 
 def _cut(file: Bytes, piece: int) -> Iterator[bytes]:
     pending = bytearray()
-    while chunk := file.read1(piece):
-        pending += chunk
-        while len(pending) > piece:
-            end = _end(pending, piece)
-            yield bytes(pending[:end])
-            del pending[:end]
+    try:
+        while chunk := file.read1(piece):
+            pending += chunk
+            while len(pending) > piece:
+                end = _end(pending, piece)
+                yield bytes(pending[:end])
+                del pending[:end]
+    except Damaged:
+        _, whole = codecs.utf_8_decode(pending, "replace", False)
+        if whole:
+            yield bytes(pending[:whole])
+        raise
     if pending:
         yield bytes(pending)
 

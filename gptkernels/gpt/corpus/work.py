@@ -85,9 +85,8 @@ class Worker:
         if isinstance(text, Malformed):
             return text
         task = self._task
-        reason = refusal(
-            text, record.score, min_score=task.min_score, min_characters=task.min_characters
-        )
+        least = 0 if record.continues else task.min_characters  # the end of a long text is short
+        reason = refusal(text, record.score, min_score=task.min_score, min_characters=least)
         if reason is not None:
             return Dropped(reason)
         ids, words = bytearray(), 0

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from gptkernels.gpt.finetuning.batches import Encoded, collate, in_order
+from gptkernels.gpt.finetuning.metrics import score
+from gptkernels.gpt.finetuning.task import Task
 from gptkernels.gpt.finetuning.task_model import TaskModel
 
 
@@ -24,6 +26,12 @@ class Answer:
     value: float
     label: str
     probabilities: tuple[float, ...] = ()
+
+
+def judge(task: Task, examples: Sequence[Encoded], answers: Sequence[Answer]) -> dict[str, float]:
+    """The task's metrics of the answers to `examples`, which all have a target."""
+    wanted = [example.target for example in examples if example.target is not None]
+    return score(task.metrics, wanted, [one.value for one in answers], len(task.classes))
 
 
 @torch.inference_mode()

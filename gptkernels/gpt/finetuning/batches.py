@@ -27,10 +27,17 @@ _POOL = 64  # batches
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example as its sequences of tokens, and what is asked of it."""
+    """An example as its sequences of tokens, and what is asked of it.
+
+    Fields:
+        rows: its sequences.
+        target: the class's or the choice's index, or a number; None where it is not known.
+        cut: whether it was too long for the model.
+    """
 
     rows: list[list[int]]
     target: float | None
+    cut: bool = False
 
     @property
     def length(self) -> int:

@@ -54,6 +54,8 @@ class Classifier:
         The label of a choice is the choice itself. `encoder.truncated` counts the examples that
         were too long. Raises ValueError for another number of texts than the task has.
         """
+        if isinstance(examples, str):
+            raise TypeError("examples must be a list of examples, got a text")
         asked = [self._example(texts) for texts in examples]
         answers = answer(self.model, encode(self.encoder, asked), _BATCH, self.dtype)
         if not self.task.choice:

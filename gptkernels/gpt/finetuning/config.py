@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptkernels.gpt.options import DTYPES, check_option, check_options, one_of, option
+from gptkernels.gpt.options import check_option, check_options, one_of, option
+from gptkernels.gpt.precision import DTYPES
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class FinetuneConfig:
         count = self.transfer.isascii() and self.transfer.isdigit()
         right = count or self.transfer in ("all", "none")
         check_option(self, "transfer", right, "all, none or a number of blocks")
+        # Blocks that begin at random would stay so.
+        right = not self.freeze_body or self.transfer == "all"
+        check_option(self, "transfer", right, "all, where freeze_body is set,")
         # float16 needs a scaled loss, which these short runs do without.
         dtypes = [name for name in DTYPES if name != "float16"]
         check_option(self, "dtype", self.dtype in dtypes, one_of(dtypes))

@@ -25,17 +25,17 @@ from gptkernels.core.device import choose_device
 from gptkernels.core.files import check_folder, replacing
 from gptkernels.core.lock import alone_in
 from gptkernels.gpt.finetuning import folder
-from gptkernels.gpt.finetuning.answers import Answer, answer
+from gptkernels.gpt.finetuning.answers import Answer, answer, judge
 from gptkernels.gpt.finetuning.batches import Encoded
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.fitting import Fit, Observer
-from gptkernels.gpt.finetuning.metrics import check_packages, score
+from gptkernels.gpt.finetuning.metrics import check_packages
 from gptkernels.gpt.finetuning.parts import Parts, baseline, parts_for, targets
 from gptkernels.gpt.finetuning.task import Task, load_task
 from gptkernels.gpt.finetuning.task_model import TaskModel, standardisation, transferred
 from gptkernels.gpt.loading import load
 from gptkernels.gpt.model import GPT
-from gptkernels.gpt.options import DTYPES
+from gptkernels.gpt.precision import DTYPES
 from gptkernels.gpt.training.log import Log
 
 
@@ -45,12 +45,14 @@ class FinetuneResult:
 
     Fields:
         model: the best epoch's, in evaluation mode.
-        validation, test: its metrics; `test` is empty where the task has no test part.
+        validation, test: its metrics; `test` is empty where the task has no test part, or one
+            without answers.
         majority: of always giving the training part's most frequent answer, or its mean, on the
             test part, or else the validation part.
         answers: to the test part, or else the validation part.
         truncated: how many examples were too long for the model, and were cut.
         stopped: by SIGINT or SIGTERM, before the end.
+        asked_to_stop: by one of them, if only after the last step.
     """
 
     model: TaskModel
@@ -61,6 +63,7 @@ class FinetuneResult:
     truncated: int
     seconds: float
     stopped: bool
+    asked_to_stop: bool
 
 
 def finetune(
@@ -108,7 +111,7 @@ def finetune(
             folder.save(network, vocabulary, out / "model")
 
         result = fitted(network, parts, config, observe, keep)
-        write_predictions(out / "predictions.tsv", task, parts.judged, result.answers)
+        write_predictions(out / "predictions.tsv", task, parts.asked, result.answers)
         _write_results(out / "results.json", model, task, parts, config, result)
     return result
 
@@ -137,16 +140,18 @@ def fitted(
     started = time.perf_counter()
     fit = Fit(network, parts.training, parts.validation, config, observer, on_best)
     stopped = fit.run()
-    answers = answer(network, parts.judged, config.batch_size, DTYPES[config.dtype])
+    answers = answer(network, parts.asked, config.batch_size, DTYPES[config.dtype])
+    labelled = parts.test and parts.judged is parts.test
     return FinetuneResult(
         network,
         fit.best,
-        _metrics(network.task, parts.test, answers) if parts.test else {},
+        judge(network.task, parts.test, answers) if labelled else {},
         baseline(network.task, parts),
         answers,
         parts.truncated,
         time.perf_counter() - started,
         stopped,
+        fit.asked_to_stop,
     )
 
 
@@ -161,19 +166,15 @@ def write_predictions(
         names = task.classes or tuple(map(str, range(longest)))
         writer.writerow(["example", "prediction", "target", *names[:longest]])
         for i, (one, example) in enumerate(zip(answers, examples, strict=True)):
-            right = "" if example.target is None else f"{example.target:g}"
-            if right and task.classes:
-                right = task.classes[int(example.target or 0)]
+            right = "" if example.target is None else _exact(task, example.target)
             chances = [f"{p:.6f}" for p in one.probabilities]
             blank = [""] * (longest - len(chances))  # of examples with fewer choices than others
-            writer.writerow([i, one.label, right, *chances, *blank])
+            writer.writerow([i, _exact(task, one.value), right, *chances, *blank])
 
 
-def _metrics(
-    task: Task, examples: Sequence[Encoded], answers: Sequence[Answer]
-) -> dict[str, float]:
-    values = [one.value for one in answers]
-    return score(task.metrics, targets(examples), values, len(task.classes))
+def _exact(task: Task, value: float) -> str:
+    """A class's name; a choice's or a number's value, with all digits that fp32 has."""
+    return task.classes[int(value)] if task.classes else f"{value:.9g}"
 
 
 def _write_results(
@@ -188,12 +189,7 @@ def _write_results(
         "task": task.name,
         "model": str(model),
         "config": dataclasses.asdict(config),
-        "examples": {
-            "training": len(parts.training),
-            "validation": len(parts.validation),
-            "test": len(parts.test),
-            "truncated": result.truncated,
-        },
+        "examples": parts.counts(),
         "validation": result.validation,
         "test": result.test,
         "majority": result.majority,

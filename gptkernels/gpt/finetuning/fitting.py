@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptkernels.gpt.finetuning.answers import answer
+from gptkernels.gpt.finetuning.answers import answer, judge
 from gptkernels.gpt.finetuning.batches import Encoded, collate, epoch
 from gptkernels.gpt.finetuning.config import FinetuneConfig, learning_rate
-from gptkernels.gpt.finetuning.metrics import score
 from gptkernels.gpt.finetuning.task_model import TaskModel
-from gptkernels.gpt.options import DTYPES
+from gptkernels.gpt.precision import DTYPES
 from gptkernels.gpt.training.stopping import Stopping
 
 Observer = Callable[[dict[str, Any], float], None]
@@ -29,7 +28,7 @@ Observer = Callable[[dict[str, Any], float], None]
 
 
 class DivergedError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """The loss or the gradients' norm became NaN or infinite."""
 
 
 @dataclass
@@ -46,7 +45,9 @@ class Fit:
     observer: Observer | None = None
     on_best: Callable[[], None] | None = None
     best: dict[str, float] = field(default_factory=dict)  # the metrics of the best epoch
+    asked_to_stop: bool = False  # by a signal, if only after the last step
     _kept: dict[str, Tensor] = field(default_factory=dict)
+    _started: float = 0.0
 
     def run(self) -> bool:
         """Train to the end; whether SIGINT or SIGTERM stopped it before.
@@ -63,7 +64,7 @@ class Fit:
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         generator = torch.Generator().manual_seed(config.seed)
         self._started, step = time.perf_counter(), 0
-        sums, since = torch.zeros(3, device=model.head.weight.device), 0
+        sums, since = torch.zeros(4, device=model.head.weight.device), 0
         with Stopping() as stopping:
             for number in range(1, config.epochs + 1):
                 for part in epoch(self.training, config.batch_size, generator):
@@ -79,55 +80,59 @@ class Fit:
                 self._judge(number, step, steps)
                 if stopping.asked:
                     break
+        self.asked_to_stop = stopping.asked
         self._finish()
         return step < steps
 
     def _step(self, optimizer: torch.optim.Optimizer, part: list[Encoded], rate: float) -> Tensor:
-        """One step; the losses L3, L2 and L1 (0 where it is left out)."""
+        """One step; the losses L3, L2 and L1 (0 where it is left out), and the gradients' norm
+        before clipping."""
         config, model = self.config, self.model
         for group in optimizer.param_groups:
             group["lr"] = rate
         model.train()
         batch = collate(part, model.task.range is not None).to(model.head.weight.device)
-        scores, hidden = model(batch, DTYPES[config.dtype])
+        dtype = DTYPES[config.dtype]
+        scores, hidden = model(batch, dtype)
         assert batch.targets is not None  # examples to train on have answers
         task_loss = model.task_loss(scores, batch.targets)
         loss, lm_loss = task_loss, torch.zeros_like(task_loss)
         if config.lm_coefficient:
-            lm_loss = model.lm_loss(hidden, batch)
+            lm_loss = model.lm_loss(hidden, batch, dtype)
             loss = task_loss + config.lm_coefficient * lm_loss
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return torch.stack((loss.detach(), task_loss.detach(), lm_loss.detach()))
+        return torch.stack((loss.detach(), task_loss.detach(), lm_loss.detach(), norm))
 
-    def _log(self, step: int, steps: int, rate: float, losses: list[float]) -> None:
-        if not all(map(math.isfinite, losses)):
-            raise DivergedError(
-                f"fine-tuning diverged by step {step}, the loss is {losses[0]}: try a lower "
-                "learning_rate"
-            )
-        names = ("loss", "task_loss", "lm_loss")
-        self._write(
-            {"step": step, **dict(zip(names, losses, strict=True)), "learning_rate": rate},
-            step / steps,
-        )
+    def _log(self, step: int, steps: int, rate: float, means: list[float]) -> None:
+        names = ("loss", "task_loss", "lm_loss", "gradient_norm")
+        found = dict(zip(names, means, strict=True))
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"fine-tuning diverged by step {step}, {name.replace('_', ' ')} is {value}: "
+                    "try a lower learning_rate"
+                )
+        self._write({"step": step, **found, "learning_rate": rate}, step / steps)
 
     def _judge(self, number: int, step: int, steps: int) -> None:
         metrics = evaluate(self.model, self.validation, self.config)
         first = self.model.task.metrics[0]
         if not self.best or metrics[first] > self.best[first]:
             self.best = metrics
-            state = self.model.state_dict()
-            self._kept = {name: tensor.detach().clone() for name, tensor in state.items()}
+            named = self.model.named_parameters()  # a tied one once
+            self._kept = {name: parameter.detach().clone() for name, parameter in named}
             if self.on_best is not None:
                 self.on_best()
-        named = {f"validation_{name}": value for name, value in metrics.items()}
-        self._write({"step": step, "epoch": number, **named}, step / steps)
+        of_epoch = {f"validation_{name}": value for name, value in metrics.items()}
+        self._write({"step": step, "epoch": number, **of_epoch}, step / steps)
 
+    @torch.no_grad()
     def _finish(self) -> None:
-        self.model.load_state_dict(self._kept)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self._kept[name])
         self._kept = {}
         self.model.eval()
 
@@ -141,7 +146,5 @@ def evaluate(
     model: TaskModel, examples: Sequence[Encoded], config: FinetuneConfig
 ) -> dict[str, float]:
     """The task's metrics of the model's answers to `examples`, which all have a target."""
-    task = model.task
     answers = answer(model, examples, config.batch_size, DTYPES[config.dtype])
-    targets = [example.target or 0.0 for example in examples]
-    return score(task.metrics, targets, [one.value for one in answers], len(task.classes))
+    return judge(model.task, examples, answers)

@@ -20,6 +20,7 @@ from gptkernels.core.files import replacing
 from gptkernels.gpt import tokenizer_files, weights
 from gptkernels.gpt.finetuning.task import as_dict, task_of
 from gptkernels.gpt.finetuning.task_model import TaskModel
+from gptkernels.gpt.finetuning.transformations import NEW_TOKENS
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer, PackageTokenizer, Tokenizer
 
@@ -59,8 +60,13 @@ def save(model: TaskModel, tokenizer: Tokenizer, folder: Path) -> None:
     }
     with replacing(aside / _TASK) as file:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
+    # A kill between the two leaves the old one aside, so that there always is one.
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: str | Path) -> tuple[TaskModel, Tokenizer]:
@@ -82,6 +88,11 @@ def load(folder: str | Path) -> tuple[TaskModel, Tokenizer]:
     tokenizer = tokenizer_files.read(folder)
     if tokenizer is None:
         raise FileNotFoundError(f"folder: {folder} has no tokenizer.json")
+    if tokenizer.vocab_size > body.config.vocab_size - NEW_TOKENS:
+        raise ValueError(
+            f"folder: the tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model "
+            f"has {body.config.vocab_size - NEW_TOKENS} besides the {NEW_TOKENS} new ones"
+        )
     model = TaskModel(task, body, scale=scale)
     _read_head(folder / _HEAD, model.head)
     return model.eval(), tokenizer

@@ -21,12 +21,11 @@ from gptkernels.gpt.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Parts:
     """Training, validation and test part; a task without a test part is judged on its validation
-    part alone. truncated: how many examples of all three were too long for the model."""
+    part alone."""
 
     training: Sequence[Encoded]
     validation: Sequence[Encoded]
     test: Sequence[Encoded]
-    truncated: int
 
     def drawn(self, config: FinetuneConfig) -> Parts:
         """With the training part that `config` asks for: some examples held out where there is no
@@ -41,17 +40,39 @@ class Parts:
             held_out = max(1, round(config.validation_fraction * len(order)))
         kept = order[held_out:][: config.train_examples]
         if len(kept) < (config.train_examples or 1):
+            wanted = config.train_examples
             raise ValueError(
-                f"train_examples is {config.train_examples or 1}, but the training part has "
-                f"{len(order) - held_out} examples"
+                f"data: {len(order) - held_out} of the training part's {len(order)} examples are "
+                f"left to train on, {held_out} are held out for validation, but "
+                + ("one is needed" if wanted is None else f"train_examples is {wanted}")
             )
         validation = self.validation or [self.training[i] for i in order[:held_out]]
-        return Parts([self.training[i] for i in kept], validation, self.test, self.truncated)
+        return Parts([self.training[i] for i in kept], validation, self.test)
+
+    @property
+    def truncated(self) -> int:
+        """How many examples were too long for the model."""
+        return sum(one.cut for part in (self.training, self.validation, self.test) for one in part)
+
+    def counts(self) -> dict[str, int]:
+        """How many examples each part has, and how many of all were cut."""
+        return {
+            "training": len(self.training),
+            "validation": len(self.validation),
+            "test": len(self.test),
+            "truncated": self.truncated,
+        }
+
+    @property
+    def asked(self) -> Sequence[Encoded]:
+        """What predictions are written of: the test part, or else the validation part."""
+        return self.test or self.validation
 
     @property
     def judged(self) -> Sequence[Encoded]:
-        """The test part, or else the validation part."""
-        return self.test or self.validation
+        """The same, but for a test part whose answers are not known."""
+        known = all(one.target is not None for one in self.test)
+        return self.asked if known else self.validation
 
 
 def parts_for(task: Task, folder: Path, tokenizer: Tokenizer, shape: GPTConfig) -> Parts:
@@ -63,18 +84,21 @@ def parts_for(task: Task, folder: Path, tokenizer: Tokenizer, shape: GPTConfig) 
 
 def read_parts(task: Task, folder: Path, encoder: Encoder) -> Parts:
     """The parts of `task` in `folder`. Raises as `read_split` does."""
-    before = encoder.truncated
     parts = {
         split: encode(encoder, read_split(task, folder, split)) if split in task.files else []
         for split in ("train", "validation", "test")
     }
-    cut = encoder.truncated - before
-    return Parts(parts["train"], parts["validation"], parts["test"], cut)
+    return Parts(parts["train"], parts["validation"], parts["test"])
 
 
 def encode(encoder: Encoder, examples: Sequence[Example]) -> list[Encoded]:
     """Each example as its sequences."""
-    return [Encoded(encoder(example), example.target) for example in examples]
+    found = []
+    for example in examples:
+        before = encoder.truncated
+        rows = encoder(example)
+        found.append(Encoded(rows, example.target, encoder.truncated > before))
+    return found
 
 
 def targets(examples: Sequence[Encoded]) -> list[float]:

@@ -50,7 +50,8 @@ def read_split(task: Task, folder: Path, split: str) -> list[Example]:
     else:
         path = folder / name
         examples = [
-            _example(task, path, line, row) for line, row in _rows(task.format, _present(path))
+            _example(task, path, line, row, split == "test")
+            for line, row in _rows(task.format, _present(path))
         ]
     if not examples:
         raise ValueError(f"data: the {split} part, {folder / name}, has no examples")
@@ -104,7 +105,7 @@ def _objects(path: Path, lines: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _example(task: Task, path: Path, line: int, row: Any) -> Example:
+def _example(task: Task, path: Path, line: int, row: Any, may_lack_label: bool) -> Example:
     def column(key: Column) -> Any:
         if key not in row:
             raise ValueError(f"data: {path} has no column {key!r} in line {line}")
@@ -123,6 +124,10 @@ def _example(task: Task, path: Path, line: int, row: Any) -> Example:
         (choices,) = choices
     answers = tuple(map(text, choices))
     where = f"{path}, line {line}"
+    if task.choice and len(answers) < 2:
+        raise ValueError(f"data: {where} has {len(answers)} choices, at least 2 are wanted")
+    if may_lack_label and task.label not in row:
+        return Example(texts, answers)
     return Example(texts, answers, _target(task, where, text(column(task.label)), len(answers)))
 
 
@@ -132,7 +137,9 @@ def _target(task: Task, where: str, value: str, choices: int) -> float:
             raise ValueError(
                 f"data: {where} has the label {value!r}, one of {', '.join(task.labels)} is wanted"
             )
-        return task.classes.index(task.labels[value])
+        value = task.labels[value]
+        if not task.choice:
+            return task.classes.index(value)
     low, high = (0, choices - 1) if task.range is None else task.range
     kind = "choice" if task.choice else "number"
     try:

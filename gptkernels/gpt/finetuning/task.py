@@ -5,8 +5,10 @@ a user's own is named by its path.
     metrics = ["accuracy", "f1"]          the first one decides which checkpoint is the best
     format = "tsv"                        or csv, jsonl, mctest (reading.py)
     texts = ["premise", "hypothesis"]     columns: names, or numbers that count from 0
-    label = "label"                       a column; where the answer is a number, `range` bounds it
-    choices = ["a", "b", "c"]             columns, for "choice"; the label counts them from 0
+    label = "label"                       a column, which the test part may lack; where the answer
+                                          is a number, `range` bounds it
+    choices = ["a", "b", "c"]             columns, for "choice"; the label counts them from 0, or
+                                          [labels] says what it stands for: A = "0"
     folder = "snli"                       where the files are, below the folder of all data
     [labels]                              what stands in the file = what it is called
     [files]                               train, and validation and test where there are any
@@ -77,8 +79,10 @@ class Task:
             self._one_of("a split in files", split, SPLITS)
         if "train" not in self.files:
             raise ValueError(f"task {self.name}: files must name the train part")
-        if self.choice and (self.labels or self.range):
-            raise ValueError(f"task {self.name}: a choice has neither labels nor a range")
+        if self.choice and self.range:
+            raise ValueError(f"task {self.name}: a choice has no range")
+        if self.choice and not all(map(_is_count, self.labels.values())):
+            raise ValueError(f"task {self.name}: labels of a choice stand for numbers from 0")
         if not self.choice and bool(self.labels) == bool(self.range):
             raise ValueError(f"task {self.name}: either labels or a range is wanted")
         if self.labels and len(set(self.labels.values())) < 2:
@@ -92,8 +96,10 @@ class Task:
             self._one_of("a metric", metric, ("accuracy",) if self.choice else kinds)
         if self.format != "mctest":
             self._check_columns()
-        elif not self.choice:
-            raise ValueError(f"task {self.name}: format mctest holds choices")
+        elif not self.choice or self.texts or self.choices or self.labels:
+            raise ValueError(
+                f"task {self.name}: format mctest holds choices, in columns and letters of its own"
+            )
         answers = self.zero_shot.answers if self.zero_shot else ()
         wanted = 0 if self.choice else len(self.classes)
         if self.zero_shot and (self.range or len(answers) != wanted):
@@ -108,8 +114,9 @@ class Task:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the labels, whose places are the class indices; empty for a range."""
-        return tuple(dict.fromkeys(self.labels.values()))
+        """The names of the labels, whose places are the class indices; empty for a range and for
+        choices."""
+        return () if self.choice else tuple(dict.fromkeys(self.labels.values()))
 
     @property
     def outputs(self) -> int:
@@ -150,6 +157,10 @@ class Task:
             raise ValueError(
                 f"task {self.name}: {what} must be one of {', '.join(names)}, got {value!r}"
             )
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def names() -> tuple[str, ...]:

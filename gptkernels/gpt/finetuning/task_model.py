@@ -27,6 +27,7 @@ from gptkernels.gpt.finetuning.batches import Batch
 from gptkernels.gpt.finetuning.task import Task
 from gptkernels.gpt.finetuning.transformations import NEW_TOKENS
 from gptkernels.gpt.model import GPT
+from gptkernels.gpt.precision import autocast
 
 _INIT_STD = 0.02
 
@@ -58,9 +59,7 @@ class TaskModel(nn.Module):
     def forward(self, batch: Batch, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Scores, fp32, (B, classes), (B,) or (B, choices), with -inf where an example has fewer
         choices than others; and the hidden states (R, T, C), computed in `dtype`."""
-        narrow = dtype != torch.float32
-        device = batch.tokens.device.type
-        with torch.autocast(device, dtype=dtype if narrow else None, enabled=narrow):
+        with autocast(batch.tokens.device, dtype):
             hidden = self.body.hidden_states(batch.tokens)
         rows = torch.arange(len(batch.ends), device=hidden.device)
         features = hidden[rows, batch.ends].float()
@@ -80,9 +79,11 @@ class TaskModel(nn.Module):
         mean, deviation = self.scale
         return F.mse_loss(scores, (targets - mean) / deviation)
 
-    def lm_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """L1 of the hidden states (R, T, C): the mean over all tokens that have a next one."""
-        return self.body.loss(hidden.flatten(0, 1)[batch.places], batch.following)
+    def lm_loss(self, hidden: Tensor, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
+        """L1 of the hidden states (R, T, C): the mean over all tokens that have a next one, fp32;
+        the head's product is computed in `dtype`."""
+        with autocast(hidden.device, dtype):
+            return self.body.loss(hidden.flatten(0, 1)[batch.places], batch.following)
 
     def answers(self, scores: Tensor) -> Tensor:
         """What the scores say: indices (B,) int64, or numbers (B,) within the task's range."""

@@ -26,6 +26,7 @@ from gptkernels.gpt.finetuning.reading import Example
 from gptkernels.gpt.finetuning.task import Task, ZeroShot
 from gptkernels.gpt.finetuning.task_model import side_by_side
 from gptkernels.gpt.model import GPT
+from gptkernels.gpt.precision import autocast
 from gptkernels.gpt.tokenizer import Tokenizer
 
 
@@ -35,11 +36,9 @@ class Question(Encoded):
 
     Fields:
         given: how many tokens of each row are the text's; the others are an answer's.
-        cut: whether the text was too long.
     """
 
-    given: int
-    cut: bool
+    given: int = 0
 
 
 def heuristic(task: Task) -> ZeroShot:
@@ -70,7 +69,6 @@ def guesses(
     computed in float32. Leaves the model in evaluation mode."""
     model.eval()
     device = model.lm_head.weight.device
-    narrow = dtype != torch.float32
     found = [0] * len(asked)
     for numbers in in_order(asked, batch_size):
         part = [asked[i] for i in numbers]
@@ -80,7 +78,7 @@ def guesses(
         rows = batch.places // batch.tokens.shape[1]
         of_answer = batch.places % batch.tokens.shape[1] >= given[rows] - 1
         places, rows = batch.places[of_answer], rows[of_answer]
-        with torch.autocast(device.type, dtype=dtype if narrow else None, enabled=narrow):
+        with autocast(device, dtype):
             hidden = model.hidden_states(batch.tokens).flatten(0, 1)
             logits = model.logits(hidden[places]).float()
         likely = -F.cross_entropy(logits, batch.following[of_answer], reduction="none")
@@ -109,4 +107,4 @@ def _question(how: ZeroShot, example: Example, tokenizer: Tokenizer, length: int
         raise ValueError(f"the text {example.texts[0]!r} or an answer to it has no token")
     kept = text[-room:]
     rows = [kept + answer for answer in answers]
-    return Question(rows, example.target, len(kept), len(kept) < len(text))
+    return Question(rows, example.target, len(kept) < len(text), len(kept))

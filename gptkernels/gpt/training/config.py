@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from gptkernels.gpt.model import RECOMPUTE
-from gptkernels.gpt.options import DTYPES, check_option, check_options, one_of, option
+from gptkernels.gpt.options import check_option, check_options, one_of, option
+from gptkernels.gpt.precision import DTYPES
 
 # The steps already made depend on these settings: a resumed run cannot change them.
 DECIDED = ("seed", "tokenizer", "token_dtype", "validation_fraction")

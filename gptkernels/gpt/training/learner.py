@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gptkernels.gpt.model import GPT
-from gptkernels.gpt.options import DTYPES
+from gptkernels.gpt.precision import DTYPES, autocast
 from gptkernels.gpt.training import activations, checkpoint, data
 from gptkernels.gpt.training.average import Average
 from gptkernels.gpt.training.config import TrainConfig
@@ -131,8 +131,7 @@ class Learner:
         return {**state, "skipped_steps": int(self.skipped)} if self.scales else state
 
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        narrow = self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype if narrow else None, enabled=narrow):
+        with autocast(self.device, self.dtype):
             loss: Tensor = self.forward(tokens.to(self.device), targets.to(self.device))
         return loss
 

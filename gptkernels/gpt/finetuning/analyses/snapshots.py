@@ -29,7 +29,7 @@ from gptkernels.gpt.finetuning.analyses.records import (
     digest_of_examples,
     digest_of_model,
 )
-from gptkernels.gpt.finetuning.analyses.study import home_of, load_tasks
+from gptkernels.gpt.finetuning.analyses.study import asks, home_of, load_tasks
 from gptkernels.gpt.finetuning.fitting import Observer
 from gptkernels.gpt.finetuning.metrics import check_packages, score
 from gptkernels.gpt.finetuning.parts import targets
@@ -38,7 +38,8 @@ from gptkernels.gpt.finetuning.task import SPLITS, Task
 from gptkernels.gpt.finetuning.zero_shot import Question, guesses, heuristic, questions
 from gptkernels.gpt.loading import load
 from gptkernels.gpt.model import GPT
-from gptkernels.gpt.options import DTYPES, check_option, check_options, one_of, option
+from gptkernels.gpt.options import check_option, check_options, one_of, option
+from gptkernels.gpt.precision import DTYPES
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def zero_shot(
                     "step": step,
                     "model": digest,
                     "data": digest_of_examples(asked),
+                    "asks": asks(task),
                     "dtype": config.dtype,
                 }
                 if (record := records.find(settings)) is None:

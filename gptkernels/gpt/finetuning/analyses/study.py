@@ -17,7 +17,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from gptkernels.gpt.finetuning.finetune import FinetuneResult, fitted, new_model
 from gptkernels.gpt.finetuning.fitting import Observer
 from gptkernels.gpt.finetuning.metrics import check_packages
 from gptkernels.gpt.finetuning.parts import Parts, parts_for
-from gptkernels.gpt.finetuning.task import Task, load_task
+from gptkernels.gpt.finetuning.task import Task, as_dict, load_task
 from gptkernels.gpt.loading import load
 from gptkernels.gpt.model import GPT
 
@@ -139,6 +138,12 @@ def load_tasks(tasks: Sequence[str | Path]) -> dict[str, Task]:
     return described
 
 
+def asks(task: Task) -> dict[str, Any]:
+    """What `task` is, but for where its files are."""
+    content = as_dict(task)
+    return {key: value for key, value in content.items() if key not in ("files", "folder")}
+
+
 def home_of(task: Task, data: str | Path | None) -> Path:
     """The folder of the task's files in `data`, the folder of all tasks; None: in the one that
     GPTKERNELS_DATA names. Raises as `Task.data_folder` does."""
@@ -152,7 +157,7 @@ def _carry_out(
     parts = [subject.tasks[run.task][1].drawn(run.config) for run in runs]
     model = digest_of_model(subject.pretrained)
     data = {
-        name: digest_of_examples(chain(of.training, of.validation, of.test))
+        name: "/".join(map(digest_of_examples, (of.training, of.validation, of.test)))
         for name, (_, of) in subject.tasks.items()
     }
     study = Study([], stopped=False)
@@ -165,47 +170,49 @@ def _carry_out(
                 "config": dataclasses.asdict(run.config),
                 "model": model,
                 "data": data[run.task],
+                "asks": asks(subject.tasks[run.task][0]),
             }
             if (record := records.find(settings)) is None:
                 watch = _within(run, number, len(runs), observer)
-                measured = _run(subject, run, drawn, watch)
-                if measured is None:
-                    return dataclasses.replace(study, stopped=True)
-                record = records.add(settings | measured)
-                if observer is not None:
-                    observer(record, (number + 1) / len(runs))
-            study.records.append(record)
+                measured, asked_to_stop = _run(subject, run, drawn, watch)
+                if measured is not None:
+                    record = records.add(settings | measured)
+                    if observer is not None:
+                        observer(record, (number + 1) / len(runs))
+                    study.records.append(record)
+                if asked_to_stop:
+                    return dataclasses.replace(
+                        study, stopped=measured is None or number + 1 < len(runs)
+                    )
+            else:
+                study.records.append(record)
     return study
 
 
 def _run(
     subject: _Subject, run: _Run, parts: Parts, observer: Observer | None
-) -> dict[str, Any] | None:
-    """What one run measures; None where a signal stopped it."""
+) -> tuple[dict[str, Any] | None, bool]:
+    """What one run measures, None where a signal stopped it; and whether one asked to stop."""
     task, _ = subject.tasks[run.task]
     started = time.process_time()
     network = new_model(task, subject.pretrained, parts, run.config)
     result = fitted(network, parts, run.config, observer)
     if result.stopped:
-        return None
-    return _measured(task, parts, result) | {"cpu_seconds": time.process_time() - started}
+        return None, True
+    measured = _measured(task, parts, result) | {"cpu_seconds": time.process_time() - started}
+    return measured, result.asked_to_stop
 
 
 def _measured(task: Task, parts: Parts, result: FinetuneResult) -> dict[str, Any]:
     metric = task.metrics[0]
     return {
         "metric": metric,
-        "part": "test" if parts.test else "validation",
+        "part": "test" if result.test else "validation",
         "score": (result.test or result.validation)[metric],
         "validation": result.validation,
         "test": result.test,
         "majority": result.majority,
-        "examples": {
-            "training": len(parts.training),
-            "validation": len(parts.validation),
-            "test": len(parts.test),
-            "truncated": result.truncated,
-        },
+        "examples": parts.counts(),
         "seconds": result.seconds,
     }
 
