@@ -13,6 +13,7 @@ from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
 from gptkernels.gpt.finetuning.analyses.snapshots import ZeroShotConfig
 from gptkernels.gpt.finetuning.config import FinetuneConfig
+from gptkernels.gpt.finetuning.task import names
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -54,8 +55,7 @@ _common = _with(
         "tasks",
         multiple=True,
         required=True,
-        help="sst-2, sick-entailment, sick-relatedness, mctest, or a .toml file that describes "
-        "one; may be repeated.",
+        help=f"{', '.join(names())}, or a .toml file that describes one; may be repeated.",
     ),
     click.option(
         "--data",
@@ -149,6 +149,9 @@ def _fine_tune(
     if study.stopped:
         click.echo(f"stopped; the same command goes on with what is in {out}")
         return
+    for task, count in {r["task"]: r["examples"]["truncated"] for r in study.records}.items():
+        if count:
+            click.echo(f"{task}: {count:,} examples of a run were too long for the model, and cut")
     click.echo(markdown(summarised(study.records), metrics_of(study.records)))
     click.echo(f"everything is in {out}")
 

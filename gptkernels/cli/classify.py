@@ -9,6 +9,18 @@ from pathlib import Path
 import click
 
 from gptkernels.cli import options
+from gptkernels.cli.finetune import cut_sentence
+
+
+def _lines() -> list[str]:
+    """Those of standard input. Raises ValueError for a blank one: each line gets an answer."""
+    if sys.stdin.isatty():
+        raise ValueError("texts: name at least one, or pipe lines in")
+    lines = sys.stdin.read().splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ValueError(f"texts: line {number} of the input is blank")
+    return lines
 
 
 @click.command("classify")
@@ -29,7 +41,7 @@ def command(folder: Path, texts: tuple[str, ...], as_json: bool, impl: str, devi
 
     classify = Classifier(folder, impl=impl, device=device)
     if not texts:
-        examples = [line.rstrip("\r\n").split("\t") for line in sys.stdin if line.strip()]
+        examples = [line.rstrip("\r\n").split("\t") for line in _lines()]
     elif classify.texts == 1 and not classify.task.choice:
         examples = [[text] for text in texts]
     else:
@@ -49,7 +61,4 @@ def command(folder: Path, texts: tuple[str, ...], as_json: bool, impl: str, devi
         else:
             click.echo(one.label if likely is None else f"{one.label}\t{likely:.4f}")
     if classify.encoder.truncated:
-        length = classify.encoder.length
-        count = classify.encoder.truncated
-        cut = "example was" if count == 1 else "examples were"
-        click.echo(f"{count} {cut} longer than {length} tokens, and cut", err=True)
+        click.echo(cut_sentence(classify.encoder.truncated, classify.encoder.length), err=True)

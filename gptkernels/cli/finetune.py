@@ -13,6 +13,7 @@ from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
 from gptkernels.gpt.finetuning.config import FinetuneConfig
+from gptkernels.gpt.finetuning.task import names
 
 
 @click.command("finetune")
@@ -20,7 +21,7 @@ from gptkernels.gpt.finetuning.config import FinetuneConfig
 @click.option(
     "--task",
     required=True,
-    help="sst-2, sick-entailment, sick-relatedness, mctest, or a .toml file that describes one.",
+    help=f"{', '.join(names())}, or a .toml file that describes one.",
 )
 @click.option(
     "--data",
@@ -56,14 +57,18 @@ def command(
         )  # fmt: skip
     part = "test" if result.test else "validation"
     if result.truncated:
-        length = result.model.body.config.block_size
-        cut = "example was" if result.truncated == 1 else "examples were"
-        print_text(console, f"{result.truncated} {cut} longer than {length} tokens, and cut")
+        print_text(console, cut_sentence(result.truncated, result.model.body.config.block_size))
     for name, value in (result.test or result.validation).items():
         always = result.majority[name]
         print_text(console, f"{part} {name} {value:.4f}, that of a constant answer {always:.4f}")
     stopped = "stopped; the best model so far is" if result.stopped else "everything is"
     print_text(console, f"{stopped} in {out}; ask it with: gptkernels classify {out} TEXT")
+
+
+def cut_sentence(count: int, length: int) -> str:
+    """That `count` examples did not fit into `length` tokens."""
+    examples = "example was" if count == 1 else "examples were"
+    return f"{count:,} {examples} longer than {length:,} tokens, and cut"
 
 
 class Bar:

@@ -44,6 +44,12 @@ def load_network(path: Path, called: str) -> tuple[GPT, Callable[[], Tokenizer |
     if not path.exists():
         raise FileNotFoundError(f"{called}: {path} does not exist")
     if path.is_dir() and not (path / "config.json").exists():
+        if not (path / "checkpoint.pt").exists():
+            inside = path / "model"
+            hint = f", perhaps {inside} is meant" if (inside / "config.json").exists() else ""
+            raise FileNotFoundError(
+                f"{called}: {path} holds no model, neither config.json nor checkpoint.pt{hint}"
+            )
         path = path / "checkpoint.pt"
     if path.is_dir():
         return GPT.from_pretrained(path, dropout=0.0), lambda: tokenizer_files.read(path)

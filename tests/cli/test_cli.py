@@ -21,9 +21,10 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from gptkernels.cli import generate, main
+from gptkernels.cli import main
 from gptkernels.core import native
 from gptkernels.gpt.config import GPTConfig
+from gptkernels.gpt.loading import load
 from gptkernels.gpt.training import checkpoint, train
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.progress import ProgressBar
@@ -262,7 +263,7 @@ def test_the_weights_say_which_tokenizer_they_were_trained_with(call: Any, train
     for model in (trained, trained / "model"):
         result = call("generate", model, "--prompt", "x", "--max-new-tokens", "4")
         assert result.code == 0, result.err
-        loaded, tokenizer = generate.load(model, None)
+        loaded, tokenizer = load(model, None)
         assert (loaded.config.vocab_size, tokenizer.vocab_size) == (50257, 256)
 
 

@@ -128,7 +128,7 @@ def test_what_is_cut_is_counted(home: Path, tmp_path: Path, call: Call) -> None:
         (("--data", "nowhere"), "data: nowhere is not a folder"),
         (("--transfer", "2"), "transfer is 2, but the model has 1 blocks"),
         (("--dtype", "float16"), "dtype is 'float16', float32 or bfloat16 is wanted"),
-        (("--train-examples", "1000"), "train_examples is 1000, but the training part has"),
+        (("--train-examples", "1000"), "8 are held out for validation, but train_examples is 1000"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -163,9 +163,23 @@ def test_bad_data_is_one_sentence(
 def test_no_model_is_one_sentence(home: Path, tmp_path: Path, call: Call) -> None:
     (tmp_path / "empty").mkdir()
     task = ("--task", home / "sorts.toml", "--data", home, "--out", tmp_path / "out")
-    assert_refused(call("finetune", tmp_path / "empty", *task), "checkpoint.pt does not exist")
+    assert_refused(
+        call("finetune", tmp_path / "empty", *task),
+        "holds no model, neither config.json nor checkpoint.pt",
+    )
     assert_refused(call("classify", home / "model", "aa"), "holds no fine-tuned model")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_all_data_is_told_from_the_tasks(
+    home: Path, tmp_path: Path, call: Call
+) -> None:
+    (tmp_path / "own.toml").write_text('folder = "sorts"\n' + TASK)
+    for name in ("train.tsv", "test.tsv"):
+        (tmp_path / "all" / "sorts").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / "sorts" / name).write_text((home / name).read_text())
+    words = ("--task", tmp_path / "own.toml", "--data", tmp_path / "all", "--out", tmp_path / "o")
+    assert_refused(call("finetune", home / "model", *words), "/all/sorts does")
 
 
 def test_a_run_is_not_overwritten(tuned: Path, home: Path, call: Call) -> None:
@@ -175,8 +189,10 @@ def test_a_run_is_not_overwritten(tuned: Path, home: Path, call: Call) -> None:
 def test_texts_come_from_standard_input(
     tuned: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("aa\n\nzzz\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("aa\nzzz\n"))
     result = call("classify", tuned, "--device", "cpu")
     assert [line.split("\t")[0] for line in result.out.splitlines()] == ["first", "last"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("aa\n\nzzz\n"))
+    assert_refused(call("classify", tuned), "texts: line 2 of the input is blank")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert_refused(call("classify", tuned), "texts: there is none to answer")

@@ -329,7 +329,7 @@ def _set(**changes: Any) -> Any:
         (_spoil("train", "a,b,x\n"), ValueError, "train, line 10 has the label 'x', one of e, n"),
         (_spoil("test", "a,b\n"), ValueError, "test has 2 columns in line 6, but 3 names"),
         (lambda base: {"model": base / "gone"}, FileNotFoundError, "model: .*gone does not exist"),
-        (lambda base: {"model": base / "data"}, FileNotFoundError, r"checkpoint\.pt does not exis"),
+        (lambda base: {"model": base / "data"}, FileNotFoundError, r"holds no model, neither"),
         (lambda base: {"tokenizer": "gpt9"}, ValueError, "tokenizer name must be"),
         (_forget_tokenizer, ValueError, r"256 tokens are of, name it .* \(perhaps bytes\)"),
         (_shrink, ValueError, "bytes has 256 tokens, more than the model's 100"),

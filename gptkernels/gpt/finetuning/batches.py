@@ -8,6 +8,7 @@
     owner      (R,)     which example a row belongs to
     choice     (R,)     which of the example's rows it is
     targets    (B,)     class or choice, int64, or number, fp32
+    size                B, and the most rows of an example: known without waiting for a GPU
 
 Examples of like length share a batch, so that little is padded: the shuffled examples are sorted
 within pools of 64 batches, and the batches are shuffled again.
@@ -56,14 +57,13 @@ class Batch:
     owner: Tensor
     choice: Tensor
     targets: Tensor | None
+    size: tuple[int, int]
 
     def to(self, device: torch.device) -> Batch:
         """A copy on `device`."""
-        parts: dict[str, Any] = {}
-        for name in self.__slots__:
-            tensor = getattr(self, name)
-            parts[name] = None if tensor is None else tensor.to(device)
-        return Batch(**parts)
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
+        return Batch(**moved)
 
 
 def collate(examples: Sequence[Encoded], number: bool) -> Batch:
@@ -89,6 +89,7 @@ def collate(examples: Sequence[Encoded], number: bool) -> Batch:
         owner=torch.tensor([i for i, example in enumerate(examples) for _ in example.rows]),
         choice=torch.tensor([i for example in examples for i in range(len(example.rows))]),
         targets=targets,
+        size=(len(examples), max(len(example.rows) for example in examples)),
     )
 
 

@@ -138,6 +138,10 @@ class Task:
         folder = Path(data) if data is not None else Path(home or "") / self.folder
         if not folder.is_dir():
             raise FileNotFoundError(f"data: {folder} is not a folder")
+        # The folder of all data, in place of the task's own, is an easy mistake.
+        inside, train = folder / self.folder, self.files["train"]
+        if self.folder and any(inside.glob(f"{train}*")) and not any(folder.glob(f"{train}*")):
+            raise FileNotFoundError(f"data: {folder} does not hold {train}, but {inside} does")
         return folder
 
     def _check_columns(self) -> None:

@@ -161,8 +161,7 @@ def _of_new_tokens(gradient: Tensor) -> Tensor:
 
 def side_by_side(scores: Tensor, batch: Batch) -> Tensor:
     """The scores (R,) of all choices, a row an example."""
-    size = (int(batch.owner[-1]) + 1, int(batch.choice.max()) + 1)
-    table = scores.new_full(size, -torch.inf)
+    table = scores.new_full(batch.size, -torch.inf)
     return table.index_put((batch.owner, batch.choice), scores)
 
 
