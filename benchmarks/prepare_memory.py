@@ -1,6 +1,6 @@
 """What `gptkernels prepare` holds in memory at most, and how fast it is, on a corpus made here.
 
-    python -m benchmarks.prepare_memory FOLDER [--megabytes 1000] [--processes 2] [--json FILE]
+    python -m benchmarks.prepare_memory FOLDER [--megabytes 1000] [--tokenizer gpt2] [--json FILE]
 
 FOLDER holds text files (.txt), such as WikiText. The corpus is one file of JSON lines in a
 temporary folder: each line has a text of 200 to 1,200 of their words, four in a row from each of
@@ -37,12 +37,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--tokenizer", default="gpt2", help="most of the time is its")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         corpus, out = Path(temporary) / "corpus.jsonl", Path(temporary) / "out"
         _make(corpus, options.folder, options.megabytes * 10**6)
-        row = _prepare(corpus, out, options.processes)
+        row = _prepare(corpus, out, options.processes, options.tokenizer)
     for key, value in row.items():
         print(f"{key}: {value}")
     if options.json:
@@ -59,10 +60,11 @@ def _make(corpus: Path, folder: Path, size: int) -> None:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
-def _prepare(corpus: Path, out: Path, processes: int) -> dict[str, Any]:
+def _prepare(corpus: Path, out: Path, processes: int, tokenizer: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "gptkernels", "prepare", str(corpus), "--out", str(out)]
+    command += ["--processes", str(processes), "--tokenizer", tokenizer]
     started = time.perf_counter()
-    run = subprocess.Popen([*command, "--processes", str(processes)], stdout=subprocess.DEVNULL)
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peaks: dict[int, int] = {}
     growth: list[dict[str, int]] = []
     while run.poll() is None:
@@ -78,6 +80,7 @@ def _prepare(corpus: Path, out: Path, processes: int) -> dict[str, Any]:
     size = corpus.stat().st_size
     return {
         "input_bytes": size,
+        "tokenizer": tokenizer,
         "processes": processes,
         "seconds": round(seconds, 1),
         "megabytes_per_second": round(size / 1e6 / seconds, 2),

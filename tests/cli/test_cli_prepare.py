@@ -114,13 +114,14 @@ def test_a_signal_ends_all_processes_and_the_same_command_goes_on(tmp_path: Path
         for _ in range(700):
             file.write(json.dumps({"text": " ".join(draw.choices(words, k=400))}) + "\n")
     out = tmp_path / "out"
-    line = [sys.executable, "-m", "gptkernels", "prepare", "in.jsonl", "--out", "out"]
+    corpus = tmp_path / "in.jsonl"
+    line = [sys.executable, "-m", "gptkernels", "prepare", str(corpus), "--out", str(out)]
     line += ["--processes", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def started() -> tuple[subprocess.Popen[str], list[int]]:
         run = subprocess.Popen(
-            line, cwd=tmp_path, env=environment, text=True,
+            line, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
@@ -151,12 +152,10 @@ def test_a_signal_ends_all_processes_and_the_same_command_goes_on(tmp_path: Path
     assert gone(children)
     assert not (out / "manifest.json").exists()
     assert (out / "state.sqlite").exists()
-    subprocess.run(line, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE)
-    manifest = prepare([tmp_path / "in.jsonl"], tmp_path / "whole", processes=1)
-    assert manifest.counts["kept"] == 700
-    for shard in manifest.shards:
-        for name in (shard.name, shard.index):
-            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    whole = tmp_path / "whole"
+    assert prepare([corpus], out, processes=2) == prepare([corpus], whole, processes=1)
+    for path in whole.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from gptkernels.gpt.corpus import growing, manifest, prepare as module, sources,
 
 folder, out, mode, chunk, seed = sys.argv[1:]
 module.Pool, module._CHUNK_RECORDS, module._COMMIT_CHUNKS = Inline, int(chunk), 1
-read, pieces = sources.read, sources.Reading(piece=400)  # of long texts, which go on
+read, pieces = sources.read, sources.Reading(piece=80)  # of long texts, which go on
 sources.read = lambda path, _: read(path, pieces)
 CONFIG = dataclasses.replace(BYTES, shard_tokens=3000)
 # A kill loses nothing that was written, synced or not; syncing takes longer than all the rest.

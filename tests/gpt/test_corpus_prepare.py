@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import gc
 import json
 import shutil
 import signal
@@ -24,12 +25,13 @@ from gptkernels.gpt.corpus import manifest as manifests
 from gptkernels.gpt.corpus import prepare as module
 from gptkernels.gpt.corpus import sources
 from gptkernels.gpt.corpus.config import PrepareConfig
+from gptkernels.gpt.corpus.growing import Growing
 from gptkernels.gpt.corpus.pieces import pieces
 from gptkernels.gpt.corpus.pool import Pool
 from gptkernels.gpt.corpus.prepare import prepare
 from gptkernels.gpt.corpus.records import Malformed, Record
 from gptkernels.gpt.corpus.sources import Reading
-from gptkernels.gpt.corpus.state import State
+from gptkernels.gpt.corpus.state import Progress, State
 from gptkernels.gpt.corpus.work import Task, Text
 from gptkernels.gpt.corpus.writer import Writer
 from gptkernels.gpt.tokenizer import GPT2Tokenizer, load_tokenizer
@@ -55,8 +57,10 @@ def plainly(records: list[Record | Malformed], config: PrepareConfig) -> dict[st
         assert isinstance(text, str)
         if record.score is not None and record.score < config.min_score:
             return "low score"
-        if len(text.strip()) < config.min_characters:
+        if not record.continues and len(text.strip()) < config.min_characters:
             return "too short"
+        if not text:
+            return "no token"
         if (exact := " ".join(text.split())) in seen:
             return "exact duplicate"
         seen.add(exact)
@@ -164,6 +168,7 @@ def test_the_same_bytes_for_any_processes_and_chunks(
 ) -> None:
     folder = corpus(tmp_path / "in", lines=150)
     config = PrepareConfig(tokenizer=tokenizer, shard_tokens=700)
+    monkeypatch.setattr(module, "_COMMIT_CHUNKS", 3)
     read, reading = sources.read, Reading(piece=1000)
     monkeypatch.setattr(sources, "read", lambda path, _: read(path, reading))
     made = []
@@ -204,6 +209,19 @@ def test_pieces_have_the_tokens_of_the_whole(text: str, piece: int) -> None:
         parts = list(pieces(text))
     assert "".join(parts) == text
     assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
+
+
+def test_the_end_of_a_long_text_is_never_too_short(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("word " * 20 + "end")
+    read, reading = sources.read, Reading(piece=50)
+    config = dataclasses.replace(BYTES, min_characters=40)
+    with (
+        mock.patch.object(module, "Pool", Inline),
+        mock.patch.object(sources, "read", lambda path, _: read(path, reading)),
+    ):
+        manifest = prepare([tmp_path / "a.txt"], tmp_path / "out", config=config)
+    assert manifest.dropped == {"exact duplicate": 1}  # the second piece is the first once more
+    assert (tmp_path / "out" / "shard_00000.bin").read_bytes()[::2].endswith(b"end")
 
 
 # ---- folders that are there already
@@ -304,6 +322,76 @@ def test_the_folder_that_is_written_is_no_input(tmp_path: Path) -> None:
     assert len(first.inputs) == 3
 
 
+@pytest.mark.parametrize("where", ["writing", "committing"])
+def test_what_an_interrupted_run_held_is_never_written_later(tmp_path: Path, where: str) -> None:
+    folder, out = corpus(tmp_path / "in"), tmp_path / "out"
+    owner, name = {"writing": (Writer, "sync"), "committing": (State, "commit")}[where]
+    with mock.patch.object(module, "Pool", Inline):
+        with (
+            mock.patch.object(owner, name, side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt) as held,
+        ):
+            prepare([folder], out, config=BYTES)
+        prepare([folder], out, config=BYTES)
+        whole = contents(out)
+        del held  # and with it the files of the run
+        gc.collect()
+        assert contents(out) == whole
+        prepare([folder], tmp_path / "whole", config=BYTES)
+    assert contents(tmp_path / "whole") == whole
+
+
+def test_a_write_that_the_system_takes_in_part_is_gone_on_with(tmp_path: Path) -> None:
+    file = Growing(tmp_path / "a", 0)
+    whole = file._file
+
+    class Part:
+        def write(self, content: memoryview) -> int:
+            return whole.write(content[:3])
+
+    with mock.patch.object(file, "_file", Part()):
+        file.append(b"0123456789")
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
+    assert file.size == 10
+    file.close()
+
+
+def test_a_commit_follows_the_sync_of_all_that_it_speaks_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsynced: set[Path] = set()
+    commits = []
+
+    class Watched(Growing):
+        def append(self, content: bytes) -> None:
+            super().append(content)
+            unsynced.add(self._path)
+
+        def sync(self) -> None:
+            with mock.patch("os.fsync") as fsync:
+                super().sync()
+            fsync.assert_called_once_with(self._file.fileno())
+            unsynced.discard(self._path)
+
+    class Watching(State):
+        def commit(self, progress: Progress) -> None:
+            assert not unsynced
+            commits.append(progress.counts["kept"])
+            super().commit(progress)
+
+    folder = corpus(tmp_path / "in")
+    monkeypatch.setattr(module, "Pool", Inline)
+    monkeypatch.setattr(module, "_CHUNK_RECORDS", 10)
+    monkeypatch.setattr(module, "_COMMIT_CHUNKS", 2)
+    monkeypatch.setattr(module, "State", Watching)
+    monkeypatch.setattr(module, "Growing", Watched)
+    monkeypatch.setattr("gptkernels.gpt.corpus.writer.Growing", Watched)
+    manifest = prepare([folder], tmp_path / "out", config=BYTES)
+    assert len(commits) > 3
+    assert len(manifest.shards) > 1
+    assert commits[-1] == manifest.counts["kept"]
+
+
 # ---- pages that nobody can work on
 
 
@@ -336,6 +424,15 @@ def test_processes_that_cannot_start_end_the_run() -> None:
         pytest.raises(RuntimeError, match="they end before they have read anything"),
     ):
         next(pool.outcomes([[Record("a", "text")]]))
+
+
+def test_a_package_that_a_process_lacks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "resiliparse.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Pool(1, TASK) as pool, pytest.raises(ImportError, match=r"'gptkernels\[data\]'"):
+        next(pool.outcomes([[Record("page", b"<p>text</p>")]]))
 
 
 def test_a_page_that_a_library_stumbles_over_is_malformed(tmp_path: Path) -> None:

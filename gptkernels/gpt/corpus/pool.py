@@ -125,12 +125,14 @@ class _Process:
         return outcomes
 
     def end(self) -> None:
+        """At once, whatever it does: it shares nothing that it could leave broken."""
+        self._process.kill()
         self._pipe.close()
         self._process.join()
 
 
 def _serve(pipe: Connection, task: Task) -> None:
-    """What a process does. It ends when the main process closes the pipe, or dies."""
+    """What a process does, until it is killed or the main process dies."""
     worker = Worker(task)
     # Received in a thread: while this one waits for the main process to take outcomes, that one may
     # be waiting for somebody to take a chunk.
