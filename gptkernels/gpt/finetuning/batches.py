@@ -61,8 +61,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """A copy on `device`."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
+        moved: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device)
         return Batch(**moved)
 
 
