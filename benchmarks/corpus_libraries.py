@@ -42,10 +42,6 @@ from gptkernels.gpt.corpus.decoding import decoded
 from gptkernels.gpt.corpus.extract import extract
 from gptkernels.gpt.corpus.records import Record
 
-_LIBRARIES = (
-    *("resiliparse", "trafilatura", "fastwarc", "warcio"),
-    *("rensa", "datasketch", "rbloom"),
-)
 _SLOTS = 128
 _PAIRS = 600
 _NUMBERS = 1_000_000
