@@ -24,8 +24,13 @@ from gptkernels.cli.console import plain_console, print_text
     show_default=True,
     help="MiB of the filter that the corpus goes into, part by part, at most.",
 )
+@click.option(
+    "--text-key", default="text", show_default=True, help="Where a line of JSON has its text."
+)
 @options.json
-def command(folder: Path, evaluations: tuple[Path, ...], memory: int, path: Path | None) -> None:
+def command(
+    folder: Path, evaluations: tuple[Path, ...], memory: int, text_key: str, path: Path | None
+) -> None:
     """Look for the 8-grams of EVALUATIONS, files of text, in the shards that `gptkernels prepare`
     wrote into FOLDER, to see how much a model that is trained on them has seen before.
     """
@@ -34,11 +39,19 @@ def command(folder: Path, evaluations: tuple[Path, ...], memory: int, path: Path
     from gptkernels.gpt.corpus.documents import texts
     from gptkernels.gpt.corpus.evaluations import evaluation_texts
     from gptkernels.gpt.corpus.overlap import overlap
+    from gptkernels.gpt.tokenizer import load_tokenizer
 
     if not evaluations:
         raise ValueError("evaluations: name at least one file to look for")
-    counts = manifest.read(folder).counts
-    given = {str(file): evaluation_texts(file) for file in evaluations}
+    prepared = manifest.read(folder)
+    counts, tokenizer = prepared.counts, load_tokenizer(prepared.tokenizer, literal=True)
+    # As the corpus is decoded from tokens: GPT-1's are lower-cased and have no accents.
+    given = {
+        str(file): [
+            tokenizer.decode(tokenizer.encode(text)) for text in evaluation_texts(file, text_key)
+        ]
+        for file in evaluations
+    }
     # A word is a letter at least, and so is what divides it from the next.
     words = (counts["characters"] + counts["documents"]) // 2
     found = overlap(texts(folder), words, given, memory=memory << 20)

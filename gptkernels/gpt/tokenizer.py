@@ -112,6 +112,10 @@ class PackageTokenizer:
         _utf8(text)
         return self._tokenizer.encode(text).ids
 
+    def take_literally(self) -> None:
+        """From now on encode the names of special tokens, such as <|endoftext|>, as any text."""
+        self._tokenizer.encode_special_tokens = True
+
     def save(self, path: Path) -> None:
         """Write it as a tokenizer.json, which tokenizer_files.py and transformers read."""
         with replacing(path) as file:
@@ -185,16 +189,20 @@ def pairs_of_words(vocabulary: Path, merges: Path) -> Any:
     return pairs
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: "gpt1", "gpt2" or "bytes". ValueError for any other name."""
-    match name:
-        case "gpt1":
-            return GPT1Tokenizer()
-        case "gpt2":
-            return GPT2Tokenizer()
-        case "bytes":
-            return ByteTokenizer()
-    raise ValueError(f"tokenizer name must be 'gpt1', 'gpt2' or 'bytes', got {name!r}")
+def load_tokenizer(name: str, *, literal: bool = False) -> Tokenizer:
+    """The tokenizer called `name`: "gpt1", "gpt2" or "bytes". ValueError for any other name.
+
+    literal: whether the name of a special token in a text, such as <|endoftext|>, is text as any
+    other, as in what strangers wrote; else it is that token.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    if name not in ("gpt1", "gpt2"):
+        raise ValueError(f"tokenizer name must be 'gpt1', 'gpt2' or 'bytes', got {name!r}")
+    tokenizer = GPT1Tokenizer() if name == "gpt1" else GPT2Tokenizer()
+    if literal:
+        tokenizer.take_literally()
+    return tokenizer
 
 
 def tokenizers_package() -> Any:

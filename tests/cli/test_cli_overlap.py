@@ -15,6 +15,7 @@ pytest.importorskip("rich")
 from gptkernels.cli import main
 from gptkernels.gpt.corpus.config import PrepareConfig
 from gptkernels.gpt.corpus.prepare import prepare
+from gptkernels.gpt.tokenizer import ByteTokenizer
 
 TRAINING = "Call me Ishmael. Some years ago, never mind how long precisely, I went to sea."
 KNOWN = "call me ISHMAEL some years ago never mind how short it was"  # 9 words of it are there
@@ -98,6 +99,25 @@ def test_what_nothing_can_be_said_of_is_refused(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "rows.json").exists()
+
+
+def test_an_evaluation_is_looked_for_as_the_tokenizer_gives_it_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lowering(ByteTokenizer):
+        """Takes accents off, as GPT-1's does."""
+
+        def encode(self, text: str) -> list[int]:
+            return super().encode(text.replace("\u00e9", "e"))
+
+    monkeypatch.setattr("gptkernels.gpt.tokenizer.load_tokenizer", lambda *_, **__: Lowering())
+    line = json.dumps({"body": KNOWN.replace("e", "\u00e9")})
+    (tmp_path / "known.jsonl").write_text(line)
+    words = (folder, tmp_path / "known.jsonl", "--json", tmp_path / "rows.json")
+    assert run(*words, "--text-key", "body") == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert (row["ngrams"], row["found"]) == (5, 2)
+    assert run(*words) == 2  # there is no text
 
 
 def test_a_folder_that_was_not_prepared_and_no_evaluation_are_refused(

@@ -17,10 +17,11 @@ from training import SHORT, TINY, Interrupted, assert_same_bits, interrupt_at
 
 from gptkernels.gpt.corpus import documents as reading
 from gptkernels.gpt.corpus import manifest as manifests
+from gptkernels.gpt.corpus.documents import Part
 from gptkernels.gpt.corpus.manifest import Input, Manifest, Shard
 from gptkernels.gpt.corpus.packing import pack
 from gptkernels.gpt.corpus.writer import Writer
-from gptkernels.gpt.tokenizer import ByteTokenizer
+from gptkernels.gpt.tokenizer import ByteTokenizer, GPT2Tokenizer
 from gptkernels.gpt.training import data, prepared
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.train import resume, train
@@ -75,17 +76,28 @@ def folder(tmp_path: Path) -> Path:
 @given(
     documents=st.lists(st.lists(st.integers(0, 70000), min_size=1, max_size=12), max_size=12),
     shard_tokens=st.integers(1, 20),
+    part=st.integers(1, 20),
 )
 @settings(max_examples=60, deadline=None)
 def test_documents_come_back_however_shards_cut_them(
-    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], shard_tokens: int
+    tmp_path_factory: pytest.TempPathFactory,
+    documents: list[list[int]],
+    shard_tokens: int,
+    part: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
     with mock.patch("os.fsync"):  # the slowest part by far
         written = write(folder, documents, shard_tokens, "uint32")
     manifest = manifests.read(folder)
     assert manifest == written
-    assert [list(ids) for ids in reading.documents(folder, manifest)] == documents
+    with mock.patch.object(reading, "_PART", part):
+        found: list[list[int]] = []
+        for begins, ids in reading._runs(folder, manifest):
+            assert len(ids) <= part
+            if begins:
+                found.append([])
+            found[-1] += ids
+    assert found == documents
     tokens = sum(map(len, documents))
     assert sum(shard.tokens for shard in manifest.shards) == tokens
     assert all(shard.tokens == shard_tokens for shard in manifest.shards[:-1])
@@ -94,7 +106,35 @@ def test_documents_come_back_however_shards_cut_them(
 
 
 def test_texts_come_back(folder: Path) -> None:
-    assert list(reading.texts(folder)) == TEXTS
+    assert list(reading.texts(folder)) == [Part(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer, GPT2Tokenizer])
+def test_a_long_text_comes_back_in_parts(
+    tokenizer: type[ByteTokenizer | GPT2Tokenizer], size: int, tmp_path: Path
+) -> None:
+    texts = ["one two three\nfour \U0001d11e five " * 9 + "end", "語" * 50, "six seven"]
+    of = tokenizer()
+    ids = [[*([] if of.eos is None else [of.eos]), *of.encode(text)] for text in texts]
+    written = write(tmp_path, ids, 70)
+    name = "bytes" if of.eos is None else "gpt2"
+    written = dataclasses.replace(written, tokenizer=name, eos=of.eos)
+    manifests.write(tmp_path, written)
+    with mock.patch.object(reading, "_PART", size):
+        parts = list(reading.texts(tmp_path))
+    documents: list[list[str]] = []
+    for part in parts:
+        if not part.continues:
+            documents.append([])
+        documents[-1].append(part.text)
+    assert "".join(documents[-1]) == texts[-1]
+    whole = (part.text for part in parts if not {"語", "\ufffd"} & set(part.text))
+    assert all(len(of.encode(text)) <= 3 * size for text in whole)
+    if size == 10:  # each part has a space, and only what has none is cut anywhere
+        assert "".join(documents[0]) == texts[0]
+        assert len(documents[0]) > 3
+        assert all(part[0].isspace() for part in documents[0][1:])
 
 
 def test_a_shard_is_ids_alone_and_an_index_places_alone(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptkernels.gpt.corpus import ngrams as ngrams_module
+from gptkernels.gpt.corpus.documents import Part
 from gptkernels.gpt.corpus.evaluations import evaluation_texts
 from gptkernels.gpt.corpus.ngrams import ngrams, ngrams_of, words_of
 from gptkernels.gpt.corpus.overlap import Overlap, _size, overlap
@@ -26,6 +27,10 @@ WORDS = st.lists(st.sampled_from("abc"), max_size=40).map(" ".join)
 def grams(text: str) -> list[tuple[str, ...]]:
     words = re.findall(r"[a-z0-9]+", text.lower())
     return [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
+
+
+def parts(texts: list[str]) -> Iterator[Part]:
+    return map(Part, texts)
 
 
 def by_sets(texts: list[str], evaluation: list[str]) -> tuple[int, int]:
@@ -44,9 +49,9 @@ def test_overlap_is_that_of_sets(texts: list[str], evaluation: list[str], memory
     words = sum(len(text.split()) for text in texts)
     if not count:
         with pytest.raises(ValueError, match="e has no text of at least 8 words"):
-            overlap(texts, words, {"e": evaluation}, memory=memory)
+            overlap(parts(texts), words, {"e": evaluation}, memory=memory)
         return
-    (result,) = overlap(texts, words, {"e": evaluation}, memory=memory)
+    (result,) = overlap(parts(texts), words, {"e": evaluation}, memory=memory)
     assert (result.ngrams, result.found) == (count, found)
     assert result.share == found / count
 
@@ -59,7 +64,7 @@ def test_what_an_overlap_says() -> None:
         "e f g h a b c d",  # of two texts
         "too short",
     ]
-    (result,) = overlap(iter(training), 18, {"test": evaluation})
+    (result,) = overlap(parts(training), 18, {"test": evaluation})
     longest = "one two three four five six seven eight nine"
     assert result == Overlap("test", 5 + 1 + 1, 2 + 1, 9, longest)
     (nothing,) = overlap([], 0, {"test": evaluation})
@@ -71,7 +76,7 @@ def test_what_an_overlap_says() -> None:
 def test_every_part_of_the_corpus_is_looked_in(memory: int) -> None:
     texts = [" ".join(f"w{i}x{j}" for j in range(30)) for i in range(20)]
     evaluation = [*texts, " ".join(f"w{i}" for i in range(30))]
-    (result,) = overlap(texts, 600, {"e": evaluation}, memory=memory)
+    (result,) = overlap(parts(texts), 600, {"e": evaluation}, memory=memory)
     assert (result.ngrams, result.found) == (21 * 23, 20 * 23)
     assert result.longest == 30
     assert result.example.startswith("w0x0 w0x1 ")  # the first of equal length
@@ -79,7 +84,9 @@ def test_every_part_of_the_corpus_is_looked_in(memory: int) -> None:
 
 def test_each_evaluation_is_for_itself() -> None:
     one, two = "a b c d e f g h", "a b c d e f g h i j"
-    results = overlap([two], 10, {"one": [one], "two": [one, two], "three": ["h g f e d c b a"]})
+    results = overlap(
+        parts([two]), 10, {"one": [one], "two": [one, two], "three": ["h g f e d c b a"]}
+    )
     assert [(r.name, r.ngrams, r.found) for r in results] == [
         ("one", 1, 1),
         ("two", 4, 4),
@@ -98,7 +105,11 @@ def test_ngrams_do_not_depend_on_pieces(words: list[str], block: int) -> None:
     whole = ngrams(words)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ngrams_module, "_BLOCK", block)
-        assert torch.equal(torch.cat([*ngrams_of(" ".join(words)), whole[:0]]), whole)
+        for texts in (
+            [Part(" ".join(words))],
+            [Part(f" {word}", i > 0) for i, word in enumerate(words)],
+        ):
+            assert torch.equal(torch.cat([*ngrams_of(texts), whole[:0]]), whole)
     different = {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
     assert len(set(whole.tolist())) == len(different)
 
@@ -114,7 +125,7 @@ def test_all_filters_together_keep_to_the_rate(memory: int) -> None:
     draw = random.Random(memory)
     texts = [" ".join(str(draw.getrandbits(60)) for _ in range(500)) for _ in range(40)]
     other = [" ".join(str(draw.getrandbits(60)) for _ in range(10_000))]
-    (result,) = overlap(texts, 20_000, {"other": other}, memory=memory, false_positives=0.05)
+    (result,) = overlap(parts(texts), 20_000, {"other": other}, memory=memory, false_positives=0.05)
     expected = 0.05 * result.ngrams
     assert result.found < expected + 5 * expected**0.5
     if memory == 1 << 12:  # 20,000 8-grams do not fit into 4 KiB
@@ -135,14 +146,14 @@ def test_a_filter_keeps_to_its_memory_and_all_to_the_rate(words: int, memory: in
 
 def test_too_little_memory_is_refused() -> None:
     with pytest.raises(ValueError, match="memory must be at least"):
-        overlap(["a"], 10**9, {"e": ["a b c d e f g h"]}, memory=1)
+        overlap(parts(["a"]), 10**9, {"e": ["a b c d e f g h"]}, memory=1)
 
 
 def test_the_corpus_is_read_once() -> None:
-    def once() -> Iterator[str]:
+    def once() -> Iterator[Part]:
         for text in ("a b c d e f g h", "b c d e f g h i"):
             seen.append(text)
-            yield text
+            yield Part(text)
 
     seen: list[str] = []
     overlap(once(), 16, {"e": ["a b c d e f g h"]}, memory=64)

@@ -65,9 +65,10 @@ class Manifest:
         vocab_size: one more than the tokenizer's largest id.
         token_dtype: "uint16" or "uint32".
         eos: the id that every document begins with, or None where the tokenizer has none.
-        counts: files, records, malformed (records that could not be read), kept (records, after all
-            that is dropped), documents (kept records that do not go on where another was cut),
-            tokens (each eos included), and characters, utf8_bytes and words of what was kept.
+        counts: files, records, scored (records with a score), malformed (records that could not be
+            read), kept (records, after all that is dropped), documents (kept records that do not go
+            on where another was cut), tokens (each eos included), and characters, utf8_bytes and
+            words of what was kept.
         dropped: the reason -> how many records: records = malformed + these + kept.
         shards: in the order in which they are one sequence.
         inputs: in the order in which they were read.
@@ -115,6 +116,23 @@ def read(folder: Path) -> Manifest:
     return _manifest(path, content)
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether `folder` has a manifest of prepared shards, rather than another manifest.json."""
+    path = folder / NAME
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return FORMAT.encode() in file.read(100)  # it is the first thing that `write` writes
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise FileNotFoundError for a file of `manifest` that is missing, and ValueError for one of
+    another size."""
+    for shard in manifest.shards:
+        _check_size(folder / shard.name, shard.tokens * WIDTHS[manifest.token_dtype])
+        _check_size(folder / shard.index, shard.documents * WIDTHS["int64"])
+
+
 def check(folder: Path, shards: Iterable[Shard], token_dtype: str) -> None:
     """Hold the .bin files of `shards` to their manifest: size and sha256, all bytes of them.
 
@@ -136,14 +154,18 @@ def sha256(path: Path) -> str:
 
 
 def _check_file(path: Path, size: int, wanted: str) -> None:
+    _check_size(path, size)
+    if sha256(path) != wanted:
+        raise ValueError(f"files: {path} has another sha256 than its manifest says")
+
+
+def _check_size(path: Path, size: int) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"files: {path} does not exist, but its manifest names it")
     if path.stat().st_size != size:
         raise ValueError(
             f"files: {path} has {path.stat().st_size} bytes, but its manifest says {size}"
         )
-    if sha256(path) != wanted:
-        raise ValueError(f"files: {path} has another sha256 than its manifest says")
 
 
 def _manifest(path: Path, content: dict[str, Any]) -> Manifest:

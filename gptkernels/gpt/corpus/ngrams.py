@@ -15,11 +15,13 @@ import functools
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
+
+from gptkernels.gpt.corpus.documents import Part
 
 LENGTH = 8
 _WORD = re.compile(r"[^\W_]+")
@@ -34,14 +36,17 @@ def words_of(text: str) -> Iterator[str]:
     return (found[0] for found in _WORD.finditer(text.lower()))
 
 
-def ngrams_of(text: str) -> Iterator[Tensor]:
-    """The numbers of the 8-grams of `text`, in its order, in pieces of bounded size."""
-    words = words_of(text)
+def ngrams_of(texts: Iterable[Part]) -> Iterator[Tensor]:
+    """The numbers of the 8-grams of `texts`, in their order, in pieces of bounded size. They go
+    from a part to one that continues it, and never from one text to the next."""
     before: list[str] = []
-    while block := list(islice(words, _BLOCK)):
-        block = before + block
-        yield ngrams(block)
-        before = block[1 - LENGTH :]
+    for part in texts:
+        words = words_of(part.text)
+        before = before if part.continues else []
+        while block := list(islice(words, _BLOCK)):
+            block = before + block
+            yield ngrams(block)
+            before = block[1 - LENGTH :]
 
 
 def ngrams(words: Sequence[str]) -> Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from gptkernels.core.optional import optional
+from gptkernels.gpt.corpus.documents import Part
 from gptkernels.gpt.corpus.ngrams import LENGTH, ngrams, ngrams_of, words_of
 
 FALSE_POSITIVES = 1e-8
@@ -48,7 +49,7 @@ class Overlap:
 
 
 def overlap(
-    texts: Iterable[str],
+    texts: Iterable[Part],
     words: int,
     evaluations: Mapping[str, Sequence[str]],
     *,
@@ -58,7 +59,7 @@ def overlap(
     """What of each of `evaluations`, name -> texts, is in the training `texts`.
 
     Args:
-        texts: no 8-gram goes from one to the next.
+        texts: no 8-gram goes from one to the next, but into parts that continue it.
         words: no fewer than there are in `texts`, all together.
         memory: bytes of the filter, at most. What else is held is in proportion to the evaluations.
         false_positives: the share, at most, of 8-grams in no training text that count as found.
@@ -91,13 +92,13 @@ def _size(words: int, memory: int, false_positives: float) -> tuple[int, float]:
         filters = -(-words // fit)
 
 
-def _found(texts: Iterable[str], sought: set[int], size: int, rate: float) -> set[int]:
+def _found(texts: Iterable[Part], sought: set[int], size: int, rate: float) -> set[int]:
     """Those of `sought` that are 8-grams of `texts`, by filters that hold `size` of them."""
     # rbloom takes Python's hash of what is added; that of an int is the int mod 2^61 - 1.
     bloom = optional("rbloom", _MISSING).Bloom(size, rate)
     found: set[int] = set()
     room = size
-    for part in _parts(texts, size):
+    for part in _split(texts, size):
         if len(part) > room:
             found.update(filter(bloom.__contains__, sought - found))
             bloom.clear()
@@ -108,10 +109,9 @@ def _found(texts: Iterable[str], sought: set[int], size: int, rate: float) -> se
     return found
 
 
-def _parts(texts: Iterable[str], most: int) -> Iterator[list[int]]:
-    for text in texts:
-        for numbers in ngrams_of(text):
-            yield from (part.tolist() for part in numbers.split(most))
+def _split(texts: Iterable[Part], most: int) -> Iterator[list[int]]:
+    for numbers in ngrams_of(texts):
+        yield from (part.tolist() for part in numbers.split(most))
 
 
 def _overlap(name: str, lists: Sequence[Sequence[str]], found: set[int]) -> Overlap:
