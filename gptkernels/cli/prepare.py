@@ -55,7 +55,8 @@ def command(files: tuple[Path, ...], out: Path, processes: int | None, **options
 
 def _summary(manifest: Manifest, malformed: Path) -> Iterator[str]:
     counts = manifest.counts
-    yield f"{_count(counts['records'], 'record')} in {_count(counts['files'], 'file')}"
+    records = f"{_count(counts['records'], 'record')} in {_count(counts['files'], 'file')}"
+    yield f"{records}, {counts['scored']:,} with a score"
     for reason, count in manifest.dropped.items():
         yield f"  {count:,} left out: {reason}"
     if counts["malformed"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-import time
 
 import pytest
 from hypothesis import given
@@ -69,6 +68,17 @@ def test_pages_in_many_encodings(text: str, encoding: str, named: str, served: s
     assert extract(Record("a", page(text, named).encode(encoding), charset=served)) == text
 
 
+@pytest.mark.parametrize("name", ["utf-16", "utf-16le", "UTF-16BE", "unicode"])
+def test_utf16_is_not_believed_of_bytes_that_cannot_be_it(name: str) -> None:
+    text = "It is a truth universally acknowledged."
+    for extra in ("", " "):  # one of them has an even length
+        assert extract(Record("a", page(text + extra, name).encode())) == text
+        assert extract(Record("a", page(text + extra).encode(), charset=name)) == text
+        assert extract(Record("a", page(FRENCH + extra, name).encode("latin-1"))) == FRENCH
+    served = Record("a", page(RUSSIAN).encode("utf-16-le"), charset="utf-16le")
+    assert extract(served) == RUSSIAN
+
+
 def test_a_few_wrong_bytes_are_no_reason_to_drop_a_page() -> None:
     content = page((FRENCH * 5).replace("garçon", "gar@on", 1), "utf-8").encode()
     text = extract(Record("a", content.replace(b"@", b"\xff"), charset="utf-8"))
@@ -88,13 +98,14 @@ def test_no_page_raises(content: bytes, charset: str | None) -> None:
     assert extract(Record("a", content, charset=charset)) == found
 
 
-def test_a_page_that_is_nested_too_deep_is_malformed_at_once() -> None:
+def test_a_page_that_is_nested_too_deep_is_malformed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # <html> and <body> are elements too.
     assert extract(Record("a", b"<div>" * 510 + b"deep")) == "deep"
-    begun = time.perf_counter()
-    found = extract(Record("a", b"<div>" * 100_000 + b"deep"))  # an hour, if it were extracted
+    monkeypatch.setitem(sys.modules, "resiliparse.extract.html2text", None)  # it would take an hour
+    found = extract(Record("a", b"<div>" * 100_000 + b"deep"))
     assert found == Malformed("a", "has more than 512 elements in each other")
-    assert time.perf_counter() - begun < 30
 
 
 def test_it_works_in_another_process() -> None:

@@ -19,6 +19,7 @@ pytest.importorskip("rensa")
 # calls that change what is on the disk, counted from its beginning.
 SERVER = """
 import dataclasses, json, os, random, signal, sqlite3, sys
+from pathlib import Path
 from corpus_cases import BYTES, Inline
 from gptkernels.gpt.corpus import growing, manifest, prepare as module, sources, state
 
@@ -36,6 +37,19 @@ def unsynced(path):
 sqlite3.connect = unsynced
 CALLS = [(growing.Growing, "append"), (growing.Growing, "sync"), (state.State, "commit"),
          (manifest, "write"), (state, "remove")]
+if mode == "nothing":
+    CALLS.append((Path, "unlink"))
+
+def prepare(out):
+    if mode == "nothing":  # is left
+        try:
+            module.prepare([folder], out, config=dataclasses.replace(CONFIG, min_score=9))
+        except ValueError as error:
+            assert "nothing is left of what was read: 2 malformed, 2 low score; " in str(error)
+        else:
+            raise AssertionError
+    else:
+        module.prepare([folder], out, config=CONFIG)
 
 def live(out, fatal, calls):
     count = 0
@@ -45,9 +59,9 @@ def live(out, fatal, calls):
         if count == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
     def deadly(call):
-        def around(*arguments):
+        def around(*arguments, **options):
             event()
-            result = call(*arguments)
+            result = call(*arguments, **options)
             event()
             return result
         return around
@@ -55,15 +69,15 @@ def live(out, fatal, calls):
     if child == 0:
         for owner, name in calls:
             setattr(owner, name, deadly(getattr(owner, name)))
-        module.prepare([folder], out, config=CONFIG)
+        prepare(out)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFSIGNALED(status)
 
-module.prepare([folder], out + "/whole", config=CONFIG)
+prepare(out + "/whole")
 kills = 0
-if mode == "once":
+if mode != "often":
     while live(f"{out}/{kills}", kills + 1, CALLS[1:]):
         live(f"{out}/{kills}", 0, CALLS)
         kills += 1
@@ -79,14 +93,21 @@ print(json.dumps(kills))
 def run(tmp_path: Path, mode: str, chunk: int, seed: int = 0) -> tuple[int, list[dict[str, Any]]]:
     """The number of kills, and what each folder holds, that of the run that was not killed
     first."""
-    folder, out = corpus(tmp_path / "in"), tmp_path / "out"
+    folder, out = tmp_path / "in", tmp_path / "out"
+    if mode == "nothing":
+        folder.mkdir()
+        line = '{"text": "a", "score": 1}\n'
+        (folder / "a.jsonl").write_text(f"{{\n{line}{{\n{line}")
+    else:
+        corpus(folder)
     paths = [*sys.path, str(ROOT / "tests" / "gpt")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     words = (sys.executable, "-c", SERVER, folder, out, mode, str(chunk), str(seed))
     done = command(*words, env=environment)
     assert done.returncode == 0, done.stderr
-    whole, *others = (contents(out / name) for name in ("whole", *sorted(os.listdir(out))))
-    return json.loads(done.stdout), [whole, *others]
+    there = sorted(os.listdir(out)) if out.exists() else []
+    names = ["whole", *there] if mode != "nothing" else there
+    return json.loads(done.stdout), [contents(out / name) for name in names]
 
 
 def test_killed_once_at_each_step_to_the_disk(tmp_path: Path) -> None:
@@ -94,6 +115,13 @@ def test_killed_once_at_each_step_to_the_disk(tmp_path: Path) -> None:
     assert kills > 30
     assert {"manifest.json", "shard_00001.idx", "malformed.jsonl"} <= whole.keys()
     assert all(other == whole for other in others)
+
+
+def test_killed_while_it_takes_back_what_it_wrote(tmp_path: Path) -> None:
+    kills, others = run(tmp_path, "nothing", 2)
+    assert kills > 10
+    # A life that is killed keeps the folder, so that the next one leaves it, but for the lock.
+    assert all(other.keys() <= {".lock"} for other in others)
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import shutil
 import signal
 import sqlite3
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 
 from gptkernels.gpt.corpus import manifest as manifests
 from gptkernels.gpt.corpus import prepare as module
-from gptkernels.gpt.corpus import sources
+from gptkernels.gpt.corpus import sources, streams
 from gptkernels.gpt.corpus.config import PrepareConfig
 from gptkernels.gpt.corpus.growing import Growing
 from gptkernels.gpt.corpus.pieces import pieces
@@ -44,7 +45,7 @@ gpt2 = functools.cache(GPT2Tokenizer)
 def plainly(records: list[Record | Malformed], config: PrepareConfig) -> dict[str, Any]:
     """The same, all in memory, without chunks, bands or a database: every text is compared with
     every one before it."""
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, literal=True)
     ids: list[int] = []
     begins: list[int] = []
     dropped: dict[str, int] = {}
@@ -237,10 +238,10 @@ def test_a_finished_folder_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     (out / "state.sqlite").write_bytes(b"")  # as a kill between the last two steps leaves it
     assert prepare([folder], out, config=BYTES) == first
     assert contents(out) == before
-    with pytest.raises(ValueError, match="was begun with other options, name"):
+    with pytest.raises(ValueError, match=r"was begun with min_score 3\.0, not 4\.0; name"):
         prepare([folder], out, config=dataclasses.replace(BYTES, min_score=4.0))
     (folder / "a.txt").write_text("another text")
-    with pytest.raises(ValueError, match="was begun with other inputs, name"):
+    with pytest.raises(ValueError, match=r"was begun with another input than \S+a\.txt; name"):
         prepare([folder], out, config=BYTES)
 
 
@@ -257,13 +258,13 @@ def test_a_run_goes_on_only_as_it_began(tmp_path: Path, monkeypatch: pytest.Monk
 
     with pytest.raises(KeyboardInterrupt):
         prepare([folder], out, config=BYTES, observer=stop)
-    with pytest.raises(ValueError, match="was begun with other options, name"):
+    with pytest.raises(ValueError, match="was begun with shard_tokens 300, not 99; name"):
         prepare([folder], out, config=dataclasses.replace(BYTES, shard_tokens=99))
-    with pytest.raises(ValueError, match="was begun with other inputs, name"):
+    with pytest.raises(ValueError, match="was begun with 3 inputs, not 1; name"):
         prepare([folder / "b.jsonl"], out, config=BYTES)
     with (
         mock.patch.object(module, "_versions", return_value={"rensa": "0.1"}),
-        pytest.raises(ValueError, match="was begun with other versions, name"),
+        pytest.raises(ValueError, match=r"rensa [0-9.]+, not 0\.1 and .+; name another"),
     ):
         prepare([folder], out, config=BYTES)
     shard = out / "shard_00000.bin"
@@ -275,6 +276,83 @@ def test_a_run_goes_on_only_as_it_began(tmp_path: Path, monkeypatch: pytest.Monk
     prepare([folder], out, config=BYTES)
     prepare([folder], tmp_path / "whole", config=BYTES)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_finished_folder_that_lacks_a_part_is_told(tmp_path: Path) -> None:
+    folder, out = corpus(tmp_path / "in"), tmp_path / "out"
+    with mock.patch.object(module, "Pool", Inline):
+        prepare([folder], out, config=BYTES)
+        index = out / "shard_00001.idx"
+        index.write_bytes(index.read_bytes() + b"x")
+        with pytest.raises(ValueError, match=r"shard_00001\.idx has \d+ bytes, but its manifest"):
+            prepare([folder], out, config=BYTES)
+        index.unlink()
+        with pytest.raises(FileNotFoundError, match=r"shard_00001\.idx does not exist"):
+            prepare([folder], out, config=BYTES)
+
+
+def test_the_same_inputs_by_any_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = corpus(tmp_path / "in"), tmp_path / "out"
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(module, "Pool", Inline)
+    first = prepare([folder, Path("a.txt"), Path("c/../b.jsonl")], out, config=BYTES)
+    assert len(first.inputs) == 3
+    assert prepare(["."], out, config=BYTES) == first
+
+
+def test_in_folders_what_is_hidden_or_was_prepared_is_passed_over(tmp_path: Path) -> None:
+    folder, out = corpus(tmp_path / "in"), tmp_path / "out"
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "a.txt").write_text("an old state")
+    (folder / "theirs").mkdir()
+    (folder / "theirs" / "manifest.json").write_text('{"text": "of something else"}')
+    with mock.patch.object(module, "Pool", Inline):
+        prepare([folder], folder / "first", config=BYTES)
+        (folder / "begun").mkdir()
+        (folder / "begun" / "malformed.jsonl").write_text("{}")
+        (folder / "begun" / "state.sqlite").touch()
+        manifest = prepare([folder], out, config=BYTES)
+    names = [Path(file.name).relative_to(folder).as_posix() for file in manifest.inputs]
+    assert names == ["a.txt", "b.jsonl", "c/d.txt", "theirs/manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("z.txt.zst", streams._ZSTD), ("z.warc", "fastwarc.warc"), ("z.htm", "resiliparse.parse")],
+)
+def test_a_missing_package_or_a_pointer_is_told_before_anything_is_read(
+    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = corpus(tmp_path / "in")
+    (folder / name).write_bytes(b"x")
+    monkeypatch.setattr(module, "describe", mock.Mock(side_effect=AssertionError))
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "resiliparse.parse.encoding", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'gptkernels\[data\]'"):
+        prepare([folder], tmp_path / "out", config=BYTES)
+    (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="is a Git LFS pointer"):
+        prepare([folder], tmp_path / "out", config=BYTES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_name_of_a_special_token_in_a_page_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two")
+    with mock.patch.object(module, "Pool", Inline):
+        manifest = prepare([tmp_path / "a.txt"], tmp_path / "out")
+    (shard,) = manifest.shards
+    ids = memoryview((tmp_path / "out" / shard.name).read_bytes()).cast("H").tolist()
+    assert ids.count(50256) == 1
+    assert gpt2().decode(ids[1:]) == "one<|endoftext|>two"
+    assert gpt2().encode("<|endoftext|>") == [50256]  # elsewhere it is the token
+
+
+def test_records_with_a_score_are_counted(tmp_path: Path) -> None:
+    lines = ['{"text": "a", "score": 1}', '{"text": "b", "score": 4}', '{"text": "c"}', "{"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with mock.patch.object(module, "Pool", Inline):
+        counts = prepare([tmp_path / "a.jsonl"], tmp_path / "out", config=BYTES).counts
+    assert (counts["records"], counts["scored"], counts["kept"]) == (4, 2, 2)
 
 
 def test_what_cannot_be_prepared_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -435,12 +513,19 @@ def test_a_package_that_a_process_lacks_is_named(
         next(pool.outcomes([[Record("page", b"<p>text</p>")]]))
 
 
-def test_a_page_that_a_library_stumbles_over_is_malformed(tmp_path: Path) -> None:
+class Panic(BaseException):
+    """As a library written in Rust raises it."""
+
+
+@pytest.mark.parametrize("error", [LookupError, Panic])
+def test_a_page_that_a_library_stumbles_over_is_malformed(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": "bad"}\n')
 
     def extract(record: Record) -> Any:
         if record.content == "bad":
-            raise LookupError("unknown encoding")
+            raise error("unknown encoding")
         return record.content
 
     with (
@@ -451,7 +536,7 @@ def test_a_page_that_a_library_stumbles_over_is_malformed(tmp_path: Path) -> Non
     assert (manifest.counts["kept"], manifest.counts["malformed"]) == (1, 1)
     line = json.loads((tmp_path / "out" / "malformed.jsonl").read_text())
     assert line["name"].endswith("a.jsonl:2")
-    assert line["reason"] == "cannot be read (LookupError: unknown encoding)"
+    assert line["reason"] == f"cannot be read ({error.__name__}: unknown encoding)"
 
 
 def test_an_input_that_changes_while_it_is_read_ends_the_run(tmp_path: Path) -> None:
@@ -482,12 +567,13 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
         writer.sync()
 
 
-def test_a_database_that_cannot_be_written_is_told_in_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", ["progress", "commit"])
+def test_a_database_that_fails_is_told_in_one_sentence(tmp_path: Path, call: str) -> None:
     folder = corpus(tmp_path / "in")
-    full = sqlite3.OperationalError("database or disk is full")
+    full = sqlite3.DatabaseError("database or disk is full")
     with (
         mock.patch.object(module, "Pool", Inline),
-        mock.patch.object(State, "commit", side_effect=full),
+        mock.patch.object(State, call, side_effect=full),
         pytest.raises(OSError, match=r"out: \S+state\.sqlite: database or disk is full"),
     ):
         prepare([folder], tmp_path / "out", config=BYTES)

@@ -249,6 +249,26 @@ def test_what_comes_before_the_cut_of_a_file_is_kept(cut: int, suffix: str, tmp_
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("cut", [1, 7, 8, 9, 10])
+def test_a_text_is_read_up_to_the_cut(cut: int, suffix: str, tmp_path: Path) -> None:
+    of_packages(suffix)
+    draw, file = random.Random(cut), tmp_path / f"a.txt{suffix}"
+    whole = "".join(draw.choices("aé語𝄞 \n", k=3000))
+    # Two members, or frames: the first is whole, and ends inside a character.
+    content = ("x" * cut + whole).encode()
+    half = 5000
+    packed = [COMPRESS[suffix](part) for part in (content[:half], content[half:])]
+    file.write_bytes(packed[0] + packed[1][:-cut])
+    *kept, last = records(file, piece=700)
+    assert isinstance(last, Malformed)
+    assert last.reason.startswith("cannot be decompressed from here on (")
+    assert all(isinstance(record, Record) for record in kept)
+    text = "".join(record.content for record in kept)  # type: ignore[union-attr,misc]
+    assert content.decode().startswith(text)
+    assert len(text.encode()) > half - 4
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("place", [20, 9000])  # gzip finds no code that it knows, or a wrong sum
 def test_wrong_bytes_inside_a_compressed_file_end_it(
     place: int, suffix: str, tmp_path: Path

@@ -6,8 +6,11 @@ import errno
 import gzip
 import io
 import tracemalloc
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -108,8 +111,42 @@ def test_what_holds_no_page_is_passed_over(tmp_path: Path) -> None:
 def test_packed_answers_are_unpacked(tmp_path: Path) -> None:
     archive = Archive()
     archive.answer(gzip.compress(PAGE), Content_Encoding="gzip")
+    archive.answer(zlib.compress(PAGE), Content_Encoding="Deflate")
+    archive.answer(b"", Content_Encoding="deflate")
     archive.answer(b"3\r\n<p>\r\n2\r\nhi\r\n0\r\n\r\n", Transfer_Encoding="chunked")
-    assert contents(tmp_path, archive) == [PAGE, b"<p>hi"]
+    assert contents(tmp_path, archive) == [PAGE, PAGE, b"<p>hi"]
+
+
+@pytest.mark.parametrize(("coding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_a_packed_answer_that_is_cut_off_is_malformed(
+    coding: str, pack: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    packed = pack(PAGE * 400)
+    for cut in (3, 9, len(packed) // 2, len(packed) - 1):
+        archive = Archive().answer(packed[:-cut], Content_Encoding=coding).answer(PAGE)
+        (_, first), (_, second) = read(tmp_path, archive.bytes())
+        assert isinstance(first, Malformed)
+        assert first.reason.startswith("holds no answer of a server (")
+        assert second.content == PAGE
+
+
+class Panic(BaseException):
+    """As a library written in Rust raises it."""
+
+
+def test_a_page_that_a_library_stumbles_over_is_malformed_and_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = Archive().answer(PAGE, "text/plain").answer(PAGE).bytes()
+    for error in (LookupError("unknown"), Panic("index out of bounds")):
+        monkeypatch.setattr(warc, "decoded", Mock(side_effect=error))
+        (_, first), (_, second) = read(tmp_path, content)
+        assert first.reason == f"cannot be read ({type(error).__name__}: {error})"
+        assert second.content == PAGE
+    for fatal in (KeyboardInterrupt(), MemoryError(), OSError(errno.EIO, "Input/output error")):
+        monkeypatch.setattr(warc, "decoded", Mock(side_effect=fatal))
+        with pytest.raises(type(fatal)):
+            read(tmp_path, content)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ class _Process:
 
 def _serve(pipe: Connection, task: Task) -> None:
     """What a process does, until it is killed or the main process dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows nothing else keeps it away
     worker = Worker(task)
     # Received in a thread: while this one waits for the main process to take outcomes, that one may
     # be waiting for somebody to take a chunk.

@@ -20,7 +20,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import sqlite3
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ from gptkernels.gpt.corpus.packing import pack
 from gptkernels.gpt.corpus.pool import Pool
 from gptkernels.gpt.corpus.records import Malformed
 from gptkernels.gpt.corpus.sources import Reading
-from gptkernels.gpt.corpus.state import State
+from gptkernels.gpt.corpus.state import Progress, State
 from gptkernels.gpt.corpus.work import Dropped, Outcome, Task, Text, chunks, token_dtype
 from gptkernels.gpt.corpus.writer import Writer, shard_name
 from gptkernels.gpt.tokenizer import Tokenizer, load_tokenizer
@@ -84,7 +83,7 @@ def prepare(
         rensa_package()
     check_folder("out", out)
     paths = find(files, out)
-    with alone_in("out", out):
+    with alone_in("out", out), states.in_one_sentence(out):
         inputs = describe(paths)
         job = {
             "options": dataclasses.asdict(config),
@@ -102,6 +101,7 @@ def _finished(out: Path, job: dict[str, Any]) -> Manifest:
     manifest = manifests.read(out)
     before = {key: dataclasses.asdict(manifest)[key] for key in job}
     states.check_same(out, before, job)
+    manifests.check_sizes(out, manifest)
     states.remove(out)  # a kill between the last two steps left it
     return manifest
 
@@ -137,13 +137,13 @@ class _Run:
         """Work on all records that are left, and write the manifest."""
         self.progress.counts["files"] = len(self.inputs)
         with contextlib.closing(self.state):
-            try:
-                self._work(processes, observer)
-                self._commit()
-            except sqlite3.OperationalError as error:  # of a full disk, for one
-                raise OSError(f"out: {self.out / states.NAME}: {error}") from None
+            self._work(processes, observer)
+            self._commit()
             self.writer.close()
             self.malformed.close()
+            if not self.progress.counts["kept"]:
+                # Where a kill stops `_discard`, the next run begins anew.
+                self.state.commit(Progress())
         if not self.progress.counts["kept"]:
             self._discard()
         manifest = self._manifest()
@@ -179,7 +179,10 @@ class _Run:
             counts["malformed"] += 1
             line = json.dumps(dataclasses.asdict(outcome), ensure_ascii=False)
             self.malformed.append(f"{line}\n".encode("utf-8", "backslashreplace"))
-        elif isinstance(outcome, Dropped):
+            self.progress.kept_last = False
+            return
+        counts["scored"] += outcome.scored
+        if isinstance(outcome, Dropped):
             dropped[outcome.reason] = dropped.get(outcome.reason, 0) + 1
         elif (kind := self.duplicates.kind(outcome.fingerprint)) is not None:
             dropped[kind] = dropped.get(kind, 0) + 1
@@ -207,11 +210,15 @@ class _Run:
 
     def _discard(self) -> None:
         """Take back what was written, and say why."""
+        with (self.out / MALFORMED).open(encoding="utf-8") as lines:
+            first = next(map(json.loads, lines), None)
         for name in (MALFORMED, f"{shard_name(0)}.bin", f"{shard_name(0)}.idx"):
             (self.out / name).unlink()
         states.remove(self.out)
         counts = {"malformed": self.progress.counts["malformed"], **self.progress.dropped}
         why = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        if first is not None:
+            why += f"; {first['name']} {first['reason']}"
         raise ValueError(f"files: nothing is left of what was read: {why}")
 
     def _manifest(self) -> Manifest:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from gptkernels.core.files import check_no_pointer
 from gptkernels.gpt.corpus import html, jsonl, text, warc
+from gptkernels.gpt.corpus.decoding import encoding_package
 from gptkernels.gpt.corpus.records import Malformed, Record
-from gptkernels.gpt.corpus.streams import COMPRESSIONS, Damaged, opened
+from gptkernels.gpt.corpus.streams import COMPRESSIONS, Damaged, check_compression, opened
 
 _FORMATS = (*text.SUFFIXES, *jsonl.SUFFIXES, *html.SUFFIXES, *warc.SUFFIXES)
 
@@ -45,12 +46,12 @@ def is_source(path: Path) -> bool:
     return _format(path) in _FORMATS
 
 
-def read(path: Path, reading: Reading = Reading()) -> Iterator[Record | Malformed]:
-    """The records of `path`, and what is malformed, in the order in which they stand there.
+def check(path: Path) -> None:
+    """Raise what `read` would raise before its first record, or, for a package that is missing,
+    anywhere in the file.
 
-    No content raises anything: what cannot be read is malformed. Raises FileNotFoundError for a
-    file that is not there, ValueError for a folder, a name of no known kind or a Git LFS pointer,
-    ImportError for a package that is missing, and OSError where the disk fails.
+    FileNotFoundError for a file that is not there, ValueError for a folder, a name of no known kind
+    or a Git LFS pointer, ImportError for a package.
     """
     if not path.exists():
         raise FileNotFoundError(f"sources: {path} does not exist")
@@ -59,6 +60,20 @@ def read(path: Path, reading: Reading = Reading()) -> Iterator[Record | Malforme
     if not is_source(path):
         raise ValueError(f"sources: {path} is of no kind that can be read: {kinds()}")
     check_no_pointer(path)
+    check_compression(path)
+    if _format(path) in warc.SUFFIXES:
+        warc.warc_package()
+    if _format(path) in (*warc.SUFFIXES, *html.SUFFIXES):
+        encoding_package()
+
+
+def read(path: Path, reading: Reading = Reading()) -> Iterator[Record | Malformed]:
+    """The records of `path`, and what is malformed, in the order in which they stand there.
+
+    No content raises anything: what cannot be read is malformed. Raises what `check` raises, and
+    OSError where the disk fails.
+    """
+    check(path)
     return _records(path, reading)
 
 

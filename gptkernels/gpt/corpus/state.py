@@ -8,9 +8,11 @@ lengths it says, are those of that moment.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sqlite3
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ NAME = "state.sqlite"
 COUNTS = (
     "files",
     "records",
+    "scored",
     "malformed",
     "kept",
     "documents",
@@ -98,12 +101,41 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def in_one_sentence(folder: Path) -> Iterator[None]:
+    """In this context, an error of the database in `folder` is an OSError that names it."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:  # of a full disk, for one
+        raise OSError(f"out: {folder / NAME}: {error}") from None
+
+
 def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError where what was done in `folder` before differs from what is asked now."""
-    before, now = (json.loads(json.dumps(done)) for done in (before, now))  # lists for tuples
-    different = [key for key in now if before.get(key) != now[key]]
+    """Raise ValueError, which names what differs, where what was done in `folder` before is not
+    what is asked now. An input is the same by its place, bytes and sum, not by its name."""
+    different = [*_other_inputs(before["inputs"], now["inputs"])]
+    for values in ("options", "versions"):
+        if values in now:
+            different += _other_values(before[values], now[values])
     if different:
         raise ValueError(
-            f"out: {folder} was begun with other {' and '.join(different)}, name another folder or "
+            f"out: {folder} was begun with {' and '.join(different)}; name another folder or "
             "remove it"
         )
+
+
+def _other_inputs(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if len(before) != len(now):
+        yield f"{len(before)} inputs, not {len(now)}"
+        return
+    for old, new in zip(before, now, strict=True):
+        if (old["bytes"], old["sha256"]) != (new["bytes"], new["sha256"]):
+            yield f"another input than {new['name']}"
+            return
+
+
+def _other_values(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            yield f"{name} {old}, not {new}"

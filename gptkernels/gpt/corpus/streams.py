@@ -22,9 +22,9 @@ _MISSING = "reading .zst needs the package backports.zstd: pip install 'gptkerne
 class Bytes(Protocol):
     """What the readers of formats need of a file.
 
-    Both raise Damaged where the file is cut off or was not made by its suffix's program, and OSError
-    where the disk fails. There is no `read`: where it meets damage, it loses what it has collected
-    so far.
+    Both raise Damaged where the file is cut off or was not made by its suffix's program, and
+    OSError where the disk fails. There is no `read`: where it meets damage, it loses what it has
+    collected so far.
     """
 
     def read1(self, size: int, /) -> bytes:
@@ -46,7 +46,7 @@ def opened(path: Path) -> Iterator[Bytes]:
     """
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        zstd = zstd_package()
+        zstd = optional(_ZSTD, _MISSING)
         with zstd.open(path) as file:
             yield _Unpacked(file, (EOFError, zstd.ZstdError))
     elif suffix == ".gz":
@@ -57,10 +57,10 @@ def opened(path: Path) -> Iterator[Bytes]:
             yield file
 
 
-def zstd_package() -> Any:
-    """Python's module of zstd, or the same for older Pythons. Raises ImportError, in one sentence,
-    where it is missing."""
-    return optional(_ZSTD, _MISSING)
+def check_compression(path: Path) -> None:
+    """Raise ImportError, in one sentence, where no package decompresses `path`."""
+    if path.suffix.lower() == ".zst":
+        optional(_ZSTD, _MISSING)
 
 
 class _Unpacked:

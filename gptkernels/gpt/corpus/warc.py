@@ -6,13 +6,17 @@ is cut off shows; fastwarc would give what there is of it.
 
 from __future__ import annotations
 
+import gzip
+import io
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from gptkernels.core.optional import optional
+from gptkernels.gpt.corpus import failures
 from gptkernels.gpt.corpus.decoding import UNDECODED, decoded
 from gptkernels.gpt.corpus.records import Malformed, Record
-from gptkernels.gpt.corpus.streams import Bytes
+from gptkernels.gpt.corpus.streams import Bytes, Damaged
 
 SUFFIXES = (".warc", ".wet")
 _MISSING = "reading WARC archives needs the package fastwarc: pip install 'gptkernels[data]'"
@@ -43,7 +47,7 @@ def read(file: Bytes, name: str, longest: int) -> Iterator[Record | Malformed]:
     Other records, other types of content, and answers of a server that are not 2xx hold no page and
     are passed over. A page is at most `longest` bytes long, packed or not.
     """
-    warc = optional("fastwarc.warc", _MISSING)
+    warc = warc_package()
     archive = warc.ArchiveIterator(_Pieces(file), parse_http=False, stream_detect=False)
     number = 0
     while True:
@@ -51,20 +55,38 @@ def read(file: Bytes, name: str, longest: int) -> Iterator[Record | Malformed]:
         place = f"{name}:{number}"
         try:
             record = next(archive, None)
-        except OSError as error:
-            if error.errno is not None:  # the disk failed
+        except BaseException as error:
+            if _is_fatal(error):
                 raise
             yield Malformed(place, f"is not a WARC record, nor is what follows ({error})")
             return
         if record is None:
             return
-        uri = record.headers.get("WARC-Target-URI")
-        found = _page(warc, record, f"{place} {uri}" if uri else place, longest)
+        found: Record | Malformed | None
+        try:
+            found = _page(warc, record, place, longest)
+        except BaseException as error:
+            if _is_fatal(error):
+                raise
+            found = failures.malformed(place, error)
         if found is not None:
             yield found
 
 
+def warc_package() -> Any:
+    """fastwarc's reader. Raises ImportError, in one sentence, where it is missing."""
+    return optional("fastwarc.warc", _MISSING)
+
+
+def _is_fatal(error: BaseException) -> bool:
+    """Whether it is no library's: the disk failed, or the bytes cannot be decompressed."""
+    failed = isinstance(error, OSError) and error.errno is not None
+    return failed or isinstance(error, (Damaged, *failures.FATAL))
+
+
 def _page(warc: Any, record: Any, place: str, longest: int) -> Record | Malformed | None:
+    uri = record.headers.get("WARC-Target-URI")
+    place = f"{place} {uri}" if uri else place
     kinds = warc.WarcRecordType
     with_pages = (kinds.response, kinds.resource, kinds.conversion)
     # Of a record that is cut off in its header, the type may not be known.
@@ -82,7 +104,7 @@ def _page(warc: Any, record: Any, place: str, longest: int) -> Record | Malforme
     if record.record_type == kinds.response:
         try:
             status, kind, charset, content = _answer(warc, block, longest)
-        except OSError as error:
+        except (OSError, EOFError, zlib.error) as error:
             return Malformed(place, f"holds no answer of a server ({error})")
     if len(content) > longest:
         return too_long
@@ -99,12 +121,34 @@ def _page(warc: Any, record: Any, place: str, longest: int) -> Record | Malforme
 
 def _answer(warc: Any, block: bytes, longest: int) -> tuple[int, str, str | None, bytes]:
     """Of a server's answer the status (0 where there is none), type, charset and unpacked content,
-    at most `longest` + 1 bytes of it. Raises OSError where it is not HTTP."""
+    at most `longest` + 1 bytes of it. Raises OSError, EOFError or zlib.error where it is not HTTP,
+    or cannot be unpacked to its end."""
+    answer = _http(warc, block, "transfer")
+    headers = answer.http_headers
+    coding = (headers.get("Content-Encoding") or "").strip().lower()
+    if coding in ("gzip", "deflate"):
+        content = _inflated(coding, answer.reader.read(), longest)
+    else:
+        content = _http(warc, block, "all").reader.read(longest + 1)
+    return headers.status_code or 0, answer.http_content_type or "", answer.http_charset, content
+
+
+def _http(warc: Any, block: bytes, decode: str) -> Any:
     # In a record of its own: where it cannot be parsed, the archive's reader is not touched.
     answer = warc.WarcRecord()
     answer.set_bytes_content(block)
     answer.is_http = True
-    answer.parse_http(auto_decode="all")
-    content = answer.reader.read(longest + 1)
-    headers = answer.http_headers
-    return headers.status_code or 0, answer.http_content_type or "", answer.http_charset, content
+    answer.parse_http(auto_decode=decode)
+    return answer
+
+
+def _inflated(coding: str, packed: bytes, longest: int) -> bytes:
+    """Python unpacks it, because fastwarc gives what there is of a body that is cut off."""
+    if coding == "gzip":
+        with gzip.open(io.BytesIO(packed)) as file:
+            return file.read(longest + 1)
+    body = zlib.decompressobj()
+    content = body.decompress(packed, longest + 1)
+    if packed and not body.eof and len(content) <= longest:
+        raise EOFError("its body is cut off")
+    return content

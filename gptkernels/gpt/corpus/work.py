@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from gptkernels.gpt.corpus import failures
 from gptkernels.gpt.corpus.extract import extract
 from gptkernels.gpt.corpus.filters import refusal
 from gptkernels.gpt.corpus.fingerprints import Fingerprint, fingerprint
@@ -30,6 +31,7 @@ class Text:
         ids: as bytes of the shards' dtype, without eos.
         characters, utf8_bytes, words: how long the text is.
         continues: as the record has it.
+        scored: whether the record has a score.
     """
 
     fingerprint: Fingerprint
@@ -38,13 +40,15 @@ class Text:
     utf8_bytes: int
     words: int
     continues: bool
+    scored: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A record that is left out, and the name of the reason."""
+    """A record that is left out: the name of the reason, and whether the record has a score."""
 
     reason: str
+    scored: bool
 
 
 Outcome: TypeAlias = Text | Dropped | Malformed
@@ -66,7 +70,7 @@ class Worker:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._tokenizer = load_tokenizer(task.tokenizer)
+        self._tokenizer = load_tokenizer(task.tokenizer, literal=True)
         self._dtype = token_dtype(self._tokenizer.vocab_size)
 
     def outcome(self, record: Record | Malformed) -> Outcome:
@@ -75,26 +79,26 @@ class Worker:
             return record
         try:
             return self._outcome(record)
-        except ImportError:
+        except failures.FATAL:
             raise
-        except Exception as error:  # one page that a library stumbles over ends no run of days
-            return Malformed(record.name, f"cannot be read ({type(error).__name__}: {error})")
+        except BaseException as error:
+            return failures.malformed(record.name, error)
 
     def _outcome(self, record: Record) -> Outcome:
         text = extract(record)
         if isinstance(text, Malformed):
             return text
-        task = self._task
+        task, scored = self._task, record.score is not None
         least = 0 if record.continues else task.min_characters  # the end of a long text is short
         reason = refusal(text, record.score, min_score=task.min_score, min_characters=least)
         if reason is not None:
-            return Dropped(reason)
+            return Dropped(reason, scored)
         ids, words = bytearray(), 0
         for piece in pieces(text):
             ids += pack(self._dtype, self._tokenizer.encode(piece))
             words += len(piece.split())
         if not ids:  # GPT-1's leaves out control characters, for one
-            return Dropped("no token")
+            return Dropped("no token", scored)
         return Text(
             fingerprint(text, task.rows),
             bytes(ids),
@@ -102,6 +106,7 @@ class Worker:
             len(text.encode()),
             words,
             record.continues,
+            scored,
         )
 
 

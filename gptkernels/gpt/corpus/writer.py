@@ -26,8 +26,9 @@ class Writer:
     ) -> None:
         self._folder, self._dtype, self._shard_tokens = folder, token_dtype, shard_tokens
         self._full: list[list[int]] = []
-        self._open(*(lengths or [[0, 0]])[0])
-        for tokens, documents in lengths[1:]:
+        first, *others = lengths or [[0, 0]]
+        self._open(*first)
+        for tokens, documents in others:
             self._next(tokens, documents)
 
     @property
