@@ -92,7 +92,7 @@ SETTINGS = Settings(
     ),
     tasks={
         "sst-2": replace(_TUNING, train_examples=4000),
-        "sick-entailment": _TUNING,
+        "sick-entailment": replace(_TUNING, train_examples=1500),
         "sick-relatedness": _TUNING,
     },
     asked=("sst-2", "mctest"),
