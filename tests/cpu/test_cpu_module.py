@@ -130,11 +130,21 @@ def test_a_module_of_another_python_is_named(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such library")
-def test_the_threads_are_pytorchs() -> None:
-    library = cpu.module().threads_library()
-    maps = Path("/proc/self/maps").read_text()
-    files = {Path(line.split()[-1]) for line in maps.splitlines() if ".so" in line}
-    assert {f.resolve() for f in files if "omp" in f.name} == {Path(library).resolve()}
+@pytest.mark.parametrize("first", ["torch", "sklearn.metrics"])
+def test_the_threads_are_pytorchs(first: str) -> None:
+    """Also in a process that has others: scikit-learn brings an OpenMP library of its own."""
+    pytest.importorskip(first)
+    program = (
+        "import torch; torch.ones(99999).sum(); own = open('/proc/self/maps').read()\n"
+        "from gptkernels.core import cpu\n"
+        "print(own); print(cpu.module().threads_library())"
+    )
+    alone = command(sys.executable, "-c", program, check=True).stdout.splitlines()
+    files = {Path(line.split()[-1]) for line in alone[:-1] if ".so" in line}
+    library = Path(alone[-1]).resolve()
+    assert {f.resolve() for f in files if "libgomp" in f.name or "omp.so" in f.name} == {library}
+    beside = command(sys.executable, "-c", f"import {first}\n{program}", check=True)
+    assert Path(beside.stdout.splitlines()[-1]).resolve() == library
 
 
 def rows() -> list[torch.Tensor]:
