@@ -43,7 +43,7 @@ EXTRAS = {
     ),
 }
 _PURPOSES = {
-    "cli": "the commands verify, bench, tune, demo, train and generate",
+    "cli": "the commands, but for info",
     "gpt": "Hugging Face folders, and the tokenizers of GPT-1 and GPT-2",
     "data": "the commands prepare and overlap",
     "finetune": "the metrics of fine-tuning",

@@ -46,8 +46,8 @@ def find(files: Sequence[str | Path], out: Path) -> list[Path]:
 
 
 def describe(paths: Sequence[Path]) -> tuple[Input, ...]:
-    """What identifies the files. Every byte is read: that takes seconds for each 10 GB, where the
-    rest of the work takes an hour, and nothing less proves that a run goes on with the same."""
+    """What identifies the files. Every byte is read: that is little beside the rest of the work,
+    and nothing less proves that a run goes on with the same."""
     return tuple(Input(path.as_posix(), path.stat().st_size, sha256(path)) for path in paths)
 
 
