@@ -176,7 +176,9 @@ def run(data: Path, out: Path, settings: Settings) -> dict[str, Any]:
             write_texts(data, out / "texts")
             how = PrepareConfig(tokenizer="gpt1")
             prepare([out / "texts"], out / "corpus", config=how)
-            write_json(out / "overlap.json", overlaps(data, out / "corpus", list(settings.tasks)))
+        if not (out / "overlap.json").exists():
+            names = list(dict.fromkeys((*settings.tasks, *settings.asked)))
+            write_json(out / "overlap.json", overlaps(data, out / "corpus", names))
         pretrain(out / "corpus", out / "pretrained", settings)
         zero_shot([out / "pretrained"], out, tasks=settings.asked, data=data, observer=show)
     study = ablations(

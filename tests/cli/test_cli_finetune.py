@@ -105,6 +105,23 @@ def test_classify_answers_texts(tuned: Path, call: Call) -> None:
     assert sum(row["probabilities"].values()) == pytest.approx(1.0, abs=1e-6)
 
 
+def test_a_test_part_without_answers_is_predicted(home: Path, tmp_path: Path, call: Call) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.tsv").write_text((home / "train.tsv").read_text())
+    (data / "test.tsv").write_text("text\naa\nzz\n")
+    result = call(*command(home, tmp_path / "out", "--data", str(data)))
+    assert "validation accuracy" in result.out.splitlines()[-2]
+    rows = list(csv.DictReader((tmp_path / "out" / "predictions.tsv").open(), delimiter="\t"))
+    assert [row["target"] for row in rows] == ["", ""]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["test"] == {}
+
+
+def test_a_text_is_no_list_of_examples(tuned: Path) -> None:
+    with pytest.raises(TypeError, match="a list of examples, got a text"):
+        Classifier(tuned, device="cpu")("aa")
+
+
 def test_classify_says_what_it_cut(tuned: Path, call: Call) -> None:
     result = call("classify", tuned, "aa " * 9, "z", "--device", "cpu")
     assert result.code == 0

@@ -24,7 +24,7 @@ class Inline:
         return self
 
     def __exit__(self, *error: object) -> None:
-        pass
+        del self.worker
 
     def outcomes(self, chunks: Iterable[Chunk]) -> Iterator[list[Outcome]]:
         return ([self.worker.outcome(record) for record in chunk] for chunk in chunks)

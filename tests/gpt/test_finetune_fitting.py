@@ -272,6 +272,31 @@ def test_a_signal_stops_after_the_step_and_the_best_model_is_kept(at: int) -> No
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_a_signal_after_the_last_step_is_remembered() -> None:
+    def observer(record: dict[str, Any], done: float) -> None:
+        if done == 1.0 and "epoch" in record:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    fit = fit_of(SHORT, observer=observer)
+    assert fit.run() is False
+    assert fit.asked_to_stop
+
+
+def test_gradients_that_are_not_finite_end_the_run_before_it_is_judged() -> None:
+    fit = fit_of(dataclasses.replace(SHORT, epochs=1, batch_size=len(TRAINING)))  # one step
+    fit.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(DivergedError, match="gradient norm is"):
+        fit.run()
+    assert not fit.best
+
+
+@pytest.mark.parametrize("transfer", ["none", "0", "1"])
+def test_blocks_that_begin_at_random_are_not_frozen(transfer: str) -> None:
+    with pytest.raises(ValueError, match="all, where freeze_body is set, is wanted"):
+        FinetuneConfig(freeze_body=True, transfer=transfer)
+
+
 @pytest.mark.parametrize("log_interval", [1, 100])
 def test_a_loss_that_is_not_finite_ends_the_run(log_interval: int) -> None:
     config = dataclasses.replace(SHORT, log_interval=log_interval)

@@ -281,3 +281,13 @@ def test_bfloat16_rounds_but_computes_the_same(kind: str) -> None:
     finite = scores.isfinite()
     assert torch.equal(finite, narrow.isfinite())
     torch.testing.assert_close(narrow[finite], scores[finite], atol=0.1, rtol=0.1)
+
+
+def test_the_auxiliary_losses_product_is_narrow_where_asked_for() -> None:
+    """The widest product of a step: the hidden states are as they were, its logits are rounded."""
+    model = task_model("entailment")
+    batch = collate(encoded("entailment", 6), number=False)
+    _, hidden = model(batch)
+    wide, narrow = (model.lm_loss(hidden, batch, t) for t in (torch.float32, torch.bfloat16))
+    assert wide != narrow
+    assert narrow.item() == pytest.approx(wide.item(), rel=1e-2)
