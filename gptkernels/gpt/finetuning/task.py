@@ -3,7 +3,7 @@ a user's own is named by its path.
 
     transformation = "classification"     or entailment, similarity, choice (transformations.py)
     metrics = ["accuracy", "f1"]          the first one decides which checkpoint is the best
-    format = "tsv"                        or csv, jsonl, mctest (reading.py)
+    format = "tsv"                        or csv, jsonl, mctest (gpt/rows.py)
     texts = ["premise", "hypothesis"]     columns: names, or numbers that count from 0
     label = "label"                       a column, which the test part may lack; where the answer
                                           is a number, `range` bounds it
@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptkernels.gpt import task_files
 from gptkernels.gpt.finetuning import task_keys
+from gptkernels.gpt.rows import Column
 
 _OWN = Path(__file__).parent / "tasks"
 TRANSFORMATIONS = ("classification", "entailment", "similarity", "choice")
@@ -35,8 +35,6 @@ SPLITS = ("train", "validation", "test")
 CLASS_METRICS = ("accuracy", "f1", "matthews")
 SCORE_METRICS = ("pearson", "spearman")
 _TEXTS = {"classification": 1, "entailment": 2, "similarity": 2}
-
-Column = str | int
 
 
 @dataclass(frozen=True)
@@ -129,20 +127,7 @@ class Task:
 
         Raises FileNotFoundError where neither says, and where the folder does not exist.
         """
-        home = os.environ.get("GPTKERNELS_DATA")
-        if data is None and not home:
-            raise FileNotFoundError(
-                f"data: name the folder that holds {self.files['train']}, or set GPTKERNELS_DATA "
-                f"to one that holds {self.folder or 'it'}"
-            )
-        folder = Path(data) if data is not None else Path(home or "") / self.folder
-        if not folder.is_dir():
-            raise FileNotFoundError(f"data: {folder} is not a folder")
-        # The folder of all data, in place of the task's own, is an easy mistake.
-        inside, train = folder / self.folder, self.files["train"]
-        if self.folder and any(inside.glob(f"{train}*")) and not any(folder.glob(f"{train}*")):
-            raise FileNotFoundError(f"data: {folder} does not hold {train}, but {inside} does")
-        return folder
+        return task_files.data_folder(data, self.folder, self.files["train"])
 
     def _check_columns(self) -> None:
         wanted = _TEXTS.get(self.transformation)
@@ -169,7 +154,7 @@ def _is_count(text: str) -> bool:
 
 def names() -> tuple[str, ...]:
     """The tasks that come with the package."""
-    return tuple(sorted(path.stem for path in _OWN.glob("*.toml")))
+    return task_files.names(_OWN)
 
 
 def load_task(name: str | Path) -> Task:
@@ -178,21 +163,7 @@ def load_task(name: str | Path) -> Task:
     Raises ValueError for an unknown name and for a file that describes no task, FileNotFoundError
     for a path that is not there.
     """
-    path = Path(name)
-    if path.suffix != ".toml":
-        if str(name) not in names():
-            raise ValueError(
-                f"task must be one of {', '.join(names())}, or the path of a .toml file, "
-                f"got {str(name)!r}"
-            )
-        path = _OWN / f"{name}.toml"
-    if not path.is_file():
-        raise FileNotFoundError(f"task: {path} does not exist")
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"task: {path} is not TOML ({error})") from None
-    return task_of(path.stem, content)
+    return task_of(*task_files.read(_OWN, name))
 
 
 def task_of(name: str, content: Mapping[str, Any]) -> Task:
