@@ -20,10 +20,7 @@ engine is made (choices.py), so no table of measurements changes a text's bits i
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,11 +28,13 @@ from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count
 from gptkernels.gpt.generation.cache import CachingModel, SlotCache
+from gptkernels.gpt.generation.checks import check_logprob, check_request, usable_ids
 from gptkernels.gpt.generation.choices import choices_of, running
 from gptkernels.gpt.generation.draft import LOOKUP, Draft, Lookup, SmallerModel
 from gptkernels.gpt.generation.request import Event, Request
 from gptkernels.gpt.generation.sampling import Sampler
 from gptkernels.gpt.generation.text import TextStream
+from gptkernels.gpt.modes import evaluating
 from gptkernels.gpt.tokenizer import Tokenizer
 
 _MULTIPLE = 8
@@ -93,10 +92,7 @@ class Engine:
             raise ValueError(f"a draft takes slots=1, got {slots}")
         if check_count("slots", slots) > 1:
             slots = _MULTIPLE * -(-slots // _MULTIPLE)
-        known = model.config.vocab_size
-        self._ids = known if vocab_size is None else check_count("vocab_size", vocab_size)
-        if self._ids > known:
-            raise ValueError(f"vocab_size must be at most the model's {known}, got {vocab_size}")
+        self._ids = usable_ids(model, vocab_size)
         self._model = model
         self._modules = list(model.modules())
         self._choices = choices_of(model)
@@ -148,25 +144,10 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Let `request` wait for slots; returns its number.
 
-        Raises ValueError for a prompt that is empty, longer than block_size or not of the model's
-        ids, for an eos that is not an id, and for stop strings without a tokenizer; TypeError for
-        anything but a Request.
+        Raises TypeError and ValueError for what `check_request` refuses.
         """
-        if not isinstance(request, Request):
-            raise TypeError(f"request must be a Request, got a {type(request).__name__}")
         number = self._submitted
-        if not request.tokens:
-            raise ValueError(f"prompt {number} is empty; it must hold at least one token")
-        size = self._model.config.block_size
-        if len(request.tokens) > size:
-            raise ValueError(
-                f"prompt {number} must fit into block_size={size}, got {len(request.tokens)} tokens"
-            )
-        self._model.check_tokens(torch.tensor([list(request.tokens)]))
-        if request.eos is not None and not 0 <= request.eos < self._ids:
-            raise ValueError(f"eos must lie in 0...{self._ids - 1} or be None, got {request.eos}")
-        if request.stop and self._tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, got none")
+        check_request(f"prompt {number}", request, self._model, self._ids, self._tokenizer)
         if request.seed is None:
             request = replace(request, seed=int(torch.randint(2**63 - 1, ())))
         self._submitted += 1
@@ -183,7 +164,7 @@ class Engine:
         raises; the engine cannot be used after that.
         """
         device_type = self._cache.lengths.device.type
-        with _evaluating(self._modules), running(self._choices, device_type):
+        with evaluating(self._modules), running(self._choices, device_type):
             events = self._fill()
             if any(self._texts):
                 tokens, self._chosen = self._chosen, None
@@ -261,11 +242,7 @@ class Engine:
             if text is None:
                 continue
             token, logprob = int(tokens[slot]), logprobs[slot]
-            if not math.isfinite(logprob):
-                raise RuntimeError(
-                    f"the model's logits hold NaN or infinity behind {len(text.tokens)} tokens of "
-                    f"prompt {text.request}: its weights are broken, or too large for its dtype"
-                )
+            check_logprob(logprob, len(text.tokens), f"prompt {text.request}")
             event = _next_event(text, token, logprob)
             events.append(event)
             if event.finish_reason is not None:
@@ -307,16 +284,3 @@ def _next_event(text: _Text, token: int, logprob: float) -> Event:
     if text.stream is not None and text.stream.stopped:
         reason = "stop"
     return Event(text.request, text.sample, token, logprob, new, reason)
-
-
-@contextlib.contextmanager
-def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Run the modules in evaluation mode, then give each its own mode back."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
