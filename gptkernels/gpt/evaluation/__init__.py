@@ -1,0 +1,1 @@
+"""Zero-shot, few-shot and perplexity evaluation."""
