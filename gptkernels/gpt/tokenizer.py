@@ -62,7 +62,7 @@ class CharacterTokenizer:
     eos = None
 
     def __init__(self, characters: Sequence[str]) -> None:
-        self._characters = characters
+        self.characters = characters
         self._ids = {character: i for i, character in enumerate(characters)}
         self.vocab_size = len(characters)
 
@@ -79,7 +79,7 @@ class CharacterTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The characters of `ids`. ValueError for an unknown id."""
-        return "".join(self._characters[i] for i in _checked(ids, self.vocab_size))
+        return "".join(self.characters[i] for i in _checked(ids, self.vocab_size))
 
 
 class PackageTokenizer:
@@ -117,9 +117,13 @@ class PackageTokenizer:
         self._tokenizer.encode_special_tokens = True
 
     def save(self, path: Path) -> None:
-        """Write it as a tokenizer.json, which tokenizer_files.py and transformers read."""
+        """Write it as a tokenizer.json, which says nothing of `eos`: tokenizer_files.py does."""
         with replacing(path) as file:
             self._tokenizer.save(str(file))
+
+    def texts(self) -> dict[int, str]:
+        """The vocabulary's text of each id."""
+        return {i: text for text, i in self._tokenizer.get_vocab().items()}
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens included. ValueError for an unknown id."""
@@ -203,6 +207,20 @@ def load_tokenizer(name: str, *, literal: bool = False) -> Tokenizer:
     if literal:
         tokenizer.take_literally()
     return tokenizer
+
+
+def name_of(tokenizer: Tokenizer) -> str | None:
+    """The name that `load_tokenizer` finds it by; None where it has none."""
+    names = {ByteTokenizer: "bytes", GPT1Tokenizer: "gpt1", GPT2Tokenizer: "gpt2"}
+    return names.get(type(tokenizer))
+
+
+def holds(tokenizer: Tokenizer, other: Tokenizer) -> bool:
+    """Whether each id of `other` stands for the same text in `tokenizer`, which may have more."""
+    if isinstance(tokenizer, PackageTokenizer) and isinstance(other, PackageTokenizer):
+        return other.texts().items() <= tokenizer.texts().items()
+    # Neither plain bytes nor characters are spelled as the texts of a vocabulary are.
+    return isinstance(tokenizer, ByteTokenizer) and isinstance(other, ByteTokenizer)
 
 
 def tokenizers_package() -> Any:

@@ -2,22 +2,28 @@
 
     tokenizer.json               whatever the package `tokenizers` runs
     vocab.json and merges.txt    GPT-2's or GPT-1's kind, as a config of the folder says
+    characters.json              {"characters": [...]}, whose places are the ids; ours alone
     the name in config.json      which `GPT.save_pretrained` keeps
 
 tokenizer_config.json, special_tokens_map.json and added_tokens.json add what they add in
 transformers: special tokens, the one that ends a text, a first space. Where there is nothing to
 read, nothing is guessed: two vocabularies of one size need not be the same.
+
+Written: tokenizer.json, with a tokenizer_config.json that names the end of a text, or
+characters.json.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from gptkernels.core.files import check_no_pointer
+from gptkernels.core.files import check_no_pointer, replacing
 from gptkernels.gpt import weights
 from gptkernels.gpt.tokenizer import (
     END_OF_TEXT,
+    CharacterTokenizer,
     PackageTokenizer,
     Tokenizer,
     load_tokenizer,
@@ -27,6 +33,7 @@ from gptkernels.gpt.tokenizer import (
 )
 
 _WHOLE, _PAIRS = "tokenizer.json", ("vocab.json", "merges.txt")
+_CHARACTERS, _SETTINGS = "characters.json", "tokenizer_config.json"
 _FOREIGN = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 _BYTES = ("GPT2Tokenizer", "GPT2TokenizerFast", "gpt2")
 _WORDS = ("OpenAIGPTTokenizer", "OpenAIGPTTokenizerFast", "openai-gpt")
@@ -39,6 +46,14 @@ def read(folder: Path) -> Tokenizer | None:
     Raises ValueError, in one sentence, for one that is broken, incomplete or of another kind, and
     ImportError where its package is missing.
     """
+    tokenizer = read_files(folder)
+    if tokenizer is None and (name := weights.read_tokenizer(folder)) is not None:
+        return load_tokenizer(name)
+    return tokenizer
+
+
+def read_files(folder: Path) -> Tokenizer | None:
+    """As `read`, from the tokenizer's own files alone: what config.json names is not looked at."""
     if (folder / _WHOLE).is_file():
         return _read_whole(folder / _WHOLE)
     there = [name for name in _PAIRS if (folder / name).is_file()]
@@ -51,8 +66,40 @@ def read(folder: Path) -> Tokenizer | None:
             raise ValueError(
                 f"{folder / foreign} is of a kind that is not read here, {_WHOLE} is wanted"
             )
-    name = weights.read_tokenizer(folder)
-    return None if name is None else load_tokenizer(name)
+    path = folder / _CHARACTERS
+    return _read_characters(path) if path.is_file() else None
+
+
+def write(folder: Path, tokenizer: PackageTokenizer | CharacterTokenizer) -> None:
+    """Write a tokenizer into `folder`, as `read` reads it and, but for characters, transformers.
+
+    Each file is complete before it gets its name. Raises OSError where it cannot be written.
+    """
+    if isinstance(tokenizer, CharacterTokenizer):
+        _write_object(folder / _CHARACTERS, {"characters": list(tokenizer.characters)})
+        return
+    tokenizer.save(folder / _WHOLE)
+    # The generic class adds nothing to what tokenizer.json says.
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if tokenizer.eos is not None:
+        settings["eos_token"] = tokenizer.texts()[tokenizer.eos]
+    _write_object(folder / _SETTINGS, settings)
+
+
+def _write_object(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_characters(path: Path) -> CharacterTokenizer:
+    characters = weights.json_object(path).get("characters")
+    if not isinstance(characters, list) or not all(
+        isinstance(character, str) and len(character) == 1 for character in characters
+    ):
+        raise ValueError(f"{path} must hold a list of single characters, 'characters'")
+    if len(set(characters)) != len(characters):
+        raise ValueError(f"{path} must hold each of its characters once")
+    return CharacterTokenizer(characters)
 
 
 def _read_whole(path: Path) -> Tokenizer:
@@ -127,7 +174,7 @@ def _finished(tokenizer: Any, settings: dict[str, Any]) -> Tokenizer:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """What is said beside the tokenizer."""
-    names = ("special_tokens_map.json", "tokenizer_config.json")
+    names = ("special_tokens_map.json", _SETTINGS)
     there = [folder / name for name in names if (folder / name).is_file()]
     return {key: value for path in there for key, value in weights.json_object(path).items()}
 

@@ -61,7 +61,11 @@ def spaced() -> Tokenizer:
     return PackageTokenizer(tokenizer)
 
 
-@pytest.mark.parametrize("make", [bytes_, gpt2, gpt1, spaced])
+def characters() -> CharacterTokenizer:
+    return CharacterTokenizer(sorted(set("".join(TEXTS))))
+
+
+@pytest.mark.parametrize("make", [bytes_, gpt2, gpt1, spaced, characters])
 def test_a_folder_keeps_the_model_and_its_tokenizer(
     make: Callable[[], Tokenizer], tmp_path: Path
 ) -> None:
@@ -73,7 +77,7 @@ def test_a_folder_keeps_the_model_and_its_tokenizer(
     loaded, other = folder.load(tmp_path / "out")
     for text in TEXTS:
         assert other.encode(text) == tokenizer.encode(text)
-    assert other.vocab_size == tokenizer.vocab_size
+    assert (other.vocab_size, other.eos) == (tokenizer.vocab_size, tokenizer.eos)
     assert_same_bits(loaded.state_dict(), model.state_dict())
     assert not loaded.training
     assert loaded.body.config == dataclasses.replace(model.body.config, dropout=0.0)
@@ -96,12 +100,6 @@ def test_a_folder_is_replaced_by_a_better_one(kind: str, tmp_path: Path) -> None
     folder.save(model, ByteTokenizer(), tmp_path / "model")
     assert not (tmp_path / "model" / "old").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_vocabulary_of_characters_cannot_be_kept() -> None:
-    with pytest.raises(ValueError, match="tokenizer: a vocabulary of characters cannot be kept"):
-        folder.check_tokenizer(CharacterTokenizer("abc"))
-    folder.check_tokenizer(ByteTokenizer())
 
 
 def test_what_holds_no_fine_tuned_model_is_told(tmp_path: Path) -> None:

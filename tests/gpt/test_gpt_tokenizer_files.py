@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gptkernels.gpt import nanogpt, tokenizer_files
-from gptkernels.gpt.tokenizer import ByteTokenizer
+from gptkernels.gpt.tokenizer import ByteTokenizer, CharacterTokenizer, PackageTokenizer, holds
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
 
@@ -119,6 +119,67 @@ def test_a_folders_tokenizer_is_that_of_transformers(
     assert ours.eos == theirs.eos_token_id
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        pairs(**{"tokenizer_config.json": {"add_prefix_space": True, "eos_token": "he"}}),
+        pairs(**{"tokenizer_config.json": {"add_bos_token": True, "pad_token": "ll"}}),
+        {"tokenizer.json": whole(lowered), "tokenizer_config.json": {**GENERIC, "eos_token": "ll"}},
+        {"tokenizer.json": whole(undecoded), "tokenizer_config.json": GENERIC},
+    ],
+)
+def test_a_written_tokenizer_is_the_one_that_was_read(
+    tmp_path: Path, files: dict[str, Any]
+) -> None:
+    """By this package and by transformers, the end of a text included."""
+    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+    first = tokenizer_files.read(write(tmp_path / "first", files))
+    assert isinstance(first, PackageTokenizer)
+    second = write(tmp_path / "second", {})
+    tokenizer_files.write(second, first)
+    again = tokenizer_files.read(second)
+    theirs = transformers.AutoTokenizer.from_pretrained(second)
+    assert again is not None
+    assert first.eos is not None
+    for ids, eos in (
+        (again.encode(TEXT), again.eos),
+        (theirs(TEXT)["input_ids"], theirs.eos_token_id),
+    ):
+        assert (ids, eos) == (first.encode(TEXT), first.eos)
+    assert again.decode(first.encode(TEXT)) == first.decode(first.encode(TEXT))
+
+
+def test_written_characters_are_those_that_were_read(tmp_path: Path) -> None:
+    characters = ["\n", "a", "\u00e9", "\U0001f600", "\ud83d", "\ude00"]
+    tokenizer_files.write(tmp_path, CharacterTokenizer(characters))
+    read = tokenizer_files.read(tmp_path)
+    assert isinstance(read, CharacterTokenizer)
+    assert read.characters == characters
+    assert read.encode("a\U0001f600") == [1, 3]
+
+
+def test_a_vocabulary_holds_one_whose_ids_it_has_too(tmp_path: Path) -> None:
+    own, more, moved = (
+        tokenizer_files.read(write(tmp_path / name, {**pairs(), **files}))
+        for name, files in {
+            "own": {},
+            "more": {"added_tokens.json": {"[x]": 260}},
+            "moved": {"vocab.json": {**GPT2, "he": GPT2["ll"], "ll": GPT2["he"]}},
+        }.items()
+    )
+    assert own is not None
+    assert more is not None
+    assert moved is not None
+    assert holds(own, own)
+    assert holds(more, own)
+    assert not holds(own, more)
+    assert not holds(moved, own)
+    assert holds(ByteTokenizer(), ByteTokenizer())
+    characters = CharacterTokenizer([chr(i) for i in range(256)])
+    assert not holds(ByteTokenizer(), characters)
+    assert not holds(own, ByteTokenizer())
+
+
 def test_the_name_in_config_json_counts_where_no_file_does(tmp_path: Path) -> None:
     assert tokenizer_files.read(write(tmp_path, {})) is None
     named = {"config.json": {"model_type": "gpt2", "gptkernels_tokenizer": "bytes"}}
@@ -166,6 +227,9 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
         (pairs(**{"tokenizer_config.json": {"eos_token": 5}}), "must be a text, got 5"),
         (pairs(**{"tokenizer_config.json": {"add_prefix_space": "no"}}), "must be true or false"),
         (pairs(**{"tokenizer_config.json": "["}), r"tokenizer_config\.json is not a JSON file"),
+        ({"characters.json": {}}, r"characters\.json must hold a list of single characters"),
+        ({"characters.json": {"characters": ["ab"]}}, "a list of single characters, 'characters'"),
+        ({"characters.json": {"characters": ["a", "a"]}}, "must hold each of its characters once"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_read_is_one_sentence(

@@ -95,7 +95,6 @@ def finetune(
     task = task if isinstance(task, Task) else load_task(task)
     data_folder = task.data_folder(data)
     pretrained, vocabulary = load(Path(model), tokenizer)
-    folder.check_tokenizer(vocabulary)
     parts = parts_for(task, data_folder, vocabulary, pretrained.config).drawn(config)
     network = new_model(task, pretrained, parts, config)
     with alone_in("out", out):

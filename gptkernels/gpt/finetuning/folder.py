@@ -3,7 +3,8 @@
 config.json, model.safetensors   the body, as `GPT.save_pretrained` writes it
 head.safetensors                 weight (outputs, C) and bias (outputs,), fp32
 task.json                        the task, and the scale of its numbers
-tokenizer.json                   the tokenizer; plain bytes are named in config.json
+tokenizer.json                   the tokenizer, and the end of a text in tokenizer_config.json;
+                                 or characters.json; plain bytes are named in config.json
 """
 
 from __future__ import annotations
@@ -22,18 +23,15 @@ from gptkernels.gpt.finetuning.task import as_dict, task_of
 from gptkernels.gpt.finetuning.task_model import TaskModel
 from gptkernels.gpt.finetuning.transformations import NEW_TOKENS
 from gptkernels.gpt.model import GPT
-from gptkernels.gpt.tokenizer import ByteTokenizer, PackageTokenizer, Tokenizer
+from gptkernels.gpt.tokenizer import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    PackageTokenizer,
+    Tokenizer,
+)
 
 FORMAT, VERSION = "gptkernels-task", 1
 _HEAD, _TASK = "head.safetensors", "task.json"
-
-
-def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raise ValueError for a tokenizer that `save` cannot keep."""
-    if not isinstance(tokenizer, PackageTokenizer | ByteTokenizer):
-        raise ValueError(
-            "tokenizer: a vocabulary of characters cannot be kept beside a fine-tuned model"
-        )
 
 
 def save(model: TaskModel, tokenizer: Tokenizer, folder: Path) -> None:
@@ -46,8 +44,8 @@ def save(model: TaskModel, tokenizer: Tokenizer, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     plain = isinstance(tokenizer, ByteTokenizer)
     model.body.save_pretrained(aside, tokenizer="bytes" if plain else None)
-    if isinstance(tokenizer, PackageTokenizer):
-        tokenizer.save(aside / "tokenizer.json")
+    if isinstance(tokenizer, PackageTokenizer | CharacterTokenizer):
+        tokenizer_files.write(aside, tokenizer)
     head = {name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()}
     with replacing(aside / _HEAD) as file:
         package.torch.save_file(head, file)
@@ -87,7 +85,7 @@ def load(folder: str | Path) -> tuple[TaskModel, Tokenizer]:
     body = GPT.from_pretrained(folder, dropout=0.0)
     tokenizer = tokenizer_files.read(folder)
     if tokenizer is None:
-        raise FileNotFoundError(f"folder: {folder} has no tokenizer.json")
+        raise FileNotFoundError(f"folder: {folder} has no tokenizer.json or characters.json")
     if tokenizer.vocab_size > body.config.vocab_size - NEW_TOKENS:
         raise ValueError(
             f"folder: the tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model "
