@@ -173,10 +173,11 @@ class Scorer:
                 raise ValueError(f"a question's ids must lie in 0...{self._ids - 1}, got {token}")
         return question
 
-    def _rows(self, questions: Sequence[Question]) -> list[tuple[Likelihood]]:
+    def _rows(self, questions: Sequence[Question]) -> Iterator[tuple[Likelihood]]:
         """Of questions with one candidate each; rows of like length share a batch."""
         order = sorted(range(len(questions)), key=lambda i: -questions[i].length)
         found: dict[int, tuple[Likelihood]] = {}
+        returned = 0
         for first in range(0, len(order), self._batch_size):
             numbers = order[first : first + self._batch_size]
             batch = [questions[i] for i in numbers]
@@ -190,7 +191,9 @@ class Scorer:
             self.counts.prefix_tokens += sum(len(question.given) for question in batch)
             self.counts.candidate_tokens += sum(map(len, candidates))
             found.update(zip(numbers, zip(likelihoods), strict=True))
-        return [found[i] for i in range(len(questions))]
+            while returned in found:
+                yield found.pop(returned)
+                returned += 1
 
     def _prefix(self, tokens: tuple[int, ...]) -> _Prefix:
         with self._running():
