@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,16 +15,33 @@ from gptkernels.cli.options import PATH
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from gptkernels.gpt.training.train import TrainResult
+
+RESHAPED = frozenset({"dropout", "block_size"})
+"""The fields of a model's shape that a model to go on from may change."""
+
 
 @click.command("train")
 @click.argument("files", type=PATH, nargs=-1)
 @click.option("--out", type=PATH, required=True, help="Folder to write.")
 @click.option("--config", "shape", help="Start from a published model's shape, such as gpt2.")
+@click.option(
+    "--init",
+    type=PATH,
+    help="Go on from a trained model: a Hugging Face GPT-2 or OpenAI-GPT folder, a folder that "
+    "`train` wrote, its checkpoint.pt, or a nanoGPT checkpoint.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 @fields_of(GPTConfig, default={"vocab_size": "the tokenizer's"})
 @fields_of(TrainConfig)
 def command(
-    files: tuple[Path, ...], out: Path, shape: str | None, resume: bool, **options: Any
+    files: tuple[Path, ...],
+    out: Path,
+    shape: str | None,
+    init: Path | None,
+    resume: bool,
+    **options: Any,
 ) -> None:
     """Train a GPT on FILES, text, token shards (.bin) or folders that `prepare` wrote, and write a
     folder: log.jsonl, checkpoint.pt, loss.png and model/, which `generate` and Hugging Face's
@@ -39,20 +57,58 @@ def command(
     names = {field.name for field in dataclasses.fields(GPTConfig)}
     sizes = {name: value for name, value in given.items() if name in names}
     training = {name: value for name, value in given.items() if name not in names}
-    with ProgressBar(plain_console()) as bar:
-        if resume:
-            if sizes or shape:
-                fixed = ", ".join(sizes) or "config"
-                raise ValueError(f"{fixed}: a resumed run keeps its model's shape, leave it out")
+    if resume:
+        if sizes or shape or init:
+            fixed = ", ".join(sizes) or ("config" if shape else "init")
+            raise ValueError(f"{fixed}: a resumed run keeps its model, leave it out")
+        with ProgressBar(plain_console()) as bar:
             result = train.resume(out, files=files or None, observer=bar, **training)
-        else:
-            if not files:
-                raise ValueError("files: name at least one text file or token shard to train on")
-            config = prepared.settled(files, TrainConfig(**training))
-            sizes.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)
-            published = GPTConfig.named(shape) if shape else GPTConfig()
-            model = dataclasses.replace(published, **sizes)
-            result = train.train(files, out, model=model, config=config, observer=bar)
+        report(result, out)
+        return
+    if not files:
+        raise ValueError("files: name at least one text file or token shard to train on")
+    if init:
+        fixed = ", ".join(sorted({*sizes} - RESHAPED)) or ("config" if shape else "")
+        if fixed:
+            raise ValueError(f"{fixed}: a model to go on from keeps its shape, leave it out")
+        go_on(files, out, init, sizes, training)
+        return
+    config = prepared.settled(files, TrainConfig(**training))
+    sizes.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)
+    published = GPTConfig.named(shape) if shape else GPTConfig()
+    model = dataclasses.replace(published, **sizes)
+    with ProgressBar(plain_console()) as bar:
+        result = train.train(files, out, model=model, config=config, observer=bar)
+    report(result, out)
+
+
+def go_on(
+    files: Sequence[Path],
+    out: Path,
+    init: Path,
+    sizes: dict[str, Any],
+    training: dict[str, Any],
+) -> None:
+    """Go on training the model at `init`, and print what comes of it. `sizes`: those of RESHAPED
+    that were given; `training`: fields of TrainConfig."""
+    from gptkernels.gpt.training import train
+    from gptkernels.gpt.training.pretrained import Pretrained
+    from gptkernels.gpt.training.progress import ProgressBar
+
+    begun = Pretrained.load(init, training.get("tokenizer", "auto"), **sizes)
+    config = begun.settled(TrainConfig(**training))
+    if "learning_rate" not in training:
+        click.echo(
+            f"the learning rate rises to {config.rates[0]:.2g}, a tenth of what GPT-3's paper "
+            "trains a model of this size with"
+        )
+    with ProgressBar(plain_console()) as bar:
+        result = train.train(files, out, init=begun, config=config, observer=bar)
+    report(result, out)
+
+
+def report(result: TrainResult, out: Path) -> None:
+    """Print the last line of a run."""
     if result.stopped:
         click.echo(f"stopped; go on with: gptkernels train --resume --out {out}")
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from gptkernels.gpt import nanogpt, tokenizer_files
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import Tokenizer, load_tokenizer
-from gptkernels.gpt.training import checkpoint
+from gptkernels.gpt.training import checkpoint, vocabulary
 from gptkernels.gpt.training.config import TrainConfig
 
 # The tokenizer of most models of this size: a hint. Others may have as many ids.
@@ -24,6 +24,14 @@ def load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
     """
     model, own = load_network(path, "model")
     tokenizer = load_tokenizer(name) if name else own()
+    return model, fitting(path, model, tokenizer, name)
+
+
+def fitting(path: Path, model: GPT, tokenizer: Tokenizer | None, name: str | None) -> Tokenizer:
+    """`tokenizer`, which is called `name` or is that of the model at `path`.
+
+    Raises ValueError where it is unknown, None, or has more tokens than the model has.
+    """
     if tokenizer is None:
         likely = _LIKELY.get(model.config.vocab_size)
         raise ValueError(
@@ -35,7 +43,7 @@ def load(path: Path, name: str | None) -> tuple[GPT, Tokenizer]:
             f"tokenizer: {name or 'that of the model'} has {tokenizer.vocab_size} tokens, more "
             f"than the model's {model.config.vocab_size}"
         )
-    return model, tokenizer
+    return tokenizer
 
 
 def load_network(path: Path, called: str) -> tuple[GPT, Callable[[], Tokenizer | None]]:
@@ -57,4 +65,4 @@ def load_network(path: Path, called: str) -> tuple[GPT, Callable[[], Tokenizer |
         return GPT.from_pretrained(path, dropout=0.0), lambda: nanogpt.read_tokenizer(path)
     content = checkpoint.load(path)
     kept = checkpoint.config(path, content, "train_config", TrainConfig).tokenizer
-    return checkpoint.model(path, content), lambda: load_tokenizer(kept) if kept else None
+    return checkpoint.model(path, content), lambda: vocabulary.kept(kept, path.parent)

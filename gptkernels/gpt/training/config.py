@@ -12,6 +12,7 @@ from gptkernels.gpt.precision import DTYPES
 # The steps already made depend on these settings: a resumed run cannot change them.
 DECIDED = ("seed", "tokenizer", "token_dtype", "validation_fraction")
 _TOKEN_DTYPES = ("auto", "uint16", "uint32")
+_LEARNING_RATE = 1e-3  # of a new model
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,14 @@ class TrainConfig:
     )
     batch_size: int = option(16, "windows of text in a micro-batch", least=1)
     accumulation: int = option(1, "micro-batches whose gradients make one step", least=1)
-    learning_rate: float = option(1e-3, "the highest learning rate, reached after the warm-up")
-    min_learning_rate: float = option(1e-4, "the learning rate at the end of the cosine", least=0)
+    learning_rate: float | None = option(
+        None,
+        "the highest learning rate, reached after the warm-up; default: 0.001, or for a model that "
+        "was trained before (init) a tenth of what GPT-3's paper trains one of its size with",
+    )
+    min_learning_rate: float | None = option(
+        None, "the learning rate at the end of the cosine; default: a tenth of the highest", least=0
+    )
     warmup_steps: int = option(100, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.1, "AdamW's decay, of matrices only", least=0)
     beta1: float = option(0.9, "AdamW's decay of the mean gradient")
@@ -40,8 +47,8 @@ class TrainConfig:
     )
     tokenizer: str = option(
         "auto",
-        "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words; auto: what the shards' manifest "
-        "says, else bytes",
+        "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words; auto: that of the model to go on "
+        "from (init), what the shards' manifest says, else bytes",
     )
     token_dtype: str = option(
         "auto",
@@ -71,13 +78,10 @@ class TrainConfig:
         check_options(self)
         check_option(self, "seed", self.seed < 2**63, "less than 2**63")
         check_option(self, "minutes", self.minutes is None or self.minutes > 0, "more than 0")
-        check_option(self, "learning_rate", self.learning_rate > 0, "more than 0")
-        check_option(
-            self,
-            "min_learning_rate",
-            self.min_learning_rate <= self.learning_rate,
-            f"at most learning_rate={self.learning_rate}",
-        )
+        highest, lowest = self.rates
+        check_option(self, "learning_rate", highest > 0, "more than 0")
+        right = lowest <= highest
+        check_option(self, "min_learning_rate", right, f"at most learning_rate={highest}")
         for name in ("beta1", "beta2", "ema"):
             check_option(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         check_option(
@@ -87,17 +91,25 @@ class TrainConfig:
         check_option(self, "recompute", self.recompute in RECOMPUTE, one_of(RECOMPUTE))
         check_option(self, "token_dtype", self.token_dtype in _TOKEN_DTYPES, one_of(_TOKEN_DTYPES))
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The highest learning rate, and that at the end of the cosine."""
+        highest = _LEARNING_RATE if self.learning_rate is None else self.learning_rate
+        lowest = highest / 10 if self.min_learning_rate is None else self.min_learning_rate
+        return highest, lowest
+
 
 def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
-    """Linear warm-up to `learning_rate`, then half a cosine down to `min_learning_rate`.
+    """Linear warm-up to the highest rate, then half a cosine down to the lowest (`rates`).
 
     `step` counts from 0. With `minutes`, the cosine ends when the time is up, if that is sooner
     (`seconds` is the time the run has taken so far).
     """
+    highest, lowest = config.rates
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return highest * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     if config.minutes is not None:
         done = max(done, seconds / (60 * config.minutes))
     fall = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    return config.min_learning_rate + fall * (config.learning_rate - config.min_learning_rate)
+    return lowest + fall * (highest - lowest)

@@ -38,7 +38,7 @@ def read(
 
     Raises ValueError for a mixture, and what `prepared.checked`, `read_text` and `Shards` raise.
     """
-    files = prepared.checked(files, tokenizer.vocab_size)
+    files = prepared.checked(files, tokenizer)
     shards = [file.suffix == ".bin" for file in files]
     if files and all(shards):
         opened = Shards(files, token_dtype, vocab_size)

@@ -50,7 +50,7 @@ class Learner:
         self.average = Average(self.model, config.ema) if config.ema else None
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
-            lr=config.learning_rate,
+            lr=config.rates[0],
             betas=(config.beta1, config.beta2),
             fused=True,
         )

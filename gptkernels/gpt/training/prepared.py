@@ -16,7 +16,9 @@ from typing import Any
 from gptkernels.gpt.corpus import manifest as manifests
 from gptkernels.gpt.corpus import state
 from gptkernels.gpt.corpus.manifest import Manifest, Shard
+from gptkernels.gpt.tokenizer import Tokenizer, holds, load_tokenizer, name_of
 from gptkernels.gpt.training.config import TrainConfig
+from gptkernels.gpt.training.vocabulary import OWN
 
 # Where neither a manifest nor the user says.
 _ELSE = {"tokenizer": "bytes", "token_dtype": "uint16"}
@@ -24,7 +26,7 @@ _ELSE = {"tokenizer": "bytes", "token_dtype": "uint16"}
 
 def settled(files: Sequence[str | Path], config: TrainConfig) -> TrainConfig:
     """`config` with the tokenizer and token_dtype of the manifests in place of "auto"; where there
-    is none, "bytes" and "uint16".
+    is none, "bytes" and "uint16". A tokenizer of the model's own stays (`checked` compares it).
 
     Raises ValueError where a manifest contradicts it, or is broken or of another version, and for a
     shard that the manifest beside it does not name.
@@ -35,32 +37,39 @@ def settled(files: Sequence[str | Path], config: TrainConfig) -> TrainConfig:
             continue
         for name, asked in settings.items():
             said = getattr(part.manifest, name)
-            if asked not in ("auto", said):
+            if asked not in ("auto", OWN, said):
                 raise ValueError(f"{name} is {asked!r}, but {part.path} says {said!r}")
-            settings[name] = said
+            settings[name] = OWN if asked == OWN else said
     for name, value in _ELSE.items():
         if settings[name] == "auto":
             settings[name] = value
     return dataclasses.replace(config, **settings)
 
 
-def checked(files: Sequence[str | Path], vocab_size: int) -> list[Path]:
+def checked(files: Sequence[str | Path], tokenizer: Tokenizer) -> list[Path]:
     """`files`, with the shards of each folder in its place. Every byte of them is read: 1 or 2 GB
     take a second.
 
-    vocab_size: the tokenizer's. Raises as `settled` does, and FileNotFoundError or ValueError for a
-    shard that is missing, has another size or another sha256 than its manifest says, and for a
-    manifest of another vocab_size.
+    tokenizer: the run's. Raises as `settled` does, and FileNotFoundError or ValueError for a shard
+    that is missing, has another size or another sha256 than its manifest says, for a manifest of
+    another vocab_size, and for ids that mean something else to the tokenizer.
     """
     paths = []
     for part in _parts(files):
         if isinstance(part, Path):
             paths.append(part)
             continue
-        if part.manifest.vocab_size != vocab_size:
+        name, count = part.manifest.tokenizer, part.manifest.vocab_size
+        made_by = tokenizer if name_of(tokenizer) == name else load_tokenizer(name)
+        if count != made_by.vocab_size:
             raise ValueError(
-                f"files: {part.path} says vocab_size={part.manifest.vocab_size}, but the tokenizer "
-                f"{part.manifest.tokenizer!r} has {vocab_size} tokens"
+                f"files: {part.path} says vocab_size={count}, but the tokenizer {name!r} has "
+                f"{made_by.vocab_size} tokens"
+            )
+        if not holds(tokenizer, made_by):
+            raise ValueError(
+                f"files: {part.path} says the tokenizer {name!r}, whose ids are not those of the "
+                "model's own tokenizer"
             )
         manifests.check(part.path.parent, part.shards, part.manifest.token_dtype)
         paths += [part.path.parent / shard.name for shard in part.shards]

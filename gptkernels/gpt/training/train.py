@@ -5,6 +5,7 @@ curve out. learner.py makes the steps.
            checkpoint.pt   replaced atomically; `resume(out)` goes on from it
            loss.png        the curve
            model/          the trained weights, as `GPT.save_pretrained` writes them
+           tokenizer.json  or characters.json, where the tokenizer has no name (vocabulary.py)
            model-ema/      with `ema`: their average
            snapshots/      with `snapshot_interval`: the weights along the way, a folder a step
            tensorboard/    with `tensorboard`: the log for it
@@ -45,12 +46,13 @@ from gptkernels.core.lock import alone_in
 from gptkernels.core.tuned import Table
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
-from gptkernels.gpt.tokenizer import load_tokenizer
-from gptkernels.gpt.training import checkpoint, data, prepared
+from gptkernels.gpt.tokenizer import Tokenizer, load_tokenizer, name_of
+from gptkernels.gpt.training import checkpoint, data, prepared, vocabulary
 from gptkernels.gpt.training.config import DECIDED, TrainConfig, learning_rate
 from gptkernels.gpt.training.curve import draw_losses
 from gptkernels.gpt.training.learner import Learner
 from gptkernels.gpt.training.log import Log
+from gptkernels.gpt.training.pretrained import Pretrained
 from gptkernels.gpt.training.stopping import Stopping
 from gptkernels.gpt.training.throughput import Speed, flops_per_token
 from gptkernels.gpt.weights import safetensors_package
@@ -80,26 +82,43 @@ def train(
     files: Sequence[str | Path],
     out: str | Path,
     *,
-    model: GPTConfig,
+    model: GPTConfig | None = None,
+    init: str | Path | Pretrained | None = None,
     config: TrainConfig | None = None,
     observer: Observer | None = None,
 ) -> TrainResult:
-    """Train a new GPT on `files`, text, token shards (.bin) or folders that `prepare` wrote, and
-    write the folder `out`.
+    """Train a GPT on `files`, text, token shards (.bin) or folders that `prepare` wrote, and write
+    the folder `out`.
 
-    Raises FileNotFoundError or ValueError for files that cannot be trained on, ValueError when
-    `out` already holds a checkpoint or is in use by another run, or when `model` does not fit the
-    tokenizer (its vocab_size may be larger: a padded table), ImportError when matplotlib,
+    model: the shape of a new GPT. init: in place of it, one to go on from, with its tokenizer and
+    without its optimiser: a path as `Pretrained.load` takes it, or what that returned.
+
+    Raises FileNotFoundError or ValueError for files that cannot be trained on and for an `init`
+    that cannot be gone on from, ValueError when `out` already holds a checkpoint or is in use by
+    another run, or when `model` does not fit the tokenizer (its vocab_size may be larger: a padded
+    table), for both of `model` and `init` or neither, ImportError when matplotlib,
     safetensors, the tokenizer's package or tensorboard is missing and needed, DivergedError when
     the loss is no longer finite (the last checkpoint stays), RuntimeError when `config.impl` cannot
     run on the device, OSError when `out` is a file or cannot be written (the last checkpoint
     stays).
     """
-    config = prepared.settled(files, config or TrainConfig())
-    out = Path(out)
+    config, out = config or TrainConfig(), Path(out)
     _check_new(out)
-    torch.manual_seed(config.seed)
-    run = _Run([str(Path(file).resolve()) for file in files], out, model, config, observer)
+    texts = [str(Path(file).resolve()) for file in files]
+    if init is None and model is not None:
+        config = prepared.settled(texts, config)
+        torch.manual_seed(config.seed)
+        run = _Run(texts, out, model, load_tokenizer(config.tokenizer), config, observer)
+    elif model is None and init is not None:
+        begun = init
+        if not isinstance(begun, Pretrained):
+            begun = Pretrained.load(begun, config.tokenizer)
+        config = prepared.settled(texts, begun.settled(config))
+        torch.manual_seed(config.seed)
+        network = begun.model
+        run = _Run(texts, out, network.config, begun.tokenizer, config, observer, network)
+    else:
+        raise ValueError("model, init: exactly one of the two is wanted")
     with alone_in("out", out):
         _check_new(out)
         return run.finish()
@@ -148,7 +167,8 @@ def _resumed(
     texts = content["files"] if files is None else [str(Path(file).resolve()) for file in files]
     config = prepared.settled(texts, config)
     model = checkpoint.model(path, content)
-    run = _Run(texts, out, model.config, config, observer, model)
+    tokenizer = vocabulary.kept(config.tokenizer, out)
+    run = _Run(texts, out, model.config, tokenizer, config, observer, model)
     run.restore(content)
     return run.finish()
 
@@ -167,6 +187,7 @@ class _Run:
         files: list[str],
         out: Path,
         model_config: GPTConfig,
+        tokenizer: Tokenizer,
         config: TrainConfig,
         observer: Observer | None,
         model: GPT | None = None,
@@ -176,10 +197,9 @@ class _Run:
         safetensors_package()
         self.log = Log(out, config.tensorboard)
         self.files, self.out, self.config, self.observer = files, out, config, observer
-        self.model_config = model_config
+        self.model_config, self.tokenizer = model_config, tokenizer
         self.device = choose_device(config.device)
 
-        self.tokenizer = load_tokenizer(config.tokenizer)
         if model_config.vocab_size < self.tokenizer.vocab_size:
             raise ValueError(
                 f"vocab_size is {model_config.vocab_size}, but the tokenizer {config.tokenizer!r} "
@@ -337,10 +357,13 @@ class _Run:
         return losses
 
     def _prompt(self) -> list[int]:
-        """The tokens that samples continue."""
+        """The tokens that samples continue; none where no sample is taken, since a vocabulary of
+        characters may lack those of the default."""
+        if not self.config.sample_interval:
+            return []
         ids = self.tokenizer.encode(self.config.sample_prompt)
         kept = ids[-self.model_config.block_size :]
-        if self.config.sample_interval and not kept:
+        if not kept:
             raise ValueError(
                 f"sample_prompt is {self.config.sample_prompt!r}, which the tokenizer "
                 f"{self.config.tokenizer!r} turns into no token; at least one is wanted"
@@ -384,6 +407,7 @@ class _Run:
 
     def _save(self) -> None:
         make_folder("out", self.out)  # somebody may have cleaned it away meanwhile
+        vocabulary.keep(self.tokenizer, self.out)
         checkpoint.save(
             self.out / "checkpoint.pt",
             {
@@ -402,7 +426,8 @@ class _Run:
         )
 
     def _save_model(self, name: str) -> None:
-        self.model.save_pretrained(self.out / name, tokenizer=self.config.tokenizer)
+        self.model.save_pretrained(self.out / name, tokenizer=name_of(self.tokenizer))
+        vocabulary.keep(self.tokenizer, self.out / name)
 
     def _check_finite(self, record: dict[str, Any]) -> None:
         names = ("loss", "gradient_norm", "validation_loss")

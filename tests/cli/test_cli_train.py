@@ -1,0 +1,104 @@
+"""The command `train` beyond a first run: what it goes on from, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("click")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
+
+from test_cli import BATCHES, SMALL, assert_refused
+
+from gptkernels import GPT, GPTConfig
+from gptkernels.gpt import tokenizer_files
+from gptkernels.gpt.tokenizer import CharacterTokenizer
+
+SENTENCE = "the quick brown fox jumps over the lazy dog. "
+SHORT = (*BATCHES, "--steps", "2", "--warmup-steps", "1")
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take longer than these runs."""
+    monkeypatch.setattr("gptkernels.gpt.training.train.draw_losses", lambda records, path: None)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(SENTENCE * 40)
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model of characters, whose tokenizer has no name."""
+    characters = sorted(set(SENTENCE))
+    torch.manual_seed(0)
+    shape = GPTConfig(len(characters), 16, n_layer=1, n_head=2, n_embd=16)
+    GPT(shape).save_pretrained(tmp_path / "model")
+    tokenizer_files.write(tmp_path / "model", CharacterTokenizer(characters))
+    return tmp_path / "model"
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_goes_on_from_a_model(call: Any, text: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = call("train", text, "--init", model, "--out", out, *SHORT)
+    assert result.code == 0, result.err
+    first = result.out.splitlines()[0]
+    assert first.startswith("the learning rate rises to 6e-05, a tenth of what GPT-3's paper")
+    shutil.rmtree(model)
+    result = call("train", "--resume", "--out", out, "--steps", "3", "--log-interval", "1")
+    assert result.code == 0, result.err
+    for source in (out, out / "model"):
+        result = call("generate", source, "--prompt", "the", "--max-new-tokens", "4")
+        assert result.code == 0, result.err
+        assert set(result.out.strip()) <= set(SENTENCE)
+
+
+def test_a_rate_that_was_given_is_not_announced(
+    call: Any, text: Path, model: Path, tmp_path: Path
+) -> None:
+    given = ("--learning-rate", "3e-4", "--dropout", "0.5", "--block-size", "8")
+    out = tmp_path / "run"
+    result = call("train", text, "--init", model, "--out", out, *SHORT, *given)
+    assert result.code == 0, result.err
+    assert "learning rate" not in result.out
+    last = records(out)[-1]
+    assert last["learning_rate"] == pytest.approx(3e-4)
+    assert last["tokens"] == 2 * 2 * 8
+    saved = GPT.from_pretrained(out / "model").config
+    assert (saved.dropout, saved.block_size) == (0.5, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--config", "gpt2"], "config: a model to go on from keeps its shape"),
+        (["--n-layer", "2"], "n_layer: a model to go on from keeps its shape"),
+        (["--vocab-size", "300"], "vocab_size: a model to go on from keeps its shape"),
+        (["--block-size", "17"], "block_size is 17, but the model to go on from has 16"),
+        (["--tokenizer", "bytes"], "tokenizer is 'bytes', but"),
+        (["--resume"], "init: a resumed run keeps its model"),
+        (["--init", "nothing"], "init: nothing does not exist"),
+    ],
+)
+def test_what_does_not_go_with_a_model_is_refused(
+    call: Any, text: Path, model: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
+    out = tmp_path / "run"
+    assert_refused(call("train", text, "--init", model, "--out", out, *SHORT, *options), words)
+    assert not out.exists()
+    assert_refused(call("train", "--init", model, "--out", out, *SHORT), "files: name at least one")
+    assert_refused(call("train", text, "--out", text, *SMALL), "out must be a folder")
