@@ -116,3 +116,32 @@ def test_the_cache_has_the_dtype_that_attention_computes_in() -> None:
         assert cache._buffers[0][0].dtype == torch.bfloat16
         model(torch.zeros(1, 2).long(), cache=cache, slot=0)
         assert model(torch.zeros(2, 1).long(), cache=cache)[0].isfinite().all()
+
+
+def test_slots_change_places() -> None:
+    """Those that are read and written at once; what they have in common stays."""
+    cache = SlotCache(random_model(), 4, 9)
+    for k, v in cache._buffers:
+        for buffer in (k, v):
+            buffer[:] = torch.randn(buffer.shape[1:])
+            buffer[:, 3:] = torch.randn(buffer[:, 3:].shape)
+    before = copy.deepcopy(cache._buffers)
+    cache.reorder([1, 0, 1], 3, 7)
+    assert cache.lengths.tolist() == [7, 7, 7, 7]
+    for ours, theirs in zip(cache._buffers, before, strict=True):
+        for now, then in zip(ours, theirs, strict=True):
+            assert torch.equal(now[:3, :7], then[[1, 0, 1], :7])
+            assert torch.equal(now[:, :3], then[:, :3])
+
+
+@torch.no_grad()
+def test_a_slot_without_a_source_is_one_later() -> None:
+    model, cache = random_model(), SlotCache(random_model(), 3, 16)
+    text = torch.randint(37, (1, 7))
+    for slot in range(3):
+        model(text[:, :5], cache=cache, slot=slot)
+    cache.reorder([0], 5, 5)
+    model(text[:, 5:6].expand(3, 1), cache=cache)
+    cache.reorder([0, 0, 0], 5, 6)
+    logits = model(text[:, 6:].expand(3, 1), cache=cache)
+    torch.testing.assert_close(logits[:, -1], model(text)[:, -1].expand(3, -1))

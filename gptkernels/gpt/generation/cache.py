@@ -9,7 +9,8 @@ so shapes never change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -89,6 +90,18 @@ class SlotCache:
         for ours, theirs in zip(self._buffers, source._buffers, strict=True):
             for mine, other in zip(ours, theirs, strict=True):
                 mine[slot, :tokens] = other[source_slot, :tokens]
+
+    def reorder(self, sources: Sequence[int], start: int, end: int) -> None:
+        """Let slot i hold the `end` tokens that slot sources[i] holds. All slots have the first
+        `start` of them in common, and keep these where there is no source for them, too."""
+        # An empty slot would be continued at its first token.
+        self.lengths[:] = end
+        moved = [(slot, source) for slot, source in enumerate(sources) if slot != source]
+        if moved:
+            slots, read = (list(column) for column in zip(*moved, strict=True))
+            for buffer in itertools.chain(*self._buffers):
+                # Indexing copies all that is read before anything is written.
+                buffer[slots, start:end] = buffer[read, start:end]
 
     def cut(self, slot: int, tokens: int) -> None:
         """Let `slot` hold its first `tokens` tokens alone."""

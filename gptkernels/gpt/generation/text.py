@@ -7,6 +7,7 @@ are given out, joined together, are what decoding all tokens at once gives.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from gptkernels.gpt.tokenizer import Tokenizer
@@ -38,6 +39,12 @@ class TextStream:
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
+
+    def fork(self) -> TextStream:
+        """A second stream that goes on from here by itself."""
+        twin = copy.copy(self)
+        twin._window = self._window.copy()
+        return twin
 
     def push(self, token: int) -> str:
         """The text that `token` makes certain."""
