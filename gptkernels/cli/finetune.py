@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,25 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
+from gptkernels.cli.train import go_on
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.task import names
+from gptkernels.gpt.training.config import TrainConfig
 
 
 @click.command("finetune")
 @click.argument("model", type=PATH)
 @click.option(
     "--task",
-    required=True,
     help=f"{', '.join(names())}, or a .toml file that describes one.",
+)
+@click.option(
+    "--lm",
+    "texts",
+    type=PATH,
+    multiple=True,
+    help="In place of a task: text, token shards (.bin) or a folder that `prepare` wrote, to go on "
+    "training the language model on; may be repeated. The defaults are then those of `train`.",
 )
 @click.option(
     "--data",
@@ -37,10 +47,17 @@ from gptkernels.gpt.finetuning.task import names
 )
 @fields_of(FinetuneConfig)
 def command(
-    model: Path, task: str, data: Path | None, out: Path, tokenizer: str | None, **options: Any
+    model: Path,
+    task: str | None,
+    texts: tuple[Path, ...],
+    data: Path | None,
+    out: Path,
+    tokenizer: str | None,
+    **options: Any,
 ) -> None:
     """Fine-tune MODEL on a task, as GPT-1's paper does, and write a folder: log.jsonl, model/,
-    predictions.tsv and results.json.
+    predictions.tsv and results.json. Or, with --lm, on a text, as `train --init` does, and write
+    the folder that `train` writes.
 
     MODEL is a Hugging Face GPT-2 or OpenAI-GPT folder, a folder that `train` wrote, its
     checkpoint.pt, or a nanoGPT checkpoint. The defaults are the paper's; a small model learns
@@ -49,6 +66,12 @@ def command(
     from gptkernels.gpt.finetuning.finetune import finetune
 
     given = {name: value for name, value in options.items() if value is not None}
+    if texts and not task:
+        more = {"tokenizer": tokenizer, "data": data}
+        _train_on(texts, model, out, given | {k: v for k, v in more.items() if v is not None})
+        return
+    if texts or not task:
+        raise ValueError("task, lm: exactly one of the two is wanted")
     console = plain_console()
     with Bar(console) as bar:
         result = finetune(
@@ -63,6 +86,20 @@ def command(
         print_text(console, f"{part} {name} {value:.4f}, that of a constant answer {always:.4f}")
     stopped = "stopped; the best model so far is" if result.stopped else "everything is"
     print_text(console, f"{stopped} in {out}; ask it with: gptkernels classify {out} TEXT")
+
+
+def _train_on(texts: tuple[Path, ...], model: Path, out: Path, given: dict[str, Any]) -> None:
+    """Go on training `model` on `texts`; of the options that were `given`, those of a task alone
+    are refused."""
+    shared = {field.name for field in dataclasses.fields(TrainConfig)}
+    alone = sorted(given.keys() - shared - {"dropout", "epochs"})
+    if alone:
+        raise ValueError(f"{', '.join(alone)}: of a task alone, leave it out with --lm")
+    training, sizes, passes = (
+        {name: given[name] for name in given.keys() & names}
+        for names in (shared, {"dropout"}, {"epochs"})
+    )
+    go_on(texts, out, model, sizes, training, FinetuneConfig(**passes).epochs)
 
 
 def cut_sentence(count: int, length: int) -> str:

@@ -88,15 +88,18 @@ def go_on(
     init: Path,
     sizes: dict[str, Any],
     training: dict[str, Any],
+    epochs: int | None = None,
 ) -> None:
     """Go on training the model at `init`, and print what comes of it. `sizes`: those of RESHAPED
-    that were given; `training`: fields of TrainConfig."""
+    that were given; `training`: fields of TrainConfig; `epochs`: in place of its steps."""
     from gptkernels.gpt.training import train
     from gptkernels.gpt.training.pretrained import Pretrained
     from gptkernels.gpt.training.progress import ProgressBar
 
     begun = Pretrained.load(init, training.get("tokenizer", "auto"), **sizes)
     config = begun.settled(TrainConfig(**training))
+    if epochs is not None:
+        config = begun.in_epochs(files, config, epochs)
     if "learning_rate" not in training:
         click.echo(
             f"the learning rate rises to {config.rates[0]:.2g}, a tenth of what GPT-3's paper "

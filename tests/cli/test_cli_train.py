@@ -102,3 +102,56 @@ def test_what_does_not_go_with_a_model_is_refused(
     assert not out.exists()
     assert_refused(call("train", "--init", model, "--out", out, *SHORT), "files: name at least one")
     assert_refused(call("train", text, "--out", text, *SMALL), "out must be a folder")
+
+
+# ---- finetune --lm
+
+
+def test_finetuning_on_texts_is_training_that_goes_on(
+    call: Any, model: Path, tmp_path: Path
+) -> None:
+    """Two files of 145 ids, half of which are trained on: 9 windows of 16, seen three times in
+    batches of 2."""
+    files = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for file in files:
+        file.write_bytes(b"".join((i % 28).to_bytes(2, "little") for i in range(145)))
+    out = tmp_path / "run"
+    shared = ("--batch-size", "2", "--device", "cpu", "--validation-fraction", "0.5", "--seed", "5")
+    texts = ("--lm", files[0], "--lm", files[1])
+    result = call("finetune", model, *texts, "--out", out, *shared)
+    assert result.code == 0, result.err
+    assert result.out.startswith("the learning rate rises to 6e-05")
+    assert records(out)[-1]["step"] == 14
+    assert records(out)[-1]["epochs"] == pytest.approx(3, abs=0.5)
+    same = ("--steps", "14", "--warmup-steps", "1", *shared)
+    call("train", *files, "--init", model, "--out", tmp_path / "same", *same)
+    tuned, trained = (GPT.from_pretrained(path / "model") for path in (out, tmp_path / "same"))
+    for a, b in zip(tuned.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--task", "sst-2"], "task, lm: exactly one of the two is wanted"),
+        (["--lm-coefficient", "0.5"], "lm_coefficient: of a task alone"),
+        (["--head-dropout", "0.1", "--transfer", "all"], "head_dropout, transfer: of a task alone"),
+        (["--no-freeze-body"], "freeze_body: of a task alone"),
+        (["--train-examples", "5"], "train_examples: of a task alone"),
+        (["--warmup-fraction", "0.1"], "warmup_fraction: of a task alone"),
+        (["--data", "."], "data: of a task alone"),
+        (["--epochs", "0"], "epochs is 0, at least 1 is wanted"),
+        (["--tokenizer", "bytes"], "tokenizer is 'bytes', but"),
+    ],
+)
+def test_what_means_nothing_to_a_text_is_refused(
+    call: Any, text: Path, model: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
+    out = tmp_path / "run"
+    assert_refused(call("finetune", model, "--lm", text, "--out", out, *options), words)
+    assert not out.exists()
+
+
+def test_finetuning_needs_a_task_or_a_text(call: Any, model: Path, tmp_path: Path) -> None:
+    result = call("finetune", model, "--out", tmp_path / "run")
+    assert_refused(result, "task, lm: exactly one of the two is wanted")
