@@ -174,7 +174,7 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch
         with bars.ProgressBar(console) as bar:
             bar(counts, 1_000_000, 4_000_000)
             assert terminal or shown.getvalue() == ""  # not yet
-            monkeypatch.setattr(bars, "_EVERY_S", 0.0)
+            monkeypatch.setattr(bar, "_every_s", 0.0)
             bar(counts, 2_000_000, 4_000_000)
             monkeypatch.undo()
         assert "2 of 4 MB" in shown.getvalue()
