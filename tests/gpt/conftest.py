@@ -18,6 +18,12 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no picture, which takes longer than they do."""
+    monkeypatch.setattr("gptkernels.gpt.training.train.draw_losses", lambda records, path: None)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult]:
     """Its folder, which nobody changes."""

@@ -33,15 +33,11 @@ from gptkernels.gpt.training.pretrained import Pretrained
 from gptkernels.gpt.training.recipes import GPT3, continuing_rate
 from gptkernels.gpt.training.train import TrainResult, resume, train
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 EVERYTHING = dataclasses.replace(SHORT, steps=8, ema=0.5, snapshot_interval=4)
 TEXT = "The hero, he tells."
 SETTINGS = {"tokenizer_config.json": {"eos_token": "he"}}
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures take longer than these runs."""
-    monkeypatch.setattr("gptkernels.gpt.training.train.draw_losses", lambda records, path: None)
 
 
 @pytest.fixture

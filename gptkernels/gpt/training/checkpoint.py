@@ -55,7 +55,8 @@ KEYS: dict[str, type] = {
 # What checkpoints of this version hold that were written before a key was known: none was in
 # float16, and none had a table.
 _OLDER: dict[str, Any] = {"scaler": {}, "tuned": Table().digest()}
-_OLDER_SETTINGS: dict[str, Any] = {"snapshot_interval": 0}  # of train_config, likewise
+# Of train_config, likewise.
+_OLDER_SETTINGS: dict[str, Any] = {"snapshot_interval": 0, "ramp_tokens": 0, "ramp_start": 1}
 _Config = TypeVar("_Config")
 
 

@@ -1,4 +1,5 @@
-"""How to train: TrainConfig, checked once, when it is made, and the learning rate that follows."""
+"""How to train: TrainConfig, checked once, when it is made, and what follows from it for a step:
+its learning rate and its micro-batches."""
 
 from __future__ import annotations
 
@@ -25,6 +26,13 @@ class TrainConfig:
     )
     batch_size: int = option(16, "windows of text in a micro-batch", least=1)
     accumulation: int = option(1, "micro-batches whose gradients make one step", least=1)
+    ramp_tokens: int = option(
+        0,
+        "tokens in which a step's micro-batches grow linearly from ramp_start to accumulation; 0: "
+        "none, all steps are alike",
+        least=0,
+    )
+    ramp_start: int = option(1, "micro-batches of the first step, with ramp_tokens", least=1)
     learning_rate: float | None = option(
         None,
         "the highest learning rate, reached after the warm-up; default: 0.001, or for a model that "
@@ -78,6 +86,8 @@ class TrainConfig:
         check_options(self)
         check_option(self, "seed", self.seed < 2**63, "less than 2**63")
         check_option(self, "minutes", self.minutes is None or self.minutes > 0, "more than 0")
+        right = self.ramp_start <= self.accumulation
+        check_option(self, "ramp_start", right, f"at most accumulation={self.accumulation}")
         highest, lowest = self.rates
         check_option(self, "learning_rate", highest > 0, "more than 0")
         right = lowest <= highest
@@ -113,3 +123,15 @@ def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float
         done = max(done, seconds / (60 * config.minutes))
     fall = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     return lowest + fall * (highest - lowest)
+
+
+def micro_batches(config: TrainConfig, tokens: int) -> int:
+    """The micro-batches of a step before which `tokens` tokens were trained on.
+
+    "We gradually increase the batch size linearly from a small value to the full value" over the
+    first tokens (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix B).
+    """
+    if tokens >= config.ramp_tokens:
+        return config.accumulation
+    growth = config.accumulation - config.ramp_start
+    return config.ramp_start + growth * tokens // config.ramp_tokens  # in integers, so exact

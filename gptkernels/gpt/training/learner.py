@@ -1,6 +1,6 @@
 """What a step of training changes: the weights, their average, the optimiser, the batches' order.
 
-step:  for each of `accumulation` micro-batches: loss / accumulation, backward
+step:  for each of n micro-batches: loss / n, backward
        clip the gradients' norm, AdamW (Loshchilov & Hutter 2019)
 
 In float16 small gradients become 0, so the loss is multiplied by a scale before the backward pass
@@ -58,7 +58,7 @@ class Learner:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps
         self.activation_bytes: int | None = None  # of a micro-batch, once one was measured
 
-    def step(self, rate: float) -> tuple[Tensor, Tensor]:
+    def step(self, rate: float, micro_batches: int) -> tuple[Tensor, Tensor]:
         """One step: the mean loss over its micro-batches, the gradients' norm before clipping.
 
         In float16 a norm that is not finite says that the step was skipped.
@@ -67,7 +67,7 @@ class Learner:
             group["lr"] = rate
         self.model.train()
         total = torch.zeros((), device=self.device)
-        for _ in range(self.config.accumulation):
+        for _ in range(micro_batches):
             tokens, targets = next(self.batches)
             if self.activation_bytes is None:
                 with activations.measured(self.model) as measured:
@@ -75,7 +75,7 @@ class Learner:
                 self.activation_bytes = measured.bytes
             else:
                 loss = self._loss(tokens, targets)
-            loss = loss / self.config.accumulation
+            loss = loss / micro_batches
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)

@@ -48,7 +48,7 @@ from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import Tokenizer, load_tokenizer, name_of
 from gptkernels.gpt.training import checkpoint, data, prepared, vocabulary
-from gptkernels.gpt.training.config import DECIDED, TrainConfig, learning_rate
+from gptkernels.gpt.training.config import DECIDED, TrainConfig, learning_rate, micro_batches
 from gptkernels.gpt.training.curve import draw_losses
 from gptkernels.gpt.training.learner import Learner
 from gptkernels.gpt.training.log import Log
@@ -286,7 +286,6 @@ class _Run:
             flops_per_token(self.model, shape.n_layer, shape.n_embd, shape.block_size),
             product_rate(self.device, self.learner.dtype),
         )
-        tokens_a_step = config.accumulation * config.batch_size * shape.block_size
         self.started = time.perf_counter()
         if self.step == 0:
             self._write({"step": 0, **self._validate(), "seconds": self.seconds})
@@ -299,7 +298,9 @@ class _Run:
         )  # at least one step, even if validating took all the time
         while not last:
             rate = learning_rate(config, self.step, self.seconds)
-            loss, norm = self.learner.step(rate)
+            batches = micro_batches(config, self.tokens)
+            tokens_a_step = batches * config.batch_size * shape.block_size
+            loss, norm = self.learner.step(rate, batches)
             self.losses += loss
             self.since += 1
             self.step += 1
@@ -310,7 +311,7 @@ class _Run:
             save = last or stop or self.step % config.checkpoint_interval == 0
 
             if validate or self.step % config.log_interval == 0:
-                self._log(rate, norm, speed, validate)
+                self._log(rate, norm, tokens_a_step, speed, validate)
             if config.sample_interval and self.step % config.sample_interval == 0:
                 self._write({"step": self.step, "sample": self._sample()})
             interval = config.snapshot_interval
@@ -323,14 +324,18 @@ class _Run:
                 return True
         return False
 
-    def _log(self, rate: float, norm: Tensor, speed: Speed, validate: bool) -> None:
-        """Write a line about the steps since the last one; with `validate`, of a validation too."""
+    def _log(
+        self, rate: float, norm: Tensor, tokens_a_step: int, speed: Speed, validate: bool
+    ) -> None:
+        """Write a line about the steps since the last one, of which rate, norm and tokens are the
+        last one's; with `validate`, of a validation too."""
         record = {
             "step": self.step,
             "loss": self.losses.item() / self.since,  # waits for the GPU
             "learning_rate": rate,
             "gradient_norm": self._norm(norm),
             "tokens": self.tokens,
+            "batch_tokens": tokens_a_step,
             "epochs": self.learner.batches.epochs,
             **speed.read(self.tokens),
             "activation_bytes": self.learner.activation_bytes,
