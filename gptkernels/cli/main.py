@@ -29,6 +29,7 @@ _SUMMARIES = {
     "overlap": "Say how much of evaluation texts a prepared corpus holds.",
     "train": "Train a GPT on text files or token shards.",
     "generate": "Continue a text with a trained model.",
+    "evaluate": "Perplexity of texts, and tasks asked by prompts: zero-shot, few-shot.",
     "finetune": "Fine-tune a trained model on a task: sentiment, entailment, choices ...",
     "classify": "Answer texts with a fine-tuned model.",
     "analyse": "The analyses of GPT-1's paper: blocks transferred, zero-shot, ablations.",

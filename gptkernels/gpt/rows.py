@@ -6,8 +6,8 @@ jsonl    an object a line, whose keys are the columns
 lines    each line is the column "text"; blank lines are left out
 mctest   NAME.statements.tsv and NAME.ans, a row for each of a story's four questions: "story",
          "question", "choices" (four statements) and "label" (the letter of the right one)
-cbt      the Children's Book Test: 20 numbered sentences ("context"), a 21st with a blank XXXXX
-         ("question"), the word that it stands for ("label") and ten "choices"; blank line between
+cbt      the Children's Book Test: 20 numbered sentences ("context", a line each), a 21st with a
+         blank XXXXX ("question"), the word that it stands for ("label"), ten "choices"
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _cbt(path: Path, file: TextIO) -> Iterator[Row]:
         yield (
             number,
             {
-                "context": " ".join(sentences),
+                "context": "\n".join(sentences),
                 "question": question,
                 "label": word,
                 "choices": choices.split("|"),
