@@ -28,17 +28,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from examples.steps import counted, pretrain
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
-from gptkernels.cli.console import plain_console
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.corpus import manifest as manifests
 from gptkernels.gpt.corpus.config import PrepareConfig
@@ -52,8 +50,6 @@ from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.reading import read_split
 from gptkernels.gpt.finetuning.task import load_task
 from gptkernels.gpt.training.config import TrainConfig
-from gptkernels.gpt.training.progress import ProgressBar
-from gptkernels.gpt.training.train import resume, train
 
 
 @dataclass(frozen=True)
@@ -127,15 +123,6 @@ def overlaps(data: Path, corpus: Path, tasks: Sequence[str]) -> list[dict[str, A
     return [{**asdict(one), "share": one.share} for one in overlap(texts(corpus), words, parts)]
 
 
-def pretrain(corpus: Path, out: Path, settings: Settings) -> None:
-    """Train the model, or go on where training was stopped."""
-    with ProgressBar(plain_console()) as bar:
-        if not (out / "checkpoint.pt").exists():
-            train([corpus], out, model=settings.shape, config=settings.training, observer=bar)
-        elif not (out / "model").exists():
-            resume(out, observer=bar)
-
-
 def standings(table: Table) -> dict[str, Any]:
     """For each task the means and deviations, and by how many deviations, the larger one of the
     two, the pre-trained model is ahead of one from scratch and of the majority."""
@@ -152,23 +139,6 @@ def standings(table: Table) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def counted(path: Path) -> Iterator[None]:
-    """Add the CPU seconds of what happens in this context to those in the file `path`: of all
-    threads, and of the processes that were waited for."""
-    before = _cpu_seconds()
-    try:
-        yield
-    finally:
-        earlier = json.loads(path.read_text()) if path.exists() else 0.0
-        write_json(path, earlier + _cpu_seconds() - before)
-
-
-def _cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
-
-
 def run(data: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """Make everything that is not in `out` yet; returns the summary."""
     with counted(out / "cpu_seconds.json"):
@@ -179,7 +149,7 @@ def run(data: Path, out: Path, settings: Settings) -> dict[str, Any]:
         if not (out / "overlap.json").exists():
             names = list(dict.fromkeys((*settings.tasks, *settings.asked)))
             write_json(out / "overlap.json", overlaps(data, out / "corpus", names))
-        pretrain(out / "corpus", out / "pretrained", settings)
+        pretrain([out / "corpus"], out / "pretrained", settings.shape, settings.training)
         zero_shot([out / "pretrained"], out, tasks=settings.asked, data=data, observer=show)
     study = ablations(
         out / "pretrained" / "model",

@@ -163,7 +163,7 @@ def _print_task(console: Console, found: Evaluation, subject: Subject) -> None:
         table.add_row(str(outcome.shots), *(_figure(outcome, name) for name in measured))
     console.print(table)
     for outcome in outcomes:
-        of = f"with {outcome.shots} shots, " if len(outcomes) > 1 else ""
+        of = f"with {_count(outcome.shots, 'shot')}, " if len(outcomes) > 1 else ""
         if outcome.cut:
             print_text(
                 console,
@@ -187,7 +187,7 @@ def _print_task(console: Console, found: Evaluation, subject: Subject) -> None:
 
 def _figure(outcome: Outcome, name: str) -> str:
     low, high = outcome.intervals[name]
-    return f"{outcome.metrics[name]:.4g} ({low:.4g} to {high:.4g})"
+    return f"{outcome.metrics[name]:#.4g} ({low:#.4g} to {high:#.4g})"
 
 
 def _table(console: Console, *columns: str) -> Table:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 
 import pytest
+from few_lines import few_lines
 from harness import DATA
 
 pytest.importorskip("matplotlib")
@@ -51,13 +51,7 @@ TINY = gpt1.Settings(
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The first lines of each file."""
-    folder = tmp_path / "data"
-    for name, count in FILES.items():
-        if not (DATA / name).exists():
-            pytest.skip(f"{DATA / name} does not exist: set GPTKERNELS_DATA to a folder with it")
-        with (DATA / name).open(encoding="utf-8") as lines:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text("".join(itertools.islice(lines, count)), encoding="utf-8")
+    folder = few_lines(tmp_path / "data", FILES)
     (folder / "gpt1-bpe").symlink_to(DATA / "gpt1-bpe")
     monkeypatch.setenv("GPTKERNELS_DATA", str(folder))
     return folder

@@ -124,7 +124,7 @@ def evaluate(
             for done, (number, example) in enumerate(asked):
                 if observer is not None:
                     share = (place + done / len(asked)) / len(config.counts)
-                    observer(f"{shots} shots", share)
+                    observer(f"{shots} shot{'' if shots == 1 else 's'}", share)
                 yield prompter(number, example, shots)
 
         scorer = subject.scorer()

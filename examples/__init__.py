@@ -1,0 +1,1 @@
+"""Studies, and models of others that are accelerated."""
