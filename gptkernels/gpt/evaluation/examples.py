@@ -132,7 +132,10 @@ class _Reader:
         return tuple(text_of(self.path, self.line, value) for value in values)
 
     def _plain(self, text: str) -> str:
-        return detokenise(self.task.detokenizer, text).text if self.task.detokenizer else text
+        if not self.task.detokenizer:
+            return text
+        found = detokenise(self.task.detokenizer, text)
+        return text if found.kept else found.text  # a prompt has no use for the mark of such lines
 
     def _wrong(self, what: str) -> ValueError:
         return ValueError(f"data: {self.path}, line {self.line} {what}")
