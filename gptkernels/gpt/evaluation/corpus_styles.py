@@ -13,6 +13,7 @@ the same tokens again. Its rules need not be right everywhere: detokenizers.py t
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -107,6 +108,10 @@ WIKITEXT = Style(
 _ESCAPES = {"(": "LRB", ")": "RRB", "[": "LSB", "]": "RSB", "{": "LCB", "}": "RCB"}
 
 
+# It is asked of a line for each of its brackets.
+_is_lower = functools.lru_cache(maxsize=1)(str.islower)
+
+
 def _spelled_as_in_the_treebank(match: re.Match[str]) -> str:
     written = match[0]
     if match["opens"]:
@@ -114,7 +119,7 @@ def _spelled_as_in_the_treebank(match: re.Match[str]) -> str:
     if written == '"':
         return "''"
     # A corpus in lower case, such as SST-2, has the brackets themselves.
-    if written in _ESCAPES and not match.string.islower():
+    if written in _ESCAPES and not _is_lower(match.string):
         return f"-{_ESCAPES[written]}-"
     return written
 

@@ -34,7 +34,7 @@ from gptkernels.gpt.evaluation.corpus_styles import PTB, WIKITEXT, Style
 
 DETOKENIZERS = {"wikitext": WIKITEXT, "ptb": PTB}
 MARK = "\\"
-_TRIES = 64  # for a line: each leaves one token more as it was
+_TRIES = 16  # for a line: each leaves one token more as it was
 
 
 @dataclass(frozen=True, slots=True)
