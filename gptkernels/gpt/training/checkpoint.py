@@ -4,11 +4,12 @@ A failure at any moment of `save` leaves a whole file (`gptkernels.core.files`).
 tensors and plain values only (`weights_only=True`).
 
 What is inside: {"format", "version", "model", "optimizer", "step", "tokens" (trained on so far),
-"seconds", "best_validation_loss", "since_log" (sum of the losses and number of the steps since the
-last line of the log), "average" (of the weights; empty where none is kept), "scaler" (of the loss;
-empty but in float16), "sampler", "random" (PyTorch's CPU and CUDA generators), "model_config",
-"train_config", "files", "text" (a fingerprint of what the files hold), "tuned" (the digest of the
-table of measurements that impl="auto" followed; empty where another impl was named)}.
+"seconds", "best_validation_loss", "since_log" (of the steps since the last line of the log: the sum
+of the losses, the number, the sums of noise.py), "average" (of the weights; empty where none is
+kept), "scaler" (of the loss; empty but in float16), "sampler", "random" (PyTorch's CPU and CUDA
+generators), "model_config", "train_config", "files", "text" (a fingerprint of what the files hold),
+"tuned" (the digest of the table of measurements that impl="auto" followed; empty where another impl
+was named)}.
 
 `model`, `optimizer`, `average`, `scaler`, `since_log`, `generators` and `config` restore the parts
 of the content: each refuses, in one sentence, what does not fit.
@@ -57,6 +58,7 @@ KEYS: dict[str, type] = {
 _OLDER: dict[str, Any] = {"scaler": {}, "tuned": Table().digest()}
 # Of train_config, likewise.
 _OLDER_SETTINGS: dict[str, Any] = {"snapshot_interval": 0, "ramp_tokens": 0, "ramp_start": 1}
+_NO_NOISE = torch.zeros(2, dtype=torch.float64)  # of since_log, likewise
 _Config = TypeVar("_Config")
 
 
@@ -128,6 +130,7 @@ def load(path: str | Path) -> dict[str, Any]:
                 f"checkpoint: {path} must hold {kind.__name__} as its {key}, "
                 f"got {type(content[key]).__name__}"
             )
+    content["since_log"] = {"noise": _NO_NOISE, **content["since_log"]}
     content["train_config"] = {**_OLDER_SETTINGS, **content["train_config"]}
     if not all(isinstance(file, str) for file in content["files"]):
         raise ValueError(f"checkpoint: {path} must hold names as its files")
@@ -190,13 +193,13 @@ def scaler(path: str | Path, content: dict[str, Any], own: dict[str, Any]) -> di
     return dict(content["scaler"])
 
 
-def since_log(path: str | Path, content: dict[str, Any]) -> tuple[Tensor, int]:
-    """The sum of the losses and the number of the steps since the last line of the log.
-
-    Raises ValueError for anything else.
-    """
-    _check_fit(path, "since_log", content["since_log"], {"loss": torch.zeros(()), "steps": 0})
-    return content["since_log"]["loss"], content["since_log"]["steps"]
+def since_log(path: str | Path, content: dict[str, Any]) -> tuple[Tensor, int, Tensor]:
+    """Of the steps since the last line of the log: the sum of the losses, the number, the sums of
+    the noise scale. Raises ValueError for anything else."""
+    since = content["since_log"]
+    own = {"loss": torch.zeros(()), "steps": 0, "noise": _NO_NOISE}
+    _check_fit(path, "since_log", since, own)
+    return since["loss"], since["steps"], since["noise"]
 
 
 def generators(path: str | Path, content: dict[str, Any], sampler: Batches) -> None:

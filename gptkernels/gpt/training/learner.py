@@ -24,6 +24,7 @@ from gptkernels.gpt.precision import DTYPES, autocast
 from gptkernels.gpt.training import activations, checkpoint, data
 from gptkernels.gpt.training.average import Average
 from gptkernels.gpt.training.config import TrainConfig
+from gptkernels.gpt.training.noise import NoiseScale
 
 
 class Learner:
@@ -56,6 +57,7 @@ class Learner:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps
+        self.noise = NoiseScale(device)
         self.activation_bytes: int | None = None  # of a micro-batch, once one was measured
 
     def step(self, rate: float, micro_batches: int) -> tuple[Tensor, Tensor]:
@@ -67,6 +69,7 @@ class Learner:
             group["lr"] = rate
         self.model.train()
         total = torch.zeros((), device=self.device)
+        first: Tensor | None = None  # norm of the first micro-batch's gradients
         for _ in range(micro_batches):
             tokens, targets = next(self.batches)
             if self.activation_bytes is None:
@@ -78,8 +81,13 @@ class Learner:
             loss = loss / micro_batches
             self.scaler.scale(loss).backward()
             total += loss.detach()
+            if first is None and micro_batches > 1:
+                first = self._unscaled_norm() * micro_batches
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        if first is not None:
+            size = self.config.batch_size
+            self.noise.add(first, norm, size, micro_batches * size)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,6 +97,12 @@ class Learner:
         if self.average is not None and (not self.scales or norm.isfinite()):
             self.average.update()
         return total, norm
+
+    def _unscaled_norm(self) -> Tensor:
+        """The norm of the gradients so far, without the loss's scale."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        return nn.utils.get_total_norm(gradients) / scale
 
     @property
     def scales(self) -> bool:

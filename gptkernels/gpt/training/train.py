@@ -234,8 +234,9 @@ class _Run:
         self.step, self.tokens = content["step"], content["tokens"]
         self.seconds_before = content["seconds"]
         self.best_validation_loss = content["best_validation_loss"]
-        losses, self.since = checkpoint.since_log(path, content)
+        losses, self.since, noise = checkpoint.since_log(path, content)
         self.losses.copy_(losses)
+        self.learner.noise.sums.copy_(noise)
         self._warn_of_another_table(path, content["tuned"])
         self.log.take_up(self.step)
 
@@ -329,11 +330,13 @@ class _Run:
     ) -> None:
         """Write a line about the steps since the last one, of which rate, norm and tokens are the
         last one's; with `validate`, of a validation too."""
+        noise = self.learner.noise.read()
         record = {
             "step": self.step,
             "loss": self.losses.item() / self.since,  # waits for the GPU
             "learning_rate": rate,
             "gradient_norm": self._norm(norm),
+            "noise_scale": None if noise is None else noise * self.model_config.block_size,
             "tokens": self.tokens,
             "batch_tokens": tokens_a_step,
             "epochs": self.learner.batches.epochs,
@@ -346,6 +349,7 @@ class _Run:
             record["skipped_steps"] = int(self.learner.skipped)
         self.losses.zero_()
         self.since = 0
+        self.learner.noise.restart()
         if validate:
             self._check_finite(record)
             record |= self._validate()
@@ -421,7 +425,11 @@ class _Run:
                 "tokens": self.tokens,
                 "seconds": self.seconds,
                 "best_validation_loss": self.best_validation_loss,
-                "since_log": {"loss": self.losses, "steps": self.since},
+                "since_log": {
+                    "loss": self.losses,
+                    "steps": self.since,
+                    "noise": self.learner.noise.sums,
+                },
                 "model_config": dataclasses.asdict(self.model_config),
                 "train_config": dataclasses.asdict(self.config),
                 "files": self.files,
