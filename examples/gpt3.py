@@ -90,8 +90,9 @@ SETTINGS = Settings(
     shape=GPTConfig(vocab_size=256, block_size=192, n_layer=2, n_head=4, n_embd=128),
     training=TrainConfig(
         steps=2500,
-        batch_size=12,
-        accumulation=2,
+        batch_size=6,
+        accumulation=4,
+        ramp_tokens=1_000_000,
         learning_rate=1e-3,
         dtype="bfloat16",
         validation_fraction=0.02,

@@ -183,6 +183,8 @@ def test_the_last_word(subject: Subject, data: Path) -> None:
     truth = [likelihood(subject.model, start, text.removeprefix(start)) for text in texts]
     close([answer.scores[0] for answer in outcome.answers], truth)
     assert outcome.metrics["perplexity"] == pytest.approx(math.exp(-sum(truth) / 2), rel=1e-4)
+    low, high = outcome.intervals["perplexity"]
+    assert low < outcome.metrics["perplexity"] < high
     assert outcome.chance is None
 
 

@@ -185,12 +185,28 @@ def test_the_childrens_book_test(tmp_path: Path) -> None:
     assert len(found) == 2
     assert found[0] == found[1]
     assert found[0].prompt.endswith("Sentence 20.\nHe didn't see the")  # detokenised
-    assert found[0].answers[:2] == (" cow.", " sea.")
+    assert found[0].answers == (" cow.", " sea.", " (.")
     assert found[0].right == 0
     for broken in (story, story.replace("2 Sentence", "3 Sentence", 1), story + last[:20]):
         (tmp_path / "cbtest_CN_test_2500ex.txt").write_text(broken, encoding="utf-8")
         with pytest.raises(ValueError, match=r"data: .*cbtest"):
             read_examples(load_task("cbt-cn"), tmp_path, "test")
+
+
+def test_a_story_of_mctest_has_four_questions(tmp_path: Path) -> None:
+    questions = [
+        column
+        for number in range(4)
+        for column in (f"one: Who said: {number}?", *(f"{letter}{number}" for letter in "abcd"))
+    ]
+    line = "\t".join(("id", "author", "Once\\newlineupon.", *questions))
+    (tmp_path / "mc500.test.statements.tsv").write_text(line + "\n")
+    (tmp_path / "mc500.test.ans").write_text("A\tC\tD\tB\n")
+    found = read_examples(load_task("mctest"), tmp_path, "test")
+    assert found[1] == Example(
+        "Once\nupon.\nQuestion: Who said: 1?\nAnswer:", (" a1", " b1", " c1", " d1"), 2
+    )
+    assert [example.right for example in found] == [0, 2, 3, 1]
 
 
 @pytest.mark.parametrize(
