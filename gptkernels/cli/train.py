@@ -115,4 +115,7 @@ def report(result: TrainResult, out: Path) -> None:
     if result.stopped:
         click.echo(f"stopped; go on with: gptkernels train --resume --out {out}")
         return
-    click.echo(f"best validation loss {result.best_validation_loss:.4f}, everything is in {out}")
+    click.echo(
+        f"best validation loss {result.best_validation_loss:.4f} after "
+        f"{result.petaflop_s_days:.3g} petaflop/s-days, everything is in {out}"
+    )

@@ -20,8 +20,8 @@ from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
 from gptkernels.gpt.training.config import TrainConfig, learning_rate
 from gptkernels.gpt.training.learner import parameter_groups
-from gptkernels.gpt.training.throughput import Speed, flops_per_token
-from gptkernels.gpt.training.train import train
+from gptkernels.gpt.training.throughput import Speed, flops_per_token, petaflop_s_days
+from gptkernels.gpt.training.train import TrainResult, resume, train
 from gptkernels.truth.parity import compare
 from gptkernels.truth.plain_gpt import PlainGPT
 
@@ -71,6 +71,22 @@ def test_flops_per_token_counts_gpt2_as_the_formula_says() -> None:
         model = GPT(GPTConfig.named("gpt2"))
     counted = 124_439_808 - 1024 * 768
     assert flops_per_token(model, 12, 768, 1024) == 6 * counted + 12 * 12 * 768 * 1024
+
+
+def test_a_day_at_a_petaflop_a_second_is_a_petaflop_s_day(
+    finished: tuple[Path, TrainResult], tmp_path: Path
+) -> None:
+    """GPT-3 took 3.64e+03 of them for 300B tokens (Brown et al., 2020, table D.1), by 6 N alone."""
+    assert petaflop_s_days(1e9, 86_400 * 10**6) == 1.0
+    assert petaflop_s_days(6 * 174_600e6, 300 * 10**9) == pytest.approx(3.64e3, rel=1e-3)
+    out, result = finished
+    one = flops_per_token(result.model, TINY.n_layer, TINY.n_embd, TINY.block_size)
+    for record in result.records[1:]:
+        assert record["petaflop_s_days"] == one * record["tokens"] / 8.64e19
+    assert result.petaflop_s_days == result.records[-1]["petaflop_s_days"]
+    (tmp_path / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes())
+    more = resume(tmp_path, steps=18)
+    assert more.petaflop_s_days == pytest.approx(1.5 * result.petaflop_s_days)
 
 
 @pytest.mark.parametrize(("peak", "mfu"), [(1e12, 0.5), (1e11, None), (None, None)])

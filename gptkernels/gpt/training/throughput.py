@@ -9,6 +9,9 @@
 The peak is this machine's ceiling: the best rate of matrix products that was measured on it
 (`gptkernels.core.ceilings`), which the benchmarks use too. Where it is unknown, or less than what
 training reaches, the MFU is None rather than a guess.
+
+What a run took in all is told in petaflop/s-days, 1e15 FLOP a second for a day, as Brown et al.
+(2020, appendix D) do.
 """
 
 from __future__ import annotations
@@ -26,6 +29,11 @@ def flops_per_token(model: nn.Module, n_layer: int, n_embd: int, block_size: int
         if not name.endswith("wpe.weight")
     )
     return 6.0 * parameters + 12.0 * n_layer * n_embd * block_size
+
+
+def petaflop_s_days(flops: float, tokens: int) -> float:
+    """The compute of training on `tokens` tokens, of `flops` FLOP each."""
+    return flops * tokens / (1e15 * 24 * 60 * 60)
 
 
 class Speed:

@@ -54,7 +54,7 @@ from gptkernels.gpt.training.learner import Learner
 from gptkernels.gpt.training.log import Log
 from gptkernels.gpt.training.pretrained import Pretrained
 from gptkernels.gpt.training.stopping import Stopping
-from gptkernels.gpt.training.throughput import Speed, flops_per_token
+from gptkernels.gpt.training.throughput import Speed, flops_per_token, petaflop_s_days
 from gptkernels.gpt.weights import safetensors_package
 
 Observer = Callable[[dict[str, Any], float], None]
@@ -75,6 +75,7 @@ class TrainResult:
     records: list[dict[str, Any]]
     best_validation_loss: float
     seconds: float
+    petaflop_s_days: float
     stopped: bool = False  # by SIGINT or SIGTERM, before its end
 
 
@@ -215,6 +216,8 @@ class _Run:
         # Initial weights are drawn on the CPU, so that they do not depend on the device.
         self.model = GPT(model_config) if model is None else model
         self.learner = Learner(self.model, config, self.device, training, validation)
+        sizes = model_config.n_layer, model_config.n_embd, model_config.block_size
+        self.flops = flops_per_token(self.model, *sizes)
         self.step = 0
         self.tokens = 0
         self.seconds_before = 0.0
@@ -278,15 +281,12 @@ class _Run:
             elif (old := self.out / "model-ema").exists():  # resumed without an average
                 shutil.rmtree(old)
         best = self.best_validation_loss
-        return TrainResult(self.model, self.log.records, best, self.seconds, stopped)
+        return TrainResult(self.model, self.log.records, best, self.seconds, self.compute, stopped)
 
     def _train(self, stopping: Stopping) -> bool:
         """The loop; whether it was stopped before its end."""
         config, shape = self.config, self.model_config
-        speed = Speed(
-            flops_per_token(self.model, shape.n_layer, shape.n_embd, shape.block_size),
-            product_rate(self.device, self.learner.dtype),
-        )
+        speed = Speed(self.flops, product_rate(self.device, self.learner.dtype))
         self.started = time.perf_counter()
         if self.step == 0:
             self._write({"step": 0, **self._validate(), "seconds": self.seconds})
@@ -341,6 +341,7 @@ class _Run:
             "batch_tokens": tokens_a_step,
             "epochs": self.learner.batches.epochs,
             **speed.read(self.tokens),
+            "petaflop_s_days": self.compute,
             "activation_bytes": self.learner.activation_bytes,
             "seconds": self.seconds,
         }
@@ -394,6 +395,11 @@ class _Run:
     def seconds(self) -> float:
         """Time spent in this run, earlier parts included."""
         return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def compute(self) -> float:
+        """Petaflop/s-days of this run, earlier parts included."""
+        return petaflop_s_days(self.flops, self.tokens)
 
     @property
     def share(self) -> float:
