@@ -12,6 +12,7 @@ The words of an episode are six, so K = 1 shows the right one in a sixth of the 
     trained/        the run, as `gptkernels train` leaves it
     right/, random/ as `gptkernels evaluate --task` leaves them
     curve.png       accuracy over K, of both
+    noise.png       the gradient noise scale while it was trained, beside the batch
     summary.json    the curve, what training took, the gradient noise scale along the way
     cpu_seconds.json of all of it, on all threads
 
@@ -33,6 +34,8 @@ from examples.steps import counted, pretrain
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
 from gptkernels.cli.console import plain_console
+from gptkernels.core.figure import figure_class
+from gptkernels.core.files import replacing
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.evaluation import folder
 from gptkernels.gpt.evaluation.config import RunConfig, TaskConfig
@@ -166,6 +169,8 @@ def run(out: Path, settings: Settings) -> dict[str, Any]:
         list(asked.values()), out / "curve.png", ["their colours", "colours drawn at random"]
     )
     lines = (out / "trained" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    draw_noise(log, out / "noise.png")
     found = {
         "environment": environment(),
         "cpu_minutes": json.loads((out / "cpu_seconds.json").read_text()) / 60,
@@ -173,12 +178,45 @@ def run(out: Path, settings: Settings) -> dict[str, Any]:
             name: [outcome.as_dict() for outcome in evaluation.outcomes]
             for name, evaluation in asked.items()
         },
-        "training": json.loads(lines[-1]),
+        "training": log[-1],
+        "noise_scale": noise(log),
         "settings": asdict(settings),
     }
     write_json(out / "summary.json", found)
     print(markdown(asked))
     return found
+
+
+def noise(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """The gradient noise scale and the batch, in tokens, of the records that have both."""
+    names = ("step", "noise_scale", "batch_tokens")
+    # A single line's estimate is rough, and may be negative (training/noise.py).
+    return [
+        {name: record[name] for name in names}
+        for record in log
+        if (record.get("noise_scale") or 0) > 0
+    ]
+
+
+def draw_noise(log: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a PNG of both over the steps."""
+    found = noise(log)
+    figure = figure_class()(figsize=(6.4, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    steps = [record["step"] for record in found]
+    scales = [record["noise_scale"] for record in found]
+    batches = [record["batch_tokens"] for record in found]
+    axes.plot(steps, scales, ".", color="#c2452d", markersize=3, label="gradient noise scale")
+    axes.plot(steps, batches, color="#4878a8", label="batch")
+    if found:
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("tokens")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def markdown(asked: dict[str, Evaluation]) -> str:

@@ -33,7 +33,8 @@ def test_every_step_is_made(tmp_path: Path) -> None:
         assert curve[0]["chance"] == 1 / 8
         assert curve[0]["examples"] == 5
     assert found["cpu_minutes"] > 0
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("curve.png", "noise.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "right" / "predictions.jsonl").read_text().splitlines()
     prompts = [json.loads(line) for line in lines][5:]
     lines = (tmp_path / "random" / "predictions.jsonl").read_text().splitlines()
