@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -77,7 +78,6 @@ class HarnessModel(TemplateLM):
         run = RunConfig(batch_size=rows, dtype=dtype, device=where, impl=impl)
         self._subject = Subject.load(pretrained, tokenizer=tokenizer, run=run)
         self._scorer = self._subject.scorer()
-        self._device = next(self._subject.model.parameters()).device
         self._prefix = self.eot_token_id if prefix_token_id is None else prefix_token_id
 
     @property
@@ -104,6 +104,11 @@ class HarnessModel(TemplateLM):
     def max_gen_toks(self) -> int:
         """How many tokens are written where a task says nothing of it: as many as `hf` writes."""
         return 256
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self._subject.model.parameters()).device
 
     @property
     def batch_size(self) -> int:
@@ -160,7 +165,7 @@ class HarnessModel(TemplateLM):
             tokenizer=tokenizer,
             vocab_size=tokenizer.vocab_size,
         )
-        with autocast(self._device, DTYPES[self._subject.run.dtype]), progress:
+        with autocast(self.device, DTYPES[self._subject.run.dtype]), progress:
             for event in events:
                 number = event.request
                 texts[number] += event.text
