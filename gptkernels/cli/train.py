@@ -14,6 +14,7 @@ from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.training.config import TrainConfig
+from gptkernels.gpt.training.recipes import GPT3, recipe_config
 
 if TYPE_CHECKING:
     from gptkernels.gpt.training.train import TrainResult
@@ -27,6 +28,12 @@ RESHAPED = frozenset({"dropout", "block_size"})
 @click.option("--out", type=PATH, required=True, help="Folder to write.")
 @click.option("--config", "shape", help="Start from a published model's shape, such as gpt2.")
 @click.option(
+    "--recipe",
+    type=click.Choice(list(GPT3)),
+    help="Train a new model of GPT-3's shapes as the paper did: its learning rate, batch size, "
+    "schedule and 300 billion tokens. Options that are given win.",
+)
+@click.option(
     "--init",
     type=PATH,
     help="Go on from a trained model: a Hugging Face GPT-2 or OpenAI-GPT folder, a folder that "
@@ -39,6 +46,7 @@ def command(
     files: tuple[Path, ...],
     out: Path,
     shape: str | None,
+    recipe: str | None,
     init: Path | None,
     resume: bool,
     **options: Any,
@@ -57,25 +65,35 @@ def command(
     names = {field.name for field in dataclasses.fields(GPTConfig)}
     sizes = {name: value for name, value in given.items() if name in names}
     training = {name: value for name, value in given.items() if name not in names}
+    whole = [name for name, v in dict(config=shape, recipe=recipe, init=init).items() if v]
     if resume:
-        if sizes or shape or init:
-            fixed = ", ".join(sizes) or ("config" if shape else "init")
-            raise ValueError(f"{fixed}: a resumed run keeps its model, leave it out")
+        if fixed := [*sizes, *whole]:
+            raise ValueError(f"{', '.join(fixed)}: a resumed run keeps its model, leave it out")
         with ProgressBar(plain_console()) as bar:
             result = train.resume(out, files=files or None, observer=bar, **training)
         report(result, out)
         return
     if not files:
         raise ValueError("files: name at least one text file or token shard to train on")
+    if len(whole) > 1:
+        raise ValueError(f"{', '.join(whole)}: each of them sets the model's shape, one is wanted")
     if init:
-        fixed = ", ".join(sorted({*sizes} - RESHAPED)) or ("config" if shape else "")
-        if fixed:
-            raise ValueError(f"{fixed}: a model to go on from keeps its shape, leave it out")
+        if fixed := sorted({*sizes} - RESHAPED):
+            raise ValueError(
+                f"{', '.join(fixed)}: a model to go on from keeps its shape, leave it out"
+            )
         go_on(files, out, init, sizes, training)
         return
-    config = prepared.settled(files, TrainConfig(**training))
+    name = shape or recipe
+    published = GPTConfig.named(name) if name else GPTConfig()
+    if recipe:
+        length = sizes.get("block_size", published.block_size)
+        config = recipe_config(recipe, length, **training)
+        click.echo(described(recipe, config, length))
+    else:
+        config = TrainConfig(**training)
+    config = prepared.settled(files, config)
     sizes.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)
-    published = GPTConfig.named(shape) if shape else GPTConfig()
     model = dataclasses.replace(published, **sizes)
     with ProgressBar(plain_console()) as bar:
         result = train.train(files, out, model=model, config=config, observer=bar)
@@ -108,6 +126,16 @@ def go_on(
     with ProgressBar(plain_console()) as bar:
         result = train.train(files, out, init=begun, config=config, observer=bar)
     report(result, out)
+
+
+def described(recipe: str, config: TrainConfig, block_size: int) -> str:
+    """What a recipe came to, in a line."""
+    window = config.batch_size * block_size
+    return (
+        f"{recipe}: {config.steps:,} steps of {window * config.ramp_start:,} tokens at first, "
+        f"{window * config.accumulation:,} after {config.ramp_tokens:,}; the learning rate rises "
+        f"to {config.rates[0]:.2g} in {config.warmup_steps:,} steps"
+    )
 
 
 def report(result: TrainResult, out: Path) -> None:

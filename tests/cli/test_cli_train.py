@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -20,6 +21,9 @@ from test_cli import BATCHES, SMALL, assert_refused
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt import tokenizer_files
 from gptkernels.gpt.tokenizer import CharacterTokenizer
+from gptkernels.gpt.training import train
+from gptkernels.gpt.training.config import TrainConfig
+from gptkernels.gpt.training.recipes import recipe_config
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 SHORT = (*BATCHES, "--steps", "2", "--warmup-steps", "1")
@@ -87,7 +91,8 @@ def test_a_rate_that_was_given_is_not_announced(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--config", "gpt2"], "config: a model to go on from keeps its shape"),
+        (["--config", "gpt2"], "config, init: each of them sets the model's shape, one is wanted"),
+        (["--recipe", "gpt3-13B"], "recipe, init: each of them sets the model's shape"),
         (["--n-layer", "2"], "n_layer: a model to go on from keeps its shape"),
         (["--vocab-size", "300"], "vocab_size: a model to go on from keeps its shape"),
         (["--block-size", "17"], "block_size is 17, but the model to go on from has 16"),
@@ -157,3 +162,35 @@ def test_what_means_nothing_to_a_text_is_refused(
 def test_finetuning_needs_a_task_or_a_text(call: Any, model: Path, tmp_path: Path) -> None:
     result = call("finetune", model, "--out", tmp_path / "run")
     assert_refused(result, "task, lm: exactly one of the two is wanted")
+
+
+# ---- recipes
+
+
+def test_a_recipe_sets_shape_and_schedule_and_options_win(
+    call: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[GPTConfig, TrainConfig]] = []
+
+    def spy(files: Any, out: Path, *, model: GPTConfig, config: TrainConfig, observer: Any) -> Any:
+        seen.append((model, config))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", spy)
+    given = ("train", text, "--out", tmp_path / "run", "--recipe", "gpt3-1.3B")
+    result = call(*given, "--batch-size", "8")
+    assert result.out.startswith("gpt3-1.3B: ")
+    assert "of 32,768 tokens at first, 1,048,576 after 6,000,000,000;" in result.out
+    call(
+        *given, "--block-size", "512", "--learning-rate", "1e-3", "--steps", "9", "--dropout", "0.1"
+    )
+    (shape, config), (other_shape, other) = seen
+    assert shape == dataclasses.replace(GPTConfig.named("gpt3-1.3B"), vocab_size=256)
+    paper = recipe_config("gpt3-1.3B", 2048, batch_size=8)
+    assert config == dataclasses.replace(paper, tokenizer="bytes", token_dtype="uint16")
+    assert (other_shape.block_size, other_shape.dropout, other_shape.n_embd) == (512, 0.1, 2048)
+    assert (other.learning_rate, other.steps, other.accumulation) == (1e-3, 9, 128)
+    assert_refused(call(*given, "--config", "gpt2"), "config, recipe: each of them sets")
+    assert_refused(call(*given, "--resume"), "recipe: a resumed run keeps its model")
+    assert call(*given[:-1], "gpt2").code == 2
+    assert len(seen) == 2

@@ -57,7 +57,12 @@ KEYS: dict[str, type] = {
 # float16, and none had a table.
 _OLDER: dict[str, Any] = {"scaler": {}, "tuned": Table().digest()}
 # Of train_config, likewise.
-_OLDER_SETTINGS: dict[str, Any] = {"snapshot_interval": 0, "ramp_tokens": 0, "ramp_start": 1}
+_OLDER_SETTINGS: dict[str, Any] = {
+    "snapshot_interval": 0,
+    "ramp_tokens": 0,
+    "ramp_start": 1,
+    "decay_steps": 0,
+}
 _NO_NOISE = torch.zeros(2, dtype=torch.float64)  # of since_log, likewise
 _Config = TypeVar("_Config")
 

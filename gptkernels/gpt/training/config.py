@@ -20,7 +20,7 @@ _LEARNING_RATE = 1e-3  # of a new model
 class TrainConfig:
     """How to train. Raises ValueError for a value out of range, TypeError for a wrong type."""
 
-    steps: int = option(2000, "optimiser steps; the learning rate has fallen by then", least=1)
+    steps: int = option(2000, "optimiser steps", least=1)
     minutes: float | None = option(
         None, "stop after this many minutes at the latest; the learning rate then follows the clock"
     )
@@ -40,6 +40,9 @@ class TrainConfig:
     )
     min_learning_rate: float | None = option(
         None, "the learning rate at the end of the cosine; default: a tenth of the highest", least=0
+    )
+    decay_steps: int = option(
+        0, "steps after which the learning rate has fallen; 0: after all of them", least=0
     )
     warmup_steps: int = option(100, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.1, "AdamW's decay, of matrices only", least=0)
@@ -112,13 +115,15 @@ class TrainConfig:
 def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
     """Linear warm-up to the highest rate, then half a cosine down to the lowest (`rates`).
 
-    `step` counts from 0. With `minutes`, the cosine ends when the time is up, if that is sooner
-    (`seconds` is the time the run has taken so far).
+    `step` counts from 0. The cosine ends at `decay_steps`, or at the last step, and the lowest rate
+    stays. With `minutes`, it ends when the time is up, if that is sooner (`seconds` is the time the
+    run has taken so far).
     """
     highest, lowest = config.rates
     if step < config.warmup_steps:
         return highest * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    fallen = config.decay_steps or config.steps
+    done = (step - config.warmup_steps) / max(1, fallen - config.warmup_steps)
     if config.minutes is not None:
         done = max(done, seconds / (60 * config.minutes))
     fall = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

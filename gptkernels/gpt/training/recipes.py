@@ -1,41 +1,98 @@
-"""What the published GPT-3 models were trained with.
+"""How the published GPT-3 models were trained: recipes for `train`, and what to go on with.
 
-Brown et al., "Language Models are Few-Shot Learners", 2020, table 2.1.
+    each    its shape (GPTConfig.named), highest learning rate, tokens in a step
+    all     AdamW's 0.9 and 0.95, norm clipped at 1.0, weight decay 0.1; 300B tokens; the rate rises
+            over 375M tokens and has fallen to a tenth by 260B, where it stays; a step begins with
+            32k tokens
+
+Tokens become steps by counting them, the ramp of the batch size included.
+
+Three things are read into the paper. Its "0.5M", "1M" and "2M" tokens are taken as powers of two,
+whole numbers of windows; of 3.2M, the nearest whole number of micro-batches is. The length of the
+ramp lies "between 4-12 billion tokens", "depending on the model size", which is all that it says:
+4 billion are taken for steps of 0.5M tokens, 6 for 1M, 9 for 2M and 12 for 3.2M. And 32k is 2**15.
+
+Brown et al., "Language Models are Few-Shot Learners", 2020, table 2.1 and appendix B.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
+from gptkernels.gpt.options import one_of
+from gptkernels.gpt.training.config import TrainConfig, micro_batches
+
+_BILLION = 10**9
+_FIRST_STEP, _WARMUP, _DECAY, _ALL = 2**15, 375 * 10**6, 260 * _BILLION, 300 * _BILLION  # tokens
+_ADAMW = {"beta1": 0.9, "beta2": 0.95, "clip": 1.0, "weight_decay": 0.1}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table.
+    """What is of one model alone.
 
     Fields:
+        batch_tokens: in a step, once the ramp is over.
         learning_rate: the highest one.
+        ramp_tokens: over which a step grows to batch_tokens.
     """
 
+    batch_tokens: int
     learning_rate: float
+    ramp_tokens: int
 
 
 # From the smallest model to the largest.
 GPT3 = {
-    "gpt3-125M": Recipe(6.0e-4),
-    "gpt3-350M": Recipe(3.0e-4),
-    "gpt3-760M": Recipe(2.5e-4),
-    "gpt3-1.3B": Recipe(2.0e-4),
-    "gpt3-2.7B": Recipe(1.6e-4),
-    "gpt3-6.7B": Recipe(1.2e-4),
-    "gpt3-13B": Recipe(1.0e-4),
-    "gpt3-175B": Recipe(0.6e-4),
+    "gpt3-125M": Recipe(2**19, 6.0e-4, 4 * _BILLION),
+    "gpt3-350M": Recipe(2**19, 3.0e-4, 4 * _BILLION),
+    "gpt3-760M": Recipe(2**19, 2.5e-4, 4 * _BILLION),
+    "gpt3-1.3B": Recipe(2**20, 2.0e-4, 6 * _BILLION),
+    "gpt3-2.7B": Recipe(2**20, 1.6e-4, 6 * _BILLION),
+    "gpt3-6.7B": Recipe(2**21, 1.2e-4, 9 * _BILLION),
+    "gpt3-13B": Recipe(2**21, 1.0e-4, 9 * _BILLION),
+    "gpt3-175B": Recipe(3_200_000, 0.6e-4, 12 * _BILLION),
 }
+
+
+def recipe_config(name: str, block_size: int, **settings: Any) -> TrainConfig:
+    """How GPT-3's model `name` was trained, on windows of `block_size` tokens, 2,048 in the paper.
+
+    settings: fields of TrainConfig, which win; what depends on them follows: `accumulation` makes
+    the recipe's step of micro-batches of `batch_size` windows, and all numbers of steps are those
+    of the recipe's tokens. `steps` alone ends the run sooner, on the same schedule.
+
+    Raises ValueError for another name, and what TrainConfig raises.
+    """
+    if name not in GPT3:
+        raise ValueError(f"recipe must be {one_of(GPT3)}, got {name!r}")
+    recipe = GPT3[name]
+    own = {"learning_rate": recipe.learning_rate, "ramp_tokens": recipe.ramp_tokens, **_ADAMW}
+    config = TrainConfig(**{**own, **settings, "accumulation": 1, "ramp_start": 1})
+    tokens = config.batch_size * block_size  # in a micro-batch
+    whole = settings.get("accumulation", max(1, round(recipe.batch_tokens / tokens)))
+    first = settings.get("ramp_start", min(whole, max(1, round(_FIRST_STEP / tokens))))
+    config = dataclasses.replace(config, accumulation=whole, ramp_start=first)
+    lengths = {"warmup_steps": _WARMUP, "decay_steps": _DECAY, "steps": _ALL}
+    steps = {key: _steps(config, tokens, until) for key, until in lengths.items()}
+    return dataclasses.replace(config, **{**steps, **settings})
+
+
+def _steps(config: TrainConfig, micro_batch: int, tokens: int) -> int:
+    """The steps in which `config` is trained on at least `tokens` tokens, `micro_batch` at a
+    time."""
+    seen, steps = 0, 0
+    while seen < min(tokens, config.ramp_tokens):
+        seen += micro_batch * micro_batches(config, seen)
+        steps += 1
+    return steps + max(0, -(-(tokens - seen) // (micro_batch * config.accumulation)))
 
 
 def parameters(model: GPT) -> int:
