@@ -107,14 +107,14 @@ def train(
     _check_new(out)
     texts = [str(Path(file).resolve()) for file in files]
     if init is None and model is not None:
-        config = prepared.settled(texts, config)
+        config = prepared.settled(files, config)
         torch.manual_seed(config.seed)
         run = _Run(texts, out, model, load_tokenizer(config.tokenizer), config, observer)
     elif model is None and init is not None:
         begun = init
         if not isinstance(begun, Pretrained):
             begun = Pretrained.load(begun, config.tokenizer)
-        config = prepared.settled(texts, begun.settled(config))
+        config = prepared.settled(files, begun.settled(config))
         torch.manual_seed(config.seed)
         network = begun.model
         run = _Run(texts, out, network.config, begun.tokenizer, config, observer, network)
