@@ -64,45 +64,6 @@ def with_parameters(model: Any, tokens: Tensor, targets: Tensor | None = None) -
 
 
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("gpt1", 116_534_784),
-        ("gpt2", 124_439_808),
-        ("gpt2-medium", 354_823_168),
-        ("gpt2-large", 774_030_080),
-        ("gpt2-xl", 1_557_611_200),
-    ],
-)
-def test_published_sizes(name: str, count: int) -> None:
-    with torch.device("meta"):
-        model = GPT(GPTConfig.named(name))
-    assert sum(p.numel() for p in model.parameters()) == count
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("gpt3-125M", 125e6),
-        ("gpt3-350M", 350e6),
-        ("gpt3-760M", 760e6),
-        ("gpt3-1.3B", 1.3e9),
-        ("gpt3-2.7B", 2.7e9),
-        ("gpt3-6.7B", 6.7e9),
-        ("gpt3-13B", 13e9),
-        ("gpt3-175B", 175e9),
-    ],
-)
-def test_sizes_that_names_tell(name: str, count: float) -> None:
-    config = GPTConfig.named(name)
-    assert config.block_size == 2048
-    with torch.device("meta"):
-        model = GPT(config)
-    assert abs(sum(p.numel() for p in model.parameters()) - count) <= 0.05 * count
-    windows = [block.attn.window for block in model.transformer.h]
-    assert windows == [None, (255, 0)] * (config.n_layer // 2)
-
-
-@pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
         ({"norm": "middle"}, ValueError, "norm must be 'pre' or 'post', got 'middle'"),
@@ -332,22 +293,6 @@ def test_every_residual_add_is_inside_a_layer_norm() -> None:
 
 
 # Parameters
-
-
-def test_initial_weights() -> None:
-    torch.manual_seed(0)
-    config = GPTConfig(vocab_size=400, block_size=100, n_layer=8, n_head=4, n_embd=128)
-    for name, parameter in GPT(config).named_parameters():
-        if name.endswith("bias"):
-            assert (parameter == 0).all(), name
-        elif "ln_" in name:
-            assert (parameter == 1).all(), name
-        else:
-            std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # 4 = sqrt(2 * 8)
-            # Five standard deviations of an estimate from so many samples.
-            spread = 5 / math.sqrt(2 * parameter.numel())
-            assert parameter.std().item() == pytest.approx(std, rel=spread), name
-            assert abs(parameter.mean().item()) < 5 * std / math.sqrt(parameter.numel()), name
 
 
 @pytest.mark.parametrize("bias", [True, False])
