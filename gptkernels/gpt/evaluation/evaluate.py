@@ -15,6 +15,7 @@ from gptkernels.gpt.evaluation import intervals, metrics
 from gptkernels.gpt.evaluation.asking import Answer, chosen, normalisation, written
 from gptkernels.gpt.evaluation.config import TaskConfig
 from gptkernels.gpt.evaluation.examples import Example, read_examples
+from gptkernels.gpt.evaluation.intervals import Interval
 from gptkernels.gpt.evaluation.likelihood import Counts
 from gptkernels.gpt.evaluation.prompts import Prompt, Prompter
 from gptkernels.gpt.evaluation.subject import Subject
@@ -22,8 +23,6 @@ from gptkernels.gpt.evaluation.task import Task
 
 Observer = Callable[[str, float], None]
 """Called with what is being done and the share of the whole that is done, 0 to 1."""
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
