@@ -177,6 +177,8 @@ def test_dropout_is_none_or_what_is_asked_for_and_a_context_may_be_shorter(
         Pretrained.load(out, block_size=17)
     with pytest.raises(ValueError, match="dropout"):
         Pretrained.load(out, dropout=1.5)
+    with pytest.raises(ValueError, match="block_size"):
+        Pretrained.load(out, block_size=0)
 
 
 # --- rates
@@ -286,7 +288,9 @@ def test_a_tokenizer_is_named_only_where_none_is_known_or_it_is_the_same(
     named = dataclasses.replace(SHORT, tokenizer="bytes", steps=1)
     for source in (foreign, nanogpt):
         with pytest.raises(ValueError, match=r"tokenizer is 'bytes', but .* has another one"):
-            train([text], tmp_path / "run", init=source, config=named)
+            train([text], tmp_path / "run", init=Pretrained.load(source), config=named)
+        with pytest.raises(ValueError, match=r"tokenizer is 'bytes', but .* has another one"):
+            Pretrained.load(source, "bytes")
     train([text], tmp_path / "same", init=finished[0], config=named)
     (nanogpt.parent / "meta.pkl").unlink()
     with pytest.raises(ValueError, match=r"nothing beside .* name it with --tokenizer"):

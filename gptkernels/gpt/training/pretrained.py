@@ -52,28 +52,24 @@ class Pretrained:
         training. block_size: the longest context from now on, in tokens; None: the model's.
 
         Raises FileNotFoundError or ValueError for a model that cannot be read, one whose tokenizer
-        is unknown, and a dropout or block_size out of range; ImportError where a package is
-        missing.
+        is unknown or another than was named, and a dropout or block_size out of range; ImportError
+        where a package is missing.
         """
         network, own = load_network(Path(path), "init")
         name = None if tokenizer == "auto" else tokenizer
         found = own() or (None if name is None else load_tokenizer(name))
         found = fitting(Path(path), network, found, name)
-        return cls(Path(path), _reshaped(network, dropout, block_size), found)
+        begun = cls(Path(path), _reshaped(network, dropout, block_size), found)
+        begun._check_same(tokenizer)
+        return begun
 
     def settled(self, config: TrainConfig) -> TrainConfig:
         """`config` with the model's tokenizer, and with a learning rate where it has none.
 
         Raises ValueError where it names another tokenizer.
         """
+        self._check_same(config.tokenizer)
         kept = name_of(self.tokenizer) or OWN
-        if config.tokenizer not in ("auto", kept) and not holds(
-            self.tokenizer, load_tokenizer(config.tokenizer)
-        ):
-            raise ValueError(
-                f"tokenizer is {config.tokenizer!r}, but {self.path} has another one, which it "
-                "keeps: leave it out"
-            )
         rate = config.learning_rate
         if rate is None:
             rate = continuing_rate(parameters(self.model))
@@ -96,16 +92,27 @@ class Pretrained:
         warmup = min(config.warmup_steps, steps // 10)
         return dataclasses.replace(config, steps=steps, warmup_steps=warmup)
 
+    def _check_same(self, name: str) -> None:
+        """Raise ValueError where the tokenizer called `name` is not the model's."""
+        if name in ("auto", name_of(self.tokenizer) or OWN):
+            return
+        if not holds(self.tokenizer, load_tokenizer(name)):
+            raise ValueError(
+                f"tokenizer is {name!r}, but {self.path} has another one, which it keeps: leave it "
+                "out"
+            )
+
 
 def _reshaped(model: GPT, dropout: float, block_size: int | None) -> GPT:
     """A copy of `model` in fp32 with another dropout and fewer positions."""
     room = model.config.block_size
-    if block_size is not None and block_size > room:
+    length = room if block_size is None else block_size
+    if length > room:
         raise ValueError(
-            f"block_size is {block_size}, but the model to go on from has {room} positions, at "
+            f"block_size is {length}, but the model to go on from has {room} positions, at "
             "most that is wanted"
         )
-    config = dataclasses.replace(model.config, dropout=dropout, block_size=block_size or room)
+    config = dataclasses.replace(model.config, dropout=dropout, block_size=length)
     with torch.device("meta"):  # shapes alone: random weights would be drawn in vain
         network = GPT(config)
     state = model.state_dict()
