@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from models import shaken
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt.evaluation.perplexity import Perplexity, perplexity
 from gptkernels.gpt.generation.generate import stream
-from gptkernels.gpt.generation.request import Event
+from gptkernels.gpt.generation.request import Event, Request
 
 # Read when the packages below are imported: nothing here is fetched.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -270,6 +271,17 @@ def test_a_shared_context_is_computed_once(folder: Path) -> None:
     assert model._scorer.counts.prefixes == 5
 
 
+def test_the_longest_come_first(folder: Path) -> None:
+    order: list[tuple[str, str]] = []
+    model = HarnessModel(str(folder), batch_size=1)
+    model.set_cache_hook(
+        SimpleNamespace(add_partial=lambda kind, texts, answer: order.append(texts))
+    )
+    pairs = [(words(count), " cat") for count in (3, 7, 1, 5)]
+    model.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)
+    assert order == [pairs[1], pairs[3], pairs[0], pairs[2]]
+
+
 def test_answers_are_kept_in_the_cache(folder: Path, tmp_path: Path) -> None:
     model = HarnessModel(str(folder))
     settings = {"until": ["cat"], "max_gen_toks": 4}
@@ -310,11 +322,23 @@ def test_generation_settings_are_honoured(model: HarnessModel) -> None:
     assert sampled(temperature=2.0, top_k=1) == {greedy}
     assert greedy.startswith(written(model, "the cat", max_new_tokens=2))
     assert written(model, "the cat", max_gen_toks=8, until=["", greedy[2:]]) == greedy[:2]
-    # No more of a text is read than the model has room for.
-    end = words(40)[-60:]
-    assert written(model, f"red red {end}", max_gen_toks=CONTEXT - 2) == written(
-        model, end, max_gen_toks=CONTEXT - 2
-    )
+
+
+@pytest.mark.parametrize("text", [words(40), "the cat", ""])
+def test_a_prompt_is_the_end_of_its_text(
+    text: str, model: HarnessModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for: list[Request] = []
+
+    def watched(network: GPT, requests: list[Request], **options: Any) -> Iterator[Event]:
+        asked_for.extend(requests)
+        return stream(network, requests, **options)
+
+    monkeypatch.setattr(harness, "stream", watched)
+    written(model, text, max_gen_toks=20)
+    (request,) = asked_for
+    assert request.tokens == tuple(model.tok_encode(text)[20 - CONTEXT :] or [model.eot_token_id])
+    assert request.eos == model.eot_token_id
 
 
 @pytest.mark.parametrize(
@@ -364,15 +388,21 @@ def test_a_model_by_what_it_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_model_that_cannot_be_had_is_refused(folder: Path) -> None:
     with pytest.raises(TypeError, match=r"^batch_size is 'auto', int is wanted$"):
         HarnessModel(str(folder), batch_size="auto")
+    with pytest.raises(ValueError, match=r"^device must be auto, cpu, cuda or cuda:N, got 'mps'$"):
+        HarnessModel(str(folder), device="mps")
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist$"):
         HarnessModel(str(folder / "nowhere"))
 
 
 def test_a_tokenizer_without_an_end_of_text_needs_a_prefix(tmp_path: Path) -> None:
-    shape = GPTConfig(vocab_size=256, block_size=8, n_layer=1, n_head=1, n_embd=8, dropout=0.0)
+    # Some ids are the model's alone; they are likely, and never count.
+    shape = GPTConfig(vocab_size=264, block_size=8, n_layer=1, n_head=1, n_embd=8, dropout=0.0)
     network = shaken(GPT(shape))
+    with torch.no_grad():
+        network.transformer.wte.weight[256:] *= 5
     network.save_pretrained(tmp_path, tokenizer="bytes")
-    whole, empty = asked("loglikelihood_rolling", ("abc",)), asked("loglikelihood", ("", "abc"))
+    whole = asked("loglikelihood_rolling", (" abc",))
+    empty = asked("loglikelihood", ("", " abc"), (" ", "abc"))
     bare = HarnessModel(str(tmp_path), impl="torch")
     assert bare.eot_token_id is None
     for ask in (lambda: bare.loglikelihood_rolling(whole), lambda: bare.loglikelihood(empty)):
@@ -380,9 +410,12 @@ def test_a_tokenizer_without_an_end_of_text_needs_a_prefix(tmp_path: Path) -> No
             ask()
     named = HarnessModel(str(tmp_path), impl="torch", prefix_token_id=10)
     with torch.no_grad():
-        wanted = -3 * network.eval()(torch.tensor([[10, 97, 98]]), torch.tensor([[97, 98, 99]]))
-    assert named.loglikelihood_rolling(whole, disable_tqdm=True) == [pytest.approx(wanted.item())]
-    assert named.loglikelihood(empty, disable_tqdm=True)[0][0] == pytest.approx(wanted.item())
+        logits = network.eval()(torch.tensor([[10, *b" ab"]]))[0, :, :256]
+    wanted = logits.log_softmax(1)[range(4), list(b" abc")].sum().item()
+    assert named.loglikelihood_rolling(whole, disable_tqdm=True) == [pytest.approx(wanted)]
+    for total, _ in named.loglikelihood(empty, disable_tqdm=True):
+        assert total == pytest.approx(wanted)
+    written(named, "ab", max_gen_toks=6)  # whose tokenizer refuses an id past its own
 
 
 def test_progress_is_shown_unless_it_is_not_wanted(
@@ -431,10 +464,9 @@ def test_lm_eval_finds_the_model_by_its_entry_point() -> None:
     assert value == f"{HarnessModel.__module__}:{HarnessModel.__name__}"
 
 
-def test_without_lm_eval_the_package_works_and_its_model_says_what_is_missing() -> None:
-    code = "import sys; sys.modules['lm_eval'] = None; import gptkernels.gpt.evaluation.likelihood"
-    assert command(sys.executable, "-c", code).returncode == 0
-    done = command(sys.executable, "-c", f"{code.rpartition('; ')[0]}; import gptkernels.lm_eval")
+def test_without_lm_eval_its_model_says_what_is_missing() -> None:
+    code = "import sys; sys.modules['lm_eval'] = None; import gptkernels, gptkernels.lm_eval"
+    done = command(sys.executable, "-c", code)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "ImportError: the model gptkernels of lm-eval needs the package lm-eval: "
