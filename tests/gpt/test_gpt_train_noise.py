@@ -27,6 +27,7 @@ pytest.importorskip("safetensors", reason="needs the package safetensors")
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 CPU = torch.device("cpu")
+SMALL = dataclasses.replace(TINY, n_layer=1)
 BATCHED = dataclasses.replace(SHORT, accumulation=3, log_interval=4, checkpoint_interval=3)
 
 
@@ -69,7 +70,7 @@ def test_a_gpt_has_the_noise_scale_of_its_windows_gradients(dtype: str) -> None:
     n times the sample variance of the windows' gradients and what it leaves of their mean's square.
     """
     windows = 5
-    shape = dataclasses.replace(TINY, dropout=0.0, n_layer=1)
+    shape = dataclasses.replace(SMALL, dropout=0.0)
     torch.manual_seed(7)
     model = GPT(shape)
     drawn = torch.randint(256, (windows, shape.block_size + 1))
@@ -131,7 +132,7 @@ def test_a_log_has_the_noise_scale_of_its_steps_in_tokens(
         add(self, first, norm, small, large)
 
     monkeypatch.setattr(NoiseScale, "add", spy)
-    records = train([text], tmp_path / "run", model=TINY, config=BATCHED).records
+    records = train([text], tmp_path / "run", model=SMALL, config=BATCHED).records
     assert len(seen) == 12
     for i, record in enumerate(records[1:]):
         steps = seen[4 * i : 4 * i + 4]
@@ -144,13 +145,13 @@ def test_a_log_has_the_noise_scale_of_its_steps_in_tokens(
 def test_a_resumed_log_has_the_same_and_steps_of_one_micro_batch_have_none(
     text: Path, tmp_path: Path
 ) -> None:
-    whole = train([text], tmp_path / "whole", model=TINY, config=BATCHED)
+    whole = train([text], tmp_path / "whole", model=SMALL, config=BATCHED)
     assert all(record["noise_scale"] is not None for record in whole.records[1:])
     with pytest.raises(Interrupted):  # after the checkpoint of step 6, two steps past a line
-        train([text], tmp_path / "part", model=TINY, config=BATCHED, observer=interrupt_at(8))
+        train([text], tmp_path / "part", model=SMALL, config=BATCHED, observer=interrupt_at(8))
     assert unclocked(resume(tmp_path / "part").records) == unclocked(whole.records)
-    single = dataclasses.replace(BATCHED, accumulation=1)
-    records = train([text], tmp_path / "single", model=TINY, config=single).records
+    single = dataclasses.replace(BATCHED, accumulation=1, steps=4)
+    records = train([text], tmp_path / "single", model=SMALL, config=single).records
     assert all(record["noise_scale"] is None for record in records[1:])
     line = (tmp_path / "single" / "log.jsonl").read_text().splitlines()[-1]
     assert json.loads(line)["noise_scale"] is None
@@ -167,7 +168,7 @@ def test_the_losss_scale_and_skipped_steps_change_no_noise_scale(
     for name, scale in (("large", 2.0**24), ("small", 2.0**10)):
         scaler = partial(torch.amp.GradScaler, init_scale=scale)
         monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-        shape = dataclasses.replace(TINY, dropout=0.0)
+        shape = dataclasses.replace(SMALL, dropout=0.0)
         found.append(train([text], tmp_path / name, model=shape, config=config).records[-1])
         monkeypatch.undo()
     assert found[0]["skipped_steps"] > 0
@@ -177,7 +178,7 @@ def test_the_losss_scale_and_skipped_steps_change_no_noise_scale(
 
 def test_a_checkpoint_of_before_there_were_noise_scales_resumes(text: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(BATCHED, steps=2)
-    train([text], tmp_path / "run", model=TINY, config=config)
+    train([text], tmp_path / "run", model=SMALL, config=config)
     path = tmp_path / "run" / "checkpoint.pt"
     content = torch.load(path, weights_only=True)
     del content["since_log"]["noise"]
