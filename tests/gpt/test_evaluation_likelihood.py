@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -212,6 +213,26 @@ def test_greedy_candidates() -> None:
         (together, *rows) = Scorer(model, vocab_size=IDS).score([several, *alone])
         assert [one.greedy for one in together] == [True, False, True]
         assert [row[0].greedy for row in rows] == [True, False, True]
+
+
+def test_the_plans_are_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a table of measurements says of sizes, as in generation."""
+    inside: list[tuple[str, str]] = []
+
+    @contextlib.contextmanager
+    def running(choices: str, device_type: str) -> Iterator[None]:
+        inside.append((choices, device_type))
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(likelihood, "choices_of", lambda _: "chosen")
+    monkeypatch.setattr(likelihood, "running", running)
+    model, seen = make(), []
+    model.transformer.h[0].register_forward_hook(lambda *_: seen.append(list(inside)))
+    model.lm_head.register_forward_hook(lambda *_: seen.append(list(inside)))
+    asked = [Question((1,), ((2,),)), Question((1,), ((2, 3), (4,)))]
+    list(Scorer(model, vocab_size=IDS).score(asked))
+    assert seen == [[("chosen", "cpu")]] * 6
 
 
 def test_no_questions() -> None:
