@@ -27,6 +27,7 @@ from gptkernels import GPT, GPTConfig
 from gptkernels.gpt.evaluation.perplexity import Perplexity, perplexity
 from gptkernels.gpt.generation.generate import stream
 from gptkernels.gpt.generation.request import Event, Request
+from gptkernels.gpt.generation.sampling import Sampling
 
 # Read when the packages below are imported: nothing here is fetched.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -338,7 +339,7 @@ def test_a_prompt_is_the_end_of_its_text(
     written(model, text, max_gen_toks=20)
     (request,) = asked_for
     assert request.tokens == tuple(model.tok_encode(text)[20 - CONTEXT :] or [model.eot_token_id])
-    assert request.eos == model.eot_token_id
+    assert (request.eos, request.sampling) == (model.eot_token_id, Sampling(temperature=0.0))
 
 
 @pytest.mark.parametrize(
