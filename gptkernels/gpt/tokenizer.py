@@ -34,8 +34,12 @@ class Tokenizer(Protocol):
     def eos(self) -> int | None:
         """The id that ends a text, or None where the vocabulary has none."""
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is not a str, ValueError if UTF-8 cannot hold it."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of `text`. TypeError if it is not a str, ValueError if UTF-8 cannot hold it.
+
+        special: whether what the tokenizer puts around every text, such as a token that begins it,
+        is put there. A piece that stands behind another begins no text: False.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
@@ -47,8 +51,9 @@ class ByteTokenizer:
     vocab_size = 256
     eos = None
 
-    def encode(self, text: str) -> list[int]:
-        """UTF-8 bytes of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """UTF-8 bytes of `text`, with nothing around them. TypeError if it is not a str, ValueError
+        for a lone surrogate."""
         return list(_utf8(text))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -66,8 +71,9 @@ class CharacterTokenizer:
         self._ids = {character: i for i, character in enumerate(characters)}
         self.vocab_size = len(characters)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is not a str, ValueError for a character without an id."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of `text`, with nothing around them. TypeError if it is not a str, ValueError for a
+        character without an id."""
         _utf8(text)
         for place, character in enumerate(text):
             if character not in self._ids:
@@ -107,10 +113,11 @@ class PackageTokenizer:
         """The id that ends a text, or None where the vocabulary has none."""
         return self._eos
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`. TypeError if it is not a str, ValueError for a lone surrogate."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of `text`; with `special`, also those that the post-processor puts around them.
+        TypeError if it is not a str, ValueError for a lone surrogate."""
         _utf8(text)
-        return self._tokenizer.encode(text).ids
+        return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def take_literally(self) -> None:
         """From now on encode the names of special tokens, such as <|endoftext|>, as any text."""

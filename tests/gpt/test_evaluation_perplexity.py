@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from begun import Begun
 from hypothesis import given
 from hypothesis import strategies as st
 from models import shaken
@@ -107,6 +108,11 @@ def test_windows() -> None:
         Question(tuple(b"cde"), (tuple(b"fg"),)),
         Question(tuple(b"defg"), (tuple(b"h"),)),
     ]
+
+
+def test_the_end_of_text_stands_before_a_text_once() -> None:
+    """Though the tokenizer puts it there too."""
+    assert asked("ab", Begun(), 4, 4) == [Question((256,), (tuple(b"ab"),))]
 
 
 def test_bytes_and_words_are_the_originals() -> None:

@@ -89,7 +89,7 @@ class TwoBytes(ByteTokenizer):
 
     vocab_size = 256
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         raw = text.encode()
         return [raw[i] ^ (raw[i + 1] if i + 1 < len(raw) else 0) for i in range(0, len(raw), 2)]
 

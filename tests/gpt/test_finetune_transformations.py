@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from begun import Begun
 from finetune_cases import DELIMITER, EXTRACT, START, encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +54,12 @@ def test_the_new_tokens_follow_the_models_vocabulary_not_the_tokenizers() -> Non
     grown = Encoder.of_grown("entailment", ByteTokenizer(), GPTConfig(303, 16, 1, 1, 8))
     assert (grown.start, grown.delimiter, grown.extract) == (300, 301, 302)
     assert grown.length == 16
+
+
+def test_a_sequence_begins_with_start_and_with_nothing_else() -> None:
+    """Whatever the tokenizer puts before a text."""
+    begun = Encoder("choice", Begun(), 300, 16)
+    assert begun(Example(("a", "b"), ("c",))) == [[300, *ids("ab"), 301, *ids("c"), 302]]
 
 
 @settings(max_examples=200)

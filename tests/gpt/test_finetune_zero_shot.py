@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from begun import START, Begun
 from harness import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -205,3 +206,8 @@ def test_the_tasks_of_the_package_can_be_asked(name: str, answers: int) -> None:
     assert any(one.cut for one in asked) == (name == "mctest")
     found = guesses(GPT(shape).set_impl("torch"), task, asked, 2, torch.float32)
     assert all(0 <= guess < answers for guess in found)
+
+
+def test_an_answer_follows_its_text_without_another_beginning() -> None:
+    (asked,) = questions(MOOD, [Example(("x",))], Begun(), 24)
+    assert asked.rows == [[START, *b"x so low"], [START, *b"x so highest"]]

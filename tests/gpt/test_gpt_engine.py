@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from begun import Begun
 from hypothesis import given
 from hypothesis import strategies as st
 from models import sharpened
@@ -230,6 +231,12 @@ def test_a_prompt_that_ends_in_a_replacement_character() -> None:
     snow = list("\u2603".encode())
     assert given_out(list("a\ufffd".encode()), snow) == "\u2603"
     assert given_out(list("a\ufffd".encode()) + snow[:2], snow[2:]) == "\u2603"
+
+
+def test_a_prompt_with_its_beginning_is_recognised() -> None:
+    """Its text has that beginning already, and so does not get another one."""
+    stream = TextStream(Begun(), Begun().encode("a\ufffd"), ())
+    assert stream.push(ord("b")) == "b"
 
 
 def test_no_token_is_decoded_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:

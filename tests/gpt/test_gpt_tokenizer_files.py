@@ -122,6 +122,22 @@ def test_a_folders_tokenizer_is_that_of_transformers(
 @pytest.mark.parametrize(
     "files",
     [
+        pairs(**{"tokenizer_config.json": {"add_bos_token": True}}),
+        {"tokenizer.json": whole(begun)},
+    ],
+)
+def test_a_piece_of_a_text_gets_no_token_that_begins_one(
+    tmp_path: Path, files: dict[str, Any]
+) -> None:
+    read = tokenizer_files.read(write(tmp_path, files))
+    assert read is not None
+    assert read.encode("hell") == [GPT2[END], GPT2["he"], GPT2["ll"]]
+    assert read.encode("hell", special=False) == [GPT2["he"], GPT2["ll"]]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
         pairs(**{"tokenizer_config.json": {"add_prefix_space": True, "eos_token": "he"}}),
         pairs(**{"tokenizer_config.json": {"add_bos_token": True, "pad_token": "ll"}}),
         {"tokenizer.json": whole(lowered), "tokenizer_config.json": {**GENERIC, "eos_token": "ll"}},

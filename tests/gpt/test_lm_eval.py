@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import runpy
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -152,6 +153,19 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         described = {key: value for key, value in task.items() if key != "documents"}
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **of_data, **described}))
     return folder
+
+
+def test_special_tokens_around_a_text_are_those_of_hf(folder: Path, tmp_path: Path) -> None:
+    """Of a tokenizer that begins each text with a token."""
+    begun = shutil.copytree(folder, tmp_path / "begun")
+    pairs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    pairs.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, pairs.token_to_id(END))]
+    )
+    pairs.save(str(begun / "tokenizer.json"))
+    ours, theirs = HarnessModel(str(begun)), get_model("hf")(pretrained=str(begun), device="cpu")
+    for text, special in itertools.product((words(3), f"{END}the", ""), (None, True, False)):
+        assert ours.tok_encode(text, special) == theirs.tok_encode(text, special)
 
 
 Evaluate = Callable[..., dict[str, Any]]

@@ -115,10 +115,16 @@ class HarnessModel(TemplateLM):
         """How many rows run at a time."""
         return self._subject.run.batch_size
 
-    def tok_encode(self, string: str, **special: Any) -> list[int]:
-        """The ids of `string`. Special tokens around it are those that the tokenizer's own files
-        ask for, whatever lm-eval says of them in `special`."""
-        return self._subject.tokenizer.encode(string)
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """The ids of `string`. Where lm-eval does not say whether the tokenizer's special tokens
+        are put around it, they are, but for a text that begins with the prefix token itself."""
+        tokenizer = self._subject.tokenizer
+        if add_special_tokens is None:
+            prefix = None if self._prefix is None else tokenizer.decode([self._prefix])
+            add_special_tokens = prefix is None or not string.startswith(prefix)
+        return tokenizer.encode(string, special=add_special_tokens)
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False

@@ -102,7 +102,7 @@ def perplexity(
     """
     if check_count("stride", stride) > check_count("block_size", block_size):
         raise ValueError(f"stride must be at most block_size={block_size}, got {stride}")
-    tokens = tokenizer.encode(text)
+    tokens = tokenizer.encode(text, special=False)
     before = [] if tokenizer.eos is None else [tokenizer.eos]
     if len(before) + len(tokens) < 2:
         wanted = "one token" if before else "two tokens, as its tokenizer has no end of text"

@@ -59,13 +59,16 @@ class Encoder:
 
     def _parts(self, example: Example) -> list[list[list[int]]]:
         """The parts of each sequence, without the new tokens."""
-        texts = [self.tokenizer.encode(text) for text in example.texts]
+        texts = [self._encode(text) for text in example.texts]
         if self.transformation == "choice":
             context = [token for text in texts for token in text]
-            return [[context, self.tokenizer.encode(choice)] for choice in example.choices]
+            return [[context, self._encode(choice)] for choice in example.choices]
         if self.transformation == "similarity":
             return [texts, texts[::-1]]
         return [texts]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, special=False)  # <start> is what begins a sequence
 
     def _sequence(self, parts: Sequence[Sequence[int]]) -> tuple[list[int], bool]:
         room = self.length - len(parts) - 1  # a new token before each part, and one at the end

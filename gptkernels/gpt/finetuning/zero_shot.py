@@ -94,7 +94,7 @@ def _question(how: ZeroShot, example: Example, tokenizer: Tokenizer, length: int
     text = tokenizer.encode("\n".join(example.texts).rstrip() + how.prompt)
     gap = "" if how.prompt[-1:].isspace() else " "
     answers = [
-        tokenizer.encode(answer)
+        tokenizer.encode(answer, special=False)
         for answer in how.answers or [gap + choice for choice in example.choices]
     ]
     room = length - max(map(len, answers))

@@ -32,9 +32,12 @@ class TextStream:
         # the space between two words.
         self._window = list(prompt)[-_LONGEST:]
         text = self._decode(self._window)
-        # If encoding the prompt's text gives the prompt, its last character is finished.
-        if text != _finished(text) and tokenizer.encode(tokenizer.decode(prompt)) != list(prompt):
-            text = _finished(text)
+        # If encoding the prompt's text gives the prompt, its last character is finished. A token
+        # that begins the prompt is in its text already.
+        if text != _finished(text):
+            again = tokenizer.encode(tokenizer.decode(prompt), special=False)
+            if again != list(prompt):
+                text = _finished(text)
         self._given = len(text)  # how many characters of the window's text were given out
         self._stop = tuple(stop)
         self._held = ""
