@@ -152,23 +152,27 @@ def _evaluate_task(
 
 def _print_task(console: Console, found: Evaluation, subject: Subject) -> None:
     outcomes = found.outcomes
-    guessing = "" if outcomes[0].chance is None else f", guessing {outcomes[0].chance:.4f}"
-    print_text(
-        console,
-        f"{found.task.name}, {found.split} part, {_count(len(found.asked), 'example')}{guessing}",
-    )
+    said = f"{found.task.name}, {found.split} part, {_count(len(found.asked), 'example')}"
+    if found.chance is not None:
+        said += f"; guessing {found.chance:.4f}"
+    if found.majority is not None:
+        said += f", always the most frequent answer {found.majority:.4f}"
+    print_text(console, said)
+    if found.unjoined:
+        print_text(console, f"the detokeniser left {_count(found.unjoined, 'line')} as it stood")
     measured = list(outcomes[0].metrics)
     table = _table(console, "shots", *(f"{name} (95% interval)" for name in measured))
     for outcome in outcomes:
         table.add_row(str(outcome.shots), *(_figure(outcome, name) for name in measured))
     console.print(table)
+    lost = "the beginning" if found.task.cut is None else f"the end of {found.task.cut}"
     for outcome in outcomes:
         of = f"with {_count(outcome.shots, 'shot')}, " if len(outcomes) > 1 else ""
         if outcome.cut:
             print_text(
                 console,
                 f"{of}{_count(outcome.cut, 'question')} longer than the context of "
-                f"{subject.length:,} tokens lost the beginning",
+                f"{subject.length:,} tokens lost {lost}",
             )
         if outcome.fewer:
             mean = sum(answer.prompt.shots for answer in outcome.answers) / len(outcome.answers)

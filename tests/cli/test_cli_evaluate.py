@@ -59,7 +59,10 @@ def test_a_task_is_asked(call: Call, model: Path, task: Path, tmp_path: Path) ->
         "--device", "cpu",
     )  # fmt: skip
     assert result.code == 0, result.err
-    assert "mine, test part, 9 examples, guessing 0.5000" in result.out
+    assert (
+        "mine, test part, 9 examples; guessing 0.5000, always the most frequent answer 0.5556"
+        in result.out
+    )
     assert "accuracy (95% interval)" in result.out
     assert (
         "with 8 shots, 9 prompts had room for fewer solved examples, 3.0 on average" in result.out

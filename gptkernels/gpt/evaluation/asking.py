@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from gptkernels.gpt.evaluation.config import TaskConfig
+from gptkernels.gpt.evaluation.config import RunConfig, TaskConfig
 from gptkernels.gpt.evaluation.likelihood import Likelihood, Question, Scorer
 from gptkernels.gpt.evaluation.prompts import Prompt
 from gptkernels.gpt.evaluation.subject import Subject
@@ -42,6 +42,24 @@ class Answer:
     place: int = 0
     scores: tuple[float, ...] = ()
     greedy: bool = False
+
+
+BEAM_WIDTH, LENGTH_PENALTY = 4, 0.6  # Brown et al. 2020, section 2.4
+
+
+def check_settings(task: Task, config: TaskConfig, run: RunConfig) -> None:
+    """Raise ValueError for a setting that would change nothing."""
+    free = task.kind == "generation"
+    if not free:
+        for name in ("beam_width", "length_penalty"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name}: task {task.name} is of kind {task.kind}, not generation")
+    elif run.batch_size is not None:
+        raise ValueError(
+            f"batch_size: the free answers of task {task.name} are searched one by one"
+        )
+    if config.random_answers and not max(config.counts):
+        raise ValueError("random_answers: a prompt without solved examples has none, give shots")
 
 
 def normalisation(task: Task, config: TaskConfig) -> str:
@@ -89,14 +107,15 @@ def written(
 ) -> Iterator[Answer]:
     """What the model writes behind each prompt, by beam search."""
     tokenizer, device = subject.tokenizer, subject.model.lm_head.weight.device
+    alpha = LENGTH_PENALTY if config.length_penalty is None else config.length_penalty
     for prompt in prompts:
         with autocast(device, DTYPES[subject.run.dtype]):
             beam = beam_search(
                 subject.model,
                 prompt.tokens,
                 task.max_new_tokens,
-                width=config.beam_width,
-                alpha=config.length_penalty,
+                width=config.beam_width or BEAM_WIDTH,
+                alpha=alpha,
                 eos=tokenizer.eos,
                 stop=task.stop,
                 tokenizer=tokenizer,

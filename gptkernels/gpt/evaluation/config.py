@@ -15,7 +15,9 @@ class RunConfig:
     """By what the model is run. Raises ValueError for a value out of range, TypeError for a wrong
     type."""
 
-    batch_size: int = option(8, "rows that run at a time", least=1)
+    batch_size: int | None = option(
+        None, "rows that run at a time; free answers are searched one by one; default: 8", least=1
+    )
     dtype: str = option("float32", "float32, or bfloat16 or float16 for autocast")
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
     impl: str = option(
@@ -69,8 +71,10 @@ class TaskConfig:
     random_answers: bool = option(
         False, "control: the examples in prompts have answers drawn at random"
     )
-    beam_width: int = option(4, "of the beam search for free answers", least=1)
-    length_penalty: float = option(0.6, "α of the beam search", least=0)
+    beam_width: int | None = option(
+        None, "of the beam search for free answers; default: 4", least=1
+    )
+    length_penalty: float | None = option(None, "α of the beam search; default: 0.6", least=0)
     seed: int = option(1337, "of the examples drawn and of bootstrap intervals", least=0)
 
     def __post_init__(self) -> None:

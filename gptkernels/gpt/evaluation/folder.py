@@ -4,7 +4,9 @@ question, and shots.png, where several numbers of solved examples were asked for
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from gptkernels.gpt.evaluation.evaluate import Evaluation
 from gptkernels.gpt.evaluation.texts import Text, figures, total
 
 RESULTS, PREDICTIONS, PLOT = "results.json", "predictions.jsonl", "shots.png"
-_COLOUR, _GREY = "#c2452d", "#888888"
+_COLOURS, _GREY = ("#c2452d", "#4878a8", "#5a9367", "#8d6aa8"), "#888888"
 
 
 def check_new(out: Path) -> None:
@@ -46,16 +48,12 @@ def write_task(out: Path, evaluation: Evaluation, run: RunConfig, model: str) ->
             lines.write(json.dumps(line) + "\n")
     if several:
         draw_shots([evaluation], out / PLOT)
-    content = {
-        "model": model,
-        "task": evaluation.task.name,
-        "split": evaluation.split,
-        "config": dataclasses.asdict(evaluation.config),
-        "run": dataclasses.asdict(run),
-        "outcomes": [outcome.as_dict() for outcome in evaluation.outcomes],
-    }
+    task = {key: value for key, value in dataclasses.asdict(evaluation.task).items() if value}
+    task.pop("home", None)
+    content = {"model": model, "run": dataclasses.asdict(run), **evaluation.as_dict()}
+    content["asked_by"] = task
     if evaluation.task.kind == "generation" and "bleu" in evaluation.task.metrics:
-        references = [example.answers for _, example in evaluation.asked]
+        references = [one.example.answers for one in evaluation.asked]
         content["bleu_signature"] = metrics.bleu_signature(references)
     _write_json(out / RESULTS, content)  # last: it says that the folder is whole
 
@@ -71,8 +69,7 @@ def draw_shots(
     figure = figure_class()(figsize=(6.4, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     name = next(iter(evaluations[0].outcomes[0].metrics))
-    colours = (_COLOUR, "#4878a8", "#5a9367", "#8d6aa8")
-    for evaluation, label, colour in zip(evaluations, labels, colours, strict=False):
+    for evaluation, label, colour in zip(evaluations, labels, itertools.cycle(_COLOURS)):
         outcomes = evaluation.outcomes
         places = range(len(outcomes))
         low, high = zip(*(outcome.intervals[name] for outcome in outcomes), strict=True)
@@ -80,8 +77,8 @@ def draw_shots(
         axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(places, values, color=colour, marker="o", markersize=4, label=label or None)
     first = evaluations[0].outcomes
-    if first[0].chance is not None:
-        axes.axhline(first[0].chance, color=_GREY, linestyle="--", linewidth=1, label="chance")
+    if (chance := evaluations[0].chance) is not None:
+        axes.axhline(chance, color=_GREY, linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(first)), [str(outcome.shots) for outcome in first])
     axes.set_xlabel("solved examples in the prompt, K")
     axes.set_ylabel(f"{name}, {evaluations[0].task.name}")
@@ -95,11 +92,14 @@ def draw_shots(
 
 def _predictions(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     for outcome in evaluation.outcomes:
-        for (number, example), answer in zip(evaluation.asked, outcome.answers, strict=True):
+        for asked, answer in zip(evaluation.asked, outcome.answers, strict=True):
+            example = asked.example
             line = {
-                "shots": answer.prompt.shots,
-                "example": number,
+                "shots": outcome.shots,
+                "solved": answer.prompt.shots,
+                "example": asked.place,
                 "prompt": answer.prompt.text,
+                "cut": answer.prompt.cut,
                 "answer": answer.text,
                 "scores": answer.scores,
             }
@@ -115,4 +115,14 @@ def _predictions(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with replacing(path) as file:
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(_finite(content), indent=2, allow_nan=False)
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """`value`, with null for what JSON has no number for, such as an infinite perplexity."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

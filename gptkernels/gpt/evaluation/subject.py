@@ -13,6 +13,8 @@ from gptkernels.gpt.model import GPT
 from gptkernels.gpt.precision import DTYPES
 from gptkernels.gpt.tokenizer import Tokenizer
 
+_BATCH = 8
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -48,6 +50,6 @@ class Subject:
         return Scorer(
             self.model,
             vocab_size=self.tokenizer.vocab_size,
-            batch_size=self.run.batch_size,
+            batch_size=self.run.batch_size or _BATCH,
             dtype=DTYPES[self.run.dtype],
         )

@@ -9,7 +9,8 @@ named by its path.
     format = "jsonl"         tsv, csv, lines, mctest, cbt (gpt/rows.py)
     folder = "snli"          where the files are, below the folder of all data
     prompt = "{premise}\\nQuestion: {hypothesis} True or False?\\nAnswer:"
-    answer = " {answer}"     what follows the prompt, {answer} being a label, choice or reference
+    answer = " {answer}"     what follows the prompt, {answer} being a label, choice or reference;
+                             behind the end of a line, without its space
     label = "label"          column of the right answer; of a choice, its number from 0
     choices = ["a", "b"]     columns, or one that holds a list
     references = ["target"]  "generation": columns of right answers, or one that holds a list
@@ -24,6 +25,8 @@ named by its path.
     description = ""         put before everything
     separator = "\\n\\n"       between examples
     group = "subject"        column: examples in a prompt are of the asked one's group
+    cut = "article"          a field of the prompt, which loses its end where the question is longer
+                             than the context; without it the prompt loses its beginning
     detokenizer = "ptb"      takes word tokenisers' marks out of texts (detokenizers.py)
     [labels]                 what stands in the file = the answer in words; with choices, the number
     [files]                  test or validation, which are asked; train, examples are drawn from it
@@ -70,6 +73,7 @@ _KEYS = {
     "description": ("a string", a(str)),
     "separator": ("a string", a(str)),
     "group": ("a column, a name or a number", a(str | int)),
+    "cut": ("a column, a name or a number", a(str | int)),
     "detokenizer": ("a string", a(str)),
     "labels": ("a table of strings", table),
     "files": ("a table of strings", table),
@@ -78,6 +82,7 @@ _NEEDED = ("kind", "format", "prompt", "files")
 # The keys that belong to some kinds alone.
 _OF_KINDS = {
     "answer": ("choice", "generation"),
+    "cut": ("choice", "generation"),
     "label": ("choice", "cloze"),
     "choices": ("choice", "cloze"),
     "labels": ("choice",),
@@ -96,7 +101,8 @@ class Task:
     """A data set, and how a language model is asked about it. Raises ValueError for a description
     that makes no sense.
 
-    Fields: as in the file (see the module); `name` is the file's.
+    Fields: as in the file (see the module); `name` is the file's, `home` its folder, where it is a
+    user's own.
     """
 
     name: str
@@ -117,9 +123,11 @@ class Task:
     description: str = ""
     separator: str = "\n\n"
     group: Column | None = None
+    cut: Column | None = None
     detokenizer: str = ""
     folder: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    home: Path | None = None
 
     def __post_init__(self) -> None:
         self._one_of("kind", self.kind, KINDS)
@@ -152,6 +160,8 @@ class Task:
             self._need(bool(self.metrics), "metrics must name at least one")
         self._need(self.answer.fields == ("answer",), "answer must hold {answer}, once and alone")
         self._need(all(self.stop), "stop must hold no empty string")
+        once = self.cut is None or self.prompt.fields.count(self.cut) == 1
+        self._need(once, "cut must name a field of the prompt that stands there once")
         if self.normalise == "unconditional":
             self._need(bool(self.unconditional), "unconditional is missing")
 
@@ -161,7 +171,10 @@ class Task:
         return "test" if "test" in self.files else "validation"
 
     def data_folder(self, data: str | Path | None) -> Path:
-        """The folder of the task's files (`task_files.data_folder`)."""
+        """The folder of the task's files: `data`, or for a task of a user's own its file's folder;
+        else as `task_files.data_folder` says."""
+        if data is None and self.home is not None:
+            data = self.home / self.folder
         return task_files.data_folder(data, self.folder, self.files[self.asked])
 
     def _need(self, right: bool, wrong: str) -> None:
@@ -183,6 +196,7 @@ def load_task(name: str | Path) -> Task:
     Raises ValueError for an unknown name and for a file that describes no task, FileNotFoundError
     for a path that is not there.
     """
+    home = Path(name).parent if Path(name).suffix == ".toml" else None
     name, content = task_files.read(_OWN, name)
     where = f"task {name}"
     check_keys(where, content, _KEYS, _NEEDED)
@@ -196,7 +210,7 @@ def load_task(name: str | Path) -> Task:
             given[key] = Template(given[key])
         except ValueError as error:
             raise ValueError(f"{where}: {key} {error}") from None
-    return Task(name=name, **given)
+    return Task(name=name, home=home, **given)
 
 
 def _is_count(text: str) -> bool:

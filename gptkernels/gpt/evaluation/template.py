@@ -43,6 +43,15 @@ class Template:
                 text += value(_column(field))
         return text
 
+    def behind(self, field: Column) -> Template:
+        """What stands behind this field, which the template has once."""
+        parts = list(string.Formatter().parse(self.text))
+        place = [_column(part[1]) if part[1] else None for part in parts].index(field)
+        rest = ""
+        for literal, name, _, _ in parts[place + 1 :]:
+            rest += literal.replace("{", "{{").replace("}", "}}") + (f"{{{name}}}" if name else "")
+        return Template(rest)
+
 
 def _column(field: str) -> Column:
     return int(field) if field.isascii() and field.isdigit() else field
