@@ -162,6 +162,17 @@ def test_weights_of_another_dtype_are_trained_in_fp32(text: Path, tmp_path: Path
     assert {p.dtype for p in result.model.parameters()} == {torch.float32}
 
 
+def test_a_loaded_model_is_in_memory_alone(tmp_path: Path) -> None:
+    """Nothing that happens to its file later changes it."""
+    GPT(TINY).save_pretrained(tmp_path / "model", tokenizer="bytes")
+    begun = Pretrained.load(tmp_path / "model")
+    before = {name: tensor.clone() for name, tensor in begun.model.state_dict().items()}
+    path = tmp_path / "model" / "model.safetensors"
+    with path.open("r+b") as file:  # in place: a new file would be another one
+        file.write(bytes(path.stat().st_size))
+    assert_same_bits(begun.model.state_dict(), before)
+
+
 def test_dropout_is_none_or_what_is_asked_for_and_a_context_may_be_shorter(
     finished: tuple[Path, TrainResult], tmp_path: Path
 ) -> None:

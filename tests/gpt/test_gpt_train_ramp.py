@@ -63,6 +63,8 @@ def test_a_run_counts_what_it_was_trained_on(
     for i, record in enumerate(records):
         assert record["batch_tokens"] % MICRO == 0
         assert record["tokens"] == MICRO * sum(batches[: i + 1])
+        one = records[0]["petaflop_s_days"] / records[0]["tokens"]
+        assert record["petaflop_s_days"] == pytest.approx(one * record["tokens"])
     assert records[-1]["tokens"] == drawn
 
 
