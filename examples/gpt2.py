@@ -13,9 +13,10 @@ training,
     cloze         words left out of these stories (the Children's Book Test's form)
     tasks         sst-2, mctest: prompts that come with the package
 
-and trained on Shakespeare, beside a model from scratch that is given the same steps. DIR gets
-texts/ and tasks/, the runs pretrained/, continued/ and scratch/, the figures perplexity.png and
-continued.png, summary.json, and cpu_seconds.json of all of it, on all threads.
+and trained on Shakespeare, with a third of the learning rate, beside a model from scratch that is
+given the same steps. DIR gets texts/ and tasks/, the runs pretrained/, continued/ and scratch/, the
+figures perplexity.png and continued.png, summary.json, and cpu_seconds.json of all of it, on all
+threads.
 
 What is trained is not trained again. docs/gpt2.md has the figures. Radford et al., "Language Models
 are Unsupervised Multitask Learners", 2019, section 3.
@@ -190,7 +191,7 @@ def answers(data: Path, out: Path, subject: Subject, examples: int) -> dict[str,
                 config=TaskConfig(examples=examples),
                 observer=bar.show,
             )
-            found[name] = result.outcomes[0].as_dict()
+            found[name] = result.as_dict()
     return found
 
 

@@ -16,8 +16,8 @@ The words of an episode are six, so K = 1 shows the right one in a sixth of the 
     summary.json    the curve, what training took, the gradient noise scale along the way
     cpu_seconds.json of all of it, on all threads
 
-What is finished is not made again. docs/gpt3.md has the figures. Brown et al., "Language Models are
-Few-Shot Learners", 2020, figure 1.2: accuracy over K on a task of symbol manipulation.
+What is trained is not trained again. docs/gpt3.md has the figures. Brown et al., "Language Models
+are Few-Shot Learners", 2020, figure 1.2: accuracy over K on a task of symbol manipulation.
 """
 
 from __future__ import annotations
@@ -174,10 +174,7 @@ def run(out: Path, settings: Settings) -> dict[str, Any]:
     found = {
         "environment": environment(),
         "cpu_minutes": json.loads((out / "cpu_seconds.json").read_text()) / 60,
-        "curves": {
-            name: [outcome.as_dict() for outcome in evaluation.outcomes]
-            for name, evaluation in asked.items()
-        },
+        "curves": {name: evaluation.as_dict() for name, evaluation in asked.items()},
         "training": log[-1],
         "noise_scale": noise(log),
         "settings": asdict(settings),

@@ -29,9 +29,9 @@ def test_every_step_is_made(tmp_path: Path) -> None:
     found = gpt3.run(tmp_path, TINY)
     written = json.loads((tmp_path / "summary.json").read_text())
     for curve in (written["curves"]["right"], written["curves"]["random"]):
-        assert [point["shots"] for point in curve] == [0, 2]
-        assert curve[0]["chance"] == 1 / 8
-        assert curve[0]["examples"] == 5
+        assert [point["shots"] for point in curve["outcomes"]] == [0, 2]
+        assert curve["chance"] == 1 / 8
+        assert curve["outcomes"][0]["examples"] == 5
     assert found["cpu_minutes"] > 0
     for picture in ("curve.png", "noise.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
