@@ -104,6 +104,20 @@ def test_totals_under_autocast(seed: int, asked: list[Question]) -> None:
     assert_scores(make(seed), asked, 0.1, dtype=torch.bfloat16)
 
 
+@given(seed=st.integers(0, 10**6), asked=st.lists(questions(), min_size=1, max_size=3))
+@settings(max_examples=8)
+def test_what_all_logits_have_in_common_costs_no_precision(
+    seed: int, asked: list[Question]
+) -> None:
+    """Near -200 a logit of 16 bits has steps of 1."""
+    model = make(seed)
+    with torch.no_grad():
+        model.transformer.wte.weight[:, 0] = 1
+        norm = model.transformer.ln_f
+        norm.weight[0], norm.bias[0] = 0, -200
+    assert_scores(model, asked, 0.1, dtype=torch.bfloat16)
+
+
 def test_autocast_narrows_products_and_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     caches = []
 

@@ -15,7 +15,7 @@ from models import shaken
 
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt.evaluation.likelihood import Likelihood, Question, Scorer
-from gptkernels.gpt.evaluation.perplexity import Perplexity, perplexity
+from gptkernels.gpt.evaluation.perplexity import Perplexity, exponential, perplexity
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.truth.plain_gpt import PlainGPT
 
@@ -137,7 +137,7 @@ def test_what_there_is_too_little_or_too_much_of() -> None:
     nothing = Perplexity(0.0, 0, 0, 0)
     for value in (nothing.per_token, nothing.per_word, nothing.bits_per_byte):
         assert math.isnan(value)
-    assert Perplexity(1e6, 1000, 1000, 1).per_word == math.inf
+    assert Perplexity(1e6, 1000, 1000, 1).per_word == exponential(1e6) == math.inf
 
 
 def test_the_observer_sees_all_tokens() -> None:

@@ -29,7 +29,7 @@ from gptkernels.core.checks import check_count
 from gptkernels.gpt.generation.cache import SlotCache
 from gptkernels.gpt.generation.choices import choices_of, running
 from gptkernels.gpt.model import GPT
-from gptkernels.gpt.precision import autocast
+from gptkernels.gpt.precision import autocast, full_logits
 
 _WINDOW = 16  # batches among which rows of like length are looked for
 _LOGITS = 64 * 2**20  # bytes of fp32 logits that exist at once
@@ -110,7 +110,8 @@ class Scorer:
     vocab_size: only ids below it take part in the softmax, for a model whose vocabulary is padded
         past its tokenizer's.
     batch_size: how many rows run at a time.
-    dtype: float32, or a narrower one for autocast; log-probabilities are computed in float32.
+    dtype: float32, or a narrower one for autocast; logits and log-probabilities are computed in
+        float32.
 
     counts: what it has done so far.
 
@@ -228,8 +229,7 @@ class Scorer:
         """So many slots that hold the prefix, with room for as many more tokens each."""
         held = len(prefix.tokens)
         cache = SlotCache(self._model, rows, held + room)
-        for slot in range(rows):
-            cache.copy(slot, prefix.cache, 0, held)
+        cache.copy(slice(None), prefix.cache, 0, held)
         return cache
 
     def _read(
@@ -255,7 +255,7 @@ class Scorer:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (N, C) to fp32 logits (N, ids)."""
-        return self._model.logits(hidden)[:, : self._ids].float()
+        return full_logits(self._model, hidden)[:, : self._ids]
 
     def _padded(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """Rows of tokens as (R, T) int64, with zeros behind the shorter ones."""

@@ -53,12 +53,12 @@ class Perplexity:
     @property
     def per_token(self) -> float:
         """e^(nats / tokens); models compare by it only with the same tokenizer."""
-        return _exp(_each(self.nats, self.tokens))
+        return exponential(_each(self.nats, self.tokens))
 
     @property
     def per_word(self) -> float:
         """e^(nats / words), what papers report for WikiText and the Penn Treebank."""
-        return _exp(_each(self.nats, self.words))
+        return exponential(_each(self.nats, self.words))
 
     @property
     def bits_per_token(self) -> float:
@@ -124,6 +124,14 @@ def perplexity(
     )
 
 
+def exponential(nats: float) -> float:
+    """e^nats, infinite where that is past the largest float."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
 def _windows(tokens: Sequence[int], block_size: int, stride: int) -> Iterator[Question]:
     """All tokens but the first, each in the candidate of one question."""
     last = end = 0
@@ -136,10 +144,3 @@ def _windows(tokens: Sequence[int], block_size: int, stride: int) -> Iterator[Qu
 
 def _each(amount: float, count: int) -> float:
     return amount / count if count else math.nan
-
-
-def _exp(nats: float) -> float:
-    try:
-        return math.exp(nats)
-    except OverflowError:
-        return math.inf
