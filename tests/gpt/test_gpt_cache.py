@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import shaken
+from right import Calls
 from torch import Tensor
 from torch.func import functional_call
 
@@ -77,6 +78,20 @@ def test_a_slot_is_copied_and_given_up() -> None:
     cache.copy(0, prompt, 0, 8)
     assert torch.equal(model(new, cache=cache)[0], logits[0])
     assert cache.lengths.tolist() == [9, 0, 0]
+
+
+@torch.no_grad()
+def test_many_slots_are_filled_by_one_copy_of_each_buffer() -> None:
+    model = random_model()
+    tokens = torch.randint(37, (1, 9))
+    prompt, cache = poisoned(model, 1), poisoned(model, 9)
+    model(tokens[:, :8], cache=prompt, slot=0)
+    with Calls(torch.ops.aten.copy_.default) as copies:
+        cache.copy(slice(1, None), prompt, 0, 8)
+    assert len(copies) == 2 * model.config.n_layer
+    assert cache.lengths.tolist() == [0] + [8] * 8
+    logits = model(tokens[:, 8:].expand(9, 1), cache=cache)[1:, -1]
+    torch.testing.assert_close(logits, model(tokens)[:, -1].expand(8, -1))
 
 
 def test_what_does_not_fit_leaves_the_cache_as_it_was() -> None:

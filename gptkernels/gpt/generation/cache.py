@@ -84,12 +84,13 @@ class SlotCache:
         rows = slice(None) if slot is None else slice(slot, slot + 1)
         self.lengths[rows] = caches[0].lengths
 
-    def copy(self, slot: int, source: SlotCache, source_slot: int, tokens: int) -> None:
-        """Let `slot` hold the first `tokens` tokens of a slot of `source`."""
-        self.lengths[slot] = tokens
+    def copy(self, slots: int | slice, source: SlotCache, source_slot: int, tokens: int) -> None:
+        """Let one slot, or each slot of a slice, hold the first `tokens` tokens of a slot of
+        `source`, which is none of them."""
+        self.lengths[slots] = tokens
         for ours, theirs in zip(self._buffers, source._buffers, strict=True):
             for mine, other in zip(ours, theirs, strict=True):
-                mine[slot, :tokens] = other[source_slot, :tokens]
+                mine[slots, :tokens] = other[source_slot, :tokens]
 
     def reorder(self, sources: Sequence[int], start: int, end: int) -> None:
         """Let slot i hold the `end` tokens that slot sources[i] holds. All slots have the first
@@ -98,7 +99,7 @@ class SlotCache:
         self.lengths[:] = end
         moved = [(slot, source) for slot, source in enumerate(sources) if slot != source]
         if moved:
-            slots, read = (list(column) for column in zip(*moved, strict=True))
+            slots, read = torch.tensor(moved, device=self.lengths.device).unbind(1)
             for buffer in itertools.chain(*self._buffers):
                 # Indexing copies all that is read before anything is written.
                 buffer[slots, start:end] = buffer[read, start:end]
