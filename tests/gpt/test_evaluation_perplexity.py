@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from begun import Begun
+from harness import DATA
 from hypothesis import given
 from hypothesis import strategies as st
 from models import shaken
@@ -125,6 +126,25 @@ def test_bytes_and_words_are_the_originals() -> None:
     assert found.bits_per_byte == pytest.approx(15 / 17 / math.log(2))
     own = perplexity(Recorder(), Ending(), text, block_size=4, stride=2)
     assert (own.bytes, own.words) == (15, 3)
+
+
+def words_of(original: str, line_ends: bool) -> int:
+    return perplexity(
+        Recorder(), Ending(), "?", block_size=4, stride=2, original=original, line_ends=line_ends
+    ).words
+
+
+def test_the_end_of_a_line_can_be_a_word() -> None:
+    lines = "\n = One = \n\nTwo words\n last"
+    assert (words_of(lines, False), words_of(lines, True)) == (6, 6 + 4)
+
+
+def test_words_are_those_of_wikitexts_paper() -> None:
+    """Merity et al. 2016, table 1."""
+    file = DATA / "wikitext-2" / "test.txt"
+    if not file.is_file():
+        pytest.skip(f"needs {file}")
+    assert words_of(file.read_text(encoding="utf-8"), True) == 245_569
 
 
 def test_documents_add_up() -> None:

@@ -16,12 +16,11 @@ pytest.importorskip("scipy")
 
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt.evaluation import asking, folder
-from gptkernels.gpt.evaluation.config import RunConfig, TaskConfig, TextConfig
+from gptkernels.gpt.evaluation.config import RunConfig, TaskConfig
 from gptkernels.gpt.evaluation.evaluate import Evaluation, evaluate
 from gptkernels.gpt.evaluation.subject import Subject
 from gptkernels.gpt.evaluation.task import Task
 from gptkernels.gpt.evaluation.template import Template
-from gptkernels.gpt.evaluation.texts import evaluate_texts, total
 from gptkernels.gpt.generation.beam import beam_search
 from gptkernels.gpt.tokenizer import ByteTokenizer
 
@@ -364,25 +363,3 @@ def test_what_is_written(subject: Subject, data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "shots.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="already holds an evaluation"):
         folder.check_new(tmp_path / "out")
-
-
-def test_texts_add_up(subject: Subject, tmp_path: Path) -> None:
-    pages = ["It rains . " * 30, " The sun @-@ warmed stone . \n" * 12]
-    files = []
-    for place, page in enumerate(pages):
-        files.append(tmp_path / f"{place}.txt")
-        files[-1].write_text(page, encoding="utf-8")
-    seen: list[float] = []
-    found = evaluate_texts(
-        subject, files, config=TextConfig(stride=16), observer=lambda _, done: seen.append(done)
-    )
-    assert seen == sorted(seen)
-    assert seen[-1] == pytest.approx(1)
-    nats = sum(text.perplexity.nats for text in found)
-    assert total(found).nats == pytest.approx(nats)
-    assert total(found).bytes == sum(map(len, pages))
-    plain = evaluate_texts(subject, files, config=TextConfig(stride=16, detokenizer="wikitext"))
-    # Fewer tokens are predicted; the bytes and words that count stay the data set's.
-    assert total(plain).tokens < total(found).tokens
-    assert total(plain).bytes == total(found).bytes
-    assert total(plain).words == total(found).words

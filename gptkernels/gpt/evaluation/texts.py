@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,20 +23,25 @@ class Text:
 
     Fields:
         kept: lines that the detokeniser left as they are.
+        changed: whether the tokens are of a text other than the one that was encoded, as those of
+            GPT-1's tokenizer are: lower-cased, for one. The probability is then that other text's.
     """
 
     path: Path
     perplexity: Perplexity
     kept: int
+    changed: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Of JSON's types."""
-        return {"file": self.path.name, **figures(self.perplexity), "kept_lines": self.kept}
+        notes = {"kept_lines": self.kept, "changed": self.changed}
+        return {"file": self.path.name, **figures(self.perplexity), **notes}
 
 
-def figures(found: Perplexity) -> dict[str, float]:
-    """A perplexity as the numbers that papers report, by their names."""
-    return {
+def figures(found: Perplexity) -> dict[str, float | None]:
+    """A perplexity as the numbers that papers report, by their names; None for one that is infinite
+    or NaN, which JSON has no number for."""
+    numbers = {
         "nats": found.nats,
         "tokens": found.tokens,
         "bytes": found.bytes,
@@ -45,6 +51,7 @@ def figures(found: Perplexity) -> dict[str, float]:
         "bits_per_byte": found.bits_per_byte,
         "unpredicted": found.unpredicted,
     }
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def evaluate_texts(
@@ -54,7 +61,8 @@ def evaluate_texts(
     config: TextConfig | None = None,
     observer: Callable[[str, float], None] | None = None,
 ) -> list[Text]:
-    """The perplexity of each of `files`, UTF-8 texts; added up, that of all.
+    """The perplexity of each of `files`, UTF-8 texts; added up, that of all. Where the config names
+    a detokenizer, a file is a data set of words, whose lines' ends count as words too.
 
     Raises FileNotFoundError and ValueError, in one sentence, for a file that is no text, and for a
     stride that is longer than the model's context.
@@ -63,7 +71,7 @@ def evaluate_texts(
     # Read before any is computed: a file that is refused is refused at once.
     texts = [read_text([path]) for path in files]
     whole, before = sum(map(len, texts)), 0
-    scorer, found = subject.scorer(), []
+    tokenizer, scorer, found = subject.tokenizer, subject.scorer(), []
     for path, text in zip(files, texts, strict=True):
 
         def show(
@@ -83,14 +91,16 @@ def evaluate_texts(
             plain, kept = detokenised.text, detokenised.kept
         one = perplexity(
             scorer,
-            subject.tokenizer,
+            tokenizer,
             plain,
             block_size=subject.length,
             stride=config.stride or subject.length,
             original=text,
+            line_ends=config.detokenizer is not None,
             observer=show,
         )
-        found.append(Text(Path(path), one, kept))
+        changed = tokenizer.decode(tokenizer.encode(plain, special=False)) != plain
+        found.append(Text(Path(path), one, kept, changed))
         before += len(text)
     return found
 
