@@ -85,9 +85,9 @@ class Plain:
         beams, over = [()], []
         while beams:
             every = [(*beam, token) for beam in beams for token in range(len(self.next(())))]
-            kept = sorted(every, key=self.logprob, reverse=True)[:width]
-            over += [tokens for tokens in kept if self.ended(tokens)]
-            beams = [tokens for tokens in kept if not self.ended(tokens)]
+            every.sort(key=self.logprob, reverse=True)
+            over += [tokens for tokens in every[:width] if self.ended(tokens)]
+            beams = [tokens for tokens in every if not self.ended(tokens)][:width]
         return max(over, key=self.score)
 
 
@@ -149,12 +149,33 @@ def test_a_stop_string_of_several_tokens_ends_a_text(width: int, alpha: float, s
     assert found.score == pytest.approx(plain.score(tokens), **CLOSE)
 
 
-def test_one_beam_is_greedy() -> None:
+@settings(max_examples=10)
+@given(
+    width=st.integers(1, 3),
+    every=st.integers(2, 9),
+    alpha=st.sampled_from(ALPHAS),
+    seed=st.integers(0, 2**20),
+)
+def test_beams_go_on_however_many_tokens_end_a_text(
+    width: int, every: int, alpha: float, seed: int
+) -> None:
+    """All characters but each of so many are stop strings."""
+    stop = [chr(token) for token in range(128) if token % every]
+    plain = Plain(make(256, seed), [65, 66], 4, alpha, ids=128, stop=stop)
+    tokens = plain.searched(width)
+    found = search(plain, width, tokenizer=ByteTokenizer())
+    assert found.tokens == tokens
+    assert found.text == plain.text(tokens)[0]
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 0.0])
+def test_one_beam_is_greedy(alpha: float) -> None:
     model = make(11)
     for eos in (None, *range(11)):
         prompt = torch.tensor([[3, 1, 4]])
         wanted = model.generate(prompt, 9, temperature=0, slots=1, eos=eos)[0, 3:].tolist()
-        assert list(beam_search(model, [3, 1, 4], 9, width=1, eos=eos).tokens) == wanted
+        found = beam_search(model, [3, 1, 4], 9, width=1, alpha=alpha, eos=eos)
+        assert list(found.tokens) == wanted
 
 
 def test_more_beams_find_likelier_texts_than_one() -> None:
@@ -192,6 +213,45 @@ def saying(*steps: list[float]) -> GPT:
 
     model.lm_head.register_forward_hook(said)
     return model
+
+
+def table(*rows: list[float]) -> GPT:
+    """A model with these probabilities behind each token."""
+    model, read = make(len(rows)), []
+
+    def embedded(_: Any, tokens: tuple[torch.Tensor], __: Any) -> None:
+        read.append(tokens[0][:, -1])
+
+    def said(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(rows)[read[-1][: len(logits)]].log()
+
+    model.transformer.wte.register_forward_hook(embedded)
+    model.lm_head.register_forward_hook(said)
+    return model
+
+
+END, A, B, OTHERS = 0, 1, 2, [0.15, 0.1]
+EVEN = [0.2] * 5
+
+
+@pytest.mark.parametrize(
+    ("width", "alpha", "behind", "tokens", "score"),
+    [
+        # The end is the likeliest, A the second. Only the third, B, has a likely continuation.
+        (2, 0.6, {B: [0, 0, 1, 0, 0]}, (B,) * 10, math.log(0.2) / 2.5**0.6),
+        # One beam looks behind an end where a longer text may get a better score.
+        (1, 0.6, {A: [0, 1, 0, 0, 0]}, (A,) * 10, math.log(0.25) / 2.5**0.6),
+        (1, 0.0, {A: [0, 1, 0, 0, 0]}, (END,), math.log(0.3)),
+    ],
+)  # fmt: skip
+def test_an_end_takes_no_beams_place(
+    width: int, alpha: float, behind: dict[int, list[float]], tokens: tuple[int, ...], score: float
+) -> None:
+    first = [0.3, 0.25, 0.2, *OTHERS]
+    model = table(first, *(behind.get(token, EVEN) for token in range(1, 5)))
+    found = beam_search(model, [END], 10, width=width, alpha=alpha, eos=END)
+    assert found.tokens == tokens
+    assert found.score == pytest.approx(score)
 
 
 def test_it_stops_where_no_beam_can_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +293,18 @@ def test_a_token_without_any_probability_is_no_continuation() -> None:
     found = beam_search(saying([0.0, 0.3, 0.0, 0.7]), [3], 6, width=40, eos=2, alpha=0.0)
     assert found.tokens == (3,) * 6
     assert found.score == pytest.approx(6 * math.log(0.7))
+
+
+def test_autocast_does_not_narrow_the_logits() -> None:
+    """Near -200 those of 16 bits have steps of 1."""
+    plain = Plain(make(11), [3, 1, 4], 6)
+    with torch.no_grad():
+        plain.model.transformer.wte.weight[:, 0] = 1
+        norm = plain.model.transformer.ln_f
+        norm.weight[0], norm.bias[0] = 0, -200
+    with torch.autocast("cpu", torch.bfloat16):
+        found = search(plain, 4)
+    assert found.logprob == pytest.approx(plain.logprob(found.tokens), abs=0.1)
 
 
 def test_modes_are_restored_and_nothing_is_dropped() -> None:
