@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
@@ -16,6 +14,7 @@ from gptkernels.cli.options import PATH
 from gptkernels.cli.train import go_on
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.task import names
+from gptkernels.gpt.progress import Bar
 from gptkernels.gpt.training.config import TrainConfig
 
 
@@ -73,7 +72,7 @@ def command(
     if texts or not task:
         raise ValueError("task, lm: exactly one of the two is wanted")
     console = plain_console()
-    with Bar(console) as bar:
+    with ProgressBar(console) as bar:
         result = finetune(
             model, out, task=task, data=data, tokenizer=tokenizer, config=FinetuneConfig(**given),
             observer=bar,
@@ -108,39 +107,17 @@ def cut_sentence(count: int, length: int) -> str:
     return f"{count:,} {examples} longer than {length:,} tokens, and cut"
 
 
-class Bar:
+class ProgressBar(Bar):
     """A progress bar for `finetune(..., observer=...)`, and a line after each epoch."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("step {task.fields[step]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%  {task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("fine-tuning", total=1.0, step=0, figures="")
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._progress.live.is_started:
-            self._progress.stop()
 
     def __call__(self, record: dict[str, Any], done: float) -> None:
         """Show `record`, a line of log.jsonl; `done` is the share of the run behind us."""
-        self._progress.start()  # only now: a run that is refused shows no bar
-        shown: dict[str, Any] = {"completed": done, "step": record["step"]}
-        if "loss" in record:
-            shown["figures"] = f"loss {record['loss']:.4f}"
-        self._progress.update(self._task, **shown)
+        figures = f"loss {record['loss']:.4f}" if "loss" in record else None
+        self.show(f"step {record['step']}", done, figures)
         if "epoch" in record:
             metrics = "  ".join(
                 f"{name.replace('_', ' ')} {value:.4f}"
                 for name, value in record.items()
                 if name.startswith("validation_")
             )
-            print_text(self._console, f"epoch {record['epoch']}  {metrics}")
+            print_text(self.console, f"epoch {record['epoch']}  {metrics}")

@@ -38,10 +38,13 @@ class Bar:
         if self._progress.live.is_started:
             self._progress.stop()
 
-    def show(self, what: str, done: float, figures: str = "") -> None:
-        """Show what is being done, and how much of the whole is, 0 to 1."""
+    def show(self, what: str, done: float, figures: str | None = "") -> None:
+        """Show what is being done, how much of the whole is, 0 to 1, and figures; None leaves those
+        that stand there."""
         self._progress.start()
-        self._progress.update(self._task, description=what, completed=done, figures=figures)
+        self._progress.update(self._task, description=what, completed=done)
+        if figures is not None:
+            self._progress.update(self._task, figures=figures)
         if not self.console.is_terminal and time.monotonic() - self._last >= self._every_s:
             self._last = time.monotonic()
-            self.console.print(f"{done:4.0%}  {what}  {figures}".rstrip(), highlight=False)
+            self.console.print(f"{done:4.0%}  {what}  {figures or ''}".rstrip(), highlight=False)

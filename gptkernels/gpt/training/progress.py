@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from gptkernels.gpt.progress import Bar
 
 
-class ProgressBar:
+class ProgressBar(Bar):
     """A progress bar for `train(..., observer=...)`: use as a context, call with each log record.
 
     On a terminal the bar shows step, loss, tokens per second and MFU; every validation leaves a
@@ -16,33 +17,15 @@ class ProgressBar:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
-        self._progress = Progress(
-            TextColumn("step {task.fields[step]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task: TaskID = self._progress.add_task("training", total=1.0, step=0, figures="")
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._progress.live.is_started:
-            self._progress.stop()
+        super().__init__(console or Console())
 
     def __call__(self, record: dict[str, Any], done: float) -> None:
         """Show `record` (one line of log.jsonl); `done` is the share of the run behind us."""
         if "sample" in record:
             self.console.print(record["sample"], style="dim", markup=False, highlight=False)
             return
-        self._progress.start()  # only now: a run that is refused shows no bar
         figures = describe(record)
-        self._progress.update(self._task, completed=done, step=record["step"], figures=figures)
+        self.show(f"step {record['step']}", done, figures)
         if "validation_loss" in record:
             self.console.print(
                 f"step {record['step']:>6}  {figures}  validation loss "
