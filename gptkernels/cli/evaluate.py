@@ -116,6 +116,12 @@ def _evaluate_texts(
             f"{first} ({unpredicted:,}) was not predicted: the tokenizer has no end of text to "
             "predict it from",
         )
+    if any(text.changed for text in found):
+        print_text(
+            console,
+            "the tokenizer changes texts (capitals, spaces ...): these figures are of the changed one, "
+            "and no others can be compared with them",
+        )
     if kept := sum(text.kept for text in found):
         print_text(
             console, f"{kept:,} lines stayed as they are: no detokeniser could be undone there"

@@ -19,6 +19,7 @@ from models import shaken
 from test_cli import assert_refused
 
 from gptkernels import GPT, GPTConfig
+from gptkernels.gpt.tokenizer import ByteTokenizer
 
 Call = Callable[..., Any]
 TASK = """
@@ -111,6 +112,24 @@ def test_texts_get_their_perplexity(call: Call, model: Path, tmp_path: Path) -> 
     written = json.loads((out / "results.json").read_text())
     assert written["total"]["bytes"] == sum(path.stat().st_size for path in files)
     assert f"{written['total']['bits_per_byte']:.4f}" == lines[3].split()[-1]
+
+
+def test_a_tokenizer_that_changes_texts_is_named(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    shape = GPTConfig(vocab_size=256, block_size=48, n_layer=1, n_head=2, n_embd=16)
+    GPT(shape).save_pretrained(tmp_path / "model", tokenizer="bytes")
+    encode = ByteTokenizer.encode
+    monkeypatch.setattr(
+        ByteTokenizer, "encode", lambda self, text, **how: encode(self, text.lower(), **how)
+    )
+    (tmp_path / "a.txt").write_text("It rains again.\n" * 9)
+    result = call("evaluate", tmp_path / "model", tmp_path / "a.txt", "--device", "cpu")
+    assert "the tokenizer changes texts" in result.out
+    (tmp_path / "a.txt").write_text("it rains again.\n" * 9)
+    result = call("evaluate", tmp_path / "model", tmp_path / "a.txt", "--device", "cpu")
+    assert "the tokenizer changes texts" not in result.out
 
 
 @pytest.mark.parametrize(
