@@ -119,8 +119,8 @@ def _evaluate_texts(
     if any(text.changed for text in found):
         print_text(
             console,
-            "the tokenizer changes texts (capitals, spaces ...): these figures are of the changed one, "
-            "and no others can be compared with them",
+            "the tokenizer changes texts (capitals, spaces ...): these figures are of the changed "
+            "ones, and those of other tokenizers cannot be compared with them",
         )
     if kept := sum(text.kept for text in found):
         print_text(
