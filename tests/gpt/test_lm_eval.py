@@ -401,7 +401,7 @@ def test_a_model_by_what_it_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_model_that_cannot_be_had_is_refused(folder: Path) -> None:
-    with pytest.raises(TypeError, match=r"^batch_size is 'auto', int is wanted$"):
+    with pytest.raises(TypeError, match=r"^batch_size must be an int, got 'auto'$"):
         HarnessModel(str(folder), batch_size="auto")
     with pytest.raises(ValueError, match=r"^device must be auto, cpu, cuda or cuda:N, got 'mps'$"):
         HarnessModel(str(folder), device="mps")

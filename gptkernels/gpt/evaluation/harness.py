@@ -28,6 +28,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from gptkernels.core.checks import check_count
 from gptkernels.gpt.evaluation.config import RunConfig
 from gptkernels.gpt.evaluation.likelihood import Question
 from gptkernels.gpt.evaluation.subject import Subject
@@ -57,7 +58,8 @@ class HarnessModel(TemplateLM):
         up.
     dtype, device, impl: as in `RunConfig`; cuda:0 is a CPU where there is no GPU, as in `hf`.
 
-    Raises what `Subject.load` and `RunConfig` raise.
+    Raises what `Subject.load` and `RunConfig` raise, TypeError and ValueError for a batch_size that
+    is no count.
     """
 
     def __init__(
@@ -72,10 +74,11 @@ class HarnessModel(TemplateLM):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        # lm-eval's command gives it as a text, which may also be "auto"; RunConfig refuses that.
+        # lm-eval's command gives it as a text, which may also be "auto".
         rows: Any = int(batch_size) if str(batch_size).isdecimal() else batch_size
+        self._rows = check_count("batch_size", rows)
         where = "auto" if device == _COMMANDS_DEVICE else device
-        run = RunConfig(batch_size=rows, dtype=dtype, device=where, impl=impl)
+        run = RunConfig(batch_size=self._rows, dtype=dtype, device=where, impl=impl)
         self._subject = Subject.load(pretrained, tokenizer=tokenizer, run=run)
         self._scorer = self._subject.scorer()
         self._prefix = self.eot_token_id if prefix_token_id is None else prefix_token_id
@@ -113,7 +116,7 @@ class HarnessModel(TemplateLM):
     @property
     def batch_size(self) -> int:
         """How many rows run at a time."""
-        return self._subject.run.batch_size
+        return self._rows
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
