@@ -64,16 +64,17 @@ def test_texts_add_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "text", "changed"),
     [
-        (Lowering(), "It rains @-@ again .\n", True),
-        (Lowering(), "it rains @-@ again .\n", False),
-        (Begun(), "It rains @-@ again .\n", False),
-        (ByteTokenizer(), "It r\u00e4ins @-@ again .\n", False),
+        (Lowering(), " It rains @-@ again . \n", True),
+        (Lowering(), " it rains @-@ again . \n", False),
+        (Begun(), " It rains @-@ again . \n", False),
+        (ByteTokenizer(), " It r\u00e4ins @-@ again . \n", False),
     ],
 )
 @pytest.mark.parametrize("detokenizer", [None, "wikitext"])
 def test_a_text_that_the_tokenizer_changes_is_marked(
     tokenizer: ByteTokenizer, text: str, changed: bool, detokenizer: str | None, tmp_path: Path
 ) -> None:
+    """What a detokeniser changes is no fault of the tokenizer."""
     config = TextConfig(detokenizer=detokenizer)
     (found,) = evaluate_texts(subject_of(tokenizer), [written(tmp_path, text)], config=config)
     assert found.changed is found.as_dict()["changed"] is changed
