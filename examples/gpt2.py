@@ -216,18 +216,18 @@ def go_on(data: Path, out: Path, settings: Settings) -> dict[str, list[dict[str,
 
 
 def draw_perplexities(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of the perplexity of a word, by stride."""
+    """Write a PNG of the bits per byte, by stride."""
     figure = figure_class()(figsize=(6.4, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     looks = {None: ("#7aa6c2", "the data set's marks"), "wikitext": ("#c2452d", "marks taken out")}
     for detokenizer, (colour, label) in looks.items():
         points = [one for one in found if one["detokenizer"] == detokenizer]
         places = range(len(points))
-        values = [one["perplexity_per_word"] for one in points]
+        values = [one["bits_per_byte"] for one in points]
         axes.plot(places, values, color=colour, marker="o", markersize=4, label=label)
         axes.set_xticks(places, [str(one["stride"]) for one in points])
     axes.set_xlabel("stride (tokens)")
-    axes.set_ylabel("perplexity of a word, WikiText-2")
+    axes.set_ylabel("bits per byte, WikiText-2")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

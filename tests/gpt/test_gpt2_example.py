@@ -50,7 +50,7 @@ def test_every_step_is_made(tmp_path: Path) -> None:
         (64, None), (64, "wikitext"), (32, None), (32, "wikitext"),
     ]  # fmt: skip
     marked, plain = written["texts"][:2]
-    assert plain["words"] == marked["words"]  # those of the data set
+    assert plain["bytes"] == marked["bytes"]  # those of the data set
     assert plain["tokens"] < marked["tokens"]
     assert found["cpu_minutes"] > 0
     # The continued run begins where the pre-trained one has ended.

@@ -26,7 +26,7 @@ from gptkernels.gpt.finetuning.reading import Example
 from gptkernels.gpt.finetuning.task import Task, ZeroShot
 from gptkernels.gpt.finetuning.task_model import side_by_side
 from gptkernels.gpt.model import GPT
-from gptkernels.gpt.precision import autocast
+from gptkernels.gpt.precision import autocast, full_logits
 from gptkernels.gpt.tokenizer import Tokenizer
 
 
@@ -80,7 +80,7 @@ def guesses(
         places, rows = batch.places[of_answer], rows[of_answer]
         with autocast(device, dtype):
             hidden = model.hidden_states(batch.tokens).flatten(0, 1)
-            logits = model.logits(hidden[places]).float()
+            logits = full_logits(model, hidden[places])
         likely = -F.cross_entropy(logits, batch.following[of_answer], reduction="none")
         scores = likely.new_zeros(len(given)).index_add(0, rows, likely)
         if task.choice:
