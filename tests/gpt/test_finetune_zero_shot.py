@@ -169,19 +169,23 @@ def test_no_logits_but_those_of_the_answers(monkeypatch: pytest.MonkeyPatch) -> 
     assert rows == [2 * len(" low highest")]
 
 
-def test_a_narrow_dtype_is_for_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_dtype_is_for_the_body_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     network, seen = model(0), []
-    cross_entropy = zero_shot.F.cross_entropy
+    full_logits = zero_shot.full_logits
 
-    def spied(logits: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
-        seen.append((logits.dtype, torch.equal(logits, logits.bfloat16().float())))
-        return cross_entropy(logits, *arguments, **options)
+    def spied(network: GPT, hidden: torch.Tensor) -> torch.Tensor:
+        logits = full_logits(network, hidden)
+        seen.append((narrow(hidden), logits.dtype, narrow(logits)))
+        return logits
 
-    monkeypatch.setattr(zero_shot.F, "cross_entropy", spied)
+    def narrow(values: torch.Tensor) -> bool:
+        return torch.equal(values, values.bfloat16().to(values.dtype))
+
+    monkeypatch.setattr(zero_shot, "full_logits", spied)
     asked = questions(MOOD, [Example(("a",))], BYTES, 24)
     guesses(network, MOOD, asked, 2, torch.bfloat16)
     guesses(network, MOOD, asked, 2, torch.float32)
-    assert seen == [(torch.float32, True), (torch.float32, False)]
+    assert seen == [(True, torch.float32, False), (False, torch.float32, False)]
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
