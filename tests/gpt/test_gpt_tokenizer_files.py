@@ -86,12 +86,26 @@ ADDED = {"added_tokens_decoder": {"260": {"content": "[x]"}}}
         (pairs(**{"tokenizer_config.json": {"add_bos_token": True}}), "gpt2"),
         (pairs(**{"tokenizer_config.json": {"eos_token": "he"}}), "gpt2"),
         (pairs(**{"special_tokens_map.json": {"eos_token": {"content": "he"}}}), "gpt2"),
+        (pairs(**{"tokenizer_config.json": {"bos_token": "he", "eos_token": "ll"}}), "gpt2"),
+        (pairs(**{"tokenizer_config.json": {"bos_token": None}}), "gpt2"),
         (pairs(**{"added_tokens.json": {"[x]": 260}}), "gpt2"),
         (pairs(**{"tokenizer_config.json": ADDED}), "gpt2"),
         ({"vocab.json": GPT1, "merges.txt": GPT1_MERGES}, "openai-gpt"),
         ({"tokenizer.json": whole()}, "gpt2"),
         ({"tokenizer.json": whole(), "vocab.json": {"a": 0}}, "gpt2"),
         ({"tokenizer.json": whole(begun)}, "gpt2"),
+        ({"tokenizer.json": whole(), "tokenizer_config.json": {"eos_token": "he"}}, "gpt2"),
+        (
+            {
+                "tokenizer.json": whole(),
+                "special_tokens_map.json": {"bos_token": {"content": "he"}},
+            },
+            "gpt2",
+        ),
+        (
+            {"tokenizer.json": whole(), "tokenizer_config.json": {**GENERIC, "eos_token": "he"}},
+            "gpt2",
+        ),
         ({"tokenizer.json": whole(undecoded), "tokenizer_config.json": GENERIC}, "gpt2"),
         ({"tokenizer.json": whole(short), "tokenizer_config.json": {"eos_token": END}}, "gpt2"),
         ({"tokenizer.json": whole(lowered), "tokenizer_config.json": GENERIC}, "gpt2"),
@@ -116,7 +130,7 @@ def test_a_folders_tokenizer_is_that_of_transformers(
     ids = theirs(TEXT)["input_ids"]
     assert ours.encode(TEXT) == ids
     assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
-    assert ours.eos == theirs.eos_token_id
+    assert (ours.bos, ours.eos) == (theirs.bos_token_id, theirs.eos_token_id)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +161,7 @@ def test_a_piece_of_a_text_gets_no_token_that_begins_one(
 def test_a_written_tokenizer_is_the_one_that_was_read(
     tmp_path: Path, files: dict[str, Any]
 ) -> None:
-    """By this package and by transformers, the end of a text included."""
+    """By this package and by transformers, the tokens that begin and end a text included."""
     transformers = pytest.importorskip("transformers", reason="needs the package transformers")
     first = tokenizer_files.read(write(tmp_path / "first", files))
     assert isinstance(first, PackageTokenizer)
@@ -157,11 +171,11 @@ def test_a_written_tokenizer_is_the_one_that_was_read(
     theirs = transformers.AutoTokenizer.from_pretrained(second)
     assert again is not None
     assert first.eos is not None
-    for ids, eos in (
-        (again.encode(TEXT), again.eos),
-        (theirs(TEXT)["input_ids"], theirs.eos_token_id),
+    for ids, bos, eos in (
+        (again.encode(TEXT), again.bos, again.eos),
+        (theirs(TEXT)["input_ids"], theirs.bos_token_id, theirs.eos_token_id),
     ):
-        assert (ids, eos) == (first.encode(TEXT), first.eos)
+        assert (ids, bos, eos) == (first.encode(TEXT), first.bos, first.eos)
     assert again.decode(first.encode(TEXT)) == first.decode(first.encode(TEXT))
 
 
