@@ -17,6 +17,7 @@ from models import sharpened
 
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt.generation.beam import Beam, beam_search
+from gptkernels.gpt.generation.text import TextStream
 from gptkernels.gpt.tokenizer import ByteTokenizer
 
 # Log-probabilities of a dozen tokens, in fp32, by other products.
@@ -149,25 +150,6 @@ def test_a_stop_string_of_several_tokens_ends_a_text(width: int, alpha: float, s
     assert found.score == pytest.approx(plain.score(tokens), **CLOSE)
 
 
-@settings(max_examples=10)
-@given(
-    width=st.integers(1, 3),
-    every=st.integers(2, 9),
-    alpha=st.sampled_from(ALPHAS),
-    seed=st.integers(0, 2**20),
-)
-def test_beams_go_on_however_many_tokens_end_a_text(
-    width: int, every: int, alpha: float, seed: int
-) -> None:
-    """All characters but each of so many are stop strings."""
-    stop = [chr(token) for token in range(128) if token % every]
-    plain = Plain(make(256, seed), [65, 66], 4, alpha, ids=128, stop=stop)
-    tokens = plain.searched(width)
-    found = search(plain, width, tokenizer=ByteTokenizer())
-    assert found.tokens == tokens
-    assert found.text == plain.text(tokens)[0]
-
-
 @pytest.mark.parametrize("alpha", [-1.0, 0.0])
 def test_one_beam_is_greedy(alpha: float) -> None:
     model = make(11)
@@ -217,13 +199,13 @@ def saying(*steps: list[float]) -> GPT:
 
 def table(*rows: list[float]) -> GPT:
     """A model with these probabilities behind each token."""
-    model, read = make(len(rows)), []
+    model, read, logprobs = make(len(rows)), [], torch.tensor(rows).log()
 
     def embedded(_: Any, tokens: tuple[torch.Tensor], __: Any) -> None:
         read.append(tokens[0][:, -1])
 
     def said(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(rows)[read[-1][: len(logits)]].log()
+        return logprobs[read[-1][: len(logits)]]
 
     model.transformer.wte.register_forward_hook(embedded)
     model.lm_head.register_forward_hook(said)
@@ -252,6 +234,31 @@ def test_an_end_takes_no_beams_place(
     found = beam_search(model, [END], 10, width=width, alpha=alpha, eos=END)
     assert found.tokens == tokens
     assert found.score == pytest.approx(score)
+
+
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_beams_go_on_however_many_tokens_end_a_text(width: int) -> None:
+    """Behind the prompt only y is likelier than the ten digits, which are stop strings; z, which
+    is not, says itself for certain."""
+    behind = [[1 / 256] * 256] * 256
+    behind[ord("z")] = [float(token == ord("z")) for token in range(256)]
+    ends = list("0123456789")
+    odds = {ord(end): 0.08 + int(end) / 1000 for end in ends} | {ord("y"): 0.1, ord("z"): 0.05}
+    behind[ord("?")] = [odds.get(token, 0.0) for token in range(256)]
+    options = {"width": width, "stop": ends, "tokenizer": ByteTokenizer()}
+    assert beam_search(table(*behind), [ord("?")], 6, alpha=3.0, **options).text == "zzzzzz"
+
+
+def test_no_more_continuations_are_looked_at_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    push, seen = TextStream.push, []
+
+    def counted(stream: TextStream, token: int) -> str:
+        seen.append(token)
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", counted)
+    beam_search(make(256), [65], 3, width=2, tokenizer=ByteTokenizer())
+    assert len(seen) == 2 + 2 + 1
 
 
 def test_it_stops_where_no_beam_can_win(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from models import shaken
 
 from gptkernels import GPT
+from gptkernels.gpt.generation import beam
 from gptkernels.gpt.generation.engine import Request
 from gptkernels.gpt.generation.generate import stream
 from gptkernels.gpt.generation.sampling import Sampling
@@ -96,3 +97,22 @@ def test_eos_ends_a_text_where_theirs_ends(models: Any) -> None:
     result = by_transformers(theirs, PROMPTS[0], 12, do_sample=False, eos_token_id=eos)
     mine = ours.generate(torch.tensor([PROMPTS[0]]), 12, temperature=0, eos=eos)
     assert torch.equal(mine, result.sequences)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.5])
+def test_beams(models: Any, width: int, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the penalty that transformers has."""
+    ours, theirs = models
+    monkeypatch.setattr(beam, "_penalty", lambda length, alpha: length**alpha)
+    options = {"num_beams": width, "length_penalty": alpha, "early_stopping": "never"}
+    for prompt in PROMPTS[:3]:
+        greedy = beam.beam_search(ours, prompt, 3, width=1, alpha=0.0).tokens
+        for eos in greedy[1:]:
+            found = beam.beam_search(ours, prompt, 6, width=width, alpha=alpha, eos=eos).tokens
+            wanted = (
+                by_transformers(theirs, prompt, 6, do_sample=False, eos_token_id=eos, **options)
+                .sequences[0, len(prompt) :]
+                .tolist()
+            )
+            assert [*found, *[0] * (len(wanted) - len(found))] == wanted
