@@ -167,6 +167,16 @@ def test_files_without_a_manifest_are_bytes_and_uint16(tmp_path: Path) -> None:
     assert prepared.settled([tmp_path / "a.bin"], given) == given
 
 
+def test_another_tokenizer_than_bytes_is_for_where_none_is_said(
+    folder: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "a.txt"
+    assert prepared.settled([text], TrainConfig(), tokenizer="gpt2").tokenizer == "gpt2"
+    named = TrainConfig(tokenizer="bytes")
+    assert prepared.settled([text], named, tokenizer="gpt2").tokenizer == "bytes"
+    assert prepared.settled([folder], TrainConfig(), tokenizer="gpt2").tokenizer == "bytes"
+
+
 def test_what_contradicts_a_manifest_is_refused(folder: Path, tmp_path: Path) -> None:
     for setting in ({"tokenizer": "gpt2"}, {"token_dtype": "uint32"}):
         ((name, value),) = setting.items()

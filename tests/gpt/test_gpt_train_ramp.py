@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import SHORT, TINY, Interrupted, assert_same_bits, interrupt_at, unclocked
 
-from gptkernels.gpt.training.config import TrainConfig, micro_batches
+from gptkernels.gpt.training.config import TrainConfig, growth_at, micro_batches
 from gptkernels.gpt.training.learner import Learner
 from gptkernels.gpt.training.train import resume, train
 
@@ -29,8 +29,8 @@ RAMPED = dataclasses.replace(
 
 @given(st.data())
 def test_micro_batches_grow_linearly_in_tokens(data: st.DataObject) -> None:
-    most = data.draw(st.integers(1, 5000))
-    first = data.draw(st.integers(1, most))
+    most = data.draw(st.integers(2, 5000))
+    first = data.draw(st.integers(1, most - 1))
     length = data.draw(st.integers(1, 12 * 10**9))
     tokens = data.draw(st.integers(0, length - 1))
     config = TrainConfig(accumulation=most, ramp_start=first, ramp_tokens=length)
@@ -39,6 +39,9 @@ def test_micro_batches_grow_linearly_in_tokens(data: st.DataObject) -> None:
     assert exact - 1 - 1e-6 < found <= exact + 1e-6
     assert found <= micro_batches(config, tokens + data.draw(st.integers(0, length)))
     assert micro_batches(config, 0) == first
+    more = data.draw(st.integers(first + 1, most))
+    grown = growth_at(config, more)
+    assert micro_batches(config, grown - 1) < more <= micro_batches(config, grown)
     for after in (length, 2 * length):
         assert micro_batches(config, after) == most
     assert micro_batches(TrainConfig(accumulation=most), tokens) == most
@@ -81,8 +84,10 @@ def test_a_checkpoint_of_before_there_were_ramps_resumes(text: Path, tmp_path: P
     out = tmp_path / "run"
     train([text], out, model=TINY, config=dataclasses.replace(SHORT, steps=1))
     content = torch.load(out / "checkpoint.pt", weights_only=True)
-    for setting in ("ramp_tokens", "ramp_start"):
-        del content["train_config"][setting]
+    settings = content["train_config"]
+    for setting in ("ramp_tokens", "ramp_start", "decay_steps"):
+        del settings[setting]
+    settings.update(learning_rate=1e-3, min_learning_rate=1e-4)  # None was not yet known
     torch.save(content, out / "checkpoint.pt")
     assert resume(out, steps=2).records[-1]["tokens"] == 2 * 2 * MICRO
 
@@ -92,3 +97,13 @@ def test_a_ramp_that_begins_above_its_end_is_refused() -> None:
         TrainConfig(accumulation=2, ramp_start=3)
     with pytest.raises(ValueError, match="ramp_tokens is -1, at least 0 is wanted"):
         TrainConfig(ramp_tokens=-1)
+
+
+def test_a_ramp_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ValueError, match="ramp_start is 2, 1 without ramp_tokens is wanted"):
+        TrainConfig(accumulation=4, ramp_start=2)
+    alike = r"ramp_tokens is 10, 0 for steps that do not grow \(ramp_start=accumulation={}\)"
+    with pytest.raises(ValueError, match=alike.format(1)):
+        TrainConfig(ramp_tokens=10)
+    with pytest.raises(ValueError, match=alike.format(3)):
+        TrainConfig(accumulation=3, ramp_start=3, ramp_tokens=10)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptkernels.gpt.training import recipes
 from gptkernels.gpt.training.config import TrainConfig, learning_rate, micro_batches
 from gptkernels.gpt.training.recipes import GPT3, recipe_config
 
@@ -87,12 +88,12 @@ def test_settings_that_are_given_win() -> None:
     short = recipe_config("gpt3-13B", 2048, steps=1000, minutes=5.0)
     assert (short.steps, short.minutes) == (1000, 5.0)
     assert (short.decay_steps, short.warmup_steps) == (paper.decay_steps, paper.warmup_steps)
-    own = dict(
-        accumulation=3, ramp_start=2, ramp_tokens=0, warmup_steps=7, decay_steps=8, beta2=0.5
-    )
-    config = recipe_config("gpt3-13B", 2048, **own)
+    micro = 16 * 2048
+    own = dict(accumulation=3, ramp_start=2, ramp_tokens=10 * micro, warmup_steps=7, decay_steps=8)
+    config = recipe_config("gpt3-13B", 2048, **own, beta2=0.5)
     assert {name: getattr(config, name) for name in own} == own
-    assert config.steps == -(-300 * 10**9 // (3 * 16 * 2048))
+    assert config.beta2 == 0.5
+    assert config.steps == 5 + -(-(300 * 10**9 - 10 * micro) // (3 * micro))
     assert recipe_config("gpt3-13B", 2048, learning_rate=1e-3).rates == (1e-3, 1e-4)
 
 
@@ -101,3 +102,29 @@ def test_a_recipe_that_is_not_there_is_refused() -> None:
         recipe_config("gpt2", 1024)
     with pytest.raises(ValueError, match="ramp_start is 99, at most accumulation=16 is wanted"):
         recipe_config("gpt3-125M", 2048, ramp_start=99)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"ramp_tokens": 0}, {"accumulation": 1}, {"batch_size": 512}], ids=str
+)
+def test_steps_that_cannot_grow_have_no_ramp(settings: dict[str, int]) -> None:
+    config = recipe_config("gpt3-125M", 2048, **settings)
+    assert (config.ramp_tokens, config.ramp_start) == (0, 1)
+    step = config.accumulation * config.batch_size * 2048
+    assert config.steps == -(-300 * 10**9 // step)
+
+
+def test_steps_of_one_size_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Billions of them, of a token or two."""
+    calls = 0
+
+    def counted(config: TrainConfig, tokens: int) -> int:
+        nonlocal calls
+        calls += 1
+        assert calls < 10
+        return micro_batches(config, tokens)
+
+    monkeypatch.setattr(recipes, "micro_batches", counted)
+    config = recipe_config("gpt3-125M", 1, batch_size=1, accumulation=2, ramp_start=1)
+    assert config.steps == 4 * 10**9 + 148 * 10**9
+    assert config.warmup_steps == 375 * 10**6

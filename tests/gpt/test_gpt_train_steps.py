@@ -43,6 +43,13 @@ def test_schedule_warms_up_and_falls_by_half_a_cosine() -> None:
     assert learning_rate(dataclasses.replace(config, warmup_steps=0), 0) == 1.0
 
 
+@pytest.mark.parametrize("decay_steps", [1, 10])
+def test_a_rate_that_falls_before_it_has_risen_is_refused(decay_steps: int) -> None:
+    sentence = f"decay_steps is {decay_steps}, 0 or more than warmup_steps=10 is wanted"
+    with pytest.raises(ValueError, match=sentence):
+        TrainConfig(warmup_steps=10, decay_steps=decay_steps)
+
+
 def test_matrices_decay_biases_and_norms_do_not() -> None:
     model = GPT(TINY)
     decayed, kept = parameter_groups(model, 0.1)

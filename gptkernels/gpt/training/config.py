@@ -1,8 +1,9 @@
-"""How to train: TrainConfig, checked once, when it is made, and what follows from it for a step:
-its learning rate and its micro-batches."""
+"""How to train: TrainConfig, checked once, when it is made, and what follows from it: the
+steps of a number of epochs, the learning rate and the micro-batches of a step."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ class TrainConfig:
     tokenizer: str = option(
         "auto",
         "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words; auto: that of the model to go on "
-        "from (init), what the shards' manifest says, else bytes",
+        "from (init), what the shards' manifest says, gpt2 with a recipe, else bytes",
     )
     token_dtype: str = option(
         "auto",
@@ -91,6 +92,14 @@ class TrainConfig:
         check_option(self, "minutes", self.minutes is None or self.minutes > 0, "more than 0")
         right = self.ramp_start <= self.accumulation
         check_option(self, "ramp_start", right, f"at most accumulation={self.accumulation}")
+        right = self.ramp_start == 1 or self.ramp_tokens > 0
+        check_option(self, "ramp_start", right, "1 without ramp_tokens")
+        right = self.ramp_start < self.accumulation or self.ramp_tokens == 0
+        alike = f"0 for steps that do not grow (ramp_start=accumulation={self.accumulation})"
+        check_option(self, "ramp_tokens", right, alike)
+        right = self.decay_steps == 0 or self.decay_steps > self.warmup_steps
+        more = f"0 or more than warmup_steps={self.warmup_steps}"
+        check_option(self, "decay_steps", right, more)
         highest, lowest = self.rates
         check_option(self, "learning_rate", highest > 0, "more than 0")
         right = lowest <= highest
@@ -140,3 +149,18 @@ def micro_batches(config: TrainConfig, tokens: int) -> int:
         return config.accumulation
     growth = config.accumulation - config.ramp_start
     return config.ramp_start + growth * tokens // config.ramp_tokens  # in integers, so exact
+
+
+def growth_at(config: TrainConfig, count: int) -> int:
+    """The fewest tokens after which a step has at least `count` micro-batches, more than
+    ramp_start and at most accumulation."""
+    growth = config.accumulation - config.ramp_start
+    return -(-(count - config.ramp_start) * config.ramp_tokens // growth)
+
+
+def in_epochs(config: TrainConfig, epochs: int, windows: int) -> TrainConfig:
+    """`config` with the steps that `epochs` passes over `windows` windows of text take. At most a
+    tenth of them warm up."""
+    steps = math.ceil(epochs * windows / (config.batch_size * config.accumulation))
+    warmup = min(config.warmup_steps, steps // 10)
+    return dataclasses.replace(config, steps=steps, warmup_steps=warmup)

@@ -20,18 +20,18 @@ from gptkernels.gpt.tokenizer import Tokenizer, holds, load_tokenizer, name_of
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.vocabulary import OWN
 
-# Where neither a manifest nor the user says.
-_ELSE = {"tokenizer": "bytes", "token_dtype": "uint16"}
 
-
-def settled(files: Sequence[str | Path], config: TrainConfig) -> TrainConfig:
+def settled(
+    files: Sequence[str | Path], config: TrainConfig, tokenizer: str = "bytes"
+) -> TrainConfig:
     """`config` with the tokenizer and token_dtype of the manifests in place of "auto"; where there
-    is none, "bytes" and "uint16". A tokenizer of the model's own stays (`checked` compares it).
+    is none, `tokenizer` and "uint16". A tokenizer of the model's own stays (`checked` compares it).
 
     Raises ValueError where a manifest contradicts it, or is broken or of another version, and for a
     shard that the manifest beside it does not name.
     """
-    settings: dict[str, Any] = {name: getattr(config, name) for name in _ELSE}
+    otherwise = {"tokenizer": tokenizer, "token_dtype": "uint16"}
+    settings: dict[str, Any] = {name: getattr(config, name) for name in otherwise}
     for part in _parts(files):
         if isinstance(part, Path):
             continue
@@ -40,7 +40,7 @@ def settled(files: Sequence[str | Path], config: TrainConfig) -> TrainConfig:
             if asked not in ("auto", OWN, said):
                 raise ValueError(f"{name} is {asked!r}, but {part.path} says {said!r}")
             settings[name] = OWN if asked == OWN else said
-    for name, value in _ELSE.items():
+    for name, value in otherwise.items():
         if settings[name] == "auto":
             settings[name] = value
     return dataclasses.replace(config, **settings)

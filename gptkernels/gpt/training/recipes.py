@@ -27,7 +27,7 @@ import torch
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.options import one_of
-from gptkernels.gpt.training.config import TrainConfig, micro_batches
+from gptkernels.gpt.training.config import TrainConfig, growth_at, micro_batches
 
 _BILLION = 10**9
 _FIRST_STEP, _WARMUP, _DECAY, _ALL = 2**15, 375 * 10**6, 260 * _BILLION, 300 * _BILLION  # tokens
@@ -49,6 +49,8 @@ class Recipe:
     ramp_tokens: int
 
 
+TOKENIZER = "gpt2"  # "the reversible tokenization described therein", in GPT-2's paper: section 2.1
+
 # From the smallest model to the largest.
 GPT3 = {
     "gpt3-125M": Recipe(2**19, 6.0e-4, 4 * _BILLION),
@@ -67,32 +69,42 @@ def recipe_config(name: str, block_size: int, **settings: Any) -> TrainConfig:
 
     settings: fields of TrainConfig, which win; what depends on them follows: `accumulation` makes
     the recipe's step of micro-batches of `batch_size` windows, and all numbers of steps are those
-    of the recipe's tokens. `steps` alone ends the run sooner, on the same schedule.
+    of the recipe's tokens. `steps` alone ends the run sooner, on the same schedule. Where a step
+    cannot begin with fewer micro-batches than it has later, there is no ramp. `tokenizer` stays
+    "auto"; TOKENIZER was the paper's.
 
     Raises ValueError for another name, and what TrainConfig raises.
     """
     if name not in GPT3:
         raise ValueError(f"recipe must be {one_of(GPT3)}, got {name!r}")
     recipe = GPT3[name]
-    own = {"learning_rate": recipe.learning_rate, "ramp_tokens": recipe.ramp_tokens, **_ADAMW}
-    config = TrainConfig(**{**own, **settings, "accumulation": 1, "ramp_start": 1})
-    tokens = config.batch_size * block_size  # in a micro-batch
+    micro = TrainConfig(batch_size=settings.get("batch_size", TrainConfig.batch_size))
+    tokens = micro.batch_size * block_size  # in a micro-batch
     whole = settings.get("accumulation", max(1, round(recipe.batch_tokens / tokens)))
-    first = settings.get("ramp_start", min(whole, max(1, round(_FIRST_STEP / tokens))))
-    config = dataclasses.replace(config, accumulation=whole, ramp_start=first)
+    first = min(whole, max(1, round(_FIRST_STEP / tokens)))
+    grows = settings.get("ramp_start", first) < whole
+    ramp = settings.get("ramp_tokens", recipe.ramp_tokens if grows else 0)
+    start = settings.get("ramp_start", first if ramp else 1)
+    sized = dataclasses.replace(micro, accumulation=whole, ramp_start=start, ramp_tokens=ramp)
     lengths = {"warmup_steps": _WARMUP, "decay_steps": _DECAY, "steps": _ALL}
-    steps = {key: _steps(config, tokens, until) for key, until in lengths.items()}
-    return dataclasses.replace(config, **{**steps, **settings})
+    steps = {key: _steps(sized, tokens, until) for key, until in lengths.items()}
+    own = {"learning_rate": recipe.learning_rate, **_ADAMW, **steps}
+    return dataclasses.replace(sized, **{**own, **settings})
 
 
 def _steps(config: TrainConfig, micro_batch: int, tokens: int) -> int:
     """The steps in which `config` is trained on at least `tokens` tokens, `micro_batch` at a
     time."""
     seen, steps = 0, 0
-    while seen < min(tokens, config.ramp_tokens):
-        seen += micro_batch * micro_batches(config, seen)
-        steps += 1
-    return steps + max(0, -(-(tokens - seen) // (micro_batch * config.accumulation)))
+    while seen < tokens:
+        count, until = micro_batches(config, seen), tokens
+        if count < config.accumulation:
+            until = min(tokens, growth_at(config, count + 1))
+        # Counted together, since there may be billions of steps of one size.
+        alike = -(-(until - seen) // (micro_batch * count))
+        seen += alike * micro_batch * count
+        steps += alike
+    return steps
 
 
 def parameters(model: GPT) -> int:
@@ -106,12 +118,13 @@ def continuing_rate(count: int) -> float:
     A tenth of that of the smallest of GPT-3's models that is at least as large, or else of the
     largest of all.
     """
-    large_enough = (name for name in GPT3 if _size(name) >= count)
+    large_enough = (name for name in GPT3 if size(GPTConfig.named(name)) >= count)
     # Rounded to be told and kept as 6e-05, not as 5.9999999999999995e-05.
     return round(GPT3[next(large_enough, "gpt3-175B")].learning_rate / 10, 9)
 
 
 @functools.cache
-def _size(name: str) -> int:
+def size(shape: GPTConfig) -> int:
+    """How many parameters a GPT of `shape` has."""
     with torch.device("meta"):  # shapes alone
-        return parameters(GPT(GPTConfig.named(name)))
+        return parameters(GPT(shape))
