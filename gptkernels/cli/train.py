@@ -14,7 +14,7 @@ from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.training.config import TrainConfig
-from gptkernels.gpt.training.recipes import GPT3, recipe_config
+from gptkernels.gpt.training.recipes import GPT3, TOKENIZER, recipe_config, size
 
 if TYPE_CHECKING:
     from gptkernels.gpt.training.train import TrainResult
@@ -31,7 +31,8 @@ RESHAPED = frozenset({"dropout", "block_size"})
     "--recipe",
     type=click.Choice(list(GPT3)),
     help="Train a new model of GPT-3's shapes as the paper did: its learning rate, batch size, "
-    "schedule and 300 billion tokens. Options that are given win.",
+    "schedule and 300 billion tokens, GPT-2's tokenizer. Options "
+    "that are given win.",
 )
 @click.option(
     "--init",
@@ -85,17 +86,17 @@ def command(
         go_on(files, out, init, sizes, training)
         return
     name = shape or recipe
-    published = GPTConfig.named(name) if name else GPTConfig()
+    model = dataclasses.replace(GPTConfig.named(name) if name else GPTConfig(), **sizes)
     if recipe:
-        length = sizes.get("block_size", published.block_size)
-        config = recipe_config(recipe, length, **training)
-        click.echo(described(recipe, config, length))
+        config = recipe_config(recipe, model.block_size, **training)
+        config = prepared.settled(files, config, TOKENIZER)
     else:
-        config = TrainConfig(**training)
-    config = prepared.settled(files, config)
-    sizes.setdefault("vocab_size", load_tokenizer(config.tokenizer).vocab_size)
-    model = dataclasses.replace(published, **sizes)
-    with ProgressBar(plain_console()) as bar:
+        config = prepared.settled(files, TrainConfig(**training))
+    if "vocab_size" not in sizes:
+        vocab_size = load_tokenizer(config.tokenizer).vocab_size
+        model = dataclasses.replace(model, vocab_size=vocab_size)
+    opening = described(recipe, config, model) if recipe else ""
+    with ProgressBar(plain_console(), opening) as bar:
         result = train.train(files, out, model=model, config=config, observer=bar)
     report(result, out)
 
@@ -116,25 +117,30 @@ def go_on(
 
     begun = Pretrained.load(init, training.get("tokenizer", "auto"), **sizes)
     config = begun.settled(TrainConfig(**training))
-    if epochs is not None:
-        config = begun.in_epochs(files, config, epochs)
+    opening = ""
     if "learning_rate" not in training:
-        click.echo(
+        opening = (
             f"the learning rate rises to {config.rates[0]:.2g}, a tenth of what GPT-3's paper "
             "trains a model of this size with"
         )
-    with ProgressBar(plain_console()) as bar:
-        result = train.train(files, out, init=begun, config=config, observer=bar)
+    with ProgressBar(plain_console(), opening) as bar:
+        result = train.train(files, out, init=begun, config=config, epochs=epochs, observer=bar)
     report(result, out)
 
 
-def described(recipe: str, config: TrainConfig, block_size: int) -> str:
+def described(recipe: str, config: TrainConfig, model: GPTConfig) -> str:
     """What a recipe came to, in a line."""
-    window = config.batch_size * block_size
+    window = config.batch_size * model.block_size
+    steps = f"{config.steps:,} steps of {window * config.accumulation:,} tokens"
+    if config.ramp_tokens:
+        steps = (
+            f"{config.steps:,} steps of {window * config.ramp_start:,} tokens at first, "
+            f"{window * config.accumulation:,} after {config.ramp_tokens:,}"
+        )
     return (
-        f"{recipe}: {config.steps:,} steps of {window * config.ramp_start:,} tokens at first, "
-        f"{window * config.accumulation:,} after {config.ramp_tokens:,}; the learning rate rises "
-        f"to {config.rates[0]:.2g} in {config.warmup_steps:,} steps"
+        f"{recipe}: {size(model):,} parameters, a vocabulary of {model.vocab_size:,} (tokenizer "
+        f"{config.tokenizer}); {steps}; the learning rate rises to {config.rates[0]:.2g} in "
+        f"{config.warmup_steps:,} steps"
     )
 
 

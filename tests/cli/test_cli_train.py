@@ -21,7 +21,7 @@ from test_cli import BATCHES, SMALL, assert_refused
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt import tokenizer_files
 from gptkernels.gpt.tokenizer import CharacterTokenizer
-from gptkernels.gpt.training import train
+from gptkernels.gpt.training import data, train
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.recipes import recipe_config
 
@@ -164,6 +164,29 @@ def test_finetuning_needs_a_task_or_a_text(call: Any, model: Path, tmp_path: Pat
     assert_refused(result, "task, lm: exactly one of the two is wanted")
 
 
+# ---- what is read and said, and when
+
+
+def test_texts_are_read_once_and_a_refusal_says_nothing_else(
+    call: Any, text: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, read = [], data.read
+    monkeypatch.setattr(data, "read", lambda *given: reads.append(given) or read(*given))
+    tuning = ("finetune", model, "--lm", text, "--epochs", "1", "--device", "cpu")
+    assert call(*tuning, "--out", tmp_path / "run").code == 0
+    assert len(reads) == 1
+    going_on = ("train", text, "--init", model)
+    anew = ("train", text, "--recipe", "gpt3-125M")
+    for command in (tuning, going_on, anew):
+        refused = call(*command, "--out", tmp_path / "run")
+        assert_refused(refused, "already holds a checkpoint")
+        assert refused.out == ""
+    assert len(reads) == 1
+    refused = call("train", tmp_path / "nothing.txt", "--init", model, "--out", tmp_path / "other")
+    assert_refused(refused, "nothing.txt does not exist")
+    assert refused.out == ""
+
+
 # ---- recipes
 
 
@@ -174,20 +197,22 @@ def test_a_recipe_sets_shape_and_schedule_and_options_win(
 
     def spy(files: Any, out: Path, *, model: GPTConfig, config: TrainConfig, observer: Any) -> Any:
         seen.append((model, config))
+        observer({"step": 0}, 0.0)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", spy)
     given = ("train", text, "--out", tmp_path / "run", "--recipe", "gpt3-1.3B")
     result = call(*given, "--batch-size", "8")
-    assert result.out.startswith("gpt3-1.3B: ")
+    opening = "gpt3-1.3B: 1,315,723,264 parameters, a vocabulary of 50,257 (tokenizer gpt2); "
+    assert result.out.startswith(opening)
     assert "of 32,768 tokens at first, 1,048,576 after 6,000,000,000;" in result.out
-    call(
-        *given, "--block-size", "512", "--learning-rate", "1e-3", "--steps", "9", "--dropout", "0.1"
-    )
+    more = ("--block-size", "512", "--learning-rate", "1e-3", "--steps", "9", "--dropout", "0.1")
+    result = call(*given, *more, "--ramp-tokens", "0", "--tokenizer", "bytes")
+    assert "a vocabulary of 256 (tokenizer bytes); 9 steps of 1,048,576 tokens; the" in result.out
     (shape, config), (other_shape, other) = seen
-    assert shape == dataclasses.replace(GPTConfig.named("gpt3-1.3B"), vocab_size=256)
+    assert shape == dataclasses.replace(GPTConfig.named("gpt3-1.3B"), vocab_size=50257)
     paper = recipe_config("gpt3-1.3B", 2048, batch_size=8)
-    assert config == dataclasses.replace(paper, tokenizer="bytes", token_dtype="uint16")
+    assert config == dataclasses.replace(paper, tokenizer="gpt2", token_dtype="uint16")
     assert (other_shape.block_size, other_shape.dropout, other_shape.n_embd) == (512, 0.1, 2048)
     assert (other.learning_rate, other.steps, other.accumulation) == (1e-3, 9, 128)
     assert_refused(call(*given, "--config", "gpt2"), "config, recipe: each of them sets")

@@ -10,8 +10,6 @@ rates       what `continuing_rate` (recipes.py) chooses, where none is asked for
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,6 @@ import torch
 from gptkernels.gpt.loading import fitting, load_network
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import Tokenizer, holds, load_tokenizer, name_of
-from gptkernels.gpt.training import data, prepared
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.recipes import continuing_rate, parameters
 from gptkernels.gpt.training.vocabulary import OWN
@@ -74,23 +71,6 @@ class Pretrained:
         if rate is None:
             rate = continuing_rate(parameters(self.model))
         return dataclasses.replace(config, tokenizer=kept, learning_rate=rate)
-
-    def in_epochs(
-        self, files: Sequence[str | Path], config: TrainConfig, epochs: int
-    ) -> TrainConfig:
-        """`config`, settled, with the steps that `epochs` passes over the training part of `files`
-        take. At most a tenth of them warm up.
-
-        Reads the files. Raises FileNotFoundError or ValueError for those that cannot be trained on.
-        """
-        config = prepared.settled(files, config)
-        shape = self.model.config
-        tokens, _ = data.read(files, self.tokenizer, config.token_dtype, shape.vocab_size)
-        part, _ = data.split(tokens, config.validation_fraction, shape.block_size)
-        windows = (len(part) - 1) // shape.block_size
-        steps = math.ceil(epochs * windows / (config.batch_size * config.accumulation))
-        warmup = min(config.warmup_steps, steps // 10)
-        return dataclasses.replace(config, steps=steps, warmup_steps=warmup)
 
     def _check_same(self, name: str) -> None:
         """Raise ValueError where the tokenizer called `name` is not the model's."""

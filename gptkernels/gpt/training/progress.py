@@ -13,14 +13,19 @@ class ProgressBar(Bar):
     """A progress bar for `train(..., observer=...)`: use as a context, call with each log record.
 
     On a terminal the bar shows step, loss, tokens per second and MFU; every validation leaves a
-    line. Elsewhere (a file, a pipe) only those lines are written.
+    line. Elsewhere (a file, a pipe) only those lines are written. `opening` is the line before the
+    first: what is refused does not show it.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, opening: str = "") -> None:
         super().__init__(console or Console())
+        self._opening = opening
 
     def __call__(self, record: dict[str, Any], done: float) -> None:
         """Show `record` (one line of log.jsonl); `done` is the share of the run behind us."""
+        if self._opening:
+            self.console.print(self._opening, markup=False, highlight=False)
+            self._opening = ""
         if "sample" in record:
             self.console.print(record["sample"], style="dim", markup=False, highlight=False)
             return

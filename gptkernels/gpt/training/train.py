@@ -38,17 +38,24 @@ from torch import Tensor
 
 from gptkernels.core import plans
 from gptkernels.core.ceilings import product_rate
+from gptkernels.core.checks import check_count
 from gptkernels.core.choice import switched_off
 from gptkernels.core.device import choose_device
 from gptkernels.core.figure import figure_class
-from gptkernels.core.files import check_folder, make_folder
+from gptkernels.core.files import check_folder
 from gptkernels.core.lock import alone_in
 from gptkernels.core.tuned import Table
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import Tokenizer, load_tokenizer, name_of
 from gptkernels.gpt.training import checkpoint, data, prepared, vocabulary
-from gptkernels.gpt.training.config import DECIDED, TrainConfig, learning_rate, micro_batches
+from gptkernels.gpt.training.config import (
+    DECIDED,
+    TrainConfig,
+    in_epochs,
+    learning_rate,
+    micro_batches,
+)
 from gptkernels.gpt.training.curve import draw_losses
 from gptkernels.gpt.training.learner import Learner
 from gptkernels.gpt.training.log import Log
@@ -86,30 +93,36 @@ def train(
     model: GPTConfig | None = None,
     init: str | Path | Pretrained | None = None,
     config: TrainConfig | None = None,
+    epochs: int | None = None,
     observer: Observer | None = None,
 ) -> TrainResult:
     """Train a GPT on `files`, text, token shards (.bin) or folders that `prepare` wrote, and write
     the folder `out`.
 
     model: the shape of a new GPT. init: in place of it, one to go on from, with its tokenizer and
-    without its optimiser: a path as `Pretrained.load` takes it, or what that returned.
+    without its optimiser: a path as `Pretrained.load` takes it, or what that returned. epochs:
+    passes over the training part of the files, in place of config.steps; at most a tenth of their
+    steps warm up.
 
     Raises FileNotFoundError or ValueError for files that cannot be trained on and for an `init`
-    that cannot be gone on from, ValueError when `out` already holds a checkpoint or is in use by
-    another run, or when `model` does not fit the tokenizer (its vocab_size may be larger: a padded
-    table), for both of `model` and `init` or neither, ImportError when matplotlib,
-    safetensors, the tokenizer's package or tensorboard is missing and needed, DivergedError when
-    the loss is no longer finite (the last checkpoint stays), RuntimeError when `config.impl` cannot
-    run on the device, OSError when `out` is a file or cannot be written (the last checkpoint
-    stays).
+    that cannot be gone on from, ValueError when `out` already holds a checkpoint, is a model's own
+    folder or is in use by another run, or when `model` does not fit the tokenizer (its vocab_size
+    may be larger: a padded table), for both of `model` and `init` or neither, and for less than one
+    epoch, ImportError when matplotlib, safetensors, the tokenizer's package or tensorboard is
+    missing and needed, DivergedError when the loss is no longer finite (the last checkpoint stays),
+    RuntimeError when `config.impl` cannot run on the device, OSError when `out` is a file or cannot
+    be written (the last checkpoint stays).
     """
     config, out = config or TrainConfig(), Path(out)
     _check_new(out)
+    if epochs is not None:
+        check_count("epochs", epochs)
     texts = [str(Path(file).resolve()) for file in files]
     if init is None and model is not None:
         config = prepared.settled(files, config)
         torch.manual_seed(config.seed)
-        run = _Run(texts, out, model, load_tokenizer(config.tokenizer), config, observer)
+        tokenizer = load_tokenizer(config.tokenizer)
+        run = _Run(texts, out, model, tokenizer, config, observer, epochs=epochs)
     elif model is None and init is not None:
         begun = init
         if not isinstance(begun, Pretrained):
@@ -117,7 +130,8 @@ def train(
         config = prepared.settled(files, begun.settled(config))
         torch.manual_seed(config.seed)
         network = begun.model
-        run = _Run(texts, out, network.config, begun.tokenizer, config, observer, network)
+        tokenizer, shape = begun.tokenizer, network.config
+        run = _Run(texts, out, shape, tokenizer, config, observer, network, epochs)
     else:
         raise ValueError("model, init: exactly one of the two is wanted")
     with alone_in("out", out):
@@ -178,6 +192,9 @@ def _check_new(out: Path) -> None:
     check_folder("out", out)
     if (out / "checkpoint.pt").exists():
         raise ValueError(f"out: {out} already holds a checkpoint, resume it or name another folder")
+    # Its tokenizer would be overwritten.
+    if (out / "config.json").exists():
+        raise ValueError(f"out: {out} holds a model, name another folder")
 
 
 class _Run:
@@ -192,6 +209,7 @@ class _Run:
         config: TrainConfig,
         observer: Observer | None,
         model: GPT | None = None,
+        epochs: int | None = None,
     ) -> None:
         # Better to report a missing package now than after the training.
         figure_class()
@@ -213,6 +231,9 @@ class _Run:
         training, validation = data.split(
             tokens, config.validation_fraction, model_config.block_size
         )
+        if epochs is not None:
+            windows = (len(training) - 1) // model_config.block_size
+            self.config = config = in_epochs(config, epochs, windows)
         # Initial weights are drawn on the CPU, so that they do not depend on the device.
         self.model = GPT(model_config) if model is None else model
         self.learner = Learner(self.model, config, self.device, training, validation)
@@ -421,7 +442,8 @@ class _Run:
             self.observer(record, self.share)
 
     def _save(self) -> None:
-        make_folder("out", self.out)  # somebody may have cleaned it away meanwhile
+        # First: a checkpoint never lies without its tokenizer. It makes the folder, which somebody
+        # may have cleaned away meanwhile.
         vocabulary.keep(self.tokenizer, self.out)
         checkpoint.save(
             self.out / "checkpoint.pt",
@@ -445,8 +467,8 @@ class _Run:
         )
 
     def _save_model(self, name: str) -> None:
+        vocabulary.keep(self.tokenizer, self.out / name)  # first, as of a checkpoint
         self.model.save_pretrained(self.out / name, tokenizer=name_of(self.tokenizer))
-        vocabulary.keep(self.tokenizer, self.out / name)
 
     def _check_finite(self, record: dict[str, Any]) -> None:
         names = ("loss", "gradient_norm", "validation_loss")
