@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,14 +96,22 @@ class PackageTokenizer:
     """One that the package `tokenizers` runs.
 
     tokenizer: of the package's class Tokenizer. It encodes whole texts: what it says of padding and
-    truncation is dropped. eos, bos: the ids that end and begin a text, or None.
+    truncation is dropped. eos, bos: the ids that end and begin a text, or None. settings: what a
+    tokenizer_config.json says of it, for those who read the folder that it is written into.
     """
 
-    def __init__(self, tokenizer: Any, eos: int | None = None, bos: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        eos: int | None = None,
+        bos: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._bos, self._eos = bos, eos
+        self.settings = dict(settings or {})
         # Not the number of tokens: ids may have gaps.
         self._vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
 
@@ -134,9 +142,9 @@ class PackageTokenizer:
         self._tokenizer.encode_special_tokens = True
 
     def save(self, path: Path) -> None:
-        """Write it as a tokenizer.json, which says nothing of `bos` and `eos`:
-        tokenizer_files.py does."""
-        with replacing(path) as file:
+        """Write it as a tokenizer.json, which says nothing of `bos`, `eos` and `settings`:
+        tokenizer_files.py does. The file survives a power cut."""
+        with replacing(path, durable=True) as file:
             self._tokenizer.save(str(file))
 
     def texts(self) -> dict[int, str]:

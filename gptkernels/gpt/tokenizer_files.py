@@ -10,12 +10,13 @@ transformers: special tokens, those that begin and end a text, a first space. Wh
 to read, nothing is guessed: two vocabularies of one size need not be the same.
 
 Written: tokenizer.json, with a tokenizer_config.json that names the tokens that begin and end a
-text, or characters.json.
+text, and says what was said of it where it was read, such as its chat template; or characters.json.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,17 @@ from gptkernels.gpt.tokenizer import (
 
 _WHOLE, _PAIRS = "tokenizer.json", ("vocab.json", "merges.txt")
 _CHARACTERS, _SETTINGS = "characters.json", "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
 _FOREIGN = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 _BYTES = ("GPT2Tokenizer", "GPT2TokenizerFast", "gpt2")
 _WORDS = ("OpenAIGPTTokenizer", "OpenAIGPTTokenizerFast", "openai-gpt")
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_NAMED = ("bos_token", "eos_token", "unk_token")
+_SPECIAL = (*_NAMED, "pad_token")
+# What transformers' class of a kind takes where the folder does not name it.
+_ELSE = {
+    **{kind: dict.fromkeys(_NAMED, END_OF_TEXT) for kind in _BYTES},
+    **{kind: {"unk_token": "<unk>"} for kind in _WORDS},
+}
 
 
 def read(folder: Path) -> Tokenizer | None:
@@ -73,23 +81,33 @@ def read_files(folder: Path) -> Tokenizer | None:
 def write(folder: Path, tokenizer: PackageTokenizer | CharacterTokenizer) -> None:
     """Write a tokenizer into `folder`, as `read` reads it and, but for characters, transformers.
 
-    Each file is complete before it gets its name. Raises OSError where it cannot be written.
+    Each file is complete before it gets its name, and survives a power cut. Files of the other kind
+    are removed. Raises OSError where it cannot be written.
     """
     if isinstance(tokenizer, CharacterTokenizer):
         _write_object(folder / _CHARACTERS, {"characters": list(tokenizer.characters)})
+        remove(folder, (_WHOLE, _SETTINGS))
         return
     tokenizer.save(folder / _WHOLE)
-    # The generic class adds nothing to what tokenizer.json says.
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    texts = tokenizer.texts()
+    settings, texts = dict(tokenizer.settings), tokenizer.texts()
+    # The generic class adds nothing to what tokenizer.json says, and needs no code in the folder.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("auto_map", None)
+    # Where there is none this is said: an end that is left out is taken for <|endoftext|>.
     for key, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
-        if token is not None:
-            settings[key] = texts[token]
+        settings[key] = None if token is None else texts[token]
     _write_object(folder / _SETTINGS, settings)
+    remove(folder, (_CHARACTERS,))
+
+
+def remove(folder: Path, names: Sequence[str] = (_WHOLE, _SETTINGS, _CHARACTERS)) -> None:
+    """Remove from `folder` what `write` may have left there before. Raises OSError."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _write_object(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as file:
+    with replacing(path, durable=True) as file:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -114,13 +132,11 @@ def _read_whole(path: Path) -> Tokenizer:
     # One byte that is wrong changes all bytes of its run there, those already printed too.
     if tokenizer.decoder is not None and b"ByteFallback" in tokenizer.decoder.__getstate__():
         raise ValueError(f"{path} decodes with ByteFallback, which no text can be streamed with")
-    # transformers' class for GPT-2 sets these itself, its generic class leaves them as they are.
+    # transformers' class for GPT-2 sets this itself, its generic class leaves it as it is.
     kind, spaces = settings.get("tokenizer_class") or "gpt2", tokenizer.pre_tokenizer
-    if kind in _BYTES:
-        settings.setdefault("bos_token", END_OF_TEXT)
-        if isinstance(spaces, package.pre_tokenizers.ByteLevel):
-            spaces.add_prefix_space = _first_space(settings, spaces.add_prefix_space)
-    return _finished(tokenizer, settings)
+    if kind in _BYTES and isinstance(spaces, package.pre_tokenizers.ByteLevel):
+        spaces.add_prefix_space = _first_space(settings, spaces.add_prefix_space)
+    return _finished(tokenizer, settings, kind)
 
 
 def _read_pairs(folder: Path) -> Tokenizer:
@@ -137,7 +153,6 @@ def _read_pairs(folder: Path) -> Tokenizer:
     check_no_pointer(merges)
     try:
         if kind in _BYTES:
-            settings.setdefault("bos_token", END_OF_TEXT)
             tokenizer = pairs_of_bytes(vocabulary, merges, _first_space(settings))
         else:
             tokenizer = pairs_of_words(vocabulary, merges)
@@ -161,12 +176,15 @@ def _read_pairs(folder: Path) -> Tokenizer:
         tokenizer.post_processor = package.processors.TemplateProcessing(
             single=[first, "$A"], special_tokens=[(first, i)]
         )
-    return _finished(tokenizer, settings)
+    return _finished(tokenizer, settings, kind)
 
 
-def _finished(tokenizer: Any, settings: dict[str, Any]) -> Tokenizer:
+def _finished(tokenizer: Any, settings: dict[str, Any], kind: str) -> Tokenizer:
     """With its special tokens, which no text around them is joined to, and those that begin and
     end a text."""
+    for key, text in _ELSE.get(kind, {}).items():
+        if tokenizer.token_to_id(text) is not None:
+            settings.setdefault(key, text)
     given = [settings.get(key) for key in _SPECIAL]
     given += settings.get("additional_special_tokens") or []
     texts = [_text(token) for token in given if token is not None]
@@ -174,19 +192,25 @@ def _finished(tokenizer: Any, settings: dict[str, Any]) -> Tokenizer:
     for text in (*texts, END_OF_TEXT):
         if text not in known and tokenizer.token_to_id(text) is not None:
             tokenizer.add_special_tokens([text])
-    ending, beginning = settings.get("eos_token") or END_OF_TEXT, settings.get("bos_token")
-    return PackageTokenizer(
-        tokenizer,
-        eos=tokenizer.token_to_id(_text(ending)),
-        bos=None if beginning is None else tokenizer.token_to_id(_text(beginning)),
+    # One that is null is none; where nothing names the end of a text, it is the usual one.
+    eos, bos = (
+        None if token is None else tokenizer.token_to_id(_text(token))
+        for token in (settings.get("eos_token", END_OF_TEXT), settings.get("bos_token"))
     )
+    return PackageTokenizer(tokenizer, eos, bos, settings)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     """What is said beside the tokenizer."""
     names = ("special_tokens_map.json", _SETTINGS)
     there = [folder / name for name in names if (folder / name).is_file()]
-    return {key: value for path in there for key, value in weights.json_object(path).items()}
+    settings = {key: value for path in there for key, value in weights.json_object(path).items()}
+    if (path := folder / _TEMPLATE).is_file():
+        try:
+            settings["chat_template"] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a text in UTF-8 ({error})") from None
+    return settings
 
 
 def _added(folder: Path, settings: dict[str, Any]) -> list[tuple[str, int]]:

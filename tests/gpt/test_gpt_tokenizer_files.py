@@ -69,12 +69,15 @@ def begun(tokenizer: Any) -> None:
 def write(folder: Path, files: dict[str, Any], model_type: str = "gpt2") -> Path:
     folder.mkdir(exist_ok=True)
     for name, content in {"config.json": {"model_type": model_type}, **files}.items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (folder / name).write_text(text, encoding="utf-8")
+        if not isinstance(content, bytes):
+            text = content if isinstance(content, str) else json.dumps(content)
+            content = text.encode("utf-8")
+        (folder / name).write_bytes(content)
     return folder
 
 
 GENERIC = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+WORDS = {"tokenizer_class": "OpenAIGPTTokenizer", "eos_token": "he"}
 ADDED = {"added_tokens_decoder": {"260": {"content": "[x]"}}}
 
 
@@ -156,6 +159,13 @@ def test_a_piece_of_a_text_gets_no_token_that_begins_one(
         pairs(**{"tokenizer_config.json": {"add_bos_token": True, "pad_token": "ll"}}),
         {"tokenizer.json": whole(lowered), "tokenizer_config.json": {**GENERIC, "eos_token": "ll"}},
         {"tokenizer.json": whole(undecoded), "tokenizer_config.json": GENERIC},
+        {
+            "tokenizer.json": whole(),
+            "tokenizer_config.json": {"pad_token": "ll", "padding_side": "left"},
+            "special_tokens_map.json": {"unk_token": "he"},
+            "chat_template.jinja": "{{ messages[0] }}",
+        },
+        {"vocab.json": GPT1, "merges.txt": GPT1_MERGES, "tokenizer_config.json": WORDS},
     ],
 )
 def test_a_written_tokenizer_is_the_one_that_was_read(
@@ -177,6 +187,65 @@ def test_a_written_tokenizer_is_the_one_that_was_read(
     ):
         assert (ids, bos, eos) == (first.encode(TEXT), first.bos, first.eos)
     assert again.decode(first.encode(TEXT)) == first.decode(first.encode(TEXT))
+    before = transformers.AutoTokenizer.from_pretrained(tmp_path / "first")
+    for name in ("special_tokens_map", "chat_template", "padding_side", "model_max_length"):
+        assert getattr(theirs, name) == getattr(before, name), name
+
+
+SAID = {
+    "tokenizer_class": "GPT2Tokenizer",
+    "unk_token": "he",
+    "pad_token": {"content": "ll", "lstrip": True},
+    "additional_special_tokens": ["t"],
+    "padding_side": "left",
+    "model_max_length": 77,
+    "chat_template": "{{ messages[0] }}",
+    "auto_map": {"AutoTokenizer": [None, "code.Tokenizer"]},
+}
+
+
+def test_what_was_said_of_a_tokenizer_is_written_but_no_code(tmp_path: Path) -> None:
+    said = {"tokenizer.json": whole(), "tokenizer_config.json": SAID, "chat_template.jinja": "new"}
+    read = tokenizer_files.read(write(tmp_path / "first", said))
+    assert isinstance(read, PackageTokenizer)
+    tokenizer_files.write(write(tmp_path / "second", {}), read)
+    written = json.loads((tmp_path / "second" / "tokenizer_config.json").read_text())
+    code = SAID["auto_map"]
+    assert written == {
+        **{key: value for key, value in SAID.items() if value != code},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": "new",  # of the two, transformers takes the file of its own
+        "bos_token": END,
+        "eos_token": END,
+    }
+
+
+@pytest.mark.parametrize("ending", ["</s>", None])
+def test_a_tokenizer_without_an_end_of_text_stays_one(tmp_path: Path, ending: str | None) -> None:
+    """Whether its end is named and not in the vocabulary, or said to be none."""
+    files = {"tokenizer.json": whole(), "tokenizer_config.json": {"eos_token": ending}}
+    folder = write(tmp_path / "first", files)
+    for copy in ("second", "third"):
+        read = tokenizer_files.read(folder)
+        assert isinstance(read, PackageTokenizer)
+        assert (read.eos, read.bos) == (None, GPT2[END])
+        folder = write(tmp_path / copy, {})
+        tokenizer_files.write(folder, read)
+
+
+def test_of_several_tokenizers_in_a_folder_the_last_one_counts(tmp_path: Path) -> None:
+    read = tokenizer_files.read(write(tmp_path / "first", {"tokenizer.json": whole()}))
+    assert isinstance(read, PackageTokenizer)
+    folder = write(tmp_path / "second", {})
+    for tokenizer, names in (
+        (read, {"tokenizer.json", "tokenizer_config.json"}),
+        (CharacterTokenizer(["a", "b"]), {"characters.json"}),
+        (read, {"tokenizer.json", "tokenizer_config.json"}),
+    ):
+        tokenizer_files.write(folder, tokenizer)
+        assert {path.name for path in folder.iterdir()} == {"config.json", *names}
+    tokenizer_files.remove(folder)
+    assert tokenizer_files.read(folder) is None
 
 
 def test_written_characters_are_those_that_were_read(tmp_path: Path) -> None:
@@ -256,6 +325,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
         ),
         (pairs(**{"tokenizer_config.json": {"eos_token": 5}}), "must be a text, got 5"),
         (pairs(**{"tokenizer_config.json": {"add_prefix_space": "no"}}), "must be true or false"),
+        (pairs(**{"chat_template.jinja": b"\xff"}), r"chat_template\.jinja is not a text in UTF-8"),
         (pairs(**{"tokenizer_config.json": "["}), r"tokenizer_config\.json is not a JSON file"),
         ({"characters.json": {}}, r"characters\.json must hold a list of single characters"),
         ({"characters.json": {"characters": ["ab"]}}, "a list of single characters, 'characters'"),

@@ -27,7 +27,7 @@ from gptkernels import GPT, GPTConfig
 from gptkernels.gpt import tokenizer_files
 from gptkernels.gpt.corpus import manifest as manifests
 from gptkernels.gpt.loading import load
-from gptkernels.gpt.tokenizer import ByteTokenizer, CharacterTokenizer
+from gptkernels.gpt.tokenizer import ByteTokenizer, CharacterTokenizer, PackageTokenizer
 from gptkernels.gpt.training import prepared
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.pretrained import Pretrained
@@ -70,6 +70,15 @@ def nanogpt(text: Path, tmp_path: Path) -> Path:
     return tmp_path / "nano" / "ckpt.pt"
 
 
+def leave_behind(run: Path) -> None:
+    """The tokenizers of an earlier run in the same folder, whose checkpoint was removed."""
+    other = tokenizer_files.read(write_files(run.with_name("other"), pairs()))
+    assert isinstance(other, PackageTokenizer)
+    for name in ("", "model", "model-ema", "snapshots/0", "snapshots/4"):
+        (run / name).mkdir(parents=True, exist_ok=True)
+        tokenizer_files.write(run / name, other)
+
+
 @pytest.mark.parametrize("part", ["", "checkpoint.pt", "model"])
 def test_a_run_goes_on_from_the_loss_that_the_last_one_ended_with(
     finished: tuple[Path, TrainResult], tmp_path: Path, part: str
@@ -96,6 +105,7 @@ def test_a_tokenizer_of_its_own_is_kept_with_the_run(
     source = request.getfixturevalue(kind)
     _, own = load(source, None)
     whole = train([text], tmp_path / "whole", init=source, config=EVERYTHING)
+    leave_behind(tmp_path / "part")
     with pytest.raises(Interrupted):
         train([text], tmp_path / "part", init=source, config=EVERYTHING, observer=interrupt_at(4))
     shutil.rmtree(source if source.is_dir() else source.parent)
@@ -115,6 +125,24 @@ def test_a_tokenizer_of_its_own_is_kept_with_the_run(
     assert (theirs(TEXT)["input_ids"], theirs.eos_token_id) == (own.encode(TEXT), own.eos)
 
 
+def test_a_tokenizer_is_on_the_disk_before_what_needs_it(
+    foreign: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves no checkpoint and no weights without it."""
+    synced: list[Path] = []
+    monkeypatch.setattr("gptkernels.core.files._sync", synced.append)
+    out = tmp_path / "run"
+    train([text], out, init=foreign, config=dataclasses.replace(SHORT, steps=1))
+    files = [(path.parent, path.name) for path in synced]
+    for folder, needs in ((out, "checkpoint.pt"), (out / "model", "model.safetensors")):
+        order = [name for parent, name in files if parent == folder]
+        first = [
+            next(i for i, name in enumerate(order) if name.startswith(f".{wanted}."))
+            for wanted in ("tokenizer.json", "tokenizer_config.json", needs)
+        ]
+        assert first == sorted(first)
+
+
 def test_a_run_without_its_tokenizer_is_told(foreign: Path, text: Path, tmp_path: Path) -> None:
     train([text], tmp_path / "run", init=foreign, config=dataclasses.replace(SHORT, steps=1))
     (tmp_path / "run" / "tokenizer.json").unlink()
@@ -125,6 +153,7 @@ def test_a_run_without_its_tokenizer_is_told(foreign: Path, text: Path, tmp_path
 
 def test_a_name_stays_a_name(finished: tuple[Path, TrainResult], tmp_path: Path) -> None:
     out, _ = finished
+    leave_behind(tmp_path / "run")
     train([out.parent / "text.txt"], tmp_path / "run", init=out, config=EVERYTHING)
     assert tokenizer_files.read_files(tmp_path / "run") is None
     assert tokenizer_files.read_files(tmp_path / "run" / "model") is None
@@ -306,6 +335,14 @@ def test_a_tokenizer_is_named_only_where_none_is_known_or_it_is_the_same(
     GPT(TINY).save_pretrained(unknown)
     train([text], tmp_path / "named", init=unknown, config=named)
     assert isinstance(load(tmp_path / "named" / "model", None)[1], ByteTokenizer)
+
+
+def test_a_models_own_folder_is_not_written_into(foreign: Path, text: Path) -> None:
+    before = {path: path.read_bytes() for path in foreign.iterdir()}
+    for source in ({"init": foreign}, {"model": TINY}):
+        with pytest.raises(ValueError, match=r"out: .*foreign holds a model, name another"):
+            train([text], foreign, config=SHORT, **source)
+    assert {path: path.read_bytes() for path in foreign.iterdir()} == before
 
 
 @pytest.mark.parametrize("given", [{}, {"model": TINY, "init": "folder"}])

@@ -5,13 +5,15 @@
                         checkpoint's settings call it "own"
 
 So a run goes on, and its models are asked, wherever the tokenizer came from and whether or not that
-is still there.
+is still there. Files of another tokenizer, which an earlier run may have left in the same folder,
+would win over a name: they are removed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from gptkernels.core.files import make_folder
 from gptkernels.gpt import tokenizer_files
 from gptkernels.gpt.tokenizer import (
     CharacterTokenizer,
@@ -26,10 +28,14 @@ OWN = "own"
 
 
 def keep(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the files of a tokenizer without a name into `folder`. Raises OSError."""
+    """Write the files of a tokenizer without a name into `folder`, which is made where it is not
+    there; remove those of any other. Raises OSError."""
+    make_folder("out", folder)
     if name_of(tokenizer) is None:
         assert isinstance(tokenizer, PackageTokenizer | CharacterTokenizer)  # there is no other
         tokenizer_files.write(folder, tokenizer)
+    else:
+        tokenizer_files.remove(folder)
 
 
 def kept(name: str, folder: Path) -> Tokenizer:
