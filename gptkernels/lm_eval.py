@@ -12,7 +12,8 @@ from __future__ import annotations
 from gptkernels.core.optional import optional
 
 optional(
-    "lm_eval", "the model gptkernels of lm-eval needs the package lm-eval: pip install lm-eval"
+    "lm_eval",
+    "the model gptkernels of lm-eval needs the package lm-eval: pip install 'gptkernels[lm-eval]'",
 )
 
 from gptkernels.gpt.evaluation.harness import HarnessModel as HarnessModel  # noqa: E402

@@ -19,13 +19,13 @@ EXTRAS = {
     "data": ("backports.zstd", "fastwarc", "rbloom", "rensa", "resiliparse"),
     "finetune": ("scikit-learn", "scipy"),
     "evaluate": ("sacrebleu", "scipy"),
+    "lm-eval": ("lm-eval",),
     "bench": ("jinja2", "matplotlib", "numpy", "pillow"),
     "test": (
         "accelerate",
         "build",
         "expecttest",
         "hypothesis",
-        "lm-eval",
         "mypy",
         "ninja",
         "numpy",
@@ -50,6 +50,7 @@ _PURPOSES = {
     "data": "the commands prepare and overlap",
     "finetune": "the metrics of fine-tuning",
     "evaluate": "the metrics of evaluation, and their intervals",
+    "lm-eval": "this package's models in EleutherAI's lm-eval",
     "bench": "plots and the demo's report",
     "test": "the test suite",
 }

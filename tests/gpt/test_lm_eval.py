@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from models import shaken
 
 from gptkernels import GPT, GPTConfig
+from gptkernels.cli.installed import EXTRAS
 from gptkernels.gpt.evaluation.perplexity import Perplexity, perplexity
 from gptkernels.gpt.generation.generate import stream
 from gptkernels.gpt.generation.request import Event, Request
@@ -47,6 +48,7 @@ from gptkernels.gpt.evaluation import harness  # noqa: E402
 from gptkernels.lm_eval import HarnessModel  # noqa: E402
 
 END = "<|endoftext|>"
+FIRST, LAST = "<s>", "</s>"  # of other tokenizers
 CONTEXT = 32
 CYCLE = "the cat sat on a mat and saw that old dog run far away from its own red house"
 
@@ -122,7 +124,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=300,
+        special_tokens=[END, FIRST, LAST],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     pairs.train_from_iterator([words(60)], trainer)
     pairs.save(str(folder / "tokenizer.json"))
@@ -166,6 +171,27 @@ def test_special_tokens_around_a_text_are_those_of_hf(folder: Path, tmp_path: Pa
     ours, theirs = HarnessModel(str(begun)), get_model("hf")(pretrained=str(begun), device="cpu")
     for text, special in itertools.product((words(3), f"{END}the", ""), (None, True, False)):
         assert ours.tok_encode(text, special) == theirs.tok_encode(text, special)
+
+
+@pytest.mark.parametrize(("bos", "before"), [(FIRST, FIRST), (None, LAST)])
+def test_the_token_before_a_text_is_that_of_hf(
+    bos: str | None, before: str, folder: Path, tmp_path: Path
+) -> None:
+    """The one that begins a text, where there is one, or else the one that ends it."""
+    named = shutil.copytree(folder, tmp_path / "named")
+    (named / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": LAST}))
+    ours = HarnessModel(str(named))
+    theirs = get_model("hf")(pretrained=str(named), device="cpu", logits_cache=False)
+    assert ours.tok_encode(before) == [ours.prefix_token_id] == [theirs.prefix_token_id]
+    assert ours.tok_encode(LAST) == [ours.eot_token_id] == [theirs.eot_token_id]
+    for kind, texts in (
+        ("loglikelihood", ("", " the cat")),
+        ("loglikelihood_rolling", (words(9),)),
+    ):
+        (mine,), (other,) = (
+            getattr(model, kind)(asked(kind, texts), disable_tqdm=True) for model in (ours, theirs)
+        )
+        assert mine == pytest.approx(other, rel=1e-4)
 
 
 Evaluate = Callable[..., dict[str, Any]]
@@ -337,6 +363,17 @@ def test_generation_settings_are_honoured(model: HarnessModel) -> None:
     assert sampled(temperature=2.0, top_k=1) == {greedy}
     assert greedy.startswith(written(model, "the cat", max_new_tokens=2))
     assert written(model, "the cat", max_gen_toks=8, until=["", greedy[2:]]) == greedy[:2]
+    # What is complete first counts, not what begins first.
+    assert written(model, "the cat", max_gen_toks=8, until=[greedy, greedy[1:3]]) == greedy[:1]
+    assert written(model, "the cat", max_gen_toks=8, num_beams=1) == greedy
+
+
+def test_samples_are_drawn_from_all_tokens_unless_a_task_says_otherwise(
+    model: HarnessModel,
+) -> None:
+    settings = {"do_sample": True, "temperature": 0.7, "max_gen_toks": 4}
+    assert model._continued("the", settings).sampling == Sampling(temperature=0.7)
+    assert model._continued("the", settings | {"top_k": 50}).sampling == Sampling(0.7, top_k=50)
 
 
 @pytest.mark.parametrize("text", [words(40), "the cat", ""])
@@ -485,5 +522,6 @@ def test_without_lm_eval_its_model_says_what_is_missing() -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "ImportError: the model gptkernels of lm-eval needs the package lm-eval: "
-        "pip install lm-eval"
+        "pip install 'gptkernels[lm-eval]'"
     )
+    assert "lm-eval" in EXTRAS

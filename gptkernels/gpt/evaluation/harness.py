@@ -8,9 +8,15 @@
 
 Texts become tokens as lm-eval's own model `hf` makes them (`TemplateLM`, whose methods these are),
 and what is too long loses its beginning as it does there. So both give the same results for the
-same folder, with two exceptions. Of a vocabulary that is padded past its tokenizer's, only the
-tokenizer's ids take part here. And `hf` with its default logits_cache=True reads the wrong logits
-for a continuation that ends another request's continuation of the same text.
+same folder, except that
+
+    of a vocabulary that is padded past its tokenizer's, only the tokenizer's ids take part here;
+    `hf` with its default logits_cache=True reads the wrong logits for a continuation that ends
+        another request's continuation of the same text;
+    samples are drawn from all tokens here unless a task says otherwise: transformers has a top_k of
+        50, and reads the folder's generation_config.json;
+    a text ends here before the stop string that is complete first; `hf` writes its token to the
+        end, and more where the rest of its batch goes on, and cuts where the first of any begins.
 
 Gao et al., "The Language Model Evaluation Harness", 2024, https://zenodo.org/records/12608602.
 """
@@ -53,9 +59,11 @@ class HarnessModel(TemplateLM):
         checkpoint.
     tokenizer: "gpt1", "gpt2" or "bytes"; None takes the model's own.
     prefix_token_id: the id that stands before a text without a context; None takes the tokenizer's
-        end of text.
-    batch_size: rows that run at a time; in generation 1, or a multiple of 8, to which it is rounded
-        up.
+        token that begins a text, or else the one that ends it, as `hf` does.
+    batch_size: rows that run at a time, each with a context of its own; in generation 1, or a
+        multiple of 8, to which it is rounded up. A context that several requests share runs by
+        itself, and then its continuations do, which are the rows: two to four for the choices of a
+        question, however large batch_size is.
     dtype, device, impl: as in `RunConfig`; cuda:0 is a CPU where there is no GPU, as in `hf`.
 
     Raises what `Subject.load` and `RunConfig` raise, TypeError and ValueError for a batch_size that
@@ -81,7 +89,9 @@ class HarnessModel(TemplateLM):
         run = RunConfig(batch_size=self._rows, dtype=dtype, device=where, impl=impl)
         self._subject = Subject.load(pretrained, tokenizer=tokenizer, run=run)
         self._scorer = self._subject.scorer()
-        self._prefix = self.eot_token_id if prefix_token_id is None else prefix_token_id
+        own = self._subject.tokenizer
+        known = (prefix_token_id, own.bos, own.eos)
+        self._prefix = next((token for token in known if token is not None), None)
 
     @property
     def eot_token_id(self) -> int | None:
@@ -93,8 +103,8 @@ class HarnessModel(TemplateLM):
         """The id before a text without a context. Raises ValueError where none is known."""
         if self._prefix is None:
             raise ValueError(
-                "a text without a context needs a token before it, and the tokenizer has no end of "
-                "text: name one with prefix_token_id=ID"
+                "a text without a context needs a token before it, and the tokenizer has none that "
+                "begins or ends a text: name one with prefix_token_id=ID"
             )
         return self._prefix
 
@@ -228,6 +238,8 @@ class HarnessModel(TemplateLM):
 
     def _continued(self, context: str, gen_kwargs: dict[str, Any]) -> Request:
         settings = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        if settings.get("num_beams") == 1:  # tasks say so that they want no search
+            del settings["num_beams"]
         until, most = settings.pop("until"), settings.pop("max_gen_toks")
         temperature = settings.pop("temperature", 1.0)
         if not settings.pop("do_sample"):
