@@ -231,7 +231,7 @@ def draw_perplexities(found: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
     with replacing(path) as file:
         figure.savefig(file, format="png")
 
