@@ -31,8 +31,7 @@ RESHAPED = frozenset({"dropout", "block_size"})
     "--recipe",
     type=click.Choice(list(GPT3)),
     help="Train a new model of GPT-3's shapes as the paper did: its learning rate, batch size, "
-    "schedule and 300 billion tokens, GPT-2's tokenizer. Options "
-    "that are given win.",
+    "schedule, 300 billion tokens and GPT-2's tokenizer. Options that are given win.",
 )
 @click.option(
     "--init",

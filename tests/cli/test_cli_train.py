@@ -62,6 +62,7 @@ def test_training_goes_on_from_a_model(call: Any, text: Path, model: Path, tmp_p
     assert result.code == 0, result.err
     first = result.out.splitlines()[0]
     assert first.startswith("the learning rate rises to 6e-05, a tenth of what GPT-3's paper")
+    assert result.out.count("the learning rate rises") == 1
     said = f" after {records(out)[-1]['petaflop_s_days']:.3g} petaflop/s-days, everything is in"
     assert said in result.out.splitlines()[-1]
     shutil.rmtree(model)

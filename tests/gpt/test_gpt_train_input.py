@@ -41,6 +41,11 @@ def test_settings_out_of_range_are_refused(
         TrainConfig(**setting)
 
 
+def test_at_least_one_epoch_is_wanted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        train([], tmp_path, model=TINY, epochs=0)
+
+
 def test_every_setting_has_a_help_text() -> None:
     assert all(option.metadata["help"] for option in dataclasses.fields(TrainConfig))
 
