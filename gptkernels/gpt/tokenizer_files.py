@@ -133,7 +133,7 @@ def _read_whole(path: Path) -> Tokenizer:
     if tokenizer.decoder is not None and b"ByteFallback" in tokenizer.decoder.__getstate__():
         raise ValueError(f"{path} decodes with ByteFallback, which no text can be streamed with")
     # transformers' class for GPT-2 sets this itself, its generic class leaves it as it is.
-    kind, spaces = settings.get("tokenizer_class") or "gpt2", tokenizer.pre_tokenizer
+    kind, spaces = str(settings.get("tokenizer_class") or "gpt2"), tokenizer.pre_tokenizer
     if kind in _BYTES and isinstance(spaces, package.pre_tokenizers.ByteLevel):
         spaces.add_prefix_space = _first_space(settings, spaces.add_prefix_space)
     return _finished(tokenizer, settings, kind)

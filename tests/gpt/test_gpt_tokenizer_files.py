@@ -233,6 +233,13 @@ def test_a_tokenizer_without_an_end_of_text_stays_one(tmp_path: Path, ending: st
         tokenizer_files.write(folder, read)
 
 
+def test_a_class_that_is_no_name_is_one_that_is_not_known(tmp_path: Path) -> None:
+    files = {"tokenizer.json": whole(), "tokenizer_config.json": {"tokenizer_class": ["x"]}}
+    read = tokenizer_files.read(write(tmp_path, files))
+    assert read is not None
+    assert (read.bos, read.eos) == (None, GPT2[END])
+
+
 def test_of_several_tokenizers_in_a_folder_the_last_one_counts(tmp_path: Path) -> None:
     read = tokenizer_files.read(write(tmp_path / "first", {"tokenizer.json": whole()}))
     assert isinstance(read, PackageTokenizer)

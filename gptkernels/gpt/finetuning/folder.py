@@ -3,7 +3,7 @@
 config.json, model.safetensors   the body, as `GPT.save_pretrained` writes it
 head.safetensors                 weight (outputs, C) and bias (outputs,), fp32
 task.json                        the task, and the scale of its numbers
-tokenizer.json                   the tokenizer, and the end of a text in tokenizer_config.json;
+tokenizer.json                   the tokenizer, and what is said of it in tokenizer_config.json;
                                  or characters.json; plain bytes are named in config.json
 """
 
