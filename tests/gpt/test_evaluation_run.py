@@ -85,6 +85,19 @@ def test_scores_are_by_their_definition(subject: Subject, data: Path, how: str, 
         assert answer.text == answers[truth.index(max(truth))]
 
 
+def test_a_long_answer_leaves_less_of_the_unconditional_text(subject: Subject, data: Path) -> None:
+    labels = {"a": "no", "b": "b" * 60, "c": "yes"}
+    task = dataclasses.replace(CHOICE, labels=labels, unconditional="Well, then: So")
+    config = TaskConfig(normalise="unconditional", examples=1)
+    (outcome,) = evaluate(subject, task, data=data, config=config).outcomes
+    (answer,) = outcome.answers
+    assert len(answer.prompt.tokens) == 4  # of 64, beside an answer of 61 whose last is not read
+    prompt = BYTES.decode(answer.prompt.tokens)
+    for score, text in zip(answer.scores, (" no", " " + "b" * 60, " yes"), strict=True):
+        truth = likelihood(subject.model, prompt, text) - likelihood(subject.model, ": So", text)
+        close([score], [truth])
+
+
 class TwoBytes(ByteTokenizer):
     """Tokens that are not characters: pairs of them, so a count of one is not that of the other."""
 

@@ -87,8 +87,12 @@ def chosen(
     others: Iterator[tuple[Likelihood, ...]] = itertools.repeat(())
     for alone in rest:
         given = tuple(subject.tokenizer.encode(text))
-        # One stream: what the questions give is the same for all, and computed once.
-        others = scorer.score(Question(given, prompt.answers) for prompt in alone)
+        # One stream: what the questions give is the same for all, and computed once; only behind
+        # it a very long answer may leave no room for the whole of it.
+        others = scorer.score(
+            Question(given[-(subject.length + 1 - max(map(len, prompt.answers))) :], prompt.answers)
+            for prompt in alone
+        )
     for prompt, found, without in zip(kept, likelihoods, others, strict=False):
         match how:
             case "tokens":
