@@ -184,6 +184,7 @@ def test_the_token_before_a_text_is_that_of_hf(
     theirs = get_model("hf")(pretrained=str(named), device="cpu", logits_cache=False)
     assert ours.tok_encode(before) == [ours.prefix_token_id] == [theirs.prefix_token_id]
     assert ours.tok_encode(LAST) == [ours.eot_token_id] == [theirs.eot_token_id]
+    assert HarnessModel(str(named), prefix_token_id=5).prefix_token_id == 5
     for kind, texts in (
         ("loglikelihood", ("", " the cat")),
         ("loglikelihood_rolling", (words(9),)),
@@ -363,8 +364,10 @@ def test_generation_settings_are_honoured(model: HarnessModel) -> None:
     assert sampled(temperature=2.0, top_k=1) == {greedy}
     assert greedy.startswith(written(model, "the cat", max_new_tokens=2))
     assert written(model, "the cat", max_gen_toks=8, until=["", greedy[2:]]) == greedy[:2]
-    # What is complete first counts, not what begins first.
-    assert written(model, "the cat", max_gen_toks=8, until=[greedy, greedy[1:3]]) == greedy[:1]
+    # What is complete first counts, not what begins first, in a single token too.
+    first = model._subject.tokenizer.decode(model.tok_encode(greedy)[:1])
+    assert len(first) == 4
+    assert written(model, "the cat", max_gen_toks=8, until=[first, first[1:3]]) == first[:1]
     assert written(model, "the cat", max_gen_toks=8, num_beams=1) == greedy
 
 
