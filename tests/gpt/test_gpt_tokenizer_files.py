@@ -231,6 +231,8 @@ def test_a_tokenizer_without_an_end_of_text_stays_one(tmp_path: Path, ending: st
         assert (read.eos, read.bos) == (None, GPT2[END])
         folder = write(tmp_path / copy, {})
         tokenizer_files.write(folder, read)
+        # By its name transformers would add it, past the ids that the model has.
+        assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] is None
 
 
 def test_a_class_that_is_no_name_is_one_that_is_not_known(tmp_path: Path) -> None:
