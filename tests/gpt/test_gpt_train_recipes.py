@@ -105,7 +105,9 @@ def test_a_recipe_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"ramp_tokens": 0, "batch_size": 4}, {"accumulation": 1}, {"batch_size": 512}], ids=str
+    "settings",
+    [{"ramp_tokens": 0, "batch_size": 4}, {"accumulation": 1}, {"batch_size": 512}],
+    ids=str,
 )
 def test_steps_that_cannot_grow_have_no_ramp(settings: dict[str, int]) -> None:
     config = recipe_config("gpt3-125M", 2048, **settings)
