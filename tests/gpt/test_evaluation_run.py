@@ -54,7 +54,7 @@ def data(tmp_path: Path) -> Path:
 def likelihood(model: GPT, given: str, text: str) -> float:
     """log p(text | given), of whole rows: the definition."""
     tokens = torch.tensor([BYTES.encode(given + text)])
-    chances = model(tokens)[0].double().log_softmax(1)
+    chances = model(tokens[:, :-1])[0].double().log_softmax(1)
     start = len(BYTES.encode(given))
     return sum(chances[i - 1, tokens[0, i]].item() for i in range(start, tokens.shape[1]))
 
