@@ -195,6 +195,12 @@ class GPT1Tokenizer(PackageTokenizer):
         super().__init__(pairs_of_words(*_gpt1_files(folder)))
 
 
+def beginning(tokenizer: Tokenizer) -> int | None:
+    """The id that stands before a text from which its first token is predicted: the one that begins
+    a text, or else the one that ends the text before it; None where there is neither."""
+    return tokenizer.eos if tokenizer.bos is None else tokenizer.bos
+
+
 def pairs_of_bytes(vocabulary: Path, merges: Path, add_prefix_space: bool = False) -> Any:
     """GPT-2's kind of tokenizer, as the package `tokenizers` runs it, of these two files."""
     tokenizers = tokenizers_package()

@@ -116,6 +116,12 @@ def test_the_end_of_text_stands_before_a_text_once() -> None:
     assert asked("ab", Begun(), 4, 4) == [Question((256,), (tuple(b"ab"),))]
 
 
+def test_a_text_begins_with_its_beginning_before_an_end() -> None:
+    begun = Ending()
+    begun.bos = 255  # type: ignore[assignment]
+    assert asked("ab", begun, 4, 4) == [Question((255,), (tuple(b"ab"),))]
+
+
 def test_bytes_and_words_are_the_originals() -> None:
     text, original = "naïve, he said", "naïve , he said\n"
     found = perplexity(Recorder(), Ending(), text, block_size=4, stride=2, original=original)

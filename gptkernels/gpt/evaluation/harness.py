@@ -42,6 +42,7 @@ from gptkernels.gpt.generation.generate import stream
 from gptkernels.gpt.generation.request import Request
 from gptkernels.gpt.generation.sampling import Sampling
 from gptkernels.gpt.precision import DTYPES, autocast
+from gptkernels.gpt.tokenizer import beginning
 
 _COMMANDS_DEVICE = "cuda:0"  # what lm-eval's command asks for where it was told of none
 _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
@@ -89,9 +90,9 @@ class HarnessModel(TemplateLM):
         run = RunConfig(batch_size=self._rows, dtype=dtype, device=where, impl=impl)
         self._subject = Subject.load(pretrained, tokenizer=tokenizer, run=run)
         self._scorer = self._subject.scorer()
-        own = self._subject.tokenizer
-        known = (prefix_token_id, own.bos, own.eos)
-        self._prefix = next((token for token in known if token is not None), None)
+        self._prefix = prefix_token_id
+        if prefix_token_id is None:
+            self._prefix = beginning(self._subject.tokenizer)
 
     @property
     def eot_token_id(self) -> int | None:

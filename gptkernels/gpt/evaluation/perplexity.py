@@ -1,6 +1,6 @@
 """How well a model predicts a text that is longer than its context, by a sliding window.
 
-    tokens    t_0 | t_1 ... t_N      t_0 is the tokenizer's end of text, or else the text's first
+    tokens    t_0 | t_1 ... t_N      t_0 begins a text (`beginning`), or is its first token
     window    the model reads up to block_size tokens, and predicts the last `stride` of those that
               follow them. The first window predicts all; the last one is as full as the others
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from gptkernels.core.checks import check_count
 from gptkernels.gpt.evaluation.likelihood import Question, Scorer
-from gptkernels.gpt.tokenizer import Tokenizer
+from gptkernels.gpt.tokenizer import Tokenizer, beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,8 @@ def perplexity(
     if check_count("stride", stride) > check_count("block_size", block_size):
         raise ValueError(f"stride must be at most block_size={block_size}, got {stride}")
     tokens = tokenizer.encode(text, special=False)
-    before = [] if tokenizer.eos is None else [tokenizer.eos]
+    start = beginning(tokenizer)
+    before = [] if start is None else [start]
     if len(before) + len(tokens) < 2:
         wanted = "one token" if before else "two tokens, as its tokenizer has no end of text"
         raise ValueError(f"a text must have at least {wanted}, got {len(tokens)}")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from gptkernels.gpt.evaluation.examples import Example, ExampleRow
 from gptkernels.gpt.evaluation.task import Task
-from gptkernels.gpt.tokenizer import Tokenizer
+from gptkernels.gpt.tokenizer import Tokenizer, beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,9 @@ class Prompter:
         count, (text, tokens) = len(solved), self._encoded(solved, asked.example)
         if solved and len(tokens) > room:
             count, text, tokens = self._fitting(solved, asked.example, room)
-        if not tokens and self._tokenizer.eos is not None:
-            tokens = [self._tokenizer.eos]
+        start = beginning(self._tokenizer)
+        if not tokens and start is not None:
+            tokens = [start]
         if not tokens:
             raise ValueError(f"example {asked.place}: the prompt {text!r} has no token")
         cut = len(tokens) > room
