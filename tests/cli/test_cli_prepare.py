@@ -136,7 +136,7 @@ def test_a_signal_ends_all_processes_and_the_same_command_goes_on(tmp_path: Path
         return run, [int(child) for child in children.read_text().split()]
 
     def gone(processes: list[int]) -> bool:
-        ends = time.monotonic() + 10
+        ends = time.monotonic() + 60  # a busy machine takes its time over their imports
         while left := [i for i in processes if Path(f"/proc/{i}/status").exists()]:
             if time.monotonic() > ends:
                 for process in left:
