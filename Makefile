@@ -51,7 +51,7 @@ demo: $(READY) ## train a small GPT on real text, check it against plain PyTorch
 	$(PY) -m gptkernels demo $(ARGS)
 
 test: $(READY) cpu emulator native ## run the whole test suite
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 cpu: $(READY) ## bring the CPU kernels in this checkout up to date, where a C++ compiler is
 	@if $(PY) scripts/cpu_extension.py --check >/dev/null; then $(PY) scripts/cpu_extension.py --inplace; fi

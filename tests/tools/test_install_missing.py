@@ -177,7 +177,7 @@ def test_make_compiles_kernels_for_a_gpu_that_is_here(tmp_path: Path, gpu: bool)
         "unset scripts/cpu_extension.py --inplace",
         "unset scripts/extension.py emulator",
         *(native if gpu else []),
-        "unset -m pytest -n 1",
+        "unset -m pytest -n 1 --dist loadgroup",
     ]
 
 
