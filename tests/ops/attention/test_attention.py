@@ -107,9 +107,10 @@ class TestParity:
     @runnable
     @pytest.mark.parametrize("D", [1, 17, 65, 96, 128, 160, 256])
     def test_head_widths(self, impl: str, dtype: torch.dtype, D: int, seed: int) -> None:
-        heads = 32 if D == 1 else 1  # PyTorch's error on few numbers is random
-        tensors = inputs(1, 70, 75, 2 * heads, heads, D, dtype, seed)
-        hold(tensors, impl, seed, window=(60, 0), return_lse=True)
+        # PyTorch's error on few numbers is random; many heads of few tokens have enough of them.
+        Tq, Tk, heads, left = (24, 29, 32, 20) if D == 1 else (70, 75, 1, 60)
+        tensors = inputs(1, Tq, Tk, 2 * heads, heads, D, dtype, seed)
+        hold(tensors, impl, seed, window=(left, 0), return_lse=True)
 
     @runnable
     @pytest.mark.parametrize("D", [8, 40, 63, 64, 80, 97, 129, 192, 193])

