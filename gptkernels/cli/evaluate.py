@@ -68,12 +68,11 @@ def command(
     run = RunConfig(**_take(given, RunConfig))
     from gptkernels.gpt.evaluation import folder
 
+    how = TaskConfig(**_take(given, TaskConfig))
     if out is not None:
-        folder.check_new(out)
+        folder.check_new(out, plot=len(how.counts) > 1)
     if task:
-        _evaluate_task(
-            model, task, data, out, tokenizer, TaskConfig(**_take(given, TaskConfig)), run
-        )
+        _evaluate_task(model, task, data, out, tokenizer, how, run)
     else:
         _evaluate_texts(model, texts, out, tokenizer, TextConfig(**_take(given, TextConfig)), run)
     if out is not None:

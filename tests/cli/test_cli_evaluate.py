@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,17 @@ def test_a_task_is_asked(call: Call, model: Path, task: Path, tmp_path: Path) ->
     }  # fmt: skip
     again = call("evaluate", model, "--task", task, "--data", tmp_path, "--out", out)
     assert_refused(again, "already holds an evaluation")
+
+
+def test_a_plot_that_cannot_be_drawn_is_said_beforehand(
+    call: Call, model: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    asked = ("evaluate", model, "--task", task, "--data", tmp_path, "--device", "cpu")
+    result = call(*asked, "--shots", "0,1", "--out", tmp_path / "out")
+    assert_refused(result, "matplotlib")
+    assert not (tmp_path / "out").exists()
+    assert result.out == ""
 
 
 def test_a_question_longer_than_the_context_is_said(

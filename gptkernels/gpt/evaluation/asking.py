@@ -31,7 +31,7 @@ class Answer:
     """What the model answered to one prompt.
 
     Fields:
-        text: the candidate, or what was generated; for "last-word" empty.
+        text: the candidate, or what was generated.
         place: the candidate's place.
         scores: of the candidates; for "last-word" the word's log-probability, in nats.
         greedy: for "last-word", whether the model would have written the word.

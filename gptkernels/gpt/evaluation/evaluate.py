@@ -147,7 +147,7 @@ def evaluate(
     folder, split = task.data_folder(data), config.split or task.asked
     rows = read_rows(task, folder, split)
     asked = _asked(rows, config)
-    source = _source(task, split) if max(config.counts) else split
+    source = _source(task) if max(config.counts) else split
     same = task.files[source] == task.files[split]
     prompter = Prompter(
         task,
@@ -187,7 +187,7 @@ def _asked(rows: Sequence[ExampleRow], config: TaskConfig) -> tuple[Asked, ...]:
     return tuple(Asked(place, rows[place].group, rows[place].example()) for place in places)
 
 
-def _source(task: Task, split: str) -> str:
+def _source(task: Task) -> str:
     """The part that examples in prompts are drawn from: the training part, or else the validation
     part."""
     source = "train" if "train" in task.files else "validation"

@@ -70,14 +70,15 @@ class ExampleRow:
     @property
     def group(self) -> str:
         """What stands in the task's column `group`; "" where it names none."""
-        return "" if self.task.group is None else self._text(self.task.group)
+        return "" if self.task.group is None else self.text(self.task.group)
 
     def example(self) -> Example:
         """The example. Raises ValueError, with the line, for a column that is not there, a label
         outside the set, a text without its blank or its last word."""
         return _Reading(self).example()
 
-    def _text(self, key: Column) -> str:
+    def text(self, key: Column) -> str:
+        """What stands in a column. Raises ValueError where it is not there or holds no text."""
         value = column(self.path, self.line, self.row, key)
         return text_of(self.path, self.line, value)
 
@@ -137,7 +138,7 @@ class _Reading:
         task = self._task
         if task.label is None:
             return 0
-        label = self._row._text(task.label)
+        label = self._row.text(task.label)
         if task.labels and label not in task.labels:
             raise self._wrong(f"has the label {label!r}, one of {', '.join(task.labels)} is wanted")
         label = task.labels.get(label, label)
@@ -152,7 +153,7 @@ class _Reading:
         return int(label)
 
     def _field(self, key: Column) -> str:
-        return self._plain(self._row._text(key))
+        return self._plain(self._row.text(key))
 
     def _list(self, keys: tuple[Column, ...]) -> tuple[str, ...]:
         row = self._row

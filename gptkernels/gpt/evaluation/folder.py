@@ -22,9 +22,12 @@ RESULTS, PREDICTIONS, PLOT = "results.json", "predictions.jsonl", "shots.png"
 _COLOURS, _GREY = ("#c2452d", "#4878a8", "#5a9367", "#8d6aa8"), "#888888"
 
 
-def check_new(out: Path) -> None:
-    """Raise ValueError where `out` already holds an evaluation, OSError where it is a file."""
+def check_new(out: Path, plot: bool = False) -> None:
+    """Raise ValueError where `out` already holds an evaluation, OSError where it is a file, and
+    ImportError where a `plot` will be drawn and matplotlib is missing."""
     check_folder("out", out)
+    if plot:
+        figure_class()
     if (out / RESULTS).exists():
         raise ValueError(f"out: {out} already holds an evaluation, name another folder")
 
@@ -38,15 +41,12 @@ def write_texts(out: Path, texts: Sequence[Text], settings: Mapping[str, Any]) -
 
 def write_task(out: Path, evaluation: Evaluation, run: RunConfig, model: str) -> None:
     """Write how a model did on a task. Raises OSError where the folder cannot be written, and
-    ImportError where matplotlib is missing and needed."""
-    several = len(evaluation.outcomes) > 1
-    if several:
-        figure_class()  # better to report a missing package now than after half the files
+    ImportError where matplotlib is missing and needed, which `check_new` tells beforehand."""
     make_folder("out", out)
     with replacing(out / PREDICTIONS) as file, file.open("w", encoding="utf-8") as lines:
         for line in _predictions(evaluation):
             lines.write(json.dumps(line) + "\n")
-    if several:
+    if len(evaluation.outcomes) > 1:
         draw_shots([evaluation], out / PLOT)
     task = {key: value for key, value in dataclasses.asdict(evaluation.task).items() if value}
     task.pop("home", None)
