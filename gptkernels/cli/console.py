@@ -1,9 +1,12 @@
-"""How commands print."""
+"""How commands print: lines that fit the terminal, and are whole in a file or a pipe."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator
+
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
 """The colour of each status."""
@@ -18,10 +21,31 @@ class PipeConsole(Console):
 
 
 def plain_console() -> Console:
-    """For lines of any width, which are not folded."""
+    """For lines that fit already (`folded`, `gptkernels.cli.table`)."""
     return PipeConsole(soft_wrap=True, highlight=False)
 
 
+def room(console: Console) -> int | None:
+    """How many columns a line may have: those of a terminal; None in a file or a pipe, where lines
+    are as long as they are."""
+    return console.width if console.is_terminal else None
+
+
 def print_text(console: Console, text: str, style: str | None = None) -> None:
-    """Print `text` as it is: brackets in it are no markup."""
-    console.print(escape(text), style=style)
+    """Print `text`, folded between words where it is wider than the terminal. Brackets and colons
+    in it are no markup."""
+    for line in folded(text, room(console)):
+        console.print(Text(line, style or ""))
+
+
+def folded(text: str, width: int | None) -> Iterator[str]:
+    """The lines of `text`, those that are wider than `width` columns folded between words, and
+    indented from there on. A word that is wider, such as a path, stays whole."""
+    for line in text.split("\n"):
+        if width is None or len(line) <= width:
+            yield line
+            continue
+        indent = line[: len(line) - len(line.lstrip())] + "  "
+        yield from textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
