@@ -21,25 +21,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from gptkernels.core.device import choose_device
 from gptkernels.core.figure import figure_class
 from gptkernels.gpt.config import GPTConfig
-from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
-from gptkernels.gpt.training.config import TrainConfig, learning_rate
+from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.curve import LOSSES, plot_losses
-from gptkernels.gpt.training.learner import mean_loss, parameter_groups
+from gptkernels.gpt.training.plain import Curve, differences, initial_weights, train_plainly
 from gptkernels.gpt.training.progress import ProgressBar
-from gptkernels.gpt.training.train import Observer, train
+from gptkernels.gpt.training.train import train
 from gptkernels.truth.plain_gpt import PlainGPT
 
 MODEL = GPTConfig(vocab_size=256, block_size=128, n_layer=6, n_head=6, n_embd=384)
-Curve = list[dict[str, Any]]
-"""Records as in log.jsonl: step, and loss (mean since the last record), validation_loss or both."""
 
 
 def training(steps: int, device: str, impl: str) -> TrainConfig:
@@ -59,10 +53,8 @@ def training(steps: int, device: str, impl: str) -> TrainConfig:
 
 def plain_twin(config: GPTConfig, how: TrainConfig) -> PlainGPT:
     """The plain model with the weights that `train` begins with."""
-    torch.manual_seed(how.seed)
-    initial = GPT(config).state_dict()
     plain = PlainGPT(config)
-    plain.load_state_dict(initial)
+    plain.load_state_dict(initial_weights(config, how.seed))
     return plain.to(choose_device(how.device))
 
 
@@ -70,62 +62,6 @@ def read(text: Path, config: GPTConfig, how: TrainConfig) -> tuple[data.Tokens, 
     """The bytes to train on and those held out, as `train` splits them."""
     tokens = data.tokenize(data.read_text([text]), ByteTokenizer())
     return data.split(tokens, how.validation_fraction, config.block_size)
-
-
-def train_plainly(
-    model: GPT | PlainGPT,
-    tokens: data.Tokens,
-    held_out: data.Tokens,
-    how: TrainConfig,
-    observer: Observer | None = None,
-) -> Curve:
-    """The loop of `train`, written out; returns its records."""
-    device = next(model.parameters()).device
-    batches = data.Batches(tokens, model.config.block_size, how.batch_size, how.seed)
-    groups = parameter_groups(model, how.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(how.beta1, how.beta2), fused=True)
-    curve: Curve = [{"step": 0, "validation_loss": _validate(model, held_out, how)}]
-    since: list[Tensor] = []
-    for step in range(1, how.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(how, step - 1)
-        x, y = next(batches)
-        loss = model(x.to(device), y.to(device))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), how.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        since.append(loss.detach())
-        validate = step == how.steps or step % how.validation_interval == 0
-        if validate or step % how.log_interval == 0:
-            record = {"step": step, "loss": torch.stack(since).mean().item()}
-            if validate:
-                record["validation_loss"] = _validate(model, held_out, how)
-            since.clear()
-            curve.append(record)
-            if observer is not None:
-                observer(record, step / how.steps)
-    return curve
-
-
-def _validate(model: GPT | PlainGPT, held_out: data.Tokens, how: TrainConfig) -> float:
-    device = next(model.parameters()).device
-    windows = data.validation_batches(
-        held_out, model.config.block_size, how.batch_size, how.validation_batches
-    )
-    return mean_loss(lambda x, y: model(x.to(device), y.to(device)), windows)
-
-
-def differences(ours: Curve, plain: Curve) -> dict[str, list[tuple[int, float]]]:
-    """|ours - plain| by step, of the losses and of the validation losses."""
-    return {
-        name: [
-            (a["step"], abs(a[name] - b[name]))
-            for a, b in zip(ours, plain, strict=True)
-            if name in a and name in b
-        ]
-        for name in LOSSES
-    }
 
 
 def write(out: Path, ours: Curve, plain: Curve) -> dict[str, Any]:
@@ -179,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ProgressBar() as bar:
         ours = train([given.text], given.out / "run", model=MODEL, config=how, observer=bar).records
     with ProgressBar() as bar:
-        plain = train_plainly(plain_twin(MODEL, how), *read(given.text, MODEL, how), how, bar)
+        twin, text = plain_twin(MODEL, how), read(given.text, MODEL, how)
+        plain = train_plainly(twin, *text, MODEL.block_size, how, observer=bar)
     largest = write(given.out, ours, plain)["largest_difference"]
     print(
         f"largest difference: training {largest['loss']:.2g}, "

@@ -14,11 +14,12 @@ import pytest
 import torch
 from harness import DATA
 
-from examples.shakespeare import differences, plain_twin, read, train_plainly, write
+from examples.shakespeare import plain_twin, read, write
 from gptkernels import GPT, GPTConfig
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import data
 from gptkernels.gpt.training.config import TrainConfig
+from gptkernels.gpt.training.plain import differences, initial_weights, train_plainly
 from gptkernels.gpt.training.train import train
 
 STEPS = 100
@@ -51,7 +52,7 @@ def losses(curve: list[dict[str, float]]) -> list[float]:
 
 def test_training_on_shakespeare_beside_a_plain_twin(shakespeare: Path, tmp_path: Path) -> None:
     twin, text = plain_twin(MODEL, CONFIG), read(shakespeare, MODEL, CONFIG)
-    plain = train_plainly(twin, *text, CONFIG)
+    plain = train_plainly(twin, *text, MODEL.block_size, CONFIG)
 
     ours = train([shakespeare], tmp_path / "out", model=MODEL, config=CONFIG).records
     assert len(losses(ours)) == STEPS
@@ -72,13 +73,12 @@ def test_training_on_shakespeare_beside_a_plain_twin(shakespeare: Path, tmp_path
 def test_the_comparison_notices_one_lost_gradient(shakespeare: Path) -> None:
     """1e-3 tells a model whose first MLP bias gets no gradient from one where it does."""
     tokens = data.tokenize(shakespeare.read_text()[:100_000], ByteTokenizer())
-    torch.manual_seed(CONFIG.seed)
-    initial = GPT(MODEL).state_dict()
+    initial = initial_weights(MODEL, CONFIG.seed)
     curves = []
     for lost in (False, True):
         model = GPT(MODEL)
         model.load_state_dict(initial)
         if lost:
             model.transformer.h[0].mlp.c_fc.bias.register_hook(torch.zeros_like)
-        curves.append(train_plainly(model, tokens, tokens[:1000], CONFIG))
+        curves.append(train_plainly(model, tokens, tokens[:1000], MODEL.block_size, CONFIG))
     assert max(gap for _, gap in differences(*curves)["loss"]) > 1e-3
