@@ -55,23 +55,23 @@ _common = _with(
         "tasks",
         multiple=True,
         required=True,
-        help=f"{', '.join(names())}, or a .toml file that describes one; may be repeated.",
+        help=f"Task: {', '.join(names())}, or a .toml file that describes one; may be repeated.",
     ),
     click.option(
         "--data",
         type=PATH,
-        help="Folder that holds the tasks' folders. Default: the one that GPTKERNELS_DATA names.",
+        help="Folder that holds the tasks' folders.  [default: the one that GPTKERNELS_DATA names]",
     ),
     click.option("--out", type=PATH, required=True, help="Folder to write."),
     click.option(
         "--tokenizer",
         type=click.Choice(["bytes", "gpt1", "gpt2"]),
-        help="Default: the model's own.",
+        help="Tokenizer of the model.  [default: the model's own]",
     ),
 )
 _model = click.argument("model", type=PATH)
 _seed_option = click.option(
-    "--seeds", default="1,2,3", show_default=True, callback=_seeds, help="A run for each."
+    "--seeds", default="1,2,3", show_default=True, callback=_seeds, help="Seeds, a run for each."
 )
 
 

@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 @click.command("evaluate")
 @click.argument("model", type=PATH)
 @click.argument("texts", type=PATH, nargs=-1)
-@click.option("--task", help=f"{', '.join(names())}, or a .toml file that describes one.")
+@click.option("--task", help=f"Task: {', '.join(names())}, or a .toml file that describes one.")
 @click.option(
     "--data",
     type=PATH,
-    help="Folder of the task's files. Default: the task's own, in the folder that GPTKERNELS_DATA "
-    "names.",
+    help="Folder of the task's files.  [default: the task's own, in the folder that "
+    "GPTKERNELS_DATA names]",
 )
 @click.option("--out", type=PATH, help="Folder to write: results.json, and of a task its answers.")
 @click.option(
     "--tokenizer",
     type=click.Choice(["bytes", "gpt1", "gpt2"]),
-    help="Default: the model's own.",
+    help="Tokenizer of the model.  [default: the model's own]",
 )
-@fields_of(TextConfig)
-@fields_of(TaskConfig)
+@fields_of(TextConfig, unless=("task",))
+@fields_of(TaskConfig, unless=("texts",))
 @fields_of(RunConfig)
 def command(
     model: Path,

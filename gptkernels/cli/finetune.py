@@ -22,7 +22,7 @@ from gptkernels.gpt.training.config import TrainConfig
 @click.argument("model", type=PATH)
 @click.option(
     "--task",
-    help=f"{', '.join(names())}, or a .toml file that describes one.",
+    help=f"Task: {', '.join(names())}, or a .toml file that describes one.",
 )
 @click.option(
     "--lm",
@@ -35,16 +35,16 @@ from gptkernels.gpt.training.config import TrainConfig
 @click.option(
     "--data",
     type=PATH,
-    help="Folder of the task's files. Default: the task's own, in the folder that GPTKERNELS_DATA "
-    "names.",
+    help="Folder of the task's files.  [default: the task's own, in the folder that "
+    "GPTKERNELS_DATA names]",
 )
 @click.option("--out", type=PATH, required=True, help="Folder to write.")
 @click.option(
     "--tokenizer",
     type=click.Choice(["bytes", "gpt1", "gpt2"]),
-    help="Default: the model's own.",
+    help="Tokenizer of the model.  [default: the model's own]",
 )
-@fields_of(FinetuneConfig)
+@fields_of(FinetuneConfig, unless=("texts",))
 def command(
     model: Path,
     task: str | None,

@@ -24,7 +24,9 @@ _NAMED = 3  # malformed pages
 @click.command("prepare")
 @click.argument("files", type=PATH, nargs=-1)
 @click.option("--out", type=PATH, required=True, help="Folder to write.")
-@click.option("--processes", type=int, help="That work at a time. Default: one for each core.")
+@click.option(
+    "--processes", type=int, help="Processes that work at a time.  [default: one for each core]"
+)
 @fields_of(PrepareConfig)
 def command(files: tuple[Path, ...], out: Path, processes: int | None, **options: Any) -> int:
     """Make token shards of FILES, or of the files in folders, for `gptkernels train`: texts (.txt,

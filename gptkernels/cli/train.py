@@ -40,8 +40,16 @@ RESHAPED = frozenset({"dropout", "block_size"})
     "`train` wrote, its checkpoint.pt, or a nanoGPT checkpoint.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
-@fields_of(GPTConfig, default={"vocab_size": "the tokenizer's"})
-@fields_of(TrainConfig)
+@fields_of(
+    GPTConfig,
+    unset={
+        "vocab_size": "the tokenizer's",
+        "n_inner": "4 C",
+        "window": "all in every block",
+    },
+    unless=("shape", "recipe", "init", "resume"),
+)
+@fields_of(TrainConfig, unless=("recipe", "resume"))
 def command(
     files: tuple[Path, ...],
     out: Path,

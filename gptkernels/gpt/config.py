@@ -40,20 +40,21 @@ class GPTConfig:
     """Shape of a `gptkernels.GPT`; the defaults are GPT-2's smallest model.
 
     Fields:
-        vocab_size: number of token ids, V.
-        block_size: longest context in tokens.
-        n_layer: number of blocks.
-        n_head: attention heads H; must divide n_embd.
-        n_embd: model width C; the head width C / H is at most 256.
-        n_inner: width F of the MLP; None means 4 * n_embd.
-        approximate: GELU, "tanh" (GPT-2's) or "none" (exact, by erf).
-        layer_norm_eps: added to the variance in every LayerNorm.
-        dropout: one probability for embedding, attention and residual dropout, in training only.
-        bias: whether linear layers and LayerNorms have biases.
-        norm: "pre", GPT-2's and GPT-3's: a LayerNorm before each branch, and one at the end;
-            "post", GPT-1's: a LayerNorm after each residual add.
-        window: how many tokens each token sees in odd blocks, itself included (GPT-3's banded
-            attention). In even blocks, the first among them, it sees all. None: in all blocks.
+        vocab_size: Number of token ids, V.
+        block_size: Longest context, in tokens.
+        n_layer: Number of blocks.
+        n_head: Attention heads H of a block, which must divide `n_embd`.
+        n_embd: Width C of the model. The width of a head, C / H, is at most 256.
+        n_inner: Width F of the MLP, in place of 4 C.
+        approximate: GELU by "tanh" (GPT-2's) or "none" (exact, by erf).
+        layer_norm_eps: Number that every LayerNorm adds to the variance.
+        dropout: Probability of dropout of the embedding, in attention and of what each branch
+            adds, in training only.
+        bias: Whether linear layers and LayerNorms have biases.
+        norm: Where a LayerNorm stands: "pre" (GPT-2, GPT-3), before each branch, and one at the
+            end; "post" (GPT-1), after each residual add.
+        window: Tokens that each token sees in odd blocks, itself included (GPT-3's banded
+            attention), in place of all. In even blocks, the first among them, it sees all.
 
     Raises TypeError for a field of the wrong type and ValueError for one out of range.
     """

@@ -8,10 +8,17 @@ from collections.abc import Iterable
 from dataclasses import field
 from typing import Any
 
+DEVICE = "Device: auto (a GPU if there is one), cpu, cuda or cuda:N."
+IMPL = "Implementation of the fused operations: auto, torch, triton, cuda or cpu."
 
-def option(default: Any, text: str, least: float | None = None) -> Any:
-    """A field with a default value, a help text and, for a number, the least that it may be."""
-    return field(default=default, metadata={"help": text, "least": least})
+
+def option(default: Any, text: str, least: float | None = None, *, unset: str | None = None) -> Any:
+    """A field with a default value, a help text and, for a number, the least that it may be.
+
+    The text is made of sentences that stand alone, and names other fields in backticks. `unset`
+    says what the default None comes to.
+    """
+    return field(default=default, metadata={"help": text, "least": least, "unset": unset})
 
 
 def check_options(options: Any) -> None:

@@ -13,19 +13,23 @@ class PrepareConfig:
     """How to prepare a corpus. Raises ValueError for a value out of range, TypeError for a wrong
     type."""
 
-    tokenizer: str = option("gpt2", "gpt2, its byte-level BPE; gpt1, its BPE of words; bytes")
-    shard_tokens: int = option(100_000_000, "tokens of a shard, at most", least=1)
+    tokenizer: str = option(
+        "gpt2", "Tokenizer: gpt2 (its byte-level BPE), gpt1 (its BPE of words) or bytes."
+    )
+    shard_tokens: int = option(100_000_000, "Tokens of a shard, at most.", least=1)
     near_duplicates: float = option(
         0.8,
-        "leave out what resembles an earlier text by this share, 0.1 to 1; 0 leaves out exact "
-        "duplicates alone",
+        "Share, 0.1 to 1, by which a text that is left out resembles an earlier one. With 0 exact "
+        "duplicates alone are left out.",
     )
     min_score: float = option(
-        MIN_SCORE, "leave out records with a lower score; those without one are kept"
+        MIN_SCORE, "Least score of records that are kept. Those without one are kept."
     )
-    min_characters: int = option(MIN_CHARACTERS, "leave out shorter texts", least=0)
-    text_key: str = option("text", "where a line of JSON has its text")
-    score_key: str = option("score", "where a line of JSON may have its score")
+    min_characters: int = option(
+        MIN_CHARACTERS, "Least length of texts that are kept, in characters.", least=0
+    )
+    text_key: str = option("text", "Key of a line of JSON that holds its text.")
+    score_key: str = option("score", "Key of a line of JSON that may hold its score.")
 
     def __post_init__(self) -> None:
         check_options(self)

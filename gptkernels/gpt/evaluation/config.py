@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gptkernels.gpt.evaluation.detokenizers import DETOKENIZERS
 from gptkernels.gpt.evaluation.task import NORMALISATIONS, SPLITS
-from gptkernels.gpt.options import check_option, check_options, one_of, option
+from gptkernels.gpt.options import DEVICE, IMPL, check_option, check_options, one_of, option
 from gptkernels.gpt.precision import DTYPES
 
 
@@ -16,13 +16,16 @@ class RunConfig:
     type."""
 
     batch_size: int | None = option(
-        None, "rows that run at a time; free answers are searched one by one; default: 8", least=1
+        None,
+        "Rows that the model computes at a time. Free answers are searched one by one.",
+        least=1,
+        unset="8",
     )
-    dtype: str = option("float32", "float32, or bfloat16 or float16 for autocast")
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
-    impl: str = option(
-        "auto", "implementation of the fused operations: auto, torch, triton or cuda"
+    dtype: str = option(
+        "float32", "Dtype of the computation: float32, or bfloat16 or float16 under autocast."
     )
+    device: str = option("auto", DEVICE)
+    impl: str = option("auto", IMPL)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -36,12 +39,15 @@ class TextConfig:
 
     stride: int | None = option(
         None,
-        "tokens between two windows: less than the context gives each token more of the text "
-        "before it, and takes longer; default: the context",
+        "Tokens between two windows. With fewer than the context has, each token is predicted "
+        "from more of the text before it, and it takes longer.",
         least=1,
+        unset="the context",
     )
     detokenizer: str | None = option(
-        None, f"takes word tokenisers' marks out of texts: {one_of(DETOKENIZERS)}"
+        None,
+        f"Whose marks of a word tokeniser are taken out of the texts: {one_of(DETOKENIZERS)}.",
+        unset="texts stay as they are",
     )
 
     def __post_init__(self) -> None:
@@ -55,27 +61,31 @@ class TaskConfig:
     """How a task is asked. Raises ValueError for a value out of range, TypeError for a wrong
     type."""
 
-    shots: str = option("0", "solved examples in a prompt: a number, or several such as 0,1,4")
+    shots: str = option("0", "Solved examples in a prompt: a number, or several such as 0,1,4.")
     split: str | None = option(
-        None, "part that is asked: train, validation or test; default: test, where there is one"
+        None,
+        "Part that is asked: train, validation or test.",
+        unset="test, where there is one",
     )
     examples: int | None = option(
-        None, "ask at most this many examples, drawn by the seed; default: all", least=1
+        None, "Examples that are asked at most, drawn by the seed.", least=1, unset="all"
     )
     normalise: str | None = option(
         None,
-        "what candidates are compared by: their log-probability over the number of tokens "
-        "(tokens), as it is (none), or less that behind the task's text alone (unconditional); "
-        "default: the task's own",
+        "What candidates are compared by: their log-probability over the number of tokens "
+        "(tokens), as it is (none), or less that behind the task's text alone (unconditional).",
+        unset="the task's own",
     )
     random_answers: bool = option(
-        False, "control: the examples in prompts have answers drawn at random"
+        False, "Whether the examples in prompts have answers drawn at random, as a control."
     )
     beam_width: int | None = option(
-        None, "of the beam search for free answers; default: 4", least=1
+        None, "Texts that the beam search for free answers keeps.", least=1, unset="4"
     )
-    length_penalty: float | None = option(None, "α of the beam search; default: 0.6", least=0)
-    seed: int = option(1337, "of the examples drawn and of bootstrap intervals", least=0)
+    length_penalty: float | None = option(
+        None, "Length penalty α of the beam search.", least=0, unset="0.6"
+    )
+    seed: int = option(1337, "Seed of the examples drawn and of bootstrap intervals.", least=0)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptkernels.gpt.options import check_option, check_options, one_of, option
+from gptkernels.gpt.options import DEVICE, IMPL, check_option, check_options, one_of, option
 from gptkernels.gpt.precision import DTYPES
 
 
@@ -16,38 +16,49 @@ class FinetuneConfig:
     Pre-Training", 2018, section 4.1.
     """
 
-    epochs: int = option(3, "times that each training example is seen", least=1)
-    batch_size: int = option(32, "examples whose gradients make one step", least=1)
-    learning_rate: float = option(6.25e-5, "the highest learning rate, after the warm-up")
+    epochs: int = option(3, "Times that each training example is seen.", least=1)
+    batch_size: int = option(32, "Examples whose gradients make one step.", least=1)
+    learning_rate: float = option(6.25e-5, "Highest learning rate, reached after the warm-up.")
     warmup_fraction: float = option(
-        0.002, "share of the steps in which the learning rate rises, before it falls to 0", least=0
+        0.002,
+        "Share of the steps in which the learning rate rises linearly, before it falls to 0.",
+        least=0,
     )
     lm_coefficient: float = option(
-        0.5, "weight λ of the auxiliary language-model loss; 0 leaves it out", least=0
+        0.5, "Weight λ of the auxiliary language-model loss. With 0 it is left out.", least=0
     )
-    dropout: float = option(0.1, "of the pre-trained model", least=0)
-    head_dropout: float = option(0.1, "of what the linear head reads", least=0)
-    weight_decay: float = option(0.01, "AdamW's decay, of matrices only", least=0)
-    clip: float = option(1.0, "largest norm of all gradients together; 0 does not clip", least=0)
+    dropout: float = option(0.1, "Probability of dropout in the pre-trained model.", least=0)
+    head_dropout: float = option(
+        0.1, "Probability of dropout of what the linear head reads.", least=0
+    )
+    weight_decay: float = option(0.01, "Weight decay of AdamW, of matrices only.", least=0)
+    clip: float = option(
+        1.0, "Largest norm of all gradients together. With 0 nothing is clipped.", least=0
+    )
     transfer: str = option(
         "all",
-        "blocks taken from the pre-trained model, with its embeddings: all, or a number; the "
-        "others begin at random. none: nothing is taken",
+        "Blocks taken from the pre-trained model, with its embeddings: all, or a number, where the "
+        "others begin at random. With none nothing is taken.",
     )
-    freeze_body: bool = option(False, "train the new tokens' embeddings and the linear head alone")
+    freeze_body: bool = option(
+        False, "Whether to train the new tokens' embeddings and the linear head alone."
+    )
     train_examples: int | None = option(
-        None, "train on this many examples, drawn by the seed; default: on all", least=1
+        None, "Examples to train on, drawn by the seed.", least=1, unset="all"
     )
     validation_fraction: float = option(
-        0.05, "share of the training part that is held out, where the task has no validation part"
+        0.05, "Share of the training part that is held out, where a task has no validation part."
     )
-    seed: int = option(1337, "of the new parameters, dropout and the order of examples", least=0)
-    dtype: str = option("float32", "float32, or bfloat16 for autocast (weights stay float32)")
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
-    impl: str = option(
-        "auto", "implementation of the fused operations: auto, torch, triton or cuda"
+    seed: int = option(
+        1337, "Seed of the new parameters, dropout and the order of examples.", least=0
     )
-    log_interval: int = option(10, "steps between two lines of the log", least=1)
+    dtype: str = option(
+        "float32",
+        "Dtype of the computation: float32, or bfloat16 under autocast. Weights stay float32.",
+    )
+    device: str = option("auto", DEVICE)
+    impl: str = option("auto", IMPL)
+    log_interval: int = option(10, "Steps between two lines of the log.", least=1)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from gptkernels.gpt.model import RECOMPUTE
-from gptkernels.gpt.options import check_option, check_options, one_of, option
+from gptkernels.gpt.options import DEVICE, IMPL, check_option, check_options, one_of, option
 from gptkernels.gpt.precision import DTYPES
 
 # The steps already made depend on these settings: a resumed run cannot change them.
@@ -21,70 +21,86 @@ _LEARNING_RATE = 1e-3  # of a new model
 class TrainConfig:
     """How to train. Raises ValueError for a value out of range, TypeError for a wrong type."""
 
-    steps: int = option(2000, "optimiser steps", least=1)
+    steps: int = option(2000, "Optimiser steps of the whole run.", least=1)
     minutes: float | None = option(
-        None, "stop after this many minutes at the latest; the learning rate then follows the clock"
+        None,
+        "Minutes after which the run ends at the latest. The learning rate then follows the clock.",
+        unset="no limit",
     )
-    batch_size: int = option(16, "windows of text in a micro-batch", least=1)
-    accumulation: int = option(1, "micro-batches whose gradients make one step", least=1)
+    batch_size: int = option(16, "Windows of text in a micro-batch.", least=1)
+    accumulation: int = option(1, "Micro-batches whose gradients make one step.", least=1)
     ramp_tokens: int = option(
         0,
-        "tokens in which a step's micro-batches grow linearly from ramp_start to accumulation; 0: "
-        "none, all steps are alike",
+        "Tokens in which a step's micro-batches grow linearly from `ramp_start` to `accumulation`. "
+        "With 0 all steps are alike.",
         least=0,
     )
-    ramp_start: int = option(1, "micro-batches of the first step, with ramp_tokens", least=1)
+    ramp_start: int = option(1, "Micro-batches of the first step, with `ramp_tokens`.", least=1)
     learning_rate: float | None = option(
         None,
-        "the highest learning rate, reached after the warm-up; default: 0.001, or for a model that "
-        "was trained before (init) a tenth of what GPT-3's paper trains one of its size with",
+        "Highest learning rate, reached after the warm-up.",
+        unset=f"{_LEARNING_RATE}; for a trained model that goes on, a tenth of what GPT-3's paper "
+        "trains one of its size with",
     )
     min_learning_rate: float | None = option(
-        None, "the learning rate at the end of the cosine; default: a tenth of the highest", least=0
+        None, "Learning rate at the end of the cosine.", least=0, unset="a tenth of the highest"
     )
     decay_steps: int = option(
-        0, "steps after which the learning rate has fallen; 0: after all of them", least=0
+        0, "Steps after which the learning rate has fallen. With 0 it falls to the end.", least=0
     )
-    warmup_steps: int = option(100, "steps of linear warm-up", least=0)
-    weight_decay: float = option(0.1, "AdamW's decay, of matrices only", least=0)
-    beta1: float = option(0.9, "AdamW's decay of the mean gradient")
-    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient")
-    clip: float = option(1.0, "largest norm of all gradients together; 0 does not clip", least=0)
+    warmup_steps: int = option(100, "Steps in which the learning rate rises linearly.", least=0)
+    weight_decay: float = option(0.1, "Weight decay of AdamW, of matrices only.", least=0)
+    beta1: float = option(0.9, "Decay of AdamW's mean of gradients.")
+    beta2: float = option(0.95, "Decay of AdamW's mean of squared gradients.")
+    clip: float = option(
+        1.0, "Largest norm of all gradients together. With 0 nothing is clipped.", least=0
+    )
     dtype: str = option(
-        "float32", "float32, or bfloat16 or float16 for autocast (weights stay float32)"
+        "float32",
+        "Dtype of the computation: float32, or bfloat16 or float16 under autocast. Weights stay "
+        "float32.",
     )
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
-    impl: str = option(
-        "auto", "implementation of the fused operations: auto, torch, triton or cuda"
-    )
+    device: str = option("auto", DEVICE)
+    impl: str = option("auto", IMPL)
     tokenizer: str = option(
         "auto",
-        "bytes; gpt2, its byte-level BPE; gpt1, its BPE of words; auto: that of the model to go on "
-        "from (init), what the shards' manifest says, gpt2 with a recipe, else bytes",
+        "Tokenizer: bytes, gpt2 (its byte-level BPE) or gpt1 (its BPE of words). With auto it is "
+        "that of the model that goes on, the one that the shards' manifest names, gpt2 "
+        "for a recipe, else bytes.",
     )
     token_dtype: str = option(
         "auto",
-        "of the ids in token shards (.bin): uint16 or uint32; auto: what their manifest says, else "
-        "uint16",
+        "Dtype of the ids in token shards (.bin): uint16 or uint32. With auto it is what their "
+        "manifest says, else uint16.",
     )
-    seed: int = option(1337, "of initial weights, dropout and batches", least=0)
-    validation_fraction: float = option(0.1, "share of the text, its end, that is held out")
-    validation_interval: int = option(200, "steps between two validations", least=1)
-    validation_batches: int = option(20, "batches in a validation, at most", least=1)
-    checkpoint_interval: int = option(500, "steps between two checkpoints", least=1)
-    log_interval: int = option(10, "steps between two lines of the log", least=1)
-    sample_interval: int = option(0, "steps between two samples of text; 0 takes none", least=0)
-    sample_prompt: str = option("\n", "what a sample continues")
-    sample_tokens: int = option(64, "tokens of a sample, at most", least=1)
-    tensorboard: bool = option(False, "write TensorBoard's events beside log.jsonl")
-    compile: bool = option(False, "torch.compile the model")
+    seed: int = option(1337, "Seed of initial weights, dropout and the order of the text.", least=0)
+    validation_fraction: float = option(
+        0.1, "Share of the text that is held out for validation: its end."
+    )
+    validation_interval: int = option(200, "Steps between two validations.", least=1)
+    validation_batches: int = option(20, "Batches in a validation, at most.", least=1)
+    checkpoint_interval: int = option(500, "Steps between two checkpoints.", least=1)
+    log_interval: int = option(10, "Steps between two lines of the log.", least=1)
+    sample_interval: int = option(
+        0, "Steps between two samples of text. With 0 none is taken.", least=0
+    )
+    sample_prompt: str = option("\n", "Text that a sample continues.")
+    sample_tokens: int = option(64, "Tokens of a sample, at most.", least=1)
+    tensorboard: bool = option(False, "Whether to write TensorBoard's events beside log.jsonl.")
+    compile: bool = option(False, "Whether to compile the model by torch.compile.")
     recompute: str = option(
-        "none", "what the backward pass computes again to save memory: none, mlp or block"
+        "none",
+        "What the backward pass computes again to save memory: none, mlp or block.",
     )
     snapshot_interval: int = option(
-        0, "steps between two copies of the model, kept in snapshots/; 0 keeps none", least=0
+        0,
+        "Steps between two copies of the model, kept in snapshots/. With 0 none is kept.",
+        least=0,
     )
-    ema: float = option(0.0, "decay of an average of the weights, saved as model-ema; 0 keeps none")
+    ema: float = option(
+        0.0,
+        "Decay of an average of the weights, saved in model-ema/. With 0 none is kept.",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -38,7 +38,7 @@ from gptkernels.gpt.finetuning.task import SPLITS, Task
 from gptkernels.gpt.finetuning.zero_shot import Question, guesses, heuristic, questions
 from gptkernels.gpt.loading import load
 from gptkernels.gpt.model import GPT
-from gptkernels.gpt.options import check_option, check_options, one_of, option
+from gptkernels.gpt.options import DEVICE, IMPL, check_option, check_options, one_of, option
 from gptkernels.gpt.precision import DTYPES
 
 
@@ -47,14 +47,14 @@ class ZeroShotConfig:
     """How to ask. Raises ValueError for a value out of range, TypeError for a wrong type."""
 
     examples: int | None = option(
-        None, "ask about this many examples, the first ones; default: about all", least=1
+        None, "Examples that are asked at most, the first ones.", least=1, unset="all"
     )
-    batch_size: int = option(32, "examples that the model reads at once", least=1)
-    dtype: str = option("float32", "float32, or bfloat16 or float16 for autocast")
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
-    impl: str = option(
-        "auto", "implementation of the fused operations: auto, torch, triton or cuda"
+    batch_size: int = option(32, "Examples that the model reads at once.", least=1)
+    dtype: str = option(
+        "float32", "Dtype of the computation: float32, or bfloat16 or float16 under autocast."
     )
+    device: str = option("auto", DEVICE)
+    impl: str = option("auto", IMPL)
 
     def __post_init__(self) -> None:
         check_options(self)
