@@ -28,12 +28,6 @@ PY := .venv/bin/python
 READY := .venv/.ready
 endif
 
-# Without a GPU an install leaves the CUDA kernels out: compiling takes minutes, and nothing could run them.
-gpu_here := nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
-define for_this_machine
-if ! { $(gpu_here); }; then export GPTKERNELS_BUILD_CUDA="$${GPTKERNELS_BUILD_CUDA:-0}"; fi
-endef
-
 define check_version
 @$(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo 'gptkernels needs Python 3.11 or newer, $(1) is not; name another with BASE_PYTHON or PYTHON' >&2; exit 2; }
@@ -63,7 +57,7 @@ emulator: $(READY) ## build the CUDA kernels for this CPU, as the tests run them
 	$(PY) scripts/extension.py emulator
 
 native: $(READY) ## bring the CUDA kernels in this checkout up to date, where an NVIDIA GPU and nvcc are
-	@if { $(gpu_here); } && $(PY) scripts/extension.py native --check; then \
+	@if $(PY) scripts/gpus.py && $(PY) scripts/extension.py native --check; then \
 		$(PY) setup.py --quiet build_ext --inplace; fi
 
 lint: $(READY) ## ruff and mypy
@@ -116,12 +110,12 @@ clean: ## remove what the targets made
 
 active:
 	$(call check_version,$(PY))
-	@$(for_this_machine); $(PY) scripts/install_missing.py
+	@$(PY) scripts/install_missing.py
 
 # --no-compile: Python compiles the modules that are imported. pip would compile all 12,000, for 40 s.
 .venv/.ready: pyproject.toml constraints.txt setup.py
 	$(call check_version,$(BASE_PYTHON))
 	@echo 'Setting up .venv with the tested versions (PyTorch is large: the first time takes minutes)'
 	$(BASE_PYTHON) -m venv .venv
-	$(for_this_machine); .venv/bin/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[all]'
+	.venv/bin/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[all]'
 	touch $@

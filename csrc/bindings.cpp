@@ -264,6 +264,7 @@ void def_emulator(py::module_& module) {
 
 PYBIND11_MODULE(_cuda, module) {
     using namespace gk;
+    module.attr("compiled_for") = GK_COMPILED_FOR;
     module.attr("fields") = py::dict();
     def_emulator(module);
     module.def("capability", &capability);

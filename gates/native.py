@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))  # the scripts are not a package
 
 import extension  # noqa: E402
+import gpus  # noqa: E402
 
 CACHE = ROOT / "build" / "gates"
 MOST_SECONDS = 180  # of one core, to compile one source
@@ -82,7 +83,7 @@ def version() -> str | None:
 def names(capabilities: Sequence[int] | None) -> list[str]:
     """Returns the architectures of a wheel, such as "90a", that have one of these compute
     capabilities; all of them by default."""
-    shipped = extension.DEFAULT_ARCHITECTURES.split(";")
+    shipped = gpus.DEFAULT_ARCHITECTURES.split(";")
     return [name for name in shipped if capabilities is None or capability(name) in capabilities]
 
 

@@ -103,7 +103,7 @@ def _objects(
     for path in sorted((ROOT / _SOURCES).glob("**/*.cpp")):
         source = path.relative_to(ROOT)
         if source.name == "bindings.cpp":
-            objects.append(bindings(source, command, tools))
+            objects.append(bindings(source, command, tools, compiled_for(machine)))
         elif source.name in _ONCE:
             objects.append(Object(source, command, tools))
         else:
@@ -113,6 +113,13 @@ def _objects(
                 for name, flags in sets.items()
             ]
     return objects
+
+
+def compiled_for(machine: str | None = None) -> str:
+    """Returns the names of the instruction sets that the kernels of a machine (default: this one)
+    are compiled for, such as "baseline, v3, v4"."""
+    machine = machine or platform.machine()
+    return ", ".join([*INSTRUCTION_SETS.get(machine, {}), *_TILES.get(machine, {})])
 
 
 def cross() -> None:

@@ -13,9 +13,8 @@ every memory access: with -fsanitize=thread g++ calls a function at each access,
 defines these functions (the sanitizer's own library is not linked).
 
 Environment variables: CUDA_HOME (default: the toolkit of the nvcc on PATH); CXX (default: g++);
-NVCC_CCBIN; GPTKERNELS_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST, such as "80;90a" or "8.0 9.0a+PTX";
-MAX_JOBS; NVCC_THREADS; GPTKERNELS_OBJECT_CACHE, a folder that keeps objects (see
-scripts/compile.py).
+NVCC_CCBIN; GPTKERNELS_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST (see scripts/gpus.py); MAX_JOBS;
+NVCC_THREADS; GPTKERNELS_OBJECT_CACHE, a folder that keeps objects (see scripts/compile.py).
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import gpus
 from ninja_build import (
     ROOT,
     BuildError,
@@ -54,8 +54,6 @@ _BINDINGS = _SOURCES / "bindings.cpp"
 _EXPORTS = "--version-script=csrc/module.map"  # exports one symbol, which Python calls on import
 _MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
 
-# Machine code for A100, H100 and H200; the PTX of compute capability 8.0 serves all others.
-DEFAULT_ARCHITECTURES = "80+PTX;90a"
 _OLDEST_NVCC = (12, 8)
 # Sources in a folder of this name are compiled for 90a only.
 _HOPPER_ONLY = "sm90"
@@ -96,7 +94,8 @@ def emulator() -> Path:
 def _emulator() -> Library:
     compiler = _compiler()
     base = [*compiler, *_EMULATOR_FLAGS, "-Icsrc", f"-isystem{_cuda_headers()}"]
-    objects = [*_emulated(compiler, _kernels()), bindings(_BINDINGS, base, version_of(compiler))]
+    bound = bindings(_BINDINGS, base, version_of(compiler), "the emulator")
+    objects = [*_emulated(compiler, _kernels()), bound]
     link = [*compiler, "-shared", f"-Wl,{_EXPORTS}"]
     return Library(ROOT / "build" / "emulator" / _MODULE, objects, link, ["-pthread"])
 
@@ -142,16 +141,19 @@ def _objects(source: Path, command: list[str], tools: str) -> Iterator[Object]:
 
 def native(folder: Path | None = None) -> Path:
     """Builds, if it is out of date, the extension for GPUs in `folder` (default: build/native), and
-    returns its path.
+    returns its path. Says which of the architectures that were named it leaves out.
 
     Raises BuildError, or subprocess.CalledProcessError where a compiler fails.
     """
+    older = gpus.left_out()
+    if older is not None:
+        print(older, flush=True)
     return build(_native(folder or ROOT / "build" / "native"))
 
 
 def _native(folder: Path) -> Library:
     host, objects, link = _natively(_kernels())
-    objects.append(bindings(_BINDINGS, host, objects[-1].tools))
+    objects.append(bindings(_BINDINGS, host, objects[-1].tools, compiled_for()))
     link.append(f"-Xlinker={_EXPORTS},-s")
     return Library(folder / _MODULE, objects, link, [])
 
@@ -206,8 +208,15 @@ def kernels(folder: Path) -> dict[str, Path]:
     return made
 
 
+def compiled_for() -> str:
+    """Returns the names of the architectures that the extension is compiled for, such as
+    "80+PTX, 90a". Raises BuildError as `gpus.architectures` does."""
+    return ", ".join(name + "+PTX" * ptx for name, ptx in gpus.architectures())
+
+
 def lacks() -> str | None:
-    """Returns why the extension for GPUs cannot be built here; None where it can."""
+    """Returns why the extension for GPUs cannot be built here; None where it can. Raises BuildError
+    for a malformed list of architectures."""
     if sys.platform != "linux":
         return "CUDA kernels are built on Linux only"
     nvcc = find_nvcc()
@@ -225,42 +234,13 @@ def lacks() -> str | None:
         find_ninja()
     except BuildError as error:
         return str(error)
-    return None
+    return gpus.lacks()
 
 
 def find_nvcc() -> str | None:
     """Returns the path of nvcc: that of CUDA_HOME, else the one on PATH; None without nvcc."""
     home = os.environ.get("CUDA_HOME")
     return (home and shutil.which(os.path.join(home, "bin", "nvcc"))) or shutil.which("nvcc")
-
-
-def architectures() -> list[tuple[str, bool]]:
-    """Returns (name such as "80" or "90a", whether its PTX is kept too) for each architecture to
-    compile for.
-
-    Raises BuildError for a malformed list, or one without any architecture that the kernels run on.
-    """
-    for name in ("GPTKERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
-        text = os.environ.get(name, "").strip()
-        if text:
-            break
-    else:
-        name, text = "the default", DEFAULT_ARCHITECTURES
-    found = []
-    for entry in re.split(r"[;, ]+", text):
-        match = re.fullmatch(r"(?:(\d+)\.(\d)|(\d{2,3}))([af]?)(\+PTX)?", entry)
-        if match is None:
-            raise BuildError(
-                f'{name} names {entry!r}; architectures are written as in "80;90a" or '
-                '"8.0 9.0a+PTX"'
-            )
-        major, minor, both, variant, ptx = match.groups()
-        number = both or major + minor
-        if int(number) >= 80:
-            found.append((number + variant, bool(ptx)))
-    if not found:
-        raise BuildError(f"{name} ({text}) has no compute capability from 8.0, which kernels need")
-    return found
 
 
 def hopper_only(source: Path) -> bool:
@@ -276,7 +256,7 @@ def _targets(source: Path) -> list[str]:
     if hopper_only(source):
         return ["-gencode=arch=compute_90a,code=sm_90a"]
     with_ptx: dict[str, bool] = {}
-    for name, ptx in architectures():
+    for name, ptx in gpus.architectures():
         number = re.sub(r"\D", "", name)
         with_ptx[number] = ptx or with_ptx.get(number, False)
     return [
@@ -364,7 +344,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         if options.kind != "native" or options.only:
             parser.error("--check is for native, without files")
-        reason = lacks()
+        try:
+            reason = lacks()
+        except BuildError as error:
+            reason = str(error)
         print(reason or "the CUDA kernels can be built here")
         return 2 if reason else 0
     here = f"{platform.machine()} {platform.system()}"

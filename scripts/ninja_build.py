@@ -83,7 +83,7 @@ def build(library: Library, only: Sequence[Path] = ()) -> Path:
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
         wanted = map(_named, only or [library.module])
-        command = [find_ninja(), "-f", str(file), "-j", str(_jobs()), *wanted]
+        command = [find_ninja(), "-f", str(file), "-j", str(jobs()), *wanted]
         subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
     return library.module
 
@@ -132,14 +132,15 @@ def _command(arguments: Sequence[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
 
-def bindings(source: Path, command: list[str], tools: str) -> Object:
+def bindings(source: Path, command: list[str], tools: str, compiled_for: str) -> Object:
     """Returns the object of a source that uses pybind11 and Python's headers, those of the running
-    Python. Raises BuildError without pybind11."""
+    Python; its module tells Python what it was compiled for. Raises BuildError without pybind11."""
     pybind11 = check_pybind11()
     include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     python = f"{sys.implementation.cache_tag} {platform.python_version()}"
     tools = f"{tools}, pybind11 {pybind11.__version__}, {python}"
-    return Object(source, [*command, *include], tools)
+    told = f'-DGK_COMPILED_FOR="{compiled_for}"'
+    return Object(source, [*command, *include, told], tools)
 
 
 def check_pybind11() -> ModuleType:
@@ -170,7 +171,7 @@ def find_ninja() -> str:
     return program
 
 
-def _jobs() -> int:
+def jobs() -> int:
     """Returns how many compilers run at a time: MAX_JOBS, else the number of cores."""
     given = os.environ.get("MAX_JOBS", "").strip()
     if not given:
@@ -183,9 +184,10 @@ def _jobs() -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Returns the environment for the compilers. It passes NVCC_THREADS on to nvcc in a variable,
-    not in the command, since objects do not depend on it."""
-    environment = dict(os.environ)
+    """Returns the environment for ninja and the compilers. It passes NVCC_THREADS on to nvcc in a
+    variable, not in the command, since objects do not depend on it."""
+    # A line for each file that is done; ninja prints all of them where no terminal is.
+    environment = {"NINJA_STATUS": "compiled %f of %t: ", **os.environ}
     threads = environment.get("NVCC_THREADS")
     if threads:
         appended = environment.get("NVCC_APPEND_FLAGS", "")

@@ -239,6 +239,7 @@ void def_dropout(py::module_& module) {
 
 PYBIND11_MODULE(_cpu, module) {
     using namespace gk::cpu;
+    module.attr("compiled_for") = GK_COMPILED_FOR;
     module.def("instruction_sets", &instruction_sets);
     module.def("instruction_set", [] { return kernels().isa; });
     module.def("use", &use);

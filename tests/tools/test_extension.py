@@ -19,6 +19,11 @@ def ninja_build(extension: ModuleType) -> ModuleType:
     return sys.modules[extension.build.__module__]
 
 
+@pytest.fixture
+def gpus(extension: ModuleType) -> ModuleType:
+    return extension.gpus
+
+
 @pytest.fixture(autouse=True)
 def nothing_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GPTKERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "GPTKERNELS_OBJECT_CACHE"):
@@ -26,6 +31,8 @@ def nothing_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 A80, A90 = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"
+A87 = "-gencode=arch=compute_87,code=sm_87"
+PTX90 = "-gencode=arch=compute_90,code=[sm_90,compute_90]"
 PTX80 = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
 
 
@@ -37,9 +44,10 @@ PTX80 = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
         ("80", None, [A80]),
         ("90a", "8.0", [A90]),
         ("80;90;90a", None, [A80, A90]),
-        ("80;90+PTX;90a", None, [A80, "-gencode=arch=compute_90,code=[sm_90,compute_90]"]),
+        ("80;90+PTX;90a", None, [A80, PTX90]),
         (None, "8.0 9.0a", [A80, A90]),
         (None, "7.5;8.0+PTX, 9.0", [PTX80, A90]),
+        (None, "Turing Ampere+Tegra Hopper", [A87, PTX90]),
         ("120+PTX", None, ["-gencode=arch=compute_120,code=[sm_120,compute_120]"]),
     ],
 )
@@ -66,14 +74,47 @@ def test_architectures(
         ("GPTKERNELS_CUDA_ARCHS", "Hopper", "GPTKERNELS_CUDA_ARCHS names 'Hopper'"),
         ("TORCH_CUDA_ARCH_LIST", "8.0 native", "TORCH_CUDA_ARCH_LIST names 'native'"),
         ("GPTKERNELS_CUDA_ARCHS", "75", r"\(75\) has no compute capability from 8\.0"),
+        ("TORCH_CUDA_ARCH_LIST", "Volta;7.5", r"\(Volta;7\.5\) has no compute capability from 8"),
     ],
 )
 def test_architectures_that_cannot_be(
-    name: str, value: str, sentence: str, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, sentence: str, gpus: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(extension.BuildError, match=sentence):
-        extension.architectures()
+    with pytest.raises(gpus.BuildError, match=sentence):
+        gpus.architectures()
+
+
+def test_architectures_that_are_too_old_are_named(
+    gpus: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gpus.left_out() is None
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.1 Turing;8.0;9.0a+PTX")
+    assert gpus.left_out() == (
+        "6.1, 7.5 of TORCH_CUDA_ARCH_LIST left out: the CUDA kernels need compute capability 8.0"
+    )
+
+
+@pytest.mark.parametrize("says", ["GPU 0: NVIDIA H200 (UUID: GPU-1)", "No devices were found", ""])
+def test_a_build_wants_a_gpu_or_a_list_of_them(
+    says: str, gpus: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the driver has no files, and its program says something or is not there."""
+    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if says:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\necho '{says}'\n")
+        program.chmod(0o755)
+    reason = None if "GPU 0" in says else "no NVIDIA GPU is visible here and GPTKERNELS_CUDA_ARCHS"
+    assert str(gpus.unwanted()).startswith(str(reason))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert gpus.unwanted() is None
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    (tmp_path / "nvidiactl").touch()  # the driver alone
+    assert str(gpus.unwanted()).startswith(str(reason))
+    (tmp_path / "nvidia0").touch()
+    assert gpus.unwanted() is None
 
 
 def test_threads_of_nvcc_are_no_part_of_the_commands(
@@ -89,7 +130,7 @@ def test_jobs(
     given: str, jobs: int, ninja_build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAX_JOBS", given)
-    assert ninja_build._jobs() == jobs
+    assert ninja_build.jobs() == jobs
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "abc", "1.5"])
@@ -98,7 +139,7 @@ def test_jobs_that_cannot_be(
 ) -> None:
     monkeypatch.setenv("MAX_JOBS", given)
     with pytest.raises(ninja_build.BuildError, match=f"MAX_JOBS is .*, 1 or more, not '{given}'"):
-        ninja_build._jobs()
+        ninja_build.jobs()
 
 
 @pytest.fixture

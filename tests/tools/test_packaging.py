@@ -157,7 +157,12 @@ def native_wheel(
         if built:
             return built[0]
         source = unpack(sdist, folder / "unpacked")
-        return front_end.build("build_wheel", source, folder, nvcc=True)
+        return front_end.build("build_wheel", source, folder, nvcc=True, choice="1")
+
+
+def gpu_here() -> bool:
+    script = [sys.executable, ROOT / "scripts" / "gpus.py"]
+    return subprocess.run(script, check=False).returncode == 0
 
 
 def unpack(sdist: Path, folder: Path) -> Path:
@@ -260,6 +265,7 @@ def test_sdist_can_build_and_test_everything(sdist: Path) -> None:
         "scripts/compile.py",
         "scripts/cpu_extension.py",
         "scripts/extension.py",
+        "scripts/gpus.py",
         "scripts/install_missing.py",
         "scripts/ninja_build.py",
     ):
@@ -296,11 +302,26 @@ def test_with_an_old_nvcc_the_wheel_is_pure_python(
 
 
 @needs_nvcc
-def test_kernels_can_be_left_out(unpacked: Path, front_end: FrontEnd, tmp_path: Path) -> None:
-    done = front_end.call("build_wheel", unpacked, tmp_path, nvcc=True, choice="0")
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [("0", "GPTKERNELS_BUILD_CUDA is 0"), ("auto", "no NVIDIA GPU is visible here and GPTKERNELS")],
+)
+def test_kernels_can_be_left_out(
+    choice: str,
+    reason: str,
+    unpacked: Path,
+    front_end: FrontEnd,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Because they are not wanted, or because nothing here would run them."""
+    if choice == "auto" and gpu_here():
+        pytest.skip("a GPU is here")
+    monkeypatch.delenv("GPTKERNELS_CUDA_ARCHS", raising=False)
+    done = front_end.call("build_wheel", unpacked, tmp_path, nvcc=True, choice=choice)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith("-py3-none-any.whl")
-    assert "built without its CUDA kernels: GPTKERNELS_BUILD_CUDA is 0" in done.stderr
+    assert f"built without its CUDA kernels: {reason}" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -396,9 +417,9 @@ class TestKernels:
         self, unpacked: Path, front_end: FrontEnd, tmp_path: Path
     ) -> None:
         def compiled() -> list[str]:
-            done = front_end.call("build_editable", unpacked, tmp_path, nvcc=True)
+            done = front_end.call("build_editable", unpacked, tmp_path, nvcc=True, choice="1")
             assert done.returncode == 0, done.stdout + done.stderr
-            return re.findall(r"^\[\d+/\d+\] (csrc/\S+)$", done.stdout, re.M)
+            return re.findall(r"^compiled \d+ of \d+: (csrc/\S+)$", done.stdout, re.M)
 
         def sources(objects: list[str]) -> set[str]:
             return {re.sub(r"(\.c\w+)\..+", r"\1", name) for name in objects}
@@ -425,6 +446,7 @@ class TestKernels:
         done = run(
             *(sys.executable, "-m", "pip", "install", *options, "."),
             cwd=unpacked,
+            GPTKERNELS_BUILD_CUDA="1",
             GPTKERNELS_OBJECT_CACHE=OBJECT_CACHE,
         )
         assert done.returncode == 0, done.stdout + done.stderr
