@@ -18,6 +18,7 @@ import torch
 from gptkernels.bench import measure
 from gptkernels.bench.case import Case
 from gptkernels.bench.results import Row
+from gptkernels.core.names import check_name
 
 OPERATORS = (
     "layer_norm",
@@ -67,10 +68,8 @@ def steps(
         ValueError: an op or the level is unknown, or no shape holds one of the texts.
     """
     for op in ops:
-        if op not in OPERATORS + MODELS:
-            raise ValueError(f"op is {op!r}; it must be one of {', '.join(OPERATORS + MODELS)}")
-    if level not in LEVELS:
-        raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}")
+        check_name("op", op, OPERATORS + MODELS)
+    check_name("level", level, LEVELS)
     kind = torch.device(device).type
     columns = [
         [

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from gptkernels.core import cpu, native
+from gptkernels.core.names import check_name
 
 IMPLEMENTATIONS = ("torch", "triton", "cuda", "cpu")
+_OR_AUTO = ("auto", *IMPLEMENTATIONS)
 # The instruction sets on which the CPU kernels were measured to be faster than impl="torch"
 # (benchmarks/results, docs/cpu.md).
 _FASTER_ON = ("v3", "v4", "v4_bf16", "v4_amx")
@@ -30,10 +32,7 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 def check_impl(impl: str, *, auto: bool = True) -> str:
     """Returns `impl` if it is the name of an implementation, or "auto" and that is allowed. Raises
     ValueError for any other name."""
-    if impl not in IMPLEMENTATIONS and not (auto and impl == "auto"):
-        first = "'auto', " if auto else ""
-        raise ValueError(f"impl must be {first}'cuda', 'triton', 'cpu' or 'torch', got {impl!r}")
-    return impl
+    return check_name("impl", impl, _OR_AUTO if auto else IMPLEMENTATIONS)
 
 
 def choose(impl: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from gptkernels.core.checks import check_count, check_number, check_probability
+from gptkernels.core.names import check_name
 from gptkernels.nn.layers import head_width
 
 # name: (n_layer, n_head, n_embd)
@@ -120,14 +121,12 @@ class GPTConfig:
         Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018, and
         the two papers named in this file.
         """
+        check_name("config name", name, ("gpt1", *_GPT2, *_GPT3))
         if name == "gpt1":
             return cls(vocab_size=40478, block_size=512, norm="post")
         if name in _GPT2:
             n_layer, n_head, n_embd = _GPT2[name]
             return cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-        if name in _GPT3:
-            n_layer, n_head, n_embd = _GPT3[name]
-            shape = cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-            return dataclasses.replace(shape, block_size=2048, window=_GPT3_WINDOW)
-        names = ", ".join(("gpt1", *_GPT2, *_GPT3))
-        raise ValueError(f"config name must be one of {names}, got {name!r}")
+        n_layer, n_head, n_embd = _GPT3[name]
+        shape = cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        return dataclasses.replace(shape, block_size=2048, window=_GPT3_WINDOW)

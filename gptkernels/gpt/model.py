@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptkernels.core.checks import dtype_name
-from gptkernels.gpt import nanogpt, weights
+from gptkernels.core.names import check_name
+from gptkernels.gpt import in_memory, nanogpt, weights
 from gptkernels.gpt.cached_blocks import cached_blocks
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.embedding import Embedding
@@ -153,7 +154,8 @@ class GPT(nn.Module):
     """A GPT. Its head is tied: lm_head.weight is transformer.wte.weight.
 
     `GPT(config)` has the papers' random initial weights; `GPT.from_pretrained(folder)` loads a
-    Hugging Face folder, whose head may be untied: a parameter of its own.
+    Hugging Face folder, and takes a model of transformers as well. Their heads may be untied: a
+    parameter of its own.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -223,33 +225,36 @@ class GPT(nn.Module):
     generate = generate
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dropout: float | None = None) -> GPT:
-        """The GPT in a Hugging Face folder, or in a checkpoint file of nanoGPT (ckpt.pt), on the
-        CPU, in its dtype, in evaluation mode.
+    def from_pretrained(
+        cls, source: str | Path | nn.Module, *, dropout: float | None = None
+    ) -> GPT:
+        """The GPT in a Hugging Face folder, in a checkpoint file of nanoGPT (ckpt.pt), or in
+        memory, in its dtype, in evaluation mode; from files on the CPU.
 
-        Reads config.json (model_type "gpt2", "openai-gpt", or "gptkernels", see `save_pretrained`)
-        and model.safetensors (or its shards, or pytorch_model.bin with weights_only=True). Names
-        that wrappers put before those of parameters (_orig_mod, module, base_model.model, ...) are
-        taken off. The folder's three dropout probabilities must be equal, unless `dropout` replaces
-        them. With "tie_word_embeddings": false the head is a parameter of its own.
-        Raises FileNotFoundError for a missing file and ValueError, in one sentence, for one that is
-        broken, foreign, contradicted by the others, or asks for something this model does not have.
+        A model in memory, on whose device the GPT will be, is one of transformers (GPT2LMHeadModel,
+        GPT2Model, OpenAIGPTLMHeadModel, OpenAIGPTModel) or nanoGPT's, perhaps compiled, wrapped or
+        accelerated. It stays as it is: its weights are copied. Hooks and exchanged modules are not
+        seen.
+
+        Of a folder, reads config.json (model_type "gpt2", "openai-gpt", or "gptkernels", see
+        `save_pretrained`) and model.safetensors (or its shards, or pytorch_model.bin with
+        weights_only=True). Names that wrappers put before those of parameters (_orig_mod, module,
+        base_model.model, ...) are taken off. The config's three dropout probabilities must be
+        equal, unless `dropout` replaces them. With "tie_word_embeddings": false the head is a parameter of its own.
+        Raises FileNotFoundError for a missing file (nothing is downloaded) and ValueError, in one
+        sentence, for one that is broken, foreign, contradicted by the others, or asks for something
+        this model does not have; so for a model, and TypeError for a module that is none of these.
         """
-        path = Path(folder)
-        content = nanogpt.load(path) if path.is_file() else None
-        if content is None:
-            config, tied = weights.read_config(path, dropout)
+        if isinstance(source, nn.Module):
+            found = in_memory.read(source, dropout)
         else:
-            config, tied = nanogpt.read_config(path, content, dropout), True
+            path = Path(source)
+            read = nanogpt.read if path.is_file() else weights.read
+            found = read(path, dropout)
         with torch.device("meta"):  # shapes alone: random weights would be drawn in vain
-            model = cls(config)
-        shapes = _shapes(model)
-        if content is None:
-            state = weights.read_state(path, shapes, config, tied)
-        else:
-            state = nanogpt.read_state(path, content, shapes)
-        model.load_state_dict(state, assign=True)
-        if tied:
+            model = cls(found.config)
+        model.load_state_dict(found.state(_shapes(model)), assign=True)
+        if found.tied:
             model.tie_head()
         return model.eval()
 
@@ -285,8 +290,7 @@ class GPT(nn.Module):
 
         Results stay the same, dropout included. ValueError for any other name.
         """
-        if what not in RECOMPUTE:
-            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {what!r}")
+        check_name("recompute", what, RECOMPUTE)
         self.transformer.recompute_blocks = what == "block"
         for module in self.modules():
             if isinstance(module, MLP):

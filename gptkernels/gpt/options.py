@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import field
 from typing import Any
+
+from gptkernels.core.names import hint
 
 DEVICE = "Device: auto (a GPU if there is one), cpu, cuda or cuda:N."
 IMPL = "Implementation of the fused operations: auto, torch, triton, cuda or cpu."
@@ -35,6 +37,13 @@ def check_option(options: Any, name: str, right: bool, wanted: str) -> None:
     """Raise ValueError about the field `name` where it is not `right`."""
     if not right:
         raise ValueError(f"{name} is {getattr(options, name)!r}, {wanted} is wanted")
+
+
+def check_choice(options: Any, name: str, known: Collection[str]) -> None:
+    """Raise ValueError about the field `name` where it is neither None nor one of those `known`."""
+    value = getattr(options, name)
+    if value is not None and value not in known:
+        raise ValueError(f"{name} is {value!r}, {one_of(known)} is wanted{hint(value, known)}")
 
 
 def one_of(names: Iterable[str]) -> str:

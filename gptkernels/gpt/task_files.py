@@ -10,6 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from gptkernels.core.names import check_name
+
 Kind = type | UnionType
 Known = Mapping[str, tuple[str, Callable[[Any], bool]]]
 """Key -> what it holds, in words and as a condition."""
@@ -29,11 +31,7 @@ def read(own: Path, name: str | Path) -> tuple[str, dict[str, Any]]:
     """
     path = Path(name)
     if path.suffix != ".toml":
-        if str(name) not in names(own):
-            raise ValueError(
-                f"task must be one of {', '.join(names(own))}, or the path of a .toml file, "
-                f"got {str(name)!r}"
-            )
+        check_name("task", str(name), names(own), ", or the path of a .toml file")
         path = own / f"{name}.toml"
     if not path.is_file():
         raise FileNotFoundError(f"task: {path} does not exist")

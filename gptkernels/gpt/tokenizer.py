@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gptkernels.core.files import check_no_pointer, replacing
+from gptkernels.core.names import check_name
 from gptkernels.core.optional import optional
 
 END_OF_TEXT = "<|endoftext|>"
@@ -231,10 +232,8 @@ def load_tokenizer(name: str, *, literal: bool = False) -> Tokenizer:
     literal: whether the name of a special token in a text, such as <|endoftext|>, is text as any
     other, as in what strangers wrote; else it is that token.
     """
-    if name == "bytes":
+    if check_name("tokenizer name", name, ("gpt1", "gpt2", "bytes")) == "bytes":
         return ByteTokenizer()
-    if name not in ("gpt1", "gpt2"):
-        raise ValueError(f"tokenizer name must be 'gpt1', 'gpt2' or 'bytes', got {name!r}")
     tokenizer = GPT1Tokenizer() if name == "gpt1" else GPT2Tokenizer()
     if literal:
         tokenizer.take_literally()

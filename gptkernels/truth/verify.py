@@ -19,6 +19,7 @@ from gptkernels.core import native, philox
 from gptkernels.core.checks import DTYPES, check_seed, dtype_name
 from gptkernels.core.choice import IMPLEMENTATIONS, check_impl, unavailable
 from gptkernels.core.errors import in_a_line
+from gptkernels.core.names import check_name
 from gptkernels.truth import baseline, parity, reference
 
 Randn = Callable[..., Tensor]  # takes sizes, returns a standard normal tensor
@@ -305,8 +306,7 @@ def run(
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     impls, ops, dtypes = tuple(impls), tuple(ops), tuple(dtypes)
     for op in ops:
-        if op not in OPS:
-            raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+        check_name("op", op, OPS)
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}")

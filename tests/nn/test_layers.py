@@ -326,7 +326,7 @@ def test_impl_is_checked_and_set_throughout() -> None:
     assert [m.impl for m in model if hasattr(m, "impl")] == ["triton"] * 3
     model[0].impl = "torch"
     assert [m.impl for m in model if hasattr(m, "impl")] == ["torch", "triton", "triton"]
-    message = "impl must be 'auto', 'cuda', 'triton', 'cpu' or 'torch', got 'fast'"
+    message = "impl must be one of auto, torch, triton, cuda, cpu, got 'fast'"
     with pytest.raises(ValueError, match=message):
         model[0].impl = "fast"
     with pytest.raises(ValueError, match=message):

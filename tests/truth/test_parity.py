@@ -195,7 +195,7 @@ def test_rows_of_an_architecture(before: str | None, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (dict(impls=["gpu"]), "impl must be 'cuda', 'triton', 'cpu' or 'torch', got 'gpu'"),
+        (dict(impls=["gpu"]), "impl must be one of torch, triton, cuda, cpu, got 'gpu'"),
         (dict(impls=["auto"]), "impl must be"),
         (dict(seed=2**64), r"seed must lie in .* got 18446744073709551616"),
         (dict(ops=["softmax"]), "op must be one of"),

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from gptkernels.gpt.evaluation.detokenizers import DETOKENIZERS
 from gptkernels.gpt.evaluation.task import NORMALISATIONS, SPLITS
-from gptkernels.gpt.options import DEVICE, IMPL, check_option, check_options, one_of, option
+from gptkernels.gpt.options import (
+    DEVICE,
+    IMPL,
+    check_choice,
+    check_option,
+    check_options,
+    one_of,
+    option,
+)
 from gptkernels.gpt.precision import DTYPES
 
 
@@ -29,7 +37,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_option(self, "dtype", self.dtype in DTYPES, one_of(DTYPES))
+        check_choice(self, "dtype", DTYPES)
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        right = self.detokenizer is None or self.detokenizer in DETOKENIZERS
-        check_option(self, "detokenizer", right, one_of(DETOKENIZERS))
+        check_choice(self, "detokenizer", DETOKENIZERS)
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,8 @@ class TaskConfig:
     def __post_init__(self) -> None:
         check_options(self)
         check_option(self, "seed", self.seed < 2**63, "less than 2**63")
-        for name, known in (("split", SPLITS), ("normalise", NORMALISATIONS)):
-            value = getattr(self, name)
-            check_option(self, name, value is None or value in known, one_of(known))
+        check_choice(self, "split", SPLITS)
+        check_choice(self, "normalise", NORMALISATIONS)
         check_option(self, "shots", bool(self.counts), "a number, or several such as 0,1,4,")
 
     @property

@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gptkernels.core.names import check_name
 from gptkernels.gpt.evaluation.corpus_styles import PTB, WIKITEXT, Style
 
 DETOKENIZERS = {"wikitext": WIKITEXT, "ptb": PTB}
@@ -84,9 +85,7 @@ def restore(name: str, text: str) -> str:
 
 
 def _style(name: str) -> Style:
-    if name not in DETOKENIZERS:
-        raise ValueError(f"a detokenizer must be one of {', '.join(DETOKENIZERS)}, got {name!r}")
-    return DETOKENIZERS[name]
+    return DETOKENIZERS[check_name("a detokenizer", name, DETOKENIZERS)]
 
 
 def _each_line(change: Callable[[str], str], text: str) -> str:

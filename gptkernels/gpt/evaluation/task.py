@@ -42,6 +42,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptkernels.core.names import check_name
 from gptkernels.gpt import task_files
 from gptkernels.gpt.evaluation.detokenizers import DETOKENIZERS
 from gptkernels.gpt.evaluation.template import Template
@@ -182,7 +183,7 @@ class Task:
             raise ValueError(f"task {self.name}: {wrong}")
 
     def _one_of(self, what: str, value: str, names: tuple[str, ...]) -> None:
-        self._need(value in names, f"{what} must be one of {', '.join(names)}, got {value!r}")
+        check_name(f"task {self.name}: {what}", value, names)
 
 
 def names() -> tuple[str, ...]:

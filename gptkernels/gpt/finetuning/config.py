@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptkernels.gpt.options import DEVICE, IMPL, check_option, check_options, one_of, option
+from gptkernels.gpt.options import DEVICE, IMPL, check_choice, check_option, check_options, option
 from gptkernels.gpt.precision import DTYPES
 
 
@@ -76,8 +76,7 @@ class FinetuneConfig:
         right = not self.freeze_body or self.transfer == "all"
         check_option(self, "transfer", right, "all, where freeze_body is set,")
         # float16 needs a scaled loss, which these short runs do without.
-        dtypes = [name for name in DTYPES if name != "float16"]
-        check_option(self, "dtype", self.dtype in dtypes, one_of(dtypes))
+        check_choice(self, "dtype", [name for name in DTYPES if name != "float16"])
 
 
 def learning_rate(config: FinetuneConfig, step: int, steps: int) -> float:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptkernels.core.names import check_name
 from gptkernels.gpt import task_files
 from gptkernels.gpt.finetuning import task_keys
 from gptkernels.gpt.rows import Column
@@ -142,10 +143,7 @@ class Task:
             raise ValueError(f"task {self.name}: choices are for the transformation choice")
 
     def _one_of(self, what: str, value: str, names: tuple[str, ...]) -> None:
-        if value not in names:
-            raise ValueError(
-                f"task {self.name}: {what} must be one of {', '.join(names)}, got {value!r}"
-            )
+        check_name(f"task {self.name}: {what}", value, names)
 
 
 def _is_count(text: str) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptkernels.gpt.model import RECOMPUTE
-from gptkernels.gpt.options import DEVICE, IMPL, check_option, check_options, one_of, option
+from gptkernels.gpt.options import DEVICE, IMPL, check_choice, check_option, check_options, option
 from gptkernels.gpt.precision import DTYPES
 
 # The steps already made depend on these settings: a resumed run cannot change them.
@@ -125,9 +126,9 @@ class TrainConfig:
         check_option(
             self, "validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1"
         )
-        check_option(self, "dtype", self.dtype in DTYPES, one_of(DTYPES))
-        check_option(self, "recompute", self.recompute in RECOMPUTE, one_of(RECOMPUTE))
-        check_option(self, "token_dtype", self.token_dtype in _TOKEN_DTYPES, one_of(_TOKEN_DTYPES))
+        check_choice(self, "dtype", DTYPES)
+        check_choice(self, "recompute", RECOMPUTE)
+        check_choice(self, "token_dtype", _TOKEN_DTYPES)
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -172,6 +173,34 @@ def growth_at(config: TrainConfig, count: int) -> int:
     ramp_start and at most accumulation."""
     growth = config.accumulation - config.ramp_start
     return -(-(count - config.ramp_start) * config.ramp_tokens // growth)
+
+
+def sizes_of_steps(
+    config: TrainConfig, tokens: int, micro_batch: int
+) -> Iterator[tuple[int, float]]:
+    """After `tokens` tokens, with micro-batches of `micro_batch`: the tokens of a step, and how
+    many steps in a row have that many, the last of them without end.
+
+    Counted together, since there may be billions of steps of one size.
+    """
+    while (count := micro_batches(config, tokens)) < config.accumulation:
+        size = micro_batch * count
+        steps = -(-(growth_at(config, count + 1) - tokens) // size)
+        yield size, steps
+        tokens += size * steps
+    yield micro_batch * count, math.inf
+
+
+def tokens_of_steps(config: TrainConfig, steps: int, tokens: int, micro_batch: int) -> int:
+    """The tokens of the next `steps` steps, after `tokens` tokens."""
+    total = 0
+    for size, in_a_row in sizes_of_steps(config, tokens, micro_batch):
+        made = min(steps, in_a_row)
+        total += size * int(made)
+        steps -= int(made)
+        if not steps:
+            break
+    return total
 
 
 def in_epochs(config: TrainConfig, epochs: int, windows: int) -> TrainConfig:

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
+from gptkernels.core.names import check_name
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
-from gptkernels.gpt.options import one_of
-from gptkernels.gpt.training.config import TrainConfig, growth_at, micro_batches
+from gptkernels.gpt.training.config import TrainConfig, sizes_of_steps
 
 _BILLION = 10**9
 _FIRST_STEP, _WARMUP, _DECAY, _ALL = 2**15, 375 * 10**6, 260 * _BILLION, 300 * _BILLION  # tokens
@@ -75,9 +75,7 @@ def recipe_config(name: str, block_size: int, **settings: Any) -> TrainConfig:
 
     Raises ValueError for another name, and what TrainConfig raises.
     """
-    if name not in GPT3:
-        raise ValueError(f"recipe must be {one_of(GPT3)}, got {name!r}")
-    recipe = GPT3[name]
+    recipe = GPT3[check_name("recipe", name, GPT3)]
     micro = TrainConfig(batch_size=settings.get("batch_size", TrainConfig.batch_size))
     tokens = micro.batch_size * block_size  # in a micro-batch
     whole = settings.get("accumulation", max(1, round(recipe.batch_tokens / tokens)))
@@ -95,15 +93,13 @@ def recipe_config(name: str, block_size: int, **settings: Any) -> TrainConfig:
 def _steps(config: TrainConfig, micro_batch: int, tokens: int) -> int:
     """The steps in which `config` is trained on at least `tokens` tokens, `micro_batch` at a
     time."""
-    seen, steps = 0, 0
-    while seen < tokens:
-        count, until = micro_batches(config, seen), tokens
-        if count < config.accumulation:
-            until = min(tokens, growth_at(config, count + 1))
-        # Counted together, since there may be billions of steps of one size.
-        alike = -(-(until - seen) // (micro_batch * count))
-        seen += alike * micro_batch * count
-        steps += alike
+    steps = 0
+    for size, in_a_row in sizes_of_steps(config, 0, micro_batch):
+        wanted = min(-(-tokens // size), in_a_row)
+        steps += int(wanted)
+        tokens -= size * int(wanted)
+        if tokens <= 0:
+            break
     return steps
 
 

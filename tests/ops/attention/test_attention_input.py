@@ -95,7 +95,7 @@ class TestBadInput:
                 TypeError,
                 "alibi_slopes must be a tensor or floats, got ",
             ),
-            (dict(impl="fast"), ValueError, "impl must be 'auto', .* got 'fast'"),
+            (dict(impl="fast"), ValueError, "impl must be one of auto, .* got 'fast'"),
         ],
         ids=str,
     )

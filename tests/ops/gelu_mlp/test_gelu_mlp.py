@@ -279,7 +279,7 @@ class TestBadInput:
             (dict(x=torch.zeros(10, 6).t()), ValueError, "x must have a unit stride"),
             (dict(b2=torch.zeros(10, device="meta")), ValueError, "b2 must be on the device of x"),
             (dict(approximate="sigmoid"), ValueError, "approximate must be 'tanh' or 'none'"),
-            (dict(impl="cublas"), ValueError, "impl must be 'auto', .* got 'cublas'"),
+            (dict(impl="cublas"), ValueError, "impl must be one of auto, .* got 'cublas'"),
         ],
     )  # fmt: skip
     def test_one_sentence(

@@ -1,0 +1,33 @@
+"""What is said to a name that is none of those that are known: all of them, and the nearest."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
+
+def check_name(what: str, name: str, known: Collection[str], otherwise: str = "") -> str:
+    """Returns `name` if it is one of those `known`. Raises ValueError for any other; `what` it is
+    the name of, and what else it may be, `otherwise`, are said in the error."""
+    if name in known:
+        return name
+    raise ValueError(
+        f"{what} must be one of {', '.join(known)}{otherwise}, got {name!r}{hint(name, known)}"
+    )
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """A question that ends an error about `name`: whether the nearest of those `known` was meant;
+    "" where none is near."""
+    found = nearest(name, known)
+    return "" if found is None else f"; did you mean {found!r}?"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of those `known` that looks most like `name`, else one that it is a part of, as "mlp"
+    is of "gelu_mlp"; capitals make no difference. None where there is none."""
+    plain = {each.casefold(): each for each in known}
+    wanted = str(name).casefold()
+    close = difflib.get_close_matches(wanted, plain, n=1)
+    holding = [each for each in plain if len(wanted) > 2 and wanted in each]
+    return next((plain[each] for each in (*close, *holding)), None)
