@@ -78,6 +78,11 @@ def command(op: str | None, sizes: tuple[str, ...], arch: str | None, **options:
             click.echo(swaps.report_of(Path(sizes[0])))
             return
         if sizes or arch or given:
+            from gptkernels.gpt import hub
+
+            named = hub.hint(Path(sizes[0])) if len(sizes) == 1 else ""
+            if named:
+                raise FileNotFoundError(f"{sizes[0]} does not exist{named}")
             raise ValueError(
                 "info takes nothing, a folder that exists, or --explain OP with sizes and options"
             )

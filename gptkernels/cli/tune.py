@@ -106,11 +106,10 @@ def _classes(
 ) -> Classes:
     import torch
 
-    from gptkernels.gpt import weights
     from gptkernels.gpt.config import GPTConfig
     from gptkernels.tuning.models import classes_of
 
-    config = GPTConfig.named(shape) if shape else weights.read_config(Path(str(folder)))[0]
+    config = GPTConfig.named(shape) if shape else _config_in(Path(str(folder)))
     if autocast is None:
         autocast = train and dtype != torch.float32
     if autocast and (not train or dtype == torch.float32):
@@ -119,6 +118,21 @@ def _classes(
     return classes_of(
         config, dtype, device, batch=batch, tokens=tokens or size, train=train, autocast=autocast
     )
+
+
+def _config_in(folder: Path) -> Any:
+    """The configuration of the GPT in `folder`. Raises what `weights.read` raises."""
+    from gptkernels.gpt import weights
+    from gptkernels.gpt.config import GPTConfig
+
+    try:
+        return weights.read(folder).config
+    except FileNotFoundError as error:
+        try:
+            GPTConfig.named(str(folder))
+        except ValueError:
+            raise error from None
+        raise FileNotFoundError(f"{error}; for the shape alone: --config {folder}") from None
 
 
 def _tune(

@@ -90,8 +90,10 @@ def _check_other(key: str, value: Any) -> None:
     if key not in _ONE_VALUE:
         raise ValueError(
             f"{key} is not known here, so what it may change cannot be computed, got "
-            f"{json.dumps(value)} (remove it if it changes nothing)"
+            f"{json.dumps(value, default=str)} (remove it if it changes nothing)"
         )
     wanted = _ONE_VALUE[key]
     if type(value) is not type(wanted) or value != wanted:
-        raise ValueError(f"{key} must be {json.dumps(wanted)}, got {json.dumps(value)}")
+        raise ValueError(
+            f"{key} must be {json.dumps(wanted)}, got {json.dumps(value, default=str)}"
+        )

@@ -94,12 +94,13 @@ _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 _GPT2_VOCAB, _GPT2_END = 50257, 50256
 
 
-def of_file(path: Path, given: dict[str, Any]) -> Layout:
-    """The layout that the config.json at `path` names. Raises ValueError for any other."""
+def of_file(source: Path | str, given: dict[str, Any]) -> Layout:
+    """The layout that a config.json names; `source` says where it is. Raises ValueError for any
+    other."""
     kind = given.get("model_type", "gpt2")
     if not isinstance(kind, str) or kind not in _LAYOUTS:
         names = ", ".join(map(repr, _LAYOUTS))
-        raise ValueError(f"{path}: model_type must be one of {names}, got {kind!r}")
+        raise ValueError(f"{source}: model_type must be one of {names}, got {kind!r}")
     return _LAYOUTS[kind]
 
 
@@ -128,13 +129,15 @@ def their_name(layout: Layout, name: str) -> str:
     return name
 
 
-def read(path: Path, given: dict[str, Any], dropout: float | None = None) -> tuple[GPTConfig, bool]:
-    """The configuration that the config.json at `path` describes, and whether the head is tied;
-    `dropout` replaces its three.
+def read(
+    source: Path | str, given: dict[str, Any], dropout: float | None = None
+) -> tuple[GPTConfig, bool]:
+    """The configuration that a config.json describes, and whether the head is tied; `source` says
+    where it is, `dropout` replaces its three.
 
     Raises ValueError, in one sentence, for a setting that a GPT does not have.
     """
-    layout = of_file(path, given)
+    layout = of_file(source, given)
     used = (f.name for f in dataclasses.fields(GPTConfig)) if layout is _OURS else layout.defaults
     try:
         settled = settle(given, used)
@@ -143,7 +146,7 @@ def read(path: Path, given: dict[str, Any], dropout: float | None = None) -> tup
             return _read_ours(settled, dropout), tied
         return GPTConfig(**_fields(layout, settled, dropout)), tied
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
 
 
 def write(layout: Layout, config: GPTConfig, tied: bool) -> dict[str, Any]:

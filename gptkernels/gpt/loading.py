@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from gptkernels.gpt import nanogpt, tokenizer_files
+from gptkernels.gpt import hub, nanogpt, tokenizer_files
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import Tokenizer, load_tokenizer
 from gptkernels.gpt.training import checkpoint, vocabulary
@@ -50,7 +50,7 @@ def load_network(path: Path, called: str) -> tuple[GPT, Callable[[], Tokenizer |
     """The model at `path`, and what reads the tokenizer that it was trained with, if it is known.
     `called`: the argument that named the path. Raises as `load` does."""
     if not path.exists():
-        raise FileNotFoundError(f"{called}: {path} does not exist")
+        raise FileNotFoundError(f"{called}: {path} does not exist{hub.hint(path)}")
     if path.is_dir() and not (path / "config.json").exists():
         if not (path / "checkpoint.pt").exists():
             inside = path / "model"

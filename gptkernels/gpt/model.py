@@ -240,7 +240,8 @@ class GPT(nn.Module):
         `save_pretrained`) and model.safetensors (or its shards, or pytorch_model.bin with
         weights_only=True). Names that wrappers put before those of parameters (_orig_mod, module,
         base_model.model, ...) are taken off. The config's three dropout probabilities must be
-        equal, unless `dropout` replaces them. With "tie_word_embeddings": false the head is a parameter of its own.
+        equal, unless `dropout` replaces them. With "tie_word_embeddings": false the head is a
+        parameter of its own.
         Raises FileNotFoundError for a missing file (nothing is downloaded) and ValueError, in one
         sentence, for one that is broken, foreign, contradicted by the others, or asks for something
         this model does not have; so for a model, and TypeError for a module that is none of these.

@@ -29,18 +29,34 @@ from gptkernels.gpt.tokenizer import CharacterTokenizer
 _ARGUMENTS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")
 
 
-def read_config(path: Path, content: Mapping[str, Any], dropout: float | None) -> GPTConfig:
-    """Configuration of the model in the checkpoint; `dropout` replaces its own.
+def read(path: Path, dropout: float | None = None) -> weights.Found:
+    """The model in the checkpoint; `dropout` replaces its own. Raises ValueError for any other
+    file, for arguments that are missing or out of range, and for weights that contradict them."""
+    content = _load(path)
+    return found(path, content["model_args"], content["model"], dropout)
 
-    Raises ValueError for arguments that are missing or out of range.
-    """
-    given = content["model_args"]
+
+def found(
+    source: Path | str,
+    given: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    dropout: float | None,
+) -> weights.Found:
+    """The model of these arguments and tensors. Raises ValueError as `read` does."""
+
+    def state(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        return weights.checked(source, weights.unwrapped(source, tensors), shapes)
+
+    return weights.Found(_config(source, given, dropout), True, state)
+
+
+def _config(source: Path | str, given: Mapping[str, Any], dropout: float | None) -> GPTConfig:
     missing = [name for name in _ARGUMENTS if name not in given]
     if missing:
-        raise ValueError(f"{path}: model_args lack {', '.join(missing)}")
+        raise ValueError(f"{source}: model_args lack {', '.join(missing)}")
     unknown = sorted(map(str, given.keys() - {*_ARGUMENTS, "dropout"}))
     if unknown:
-        raise ValueError(f"{path}: model_args hold {', '.join(unknown)}, which is not known here")
+        raise ValueError(f"{source}: model_args hold {', '.join(unknown)}, which is not known here")
     try:
         return GPTConfig(
             **{name: given[name] for name in _ARGUMENTS},
@@ -48,14 +64,7 @@ def read_config(path: Path, content: Mapping[str, Any], dropout: float | None) -
             dropout=given.get("dropout", 0.0) if dropout is None else dropout,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def read_state(
-    path: Path, content: Mapping[str, Any], shapes: Mapping[str, torch.Size]
-) -> dict[str, Tensor]:
-    """The state_dict in the checkpoint, of exactly these names and shapes. Raises ValueError."""
-    return weights.checked(path, weights.unwrapped(path, content["model"]), shapes)
+        raise ValueError(f"{source}: {error}") from None
 
 
 def read_tokenizer(checkpoint: Path) -> CharacterTokenizer | None:
@@ -101,7 +110,7 @@ def recognises(path: Path) -> bool:
     return isinstance(content, dict) and "model_args" in content
 
 
-def load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> dict[str, Any]:
     """The checkpoint's content, tensors and plain values alone.
 
     Raises ValueError for any other file.

@@ -22,15 +22,15 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptkernels.core.checks import check_same_dtype, check_tensor
 from gptkernels.core.files import WINDOWS, check_no_pointer, make_folder, replacing
 from gptkernels.core.optional import optional
-from gptkernels.gpt import layouts
+from gptkernels.gpt import hub, layouts
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.config_keys import TOKENIZER
 
@@ -48,57 +48,83 @@ _WRAPPERS = re.compile(
 )
 
 
-def read_config(folder: Path, dropout: float | None = None) -> tuple[GPTConfig, bool]:
-    """Configuration of the model in `folder`, and whether its head is tied; `dropout` replaces the
-    folder's three.
+class Found(NamedTuple):
+    """A GPT as others keep it.
+
+    config: its shape. tied: whether its head is the embedding. state: reads the state_dict, which
+    has to have exactly the names and shapes that it is given.
+    """
+
+    config: GPTConfig
+    tied: bool
+    state: Callable[[Mapping[str, torch.Size]], dict[str, Tensor]]
+
+
+def read(folder: Path, dropout: float | None = None) -> Found:
+    """The model in `folder`; `dropout` replaces the folder's three.
 
     Raises FileNotFoundError for what is missing, ValueError for what is broken or asks for another
-    model.
+    model; reading the state also for what contradicts the configuration.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder must be an existing folder, got {folder}")
+        raise FileNotFoundError(
+            f"folder must be an existing folder, got {folder}{hub.hint(folder)}"
+        )
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} holds an adapter (adapter_config.json): merge it into its model first"
         )
     path = folder / "config.json"
-    return layouts.read(path, json_object(path), dropout)
+    given = json_object(path)
+    config, tied = layouts.read(path, given, dropout)
+    layout = layouts.of_file(path, given)
+
+    def state(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        found = converted(folder, layout, _tensors(folder), shapes, config, tied)
+        return {name: tensor.contiguous() for name, tensor in found.items()}
+
+    return Found(config, tied, state)
 
 
-def read_state(
-    folder: Path, shapes: Mapping[str, torch.Size], config: GPTConfig, tied: bool
+def converted(
+    source: Path | str,
+    layout: layouts.Layout,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    config: GPTConfig,
+    tied: bool,
 ) -> dict[str, Tensor]:
-    """The state_dict in `folder`, of exactly these names and shapes, for its `config`; its head is
-    `tied` to the embedding or not.
+    """The state_dict of a model of this `config`, in this `layout`: `tensors`, or views of them.
 
-    Raises FileNotFoundError for what is missing, ValueError for what is broken or contradicts
-    `shapes`.
+    Raises ValueError, naming the `source`, for what contradicts `shapes`.
     """
-    path = folder / "config.json"
-    layout = layouts.of_file(path, json_object(path))
-    state = unwrapped(folder, _tensors(folder), lambda name: layouts.our_name(layout, name))
+    state = unwrapped(source, tensors, lambda name: layouts.our_name(layout, name))
     state = {
-        name: tensor.t().contiguous() if _transposes(layout, name, tensor) else tensor
+        name: tensor.t() if _transposes(layout, name, tensor) else tensor
         for name, tensor in state.items()
     }
     if layout.has_biases and not config.bias:
-        _drop_zero_biases(folder, state)
-    return checked(folder, state, shapes, tied)
+        _drop_zero_biases(source, state)
+    return checked(source, state, shapes, tied)
 
 
 def unwrapped(
-    source: Path, tensors: Mapping[str, Tensor], name_here: Callable[[str], str] = str
+    source: Path | str, tensors: Mapping[str, Tensor], name_here: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
     """`tensors` by the names they have here, without those of wrappers and without what is ignored.
 
-    Raises ValueError, naming the file or folder `source`, for two names of one parameter, and for a
-    tensor that is sparse or has a shape alone.
+    Raises ValueError, naming the `source`, for two names of one parameter, and for a tensor that is
+    sparse, has a shape alone, or is of a class of its own (sharded, quantised).
     """
     stored: dict[str, str] = {}
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_meta:
             kind = "without numbers" if tensor.is_meta else str(tensor.layout)
             raise ValueError(f"{source}: {name} must be a dense tensor, got one {kind}")
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise ValueError(
+                f"{source}: {name} must be a plain tensor, got a {type(tensor).__name__}"
+            )
         ours = name_here(_WRAPPERS.sub("", name))
         if stored.setdefault(ours, name) != name:
             raise ValueError(
@@ -108,11 +134,14 @@ def unwrapped(
 
 
 def checked(
-    source: Path, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], tied: bool = True
+    source: Path | str,
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    tied: bool = True,
 ) -> dict[str, Tensor]:
     """`state` of exactly these names and shapes. A `tied` head and the embedding are one tensor.
 
-    Raises ValueError, naming the file or folder `source`, for what contradicts `shapes`.
+    Raises ValueError, naming the `source`, for what contradicts `shapes`.
     """
     state = _with_tied_head(source, state) if tied else dict(state)
     _check_shapes(source, shapes, state)
@@ -260,7 +289,7 @@ def are_one(head: Tensor, embedding: Tensor) -> bool:
     return head.is_set_to(embedding) or torch.equal(head, embedding)
 
 
-def _with_tied_head(source: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_tied_head(source: Path | str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` with one tensor as head and embedding, of which it may lack either."""
     stored = [state[name] for name in (_EMBEDDING, _HEAD) if name in state]
     if not stored:
@@ -270,10 +299,10 @@ def _with_tied_head(source: Path, state: Mapping[str, Tensor]) -> dict[str, Tens
     return {**state, _EMBEDDING: stored[0], _HEAD: stored[0]}
 
 
-def _drop_zero_biases(folder: Path, state: dict[str, Tensor]) -> None:
+def _drop_zero_biases(source: Path | str, state: dict[str, Tensor]) -> None:
     for name in [name for name in state if name.endswith(".bias")]:
         if state.pop(name).count_nonzero():
-            raise ValueError(f'{folder}: config.json says "bias": false, but {name} is not zero')
+            raise ValueError(f'{source}: its config says "bias": false, but {name} is not zero')
 
 
 def _check_shapes(
