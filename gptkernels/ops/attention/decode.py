@@ -4,6 +4,7 @@ op and the public function."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Never
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.autograd import refuse_tangents
 from gptkernels.core.checks import DTYPES, check_count, check_same_device, check_shape, dtype_name
 from gptkernels.core.direct import direct
+from gptkernels.core.keywords import refuse, without_unknown
 from gptkernels.core.registry import register
-from gptkernels.ops.attention import plan
+from gptkernels.ops.attention import elsewhere, plan
 from gptkernels.ops.attention.cpu import decode as cpu
 from gptkernels.ops.attention.options import (
     MAX_HEAD_DIM,
@@ -44,6 +46,7 @@ def attention_decode_fwd(
     return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
 
 
+@without_unknown
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -58,6 +61,7 @@ def attention_decode(
     num_splits: int | None = None,
     return_lse: bool = False,
     impl: str = "auto",
+    **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of each batch entry's newest tokens to all of its tokens so far.
 
@@ -109,6 +113,8 @@ def attention_decode(
         NotImplementedError: alibi_slopes requires a gradient, or an input has a tangent of
             forward-mode AD.
     """
+    if unknown:
+        refuse(attention_decode, unknown, elsewhere.DECODE)
     signature = way = None
     if impl == "auto" and not torch.compiler.is_compiling():
         signature, way = plan.known(

@@ -4,7 +4,7 @@ function."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from gptkernels.core.checks import (
     check_tensor,
     dtype_name,
 )
+from gptkernels.core.keywords import refuse, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
-from gptkernels.ops.attention import plan, whole
+from gptkernels.ops.attention import elsewhere, plan, whole
 from gptkernels.ops.attention.options import (
     MAX_HEAD_DIM,
     AttentionOptions,
@@ -144,6 +145,7 @@ _INPUTS = (
 _DIFFERENTIABLE = ("q", "k", "v", "attn_mask")
 
 
+@without_unknown
 def attention(
     q: Tensor,
     k: Tensor,
@@ -160,6 +162,7 @@ def attention(
     deterministic: bool | None = None,
     return_lse: bool = False,
     impl: str = "auto",
+    **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention that never stores the whole score matrix: out = dropout(softmax(s)) v.
 
@@ -223,6 +226,8 @@ def attention(
     and keys that see them. With impl="torch" PyTorch's own ops may spread them further, but never
     from keys past a length.
     """
+    if unknown:
+        refuse(attention, unknown, elsewhere.ATTENTION)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     seen = causal, softmax_scale, window, softcap, alibi_slopes

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Never
 
 import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_same_device, check_shape, dtype_name
-from gptkernels.ops.attention import plan
+from gptkernels.core.keywords import refuse, without_unknown
+from gptkernels.ops.attention import elsewhere, plan
 from gptkernels.ops.attention.dense import attend
 from gptkernels.ops.attention.options import (
     AttentionOptions,
@@ -19,6 +21,7 @@ from gptkernels.ops.attention.options import (
 )
 
 
+@without_unknown
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -37,6 +40,7 @@ def attention_varlen(
     deterministic: bool | None = None,
     return_lse: bool = False,
     impl: str = "auto",
+    **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of B sequences of different lengths, packed end to end without padding.
 
@@ -70,6 +74,8 @@ def attention_varlen(
 
     Differentiable once in q, k and v. Autocast works as for `gptkernels.attention`.
     """
+    if unknown:
+        refuse(attention_varlen, unknown, elsewhere.VARLEN)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = AttentionOptions(
         softmax_scale=scale(softmax_scale, q),

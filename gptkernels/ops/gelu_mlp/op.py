@@ -4,7 +4,7 @@ function."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from gptkernels.core.checks import (
     check_unit_last_stride,
 )
 from gptkernels.core.choice import choose
+from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
 from gptkernels.ops.gelu_mlp import plan, whole
@@ -112,6 +113,21 @@ class _GeluMLP(torch.autograd.Function):
         return (*wanted, None, None, None, None)
 
 
+# What PyTorch, flash-attn and transformers call arguments of theirs.
+_ELSEWHERE = {
+    **renamed("recompute", "checkpoint", "checkpoint_lvl", note=", True or False"),
+    **renamed("impl", "backend", "implementation"),
+    **dict.fromkeys(
+        ("activation", "act", "hidden_act", "activation_function"),
+        "its activation is GELU, exact with approximate='none', by tanh with 'tanh'",
+    ),
+    **dict.fromkeys(("dropout_p", "dropout", "p"), "it has no dropout: drop from its result"),
+    **dict.fromkeys(("transposed", "conv1d"), "weights that are (in, out) are given as w.t()"),
+    "residual": "add it to the result, which gptkernels.layer_norm does before it norms",
+}
+
+
+@without_unknown
 def gelu_mlp(
     x: Tensor,
     w1: Tensor,
@@ -122,6 +138,7 @@ def gelu_mlp(
     approximate: str = "tanh",
     recompute: bool = False,
     impl: str = "auto",
+    **unknown: Never,
 ) -> Tensor:
     """The feed-forward block of a transformer: y = gelu(x w1^T + b1) w2^T + b2.
 
@@ -156,6 +173,8 @@ def gelu_mlp(
 
     Differentiable once in x, w1, b1, w2 and b2; gradients have the same bits on every run.
     """
+    if unknown:
+        refuse(gelu_mlp, unknown, _ELSEWHERE)
     tensors = (x, w1, b1, w2, b2)
     way = _plan(tensors, approximate, recompute, impl)
     if way.whole is not None:

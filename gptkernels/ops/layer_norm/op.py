@@ -4,7 +4,7 @@ autograd and the public function."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from gptkernels.core.checks import (
 )
 from gptkernels.core.choice import choose
 from gptkernels.core.direct import direct
+from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
 from gptkernels.ops.layer_norm import cpu, plan, whole
@@ -124,6 +125,25 @@ class _LayerNorm(torch.autograd.Function):
         )
 
 
+_ONE_INPUT = "it has one input and one result: call it for each"
+# What PyTorch, flash-attn and apex call arguments of theirs.
+_ELSEWHERE = {
+    **renamed("eps", "epsilon", "layer_norm_eps", "layer_norm_epsilon", "variance_epsilon"),
+    **renamed("dropout_p", "dropout", "p"),
+    **renamed("bias", "beta"),
+    **renamed("prenorm", "return_residual", "return_sum", note=", and returns s too"),
+    **renamed("impl", "backend", "implementation"),
+    "normalized_shape": "it norms the last dimension, and gptkernels.LayerNorm several",
+    "training": "dropout falls whenever dropout_p is greater than 0",
+    **dict.fromkeys(("x1", "weight1", "bias1"), _ONE_INPUT),
+    **dict.fromkeys(("rowscale", "layerscale", "colscale"), "scale x before the call"),
+    **dict.fromkeys(("is_rms_norm", "rms_norm"), "it has no RMSNorm; torch.nn.RMSNorm is one"),
+    **dict.fromkeys(("zero_centered_weight", "zero_centered_gamma"), "give it weight + 1"),
+    "return_dropout_mask": "gptkernels.core.philox defines the mask",
+}
+
+
+@without_unknown
 def layer_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -135,6 +155,7 @@ def layer_norm(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
     impl: str = "auto",
+    **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm of a residual sum.
 
@@ -170,6 +191,8 @@ def layer_norm(
 
     Differentiable once in x, weight, bias and residual; gradients have the same bits on every run.
     """
+    if unknown:
+        refuse(layer_norm, unknown, _ELSEWHERE)
     signature = way = None
     if impl == "auto" and not torch.compiler.is_compiling():
         signature, way = plan.known(

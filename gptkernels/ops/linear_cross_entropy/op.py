@@ -4,7 +4,7 @@ registered ops, autograd and the public function."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from gptkernels.core.checks import (
     dtype_name,
 )
 from gptkernels.core.choice import choose
+from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
 from gptkernels.ops.linear_cross_entropy import plan, whole
@@ -165,6 +166,22 @@ def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
     return gradient.mul_(dloss)
 
 
+# What PyTorch, flash-attn, Liger and cut-cross-entropy call arguments of theirs.
+_ELSEWHERE = {
+    **renamed("ignore_index", "ignored_index"),
+    **renamed("label_smoothing", "smoothing"),
+    **renamed("z_loss", "lse_square_scale", "z_loss_scale", "z_loss_weight"),
+    **renamed("softcap", "logit_softcapping", "final_logit_softcapping", "logits_soft_cap"),
+    **renamed("reduction", "reduce", "size_average", note=", 'mean', 'sum' or 'none'"),
+    **renamed("impl", "backend", "implementation"),
+    **dict.fromkeys(("logit_scale", "scale", "temperature"), "scale x before the call"),
+    **dict.fromkeys(("class_weight", "ce_weight"), "every class counts the same"),
+    "shift": "give it x[:, :-1] and targets[:, 1:]",
+    "inplace_backward": "there are no logits to write into",
+}
+
+
+@without_unknown
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -177,6 +194,7 @@ def linear_cross_entropy(
     softcap: float = 0.0,
     reduction: str = "mean",
     impl: str = "auto",
+    **unknown: Never,
 ) -> Tensor:
     """F.cross_entropy(F.linear(x, weight, bias), targets), without the logits in memory: a language
     model's head and loss.
@@ -223,6 +241,8 @@ def linear_cross_entropy(
 
     Differentiable once in x, weight and bias; gradients have the same bits on every run.
     """
+    if unknown:
+        refuse(linear_cross_entropy, unknown, _ELSEWHERE)
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
     way = _plan((x, weight, bias), targets, options, reduction, impl)
     if way.whole is None:  # PyTorch's own function looks itself
