@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gptkernels
+from gptkernels.core import compiled
 
 # Extra -> the distributions it installs. `all` is their union.
 EXTRAS = {
@@ -76,6 +77,10 @@ def lines() -> Iterator[str]:
         yield "Implementations"
         yield from _implementations(torch)
     yield ""
+    yield "Compiled kernels"
+    for name in compiled.MODULES:
+        yield from compiled_lines(name)
+    yield ""
     yield "Extras"
     for extra, names in EXTRAS.items():
         versions = {name: _version(name) for name in names}
@@ -86,6 +91,23 @@ def lines() -> Iterator[str]:
             found = ", ".join(f"{name} {version}" for name, version in versions.items())
             yield f"  {extra:<8} {found}"
         yield f"           for {_PURPOSES[extra]}"
+
+
+def compiled_lines(name: str) -> Iterator[str]:
+    """What the compiled module `name` ("cpu", "cuda") is for, or how it is made."""
+    reason = compiled.absent(name)
+    if reason is None:
+        try:
+            yield f"  {name:<7} for {compiled.compiled_for(name)}"
+            return
+        except ImportError as error:
+            reason = f"cannot be loaded: {error}"
+    yield f"  {name:<7} {reason}"
+    help_ = compiled.remedy(name)
+    if help_ is not None:
+        needs, command = help_
+        yield f"          {needs}:"
+        yield f"          {command}"
 
 
 def _implementations(torch: object) -> Iterator[str]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gptkernels.core import compiled
 
 ISA_VARIABLE = "GPTKERNELS_CPU_ISA"
 
@@ -36,18 +36,9 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _unavailable() -> str | None:
-    if importlib.util.find_spec("gptkernels._cpu") is None:
-        folder = Path(__file__).resolve().parent.parent
-        others = sorted(path.name for path in folder.glob("_cpu.*") if path.suffix != ".tmp")
-        if others:
-            return (
-                f"this installation's CPU kernels are for another Python ({', '.join(others)}); "
-                "install it again with this one"
-            )
-        return (
-            "this installation was built without a C++ compiler, so it has no CPU kernels; "
-            "install from source with g++ or clang++ on PATH and GPTKERNELS_BUILD_CPU=1"
-        )
+    reason = compiled.why_absent("cpu")
+    if reason is not None:
+        return reason
     try:
         module()
     except ImportError as error:

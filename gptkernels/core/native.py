@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptkernels.core import compiled
+
 # A process runs either all its kernels natively or all of them emulated.
 EMULATED = os.environ.get("GPTKERNELS_EMULATE", "").lower() in ("1", "true", "on")
 # The GPU that the emulator imitates: sm80, or sm90 with Hopper's own kernels. Each launch reads it.
@@ -74,11 +76,9 @@ def _emulator_unavailable() -> str | None:
 
 @functools.cache
 def _native_unavailable() -> str | None:
-    if importlib.util.find_spec("gptkernels._cuda") is None:
-        return (
-            "this installation was built without nvcc, so it has no CUDA C++ kernels; "
-            "install from source with CUDA's toolkit on PATH and GPTKERNELS_BUILD_CUDA=1"
-        )
+    reason = compiled.why_absent("cuda")
+    if reason is not None:
+        return reason
     # One GPU that is new enough is enough here. A launch on an older one beside it fails with an
     # error of its own.
     devices = range(torch.cuda.device_count())
@@ -165,8 +165,8 @@ def dry_run_module() -> Any:
         return _native()
     if not _EMULATOR.exists():
         raise ImportError(
-            "a dry run needs the CUDA C++ kernels: an installation that had nvcc, or `make "
-            "emulator` in a checkout of the sources"
+            "a dry run needs the CUDA C++ kernels: an installation that compiled them, or "
+            "`make emulator` in a checkout of the sources"
         )
     with _ONE_AT_A_TIME:
         return _emulator()

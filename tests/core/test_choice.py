@@ -84,7 +84,11 @@ def test_cpu_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ("emulated", "device", "sentence"),
     [
         (False, CPU, "runs on CUDA tensors .this one is on cpu., or on CPU tensors under GPTK"),
-        (False, GPU, "built without nvcc, so it has no CUDA C.. kernels; install from source"),
+        (
+            False,
+            GPU,
+            "built without CUDA kernels, .*; with nvcc 12.8 .*: GPTKERNELS_BUILD_CUDA=1 pip",
+        ),
         (True, GPU, "GPTKERNELS_EMULATE=1 runs it on CPU tensors, this one is on cuda"),
         (True, CPU, "the emulator is not built here; `make emulator` builds it"),
     ],
