@@ -32,7 +32,7 @@ SHORT = (*BATCHES, "--steps", "2", "--warmup-steps", "1")
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take longer than these runs."""
-    monkeypatch.setattr("gptkernels.gpt.training.train.draw_losses", lambda records, path: None)
+    monkeypatch.setattr("gptkernels.gpt.training.run.draw_losses", lambda records, path: None)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no picture, which takes longer than they do."""
-    monkeypatch.setattr("gptkernels.gpt.training.train.draw_losses", lambda records, path: None)
+    monkeypatch.setattr("gptkernels.gpt.training.run.draw_losses", lambda records, path: None)
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,10 @@ from training import assert_same_bits
 from gptkernels.gpt.finetuning import fitting
 from gptkernels.gpt.finetuning.batches import Encoded, collate, epoch
 from gptkernels.gpt.finetuning.config import FinetuneConfig, learning_rate
-from gptkernels.gpt.finetuning.fitting import DivergedError, Fit
+from gptkernels.gpt.finetuning.fitting import Fit
 from gptkernels.gpt.finetuning.parts import Parts, baseline
 from gptkernels.gpt.finetuning.task_model import TaskModel, transferred
+from gptkernels.gpt.training.diverged import DivergedError
 
 SHORT = dataclasses.replace(QUICK, batch_size=8)  # three batches an epoch
 TRAINING, VALIDATION = encoded("entailment", 20, 1), encoded("entailment", 8, 2)

@@ -34,8 +34,8 @@ from gptkernels.gpt.finetuning import fitting, folder
 from gptkernels.gpt.finetuning.classifier import Classifier
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.finetune import FinetuneResult, finetune
-from gptkernels.gpt.finetuning.fitting import DivergedError
 from gptkernels.gpt.finetuning.metrics import score
+from gptkernels.gpt.training.diverged import DivergedError
 
 Run = tuple[Path, FinetuneResult]
 

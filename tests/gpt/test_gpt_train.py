@@ -19,8 +19,9 @@ from gptkernels import GPT
 from gptkernels.gpt.tokenizer import ByteTokenizer
 from gptkernels.gpt.training import checkpoint, data
 from gptkernels.gpt.training.config import learning_rate
+from gptkernels.gpt.training.diverged import DivergedError
 from gptkernels.gpt.training.learner import parameter_groups
-from gptkernels.gpt.training.train import DivergedError, TrainResult, resume, train
+from gptkernels.gpt.training.train import TrainResult, resume, train
 from gptkernels.nn.cross_entropy import call_cross_entropy
 
 

@@ -21,14 +21,9 @@ from gptkernels.gpt.finetuning.batches import Encoded, collate, epoch
 from gptkernels.gpt.finetuning.config import FinetuneConfig, learning_rate
 from gptkernels.gpt.finetuning.task_model import TaskModel
 from gptkernels.gpt.precision import DTYPES
+from gptkernels.gpt.training.diverged import DivergedError
+from gptkernels.gpt.training.observer import Observer
 from gptkernels.gpt.training.stopping import Stopping
-
-Observer = Callable[[dict[str, Any], float], None]
-"""Called with each log record and the share of the run that is done, 0 to 1."""
-
-
-class DivergedError(RuntimeError):
-    """The loss or the gradients' norm became NaN or infinite."""
 
 
 @dataclass

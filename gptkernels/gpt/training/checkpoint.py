@@ -7,7 +7,8 @@ What is inside: {"format", "version", "model", "optimizer", "step", "tokens" (tr
 "seconds", "best_validation_loss", "since_log" (of the steps since the last line of the log: the sum
 of the losses, the number, the sums of noise.py), "average" (of the weights; empty where none is
 kept), "scaler" (of the loss; empty but in float16), "sampler", "random" (PyTorch's CPU and CUDA
-generators), "model_config", "train_config", "files", "text" (a fingerprint of what the files hold),
+generators), "due" (what the step asks for and was not done, since a signal stopped it: train.py),
+"model_config", "train_config", "files", "text" (a fingerprint of what the files hold),
 "tuned" (the digest of the table of measurements that impl="auto" followed; empty where another impl
 was named)}.
 
@@ -47,6 +48,7 @@ KEYS: dict[str, type] = {
     "scaler": dict,
     "sampler": dict,
     "random": dict,
+    "due": dict,
     "model_config": dict,
     "train_config": dict,
     "files": list,
@@ -54,8 +56,8 @@ KEYS: dict[str, type] = {
     "tuned": str,
 }
 # What checkpoints of this version hold that were written before a key was known: none was in
-# float16, and none had a table.
-_OLDER: dict[str, Any] = {"scaler": {}, "tuned": Table().digest()}
+# float16, none had a table, and none was written before all that was due was done.
+_OLDER: dict[str, Any] = {"scaler": {}, "tuned": Table().digest(), "due": {}}
 # Of train_config, likewise.
 _OLDER_SETTINGS: dict[str, Any] = {
     "snapshot_interval": 0,

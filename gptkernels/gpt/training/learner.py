@@ -27,6 +27,10 @@ from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.noise import NoiseScale
 
 
+def _go_on() -> None:
+    """Nothing asks to stop."""
+
+
 class Learner:
     """Trains `model` on the tokens `training`, as `config` says, and validates it on others."""
 
@@ -60,17 +64,30 @@ class Learner:
         self.noise = NoiseScale(device)
         self.activation_bytes: int | None = None  # of a micro-batch, once one was measured
 
-    def step(self, rate: float, micro_batches: int) -> tuple[Tensor, Tensor]:
+    def step(
+        self, rate: float, micro_batches: int, check: Callable[[], None] = _go_on
+    ) -> tuple[Tensor, Tensor]:
         """One step: the mean loss over its micro-batches, the gradients' norm before clipping.
 
-        In float16 a norm that is not finite says that the step was skipped.
+        In float16 a norm that is not finite says that the step was skipped. Calls `check` between
+        two micro-batches: what that raises ends the step, as if it had not been begun.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
+        if micro_batches > 1:
+            sampler, random = self.batches.state_dict(), checkpoint.random_state()
         total = torch.zeros((), device=self.device)
         first: Tensor | None = None  # norm of the first micro-batch's gradients
-        for _ in range(micro_batches):
+        for number in range(micro_batches):
+            if number:
+                try:
+                    check()
+                except BaseException:
+                    self.optimizer.zero_grad(set_to_none=True)
+                    self.batches.load_state_dict(sampler)
+                    checkpoint.set_random_state(random)
+                    raise
             tokens, targets = next(self.batches)
             if self.activation_bytes is None:
                 with activations.measured(self.model) as measured:
@@ -109,12 +126,13 @@ class Learner:
         """Whether the loss is scaled, and steps may be skipped: in float16."""
         return self.scaler.is_enabled()
 
-    def validate(self) -> dict[str, float]:
-        """The validation loss of the weights and, where one is kept, of their average."""
-        losses = {"validation_loss": self._validation_loss()}
+    def validate(self, check: Callable[[], None] = _go_on) -> dict[str, float]:
+        """The validation loss of the weights and, where one is kept, of their average. Calls
+        `check` before each batch: what that raises ends it, and leaves nothing changed."""
+        losses = {"validation_loss": self._validation_loss(check)}
         if self.average is not None:
             with self.average.in_place():
-                losses["ema_validation_loss"] = self._validation_loss()
+                losses["ema_validation_loss"] = self._validation_loss(check)
         return losses
 
     def state(self) -> dict[str, Any]:
@@ -130,7 +148,8 @@ class Learner:
 
     def restore(self, path: Path, content: dict[str, Any]) -> None:
         """Restore all but the model from the checkpoint at `path`. Raises ValueError."""
-        checkpoint.optimizer(path, content, self.optimizer)
+        if content["step"]:  # before the first step the optimiser has no state
+            checkpoint.optimizer(path, content, self.optimizer)
         checkpoint.generators(path, content, self.batches)
         if self.average is not None and content["average"]:
             checkpoint.average(path, content, self.average)
@@ -149,14 +168,19 @@ class Learner:
             loss: Tensor = self.forward(tokens.to(self.device), targets.to(self.device))
         return loss
 
-    def _validation_loss(self) -> float:
+    def _validation_loss(self, check: Callable[[], None]) -> float:
         """Mean loss over the validation windows, without dropout; draws no random number."""
         self.model.eval()
         config = self.config
         windows = data.validation_batches(
             self.validation, self.block_size, config.batch_size, config.validation_batches
         )
-        return mean_loss(self._loss, windows)
+
+        def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+            check()
+            return self._loss(tokens, targets)
+
+        return mean_loss(loss, windows)
 
 
 @torch.no_grad()

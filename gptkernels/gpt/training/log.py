@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ class Log:
             self._writer_type = optional("torch.utils.tensorboard", missing).SummaryWriter
         self._writer: Any = None
 
-    def take_up(self, step: int) -> None:
-        """Keep what an earlier run wrote, up to `step`: later steps will be made again."""
+    def take_up(self, step: int, due: Collection[str] = ()) -> None:
+        """Keep what an earlier run wrote, up to `step`: later steps will be made again, and so will
+        what is `due` at this one, a "validation" or a "sample"."""
         path = self.out / "log.jsonl"
         if not path.is_file():
             return
@@ -40,9 +42,12 @@ class Log:
                 break  # a killed run may have left half a line
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise ValueError(f"{path} has a line that is not a record of a run: {line[:80]}")
-            if record["step"] <= step:
+            kind = "sample" if "sample" in record else "validation"
+            if record["step"] < step or (record["step"] == step and kind not in due):
                 self.records.append(record)
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        if lines == path.read_text(encoding="utf-8"):
+            return
         with replacing(path, alone=True) as shorter:
             shorter.write_text(lines, encoding="utf-8")
 

@@ -21,7 +21,7 @@ from gptkernels.gpt.precision import DTYPES, autocast
 from gptkernels.gpt.training import data
 from gptkernels.gpt.training.config import TrainConfig, learning_rate
 from gptkernels.gpt.training.learner import mean_loss, parameter_groups
-from gptkernels.gpt.training.train import Observer
+from gptkernels.gpt.training.observer import Observer
 
 Curve = list[dict[str, Any]]
 """Records as in log.jsonl: step, and loss (mean since the last record), validation_loss or both."""

@@ -1,20 +1,27 @@
-"""SIGINT and SIGTERM stop training, once the present step is done."""
+"""SIGINT and SIGTERM stop training, between two micro-batches or two batches of a validation."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 
+class Stopped(Exception):
+    """What was begun is given up, because a signal asked for it."""
+
+
 class Stopping:
-    """In this context the first SIGINT or SIGTERM sets `asked`; a second one acts as outside it.
+    """In this context the first SIGINT or SIGTERM sets `asked` and calls `said` at once; a second
+    one acts as outside it.
 
     Only the main thread receives signals: in another thread this context does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, said: Callable[[], None] | None = None) -> None:
         self.asked = False
+        self._said = said
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Stopping:
@@ -26,9 +33,16 @@ class Stopping:
     def __exit__(self, *error: object) -> None:
         self._restore()
 
+    def check(self) -> None:
+        """Raise Stopped where a signal asked to stop."""
+        if self.asked:
+            raise Stopped
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         self._restore()
+        if self._said is not None:
+            self._said()
 
     def _restore(self) -> None:
         while self._before:
