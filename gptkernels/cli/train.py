@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
@@ -23,7 +24,7 @@ RESHAPED = frozenset({"dropout", "block_size"})
 """The fields of a model's shape that a model to go on from may change."""
 
 
-@click.command("train")
+@click.command("train", cls=FileCommand)
 @click.argument("files", type=PATH, nargs=-1)
 @click.option("--out", type=PATH, required=True, help="Folder to write.")
 @click.option("--config", "shape", help="Start from a published model's shape, such as gpt2.")
@@ -47,9 +48,8 @@ RESHAPED = frozenset({"dropout", "block_size"})
         "n_inner": "4 C",
         "window": "all in every block",
     },
-    unless=("shape", "recipe", "init", "resume"),
 )
-@fields_of(TrainConfig, unless=("recipe", "resume"))
+@fields_of(TrainConfig)
 def command(
     files: tuple[Path, ...],
     out: Path,
