@@ -13,6 +13,8 @@ BASE_PYTHON ?= python3
 RESULTS ?= benchmarks/results
 # Versions of Triton that `make gates` checks besides the installed one; kept under build/.
 TRITON_ASIDE ?= 3.6.0 3.9.0
+# Where pip's messages go.
+LOG := build/install.log
 # Workers of the test suite.
 JOBS ?= 2
 # Compiled objects, which installs, gates and tests share: none compiles what another has compiled.
@@ -115,7 +117,10 @@ active:
 # --no-compile: Python compiles the modules that are imported. pip would compile all 12,000, for 40 s.
 .venv/.ready: pyproject.toml constraints.txt setup.py
 	$(call check_version,$(BASE_PYTHON))
-	@echo 'Setting up .venv with the tested versions (PyTorch is large: the first time takes minutes)'
-	$(BASE_PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[all]'
-	touch $@
+	@echo 'Setting up .venv with the tested versions, once: about 4 minutes on two cores and 0.6 GB to download,'
+	@echo 'or 3 GB where pip takes the PyTorch that is made for CUDA (README.md says how to get the other one).'
+	@echo 'What pip prints is in $(LOG).'
+	@$(BASE_PYTHON) -m venv .venv
+	@.venv/bin/python scripts/quietly.py $(LOG) .venv/bin/python -m pip install --verbose --progress-bar=off \
+		--disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[all]'
+	@touch $@

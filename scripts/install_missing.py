@@ -7,7 +7,8 @@ but not replace them. Only setuptools may be replaced, if it is too old to build
 missing package is installed in the tested version (constraints.txt) if that agrees with the
 installed packages, else in any version that pyproject.toml allows. Triton is installed in the
 version that belongs to the installed PyTorch, and CUDA's headers only where there is no toolkit.
-The package itself is installed editable. If nothing is missing, no network is needed.
+The package itself is installed editable. If nothing is missing, no network is needed. What pip
+prints is in build/install.log.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import quietly
+
 _ROOT = Path(__file__).resolve().parent.parent
+_LOG = _ROOT / "build" / "install.log"
 # PyTorch's version -> the version of Triton that its CUDA wheels require. CPU wheels require none.
 _TRITON_OF = {
     "2.11": "==3.6.0",
@@ -44,16 +48,18 @@ def main() -> int:
     tested = {_normal(line.split("==")[0]): line for line in lines if "==" in line}
     wanted = _requirements()
     # With --no-index pip succeeds only if nothing is missing.
-    if not _pip("--no-index", "--quiet", *wanted, keep=kept, stderr=subprocess.DEVNULL):
-        print("Installing what is missing", flush=True)
+    if not _pip("--no-index", "--quiet", *wanted, keep=kept, shown=False):
+        print(f"Installing what is missing (pip's messages are in {_LOG})", flush=True)
         if not (_pip(*wanted, keep=tested | kept) or _pip(*wanted, keep=kept)):
+            quietly.show_end(_LOG)
             reason = "pip could not add what is missing and keep what is there (see above)"
             print(f"{reason}; without PYTHON=... make uses a .venv of its own", file=sys.stderr)
             return 2
     if not _is_editable_here():
-        print("Installing gptkernels itself (editable)", flush=True)
+        print("Installing gptkernels itself, editable: about a minute on two cores", flush=True)
         # --no-build-isolation uses the installed setuptools, so no network is needed.
         if not _pip("--no-deps", "--no-build-isolation", "--editable", str(_ROOT), keep={}):
+            quietly.show_end(_LOG)
             print("pip could not install gptkernels itself (see above)", file=sys.stderr)
             return 2
     return 0
@@ -67,14 +73,16 @@ def _requirements() -> list[str]:
     return [text for texts in declared for text in texts if not text.startswith(left_out)]
 
 
-def _pip(*arguments: str, keep: dict[str, str], stderr: int | None = None) -> bool:
-    """Whether `pip install` succeeds under the constraints `keep`."""
+def _pip(*arguments: str, keep: dict[str, str], shown: bool = True) -> bool:
+    """Whether `pip install` succeeds under the constraints `keep`. `shown`: with its progress."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "constraints.txt"
         file.write_text("\n".join(keep.values()))
         command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
         command += ["--constraint", str(file), *arguments]
-        return subprocess.run(command, stderr=stderr, check=False).returncode == 0
+        if shown:
+            return quietly.run([*command, "--verbose", "--progress-bar=off"], _LOG) == 0
+        return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def _is_editable_here() -> bool:

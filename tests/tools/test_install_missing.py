@@ -47,6 +47,7 @@ class Environment:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Environment:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("install_missing", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
