@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gptkernels.cli import bench_table as table
-from gptkernels.cli import options
-from gptkernels.cli.console import PipeConsole, print_text
+from gptkernels.cli import named, options
+from gptkernels.cli.console import STYLES, plain_console, print_text, room
 
 _MINUTES_ON_A_GPU = 8.0
 
 
 @click.command("bench")
-@options.ops
+@options.ops("gpt_training", "gpt_generate", "gpt_first_token")
 @options.impls
 @options.dtypes
 @click.option("--shape", "shapes", multiple=True, help="Only shapes that hold this text, such as "
@@ -31,6 +31,7 @@ _MINUTES_ON_A_GPU = 8.0
 @click.option("--full", is_flag=True, help="Every shape and peer, and larger models.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Begin nothing after "
               "so long. --full on a GPU has 8 unless told.")  # fmt: skip
+@named.allow_skip
 @options.json
 @click.option("--resume", is_flag=True, help="Go on with the file of --json: what it has is not "
               "measured again.")  # fmt: skip
@@ -48,6 +49,7 @@ def command(
     quick: bool,
     full: bool,
     minutes: float | None,
+    allow_skip: bool,
     path: Path | None,
     resume: bool,
     folder: Path | None,
@@ -61,9 +63,18 @@ def command(
     is the share that it reaches of what this machine was measured to do; "error" that of its limit
     against fp64.
 
-    Every case is written to the file of --json as it is measured. The exit code is 1 where one of
+    Every case is written to the file of --json as it is measured.
+
+    What cannot run on this machine is skipped. But of each combination of what --impl, --op and
+    --dtype name, at least one row has to run. The exit code is 1 where one does not, where one of
     our implementations fails or is wrong, where an installed peer does not import, and where
     --compare finds something slower.
+
+    \b
+    Examples:
+        gptkernels bench --quick --report page
+        gptkernels bench --op attention --impl cpu --dtype bf16 --shape T1024
+        gptkernels bench --json new.json --compare old.json
     """
     import torch
 
@@ -92,14 +103,15 @@ def command(
         tuple(dict.fromkeys(ops)) or bench.OPERATORS + bench.MODELS,
         where,
         level,
-        dtypes=[options.dtype(name) for name in dict.fromkeys(dtypes)] or None,
+        dtypes=list(dict.fromkeys(map(options.dtype, dtypes))) or None,
         shapes=shapes,
     )
     if path is not None and not resume:
         results.refuse_unfinished(path)
+    asked = named.names(impls, ops, dtypes)
     found = results.Results(path, resume=resume)
     impls = impls or IMPLEMENTATIONS
-    console = PipeConsole(highlight=False, soft_wrap=True)
+    console = plain_console()
     with console.status("measuring what this machine can do"):
         about = run.head(where, [step.dtype for step in steps])
     found.begin(level=level, device=where.type, **about)
@@ -115,7 +127,7 @@ def command(
         if path is not None:
             print_text(console, f"\nstopped; --json {path} --resume goes on")
         raise
-    for line in table.foot(found.rows):
+    for line in table.foot(found.rows, room(console)):
         print_text(console, line)
     if not found.content["finished"]:
         how_on = f"--json {path} --resume goes on" if path else "with --json a run can go on"
@@ -124,6 +136,10 @@ def command(
         print_text(console, f"\nReport: {report.write(found.content, folder)}")
     broken = [p for p in found.content["peers"] if p["status"] == "broken" and wanted(p["name"])]
     failed = bool(broken) or any(row.get("failed") for row in found.rows)
+    if found.content["finished"] and not allow_skip:
+        for line in named.missing(asked, found.rows, _skipped):
+            print_text(console, f"\n{line} (--allow-skip lets it pass)", STYLES["fail"])
+            failed = True
     if before is None:
         return int(failed)
     if not regressions.compared(before["rows"], found.rows):
@@ -136,10 +152,13 @@ def command(
     return int(failed or bool(slower))
 
 
+def _skipped(row: dict[str, Any]) -> str | None:
+    ran = row["time_s"] is not None or row.get("failed")
+    return None if ran else row["skipped"]
+
+
 def _show(console: Console, done: Iterator[tuple[Any, list[Any]]], count: int) -> None:
     """Prints each case as it comes, over a bar of the steps on a terminal."""
-    # Where nobody looks, lines may be as wide as they are.
-    width = console.width if console.is_terminal else 1000
     step = None
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -151,5 +170,5 @@ def _show(console: Console, done: Iterator[tuple[Any, list[Any]]], count: int) -
                 progress.advance(bar)
             step = now
             progress.update(bar, description=f"{now.op} {now.shape}")
-            for line in table.case(rows, width) if rows else ():
+            for line in table.case(rows, room(console)) if rows else ():
                 print_text(console, line)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptkernels.bench.regressions import compared
 from gptkernels.bench.report.summary import Tally, geometric_means, losing
 from gptkernels.bench.results import Row, sameness
 from gptkernels.bench.text import byte_rate, figures, flop_rate, size
+from gptkernels.cli.named import grouped
+from gptkernels.cli.table import Column, fitted
 
-# Columns in order of value: a narrow terminal loses the last ones.
+# Columns in order of value, as wide in each case: a narrow terminal loses the last ones.
 _COLUMNS = {"time": 8, "spread": 6, "PyTorch": 8, "best": 7, "rate": 16, "ceiling": 7, "error": 6,
             "memory": 8, "host": 8}  # fmt: skip
+# Of the geometric means.
+_MEANS = (Column(""), Column("plain PyTorch"), Column("best of all others"))
 
 
 def head(content: dict[str, Any]) -> Iterator[str]:
@@ -47,18 +51,26 @@ def _ceilings(found: dict[str, Any]) -> Iterator[str]:
         yield f"memory {', '.join(rates)}"
 
 
-def case(rows: Sequence[Row], width: int) -> Iterator[str]:
-    """One case: what it is, a line for each candidate that ran."""
+def case(rows: Sequence[Row], width: int | None) -> Iterator[str]:
+    """One case: what it is, a line for each candidate that ran, at most `width` columns wide."""
     first = rows[0]
     yield f"{first['op']} {first['shape']} {first['dtype']} {first['direction']}"
     timed = sorted((r for r in rows if r["time_s"] is not None), key=lambda r: r["time_s"])
     cells = {row["impl"]: figures(row) for row in timed}
-    longest = max(map(len, cells), default=0)
-    titles = list(_fitting({title for found in cells.values() for title in found}, width - longest))
+    titles = [title for title in _COLUMNS if any(title in found for found in cells.values())]
+    columns = [
+        Column(""),
+        *(
+            Column(title, _COLUMNS[title], right=True, lost=len(_COLUMNS) - place)
+            for place, title in enumerate(titles)
+        ),
+    ]
+    lines = [(name, *(found.get(title, "") for title in titles)) for name, found in cells.items()]
+    layout = fitted(columns, lines, width, indent="  ")
     if timed:
-        yield _line("", longest, titles, {title: title for title in titles})
-    for name, found in cells.items():
-        yield _line(name, longest, titles, found)
+        yield from layout.head()
+    for line in lines:
+        yield from layout.lines(line)
     for row in rows:
         if row.get("wrong"):
             yield f"  {row['impl']} computes something else: its error is far beyond the limit"
@@ -66,44 +78,26 @@ def case(rows: Sequence[Row], width: int) -> Iterator[str]:
             yield f"  {row['impl']}: FAILED: {row['skipped']}"
 
 
-def _fitting(wanted: Container[str], width: int) -> Iterator[str]:
-    """The wanted columns, as many as that width has room for."""
-    taken = 2
-    for title, wide in _COLUMNS.items():
-        if title not in wanted:
-            continue
-        taken += 1 + wide
-        if taken > width:
-            return
-        yield title
-
-
-def _line(name: str, longest: int, titles: Sequence[str], cells: dict[str, str]) -> str:
-    found = (f"{cells.get(title, ''):>{_COLUMNS[title]}}" for title in titles)
-    return f"  {name:<{longest}} {' '.join(found)}".rstrip()
-
-
-def foot(rows: Sequence[Row]) -> Iterator[str]:
+def foot(rows: Sequence[Row], width: int | None) -> Iterator[str]:
     """What was skipped and why, geometric means, and what is slower than a peer."""
-    reasons: dict[str, dict[str, int]] = {}
-    for row in rows:
-        if row["time_s"] is None and not row.get("failed"):
-            names = reasons.setdefault(row["skipped"], {})
-            names[row["impl"]] = names.get(row["impl"], 0) + 1
-    if reasons:
+    skipped = [row for row in rows if row["time_s"] is None and not row.get("failed")]
+    if skipped:
         yield "\nNot run:"
-    for reason, names in reasons.items():
-        yield f"  {', '.join(f'{name} ({count}x)' for name, count in names.items())}: {reason}"
+        yield from grouped(skipped, "skipped")
     means = geometric_means(rows)
     if means:
         yield "\nHow many times as fast our best kernel is (geometric mean; won-even-lost):"
-        yield f"  {'':<44} {'plain PyTorch':<22} the best of all others"
-    for mean in means:
-        what = f"{mean.op} {mean.dtype} {mean.direction}"
-        yield f"  {what:<44} {_tally(mean.pytorch):<22} {_tally(mean.peer)}"
+        found = [
+            (f"{m.op} {m.dtype} {m.direction}", _tally(m.pytorch), _tally(m.peer)) for m in means
+        ]
+        layout = fitted(_MEANS, found, width, indent="  ")
+        yield from layout.head()
+        for line in found:
+            yield from layout.lines(line)
     slower = losing(rows)
     if slower:
-        yield f"\nSlower than a peer, beyond the spread, in {len(slower)} cases:"
+        cases = f"{len(slower)} case{'' if len(slower) == 1 else 's'}"
+        yield f"\nSlower than a peer, beyond the spread, in {cases}:"
     for row in slower:
         what = f"{row['op']} {row['shape']} {row['dtype']} {row['direction']}"
         yield f"  {row['peer_ratio']:.2f}x {row['best_peer']}: {what} ({row['impl']})"

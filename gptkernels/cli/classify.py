@@ -27,7 +27,7 @@ def _lines() -> list[str]:
 @click.argument("folder", type=options.PATH)
 @click.argument("texts", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
-@click.option("--impl", type=click.Choice(options.IMPLS), default="auto", show_default=True)
+@options.impl
 @options.device
 def command(folder: Path, texts: tuple[str, ...], as_json: bool, impl: str, device: str) -> None:
     """Answer TEXTS with the model in FOLDER, which `finetune` wrote: the label, or the number, and

@@ -56,10 +56,8 @@ if TYPE_CHECKING:
     "a smaller model with the same tokens. With the CPU kernels the text stays the same.",
 )
 @click.option("--draft-tokens", type=int, default=3, help="Guesses at a time, 1 to 3.")
-@click.option(
-    "--tokenizer", type=click.Choice(["bytes", "gpt1", "gpt2"]), help="Default: the model's own."
-)
-@click.option("--impl", type=click.Choice(options.IMPLS), default="auto")
+@options.tokenizer
+@options.impl
 @options.device
 def command(
     model: Path,

@@ -2,35 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gptkernels.core.names import check_name, nearest
+from gptkernels.gpt.options import DEVICE, IMPL
+
 PATH = click.Path(path_type=Path)
 DTYPES = ("float32", "bfloat16", "float16")
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-IMPLS = ("auto", "torch", "triton", "cuda")
+DTYPE_NAMES = (*DTYPES, *_SHORT)
+IMPLS = ("auto", "torch", "triton", "cuda", "cpu")
+OPS = (
+    "attention",
+    "attention_varlen",
+    "attention_decode",
+    "gelu_mlp",
+    "layer_norm",
+    "linear_cross_entropy",
+)
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-device = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+
+class Choice(click.Choice[str]):
+    """A choice that names its nearest value where it is given one that it does not have."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """What is said of such a value."""
+        return super().get_invalid_choice_message(value, ctx) + question(value, self.choices)
+
+
+def question(name: str, known: Iterable[str]) -> str:
+    """What ends a sentence of click's about a name that is not known: whether the nearest of those
+    `known` was meant."""
+    found = nearest(name, known)
+    return "" if found is None else f" Did you mean {found!r}?"
+
+
+def several(name: str, parameter: str, text: str, default: str = "all") -> Decorator:
+    """An option that may be repeated; `default` says what its absence means."""
+    text = f"{text}; may be repeated.  [default: {default}]"
+    return click.option(name, parameter, multiple=True, help=text)
+
+
+def ops(*more: str) -> Decorator:
+    """The option for operators, and for what `more` a command has beside them."""
+    return several("--op", "ops", f"Operator: {', '.join((*OPS, *more))}")
+
+
+impls = several("--impl", "impls", f"Implementation: {', '.join(IMPLS[1:])}")
+dtypes = several("--dtype", "dtypes", f"Dtype: {', '.join(DTYPE_NAMES)}")
+device = click.option("--device", default="auto", show_default=True, help=DEVICE)
+impl = click.option("--impl", type=Choice(IMPLS), default="auto", show_default=True, help=IMPL)
+json = click.option("--json", "path", type=PATH, help="Also write the rows to this file, as JSON.")
+tokenizer = click.option(
+    "--tokenizer",
+    type=Choice(("bytes", "gpt1", "gpt2")),
+    help="Tokenizer of the model.  [default: the model's own]",
 )
-ops = click.option("--op", "ops", multiple=True, help="Operator; may be repeated.")
-impls = click.option(
-    "--impl", "impls", multiple=True, help="torch, triton, cuda or cpu; may be repeated."
-)
-dtypes = click.option(
-    "--dtype", "dtypes", multiple=True, help="float32, bfloat16 or float16; may be repeated."
-)
-json = click.option("--json", "path", type=PATH, help="Also write the rows to this file.")
 
 
 def dtype(name: str) -> Any:
-    """The torch.dtype of this name. Raises ValueError for any other than those of `dtypes`, and
-    their short forms."""
+    """The torch.dtype of this name. Raises ValueError for any other than those of DTYPE_NAMES."""
     import torch
 
-    name = _SHORT.get(name, name)
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return getattr(torch, name)
+    return getattr(torch, _SHORT.get(name) or check_name("dtype", name, DTYPE_NAMES))

@@ -72,7 +72,7 @@ def test_it_prints_the_machine_the_rows_and_a_summary(call: Any, seconds: Any) -
     (line,) = (line for line in lines if line.startswith("  layer_norm float32 forward "))
     assert "2.00x (2-0-0)" in line
     assert "1.50x (2-0-0)" in line
-    (line,) = (line for line in lines if line.startswith("  triton (4x)"))
+    (line,) = (line for line in lines if line.startswith("  4 of triton"))
     assert "CUDA tensors" in line or "Triton's interpreter" in line
 
 
@@ -245,13 +245,24 @@ def test_a_narrow_terminal_loses_columns_and_no_number() -> None:
            "impl": "transformers, torch.compile", "time_s": 1.234e-3, "low_s": 1.2e-3,
            "high_s": 1.3e-3, "ratio": 1.5, "peer_ratio": 1.2, "flops_per_s": 3.4e12, "limit": 2.0,
            "efficiency": 0.5, "error": 1.0, "peak_bytes": 3e6, "host_s": 1e-5}  # fmt: skip
-    wide = list(bench_table.case([row], 1000))
+    wide = list(bench_table.case([row], None))
+    assert wide[2].split()[-2:] == ["10", "us"]
     for width in (60, 80, 120):
         lines = list(bench_table.case([row], width))
         assert max(map(len, lines)) <= width
         assert wide[2].startswith(lines[2])
         assert "1.23 ms" in lines[2]
-    assert len(wide[2]) <= 120
+    assert lines[2].endswith("MiB")  # at 120 columns the time of the host alone is lost
+
+
+def test_what_is_named_and_cannot_run_is_no_success(call: Any, seconds: Any) -> None:
+    result = call(*ONE, "--impl", "cuda", "--impl", "cpu", "--peers", "none")
+    assert result.code == 1
+    assert "cuda layer_norm float32 did not run, though asked for by name: it runs on" in result.out
+    assert "cpu layer_norm float32 did not run" not in result.out
+    assert call(*ONE, "--impl", "cuda", "--peers", "none", "--allow-skip").code == 0
+    # What was not reached in the time given is no failure.
+    assert call(*ONE, "--impl", "cuda", "--minutes", "1e-9").code == 0
 
 
 def test_the_smallest_real_run(call: Any, tmp_path: Path) -> None:

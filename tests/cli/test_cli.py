@@ -21,7 +21,8 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from gptkernels.cli import main
+from gptkernels.cli import main, named
+from gptkernels.cli import verify as verify_command
 from gptkernels.core import native
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.loading import load
@@ -145,7 +146,7 @@ def test_as_a_module() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes")
 @pytest.mark.parametrize(
-    "arguments", [["info"], ["verify", "--impl", "cuda", "--op", "layer_norm"]], ids=str
+    "arguments", [["info"], ["verify", "--impl", "torch", "--op", "layer_norm"]], ids=str
 )
 def test_output_that_nobody_reads_is_no_failed_check(arguments: list[str]) -> None:
     reading, writing = os.pipe()
@@ -192,11 +193,50 @@ def test_where_no_file_can_be_is_one_sentence(call: Any, tmp_path: Path) -> None
     assert_refused(refused, f"must be a folder, but {tmp_path / 'file'} is a file")
 
 
-def test_verify_says_why_rows_were_skipped(call: Any) -> None:
-    result = call("verify", "--impl", "cuda", "--op", "layer_norm", "--device", "cpu")
-    assert result.code == 0
-    assert "skipped (1)" in result.out
-    assert "\n(1) it runs on CUDA tensors (this one is on cpu)" in result.out
+FP32_NORM = ("verify", "--op", "layer_norm", "--dtype", "fp32", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (["--impl", "cuda"], 1, "cuda layer_norm float32 did not run, though asked for by name: "),
+        (["--impl", "cuda", "--impl", "torch"], 1, "\ncuda layer_norm float32 did not run, though"),
+        (["--impl", "cuda", "--allow-skip"], 0, "\n0 pass, 0 fail, 10 skipped\n"),
+    ],
+)
+def test_what_is_named_has_to_run(call: Any, more: list[str], code: int, said: str) -> None:
+    result = call(*FP32_NORM, *more)
+    assert result.code == code
+    assert said in f"\n{result.out}"
+    assert "10 of cuda: it runs on CUDA tensors (this one is on cpu)" in f"{result.out}"
+    assert "torch layer_norm float32 did not run" not in result.out
+    assert ("--allow-skip" in result.out) == bool(code)
+
+
+def test_a_dtype_that_is_not_named_may_be_skipped() -> None:
+    """As by Triton's interpreter, which has no bfloat16."""
+    rows = [
+        {"impl": "triton", "op": op, "dtype": dtype, "status": status, "reason": "garbage"}
+        for op in ("layer_norm", "gelu_mlp")
+        for dtype, status in (("float32", "pass"), ("bfloat16", "skipped"))
+    ]
+
+    def missing(**given: tuple[str, ...]) -> list[str]:
+        asked = named.names(**{"impls": (), "ops": (), "dtypes": (), **given})
+        skipped = verify_command._skipped
+        return list(named.missing(asked, rows, skipped))
+
+    for given in ({}, {"impls": ("triton",)}, {"ops": ("gelu_mlp",)}, {"dtypes": ("fp32",)}):
+        assert missing(**given) == []
+    said = "did not run, though asked for by name: garbage"
+    assert missing(dtypes=("bf16",)) == [f"bfloat16 {said}"]
+    assert missing(impls=("triton",), dtypes=("bf16", "fp32")) == [f"triton bfloat16 {said}"]
+    assert missing(ops=("gelu_mlp", "layer_norm"), dtypes=("bf16",)) == [
+        f"gelu_mlp bfloat16, layer_norm bfloat16 {said}"
+    ]
+    assert missing(impls=("cuda",)) == [
+        "cuda did not run, though asked for by name: there is no such case"
+    ]
 
 
 def test_verify_fails_with_1(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +249,8 @@ def test_verify_fails_with_1(call: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(verify, "measure", wrong)
     result = call("verify", "--impl", "torch", "--op", "layer_norm", "--dtype", "float32")
     assert result.code == 1
-    assert " fail" in result.out
+    assert "\n    y: the error 1.00e+00 is above 2.00e-07\n" in result.out
+    assert "\n5 pass, 5 fail, 0 skipped\n" in result.out
 
 
 @pytest.mark.parametrize(
