@@ -59,7 +59,7 @@ class _Block(nn.Module):
 
     def __init__(self, config: GPTConfig, index: int) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias)
         self.attn = CausalSelfAttention(
             config.n_embd,
             config.n_head,
@@ -67,7 +67,7 @@ class _Block(nn.Module):
             dropout=config.dropout,
             window=config.window_of(index),
         )
-        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias)
         self.mlp = MLP(config.n_embd, config.d_inner, config.bias, config.approximate)
         self.dropout = config.dropout
 
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         self.h = nn.ModuleList(block(config, i) for i in range(config.n_layer))
         self.ln_f = None
         if config.norm == "pre":
-            self.ln_f = LayerNorm(config.n_embd, config.layer_norm_eps, config.bias)
+            self.ln_f = LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias)
         self.dropout = config.dropout
         self.recompute_blocks = False
 
@@ -211,10 +211,11 @@ class GPT(nn.Module):
         attention."""
         return call_linear(self.lm_head, hidden, self._head_impl())
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy, a fp32 scalar, of hidden states (..., C) and the tokens (...)
-        that follow them; -100 marks a position that does not count."""
-        return call_cross_entropy(self.lm_head, hidden, targets, self._head_impl())
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """The mean or, with reduction="sum", the sum of the cross-entropy, a fp32 scalar, of hidden
+        states (..., C) and the tokens (...) that follow them; -100 marks a position that does not
+        count."""
+        return call_cross_entropy(self.lm_head, hidden, targets, self._head_impl(), reduction)
 
     def _head_impl(self) -> str:
         attention = getattr(self.transformer.h[0], "attn", None)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.core.checks import DTYPES, check_count
-from gptkernels.nn.layers import FusedModule
+from gptkernels.nn import elsewhere
+from gptkernels.nn.layers import Device, FusedModule
 from gptkernels.nn.plain import is_plain, remember
 from gptkernels.ops.linear_cross_entropy.op import linear_cross_entropy
 
@@ -27,6 +28,8 @@ class LinearCrossEntropy(FusedModule):
     sizes that are not counts; a wrong option raises when the layer is called.
     """
 
+    _elsewhere = elsewhere.LINEAR_CROSS_ENTROPY
+
     def __init__(
         self,
         d_model: int,
@@ -38,9 +41,13 @@ class LinearCrossEntropy(FusedModule):
         z_loss: float = 0.0,
         softcap: float = 0.0,
         reduction: str = "mean",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        linear = nn.Linear(check_count("d_model", d_model), check_count("classes", classes), bias)
+        check_count("d_model", d_model)
+        check_count("classes", classes)
+        linear = nn.Linear(d_model, classes, bias, device, dtype)
         self.weight, self.bias = linear.weight, linear.bias
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.z_loss, self.softcap, self.reduction = z_loss, softcap, reduction
@@ -68,17 +75,30 @@ class LinearCrossEntropy(FusedModule):
 
 
 def call_cross_entropy(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, impl: str
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    impl: str,
+    reduction: str = "mean",
 ) -> Tensor:
-    """The mean cross-entropy of head(hidden), for hidden (..., C) and targets (...), over those
-    that are not -100, a fp32 scalar: without logits where `head` is plainly an nn.Linear."""
+    """The cross-entropy of head(hidden), for hidden (..., C) and targets (...), its mean over those
+    that are not -100 or its sum, a fp32 scalar: without logits where `head` is plainly an
+    nn.Linear."""
     if is_plain(head, nn.Linear) and all(
         tensor.dtype in DTYPES and tensor.stride(-1) == 1 for tensor in (hidden, head.weight)
     ):
         return linear_cross_entropy(
-            hidden, head.weight, targets, bias=head.bias, ignore_index=IGNORED, impl=impl
+            hidden,
+            head.weight,
+            targets,
+            bias=head.bias,
+            ignore_index=IGNORED,
+            reduction=reduction,
+            impl=impl,
         )
     logits = head(hidden)
     # At least fp32: in bf16 a sum of V exponentials loses the small ones.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction=reduction
+    )

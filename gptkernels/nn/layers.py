@@ -15,9 +15,9 @@ are those of plain PyTorch (`gptkernels.nn.plain`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count, check_probability, check_tensor
 from gptkernels.core.choice import check_impl
+from gptkernels.core.keywords import check_keywords
+from gptkernels.nn import elsewhere
 from gptkernels.nn.linear import call_linear
 from gptkernels.nn.plain import is_plain, not_plain_in, remember
 from gptkernels.ops.attention.decode import attention_decode
@@ -34,13 +36,24 @@ from gptkernels.ops.gelu_mlp.op import gelu_mlp
 from gptkernels.ops.layer_norm.norm_linear import norm_linear
 from gptkernels.ops.layer_norm.op import layer_norm
 
+Device = torch.device | str | int | None
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 class FusedModule(nn.Module):
-    """A module that computes one of the ops, by the implementation that `.impl` names."""
+    """A module that computes one of the ops, by the implementation that `.impl` names.
+
+    Raises TypeError for keywords that the constructor does not have, and names those it has.
+    """
 
     _impl = "auto"
+    # What is said of the keywords that other packages' constructors have.
+    _elsewhere: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        """Looks at the keywords; no constructor has to."""
+        check_keywords(cls, named, cls._elsewhere)
+        return super().__new__(cls)
 
     @property
     def impl(self) -> str:
@@ -73,35 +86,37 @@ def set_impl(model: _Model, impl: str) -> _Model:
 
 
 @remember
-class LayerNorm(FusedModule):
-    """LayerNorm over the last dimension, or over the last ones if d_model is a sequence of sizes;
-    dropout and residual add before it are in the same op.
+class LayerNorm(FusedModule, nn.LayerNorm):
+    """nn.LayerNorm: the same constructor, parameters and results, and an instance of it. Dropout
+    and residual add before it are in the same op.
 
-    Parameters: weight (d_model,), bias (d_model,) or None; both None without `elementwise_affine`.
-    Ba, Kiros, Hinton, "Layer Normalization", 2016. Raises TypeError and ValueError for sizes that
-    are not counts, and ValueError for an eps that is not positive.
+    Parameters: weight and bias of normalized_shape, the last dimension or the last ones of x;
+    without `bias` no bias, without `elementwise_affine` neither. Ba, Kiros, Hinton, "Layer
+    Normalization", 2016. Raises TypeError and ValueError for sizes that are not counts, and
+    ValueError for an eps that is not positive.
     """
+
+    _elsewhere = elsewhere.LAYER_NORM
 
     def __init__(
         self,
-        d_model: int | Sequence[int],
+        normalized_shape: int | Sequence[int],
         eps: float = 1e-5,
-        bias: bool = True,
-        *,
         elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps}")
-        sizes = d_model if isinstance(d_model, Sequence) else (d_model,)
+        given = normalized_shape
+        sizes = given if isinstance(given, Sequence) else (given,)
         if not sizes:
-            raise ValueError(f"d_model must have at least one size, got {d_model!r}")
-        shape = tuple(check_count("d_model", size) for size in sizes)
-        self.eps, self.normalized_shape = eps, shape
-        self.weight = nn.Parameter(torch.ones(shape)) if elementwise_affine else None
-        self.bias = nn.Parameter(torch.zeros(shape)) if elementwise_affine and bias else None
+            raise ValueError(f"normalized_shape must have at least one size, got {given!r}")
+        shape = [check_count("normalized_shape", size) for size in sizes]
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         residual: Tensor | None = None,
@@ -110,7 +125,7 @@ class LayerNorm(FusedModule):
         prenorm: bool = False,
         residual_in_fp32: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """y = LN(s), s = dropout(x) + residual; x, residual, y and s are (..., d_model).
+        """y = LN(s), s = dropout(x) + residual, all of one shape, (..., *normalized_shape).
 
         Returns y in x's dtype, or (y, s) with prenorm=True. s is fp32 if asked or if residual is,
         else in x's dtype. Without a residual s = dropout(x). Raises ValueError for an x of another
@@ -135,10 +150,12 @@ class LayerNorm(FusedModule):
         return y.view(x.shape), s.view(x.shape)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Complete a layer that was pickled when it took one dimension only."""
+        """Complete a layer that was pickled when it took one dimension only, or was no
+        nn.LayerNorm."""
         super().__setstate__(state)
         if "normalized_shape" not in state:
-            self.normalized_shape = tuple(cast("Tensor", self.weight).shape)
+            self.normalized_shape = tuple(self.weight.shape)
+        self.elementwise_affine = self.weight is not None
 
     def _rows(self, name: str, x: Tensor) -> Tensor:
         """Returns x with one last dimension in place of the normalized ones."""
@@ -205,8 +222,16 @@ class MLP(FusedModule):
 
     recompute = False
 
+    _elsewhere = elsewhere.MLP
+
     def __init__(
-        self, d_model: int, d_inner: int, bias: bool = True, approximate: str = "tanh"
+        self,
+        d_model: int,
+        d_inner: int,
+        bias: bool = True,
+        approximate: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if approximate not in ("tanh", "none"):
@@ -214,8 +239,8 @@ class MLP(FusedModule):
         check_count("d_model", d_model)
         check_count("d_inner", d_inner)
         self.approximate = approximate
-        self.c_fc = nn.Linear(d_model, d_inner, bias=bias)
-        self.c_proj = nn.Linear(d_inner, d_model, bias=bias)
+        self.c_fc = nn.Linear(d_model, d_inner, bias, device, dtype)
+        self.c_proj = nn.Linear(d_inner, d_model, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_model) -> (..., d_model). Errors are those of `gptkernels.gelu_mlp`."""
@@ -291,6 +316,8 @@ class CausalSelfAttention(FusedModule):
     window that is not a pair of bounds.
     """
 
+    _elsewhere = elsewhere.CAUSAL_SELF_ATTENTION
+
     def __init__(
         self,
         d_model: int,
@@ -299,6 +326,8 @@ class CausalSelfAttention(FusedModule):
         bias: bool = True,
         dropout: float = 0.0,
         window: tuple[int, int] | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         n_kv_head = n_head if n_kv_head is None else n_kv_head
@@ -312,8 +341,9 @@ class CausalSelfAttention(FusedModule):
         self.n_head, self.n_kv_head = n_head, n_kv_head
         self.dropout = dropout
         self.window = window
-        self.c_attn = nn.Linear(d_model, (n_head + 2 * n_kv_head) * self.head_dim, bias=bias)
-        self.c_proj = nn.Linear(d_model, d_model, bias=bias)
+        made = (n_head + 2 * n_kv_head) * self.head_dim
+        self.c_attn = nn.Linear(d_model, made, bias, device, dtype)
+        self.c_proj = nn.Linear(d_model, d_model, bias, device, dtype)
 
     def forward(
         self,

@@ -124,8 +124,8 @@ class TransformerLayer(FusedModule):
         self.self_attn = _SelfAttention(d_model, nhead, dropout, bias, batch_first)
         self.linear1 = nn.Linear(d_model, dim_feedforward, bias=bias)
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias=bias)
-        self.norm1 = LayerNorm(d_model, layer_norm_eps, bias)
-        self.norm2 = LayerNorm(d_model, layer_norm_eps, bias)
+        self.norm1 = LayerNorm(d_model, layer_norm_eps, bias=bias)
+        self.norm2 = LayerNorm(d_model, layer_norm_eps, bias=bias)
         self.to(device=device, dtype=dtype)
 
     def forward(

@@ -89,7 +89,7 @@ def test_layer_norm_replaces_pytorchs(
 ) -> None:
     torch.manual_seed(seed)
     plain = nn.LayerNorm(C, eps=eps, bias=bias)
-    assert_same_function(LayerNorm(C, eps, bias), plain, torch.randn(rows, 2, C).to(dtype))
+    assert_same_function(LayerNorm(C, eps, bias=bias), plain, torch.randn(rows, 2, C).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -355,10 +355,10 @@ def test_an_implementation_that_cannot_run_raises(
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: LayerNorm(0), ValueError, "d_model must be at least 1, got 0"),
-        (lambda: LayerNorm(()), ValueError, r"d_model must have at least one size, got \(\)"),
-        (lambda: LayerNorm((8, 0)), ValueError, "d_model must be at least 1, got 0"),
-        (lambda: LayerNorm(8.0), TypeError, r"d_model must be an int, got 8\.0"),
+        (lambda: LayerNorm(0), ValueError, "normalized_shape must be at least 1, got 0"),
+        (lambda: LayerNorm(()), ValueError, r"^normalized_shape must have at least .*, got \(\)"),
+        (lambda: LayerNorm((8, 0)), ValueError, "normalized_shape must be at least 1, got 0"),
+        (lambda: LayerNorm(8.0), TypeError, r"normalized_shape must be an int, got 8\.0"),
         (lambda: LayerNorm(8, eps=0.0), ValueError, r"eps must be positive, got 0\.0"),
         (lambda: LayerNorm(8, eps=math.nan), ValueError, "eps must be positive, got nan"),
         (lambda: MLP(8, 0), ValueError, "d_inner must be at least 1, got 0"),
