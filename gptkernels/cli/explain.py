@@ -9,10 +9,10 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-
 from gptkernels.bench import dry_run
 from gptkernels.bench.dry_run import Direction, DryRun, Launched, Machine, Problem
+from gptkernels.cli.options import dtype as given_dtype
+from gptkernels.core.names import check_name
 
 # For each op: the function that makes a problem from sizes and options, and an example of sizes.
 _OPS: dict[str, tuple[Callable[..., Problem], str]] = {
@@ -27,8 +27,6 @@ _OPS: dict[str, tuple[Callable[..., Problem], str]] = {
     "linear_cross_entropy": (dry_run.linear_cross_entropy, "8192 768 50257 bf16"),
     "transformer_layer": (dry_run.transformer_layer, "8 512 768 12 3072 bf16"),
 }
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
 
 
 def parse(op: str, words: Sequence[str], **options: Any) -> Problem:
@@ -36,24 +34,20 @@ def parse(op: str, words: Sequence[str], **options: Any) -> Problem:
 
     Raises ValueError for a word or an option that is not as the op takes it.
     """
-    if op not in _OPS:
-        raise ValueError(f"op must be one of {', '.join(_OPS)}, got {op!r}")
-    problem, example = _OPS[op]
+    problem, example = _OPS[check_name("op", op, _OPS)]
     parameters = inspect.signature(problem).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     usage = f"{op} takes {' '.join(names)}, such as {example}"
     if len(words) != len(names):
         raise ValueError(f"{usage}; got {' '.join(words) or 'nothing'}")
     *sizes, dtype = words
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     for name, size in zip(names, sizes, strict=False):
         if not (size.isascii() and size.isdigit()):
             raise ValueError(f"{usage}; {name} cannot be {size!r}")
     for name in options:
         if name not in {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}:
             raise ValueError(f"{op} has no option {name.replace('_', '-')}")
-    return problem(*map(int, sizes), _DTYPES[dtype], **options)
+    return problem(*map(int, sizes), given_dtype(dtype), **options)
 
 
 def lines(problem: Problem, machine: Machine) -> Iterator[str]:

@@ -1,8 +1,7 @@
 """The program `gptkernels`: its commands, and how they end.
 
-Exit codes: 0; 1 where a check failed; 2 for bad input, with one sentence on stderr. Each command is
-`command` in the module of its name, which is imported when the command is asked for, so that
-`gptkernels --help` is quick.
+Each command is `command` in the module of its name, which is imported when the command is asked for,
+so that `gptkernels --help` is quick. What a user has to mend is one sentence on stderr.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any
 import click
 
 import gptkernels
+from gptkernels.cli.options import question
 
 _SUMMARIES = {
     "info": "What is installed, what can run here, and what is missing.",
@@ -33,6 +33,14 @@ _SUMMARIES = {
     "finetune": "Fine-tune a trained model on a task: sentiment, entailment, choices ...",
     "classify": "Answer texts with a fine-tuned model.",
     "analyse": "The analyses of GPT-1's paper: blocks transferred, zero-shot, ablations.",
+}
+
+_CODES = {
+    "0": "Success.",
+    "1": "A check failed, or what was asked for by name could not run.",
+    "2": "Bad input, or a package that is missing; one sentence says what.",
+    "130": "Interrupted.",
+    "141": "Nobody reads the output any more.",
 }
 
 
@@ -103,6 +111,15 @@ class _Commands(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
         return list(_SUMMARIES)
 
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # click knows of no names to suggest, since the commands are not imported.
+        name = arguments[0]
+        if name not in _SUMMARIES and not name.startswith("-"):
+            context.fail(f"No such command {name!r}.{question(name, _SUMMARIES)}")
+        return super().resolve_command(context, arguments)
+
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in _SUMMARIES:
             return None
@@ -112,12 +129,19 @@ class _Commands(click.Group):
         # click would import each command for its summary.
         with formatter.section("Commands"):
             formatter.write_dl(list(_SUMMARIES.items()))
+        with formatter.section("Exit codes"):
+            formatter.write_dl(list(_CODES.items()))
 
 
 @click.group(cls=_Commands, invoke_without_command=True)
 @click.version_option(gptkernels.__version__, prog_name="gptkernels")
 @click.pass_context
 def commands(context: click.Context) -> None:
-    """Fused attention, LayerNorm and GELU-MLP for PyTorch, and a reference GPT."""
+    """Fused attention, LayerNorm, GELU MLP and linear + cross-entropy for PyTorch, and a GPT that
+    trains and generates.
+
+    `gptkernels COMMAND --help` has a command's options and examples. Begin with `gptkernels info`,
+    which says what can run here, and `gptkernels demo`, which shows the whole in a few minutes.
+    """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

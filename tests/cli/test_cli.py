@@ -21,9 +21,12 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from gptkernels.cli import main, named
+from gptkernels import bench
+from gptkernels.cli import bench as bench_command
+from gptkernels.cli import main, named, options
 from gptkernels.cli import verify as verify_command
 from gptkernels.core import native
+from gptkernels.core.choice import IMPLEMENTATIONS
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.loading import load
 from gptkernels.gpt.training import checkpoint, train
@@ -164,9 +167,35 @@ def test_output_that_nobody_reads_is_no_failed_check(arguments: list[str]) -> No
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], ["verify", "--nothing"], ["train", "x"]])
-def test_wrong_usage_is_one_sentence(call: Any, arguments: list[str]) -> None:
-    assert_refused(call(*arguments))
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing"], "No such command 'nothing'.\n"),
+        (["verfy"], "No such command 'verfy'. Did you mean 'verify'?\n"),
+        (["verify", "--nothing"], "No such option '--nothing'"),
+        (["verify", "--sead", "1"], "Did you mean '--seed'?"),
+        (["train", "x"], "Missing option '--out'"),
+        (["generate", "x", "--tokenizer", "gtp1"], "Did you mean 'gpt1'?\n"),
+        (["info", "--explain", "mlp"], "did you mean 'gelu_mlp'?\n"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(call: Any, arguments: list[str], said: str) -> None:
+    assert_refused(call(*arguments), said)
+
+
+def test_options_know_what_the_package_has() -> None:
+    """The names that help texts have, which are shown without importing PyTorch."""
+    assert options.IMPLS == ("auto", *IMPLEMENTATIONS)
+    assert set(options.OPS) == set(bench.OPERATORS) == set(verify.OPS)
+    shown = {one.name: one.help or "" for one in bench_command.command.params if one.name == "ops"}
+    assert all(name in shown["ops"] for name in (*bench.OPERATORS, *bench.MODELS))
+    assert {options.dtype(name) for name in options.DTYPE_NAMES} == set(verify.DTYPES)
+
+
+def test_exit_codes_are_said(call: Any) -> None:
+    shown = call("--help").out
+    for code in ("0", "1", "2", "130", "141"):
+        assert f"\n  {code:<5}" in shown
 
 
 # ---- verify

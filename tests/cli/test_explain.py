@@ -300,7 +300,12 @@ def test_report_of_sequences_laid_end_to_end() -> None:
         ),
         ("gelu_mlp", ["1", "2", "x", "bf16"], {}, "F cannot be 'x'"),
         ("gelu_mlp", ["1", "2", "0", "bf16"], {}, "F must be at least 1, got 0"),
-        ("layer_norm", ["1", "2", "int8"], {}, "dtype must be one of fp32, bf16, fp16, float32"),
+        (
+            "layer_norm",
+            ["1", "2", "int8"],
+            {},
+            "dtype must be one of float32, bfloat16, float16, fp32",
+        ),
         ("layer_norm", ["1", "2", "fp16"], {"kv_heads": 1}, "layer_norm has no option kv-heads"),
         ("layer_norm", ["1", "2", "fp16"], {"dropout_p": 2.0}, "dropout_p must "),
         ("attention", ["1", "2", "4", "300", "fp16"], {}, "a head width D between 1 and 256"),
