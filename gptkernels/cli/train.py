@@ -13,21 +13,37 @@ from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
-from gptkernels.gpt.config import GPTConfig
+from gptkernels.cli.paths import FOLDER
+from gptkernels.gpt.config import NAMES, GPTConfig
 from gptkernels.gpt.training.config import TrainConfig
-from gptkernels.gpt.training.recipes import GPT3, TOKENIZER, recipe_config, size
+from gptkernels.gpt.training.recipes import GPT3, TOKENIZER, recipe_config
 
 if TYPE_CHECKING:
     from gptkernels.gpt.training.train import TrainResult
 
+SHORTER = "--steps or --minutes make it shorter"
 RESHAPED = frozenset({"dropout", "block_size"})
 """The fields of a model's shape that a model to go on from may change."""
 
 
+_SMALL, _LARGE = "mini", "gpt2"  # the shapes of a new model on a CPU and on a GPU
+
+
+def _by_config(name: str) -> str:
+    """What a field is in the two shapes that nobody has to name."""
+    return ", ".join(f"{getattr(GPTConfig.named(one), name)} in {one}" for one in (_SMALL, _LARGE))
+
+
 @click.command("train", cls=FileCommand)
 @click.argument("files", type=PATH, nargs=-1)
-@click.option("--out", type=PATH, required=True, help="Folder to write.")
-@click.option("--config", "shape", help="Start from a published model's shape, such as gpt2.")
+@click.option("--out", type=FOLDER, required=True, help="Folder to write.")
+@click.option(
+    "--config",
+    "shape",
+    help="Shape of a new model, of which the options below change single fields: mini, a small one "
+    f"of bytes, or a published one: {', '.join(NAMES[1:])}.  [default: mini on a CPU, which trains "
+    "it in some minutes; gpt2 on a GPU]",
+)
 @click.option(
     "--recipe",
     type=click.Choice(list(GPT3)),
@@ -44,6 +60,7 @@ RESHAPED = frozenset({"dropout", "block_size"})
 @fields_of(
     GPTConfig,
     unset={
+        **{name: _by_config(name) for name in ("block_size", "n_layer", "n_head", "n_embd")},
         "vocab_size": "the tokenizer's",
         "n_inner": "4 C",
         "window": "all in every block",
@@ -65,6 +82,7 @@ def command(
 
     The first options are the model's shape, the later ones how it is trained.
     """
+    from gptkernels.core.device import choose_device
     from gptkernels.gpt.tokenizer import load_tokenizer
     from gptkernels.gpt.training import prepared, train
     from gptkernels.gpt.training.progress import ProgressBar
@@ -77,7 +95,7 @@ def command(
     if resume:
         if fixed := [*sizes, *whole]:
             raise ValueError(f"{', '.join(fixed)}: a resumed run keeps its model, leave it out")
-        with ProgressBar(plain_console()) as bar:
+        with ProgressBar(plain_console(), shorter=SHORTER) as bar:
             result = train.resume(out, files=files or None, observer=bar, **training)
         report(result, out)
         return
@@ -92,18 +110,26 @@ def command(
             )
         go_on(files, out, init, sizes, training)
         return
-    name = shape or recipe
-    model = dataclasses.replace(GPTConfig.named(name) if name else GPTConfig(), **sizes)
+    train.check_new(out)
+    on_cpu = choose_device(training.get("device", "auto")).type == "cpu"
+    name = shape or recipe or (_SMALL if on_cpu else _LARGE)
+    opening = ""
+    if on_cpu and not (shape or recipe):
+        opening = f"{name}, the default on a CPU; --config {_LARGE} is a published one"
+    model = dataclasses.replace(GPTConfig.named(name), **sizes)
     if recipe:
         config = recipe_config(recipe, model.block_size, **training)
         config = prepared.settled(files, config, TOKENIZER)
+        opening = (
+            f"{recipe}, trained as the paper says; the learning rate rises to "
+            f"{config.rates[0]:.2g}\nin {config.warmup_steps:,} steps"
+        )
     else:
         config = prepared.settled(files, TrainConfig(**training))
     if "vocab_size" not in sizes:
         vocab_size = load_tokenizer(config.tokenizer).vocab_size
         model = dataclasses.replace(model, vocab_size=vocab_size)
-    opening = described(recipe, config, model) if recipe else ""
-    with ProgressBar(plain_console(), opening) as bar:
+    with ProgressBar(plain_console(), opening, SHORTER) as bar:
         result = train.train(files, out, model=model, config=config, observer=bar)
     report(result, out)
 
@@ -122,37 +148,29 @@ def go_on(
     from gptkernels.gpt.training.pretrained import Pretrained
     from gptkernels.gpt.training.progress import ProgressBar
 
+    train.check_new(out)
     begun = Pretrained.load(init, training.get("tokenizer", "auto"), **sizes)
     config = begun.settled(TrainConfig(**training))
     opening = ""
     if "learning_rate" not in training:
         opening = (
-            f"the learning rate rises to {config.rates[0]:.2g}, a tenth of what GPT-3's paper "
+            f"the learning rate rises to {config.rates[0]:.2g}, a tenth of what GPT-3's paper\n"
             "trains a model of this size with"
         )
-    with ProgressBar(plain_console(), opening) as bar:
+    shorter = SHORTER if epochs is None else "fewer --epochs make it shorter"
+    with ProgressBar(plain_console(), opening, shorter) as bar:
         result = train.train(files, out, init=begun, config=config, epochs=epochs, observer=bar)
     report(result, out)
 
 
-def described(recipe: str, config: TrainConfig, model: GPTConfig) -> str:
-    """What a recipe came to, in a line."""
-    window = config.batch_size * model.block_size
-    steps = f"{config.steps:,} steps of {window * config.accumulation:,} tokens"
-    if config.ramp_tokens:
-        steps = (
-            f"{config.steps:,} steps of {window * config.ramp_start:,} tokens at first, "
-            f"{window * config.accumulation:,} after {config.ramp_tokens:,}"
-        )
-    return (
-        f"{recipe}: {size(model):,} parameters, a vocabulary of {model.vocab_size:,} (tokenizer "
-        f"{config.tokenizer}); {steps}; the learning rate rises to {config.rates[0]:.2g} in "
-        f"{config.warmup_steps:,} steps"
-    )
-
-
 def report(result: TrainResult, out: Path) -> None:
     """Print the last line of a run."""
+    if result.nothing_left:
+        click.echo(
+            f"the run is done: {result.nothing_left}; go on with: "
+            f"gptkernels train --resume --out {out} --steps N"
+        )
+        return
     if result.stopped:
         click.echo(f"stopped; go on with: gptkernels train --resume --out {out}")
         return

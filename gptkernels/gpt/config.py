@@ -31,6 +31,9 @@ _GPT3 = {
     "gpt3-13B": (40, 40, 5120),
     "gpt3-175B": (96, 96, 12288),
 }
+NAMES = ("mini", "gpt1", *_GPT2, *_GPT3)
+"""What `GPTConfig.named` takes."""
+
 # "Alternating dense and locally banded sparse attention patterns", the paper says, and gives no
 # width. This is GPT-Neo's, the best known model of the kind.
 _GPT3_WINDOW = 256
@@ -111,7 +114,8 @@ class GPTConfig:
 
     @classmethod
     def named(cls, name: str) -> GPTConfig:
-        """The configuration of a published model, dropout 0.
+        """The configuration of a published model, dropout 0, or "mini", a small one of bytes
+        (842,496 parameters), which `gptkernels train` takes on a CPU.
 
         "gpt1" (116,534,784 parameters); "gpt2" (124,439,808), "gpt2-medium" (354,823,168),
         "gpt2-large" (774,030,080), "gpt2-xl" (1,557,611,200); "gpt3-125M", "gpt3-350M",
@@ -121,7 +125,9 @@ class GPTConfig:
         Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018, and
         the two papers named in this file.
         """
-        check_name("config name", name, ("gpt1", *_GPT2, *_GPT3))
+        check_name("config name", name, NAMES)
+        if name == "mini":  # two cores train it in some minutes
+            return cls(vocab_size=256, block_size=128, n_layer=4, n_head=4, n_embd=128)
         if name == "gpt1":
             return cls(vocab_size=40478, block_size=512, norm="post")
         if name in _GPT2:

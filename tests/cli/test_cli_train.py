@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gptkernels.gpt import tokenizer_files
 from gptkernels.gpt.tokenizer import CharacterTokenizer
 from gptkernels.gpt.training import data, train
 from gptkernels.gpt.training.config import TrainConfig
+from gptkernels.gpt.training.observer import Plan
 from gptkernels.gpt.training.recipes import recipe_config
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
@@ -198,18 +200,23 @@ def test_a_recipe_sets_shape_and_schedule_and_options_win(
 
     def spy(files: Any, out: Path, *, model: GPTConfig, config: TrainConfig, observer: Any) -> Any:
         seen.append((model, config))
-        observer({"step": 0}, 0.0)
+        cpu = torch.device("cpu")
+        observer.begins(Plan(model, config, 1, config.tokenizer, cpu, 10**6, 10**5, 0, 10**7))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", spy)
     given = ("train", text, "--out", tmp_path / "run", "--recipe", "gpt3-1.3B")
     result = call(*given, "--batch-size", "8")
-    opening = "gpt3-1.3B: 1,315,723,264 parameters, a vocabulary of 50,257 (tokenizer gpt2); "
-    assert result.out.startswith(opening)
-    assert "of 32,768 tokens at first, 1,048,576 after 6,000,000,000;" in result.out
+    assert result.out.startswith("gpt3-1.3B, trained as the paper says; the learning rate rises to")
+    assert "vocabulary 50,257 (gpt2)\n" in result.out
+    steps = (
+        r" steps of 32,768 tokens at first,\n +after 6,000,000,000 of 1,048,576 tokens, 10.0 epochs"
+    )
+    assert re.search(steps, result.out)
     more = ("--block-size", "512", "--learning-rate", "1e-3", "--steps", "9", "--dropout", "0.1")
     result = call(*given, *more, "--ramp-tokens", "0", "--tokenizer", "bytes")
-    assert "a vocabulary of 256 (tokenizer bytes); 9 steps of 1,048,576 tokens; the" in result.out
+    assert "vocabulary 256 (bytes)\n" in result.out
+    assert " 9 steps of 1,048,576 tokens, 10.0 epochs\n" in result.out
     (shape, config), (other_shape, other) = seen
     assert shape == dataclasses.replace(GPTConfig.named("gpt3-1.3B"), vocab_size=50257)
     paper = recipe_config("gpt3-1.3B", 2048, batch_size=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ from harness import IMPLEMENTATIONS, of
 from hypothesis import given
 from hypothesis import strategies as st
 from models import shaken
+from rich.console import Console
 from torch import Tensor, nn
 
 from gptkernels import GPT, GPTConfig, LayerNorm, layer_norm
 from gptkernels.core.choice import unavailable
 from gptkernels.gpt.training.activations import measured
 from gptkernels.gpt.training.config import TrainConfig
-from gptkernels.gpt.training.progress import describe
+from gptkernels.gpt.training.progress import ProgressBar
 from gptkernels.gpt.training.train import train
 from gptkernels.nn import layers
 from gptkernels.ops.layer_norm.norm_linear import norm_linear
@@ -160,9 +162,12 @@ def test_training_reports_its_activations(tmp_path: Path) -> None:
     config = TrainConfig(
         steps=3, batch_size=B, accumulation=2, warmup_steps=1, log_interval=1, device="cpu"
     )
-    result = train([text], tmp_path / "run", model=model, config=config)
+    shown = io.StringIO()
+    with ProgressBar(Console(file=shown)) as bar:
+        result = train([text], tmp_path / "run", model=model, config=config, observer=bar)
     wanted = kept(model, config.impl, "none", torch.float32)
     first, *others = result.records
     assert "activation_bytes" not in first
     assert [record["activation_bytes"] for record in others] == [wanted] * 3
-    assert f"activations {wanted / 2**20:.1f} MiB" in describe(others[0])
+    said = f"memory    {wanted / 2**20:.1f} MiB of activations in a micro-batch\n"
+    assert shown.getvalue().count(said) == 1

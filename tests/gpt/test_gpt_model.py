@@ -93,7 +93,7 @@ def test_bad_configurations(fields: dict[str, Any], error: type[Exception], mess
 
 def test_unknown_name_and_frozen() -> None:
     with pytest.raises(
-        ValueError, match=r"one of gpt1, gpt2, gpt2-medium, gpt2-large, .*, gpt3-175B, got 'gpt5'"
+        ValueError, match=r"one of mini, gpt1, gpt2, gpt2-medium, gpt2-large, .*, gpt3-175B, got 'gpt5'"
     ):
         GPTConfig.named("gpt5")
     with pytest.raises(dataclasses.FrozenInstanceError):

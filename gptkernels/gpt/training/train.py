@@ -86,7 +86,7 @@ def train(
         if model is not None:
             config = prepared.settled(files, config)
             shape, tokenizer = model, load_tokenizer(config.tokenizer)
-        else:
+        elif init is not None:
             begun = init
             if not isinstance(begun, Pretrained):
                 begun = Pretrained.load(begun, config.tokenizer)
