@@ -11,6 +11,7 @@ import jinja2
 from gptkernels.bench import text
 from gptkernels.bench.report import summary, words
 from gptkernels.bench.report.picture import Picture
+from gptkernels.bench.report.template import template
 from gptkernels.bench.results import Row, case_of
 
 # What a row may lack: one that was not timed has little more than its reason.
@@ -103,10 +104,11 @@ def _without_ours(case: list[Row]) -> dict[str, Any]:
 
 
 def _by_op(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
-    """The rows of each op, case by case."""
+    """The rows of each op that were timed or failed, case by case."""
+    shown = [row for row in rows if row["time_s"] is not None or row["failed"]]
     return {
         op: list(summary.grouped(group, case_of).values())
-        for op, group in summary.grouped(rows, lambda row: row["op"]).items()
+        for op, group in summary.grouped(shown, lambda row: row["op"]).items()
     }
 
 
@@ -130,25 +132,18 @@ def _who(row: Row) -> str:
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gptkernels.bench.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
+    return template(
+        "gptkernels.bench.report",
+        "page.html.j2",
         count=words.count,
         efficiency=words.efficiency,
         error=words.error,
         flop_rate=text.flop_rate,
         byte_rate=text.byte_rate,
         rate=words.rate,
-        seconds=text.seconds,
         size=words.size,
         sense=_sense,
         spread=words.spread,
         times=words.times,
         tone=lambda verdict: _VERDICTS.get(verdict, "soft"),
     )
-    return environment.get_template("page.html.j2")
