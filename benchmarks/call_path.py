@@ -10,17 +10,17 @@ turns, with the quartiles.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import gptkernels
+from gptkernels.bench.results import write_json
+from gptkernels.core.arguments import new_file
 from gptkernels.core.choice import unavailable
 
 _ROUNDS, _CALLS = 60, 100
@@ -71,7 +71,7 @@ def measured(candidates: dict[str, Callable[[], Any]]) -> dict[str, list[float]]
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser("python -m benchmarks.call_path", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers too")
     options = parser.parse_args()
     rows = []
     for name, plain, ours, tensors in cases():
@@ -90,7 +90,7 @@ def main() -> None:
                 kept = "with" if gradients else "without"
                 print(f"{name:<22} {kept:<8} {impl:<8} {median:6.1f} us  ({low:.1f}-{high:.1f})")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
 from gptkernels.bench.text import byte_rate, flop_rate
 from gptkernels.core import ceilings
+from gptkernels.core.arguments import new_file
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.ceilings", description=__doc__)
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers too")
     options = parser.parse_args()
     found: dict[str, list[float]] = {}
     for _ in range(options.repeat):

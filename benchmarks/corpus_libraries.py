@@ -37,6 +37,7 @@ from typing import Any
 
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
+from gptkernels.core.arguments import new_file
 from gptkernels.gpt.corpus import sources
 from gptkernels.gpt.corpus.decoding import decoded
 from gptkernels.gpt.corpus.extract import extract
@@ -55,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("pages", type=Path, help="folder with ground-truth.json and html/")
     parser.add_argument("text", type=Path)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="also write the figures there"
+    )
     options = parser.parse_args()
     truth = json.loads((options.pages / "ground-truth.json").read_text())
     pages = {

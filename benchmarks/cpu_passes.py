@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
 from gptkernels.bench.timing import compare
 from gptkernels.core import few_rows
+from gptkernels.core.arguments import new_file
 from gptkernels.gpt.generation.cache import SlotCache
 from gptkernels.ops.gelu_mlp import cpu
 
@@ -115,7 +115,7 @@ def main() -> None:
     """Prints one line for each pair."""
     parser = argparse.ArgumentParser("python -m benchmarks.cpu_passes", description=__doc__)
     parser.add_argument("--what", default="", help="only the lines that say so")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers too")
     options = parser.parse_args()
     rows = []
     for pairs in (gelu(), dropout(), decode_step(), guesses()):

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from benchmarks.families import LANGUAGE_MODELS, OTHERS, Size, logits
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
 from gptkernels.bench.timing import compare
+from gptkernels.core.arguments import new_file
 
 _SMALL = Size(layers=4, heads=8, width=512, tokens=512, vocabulary=512)
 _LARGE = Size(layers=12, heads=12, width=768, tokens=1024, vocabulary=50257)
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--what", help="only cases whose name begins so")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers too")
     options = parser.parse_args()
     rows = []
     for family in options.family:

@@ -42,6 +42,7 @@ from gptkernels.bench.results import Results, recorded, write_json
 from gptkernels.bench.run import head, run, wanted_peers
 from gptkernels.bench.text import figures
 from gptkernels.core.choice import unavailable
+from gptkernels.core.files import make_folder
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.truth import verify
 from gptkernels.tuning import tune
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _all(results: Path, seconds: float) -> int:
     started = time.monotonic()
-    results.mkdir(parents=True, exist_ok=True)
+    make_folder("results", results)
     # Of an earlier run, where this one skips them.
     for name in (
         "tuned.json",

@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from gptkernels.bench.environment import environment
 from gptkernels.bench.memory import peak_bytes
 from gptkernels.bench.results import write_json
+from gptkernels.core.arguments import new_file
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 
@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="also write the figures there"
+    )
     parser.add_argument("--way", choices=_WAYS, help=argparse.SUPPRESS)  # in a child
     options = parser.parse_args()
     if options.way:

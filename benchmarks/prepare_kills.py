@@ -24,6 +24,7 @@ from typing import Any
 
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
+from gptkernels.core.arguments import new_file
 from gptkernels.gpt.corpus import prepare as module
 from gptkernels.gpt.corpus.config import PrepareConfig
 
@@ -37,7 +38,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="also write the figures there"
+    )
     parser.add_argument("--live", type=Path, metavar="OUT", help=argparse.SUPPRESS)  # in a child
     options = parser.parse_args()
     if options.live:

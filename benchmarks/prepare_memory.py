@@ -26,6 +26,7 @@ from typing import Any
 
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
+from gptkernels.core.arguments import new_file
 from gptkernels.gpt.corpus import manifest as manifests
 
 _POLL_S, _ROW_S = 0.5, 30.0
@@ -38,7 +39,9 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--tokenizer", default="gpt2", help="most of the time is its")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="also write the figures there"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         corpus, out = Path(temporary) / "corpus.jsonl", Path(temporary) / "out"

@@ -43,6 +43,7 @@ from gptkernels.bench.case import Call
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import Row, write_json
 from gptkernels.core import ceilings
+from gptkernels.core.arguments import new_folder
 from gptkernels.core.choice import unavailable
 from gptkernels.tuning import tiles
 
@@ -353,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--results", type=new_folder, default=Path("benchmarks/results"))
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--since", type=float, help="when they began, in seconds of the epoch")
     parser.add_argument("--part", choices=_OPS, help=argparse.SUPPRESS)

@@ -28,6 +28,7 @@ from benchmarks import child_environment
 from gptkernels.bench import OPERATORS, dry_run
 from gptkernels.bench.results import Row, recorded
 from gptkernels.core import native, philox
+from gptkernels.core.arguments import new_file
 from gptkernels.truth import baseline, parity, reference, verify
 
 Results = dict[tuple[str, str], dict[str, Tensor]]  # (case, dtype) -> outputs and gradients
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 1 where a result differs, or one of the two cannot run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.twins", description=__doc__)
     parser.add_argument("--op", choices=OPERATORS, required=True)
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--results", type=new_file, required=True)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--save", action="store_true", help=argparse.SUPPRESS)

@@ -37,6 +37,7 @@ from typing import Any
 from examples.steps import counted, pretrain
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
+from gptkernels.core.arguments import new_folder
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.corpus import manifest as manifests
 from gptkernels.gpt.corpus.config import PrepareConfig
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path, help="the folder of all data")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--out", type=new_folder, required=True, help="the folder to write")
     given = parser.parse_args(arguments)
     run(given.data, given.out, SETTINGS)
 

@@ -37,6 +37,7 @@ from examples.steps import counted, pretrain
 from gptkernels.bench.environment import environment
 from gptkernels.bench.results import write_json
 from gptkernels.cli.console import plain_console
+from gptkernels.core.arguments import new_folder
 from gptkernels.core.figure import figure_class
 from gptkernels.core.files import replacing
 from gptkernels.gpt.config import GPTConfig
@@ -291,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path, help="the folder of all data")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--out", type=new_folder, required=True, help="the folder to write")
     given = parser.parse_args(arguments)
     run(given.data, given.out, SETTINGS)
 

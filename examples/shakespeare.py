@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptkernels.core.arguments import new_folder
 from gptkernels.core.device import choose_device
 from gptkernels.core.figure import figure_class
 from gptkernels.gpt.config import GPTConfig
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train both and write the folder."""
     parser = argparse.ArgumentParser(description="A GPT on TEXT, beside its plain-PyTorch twin.")
     parser.add_argument("text", type=Path, help="UTF-8 text, such as tinyshakespeare")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=new_folder, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--impl", default="auto", help="auto, torch, triton or cuda")

@@ -11,6 +11,7 @@ import click
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
+from gptkernels.cli.paths import FOLDER
 from gptkernels.gpt.finetuning.analyses.snapshots import ZeroShotConfig
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.task import names
@@ -62,7 +63,7 @@ _common = _with(
         type=PATH,
         help="Folder that holds the tasks' folders.  [default: the one that GPTKERNELS_DATA names]",
     ),
-    click.option("--out", type=PATH, required=True, help="Folder to write."),
+    click.option("--out", type=FOLDER, required=True, help="Folder to write."),
     click.option(
         "--tokenizer",
         type=click.Choice(["bytes", "gpt1", "gpt2"]),

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gptkernels.cli import bench_table as table
 from gptkernels.cli import named, options
 from gptkernels.cli.console import STYLES, plain_console, print_text, room
+from gptkernels.cli.paths import FOLDER
 
 _MINUTES_ON_A_GPU = 8.0
 
@@ -35,7 +36,7 @@ _MINUTES_ON_A_GPU = 8.0
 @options.json
 @click.option("--resume", is_flag=True, help="Go on with the file of --json: what it has is not "
               "measured again.")  # fmt: skip
-@click.option("--report", "folder", type=options.PATH, metavar="DIR", help="Write a page with "
+@click.option("--report", "folder", type=FOLDER, metavar="DIR", help="Write a page with "
               "plots into this folder.")  # fmt: skip
 @click.option("--compare", "old", type=options.PATH, metavar="OLD.json", help="Exit with 1 where "
               "one of our implementations is slower than in this file.")  # fmt: skip

@@ -14,6 +14,7 @@ from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
+from gptkernels.cli.paths import FOLDER
 from gptkernels.gpt.evaluation.config import RunConfig, TaskConfig, TextConfig
 from gptkernels.gpt.evaluation.task import names
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     help="Folder of the task's files.  [default: the task's own, in the folder that "
     "GPTKERNELS_DATA names]",
 )
-@click.option("--out", type=PATH, help="Folder to write: results.json, and of a task its answers.")
+@click.option(
+    "--out", type=FOLDER, help="Folder to write: results.json, and of a task its answers."
+)
 @click.option(
     "--tokenizer",
     type=click.Choice(["bytes", "gpt1", "gpt2"]),

@@ -12,6 +12,7 @@ from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
+from gptkernels.cli.paths import FOLDER
 from gptkernels.cli.train import go_on
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.task import names
@@ -39,7 +40,7 @@ from gptkernels.gpt.training.config import TrainConfig
     help="Folder of the task's files.  [default: the task's own, in the folder that "
     "GPTKERNELS_DATA names]",
 )
-@click.option("--out", type=PATH, required=True, help="Folder to write.")
+@click.option("--out", type=FOLDER, required=True, help="Folder to write.")
 @click.option(
     "--tokenizer",
     type=click.Choice(["bytes", "gpt1", "gpt2"]),

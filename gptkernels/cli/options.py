@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from gptkernels.cli.paths import FILE
 from gptkernels.core.names import check_name, nearest
 from gptkernels.gpt.options import DEVICE, IMPL
 
@@ -57,7 +58,7 @@ impls = several("--impl", "impls", f"Implementation: {', '.join(IMPLS[1:])}")
 dtypes = several("--dtype", "dtypes", f"Dtype: {', '.join(DTYPE_NAMES)}")
 device = click.option("--device", default="auto", show_default=True, help=DEVICE)
 impl = click.option("--impl", type=Choice(IMPLS), default="auto", show_default=True, help=IMPL)
-json = click.option("--json", "path", type=PATH, help="Also write the rows to this file, as JSON.")
+json = click.option("--json", "path", type=FILE, help="Also write the rows to this file, as JSON.")
 tokenizer = click.option(
     "--tokenizer",
     type=Choice(("bytes", "gpt1", "gpt2")),

@@ -14,6 +14,7 @@ from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH
+from gptkernels.cli.paths import FOLDER
 from gptkernels.gpt.corpus.config import PrepareConfig
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _NAMED = 3  # malformed pages
 
 @click.command("prepare", cls=FileCommand)
 @click.argument("files", type=PATH, nargs=-1)
-@click.option("--out", type=PATH, required=True, help="Folder to write.")
+@click.option("--out", type=FOLDER, required=True, help="Folder to write.")
 @click.option(
     "--processes", type=int, help="Processes that work at a time.  [default: one for each core]"
 )

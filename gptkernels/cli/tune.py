@@ -12,6 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gptkernels.cli import options, tune_table
 from gptkernels.cli.console import PipeConsole, print_text
+from gptkernels.cli.paths import FILE
 
 if TYPE_CHECKING:
     from gptkernels.tuning.recording import Classes
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
               "random calls of the measured classes, \"auto\" beside all others.",
               show_default=False)  # fmt: skip
 @click.option("--seed", type=int, help="Of --prove; default: a new one.", show_default=False)
-@click.option("--json", "path", type=options.PATH, help="Also write what was measured to this "
+@click.option("--json", "path", type=FILE, help="Also write what was measured to this "
               "file.", show_default=False)  # fmt: skip
 def command(
     folder: Path | None,

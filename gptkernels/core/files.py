@@ -21,7 +21,8 @@ def replacing(path: Path, *, durable: bool = False, alone: bool = False) -> Iter
     A rename within one folder is atomic (POSIX rename(2), os.replace on Windows). A `durable` file
     survives a power cut. Of a file that one process writes `alone`, the name beside it is always
     the same, so that the next attempt overwrites what a killed process left behind. Raises
-    IsADirectoryError, before anything is written, where `path` is a folder.
+    IsADirectoryError, before anything is written, where `path` is a folder. An OSError of the
+    writing names `path`, since nobody knows the name beside it.
 
     Windows replaces no file that anybody has open. Programs that look at each new file have it open
     for a moment, so a refusal there is waited out for a second. Raises PermissionError, in one
@@ -36,9 +37,12 @@ def replacing(path: Path, *, durable: bool = False, alone: bool = False) -> Iter
         if durable:
             _sync(temporary)
         _replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink()
+        # A write that fails names no file.
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)) and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     if durable and not WINDOWS:  # where no folder can be opened
         _sync(path.parent)
@@ -64,17 +68,34 @@ def _replace(temporary: Path, path: Path) -> None:
 def make_folder(name: str, path: Path) -> None:
     """Make the folder `path`, and those above it, where they are not there.
 
-    Raises NotADirectoryError, in one sentence about the argument `name`, where one is a file.
+    Raises OSError as `check_folder` does.
     """
     check_folder(name, path)
     path.mkdir(parents=True, exist_ok=True)
 
 
 def check_folder(name: str, path: Path) -> None:
-    """Raise NotADirectoryError where `path` cannot be a folder: it, or one above it, is a file."""
-    there = next((above for above in (path, *path.parents) if above.exists()), path)
-    if there.exists() and not there.is_dir():
+    """Find out, without making it, whether files can be written into the folder `path`.
+
+    Raises, in one sentence about the argument `name`, NotADirectoryError where it, or one above it,
+    is a file, and PermissionError where it may not be written, or may not be made.
+    """
+    there = next((above for above in (path, *path.parents) if above.exists()), Path())
+    if not there.is_dir():
         raise NotADirectoryError(f"{name} must be a folder, but {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{name}: {there} is a folder that may not be written")
+
+
+def check_file(name: str, path: Path) -> None:
+    """Find out, without making it or its folder, whether the file `path` can be written.
+
+    Raises, in one sentence about the argument `name`, IsADirectoryError where it is a folder, and
+    what `check_folder` raises about the folder that it is in.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{name}: {path} is a folder, a file is wanted")
+    check_folder(f"the folder of {name}", path.parent)
 
 
 def check_no_pointer(path: Path) -> None:

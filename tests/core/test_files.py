@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import os
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from gptkernels.core import files
-from gptkernels.core.files import replacing
+from gptkernels.core.arguments import new_file, new_folder
+from gptkernels.core.files import check_file, check_folder, replacing
 
 
 @pytest.mark.parametrize("how", [{}, {"durable": True}, {"alone": True}])
@@ -126,3 +128,68 @@ def test_a_refusal_elsewhere_is_not_waited_out(
         replacing(tmp_path / "a") as a,
     ):
         a.touch()
+
+
+# ---- what is found out beforehand
+
+
+def test_what_cannot_be_written_is_found_out_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "a", file / "a" / "b"):
+        with pytest.raises(
+            NotADirectoryError, match=rf"^out must be a folder, but {file} is a file$"
+        ):
+            check_folder("out", path)
+    with pytest.raises(
+        NotADirectoryError, match=r"^the folder of json must be a folder, but \S+ is a file$"
+    ):
+        check_file("json", file / "a")
+    with pytest.raises(IsADirectoryError, match=r"^json: \S+ is a folder, a file is wanted$"):
+        check_file("json", tmp_path)
+    for path in (file, tmp_path / "new", tmp_path / "a" / "new", Path("new")):
+        check_file("json", path)
+    for path in (tmp_path, tmp_path / "a" / "new", Path("new"), Path()):
+        check_folder("out", path)
+    assert list(tmp_path.iterdir()) == [file]
+    # Root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match=rf"^out: {tmp_path} is a folder that may not be"):
+        check_folder("out", tmp_path / "a" / "new")
+    with pytest.raises(PermissionError, match=rf"^the folder of json: {tmp_path} is a folder that"):
+        check_file("json", tmp_path / "new")
+
+
+@pytest.mark.parametrize("refused", [errno.ENOSPC, errno.EROFS])
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path, refused: int) -> None:
+    path = tmp_path / "a.txt"
+    for names in (lambda temporary: (str(temporary),), lambda temporary: ()):
+        with pytest.raises(OSError, match=r"a\.txt") as caught, replacing(path) as temporary:
+            raise OSError(refused, os.strerror(refused), *names(temporary))
+        assert str(caught.value) == str(OSError(refused, os.strerror(refused), str(path)))
+    with (
+        pytest.raises(FileNotFoundError, match=r"'\S+none/a\.txt'$"),
+        replacing(tmp_path / "none" / "a.txt") as temporary,
+    ):
+        temporary.touch()
+
+
+def test_a_script_refuses_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=new_file)
+    parser.add_argument("--out", type=new_folder)
+    for option, path in (("--json", tmp_path), ("--out", tmp_path / "file" / "a")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([option, str(path)])
+        assert (
+            capsys.readouterr()
+            .err.splitlines()[-1]
+            .startswith(f"{parser.prog}: error: argument {option}: ")
+        )
+    found = parser.parse_args(["--json", str(tmp_path / "new"), "--out", str(tmp_path)])
+    assert (found.json, found.out) == (tmp_path / "new", tmp_path)
