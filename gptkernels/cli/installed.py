@@ -86,11 +86,11 @@ def lines() -> Iterator[str]:
         versions = {name: _version(name) for name in names}
         missing = [name for name, version in versions.items() if version is None]
         if missing:
-            yield f"  {extra:<8} missing {', '.join(missing)}: pip install 'gptkernels[{extra}]'"
+            yield f"  {extra:<8}  missing {', '.join(missing)}: pip install 'gptkernels[{extra}]'"
         else:
-            found = ", ".join(f"{name} {version}" for name, version in versions.items())
-            yield f"  {extra:<8} {found}"
-        yield f"           for {_PURPOSES[extra]}"
+            found = ", ".join(f"{name}=={version}" for name, version in versions.items())
+            yield f"  {extra:<8}  {found}"
+        yield f"            for {_PURPOSES[extra]}"
 
 
 def compiled_lines(name: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The program `gptkernels`: its commands, and how they end.
 
-Each command is `command` in the module of its name, which is imported when the command is asked for,
-so that `gptkernels --help` is quick. What a user has to mend is one sentence on stderr.
+Each command is `command` in the module of its name, which is imported when the command is asked
+for, so that `gptkernels --help` is quick. What a user has to mend is one sentence on stderr.
 """
 
 from __future__ import annotations

@@ -304,7 +304,7 @@ def test_report_of_sequences_laid_end_to_end() -> None:
             "layer_norm",
             ["1", "2", "int8"],
             {},
-            "dtype must be one of float32, bfloat16, float16, fp32",
+            "dtype must be one of float32, bfloat16, float16",
         ),
         ("layer_norm", ["1", "2", "fp16"], {"kv_heads": 1}, "layer_norm has no option kv-heads"),
         ("layer_norm", ["1", "2", "fp16"], {"dropout_p": 2.0}, "dropout_p must "),

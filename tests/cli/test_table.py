@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 from rich.cells import cell_len
 from rich.console import Console
 
-from gptkernels.cli.console import print_text
+from gptkernels.cli.console import folded, print_text
 from gptkernels.cli.table import Column, Layout, fitted, print_table
 
 COLUMNS = (
@@ -99,5 +99,6 @@ def test_sentences_are_folded_between_words() -> None:
         "    /a/path/that/is/too/long",
         "    words",
     ]
+    assert list(folded("  triton  is not here", 20)) == ["  triton  is not", "          here"]
     print_text(Console(file=(file := io.StringIO()), width=20, soft_wrap=True), "a b " * 20)
     assert file.getvalue() == "a b " * 20 + "\n"
