@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test cpu sanitize emulator native gates gpu gpu-tune lint clean active
+.PHONY: help demo test cpu sanitize emulator native gates wheel gpu gpu-tune lint clean active
 
 # The interpreter that .venv is made from.
 BASE_PYTHON ?= python3
@@ -35,43 +35,55 @@ define check_version
 	{ echo 'gptkernels needs Python 3.11 or newer, $(1) is not; name another with BASE_PYTHON or PYTHON' >&2; exit 2; }
 endef
 
-help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+help: ##        | list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
+		awk -F ':.*## | *[|] ' '{printf "  make %-8s %-6s  %s\n", $$1, $$2, $$3}'
 	@echo
-	@echo '  PYTHON=python3      use the active environment instead of .venv; PyTorch stays as it is'
+	@echo '  On two cores, the first time: what is compiled is kept. The first of them'
+	@echo '  also sets up .venv: 3 minutes, and downloads of 0.7 GB, or 3 GB where'
+	@echo '  PyTorch comes with CUDA.'
+	@echo
+	@echo '  PYTHON=python3      the active environment, not .venv; replaces no package'
 	@echo '  BASE_PYTHON=python3 the Python that .venv is made from'
 	@echo '  ARGS="..."          more arguments for demo, test, gates, gpu-tune'
 	@echo '  RESULTS=folder      where make gpu and make gpu-tune write their results'
 
-demo: $(READY) ## train a small GPT on real text, check it against plain PyTorch, write a report
+demo: $(READY) ## 5 min  | train a small GPT, check it, write a report
 	$(PY) -m gptkernels demo $(ARGS)
 
-test: $(READY) cpu emulator native ## run the whole test suite
+test: $(READY) cpu emulator native ## 12 min | run the whole test suite
 	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-cpu: $(READY) ## bring the CPU kernels in this checkout up to date, where a C++ compiler is
+cpu: $(READY) ## 1 min  | bring the CPU kernels of this checkout up to date
 	@if $(PY) scripts/cpu_extension.py --check >/dev/null; then $(PY) scripts/cpu_extension.py --inplace; fi
 
-sanitize: $(READY) ## run every CPU kernel on several threads under ASan, UBSan and TSan
+sanitize: $(READY) ## 4 min  | run the CPU kernels under ASan, UBSan and TSan
 	$(PY) scripts/cpu_extension.py --sanitize
 
-emulator: $(READY) ## build the CUDA kernels for this CPU, as the tests run them where no GPU is
+emulator: $(READY) ## 2 min  | build the CUDA kernels for this CPU, for the tests
 	$(PY) scripts/extension.py emulator
 
-native: $(READY) ## bring the CUDA kernels in this checkout up to date, where an NVIDIA GPU and nvcc are
+native: $(READY) ## 6 min  | bring the CUDA kernels up to date, given GPU and nvcc
 	@if $(PY) scripts/gpus.py && $(PY) scripts/extension.py native --check; then \
 		$(PY) setup.py --quiet build_ext --inplace; fi
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## 1 min  | ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-gates: $(READY) ## compile every kernel ahead of time, Triton's and nvcc's, and hold it to the committed tables
+gates: $(READY) ## 20 min | compile every kernel, hold it to the committed tables
 	@status=0; \
 	$(PY) -m gates $(ARGS) || status=1; \
 	$(if $(filter nvcc builds,$(subst =, ,$(ARGS))),,$(if $(TRITON_ASIDE),$(PY) -m gates --triton $(TRITON_ASIDE) $(ARGS) || status=1;)) \
 	exit $$status
+
+# For machines like this one, so without the CUDA kernels unless they are asked for.
+wheel: $(READY) ## 3 min  | build the sdist and a wheel for this machine in dist/
+	@echo "Building the sdist and a wheel of it; what the build prints is in build/wheel.log"
+	@env GPTKERNELS_BUILD_CUDA="$${GPTKERNELS_BUILD_CUDA:-0}" \
+		$(PY) scripts/quietly.py build/wheel.log $(PY) -m build --outdir dist
+	@ls dist
 
 # Nothing is installed or downloaded: the active Python runs the checkout. The kernels are compiled for
 # this GPU alone, by as many compilers as there are CPUs; -lineinfo names source lines to
@@ -85,7 +97,7 @@ in_place = env -u TRITON_INTERPRET -u GPTKERNELS_EMULATE -u GPTKERNELS_EMULATE_A
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -P
 
 gpu: PYTHON ?= python3
-gpu: ## on a machine with an NVIDIA GPU: test, verify and time the kernels; results as JSON in RESULTS
+gpu: ## 8 min  | on a machine with a GPU: test and time the kernels
 	@$(PYTHON) -c '$(capability)' >/dev/null
 	@if $(PYTHON) scripts/extension.py native --check; then \
 		$(PYTHON) scripts/extension.py emulator & \
@@ -94,7 +106,7 @@ gpu: ## on a machine with an NVIDIA GPU: test, verify and time the kernels; resu
 	$(in_place) -m benchmarks.gpu --results "$(RESULTS)"
 
 gpu-tune: PYTHON ?= python3
-gpu-tune: ## likewise: every build of the CUDA C++ kernels and every tile of Triton's, beside the best of others
+gpu-tune: ## 8 min  | likewise: all builds and tiles, beside the best others
 	@$(PYTHON) -c '$(capability)' >/dev/null
 	@since=$$(date +%s); status=0; \
 	if ! $(PYTHON) scripts/extension.py native --check; then \
@@ -105,7 +117,7 @@ gpu-tune: ## likewise: every build of the CUDA C++ kernels and every tile of Tri
 	$(in_place) -m benchmarks.tune --results "$(RESULTS)" --since $$since $(ARGS) || status=$$?; \
 	exit $$status
 
-clean: ## remove what the targets made
+clean: ##        | remove what the targets made
 	rm -f gptkernels/_cpu* gptkernels/_cuda*
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -117,9 +129,8 @@ active:
 # --no-compile: Python compiles the modules that are imported. pip would compile all 12,000, for 40 s.
 .venv/.ready: pyproject.toml constraints.txt setup.py
 	$(call check_version,$(BASE_PYTHON))
-	@echo 'Setting up .venv with the tested versions, once: about 4 minutes on two cores and 0.6 GB to download,'
-	@echo 'or 3 GB where pip takes the PyTorch that is made for CUDA (README.md says how to get the other one).'
-	@echo 'What pip prints is in $(LOG).'
+	@echo 'Setting up .venv with the tested versions: once, 3 minutes on two cores, and downloads of 0.7 GB,'
+	@echo 'or 3 GB where PyTorch comes with CUDA (README.md has the other one). Log: $(LOG)'
 	@$(BASE_PYTHON) -m venv .venv
 	@.venv/bin/python scripts/quietly.py $(LOG) .venv/bin/python -m pip install --verbose --progress-bar=off \
 		--disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[all]'
