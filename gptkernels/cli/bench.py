@@ -21,17 +21,17 @@ _MINUTES_ON_A_GPU = 8.0
 @click.command("bench")
 @options.ops("gpt_training", "gpt_generate", "gpt_first_token")
 @options.impls
-@options.dtypes
+@options.dtypes("those that matter for each")
 @click.option("--shape", "shapes", multiple=True, help="Only shapes that hold this text, such as "
               "T1024 or C768; may be repeated.")  # fmt: skip
 @click.option("--peers", "peers", multiple=True, help="Only peers that hold this text, such as "
-              "SDPA or compile; may be repeated. none: plain PyTorch alone.")  # fmt: skip
+              "SDPA or compile; may be repeated. With none, plain PyTorch alone.")  # fmt: skip
 @options.device
 @click.option("--quick", is_flag=True, help="One or two shapes of each op, within two minutes on "
               "two cores.")  # fmt: skip
 @click.option("--full", is_flag=True, help="Every shape and peer, and larger models.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Begin nothing after "
-              "so long. --full on a GPU has 8 unless told.")  # fmt: skip
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Minutes after "
+              "which nothing is begun.  [default: no limit; 8 with --full on a GPU]")  # fmt: skip
 @named.allow_skip
 @options.json
 @click.option("--resume", is_flag=True, help="Go on with the file of --json: what it has is not "

@@ -42,13 +42,13 @@ def print_text(console: Console, text: str, style: str | None = None) -> None:
 def folded(text: str, width: int | None) -> Iterator[str]:
     """The lines of `text`, those that are wider than `width` columns folded between words, and
     indented from there on: as deep as what stands two spaces or more behind a first word, else by
-    two. A word that is wider, such as a path, stays whole."""
+    four. A word that is wider, such as a path, stays whole."""
     for line in text.split("\n"):
         if width is None or len(line) <= width:
             yield line
             continue
         spaces, name = re.findall(r"^( *)(\S+  +)?", line)[0]
-        indent = spaces + (" " * len(name) or "  ")
+        indent = spaces + (" " * len(name) or "    ")
         yield from textwrap.wrap(
             line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )

@@ -54,8 +54,12 @@ def ops(*more: str) -> Decorator:
     return several("--op", "ops", f"Operator: {', '.join((*OPS, *more))}")
 
 
+def dtypes(default: str = "all") -> Decorator:
+    """The option for dtypes."""
+    return several("--dtype", "dtypes", f"Dtype: {', '.join(DTYPE_NAMES)}", default)
+
+
 impls = several("--impl", "impls", f"Implementation: {', '.join(IMPLS[1:])}")
-dtypes = several("--dtype", "dtypes", f"Dtype: {', '.join(DTYPE_NAMES)}")
 device = click.option("--device", default="auto", show_default=True, help=DEVICE)
 impl = click.option("--impl", type=Choice(IMPLS), default="auto", show_default=True, help=IMPL)
 json = click.option("--json", "path", type=FILE, help="Also write the rows to this file, as JSON.")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gptkernels.cli import options, tune_table
-from gptkernels.cli.console import PipeConsole, print_text
+from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.paths import FILE
 
 if TYPE_CHECKING:
@@ -20,31 +20,33 @@ if TYPE_CHECKING:
 
 @click.command("tune", context_settings={"show_default": True})
 @click.argument("folder", type=options.PATH, required=False)
-@click.option("--config", "shape", help="A published model's shape, such as gpt2, in place of "
+@click.option("--config", "shape", help="Published model's shape, such as gpt2, in place of "
               "FOLDER.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=8, help="Texts at a time.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Tokens of a text; default: the "
-              "model's block_size, half of it with --generate.", show_default=False)  # fmt: skip
-@click.option("--dtype", default="bfloat16", help="float32, bfloat16 or float16; or fp32, bf16, "
-              "fp16.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(min=1), help="Tokens of a text.  [default: the "
+              "model's block_size, half of it with --generate]", show_default=False)  # fmt: skip
+@click.option("--dtype", default="bfloat16", help=f"Dtype of the computation: "
+              f"{', '.join(options.DTYPE_NAMES)}.")  # fmt: skip
 @click.option("--train/--generate", default=True, help="Measure the calls of a training step, or "
               "those of `generate`.")  # fmt: skip
-@click.option("--autocast/--no-autocast", default=None, help="Train fp32 weights under autocast to "
-              "--dtype, as `gptkernels train` does; default: yes, but for float32.",
+@click.option("--autocast/--no-autocast", default=None, help="Whether to train fp32 weights under "
+              "autocast to --dtype, as `gptkernels train` does.  [default: autocast, but for "
+              "float32]",
               show_default=False)  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="Measure inside graphs of "
               "torch.compile.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=60.0,
-              help="Begin no further class of calls after so long.")  # fmt: skip
+              help="Seconds after which no further class of calls is begun.")  # fmt: skip
 @options.device
 @click.option("--explain", is_flag=True, help="Measure nothing: print what was chosen on this "
               "machine, and why not the others.")  # fmt: skip
 @click.option("--prove", type=click.IntRange(min=1), metavar="N", help="Measure nothing: time N "
               "random calls of the measured classes, \"auto\" beside all others.",
               show_default=False)  # fmt: skip
-@click.option("--seed", type=int, help="Of --prove; default: a new one.", show_default=False)
+@click.option("--seed", type=int, help="Seed of --prove.  [default: a new one]",
+              show_default=False)  # fmt: skip
 @click.option("--json", "path", type=FILE, help="Also write what was measured to this "
-              "file.", show_default=False)  # fmt: skip
+              "file, as JSON.", show_default=False)  # fmt: skip
 def command(
     folder: Path | None,
     shape: str | None,
@@ -71,11 +73,18 @@ def command(
     result is kept for this machine and software. The exit code is 1 where nothing could be
     measured; with --prove where "auto" is not what it promises: within 3% or 2 us of the best at
     95% of the calls, and nowhere more than 8% behind.
+
+    \b
+    Examples:
+        gptkernels tune --config gpt2 --batch 8
+        gptkernels tune gpt2-folder --generate --batch 1
+        gptkernels tune --explain
+        gptkernels tune --prove 200
     """
     from gptkernels.core.device import choose_device
 
     where = choose_device(device)
-    console = PipeConsole(highlight=False, soft_wrap=True)
+    console = plain_console()
     if explain and prove:
         raise ValueError("--explain and --prove exclude each other")
     if (explain or prove) and (folder or shape or path):

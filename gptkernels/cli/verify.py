@@ -28,7 +28,7 @@ _COLUMNS = (
 @click.command("verify")
 @options.impls
 @options.ops()
-@options.dtypes
+@options.dtypes()
 @options.device
 @click.option("--seed", type=int, help="Seed of the random inputs.  [default: a new one]")
 @click.option(

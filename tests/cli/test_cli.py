@@ -185,7 +185,7 @@ def test_wrong_usage_is_one_sentence(call: Any, arguments: list[str], said: str)
 
 def test_options_know_what_the_package_has() -> None:
     """The names that help texts have, which are shown without importing PyTorch."""
-    assert options.IMPLS == ("auto", *IMPLEMENTATIONS)
+    assert ("auto", *IMPLEMENTATIONS) == options.IMPLS
     assert set(options.OPS) == set(bench.OPERATORS) == set(verify.OPS)
     shown = {one.name: one.help or "" for one in bench_command.command.params if one.name == "ops"}
     assert all(name in shown["ops"] for name in (*bench.OPERATORS, *bench.MODELS))

@@ -95,9 +95,9 @@ def test_sentences_are_folded_between_words() -> None:
     print_text(console, "  [b] is no :cat: but folded at /a/path/that/is/too/long words")
     assert file.getvalue().splitlines() == [
         "  [b] is no :cat:",
-        "    but folded at",
-        "    /a/path/that/is/too/long",
-        "    words",
+        "      but folded at",
+        "      /a/path/that/is/too/long",
+        "      words",
     ]
     assert list(folded("  triton  is not here", 20)) == ["  triton  is not", "          here"]
     print_text(Console(file=(file := io.StringIO()), width=20, soft_wrap=True), "a b " * 20)
