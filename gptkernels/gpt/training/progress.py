@@ -84,8 +84,8 @@ def summary(plan: Plan) -> Iterator[str]:
         f"({plan.tokenizer})"
     )
     yield (
-        f"{'':10}{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd:,}, "
-        f"context {shape.block_size:,}"
+        f"{'':10}{_count(shape.n_layer, 'layer')}, {_count(shape.n_head, 'head')}, "
+        f"width {shape.n_embd:,}, context {shape.block_size:,}"
     )
     yield (
         f"{'text':10}{plan.training_tokens:,} tokens, and {plan.validation_tokens:,} to validate on"
@@ -104,15 +104,19 @@ def summary(plan: Plan) -> Iterator[str]:
         label, steps = "", f"after {config.ramp_tokens:,} of"
     epochs = ""
     if config.minutes is None:
-        epochs = f", {plan.tokens / plan.training_tokens:,.1f} epochs"
+        share = plan.tokens / plan.training_tokens
+        epochs = f", {share:,.1f} epochs" if share >= 1 else f", {share:.2g} of an epoch"
     yield f"{label:10}{steps} {window * config.accumulation:,} tokens{epochs}"
 
 
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
+    return f"CPU, {_count(torch.get_num_threads(), 'thread')}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 _FORMS = {
