@@ -23,15 +23,18 @@ _HOME = {
     "MLP": "gptkernels.nn.layers",
     "CausalSelfAttention": "gptkernels.nn.layers",
     "LinearCrossEntropy": "gptkernels.nn.cross_entropy",
+    "MultiheadAttention": "gptkernels.nn.multihead",
     "TransformerLayer": "gptkernels.nn.transformer_layer",
     "accelerate": "gptkernels.dropin.accelerate",
     "restore": "gptkernels.dropin.accelerate",
     "GPT": "gptkernels.gpt.model",
     "GPTConfig": "gptkernels.gpt.config",
+    "GPTForCausalLM": "gptkernels.gpt.causal_lm",
     "tune": "gptkernels.tuning.tuner",
 }
 _MODULES = ("tuning",)
 
+# Without GPTForCausalLM: `from gptkernels import *` does not need transformers.
 __all__ = [
     "GPT",
     "MLP",
@@ -39,6 +42,7 @@ __all__ = [
     "GPTConfig",
     "LayerNorm",
     "LinearCrossEntropy",
+    "MultiheadAttention",
     "TransformerLayer",
     "accelerate",
     "attention",
@@ -55,10 +59,12 @@ __all__ = [
 if TYPE_CHECKING:
     from gptkernels import tuning as tuning
     from gptkernels.dropin.accelerate import accelerate, restore
+    from gptkernels.gpt.causal_lm import GPTForCausalLM as GPTForCausalLM
     from gptkernels.gpt.config import GPTConfig
     from gptkernels.gpt.model import GPT
     from gptkernels.nn.cross_entropy import LinearCrossEntropy
     from gptkernels.nn.layers import MLP, CausalSelfAttention, LayerNorm
+    from gptkernels.nn.multihead import MultiheadAttention
     from gptkernels.nn.transformer_layer import TransformerLayer
     from gptkernels.ops.attention.decode import attention_decode
     from gptkernels.ops.attention.dense import attention
@@ -80,4 +86,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *_HOME, *_MODULES})

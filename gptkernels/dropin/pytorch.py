@@ -3,7 +3,7 @@ nn.TransformerDecoderLayer."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from gptkernels.dropin.mlp import approximate_of
 from gptkernels.dropin.probe import Probe
 from gptkernels.dropin.swap import Fused, Match, dropout_p, with_mask
-from gptkernels.nn.masks import merge_masks
-from gptkernels.nn.multihead import project
+from gptkernels.nn.multihead import attend
 from gptkernels.nn.plain import not_plain
-from gptkernels.ops.attention import dense
 from gptkernels.ops.attention.options import MAX_HEAD_DIM
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
 from gptkernels.ops.layer_norm.op import layer_norm
@@ -44,30 +42,22 @@ class MultiheadAttention(Fused):
         if (
             need_weights
             or not all(self.fuses(x) and x.dim() == 3 for x in (query, key, value))
-            or key.shape != value.shape
+            or key.shape[:2] != value.shape[:2]
             or (is_causal and attn_mask is None)
         ):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
-        q, k, v = (
-            x if self.batch_first else x.transpose(0, 1) for x in project(self, query, key, value)
-        )
         # As in PyTorch: the hint replaces the mask where that is all there is.
-        causal = is_causal and key_padding_mask is None and q.shape[1] == k.shape[1]
-        mask = merge_masks(
-            None if causal else attn_mask, key_padding_mask, q.shape, q.dtype, k.shape[1],
+        tokens = 1 if self.batch_first else 0
+        causal = is_causal and key_padding_mask is None and query.shape[tokens] == key.shape[tokens]
+        mask = None if causal else attn_mask
+        merged = attend(
+            self, (query, key, value), (mask, key_padding_mask), causal,
+            with_mask(self._gptkernels.impl, key_padding_mask if mask is None else mask),
             ("attn_mask", "key_padding_mask"),
         )  # fmt: skip
-        out = dense.attention(
-            q, k, v, causal=causal, attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            impl=with_mask(self._gptkernels.impl, mask),
-        )  # fmt: skip
-        merged = cast("Tensor", out).flatten(-2)
-        if not self.batch_first:
-            merged = merged.transpose(0, 1)
         return F.linear(merged, self.out_proj.weight, self.out_proj.bias), None
 
 
@@ -156,8 +146,6 @@ def match_attention(module: nn.Module, probe: Probe) -> Match:
     class."""
     if type(module) is not nn.MultiheadAttention:
         return None
-    if not module._qkv_same_embed_dim:
-        return "keys or values have another width"
     if module.bias_k is not None or module.add_zero_attn:
         return "add_bias_kv and add_zero_attn are not fused"
     if module.head_dim > MAX_HEAD_DIM:

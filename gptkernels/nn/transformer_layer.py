@@ -21,65 +21,20 @@ from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count, check_flag, check_probability, check_tensor
 from gptkernels.core.choice import automatic
-from gptkernels.nn.layers import FusedModule, LayerNorm, add_norm, head_width
-from gptkernels.nn.masks import merge_masks
-from gptkernels.nn.multihead import project
+from gptkernels.nn import elsewhere
+from gptkernels.nn.layers import Device, FusedModule, LayerNorm, add_norm, head_width
+from gptkernels.nn.multihead import MultiheadAttention
 from gptkernels.nn.plain import class_name, not_plain_in
-from gptkernels.ops.attention.dense import attention
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
 
 Activation = Callable[[Tensor], Tensor]
 
 
-class _SelfAttention(FusedModule):
-    """nn.MultiheadAttention with its parameters and the arguments of its forward, on our op."""
+class _SelfAttention(MultiheadAttention):
+    """That of a TransformerLayer, whose masks have other names. Pickles hold the name of this
+    class."""
 
-    def __init__(
-        self, d_model: int, nhead: int, dropout: float, bias: bool, batch_first: bool
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.dropout = nhead, dropout
-        self.batch_first = batch_first  # nn.TransformerEncoder reads it
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model)) if bias else None
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
-        # The initial values are those of nn.MultiheadAttention.
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        if bias:
-            nn.init.zeros_(self.out_proj.bias)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, None]:
-        """Each input, and the result, has the shape of the layer's src."""
-        if need_weights:
-            raise NotImplementedError("need_weights must be False: attention keeps no weights")
-        heads = project(self, query, key, value)
-        if query.dim() == 2:
-            heads = [x.unsqueeze(0) for x in heads]
-        elif not self.batch_first:
-            heads = [x.transpose(0, 1) for x in heads]
-        mask = None if is_causal else attn_mask
-        out = attention(
-            *heads,
-            causal=is_causal,
-            attn_mask=merge_masks(mask, key_padding_mask, heads[0].shape, query.dtype),
-            dropout_p=self.dropout if self.training else 0.0,
-            impl=self.impl,
-        )
-        out = cast("Tensor", out).flatten(-2)
-        if query.dim() == 2:
-            out = out.squeeze(0)
-        elif not self.batch_first:
-            out = out.transpose(0, 1)
-        return self.out_proj(out), None
+    _masks = ("src_mask", "src_key_padding_mask")
 
 
 class TransformerLayer(FusedModule):
@@ -97,6 +52,8 @@ class TransformerLayer(FusedModule):
     Raises TypeError and ValueError for arguments out of range, and for a head wider than 256.
     """
 
+    _elsewhere = elsewhere.TRANSFORMER_LAYER
+
     def __init__(
         self,
         d_model: int,
@@ -108,7 +65,7 @@ class TransformerLayer(FusedModule):
         batch_first: bool = False,
         norm_first: bool = False,
         bias: bool = True,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -121,12 +78,12 @@ class TransformerLayer(FusedModule):
         self.d_model, self.nhead, self.dropout = d_model, nhead, dropout
         self.batch_first, self.norm_first = batch_first, norm_first
         self.activation = _activation(activation)
-        self.self_attn = _SelfAttention(d_model, nhead, dropout, bias, batch_first)
-        self.linear1 = nn.Linear(d_model, dim_feedforward, bias=bias)
-        self.linear2 = nn.Linear(dim_feedforward, d_model, bias=bias)
-        self.norm1 = LayerNorm(d_model, layer_norm_eps, bias=bias)
-        self.norm2 = LayerNorm(d_model, layer_norm_eps, bias=bias)
-        self.to(device=device, dtype=dtype)
+        made: Any = {"bias": bias, "device": device, "dtype": dtype}
+        self.self_attn = _SelfAttention(d_model, nhead, dropout, batch_first=batch_first, **made)
+        self.linear1 = nn.Linear(d_model, dim_feedforward, **made)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, **made)
+        self.norm1 = LayerNorm(d_model, layer_norm_eps, **made)
+        self.norm2 = LayerNorm(d_model, layer_norm_eps, **made)
 
     def forward(
         self,
@@ -162,12 +119,20 @@ class TransformerLayer(FusedModule):
         return add_norm(self.norm2, self._mlp(x, dropout).to(x.dtype), x, dropout).y
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Complete a layer that was pickled when self_attn held parameters alone."""
+        """Complete a layer that was pickled when self_attn held parameters alone, or was no
+        nn.MultiheadAttention."""
         super().__setstate__(state)
         if "d_model" not in state:
             self.d_model = self.linear1.in_features
-            self.self_attn.num_heads, self.self_attn.dropout = self.nhead, self.dropout
             self.self_attn.impl = self.impl
+        if type(self.self_attn) is _SelfAttention and "embed_dim" not in vars(self.self_attn):
+            bias, first = self.self_attn.in_proj_bias is not None, self.batch_first
+            sizes = self.d_model, self.nhead, self.dropout
+            made = _SelfAttention(*sizes, bias, batch_first=first, device="meta")
+            for name, value in vars(made).items():
+                vars(self.self_attn).setdefault(name, value)
+            for name, parameter in made._parameters.items():
+                self.self_attn._parameters.setdefault(name, parameter)
 
     def not_fused(self, *, masked: bool = False, training: bool | None = None) -> dict[str, str]:
         """What runs as PyTorch's own operators with these options, and why: part -> reason.
@@ -176,7 +141,7 @@ class TransformerLayer(FusedModule):
         training: whether it is in training mode; None means the mode that the layer is in.
         """
         reasons = {}
-        if not isinstance(self.self_attn, _SelfAttention):
+        if not isinstance(self.self_attn, MultiheadAttention):
             reasons["attention"] = f"self_attn is a {class_name(self.self_attn)}"
         elif masked and self._attention_impl() != "cpu":
             reasons["attention"] = "a mask tensor runs with impl='torch' or 'cpu' only"

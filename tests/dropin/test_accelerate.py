@@ -376,7 +376,6 @@ class Bidirectional(NanoAttention):
         (nn.LayerNorm((3, 4)), "only a LayerNorm of the last dimension with a weight is fused"),
         (nn.LayerNorm(4, elementwise_affine=False),
          "only a LayerNorm of the last dimension with a weight is fused"),
-        (nn.MultiheadAttention(8, 2, kdim=4), "keys or values have another width"),
         (nn.MultiheadAttention(8, 2, add_bias_kv=True),
          "add_bias_kv and add_zero_attn are not fused"),
         (nn.MultiheadAttention(514, 2), "heads are wider than 256"),
@@ -698,12 +697,14 @@ def test_the_report_shows_like_modules_in_a_line() -> None:
     assert not [line for line in text.splitlines() if line != line.rstrip()]
 
 
-def test_masks_of_multihead_attention() -> None:
+@pytest.mark.parametrize("widths", [{}, {"kdim": 24, "vdim": 40}], ids=str)
+def test_masks_of_multihead_attention(widths: dict[str, int]) -> None:
     torch.manual_seed(0)
-    model = nn.MultiheadAttention(64, 4, batch_first=True).eval()
+    model = nn.MultiheadAttention(64, 4, batch_first=True, **widths).eval()
     ours = copy.deepcopy(model)
     gptkernels.accelerate(ours, impl="cpu")
-    q, k = torch.randn(2, 9, 64), torch.randn(2, 12, 64)
+    q = torch.randn(2, 9, 64)
+    k, v = torch.randn(2, 12, model.kdim), torch.randn(2, 12, model.vdim)
     hidden = torch.rand(9, 12) < 0.3
     hidden[:, 0] = False
     padding = torch.zeros(2, 12, dtype=torch.bool)
@@ -716,16 +717,16 @@ def test_masks_of_multihead_attention() -> None:
         {"attn_mask": added}, {"attn_mask": hidden, "key_padding_mask": padding},
         {"attn_mask": added, "key_padding_mask": torch.zeros(2, 12).masked_fill(padding, -1e9)},
     ):  # fmt: skip
-        y, z = (m(q, k, k, need_weights=False, **given)[0] for m in (model, ours))
+        y, z = (m(q, k, v, need_weights=False, **given)[0] for m in (model, ours))
         assert torch.allclose(y, z, atol=1e-5), given
-    y, z = (m(q, q, q, attn_mask=causal, is_causal=True, need_weights=False)[0]
+    y, z = (m(q, k[:, :9], v[:, :9], attn_mask=causal, is_causal=True, need_weights=False)[0]
             for m in (model, ours))  # fmt: skip
     assert torch.allclose(y, z, atol=1e-5)
     for given in ({}, {"need_weights": True}):
-        (y, v), (z, w) = (m(q, k, k, **given) for m in (model, ours))
+        (y, seen), (z, w) = (m(q, k, v, **given) for m in (model, ours))
         assert torch.allclose(y, z, atol=1e-5)
-        assert torch.allclose(v, w, atol=1e-5)
-    unbatched = [m(q[0], k[0], k[0], need_weights=False)[0] for m in (model, ours)]
+        assert torch.allclose(seen, w, atol=1e-5)
+    unbatched = [m(q[0], k[0], v[0], need_weights=False)[0] for m in (model, ours)]
     assert torch.allclose(*unbatched, atol=1e-5)
 
 

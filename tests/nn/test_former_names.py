@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import pickle
@@ -81,6 +82,41 @@ def test_a_layer_pickled_when_self_attn_held_parameters_alone() -> None:
     wanted = layer(x)
     del layer.d_model, layer.self_attn.num_heads, layer.self_attn.dropout, layer.self_attn._impl
     del layer.norm1.normalized_shape, layer.norm2.normalized_shape
+    _unlike_pytorchs(layer)
     loaded = pickle.loads(pickle.dumps(layer))
     assert torch.equal(loaded(x), wanted)
     assert loaded.self_attn.impl == "torch"
+
+
+def _unlike_pytorchs(layer: TransformerLayer) -> None:
+    """Takes away what the layer has since its parts are nn.LayerNorm and nn.MultiheadAttention."""
+    for norm in (layer.norm1, layer.norm2):
+        del norm.elementwise_affine
+    attention = layer.self_attn
+    for name in ("embed_dim", "kdim", "vdim", "_qkv_same_embed_dim", "head_dim", "add_zero_attn",
+                 "bias_k", "bias_v"):  # fmt: skip
+        delattr(attention, name)
+    for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        del attention._parameters[name]
+    if attention.in_proj_bias is None:
+        del attention._parameters["in_proj_bias"]
+        vars(attention)["in_proj_bias"] = None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_pickled_when_its_parts_were_not_pytorchs(bias: bool) -> None:
+    layer, x = TransformerLayer(16, 2, 32, dropout=0.5, bias=bias), torch.randn(5, 1, 16)
+    fresh = copy.deepcopy(layer)
+    _unlike_pytorchs(layer)
+    loaded = pickle.loads(pickle.dumps(layer))
+    for module, twin in zip(loaded.modules(), fresh.modules(), strict=True):
+        assert type(module) is type(twin)
+        assert vars(module).keys() <= vars(twin).keys() | {"in_proj_bias"}
+        assert {k: v for k, v in vars(twin).items() if not k.startswith("_")}.items() <= (
+            vars(module).items()
+        )
+        assert vars(twin)["_parameters"].keys() <= {*module._parameters, "in_proj_bias"}
+    assert torch.equal(loaded.eval()(x), fresh.eval()(x))
+    out, weights = loaded.self_attn(x, x, x)  # by PyTorch's own forward
+    assert torch.allclose(out, loaded.self_attn(x, x, x, need_weights=False)[0], atol=1e-5)
+    assert weights.shape == (1, 5, 5)
