@@ -10,7 +10,8 @@ import click
 
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
-from gptkernels.cli.options import PATH
+from gptkernels.cli.options import PATH, tokenizer_option
+from gptkernels.cli.table import Column, print_table
 from gptkernels.cli.paths import FOLDER
 from gptkernels.gpt.finetuning.analyses.snapshots import ZeroShotConfig
 from gptkernels.gpt.finetuning.config import FinetuneConfig
@@ -64,11 +65,7 @@ _common = _with(
         help="Folder that holds the tasks' folders.  [default: the one that GPTKERNELS_DATA names]",
     ),
     click.option("--out", type=FOLDER, required=True, help="Folder to write."),
-    click.option(
-        "--tokenizer",
-        type=click.Choice(["bytes", "gpt1", "gpt2"]),
-        help="Tokenizer of the model.  [default: the model's own]",
-    ),
+    tokenizer_option,
 )
 _model = click.argument("model", type=PATH)
 _seed_option = click.option(
@@ -140,7 +137,7 @@ def _fine_tune(
     out: Path,
     options: dict[str, Any],
 ) -> None:
-    from gptkernels.gpt.finetuning.analyses.spread import markdown, metrics_of
+    from gptkernels.gpt.finetuning.analyses.spread import metrics_of
 
     own = {name: options.pop(name) for name in ("model", "data", "tokenizer", "seeds")}
     config = FinetuneConfig(**_given(options))
@@ -153,7 +150,10 @@ def _fine_tune(
     for task, count in {r["task"]: r["examples"]["truncated"] for r in study.records}.items():
         if count:
             click.echo(f"{task}: {count:,} examples of a run were too long for the model, and cut")
-    click.echo(markdown(summarised(study.records), metrics_of(study.records)))
+    found = summarised(study.records)
+    for task, metric in metrics_of(study.records).items():
+        columns = (Column(metric), Column("mean ± deviation", right=True))
+        print_table(plain_console(), columns, [(v, str(of[task])) for v, of in found.items()])
     click.echo(f"everything is in {out}")
 
 

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
-from gptkernels.cli.options import PATH
+from gptkernels.cli.options import PATH, tokenizer_option
 from gptkernels.cli.paths import FOLDER
+from gptkernels.cli.table import Column, print_table
 from gptkernels.gpt.evaluation.config import RunConfig, TaskConfig, TextConfig
 from gptkernels.gpt.evaluation.task import names
 
 if TYPE_CHECKING:
     from gptkernels.gpt.evaluation.evaluate import Evaluation, Outcome
     from gptkernels.gpt.evaluation.subject import Subject
+
+_OF_TEXTS = (
+    Column("text"),
+    Column("tokens", right=True, lost=3),
+    Column("words", right=True, lost=1),
+    Column("bytes", right=True, lost=2),
+    Column("per token", right=True),
+    Column("per word", right=True, lost=4),
+    Column("bits/byte", right=True),
+)
 
 
 @click.command("evaluate", cls=FileCommand)
@@ -36,11 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=FOLDER, help="Folder to write: results.json, and of a task its answers."
 )
-@click.option(
-    "--tokenizer",
-    type=click.Choice(["bytes", "gpt1", "gpt2"]),
-    help="Tokenizer of the model.  [default: the model's own]",
-)
+@tokenizer_option
 @fields_of(TextConfig)
 @fields_of(TaskConfig)
 @fields_of(RunConfig)
@@ -100,18 +107,17 @@ def _evaluate_texts(
     with Bar(console, every_s=5.0) as bar:
         subject = Subject.load(model, tokenizer=tokenizer, run=run)
         found = evaluate_texts(subject, files, config=config, observer=bar.show)
-    rows = [(text.path.name, text.perplexity) for text in found]
+    named = [(text.path.name, text.perplexity) for text in found]
     if len(found) > 1:
-        rows.append(("all", total(found)))
-    table = _table(
-        console, "text", "tokens", "words", "bytes", "per token", "per word", "bits/byte"
-    )
-    for name, one in rows:
-        table.add_row(
+        named.append(("all", total(found)))
+    rows = [
+        (
             name, f"{one.tokens:,}", f"{one.words:,}", f"{one.bytes:,}",
             f"{one.per_token:.4g}", f"{one.per_word:.4g}", f"{one.bits_per_byte:.4f}",
-        )  # fmt: skip
-    console.print(table)
+        )
+        for name, one in named
+    ]  # fmt: skip
+    print_table(console, _OF_TEXTS, rows)
     if unpredicted := total(found).unpredicted:
         first = "the first token of each text" if len(found) > 1 else "the first token"
         print_text(
@@ -169,11 +175,10 @@ def _print_task(console: Console, found: Evaluation, subject: Subject) -> None:
     print_text(console, said)
     if found.unjoined:
         print_text(console, f"the detokeniser left {_count(found.unjoined, 'line')} as it stood")
-    measured = list(outcomes[0].metrics)
-    table = _table(console, "shots", *(f"{name} (95% interval)" for name in measured))
-    for outcome in outcomes:
-        table.add_row(str(outcome.shots), *(_figure(outcome, name) for name in measured))
-    console.print(table)
+    columns = [Column("shots")]
+    for name in outcomes[0].metrics:
+        columns += [Column(name, right=True), Column("95% interval", right=True, lost=1)]
+    print_table(console, columns, [(str(one.shots), *_figures(one)) for one in outcomes])
     lost = "the beginning" if found.task.cut is None else f"the end of {found.task.cut}"
     for outcome in outcomes:
         of = f"with {_count(outcome.shots, 'shot')}, " if len(outcomes) > 1 else ""
@@ -198,16 +203,12 @@ def _print_task(console: Console, found: Evaluation, subject: Subject) -> None:
         )
 
 
-def _figure(outcome: Outcome, name: str) -> str:
-    low, high = outcome.intervals[name]
-    return f"{outcome.metrics[name]:#.4g} ({low:#.4g} to {high:#.4g})"
-
-
-def _table(console: Console, *columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
-    return table
+def _figures(outcome: Outcome) -> Iterator[str]:
+    """Each metric, and its interval."""
+    for name, value in outcome.metrics.items():
+        low, high = outcome.intervals[name]
+        yield f"{value:#.4g}"
+        yield f"{low:#.4g} to {high:#.4g}"
 
 
 def _names(kind: type) -> set[str]:

@@ -11,7 +11,7 @@ import click
 from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
-from gptkernels.cli.options import PATH
+from gptkernels.cli.options import PATH, tokenizer_option
 from gptkernels.cli.paths import FOLDER
 from gptkernels.cli.train import go_on
 from gptkernels.gpt.finetuning.config import FinetuneConfig
@@ -41,11 +41,7 @@ from gptkernels.gpt.training.config import TrainConfig
     "GPTKERNELS_DATA names]",
 )
 @click.option("--out", type=FOLDER, required=True, help="Folder to write.")
-@click.option(
-    "--tokenizer",
-    type=click.Choice(["bytes", "gpt1", "gpt2"]),
-    help="Tokenizer of the model.  [default: the model's own]",
-)
+@tokenizer_option
 @fields_of(FinetuneConfig)
 def command(
     model: Path,

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     "a smaller model with the same tokens. With the CPU kernels the text stays the same.",
 )
 @click.option("--draft-tokens", type=int, default=3, help="Guesses at a time, 1 to 3.")
-@options.tokenizer
+@options.tokenizer_option
 @options.impl
 @options.device
 def command(

@@ -63,7 +63,7 @@ impls = several("--impl", "impls", f"Implementation: {', '.join(IMPLS[1:])}")
 device = click.option("--device", default="auto", show_default=True, help=DEVICE)
 impl = click.option("--impl", type=Choice(IMPLS), default="auto", show_default=True, help=IMPL)
 json = click.option("--json", "path", type=FILE, help="Also write the rows to this file, as JSON.")
-tokenizer = click.option(
+tokenizer_option = click.option(
     "--tokenizer",
     type=Choice(("bytes", "gpt1", "gpt2")),
     help="Tokenizer of the model.  [default: the model's own]",

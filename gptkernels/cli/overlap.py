@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
-from rich.table import Table
 
 from gptkernels.cli import options
 from gptkernels.cli.console import plain_console, print_text
+from gptkernels.cli.table import Column, print_table
+
+_COLUMNS = (
+    Column("evaluation"),
+    Column("8-grams", right=True, lost=1),
+    Column("found", right=True, lost=2),
+    Column("share", right=True),
+    Column("longest", right=True),
+)
 
 
 @click.command("overlap")
@@ -60,15 +67,18 @@ def command(
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("evaluation", overflow="fold")
-    for title in ("8-grams", "found", "share", "longest"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        counts = (f"{row['ngrams']:,}", f"{row['found']:,}", f"{row['share']:.2%}")
-        table.add_row(escape(row["name"]), *counts, f"{row['longest']:,} words")
     console = plain_console()
-    console.print(table)
+    cells = [
+        (
+            row["name"],
+            f"{row['ngrams']:,}",
+            f"{row['found']:,}",
+            f"{row['share']:.2%}",
+            f"{row['longest']:,} words",
+        )
+        for row in rows
+    ]
+    print_table(console, _COLUMNS, cells)
     for row in rows:
         if row["found"]:
             print_text(console, f"the longest of {row['name']} begins: {row['example']}")

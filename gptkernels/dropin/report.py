@@ -41,7 +41,7 @@ class Report:
         return [row for row in self.rows if not row.swapped]
 
     def lines(self) -> Iterator[tuple[str, str, str, str]]:
-        """Yields (how many, class, what was done or why not, name of the first), like modules
+        """Yields (how many, class, name of the first, what was done or why not), like modules
         together, those that changed first."""
         alike: dict[tuple[bool, str, str], list[str]] = {}
         for row in [*self.swapped, *self.left]:
@@ -49,7 +49,7 @@ class Report:
         for (swapped, module, why), names in alike.items():
             first = names[0] or "the model"
             name = first if len(names) == 1 else f"{first} ..."
-            yield str(len(names)), module, why if swapped else f"left alone: {why}", name
+            yield str(len(names)), module, name, why if swapped else f"left alone: {why}"
 
     def __str__(self) -> str:
         """The lines as a table, in plain text."""

@@ -65,7 +65,7 @@ def test_a_task_is_asked(call: Call, model: Path, task: Path, tmp_path: Path) ->
         "mine, test part, 9 examples; guessing 0.5000, always the most frequent answer 0.5556"
         in result.out
     )
-    assert "accuracy (95% interval)" in result.out
+    assert "\nshots  accuracy      95% interval\n" in result.out
     assert (
         "with 8 shots, 9 prompts had room for fewer solved examples, 3.0 on average" in result.out
     )

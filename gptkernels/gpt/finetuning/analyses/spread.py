@@ -16,6 +16,9 @@ class Spread:
     mean: float
     deviation: float
 
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.deviation:.4f}"
+
 
 Table = dict[str, dict[str, Spread]]
 """variant -> task -> Spread, in the order of the records."""
@@ -43,7 +46,7 @@ def markdown(table: Table, metrics: dict[str, str]) -> str:
     """`table` as one of Markdown: a row for each variant, a column for each task."""
     lines = [f"| | {' | '.join(metrics.values())} |", f"| --- |{' ---: |' * len(metrics)}"]
     for variant, of_tasks in table.items():
-        cells = [f"{of_tasks[task].mean:.4f} ± {of_tasks[task].deviation:.4f}" for task in metrics]
+        cells = [str(of_tasks[task]) for task in metrics]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
