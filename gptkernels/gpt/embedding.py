@@ -33,8 +33,14 @@ class Embedding(nn.Embedding):
     """nn.Embedding(V, C): tokens (...) int64 -> (..., C). Its other options, set later, lead to
     PyTorch's own operator."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        super().__init__(num_embeddings, embedding_dim)
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the rows of weight that `input` names."""

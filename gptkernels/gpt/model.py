@@ -21,8 +21,9 @@ nanoGPT's names, so its checkpoints load.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ from gptkernels.nn.cross_entropy import IGNORED, call_cross_entropy
 from gptkernels.nn.layers import (
     MLP,
     CausalSelfAttention,
+    Device,
     KVCache,
     LayerNorm,
     Normed,
@@ -57,18 +59,19 @@ RECOMPUTE = ("none", "mlp", "block")
 class _Block(nn.Module):
     """One attention, one MLP, two LayerNorms: block number `index` of a decoder."""
 
-    def __init__(self, config: GPTConfig, index: int) -> None:
+    def __init__(self, config: GPTConfig, index: int, **made: Any) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias)
+        made["bias"] = config.bias
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_eps, **made)
         self.attn = CausalSelfAttention(
             config.n_embd,
             config.n_head,
-            bias=config.bias,
             dropout=config.dropout,
             window=config.window_of(index),
+            **made,
         )
-        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias)
-        self.mlp = MLP(config.n_embd, config.d_inner, config.bias, config.approximate)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_eps, **made)
+        self.mlp = MLP(config.n_embd, config.d_inner, approximate=config.approximate, **made)
         self.dropout = config.dropout
 
 
@@ -106,15 +109,15 @@ class PostNormBlock(_Block):
 class Decoder(nn.Module):
     """Everything below the head: the embeddings, the blocks, GPT-2's final LayerNorm."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, **made: Any) -> None:
         super().__init__()
-        self.wte = Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd, **made)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd, **made)
         block = PreNormBlock if config.norm == "pre" else PostNormBlock
-        self.h = nn.ModuleList(block(config, i) for i in range(config.n_layer))
+        self.h = nn.ModuleList(block(config, i, **made) for i in range(config.n_layer))
         self.ln_f = None
         if config.norm == "pre":
-            self.ln_f = LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias)
+            self.ln_f = LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias, **made)
         self.dropout = config.dropout
         self.recompute_blocks = False
 
@@ -153,16 +156,19 @@ class Decoder(nn.Module):
 class GPT(nn.Module):
     """A GPT. Its head is tied: lm_head.weight is transformer.wte.weight.
 
-    `GPT(config)` has the papers' random initial weights; `GPT.from_pretrained(folder)` loads a
-    Hugging Face folder, and takes a model of transformers as well. Their heads may be untied: a
-    parameter of its own.
+    `GPT(config)` has the papers' random initial weights, made on `device` in `dtype`.
+    `GPT.from_pretrained(folder)` loads a Hugging Face folder, and takes a model of transformers as
+    well. Their heads may be untied: a parameter of its own.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(
+        self, config: GPTConfig, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Decoder(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        made: Any = {"device": device, "dtype": dtype}
+        self.transformer = Decoder(config, **made)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False, **made)
         self.tie_head()
         self._init_weights()
 
@@ -302,6 +308,15 @@ class GPT(nn.Module):
     def tie_head(self) -> None:
         """Make lm_head.weight and wte.weight one parameter; assigning to either undoes it."""
         self.lm_head.weight = self.transformer.wte.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to`, `.to_empty` ... call. PyTorch makes two parameters of a tied one where it
+        leaves the meta device."""
+        tied = self.lm_head.weight is self.transformer.wte.weight
+        super()._apply(fn, recurse)
+        if tied:
+            self.tie_head()
+        return self
 
     def _init_weights(self) -> None:
         # Each block of GPT-2 adds two branches to the stream; the smaller scale keeps the stream's
