@@ -21,6 +21,7 @@ EXTRAS = {
     "finetune": ("scikit-learn", "scipy"),
     "evaluate": ("sacrebleu", "scipy"),
     "lm-eval": ("lm-eval",),
+    "wandb": ("wandb",),
     "bench": ("jinja2", "matplotlib", "numpy", "pillow"),
     "test": (
         "accelerate",
@@ -42,6 +43,7 @@ EXTRAS = {
         "setuptools",
         "tensorboard",
         "transformers",
+        "wandb",
         "warcio",
     ),
 }
@@ -52,6 +54,7 @@ _PURPOSES = {
     "finetune": "the metrics of fine-tuning",
     "evaluate": "the metrics of evaluation, and their intervals",
     "lm-eval": "this package's models in EleutherAI's lm-eval",
+    "wandb": "training runs in Weights & Biases (train --wandb)",
     "bench": "plots and the demo's report",
     "test": "the test suite",
 }

@@ -99,7 +99,7 @@ def finetune(
     network = new_model(task, pretrained, parts, config)
     with alone_in("out", out):
         _check_new(out)
-        log = Log(out, tensorboard=False)
+        log = Log(out)
 
         def observe(record: dict[str, Any], done: float) -> None:
             log.write(record)

@@ -12,8 +12,8 @@ generators), "due" (what the step asks for and was not done, since a signal stop
 "tuned" (the digest of the table of measurements that impl="auto" followed; empty where another impl
 was named)}.
 
-`model`, `optimizer`, `average`, `scaler`, `since_log`, `generators` and `config` restore the parts
-of the content: each refuses, in one sentence, what does not fit.
+`model`, `optimizer`, `average`, `scaler`, `since_log`, `due`, `generators` and `config` restore the
+parts of the content: each refuses, in one sentence, what does not fit.
 """
 
 from __future__ import annotations
@@ -64,7 +64,12 @@ _OLDER_SETTINGS: dict[str, Any] = {
     "ramp_tokens": 0,
     "ramp_start": 1,
     "decay_steps": 0,
+    "wandb": False,
+    "wandb_project": None,
 }
+DUE = ("validation", "sample", "snapshot", "checkpoint")
+"""What a step may ask for, in the order in which it is done."""
+
 _NO_NOISE = torch.zeros(2, dtype=torch.float64)  # of since_log, likewise
 _Config = TypeVar("_Config")
 
@@ -207,6 +212,20 @@ def since_log(path: str | Path, content: dict[str, Any]) -> tuple[Tensor, int, T
     own = {"loss": torch.zeros(()), "steps": 0, "noise": _NO_NOISE}
     _check_fit(path, "since_log", since, own)
     return since["loss"], since["steps"], since["noise"]
+
+
+def due(path: str | Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What the step asks for and was not done: a validation, with the line of the log that it
+    belongs to, and others. Raises ValueError for anything else."""
+    found: dict[str, Any] = dict(content["due"])
+    record = found.get("validation", {"step": content["step"]})
+    if (
+        set(found) - set(DUE)
+        or not isinstance(record, dict)
+        or record.get("step") != content["step"]
+    ):
+        raise ValueError(f"checkpoint: {path} has a due that is not of its step")
+    return found
 
 
 def generators(path: str | Path, content: dict[str, Any], sampler: Batches) -> None:

@@ -88,6 +88,12 @@ class TrainConfig:
     sample_prompt: str = option("\n", "Text that a sample continues.")
     sample_tokens: int = option(64, "Tokens of a sample, at most.", least=1)
     tensorboard: bool = option(False, "Whether to write TensorBoard's events beside log.jsonl.")
+    wandb: bool = option(False, "Whether to log to Weights & Biases too.")
+    wandb_project: str | None = option(
+        None,
+        "Project of Weights & Biases, with `wandb`.",
+        unset="the variable WANDB_PROJECT, else gptkernels",
+    )
     compile: bool = option(False, "Whether to compile the model by torch.compile.")
     recompute: str = option(
         "none",
@@ -106,6 +112,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_options(self)
         check_option(self, "seed", self.seed < 2**63, "less than 2**63")
+        right = self.wandb or self.wandb_project is None
+        check_option(self, "wandb_project", right, "none without wandb")
         check_option(self, "minutes", self.minutes is None or self.minutes > 0, "more than 0")
         right = self.ramp_start <= self.accumulation
         check_option(self, "ramp_start", right, f"at most accumulation={self.accumulation}")

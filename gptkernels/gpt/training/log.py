@@ -1,37 +1,33 @@
-"""What a training run writes down as it goes: log.jsonl and, if asked for, TensorBoard's events."""
+"""What a training run writes down as it goes: log.jsonl, and its sinks (sinks.py)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptkernels.core.files import make_folder, replacing
-from gptkernels.core.optional import optional
+from gptkernels.gpt.training.sinks import Sink
 
 
 class Log:
-    """The records of a run, each a line of `out`/log.jsonl; with `tensorboard`, its numbers as
-    scalars in `out`/tensorboard too.
+    """The records of a run, each a line of `out`/log.jsonl, and handed to each of `sinks`."""
 
-    Raises ImportError, in one sentence, where `tensorboard` is asked for and not installed.
-    """
-
-    def __init__(self, out: Path, tensorboard: bool) -> None:
-        self.out = out
+    def __init__(self, out: Path, sinks: Sequence[Sink] = ()) -> None:
+        self.out, self._sinks = out, sinks
         self.records: list[dict[str, Any]] = []
-        self._writer_type: Any = None
-        if tensorboard:
-            missing = (
-                "logging to TensorBoard needs the package 'tensorboard': pip install tensorboard"
-            )
-            self._writer_type = optional("torch.utils.tensorboard", missing).SummaryWriter
-        self._writer: Any = None
+        self._resumed = False
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Tell the sinks what the run is, after `take_up`. Raises what they raise."""
+        for sink in self._sinks:
+            sink.begin(about, self._resumed)
 
     def take_up(self, step: int, due: Collection[str] = ()) -> None:
         """Keep what an earlier run wrote, up to `step`: later steps will be made again, and so will
         what is `due` at this one, a "validation" or a "sample"."""
+        self._resumed = True
         path = self.out / "log.jsonl"
         if not path.is_file():
             return
@@ -62,18 +58,10 @@ class Log:
         except OSError as error:  # from a write, which does not name the file
             raise OSError(error.errno, error.strerror, str(path)) from None
         self.records.append(record)
-        if self._writer_type is None:
-            return
-        if self._writer is None:  # later steps of a killed run are hidden
-            self._writer = self._writer_type(self.out / "tensorboard", purge_step=record["step"])
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
-                self._writer.add_scalar(name, value, record["step"])
-            elif isinstance(value, str):
-                self._writer.add_text(name, value, record["step"])
-        self._writer.flush()
+        for sink in self._sinks:
+            sink.write(record)
 
     def close(self) -> None:
         """Close what is open."""
-        if self._writer is not None:
-            self._writer.close()
+        for sink in self._sinks:
+            sink.close()

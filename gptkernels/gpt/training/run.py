@@ -40,6 +40,7 @@ from gptkernels.gpt.training.log import Log
 from gptkernels.gpt.training.observer import Observer, Plan, watching
 from gptkernels.gpt.training.recipes import parameters
 from gptkernels.gpt.training.sampling import Sampler
+from gptkernels.gpt.training.sinks import sinks_of
 from gptkernels.gpt.training.stopping import Stopped, Stopping
 from gptkernels.gpt.training.throughput import Pace, Speed, flops_per_token, petaflop_s_days
 from gptkernels.gpt.weights import safetensors_package
@@ -86,7 +87,7 @@ class Run:
         # Better to report a missing package now than after the training.
         figure_class()
         safetensors_package()
-        self.log = Log(out, config.tensorboard)
+        self.log = Log(out, sinks_of(out, config))
         self.files, self.out, self.config, self.shape = files, out, config, shape
         self.tokenizer, self.watcher = tokenizer, watching(observer)
         self.device = choose_device(config.device)
@@ -132,7 +133,13 @@ class Run:
         self.step, self.tokens = content["step"], content["tokens"]
         self.seconds_before = content["seconds"]
         self.best_validation_loss = content["best_validation_loss"]
-        self.due = content["due"]
+        self.due = checkpoint.due(path, content)
+        for what, interval in (
+            ("sample", self.config.sample_interval),
+            ("snapshot", self.config.snapshot_interval),
+        ):
+            if not interval:  # no longer asked for
+                self.due.pop(what, None)
         losses, self.since, noise = checkpoint.since_log(path, content)
         self.losses.copy_(losses)
         self.learner.noise.sums.copy_(noise)
@@ -144,6 +151,7 @@ class Run:
         """Train to the end of the budget, or until a signal asks to stop, and write what belongs
         in `out`."""
         with Stopping(self.watcher.stopping) as stopping, contextlib.closing(self.log):
+            self.log.begin(self._about())
             self.watcher.begins(self._plan())
             stopped = self._train(stopping)
         draw_losses(self.log.records, self.out / "loss.png")
@@ -256,6 +264,14 @@ class Run:
     def _norm(self, norm: Tensor) -> float | None:
         """The norm of a step's gradients, None where it was skipped: no run ends for that."""
         return None if self.learner.scales and not norm.isfinite() else norm.item()
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "model": asdict(self.shape),
+            "training": asdict(self.config),
+            "files": self.files,
+            "parameters": parameters(self.model),
+        }
 
     def _plan(self) -> Plan:
         config, left = self.config, self.config.steps - self.step

@@ -9,6 +9,7 @@ curve out. run.py has the loop, learner.py makes the steps.
            model-ema/      with `ema`: their average
            snapshots/      with `snapshot_interval`: the weights along the way, a folder a step
            tensorboard/    with `tensorboard`: the log for it
+           wandb/          with `wandb`: the id of its run, and what it keeps of it
 
 A run that was interrupted and resumed ends with the same bits as one that was not, dropout
 included, on the same machine with the same number of threads and, with impl="auto", the same table
@@ -68,10 +69,10 @@ def train(
     that cannot be gone on from, ValueError when `out` already holds a checkpoint, is a model's own
     folder or is in use by another run, or when `model` does not fit the tokenizer (its vocab_size
     may be larger: a padded table), for both of `model` and `init` or neither, and for less than one
-    epoch, ImportError when matplotlib, safetensors, the tokenizer's package or tensorboard is
-    missing and needed, DivergedError when the loss is no longer finite (the last checkpoint stays),
-    RuntimeError when `config.impl` cannot run on the device, OSError when `out` is a file or cannot
-    be written (the last checkpoint stays).
+    epoch, ImportError when matplotlib, safetensors, the tokenizer's package, tensorboard or wandb
+    is missing and needed, DivergedError when the loss is no longer finite (the last checkpoint
+    stays), RuntimeError when `config.impl` cannot run on the device or wandb begins no run, OSError
+    when `out` is a file or cannot be written (the last checkpoint stays).
     """
     config, out = config or TrainConfig(), Path(out)
     check_new(out)
@@ -139,7 +140,7 @@ def _resumed(
     config = dataclasses.replace(saved, **changes)
     model = checkpoint.model(path, content)
     if finished := _finished(out, content, saved, config):
-        log = Log(out, tensorboard=False)
+        log = Log(out)
         log.take_up(content["step"], ())
         compute = petaflop_s_days(flops_of(model), content["tokens"])
         best, seconds = content["best_validation_loss"], content["seconds"]
