@@ -2,7 +2,7 @@
 
 Other packages have other names for the same arguments. Who writes one of them is told ours; who
 mistypes one of ours is told the nearest. A function of an op takes what it does not know as
-`**unknown`, which costs a call 20 to 50 ns; a wrapper would cost more, and torch.compile would have
+`**unknown`, which costs a call some 20 ns; a wrapper would cost 600, and torch.compile would have
 to look through it. A layer checks before it is made (`gptkernels.nn.layers.FusedModule`).
 """
 
