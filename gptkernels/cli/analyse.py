@@ -11,8 +11,8 @@ import click
 from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH, tokenizer_option
-from gptkernels.cli.table import Column, print_table
 from gptkernels.cli.paths import FOLDER
+from gptkernels.cli.table import Column, print_table
 from gptkernels.gpt.finetuning.analyses.snapshots import ZeroShotConfig
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.task import names
