@@ -162,7 +162,7 @@ def write(layout: Layout, config: GPTConfig, tied: bool) -> dict[str, Any]:
         **dict.fromkeys(_DROPOUTS, config.dropout),
     }
     if layout is _GPT2:
-        end = _GPT2_END if config.vocab_size == _GPT2_VOCAB else None
+        end = end_of_text(config)
         written |= {
             "n_inner": config.n_inner,
             "bos_token_id": end,
@@ -170,6 +170,11 @@ def write(layout: Layout, config: GPTConfig, tied: bool) -> dict[str, Any]:
             "reorder_and_upcast_attn": False,
         }
     return written if config.bias else {**written, "bias": False}
+
+
+def end_of_text(config: GPTConfig) -> int | None:
+    """The id of GPT-2's end of text, where the vocabulary has GPT-2's size."""
+    return _GPT2_END if config.vocab_size == _GPT2_VOCAB else None
 
 
 def _read_ours(given: dict[str, Any], dropout: float | None) -> GPTConfig:

@@ -438,6 +438,7 @@ def test_heads_too_wide_for_the_op_are_left_to_the_original(family: str) -> None
 def test_transformers_is_not_imported_for_other_models() -> None:
     code = (
         "import sys, torch, gptkernels; gptkernels.accelerate(torch.nn.LayerNorm(4));"
+        "gptkernels.GPT;"
         "sys.exit('transformers' in sys.modules)"
     )
     assert command(sys.executable, "-c", code).returncode == 0
