@@ -94,9 +94,11 @@ def split(tokens: Tokens, validation_fraction: float, block_size: int) -> tuple[
     cut = count - round(count * validation_fraction)
     for name, length in (("training", cut), ("validation", count - cut)):
         if length < block_size + 1:
+            smaller = f" or a block_size of at most {length - 1}" if length > 1 else ""
             raise ValueError(
                 f"files: the {name} part has {length} of the text's {count} tokens, "
-                f"but one context of block_size={block_size} needs at least {block_size + 1}"
+                f"but one context of block_size={block_size} needs at least {block_size + 1}: "
+                f"take a longer text{smaller}"
             )
     return tokens[:cut], tokens[cut:]
 
