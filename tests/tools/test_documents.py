@@ -40,6 +40,14 @@ def test_the_first_table_is_that_of_the_results() -> None:
     assert "\n".join(readme.lines()) in page
 
 
+def test_make_help_and_the_readme_say_the_same_times() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    helps = dict(re.findall(r"^([a-z-]+):.*## (\d+ min) +\|", makefile, re.M))
+    assert helps
+    assert helps == dict(re.findall(r"^make ([a-z-]+) +(\d+ min) ", page, re.M))
+
+
 @pytest.mark.parametrize(
     ("made", "names", "page"),
     [

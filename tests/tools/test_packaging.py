@@ -340,6 +340,22 @@ def test_build_that_cannot_be_had_fails(
     assert not list(tmp_path.glob("*.whl"))
 
 
+@needs_nvcc
+def test_a_wrong_list_of_gpus_is_no_reason_to_go_without(
+    unpacked: Path, front_end: FrontEnd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTKERNELS_CUDA_ARCHS", "8O;9O")
+    done = front_end.call("build_wheel", unpacked, tmp_path, nvcc=True)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("GPTKERNELS_CUDA_ARCHS names '8O'; architec")
+
+
+def test_wheels_are_built_for_the_pythons_that_are_declared() -> None:
+    tags = re.findall(r"cp3(\d+)-manylinux_\*", PROJECT["tool"]["cibuildwheel"]["build"])
+    declared = re.findall(r"Python :: 3\.(\d+)", " ".join(PROJECT["project"]["classifiers"]))
+    assert tags == declared
+
+
 def test_without_a_compiler_there_are_no_cpu_kernels(
     unpacked: Path, front_end: FrontEnd, tmp_path: Path
 ) -> None:
@@ -359,14 +375,23 @@ def test_a_wheel_with_cpu_kernels_runs_without_torch(
 ) -> None:
     source = unpack(sdist, tmp_path / "unpacked")
     options = dict(nvcc=True, choice="0", cpu="1")  # with what is on PATH
-    made = front_end.build("build_wheel", source, tmp_path, **options)
+    done = front_end.call("build_wheel", source, tmp_path, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said, name = done.stdout.splitlines(), done.stdout.splitlines()[-1]
+    (first,) = (at for at, line in enumerate(said) if line.startswith("compiling the CPU kernels"))
+    (last,) = (
+        at for at, line in enumerate(said) if re.match(r"compiled (\d+) of \1: build/", line)
+    )
+    assert last > first
+    made = tmp_path / name
     module = f"gptkernels/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     assert module in zipfile.ZipFile(made).namelist()
     zipfile.ZipFile(made).extractall(tmp_path / "installed")
-    code = "from gptkernels import _cpu; print(_cpu.instruction_sets(), _cpu.threads_library())"
+    code = "from gptkernels import _cpu; print(_cpu.compiled_for, _cpu.threads_library())"
     done = run(bare, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
     assert done.stderr == ""
-    assert done.stdout.startswith("['baseline'")
+    assert done.stdout.startswith("baseline")
+    assert f"compiling the CPU kernels for {done.stdout.strip()}: about" in said[first]
 
 
 @pytest.fixture(scope="module")
