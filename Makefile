@@ -19,6 +19,8 @@ LOG := build/install.log
 JOBS ?= 2
 # Compiled objects, which installs, gates and tests share: none compiles what another has compiled.
 export GPTKERNELS_OBJECT_CACHE ?= $(CURDIR)/build/objects
+# Else each of the tests' processes would compile all modules that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 # More arguments for the command behind a target, such as ARGS="--text book.txt".
 ARGS ?=
 
@@ -52,7 +54,7 @@ demo: $(READY) ## 5 min  | train a small GPT, check it, write a report
 	$(PY) -m gptkernels demo $(ARGS)
 
 test: $(READY) cpu emulator native ## 12 min | run the whole test suite
-	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 cpu: $(READY) ## 1 min  | bring the CPU kernels of this checkout up to date
 	@if $(PY) scripts/cpu_extension.py --check >/dev/null; then $(PY) scripts/cpu_extension.py --inplace; fi

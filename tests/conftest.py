@@ -53,10 +53,10 @@ settings.load_profile("kernels")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes xdist run neighbouring tests in one worker, so that only that worker builds the
-    fixtures that they share."""
+    """Makes xdist run the tests of a file in one worker, so that only that worker builds the
+    fixtures that they share. Files with the most tests begin."""
     if getattr(config.option, "dist", "no") == "load":  # the default of xdist's -n
-        config.option.dist = "worksteal"
+        config.option.dist = "loadfile"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,10 +24,7 @@ from gptkernels.tuning.supervisor import Outcome
 from gptkernels.tuning.trial import is_pytorchs
 
 SETS = cpu.instruction_sets() if cpu.unavailable("cpu") is None else ()
-pytestmark = [
-    pytest.mark.skipif(not SETS, reason="the CPU kernels are not built"),
-    pytest.mark.xdist_group("faults"),  # one process finds them all, which takes half a minute
-]
+pytestmark = pytest.mark.skipif(not SETS, reason="the CPU kernels are not built")
 
 WORKER = (sys.executable, str(Path(__file__).parent / "faulty_worker.py"))
 # With it there is no lower one to be tried, and the kernels are what runs before anything is known.
