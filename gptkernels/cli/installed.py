@@ -109,7 +109,7 @@ def compiled_lines(name: str) -> Iterator[str]:
     help_ = compiled.remedy(name)
     if help_ is not None:
         needs, command = help_
-        yield f"          {needs}:"
+        yield f"          to build them, {needs}:"
         yield f"          {command}"
 
 

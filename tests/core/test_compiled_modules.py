@@ -27,7 +27,7 @@ def test_what_is_there_says_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert list(installed.compiled_lines("cuda")) == ["  cuda    for 80+PTX, 90a"]
     older, needs, command = installed.compiled_lines("cpu")
     assert older.startswith("  cpu     cannot be loaded: it is older than the package beside it")
-    assert needs == "          with g++ or clang++ on PATH:"
+    assert needs == "          to build them, with g++ or clang++ on PATH:"
     assert command.split() == [
         *("GPTKERNELS_BUILD_CPU=1", "pip", "install", "-v", "--no-deps", "-e", str(ROOT))
     ]
