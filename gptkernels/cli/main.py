@@ -28,6 +28,7 @@ _SUMMARIES = {
     "prepare": "Make token shards of texts, JSON lines, HTML pages and WARC archives.",
     "overlap": "Say how much of evaluation texts a prepared corpus holds.",
     "train": "Train a GPT on text files or token shards.",
+    "plot": "Draw the loss curves of several runs in one picture.",
     "generate": "Continue a text with a trained model.",
     "evaluate": "Perplexity of texts, and tasks asked by prompts: zero-shot, few-shot.",
     "finetune": "Fine-tune a trained model on a task: sentiment, entailment, choices ...",

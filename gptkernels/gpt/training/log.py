@@ -10,6 +10,23 @@ from typing import Any
 from gptkernels.core.files import make_folder, replacing
 from gptkernels.gpt.training.sinks import Sink
 
+NAME = "log.jsonl"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records in a log.jsonl, but for one that a killed run left half. Raises ValueError for a
+    file that is none, OSError where it cannot be read."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a killed run may have left half a line
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path} has a line that is not a record of a run: {line[:80]}")
+        records.append(record)
+    return records
+
 
 class Log:
     """The records of a run, each a line of `out`/log.jsonl, and handed to each of `sinks`."""
@@ -28,16 +45,10 @@ class Log:
         """Keep what an earlier run wrote, up to `step`: later steps will be made again, and so will
         what is `due` at this one, a "validation" or a "sample"."""
         self._resumed = True
-        path = self.out / "log.jsonl"
+        path = self.out / NAME
         if not path.is_file():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break  # a killed run may have left half a line
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(f"{path} has a line that is not a record of a run: {line[:80]}")
+        for record in read(path):
             kind = "sample" if "sample" in record else "validation"
             if record["step"] < step or (record["step"] == step and kind not in due):
                 self.records.append(record)
@@ -50,7 +61,7 @@ class Log:
     def write(self, record: dict[str, Any]) -> None:
         """Add a record, which has a "step". Raises OSError where it cannot be written."""
         # Opened for each line: a crash loses no line.
-        path = self.out / "log.jsonl"
+        path = self.out / NAME
         make_folder("out", self.out)  # somebody may have cleaned it away meanwhile
         try:
             with path.open("a" if self.records else "w", encoding="utf-8") as log:
