@@ -26,36 +26,56 @@ if TYPE_CHECKING:
     "--prompt",
     "prompts",
     multiple=True,
-    help="A text to continue; may be repeated. Default: the lines of standard input.",
+    help="Text to continue; may be repeated.  [default: the lines of standard input]",
 )
-@click.option("--max-new-tokens", type=int, default=100)
-@click.option("--samples", type=int, default=1, help="Continuations a prompt.")
-@click.option("--temperature", type=float, default=1.0, help="0: greedy.")
-@click.option("--top-k", type=int, help="Sample among the likeliest K tokens.")
-@click.option("--top-p", type=float, help="Sample among the likeliest tokens that reach P.")
-@click.option("--min-p", type=float, help="Drop tokens less likely than P times the likeliest.")
+@click.option(
+    "--max-new-tokens", type=int, default=100, help="Tokens that a text is continued by, at most."
+)
+@click.option("--samples", type=int, default=1, help="Continuations of each prompt.")
+@click.option(
+    "--temperature",
+    type=float,
+    default=1.0,
+    help="Divisor of the logits: below 1 likely tokens become likelier; 0 takes the likeliest.",
+)
+@click.option("--top-k", type=int, help="Sample among so many of the likeliest tokens.")
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample among the likeliest tokens that together reach this probability.",
+)
+@click.option(
+    "--min-p",
+    type=float,
+    help="Sample among the tokens at least so many times as likely as the likeliest.",
+)
 @click.option(
     "--repetition-penalty",
     type=float,
     default=1.0,
-    help="Above 1: tokens that the text holds already become less likely.",
+    help="Above 1, tokens that the text holds already become less likely.",
 )
 @click.option("--stop", multiple=True, help="End a text before this string; may be repeated.")
-@click.option("--seed", type=int, help="For the same samples again, in any batch.")
+@click.option(
+    "--seed",
+    type=int,
+    help="Seed that gives the same samples again, in any batch.  [default: a new one]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
-@click.option("--logprobs", is_flag=True, help="Log-probabilities of the tokens; with --json.")
+@click.option(
+    "--logprobs", is_flag=True, help="Print log-probabilities of tokens too, with --json."
+)
 @click.option(
     "--slots",
     type=int,
-    help="Texts at a time: 1, or a multiple of 8. Default: 8, with --draft 1.",
-    show_default=False,
+    help="Texts at a time: 1 or a multiple of 8.  [default: 8; 1 with --draft]",
 )
 @click.option(
     "--draft",
     help='Guess tokens and check them together: "lookup" (what followed the same words before), or '
     "a smaller model with the same tokens. With the CPU kernels the text stays the same.",
 )
-@click.option("--draft-tokens", type=int, default=3, help="Guesses at a time, 1 to 3.")
+@click.option("--draft-tokens", type=int, default=3, help="Guesses at a time of --draft, 1 to 3.")
 @options.tokenizer_option
 @options.impl
 @options.device
@@ -81,17 +101,24 @@ def command(
 
     Without --prompt every line of standard input is one, taken up as soon as it is there. A text
     does not depend on the others, and with --seed is the same every time.
+
+    \b
+    Examples:
+        gptkernels generate run --prompt "The " --top-k 50
+        gptkernels generate gpt2-folder --temperature 0 --json < prompts.txt
     """
     if logprobs and not as_json:
         raise ValueError("logprobs are printed with --json only")
     import torch
 
     from gptkernels.core.device import choose_device
+    from gptkernels.gpt.generation.checks import check_slots
     from gptkernels.gpt.generation.draft import LOOKUP
     from gptkernels.gpt.generation.engine import Engine, Request
     from gptkernels.gpt.generation.sampling import Sampling
     from gptkernels.gpt.loading import load, load_network
 
+    check_slots(slots, draft)
     how = Sampling(**sampling)
     template = Request((), max_new_tokens, how, samples=samples, seed=seed, stop=stop)
 

@@ -270,6 +270,11 @@ def test_generate_refuses(call: Any, folder: Path, options: list[str], word: str
     assert result.out == ""
 
 
+def test_slots_are_refused_before_the_model_is_read(call: Any) -> None:
+    for more in (["--slots", "3"], ["--slots", "8", "--draft", "lookup"]):
+        assert_refused(call("generate", "nowhere", "--prompt", "x", *more), "slots")
+
+
 def test_any_character_is_printed_on_any_terminal(folder: Path) -> None:
     running = program(
         folder, "--prompt", "snow \u2603", "--max-new-tokens", "0", "--device", "cpu",

@@ -181,7 +181,7 @@ def test_a_smaller_model_guesses_its_own_likeliest() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(draft="lookup", slots=2), ValueError, "a draft takes slots=1, got 2"),
+        (dict(draft="lookup", slots=8), ValueError, "a draft takes slots=1, got 8"),
         (dict(draft=torch.nn.Linear(2, 2)), TypeError, "draft must be 'lookup', a model or None"),
         (dict(draft="look"), ValueError, "draft must be 'lookup', a model or None, got 'look'"),
         (dict(draft="lookup", draft_tokens=4), ValueError, "draft_tokens must be at most 3, got 4"),

@@ -144,6 +144,9 @@ def test_a_step_makes_no_indices_a_layer(model: GPT) -> None:
 def test_max_tokens_is_counted_from_one(model: GPT) -> None:
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         Engine(model, max_tokens=0)
+    for slots in (3, 12):  # a number that is no multiple of 8 is not rounded in silence
+        with pytest.raises(ValueError, match=f"slots must be 1 or a multiple of 8, got {slots}"):
+            Engine(model, slots=slots)
 
 
 def test_requests_are_taken_when_slots_are_free(model: GPT) -> None:
@@ -154,8 +157,8 @@ def test_requests_are_taken_when_slots_are_free(model: GPT) -> None:
             taken.append(i)
             yield Request([i], 3, seed=i)
 
-    seen = [(event.request, len(taken)) for event in stream(model, source(), slots=3)]
-    assert seen[0] == (0, 8)  # slots are a multiple of 8
+    seen = [(event.request, len(taken)) for event in stream(model, source(), slots=8)]
+    assert seen[0] == (0, 8)
     assert {request for request, _ in seen} == set(range(11))
     assert all(count <= request + 8 for request, count in seen)
 

@@ -23,6 +23,7 @@ Gao et al., "The Language Model Evaluation Harness", 2024, https://zenodo.org/re
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ from gptkernels.core.checks import check_count
 from gptkernels.gpt.evaluation.config import RunConfig
 from gptkernels.gpt.evaluation.likelihood import Question
 from gptkernels.gpt.evaluation.subject import Subject
+from gptkernels.gpt.generation.checks import SLOTS
 from gptkernels.gpt.generation.generate import stream
 from gptkernels.gpt.generation.request import Request
 from gptkernels.gpt.generation.sampling import Sampling
@@ -181,7 +183,7 @@ class HarnessModel(TemplateLM):
         events = stream(
             self._subject.model,
             asked,
-            slots=self.batch_size,
+            slots=1 if self.batch_size == 1 else SLOTS * math.ceil(self.batch_size / SLOTS),
             tokenizer=tokenizer,
             vocab_size=tokenizer.vocab_size,
         )

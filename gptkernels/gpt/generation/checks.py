@@ -11,6 +11,22 @@ from gptkernels.gpt.generation.cache import CachingModel
 from gptkernels.gpt.generation.request import Request
 from gptkernels.gpt.tokenizer import Tokenizer
 
+SLOTS = 8
+"""Texts run at a time in multiples of so many, or alone."""
+
+
+def check_slots(slots: int | None, draft: object = None) -> int:
+    """How many texts run at a time: `slots`, 1 or a multiple of SLOTS; None means SLOTS, or 1 with
+    a draft. Raises TypeError for another type, and ValueError for any other number, or more than
+    one with a draft."""
+    if slots is None:
+        return SLOTS if draft is None else 1
+    if check_count("slots", slots) > 1 and slots % SLOTS:
+        raise ValueError(f"slots must be 1 or a multiple of {SLOTS}, got {slots}")
+    if draft is not None and slots != 1:
+        raise ValueError(f"a draft takes slots=1, got {slots}")
+    return slots
+
 
 def usable_ids(model: CachingModel, vocab_size: int | None) -> int:
     """How many of the model's ids may be chosen: the first vocab_size; None means all. Raises

@@ -28,7 +28,12 @@ from torch import Tensor, nn
 
 from gptkernels.core.checks import check_count
 from gptkernels.gpt.generation.cache import CachingModel, SlotCache
-from gptkernels.gpt.generation.checks import check_logprob, check_request, usable_ids
+from gptkernels.gpt.generation.checks import (
+    check_logprob,
+    check_request,
+    check_slots,
+    usable_ids,
+)
 from gptkernels.gpt.generation.choices import choices_of, running
 from gptkernels.gpt.generation.draft import LOOKUP, Draft, Lookup, SmallerModel
 from gptkernels.gpt.generation.request import Event, Request
@@ -37,7 +42,6 @@ from gptkernels.gpt.generation.text import TextStream
 from gptkernels.gpt.modes import evaluating
 from gptkernels.gpt.tokenizer import Tokenizer
 
-_MULTIPLE = 8
 # A step of more tokens would be one that attention_decode's kernels are slow at.
 MOST_DRAFTED = 3
 
@@ -57,7 +61,7 @@ class _Text:
 class Engine:
     """Continues texts with `model`, as many at a time as it has slots.
 
-    slots: 1, or rounded up to a multiple of 8; None means 8, or 1 with a draft.
+    slots: 1 or a multiple of 8; None means 8, or 1 with a draft.
     tokenizer: gives the text in events, and finds stop strings.
     vocab_size: only ids below it are chosen, for a model whose vocabulary is padded past its
         tokenizer's; None allows all of the model's.
@@ -86,12 +90,7 @@ class Engine:
         self._drafted = check_count("draft_tokens", draft_tokens)
         if self._drafted > MOST_DRAFTED:
             raise ValueError(f"draft_tokens must be at most {MOST_DRAFTED}, got {draft_tokens}")
-        if slots is None:
-            slots = _MULTIPLE if draft is None else 1
-        if draft is not None and slots != 1:
-            raise ValueError(f"a draft takes slots=1, got {slots}")
-        if check_count("slots", slots) > 1:
-            slots = _MULTIPLE * -(-slots // _MULTIPLE)
+        slots = check_slots(slots, draft)
         self._ids = usable_ids(model, vocab_size)
         self._model = model
         self._modules = list(model.modules())

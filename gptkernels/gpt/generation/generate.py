@@ -52,9 +52,9 @@ def generate(
     its sample b. None draws a seed from PyTorch's generator for the CPU.
     vocab_size: only ids below it are chosen, for a model whose vocabulary is padded past its
     tokenizer's; None allows all of the model's.
-    slots: how many rows run at a time: 1, or rounded up to a multiple of 8; None means 8, or 1 with
-    a draft. Every step computes that many rows, even where fewer are left, so that a row's tokens
-    do not depend on the others. 1 is the quickest for a single row.
+    slots: how many rows run at a time: 1 or a multiple of 8; None means 8, or 1 with a draft. Every
+    step computes that many rows, even where fewer are left, so that a row's tokens do not depend on
+    the others. 1 is the quickest for a single row.
     draft, draft_tokens: guesses of the next tokens, which are then checked together, as `Engine`
     says; slots must be 1. With the CPU kernels the tokens are the same; they come sooner where
     guesses are often right.
