@@ -16,7 +16,6 @@ from test_cli import assert_refused
         "generate gpt2 --prompt x",
         "evaluate gpt2 text.txt",
         "train text.txt --out out --init gpt2",
-        "finetune gpt2 --task sst-2 --data . --out out",
         "tune gpt2",
         "info gpt2",
     ],
