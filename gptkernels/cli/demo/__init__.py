@@ -8,23 +8,48 @@ from pathlib import Path
 import click
 
 from gptkernels.cli import options
-from gptkernels.cli.console import PipeConsole
+from gptkernels.cli.console import plain_console
+from gptkernels.cli.paths import FOLDER
 
 
 @click.command("demo")
-@click.option("--text", type=options.PATH, help="UTF-8 text; default: Python's own manual.")
-@click.option("--out", type=options.PATH, default=Path("demo-report"), show_default=True)
-@click.option("--minutes", type=float, default=2.0, show_default=True, help="Time to train.")
+@click.option("--text", type=options.PATH, help="UTF-8 text to train on. Default: Python's manual.")
+@click.option(
+    "--out",
+    type=FOLDER,
+    default=Path("demo-report"),
+    show_default=True,
+    help="Folder of the report; an earlier one in it is replaced.",
+)
+@click.option(
+    "--minutes",
+    type=float,
+    default=2.0,
+    show_default=True,
+    help="How long to train. The other parts take about three minutes more.",
+)
 @options.device
-@click.option("--seed", type=int, default=1337, show_default=True)
+@click.option(
+    "--seed",
+    type=int,
+    default=1337,
+    show_default=True,
+    help="Of the initial weights, the batches and the sample.",
+)
 def command(text: Path | None, out: Path, minutes: float, device: str, seed: int) -> int:
     """Train a small GPT on real text, sample from it, check it against plain PyTorch, time it, and
     write a report folder.
 
-    Exits with 1 when a check fails.
+    Exits with 1 when a check fails, and with 130 when it is interrupted.
     """
     from gptkernels.cli.demo.run import run
 
-    # A file or a pipe has no width of its own, and the customary 80 would fold the tables.
-    console = PipeConsole(highlight=False, width=None if sys.stdout.isatty() else 110)
-    return run(text=text, out=out, minutes=minutes, device=device, seed=seed, console=console)
+    console = plain_console()
+    try:
+        return run(text=text, out=out, minutes=minutes, device=device, seed=seed, console=console)
+    except KeyboardInterrupt as error:
+        if not error.args:  # nothing was written yet
+            raise
+        newline = "\n" if sys.stderr.isatty() else ""  # behind the terminal's ^C
+        click.echo(f"{newline}gptkernels: {error}", err=True)
+        return 130

@@ -2,85 +2,82 @@
 
 from __future__ import annotations
 
-import base64
 import statistics
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
+from markupsafe import Markup
 
-from gptkernels import bench
+from gptkernels.bench.case import BASELINE
+from gptkernels.bench.report.template import template
+from gptkernels.bench.report.words import count, times
 from gptkernels.bench.results import write_json
-from gptkernels.bench.text import seconds
-from gptkernels.cli.demo.terminal import Row, reasons, small
+from gptkernels.cli.demo import picture
+from gptkernels.cli.demo.beside import Beside
+from gptkernels.cli.demo.checks import Checks
+from gptkernels.cli.demo.findings import disturbance, findings, machine
+from gptkernels.cli.demo.parity import worst_rows
+from gptkernels.cli.demo.terminal import Row, not_run, of_limit, share, small
+from gptkernels.cli.demo.training import PROMPT
 from gptkernels.core.files import replacing
 
-
-def worst_rows(rows: Iterable[Row]) -> list[Row]:
-    """One row for each op, implementation, dtype and direction: of its cases the one that comes
-    closest to its limit, with how many `cases` there are, how many `passed`, and one `status`.
-    """
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("op", "impl", "dtype", "direction"))
-        groups.setdefault(key, []).append(row)
-    order = {op: i for i, op in enumerate(bench.OPERATORS)}
-    worst = []
-    for key in sorted(groups, key=lambda key: (order.get(key[0], len(order)), key[1] != "torch")):
-        group = groups[key]
-        statuses = [row["status"] for row in group]
-        measured = [row for row in group if row["limit"]]
-        closest = max(measured, key=lambda r: r["error"] / r["limit"], default=group[0])
-        status = next((s for s in ("fail", "pass", "skipped") if s in statuses), "skipped")
-        worst.append(
-            {
-                **closest,
-                "status": status,
-                "cases": len(group),
-                "passed": statuses.count("pass"),
-                "reason": "; ".join(reasons(row["reason"] for row in group)),
-            }
-        )
-    return worst
+# The page's classes for what is good, bad or neither.
+_TONES = {"pass": "good", "fail": "bad", "skipped": "idle", "faster": "good", "slower": "bad"}
 
 
 def write(
-    out: Path, content: Row, prompt: str, parity_rows: list[Row], speed_rows: list[Row]
+    out: Path,
+    content: Row,
+    checks: Checks,
+    beside: Beside,
+    parity_rows: Sequence[Row],
+    speed_rows: Sequence[Row],
 ) -> None:
     """The report folder. The page comes last: where it is, everything else is."""
-    picture = (out / "training" / "loss.png").read_bytes()
-    logged = content["records"][1:]  # the first is the validation before training
+    records, environment = content["records"], content["environment"]
     with replacing(out / "loss.png") as file:
-        file.write_bytes(picture)
-    environment = content["environment"]
+        file.write_bytes(picture.png(records, beside.curve))
     for name, rows in (("parity", parity_rows), ("speed", speed_rows)):
         write_json(out / f"{name}.json", {"environment": environment, "rows": rows})
     write_json(out / "summary.json", content)
-    page = _template().render(
-        **content,
-        picture=base64.b64encode(picture).decode("ascii"),
-        parity=worst_rows(parity_rows),
-        parity_all=parity_rows,
-        notes=Counter(row["reason"] for row in parity_rows if row["reason"]),
-        speed=speed_rows,
-        not_timed=reasons(f"{r['impl']}: {r['skipped']}" for r in speed_rows if "skipped" in r),
-        last=logged[-1],
-        rate=statistics.median(record["tokens_per_s"] for record in logged),
-        mfu=None if logged[-1]["mfu"] is None else statistics.median(r["mfu"] for r in logged),
-        prompt=prompt,
+    logged = [record for record in records if record.get("tokens_per_s") is not None]
+    page = template(
+        "gptkernels.cli.demo",
+        "report.html.j2",
+        count=count,
+        of_limit=of_limit,
+        small=small,
+        times=times,
+    ).render(
+        {
+            **content,
+            "machine": machine(environment),
+            "disturbance": disturbance(environment),
+            "checks": checks,
+            "findings": findings(speed_rows),
+            "picture": Markup(picture.svg(records, beside.curve)),
+            "beside": beside.sentence,
+            "parity": [
+                (row, _of_op(row["op"], parity_rows)) for row in worst_rows(parity_rows, ["op"])
+            ],
+            "timed": [r for r in speed_rows if r["time_s"] is not None and r["impl"] != BASELINE],
+            "not_timed": not_run(speed_rows, "skipped"),
+            "last": logged[-1],
+            "rate": _median(logged, "tokens_per_s"),
+            "mfu": _median(logged, "mfu"),
+            "prompt": PROMPT,
+            "tones": _TONES,
+        }
     )
     with replacing(out / "report.html") as file:
         file.write_text(page, encoding="utf-8")
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gptkernels.cli.demo", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(small=small, seconds=seconds)
-    return environment.get_template("report.html.j2")
+def _median(records: Sequence[Row], name: str) -> float | None:
+    found = [record[name] for record in records if record[name] is not None]
+    return statistics.median(found) if found else None
+
+
+def _of_op(op: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows of one op, the nearest to their limits first."""
+    return sorted((row for row in rows if row["op"] == op), key=share, reverse=True)

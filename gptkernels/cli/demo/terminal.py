@@ -1,48 +1,53 @@
-"""What the demo shows on the terminal."""
+"""What the demo shows on the terminal: headings, and what became of the checks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from gptkernels.cli.console import STYLES
+from gptkernels.cli.console import print_text
 
 Row = dict[str, Any]
 
 
-def table(console: Console, columns: dict[str, Callable[[Row], str]], rows: list[Row]) -> None:
-    """Print `rows`; a row's `status`, where it has one, colours its last cell."""
-    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for title in columns:
-        grid.add_column(title, overflow="fold")
-    for row in rows:
-        style = STYLES.get(row.get("status", ""), "")
-        cells = [escape(cell(row)) for cell in columns.values()]
-        cells[-1] = f"[{style}]{cells[-1]}[/]" if style else cells[-1]
-        grid.add_row(*cells)
-    console.print(grid)
-
-
 def heading(console: Console, title: str, text: str) -> None:
-    """Print the title of a part, and in few words what it is about."""
-    console.print(f"\n[bold]{escape(title)}[/] [dim]{escape(text)}[/]", soft_wrap=True)
-
-
-def reasons(reasons: Iterable[str]) -> list[str]:
-    """Each reason once, in order, without the empty ones."""
-    return [reason for reason in dict.fromkeys(reasons) if reason]
-
-
-def print_reasons(console: Console, given: Iterable[str]) -> None:
-    """Print each reason once."""
-    for reason in reasons(given):
-        console.print(f"  {escape(reason)}", style="yellow", soft_wrap=True)
+    """Print the title of a part, and below it what the part is about."""
+    console.print()
+    print_text(console, title, "bold")
+    print_text(console, text, "dim")
 
 
 def small(value: float | None) -> str:
     """An error as short text, nothing for None."""
     return "" if value is None else f"{value:.2e}"
+
+
+def share(row: Row) -> float:
+    """The share of its limit that an error reaches; infinite for a failure whose error is no
+    number, -1 where nothing was measured."""
+    error, limit = row["error"], row["limit"]
+    if error is not None and limit and math.isfinite(error):
+        return float(error / limit)
+    return math.inf if row["status"] == "fail" else -1.0
+
+
+def of_limit(row: Row) -> str:
+    """The share of its limit that an error reaches, nothing where there is none."""
+    return f"{share(row):.0%}" if 0 <= share(row) < math.inf else ""
+
+
+def not_run(rows: Iterable[Row], reason: str) -> list[str]:
+    """A line for each reason why rows were not run: how many of which implementation, and the
+    reason, which a row has under the name `reason`."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row.get(reason):
+            of_impl = counts.setdefault(row[reason], {})
+            of_impl[row["impl"]] = of_impl.get(row["impl"], 0) + 1
+    return [
+        f"{', '.join(f'{count} of {impl}' for impl, count in of_impl.items())}: {why}"
+        for why, of_impl in counts.items()
+    ]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from gptkernels.cli.console import print_text
 from gptkernels.cli.demo.terminal import heading
 from gptkernels.core.device import choose_device
-from gptkernels.core.figure import figure_class
 from gptkernels.core.files import replacing
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
@@ -34,18 +37,57 @@ _SAMPLE_TOKENS = 600
 
 
 @dataclass(frozen=True)
-class Training:
-    """A trained model, and what it was trained with."""
+class Task:
+    """What is to be trained, on what, all of it checked."""
 
-    result: TrainResult
+    model: GPTConfig
     config: TrainConfig
-    file: Path
-    text: str  # what to call the file
+    tokens: data.Tokens
+    content: str
+    given: Path | None  # the file that was named; None for Python's manual
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.result.model.parameters()).device
+        """Where it is trained."""
+        return choose_device(self.config.device)
+
+    @property
+    def text(self) -> str:
+        """What to call the text."""
+        return str(self.given or f"the manual that Python {platform.python_version()} carries")
+
+    @property
+    def parts(self) -> tuple[data.Tokens, data.Tokens]:
+        """The tokens to train on, and those held out, as `train` splits them."""
+        return data.split(self.tokens, self.config.validation_fraction, self.model.block_size)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trained model, and how it was trained; `rates` has the learning rate of each step."""
+
+    task: Task
+    result: TrainResult
+    rates: list[float] = field(repr=False)
+
+    @property
+    def model(self) -> GPT:
+        """The model."""
+        return self.result.model
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of its log."""
+        return self.result.records
+
+
+class _Bar(ProgressBar):
+    """A signal ends the whole demo at once, where a run of `gptkernels train` would stop between
+    two steps to go on later."""
+
+    def stopping(self) -> None:
+        """Called by the signal's handler."""
+        raise KeyboardInterrupt
 
 
 def size(on_gpu: bool) -> tuple[GPTConfig, int]:
@@ -53,12 +95,8 @@ def size(on_gpu: bool) -> tuple[GPTConfig, int]:
     return (GPU_MODEL, 64) if on_gpu else (CPU_MODEL, CPU_BATCH)
 
 
-def train_model(
-    text: str | Path | None, out: Path, minutes: float, device: str, seed: int, console: Console
-) -> Training:
-    """Train for `minutes` and write the folder `out`/training; refuses what it cannot train on
-    before it removes anything of an earlier demo.
-    """
+def task(text: str | Path | None, minutes: float, device: str, seed: int) -> Task:
+    """What the demo trains. Raises all that can be refused, before anything is written."""
     on_gpu = choose_device(device).type == "cuda"
     model, batch = size(on_gpu)
     config = TrainConfig(
@@ -77,28 +115,41 @@ def train_model(
         seed=seed,
     )
     content = manual() if text is None else data.read_text([text])
-    # Everything that can be refused is refused before anything is removed.
     tokens = data.tokenize(content, ByteTokenizer())
-    data.split(tokens, config.validation_fraction, model.block_size)
-    figure_class()
+    found = Task(model, config, tokens, content, None if text is None else Path(text))
+    _ = found.parts  # refuses a text that is too short
     safetensors_package()
-    for old in (out / "report.html", out / "training" / "checkpoint.pt"):
-        old.unlink(missing_ok=True)
-    if text is None:
+    return found
+
+
+def train_model(wanted: Task, out: Path, console: Console) -> Training:
+    """Train, and write the folder `out`/training; of an earlier demo nothing may be in it."""
+    file = wanted.given
+    if file is None:
         file = out / "text.txt"
         with replacing(file) as written:
-            written.write_text(content, encoding="utf-8", newline="\n")
-        named = f"the reference manual that Python {platform.python_version()} carries"
-    else:
-        file, named = Path(text), str(text)
-    where = "the GPU" if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    heading(
-        console, "2. Training", f"on {named}, {len(tokens):,} bytes, {minutes:g} minutes, {where}"
-    )
-    with ProgressBar(console) as bar:
-        result = train([file], out / "training", model=model, config=config, observer=bar)
+            written.write_text(wanted.content, encoding="utf-8", newline="\n")
+    heading(console, "2. Training", f"A small GPT on {wanted.text}.")
+    with _Bar(console) as bar, learning_rates() as rates:
+        result = train(
+            [file], out / "training", model=wanted.model, config=wanted.config, observer=bar
+        )
     result.model.eval()
-    return Training(result, config, file, named)
+    return Training(wanted, result, rates)
+
+
+@contextlib.contextmanager
+def learning_rates() -> Iterator[list[float]]:
+    """The learning rate of each step that an optimiser makes in this context. With `minutes` the
+    rates follow the clock, so that nobody could compute them again."""
+    rates: list[float] = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    try:
+        yield rates
+    finally:
+        hook.remove()
 
 
 def manual() -> str:
@@ -113,14 +164,18 @@ def manual() -> str:
 
 
 @torch.no_grad()
-def sample(model: GPT, seed: int, console: Console) -> str:
+def sample(trained: Training, console: Console) -> str:
     """A continuation of the prompt, longer than the context."""
-    heading(console, "3. A sample", f"after {PROMPT!r}, temperature 0.7")
+    heading(console, "4. A sample", f"What the model writes after {PROMPT!r}, temperature 0.7.")
     tokenizer = ByteTokenizer()
-    prompt = torch.tensor([tokenizer.encode(PROMPT)], device=next(model.parameters()).device)
-    tokens = model.generate(
-        prompt, _SAMPLE_TOKENS - prompt.shape[1], temperature=0.7, seed=seed, slots=1
+    prompt = torch.tensor([tokenizer.encode(PROMPT)], device=trained.task.device)
+    tokens = trained.model.generate(
+        prompt,
+        _SAMPLE_TOKENS - prompt.shape[1],
+        temperature=0.7,
+        seed=trained.task.config.seed,
+        slots=1,
     )
     text = tokenizer.decode(tokens[0].tolist())
-    console.print(escape(text), style="italic", soft_wrap=True)
+    print_text(console, text, "italic")
     return text

@@ -6,30 +6,44 @@ import torch
 from rich.console import Console
 
 from gptkernels.bench.text import seconds
+from gptkernels.cli.console import print_text
 from gptkernels.cli.demo import training
-from gptkernels.cli.demo.terminal import Row, heading, table
-from gptkernels.cli.tune_table import row
+from gptkernels.cli.demo.terminal import Row, heading
+from gptkernels.cli.table import Column, print_table
+from gptkernels.cli.tune_table import classes, row
 from gptkernels.core import tuned_files
 from gptkernels.core.choice import switched_off
 from gptkernels.tuning import explanation, tune
 from gptkernels.tuning.models import classes_of
 
-_SECONDS = 20.0
+SECONDS = 20.0
+_COLUMNS = (
+    Column("op"),
+    Column("direction", lost=2),
+    Column("up to", lost=3),
+    Column("fastest"),
+    Column("time", right=True),
+    Column("PyTorch's", right=True, lost=1),
+)
 
 
 def tune_model(device: torch.device, console: Console) -> list[Row]:
     """Measures the calls of the demo's training step, and says what won; nothing where a variable
     of the environment says that no table is used."""
     heading(
-        console, "1. Tuning", "which implementation is the fastest here, for this model's calls"
+        console,
+        "1. Tuning",
+        'Which implementation is the fastest here for the model\'s calls; impl="auto" takes it.',
     )
     if switched_off() or not tuned_files.switched_on():
-        console.print("switched off by GPTKERNELS_TUNE or GPTKERNELS_IMPL: nothing is measured")
+        print_text(
+            console, "Switched off by GPTKERNELS_TUNE or GPTKERNELS_IMPL: nothing is measured."
+        )
         return []
     on_gpu = device.type == "cuda"
     config, batch = training.size(on_gpu)
     with console.status("measuring"):
-        classes = classes_of(
+        wanted = classes_of(
             config,
             torch.bfloat16 if on_gpu else torch.float32,
             device,
@@ -38,19 +52,23 @@ def tune_model(device: torch.device, console: Console) -> list[Row]:
             train=True,
             autocast=on_gpu,
         )
-        report = tune(classes, seconds=_SECONDS)
+        report = tune(wanted, seconds=SECONDS)
     rows = [row(found) for entry in report.entries for found in explanation.of_entry(entry)]
-    table(
+    print_table(
         console,
-        {
-            "op": lambda r: r["class"]["op"],
-            "up to": lambda r: explanation.said(r["sizes"]),
-            "fastest": lambda r: r["way"],
-            "time": lambda r: seconds(r["time_s"]),
-            "PyTorch's": lambda r: seconds(r["pytorch_s"]),
-        },
-        rows,
+        _COLUMNS,
+        [
+            (
+                found["class"]["op"],
+                found["class"]["direction"],
+                explanation.said(found["sizes"]),
+                found["way"],
+                seconds(found["time_s"]),
+                seconds(found["pytorch_s"]),
+            )
+            for found in rows
+        ],
     )
     if report.left:
-        console.print(f"No time was left for {len(report.left)} more classes of calls.")
+        print_text(console, f"No time was left for {classes(len(report.left))} of calls.")
     return rows

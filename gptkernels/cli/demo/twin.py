@@ -6,25 +6,38 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gptkernels.cli.demo.terminal import Row, heading, small, table
+from gptkernels.cli.console import STYLES
+from gptkernels.cli.demo.terminal import Row, heading, of_limit, small
 from gptkernels.cli.demo.training import Training
-from gptkernels.gpt.tokenizer import ByteTokenizer
+from gptkernels.cli.table import Column, print_table
 from gptkernels.gpt.training import data
 from gptkernels.truth import parity
 from gptkernels.truth.plain_gpt import PlainGPT
 
+_COLUMNS = (
+    Column("quantity"),
+    Column("|ours - PyTorch|", right=True, lost=1),
+    Column("our error", right=True, lost=3),
+    Column("PyTorch's", right=True, lost=2),
+    Column("of limit", right=True),
+    Column("status"),
+)
+
 
 def twin_table(trained: Training, console: Console) -> list[Row]:
     """The trained weights in plain PyTorch, on a batch of held-out text, both held to fp64."""
-    heading(console, "4. The same weights in plain PyTorch", "on held-out text")
-    model, config = trained.result.model, trained.config
-    size = model.config.block_size
-    tokens = data.tokenize(data.read_text([trained.file]), ByteTokenizer())
-    _, held_out = data.split(tokens, config.validation_fraction, size)
-    x, y = (part.to(trained.device) for part in next(data.validation_batches(held_out, size, 4, 1)))
+    heading(
+        console,
+        "5. The same weights in plain PyTorch",
+        "The trained weights in both models, on held-out text, against the same in fp64.",
+    )
+    model, device = trained.model, trained.task.device
+    _, held_out = trained.task.parts
+    batch = next(data.validation_batches(held_out, model.config.block_size, 4, 1))
+    x, y = (part.to(device) for part in batch)
 
     def plain(dtype: torch.dtype) -> nn.Module:
-        network = PlainGPT(model.config).to(device=trained.device, dtype=dtype).eval()
+        network = PlainGPT(model.config).to(device=device, dtype=dtype).eval()
         network.load_state_dict(model.state_dict())
         return network
 
@@ -33,7 +46,7 @@ def twin_table(trained: Training, console: Console) -> list[Row]:
     )
     gradients = [name for name in truth if name not in ("logits", "loss")]
     kinds = {"logits": ["logits"], "loss": ["loss"], f"gradients ({len(gradients)})": gradients}
-    rows = []
+    rows: list[Row] = []
     for kind, names in kinds.items():
         k = parity.K_GRADIENT if names is gradients else parity.K_FORWARD
         measurements = [
@@ -53,17 +66,21 @@ def twin_table(trained: Training, console: Console) -> list[Row]:
                 "status": "pass" if passed else "fail",
             }
         )
-    table(
+    print_table(
         console,
-        {
-            "quantity": lambda r: r["quantity"],
-            "difference": lambda r: small(r["difference"]),
-            "error": lambda r: small(r["error"]),
-            "PyTorch's": lambda r: small(r["baseline_error"]),
-            "limit": lambda r: small(r["limit"]),
-            "": lambda r: r["status"],
-        },
-        rows,
+        _COLUMNS,
+        [
+            (
+                row["quantity"],
+                small(row["difference"]),
+                small(row["error"]),
+                small(row["baseline_error"]),
+                of_limit(row),
+                row["status"],
+            )
+            for row in rows
+        ],
+        [STYLES[row["status"]] for row in rows],
     )
     return rows
 
