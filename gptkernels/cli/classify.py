@@ -36,6 +36,11 @@ def command(folder: Path, texts: tuple[str, ...], as_json: bool, impl: str, devi
     For a task about one text each of TEXTS is an example. For a task about two, or about choices,
     TEXTS are one example: its texts, then its choices. Without TEXTS every line of standard input
     is an example, with tabs between its texts.
+
+    \b
+    Examples:
+        gptkernels classify tuned "a film of rare warmth"
+        gptkernels classify tuned --json < reviews.txt
     """
     from gptkernels.gpt.finetuning.classifier import Classifier
 

@@ -65,6 +65,11 @@ def command(
 
     MODEL is a Hugging Face GPT-2 or OpenAI-GPT folder, a folder that `train` wrote, its
     checkpoint.pt, or a nanoGPT checkpoint.
+
+    \b
+    Examples:
+        gptkernels evaluate run wiki.txt --stride 512
+        gptkernels evaluate run --task sst-2 --data sst-2/ --shots 0,1,4
     """
     if bool(texts) == bool(task):
         raise ValueError("either texts or a --task is wanted")

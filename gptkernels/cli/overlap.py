@@ -40,6 +40,10 @@ def command(
 ) -> None:
     """Look for the 8-grams of EVALUATIONS, files of text, in the shards that `gptkernels prepare`
     wrote into FOLDER, to see how much a model that is trained on them has seen before.
+
+    \b
+    Example:
+        gptkernels overlap corpus test.txt
     """
     from gptkernels.bench.results import recorded
     from gptkernels.gpt.corpus import manifest

@@ -40,6 +40,10 @@ from gptkernels.gpt.training.log import NAME, read
 def command(runs: tuple[Path, ...], out: Path, by: str, metric: str) -> None:
     """Draw the curves of RUNS, folders that `train` or `finetune` wrote, in one picture, to compare
     them. A run that is still going is drawn as far as it is.
+
+    \b
+    Example:
+        gptkernels plot run other-run --by tokens
     """
     logs = {run: run / NAME for run in runs}
     for run, log in logs.items():

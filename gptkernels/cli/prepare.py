@@ -35,6 +35,11 @@ def command(files: tuple[Path, ...], out: Path, processes: int | None, **options
     .md), JSON lines (.jsonl), pages (.html) and WARC archives (.warc), also compressed (.gz, .zst).
 
     Where the command was stopped or killed, the same command goes on.
+
+    \b
+    Examples:
+        gptkernels prepare pages/ --out corpus
+        gptkernels prepare book.txt --out corpus --tokenizer bytes
     """
     from gptkernels.gpt.corpus import manifest as manifests
     from gptkernels.gpt.corpus.prepare import MALFORMED, prepare
