@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 
 class _Embed(torch.autograd.Function):
@@ -37,7 +38,7 @@ class Embedding(nn.Embedding):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        device: torch.device | str | int | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)

@@ -28,6 +28,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 from torch.utils.checkpoint import checkpoint
 
 from gptkernels.core.checks import dtype_name
@@ -42,7 +43,6 @@ from gptkernels.nn.cross_entropy import IGNORED, call_cross_entropy
 from gptkernels.nn.layers import (
     MLP,
     CausalSelfAttention,
-    Device,
     KVCache,
     LayerNorm,
     Normed,

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 from gptkernels.core.checks import DTYPES, check_count
 from gptkernels.nn import elsewhere
-from gptkernels.nn.layers import Device, FusedModule
+from gptkernels.nn.layers import FusedModule
 from gptkernels.nn.plain import is_plain, remember
 from gptkernels.ops.linear_cross_entropy.op import linear_cross_entropy
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 from gptkernels.core.checks import check_count, check_probability, check_tensor
 from gptkernels.core.choice import check_impl
@@ -36,7 +37,6 @@ from gptkernels.ops.gelu_mlp.op import gelu_mlp
 from gptkernels.ops.layer_norm.norm_linear import norm_linear
 from gptkernels.ops.layer_norm.op import layer_norm
 
-Device = torch.device | str | int | None
 _Model = TypeVar("_Model", bound=nn.Module)
 
 

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 from gptkernels.core.checks import check_count, check_flag, check_probability, check_tensor
 from gptkernels.nn import elsewhere
-from gptkernels.nn.layers import Device, FusedModule, head_width
+from gptkernels.nn.layers import FusedModule, head_width
 from gptkernels.nn.masks import merge_masks
 from gptkernels.ops.attention import dense
 
@@ -122,8 +123,9 @@ class MultiheadAttention(FusedModule, nn.MultiheadAttention):
         return self.out_proj(merged), None
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        given = {"query": (query, self.embed_dim), "key": (key, self.kdim)}
-        for name, (x, width) in (given | {"value": (value, self.vdim)}).items():
+        widths = self.embed_dim, self.kdim, self.vdim
+        named = zip(("query", "key", "value"), (query, key, value), widths, strict=True)
+        for name, x, width in named:
             check_tensor(name, x)
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
                 raise ValueError(

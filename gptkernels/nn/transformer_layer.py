@@ -18,11 +18,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 from gptkernels.core.checks import check_count, check_flag, check_probability, check_tensor
 from gptkernels.core.choice import automatic
 from gptkernels.nn import elsewhere
-from gptkernels.nn.layers import Device, FusedModule, LayerNorm, add_norm, head_width
+from gptkernels.nn.layers import FusedModule, LayerNorm, add_norm, head_width
 from gptkernels.nn.multihead import MultiheadAttention
 from gptkernels.nn.plain import class_name, not_plain_in
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
