@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=new_folder, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--impl", default="auto", help="auto, torch, triton or cuda")
+    parser.add_argument("--impl", default="auto", help="auto, torch, triton, cuda or cpu")
     given = parser.parse_args(arguments)
     how = training(given.steps, given.device, given.impl)
     with ProgressBar() as bar:

@@ -21,12 +21,9 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from gptkernels import bench
-from gptkernels.cli import bench as bench_command
-from gptkernels.cli import main, named, options
+from gptkernels.cli import main, named
 from gptkernels.cli import verify as verify_command
 from gptkernels.core import native
-from gptkernels.core.choice import IMPLEMENTATIONS
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.loading import load
 from gptkernels.gpt.training import checkpoint, train
@@ -181,21 +178,6 @@ def test_output_that_nobody_reads_is_no_failed_check(arguments: list[str]) -> No
 )
 def test_wrong_usage_is_one_sentence(call: Any, arguments: list[str], said: str) -> None:
     assert_refused(call(*arguments), said)
-
-
-def test_options_know_what_the_package_has() -> None:
-    """The names that help texts have, which are shown without importing PyTorch."""
-    assert ("auto", *IMPLEMENTATIONS) == options.IMPLS
-    assert set(options.OPS) == set(bench.OPERATORS) == set(verify.OPS)
-    shown = {one.name: one.help or "" for one in bench_command.command.params if one.name == "ops"}
-    assert all(name in shown["ops"] for name in (*bench.OPERATORS, *bench.MODELS))
-    assert {options.dtype(name) for name in options.DTYPE_NAMES} == set(verify.DTYPES)
-
-
-def test_exit_codes_are_said(call: Any) -> None:
-    shown = call("--help").out
-    for code in ("0", "1", "2", "130", "141"):
-        assert f"\n  {code:<5}" in shown
 
 
 # ---- verify

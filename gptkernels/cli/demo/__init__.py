@@ -41,6 +41,11 @@ def command(text: Path | None, out: Path, minutes: float, device: str, seed: int
     write a report folder.
 
     Exits with 1 when a check fails, and with 130 when it is interrupted.
+
+    \b
+    Examples:
+        gptkernels demo
+        gptkernels demo --text book.txt --minutes 10
     """
     from gptkernels.cli.demo.run import run
 
