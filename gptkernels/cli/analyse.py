@@ -16,6 +16,7 @@ from gptkernels.cli.table import Column, print_table
 from gptkernels.gpt.finetuning.analyses.snapshots import ZeroShotConfig
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.task import names
+from gptkernels.gpt.training.observer import Watcher
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -80,6 +81,10 @@ def layers_command(tasks: tuple[str, ...], out: Path, **options: Any) -> None:
     (left) of the paper.
 
     Writes layers.json and layers.png. MODEL and the options are those of `finetune`.
+
+    \b
+    Example:
+        gptkernels analyse layers run --task sst-2 --data data/ --out layers
     """
     from gptkernels.gpt.finetuning.analyses.layers import layers
     from gptkernels.gpt.finetuning.analyses.spread import summarise
@@ -94,6 +99,10 @@ def ablations_command(tasks: tuple[str, ...], out: Path, **options: Any) -> None
     paper.
 
     Writes ablations.json and ablations.png. MODEL and the options are those of `finetune`.
+
+    \b
+    Example:
+        gptkernels analyse ablations run --task sst-2 --data data/ --out out
     """
     from gptkernels.gpt.finetuning.analyses.ablations import ablations, summary
 
@@ -116,13 +125,17 @@ def zero_shot_command(
 
     MODELS is the folder of a run of `train --snapshot-interval`, or folders of models that are
     named by their steps. Writes zero_shot.json and zero_shot.png.
+
+    \b
+    Example:
+        gptkernels analyse zero-shot run --task sst-2 --data data/ --out out
     """
     from gptkernels.gpt.finetuning.analyses.snapshots import zero_shot
 
     records = zero_shot(
         models, out, tasks=tasks, data=data, tokenizer=tokenizer,
         config=ZeroShotConfig(**_given(options)),
-        observer=_show,
+        observer=_Lines(),
     )  # fmt: skip
     cut = sum(record["truncated"] for record in records)
     if cut:
@@ -143,7 +156,7 @@ def _fine_tune(
     config = FinetuneConfig(**_given(options))
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"task: each may be named once, got {', '.join(tasks)}")
-    study = analyse(out=out, tasks=dict.fromkeys(tasks, config), observer=_show, **own)
+    study = analyse(out=out, tasks=dict.fromkeys(tasks, config), observer=_Lines(), **own)
     if study.stopped:
         click.echo(f"stopped; the same command goes on with what is in {out}")
         return
@@ -157,20 +170,27 @@ def _fine_tune(
     click.echo(f"everything is in {out}")
 
 
-def _show(record: dict[str, Any], done: float) -> None:
+class _Lines(Watcher):
     """A line for each epoch, each run, and each model that was asked."""
-    if "share" in record:
-        text = f"step {record['step']}, {record['task']}: accuracy "
-        text += f"{record['metrics']['accuracy']:.4f}, chance {record['chance']:.4f}"
-    elif "score" in record:
-        text = f"{record['task']}, {record['variant']}, seed {record['config']['seed']}: "
-        text += f"{record['part']} {record['metric']} {record['score']:.4f}"
-    elif "epoch" in record:
-        text = f"{record['task']}, {record['variant']}, seed {record['seed']}, "
-        text += f"epoch {record['epoch']}"
-        for name, value in record.items():
-            if name.startswith("validation_"):
-                text += f", {name.replace('_', ' ')} {value:.4f}"
-    else:
-        return
-    print_text(plain_console(), f"{done:4.0%}  {text}")
+
+    def __call__(self, record: dict[str, Any], done: float) -> None:
+        """Print the line of `record`, if it is one of these; `done` is the share behind us."""
+        if "share" in record:
+            text = f"step {record['step']}, {record['task']}: accuracy "
+            text += f"{record['metrics']['accuracy']:.4f}, chance {record['chance']:.4f}"
+        elif "score" in record:
+            text = f"{record['task']}, {record['variant']}, seed {record['config']['seed']}: "
+            text += f"{record['part']} {record['metric']} {record['score']:.4f}"
+        elif "epoch" in record:
+            text = f"{record['task']}, {record['variant']}, seed {record['seed']}, "
+            text += f"epoch {record['epoch']}"
+            for name, value in record.items():
+                if name.startswith("validation_"):
+                    text += f", {name.replace('_', ' ')} {value:.4f}"
+        else:
+            return
+        print_text(plain_console(), f"{done:4.0%}  {text}")
+
+    def stopping(self) -> None:
+        """Say that the signal was heard."""
+        click.echo("stopping after this step; once more stops now", err=True)

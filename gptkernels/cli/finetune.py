@@ -18,6 +18,7 @@ from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.task import names
 from gptkernels.gpt.progress import Bar
 from gptkernels.gpt.training.config import TrainConfig
+from gptkernels.gpt.training.observer import Watcher
 
 
 @click.command("finetune", cls=FileCommand)
@@ -59,6 +60,11 @@ def command(
     MODEL is a Hugging Face GPT-2 or OpenAI-GPT folder, a folder that `train` wrote, its
     checkpoint.pt, or a nanoGPT checkpoint. The defaults are the paper's; a small model learns
     faster with a higher --learning-rate, such as 3e-4.
+
+    \b
+    Examples:
+        gptkernels finetune run --task sst-2 --data sst-2/ --out tuned
+        gptkernels finetune gpt2-folder --lm book.txt --out mine
     """
     from gptkernels.gpt.finetuning.finetune import finetune
 
@@ -79,8 +85,8 @@ def command(
     if result.truncated:
         print_text(console, cut_sentence(result.truncated, result.model.body.config.block_size))
     for name, value in (result.test or result.validation).items():
-        always = result.majority[name]
-        print_text(console, f"{part} {name} {value:.4f}, that of a constant answer {always:.4f}")
+        always = f", that of a constant answer {result.majority[name]:.4f}"
+        print_text(console, f"{part} {name} {value:.4f}{'' if result.stopped else always}")
     stopped = "stopped; the best model so far is" if result.stopped else "everything is"
     print_text(console, f"{stopped} in {out}; ask it with: gptkernels classify {out} TEXT")
 
@@ -105,7 +111,7 @@ def cut_sentence(count: int, length: int) -> str:
     return f"{count:,} {examples} longer than {length:,} tokens, and cut"
 
 
-class ProgressBar(Bar):
+class ProgressBar(Bar, Watcher):
     """A progress bar for `finetune(..., observer=...)`, and a line after each epoch."""
 
     def __call__(self, record: dict[str, Any], done: float) -> None:
@@ -119,3 +125,7 @@ class ProgressBar(Bar):
                 if name.startswith("validation_")
             )
             print_text(self.console, f"epoch {record['epoch']}  {metrics}")
+
+    def stopping(self) -> None:
+        """Say that the signal was heard."""
+        self.interject("stopping after this step; once more stops now")

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import signal
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ from finetune_cases import GPT1, QUICK, encoded, pretrained, task, task_model
 from torch import Tensor
 from training import assert_same_bits
 
-from gptkernels.gpt.finetuning import fitting
+from gptkernels.gpt.finetuning import answers, fitting
 from gptkernels.gpt.finetuning.batches import Encoded, collate, epoch
 from gptkernels.gpt.finetuning.config import FinetuneConfig, learning_rate
 from gptkernels.gpt.finetuning.fitting import Fit
@@ -255,8 +256,10 @@ def test_the_best_epoch_is_kept_and_of_equal_ones_the_earliest(
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 @pytest.mark.parametrize("at", [1, 3, 4])
 def test_a_signal_stops_after_the_step_and_the_best_model_is_kept(at: int) -> None:
-    """Even in the first epoch, whose model is then judged as it is."""
-    records, kept = [], []
+    """Even in the first epoch, whose model is then kept as it is, and not judged."""
+    records: list[dict[str, Any]] = []
+    kept: list[int] = []
+    heard: list[int] = []
 
     def observer(record: dict[str, Any], done: float) -> None:
         records.append(record)
@@ -264,13 +267,43 @@ def test_a_signal_stops_after_the_step_and_the_best_model_is_kept(at: int) -> No
             os.kill(os.getpid(), signal.SIGINT)
 
     config = dataclasses.replace(SHORT, epochs=9, log_interval=1)
-    fit = fit_of(config, observer=observer, on_best=lambda: kept.append(records[-1]["step"]))
+    fit = fit_of(
+        config,
+        observer=observer,
+        on_best=lambda: kept.append(records[-1]["step"]),
+        on_signal=lambda: heard.append(records[-1]["step"]),
+    )
     assert fit.run() is True
     assert records[-1]["step"] == at
-    assert records[-1]["epoch"] == 1 + (at > 3)
-    assert kept[0] == min(at, 3)
-    assert fit.best["accuracy"] == max(r.get("validation_accuracy", -1) for r in records)
+    assert heard == [at]
+    assert kept == [min(at, 3)]
+    judged = [record["validation_accuracy"] for record in records if "epoch" in record]
+    assert judged == ([fit.best["accuracy"]] if at > 3 else [])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_an_epoch_whose_judging_a_signal_cuts_short_is_not_the_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches, in_order = [], answers.in_order
+
+    def counted(*given: Any) -> Iterator[Any]:
+        for batch in in_order(*given):
+            batches.append(batch)
+            if len(batches) == judged + 1:  # the first batch of the second epoch's
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    config = dataclasses.replace(SHORT, epochs=2, batch_size=2)
+    judged = len(list(in_order(VALIDATION, 2)))
+    monkeypatch.setattr(answers, "in_order", counted)
+    records: list[Any] = []
+    fit = fit_of(config, records)
+    assert fit.run() is True
+    assert len(batches) == judged + 1
+    (epoch_1,) = (record for record, _ in records if "epoch" in record)
+    assert epoch_1["validation_accuracy"] == fit.best["accuracy"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")

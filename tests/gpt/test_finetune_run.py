@@ -232,6 +232,8 @@ def test_a_run_that_is_stopped_leaves_its_best_model(model: Path, tmp_path: Path
     assert result.stopped
     assert read_log(out)[-1]["step"] == 3
     assert json.loads((out / "results.json").read_text())["stopped"] is True
+    assert not (out / "predictions.tsv").exists()  # nor was the test part answered
+    assert result.answers == []
     assert_same_bits(folder.load(out)[0].state_dict(), result.model.state_dict())
     assert not list(out.glob(".*"))
 

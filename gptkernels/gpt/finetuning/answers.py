@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +36,20 @@ def judge(task: Task, examples: Sequence[Encoded], answers: Sequence[Answer]) ->
 
 @torch.inference_mode()
 def answer(
-    model: TaskModel, examples: Sequence[Encoded], batch_size: int, dtype: torch.dtype
+    model: TaskModel,
+    examples: Sequence[Encoded],
+    batch_size: int,
+    dtype: torch.dtype,
+    check: Callable[[], None] | None = None,
 ) -> list[Answer]:
     """An answer to each example, in their order. Draws no random number; leaves the model in
-    evaluation mode."""
+    evaluation mode. Calls `check` before each batch: what that raises ends it."""
     model.eval()
     device = model.head.weight.device
     found: dict[int, Answer] = {}
     for numbers in in_order(examples, batch_size):
+        if check is not None:
+            check()
         part = [examples[i] for i in numbers]
         batch = collate(part, model.task.range is not None).to(device)
         scores, _ = model(batch, dtype)

@@ -2,7 +2,8 @@
 
     out/   log.jsonl         a JSON object a line: the losses; after each epoch the metrics
            model/            the best epoch's model (folder.py), replaced whenever there is a better
-           predictions.tsv   its answers to the test part, or else to the validation part
+           predictions.tsv   its answers to the test part, or else to the validation part; not where
+                             a signal stopped the run
            results.json      its metrics beside those of the majority's, the settings, the counts
 
 Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018, section 3.
@@ -28,7 +29,7 @@ from gptkernels.gpt.finetuning import folder
 from gptkernels.gpt.finetuning.answers import Answer, answer, judge
 from gptkernels.gpt.finetuning.batches import Encoded
 from gptkernels.gpt.finetuning.config import FinetuneConfig
-from gptkernels.gpt.finetuning.fitting import Fit, Observer
+from gptkernels.gpt.finetuning.fitting import Fit
 from gptkernels.gpt.finetuning.metrics import check_packages
 from gptkernels.gpt.finetuning.parts import Parts, baseline, parts_for, targets
 from gptkernels.gpt.finetuning.task import Task, load_task
@@ -37,6 +38,7 @@ from gptkernels.gpt.loading import load
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.precision import DTYPES
 from gptkernels.gpt.training.log import Log
+from gptkernels.gpt.training.observer import Observer, watching
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ class FinetuneResult:
     Fields:
         model: the best epoch's, in evaluation mode.
         validation, test: its metrics; `test` is empty where the task has no test part, or one
-            without answers.
+            without answers, both where no epoch ended before the run was stopped.
         majority: of always giving the training part's most frequent answer, or its mean, on the
             test part, or else the validation part.
-        answers: to the test part, or else the validation part.
+        answers: to the test part, or else the validation part; none where the run was stopped.
         truncated: how many examples were too long for the model, and were cut.
         stopped: by SIGINT or SIGTERM, before the end.
         asked_to_stop: by one of them, if only after the last step.
@@ -109,8 +111,9 @@ def finetune(
         def keep() -> None:
             folder.save(network, vocabulary, out / "model")
 
-        result = fitted(network, parts, config, observe, keep)
-        write_predictions(out / "predictions.tsv", task, parts.asked, result.answers)
+        result = fitted(network, parts, config, observe, keep, watching(observer).stopping)
+        if not result.stopped:
+            write_predictions(out / "predictions.tsv", task, parts.asked, result.answers)
         _write_results(out / "results.json", model, task, parts, config, result)
     return result
 
@@ -131,16 +134,20 @@ def fitted(
     config: FinetuneConfig,
     observer: Observer | None = None,
     on_best: Callable[[], None] | None = None,
+    on_signal: Callable[[], None] | None = None,
 ) -> FinetuneResult:
     """Fine-tune `network`, which `new_model` made, in place, and judge it. Writes no file.
 
-    parts: as `Parts.drawn` returns them. observer, on_best, and the error: as of Fit (fitting.py).
+    parts: as `Parts.drawn` returns them. observer, on_best, on_signal, and the error: as of Fit
+    (fitting.py). A model whose run was stopped answers nothing, which may take long.
     """
     started = time.perf_counter()
-    fit = Fit(network, parts.training, parts.validation, config, observer, on_best)
+    fit = Fit(network, parts.training, parts.validation, config, observer, on_best, on_signal)
     stopped = fit.run()
-    answers = answer(network, parts.asked, config.batch_size, DTYPES[config.dtype])
-    labelled = parts.test and parts.judged is parts.test
+    answers: list[Answer] = []
+    if not stopped:
+        answers = answer(network, parts.asked, config.batch_size, DTYPES[config.dtype])
+    labelled = answers and parts.test and parts.judged is parts.test
     return FinetuneResult(
         network,
         fit.best,

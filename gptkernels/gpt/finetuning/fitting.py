@@ -2,7 +2,8 @@
 
 After each epoch the model answers the validation part; the epoch with the best first metric of the
 task is the best one, the earliest of those that are equal. At the end the model has its weights.
-An epoch that a signal cuts short is judged too, so that there always is a best one.
+A signal cuts an epoch short, and that one is not judged, which may take long; in the first one
+the model is kept as it is, so that there always is a best one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from gptkernels.gpt.finetuning.task_model import TaskModel
 from gptkernels.gpt.precision import DTYPES
 from gptkernels.gpt.training.diverged import DivergedError
 from gptkernels.gpt.training.observer import Observer
-from gptkernels.gpt.training.stopping import Stopping
+from gptkernels.gpt.training.stopping import Stopped, Stopping
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Fit:
     """Trains `model`, on its device, on the examples `training` and judges it on `validation`.
 
     observer: called with each record. on_best: called whenever the model is the best so far.
+    on_signal: called from the handler of a signal that asks to stop.
     """
 
     model: TaskModel
@@ -39,7 +41,8 @@ class Fit:
     config: FinetuneConfig
     observer: Observer | None = None
     on_best: Callable[[], None] | None = None
-    best: dict[str, float] = field(default_factory=dict)  # the metrics of the best epoch
+    on_signal: Callable[[], None] | None = None
+    best: dict[str, float] = field(default_factory=dict)  # the best epoch's metrics, if any ended
     asked_to_stop: bool = False  # by a signal, if only after the last step
     _kept: dict[str, Tensor] = field(default_factory=dict)
     _started: float = 0.0
@@ -60,24 +63,34 @@ class Fit:
         generator = torch.Generator().manual_seed(config.seed)
         self._started, step = time.perf_counter(), 0
         sums, since = torch.zeros(4, device=model.head.weight.device), 0
-        with Stopping() as stopping:
-            for number in range(1, config.epochs + 1):
-                for part in epoch(self.training, config.batch_size, generator):
-                    rate = learning_rate(config, step, steps)
-                    sums += self._step(optimizer, part, rate)
-                    step, since = step + 1, since + 1
-                    if step % config.log_interval == 0 or step % each == 0 or stopping.asked:
-                        self._log(step, steps, rate, (sums / since).tolist())
-                        sums.zero_()
-                        since = 0
-                    if stopping.asked:
-                        break
-                self._judge(number, step, steps)
-                if stopping.asked:
-                    break
+
+        def log() -> None:
+            nonlocal since
+            self._log(step, steps, rate, (sums / since).tolist())
+            sums.zero_()
+            since = 0
+
+        with Stopping(self.on_signal) as stopping:
+            try:
+                for number in range(1, config.epochs + 1):
+                    for part in epoch(self.training, config.batch_size, generator):
+                        stopping.check()
+                        rate = learning_rate(config, step, steps)
+                        sums += self._step(optimizer, part, rate)
+                        step, since = step + 1, since + 1
+                        if step % config.log_interval == 0 or step % each == 0:
+                            log()
+                    self._judge(number, step, steps, stopping.check)
+                stopped = False
+            except Stopped:
+                stopped = True
+                if since:
+                    log()
+                if not self._kept:
+                    self._keep()
         self.asked_to_stop = stopping.asked
         self._finish()
-        return step < steps
+        return stopped
 
     def _step(self, optimizer: torch.optim.Optimizer, part: list[Encoded], rate: float) -> Tensor:
         """One step; the losses L3, L2 and L1 (0 where it is left out), and the gradients' norm
@@ -112,17 +125,20 @@ class Fit:
                 )
         self._write({"step": step, **found, "learning_rate": rate}, step / steps)
 
-    def _judge(self, number: int, step: int, steps: int) -> None:
-        metrics = evaluate(self.model, self.validation, self.config)
+    def _judge(self, number: int, step: int, steps: int, check: Callable[[], None]) -> None:
+        metrics = evaluate(self.model, self.validation, self.config, check)
         first = self.model.task.metrics[0]
         if not self.best or metrics[first] > self.best[first]:
             self.best = metrics
-            named = self.model.named_parameters()  # a tied one once
-            self._kept = {name: parameter.detach().clone() for name, parameter in named}
-            if self.on_best is not None:
-                self.on_best()
+            self._keep()
         of_epoch = {f"validation_{name}": value for name, value in metrics.items()}
         self._write({"step": step, "epoch": number, **of_epoch}, step / steps)
+
+    def _keep(self) -> None:
+        named = self.model.named_parameters()  # a tied one once
+        self._kept = {name: parameter.detach().clone() for name, parameter in named}
+        if self.on_best is not None:
+            self.on_best()
 
     @torch.no_grad()
     def _finish(self) -> None:
@@ -138,8 +154,12 @@ class Fit:
 
 
 def evaluate(
-    model: TaskModel, examples: Sequence[Encoded], config: FinetuneConfig
+    model: TaskModel,
+    examples: Sequence[Encoded],
+    config: FinetuneConfig,
+    check: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """The task's metrics of the model's answers to `examples`, which all have a target."""
-    answers = answer(model, examples, config.batch_size, DTYPES[config.dtype])
+    """The task's metrics of the model's answers to `examples`, which all have a target. `check` is
+    that of `answer`."""
+    answers = answer(model, examples, config.batch_size, DTYPES[config.dtype], check)
     return judge(model.task, examples, answers)

@@ -23,7 +23,7 @@ from gptkernels.gpt.finetuning.analyses.records import Record
 from gptkernels.gpt.finetuning.analyses.spread import Table, metrics_of, summarise
 from gptkernels.gpt.finetuning.analyses.study import Study, carry_out
 from gptkernels.gpt.finetuning.config import FinetuneConfig
-from gptkernels.gpt.finetuning.fitting import Observer
+from gptkernels.gpt.training.observer import Observer
 
 FULL, SCRATCH = "full", "without pre-training"
 _CHANGES: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from gptkernels.gpt.finetuning.analyses.plots import draw_layers
 from gptkernels.gpt.finetuning.analyses.spread import metrics_of, summarise
 from gptkernels.gpt.finetuning.analyses.study import Study, carry_out
 from gptkernels.gpt.finetuning.config import FinetuneConfig
-from gptkernels.gpt.finetuning.fitting import Observer
+from gptkernels.gpt.training.observer import Observer
 
 
 def layers(

@@ -30,7 +30,6 @@ from gptkernels.gpt.finetuning.analyses.records import (
     digest_of_model,
 )
 from gptkernels.gpt.finetuning.analyses.study import asks, home_of, load_tasks
-from gptkernels.gpt.finetuning.fitting import Observer
 from gptkernels.gpt.finetuning.metrics import check_packages, score
 from gptkernels.gpt.finetuning.parts import targets
 from gptkernels.gpt.finetuning.reading import Example, read_split
@@ -40,6 +39,7 @@ from gptkernels.gpt.loading import load
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.options import DEVICE, IMPL, check_option, check_options, one_of, option
 from gptkernels.gpt.precision import DTYPES
+from gptkernels.gpt.training.observer import Observer
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,12 @@ from gptkernels.gpt.finetuning.analyses.records import (
 )
 from gptkernels.gpt.finetuning.config import FinetuneConfig
 from gptkernels.gpt.finetuning.finetune import FinetuneResult, fitted, new_model
-from gptkernels.gpt.finetuning.fitting import Observer
 from gptkernels.gpt.finetuning.metrics import check_packages
 from gptkernels.gpt.finetuning.parts import Parts, parts_for
 from gptkernels.gpt.finetuning.task import Task, as_dict, load_task
 from gptkernels.gpt.loading import load
 from gptkernels.gpt.model import GPT
+from gptkernels.gpt.training.observer import Observer, watching
 
 Variants = Callable[[GPTConfig], Mapping[str, Mapping[str, Any]]]
 """From the shape of the model: the name of each variant, and the settings that make it."""
@@ -174,7 +174,8 @@ def _carry_out(
             }
             if (record := records.find(settings)) is None:
                 watch = _within(run, number, len(runs), observer)
-                measured, asked_to_stop = _run(subject, run, drawn, watch)
+                heard = watching(observer).stopping
+                measured, asked_to_stop = _run(subject, run, drawn, watch, heard)
                 if measured is not None:
                     record = records.add(settings | measured)
                     if observer is not None:
@@ -190,13 +191,17 @@ def _carry_out(
 
 
 def _run(
-    subject: _Subject, run: _Run, parts: Parts, observer: Observer | None
+    subject: _Subject,
+    run: _Run,
+    parts: Parts,
+    observer: Observer | None,
+    on_signal: Callable[[], None],
 ) -> tuple[dict[str, Any] | None, bool]:
     """What one run measures, None where a signal stopped it; and whether one asked to stop."""
     task, _ = subject.tasks[run.task]
     started = time.process_time()
     network = new_model(task, subject.pretrained, parts, run.config)
-    result = fitted(network, parts, run.config, observer)
+    result = fitted(network, parts, run.config, observer, on_signal=on_signal)
     if result.stopped:
         return None, True
     measured = _measured(task, parts, result) | {"cpu_seconds": time.process_time() - started}
