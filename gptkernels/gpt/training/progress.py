@@ -1,10 +1,10 @@
 """What a person sees of a training run: what it is, a bar that moves, a line at every validation.
 
-model     834,176 parameters, vocabulary 256 (bytes)
-          4 layers, 4 heads, width 128, context 128
+model     834,304 parameters, vocabulary 256 (bytes)
+          4 layers, 4 heads, width 128, context 64
 text      1,003,855 tokens, and 111,539 to validate on
 machine   CPU, 2 threads; float32, impl auto
-training  2,000 steps of 2,048 tokens, 4.1 epochs
+training  2,000 steps of 1,024 tokens, 2.0 epochs
 memory    40.7 MiB of activations in a micro-batch
 time      about 3 min; --steps or --minutes make it shorter
 """
