@@ -33,7 +33,7 @@ struct WarpReaders {
 // Further readers of one cell, all of one cluster. There are many of these lists, so each takes two
 // lines of a cache.
 struct alignas(64) Readers {
-    static constexpr unsigned kWarps = 7;
+    static constexpr unsigned kWarps = 8;
     unsigned serial = 0;          // the cluster's
     int latest = 0;               // the latest of the times of `warps`
     WarpReaders warps[kWarps]{};  // the first warps of the cluster
