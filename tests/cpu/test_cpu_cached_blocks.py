@@ -79,18 +79,18 @@ def assert_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
 @by_dtype
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize(
-    "options",
+    ("options", "slots"),
     [
-        dict(),
-        dict(norm="post"),
-        dict(bias=False),
-        dict(window=4),
-        dict(approximate="none", n_inner=50),
-        dict(n_layer=1),
+        (dict(), 2),
+        (dict(norm="post"), 2),
+        (dict(bias=False), 2),
+        (dict(window=4), 2),
+        (dict(n_layer=1), 2),
+        (dict(approximate="none", n_inner=50), 16),
+        (dict(bias=False), 16),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("slots", [2, 16])
 def test_bits_are_those_of_the_layers(
     dtype: torch.dtype, options: dict[str, Any], slots: int
 ) -> None:

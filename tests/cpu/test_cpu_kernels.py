@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import BF16, DTYPES, FP16, FP32, by_dtype, threads
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_inputs import cache, gelu_mlp_inputs, layer_norm_inputs
 from right import assert_gradients_alone, assert_right, assert_same, run, seeded
@@ -112,6 +112,7 @@ def test_gelu_mlp(dtype: torch.dtype, approximate: str, seed: int) -> None:
 
 
 @by_dtype
+@settings(max_examples=6)  # for each dtype and instruction set
 @given(
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=3),
     Tq=st.integers(1, 4),
