@@ -81,7 +81,7 @@ def command(
 
     from gptkernels import bench
     from gptkernels.bench import regressions, report, results, run
-    from gptkernels.core.choice import IMPLEMENTATIONS, check_impl
+    from gptkernels.core.choice import IMPLEMENTATIONS, automatic, check_impl
     from gptkernels.core.device import choose_device
 
     where = choose_device(device)
@@ -138,7 +138,10 @@ def command(
     broken = [p for p in found.content["peers"] if p["status"] == "broken" and wanted(p["name"])]
     failed = bool(broken) or any(row.get("failed") for row in found.rows)
     if found.content["finished"] and not allow_skip:
-        for line in named.missing(asked, found.rows, _skipped):
+        # Of a whole model "auto" stands for what it takes here.
+        stands = {"auto": automatic(where.type)}
+        rows = [{**row, "impl": stands.get(row["impl"], row["impl"])} for row in found.rows]
+        for line in named.missing(asked, rows, _skipped):
             print_text(console, f"\n{line} (--allow-skip lets it pass)", STYLES["fail"])
             failed = True
     if before is None:

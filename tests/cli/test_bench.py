@@ -19,6 +19,7 @@ from gptkernels.bench import run, timing
 from gptkernels.bench.case import Case
 from gptkernels.bench.cases import layer_norm
 from gptkernels.cli import bench_table
+from gptkernels.core.choice import automatic
 
 # Seconds that each candidate is said to take.
 SECONDS = {
@@ -196,6 +197,27 @@ def test_a_broken_peer_is_no_success(
     assert result.code == 1
     assert "BROKEN: Liger is installed, and does not import: ImportError: undefined" in result.out
     assert call(*ONE, "--peers", "compile").code == 0
+
+
+def test_auto_is_what_it_takes_here(
+    call: Any, seconds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole model has no row of the implementation that "auto" takes."""
+
+    def model(shape: Any, dtype: Any, device: Any, impls: Any) -> Iterator[Case]:
+        def plain() -> Any:
+            return lambda: torch.zeros(())
+
+        yield Case("layer_norm", str(shape), dtype, "forward", plain, ours={"auto": plain})
+
+    monkeypatch.setattr(layer_norm, "cases", model)
+    seconds["auto"] = 1.0
+    here = automatic("cpu")
+    assert call(*ONE, "--impl", here).code == 0
+    (other,) = {"torch", "cpu"} - {here}
+    result = call(*ONE, "--impl", other)
+    assert result.code == 1
+    assert f"{other} layer_norm float32 did not run" in result.out
 
 
 def test_a_report(call: Any, seconds: Any, tmp_path: Path) -> None:
