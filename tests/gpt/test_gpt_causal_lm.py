@@ -183,6 +183,12 @@ def test_samples(ours: GPTForCausalLM) -> None:
     assert len(first[:, 9:].unique(dim=0)) > 2
     likeliest = ours(first[:, :9]).logits[:, -1].topk(2).indices
     assert (likeliest == first[:, 9:10]).any(1).all()
+    # Nearly uniform, and among the 50 likeliest, as in transformers where nothing is said.
+    given = {"do_sample": True, "num_return_sequences": 48, "temperature": 100.0}
+    wild = ours.generate(TOKENS, max_new_tokens=1, **given)[:, 9].view(2, 48)
+    likeliest = ours(TOKENS).logits[:, -1].topk(50).indices
+    assert torch.isin(wild[0], likeliest[0]).all()
+    assert ours.generate(TOKENS, do_sample=True, top_k=0).shape == (2, 29)
     one = ours.generate(TOKENS, do_sample=True, max_new_tokens=6, top_k=1)
     assert torch.equal(one, ours.generate(TOKENS, max_new_tokens=6))
 

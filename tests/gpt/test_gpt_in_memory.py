@@ -73,6 +73,7 @@ def test_it_computes_what_the_model_of_transformers_does(make: Any) -> None:
         else:
             assert_close(ours.hidden_states(TOKENS), found.last_hidden_state)
     assert not ours.training
+    assert all(parameter.is_contiguous() for parameter in ours.parameters())
     tied = ours.lm_head.weight is ours.transformer.wte.weight
     assert tied == (make not in (untied_gpt2, untied_gpt1))
 
@@ -89,7 +90,6 @@ def test_its_weights_are_copies_in_their_dtype() -> None:
     assert ours.transformer.ln_f.weight.dtype == torch.float32
     with torch.no_grad():
         for parameter in ours.parameters():
-            assert parameter.is_contiguous()
             parameter.fill_(7)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
@@ -123,6 +123,7 @@ def test_a_model_of_nanogpt() -> None:
     ours = GPT.from_pretrained(other)
     assert ours.config == GPTConfig(**fields, approximate="none")
     assert_close(ours(TOKENS), other(TOKENS))
+    assert GPT.from_pretrained(other, dropout=0.0).config.dropout == 0.0
     other.config.rope = True
     with pytest.raises(ValueError, match="PlainGPT: model_args hold rope, which is not known here"):
         GPT.from_pretrained(other)
