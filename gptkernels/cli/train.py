@@ -11,8 +11,9 @@ import click
 
 from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console
+from gptkernels.cli.eval_only import validate
 from gptkernels.cli.fields import fields_of
-from gptkernels.cli.options import PATH
+from gptkernels.cli.options import PATH, Choice
 from gptkernels.cli.paths import FOLDER
 from gptkernels.gpt.config import NAMES, GPTConfig
 from gptkernels.gpt.training.config import TrainConfig
@@ -36,7 +37,9 @@ def _by_config(name: str) -> str:
 
 @click.command("train", cls=FileCommand)
 @click.argument("files", type=PATH, nargs=-1)
-@click.option("--out", type=FOLDER, required=True, help="Folder to write.")
+@click.option(
+    "--out", type=FOLDER, help="Folder to write.  [required, but with --eval-only and --init]"
+)
 @click.option(
     "--config",
     "shape",
@@ -46,9 +49,10 @@ def _by_config(name: str) -> str:
 )
 @click.option(
     "--recipe",
-    type=click.Choice(list(GPT3)),
-    help="Train a new model of GPT-3's shapes as the paper did: its learning rate, batch size, "
-    "schedule, 300 billion tokens and GPT-2's tokenizer. Options that are given win.",
+    type=Choice(list(GPT3)),
+    metavar="NAME",
+    help=f"Train a new model of GPT-3's shapes as the paper did ({', '.join(GPT3)}): its learning "
+    "rate, batch size, schedule, 300 billion tokens and GPT-2's tokenizer. Options that are given win.",
 )
 @click.option(
     "--init",
@@ -57,6 +61,12 @@ def _by_config(name: str) -> str:
     "`train` wrote, its checkpoint.pt, or a nanoGPT checkpoint.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
+@click.option(
+    "--eval-only",
+    is_flag=True,
+    help="With --resume or --init, print the validation loss and the perplexity of the model as it "
+    "is, and write nothing: on the whole of FILES, or on what a run holds out of its own text.",
+)
 @fields_of(
     GPTConfig,
     unset={
@@ -69,11 +79,12 @@ def _by_config(name: str) -> str:
 @fields_of(TrainConfig)
 def command(
     files: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
     shape: str | None,
     recipe: str | None,
     init: Path | None,
     resume: bool,
+    eval_only: bool,
     **options: Any,
 ) -> None:
     """Train a GPT on FILES, text, token shards (.bin) or folders that `prepare` wrote, and write a
@@ -81,6 +92,12 @@ def command(
     transformers read.
 
     The first options are the model's shape, the later ones how it is trained.
+
+    \b
+    Examples:
+        gptkernels train book.txt --out run
+        gptkernels train book.txt --out run --config gpt2 --dtype bfloat16
+        gptkernels train --resume --out run
     """
     from gptkernels.core.device import choose_device
     from gptkernels.gpt.tokenizer import load_tokenizer
@@ -92,22 +109,19 @@ def command(
     sizes = {name: value for name, value in given.items() if name in names}
     training = {name: value for name, value in given.items() if name not in names}
     whole = [name for name, v in dict(config=shape, recipe=recipe, init=init).items() if v]
+    _refuse_what_does_not_fit(files, sizes, whole, resume)
+    if eval_only:
+        if not (resume or init):
+            raise ValueError("eval-only: name a run with --resume, or a model with --init")
+        validate(files, _wanted(out) if resume else None, init, sizes, training)
+        return
+    out = _wanted(out)
     if resume:
-        if fixed := [*sizes, *whole]:
-            raise ValueError(f"{', '.join(fixed)}: a resumed run keeps its model, leave it out")
         with ProgressBar(plain_console(), shorter=SHORTER) as bar:
             result = train.resume(out, files=files or None, observer=bar, **training)
         report(result, out)
         return
-    if not files:
-        raise ValueError("files: name at least one text file or token shard to train on")
-    if len(whole) > 1:
-        raise ValueError(f"{', '.join(whole)}: each of them sets the model's shape, one is wanted")
     if init:
-        if fixed := sorted({*sizes} - RESHAPED):
-            raise ValueError(
-                f"{', '.join(fixed)}: a model to go on from keeps its shape, leave it out"
-            )
         go_on(files, out, init, sizes, training)
         return
     train.check_new(out)
@@ -132,6 +146,29 @@ def command(
     with ProgressBar(plain_console(), opening, SHORTER) as bar:
         result = train.train(files, out, model=model, config=config, observer=bar)
     report(result, out)
+
+
+def _wanted(out: Path | None) -> Path:
+    if out is None:
+        raise click.UsageError("Missing option '--out'.")
+    return out
+
+
+def _refuse_what_does_not_fit(
+    files: Sequence[Path], sizes: dict[str, Any], whole: list[str], resume: bool
+) -> None:
+    """Raise ValueError where options say more, or less, than one model and its text. `sizes`:
+    fields of GPTConfig; `whole`: the options that set all of them."""
+    if resume:
+        if fixed := [*sizes, *whole]:
+            raise ValueError(f"{', '.join(fixed)}: a resumed run keeps its model, leave it out")
+        return
+    if not files:
+        raise ValueError("files: name at least one text file or token shard to train on")
+    if len(whole) > 1:
+        raise ValueError(f"{', '.join(whole)}: each of them sets the model's shape, one is wanted")
+    if whole == ["init"] and (fixed := sorted({*sizes} - RESHAPED)):
+        raise ValueError(f"{', '.join(fixed)}: a model to go on from keeps its shape, leave it out")
 
 
 def go_on(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -227,3 +228,85 @@ def test_a_recipe_sets_shape_and_schedule_and_options_win(
     assert_refused(call(*given, "--resume"), "recipe: a resumed run keeps its model")
     assert call(*given[:-1], "gpt2").code == 2
     assert len(seen) == 2
+
+
+# ---- eval-only
+
+
+def test_validation_alone_says_what_the_log_says(call: Any, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert call("train", text, "--out", out, *SMALL, "--ema", "0.5").code == 0
+    last = records(out)[-1]
+    loss, ema = last["validation_loss"], last["ema_validation_loss"]
+    before = (out / "log.jsonl").read_text()
+    result = call("train", "--resume", "--out", out, "--eval-only")
+    assert result.code == 0, result.err
+    assert result.out.splitlines() == [
+        f"step 3: validation loss {loss:.4f}, perplexity {math.exp(loss):.4g}",
+        f"average of the weights: validation loss {ema:.4f}",
+        "on 32 of the 176 tokens of the held-out end of its text (more with --validation-batches)",
+    ]
+    result = call("train", text, "--init", out, "--eval-only", "--device", "cpu")
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == f"on 1,792 of the 1,792 tokens of {text}"
+    assert (out / "log.jsonl").read_text() == before
+    for given, words in (
+        ((text,), "eval-only: name a run with --resume, or a model with --init"),
+        (("--init", out), "files: name at least one"),
+        (("--resume",), "Missing option '--out'"),
+        (("--resume", "--out", out, "--n-layer", "2"), "n_layer: a resumed run keeps its model"),
+        (("--init", out, text, "--n-layer", "2"), "n_layer: a model to go on from keeps its"),
+    ):
+        assert_refused(call("train", "--eval-only", *given), words)
+    assert_refused(call("train", text), "Missing option '--out'")
+
+
+# ---- the shape of a new model
+
+
+def test_on_a_cpu_the_model_is_a_small_one_and_options_change_it(
+    call: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[GPTConfig] = []
+
+    def spy(files: Any, out: Path, *, model: GPTConfig, observer: Any, **more: Any) -> Any:
+        seen.append(model)
+        plan = Plan(model, more["config"], 1, "bytes", torch.device("cpu"), 10**6, 10**5, 0, 10**7)
+        observer.begins(plan)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", spy)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plain = ("train", text, "--out", tmp_path / "run")
+    on_cpu = (*plain, "--device", "cpu")
+    opening = "mini, the default on a CPU; --config gpt2 is a published one\n"
+    assert call(*on_cpu).out.startswith(opening)
+    assert opening not in call(*on_cpu, "--config", "mini").out
+    assert call(*on_cpu, "--n-layer", "2").out.startswith(opening)
+    assert opening not in call(*plain).out
+    mini = GPTConfig.named("mini")
+    gpt2 = dataclasses.replace(GPTConfig.named("gpt2"), vocab_size=256)
+    assert seen == [mini, mini, dataclasses.replace(mini, n_layer=2), gpt2]
+
+
+def test_a_run_that_is_done_says_how_to_go_on(call: Any, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert call("train", text, "--out", out, *SMALL).code == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    result = call("train", "--resume", "--out", out)
+    assert result.code == 0
+    assert result.out == (
+        "the run is done: 3 of 3 steps; go on with: gptkernels train --resume --out "
+        f"{out} --steps N\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert_refused(call("train", "--resume", "--out", out, "--steps", "2"), "steps is 2, but 3")
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_a_model_is_read(
+    call: Any, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").touch()
+    refused = call("train", text, "--init", tmp_path / "nothing", "--out", tmp_path / "run")
+    assert_refused(refused, "already holds a checkpoint")

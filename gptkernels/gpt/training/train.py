@@ -128,16 +128,7 @@ def _resumed(
     path = out / "checkpoint.pt"
     content = checkpoint.load(path)
     saved = checkpoint.config(path, content, "train_config", TrainConfig)
-    settings = dataclasses.asdict(saved)
-    for name, value in changes.items():
-        if name not in settings:
-            raise TypeError(f"{name} is not a setting of training")
-        if name in DECIDED and value != settings[name]:
-            raise ValueError(
-                f"{name} is {value!r}, but the run to resume has {settings[name]!r} and cannot "
-                "change it"
-            )
-    config = dataclasses.replace(saved, **changes)
+    config = changed(saved, changes)
     model = checkpoint.model(path, content)
     if finished := _finished(out, content, saved, config):
         log = Log(out)
@@ -151,6 +142,21 @@ def _resumed(
     run = Run(texts, out, model.config, tokenizer, config, observer, model)
     run.restore(content)
     return run.finish()
+
+
+def changed(saved: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """The settings of a run with some changed. Raises TypeError for what is no setting, ValueError
+    for one that comes too late."""
+    settings = dataclasses.asdict(saved)
+    for name, value in changes.items():
+        if name not in settings:
+            raise TypeError(f"{name} is not a setting of training")
+        if name in DECIDED and value != settings[name]:
+            raise ValueError(
+                f"{name} is {value!r}, but the run to resume has {settings[name]!r} and cannot "
+                "change it"
+            )
+    return dataclasses.replace(saved, **changes)
 
 
 def _finished(out: Path, content: dict[str, Any], saved: TrainConfig, config: TrainConfig) -> str:
