@@ -52,7 +52,8 @@ def _by_config(name: str) -> str:
     type=Choice(list(GPT3)),
     metavar="NAME",
     help=f"Train a new model of GPT-3's shapes as the paper did ({', '.join(GPT3)}): its learning "
-    "rate, batch size, schedule, 300 billion tokens and GPT-2's tokenizer. Options that are given win.",
+    "rate, batch size, schedule, 300 billion tokens and GPT-2's tokenizer. Options that are given "
+    "win.",
 )
 @click.option(
     "--init",
