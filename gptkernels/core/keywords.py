@@ -8,10 +8,11 @@ to look through it. A layer checks before it is made (`gptkernels.nn.layers.Fuse
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
+
+from gptkernels.core.names import hint
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -51,6 +52,5 @@ def refuse(
     keyword, name = next(iter(unknown)), function.__name__
     if keyword in elsewhere:
         raise TypeError(f"{name}() has no argument {keyword}: {elsewhere[keyword]}")
-    nearest = difflib.get_close_matches(keyword, inspect.signature(function).parameters, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}{hint}")
+    nearest = hint(keyword, inspect.signature(function).parameters)
+    raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}{nearest}")
