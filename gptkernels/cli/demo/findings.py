@@ -92,12 +92,16 @@ def _range(group: list[Row]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "less than 1%"
+
+
 def _why(ours: Row, plain: Row) -> Iterator[str]:
     mine, theirs = ours["efficiency"], plain["efficiency"]
     if mine is not None and theirs is not None:
         yield (
             f" {_CEILINGS[ours['bound']]} alone would take {seconds(ours['floor_s'])}, of whose "
-            f"speed ours reaches {mine:.0%} and PyTorch {theirs:.0%}"
+            f"speed ours reaches {_percent(mine)} and PyTorch {_percent(theirs)}"
         )
         decides = max(mine, theirs) < _NEITHER
         yield ": other arithmetic and the cost of calls decide." if decides else "."

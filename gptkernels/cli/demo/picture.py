@@ -17,7 +17,7 @@ from gptkernels.bench.report.looks import LIGHT, SMALL, Look, dress
 from gptkernels.gpt.training.plain import Curve
 
 ALT = "Losses by step of gptkernels and of the same model in plain PyTorch, which lie on each other"
-_SIZE = (5.2, 3.3)  # inches: so small that letters stay legible where a phone shrinks it
+_SIZE = (4.4, 3.0)  # inches: so small that letters stay legible where a phone shrinks it
 # Colours that stand for variables of the page, which has a value of each for light and for dark.
 _VARIABLES = {
     "#010101": "--card",
