@@ -266,7 +266,7 @@ def test_a_watcher_hears_of_everything_and_a_function_of_records(
     plan, *others = heard
     assert (plan.shape, plan.config.steps, plan.step, plan.tokens) == (TINY, 2, 0, 2 * 2 * 4 * 16)
     assert plan.training_tokens + plan.validation_tokens == short.stat().st_size
-    assert others == [("record", 0, 0.0), ("step", 1, 0.5), ("step", 2, 1.0), ("record", 2, 1.0)]
+    assert others == [("record", 0, 0.0), ("step", 1, 0.5), ("record", 2, 1.0), ("step", 2, 1.0)]
     seen: list[Any] = []
 
     def observer(record: dict[str, Any], done: float) -> None:

@@ -50,7 +50,8 @@ class Watcher:
         """A record was written to the log; `done` is the share of the run behind us, 0 to 1."""
 
     def stepped(self, step: int, done: float, left_s: float | None) -> None:
-        """A step was made; `left_s` is how long the rest takes, None until it was measured."""
+        """A step was made, with all that it asked for; `left_s` is how long the rest takes, None
+        until it was measured."""
 
     def stopping(self) -> None:
         """A signal asks to stop. Called from its handler, between any two lines of Python."""

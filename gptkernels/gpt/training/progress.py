@@ -20,6 +20,8 @@ from rich.console import Console
 from gptkernels.gpt.progress import Bar, duration
 from gptkernels.gpt.training.observer import Plan, Watcher
 
+_WORTH_SAYING_S = 10.0
+
 
 class ProgressBar(Bar, Watcher):
     """A progress bar for `train(..., observer=...)`: use as a context.
@@ -50,7 +52,8 @@ class ProgressBar(Bar, Watcher):
         if left_s is not None and not self._time_is_told:
             self._time_is_told = True
             about = f"about {duration(left_s)}"
-            self._say("time", f"{about}; {self._shorter}" if self._shorter else about)
+            if left_s >= _WORTH_SAYING_S:
+                self._say("time", f"{about}; {self._shorter}" if self._shorter else about)
         self.show(f"step {step:,}", done, None, left_s)
 
     def __call__(self, record: dict[str, Any], done: float) -> None:

@@ -177,6 +177,7 @@ class Run:
                 stopping.check()
                 last = self._step(stopping)
                 self._do_due(stopping)
+                self.watcher.stepped(self.step, self.share, self._left_s())
         except Stopped:
             self._save()
             return True
@@ -194,7 +195,6 @@ class Run:
         self.step += 1
         self.tokens += tokens
         self.pace.stepped(tokens)
-        self.watcher.stepped(self.step, self.share, self._left_s())
 
         last = self.done
         validate = last or self.step % config.validation_interval == 0
