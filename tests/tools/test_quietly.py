@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -30,15 +31,13 @@ def test_a_log_has_all_and_the_screen_the_last_line(
     quietly: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "new" / "install.log"
-    slow = NOISY + "sys.stdout.flush(); import time; time.sleep(0.5)"
+    slow = NOISY + "sys.stdout.flush(); import time; time.sleep(1)"
     assert quietly.run([sys.executable, "-c", slow], log) == 0
     assert quietly.run([sys.executable, "-c", "print('again')"], log) == 0
     told = capfd.readouterr()
-    assert "  0 s: worse\n" in told.out or "  0 s: step 39\n" in told.out
+    assert re.search(r"^  \d+ s: (worse|step 39)$", told.out, re.M)
     assert "step 3\n" not in told.out + told.err
-    assert [line for line in told.out.splitlines() if "done after" in line][
-        -1
-    ] == "  done after 0 s"
+    assert re.fullmatch(r"  done after \d+ s", told.out.splitlines()[-1])
     kept = log.read_text().splitlines()
     assert [f"step {i}" for i in range(40)] == [line for line in kept if line.startswith("step")]
     assert {"worse", "again"} <= set(kept)
@@ -48,7 +47,7 @@ def test_a_failure_shows_the_end_of_the_log_and_keeps_the_code(tmp_path: Path) -
     log = tmp_path / "install.log"
     done = command(sys.executable, SCRIPT, log, sys.executable, "-c", f"{NOISY}sys.exit(7)")
     assert done.returncode == 7
-    assert done.stdout == "  failed after 0 s\n"
+    assert re.fullmatch(r"  failed after \d+ s\n", done.stdout)
     *shown, name = done.stderr.splitlines()
     assert len(shown) == 25
     assert "step 39" in shown
@@ -57,7 +56,7 @@ def test_a_failure_shows_the_end_of_the_log_and_keeps_the_code(tmp_path: Path) -
 
 def test_a_terminal_gets_one_line_that_fits_it(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    slow = "print('x' * 300, flush=True); import time; time.sleep(0.7)"
+    slow = "print('x' * 300, flush=True); import time; time.sleep(1)"
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "60"}
     words = [sys.executable, str(SCRIPT), str(tmp_path / "log"), sys.executable, "-c", slow]
     with subprocess.Popen(words, stdout=theirs, stderr=theirs, env=environment):
@@ -68,7 +67,7 @@ def test_a_terminal_gets_one_line_that_fits_it(tmp_path: Path) -> None:
     assert text.count("\n") == 1
     turns = text.rstrip("\r\n").split("\r")[1:]
     assert "xxx" in turns[-2]
-    assert turns[-1].startswith("  done after 1 s")
+    assert turns[-1].startswith("  done after ")
     assert all(len(turn.removesuffix("\033[K")) < 60 for turn in turns)
 
 
