@@ -39,4 +39,5 @@ def test_other_names_are_no_models_of_the_hub(
         result = call(*given.split())
         assert result.code == 2
         assert "hf download" not in result.err
+    assert "--config" not in call("tune", "run").err
     assert "--config gpt3-125M" in call("tune", "gpt3-125M").err

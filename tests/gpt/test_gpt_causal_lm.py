@@ -92,7 +92,9 @@ def test_a_sum_of_no_labels_is_zero(ours: GPTForCausalLM) -> None:
 
 def test_what_forward_returns(ours: GPTForCausalLM) -> None:
     every = ours(TOKENS).logits
-    assert torch.equal(ours(TOKENS, return_dict=False)[0], every)
+    as_tuple = ours(TOKENS, return_dict=False)
+    assert type(as_tuple) is tuple
+    assert torch.equal(as_tuple[0], every)
     assert_close(ours(TOKENS, logits_to_keep=2).logits, every[:, -2:])
     assert_close(ours(TOKENS, logits_to_keep=torch.tensor([3])).logits, every[:, 3:4])
     assert ours.train()(TOKENS, labels=TOKENS).logits is None
@@ -166,6 +168,8 @@ def test_rows_end_and_are_filled_up_as_transformers_does(ours: GPTForCausalLM, o
     wanted = other.generate(TOKENS, **given)
     assert (wanted == 1).any()
     assert torch.equal(ours.generate(TOKENS, **given), wanted)
+    ours.generation_config.eos_token_id = end
+    assert torch.equal(ours.generate(TOKENS, max_new_tokens=9, pad_token_id=1), wanted)
     # Without a mask, the places of the pad_token_id are padding.
     given["attention_mask"] = None
     tokens = TOKENS.clone()
