@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptkernels.cli.config_file import FileCommand
-from gptkernels.cli.console import plain_console
+from gptkernels.cli.console import plain_console, print_text
 from gptkernels.cli.eval_only import validate
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH, Choice
@@ -203,16 +203,19 @@ def go_on(
 
 def report(result: TrainResult, out: Path) -> None:
     """Print the last line of a run."""
+    console = plain_console()
     if result.nothing_left:
-        click.echo(
+        print_text(
+            console,
             f"the run is done: {result.nothing_left}; go on with: "
-            f"gptkernels train --resume --out {out} --steps N"
+            f"gptkernels train --resume --out {out} --steps N",
         )
         return
     if result.stopped:
-        click.echo(f"stopped; go on with: gptkernels train --resume --out {out}")
+        print_text(console, f"stopped; go on with: gptkernels train --resume --out {out}")
         return
-    click.echo(
+    print_text(
+        console,
         f"best validation loss {result.best_validation_loss:.4f} after "
-        f"{result.petaflop_s_days:.3g} petaflop/s-days, everything is in {out}"
+        f"{result.petaflop_s_days:.3g} petaflop/s-days, everything is in {out}",
     )

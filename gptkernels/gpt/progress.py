@@ -58,10 +58,10 @@ class Bar:
             left_s = (now - start) * (1 - done) / (done - before)
         left = "" if left_s is None or done >= 1 else f"{duration(left_s)} left"
         self._figures = self._figures if figures is None else figures
-        self._progress.start()
         self._progress.update(
             self._task, description=what, completed=done, figures=self._figures, left=left
         )
+        self._progress.start()
         wait = max(self._every_s, (now - start) / _RARER)
         if not self.console.is_terminal and now - self._last >= wait:
             self._last = now
