@@ -141,7 +141,7 @@ def test_bad_text_and_ids(request: pytest.FixtureRequest, name: str) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="must be 'gpt1', 'gpt2' or 'bytes', got 'bpe'"):
+    with pytest.raises(ValueError, match="must be one of gpt1, gpt2, bytes, got 'bpe'"):
         load_tokenizer("bpe")
 
 

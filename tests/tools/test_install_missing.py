@@ -171,7 +171,7 @@ def test_make_compiles_kernels_for_a_gpu_that_is_here(tmp_path: Path, gpu: bool)
         "scripts/cpu_extension.py --inplace",
         "scripts/extension.py emulator",
         *(native if gpu else []),
-        "-m pytest -n 1 --dist loadgroup",
+        "-m pytest -n 1",
     ]
 
 
