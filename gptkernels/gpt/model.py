@@ -312,9 +312,11 @@ class GPT(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to`, `.to_empty` ... call. PyTorch makes two parameters of a tied one where it
         leaves the meta device."""
-        tied = self.lm_head.weight is self.transformer.wte.weight
+        # A module that was put in a place may have no weight, or that of one inside it.
+        places = self.lm_head, self.transformer.wte
+        head, embedding = (module._parameters.get("weight") for module in places)
         super()._apply(fn, recurse)
-        if tied:
+        if head is not None and head is embedding:
             self.tie_head()
         return self
 

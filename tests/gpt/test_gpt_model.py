@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from harness import BF16, FP16, IMPLEMENTATIONS, name_of, of
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,7 +93,8 @@ def test_bad_configurations(fields: dict[str, Any], error: type[Exception], mess
 
 def test_unknown_name_and_frozen() -> None:
     with pytest.raises(
-        ValueError, match=r"one of mini, gpt1, gpt2, gpt2-medium, gpt2-large, .*, gpt3-175B, got 'gpt5'"
+        ValueError,
+        match=r"one of mini, gpt1, gpt2, gpt2-medium, gpt2-large, .*, gpt3-175B, got 'gpt5'",
     ):
         GPTConfig.named("gpt5")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -312,13 +313,34 @@ def test_names_and_tied_head(bias: bool) -> None:
     model.load_state_dict(plain.state_dict())
 
 
+class Adapted(nn.Module):
+    """A layer inside an adapter, as peft wraps it: its weight is the layer's."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def weight(self) -> Any:
+        return self.layer.weight
+
+
+def test_it_moves_with_another_module_as_its_head() -> None:
+    for other in (nn.Identity(), Adapted(GPT(SMALL).lm_head), None):
+        model = GPT(SMALL)
+        model.lm_head = Adapted(model.lm_head) if other is None else other
+        model.to(BF16)
+        assert {p.dtype for p in model.parameters()} == {BF16}
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
 def test_set_impl_reaches_every_layer() -> None:
     model = GPT(SMALL)
     assert model.set_impl("torch") is model
     layers = [module for module in model.modules() if hasattr(module, "impl")]
     assert len(layers) == 2 * 4 + 1
     assert {layer.impl for layer in layers} == {"torch"}
-    with pytest.raises(ValueError, match="impl must be 'auto', 'cuda', 'triton', 'cpu' or"):
+    with pytest.raises(ValueError, match="impl must be one of auto, torch, triton, cuda, cpu, got"):
         model.set_impl("fast")
 
 
