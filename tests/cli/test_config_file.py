@@ -40,7 +40,8 @@ def values(one: click.Parameter) -> st.SearchStrategy[list[str]]:
     else:
         texts = NUMBERS.get(one.type, TEXTS).map(str)
     if isinstance(one, click.Argument):
-        return texts.filter(lambda text: not text.startswith("-")).map(lambda text: [text])
+        names = texts.filter(lambda text: not text.startswith("-"))
+        return st.lists(names, min_size=1, max_size=1 if one.nargs == 1 else 3)
     if one.is_flag:
         return st.sampled_from([*one.opts, *one.secondary_opts]).map(lambda flag: [flag])
     line = texts.map(lambda text: [f"{one.opts[0]}={text}"])
