@@ -109,7 +109,7 @@ def _evaluate_texts(
     from gptkernels.gpt.progress import Bar
 
     console = plain_console()
-    with Bar(console, every_s=5.0) as bar:
+    with Bar(console) as bar:
         subject = Subject.load(model, tokenizer=tokenizer, run=run)
         found = evaluate_texts(subject, files, config=config, observer=bar.show)
     named = [(text.path.name, text.perplexity) for text in found]
@@ -161,7 +161,7 @@ def _evaluate_task(
     from gptkernels.gpt.progress import Bar
 
     console = plain_console()
-    with Bar(console, every_s=5.0) as bar:
+    with Bar(console) as bar:
         task = load_task(name)
         subject = Subject.load(model, tokenizer=tokenizer, run=run)
         found = evaluate(subject, task, data=data, config=config, observer=bar.show)

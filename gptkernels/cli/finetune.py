@@ -117,7 +117,7 @@ class ProgressBar(Bar, Watcher):
     def __call__(self, record: dict[str, Any], done: float) -> None:
         """Show `record`, a line of log.jsonl; `done` is the share of the run behind us."""
         figures = f"loss {record['loss']:.4f}" if "loss" in record else None
-        self.show(f"step {record['step']}", done, figures)
+        self.show(f"step {record['step']:,}", done, figures)
         if "epoch" in record:
             metrics = "  ".join(
                 f"{name.replace('_', ' ')} {value:.4f}"

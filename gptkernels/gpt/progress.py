@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from typing import Self
@@ -22,10 +21,10 @@ class Bar:
     longer it takes.
     """
 
-    def __init__(self, console: Console, every_s: float = math.inf) -> None:
+    def __init__(self, console: Console, every_s: float = 5.0) -> None:
         self.console = console
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # may be the name of a file
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[figures]}"),
@@ -66,7 +65,7 @@ class Bar:
         if not self.console.is_terminal and now - self._last >= wait:
             self._last = now
             parts = (f"{done:4.0%}", what, self._figures, left)
-            self.console.print("  ".join(filter(None, parts)), highlight=False)
+            self.console.print("  ".join(filter(None, parts)), markup=False, highlight=False)
 
     def leave(self, text: str) -> None:
         """Print a line that stays."""

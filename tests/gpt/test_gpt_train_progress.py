@@ -173,3 +173,22 @@ def test_a_bar_reckons_the_time_by_what_is_done(clock: Clock) -> None:
         if step == 60:
             break
     assert shown[-1] == " 60%  step 60  40 s left"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_brackets_in_the_name_of_a_file_are_shown(terminal: bool) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, width=80, force_terminal=terminal, color_system=None)
+    with Bar(console, every_s=0.0) as bar:
+        bar.show("notes [draft] [/b].txt", 0.5)
+    assert "notes [draft] [/b].txt" in shown.getvalue()
+
+
+def test_a_record_shows_the_time_that_the_run_reckons(clock: Clock) -> None:
+    """Not that of the share of the steps: later ones may be larger."""
+    shown = io.StringIO()
+    with ProgressBar(Console(file=shown, width=200)) as bar:
+        bar.stepped(1, 0.1, 600.0)
+        clock.now += 10
+        bar({"step": 2, "loss": 2.5}, 0.2)
+    assert shown.getvalue().splitlines()[-1] == " 20%  step 2  loss 2.5000  10 min left"

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from gptkernels.gpt.progress import Bar
 
 
 class ProgressBar(Bar):
     """A progress bar for `prepare(..., observer=...)`: use as a context, call with the counts. It
     shows the bytes that were read, documents and tokens."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console, every_s=5.0)
 
     def __call__(self, counts: dict[str, int], done: int, total: int) -> None:
         """Show what was counted so far, after `done` of `total` bytes of the input."""

@@ -37,9 +37,10 @@ class ProgressBar(Bar, Watcher):
     def __init__(
         self, console: Console | None = None, opening: str = "", shorter: str = ""
     ) -> None:
-        super().__init__(console or Console(), every_s=5.0)
+        super().__init__(console or Console())
         self._opening, self._shorter = opening, shorter
         self._time_is_told, self._memory_is_told = False, False
+        self._left_s: float | None = None  # as the run reckoned it last
 
     def begins(self, plan: Plan) -> None:
         """Say what the run is."""
@@ -49,6 +50,7 @@ class ProgressBar(Bar, Watcher):
 
     def stepped(self, step: int, done: float, left_s: float | None) -> None:
         """Move the bar; say how long the run takes, once that can be told."""
+        self._left_s = left_s
         if left_s is not None and not self._time_is_told:
             self._time_is_told = True
             about = f"about {duration(left_s)}"
@@ -69,7 +71,7 @@ class ProgressBar(Bar, Watcher):
         if "validation_loss" in record:
             shown = describe(record, "loss", "validation_loss", "mfu")
             self.leave(f"{done:4.0%}  {step}  {shown}")
-        self.show(step, done, describe(record, "loss", "tokens_per_s"))
+        self.show(step, done, describe(record, "loss", "tokens_per_s"), self._left_s)
 
     def _say(self, label: str, text: str) -> None:
         self.console.print(f"{label:10}{text}", markup=False, highlight=False)
