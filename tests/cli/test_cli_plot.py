@@ -110,4 +110,7 @@ def test_what_cannot_be_drawn_is_refused(call: Any, runs: list[Path], tmp_path: 
         assert_refused(call("plot", "--out", out, *given), words)
     (runs[0] / "log.jsonl").write_text("[1]\n")
     assert_refused(call("plot", runs[0], "--out", out), "a line that is not a record of a run")
+    for text in ("", "no log\n", '{"step": 0, "lo'):  # the last: as it begins
+        (runs[0] / "log.jsonl").write_text(text)
+        assert_refused(call("plot", runs[0], "--out", out), "the log of run has no record\n")
     assert not list(tmp_path.glob("*.*"))

@@ -95,7 +95,9 @@ def test_a_run_stopped_anywhere_ends_as_one_that_was_not(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         kill_in(patch, owner, name, call)
-        assert train([short], out, model=TINY, config=CONFIG).stopped
+        stopped = train([short], out, model=TINY, config=CONFIG)
+    assert stopped.stopped
+    assert all(parameter.grad is None for parameter in stopped.model.parameters())
     content = checkpoint.load(out / "checkpoint.pt")
     assert (content["step"], list(content["due"])) == (step, due)
     # As a run that was killed on its way, which had already made what was due.
@@ -206,6 +208,7 @@ def test_a_finished_run_is_left_as_it_is(
     assert again.nothing_left == "12 of 12 steps"
     assert state_of(out) == before
     assert_same_bits(again.model.state_dict(), result.model.state_dict())
+    assert (again.model.training, result.model.training) == (False, False)
     assert (again.records, again.petaflop_s_days) == (result.records, result.petaflop_s_days)
     with pytest.raises(ValueError, match="steps is 11, but 12 were made already: ask for more"):
         resume(out, steps=11)
@@ -231,6 +234,8 @@ def test_a_run_of_minutes_is_done_when_they_are_over(short: Path, tmp_path: Path
     config = dataclasses.replace(SHORT, steps=10**6, minutes=0.01)
     train([short], out, model=TINY, config=config)
     content = checkpoint.load(out / "checkpoint.pt")
+    checkpoint.save(out / "checkpoint.pt", {**content, "seconds": 0.7})
+    assert resume(out).nothing_left == "0.01 of 0.01 minutes"
     checkpoint.save(out / "checkpoint.pt", {**content, "seconds": 90.0})
     assert resume(out).nothing_left == "1.5 of 0.01 minutes"
     with pytest.raises(ValueError, match=r"minutes is 1.0, but 1.5 were made already"):

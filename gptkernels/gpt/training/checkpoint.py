@@ -7,7 +7,7 @@ What is inside: {"format", "version", "model", "optimizer", "step", "tokens" (tr
 "seconds", "best_validation_loss", "since_log" (of the steps since the last line of the log: the sum
 of the losses, the number, the sums of noise.py), "average" (of the weights; empty where none is
 kept), "scaler" (of the loss; empty but in float16), "sampler", "random" (PyTorch's CPU and CUDA
-generators), "due" (what the step asks for and was not done, since a signal stopped it: train.py),
+generators), "due" (what the step asks for and was not done, since a signal stopped it: run.py),
 "model_config", "train_config", "files", "text" (a fingerprint of what the files hold),
 "tuned" (the digest of the table of measurements that impl="auto" followed; empty where another impl
 was named)}.

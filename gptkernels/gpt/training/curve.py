@@ -122,6 +122,8 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _nothing(name: str, records: Sequence[Record], by: str, metric: str) -> str:
     numbers = sorted({key for r in records for key, value in r.items() if _is_number(value)})
+    if not numbers:
+        return f"the log of {name} has no record"
     lacking = by if by not in numbers else metric
     known = [key for key in numbers if key not in AXES]
     return f"the log of {name} has no {lacking}; it has {', '.join(known)}{hint(metric, known)}"

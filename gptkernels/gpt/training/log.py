@@ -14,8 +14,8 @@ NAME = "log.jsonl"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records in a log.jsonl, but for one that a killed run left half. Raises ValueError for a
-    file that is none, OSError where it cannot be read."""
+    """The records in a log.jsonl, up to a line that a killed run left half. Raises ValueError for a
+    line of JSON that is no record, OSError where the file cannot be read."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -52,11 +52,11 @@ class Log:
             kind = "sample" if "sample" in record else "validation"
             if record["step"] < step or (record["step"] == step and kind not in due):
                 self.records.append(record)
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        if lines == path.read_text(encoding="utf-8"):
+        lines = "".join(json.dumps(record) + "\n" for record in self.records).encode()
+        if lines == path.read_bytes():
             return
         with replacing(path, alone=True) as shorter:
-            shorter.write_text(lines, encoding="utf-8")
+            shorter.write_bytes(lines)
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record, which has a "step". Raises OSError where it cannot be written."""
@@ -64,7 +64,7 @@ class Log:
         path = self.out / NAME
         make_folder("out", self.out)  # somebody may have cleaned it away meanwhile
         try:
-            with path.open("a" if self.records else "w", encoding="utf-8") as log:
+            with path.open("a" if self.records else "w", encoding="utf-8", newline="\n") as log:
                 log.write(json.dumps(record) + "\n")
         except OSError as error:  # from a write, which does not name the file
             raise OSError(error.errno, error.strerror, str(path)) from None

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_count
+from gptkernels.core.device import choose_device
 from gptkernels.core.files import check_folder
 from gptkernels.core.lock import alone_in
 from gptkernels.gpt.config import GPTConfig
@@ -132,7 +133,8 @@ def _resumed(
     model = checkpoint.model(path, content)
     if finished := _finished(out, content, saved, config):
         log = Log(out)
-        log.take_up(content["step"], ())
+        log.take_up(content["step"])
+        model.set_impl(config.impl).to(choose_device(config.device)).eval()  # as after a run
         compute = petaflop_s_days(flops_of(model), content["tokens"])
         best, seconds = content["best_validation_loss"], content["seconds"]
         return TrainResult(model, log.records, best, seconds, compute, nothing_left=finished)
@@ -164,14 +166,14 @@ def _finished(out: Path, content: dict[str, Any], saved: TrainConfig, config: Tr
 
     Raises ValueError where `config` newly asks for less than was done.
     """
-    step, minutes = content["step"], round(content["seconds"] / 60, 1)
+    step, minutes = content["step"], round(content["seconds"] / 60, 2)
     for name, made in (("steps", step), ("minutes", minutes)):
         wanted = getattr(config, name)
         if wanted is not None and wanted < made and wanted != getattr(saved, name):
             raise ValueError(f"{name} is {wanted:,}, but {made:,} were made already: ask for more")
     if step >= config.steps:
         done = f"{step:,} of {config.steps:,} steps"
-    elif step and config.minutes is not None and minutes >= config.minutes:
+    elif step and config.minutes is not None and content["seconds"] >= 60 * config.minutes:
         done = f"{minutes:,} of {config.minutes:,g} minutes"
     else:
         return ""
@@ -188,7 +190,7 @@ def _holds(folder: Path, weights: dict[str, Tensor]) -> bool:
         kept = GPT.from_pretrained(folder).state_dict()
     except (OSError, ValueError):
         return False
-    return all(torch.equal(kept[name], weight) for name, weight in weights.items())
+    return all(name in kept and torch.equal(kept[name], w) for name, w in weights.items())
 
 
 def check_new(out: Path) -> None:
