@@ -16,7 +16,7 @@ from gptkernels.truth import verify
         ("atention", "attention"),
         ("mlp", "gelu_mlp"),
         ("varlen", "attention_varlen"),
-        ("Layer_Norm", "layer_norm"),
+        ("LAYER_NORM", "layer_norm"),
         ("softmax", None),
         ("a", None),
         ("", None),
