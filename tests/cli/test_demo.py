@@ -128,8 +128,6 @@ def test_it_says_beforehand_how_long_it_takes_and_where_it_writes(
     finished: tuple[Path, int, str],
 ) -> None:
     out, _, printed = finished
-    parts = {"tuning": 20, "training": 2.4, "plain": 0.4, "checks": 60, "timing": 60}
-    assert sum(parts.values()) < 180
     first, second, *_ = printed.splitlines()
     assert first == f"This demo takes about 3 minutes and writes {out}. Ctrl-C ends it."
     assert "20 s of tuning, 2 s of training" in second
@@ -142,6 +140,7 @@ def test_a_plain_twin_shares_the_first_steps(finished: tuple[Path, int, str]) ->
     shared = plain["steps"]
     assert made / 6 <= shared <= made / 6 + 10 or shared == made
     assert [record["step"] for record in plain["records"]][-1] == shared
+    assert plain["seconds"] == plain["records"][-1]["seconds"]  # of both without a validation
     ours = {r["step"]: r["loss"] for r in summary["records"] if "loss" in r}
     theirs = {r["step"]: r["loss"] for r in plain["records"] if "loss" in r}
     gaps = [abs(ours[step] - theirs[step]) for step in ours.keys() & theirs.keys()]
@@ -361,8 +360,12 @@ def test_findings_say_what_is_faster_and_slower_of_the_measured_rows() -> None:
     )
     slow = timed("cpu", 1e-2, 0.1, "slower", shape="9 rows")
     other = timed(BASELINE, 1e-3, 1.0, "same", shape="9 rows")
-    slower = findings([plain, fast, other, slow])[1]
-    assert slower.text.startswith("is slower in 1 of 2 cases (impl='cpu'): 0.10× in float32")
+    less = {"shape": "7 rows"}
+    rows = [plain, fast, other, slow, plain | less, timed("cpu", 8e-4, 0.5, "slower", **less)]
+    slower = findings(rows)[1]
+    assert slower.text.startswith(
+        "is slower in 2 of 3 cases (impl='cpu'), 0.10× to 0.50×. The furthest is 0.10× in float32"
+    )
     assert slower.text.endswith("PyTorch 10%: other arithmetic and the cost of calls decide.")
     (same,) = findings([plain, fast | {"verdict": "same"}])
     assert same.verdict == "same"
@@ -390,7 +393,9 @@ def test_tables_fit_narrow_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
         speed.speed_table(trained, console)
         lines = re.sub(r"\x1b\[[\d?]*\w|\r", "", shown.getvalue()).splitlines()
         assert max(map(len, lines)) <= width
-        assert any(line.endswith(" 0.10x") for line in lines)
+        row = next(line for line in lines if line.endswith(" 0.10x"))
+        assert row.endswith("  10 ms       1 ms     0.10x")
+        assert "float32  forward    cpu" in row
 
 
 def test_triton_rows_come_from_an_interpreter_of_its_own(
