@@ -67,7 +67,7 @@ def read(text: Path, config: GPTConfig, how: TrainConfig) -> tuple[data.Tokens, 
 
 def write(out: Path, ours: Curve, plain: Curve) -> dict[str, Any]:
     """Write curves.json and curves.png into `out`; returns what the JSON holds."""
-    kept = ("step", "loss", "validation_loss")
+    kept = ("step", "seconds", "loss", "validation_loss")
     by_step = differences(ours, plain)
     content = {
         "gptkernels": [{name: r[name] for name in kept if name in r} for r in ours],

@@ -52,7 +52,11 @@ def losses(curve: list[dict[str, float]]) -> list[float]:
 
 def test_training_on_shakespeare_beside_a_plain_twin(shakespeare: Path, tmp_path: Path) -> None:
     twin, text = plain_twin(MODEL, CONFIG), read(shakespeare, MODEL, CONFIG)
-    plain = train_plainly(twin, *text, MODEL.block_size, CONFIG)
+    heard: list[tuple[dict[str, float], float]] = []
+    plain = train_plainly(
+        twin, *text, MODEL.block_size, CONFIG, observer=lambda *given: heard.append(given)
+    )
+    assert heard == [(record, record["step"] / STEPS) for record in plain]
 
     ours = train([shakespeare], tmp_path / "out", model=MODEL, config=CONFIG).records
     assert len(losses(ours)) == STEPS

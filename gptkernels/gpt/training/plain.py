@@ -9,6 +9,7 @@ one micro-batch, and no loss is scaled, so float16 is refused.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ from gptkernels.gpt.training.learner import mean_loss, parameter_groups
 from gptkernels.gpt.training.observer import Observer
 
 Curve = list[dict[str, Any]]
-"""Records as in log.jsonl: step, and loss (mean since the last record), validation_loss or both."""
+"""Records as in log.jsonl: step, seconds, and loss (mean since the last record), validation_loss
+or both."""
 
 
 def initial_weights(config: GPTConfig, seed: int) -> Mapping[str, Tensor]:
@@ -74,7 +76,15 @@ def train_plainly(
         model.train()
         return found
 
-    curve: Curve = [{"step": 0, "validation_loss": validation_loss()}]
+    started = time.perf_counter()
+    curve: Curve = []
+
+    def write(record: dict[str, Any]) -> None:
+        curve.append(record)
+        if observer is not None:
+            observer(record, record["step"] / len(rates))
+
+    write({"step": 0, "seconds": 0.0, "validation_loss": validation_loss()})
     since: list[Tensor] = []
     for step, rate in enumerate(rates, 1):
         for group in optimizer.param_groups:
@@ -88,13 +98,12 @@ def train_plainly(
         since.append(loss.detach())
         validate = step == len(rates) or step % how.validation_interval == 0
         if validate or step % how.log_interval == 0:
-            record = {"step": step, "loss": torch.stack(since).mean().item()}
+            record: dict[str, Any] = {"step": step, "loss": torch.stack(since).mean().item()}
+            record["seconds"] = time.perf_counter() - started  # as there, before it is validated
             if validate:
                 record["validation_loss"] = validation_loss()
             since.clear()
-            curve.append(record)
-            if observer is not None:
-                observer(record, step / len(rates))
+            write(record)
     return curve
 
 
