@@ -38,6 +38,7 @@ from gptkernels.nn.cross_entropy import IGNORED
 try:
     import transformers
     from transformers.modeling_outputs import CausalLMOutput
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import can_return_tuple
 except ImportError as error:
     raise ImportError(
@@ -173,9 +174,12 @@ class GPTForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         gives the same samples again, which are not transformers'. Raises NotImplementedError for
         any other setting, and ValueError for one out of range.
         """
-        tokens, mask = given.pop("input_ids", inputs), given.pop("attention_mask", None)
-        if tokens is None:
+        prompts = [x for x in (inputs, given.pop("input_ids", None)) if x is not None]
+        if not prompts:
             raise ValueError("generate continues input_ids of at least one token, got none")
+        if len(prompts) > 1:
+            raise ValueError("inputs and input_ids are the same argument, got both")
+        mask = given.pop("attention_mask", None)
         settings: dict[str, Any] = {}
         unset = transformers.GenerationConfig().to_dict()
         for config in (self.generation_config, generation_config):
@@ -183,7 +187,7 @@ class GPTForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
             settings |= {k: v for k, v in of_config.items() if v is not None and v != unset.get(k)}
         settings |= given
         _refuse("generate", settings, as_transformers.KNOWN, _NEUTRAL)
-        return as_transformers.generate(self.model, tokens, mask, settings, streamer)
+        return as_transformers.generate(self.model, prompts[0], mask, settings, streamer)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -205,14 +209,15 @@ class GPTForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         """
         dtype = others.pop("torch_dtype", None) if dtype is None else dtype
         _refuse("from_pretrained", others, _OF_THE_HUB)
+        wanted = None if dtype in (None, "auto") else _dtype(dtype)
         path = Path(folder)
         if config is not None and dropout is None:
             dropout = config.dropout
         network = GPT.from_pretrained(path, dropout=dropout)
         if config is not None and config.shape() != network.config:
             raise ValueError(f"config must be that of {folder}, got {config.shape()}")
-        if dtype not in (None, "auto"):
-            network.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if wanted is not None:
+            network.to(wanted)
         said = json_object(path / "config.json") if path.is_dir() else {}
         model = cls(network, **{key: said[key] for key in _SPECIAL if key in said})
         if (path / "generation_config.json").is_file():
@@ -280,6 +285,13 @@ def _refuse(
             raise NotImplementedError(f"GPTForCausalLM.{what} has no {name}")
 
 
+def _dtype(given: Any) -> torch.dtype:
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be 'auto' or a dtype of PyTorch, got {given!r}")
+    return found
+
+
 def _targets(labels: Tensor, tokens: Tensor) -> Tensor:
     """What each place has to predict: the label behind it."""
     if labels.shape != tokens.shape:
@@ -314,3 +326,5 @@ _NEUTRAL = {
 }
 transformers.AutoConfig.register(GPTKernelsConfig.model_type, GPTKernelsConfig)
 transformers.AutoModelForCausalLM.register(GPTKernelsConfig, GPTForCausalLM)
+# By the class's name Trainer knows that it has to shift labels where it smooths them itself.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GPTKernelsConfig.model_type] = GPTForCausalLM.__name__

@@ -15,6 +15,7 @@ import torch
 from hf_folders import CONFIG, theirs
 from models import shaken
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import gptkernels
 from gptkernels import GPT, GPTConfig
@@ -230,6 +231,7 @@ def test_a_streamer_gets_the_prompt_and_each_token(ours: GPTForCausalLM) -> None
         ({"max_length": 9}, ValueError, "more than the 9 tokens of input_ids, got 9"),
         ({"streamer": Streamer()}, ValueError, "a streamer takes one text, got 2"),
         ({"input_ids": None}, ValueError, "continues input_ids of at least one token, got none"),
+        ({"inputs": TOKENS}, ValueError, "inputs and input_ids are the same argument, got both"),
     ],
 )
 def test_what_generate_refuses(
@@ -268,6 +270,9 @@ def test_options_of_from_pretrained(tmp_path: Path, ours: GPTForCausalLM) -> Non
     assert changed.model.config.dropout == changed.config.dropout == 0.5
     with pytest.raises(NotImplementedError, match="from_pretrained has no device_map"):
         auto(tmp_path, device_map="auto")
+    for wrong in ("nonsense", "load"):
+        with pytest.raises(ValueError, match=f"^dtype must be 'auto' or a dtype .*, got '{wrong}'"):
+            GPTForCausalLM.from_pretrained(tmp_path, dtype=wrong)
     with pytest.raises(ValueError, match=r"^config must be that of .*, got GPTConfig\(.*n_layer=1"):
         auto(tmp_path, n_layer=1)
 
@@ -363,6 +368,19 @@ def test_trainer(tmp_path: Path, ours: GPTForCausalLM) -> None:
     )
     for p, q in zip(again.parameters(), ours.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_trainer_smooths_the_labels_that_come_next(tmp_path: Path, ours: GPTForCausalLM) -> None:
+    """It shifts them for the classes that it knows by name, and takes others' as they are."""
+    pytest.importorskip("accelerate")
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True
+    )
+    found = transformers.Trainer(ours, args).compute_loss(
+        ours, {"input_ids": TOKENS, "labels": TOKENS}
+    )
+    logits = ours(TOKENS).logits[:, :-1].flatten(0, 1)
+    assert_close(found, cross_entropy(logits, TOKENS[:, 1:].flatten(), label_smoothing=0.1))
 
 
 def test_pipeline(tmp_path: Path) -> None:
