@@ -83,7 +83,7 @@ def foot(rows: Sequence[Row], width: int | None) -> Iterator[str]:
     skipped = [row for row in rows if row["time_s"] is None and not row.get("failed")]
     if skipped:
         yield "\nNot run:"
-        yield from grouped(skipped, "skipped")
+        yield from (f"  {line}" for line in grouped(skipped, "skipped"))
     means = geometric_means(rows)
     if means:
         yield "\nHow many times as fast our best kernel is (geometric mean; won-even-lost):"

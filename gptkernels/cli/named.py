@@ -52,10 +52,12 @@ def missing(
 
 def grouped(rows: Iterable[Row], reason: str) -> Iterator[str]:
     """Rows that did not run: a line for each reason, which stands under the key `reason`, with how
-    many they are of each implementation."""
+    many they are of each implementation. Rows without one are left out."""
     reasons: dict[str, dict[str, int]] = {}
     for row in rows:
+        if not row.get(reason):
+            continue
         counts = reasons.setdefault(row[reason], {})
         counts[row["impl"]] = counts.get(row["impl"], 0) + 1
     for why, counts in reasons.items():
-        yield f"  {', '.join(f'{count} of {name}' for name, count in counts.items())}: {why}"
+        yield f"{', '.join(f'{count} of {name}' for name, count in counts.items())}: {why}"

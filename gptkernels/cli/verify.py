@@ -81,7 +81,7 @@ def command(
     counts = {status: sum(row["status"] == status for row in rows) for status in STYLES}
     print_text(console, ", ".join(f"{count} {status}" for status, count in counts.items()))
     for line in named.grouped((row for row in rows if row["status"] == "skipped"), "reason"):
-        print_text(console, line)
+        print_text(console, f"  {line}")
     print_text(console, f"--seed {seed} gives the same inputs again")
     absent = () if allow_skip else tuple(named.missing(asked, rows, _skipped))
     for line in absent:

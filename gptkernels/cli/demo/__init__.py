@@ -13,7 +13,9 @@ from gptkernels.cli.paths import FOLDER
 
 
 @click.command("demo")
-@click.option("--text", type=options.PATH, help="UTF-8 text to train on. Default: Python's manual.")
+@click.option(
+    "--text", type=options.PATH, help="UTF-8 text to train on.  [default: Python's manual]"
+)
 @click.option(
     "--out",
     type=FOLDER,
@@ -26,7 +28,7 @@ from gptkernels.cli.paths import FOLDER
     type=float,
     default=2.0,
     show_default=True,
-    help="How long to train. The other parts take about three minutes more.",
+    help="Minutes to train. The other parts take about three more.",
 )
 @options.device
 @click.option(
@@ -34,7 +36,7 @@ from gptkernels.cli.paths import FOLDER
     type=int,
     default=1337,
     show_default=True,
-    help="Of the initial weights, the batches and the sample.",
+    help="Seed of the initial weights, the batches and the sample.",
 )
 def command(text: Path | None, out: Path, minutes: float, device: str, seed: int) -> int:
     """Train a small GPT on real text, sample from it, check it against plain PyTorch, time it, and

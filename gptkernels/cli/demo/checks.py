@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gptkernels.bench.report.words import count
-from gptkernels.cli.demo.terminal import Row, not_run
+from gptkernels.cli.demo.terminal import Row
+from gptkernels.cli.named import grouped
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Checks:
         statuses = [row["status"] for row in checked]
         failed = statuses.count("fail") + sum(bool(row.get("failed")) for row in timed)
         skipped = [row for row in checked if row["status"] == "skipped"]
-        return cls(statuses.count("pass"), failed, len(skipped), not_run(skipped, "reason"))
+        return cls(statuses.count("pass"), failed, len(skipped), list(grouped(skipped, "reason")))
 
     @property
     def verdict(self) -> str:

@@ -17,8 +17,9 @@ from gptkernels.cli.demo.beside import Beside
 from gptkernels.cli.demo.checks import Checks
 from gptkernels.cli.demo.findings import disturbance, findings, machine
 from gptkernels.cli.demo.parity import worst_rows
-from gptkernels.cli.demo.terminal import Row, not_run, of_limit, share, small
+from gptkernels.cli.demo.terminal import Row, of_limit, share, small
 from gptkernels.cli.demo.training import PROMPT
+from gptkernels.cli.named import grouped
 from gptkernels.core.files import replacing
 
 # The page's classes for what is good, bad or neither.
@@ -61,7 +62,7 @@ def write(
                 (row, _of_op(row["op"], parity_rows)) for row in worst_rows(parity_rows, ["op"])
             ],
             "timed": [r for r in speed_rows if r["time_s"] is not None and r["impl"] != BASELINE],
-            "not_timed": not_run(speed_rows, "skipped"),
+            "not_timed": list(grouped(speed_rows, "skipped")),
             "last": logged[-1],
             "rate": _median(logged, "tokens_per_s"),
             "mfu": _median(logged, "mfu"),

@@ -1,9 +1,8 @@
-"""What the demo shows on the terminal: headings, and what became of the checks."""
+"""What the demo shows on the terminal: headings, errors and their shares of the limits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -37,17 +36,3 @@ def share(row: Row) -> float:
 def of_limit(row: Row) -> str:
     """The share of its limit that an error reaches, nothing where there is none."""
     return f"{share(row):.0%}" if 0 <= share(row) < math.inf else ""
-
-
-def not_run(rows: Iterable[Row], reason: str) -> list[str]:
-    """A line for each reason why rows were not run: how many of which implementation, and the
-    reason, which a row has under the name `reason`."""
-    counts: dict[str, dict[str, int]] = {}
-    for row in rows:
-        if row.get(reason):
-            of_impl = counts.setdefault(row[reason], {})
-            of_impl[row["impl"]] = of_impl.get(row["impl"], 0) + 1
-    return [
-        f"{', '.join(f'{count} of {impl}' for impl, count in of_impl.items())}: {why}"
-        for why, of_impl in counts.items()
-    ]
