@@ -10,14 +10,17 @@ _SHARED = {
     **renamed("window", "window_size", "sliding_window", note=", (left, right)"),
     **renamed("softcap", "logits_soft_cap", "logit_softcapping", "attn_logit_softcapping"),
     **renamed("alibi_slopes", "alibi", note=", one slope for each query head"),
-    **renamed("return_lse", "return_softmax_lse", "need_weights", "output_attentions",
-              "return_attn_probs", note=", and returns lse; the weights are never stored"),
+    **renamed("return_lse", "return_softmax_lse"),
+    **dict.fromkeys(
+        ("need_weights", "output_attentions", "return_attn_probs"),
+        "the weights are never stored; return_lse=True returns the logsumexp of the scores too",
+    ),
     **renamed("impl", "backend", "implementation"),
     "enable_gqa": "k and v may have fewer heads than q without it",
 }  # fmt: skip
 _DROPOUT = {
     **renamed("dropout_p", "dropout", "p", "attn_dropout", "attention_dropout"),
-    "training": "dropout falls whenever dropout_p is greater than 0",
+    "training": "it drops whenever dropout_p is greater than 0: give 0.0 outside training",
 }
 _CAUSAL = renamed(
     "causal", "is_causal", "use_causal_mask", note=", and aligned at the last query and key"

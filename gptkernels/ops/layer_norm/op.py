@@ -134,7 +134,7 @@ _ELSEWHERE = {
     **renamed("prenorm", "return_residual", "return_sum", note=", and returns s too"),
     **renamed("impl", "backend", "implementation"),
     "normalized_shape": "it norms the last dimension, and gptkernels.LayerNorm several",
-    "training": "dropout falls whenever dropout_p is greater than 0",
+    "training": "it drops whenever dropout_p is greater than 0: give 0.0 outside training",
     **dict.fromkeys(("x1", "weight1", "bias1"), _ONE_INPUT),
     **dict.fromkeys(("rowscale", "layerscale", "colscale"), "scale x before the call"),
     **dict.fromkeys(("is_rms_norm", "rms_norm"), "it has no RMSNorm; torch.nn.RMSNorm is one"),
