@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +49,7 @@ def remedy(name: str) -> tuple[str, str] | None:
     build = f"GPTKERNELS_BUILD_{name.upper()}=1 pip install -v --no-deps"
     checkout = _PACKAGE.parent
     if (checkout / "setup.py").is_file():
-        return compilers, f"{build} -e {checkout}"
+        return compilers, f"{build} -e {shlex.quote(str(checkout))}"
     return f"{compilers}, in a checkout of the sources", f"{build} --force-reinstall ."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -55,3 +56,14 @@ def test_systems_that_have_no_such_kernels(
         assert compiled.why_absent(name) == f"the {name.upper()} kernels are not for {system}"
     said = [compiled.why_absent(name) for name in compiled.MODULES if name not in names]
     assert all("with g++ or clang++ on PATH" in str(reason) for reason in said)
+
+
+def test_the_command_of_a_checkout_can_be_pasted_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = tmp_path / "my code"
+    checkout.mkdir()
+    (checkout / "setup.py").touch()
+    monkeypatch.setattr(compiled, "_PACKAGE", checkout / "gptkernels")
+    _, command = compiled.remedy("cpu") or ("", "")
+    assert shlex.split(command)[-2:] == ["-e", str(checkout)]
