@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from gptkernels.gpt.training.validation import Validation
+
+
+_READ = {"batch_size", "validation_batches", "compile", "device", "dtype", "impl"}
+_READ |= {"tokenizer", "token_dtype"}
+"""The fields of TrainConfig that a validation reads."""
+
+
+def refuse_unread(context: click.Context, training: Collection[str], out_is_read: bool) -> None:
+    """Raise ValueError where the command line gives what a validation would not read. `training`:
+    the fields of TrainConfig that were given; a file of options may hold them all."""
+    unread = set(training) - _READ
+    if not out_is_read:
+        unread.add("out")
+    line = ParameterSource.COMMANDLINE
+    given = sorted(name for name in unread if context.get_parameter_source(name) == line)
+    if given:
+        raise ValueError(f"{', '.join(given)}: without effect with eval-only, leave it out")
 
 
 def validate(

@@ -11,7 +11,7 @@ import click
 
 from gptkernels.cli.config_file import FileCommand
 from gptkernels.cli.console import plain_console, print_text
-from gptkernels.cli.eval_only import validate
+from gptkernels.cli.eval_only import refuse_unread, validate
 from gptkernels.cli.fields import fields_of
 from gptkernels.cli.options import PATH, Choice
 from gptkernels.cli.paths import FOLDER
@@ -114,6 +114,7 @@ def command(
     if eval_only:
         if not (resume or init):
             raise ValueError("eval-only: name a run with --resume, or a model with --init")
+        refuse_unread(click.get_current_context(), training, out_is_read=resume)
         validate(files, _wanted(out) if resume else None, init, sizes, training)
         return
     out = _wanted(out)

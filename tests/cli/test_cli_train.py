@@ -256,6 +256,8 @@ def test_validation_alone_says_what_the_log_says(call: Any, text: Path, tmp_path
         (("--resume",), "Missing option '--out'"),
         (("--resume", "--out", out, "--n-layer", "2"), "n_layer: a resumed run keeps its model"),
         (("--init", out, text, "--n-layer", "2"), "n_layer: a model to go on from keeps its"),
+        (("--resume", "--out", out, "--steps", "9", "--ema", "0.5"), "ema, steps: without effect"),
+        (("--init", out, text, "--out", tmp_path / "x"), "out: without effect with eval-only"),
     ):
         assert_refused(call("train", "--eval-only", *given), words)
     assert_refused(call("train", text), "Missing option '--out'")
