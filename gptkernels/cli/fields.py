@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from gptkernels.cli.options import IMPLS, Choice
+from gptkernels.cli.options import IMPLS, Choice, Dtype
 
 _TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 
@@ -63,6 +63,8 @@ def _field_option(field: dataclasses.Field[Any], text: str, standard: Any) -> Ca
     kind = _TYPES[str(field.type).removesuffix(" | None")]
     if field.name == "impl":
         kind = Choice(IMPLS)
+    elif field.name == "dtype":
+        kind = Dtype()
     return click.option(f"--{name}", field.name, type=kind, **more)
 
 

@@ -36,6 +36,16 @@ class Choice(click.Choice[str]):
         return super().get_invalid_choice_message(value, ctx) + question(value, self.choices)
 
 
+class Dtype(click.ParamType):
+    """The name of a dtype, short or long; the long one is passed on."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The long name of a short one; whatever else was given."""
+        return _SHORT.get(value, value)
+
+
 def question(name: str, known: Iterable[str]) -> str:
     """What ends a sentence of click's about a name that is not known: whether the nearest of those
     `known` was meant."""

@@ -41,6 +41,14 @@ def test_each_help_is_sentences_and_says_the_default() -> None:
     assert seen == {"train", "finetune", "evaluate", "prepare", "analyse"}
 
 
+def test_a_dtype_has_a_short_name() -> None:
+    dtypes = [one for _, one in options() if one.name == "dtype"]
+    assert dtypes
+    for one in dtypes:
+        given = ("bf16", "bfloat16", "fp32")
+        assert [one.type(name) for name in given] == ["bfloat16", "bfloat16", "float32"]
+
+
 @dataclasses.dataclass
 class Shape:
     """A shape.
