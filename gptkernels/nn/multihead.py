@@ -132,6 +132,11 @@ class MultiheadAttention(FusedModule, nn.MultiheadAttention):
                     f"{name} must have shape (T, {width}) or three dimensions that end in {width}, "
                     f"as many as query, got {tuple(x.shape)}"
                 )
+        batch = 0 if self.batch_first else 1
+        if query.dim() == 3 and key.shape[batch] != query.shape[batch]:
+            raise ValueError(
+                f"key must have the batch of query, {query.shape[batch]}, got {key.shape[batch]}"
+            )
         if value.shape[:-1] != key.shape[:-1]:
             raise ValueError(
                 f"value must have the tokens and the batch of key, {tuple(key.shape[:-1])}, "

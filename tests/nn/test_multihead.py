@@ -192,6 +192,7 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], message:
             r"^query must have .*24.* got \(5, 2, 23\)",
         ),
         ({"key": torch.zeros(Tk, WIDTH)}, ValueError, r"^key must have .*, got \(7, 24\)"),
+        ({"key": torch.zeros(Tk, 3, WIDTH)}, ValueError, "^key must have the batch of query, 2, g"),
         (
             {"value": torch.zeros(6, B, WIDTH)},
             ValueError,
