@@ -83,8 +83,8 @@ class GPTForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
     random weights. given: what transformers keeps in a config beside the shape, such as
     eos_token_id, which is GPT-2's for a GPT of GPT-2's vocabulary; a GPTKernelsConfig has it.
 
-    Raises TypeError for `given` beside a GPTKernelsConfig, and ValueError for one whose head is not
-    tied: a new GPT's is.
+    Raises TypeError for another source, for `given` beside a GPTKernelsConfig and for one that is
+    of the shape, and ValueError for a GPTKernelsConfig whose head is not tied: a new GPT's is.
     """
 
     config_class = GPTKernelsConfig
@@ -100,7 +100,13 @@ class GPTForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
             if not source.tie_word_embeddings:
                 raise ValueError(f"{TIED} must be true for a new GPT, got false")
             network, config = GPT(source.shape()), source
+        elif not isinstance(source, GPT | GPTConfig):
+            raise TypeError(
+                "source must be a GPT, a GPTConfig or a GPTKernelsConfig, got a "
+                f"{type(source).__name__}; GPT.from_pretrained makes a GPT of others' models"
+            )
         else:
+            _check_no_shape(given)
             network = source if isinstance(source, GPT) else GPT(source)
             end = layouts.end_of_text(network.config)
             tied = are_one(network.lm_head.weight, network.transformer.wte.weight)
@@ -283,6 +289,14 @@ def _refuse(
         silent = value is None or value is False or name.startswith("_")
         if not silent and name not in known and (name not in neutral or value != neutral[name]):
             raise NotImplementedError(f"GPTForCausalLM.{what} has no {name}")
+
+
+def _check_no_shape(given: Mapping[str, Any]) -> None:
+    """Raise TypeError for the first setting that says what the GPT's own config says."""
+    shape = {f.name for f in dataclasses.fields(GPTConfig)} | {TIED}
+    for name in given:
+        if GPTKernelsConfig.attribute_map.get(name, name) in shape:
+            raise TypeError(f"{name} is what the source says, and cannot be given beside it")
 
 
 def _dtype(given: Any) -> torch.dtype:

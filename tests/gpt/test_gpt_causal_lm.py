@@ -305,6 +305,11 @@ def test_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert again.generation_config.eos_token_id == 3
     with pytest.raises(TypeError, match="has all settings, got eos_token_id"):
         GPTForCausalLM(small, eos_token_id=4)
+    for name in ("n_layer", "hidden_size", "tie_word_embeddings"):
+        with pytest.raises(TypeError, match=f"^{name} is what the source says"):
+            GPTForCausalLM(config, **{name: 4})
+    with pytest.raises(TypeError, match=r"got a str; GPT\.from_pretrained makes a GPT of others'"):
+        GPTForCausalLM("folder")
     small.tie_word_embeddings = False
     with pytest.raises(ValueError, match="tie_word_embeddings must be true for a new GPT"):
         GPTForCausalLM(small)
