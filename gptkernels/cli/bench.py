@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,17 +122,18 @@ def command(
     if found.rows:
         print_text(console, f"\n{path} has {len(found.rows)} rows, which are not measured again")
 
+    going_on = f"--json {shlex.quote(str(path))} --resume"
     how: dict[str, Any] = {"device": where, "impls": impls, "peers": wanted, "level": level}
     try:
         _show(console, run.run(steps, found, minutes=minutes, **how), len(steps))
     except KeyboardInterrupt:
         if path is not None:
-            print_text(console, f"\nstopped; --json {path} --resume goes on")
+            print_text(console, f"\nstopped; {going_on} goes on")
         raise
     for line in table.foot(found.rows, room(console)):
         print_text(console, line)
     if not found.content["finished"]:
-        how_on = f"--json {path} --resume goes on" if path else "with --json a run can go on"
+        how_on = f"{going_on} goes on" if path else "with --json a run can go on"
         print_text(console, f"\n{minutes:g} minutes are over; {how_on}")
     if folder is not None and found.rows:
         print_text(console, f"\nReport: {report.write(found.content, folder)}")

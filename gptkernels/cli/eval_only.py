@@ -49,7 +49,7 @@ def validate(
         begun = Pretrained.load(init, training.get("tokenizer", "auto"), **sizes)
         found = validation.validate_model(begun, files, TrainConfig(**training))
     text = "the held-out end of its text" if found.held_out else ", ".join(map(str, files))
-    click.echo(_line("" if found.step is None else f"step {found.step}: ", found))
+    click.echo(_line("" if found.step is None else f"step {found.step:,}: ", found))
     if found.ema_loss is not None:
         click.echo(f"average of the weights: validation loss {found.ema_loss:.4f}")
     some = " (more with --validation-batches)" if found.tokens < found.room else ""

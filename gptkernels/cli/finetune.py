@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def command(
         always = f", that of a constant answer {result.majority[name]:.4f}"
         print_text(console, f"{part} {name} {value:.4f}{'' if result.stopped else always}")
     stopped = "stopped; the best model so far is" if result.stopped else "everything is"
-    print_text(console, f"{stopped} in {out}; ask it with: gptkernels classify {out} TEXT")
+    ask = f"gptkernels classify {shlex.quote(str(out))} TEXT"
+    print_text(console, f"{stopped} in {out}; ask it with: {ask}")
 
 
 def _train_on(texts: tuple[Path, ...], model: Path, out: Path, given: dict[str, Any]) -> None:

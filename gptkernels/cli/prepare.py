@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,8 @@ def command(files: tuple[Path, ...], out: Path, processes: int | None, **options
     for line in _summary(manifest, out / MALFORMED):
         print_text(console, line)
     was = "was finished before, and stays as it is" if before else "is finished"
-    print_text(console, f"{out} {was}; train on it: gptkernels train {out} --out RUN")
+    train = f"gptkernels train {shlex.quote(str(out))} --out RUN"
+    print_text(console, f"{out} {was}; train on it: {train}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,15 +206,14 @@ def go_on(
 def report(result: TrainResult, out: Path) -> None:
     """Print the last line of a run."""
     console = plain_console()
+    again = f"gptkernels train --resume --out {shlex.quote(str(out))}"
     if result.nothing_left:
-        print_text(
-            console,
-            f"the run is done: {result.nothing_left}; go on with: "
-            f"gptkernels train --resume --out {out} --steps N",
-        )
+        unit = result.nothing_left.split()[-1]  # steps or minutes
+        done = f"the run is done: {result.nothing_left}"
+        print_text(console, f"{done}; go on with: {again} --{unit} N")
         return
     if result.stopped:
-        print_text(console, f"stopped; go on with: gptkernels train --resume --out {out}")
+        print_text(console, f"stopped; go on with: {again}")
         return
     print_text(
         console,

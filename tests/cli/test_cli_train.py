@@ -21,12 +21,14 @@ pytest.importorskip("safetensors")
 from test_cli import BATCHES, SMALL, assert_refused
 
 from gptkernels import GPT, GPTConfig
+from gptkernels.cli.train import report
 from gptkernels.gpt import tokenizer_files
 from gptkernels.gpt.tokenizer import CharacterTokenizer
 from gptkernels.gpt.training import data, train
 from gptkernels.gpt.training.config import TrainConfig
 from gptkernels.gpt.training.observer import Plan
 from gptkernels.gpt.training.recipes import recipe_config
+from gptkernels.gpt.training.train import TrainResult
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 SHORT = (*BATCHES, "--steps", "2", "--warmup-steps", "1")
@@ -292,17 +294,27 @@ def test_on_a_cpu_the_model_is_a_small_one_and_options_change_it(
 
 
 def test_a_run_that_is_done_says_how_to_go_on(call: Any, text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
+    out = tmp_path / "my run"
     assert call("train", text, "--out", out, *SMALL).code == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     result = call("train", "--resume", "--out", out)
     assert result.code == 0
     assert result.out == (
         "the run is done: 3 of 3 steps; go on with: gptkernels train --resume --out "
-        f"{out} --steps N\n"
+        f"'{out}' --steps N\n"
     )
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert_refused(call("train", "--resume", "--out", out, "--steps", "2"), "steps is 2, but 3")
+
+
+def test_more_minutes_are_wanted_where_minutes_ended_a_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = TrainResult(
+        GPT(GPTConfig(8, 8, 1, 1, 8)), [], 0.0, 0.0, 0.0, nothing_left="2 of 2 minutes"
+    )
+    report(result, Path("run"))
+    assert capsys.readouterr().out.endswith("gptkernels train --resume --out run --minutes N\n")
 
 
 def test_a_folder_that_holds_a_run_is_refused_before_a_model_is_read(
