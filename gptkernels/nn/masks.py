@@ -11,35 +11,34 @@ def merge_masks(
     padding: Tensor | None,
     shape: torch.Size,
     dtype: torch.dtype,
-    keys: int | None = None,
-    names: tuple[str, str] = ("src_mask", "src_key_padding_mask"),
+    keys: int,
+    names: tuple[str, str],
 ) -> Tensor | None:
     """Both masks as one that `gptkernels.attention` takes for q of this shape, (B, T, nhead, D),
-    and so many keys (default: T): it broadcasts to (B, nhead, T, keys).
+    and so many keys: it broadcasts to (B, nhead, T, keys).
 
     mask: (T, keys) or (B * nhead, T, keys); padding: (B, keys), or (keys,) for one text. A boolean
     one is True where a key must not be seen, a floating one is added to the scores. Raises
     TypeError and ValueError for others, under these names.
     """
     B, T, nhead, _ = shape
-    Tk = T if keys is None else keys
     mask_name, padding_name = names
     for name, tensor in zip(names, (mask, padding), strict=True):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if mask is not None:
         given = tuple(mask.shape)
-        if given not in ((T, Tk), (B * nhead, T, Tk)):
+        if given not in ((T, keys), (B * nhead, T, keys)):
             raise ValueError(
-                f"{mask_name} must have shape {(T, Tk)} or {(B * nhead, T, Tk)}, got {given}"
+                f"{mask_name} must have shape {(T, keys)} or {(B * nhead, T, keys)}, got {given}"
             )
         mask = _attention_mask(mask_name, mask, dtype)
-        mask = mask.view(B, nhead, T, Tk) if mask.dim() == 3 else mask
+        mask = mask.view(B, nhead, T, keys) if mask.dim() == 3 else mask
     if padding is not None:
         given = tuple(padding.shape)
-        if given != (B, Tk) and not (B == 1 and given == (Tk,)):
-            raise ValueError(f"{padding_name} must have shape {(B, Tk)}, got {given}")
-        padding = _attention_mask(padding_name, padding, dtype).view(B, 1, 1, Tk)
+        if given != (B, keys) and not (B == 1 and given == (keys,)):
+            raise ValueError(f"{padding_name} must have shape {(B, keys)}, got {given}")
+        padding = _attention_mask(padding_name, padding, dtype).view(B, 1, 1, keys)
     if mask is None or padding is None:
         return padding if mask is None else mask
     if mask.dtype == padding.dtype == torch.bool:
