@@ -319,11 +319,7 @@ def _targets(labels: Tensor, tokens: Tensor) -> Tensor:
 @torch.compiler.disable  # it reads values
 def _check_padding(mask: Tensor, tokens: Tensor, targets: Tensor | None) -> None:
     """Raise ValueError where padding would be looked at, or has to predict something."""
-    if mask.shape != tokens.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids, {tuple(tokens.shape)}, "
-            f"got {tuple(mask.shape)}"
-        )
+    as_transformers.check_mask(mask, tokens)
     if not as_transformers.padded_right(mask):
         raise ValueError(
             "padding must be on the right of each row (tokenizer.padding_side = 'right'); generate "

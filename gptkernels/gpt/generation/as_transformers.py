@@ -88,6 +88,15 @@ def generate(
     return text
 
 
+def check_mask(mask: Tensor, tokens: Tensor) -> None:
+    """Raise ValueError for an attention_mask of another shape than the tokens."""
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids, {tuple(tokens.shape)}, "
+            f"got {tuple(mask.shape)}"
+        )
+
+
 def padded_right(mask: Tensor) -> bool:
     """Whether a mask (B, T) hides tokens at the ends of rows alone. Waits for its device."""
     there = mask != 0
@@ -98,11 +107,7 @@ def _prompts(tokens: Tensor, mask: Tensor | None) -> Iterable[list[int]]:
     """The rows of tokens, without what the mask hides on their left."""
     if mask is None:
         return tokens.tolist()
-    if mask.shape != tokens.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids, {tuple(tokens.shape)}, "
-            f"got {tuple(mask.shape)}"
-        )
+    check_mask(mask, tokens)
     if not padded_right(mask.flip(1)) or not bool(mask[:, -1].all()):
         raise ValueError(
             "padding must be on the left of each row (tokenizer.padding_side = 'left'), before at "
