@@ -98,6 +98,17 @@ def test_what_is_said_of_a_run(
     assert first["records"] + second["records"] == without_none
 
 
+def test_a_run_may_leave_its_project(
+    text: Path, tmp_path: Path, fake: list[dict[str, Any]]
+) -> None:
+    config = dataclasses.replace(LOGGED, steps=4, wandb_project="mine")
+    train([text], tmp_path / "run", model=TINY, config=config)
+    assert not resume(tmp_path / "run", steps=8, wandb=False).nothing_left
+    with pytest.raises(ValueError, match="wandb_project is 'a', none without wandb is wanted"):
+        resume(tmp_path / "run", wandb_project="a")
+    assert [one["project"] for one in fake] == ["mine"]
+
+
 def test_a_new_run_in_an_old_folder_has_a_new_id(
     text: Path, tmp_path: Path, fake: list[dict[str, Any]]
 ) -> None:

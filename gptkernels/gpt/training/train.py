@@ -158,6 +158,8 @@ def changed(saved: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
                 f"{name} is {value!r}, but the run to resume has {settings[name]!r} and cannot "
                 "change it"
             )
+    if changes.get("wandb") is False:  # a project alone would be refused
+        changes = {"wandb_project": None, **changes}
     return dataclasses.replace(saved, **changes)
 
 
