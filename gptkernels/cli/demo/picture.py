@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from gptkernels.bench.report.looks import LIGHT, SMALL, Look, dress
 from gptkernels.gpt.training.plain import Curve
 
-ALT = "Losses by step of gptkernels and of the same model in plain PyTorch, which lie on each other"
+ALT = "Losses by step of gptkernels and of the same model in plain PyTorch"
 _SIZE = (4.4, 3.0)  # inches: so small that letters stay legible where a phone shrinks it
 # Colours that stand for variables of the page, which has a value of each for light and for dark.
 _VARIABLES = {
