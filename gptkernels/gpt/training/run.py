@@ -67,6 +67,15 @@ def flops_of(model: GPT) -> float:
     return flops_per_token(model, shape.n_layer, shape.n_embd, shape.block_size)
 
 
+def check_text(files: list[str], digest: str, content: dict[str, Any]) -> None:
+    """Raise ValueError where the text of `files`, of this digest, is not that of a checkpoint."""
+    if content["text"] != digest:
+        raise ValueError(
+            f"files: the text of {', '.join(files)} is not the text that the run to resume was "
+            "trained on"
+        )
+
+
 class Run:
     """One run in the folder `out`, of a new model or of `model`; `epochs`, in place of its steps.
 
@@ -123,11 +132,7 @@ class Run:
 
     def restore(self, content: dict[str, Any]) -> None:
         """Go on from a checkpoint, and from the log up to its step."""
-        if content["text"] != self.digest:
-            raise ValueError(
-                f"files: the text of {', '.join(self.files)} is not the text that the run to "
-                "resume was trained on"
-            )
+        check_text(self.files, self.digest, content)
         path = self.out / "checkpoint.pt"
         self.learner.restore(path, content)
         self.step, self.tokens = content["step"], content["tokens"]

@@ -39,12 +39,12 @@ from gptkernels.core.lock import alone_in
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.model import GPT
 from gptkernels.gpt.tokenizer import load_tokenizer
-from gptkernels.gpt.training import checkpoint, prepared, vocabulary
+from gptkernels.gpt.training import checkpoint, data, prepared, vocabulary
 from gptkernels.gpt.training.config import DECIDED, TrainConfig
 from gptkernels.gpt.training.log import Log
 from gptkernels.gpt.training.observer import Observer
 from gptkernels.gpt.training.pretrained import Pretrained
-from gptkernels.gpt.training.run import Run, TrainResult, flops_of
+from gptkernels.gpt.training.run import Run, TrainResult, check_text, flops_of
 from gptkernels.gpt.training.throughput import petaflop_s_days
 
 
@@ -131,19 +131,31 @@ def _resumed(
     saved = checkpoint.config(path, content, "train_config", TrainConfig)
     config = changed(saved, changes)
     model = checkpoint.model(path, content)
+    texts = content["files"] if files is None else [str(Path(file).resolve()) for file in files]
     if finished := _finished(out, content, saved, config):
+        if files is not None:
+            _check_text(texts, out, content, config, model)
         log = Log(out)
         log.take_up(content["step"])
         model.set_impl(config.impl).to(choose_device(config.device)).eval()  # as after a run
         compute = petaflop_s_days(flops_of(model), content["tokens"])
         best, seconds = content["best_validation_loss"], content["seconds"]
         return TrainResult(model, log.records, best, seconds, compute, nothing_left=finished)
-    texts = content["files"] if files is None else [str(Path(file).resolve()) for file in files]
     config = prepared.settled(texts, config)
     tokenizer = vocabulary.kept(config.tokenizer, out)
     run = Run(texts, out, model.config, tokenizer, config, observer, model)
     run.restore(content)
     return run.finish()
+
+
+def _check_text(
+    texts: list[str], out: Path, content: dict[str, Any], config: TrainConfig, model: GPT
+) -> None:
+    """Raise ValueError where `texts`, on which a finished run is not trained, are another's."""
+    config = prepared.settled(texts, config)
+    tokenizer = vocabulary.kept(config.tokenizer, out)
+    _, digest = data.read(texts, tokenizer, config.token_dtype, model.config.vocab_size)
+    check_text(texts, digest, content)
 
 
 def changed(saved: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
