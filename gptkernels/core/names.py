@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable
 
 
@@ -24,10 +25,13 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of those `known` that looks most like `name`, else one that it is a part of, as "mlp"
-    is of "gelu_mlp"; capitals make no difference. None where there is none."""
+    """The one of those `known` that `name` is but for a slip; else one that it goes on from, as
+    "gpt2-small" does from "gpt2"; else one that it is a part of, as "mlp" is of "gelu_mlp"; else
+    the one that it looks most like. Capitals make no difference. None where there is none."""
     plain = {each.casefold(): each for each in known}
     wanted = str(name).casefold()
-    close = difflib.get_close_matches(wanted, plain, n=1)
+    slip = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.8)
+    begun = [each for each in plain if re.match(rf"{re.escape(each)}[-_]", wanted)]
     holding = [each for each in plain if len(wanted) > 2 and wanted in each]
-    return next((plain[each] for each in (*close, *holding)), None)
+    close = difflib.get_close_matches(wanted, plain, n=1)
+    return next((plain[each] for each in (*slip, *begun, *holding, *close)), None)

@@ -17,6 +17,7 @@ AutoModelForCausalLM read what `save_pretrained` writes. transformers 4.57 and 5
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptkernels.core.names import hint
 from gptkernels.gpt import layouts
 from gptkernels.gpt.config import GPTConfig
 from gptkernels.gpt.config_keys import TIED
@@ -288,7 +290,9 @@ def _refuse(
     for name, value in given.items():
         silent = value is None or value is False or name.startswith("_")
         if not silent and name not in known and (name not in neutral or value != neutral[name]):
-            raise NotImplementedError(f"GPTForCausalLM.{what} has no {name}")
+            own = inspect.signature(getattr(GPTForCausalLM, what)).parameters
+            nearest = hint(name, [*known, *own])
+            raise NotImplementedError(f"GPTForCausalLM.{what} has no {name}{nearest}")
 
 
 def _check_no_shape(given: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Never, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from torch.types import Device
 from torch.utils.checkpoint import checkpoint
 
 from gptkernels.core.checks import dtype_name
+from gptkernels.core.keywords import refuse, without_unknown
 from gptkernels.core.names import check_name
 from gptkernels.gpt import in_memory, nanogpt, weights
 from gptkernels.gpt.cached_blocks import cached_blocks
@@ -54,6 +55,10 @@ from gptkernels.nn.plain import remember
 
 _INIT_STD = 0.02
 RECOMPUTE = ("none", "mlp", "block")
+# What transformers' from_pretrained has, and GPT's has not.
+_CAST = "a folder's dtype is kept, and .to(dtype) casts the GPT"
+_MOVED = "a folder is read on the CPU, and .to(device) moves the GPT"
+_ELSEWHERE = {"dtype": _CAST, "torch_dtype": _CAST, "device": _MOVED, "device_map": _MOVED}
 
 
 class _Block(nn.Module):
@@ -232,8 +237,9 @@ class GPT(nn.Module):
     generate = generate
 
     @classmethod
+    @without_unknown
     def from_pretrained(
-        cls, source: str | Path | nn.Module, *, dropout: float | None = None
+        cls, source: str | Path | nn.Module, *, dropout: float | None = None, **unknown: Never
     ) -> GPT:
         """The GPT in a Hugging Face folder, in a checkpoint file of nanoGPT (ckpt.pt), or in
         memory, in its dtype, in evaluation mode; from files on the CPU.
@@ -253,6 +259,8 @@ class GPT(nn.Module):
         sentence, for one that is broken, foreign, contradicted by the others, or asks for something
         this model does not have; so for a model, and TypeError for a module that is none of these.
         """
+        if unknown:
+            refuse(GPT.from_pretrained, unknown, _ELSEWHERE)
         if isinstance(source, nn.Module):
             found = in_memory.read(source, dropout)
         else:

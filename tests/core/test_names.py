@@ -7,7 +7,22 @@ import torch
 
 from gptkernels import GPTConfig, attention, bench
 from gptkernels.core.names import check_name, nearest
+from gptkernels.gpt.config import NAMES
 from gptkernels.truth import verify
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("gpt2-small", "gpt2"),
+        ("gpt2-lage", "gpt2-large"),
+        ("gpt3", "gpt3-125M"),
+        ("gpt-2", "gpt2"),
+        ("llama", None),
+    ],
+)
+def test_nearest_of_names_that_begin_alike(name: str, found: str | None) -> None:
+    assert nearest(name, NAMES) == found
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,19 @@ def test_dropout_of_the_folder(folder: Path) -> None:
     assert GPT.from_pretrained(folder, dropout=0.3).config.dropout == 0.3
 
 
+@pytest.mark.parametrize(
+    ("keyword", "said"),
+    [
+        ("torch_dtype", r"has no argument torch_dtype: .* \.to\(dtype\) casts the GPT"),
+        ("device_map", r"has no argument device_map: .* \.to\(device\) moves the GPT"),
+        ("dropuot", "unexpected keyword argument 'dropuot'; did you mean 'dropout'"),
+    ],
+)
+def test_keywords_of_transformers(keyword: str, said: str) -> None:
+    with pytest.raises(TypeError, match=rf"^from_pretrained\(\) .*{said}"):
+        GPT.from_pretrained("nowhere", **{keyword: None})  # type: ignore[arg-type]
+
+
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

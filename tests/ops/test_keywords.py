@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gptkernels
+from gptkernels.gpt.generation import generate
 from gptkernels.ops.attention import elsewhere
 from gptkernels.ops.gelu_mlp import op as gelu_mlp
 from gptkernels.ops.layer_norm import op as layer_norm
@@ -19,6 +20,7 @@ from gptkernels.ops.linear_cross_entropy import op as linear_cross_entropy
 Q, X, W = torch.zeros(1, 2, 2, 8), torch.zeros(2, 8), torch.zeros(8)
 LENGTHS, CLASSES = torch.tensor([2], dtype=torch.int32), torch.tensor([0, 1])
 ENDS = torch.tensor([0, 2], dtype=torch.int32)
+SMALL = gptkernels.GPT(gptkernels.GPTConfig(8, 4, n_layer=1, n_head=1, n_embd=8))
 
 # Each function, the sentences that it has, and arguments that it takes.
 FUNCTIONS: dict[Callable[..., Any], tuple[Mapping[str, str], tuple[Any, ...]]] = {
@@ -28,6 +30,7 @@ FUNCTIONS: dict[Callable[..., Any], tuple[Mapping[str, str], tuple[Any, ...]]] =
     gptkernels.layer_norm: (layer_norm._ELSEWHERE, (X, W)),
     gptkernels.gelu_mlp: (gelu_mlp._ELSEWHERE, (X, X, None, X.T.contiguous(), None)),
     gptkernels.linear_cross_entropy: (linear_cross_entropy._ELSEWHERE, (X, X, CLASSES)),
+    gptkernels.GPT.generate: (generate._ELSEWHERE, (SMALL, CLASSES[None], 1)),
 }
 _RENAMED = re.compile(r"it is called (\w+) here")
 
@@ -56,6 +59,7 @@ def test_a_keyword_of_another_package_is_answered(function: Callable[..., Any]) 
         (gptkernels.layer_norm, "residul", "residual"),
         (gptkernels.gelu_mlp, "aproximate", "approximate"),
         (gptkernels.linear_cross_entropy, "zloss", "z_loss"),
+        (gptkernels.GPT.generate, "topp", "top_p"),
     ],
 )
 def test_a_keyword_that_is_mistyped(

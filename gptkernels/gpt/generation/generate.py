@@ -7,18 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Never
 
 import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_seed
+from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.gpt.generation.cache import CachingModel
 from gptkernels.gpt.generation.engine import MOST_DRAFTED, Engine
 from gptkernels.gpt.generation.request import Event, Request
 from gptkernels.gpt.generation.sampling import Sampling
 from gptkernels.gpt.tokenizer import Tokenizer
 
+# What transformers' generate has and this one has not, or under another name.
+_ELSEWHERE = {
+    **renamed("eos", "eos_token_id"),
+    "do_sample": "temperature=0 takes the likeliest token, any other samples",
+    "max_length": "max_new_tokens counts the new ones alone",
+    "num_return_sequences": "repeat the rows of tokens",
+    "attention_mask": "gptkernels.GPTForCausalLM(model).generate takes padded rows",
+}
 
+
+@without_unknown
 def generate(
     model: CachingModel,
     tokens: Tensor,
@@ -35,6 +47,7 @@ def generate(
     slots: int | None = None,
     draft: str | CachingModel | None = None,
     draft_tokens: int = MOST_DRAFTED,
+    **unknown: Never,
 ) -> Tensor:
     """`tokens` (B, T) int64 with up to max_new_tokens more behind each row: (B, T + n) int64.
 
@@ -65,6 +78,8 @@ def generate(
     for any argument of another type, and RuntimeError where the model's logits hold NaN or
     infinity.
     """
+    if unknown:
+        refuse(generate, unknown, _ELSEWHERE)
     model.check_tokens(tokens)
     B, T = tokens.shape
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
