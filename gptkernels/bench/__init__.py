@@ -82,9 +82,19 @@ def steps(
     ]
     for text in shapes:
         if not any(text in str(step.shape) for column in columns for step in column):
-            raise ValueError(f"no shape of {', '.join(ops)} holds {text!r} (level {level})")
+            raise ValueError(
+                f"no shape of {', '.join(ops)} holds {text!r} (level {level}); there are "
+                f"{_some([_module(op).shapes(kind, level) for op in ops])}"
+            )
     turns = itertools.zip_longest(*columns)
     return [step for turn in turns for step in turn if step is not None]
+
+
+def _some(shapes: Sequence[Sequence[Any]], most: int = 12) -> str:
+    """Names of some of an operator's shapes, and of each other's in turn."""
+    turns = itertools.zip_longest(*shapes)
+    names = list(dict.fromkeys(str(each) for turn in turns for each in turn if each is not None))
+    return "; ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
 def cases_of(

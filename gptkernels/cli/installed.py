@@ -156,7 +156,9 @@ def _measured(device: str) -> str:
     count = len(plans.table(device).entries)
     if not count:
         return "; gptkernels tune measures what is the fastest for your model"
-    return f" where nothing was measured; {count} classes of calls were (gptkernels tune --explain)"
+    # Some tables come with the package.
+    measured = f"{count} classes of calls were, here or on such a machine"
+    return f" where nothing was measured; {measured} (gptkernels tune --explain)"
 
 
 def _cpu_kernels() -> Iterator[str]:

@@ -61,7 +61,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
             raise
         _fail(_missing(error))
     except OSError as error:
-        _fail(str(error))
+        _fail(_of_a_file(error))
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         if not _is_deliberate(error):
             raise
@@ -72,6 +72,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
 def _fail(sentence: str, code: int = 2) -> None:
     print(f"gptkernels: {sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+def _of_a_file(error: OSError) -> str:
+    """The system's own errors begin with a number, "[Errno 2]"; ours are sentences."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
 
 
 def _missing(error: ImportError) -> str:

@@ -55,7 +55,8 @@ class Report:
         """The lines as a table, in plain text."""
         lines = list(self.lines())
         widths = [max((len(line[i]) for line in lines), default=0) for i in range(3)]
-        head = f"gptkernels, impl={self.impl!r}: {len(self.swapped)} modules swapped, "
+        count = len(self.swapped)
+        head = f"gptkernels, impl={self.impl!r}: {count} module{'s' * (count != 1)} swapped, "
         head += f"{len(self.left)} left alone"
         table = (
             f"  {line[0]:>{widths[0]}} x {line[1]:<{widths[1]}}  {line[2]:<{widths[2]}}  {line[3]}"

@@ -239,7 +239,7 @@ def test_a_report(call: Any, seconds: Any, tmp_path: Path) -> None:
         (("--resume",), ["--resume", "--json"]),
         (("--shape", "T77777"), ["no shape of", "holds 'T77777'"]),
         (("--peers", "sdap"), ["no peer is called 'sdap'", "SDPA flash"]),
-        (("--compare", "nothere.json"), ["nothere.json"]),
+        (("--compare", "nothere.json"), ["gptkernels: nothere.json: No such file or directory\n"]),
         (("--minutes", "0"), ["0"]),
         (("--report", "{file}/below"), ["is a file"]),
         (("--compare", "{file}"), ["is no results file of gptkernels"]),

@@ -695,6 +695,8 @@ def test_the_report_shows_like_modules_in_a_line() -> None:
     assert "2 x NewGELU" in text
     assert "h.0.attn ..." in text
     assert not [line for line in text.splitlines() if line != line.rstrip()]
+    one = gptkernels.accelerate(nn.Linear(2, 2))
+    assert str(one).startswith("gptkernels, impl='auto': 1 module swapped, 0 left alone\n")
 
 
 @pytest.mark.parametrize("widths", [{}, {"kdim": 24, "vdim": 40}], ids=str)
