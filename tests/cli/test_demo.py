@@ -475,6 +475,14 @@ def test_bad_input_is_refused_and_leaves_no_folder(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    for name in ("loss.png", "log.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="which no demo wrote; name another folder"):
+        run.run(out=tmp_path, device="cpu", console=silent())
+    assert (tmp_path / "loss.png").exists()
+
+
 def test_a_text_shorter_than_one_context_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(ValueError, match=r"training part has 8 of the text's 9 tokens"):

@@ -46,6 +46,7 @@ _OLD = (
     *("training/checkpoint.pt", "training/log.jsonl", "training/loss.png"),
     *("training/model/config.json", "training/model/model.safetensors"),
 )
+_OWN = {name.split("/")[0] for name in _OLD}
 
 
 def run(
@@ -62,13 +63,14 @@ def run(
     `text` is a UTF-8 file, None for Python's own manual; `minutes` is the time to train. Returns 0,
     or 1 when a parity check failed. Raises FileNotFoundError or ValueError for a text that cannot
     be trained on, ValueError for `minutes` that are not positive, an unknown device or an `out` in
-    use by another demo, NotADirectoryError for an `out` that is a file, ImportError when an extra
-    is missing, all before anything is written; KeyboardInterrupt, with a sentence about what is
-    written by then, when it is interrupted.
+    use by another demo or with files that no demo wrote, NotADirectoryError for an `out` that is a
+    file, ImportError when an extra is missing, all before anything is written; KeyboardInterrupt,
+    with a sentence about what is written by then, when it is interrupted.
     """
     out, console = Path(out), console or plain_console()
     wanted = task(text, minutes, device, seed)
     bench_report.check(out)
+    _check_own(out)
     with alone_in("out", out):
         for name in _OLD:
             (out / name).unlink(missing_ok=True)
@@ -78,6 +80,14 @@ def run(
             raise KeyboardInterrupt(
                 f"interrupted: the demo is not complete, and {out} holds no report"
             ) from None
+
+
+def _check_own(out: Path) -> None:
+    """Raises ValueError where `out` is no folder of a demo: files of a demo's names would go."""
+    foreign = sorted({path.name for path in out.iterdir()} - _OWN) if out.is_dir() else []
+    foreign = [name for name in foreign if not name.startswith(".")]  # a lock, a desktop's notes
+    if foreign:
+        raise ValueError(f"out: {out} holds {foreign[0]}, which no demo wrote; name another folder")
 
 
 def _run(wanted: Task, out: Path, console: Console) -> int:
