@@ -17,6 +17,8 @@ from gptkernels.cli.paths import FILE
 if TYPE_CHECKING:
     from gptkernels.tuning.recording import Classes
 
+_LOG_EVERY_S = 15.0
+
 
 @click.command("tune", context_settings={"show_default": True})
 @click.argument("folder", type=options.PATH, required=False)
@@ -161,8 +163,15 @@ def _tune(
     ) as progress:  # fmt: skip
         bar = progress.add_task("", total=None)
 
+        said = started
+
         def trying(key: Key, way: str) -> None:
+            nonlocal said
             progress.update(bar, description=f"{key.op} {key.direction}: {way}")
+            # A large class takes minutes; whoever reads a log then has no bar.
+            if not console.is_terminal and time.perf_counter() - said > _LOG_EVERY_S:
+                said = time.perf_counter()
+                print_text(console, f"trying {key.op} {key.direction}: {way}")
 
         def found(outcome: Outcome) -> None:
             for line in tune_table.outcome(outcome):

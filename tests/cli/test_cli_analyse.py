@@ -84,11 +84,11 @@ def test_ablations_go_on(
     arguments += ["--out", tmp_path / "out", *QUICK, "--seeds", "1"]
     fitted, made = study.fitted, []
 
-    def once(network: Any, parts: Any, config: Any, observer: Any) -> Any:
+    def once(network: Any, parts: Any, config: Any, observer: Any, **more: Any) -> Any:
         if len(made) == 1:
             raise KeyboardInterrupt
         made.append(config)
-        return fitted(network, parts, config, observer)
+        return fitted(network, parts, config, observer, **more)
 
     monkeypatch.setattr(study, "fitted", once)
     assert call(*arguments).code == 130

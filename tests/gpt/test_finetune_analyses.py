@@ -102,10 +102,12 @@ class World:
         self.after: Callable[[FinetuneResult], FinetuneResult] = lambda result: result
         self.fitted = study.fitted
 
-        def spied(network: TaskModel, parts: Any, config: Any, observer: Any) -> FinetuneResult:
+        def spied(
+            network: TaskModel, parts: Any, config: Any, observer: Any, **more: Any
+        ) -> FinetuneResult:
             state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
             self.begun.append((config, state))
-            return self.after(self.fitted(network, parts, config, observer))
+            return self.after(self.fitted(network, parts, config, observer, **more))
 
         class Kept(Figure):  # type: ignore[misc]
             def __init__(figure, **options: Any) -> None:  # noqa: N805
@@ -115,7 +117,7 @@ class World:
         monkeypatch.setattr(study, "fitted", spied)
         monkeypatch.setattr(plots, "figure_class", lambda: Kept)
 
-    def untrained(self, network: TaskModel, *given: Any) -> FinetuneResult:
+    def untrained(self, network: TaskModel, *given: Any, **more: Any) -> FinetuneResult:
         """Stands for `fitted` where what a run finds is of no interest."""
         found = {"accuracy": 0.5, "f1": 0.25}
         return FinetuneResult(network, found, found, found, [], 0, 1.0, False, False)
