@@ -104,13 +104,19 @@ def _is_deliberate(error: BaseException) -> bool:
 class _Commands(click.Group):
     """Imports a command when it is asked for.
 
-    When nobody reads a command's output any more, it ends with 141, as SIGPIPE would end it.
+    When nobody reads a command's output any more, it ends with 141, as SIGPIPE would end it. An
+    interrupted command ends with 130, and with what the interrupt says, if it says something.
     """
 
     def invoke(self, context: click.Context) -> Any:
-        # Caught here, because click would exit with 1, which says that a check failed.
+        # Caught here, because click would exit with 1, which says that a check failed, and would
+        # not pass on what an interrupt says.
         try:
             return super().invoke(context)
+        except KeyboardInterrupt as error:
+            behind = "\n" if sys.stderr.isatty() else ""  # the terminal's ^C
+            click.echo(f"{behind}gptkernels: {error or 'interrupted'}", err=True)
+            context.exit(130)
         except BrokenPipeError:
             # Python writes what is left in stdout when it exits, and must not fail then.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

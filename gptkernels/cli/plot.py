@@ -45,13 +45,15 @@ def command(runs: tuple[Path, ...], out: Path, by: str, metric: str) -> None:
     Example:
         gptkernels plot run other-run --by tokens
     """
+    from gptkernels.bench.report.words import listed
+
     logs = {run: run / NAME for run in runs}
     for run, log in logs.items():
         if not log.is_file():
             raise FileNotFoundError(f"runs: {run} is no folder of a run, it has no {NAME}")
     named = dict(zip(names(runs), map(read, logs.values()), strict=True))
     draw_runs(named, out, by=by, metric=metric)
-    click.echo(f"the {metric} of {', '.join(named)} is in {out}")
+    click.echo(f"the {metric} of {listed([*named])} is in {out}")
 
 
 def names(runs: tuple[Path, ...]) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ def command(
         return
     out = _wanted(out)
     if resume:
-        with ProgressBar(plain_console(), shorter=SHORTER) as bar:
+        with _told_how_to_go_on(out), ProgressBar(plain_console(), shorter=SHORTER) as bar:
             result = train.resume(out, files=files or None, observer=bar, **training)
         report(result, out)
         return
@@ -146,7 +147,7 @@ def command(
     if "vocab_size" not in sizes:
         vocab_size = load_tokenizer(config.tokenizer).vocab_size
         model = dataclasses.replace(model, vocab_size=vocab_size)
-    with ProgressBar(plain_console(), opening, SHORTER) as bar:
+    with _told_how_to_go_on(out), ProgressBar(plain_console(), opening, SHORTER) as bar:
         result = train.train(files, out, model=model, config=config, observer=bar)
     report(result, out)
 
@@ -198,15 +199,31 @@ def go_on(
             "trains a model of this size with"
         )
     shorter = SHORTER if epochs is None else "fewer --epochs make it shorter"
-    with ProgressBar(plain_console(), opening, shorter) as bar:
+    with _told_how_to_go_on(out), ProgressBar(plain_console(), opening, shorter) as bar:
         result = train.train(files, out, init=begun, config=config, epochs=epochs, observer=bar)
     report(result, out)
 
 
+@contextlib.contextmanager
+def _told_how_to_go_on(out: Path) -> Iterator[None]:
+    """Whoever interrupts the run within is told how to go on, where it wrote a checkpoint."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (out / "checkpoint.pt").exists():
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; go on from the last checkpoint with: {_again(out)}"
+        ) from None
+
+
+def _again(out: Path) -> str:
+    return f"gptkernels train --resume --out {shlex.quote(str(out))}"
+
+
 def report(result: TrainResult, out: Path) -> None:
     """Print the last line of a run."""
-    console = plain_console()
-    again = f"gptkernels train --resume --out {shlex.quote(str(out))}"
+    console, again = plain_console(), _again(out)
     if result.nothing_left:
         unit = result.nothing_left.split()[-1]  # steps or minutes
         done = f"the run is done: {result.nothing_left}"

@@ -58,7 +58,7 @@ def test_losses_of_several_runs(
     out = tmp_path / "new" / "curves.png"
     result = call("plot", *runs, "--out", out)
     assert result.code == 0, result.err
-    assert result.out == f"the loss of a/run, b/run, other is in {out}\n"
+    assert result.out == f"the loss of a/run, b/run and other is in {out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
     (axes,) = drawn
     scaled = [(1, 1), (2, 2), (3, 3)]

@@ -146,7 +146,7 @@ def test_a_tokenizer_is_on_the_disk_before_what_needs_it(
 def test_a_run_without_its_tokenizer_is_told(foreign: Path, text: Path, tmp_path: Path) -> None:
     train([text], tmp_path / "run", init=foreign, config=dataclasses.replace(SHORT, steps=1))
     (tmp_path / "run" / "tokenizer.json").unlink()
-    for use in (lambda: resume(tmp_path / "run"), lambda: load(tmp_path / "run", None)):
+    for use in (lambda: resume(tmp_path / "run", steps=2), lambda: load(tmp_path / "run", None)):
         with pytest.raises(FileNotFoundError, match=r"run has lost its own, tokenizer\.json or"):
             use()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,21 @@ pytest.importorskip("safetensors", reason="needs the package safetensors")
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 CPU = torch.device("cpu")
+
+
+class Given:
+    """Batches as they are given, for a step that nothing interrupts."""
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self._left = iter(batches)
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return next(self._left)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 SMALL = dataclasses.replace(TINY, n_layer=1)
 BATCHED = dataclasses.replace(SHORT, accumulation=3, log_interval=4, checkpoint_interval=3)
 
@@ -88,7 +105,7 @@ def test_a_gpt_has_the_noise_scale_of_its_windows_gradients(dtype: str) -> None:
     config = dataclasses.replace(SHORT, batch_size=1, accumulation=windows, dtype=dtype)
     learner = Learner(model, config, CPU, drawn.flatten(), drawn.flatten())
     rolled = [drawn.roll(-i, 0)[j : j + 1] for i in range(windows) for j in range(windows)]
-    learner.batches = iter([(ids[:, :-1], ids[:, 1:]) for ids in rolled])  # type: ignore[assignment]
+    learner.batches = Given((ids[:, :-1], ids[:, 1:]) for ids in rolled)  # type: ignore[assignment]
     for _ in range(windows):
         learner.step(0.0, windows)
     rel = 1e-4 if dtype == "float32" else 1e-2

@@ -159,7 +159,7 @@ def test_the_signal_is_answered_on_stderr_where_there_is_no_terminal(
 ) -> None:
     with ProgressBar(Console(file=io.StringIO())) as bar:
         bar.stopping()
-    assert capsys.readouterr().err == "stopping after this micro-batch; once more stops now\n"
+    assert capsys.readouterr().err == "stopping; once more stops now\n"
 
 
 def test_a_bar_reckons_the_time_by_what_is_done(clock: Clock) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -52,11 +51,4 @@ def command(text: Path | None, out: Path, minutes: float, device: str, seed: int
     from gptkernels.cli.demo.run import run
 
     console = plain_console()
-    try:
-        return run(text=text, out=out, minutes=minutes, device=device, seed=seed, console=console)
-    except KeyboardInterrupt as error:
-        if not error.args:  # nothing was written yet
-            raise
-        newline = "\n" if sys.stderr.isatty() else ""  # behind the terminal's ^C
-        click.echo(f"{newline}gptkernels: {error}", err=True)
-        return 130
+    return run(text=text, out=out, minutes=minutes, device=device, seed=seed, console=console)

@@ -74,7 +74,7 @@ def _sentences(
     of = count(sum(row["op"] == group[0]["op"] for row in best), "case")
     impls = listed([f"impl={impl!r}" for impl in dict.fromkeys(row["impl"] for row in group)])
     if verdict == "same":
-        yield f"is as fast, within the spread of the measurement, in {len(group)} of {of}"
+        yield f"shows no difference beyond the spread of the measurement in {len(group)} of {of}"
         yield f" ({impls}): {_range(group)}."
         return
     yield f"is {verdict} in {len(group)} of {of} ({impls})"

@@ -87,5 +87,7 @@ def _drawn(ours: Curve, plain: Curve, look: Look) -> Figure:
 
 def _plot(axes: Axes, curve: Curve, name: str, **style: Any) -> None:
     points = [(r["step"], r[name]) for r in curve if r["step"] and r.get(name) is not None]
+    if len(points) == 1:  # a line of one point would not be seen
+        style = {"marker": "o", **style}
     if points:
         axes.plot(*zip(*points, strict=True), **style, zorder=3)

@@ -46,7 +46,7 @@ _OLD = (
     *("training/checkpoint.pt", "training/log.jsonl", "training/loss.png"),
     *("training/model/config.json", "training/model/model.safetensors"),
 )
-_OWN = {name.split("/")[0] for name in _OLD}
+_OWN = {"text.txt", *(name.split("/")[0] for name in _OLD)}
 
 
 def run(

@@ -70,5 +70,6 @@ def tune_model(device: torch.device, console: Console) -> list[Row]:
         ],
     )
     if report.left:
-        print_text(console, f"No time was left for {classes(len(report.left))} of calls.")
+        left = classes(len(report.left))
+        print_text(console, f"No time was left for {left} of calls: a fixed rule chooses for them.")
     return rows

@@ -78,7 +78,7 @@ class ProgressBar(Bar, Watcher):
 
     def stopping(self) -> None:
         """Say that the signal was heard."""
-        self.interject("stopping after this micro-batch; once more stops now")
+        self.interject("stopping; once more stops now")
 
 
 def summary(plan: Plan) -> Iterator[str]:
