@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import re
@@ -32,7 +31,7 @@ from gptkernels.core.choice import INTERPRETED
 from gptkernels.truth import verify
 from gptkernels.truth.plain_gpt import PlainGPT
 
-TINY = GPTConfig(vocab_size=256, block_size=32, n_layer=2, n_head=2, n_embd=128)
+TINY = GPTConfig(vocab_size=256, block_size=32, n_layer=1, n_head=2, n_embd=128)
 
 
 class Page(HTMLParser):
@@ -78,7 +77,7 @@ def quick() -> Iterator[None]:
     smallest = {case.op: case for case in reversed(verify.CASES)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "CPU_MODEL", TINY)
-        patch.setattr(speed, "CPU_WIDER_MODEL", dataclasses.replace(TINY, n_layer=1))
+        patch.setattr(speed, "CPU_WIDER_MODEL", TINY)
         patch.setattr(training, "_SAMPLE_TOKENS", 100)
         patch.setattr(verify, "CASES", tuple(smallest.values()))
         patch.setattr(bench, "OPERATORS", ("layer_norm",))
