@@ -40,7 +40,7 @@ def hold(tensors: dict[str, Tensor], rest: dict[str, Any], impl: str, **options:
     assert_right(attention_decode, tensors, gradients=False, impl=impl, **rest, **options)
 
 
-SLOPES = [0.5, 0.25, 0.125, 0.1]
+SLOPES = [0.5, 0.25, 0.125, 0.1] * 4
 
 
 @runnable
@@ -61,8 +61,9 @@ SLOPES = [0.5, 0.25, 0.125, 0.1]
 def test_each_option(
     impl: str, dtype: torch.dtype, Tq: int, page: int | None, options: dict[str, Any]
 ) -> None:
-    # With num_splits, 64 keys are exactly one split.
-    hold(*cache([130, 0, 64, 67], Tq, 4, 2, 20, page, dtype), impl, **options)
+    # With num_splits, 64 keys are exactly one split. Of fewer numbers than 16 heads have, PyTorch's
+    # error is small by chance now and then.
+    hold(*cache([130, 0, 64, 67], Tq, 16, 8, 20, page, dtype), impl, **options)
 
 
 @each
@@ -247,7 +248,7 @@ class TestTorchOnAGpu:
         [
             {},
             {"window": (5, 0), "return_lse": True},
-            {"alibi_slopes": SLOPES, "softcap": 2.0, "return_lse": True},
+            {"alibi_slopes": SLOPES[:4], "softcap": 2.0, "return_lse": True},
         ],
         ids=str,
     )
