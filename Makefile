@@ -59,7 +59,7 @@ test: $(READY) cpu emulator native ## 12 min | run the whole test suite
 cpu: $(READY) ## 1 min  | bring the CPU kernels of this checkout up to date
 	@if $(PY) scripts/cpu_extension.py --check >/dev/null; then $(PY) scripts/cpu_extension.py --inplace; fi
 
-sanitize: $(READY) ## 4 min  | run the CPU kernels under ASan, UBSan and TSan
+sanitize: $(READY) ## 6 min  | run the CPU kernels under ASan, UBSan and TSan
 	$(PY) scripts/cpu_extension.py --sanitize
 
 emulator: $(READY) ## 2 min  | build the CUDA kernels for this CPU, for the tests

@@ -19,7 +19,7 @@ def new_file(text: str) -> Path:
 
 def new_folder(text: str) -> Path:
     """A folder to write. Raises ArgumentTypeError, in one sentence, where that cannot be."""
-    return _checked(check_folder, "it", text)
+    return _checked(check_folder, "the folder", text)
 
 
 def _checked(check: Callable[[str, Path], None], name: str, text: str) -> Path:

@@ -145,7 +145,7 @@ def _announce(wanted: Task, out: Path, console: Console) -> None:
     takes = count(math.ceil(sum(parts.values()) / 60), "minute")
     print_text(console, f"This demo takes about {takes} and writes {out}. Ctrl-C ends it.", "bold")
     said = ", ".join(f"{seconds:.0f} s of {part}" for part, seconds in parts.items())
-    print_text(console, f"Measured on two cores: {said}.", "dim")
+    print_text(console, f"On two idle cores about: {said}.", "dim")
 
 
 @contextlib.contextmanager
