@@ -158,5 +158,5 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint(text: Path, tmp_pa
     _, error = full.communicate(timeout=120)
     assert full.returncode not in (0, -signal.SIGKILL)
     assert error.count("\n") == 1, error
-    assert f"No space left on device: '{out / 'log.jsonl'}'" in error
+    assert f"{out / 'log.jsonl'}: No space left on device" in error
     assert (out / "checkpoint.pt").read_bytes() == before
