@@ -269,7 +269,7 @@ def _attention(problem: Problem, place: Place) -> Iterator[Case]:
 
     def differentiate(kernels: Any, **made: Any) -> Any:
         return kernels.attention_bwd(
-            dout, None, q, k, v, out, lse, options, (True, True, True, False), False, **made
+            dout, None, q, k, v, out, lse, options, (True, True, True, False, False), False, **made
         )
 
     def gradients(module: Any, dtype: torch.dtype) -> list[Tensor]:

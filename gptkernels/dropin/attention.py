@@ -12,7 +12,7 @@ from gptkernels.dropin.linear import is_transposed
 from gptkernels.dropin.probe import Probe
 from gptkernels.dropin.swap import Match, OneInput, dropout_p
 from gptkernels.ops.attention import dense
-from gptkernels.ops.attention.options import MAX_HEAD_DIM
+from gptkernels.ops.attention.limits import KERNEL_HEAD_DIM
 
 _CHILDREN = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
 
@@ -44,8 +44,8 @@ def match(module: Any, probe: Probe) -> Match:
     if any(is_transposed(children[name]) is not False for name in ("c_attn", "c_proj")):
         return "c_attn or c_proj is no nn.Linear"
     C = children["c_attn"].in_features
-    if C % module.n_head or C // module.n_head > MAX_HEAD_DIM:
-        return f"heads are wider than {MAX_HEAD_DIM}"
+    if C % module.n_head or C // module.n_head > KERNEL_HEAD_DIM:
+        return f"heads are wider than {KERNEL_HEAD_DIM}"
     if not all(_hides_the_future(buffer) for buffer in module.buffers()):
         return "it has a buffer that is no causal mask"
     shape = (2, 5, C)

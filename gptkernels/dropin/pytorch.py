@@ -13,7 +13,7 @@ from gptkernels.dropin.probe import Probe
 from gptkernels.dropin.swap import Fused, Match, dropout_p, with_mask
 from gptkernels.nn.multihead import attend
 from gptkernels.nn.plain import not_plain
-from gptkernels.ops.attention.options import MAX_HEAD_DIM
+from gptkernels.ops.attention.limits import KERNEL_HEAD_DIM
 from gptkernels.ops.gelu_mlp.op import gelu_mlp
 from gptkernels.ops.layer_norm.op import layer_norm
 
@@ -148,8 +148,8 @@ def match_attention(module: nn.Module, probe: Probe) -> Match:
         return None
     if module.bias_k is not None or module.add_zero_attn:
         return "add_bias_kv and add_zero_attn are not fused"
-    if module.head_dim > MAX_HEAD_DIM:
-        return f"heads are wider than {MAX_HEAD_DIM}"
+    if module.head_dim > KERNEL_HEAD_DIM:
+        return f"heads are wider than {KERNEL_HEAD_DIM}"
     return MultiheadAttention, {}
 
 

@@ -35,7 +35,7 @@ from gptkernels.dropin.probe import Probe
 from gptkernels.dropin.swap import Fused, Match, dropout_p, with_mask
 from gptkernels.nn.plain import class_name
 from gptkernels.ops.attention import dense
-from gptkernels.ops.attention.options import MAX_HEAD_DIM
+from gptkernels.ops.attention.limits import KERNEL_HEAD_DIM
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -127,9 +127,9 @@ def _lacking(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) 
     for name in _LACKING:
         if others.get(name) is not None:
             return f"has no {name}; use attn_implementation='eager'"
-    if query.shape[-1] > MAX_HEAD_DIM or key.shape != value.shape:
+    if query.shape[-1] > KERNEL_HEAD_DIM or key.shape != value.shape:
         return (
-            f"has heads of up to {MAX_HEAD_DIM} and values as wide as keys, got "
+            f"has heads of up to {KERNEL_HEAD_DIM} and values as wide as keys, got "
             f"{query.shape[-1]} and {value.shape[-1]}; use attn_implementation='sdpa'"
         )
     if query.shape[0] != key.shape[0] or query.dtype not in DTYPES:
@@ -257,7 +257,7 @@ class _OwnMethod(_Attention):
         """The probability of dropout where the op takes the call; None where the original does."""
         if (self._gptkernels.impl == "auto" and _is_pytorchs(q)) or head_mask is not None:
             return None
-        if _weights_wanted() or not self.fuses(q) or q.shape[-1] > MAX_HEAD_DIM:
+        if _weights_wanted() or not self.fuses(q) or q.shape[-1] > KERNEL_HEAD_DIM:
             return None
         return dropout_p(self.attn_dropout)
 

@@ -105,6 +105,7 @@ def attention(
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | Sequence[float] | None = None,
+    sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -115,7 +116,7 @@ def attention(
     """F.scaled_dot_product_attention (SDPA) where it has all options of the call, else products and
     a softmax. The shapes are those of `reference.attention`."""
     (Tq, H, D), (Tk, Hk) = q.shape[1:], k.shape[1:3]
-    plain = softcap == 0 and alibi_slopes is None and dropout_p == 0 and not return_lse
+    plain = softcap == 0 and alibi_slopes is sinks is None and dropout_p == 0 and not return_lse
     fused = plain and (attn_mask is None or attn_mask.dtype == torch.bool)
     # SDPA's own causal flag aligns queries and keys at the first key, ours at the last key. SDPA
     # takes no mask together with its flag.
@@ -147,12 +148,15 @@ def attention(
             Tk, device=q.device
         )
         slopes = torch.as_tensor(alibi_slopes, device=q.device)
-        s = s - (slopes.view(-1, 1, 1) * distance.abs()).to(s.dtype)
+        s = s - (slopes[..., None, None] * distance.abs()).to(s.dtype)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         s = s + attn_mask.to(s.dtype)
     empty = torch.zeros((), dtype=torch.bool, device=q.device)
     if mask is not None:
         s = s.masked_fill(~mask, float("-inf"))
+    if sinks is not None:  # as transformers' gpt-oss computes it
+        s = torch.cat((s, sinks.to(s.dtype).view(-1, 1, 1).expand(*s.shape[:-1], 1)), dim=-1)
+    elif mask is not None:
         empty = ~mask.any(-1, keepdim=True)
     # softmax of a row without keys would be NaN, so such a row gets finite scores first.
     p = torch.softmax(s.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
@@ -161,8 +165,8 @@ def attention(
     if dropout_p > 0:
         B = q.shape[0]
         keep = philox.attention_keep(rng, dropout_p, B, H, Tq, Tk, first_batch=first_batch)
-        p = p.masked_fill(~keep, 0) * philox.scale(dropout_p)
-    out = (p @ v).transpose(1, 2)
+        p = p[..., :Tk].masked_fill(~keep, 0) * philox.scale(dropout_p)
+    out = (p[..., :Tk] @ v).transpose(1, 2)
     return (out, lse) if return_lse else out
 
 

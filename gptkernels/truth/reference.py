@@ -130,6 +130,7 @@ def attention(
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | Sequence[float] | None = None,
+    sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -137,12 +138,15 @@ def attention(
     rng: Tensor | None = None,
     first_batch: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """out = dropout(softmax(s)) v for q (B, Tq, H, D), k and v (B, Tk, Hk, D), with H % Hk == 0.
+    """out = dropout(softmax(s)) v for q (B, Tq, H, D), k (B, Tk, Hk, D) and v (B, Tk, Hk, Dv), with
+    H % Hk == 0.
 
     In this order: s = scale * q.k; s = softcap * tanh(s / softcap);
-    s = s - slope * |i + Tk - Tq - j|; s = s + attn_mask; s = -inf where the key is hidden.
+    s = s - slope * |i + Tk - Tq - j|; s = s + attn_mask; s = -inf where the key is hidden. The
+    slopes are (H,) or (B, H). Each of the sinks (H,) is one more score of its head in the softmax,
+    whose weight meets no value.
 
-    Returns out (B, Tq, H, D); with return_lse, (out, lse) with lse = log sum exp s, (B, H, Tq). A
+    Returns out (B, Tq, H, Dv); with return_lse, (out, lse) with lse = log sum exp s, (B, H, Tq). A
     row whose scores are all -inf gives out 0 and lse -inf, and no gradient. `first_batch` is the
     number of the first batch entry: dropout's mask depends on it.
     """
@@ -160,7 +164,7 @@ def attention(
     key = torch.arange(Tk, device=q.device)
     if alibi_slopes is not None:
         slopes = torch.as_tensor(alibi_slopes, device=s.device).to(s.dtype)
-        s = s - slopes[:, None, None] * (position - key).abs()
+        s = s - slopes[..., None, None] * (position - key).abs()
     visible = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible & (key <= position)
@@ -178,14 +182,18 @@ def attention(
         else:
             s = s + attn_mask.to(s.dtype)
     s = s.masked_fill(~visible, -math.inf)
-    highest = s.detach().amax(-1, keepdim=True) if Tk else s.new_full((B, H, Tq, 1), -math.inf)
+    if sinks is not None:
+        s = torch.cat((s, sinks.to(s.dtype).view(-1, 1, 1).expand(B, H, Tq, 1)), dim=-1)
+    highest = (
+        s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((B, H, Tq, 1), -math.inf)
+    )
     highest = highest.masked_fill(highest == -math.inf, 0)
     weights = torch.exp(s - highest)
     total = weights.sum(-1, keepdim=True)
     none = total == 0
     total = total.masked_fill(none, 1)
     lse = (highest + torch.log(total)).masked_fill(none, -math.inf)
-    p = weights / total
+    p = (weights / total)[..., :Tk]
     if dropout_p > 0:
         keep = philox.attention_keep(rng, dropout_p, B, H, Tq, Tk, first_batch=first_batch)
         p = p * keep * philox.scale(dropout_p)
@@ -226,12 +234,13 @@ def packed(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Returns the result of `attention_varlen`, computed with the given `attention`."""
     ends = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
-    outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0)]
+    outs, lses = [q.new_empty(0, q.shape[1], v.shape[-1])], [q.new_empty(q.shape[1], 0)]
     for b, ((q0, k0), (q1, k1)) in enumerate(itertools.pairwise(ends)):
         sequences = (
             x[None, first:last] for x, first, last in ((q, q0, q1), (k, k0, k1), (v, k0, k1))
         )
-        result = attention(*sequences, return_lse=return_lse, first_batch=b, **options)
+        own = of_entry(options, b)
+        result = attention(*sequences, return_lse=return_lse, first_batch=b, **own)
         out, lse = result if return_lse else (result, None)
         outs.append(out[0])
         if lse is not None:
@@ -250,7 +259,7 @@ def attention_decode(
     return_lse: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal `attention` of each batch entry to the first cache_lengths[b] keys of its cache.
+    """`attention` of each batch entry to the first cache_lengths[b] keys of its cache.
 
     q (B, Tq, H, D). The caches are (B, Tmax, Hk, D), or pages (N, page, Hk, D); then block_table
     (B, pages) has the numbers of each entry's pages, in order. The last query sees all of the
@@ -274,11 +283,20 @@ def cached(
     results = []
     for b, length in enumerate(cache_lengths.tolist()):
         k, v = (cache_of(x, b, length, block_table)[None] for x in (k_cache, v_cache))
-        results.append(attention(q[b : b + 1], k, v, return_lse=return_lse, **options))
+        own = of_entry(options, b)
+        results.append(attention(q[b : b + 1], k, v, return_lse=return_lse, **own))
     if return_lse:
         outs, lses = zip(*results, strict=True)
         return torch.cat(outs), torch.cat(lses)
     return torch.cat(results)
+
+
+def of_entry(options: Mapping[str, Any], b: int) -> Mapping[str, Any]:
+    """The options of batch entry b, or of sequence b, alone: with its own slopes."""
+    slopes = options.get("alibi_slopes")
+    if isinstance(slopes, Tensor) and slopes.dim() == 2:
+        return {**options, "alibi_slopes": slopes[b]}
+    return options
 
 
 def cache_of(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> Tensor:

@@ -166,7 +166,7 @@ def _of_attention(
         def backward(**build: Any) -> Any:
             return kernels.attention_bwd(
                 torch.empty_like(out), dlse, q_, k_, v_, out, lse, options,
-                (True, True, True, False), facts["deterministic"], **build,
+                (True, True, True, False, False), facts["deterministic"], **build,
             )  # fmt: skip
 
         return _both(forward, backward, "attention_fwd_builds", "attention_bwd_builds")

@@ -370,7 +370,7 @@ def test_an_implementation_that_cannot_run_raises(
         ),
         (lambda: CausalSelfAttention(8, 4, 3), ValueError, "n_kv_head must divide n_head"),
         (lambda: CausalSelfAttention(8, 0), ValueError, "n_head must be at least 1, got 0"),
-        (lambda: CausalSelfAttention(514, 2), ValueError, "at most 256, got 514 / 2 = 257"),
+        (lambda: CausalSelfAttention(1026, 2), ValueError, "at most 512, got 1026 / 2 = 513"),
         (
             lambda: CausalSelfAttention(8, 2, dropout=1.5),
             ValueError,

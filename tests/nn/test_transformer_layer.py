@@ -245,7 +245,7 @@ def test_impl_reaches_every_part() -> None:
     padding[:, -1] = True
     expected = ours(x), ours(x, src_key_padding_mask=padding)
     ours.impl = "cuda"
-    with pytest.raises(NotImplementedError, match="attn_mask runs with impl='torch', 'cpu' or"):
+    with pytest.raises(NotImplementedError, match="attn_mask: only impl='torch', 'cpu' and"):
         ours(x, src_key_padding_mask=padding)
     ours.impl = "auto"
     torch.testing.assert_close(ours(x), expected[0])
@@ -282,7 +282,7 @@ def test_it_tells_what_is_not_fused() -> None:
     ("changes", "error", "message"),
     [
         ({"nhead": 5}, ValueError, "^nhead must divide d_model, got d_model=.* and nhead=5"),
-        ({"d_model": 1024, "nhead": 2}, ValueError, "width d_model / nhead must be at most 256"),
+        ({"d_model": 1028, "nhead": 2}, ValueError, "width d_model / nhead must be at most 512"),
         ({"dropout": 1.5}, ValueError, "dropout must be between 0 and 1"),
         ({"activation": "tanh"}, ValueError, "activation must be 'relu', 'gelu' or a function"),
         ({"activation": 3}, TypeError, "activation must be 'relu', 'gelu' or a function, got 3"),

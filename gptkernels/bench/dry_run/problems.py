@@ -73,7 +73,7 @@ def attention(
 
     def backward(**chosen: Any) -> Any:
         return attention_kernels.attention_bwd(
-            torch.empty_like(q), None, q, k, v, out, lse, record, (True, True, True, False),
+            torch.empty_like(q), None, q, k, v, out, lse, record, (True, True, True, False, False),
             deterministic, **chosen,
         )  # fmt: skip
 

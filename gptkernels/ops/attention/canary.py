@@ -317,7 +317,7 @@ def _case(kind: Kind, D: int, given: AttentionOptions, device: torch.device) -> 
         out, lse = launchers.attention_fwd(q, k, v, options)
         if not kind.training:
             return [out, lse]
-        wanted = (True, True, True, False)
+        wanted = (True, True, True, False, False)
         gradients = launchers.attention_bwd(dout, dlse, q, k, v, out, lse, options, wanted, True)
         return [out, lse, *gradients[:3]]
 

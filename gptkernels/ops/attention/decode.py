@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptkernels.core import plans
 from gptkernels.core.autocast import autocast_dtype
-from gptkernels.core.autograd import refuse_tangents
+from gptkernels.core.autograd import refuse_tangents, requires_grad
 from gptkernels.core.checks import DTYPES, check_count, check_same_device, check_shape, dtype_name
 from gptkernels.core.direct import direct
 from gptkernels.core.keywords import refuse, without_unknown
@@ -40,10 +40,11 @@ def attention_decode_fwd(
     options: AttentionOptions,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. `options.key_lengths` holds the
+    """Returns out (B, Tq, H, Dv) and lse (B, H, Tq) in fp32. `options.key_lengths` holds the
     caches' lengths."""
     B, Tq, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+    out = q.new_empty((B, Tq, H, v_cache.shape[-1]))
+    return out, q.new_empty((B, H, Tq), dtype=torch.float32)
 
 
 @without_unknown
@@ -54,16 +55,18 @@ def attention_decode(
     cache_lengths: Tensor,
     *,
     block_table: Tensor | None = None,
+    causal: bool = True,
     softmax_scale: float | None = None,
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | Sequence[float] | None = None,
+    sinks: Tensor | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
     impl: str = "auto",
     **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention of each batch entry's newest tokens to all of its tokens so far.
+    """Attention of each batch entry's newest tokens to all of its tokens so far.
 
     Query i of entry b sees the keys j <= cache_lengths[b] - Tq + i, as if `gptkernels.attention`
     were called for that entry alone. An entry's result does not depend on the rest of the batch: it
@@ -77,23 +80,26 @@ def attention_decode(
     window are skipped.
 
     Args:
-        q: Queries (B, Tq, H, D), float32, bfloat16 or float16. D is at most 256. The last stride
-            must be 1; the other strides are free.
+        q: Queries (B, Tq, H, D), float32, bfloat16 or float16. D is at most 512, and at most 256
+            with impl="triton" and "cuda". The last stride must be 1; the other strides are free.
         k_cache: Keys (B, Tmax, Hk, D), with q's dtype and device and a last stride of 1; H must be
             a multiple of Hk. With a block_table: pages (N, page, Hk, D), shared by all entries.
-        v_cache: Values, with the same requirements. The caches already hold the keys and values of
-            the new tokens.
+        v_cache: Values, with the same requirements; their width Dv may differ from D, but not with
+            impl="triton" and "cuda", which would have to copy the caches. The caches already hold
+            the keys and values of the new tokens.
         cache_lengths: (B,) int32: how many keys the last query sees, including those of the new
             tokens. The values are checked on a CPU; the kernels clamp them to 0 ... Tmax (or to
             pages * page).
         block_table: (B, pages) int32: the numbers of an entry's pages, in order. Numbers past the
             entry's length are not read. The values are checked on a CPU; the kernels clamp them to
             0 ... N - 1.
+        causal: Whether a query sees only the keys up to its own position. Without it every query
+            sees the cache_lengths[b] keys.
         softmax_scale: Factor of the scores; None means 1 / sqrt(D).
-        window: (left, right), as for `gptkernels.attention`; right has no effect.
-        softcap, alibi_slopes: As for `gptkernels.attention`. Slopes given as floats are copied to
-            the device at every call, and the call waits for that copy; a tensor on the device
-            avoids the copy.
+        window: (left, right), as for `gptkernels.attention`; `causal` lowers right to 0.
+        softcap, alibi_slopes, sinks: As for `gptkernels.attention`. Slopes given as floats are
+            copied to the device at every call, and the call waits for that copy; a tensor on the
+            device avoids the copy.
         num_splits: The most splits that the kernels make of an entry's keys. None means that the
             entry's length decides. impl="torch" makes no splits.
         return_lse: Whether to return lse as well.
@@ -102,7 +108,7 @@ def attention_decode(
             else "torch".
 
     Returns:
-        out (B, Tq, H, D) in q's dtype; with return_lse, (out, lse), where lse is (B, H, Tq)
+        out (B, Tq, H, Dv) in q's dtype; with return_lse, (out, lse), where lse is (B, H, Tq)
         float32. Under autocast q and the caches are first converted to autocast's dtype. Keep the
         caches in that dtype: any other is converted, whole, at every call.
 
@@ -118,8 +124,8 @@ def attention_decode(
     signature = way = None
     if impl == "auto" and not torch.compiler.is_compiling():
         signature, way = plan.known(
-            "attention_decode", q, k_cache, v_cache, True, softmax_scale, window, softcap,
-            alibi_slopes, 0.0, False, return_lse, cache_lengths, block_table,
+            "attention_decode", q, k_cache, v_cache, causal, softmax_scale, window, softcap,
+            alibi_slopes, 0.0, False, return_lse, cache_lengths, block_table, sinks,
         )  # fmt: skip
     if way is None and not _sound(q, k_cache, v_cache, cache_lengths, block_table):
         _check(q, k_cache, v_cache, cache_lengths, block_table)
@@ -129,10 +135,14 @@ def attention_decode(
     options = AttentionOptions(
         softmax_scale=scale(softmax_scale, q), softcap=softcap, key_lengths=cache_lengths
     )
-    options = complete(options, q, causal=True, window=window, alibi_slopes=alibi_slopes)
+    options = complete(
+        options, q, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
+        batch=q.shape[0],
+    )  # fmt: skip
     if num_splits is not None:
         check_count("num_splits", num_splits)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
+    learned = (options.alibi_slopes, options.sinks)
+    if requires_grad((q, k_cache, v_cache, *learned)):
         raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
     refuse_tangents(q, k_cache, v_cache)
     if way is None:
@@ -197,7 +207,8 @@ def _check(
     check_tensors(names, (q, k_cache, v_cache), kinds)
     (B, _, H, D), (entries, size, Hk) = q.shape, k_cache.shape[:3]
     check_shape("k_cache", k_cache, (entries, size, Hk, D), "head width of q")
-    check_shape("v_cache", v_cache, (entries, size, Hk, D), "that of k_cache")
+    width = v_cache.shape[3]
+    check_shape("v_cache", v_cache, (entries, size, Hk, width), "that of k_cache but for the width")
     check_heads(H, Hk)
     _check_indices("cache_lengths", cache_lengths, q)
     check_shape("cache_lengths", cache_lengths, (B,), "one length per batch entry of q")

@@ -22,7 +22,7 @@ from gptkernels.core.checks import (
 from gptkernels.core.keywords import refuse, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
-from gptkernels.ops.attention import elsewhere, plan, whole
+from gptkernels.ops.attention import elsewhere, learned, plan, whole
 from gptkernels.ops.attention.options import (
     MAX_HEAD_DIM,
     AttentionOptions,
@@ -42,9 +42,9 @@ from gptkernels.ops.attention.torch.dense import fused_backend, traceable_bwd, t
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32."""
+    """Returns out (B, Tq, H, Dv) and lse (B, H, Tq) in fp32."""
     B, Tq, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+    return q.new_empty((B, Tq, H, v.shape[-1])), q.new_empty((B, H, Tq), dtype=torch.float32)
 
 
 @register(
@@ -63,14 +63,16 @@ def attention_bwd(
     grad_mask: Sequence[bool],
     deterministic: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k, v and attn_mask; each is empty where `grad_mask` is False."""
-    inputs = (q, k, v, options.attn_mask)
-    dq, dk, dv, dmask = (
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k, v and attn_mask, and of what the slopes' gradient is the sum
+    (`learned.slopes_gradient`): by_query (B, H, Tq) fp32, for each query the sum over its keys of
+    dS |position - key|. Each is empty where `grad_mask` is False."""
+    inputs = (q, k, v, options.attn_mask, lse)
+    dq, dk, dv, dmask, by_query = (
         q.new_empty(0) if x is None or not wanted else x.new_empty(x.shape)
         for x, wanted in zip(inputs, grad_mask, strict=True)
     )
-    return dq, dk, dv, dmask
+    return dq, dk, dv, dmask, by_query
 
 
 class _Attention(torch.autograd.Function):
@@ -116,12 +118,17 @@ class _Attention(torch.autograd.Function):
         if not ctx.return_lse:
             dlse = None
         needed = dict(zip(_INPUTS, ctx.needs_input_grad, strict=True))
-        grad_mask = [needed[name] for name in _DIFFERENTIABLE]
+        grad_mask = [needed[name] for name in _BY_KERNELS]
         gradients = attention_bwd(
             dout, dlse, q, k, v, out, lse, *ctx.numbers, *tensors, grad_mask, ctx.deterministic,
             ctx.impl,
         )  # fmt: skip
-        found = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
+        found = dict(zip(_BY_KERNELS, gradients, strict=True))
+        options = AttentionOptions(*ctx.numbers, *tensors)
+        if needed["alibi_slopes"]:
+            found["alibi_slopes"] = learned.slopes_gradient(found["alibi_slopes"], options)
+        if options.sinks is not None and needed["sinks"]:
+            found["sinks"] = learned.sinks_gradient(dout, out, dlse, lse, options.sinks)
         return tuple(found[name] if wanted else None for name, wanted in needed.items())
 
 
@@ -142,7 +149,7 @@ _INPUTS = (
     "deterministic", "return_lse", "impl", "backward_impl", "q", "k", "v",
     *AttentionOptions._fields,
 )  # fmt: skip
-_DIFFERENTIABLE = ("q", "k", "v", "attn_mask")
+_BY_KERNELS = ("q", "k", "v", "attn_mask", "alibi_slopes")
 
 
 @without_unknown
@@ -156,6 +163,7 @@ def attention(
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | Sequence[float] | None = None,
+    sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -178,21 +186,25 @@ def attention(
         s = -inf                                (where causal, window, key_lengths or a bool
                                                  attn_mask hides key j from query i)
 
-    A query that sees no key gives out 0 and lse -inf, and passes no gradient on.
+    A query that sees no key gives out 0 and lse -inf, and passes no gradient on. With sinks the
+    softmax is over the scores and the sink of the head, which belongs to no key: the weights of a
+    query's keys add up to less than 1, and a query that sees no key has the sink as its lse.
 
     Args:
-        q: Queries (B, Tq, H, D), float32, bfloat16 or float16. D is at most 256. The last stride
-            must be 1; the other strides are free.
+        q: Queries (B, Tq, H, D), float32, bfloat16 or float16. D is at most 512, and at most 256
+            with impl="triton" and "cuda". The last stride must be 1; the other strides are free.
         k: Keys (B, Tk, Hk, D), with q's dtype and device and a last stride of 1. H must be a
             multiple of Hk: query head h reads key head h // (H / Hk).
-        v: Values, with the same requirements as k.
+        v: Values (B, Tk, Hk, Dv), with the same requirements as k; Dv may differ from D.
         causal: Whether a query sees only the keys up to its own position.
         softmax_scale: Factor of the scores; None means 1 / sqrt(D).
         window: (left, right): a query sees the keys from position - left to position + right.
             -1 means no bound on that side. `causal` lowers right to 0.
         softcap: Bound on |s|, as in Gemma 2; 0 means no bound.
         alibi_slopes: (H,), a tensor or a sequence of floats, one slope for each query head (Press
-            et al., 2022). Not differentiable.
+            et al., 2022); or a tensor (B, H), others for each batch entry. Differentiable.
+        sinks: (H,), any floating dtype, one score for each query head that takes part in every
+            softmax (gpt-oss). Differentiable.
         key_lengths: (B,) int32. Batch entry b has only the keys j < key_lengths[b]; what k and v
             hold past that length is ignored. The lengths do not change positions. The values are
             checked on a CPU, and clamped to 0 ... Tk on a GPU.
@@ -212,32 +224,32 @@ def attention(
             every query sees every key and no other option is used.
 
     Returns:
-        out (B, Tq, H, D) in q's dtype; with return_lse, (out, lse), where lse = log sum_j exp(s) is
-        (B, H, Tq) float32 and differentiable too. Under autocast q, k and v are first converted to
-        autocast's dtype, as F.scaled_dot_product_attention does, and out has that dtype.
+        out (B, Tq, H, Dv) in q's dtype; with return_lse, (out, lse), where lse = log sum_j exp(s),
+        the sink among the scores, is (B, H, Tq) float32 and differentiable too. Under autocast q, k
+        and v are first converted to autocast's dtype, as F.scaled_dot_product_attention does, and
+        out has that dtype.
 
     Raises:
         TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError: An explicit impl cannot run on this machine or these tensors.
-        NotImplementedError: An explicit impl does not take attn_mask, or alibi_slopes requires a
-            gradient.
+        NotImplementedError: An explicit impl lacks what the call asks for, such as attn_mask.
 
-    Differentiable once in q, k, v and attn_mask. With the kernels, NaN and Inf reach only the rows
-    and keys that see them. With impl="torch" PyTorch's own ops may spread them further, but never
-    from keys past a length.
+    Differentiable once in q, k, v, attn_mask, alibi_slopes and sinks. With the kernels, NaN and Inf
+    reach only the rows and keys that see them. With impl="torch" PyTorch's own ops may spread them
+    further, but never from keys past a length.
     """
     if unknown:
         refuse(attention, unknown, elsewhere.ATTENTION)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     seen = causal, softmax_scale, window, softcap, alibi_slopes
-    masks = () if key_lengths is attn_mask is None else (key_lengths, attn_mask)
+    others = () if key_lengths is attn_mask is sinks is None else (key_lengths, attn_mask, sinks)
     signature = way = options = None
     if impl == "auto" and not torch.compiler.is_compiling():
         signature, way = plan.known(
-            "attention", q, k, v, *seen, dropout_p, bool(deterministic), return_lse, *masks
+            "attention", q, k, v, *seen, dropout_p, bool(deterministic), return_lse, *others
         )
-    given = key_lengths, attn_mask, dropout_p, bool(deterministic), return_lse
+    given = sinks, key_lengths, attn_mask, dropout_p, bool(deterministic), return_lse
     if way is None or way.whole is None:
         way, options = _planned(signature, way, q, k, v, seen, *given, impl)
     if way.whole is not None:
@@ -260,6 +272,7 @@ def plan_of(
     softmax_scale: float | None = None,
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -268,13 +281,13 @@ def plan_of(
     as that does."""
     seen = causal, softmax_scale, window, softcap, None
     deterministic = torch.are_deterministic_algorithms_enabled()
-    masks = () if key_lengths is attn_mask is None else (key_lengths, attn_mask)
+    others = () if key_lengths is attn_mask is sinks is None else (key_lengths, attn_mask, sinks)
     signature, way = plan.known(
-        "attention", q, k, v, *seen, dropout_p, deterministic, False, *masks
+        "attention", q, k, v, *seen, dropout_p, deterministic, False, *others
     )
     if way is not None:
         return way
-    given = key_lengths, attn_mask, dropout_p, deterministic, False
+    given = sinks, key_lengths, attn_mask, dropout_p, deterministic, False
     return _planned(signature, None, q, k, v, seen, *given, "auto")[0]
 
 
@@ -285,6 +298,7 @@ def _planned(
     k: Tensor,
     v: Tensor,
     seen: tuple[Any, ...],
+    sinks: Tensor | None,
     key_lengths: Tensor | None,
     attn_mask: Tensor | None,
     dropout_p: float,
@@ -306,14 +320,10 @@ def _planned(
         key_lengths=key_lengths,
         attn_mask=attn_mask,
     )
-    options = complete(options, q, causal=causal, window=window, alibi_slopes=alibi_slopes)
-    if attn_mask is not None:
-        if impl in ("triton", "cuda"):
-            raise NotImplementedError(
-                f"attn_mask runs with impl='torch', 'cpu' or 'auto' only, got {impl!r}"
-            )
-        if impl == "auto" and q.device.type != "cpu":
-            impl = "torch"
+    options = complete(
+        options, q, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
+        batch=q.shape[0],
+    )  # fmt: skip
     if way is None:
         sizes = (q.shape[1], k.shape[1], q.shape[0])
         way = plan.of(
@@ -350,7 +360,7 @@ def _check(
         check_tensors(("q", "k", "v"), (q, k, v), kinds)
         (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
         check_shape("k", k, (B, Tk, Hk, D), "batch and head width of q")
-        check_shape("v", v, (B, Tk, Hk, D), "that of k")
+        check_shape("v", v, (B, Tk, Hk, v.shape[3]), "that of k but for the width")
         check_heads(H, Hk)
     if key_lengths is None and attn_mask is None:
         return

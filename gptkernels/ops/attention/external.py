@@ -18,13 +18,15 @@ from gptkernels.ops.attention.options import bounds, slopes
 _WIDEST = {"flash_attn2": 256, "flash_attn3": 256, "flash_attn4": 128}
 _WITH_ALIBI = ("flash_attn2",)
 # What none of them has, or what has another meaning there: their dropout draws another mask.
-_LACKING = ("converted", "lengths", "dropout", "lse", "deterministic")
+_LACKING = (
+    "converted", "lengths", "dropout", "lse", "deterministic", "Dv", "sinks", "learned slopes",
+)  # fmt: skip
 
 
 def takes(facts: Mapping[str, Any]) -> list[str]:
     """The names of the installed ones that have all that a class of calls of `attention` asks
     for."""
-    lacking = any(facts[name] for name in _LACKING) or facts["mask"] != "none"
+    lacking = any(facts.get(name) for name in _LACKING) or facts["mask"] != "none"
     # Some pad heads of odd widths, and others refuse them.
     half = facts["dtype"] in ("bfloat16", "float16") and facts["D"] % 8 == 0
     if facts["device"] != "cuda" or not half or lacking:
@@ -58,7 +60,7 @@ def run(
     if softcap > 0:
         options["softcap"] = softcap
     if alibi_slopes is not None:
-        options["alibi_slopes"] = slopes(alibi_slopes, q)
+        options["alibi_slopes"] = slopes(alibi_slopes, q, q.shape[0])
     out = externals.load(name).flash_attn_func(q, k, v, **options)
     found: Tensor = out[0] if isinstance(out, tuple) else out  # some return lse too
     return found

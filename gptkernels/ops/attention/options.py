@@ -22,7 +22,7 @@ from gptkernels.core.checks import (
     check_unit_last_stride,
 )
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 _UNBOUNDED = 2**31 - 1  # a bound that no sequence is long enough to reach
 
 
@@ -41,7 +41,8 @@ class AttentionOptions(NamedTuple):
     max_seqlen_q: int = 0  # length of the longest packed sequence, or more
     max_seqlen_k: int = 0
     backend: int = -1  # the fused op that impl="torch" runs on a GPU; -1: it asks PyTorch
-    alibi_slopes: Tensor | None = None  # (H,) fp32
+    alibi_slopes: Tensor | None = None  # (H,) or (B, H) fp32
+    sinks: Tensor | None = None  # (H,) fp32, one more score for each query
     key_lengths: Tensor | None = None  # (B,) int32
     attn_mask: Tensor | None = None  # bool or floating, broadcasts to (B, H, Tq, Tk)
     rng: Tensor | None = None  # (2,) int64, seed and offset; None without dropout
@@ -60,13 +61,31 @@ class AttentionOptions(NamedTuple):
         return {
             name: None if tensor is None else tensor.contiguous()
             for name, tensor in named
-            if name != "attn_mask"
+            if name not in ("attn_mask", "sinks")
         }
 
     @property
     def tensors(self) -> tuple[Any, ...]:
         """The remaining fields, each a tensor or None."""
         return self[_NUMBERS:]
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """Those that may have gradients."""
+        return self.attn_mask, self.alibi_slopes, self.sinks
+
+    @property
+    def alibi_stride(self) -> int:
+        """Elements from one batch entry's slopes to the next one's."""
+        slopes = self.alibi_slopes
+        return slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0
+
+    def entries(self, first: int, last: int) -> AttentionOptions:
+        """The options with the slopes of batch entries, or sequences, first ... last - 1."""
+        slopes = self.alibi_slopes
+        if slopes is None or slopes.dim() == 1:
+            return self
+        return self._replace(alibi_slopes=slopes[first:last])
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -96,11 +115,14 @@ def complete(
     causal: bool,
     window: tuple[int, int] | None,
     alibi_slopes: Tensor | Sequence[float] | None,
+    sinks: Tensor | None = None,
+    batch: int = 1,
 ) -> AttentionOptions:
-    """Returns the options that the op takes, made from the user's arguments.
+    """Returns the options that the op takes, made from the user's arguments. `batch`: the number of
+    batch entries, or of packed sequences.
 
-    It checks the numbers, turns `causal` and `window` into bounds, and turns `alibi_slopes` into a
-    tensor. Raises TypeError, ValueError.
+    It checks the numbers, turns `causal` and `window` into bounds, and `alibi_slopes` and `sinks`
+    into fp32 tensors. Raises TypeError, ValueError.
     """
     check_number("softcap", options.softcap)
     if not 0 <= options.softcap < math.inf:
@@ -110,7 +132,8 @@ def complete(
     return options._replace(
         left=left,
         right=right,
-        alibi_slopes=slopes(alibi_slopes, q),
+        alibi_slopes=slopes(alibi_slopes, q, batch),
+        sinks=None if sinks is None else _sinks(sinks, q),
     )
 
 
@@ -126,10 +149,12 @@ def check_tensors(names: Sequence[str], tensors: Sequence[Tensor], shapes: Seque
         check_same_dtype(name, tensor, names[0], q)
         check_same_device(name, tensor, names[0], q)
         check_unit_last_stride(name, tensor)
-    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"q must have a head width D between 1 and {MAX_HEAD_DIM}, got {q.shape[-1]}"
-        )
+    for name, tensor in ((names[0], q), (names[-1], tensors[-1])):
+        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} must have a head width between 1 and {MAX_HEAD_DIM}, "
+                f"got {tensor.shape[-1]}"
+            )
 
 
 def check_heads(H: int, Hk: int) -> None:
@@ -167,19 +192,18 @@ def bounds(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
-def slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor) -> Tensor | None:
-    """Returns the ALiBi slopes as (H,) fp32 on q's device. Raises TypeError, ValueError,
-    NotImplementedError."""
+def slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor, batch: int) -> Tensor | None:
+    """Returns the ALiBi slopes as (H,) or (batch, H) fp32 on q's device. Raises TypeError,
+    ValueError."""
     if alibi_slopes is None:
         return None
     if isinstance(alibi_slopes, Tensor):
         check_tensor("alibi_slopes", alibi_slopes)
         check_same_device("alibi_slopes", alibi_slopes, "q", q)
         given = alibi_slopes.float()
-        if given.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(
-                "alibi_slopes is not differentiable, got one that requires grad; detach it"
-            )
+        if given.dim() == 2:
+            check_shape("alibi_slopes", given, (batch, q.shape[-2]), "one row per batch entry")
+            return given.contiguous()
     elif isinstance(alibi_slopes, Sequence) and all(isinstance(s, NUMBER) for s in alibi_slopes):
         floats = [float(slope) for slope in alibi_slopes]
         given = torch.tensor(floats, dtype=torch.float32, device=q.device)
@@ -187,3 +211,21 @@ def slopes(alibi_slopes: Tensor | Sequence[float] | None, q: Tensor) -> Tensor |
         raise TypeError(f"alibi_slopes must be a tensor or floats, got {alibi_slopes!r}")
     check_shape("alibi_slopes", given, (q.shape[-2],), "one slope per head of q")
     return given.contiguous()
+
+
+def _sinks(sinks: Tensor, q: Tensor) -> Tensor:
+    """Returns the sinks as (H,) fp32. Raises TypeError, ValueError."""
+    check_tensor("sinks", sinks)
+    check_same_device("sinks", sinks, "q", q)
+    check_shape("sinks", sinks, (q.shape[-2],), "one sink per head of q")
+    return sinks.float().contiguous()
+
+
+def without_keys(q: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Tq, H, Dv) and lse (B, H, Tq) of queries q (B, Tq, H, D) that see no key."""
+    B, Tq, H, _ = q.shape
+    out = torch.zeros((B, Tq, H, v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = torch.full((B, H, Tq), -math.inf, dtype=torch.float32, device=q.device)
+    if options.sinks is not None:
+        lse.copy_(options.sinks[:, None].expand_as(lse))
+    return out, lse

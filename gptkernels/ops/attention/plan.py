@@ -3,6 +3,7 @@ impl="auto"."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from gptkernels.core.checks import DTYPES, dtype_name
 from gptkernels.core.choice import automatic, choose
 from gptkernels.core.plans import TORCH, Call, Plan
 from gptkernels.core.tuned import bucket, ends
-from gptkernels.ops.attention import canary, whole
+from gptkernels.ops.attention import canary, limits, whole
 from gptkernels.ops.attention.options import AttentionOptions
 
 _PLAIN_TYPES = (Tensor, Parameter)
@@ -103,21 +104,24 @@ def of(
 ) -> Plan:
     """The plan of a call that was checked. `tensors`: q, keys and values; `sizes`: queries, keys
     and batch entries, or the longest of packed sequences and their number."""
-    q = tensors[0]
+    q, k, v = tensors
     dtype = autocast_dtype(q)
+    lacking = limits.lacking(op, q, v, options)
     if impl != "auto":
+        limits.check(impl, lacking)
         chosen = choose(impl, q, dtype)
         return Plan(chosen, chosen)
     if torch.compiler.is_compiling():
-        training = requires_grad((*tensors, options.attn_mask))
+        training = requires_grad((*tensors, *options.differentiable))
         chosen = plans.compiled(op, training, dtype, q.device.type)
-        if options.attn_mask is not None and plans.implementation(chosen) not in MASKED:
+        if plans.implementation(chosen) in lacking:
             chosen = "torch"
-        if chosen == "torch" and canary.on_gpu(q):
-            k = tensors[1]
+        if chosen == "torch" and canary.on_gpu(q) and "triton" not in lacking:
             chosen = canary.compiled(op, training, q, k, options, return_lse, paged)
         return Plan(chosen, chosen)
     call = described(op, tensors, sizes, options, deterministic, return_lse, paged)
+    if call.static.forward in lacking:
+        call = dataclasses.replace(call, static=TORCH)
     others = (x for x in options.tensors if x is not None)
     plannable = all(type(x) in _PLAIN_TYPES and x.numel() > 0 for x in (*tensors, *others)) and all(
         x.dtype in DTYPES for x in tensors
@@ -125,14 +129,10 @@ def of(
     # A factor that is not positive is a case of its own, which nobody has.
     if not plannable or not options.softmax_scale > 0:
         return call.static
-    if canary.on_gpu(q):
+    if canary.on_gpu(q) and "triton" not in lacking:
         call, kept = canary.instead(call, tensors, options, deterministic, return_lse, paged)
         signature = signature if kept else None
     return plans.new(signature, call)
-
-
-# The implementations that take an attn_mask.
-MASKED = ("torch", "cpu")
 
 
 def described(
@@ -145,7 +145,7 @@ def described(
     paged: bool = False,
 ) -> Call:
     """The call's class and static plan."""
-    q, k, _ = tensors
+    q, k, v = tensors
     H, D = q.shape[-2:]
     device, dtype = q.device.type, autocast_dtype(q)
     Tq, Tk, batch = sizes
@@ -173,8 +173,17 @@ def described(
         "deterministic": deterministic,
         "layout": "contiguous" if all(x.is_contiguous() for x in tensors) else "strided",
     }
+    # What few calls have: the keys of all others are as they were before it was there.
+    rare = {
+        "Dv": v.shape[-1] if v.shape[-1] != D else 0,
+        "sinks": options.sinks is not None,
+        "slopes by entry": options.alibi_stride > 0,
+        "learned slopes": requires_grad((options.alibi_slopes,)),
+        "full": op == "attention_decode" and options.right != 0 and Tq > 1,
+    }
+    facts |= {name: value for name, value in rare.items() if value}
     found = axes(device, threads, Tq, Tk, batch * H)
-    training = requires_grad((*tensors, mask))
+    training = requires_grad((*tensors, *options.differentiable))
     functions = whole.takes(facts) if op == "attention" else ()
     return Call(op, training, facts, found, _static(op, options, q, Tq), functions)
 

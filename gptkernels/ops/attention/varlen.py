@@ -36,6 +36,7 @@ def attention_varlen(
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | Sequence[float] | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     deterministic: bool | None = None,
     return_lse: bool = False,
@@ -50,29 +51,30 @@ def attention_varlen(
     its batch entry b, and positions within the sequence.
 
     Args:
-        q: Queries (total_q, H, D), float32, bfloat16 or float16. D is at most 256. The last stride
-            must be 1; the other strides are free.
-        k, v: Keys and values (total_k, Hk, D), with q's dtype and device and a last stride of 1.
-            H must be a multiple of Hk.
+        q: Queries (total_q, H, D), float32, bfloat16 or float16. D is at most 512, and at most 256
+            with impl="triton" and "cuda". The last stride must be 1; the other strides are free.
+        k, v: Keys (total_k, Hk, D) and values (total_k, Hk, Dv), with q's dtype and device and a
+            last stride of 1. H must be a multiple of Hk.
         cu_seqlens_q: (B + 1,) int32. Sequence b has the queries from cu_seqlens_q[b] to
             cu_seqlens_q[b + 1] - 1. The values begin with 0, never decrease, and end with total_q;
             this is checked on a CPU only.
         cu_seqlens_k: (B + 1,) int32, the same for keys; the values end with total_k.
         max_seqlen_q, max_seqlen_k: Length of the longest sequence, or any larger number.
-        causal, softmax_scale, window, softcap, alibi_slopes, dropout_p, deterministic, return_lse:
-            As for `gptkernels.attention`.
+        causal, softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, deterministic,
+        return_lse: As for `gptkernels.attention`.
         impl: As for `gptkernels.attention`.
 
     Returns:
-        out (total_q, H, D) in q's dtype; with return_lse, (out, lse), where lse is (H, total_q)
+        out (total_q, H, Dv) in q's dtype; with return_lse, (out, lse), where lse is (H, total_q)
         float32 and differentiable too.
 
     Raises:
         TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError: An explicit impl cannot run on this machine or these tensors.
-        NotImplementedError: alibi_slopes requires a gradient.
+        NotImplementedError: An explicit impl lacks what the call asks for.
 
-    Differentiable once in q, k and v. Autocast works as for `gptkernels.attention`.
+    Differentiable once in q, k, v, alibi_slopes and sinks. Autocast works as for
+    `gptkernels.attention`.
     """
     if unknown:
         refuse(attention_varlen, unknown, elsewhere.VARLEN)
@@ -86,7 +88,10 @@ def attention_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
-    options = complete(options, q, causal=causal, window=window, alibi_slopes=alibi_slopes)
+    options = complete(
+        options, q, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
+        batch=cu_seqlens_q.shape[0] - 1,
+    )  # fmt: skip
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     signature = way = None
@@ -94,7 +99,7 @@ def attention_varlen(
         signature, way = plan.known(
             "attention_varlen", q, k, v, causal, softmax_scale, window, softcap, alibi_slopes,
             dropout_p, bool(deterministic), return_lse, cu_seqlens_q.shape, max_seqlen_q,
-            max_seqlen_k,
+            max_seqlen_k, sinks,
         )  # fmt: skip
     if way is None:
         sizes = (max_seqlen_q, max_seqlen_k, cu_seqlens_q.shape[0] - 1)
@@ -120,7 +125,7 @@ def _check(
     check_tensors(("q", "k", "v"), (q, k, v), kinds)
     (_, H, D), (total_k, Hk) = q.shape, k.shape[:2]
     check_shape("k", k, (total_k, Hk, D), "head width of q")
-    check_shape("v", v, (total_k, Hk, D), "that of k")
+    check_shape("v", v, (total_k, Hk, v.shape[2]), "that of k but for the width")
     check_heads(H, Hk)
     for name, lengths, longest, x in (
         ("q", cu_seqlens_q, max_seqlen_q, q),

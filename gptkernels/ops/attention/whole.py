@@ -24,13 +24,15 @@ def pytorch(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float 
 
 
 # What PyTorch's function has no argument for, or another meaning.
-_LACKING = ("converted", "softcap", "alibi", "lengths", "dropout", "lse", "deterministic")
+_LACKING = (
+    "converted", "softcap", "alibi", "lengths", "dropout", "lse", "deterministic", "Dv", "sinks",
+)  # fmt: skip
 
 
 def takes(facts: Mapping[str, Any]) -> list[str]:
     """Those that have all that a class of calls of `attention` asks for."""
     bounded = facts["left"] >= 0 or facts["right"] > 0
-    lacking = any(facts[name] for name in _LACKING) or facts["mask"] != "none" or bounded
+    lacking = any(facts.get(name) for name in _LACKING) or facts["mask"] != "none" or bounded
     # SDPA counts a causal mask's positions from the first query, ours from the last.
     own = not lacking and (facts["square"] or not facts["causal"])
     return [*([PYTORCH] if own else []), *(EXTERNAL + name for name in external.takes(facts))]

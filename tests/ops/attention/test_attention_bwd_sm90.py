@@ -99,7 +99,7 @@ def gradients(
         alibi_slopes=options.get("alibi_slopes"),
         key_lengths=options.get("key_lengths"),
     )
-    wanted = (*how.get("wanted", (True, True, True)), False)
+    wanted = (*how.get("wanted", (True, True, True)), False, False)
     return launchers.attention_bwd(
         dout, dlse, q, k, *rest, record, wanted, how["deterministic"], build=how.get("build", -1)
     )[:3]

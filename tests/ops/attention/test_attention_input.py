@@ -31,9 +31,19 @@ class TestBadInput:
             (dict(k=torch.zeros(2, 7, 2, 8)), ValueError, r"k must have shape \(2, 7, 2, 16\)"),
             (dict(v=torch.zeros(2, 6, 2, 16)), ValueError, r"v must have shape \(2, 7, 2, 16\)"),
             (
-                {n: torch.zeros(2, 5, 4, 257) for n in "qkv"},
+                {n: torch.zeros(2, 5, 4, 513) for n in "qkv"},
                 ValueError,
-                "q must have a head width D between 1 and 256, got 257",
+                "q must have a head width between 1 and 512, got 513",
+            ),
+            (
+                dict(v=torch.zeros(2, 7, 2, 513)),
+                ValueError,
+                "v must have a head width between 1 and 512, got 513",
+            ),
+            (
+                {n: torch.zeros(2, 5, 4, 257) for n in "qkv"} | dict(impl="cuda"),
+                NotImplementedError,
+                "a head width of more than 256: only impl=.torch.* and .auto. take it, got impl=.cuda.",
             ),
             (dict(q=torch.zeros(2, 5, 3, 16)), ValueError, "the heads of q must be a multiple"),
             (
@@ -49,11 +59,10 @@ class TestBadInput:
             (dict(softmax_scale=float("nan")), ValueError, "softmax_scale must be finite, got nan"),
             (dict(dropout_p=1.5), ValueError, "dropout_p must be between 0 and 1, got 1.5"),
             (dict(alibi_slopes=[1.0]), ValueError, r"alibi_slopes must have shape \(4,\)"),
-            (
-                dict(alibi_slopes=torch.ones(4, requires_grad=True)),
-                NotImplementedError,
-                "alibi_slopes is not differentiable",
-            ),
+            (dict(alibi_slopes=torch.ones(4, 2)), ValueError, r"alibi_slopes must have .*\(2, 4\)"),
+            (dict(sinks=torch.ones(2)), ValueError, r"sinks must have shape \(4,\)"),
+            (dict(sinks=torch.ones(4).int()), TypeError, "sinks must be float32, .* got int32"),
+            (dict(sinks=[0.5] * 4), TypeError, "sinks must be a torch.Tensor, got list"),
             (dict(key_lengths=[1, 2]), TypeError, "key_lengths must be a torch.Tensor, got list"),
             (dict(key_lengths=torch.ones(2).long()), TypeError, "key_lengths must be int32"),
             (dict(key_lengths=torch.ones(3).int()), ValueError, r"key_lengths must have shape"),
@@ -82,7 +91,7 @@ class TestBadInput:
             (
                 dict(attn_mask=torch.ones(5, 7), impl="triton"),
                 NotImplementedError,
-                "attn_mask runs with impl='torch', 'cpu' or 'auto' only, got 'triton'",
+                "attn_mask: only impl=.torch., .cpu. and .auto. take it, got impl=.triton.",
             ),
             (dict(causal="no"), TypeError, "causal must be a bool, got 'no'"),
             (dict(window=(True, 0)), ValueError, "window must be a pair .* of integers"),

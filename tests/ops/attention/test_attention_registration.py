@@ -103,7 +103,7 @@ class TestTorchImplementation:
         with Watch():
             options = AttentionOptions(0.5, left=100, right=0, softcap=2.0)
             out, lse = dense.attention_fwd(*tensors.values(), options)
-            mask = [True, True, True, False]
+            mask = [True, True, True, False, False]
             dense.attention_bwd(out, lse, *tensors.values(), out, lse, options, mask, True)
         assert largest <= 2000
 
@@ -214,10 +214,11 @@ class TestRegistration:
             else None
         )
         options = AttentionOptions(0.3)
+        alone = everything and impl == "torch"  # which has every option
         if everything:
             options = AttentionOptions(
                 0.3, left=4, right=0, softcap=2.0, dropout_p=0.1, alibi_slopes=slopes,
-                key_lengths=lengths(3, 9), attn_mask=mask, rng=rng,
+                sinks=slopes if alone else None, key_lengths=lengths(3, 9), attn_mask=mask, rng=rng,
             )  # fmt: skip
         ops = torch.ops.gptkernels
         check_op(ops.attention_fwd.default, (q, k, v, *options, impl))
@@ -229,7 +230,7 @@ class TestRegistration:
                 torch.randn_like(lse) if everything else None,
                 *(q, k, v, out, lse),
                 *options,
-                [True, not everything, True, mask is not None],
+                [True, not everything, True, mask is not None, alone],
                 False,
                 impl,
             ),

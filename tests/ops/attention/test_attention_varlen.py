@@ -237,7 +237,7 @@ class TestTorchOnAGpu:
         )  # fmt: skip
         q, k, v = (x[None].to("meta") for x in inputs([5, 37], [9, 37]).values())
         out, lse = torch_attention.attention_fwd(q, k, v, options)
-        mask = [True, True, True, False]
+        mask = [True, True, True, False, False]
         gradients = torch_attention.attention_bwd(out, lse, q, k, v, out, lse, options, mask, True)
         for x, wanted in zip((out, *gradients), (q, q, k, v), strict=False):
             assert (x.shape, x.is_contiguous()) == (wanted.shape, True)
@@ -254,8 +254,8 @@ def call_ops(
     )  # fmt: skip
     q, k, v, dout = (x[None] for x in tensors.values())
     out, lse = attention_fwd(q, k, v, *options, impl)
-    mask = [True, True, True, False]
-    *gradients, _ = attention_bwd(
+    mask = [True, True, True, False, False]
+    *gradients, _, _ = attention_bwd(
         dout, torch.ones_like(lse), q, k, v, out, lse, *options, mask, True, impl
     )
     return [x[0] for x in (out, lse, *gradients)]
@@ -336,7 +336,7 @@ def test_lengths_are_clamped_to_what_the_tensors_hold() -> None:
                 cu_seqlens_k=cu_seqlens,
             )  # fmt: skip
             out, lse = attention_fwd(*tensors, *options, "cuda")
-            mask = [True, True, True, False]
+            mask = [True, True, True, False, False]
             gradients = attention_bwd(out, None, *tensors, out, lse, *options, mask, True, "cuda")
             if cu_seqlens is lengths:
                 found = (out, lse, *gradients)
@@ -386,7 +386,7 @@ def test_opcheck(impl: str) -> None:
     check_op(ops.attention_fwd.default, (q, k, v, *options, impl))
     out, lse = attention_fwd(q, k, v, *options, impl)
     tensors = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse)
-    mask = [True, False, True, False]
+    mask = [True, False, True, False, False]
     check_op(ops.attention_bwd.default, (*tensors, *options, mask, False, impl))
 
 

@@ -55,9 +55,9 @@ def attention_bwd(
     options: AttentionOptions,
     grad_mask: Sequence[bool],
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v and an additive attn_mask, each empty where `grad_mask` is
-    False. They always have the same bits, whether `deterministic` or not."""
+    False, and an empty by_query. They always have the same bits, whether `deterministic` or not."""
     dq, dk, dv = (
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype)
         for x, wanted in zip((q, k, v), grad_mask, strict=False)
@@ -69,7 +69,7 @@ def attention_bwd(
         for gradient in (dq, dk, dv):
             gradient.zero_()
     if _nothing(q, k) or not any(grad_mask):
-        return dq, dk, dv, _rounded(dmask, mask, q)
+        return dq, dk, dv, _rounded(dmask, mask, q), lse.new_empty(0)
     if dout.stride(-1) != 1:  # such as an expanded tensor
         dout = dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
@@ -84,7 +84,7 @@ def attention_bwd(
         (0, 0, 0, 0) if dmask is None else _strides(dmask),
         torch.get_num_threads(),
     )  # fmt: skip
-    return dq, dk, dv, _rounded(dmask, mask, q)
+    return dq, dk, dv, _rounded(dmask, mask, q), lse.new_empty(0)
 
 
 def _rounded(dmask: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor:

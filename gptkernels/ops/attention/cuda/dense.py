@@ -62,9 +62,9 @@ def attention_bwd(
     deterministic: bool,
     *,
     build: int = -1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv, contiguous, each empty where `grad_mask` is False; the fourth tensor,
-    the mask's gradient, is always empty.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns dq, dk and dv, contiguous, each empty where `grad_mask` is False; the mask's gradient
+    and by_query are always empty.
 
     Unless `deterministic`, 16-bit dq is summed in a different order on every run (by the kernels
     for any GPU only if dk or dv is wanted too). `build` is as above, an index into
@@ -75,9 +75,9 @@ def attention_bwd(
         for x, wanted in zip((q, k, v), grad_mask, strict=False)
     )
     if _nothing_to_see(q, k, options):
-        return dq.zero_(), dk.zero_(), dv.zero_(), q.new_empty(0)
+        return dq.zero_(), dk.zero_(), dv.zero_(), q.new_empty(0), lse.new_empty(0)
     if not any(grad_mask[:3]):
-        return dq, dk, dv, q.new_empty(0)
+        return dq, dk, dv, q.new_empty(0), lse.new_empty(0)
     if dout.stride(-1) != 1:  # such as an expanded tensor
         dout = dout.contiguous()
     call(
@@ -98,7 +98,7 @@ def attention_bwd(
         deterministic=deterministic,
         build=build,
     )  # fmt: skip
-    return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, q.new_empty(0), lse.new_empty(0)
 
 
 def _lengths(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[int, int, int]:

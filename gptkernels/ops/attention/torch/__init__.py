@@ -33,7 +33,7 @@ def attention_bwd(
     options: AttentionOptions,
     grad_mask: Sequence[bool],
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns dq, dk, dv and the mask's gradient; see `dense` and `varlen`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns dq, dk, dv, the mask's gradient and by_query; see `dense` and `varlen`."""
     kind = dense if options.cu_seqlens_q is None else varlen
     return kind.attention_bwd(dout, dlse, q, k, v, out, lse, options, grad_mask, deterministic)

@@ -8,12 +8,10 @@ as `attention` aligns them; a mask hides the places that a shorter entry leaves 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from gptkernels.ops.attention.options import AttentionOptions
+from gptkernels.ops.attention.options import AttentionOptions, without_keys
 from gptkernels.ops.attention.torch import dense as one
 
 # The most elements of gathered keys, and of gathered values, in memory at a time.
@@ -28,27 +26,26 @@ def attention_decode_fwd(
     num_splits: int,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32; the formula is that of
+    """Returns out (B, Tq, H, Dv) and lse (B, H, Tq) in fp32; the formula is that of
     `gptkernels.truth.reference.attention_decode`.
 
     num_splits is ignored: nothing here cuts the keys into splits.
     """
-    B, Tq, H, _ = q.shape
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((B, H, Tq), -math.inf, dtype=torch.float32, device=q.device)
+    out, lse = without_keys(q, v_cache, options)
     assert options.key_lengths is not None
     if q.device.type != "cpu":
         _at_once(q, k_cache, v_cache, block_table, options, out, lse)
         return out, lse
     odd = any(_starts_anywhere(x) for x in (q, k_cache, v_cache))
-    alone = options._replace(key_lengths=None)
     for b, length in enumerate(options.key_lengths.tolist()):
         if length > 0:
             k, v = (_keys_of(cache, b, length, block_table) for cache in (k_cache, v_cache))
             new = q[b, None]
             if odd:  # the alignment of rows may change how PyTorch's products round
                 new, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (new, k, v))
-            result = one.attention_fwd(new, k, v, alone)
+            result = one.attention_fwd(
+                new, k, v, options.entries(b, b + 1)._replace(key_lengths=None)
+            )
             out[b], lse[b] = result[0][0], result[1][0]
     return out, lse
 
@@ -79,6 +76,7 @@ def _at_once(
     """Fills out and lse. The host reads no values, so lengths and page numbers are clamped instead
     of checked."""
     entries, page, Hk, D = k_cache.shape
+    D = max(D, v_cache.shape[-1])
     capacity = page if block_table is None else page * block_table.shape[1]
     if q.numel() == 0 or capacity == 0 or entries == 0:
         return
@@ -102,5 +100,8 @@ def _at_once(
         )
         mask = alive[:, None, None]
         out[few], lse[few] = one.attention_fwd(
-            q[few], k, v, options._replace(key_lengths=None, attn_mask=mask)
+            q[few],
+            k,
+            v,
+            options.entries(b, b + step)._replace(key_lengths=None, attn_mask=mask),
         )

@@ -3,15 +3,16 @@ the formula."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gptkernels.ops.attention.options import AttentionOptions
+from gptkernels.ops.attention.learned import with_sinks
+from gptkernels.ops.attention.options import AttentionOptions, without_keys
 from gptkernels.ops.attention.torch import backend, formula, fused
 from gptkernels.ops.attention.torch.blocks import one_block
+from gptkernels.ops.attention.widths import widened
 
 
 def attention_fwd(
@@ -30,17 +31,27 @@ def attention_fwd(
     `attention` without it. Only the formula takes it.
     """
     if q.numel() == 0 or k.numel() == 0:
-        rows = (q.shape[0], q.shape[2], q.shape[1])
-        lse = torch.full(rows, -math.inf, dtype=torch.float32, device=q.device)
-        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
-    causal = _plain(options, q, k) if shift is None else None
+        return without_keys(q, v, options)
+    found = _fused_fwd(q, k, v, options) if shift is None else None
+    if found is not None:
+        return found
+    return formula.attention_fwd(q, k, v, options, first_batch, shift)
+
+
+def _fused_fwd(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
+) -> tuple[Tensor, Tensor] | None:
+    """Returns out and lse by a fused op; None where none has all that the call asks for."""
+    causal, Dv, found = _plain(options, q, k), v.shape[-1], None
+    q, k, v = widened(q, k, v)
     if causal is not None:
         found = fused.attention_fwd(q, k, v, causal, options)
-        if found is not None:
-            return found
-    if shift is None and _only_masks(options, q):
-        return fused.masked_attention_fwd(q, k, v, options)
-    return formula.attention_fwd(q, k, v, options, first_batch, shift)
+    if found is None and _only_masks(options, q):
+        found = fused.masked_attention_fwd(q, k, v, options)
+    if found is None:
+        return None
+    out, lse = found
+    return with_sinks(out[..., :Dv].contiguous(), lse, options.sinks)
 
 
 def attention_bwd(
@@ -56,27 +67,24 @@ def attention_bwd(
     deterministic: bool,
     first_batch: int = 0,
     shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k, v and an additive attn_mask, each empty where `grad_mask` is
-    False.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k, v and an additive attn_mask, and by_query, each empty where
+    `grad_mask` is False.
 
     PyTorch's fused backward passes take no dlse. On CUDA only flash attention's backward pass is
     deterministic, and only under torch.use_deterministic_algorithms; in all other cases
     `deterministic` leads to the formula.
     """
     if q.numel() == 0 or k.numel() == 0:
-        inputs = (q, k, v, options.attn_mask)
-        dq, dk, dv, dmask = (
+        inputs = (q, k, v, options.attn_mask, lse)
+        dq, dk, dv, dmask, by_query = (
             torch.zeros_like(x) if x is not None and wanted else q.new_empty(0)
             for x, wanted in zip(inputs, grad_mask, strict=True)
         )
-        return dq, dk, dv, dmask
-    gradients: Sequence[Tensor] | None = None
-    causal = _plain(options, q, k) if shift is None else None
-    if causal is not None and dlse is None:
-        gradients = fused.attention_bwd(dout, q, k, v, out, lse, causal, options, deterministic)
-    if gradients is None and shift is None and _only_masks(options, q) and dlse is None:
-        gradients = fused.masked_attention_bwd(dout, q, k, v, out, lse, options)
+        return dq, dk, dv, dmask, by_query
+    gradients = None
+    if shift is None and dlse is None:
+        gradients = _fused_bwd(dout, q, k, v, out, lse, options, deterministic)
     if gradients is None:
         return formula.attention_bwd(
             dout, dlse, q, k, v, lse, options, grad_mask, first_batch, shift
@@ -85,7 +93,29 @@ def attention_bwd(
         gradient if wanted else q.new_empty(0)
         for gradient, wanted in zip(gradients, grad_mask, strict=False)
     )
-    return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, q.new_empty(0), lse.new_empty(0)
+
+
+def _fused_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    deterministic: bool,
+) -> Sequence[Tensor] | None:
+    """Returns dq, dk and dv by a fused op; None where none has all that the call asks for."""
+    causal, sizes, found = _plain(options, q, k), [x.shape[-1] for x in (q, k, v)], None
+    dout, q, k, v, out = widened(dout, q, k, v, out)
+    if causal is not None:
+        found = fused.attention_bwd(dout, q, k, v, out, lse, causal, options, deterministic)
+    if found is None and _masks_bwd(options, q):
+        found = fused.masked_attention_bwd(dout, q, k, v, out, lse, options)
+    if found is None:
+        return None
+    return [x[..., :size].contiguous() for x, size in zip(found, sizes, strict=True)]
 
 
 def fused_backend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> int:
@@ -120,7 +150,7 @@ def traceable_bwd(dlse: Tensor | None, q: Tensor, k: Tensor, options: AttentionO
     The formula's is for itself: it computes the scores again, and a compiler that saw this would
     find them in the forward pass, and keep them all.
     """
-    by_fused_op = _plain(options, q, k) is not None or _only_masks(options, q)
+    by_fused_op = _plain(options, q, k) is not None or _masks_bwd(options, q)
     return dlse is None and by_fused_op and traceable_fwd(q, k, options)
 
 
@@ -144,3 +174,9 @@ def _only_masks(options: AttentionOptions, q: Tensor) -> bool:
     """
     boolean = options.attn_mask is None or options.attn_mask.dtype == torch.bool
     return q.device.type == "cpu" and boolean and not options.costly and options.softmax_scale > 0
+
+
+def _masks_bwd(options: AttentionOptions, q: Tensor) -> bool:
+    """The same of the backward pass. It tells rows without keys by their lse, which with sinks is
+    finite."""
+    return _only_masks(options, q) and options.sinks is None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.core import masks, philox
-from gptkernels.ops.attention.options import AttentionOptions
+from gptkernels.ops.attention.options import AttentionOptions, without_keys
 from gptkernels.ops.attention.torch.blocks import (
     hidden_keys,
     living_keys,
@@ -29,26 +29,31 @@ def attention_fwd(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns out and lse by the formula in fp32, one block of query rows after another."""
-    (B, Tq, H, D), Tk = q.shape, k.shape[1]
-    out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+    (B, Tq, H, _), Tk, Dv = q.shape, k.shape[1], v.shape[-1]
+    sink = None if options.sinks is None else options.sinks[:, None, None]
+    out = torch.empty((B, Tq, H, Dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     k, v = (living_keys(x.transpose(1, 2).float(), options.key_lengths) for x in (k, v))
     for rows in row_blocks(B * H * Tk, Tq):
         keys = seen_keys(options, rows, Tq, Tk, shift)
         if keys.start == keys.stop:
-            out[:, rows], lse[:, :, rows] = 0, -math.inf
+            out[:, rows], lse[:, :, rows] = without_keys(q[:, rows], v, options)
             continue
         s, _ = _scores(q, k, rows, keys, options, shift)
         highest = s.amax(-1, keepdim=True)
+        if sink is not None:
+            highest = torch.maximum(highest, sink)
         highest = highest.masked_fill(highest == -math.inf, 0)
         p = s.sub_(highest).exp_()
         total = p.sum(-1, keepdim=True)
+        if sink is not None:
+            total = total + (sink - highest).exp()
         lse[:, :, rows] = (highest + total.log()).squeeze(-1)
         p = p.div_(total.masked_fill(total == 0, 1))
         if options.dropout_p > 0:
             p = p.mul_(_dropout(q, rows, keys, options, first_batch))
         product = _by_group(p, k.shape[1]) @ v[:, :, keys]
-        out[:, rows] = product.view(B, H, -1, D).transpose(1, 2).to(q.dtype)
+        out[:, rows] = product.view(B, H, -1, Dv).transpose(1, 2).to(q.dtype)
     return out, lse
 
 
@@ -63,17 +68,18 @@ def attention_bwd(
     grad_mask: Sequence[bool],
     first_batch: int,
     shift: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients by the formula dS = P (dP - sum(P dP) + dlse) in fp32, one block of
-    query rows after another."""
+    query rows after another, and by_query."""
     (B, Tq, H, D), (Tk, Hk), dtype = q.shape, k.shape[1:3], q.dtype
-    want_q, want_k, want_v, want_mask = grad_mask
+    want_q, want_k, want_v, want_mask, want_slopes = grad_mask
     dq = torch.empty((B, Tq, H, D) if want_q else (0,), dtype=dtype, device=q.device)
     k, v = (living_keys(x.transpose(1, 2).float(), options.key_lengths) for x in (k, v))
     dk, dv = (
-        torch.zeros((B, Hk, Tk, D) if wanted else (0,), dtype=torch.float32, device=q.device)
-        for wanted in (want_k, want_v)
+        torch.zeros(x.shape if wanted else (0,), dtype=torch.float32, device=q.device)
+        for x, wanted in ((k, want_k), (v, want_v))
     )
+    by_query = torch.zeros(lse.shape if want_slopes else (0,), dtype=torch.float32, device=q.device)
     mask = options.attn_mask if want_mask else None
     shape = (0,) if mask is None else mask.shape
     dmask = torch.zeros(shape, dtype=torch.float32, device=q.device)
@@ -86,9 +92,8 @@ def attention_bwd(
         s, cap = _scores(q, k, rows, keys, options, shift)
         # The weights of a row without keys are 0. Its q, dout and dlse may be NaN, and 0 * NaN is
         # NaN, so zeros replace them before the products.
-        empty = lse[:, :, rows, None] == -math.inf
-        # softmax(s) is more accurate than exp(s - lse), which adds the rounding error of lse.
-        p = torch.softmax(s, -1).masked_fill_(empty, 0)
+        empty = _without_keys(s, lse[:, :, rows, None], options)
+        p = _weights(s, options).masked_fill_(empty, 0)
         do = dout[:, rows].transpose(1, 2).float().masked_fill(empty, 0)
         dp = (_by_group(do, Hk) @ v[:, :, keys].mT).view(p.shape)
         kept = p
@@ -103,6 +108,8 @@ def attention_bwd(
         ds = ds.mul_(p).masked_fill_(empty, 0)
         if want_mask:
             _add_mask_gradient(dmask, ds, rows, keys)
+        if want_slopes:
+            by_query[:, :, rows] = (ds * _distances(q, rows, keys, Tk, shift)).sum(-1)
         if cap is not None:
             ds = ds.mul_(cap).masked_fill_(empty, 0)
         ds = ds.mul_(options.softmax_scale)
@@ -116,7 +123,28 @@ def attention_bwd(
         d.transpose(1, 2).to(dtype).contiguous() if wanted else d.to(dtype)
         for d, wanted in ((dk, want_k), (dv, want_v))
     )
-    return dq, dk, dv, dmask.to(dtype if mask is None else mask.dtype)
+    return dq, dk, dv, dmask.to(dtype if mask is None else mask.dtype), by_query
+
+
+def _weights(s: Tensor, options: AttentionOptions) -> Tensor:
+    """Returns the softmax of the scores, and of the sinks. It is more accurate than exp(s - lse),
+    which adds the rounding error of lse."""
+    if options.sinks is None:
+        return torch.softmax(s, -1)
+    sinks = options.sinks[:, None, None].expand(*s.shape[:-1], 1)
+    return torch.softmax(torch.cat((s, sinks), -1), -1)[..., :-1]
+
+
+def _without_keys(s: Tensor, lse: Tensor, options: AttentionOptions) -> Tensor:
+    """Returns which rows of s see no key."""
+    empty = lse == -math.inf
+    return empty if options.sinks is None else empty | (s.amax(-1, keepdim=True) == -math.inf)
+
+
+def _distances(q: Tensor, rows: slice, keys: slice, Tk: int, shift: Tensor | None) -> Tensor:
+    """Returns |position - key|, which broadcasts to (B, H, rows, keys)."""
+    key = torch.arange(Tk, device=q.device)[keys]
+    return (positions(rows, q.shape[1], Tk, q.device, shift) - key).abs()
 
 
 def _scores(
@@ -141,9 +169,7 @@ def _scores(
         t = torch.tanh(s / options.softcap)
         s, cap = options.softcap * t, 1 - t * t
     if options.alibi_slopes is not None:
-        position = positions(rows, Tq, Tk, q.device, shift)
-        key = torch.arange(Tk, device=q.device)[keys]
-        s -= options.alibi_slopes[:, None, None] * (position - key).abs()
+        s -= options.alibi_slopes[..., None, None] * _distances(q, rows, keys, Tk, shift)
     if options.attn_mask is not None and options.attn_mask.dtype != torch.bool:
         s += mask_block(options.attn_mask, rows, keys)
     return s.masked_fill_(hidden_keys(options, rows, keys, Tq, Tk, q.device, shift), -math.inf), cap

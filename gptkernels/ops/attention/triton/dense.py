@@ -101,9 +101,9 @@ def attention_bwd(
     *,
     queries_tile: Tile | None = None,
     keys_tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv, contiguous, each empty where `grad_mask` is False; the fourth tensor,
-    the mask's gradient, is always empty. A tile of a kernel runs in place of the chosen one.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns dq, dk and dv, contiguous, each empty where `grad_mask` is False; the mask's gradient
+    and by_query are always empty. A tile of a kernel runs in place of the chosen one.
 
     No kernel uses atomics, so gradients have the same bits on every run even without
     `deterministic`.
@@ -119,10 +119,10 @@ def attention_bwd(
         for x, wanted in ((q, queries_wanted), (k, keys_wanted), (v, keys_wanted))
     )
 
-    def asked_for() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def asked_for() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         found = zip(gradients, grad_mask, strict=False)
         a, b, c = (gradient if wanted else q.new_empty(0) for gradient, wanted in found)
-        return a, b, c, q.new_empty(0)
+        return a, b, c, q.new_empty(0), lse.new_empty(0)
 
     if q.numel() == 0 or k.numel() == 0:
         for gradient in gradients:
