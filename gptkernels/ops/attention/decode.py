@@ -16,6 +16,7 @@ from gptkernels.core.checks import DTYPES, check_count, check_same_device, check
 from gptkernels.core.direct import direct
 from gptkernels.core.keywords import refuse, without_unknown
 from gptkernels.core.registry import register
+from gptkernels.core.sharding import Shards, by_shards, distributed
 from gptkernels.ops.attention import elsewhere, plan
 from gptkernels.ops.attention.cpu import decode as cpu
 from gptkernels.ops.attention.options import (
@@ -45,6 +46,21 @@ def attention_decode_fwd(
     B, Tq, H, _ = q.shape
     out = q.new_empty((B, Tq, H, v_cache.shape[-1]))
     return out, q.new_empty((B, H, Tq), dtype=torch.float32)
+
+
+_SHARDS = Shards.of(
+    "q:BTHD k_cache:BSHD v_cache:BSHE cache_lengths:B alibi_slopes:BH sinks:H",
+    "BTHE BHT",
+    over="BH",
+    evenly="H",
+)
+# Entries share the pages.
+_PAGED_SHARDS = Shards.of(
+    "q:BTHD k_cache:PSHD v_cache:PSHE cache_lengths:B block_table:BN alibi_slopes:BH sinks:H",
+    "BTHE BHT",
+    over="BH",
+    evenly="H",
+)
 
 
 @without_unknown
@@ -121,6 +137,10 @@ def attention_decode(
     """
     if unknown:
         refuse(attention_decode, unknown, elsewhere.DECODE)
+    if type(q) is not Tensor and distributed(q):
+        arguments = locals()
+        shards = _SHARDS if block_table is None else _PAGED_SHARDS
+        return by_shards(attention_decode, shards, arguments)
     signature = way = None
     if impl == "auto" and not torch.compiler.is_compiling():
         signature, way = plan.known(

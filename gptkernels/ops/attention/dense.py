@@ -22,6 +22,7 @@ from gptkernels.core.checks import (
 from gptkernels.core.keywords import refuse, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
+from gptkernels.core.sharding import Shards, by_shards, distributed
 from gptkernels.ops.attention import elsewhere, learned, plan, whole
 from gptkernels.ops.attention.options import (
     MAX_HEAD_DIM,
@@ -150,6 +151,12 @@ _INPUTS = (
     *AttentionOptions._fields,
 )  # fmt: skip
 _BY_KERNELS = ("q", "k", "v", "attn_mask", "alibi_slopes")
+_SHARDS = Shards.of(
+    "q:BTHD k:BSHD v:BSHE alibi_slopes:BH sinks:H key_lengths:B attn_mask:?BHTS",
+    "BTHE BHT",
+    over="BH",
+    evenly="H",
+)
 
 
 @without_unknown
@@ -240,6 +247,8 @@ def attention(
     """
     if unknown:
         refuse(attention, unknown, elsewhere.ATTENTION)
+    if type(q) is not Tensor and distributed(q):
+        return by_shards(attention, _SHARDS, locals())
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     seen = causal, softmax_scale, window, softcap, alibi_slopes

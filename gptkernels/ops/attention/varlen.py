@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptkernels.core.checks import check_same_device, check_shape, dtype_name
 from gptkernels.core.keywords import refuse, without_unknown
+from gptkernels.core.sharding import Shards, by_shards, distributed
 from gptkernels.ops.attention import elsewhere, plan
 from gptkernels.ops.attention.dense import attend
 from gptkernels.ops.attention.options import (
@@ -18,6 +19,13 @@ from gptkernels.ops.attention.options import (
     check_tensors,
     complete,
     scale,
+)
+
+_SHARDS = Shards.of(
+    "q:NHD k:MHD v:MHE cu_seqlens_q:S cu_seqlens_k:S alibi_slopes:BH sinks:H",
+    "NHE HN",
+    over="H",
+    evenly="H",
 )
 
 
@@ -78,6 +86,8 @@ def attention_varlen(
     """
     if unknown:
         refuse(attention_varlen, unknown, elsewhere.VARLEN)
+    if type(q) is not Tensor and distributed(q):
+        return by_shards(attention_varlen, _SHARDS, locals())
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = AttentionOptions(
         softmax_scale=scale(softmax_scale, q),

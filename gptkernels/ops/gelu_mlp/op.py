@@ -23,6 +23,7 @@ from gptkernels.core.choice import choose
 from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
+from gptkernels.core.sharding import Shards, by_shards, distributed
 from gptkernels.ops.gelu_mlp import plan, whole
 
 # x, w1, b1, w2 and b2.
@@ -113,6 +114,7 @@ class _GeluMLP(torch.autograd.Function):
         return (*wanted, None, None, None, None)
 
 
+_SHARDS = Shards.of("x:*C w1:FC b1:F w2:CF b2:C", "*C", over="*")
 # What PyTorch, flash-attn and transformers call arguments of theirs.
 _ELSEWHERE = {
     **renamed("recompute", "checkpoint", "checkpoint_lvl", note=", True or False"),
@@ -175,6 +177,8 @@ def gelu_mlp(
     """
     if unknown:
         refuse(gelu_mlp, unknown, _ELSEWHERE)
+    if type(x) is not Tensor and distributed(x):
+        return by_shards(gelu_mlp, _SHARDS, locals())
     tensors = (x, w1, b1, w2, b2)
     way = _plan(tensors, approximate, recompute, impl)
     if way.whole is not None:

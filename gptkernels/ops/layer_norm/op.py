@@ -24,6 +24,7 @@ from gptkernels.core.direct import direct
 from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
+from gptkernels.core.sharding import Shards, by_shards, distributed
 from gptkernels.ops.layer_norm import cpu, plan, whole
 from gptkernels.ops.layer_norm.outputs import bwd_outputs, fwd_outputs
 
@@ -125,6 +126,7 @@ class _LayerNorm(torch.autograd.Function):
         )
 
 
+_SHARDS = Shards.of("x:*C weight:C bias:C residual:*C", "*C *C", over="*")
 _ONE_INPUT = "it has one input and one result: call it for each"
 # What PyTorch, flash-attn and apex call arguments of theirs.
 _ELSEWHERE = {
@@ -193,6 +195,8 @@ def layer_norm(
     """
     if unknown:
         refuse(layer_norm, unknown, _ELSEWHERE)
+    if type(x) is not Tensor and distributed(x):
+        return by_shards(layer_norm, _SHARDS, locals())
     signature = way = None
     if impl == "auto" and not torch.compiler.is_compiling():
         signature, way = plan.known(

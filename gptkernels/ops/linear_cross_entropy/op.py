@@ -26,6 +26,7 @@ from gptkernels.core.choice import choose
 from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
+from gptkernels.core.sharding import Shards, by_shards, distributed
 from gptkernels.ops.linear_cross_entropy import plan, whole
 from gptkernels.ops.linear_cross_entropy.options import LossOptions
 
@@ -166,6 +167,7 @@ def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
     return gradient.mul_(dloss)
 
 
+_SHARDS = Shards.of("x:*C weight:VC targets:* bias:V", "*", over="*")
 # What PyTorch, flash-attn, Liger and cut-cross-entropy call arguments of theirs.
 _ELSEWHERE = {
     **renamed("ignore_index", "ignored_index"),
@@ -243,6 +245,12 @@ def linear_cross_entropy(
     """
     if unknown:
         refuse(linear_cross_entropy, unknown, _ELSEWHERE)
+    if type(x) is not Tensor and distributed(x):
+        arguments = locals()
+        if reduction != "mean":
+            return by_shards(linear_cross_entropy, _SHARDS, arguments)
+        total = by_shards(linear_cross_entropy, _SHARDS, arguments | {"reduction": "sum"})
+        return total / (targets != ignore_index).sum()  # the rows of all ranks
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
     way = _plan((x, weight, bias), targets, options, reduction, impl)
     if way.whole is None:  # PyTorch's own function looks itself
