@@ -70,21 +70,21 @@ def _cases() -> dict[str, tuple[str, dict[str, Any], dict[str, str], dict[str, A
         "pages": ("attention_decode", pages, paged, {}, "02"),
         "rows of layer_norm": (
             "layer_norm",
-            layer_norm_inputs(3, 10, 32, residual=torch.float32),
+            layer_norm_inputs(1, 25, 32, residual=torch.float32),
             rows,
             dict(prenorm=True),
             "01 01",
         ),
         "rows of gelu_mlp": (
             "gelu_mlp",
-            gelu_mlp_inputs(4, 5, 24, 48),
+            gelu_mlp_inputs(4, 1, 24, 48),
             weights | dict(x="10"),
             {},
             "10",
         ),
         "losses": (
             "linear_cross_entropy",
-            loss_inputs(4, 9, 16, 40),
+            loss_inputs(1, 35, 16, 40),
             head,
             dict(reduction="none"),
             "10",
@@ -96,7 +96,7 @@ def _cases() -> dict[str, tuple[str, dict[str, Any], dict[str, str], dict[str, A
             dict(reduction="sum", z_loss=0.1),
             "pp",
         ),
-        "a mean": ("linear_cross_entropy", loss_inputs(4, 9, 16, 40), head, {}, "pp"),
+        "a mean": ("linear_cross_entropy", loss_inputs(1, 35, 16, 40), head, {}, "pp"),
     }
 
 
