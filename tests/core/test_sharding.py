@@ -46,15 +46,15 @@ def _cases() -> dict[str, tuple[str, dict[str, Any], dict[str, str], dict[str, A
     return {
         "batch and heads": (
             "attention",
-            attention_inputs(3, 30, 30, 8, 4) | dict(key_lengths=lengths),
-            heads | dict(key_lengths="0r"),
+            attention_inputs(3, 30, 30, 8, 4) | dict(key_lengths=lengths, sinks=torch.randn(8)),
+            heads | dict(key_lengths="0r", sinks="r0"),
             dict(alibi_slopes=[0.1 * n for n in range(8)], window=(20, 0), return_lse=True),
             "02 01",
         ),
         "a mask of heads": (
             "attention",
-            attention_inputs(2, 20, 24, 4) | dict(attn_mask=mask),
-            heads | dict(attn_mask="r0"),
+            attention_inputs(2, 20, 24, 4) | dict(attn_mask=mask, alibi_slopes=torch.rand(2, 4)),
+            heads | dict(attn_mask="r0", alibi_slopes="01"),
             dict(causal=False),
             "02",
         ),
