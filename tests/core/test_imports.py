@@ -21,6 +21,7 @@ _BELOW = {
     "ops": {"core"},
     "nn": {"core", "ops"},
     "dropin": {"core", "ops", "nn"},
+    "flash_attn_interface": {"core", "ops"},
     "gpt": {"core", "ops", "nn"},
     # The truth must not depend on the implementations that are compared with it.
     "truth": {"core", _PUBLIC},

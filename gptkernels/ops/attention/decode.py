@@ -253,7 +253,7 @@ def _check_values(cache_lengths: Tensor, block_table: Tensor | None, k_cache: Te
         wrong = least if least < 0 else longest
         raise ValueError(f"cache_lengths must lie between 0 and {most}, got {wrong}")
     if block_table is not None:
-        _check_pages(block_table, cache_lengths, size, entries)
+        check_pages(block_table, cache_lengths, size, entries)
 
 
 def _check_indices(name: str, tensor: Tensor, q: Tensor) -> None:
@@ -264,7 +264,9 @@ def _check_indices(name: str, tensor: Tensor, q: Tensor) -> None:
     check_same_device(name, tensor, "q", q)
 
 
-def _check_pages(block_table: Tensor, cache_lengths: Tensor, size: int, entries: int) -> None:
+def check_pages(block_table: Tensor, cache_lengths: Tensor, size: int, entries: int) -> None:
+    """Checks, on a CPU, that the pages of `size` keys that the lengths need are among `entries`.
+    Raises ValueError."""
     used = torch.arange(block_table.shape[1]) * size < cache_lengths[:, None]
     pages = block_table[used]
     if pages.numel() and (int(pages.min()) < 0 or int(pages.max()) >= entries):

@@ -39,7 +39,7 @@ def attention_fwd(
         if keys.start == keys.stop:
             out[:, rows], lse[:, :, rows] = without_keys(q[:, rows], v, options)
             continue
-        s, _ = _scores(q, k, rows, keys, options, shift)
+        s, _ = scores(q, k, rows, keys, options, shift)
         highest = s.amax(-1, keepdim=True)
         if sink is not None:
             highest = torch.maximum(highest, sink)
@@ -89,7 +89,7 @@ def attention_bwd(
             if want_q:
                 dq[:, rows] = 0
             continue
-        s, cap = _scores(q, k, rows, keys, options, shift)
+        s, cap = scores(q, k, rows, keys, options, shift)
         # The weights of a row without keys are 0. Its q, dout and dlse may be NaN, and 0 * NaN is
         # NaN, so zeros replace them before the products.
         empty = _without_keys(s, lse[:, :, rows, None], options)
@@ -147,7 +147,7 @@ def _distances(q: Tensor, rows: slice, keys: slice, Tk: int, shift: Tensor | Non
     return (positions(rows, q.shape[1], Tk, q.device, shift) - key).abs()
 
 
-def _scores(
+def scores(
     q: Tensor,
     k: Tensor,
     rows: slice,

@@ -1,0 +1,37 @@
+"""Keys and values in pages, laid end to end for `attention_varlen`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gathered(name: str, paged: Tensor, cu_seqlens: Tensor, block_table: Tensor) -> Tensor:
+    """The first tokens of each sequence, (total, Hk, D), of pages (N, page, Hk, D).
+
+    cu_seqlens (B + 1,) says how many tokens each sequence has, block_table (B, pages) which pages
+    they are in. Raises TypeError, ValueError.
+    """
+    if not isinstance(paged, Tensor) or paged.dim() != 4:
+        shape = tuple(paged.shape) if isinstance(paged, Tensor) else type(paged).__name__
+        raise ValueError(f"{name} must be pages (N, page, Hk, D) with a block_table, got {shape}")
+    if not isinstance(block_table, Tensor) or block_table.dtype != torch.int32:
+        raise TypeError("block_table must be an int32 tensor (B, pages)")
+    lengths = cu_seqlens.diff()
+    if block_table.dim() != 2 or len(block_table) != len(lengths):
+        raise ValueError(
+            f"block_table must have shape ({len(lengths)}, pages), got {tuple(block_table.shape)}"
+        )
+    if paged.is_cpu and lengths.numel() and int(lengths.max()) > _capacity(paged, block_table):
+        raise ValueError(
+            f"block_table must have pages for the {int(lengths.max())} tokens of the longest "
+            f"sequence, got pages for {_capacity(paged, block_table)}"
+        )
+    sequence = torch.arange(len(lengths), device=paged.device).repeat_interleave(lengths)
+    place = torch.arange(len(sequence), device=paged.device) - cu_seqlens[sequence]
+    page = paged.shape[1]
+    return paged[block_table[sequence, place // page], place % page]
+
+
+def _capacity(paged: Tensor, block_table: Tensor) -> int:
+    return block_table.shape[1] * paged.shape[1]
