@@ -32,7 +32,7 @@ _HOME = {
     "GPTForCausalLM": "gptkernels.gpt.causal_lm",
     "tune": "gptkernels.tuning.tuner",
 }
-_MODULES = ("tuning",)
+_MODULES = ("flash_attn_interface", "tuning")
 
 # Without GPTForCausalLM: `from gptkernels import *` does not need transformers.
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "flash_attn_interface",
     "gelu_mlp",
     "layer_norm",
     "linear_cross_entropy",
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from gptkernels import flash_attn_interface as flash_attn_interface
     from gptkernels import tuning as tuning
     from gptkernels.dropin.accelerate import accelerate, restore
     from gptkernels.gpt.causal_lm import GPTForCausalLM as GPTForCausalLM

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptkernels.ops.attention.decode import check_pages
+
 
 def gathered(name: str, paged: Tensor, cu_seqlens: Tensor, block_table: Tensor) -> Tensor:
     """The first tokens of each sequence, (total, Hk, D), of pages (N, page, Hk, D).
@@ -22,16 +24,16 @@ def gathered(name: str, paged: Tensor, cu_seqlens: Tensor, block_table: Tensor) 
         raise ValueError(
             f"block_table must have shape ({len(lengths)}, pages), got {tuple(block_table.shape)}"
         )
-    if paged.is_cpu and lengths.numel() and int(lengths.max()) > _capacity(paged, block_table):
-        raise ValueError(
-            f"block_table must have pages for the {int(lengths.max())} tokens of the longest "
-            f"sequence, got pages for {_capacity(paged, block_table)}"
-        )
+    page = paged.shape[1]
+    # Reading the values on a GPU would synchronise once more.
+    if paged.is_cpu and lengths.numel():
+        longest, room = int(lengths.max()), block_table.shape[1] * page
+        if longest > room:
+            raise ValueError(
+                f"block_table must have pages for the {longest} tokens of the longest sequence, "
+                f"got pages for {room}"
+            )
+        check_pages(block_table, lengths, page, len(paged))
     sequence = torch.arange(len(lengths), device=paged.device).repeat_interleave(lengths)
     place = torch.arange(len(sequence), device=paged.device) - cu_seqlens[sequence]
-    page = paged.shape[1]
     return paged[block_table[sequence, place // page], place % page]
-
-
-def _capacity(paged: Tensor, block_table: Tensor) -> int:
-    return block_table.shape[1] * paged.shape[1]

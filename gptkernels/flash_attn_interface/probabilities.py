@@ -20,7 +20,7 @@ from gptkernels.core import masks
 from gptkernels.core.checks import check_probability, check_tensor
 from gptkernels.flash_attn_interface.dropout_seed import upcoming
 from gptkernels.ops.attention.options import AttentionOptions, complete, scale
-from gptkernels.ops.attention.torch.formula import _scores as scores
+from gptkernels.ops.attention.torch.formula import scores
 
 
 def seed(q: Tensor, dropout_p: float) -> Tensor | None:
@@ -50,7 +50,7 @@ def signed(
     record = AttentionOptions(
         softmax_scale=scale(options["softmax_scale"], q), softcap=options["softcap"]
     )
-    record = complete(record, q, **shape)
+    record = complete(record, q, batch=B, **shape)
     if q.numel() == 0 or Tk == 0:
         return q.new_zeros(B, H, Tq, Tk)
     rows = k.transpose(1, 2).float()

@@ -95,7 +95,7 @@ def hold(function: Any, name: str, tensors: dict[str, Tensor], **named: Any) -> 
 
 
 def slopes(*shape: int) -> Tensor:
-    return torch.rand(shape, device=DEVICE) + 0.1
+    return torch.linspace(0.1, 1.1, math.prod(shape), device=DEVICE).view(shape)
 
 
 OPTIONS = [
