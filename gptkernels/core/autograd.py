@@ -1,9 +1,9 @@
 """What the ops' autograd.Functions share: how they are called, and that they are differentiable
 once.
 
-A gradient comes from a kernel, so PyTorch cannot differentiate it again. A second derivative,
-forward-mode AD and the transforms of torch.func are refused with an error: dropping them in silence
-would leave a wrong gradient. Under torch.compile PyTorch decides, and may drop some.
+A gradient comes from a kernel, so PyTorch cannot differentiate it again. A second derivative and
+forward-mode AD are refused with an error (core/refusal.py); under the transforms of torch.func the
+Functions are called by core/transforms.py.
 """
 
 from __future__ import annotations
@@ -14,14 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-_Gradients = tuple[Tensor | None, ...]
-
-_ONCE = (
-    "the ops of gptkernels are differentiable once, by backpropagation: for a second derivative, "
-    "forward-mode AD or a transform of torch.func, compute with PyTorch's own operators"
-)
+from gptkernels.core import transforms
+from gptkernels.core.refusal import Gradients, once, refuse_tangents
 
 
 class _NothingToSave:
@@ -47,12 +43,11 @@ def requires_grad(arguments: Iterable[Any]) -> bool:
 
 def apply(function: type[Function], *arguments: Any) -> Any:
     """Returns function.apply(*arguments), or function.forward's result where no argument requires a
-    gradient. Raises NotImplementedError under a transform of torch.func, and for tensors with a
-    tangent."""
+    gradient. Raises NotImplementedError for tensors with a tangent."""
+    refuse_tangents(*arguments)
     # What else watches PyTorch's calls, the registered ops that forward calls look for.
     if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(_ONCE)
-    refuse_tangents(*arguments)
+        return transforms.through(function, *arguments)
     if torch.compiler.is_compiling():
         return function.apply(*_distinct(arguments))
     if not requires_grad(arguments):
@@ -61,7 +56,7 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     return super(Function, function).apply(*arguments)  # type: ignore[misc]
 
 
-def once_differentiable(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
+def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """Decorates a function (ctx, saved, *gradients), where saved is ctx.saved_tensors, as the
     backward of an autograd.Function. What it returns cannot be differentiated.
 
@@ -70,24 +65,16 @@ def once_differentiable(backward: Callable[..., _Gradients]) -> Callable[..., _G
     """
 
     @functools.wraps(backward)
-    def refusing(ctx: Any, *gradients: Tensor | None) -> _Gradients:
+    def refusing(ctx: Any, *gradients: Tensor | None) -> Gradients:
         refuse_tangents(*gradients)
         saved = ctx.saved_tensors  # once: checkpointing recomputes them for a single reading
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, saved, *gradients)
         with torch.no_grad():
             found = backward(ctx, saved, *gradients)
-        return _Refusal.apply(len(found), *found, *saved, *gradients)
+        return once(found, (*saved, *gradients))
 
     return refusing
-
-
-def refuse_tangents(*arguments: Any) -> None:
-    """Raises NotImplementedError if a tensor among the arguments is a dual of forward-mode AD."""
-    if forward_ad._current_level >= 0:
-        tensors = (x for x in arguments if isinstance(x, Tensor))
-        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-            raise NotImplementedError(_ONCE)
 
 
 def _distinct(arguments: Sequence[Any]) -> list[Any]:
@@ -102,16 +89,3 @@ def _distinct(arguments: Sequence[Any]) -> list[Any]:
             seen.append(argument)
         distinct.append(argument)
     return distinct
-
-
-class _Refusal(Function):
-    """Passes the first `count` tensors on. The others are what they depend on. To differentiate is
-    an error."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> _Gradients:
-        return tuple(None if tensor is None else tensor.detach() for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> _Gradients:
-        raise NotImplementedError(_ONCE)

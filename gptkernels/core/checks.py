@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptkernels.core.transforms import batched
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 
@@ -47,8 +49,9 @@ def check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) 
 
 
 def check_unit_last_stride(name: str, tensor: Tensor) -> None:
-    """Checks that the last stride is 1, which vector loads require. Raises ValueError."""
-    if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    """Checks that the last stride is 1, which vector loads require. Raises ValueError. Inside vmap
+    the rules of the ops (`core.vmap`) see to it."""
+    if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and not batched(tensor):
         raise ValueError(
             f"{name} must have a unit stride in its last dimension, "
             f"got strides {tuple(tensor.stride())}; call .contiguous() on it"

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from gptkernels.core import cpu, plans
+from gptkernels.core import cpu, plans, vmap
 from gptkernels.core.autocast import autocast_enabled, without_autocast
 from gptkernels.core.choice import check_impl
 from gptkernels.core.direct import direct
@@ -47,8 +47,12 @@ def _always(*_: Any) -> bool:
     return True
 
 
+def _none(_: Any) -> tuple[str, ...]:
+    return ()
+
+
 def register(
-    home: str, traceable: Callable[..., bool] = _always
+    home: str, traceable: Callable[..., bool] = _always, entries: vmap.Entries = _none
 ) -> Callable[[Callable[..., Any]], Any]:
     """Decorates the fake of an op: defines the op, and returns what calls it in place of the fake.
 
@@ -56,6 +60,7 @@ def register(
         home: The package whose modules `torch`, `triton`, `cuda` and `cpu` implement the op.
         traceable: Says whether torch.compile can trace a call of impl="torch". It gets the
             arguments of the call without `impl`.
+        entries: Says how a call runs inside vmap (`core.vmap`).
     """
 
     def define(fake: Callable[..., Any]) -> Any:
@@ -104,6 +109,8 @@ def register(
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gptkernels::{name}", describe, lib=library)
         op = getattr(torch.ops.gptkernels, name).default
+        inside = vmap.rule(op, tuple(flat.parameters), entries)
+        torch.library.register_vmap(f"gptkernels::{name}", inside, lib=library)
         return functools.update_wrapper(call, fake)
 
     return define

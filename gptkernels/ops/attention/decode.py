@@ -3,20 +3,22 @@ op and the public function."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Never
+from collections.abc import Mapping, Sequence
+from typing import Any, Never
 
 import torch
 from torch import Tensor
 
 from gptkernels.core import plans
 from gptkernels.core.autocast import autocast_dtype
-from gptkernels.core.autograd import refuse_tangents, requires_grad
+from gptkernels.core.autograd import requires_grad
 from gptkernels.core.checks import DTYPES, check_count, check_same_device, check_shape, dtype_name
 from gptkernels.core.direct import direct
 from gptkernels.core.keywords import refuse, without_unknown
+from gptkernels.core.refusal import refuse_tangents
 from gptkernels.core.registry import register
 from gptkernels.core.sharding import Shards, by_shards, distributed
+from gptkernels.core.values import readable
 from gptkernels.ops.attention import elsewhere, plan
 from gptkernels.ops.attention.cpu import decode as cpu
 from gptkernels.ops.attention.options import (
@@ -29,9 +31,22 @@ from gptkernels.ops.attention.options import (
 )
 from gptkernels.ops.attention.splits import NUM_SPLITS_LIMIT
 
+_ENTRIES = ("q", "k_cache", "v_cache", "key_lengths")
+
+
+def _apart(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What has a batch of entries that know nothing of each other: pages belong to all of them."""
+    slopes = given["alibi_slopes"]
+    of_entries = slopes is not None and slopes.dim() == 2
+    return () if given["block_table"] is not None else _ENTRIES + ("alibi_slopes",) * of_entries
+
 
 # Not traceable: on a CPU the lengths are read, and elsewhere the loop depends on the sizes.
-@register("gptkernels.ops.attention", traceable=lambda *_: False)
+@register(
+    "gptkernels.ops.attention",
+    traceable=lambda *_: False,
+    entries=_apart,
+)
 def attention_decode_fwd(
     q: Tensor,
     k_cache: Tensor,
@@ -149,8 +164,7 @@ def attention_decode(
         )  # fmt: skip
     if way is None and not _sound(q, k_cache, v_cache, cache_lengths, block_table):
         _check(q, k_cache, v_cache, cache_lengths, block_table)
-    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
-    if q.is_cpu and not torch.compiler.is_compiling():
+    if readable(cache_lengths) and (block_table is None or readable(block_table)):
         _check_values(cache_lengths, block_table, k_cache)
     options = AttentionOptions(
         softmax_scale=scale(softmax_scale, q), softcap=softcap, key_lengths=cache_lengths

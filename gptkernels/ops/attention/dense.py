@@ -3,7 +3,7 @@ function."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Never
 
 import torch
@@ -23,6 +23,7 @@ from gptkernels.core.keywords import refuse, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
 from gptkernels.core.sharding import Shards, by_shards, distributed
+from gptkernels.core.values import readable
 from gptkernels.ops.attention import elsewhere, learned, plan, whole
 from gptkernels.ops.attention.options import (
     MAX_HEAD_DIM,
@@ -35,10 +36,26 @@ from gptkernels.ops.attention.options import (
 from gptkernels.ops.attention.torch import named
 from gptkernels.ops.attention.torch.dense import fused_backend, traceable_bwd, traceable_fwd
 
+_ENTRIES = ("dout", "dlse", "q", "k", "v", "out", "lse", "key_lengths")
+
+
+def _apart(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What has a batch of entries that know nothing of each other. Dropout's mask depends on an
+    entry's number; the gradient of a mask that all entries share is their sum."""
+    mask, slopes = given["attn_mask"], given["alibi_slopes"]
+    of_mask = "grad_mask" in given and given["grad_mask"][3]
+    if given["rng"] is not None or given["cu_seqlens_q"] is not None or of_mask:
+        return ()
+    if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+        return ()
+    of_entries = slopes is not None and slopes.dim() == 2
+    return tuple(name for name in _ENTRIES if name in given) + ("alibi_slopes",) * of_entries
+
 
 @register(
     "gptkernels.ops.attention",
     traceable=lambda q, k, v, options: traceable_fwd(q, k, options),
+    entries=_apart,
 )
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, impl: str
@@ -51,6 +68,7 @@ def attention_fwd(
 @register(
     "gptkernels.ops.attention",
     traceable=lambda dout, dlse, q, k, v, out, lse, options, *_: traceable_bwd(dlse, q, k, options),
+    entries=_apart,
 )
 def attention_bwd(
     dout: Tensor,
@@ -412,12 +430,7 @@ def _check_key_lengths(key_lengths: Tensor, q: Tensor, Tk: int) -> None:
 
 
 def _check_length_values(key_lengths: Tensor, Tk: int) -> None:
-    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
-    if (
-        key_lengths.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and key_lengths.numel()
-    ):
+    if key_lengths.numel() and readable(key_lengths):
         least, most = (int(x) for x in key_lengths.aminmax())
         if least < 0 or most > Tk:
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from gptkernels.core.checks import check_same_device, check_shape, dtype_name
 from gptkernels.core.keywords import refuse, without_unknown
 from gptkernels.core.sharding import Shards, by_shards, distributed
+from gptkernels.core.values import readable
 from gptkernels.ops.attention import elsewhere, plan
 from gptkernels.ops.attention.dense import attend
 from gptkernels.ops.attention.options import (
@@ -156,8 +157,7 @@ def _check_lengths(name: str, cu_seqlens: Tensor, longest: int, x: Tensor) -> No
     check_same_device(argument, cu_seqlens, "q", x)
     if not isinstance(longest, int | torch.SymInt) or isinstance(longest, bool):
         raise TypeError(f"max_seqlen_{name} must be an int, got {longest!r}")
-    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != x.shape[0]:

@@ -32,7 +32,7 @@ _Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 _READ_TRANSPOSED = ("torch", "cpu")
 
 
-@register("gptkernels.ops.gelu_mlp")
+@register("gptkernels.ops.gelu_mlp", entries=lambda _: ("x",))
 def gelu_mlp_fwd(
     x: Tensor,
     w1: Tensor,
@@ -53,6 +53,8 @@ def gelu_mlp_fwd(
 @register(
     "gptkernels.ops.gelu_mlp",
     traceable=lambda dy, x, w1, b1, w2, h, *_: h is not None,
+    # The gradients of the weights are sums over the rows.
+    entries=lambda given: () if any(given["grad_mask"][1:]) else ("dy", "x", "h"),
 )
 def gelu_mlp_bwd(
     dy: Tensor,

@@ -3,7 +3,7 @@ autograd and the public function."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Never
 
 import torch
@@ -29,7 +29,18 @@ from gptkernels.ops.layer_norm import cpu, plan, whole
 from gptkernels.ops.layer_norm.outputs import bwd_outputs, fwd_outputs
 
 
-@register("gptkernels.ops.layer_norm")
+def _rows(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What has rows that know nothing of each other: dropout numbers the elements, and a gradient
+    of weight or bias is a sum over the rows."""
+    forward = "x" in given
+    summed = not forward and (given["weight_gradient"] or given["bias_gradient"])
+    one_row = given["x" if forward else "s"].dim() == 1
+    if given["rng"] is not None or summed or one_row:
+        return ()
+    return ("x", "residual") if forward else ("dy", "dsum", "s", "mean", "rstd")
+
+
+@register("gptkernels.ops.layer_norm", entries=_rows)
 def layer_norm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -46,7 +57,7 @@ def layer_norm_fwd(
     return fwd_outputs(x, sum_dtype)
 
 
-@register("gptkernels.ops.layer_norm")
+@register("gptkernels.ops.layer_norm", entries=_rows)
 def layer_norm_bwd(
     dy: Tensor,
     dsum: Tensor | None,

@@ -3,7 +3,7 @@ registered ops, autograd and the public function."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Never
 
 import torch
@@ -27,6 +27,7 @@ from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
 from gptkernels.core.sharding import Shards, by_shards, distributed
+from gptkernels.core.values import readable
 from gptkernels.ops.linear_cross_entropy import plan, whole
 from gptkernels.ops.linear_cross_entropy.options import LossOptions
 
@@ -41,7 +42,14 @@ def _never(*_: Any) -> bool:
     return False
 
 
-@register("gptkernels.ops.linear_cross_entropy", traceable=_never)
+def _rows(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What has rows that know nothing of each other: gradients of weight and bias are sums."""
+    if any(given["grad_mask"][1:]):
+        return ()
+    return tuple(name for name in ("dloss", "x", "targets", "lse") if name in given)
+
+
+@register("gptkernels.ops.linear_cross_entropy", traceable=_never, entries=_rows)
 def linear_cross_entropy_fwd(
     x: Tensor,
     weight: Tensor,
@@ -63,7 +71,7 @@ def linear_cross_entropy_fwd(
     return rows, torch.empty_like(rows), *_gradients(x, weight, grad_mask)
 
 
-@register("gptkernels.ops.linear_cross_entropy", traceable=_never)
+@register("gptkernels.ops.linear_cross_entropy", traceable=_never, entries=_rows)
 def linear_cross_entropy_bwd(
     dloss: Tensor,
     x: Tensor,
@@ -159,8 +167,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
     """The gradient of the forward pass times that of the loss; in place, unless the graph is kept
-    for another pass; itself where that is plainly 1, if nothing has to wait for the answer."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    for another pass, as transforms keep it; itself where that is plainly 1, if nothing has to wait
+    for the answer."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return (gradient * dloss).to(gradient.dtype)
     if dloss.is_cpu and dloss.item() == 1.0:
         return gradient
@@ -358,11 +371,7 @@ def _check(
 
 
 def _check_values(targets: Tensor, classes: int, options: LossOptions) -> None:
-    # Only on a CPU: on a GPU, reading the targets would wait for the device. Not while compiling or
-    # tracing, when there are no values to read.
-    if torch.compiler.is_compiling() or not targets.is_cpu or targets.numel() == 0:
-        return
-    if type(targets) is not Tensor or torch._C._len_torch_dispatch_stack():
+    if targets.numel() == 0 or not readable(targets):
         return
     low, high = (int(bound) for bound in targets.aminmax())
     if low >= 0 and high < classes:
