@@ -54,7 +54,7 @@ _LEAST_NUMBERS = 1 << 16
 # Models that hand a mask to attention as it is; others may cut it.
 _SHORT_MASKS = ("gpt2", "gpt_bigcode", "gpt_neox", "opt")
 # What some models pass beside the tensors, and the package's attention does not have.
-_LACKING = ("s_aux", "position_bias", "cache", "head_mask")
+_LACKING = ("position_bias", "cache", "head_mask")
 
 
 def attention(
@@ -67,10 +67,11 @@ def attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query (B, H, Tq, D), key and value (B, Hk, Tk, D) -> out
-    (B, Tq, H, D), and no weights.
+    """What transformers calls: query (B, H, Tq, D), key (B, Hk, Tk, D) and value (B, Hk, Tk, Dv)
+    -> out (B, Tq, H, Dv), and no weights. s_aux: gpt-oss's sinks (H,).
 
     attention_mask: None; a causal one of `mask`, (B,) int32, how many keys each text has, or
     (B, Tk) bool, which keys exist; or (B, 1 or H, Tq, Tk), bool or added to the scores, which says
@@ -86,7 +87,8 @@ def attention(
     swap = getattr(type(module), "_gptkernels", None)
     impl = "auto" if swap is None else swap.impl
     causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
-    leaves = impl == "auto" and not softcap and _is_pytorchs(query)
+    own = bool(softcap) or s_aux is not None  # what "sdpa" would leave out
+    leaves = impl == "auto" and not own and _is_pytorchs(query)
     taken = None
     if leaves and measured.asked(query) and _lacking(query, key, value, {}) is None:
         taken = _taken(query, key, value, attention_mask, causal)
@@ -94,7 +96,8 @@ def attention(
         named: Any = {"attn_mask": mask, "dropout_p": dropout, "softmax_scale": scaling}
         leaves = not measured.attention(q, k, v, **seen, **named)
     reason = None if leaves and swap is not None else _lacking(query, key, value, others)
-    if reason is not None and swap is None and _config_of(module) not in _ANNOUNCED:
+    elsewhere = s_aux is None and (swap is not None or _config_of(module) in _ANNOUNCED)
+    if reason is not None and not elsewhere:
         raise NotImplementedError(f"attn_implementation={NAME!r} {reason}")
     if leaves or reason is not None:
         return sdpa_attention_forward(
@@ -104,7 +107,7 @@ def attention(
     q, k, v, seen, mask = taken or _taken(query, key, value, attention_mask, causal)
     out = dense.attention(
         q, k, v, **seen, attn_mask=mask, dropout_p=dropout, softmax_scale=scaling,
-        softcap=softcap or 0.0, impl=with_mask(impl, mask),
+        softcap=softcap or 0.0, sinks=s_aux, impl=with_mask(impl, mask),
     )  # fmt: skip
     return cast("Tensor", out), None
 
@@ -127,10 +130,10 @@ def _lacking(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) 
     for name in _LACKING:
         if others.get(name) is not None:
             return f"has no {name}; use attn_implementation='eager'"
-    if query.shape[-1] > KERNEL_HEAD_DIM or key.shape != value.shape:
+    widest = max(query.shape[-1], value.shape[-1])
+    if widest > KERNEL_HEAD_DIM:
         return (
-            f"has heads of up to {KERNEL_HEAD_DIM} and values as wide as keys, got "
-            f"{query.shape[-1]} and {value.shape[-1]}; use attn_implementation='sdpa'"
+            f"has heads of up to {KERNEL_HEAD_DIM}, got {widest}; use attn_implementation='sdpa'"
         )
     if query.shape[0] != key.shape[0] or query.dtype not in DTYPES:
         return "has q, k and v of one batch in float32, bfloat16 or float16"

@@ -201,6 +201,29 @@ CASES: tuple[Case, ...] = (
         outputs=("out",),
     ),
     Case(
+        "attention",
+        "sinks, 48 heads on 16, window, v 24 wide, lse, D 16",
+        lambda randn: (
+            _qkv(randn, 1, 40, 45, 48, 16, 16) | dict(v=randn(1, 45, 16, 24), sinks=randn(48))
+        ),
+        dict(window=(20, 0), return_lse=True),
+        outputs=("out", "lse"),
+    ),
+    Case(
+        "attention",
+        "learned ALiBi slopes of each entry, 48 heads, D 16",
+        lambda randn: (
+            _qkv(randn, 2, 20, 20, 48, 48, 16) | dict(alibi_slopes=randn(2, 48).float().abs() / 8)
+        ),
+        outputs=("out",),
+    ),
+    Case(
+        "attention",
+        "causal, T 40, D 320",
+        lambda randn: _qkv(randn, 1, 40, 40, 1, 1, 320),
+        outputs=("out",),
+    ),
+    Case(
         "attention_varlen",
         "causal, T 30 + 0 + 140 + 1 + 70, D 64",
         lambda randn: _packed(randn, (30, 0, 140, 1, 70), (30, 0, 140, 1, 70), 1, 1, 64),
@@ -228,6 +251,17 @@ CASES: tuple[Case, ...] = (
         dict(window=(40, 0), softcap=5.0, alibi_slopes=(0.25, 0.0625)),
         dict(num_splits=2),
         outputs=("out",),
+        directions=("forward",),
+    ),
+    Case(
+        "attention_decode",
+        "not causal, 3 tokens, sinks, slopes of each entry, 300 and 13 keys, D 16",
+        lambda randn: (
+            _cache(randn, (300, 13), 3, 8, 4, 16, None)
+            | dict(sinks=randn(8), alibi_slopes=randn(2, 8).float().abs() / 8)
+        ),
+        dict(causal=False, return_lse=True),
+        outputs=("out", "lse"),
         directions=("forward",),
     ),
     Case(

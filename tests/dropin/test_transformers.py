@@ -103,6 +103,36 @@ def test_a_sliding_window(how: dict[str, Any]) -> None:
     assert torch.equal(wanted, found)
 
 
+def test_sinks_and_values_of_another_width() -> None:
+    """gpt-oss has a sink for each head, and every other layer sees a window."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=V, hidden_size=64, intermediate_size=32, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=6, num_local_experts=2,
+        num_experts_per_tok=1, layer_types=["sliding_attention", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).eval()
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.sinks)
+    ours = copy.deepcopy(model)
+    ours.set_attn_implementation("gptkernels")
+    tokens = tokens_of()
+    there = torch.ones_like(tokens)
+    there[0, :5] = 0
+    for mask in (None, there):
+        model.zero_grad(), ours.zero_grad()
+        y, z = (m(tokens, attention_mask=mask).logits for m in (model, ours))
+        seen = torch.ones_like(tokens).bool() if mask is None else mask.bool()
+        assert torch.allclose(y[seen], z[seen], atol=1e-5)
+        for logits_ in (y, z):
+            logits_[seen].square().sum().backward()
+        assert worst(model, ours) < 1e-3
+    q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 4)
+    out, _ = registered.attention(model.model.layers[0].self_attn, q, k, v, None)
+    wanted = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.allclose(out, wanted.transpose(1, 2), atol=1e-5)
+
+
 def test_what_a_mask_becomes() -> None:
     there = torch.ones(2, 9, dtype=torch.bool)
     given = {
@@ -134,11 +164,13 @@ def test_what_it_does_not_have_is_refused_by_name() -> None:
         ours(tokens, output_attentions=True)
     q = torch.randn(1, 2, 5, 8)
     module = model.transformer.h[0].attn
-    for name in ("s_aux", "position_bias", "cache"):
+    for name in ("position_bias", "cache"):
         with pytest.raises(NotImplementedError, match=f"has no {name}"):
             registered.attention(module, q, q, q, None, **{name: torch.ones(1)})
-    with pytest.raises(NotImplementedError, match="values as wide as keys, got 8 and 4"):
-        registered.attention(module, q, q, q[..., :4], None)
+    wide = q.repeat(1, 1, 1, 33)
+    for v, more in ((wide, {}), (wide[..., :264], {"s_aux": torch.zeros(2)})):
+        with pytest.raises(NotImplementedError, match="has heads of up to 256, got 264"):
+            registered.attention(module, q, q, v, None, **more)
     gptkernels.restore(ours)
     assert ours.config._attn_implementation == "sdpa"
     eager = copy.deepcopy(model)

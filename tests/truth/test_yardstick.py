@@ -113,22 +113,32 @@ def attention(
     v: Tensor,
     *,
     softmax_scale: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     **options: Any,
 ) -> Any:
-    (B, _, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
+    (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
     scale = D**-0.5 if softmax_scale is None else softmax_scale
     one = torch.eye(Tk, dtype=q.dtype).view(1, Tk, 1, Tk).expand(B, Tk, Hk, Tk)
     with torch.no_grad():  # with these values the outputs are the weights
         weights = functools.partial(
-            reference.attention, q, k, one, softmax_scale=scale, return_lse=True, **options
-        )
+            reference.attention, q, k, one, softmax_scale=scale, return_lse=True,
+            alibi_slopes=alibi_slopes, sinks=sinks, **options,
+        )  # fmt: skip
         p, lse = weights()  # (B, Tq, H, Tk)
         kept = torch.where(p > 0, weights(dropout_p=dropout_p)[0] / p, 0)
     k, v = (x.abs().repeat_interleave(H // Hk, dim=2) for x in (k, v))
-    s = change(torch.einsum("bihd,bjhd->bihj", q.abs(), k) * abs(scale))
+    terms = torch.einsum("bihd,bjhd->bihj", q.abs(), k) * abs(scale)
+    if isinstance(alibi_slopes, Tensor):
+        distance = (torch.arange(Tk - Tq, Tk)[:, None] - torch.arange(Tk)).abs()
+        terms = terms + alibi_slopes.abs()[..., None, :, None] * distance[:, None]
+    s = change(terms)
     mean = (p * s).sum(-1, keepdim=True)
+    if sinks is not None:
+        weight = torch.exp(sinks.detach()[:, None] - lse).mT[..., None]
+        mean = mean + weight * change(sinks.abs())[:, None]
     out = torch.einsum("bihj,bjhd->bihd", (p + p * (s + mean)) * kept, v)
     return (out, lse.abs() + mean.squeeze(-1).mT) if return_lse else out
 

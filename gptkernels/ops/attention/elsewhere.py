@@ -10,6 +10,7 @@ _SHARED = {
     **renamed("window", "window_size", "sliding_window", note=", (left, right)"),
     **renamed("softcap", "logits_soft_cap", "logit_softcapping", "attn_logit_softcapping"),
     **renamed("alibi_slopes", "alibi", note=", one slope for each query head"),
+    **renamed("sinks", "learnable_sink", "s_aux", note=", one for each query head"),
     **renamed("return_lse", "return_softmax_lse"),
     **dict.fromkeys(
         ("need_weights", "output_attentions", "return_attn_probs"),
@@ -54,9 +55,6 @@ VARLEN = {
     "block_table": "gptkernels.attention_decode reads pages",
 }
 
-_ALWAYS_CAUSAL = dict.fromkeys(
-    ("causal", *_CAUSAL), "it is always causal, aligned at the newest token"
-)
 _WRITTEN = dict.fromkeys(
     ("k", "v", "key", "value"), "write the new keys and values into k_cache and v_cache first"
 )
@@ -64,7 +62,7 @@ _WRITTEN = dict.fromkeys(
 DECODE = {
     **_SHARED,
     **_NO_MASK,
-    **_ALWAYS_CAUSAL,
+    **_CAUSAL,
     **_WRITTEN,
     **dict.fromkeys(("dropout_p", *_DROPOUT), "it is for inference and has no dropout"),
     **renamed("block_table", "page_table", "block_tables", "page_tables"),

@@ -1,0 +1,167 @@
+"""What heads learn, sinks and ALiBi slopes, and heads of other widths, in every implementation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import hold
+from harness import DEVICE, FP32, by_dtype, each, runnable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_inputs import attention_inputs, cache, draw, varlen_inputs, varlen_lengths
+from right import assert_right, assert_same, run
+from torch import Tensor
+
+from gptkernels import attention, attention_decode, attention_varlen
+
+# The error of few numbers is luck, PyTorch's too: so there are many heads, of few tokens.
+H, HK = 48, 16
+
+
+def inputs(
+    B: int, Tq: int, Tk: int, D: int = 16, Dv: int = 16, dtype: torch.dtype = FP32
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = attention_inputs(B, Tq, Tk, H, HK, D, dtype, seed=None)
+    return found | {"v": draw(B, Tk, HK, Dv, dtype=dtype), "sinks": draw(H, dtype=dtype)}
+
+
+def slopes(*shape: int) -> Tensor:
+    return draw(*shape, H).abs() * 0.3
+
+
+@runnable
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": False}, {"window": (9, 2), "softcap": 3.0, "dropout_p": 0.2, "return_lse": True}],
+    ids=str,
+)
+def test_sinks(impl: str, dtype: torch.dtype, options: dict[str, Any], seed: int) -> None:
+    """Of the second case's 40 queries the first six see no key."""
+    tensors = inputs(1, 40, 34 if "window" in options else 40, dtype=dtype)
+    hold(tensors, impl, seed, **options)
+
+
+@runnable
+def test_slopes_and_sinks_of_packed_sequences(impl: str, dtype: torch.dtype, seed: int) -> None:
+    queries, keys = [5, 0, 17, 3], [9, 4, 17, 0]
+    tensors = varlen_inputs(queries, keys, H, HK, dtype=dtype)
+    tensors |= {"sinks": draw(H, dtype=dtype), "alibi_slopes": slopes(4)}
+    rest = varlen_lengths(queries, keys)
+    hold(tensors, impl, seed, op=attention_varlen, **rest, return_lse=True)
+
+
+@runnable
+@pytest.mark.parametrize("shape", [(), (2,)], ids=["of heads", "of entries"])
+def test_learned_slopes(impl: str, dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
+    tensors = inputs(2, 21, 25, dtype=dtype) | {"alibi_slopes": slopes(*shape)}
+    del tensors["sinks"]
+    hold(tensors, impl, seed, causal=False, window=(-1, 5), softcap=4.0)
+
+
+@runnable
+@pytest.mark.parametrize(("D", "Dv"), [(16, 33), (40, 8)])
+def test_values_of_another_width(impl: str, dtype: torch.dtype, D: int, Dv: int, seed: int) -> None:
+    hold(inputs(1, 20, 23, D, Dv, dtype), impl, seed, return_lse=True)
+
+
+@by_dtype
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+@pytest.mark.parametrize(("D", "Dv"), [(257, 257), (512, 40), (40, 512)])
+def test_wide_heads(impl: str, D: int, Dv: int, dtype: torch.dtype, seed: int) -> None:
+    tensors = attention_inputs(1, 17, 19, 4, 2, D, dtype, seed)
+    tensors["v"] = draw(1, 19, 2, Dv, dtype=dtype)
+    hold(tensors, impl, seed, return_lse=True)
+
+
+@runnable
+@pytest.mark.parametrize("causal", [True, False])
+def test_decoding(impl: str, dtype: torch.dtype, causal: bool, seed: int) -> None:
+    tensors, rest = cache([70, 3, 0, 300], 4, 16, 4, 16, dtype=dtype)
+    tensors |= {"sinks": draw(16, dtype=dtype), "alibi_slopes": draw(4, 16).abs() * 0.1}
+    options = {"window": (40, 2), "num_splits": 3, "return_lse": True, **rest}
+    for x in tensors.values():
+        x.nan_to_num_()  # the truth multiplies what lies past a length by 0
+    assert_right(
+        attention_decode, tensors, seed, gradients=False, causal=causal, impl=impl, **options
+    )
+
+
+@by_dtype
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_decoding_values_of_another_width(impl: str, dtype: torch.dtype, seed: int) -> None:
+    tensors, rest = cache([70, 3, 300], 2, 16, 4, 16, dtype=dtype)
+    tensors["v_cache"] = draw(*tensors["v_cache"].shape[:3], 40, dtype=dtype)
+    tensors["k_cache"].nan_to_num_()
+    assert_right(attention_decode, tensors, seed, gradients=False, impl=impl, **rest)
+
+
+@each
+@settings(max_examples=4)
+@given(
+    Tq=st.integers(1, 40),
+    Tk=st.integers(1, 40),
+    widths=st.sampled_from([(16, 16), (8, 20), (33, 16)]),
+    causal=st.booleans(),
+    left=st.sampled_from([-1, 0, 7]),
+    by_entry=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_any_of_them_together(
+    impl: str, Tq: int, Tk: int, widths: tuple[int, int], causal: bool, left: int,
+    by_entry: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    tensors = inputs(2, Tq, Tk, *widths)
+    tensors["alibi_slopes"] = slopes(2) if by_entry else slopes()
+    # With a single key for each query dq, dk and the slopes' gradient are rounding noise.
+    hold(tensors, impl, seed, gradients=Tk > 8 and left != 0, causal=causal, window=(left, -1))
+
+
+@each
+def test_a_sink_of_no_weight_changes_no_bit(impl: str) -> None:
+    """Also in a row that sees no key."""
+    tensors = inputs(1, 20, 17)
+    none = tensors.pop("sinks").fill_(-math.inf)
+    for options in ({"causal": True}, {"window": (4, 1), "softcap": 2.0, "alibi_slopes": slopes()}):
+        found, wanted = (
+            run(lambda **x: attention(**x, **options, **more, return_lse=True, impl=impl), tensors)  # noqa: B023
+            for more in ({"sinks": none}, {})
+        )
+        assert_same(found, wanted)
+
+
+@each
+def test_a_sink_of_all_weight(impl: str) -> None:
+    """out is 0, also where the sink is much larger than all scores."""
+    tensors = inputs(1, 20, 17)
+    tensors["sinks"].fill_(1e30)
+    out, lse, *gradients = run(
+        lambda **x: attention(**x, return_lse=True, impl=impl),
+        tensors,
+        [torch.ones(1, 20, H, 16, device=DEVICE), torch.zeros(1, H, 20, device=DEVICE)],
+    )
+    assert not out.any()
+    assert (lse == tensors["sinks"][:, None]).all()
+    assert not any(x.any() for x in gradients)
+
+
+@each
+def test_nan_reaches_nobody_who_does_not_see_it(impl: str) -> None:
+    """The first three queries see no key; their sinks make their lse finite."""
+    tensors = inputs(1, 20, 17)
+    cotangents = [draw(1, 20, H, 16), draw(1, H, 20)]
+
+    def gradients() -> list[Tensor]:
+        return run(
+            lambda **x: attention(**x, return_lse=True, impl=impl), tensors, cotangents, "qkv"
+        )
+
+    wanted = gradients()
+    tensors["q"][:, :3] = cotangents[0][:, :3] = cotangents[1][..., :3] = torch.nan
+    found = gradients()
+    assert not found[0][:, :3].any()  # out
+    assert not found[2][:, :3].any()  # dq
+    assert_same(found, wanted)
