@@ -35,6 +35,7 @@ from gptkernels.flash_attn_interface.norms import (
     dropout_add_layer_norm_parallel_residual,
     layer_norm,
     layer_norm_fn,
+    layer_norm_linear_fn,
 )
 from gptkernels.flash_attn_interface.varlen import (
     flash_attn_varlen_func,
@@ -57,6 +58,7 @@ __all__ = [
     "index_put_first_axis",
     "layer_norm",
     "layer_norm_fn",
+    "layer_norm_linear_fn",
     "pad_input",
     "unpad_input",
     "unpad_input_for_concatenated_sequences",

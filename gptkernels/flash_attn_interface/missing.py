@@ -11,7 +11,6 @@ from gptkernels.core.names import hint
 _NO_RMS_NORM = "gptkernels has no RMSNorm; torch.nn.functional.rms_norm is PyTorch's"
 _NO_ROTARY = "gptkernels has no rotary embedding: rotate q and k before the call"
 _NO_SUBSET = "gptkernels has no LayerNorm of a subset of rows: index the rows before the call"
-_LINEAR = "call layer_norm_fn, then torch.nn.functional.linear"
 _INTERNAL = "it is internal to flash-attn's kernels"
 
 _REASONS = {
@@ -28,7 +27,6 @@ _REASONS = {
         _NO_ROTARY,
     ),
     "dropout_add_layer_norm_subset": _NO_SUBSET,
-    "layer_norm_linear_fn": _LINEAR,
     "index_first_axis_residual": "call index_first_axis, and keep its input",
     "CrossEntropyLoss": "gptkernels.linear_cross_entropy computes the head and its loss as one",
     "cross_entropy_loss": "gptkernels.linear_cross_entropy computes the head and its loss as one",

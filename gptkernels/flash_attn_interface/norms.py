@@ -4,8 +4,10 @@ the older functions of flash_attn.ops.layer_norm."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptkernels.core.autocast import autocast_dtype
 from gptkernels.flash_attn_interface.residual_sum import Terms, normed
 
 Results = Tensor | tuple[Tensor | None, ...]
@@ -67,8 +69,7 @@ def layer_norm_fn(
 
     Differentiable once in every tensor; flash-attn gives rowscale no gradient.
     """
-    if is_rms_norm:
-        raise NotImplementedError("is_rms_norm is not supported: gptkernels has no RMSNorm")
+    _refuse_rms_norm(is_rms_norm)
     for name, given in (("out", out), ("residual_out", residual_out)):
         if given is not None:
             raise NotImplementedError(f"{name} is not supported: results have their own memory")
@@ -83,6 +84,53 @@ def layer_norm_fn(
     ys, s, kept, kept1 = normed(terms, affines, eps, prenorm=prenorm, mask=return_dropout_mask)
     found = [*ys, *([s] if prenorm else []), *([kept, kept1] if return_dropout_mask else [])]
     return tuple(found) if len(found) > 1 else ys[0]
+
+
+def layer_norm_linear_fn(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+) -> Results:
+    """A linear layer of `layer_norm_fn`'s y, as
+    `flash_attn.ops.triton.layer_norm.layer_norm_linear_fn`: two calls, and y is kept for the
+    backward pass, where flash-attn computes it again.
+
+    Args:
+        x: Input (..., C), float32, bfloat16 or float16.
+        norm_weight, norm_bias: (C,); norm_bias may be None.
+        linear_weight, linear_bias: (F, C) and (F,), converted to autocast's dtype, or without
+            autocast to x's; linear_bias may be None.
+        residual, eps, prenorm, residual_in_fp32: As for `layer_norm_fn`.
+        is_rms_norm: Refused: there is no RMSNorm.
+
+    Returns:
+        (..., F) in that dtype; with prenorm, (out, s).
+
+    Raises:
+        TypeError, ValueError: An argument's type, dtype, shape, device or range is wrong.
+        NotImplementedError: is_rms_norm is given.
+
+    Differentiable once in every tensor.
+    """
+    _refuse_rms_norm(is_rms_norm)
+    terms = Terms(x, residual, residual_in_fp32=residual_in_fp32)
+    (y,), s, *_ = normed(terms, [(norm_weight, norm_bias)], eps, prenorm=prenorm)
+    dtype = autocast_dtype(y)
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    out = F.linear(y.to(dtype), linear_weight.to(dtype), bias)
+    return (out, s) if prenorm else out
+
+
+def _refuse_rms_norm(is_rms_norm: bool) -> None:
+    if is_rms_norm:
+        raise NotImplementedError("is_rms_norm is not supported: gptkernels has no RMSNorm")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:

@@ -46,6 +46,8 @@ SIGNATURES = {
     "eps=1e-06, dropout_p=0.0, rowscale=None, prenorm=False, residual_in_fp32=False, "
     "zero_centered_weight=False, is_rms_norm=False, return_dropout_mask=False, out_dtype=None, "
     "out=None, residual_out=None",
+    "layer_norm_linear_fn": "x, norm_weight, norm_bias, linear_weight, linear_bias, residual=None, "
+    "eps=1e-06, prenorm=False, residual_in_fp32=False, is_rms_norm=False",
     "dropout_add_layer_norm": "x0, residual, weight, bias, dropout_p, epsilon, rowscale=None, "
     "layerscale=None, prenorm=False, residual_in_fp32=False, return_dropout_mask=False",
     "dropout_add_layer_norm_parallel_residual": "x0, x1, residual, weight0, bias0, weight1, "

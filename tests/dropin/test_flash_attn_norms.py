@@ -220,6 +220,23 @@ def test_dropout_add_layer_norm_parallel_residual() -> None:
     assert y1 is None
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layer_norm_linear_fn(autocast: bool) -> None:
+    tensors = tensors_of(FP16, "bias residual", FP32)
+    w, b = draw(40, C, dtype=FP32), draw(40, dtype=FP32)
+    y, s = layer_norm_fn(**tensors, prenorm=True)
+    with torch.autocast(DEVICE, BF16, enabled=autocast):
+        out, found = interface.layer_norm_linear_fn(
+            tensors["x"], tensors["weight"], tensors["bias"], w, b, tensors["residual"],
+            prenorm=True,
+        )  # fmt: skip
+    dtype = BF16 if autocast else FP16
+    assert torch.equal(out, F.linear(y.to(dtype), w.to(dtype), b.to(dtype)))
+    assert torch.equal(found, s)
+    with pytest.raises(NotImplementedError, match="is_rms_norm is not supported"):
+        interface.layer_norm_linear_fn(s, None, None, w, b, is_rms_norm=True)
+
+
 def test_the_module_drops_in_training_alone() -> None:
     module = interface.DropoutAddLayerNorm(C, prenorm=True, p=P, device=DEVICE, dtype=FP16)
     assert [*module.state_dict()] == ["weight", "bias"]
