@@ -8,7 +8,8 @@ The names, the order, the defaults and the results are those of flash-attn 2.8
 `attention_varlen`, `attention_decode` and `layer_norm` with impl="auto", so they run on a CPU too.
 An argument that cannot be honoured raises NotImplementedError and names itself;
 docs/flash_attn.md lists them. A name of flash-attn that is missing here says so when it is
-imported (`missing`).
+imported (`missing`). What may return one tensor or several is typed as Any, as in flash-attn, where
+nothing has types: code that moves over passes its type checks as before.
 """
 
 from __future__ import annotations

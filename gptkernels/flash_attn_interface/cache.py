@@ -22,6 +22,11 @@ class Places(NamedTuple):
     rows: Tensor | None  # (B,), the rows of the caches; None: row b is that of entry b
     begins: Tensor | None  # (B,), the first key of each; None: the first of the row
 
+    @property
+    def own_rows(self) -> bool:
+        """Whether row b of the caches is that of entry b."""
+        return self.block_table is None and self.rows is None
+
     def write(self, cache: Tensor, new: Tensor, held: Tensor) -> None:
         """Writes new (B, Tnew, Hk, D) into the cache, in place, behind the `held` (B,) keys."""
         place = held[:, None] + torch.arange(new.shape[1], device=held.device)
@@ -61,6 +66,8 @@ def places(
             raise NotImplementedError(f"{name} is not supported together with block_table")
         if given is not None:
             _check_numbers(name, given, B, k_cache)
+    if block_table is not None and not (isinstance(block_table, Tensor) and block_table.dim() == 2):
+        raise TypeError(f"block_table must be a tensor (B, pages), got {block_table!r}")
     if cache_batch_idx is not None:
         _check_range("cache_batch_idx", cache_batch_idx, len(k_cache) - 1)
     return Places(block_table, cache_batch_idx, cache_leftpad)

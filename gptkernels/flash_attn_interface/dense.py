@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from gptkernels.flash_attn_interface import arguments, probabilities
 from gptkernels.flash_attn_interface.arguments import Window
 from gptkernels.ops.attention.dense import attention
-
-Results = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
 def flash_attn_func(
@@ -23,7 +23,7 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Results:
+) -> Any:
     """Attention, as `flash_attn.flash_attn_func`, by `gptkernels.attention`, which has the formula.
 
     Args:
@@ -77,7 +77,7 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Results:
+) -> Any:
     """`flash_attn_func` of qkv (B, T, 3, H, D), which holds queries, keys and values. The other
     arguments, the results and the errors are those of `flash_attn_func`."""
     q, k, v = arguments.unpacked("qkv", qkv, 2, 3)
@@ -98,7 +98,7 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Results:
+) -> Any:
     """`flash_attn_func` of q (B, Tq, H, D) and kv (B, Tk, 2, Hk, D), which holds keys and values.
     The other arguments, the results and the errors are those of `flash_attn_func`."""
     k, v = arguments.unpacked("kv", kv, 2, 2)

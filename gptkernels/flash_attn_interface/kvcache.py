@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 from torch import Tensor
 
@@ -32,14 +32,14 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention of new tokens to a cache, as `flash_attn.flash_attn_with_kvcache`, by
     `gptkernels.attention_decode`. With k and v, these are first written into the caches, in place.
 
     Args:
         q: Queries (B, Tq, H, D), float32, bfloat16 or float16.
-        k_cache, v_cache: Keys and values (B, Tmax, Hk, D) in q's dtype, with a last stride of 1;
-            with a block_table pages (N, page, Hk, D), of any size.
+        k_cache, v_cache: Keys and values (B, Tmax, Hk, D) in q's dtype, with a last stride of 1, or
+            more rows than B; with a block_table pages (N, page, Hk, D), of any size.
         k, v: Keys and values (B, Tnew, Hk, D) of the new tokens, or None. They go to the places
             cache_seqlens[b], cache_seqlens[b] + 1 ... of entry b's cache.
         rotary_cos, rotary_sin: Refused: rotate q and k before the call.
@@ -80,24 +80,27 @@ def flash_attn_with_kvcache(
             raise ValueError(f"{name} must be a tensor with four dimensions, got {shape}")
     options = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
     places = cache.places(len(q), k_cache, cache_batch_idx, cache_leftpad, block_table)
+    if places.own_rows and len(k_cache) > len(q):  # entry b's row is row b of a larger cache
+        k_cache, v_cache = k_cache[: len(q)], v_cache[: len(q)]
     new = cache.check_new(k, v, k_cache, v_cache, len(q))
     if k is not None and cache_seqlens is None:
         raise ValueError("cache_seqlens must say where k and v are written, got None")
     held = cache.held(cache_seqlens, len(q), k_cache, places, new)
     lengths = held + new if places.begins is None else held + new - places.begins
 
-    def attend(q: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(q: Tensor) -> Any:
         keys, values, table = places.read(k_cache, v_cache)
-        found = attention_decode(
+        return attention_decode(
             q, keys, values, lengths, block_table=table, num_splits=num_splits or None,
-            return_lse=True, **options,
+            return_lse=return_softmax_lse, **options,
         )  # fmt: skip
-        return cast(tuple[Tensor, Tensor], found)
 
     q = arguments.unit_stride(q)
     if k is not None and v is not None:
         attend(q[:, :0])  # checks every argument: nothing is written where one is wrong
         places.write(k_cache, k, held)
         places.write(v_cache, v, held)
+    if not return_softmax_lse:
+        return attend(q)
     out, lse = attend(q)
-    return (out, arguments.logsumexp(lse)) if return_softmax_lse else out
+    return out, arguments.logsumexp(lse)

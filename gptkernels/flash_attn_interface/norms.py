@@ -3,14 +3,14 @@ the older functions of flash_attn.ops.layer_norm."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.core.autocast import autocast_dtype
 from gptkernels.flash_attn_interface.residual_sum import Terms, normed
-
-Results = Tensor | tuple[Tensor | None, ...]
 
 
 def layer_norm_fn(
@@ -32,7 +32,7 @@ def layer_norm_fn(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
-) -> Results:
+) -> Any:
     """LayerNorm of a residual sum, as `flash_attn.ops.triton.layer_norm.layer_norm_fn`.
 
         s = dropout(x * rowscale) + dropout(x1) + residual, rounded to its dtype
@@ -97,7 +97,7 @@ def layer_norm_linear_fn(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
-) -> Results:
+) -> Any:
     """A linear layer of `layer_norm_fn`'s y, as
     `flash_attn.ops.triton.layer_norm.layer_norm_linear_fn`: two calls, and y is kept for the
     backward pass, where flash-attn computes it again.
@@ -151,7 +151,7 @@ def dropout_add_layer_norm(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
     return_dropout_mask: bool = False,
-) -> Results:
+) -> Any:
     """LayerNorm of a residual sum, as `flash_attn.ops.layer_norm.dropout_add_layer_norm`.
 
         s = dropout(x0 * rowscale * layerscale) + residual, rounded to its dtype
@@ -263,7 +263,7 @@ class DropoutAddLayerNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Results:
+    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Any:
         """y, or (y, s) with prenorm, of x0 (..., C) and a residual of its shape."""
         return dropout_add_layer_norm(
             x0, residual, self.weight, self.bias, self.p if self.training else 0.0, self.eps,

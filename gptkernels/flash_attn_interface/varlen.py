@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from gptkernels.flash_attn_interface import arguments, pages, probabilities
 from gptkernels.flash_attn_interface.arguments import Window
-from gptkernels.flash_attn_interface.dense import Results
 from gptkernels.ops.attention.varlen import attention_varlen
 
 
@@ -27,7 +28,7 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
-) -> Results:
+) -> Any:
     """Attention of packed sequences, as `flash_attn.flash_attn_varlen_func`, by
     `gptkernels.attention_varlen`.
 
@@ -87,7 +88,7 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Results:
+) -> Any:
     """`flash_attn_varlen_func` of qkv (total, 3, H, D), which holds queries, keys and values. The
     other arguments, the results and the errors are those of `flash_attn_varlen_func`."""
     q, k, v = arguments.unpacked("qkv", qkv, 1, 3)
@@ -112,7 +113,7 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Results:
+) -> Any:
     """`flash_attn_varlen_func` of q (total_q, H, D) and kv (total_k, 2, Hk, D), which holds keys
     and values. The other arguments, the results and the errors are those of
     `flash_attn_varlen_func`."""

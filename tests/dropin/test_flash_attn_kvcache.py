@@ -155,6 +155,11 @@ def test_other_rows_alone_and_strided_caches() -> None:
         for row, n in ((3, 3), (0, 9), (0, 40))
     ]
     assert_right(found, given["q"], keys, causal=True)
+    first = flash_attn_with_kvcache(given["q"][:2], **views, cache_seqlens=9, causal=True)
+    first_rows = {name: x[:2] for name, x in views.items()}
+    wanted = flash_attn_with_kvcache(given["q"][:2], **first_rows, cache_seqlens=9, causal=True)
+    assert torch.equal(first, wanted), "a cache of more rows"
+
     before = large["k_cache"].clone()
     fresh = new()
     flash_attn_with_kvcache(
@@ -193,6 +198,7 @@ WRONG = [
         {"block_table": int32(0, 1, 2)[:, None], "cache_batch_idx": int32(0, 0, 0)},
         "cache_batch_idx is not supported together with block_table",
     ),
+    ({"block_table": [[0], [1], [2]]}, r"block_table must be a tensor \(B, pages\)"),
     ({"block_table": int32(0, 1, -1)[:, None]}, "block_table must name pages 0 ... 2, got -1"),
 ]
 
