@@ -9,7 +9,8 @@ The test files have some 700,000 cases. Drawn are as many of each test function,
 them. A case that takes more CPU time than --seconds, or more memory than --memory, is too large for
 the machine; then none of that test function runs whose sizes (seqlen, d ...) are all as large. The
 table counts what passed, what this package refuses and by which argument, what failed and why, and
-what the tests skip themselves. The exit code is 1 where a case failed.
+what the tests skip themselves; Ctrl-C ends the run, and prints that of the cases so far. The exit
+code is 1 where a case failed.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def main() -> int:
     begun = time.process_time()
     with modules(source), on_a_cpu():
         code = pytest.main([*options, *files], plugins=[sample])
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    ran = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
+    if code not in ran or not sample.counts:
         return int(code)
     print("\n".join(_report(sample, source, time.process_time() - begun)))
     return 1 if sample.failures else 0
