@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -35,3 +36,17 @@ def test_an_example_runs_and_learns(name: str, tmp_path: Path) -> None:
     assert "gptkernels, impl='auto'" in result.stdout
     losses = [float(found) for found in re.findall(r"loss'?:? '?([0-9.]+)", result.stdout)]
     assert losses[-1] < losses[0]
+
+
+def test_a_model_written_for_flash_attn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It learns, and its cache gives what the whole text gives."""
+    path = ROOT / "examples" / "from_flash_attn.py"
+    monkeypatch.setattr(sys, "argv", [str(path), str(ROOT / "README.md")])
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    losses = [float(found) for found in re.findall(r"loss ([0-9.]+)", printed)]
+    assert losses[-1] < losses[0]
+    (apart,) = re.findall(r"without: (\S+) apart", printed)
+    assert float(apart) < 1e-4
