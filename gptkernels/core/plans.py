@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,6 +61,7 @@ class Call:
     sizes: axis -> its size, for the class and for the position in it.
     static: the plan where nothing was measured.
     whole: the functions that have all that it asks for.
+    lacking: the implementations that have not.
     """
 
     op: str
@@ -69,6 +70,7 @@ class Call:
     sizes: Mapping[str, int]
     static: Plan
     whole: Sequence[str] = ()
+    lacking: Collection[str] = ()
 
     @property
     def key(self) -> Key:
@@ -137,7 +139,10 @@ def new(signature: Hashable, call: Call) -> Plan:
 
 def _fitting(plan: Plan, call: Call) -> Plan:
     """A plan for other calls too, or the static one where this call has what it lacks."""
-    return plan if plan.whole is None or plan.whole in call.whole else call.static
+    if plan.whole is not None:
+        return plan if plan.whole in call.whole else call.static
+    ours = implementation(plan.forward), implementation(plan.backward)
+    return call.static if any(name in call.lacking for name in ours) else plan
 
 
 def _forget() -> None:

@@ -132,9 +132,7 @@ def _lacking(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) 
             return f"has no {name}; use attn_implementation='eager'"
     widest = max(query.shape[-1], value.shape[-1])
     if widest > KERNEL_HEAD_DIM:
-        return (
-            f"has heads of up to {KERNEL_HEAD_DIM}, got {widest}; use attn_implementation='sdpa'"
-        )
+        return f"has heads of up to {KERNEL_HEAD_DIM}, got {widest}; use attn_implementation='sdpa'"
     if query.shape[0] != key.shape[0] or query.dtype not in DTYPES:
         return "has q, k and v of one batch in float32, bfloat16 or float16"
     return None

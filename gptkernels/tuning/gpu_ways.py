@@ -198,13 +198,17 @@ def _decode(facts: Mapping[str, Any], inputs: Mapping[str, Any]) -> _Kernels:
 def _options(facts: Mapping[str, Any], q: Tensor) -> AttentionOptions:
     """As the class has them; the tensors among them have no content."""
     H, D = q.shape[-2:]
+    slopes = _meta(H, dtype=torch.float32) if facts["alibi"] else None
+    if slopes is not None and facts.get("slopes by entry"):
+        slopes = slopes.expand(len(q), H)
     return AttentionOptions(
         softmax_scale=D**-0.5,
         left=facts["left"],
         right=facts["right"],
         softcap=float(facts["softcap"]),
         dropout_p=0.1 if facts["dropout"] else 0.0,
-        alibi_slopes=_meta(H, dtype=torch.float32) if facts["alibi"] else None,
+        alibi_slopes=slopes,
+        sinks=_meta(H, dtype=torch.float32) if facts.get("sinks") else None,
         rng=_meta(2, dtype=torch.int64) if facts["dropout"] else None,
     )
 

@@ -125,14 +125,15 @@ def dense(
     Hk: int | None = None,
     D: int = 16,
     *,
+    Dv: int = 16,
     dtype: torch.dtype = FP32,
     strided: bool = False,
     **options: Any,
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     Tk, Hk = Tq if Tk is None else Tk, H if Hk is None else Hk
     tensors = {}
-    for name, T, heads in (("q", Tq, H), ("k", Tk, Hk), ("v", Tk, Hk)):
-        x = drawn(B, heads, T, D, dtype=dtype).transpose(1, 2)
+    for name, T, heads, width in (("q", Tq, H, D), ("k", Tk, Hk, D), ("v", Tk, Hk, Dv)):
+        x = drawn(B, heads, T, width, dtype=dtype).transpose(1, 2)
         tensors[name] = x if strided else x.contiguous()
     return attention, tensors, options
 
@@ -257,6 +258,8 @@ CALLS: dict[str, Callable[[], Made]] = {
     "attention, an added mask": lambda: dense(attn_mask=drawn(12, 12), causal=False),
     "attention, dropout": lambda: dense(dropout_p=0.2),
     "attention, lse": lambda: dense(return_lse=True),
+    "attention, sinks, wide values": lambda: dense(sinks=torch.tensor(SLOPES), Dv=24),
+    "attention, slopes of each entry": lambda: dense(alibi_slopes=torch.tensor([SLOPES, SLOPES])),
     "attention, strided": lambda: dense(strided=True, Hk=2),
     "attention, deterministic": lambda: dense(deterministic=True),
     "attention, all": lambda: dense(
@@ -278,6 +281,9 @@ CALLS: dict[str, Callable[[], Made]] = {
     "decode, window": lambda: cached(window=(20, 0)),
     "decode, all": lambda: cached(
         softcap=5.0, alibi_slopes=torch.tensor(SLOPES), return_lse=True, Tq=2
+    ),
+    "decode, not causal, sinks": lambda: cached(
+        causal=False, sinks=torch.tensor(SLOPES), Tq=3, window=(20, -1)
     ),
     "decode, pages": lambda: cached(capacity=128, page=16),
     "decode, pages in bf16": lambda: cached(B=2, capacity=96, page=32, dtype=BF16, window=(9, 0)),
@@ -432,6 +438,13 @@ def test_a_call_runs_by_the_way_that_is_asked_for(
 def test_what_autocast_converts_for_attention_is_not_measured() -> None:
     for key in keys_of(dense(), autocast=True):
         with pytest.raises(NotImplementedError, match="converted by autocast"):
+            problem(key, sizes_at(key, 1.0))
+
+
+def test_the_gradient_of_slopes_is_not_measured() -> None:
+    slopes = torch.tensor(SLOPES, requires_grad=True)
+    for key in keys_of(dense(alibi_slopes=slopes)):
+        with pytest.raises(NotImplementedError, match="gradient of ALiBi slopes is not measured"):
             problem(key, sizes_at(key, 1.0))
 
 

@@ -120,8 +120,9 @@ def of(
             chosen = canary.compiled(op, training, q, k, options, return_lse, paged)
         return Plan(chosen, chosen)
     call = described(op, tensors, sizes, options, deterministic, return_lse, paged)
-    if call.static.forward in lacking:
-        call = dataclasses.replace(call, static=TORCH)
+    if lacking:
+        static = TORCH if call.static.forward in lacking else call.static
+        call = dataclasses.replace(call, static=static, lacking=tuple(lacking))
     others = (x for x in options.tensors if x is not None)
     plannable = all(type(x) in _PLAIN_TYPES and x.numel() > 0 for x in (*tensors, *others)) and all(
         x.dtype in DTYPES for x in tensors

@@ -23,7 +23,7 @@ def dense(key: Key, sizes: Mapping[str, int]) -> Problem:
     B, H, Hk = _heads(facts, sizes["heads"])
     device = facts["device"]
     q, k, v = _tensors(facts, B, Tq, Tk, H, Hk)
-    options = _options(facts, H, q)
+    options = _options(facts, B, H, q)
     if facts["lengths"]:
         options["key_lengths"] = torch.full((B,), Tk, dtype=torch.int32, device=device)
     if facts["mask"] == "bool":
@@ -44,7 +44,7 @@ def varlen(key: Key, sizes: Mapping[str, int]) -> Problem:
     facts, Tq, Tk = dict(key.facts), sizes["Tq"], sizes["Tk"]
     N, H, Hk = _heads(facts, sizes["heads"])
     q, k, v = (x.flatten(0, 1) for x in _tensors(facts, N, Tq, Tk, H, Hk))
-    options = _options(facts, H, q)
+    options = _options(facts, N, H, q)
 
     def packed(T: int, count: int) -> Tensor:
         return torch.arange(0, T * count + 1, T, dtype=torch.int32, device=q.device)
@@ -69,18 +69,20 @@ def decode(key: Key, sizes: Mapping[str, int]) -> Problem:
         raise NotImplementedError("a cache holds the new tokens at least")
     B, H, Hk = _heads(facts, sizes["heads"])
     dtype, draw = dtype_of(facts["dtype"]), drawing(facts["device"])
+    widths = facts["D"], facts.get("Dv") or facts["D"]
     q = draw(B, Tq, H, facts["D"], dtype=dtype)
     lengths = torch.full((B,), Tk, dtype=torch.int32, device=q.device)
-    options = _options(facts, H, q) | {"cache_lengths": lengths}
-    del options["dropout_p"], options["causal"], options["deterministic"]
+    options = _options(facts, B, H, q) | {"cache_lengths": lengths}
+    options["causal"] = not facts.get("full")
+    del options["dropout_p"], options["deterministic"]
     own = _of_first_head(options, facts["group"]) | {"cache_lengths": lengths[:1]}
     if facts["paged"]:
         pages = -(-Tk // _PAGE)
-        k, v = (draw(B * pages, _PAGE, Hk, facts["D"], dtype=dtype) for _ in range(2))
+        k, v = (draw(B * pages, _PAGE, Hk, width, dtype=dtype) for width in widths)
         table = torch.arange(B * pages, dtype=torch.int32, device=q.device).view(B, pages)
         options["block_table"], own["block_table"] = table, table[:1]
     else:
-        k, v = (draw(B, Tk, Hk, facts["D"], dtype=dtype) for _ in range(2))
+        k, v = (draw(B, Tk, Hk, width, dtype=dtype) for width in widths)
 
     def cut(x: Tensor) -> Tensor:
         return x[:1, :, : facts["group"]] if x.dim() == 4 else x[:1, : facts["group"]]
@@ -119,8 +121,9 @@ def _tensors(
         raise NotImplementedError(
             "q, k and v are converted by autocast: only their own is measured"
         )
-    if facts["layout"] == "contiguous":
-        shapes = (B, Tq, H, D), (B, Tk, Hk, D), (B, Tk, Hk, D)
+    Dv = facts.get("Dv") or D
+    if facts["layout"] == "contiguous" or Dv != D:
+        shapes = (B, Tq, H, D), (B, Tk, Hk, D), (B, Tk, Hk, Dv)
         q, k, v = (draw(*shape, dtype=dtype) for shape in shapes)
         return q, k, v
     q, k, v = (
@@ -130,7 +133,7 @@ def _tensors(
     return q, k, v
 
 
-def _options(facts: Mapping[str, Any], H: int, q: Tensor) -> dict[str, Any]:
+def _options(facts: Mapping[str, Any], B: int, H: int, q: Tensor) -> dict[str, Any]:
     window = None
     if facts["left"] >= 0 or facts["right"] > 0 or (facts["right"] == 0 and not facts["causal"]):
         window = facts["left"], facts["right"]
@@ -142,9 +145,13 @@ def _options(facts: Mapping[str, Any], H: int, q: Tensor) -> dict[str, Any]:
         "return_lse": facts["lse"],
         "deterministic": facts["deterministic"],
     }
+    if facts.get("learned slopes"):
+        raise NotImplementedError("the gradient of ALiBi slopes is not measured")
     if facts["alibi"]:
-        slopes = [2 ** (-8 * (h + 1) / H) for h in range(H)]
-        options["alibi_slopes"] = torch.tensor(slopes, device=q.device)
+        slopes = torch.tensor([2 ** (-8 * (h + 1) / H) for h in range(H)], device=q.device)
+        options["alibi_slopes"] = slopes.repeat(B, 1) if facts.get("slopes by entry") else slopes
+    if facts.get("sinks"):
+        options["sinks"] = torch.linspace(-1, 1, H, device=q.device)
     return options
 
 
@@ -152,7 +159,10 @@ def _of_first_head(options: dict[str, Any], group: int) -> dict[str, Any]:
     """The options of the formula for the first key head's query heads."""
     own = {name: value for name, value in options.items() if name != "deterministic"}
     if "alibi_slopes" in own:
-        own["alibi_slopes"] = own["alibi_slopes"][:group]
+        slopes = own["alibi_slopes"]
+        own["alibi_slopes"] = slopes[:group] if slopes.dim() == 1 else slopes[:1, :group]
+    if "sinks" in own:
+        own["sinks"] = own["sinks"][:group]
     return own
 
 

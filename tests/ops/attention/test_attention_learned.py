@@ -16,6 +16,8 @@ from right import assert_right, assert_same, run
 from torch import Tensor
 
 from gptkernels import attention, attention_decode, attention_varlen
+from gptkernels.core import plans
+from gptkernels.core.plans import Plan
 
 # The error of few numbers is luck, PyTorch's too: so there are many heads, of few tokens.
 H, HK = 48, 16
@@ -165,3 +167,11 @@ def test_nan_reaches_nobody_who_does_not_see_it(impl: str) -> None:
     assert not found[0][:, :3].any()  # out
     assert not found[2][:, :3].any()  # dq
     assert_same(found, wanted)
+
+
+def test_a_plan_for_other_calls_is_not_taken_where_it_lacks_an_option() -> None:
+    q = torch.randn(1, 8, 4, 16)
+    masked = {"attn_mask": torch.randn(8, 8), "causal": False}
+    wanted = attention(q, q, q, **masked, impl="torch")
+    with plans.only({"attention": Plan("triton", "triton")}):
+        assert torch.equal(attention(q, q, q, **masked), wanted)
