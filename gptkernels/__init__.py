@@ -27,6 +27,7 @@ _HOME = {
     "TransformerLayer": "gptkernels.nn.transformer_layer",
     "accelerate": "gptkernels.dropin.accelerate",
     "restore": "gptkernels.dropin.accelerate",
+    "flex_attention": "gptkernels.dropin.flex.op",
     "GPT": "gptkernels.gpt.model",
     "GPTConfig": "gptkernels.gpt.config",
     "GPTForCausalLM": "gptkernels.gpt.causal_lm",
@@ -34,7 +35,8 @@ _HOME = {
 }
 _MODULES = ("flash_attn_interface", "tuning")
 
-# Without GPTForCausalLM: `from gptkernels import *` does not need transformers.
+# Without GPTForCausalLM and flex_attention: `from gptkernels import *` does not need transformers,
+# and does not load PyTorch's compiler.
 __all__ = [
     "GPT",
     "MLP",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from gptkernels import flash_attn_interface as flash_attn_interface
     from gptkernels import tuning as tuning
     from gptkernels.dropin.accelerate import accelerate, restore
+    from gptkernels.dropin.flex.op import flex_attention as flex_attention
     from gptkernels.gpt.causal_lm import GPTForCausalLM as GPTForCausalLM
     from gptkernels.gpt.config import GPTConfig
     from gptkernels.gpt.model import GPT
