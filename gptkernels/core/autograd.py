@@ -48,6 +48,9 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     # What else watches PyTorch's calls, the registered ops that forward calls look for.
     if torch._C._are_functorch_transforms_active():
         return transforms.through(function, *arguments)
+    if torch.compiler.is_exporting():
+        # An exported graph has no autograd.Function: it is differentiated operator by operator.
+        return function.forward(_NothingToSave(), *arguments)
     if torch.compiler.is_compiling():
         return function.apply(*_distinct(arguments))
     if not requires_grad(arguments):

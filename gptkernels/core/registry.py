@@ -36,11 +36,19 @@ import torch
 
 from gptkernels.core import cpu, plans, vmap
 from gptkernels.core.autocast import autocast_enabled, without_autocast
+from gptkernels.core.autograd import requires_grad
 from gptkernels.core.choice import check_impl
 from gptkernels.core.direct import direct
+from gptkernels.core.refusal import ONCE, once
 
 # An op is registered for as long as its library lives.
 _LIBRARIES: dict[str, torch.library.Library] = {}
+
+
+_NO_DERIVATIVE = (
+    "torch.ops.gptkernels.{} has no derivative in an exported graph: there only PyTorch's own "
+    "operators have one, which most calls become if they are exported with impl='torch'"
+)
 
 
 def _always(*_: Any) -> bool:
@@ -54,7 +62,8 @@ def _none(_: Any) -> tuple[str, ...]:
 def register(
     home: str, traceable: Callable[..., bool] = _always, entries: vmap.Entries = _none
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Decorates the fake of an op: defines the op, and returns what calls it in place of the fake.
+    """Decorates the fake of an op: defines the op, and returns what calls it in place of the fake;
+    its attribute `op` is the registered op itself.
 
     Args:
         home: The package whose modules `torch`, `triton`, `cuda` and `cpu` implement the op.
@@ -68,6 +77,7 @@ def register(
         signature = inspect.signature(fake, eval_str=True)
         parameters = tuple(signature.parameters.values())
         pack = _packer(parameters)
+        why = ONCE if name.endswith("_bwd") else _NO_DERIVATIVE.format(name)
         # Found now: Dynamo cannot trace an import.
         traced = getattr(importlib.import_module(f"{home}.torch"), name)
 
@@ -77,7 +87,10 @@ def register(
             return getattr(_module(home, impl), name)
 
         def run(*arguments: Any) -> Any:
-            return _undisturbed(implementation(arguments[-1]), pack(arguments[:-1]))
+            found = _undisturbed(implementation(arguments[-1]), pack(arguments[:-1]))
+            if requires_grad(arguments):  # a graph calls it, and no autograd.Function
+                return once(found, arguments, why)
+            return found
 
         def call(*arguments: Any) -> Any:
             # On "meta" the op answers with its fake: an implementation might loop over a problem
@@ -91,7 +104,7 @@ def register(
                 if torch.compiler.is_compiling() and arguments[-1] == "torch":
                     given = pack(arguments[:-1])
                     if traceable(*given):
-                        return _undisturbed(traced, given)
+                        return _traced(traced, given)
                 return op(*arguments)
             if autocast_enabled(arguments[0]):
                 return run(*arguments)
@@ -111,6 +124,7 @@ def register(
         op = getattr(torch.ops.gptkernels, name).default
         inside = vmap.rule(op, tuple(flat.parameters), entries)
         torch.library.register_vmap(f"gptkernels::{name}", inside, lib=library)
+        call.op = op  # type: ignore[attr-defined]
         return functools.update_wrapper(call, fake)
 
     return define
@@ -145,6 +159,14 @@ def _undisturbed(function: Callable[..., Any], given: Sequence[Any]) -> Any:
     """Returns function(*given), computed without autograd and without autocast."""
     with torch.no_grad(), without_autocast(given[0]):
         return function(*given)
+
+
+def _traced(function: Callable[..., Any], given: Sequence[Any]) -> Any:
+    """As `_undisturbed`; what is exported can be differentiated."""
+    if torch.compiler.is_exporting():
+        with without_autocast(given[0]):
+            return function(*given)
+    return _undisturbed(function, given)
 
 
 @functools.cache

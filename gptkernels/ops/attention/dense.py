@@ -115,7 +115,11 @@ class _Attention(torch.autograd.Function):
         # torch.backends.cuda are by then. torch.compile cannot trace the question: both passes ask.
         if impl == "torch" and not torch.compiler.is_compiling():
             options = options._replace(backend=_backend(name, q, k, v, options))
-        out, lse = attention_fwd(q, k, v, *options, impl)
+        run = attention_fwd
+        if torch.compiler.is_exporting() and (return_lse or options.sinks is not None):
+            # PyTorch's fused ops would drop the gradient of lse; the registered op refuses it.
+            run = attention_fwd.op
+        out, lse = run(q, k, v, *options, impl)
         ctx.save_for_backward(q, k, v, out, lse, *options.tensors)
         ctx.impl, name = _of_torch(backward_impl)
         if name >= 0 and not torch.compiler.is_compiling():

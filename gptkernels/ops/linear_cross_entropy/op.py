@@ -27,6 +27,7 @@ from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
 from gptkernels.core.sharding import Shards, by_shards, distributed
+from gptkernels.core.tuned import PYTORCH
 from gptkernels.core.values import readable
 from gptkernels.ops.linear_cross_entropy import plan, whole
 from gptkernels.ops.linear_cross_entropy.options import LossOptions
@@ -325,7 +326,9 @@ def _plan(
         chosen = plans.compiled("linear_cross_entropy", training, dtype, device, opaque=True)
     else:
         return plan.new(signature, *tensors, targets, options, reduction)
-    return Plan(chosen, chosen)
+    # A loop over chunks cannot be exported for any number of rows.
+    exported = chosen == "torch" and torch.compiler.is_exporting()
+    return Plan(chosen, chosen, PYTORCH if exported else None)
 
 
 def _check(

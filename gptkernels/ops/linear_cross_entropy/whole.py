@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptkernels.core.autocast import autocast_enabled
 from gptkernels.core.tuned import PYTORCH
 from gptkernels.ops.linear_cross_entropy.options import LossOptions, counted
 
@@ -26,6 +27,8 @@ def pytorch(
 ) -> Tensor:
     """The losses (N,), their sum or their mean, by PyTorch's own operators."""
     ignored, smoothing, z_loss, softcap = options
+    if not autocast_enabled(x):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if not x.is_cpu:
         # A target that is no class, which on a CPU was refused, would end the process.
         _, wrong = counted(targets, weight.shape[0], options)

@@ -133,10 +133,12 @@ def traceable_fwd(q: Tensor, k: Tensor, options: AttentionOptions) -> bool:
 
     Not packed sequences: the host reads their lengths. Not what PyTorch's fused ops run on a GPU:
     which of them does is a question that cannot be traced. And not a loop over blocks of rows,
-    which would be as long a graph.
+    which would be as long a graph. torch.export gets what has a derivative, and asks no sizes.
     """
     if options.cu_seqlens_q is not None:
         return False
+    if torch.compiler.is_exporting():
+        return q.device.type == "cpu" and _always_plain(options, q, k)
     if _plain(options, q, k) is not None:
         return q.device.type != "cuda"
     if _only_masks(options, q):
@@ -157,13 +159,26 @@ def traceable_bwd(dlse: Tensor | None, q: Tensor, k: Tensor, options: AttentionO
 def _plain(options: AttentionOptions, q: Tensor, k: Tensor) -> bool | None:
     """Returns the `is_causal` flag for PyTorch's fused ops; None where they lack an option."""
     Tq, Tk = q.shape[1], k.shape[1]
-    if options.costly or options.key_lengths is not None or options.attn_mask is not None:
-        return None
-    if options.softmax_scale <= 0 or 0 <= options.left < Tk - 1:
+    if not _plain_scores(options) or 0 <= options.left < Tk - 1:
         return None
     if options.right < 0 or options.right >= Tq - 1:
         return False
     return True if options.right == 0 and Tq == Tk else None
+
+
+def _always_plain(options: AttentionOptions, q: Tensor, k: Tensor) -> bool:
+    """Whether `_plain` finds a flag, whatever the sizes are that torch.export leaves open."""
+    if not _plain_scores(options) or options.left >= 0 or options.right > 0:
+        return False
+    # Loaded by then: importing it takes long.
+    known = torch.fx.experimental.symbolic_shapes.guard_or_false
+    return options.right < 0 or known(q.shape[1] == k.shape[1])
+
+
+def _plain_scores(options: AttentionOptions) -> bool:
+    """Whether PyTorch's fused ops know everything that the scores depend on, but for the window."""
+    masked = options.key_lengths is not None or options.attn_mask is not None
+    return not (options.costly or masked) and options.softmax_scale > 0
 
 
 def _only_masks(options: AttentionOptions, q: Tensor) -> bool:
