@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from gptkernels.core import cpu, plans, vmap
+from gptkernels.core import flops as core_flops
 from gptkernels.core.autocast import autocast_enabled, without_autocast
 from gptkernels.core.autograd import requires_grad
 from gptkernels.core.choice import check_impl
@@ -60,7 +61,10 @@ def _none(_: Any) -> tuple[str, ...]:
 
 
 def register(
-    home: str, traceable: Callable[..., bool] = _always, entries: vmap.Entries = _none
+    home: str,
+    traceable: Callable[..., bool] = _always,
+    entries: vmap.Entries = _none,
+    flops: Callable[..., int] | None = None,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Decorates the fake of an op: defines the op, and returns what calls it in place of the fake;
     its attribute `op` is the registered op itself.
@@ -70,6 +74,8 @@ def register(
         traceable: Says whether torch.compile can trace a call of impl="torch". It gets the
             arguments of the call without `impl`.
         entries: Says how a call runs inside vmap (`core.vmap`).
+        flops: What a call's products take (`core.flops`); None where it has no product. It gets the
+            call's arguments.
     """
 
     def define(fake: Callable[..., Any]) -> Any:
@@ -124,6 +130,8 @@ def register(
         op = getattr(torch.ops.gptkernels, name).default
         inside = vmap.rule(op, tuple(flat.parameters), entries)
         torch.library.register_vmap(f"gptkernels::{name}", inside, lib=library)
+        if flops is not None:
+            core_flops.register(op, lambda *arguments: flops(*pack(arguments)))
         call.op = op  # type: ignore[attr-defined]
         return functools.update_wrapper(call, fake)
 

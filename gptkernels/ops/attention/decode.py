@@ -19,7 +19,7 @@ from gptkernels.core.refusal import refuse_tangents
 from gptkernels.core.registry import register
 from gptkernels.core.sharding import Shards, by_shards, distributed
 from gptkernels.core.values import readable
-from gptkernels.ops.attention import elsewhere, plan
+from gptkernels.ops.attention import elsewhere, flops, plan
 from gptkernels.ops.attention.cpu import decode as cpu
 from gptkernels.ops.attention.options import (
     MAX_HEAD_DIM,
@@ -46,6 +46,7 @@ def _apart(given: Mapping[str, Any]) -> tuple[str, ...]:
     "gptkernels.ops.attention",
     traceable=lambda *_: False,
     entries=_apart,
+    flops=flops.decode,
 )
 def attention_decode_fwd(
     q: Tensor,

@@ -24,7 +24,7 @@ from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
 from gptkernels.core.sharding import Shards, by_shards, distributed
 from gptkernels.core.values import readable
-from gptkernels.ops.attention import elsewhere, learned, plan, whole
+from gptkernels.ops.attention import elsewhere, flops, learned, plan, whole
 from gptkernels.ops.attention.options import (
     MAX_HEAD_DIM,
     AttentionOptions,
@@ -56,6 +56,7 @@ def _apart(given: Mapping[str, Any]) -> tuple[str, ...]:
     "gptkernels.ops.attention",
     traceable=lambda q, k, v, options: traceable_fwd(q, k, options),
     entries=_apart,
+    flops=flops.forward,
 )
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, impl: str
@@ -69,6 +70,7 @@ def attention_fwd(
     "gptkernels.ops.attention",
     traceable=lambda dout, dlse, q, k, v, out, lse, options, *_: traceable_bwd(dlse, q, k, options),
     entries=_apart,
+    flops=flops.backward,
 )
 def attention_bwd(
     dout: Tensor,

@@ -20,6 +20,7 @@ from gptkernels.core.checks import (
     check_unit_last_stride,
 )
 from gptkernels.core.choice import choose
+from gptkernels.core.flops import product
 from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
@@ -32,7 +33,27 @@ _Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 _READ_TRANSPOSED = ("torch", "cpu")
 
 
-@register("gptkernels.ops.gelu_mlp", entries=lambda _: ("x",))
+def _forward_flops(x: Tensor, w1: Tensor, *_: Any) -> int:
+    return 2 * product(x.shape[0], *w1.shape)
+
+
+def _backward_flops(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    h: Tensor | None,
+    approximate: str,
+    grad_mask: Sequence[bool],
+    impl: str,
+) -> int:
+    """dh, then dx and dw1 from it; dw2."""
+    dx, dw1, db1, dw2, _ = grad_mask
+    return ((dx or dw1 or db1) + dx + dw1 + dw2) * product(x.shape[0], *w1.shape)
+
+
+@register("gptkernels.ops.gelu_mlp", entries=lambda _: ("x",), flops=_forward_flops)
 def gelu_mlp_fwd(
     x: Tensor,
     w1: Tensor,
@@ -55,6 +76,7 @@ def gelu_mlp_fwd(
     traceable=lambda dy, x, w1, b1, w2, h, *_: h is not None,
     # The gradients of the weights are sums over the rows.
     entries=lambda given: () if any(given["grad_mask"][1:]) else ("dy", "x", "h"),
+    flops=_backward_flops,
 )
 def gelu_mlp_bwd(
     dy: Tensor,

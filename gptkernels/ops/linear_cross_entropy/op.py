@@ -23,6 +23,7 @@ from gptkernels.core.checks import (
     dtype_name,
 )
 from gptkernels.core.choice import choose
+from gptkernels.core.flops import product
 from gptkernels.core.keywords import refuse, renamed, without_unknown
 from gptkernels.core.plans import Plan
 from gptkernels.core.registry import register
@@ -50,7 +51,20 @@ def _rows(given: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in ("dloss", "x", "targets", "lse") if name in given)
 
 
-@register("gptkernels.ops.linear_cross_entropy", traceable=_never, entries=_rows)
+def _forward_flops(x: Tensor, weight: Tensor, *rest: Any) -> int:
+    """The logits, and the gradients that are computed with them."""
+    *_, (dx, dweight, _), _ = rest
+    return (1 + dx + dweight) * product(x.shape[0], *weight.shape)
+
+
+def _backward_flops(dloss: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> int:
+    *_, (dx, dweight, _), _ = rest
+    return (dx + dweight) * product(x.shape[0], *weight.shape)
+
+
+@register(
+    "gptkernels.ops.linear_cross_entropy", traceable=_never, entries=_rows, flops=_forward_flops
+)
 def linear_cross_entropy_fwd(
     x: Tensor,
     weight: Tensor,
@@ -72,7 +86,9 @@ def linear_cross_entropy_fwd(
     return rows, torch.empty_like(rows), *_gradients(x, weight, grad_mask)
 
 
-@register("gptkernels.ops.linear_cross_entropy", traceable=_never, entries=_rows)
+@register(
+    "gptkernels.ops.linear_cross_entropy", traceable=_never, entries=_rows, flops=_backward_flops
+)
 def linear_cross_entropy_bwd(
     dloss: Tensor,
     x: Tensor,
