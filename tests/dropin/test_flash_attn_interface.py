@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptkernels import flash_attn_interface as interface
 from gptkernels.core import philox
+from gptkernels.flash_attn_interface import dense, varlen
 from gptkernels.truth import baseline, parity, reference
 
 _DROPPING = (
@@ -313,6 +314,21 @@ def test_names_that_are_missing_say_so() -> None:
         _ = interface.apply_rotary_emb
     with pytest.raises(AttributeError, match="did you mean 'flash_attn_func'"):
         _ = interface.flash_attn_fun
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(True, True), (False, None)])
+def test_deterministic_is_handed_on(
+    given: bool, wanted: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients on a CPU repeat their bits anyway. False leaves it to PyTorch's own switch."""
+    seen: list[Any] = []
+    for module, name in ((dense, "attention"), (varlen, "attention_varlen")):
+        monkeypatch.setattr(module, name, lambda *_, **named: seen.append(named["deterministic"]))
+    q = torch.zeros(8, 2, 16)
+    interface.flash_attn_func(q[None], q[None], q[None], deterministic=given)
+    sequences = (int32(0, 8), int32(0, 8), 8, 8)
+    interface.flash_attn_varlen_func(q, q, q, *sequences, deterministic=given)
+    assert seen == [wanted, wanted]
 
 
 def test_it_compiles() -> None:

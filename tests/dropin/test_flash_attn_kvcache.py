@@ -12,7 +12,7 @@ from harness import DEVICE, FP16
 from op_inputs import draw, in_pages, int32
 from torch import Tensor
 
-from gptkernels.flash_attn_interface import flash_attn_with_kvcache
+from gptkernels.flash_attn_interface import flash_attn_with_kvcache, kvcache
 from gptkernels.truth import baseline, parity, reference
 
 B, TMAX, H, HK, D = 3, 40, 8, 4, 24
@@ -213,6 +213,16 @@ def test_where_an_argument_is_wrong_nothing_is_written(
     with pytest.raises((TypeError, ValueError, NotImplementedError, RuntimeError), match=sentence):
         flash_attn_with_kvcache(**{**given, **wrong})
     assert torch.equal(cache, before)
+
+
+def test_num_splits_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0, flash-attn's word for its own choice, leaves it to ours."""
+    seen: list[Any] = []
+    record = lambda *_, **named: seen.append(named["num_splits"])  # noqa: E731
+    monkeypatch.setattr(kvcache, "attention_decode", record)
+    for splits in (0, 1, 7):
+        flash_attn_with_kvcache(**caches(), cache_seqlens=9, num_splits=splits)
+    assert seen == [None, 1, 7]
 
 
 def test_rotary_interleaved_says_nothing_without_rotary_cos() -> None:
