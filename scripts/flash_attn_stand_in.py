@@ -71,6 +71,7 @@ def on_a_cpu() -> Iterator[None]:
         for name in (*_MAKERS, "empty_like", "randn_like"):
             replace(torch, name, _redirected(getattr(torch, name)))
         replace(F, "layer_norm", _exact(F.layer_norm))
+        replace(torch, "autocast", _redirected(torch.autocast))
         for kind in (Tensor, torch.nn.Module):
             replace(kind, "to", _redirected(kind.to))
         replace(torch.cuda, "get_device_capability", lambda *_: CAPABILITY)
@@ -83,11 +84,14 @@ def on_a_cpu() -> Iterator[None]:
 def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        if named.get("device") == "cuda":
-            named["device"] = "cpu"
-        return function(*("cpu" if each == "cuda" else each for each in arguments), **named)
+        named = {key: _device(value) for key, value in named.items()}
+        return function(*map(_device, arguments), **named)
 
     return call
+
+
+def _device(value: Any) -> Any:
+    return "cpu" if isinstance(value, str) and value == "cuda" else value
 
 
 def _exact(layer_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:

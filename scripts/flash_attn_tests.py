@@ -76,6 +76,7 @@ class Sample:
         ids = ["-".join(map(_word, case)) for case in values]
         metafunc.parametrize(names, values, ids=ids)
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keeps as many cases of each test as of any other, as far as it has them."""
         of_each: dict[str, list[pytest.Item]] = defaultdict(list)
@@ -149,6 +150,7 @@ def main() -> int:
     sys.dont_write_bytecode = True  # the checkout stays as it is
     quiet = ("-q", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist")
     options = (*quiet, f"--rootdir={source}", "-c", "/dev/null", "--import-mode=importlib")
+    options += ("-k", arguments.only) if arguments.only else ()
     begun = time.process_time()
     with modules(source), on_a_cpu():
         code = pytest.main([*options, *files], plugins=[sample])
@@ -166,6 +168,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--seconds", type=float, default=4.0, help="CPU time of a case, at most")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of address space, at most")
+    parser.add_argument("--only", default="", help="an expression of names, as pytest's -k")
     return parser.parse_args()
 
 
@@ -180,7 +183,7 @@ def _report(sample: Sample, source: Path, seconds: float) -> Iterator[str]:
     for test, counts in sample.counts.items():
         total += counts
         yield _line(f"`{test}`", sample.available[test], counts)
-    yield _line("all", sum(sample.available.values()), total)
+    yield _line("all", sum(sample.available[test] for test in sample.counts), total)
     for name, count in sample.refused.most_common():
         yield f"refused: {name}: {count}"
     for failure in sample.failures:
