@@ -2,7 +2,7 @@
 how `attention_decode` reads them.
 
 Other rows of a cache, and keys that begin somewhere in a row, are pages: a row is a page of Tmax
-keys, and a key a page of one. So nothing is copied.
+keys, and a key a page of one. So a contiguous cache is not copied.
 """
 
 from __future__ import annotations

@@ -292,6 +292,8 @@ def test_wrong_packed_tensors() -> None:
     q = torch.zeros(2, 8, 2, 16)
     with pytest.raises(ValueError, match="qkv must have 5 dimensions with 3 in dimension 2"):
         interface.flash_attn_qkvpacked_func(torch.zeros(2, 8, 2, 2, 16))
+    with pytest.raises(ValueError, match="qkv must have 5 dimensions"):
+        interface.flash_attn_qkvpacked_func(torch.zeros(2, 8, 3, 16))
     with pytest.raises(ValueError, match="kv must have 4 dimensions with 2 in dimension 1"):
         interface.flash_attn_varlen_kvpacked_func(q[0], q, int32(0, 8), int32(0, 8), 8, 8)
     with pytest.raises(TypeError, match=r"qkv must be a torch.Tensor, got list"):
