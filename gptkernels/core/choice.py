@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptkernels.core import cpu, native
 from gptkernels.core.names import check_name
+from gptkernels.core.torchscript import refuse_trace
 
 IMPLEMENTATIONS = ("torch", "triton", "cuda", "cpu")
 _OR_AUTO = ("auto", *IMPLEMENTATIONS)
@@ -38,9 +39,10 @@ def check_impl(impl: str, *, auto: bool = True) -> str:
 def choose(impl: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     """Returns the implementation that runs on `tensor`, or on `tensor` converted to `dtype`.
 
-    Raises ValueError for an unknown name, and RuntimeError where an explicit implementation cannot
-    run on this machine or tensor.
+    Raises ValueError for an unknown name, RuntimeError where an explicit implementation cannot run
+    on this machine or tensor, and NotImplementedError under torch.jit.trace.
     """
+    refuse_trace()
     if impl == "auto":
         # Inductor fuses impl="torch" with what is around it, and cannot look into a kernel.
         if torch.compiler.is_compiling() or not tensor.is_cpu:

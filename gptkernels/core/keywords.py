@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from gptkernels.core.names import hint
+from gptkernels.core.torchscript import refuse_script
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -23,11 +24,12 @@ def renamed(ours: str, *theirs: str, note: str = "") -> dict[str, str]:
 
 
 def without_unknown(function: _Function) -> _Function:
-    """Decorates a function whose last parameter is `**unknown`: inspect and help do not show
-    it."""
+    """Decorates a function whose last parameter is `**unknown`: inspect and help do not show it,
+    and torch.jit.script, which has no such parameters, is refused."""
     signature = inspect.signature(function)
     shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    function.__prepare_scriptable__ = refuse_script  # type: ignore[attr-defined]
     return function
 
 

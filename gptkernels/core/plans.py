@@ -21,6 +21,7 @@ import torch
 from gptkernels.core import choice, cpu, externals, tuned_files
 from gptkernels.core.checks import dtype_name
 from gptkernels.core.errors import first_line
+from gptkernels.core.torchscript import refuse_trace
 from gptkernels.core.tuned import (
     COMPILED,
     EAGER,
@@ -116,7 +117,9 @@ def seen(signature: Hashable) -> Plan | None:
 
 
 def new(signature: Hashable, call: Call) -> Plan:
-    """The plan of a call whose signature was not seen; a signature of None is not kept."""
+    """The plan of a call whose signature was not seen; a signature of None is not kept. Raises
+    NotImplementedError under torch.jit.trace, where none was ever seen: sizes are tensors."""
+    refuse_trace()
     before = _forgotten
     for recording in tuple(_recordings.values()):
         if signature is not None or call not in recording:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torch.types import Device
 from gptkernels.core.checks import check_count, check_probability, check_tensor
 from gptkernels.core.choice import check_impl
 from gptkernels.core.keywords import check_keywords
+from gptkernels.core.torchscript import refuse_script
 from gptkernels.nn import elsewhere
 from gptkernels.nn.linear import call_linear
 from gptkernels.nn.plain import is_plain, not_plain_in, remember
@@ -54,6 +55,10 @@ class FusedModule(nn.Module):
         """Looks at the keywords; no constructor has to."""
         check_keywords(cls, named, cls._elsewhere)
         return super().__new__(cls)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Raises NotImplementedError: there is no TorchScript of these layers."""
+        refuse_script()
 
     @property
     def impl(self) -> str:
