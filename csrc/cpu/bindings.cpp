@@ -34,9 +34,9 @@ Dropout dropout(uintptr_t rng, uint32_t threshold, float scale) {
 
 // An attention call's sizes, numbers and tensors, as gptkernels/ops/attention/cpu/dense.py packs
 // them.
-using Sizes = std::array<int64_t, 8>;    // batch, Tq, Tk, H, Hk, D, left, right
-using Numbers = std::array<float, 2>;    // softmax_scale, softcap
-using Tensors = std::array<uintptr_t, 4>;  // alibi_slopes, key_lengths, cu_seqlens_q and _k
+using Sizes = std::array<int64_t, 10>;  // batch, Tq, Tk, H, Hk, D, Dv, left, right, alibi_stride
+using Numbers = std::array<float, 2>;   // softmax_scale, softcap
+using Tensors = std::array<uintptr_t, 5>;  // alibi_slopes, sinks, key_lengths, cu_seqlens_q and _k
 using GivenMask = std::array<int64_t, 7>;  // address, batch, head, query, key; kind, dtype
 using GivenDropout = std::tuple<uintptr_t, uint32_t, float>;
 using GivenStrides = std::array<int64_t, 3>;
@@ -45,8 +45,9 @@ AttentionCall attention_call(const Sizes& n, const Numbers& x, const Tensors& t,
                              const GivenDropout& d, int dtype) {
     const Mask mask{reinterpret_cast<const void*>(m[0]), {m[1], m[2], m[3], m[4]},
                     MaskKind(m[5]), DType(m[6])};
-    return {n[0], n[1], n[2], n[3], n[4], n[5], x[0], n[6], n[7], x[1], at<const float>(t[0]),
-            at<const int32_t>(t[1]), at<const int32_t>(t[2]), at<const int32_t>(t[3]), mask,
+    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], x[0], n[7], n[8], x[1],
+            at<const float>(t[0]), n[9], at<const float>(t[1]), at<const int32_t>(t[2]),
+            at<const int32_t>(t[3]), at<const int32_t>(t[4]), mask,
             dropout(std::get<0>(d), std::get<1>(d), std::get<2>(d)), DType(dtype)};
 }
 
@@ -71,7 +72,7 @@ void def_attention(py::module_& module) {
                                    const GivenDropout& dropout, int dtype,
                                    std::array<uintptr_t, 4> inputs,
                                    std::array<GivenStrides, 4> by, uintptr_t out, uintptr_t lse,
-                                   uintptr_t dlse, std::array<uintptr_t, 4> gradients,
+                                   uintptr_t dlse, std::array<uintptr_t, 5> gradients,
                                    std::array<int64_t, 4> mask_by, int threads) {
         const py::gil_scoped_release release;
         attention_bwd({attention_call(sizes, numbers, tensors, mask, dropout, dtype),
@@ -80,26 +81,29 @@ void def_attention(py::module_& module) {
                        strides(by[1]), strides(by[2]), strides(by[3]), at<const void>(out),
                        at<const float>(lse), at<const float>(dlse), at<void>(gradients[0]),
                        at<void>(gradients[1]), at<void>(gradients[2]), at<float>(gradients[3]),
-                       {mask_by[0], mask_by[1], mask_by[2], mask_by[3]}},
+                       {mask_by[0], mask_by[1], mask_by[2], mask_by[3]},
+                       at<float>(gradients[4])},
                       threads);
     });
 }
 
 void def_attention_decode(py::module_& module) {
     module.def("attention_decode", [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t slopes,
-                                      uintptr_t lengths, uintptr_t table, uintptr_t out,
-                                      uintptr_t lse, const GivenStrides& q_strides,
+                                      uintptr_t sinks, uintptr_t lengths, uintptr_t table,
+                                      uintptr_t out, uintptr_t lse, const GivenStrides& q_strides,
                                       const GivenStrides& k_strides, const GivenStrides& v_strides,
                                       int64_t B, int64_t Tq, int64_t Tk, int64_t H, int64_t Hk,
-                                      int64_t D, int64_t pages, int64_t page, int64_t cache_pages,
-                                      int64_t left, int64_t num_splits, float scale, float softcap,
-                                      int dtype, int threads) {
+                                      int64_t D, int64_t Dv, int64_t pages, int64_t page,
+                                      int64_t cache_pages, int64_t left, int64_t right,
+                                      int64_t alibi_stride, int64_t num_splits, float scale,
+                                      float softcap, int dtype, int threads) {
         const AttentionDecode p{at<const void>(q), at<const void>(k), at<const void>(v),
-                                at<const float>(slopes), at<const int32_t>(lengths),
-                                at<const int32_t>(table), at<void>(out), at<float>(lse),
-                                strides(q_strides), strides(k_strides), strides(v_strides), B, Tq,
-                                Tk, H, Hk, D, pages, page, cache_pages, left, num_splits, scale,
-                                softcap, DType(dtype)};
+                                at<const float>(slopes), at<const float>(sinks),
+                                at<const int32_t>(lengths), at<const int32_t>(table),
+                                at<void>(out), at<float>(lse), strides(q_strides),
+                                strides(k_strides), strides(v_strides), B, Tq, Tk, H, Hk, D, Dv,
+                                pages, page, cache_pages, left, right, alibi_stride, num_splits,
+                                scale, softcap, DType(dtype)};
         const py::gil_scoped_release release;
         attention_decode(p, threads);
     });

@@ -90,35 +90,41 @@ void cross_entropy(int64_t rows, int64_t cols, int64_t gap, DType dtype, float s
 }
 
 // Backward needs out and lse, so forward runs first. mask: kind of attn_mask.
-void attention(int64_t Tq, int64_t Tk, int64_t D, DType dtype, bool packed, bool options,
-               MaskKind kind) {
+void attention(int64_t Tq, int64_t Tk, int64_t D, int64_t Dv, DType dtype, bool packed,
+               bool options, MaskKind kind) {
     const int64_t B = 2, H = 4, Hk = 2, rng[2] = {7, 9};
     const int32_t queries[] = {0, static_cast<int32_t>(Tq / 3), static_cast<int32_t>(Tq)};
     const int32_t keys[] = {0, static_cast<int32_t>(Tk / 2), static_cast<int32_t>(Tk)};
     const int32_t lengths[] = {static_cast<int32_t>(Tk), static_cast<int32_t>(Tk / 2)};
-    const std::vector<float> slopes(H, 0.3f);
+    const std::vector<float> slopes(B * H, 0.3f), sinks(H, 0.5f);
     const int64_t entries = packed ? 1 : B;
     auto added = kind == MaskKind::visible ? std::vector<char>(Tq * Tk) : room(Tq * Tk, dtype);
     // The first rows are alike: all hidden, or nothing added.
     for (size_t i = added.size() / 2; i < added.size(); i += 5) added[i] = 1;
-    AttentionCall call{B, Tq, Tk, H, Hk, D, 0.1f, -1, 0, 0, nullptr, nullptr, nullptr, nullptr,
-                       {added.data(), {0, 0, Tk, 1}, kind, dtype}, {nullptr, 0, 1}, dtype};
+    AttentionCall call{B, Tq, Tk, H, Hk, D, Dv, 0.1f, -1, 0, 0, nullptr, 0, nullptr, nullptr,
+                       nullptr, nullptr, {added.data(), {0, 0, Tk, 1}, kind, dtype},
+                       {nullptr, 0, 1}, dtype};
     if (packed) call.cu_seqlens_q = queries, call.cu_seqlens_k = keys;
     if (options) {
-        call.left = 40, call.softcap = 2, call.alibi_slopes = slopes.data();
+        call.left = 40, call.softcap = 2, call.sinks = sinks.data();
+        call.alibi_slopes = slopes.data(), call.alibi_stride = H;
         call.dropout = {rng, 20000, 1.5f};
         if (!packed) call.key_lengths = lengths;
     }
     const Strides q_by{Tq * H * D, H * D, D}, k_by{Tk * Hk * D, Hk * D, D};
-    auto q = room(entries * Tq * H * D, dtype), out = q, dout = q, dq = q;
-    auto k = room(entries * Tk * Hk * D, dtype), v = k, dk = k, dv = k;
+    const Strides out_by{Tq * H * Dv, H * Dv, Dv}, v_by{Tk * Hk * Dv, Hk * Dv, Dv};
+    auto q = room(entries * Tq * H * D, dtype), dq = q;
+    auto k = room(entries * Tk * Hk * D, dtype), dk = k;
+    auto out = room(entries * Tq * H * Dv, dtype), dout = out;
+    auto v = room(entries * Tk * Hk * Dv, dtype), dv = v;
     if (options) k[1] = k[3] = v[1] = v[3] = 0x7f;  // in 16 bits a NaN
-    std::vector<float> lse(entries * H * Tq), dmask(Tq * Tk);
-    attention_fwd({call, q.data(), k.data(), v.data(), q_by, k_by, k_by, out.data(), lse.data()},
+    std::vector<float> lse(entries * H * Tq), by_query(lse), dmask(Tq * Tk);
+    attention_fwd({call, q.data(), k.data(), v.data(), q_by, k_by, v_by, out.data(), lse.data()},
                   kThreads);
-    attention_bwd({call, q.data(), k.data(), v.data(), dout.data(), q_by, k_by, k_by, q_by,
+    attention_bwd({call, q.data(), k.data(), v.data(), dout.data(), q_by, k_by, v_by, out_by,
                    out.data(), lse.data(), lse.data(), dq.data(), dk.data(), dv.data(),
-                   kind == MaskKind::added ? dmask.data() : nullptr, {0, 0, Tk, 1}},
+                   kind == MaskKind::added ? dmask.data() : nullptr, {0, 0, Tk, 1},
+                   options ? by_query.data() : nullptr},
                   kThreads);
 }
 
@@ -137,29 +143,32 @@ void masks(int64_t rows, int64_t cols) {
     attention_keep({{rng, 20000, 1}, keep.data(), 3, rows, cols, 5, 1}, kThreads);
 }
 
-// The longest entry is the last: past its keys, and past the numbers of its pages, there is nothing.
-void decode(int64_t Tq, int64_t H, int64_t Hk, int64_t D, int64_t page, int64_t left,
-            int64_t num_splits, DType dtype) {
+// The longest entry is the last: past its keys, and past the numbers of its pages, is nothing.
+void decode(int64_t Tq, int64_t H, int64_t Hk, int64_t D, int64_t Dv, int64_t page,
+            int64_t left, int64_t num_splits, DType dtype) {
     const std::vector<int32_t> lengths{77, 0, 1, 300};
     const int64_t B = static_cast<int64_t>(lengths.size()), longest = 300;
     const int64_t pages = page == 0 ? 1 : (longest + page - 1) / page;
     const int64_t entries = page == 0 ? B : B * pages, size = page == 0 ? longest : page;
-    const auto q = room(B * Tq * H * D, dtype);
-    auto out = q;
-    const auto k = room(entries * size * Hk * D, dtype), v = k;
-    std::vector<float> lse(B * H * Tq), slopes(H, 0.5f);
+    const auto q = room(B * Tq * H * D, dtype), k = room(entries * size * Hk * D, dtype),
+               v = room(entries * size * Hk * Dv, dtype);
+    auto out = room(B * Tq * H * Dv, dtype);
+    std::vector<float> lse(B * H * Tq), slopes(B * H, 0.5f), sinks(H, 0.5f);
     std::vector<int32_t> table(B * pages);
     for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(table.size() - 1 - i);
     // A number that the kernels clamp.
     if (page != 0) table[0] = 1 << 30;
-    const Strides of_q{Tq * H * D, H * D, D}, tokens_first{size * Hk * D, Hk * D, D};
-    const Strides heads_first{size * Hk * D, D, size * D};
+    // Tokens first, or heads first.
+    const auto of_cache = [&](int64_t width) {
+        return left < 0 ? Strides{size * Hk * width, Hk * width, width}
+                        : Strides{size * Hk * width, width, size * width};
+    };
     attention_decode({q.data(), k.data(), v.data(), left < 0 ? nullptr : slopes.data(),
-                      lengths.data(), page == 0 ? nullptr : table.data(), out.data(),
-                      num_splits == 1 ? nullptr : lse.data(), of_q,
-                      left < 0 ? tokens_first : heads_first, left < 0 ? tokens_first : heads_first,
-                      B, Tq, pages * size, H, Hk, D, pages, size, entries, left, num_splits, 0.3f,
-                      left < 0 ? 0.0f : 2.0f, dtype},
+                      left < 0 ? nullptr : sinks.data(), lengths.data(),
+                      page == 0 ? nullptr : table.data(), out.data(),
+                      num_splits == 1 ? nullptr : lse.data(), {Tq * H * D, H * D, D}, of_cache(D),
+                      of_cache(Dv), B, Tq, pages * size, H, Hk, D, Dv, pages, size, entries, left,
+                      num_splits - 1, H, num_splits, 0.3f, left < 0 ? 0.0f : 2.0f, dtype},
                      kThreads);
 }
 
@@ -215,12 +224,13 @@ int main() {
                         for (bool transposed : {false, true})
                             linear_rows(M, N, K, N > K, dtype, transposed);
         for (DType dtype : kAll)
-            for (int64_t D : {1, 7, 16, 20, 64, 256})
+            for (int64_t D : {1, 7, 16, 20, 64, 512})
                 for (int64_t page : {0, 1, 5})
                     for (int64_t left : {-1, 20})
                         for (int64_t num_splits : {0, 1, 3})
                             for (int64_t Tq : {1, 3, 18})
-                                decode(Tq, 4, 2, D, page, left, num_splits, dtype);
+                                decode(Tq, 4, 2, D, left < 0 ? D : 513 - D, page, left, num_splits,
+                                       dtype);
         for (DType dtype : kAll)
             for (int64_t R : {1, 3, 16})
                 for (bool pre_norm : {false, true}) {
@@ -231,11 +241,15 @@ int main() {
             for (int64_t D : {3, 64, 129})
                 for (DType dtype : kAll)
                     for (bool options : {false, true}) {
-                        attention(T, T + 7, D, dtype, true, options, MaskKind::none);
-                        attention(T + 2, T, D, dtype, false, options, MaskKind::none);
+                        const int64_t Dv = options ? 130 - D : D;
+                        attention(T, T + 7, D, Dv, dtype, true, options, MaskKind::none);
+                        attention(T + 2, T, D, Dv, dtype, false, options, MaskKind::none);
                         if (T < 300 || D == 3)
                             for (MaskKind kind : {MaskKind::visible, MaskKind::added})
-                                attention(T, T, D, dtype, false, options, kind);
+                                attention(T, T, D, Dv, dtype, false, options, kind);
+                        if (T == 45)
+                            attention(T, T, 512 - D, 509 + D % 4, dtype, true, options,
+                                      MaskKind::none);
                     }
         std::printf("%s: done\n", isa.c_str());
     }

@@ -316,20 +316,21 @@ def test_slots_in_another_order_are_left_to_the_layers() -> None:
         assert (found is not None) is native_call
 
 
-@pytest.mark.parametrize(("n_head", "head_dim", "n_kv_head"), [(1, 260, 1), (4, 65, 3)])
+@pytest.mark.parametrize(("n_head", "head_dim", "n_kv_head"), [(1, 520, 1), (4, 65, 3)])
 def test_heads_that_do_not_fit_are_left_to_the_layers(
     n_head: int, head_dim: int, n_kv_head: int
 ) -> None:
     """A layer's attributes can be changed after it was made."""
-    model = make(n_layer=1, n_embd=260)
+    C = n_head * head_dim
+    model = make(n_layer=1, n_embd=C)
     attn = model.transformer.h[0].attn
     attn.n_head, attn.head_dim, attn.n_kv_head = n_head, head_dim, n_kv_head
-    attn.c_attn = nn.Linear(260, (n_head + 2 * n_kv_head) * head_dim)
+    attn.c_attn = nn.Linear(C, (n_head + 2 * n_kv_head) * head_dim)
     k, v = torch.zeros(2, 1, 5, n_kv_head, head_dim)
     places = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), 3)
     cache = KVCache(k, v, places, torch.tensor([4], dtype=torch.int32))
     with torch.no_grad():
-        x = torch.randn(1, 1, 260)
+        x = torch.randn(1, 1, C)
         assert cached_blocks(model.transformer.h, None, x, [cache], PreNormBlock) is None
 
 

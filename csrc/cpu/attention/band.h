@@ -26,9 +26,11 @@ struct Entry {
     int64_t Tq, Tk;
     int64_t count;               // keys that exist
     int64_t left, right;
+    const float* slopes;  // (H,), or null
 
     Entry(const AttentionCall& c, int64_t b)
-        : batch(b), first_q(0), first_k(0), Tq(c.Tq), Tk(c.Tk) {
+        : batch(b), first_q(0), first_k(0), Tq(c.Tq), Tk(c.Tk),
+          slopes(c.alibi_slopes == nullptr ? nullptr : c.alibi_slopes + b * c.alibi_stride) {
         if (c.cu_seqlens_q != nullptr) {
             batch = 0;
             first_q = within(c.cu_seqlens_q[b], 0, c.Tq);

@@ -9,9 +9,14 @@
 // in the same order.
 //
 // A thread's scratch memory, for each thread that works, however few the heads, has room for dK and
-// dV of an entry's keys in fp32, 8 D Tk bytes, for keys and values as operands, 6 D Tk bytes for
-// tiles and 12 D Tk for vectors, and less than 4 MB more. An item that is a part touches its part
-// of the sums, and of the operands those of the keys that its queries see.
+// dV of an entry's keys in fp32, 4 (D + Dv) Tk bytes, for keys and values as operands, 2 (2 D + Dv)
+// Tk bytes for tiles and 4 (2 D + Dv) Tk for vectors, and less than 4 MB more. An item that is a
+// part touches its part of the sums, and of the operands those of the keys that its queries see.
+//
+// by_query, sum_j ds |position - j|, is a sum of numbers that nearly cancel, for which the delta of
+// a rounded O is not good enough. With the sums over a query's keys
+//     S = sum p dp      R = sum p |position - j|      W = sum p dp |position - j|
+// it is W - (S - dlse) R. What owns a group's dQ owns these too.
 #pragma once
 
 #include "cpu/attention/product.h"
@@ -39,9 +44,9 @@ struct Backward {
     const AttentionCall& c;
     const Scores scores;
     const DropoutWords dropout;
-    const int D, width, deep;
+    const int D, width, deep, Dv, v_width, v_deep;
     Room room;
-    float *dk_sum, *dv_sum;  // (keys, width)
+    float *dk_sum, *dv_sum;  // (keys, width), (keys, v_width)
     int64_t key_head, first_key, last_key;  // the keys that get gradients
     Block* blocks;
     int n_blocks;
@@ -51,10 +56,11 @@ struct Backward {
     Number *queries, *douts;      // Q^T and dO^T as B, group by group
     Number *query_rows, *dout_rows;  // Q and dO as B
     float *dq;                    // dQ^T, group by group
-    float *out_across, *dout_across;  // of a group, (width, kLanes)
+    float *out_across, *dout_across;  // of a group, (v_width, kLanes)
     float *s, *dp, *slope, *mask;
     float* inverse;  // (kQueries,), of the sum of the weights that lse gives, about 1
     float *lse, *delta;           // (kQueries,); lse as Scores has a maximum
+    float* sums;                  // (3, kQueries): S, R and W; or null
     float *key_taint, *taint;
     uint32_t* words;
     Group groups[kGroups];
@@ -62,26 +68,28 @@ struct Backward {
 
     Backward(const AttentionBwd& given, void* scratch)
         : p(given), c(p.call), scores(c), dropout(c.dropout), D(static_cast<int>(c.D)),
-          width(static_cast<int>(up_to(c.D, P::kWide))), deep(P::deep(D, width)), room(scratch) {
+          width(static_cast<int>(up_to(c.D, P::kWide))), deep(P::deep(D, width)),
+          Dv(static_cast<int>(c.Dv)), v_width(static_cast<int>(up_to(c.Dv, P::kWide))),
+          v_deep(P::deep(Dv, v_width)), room(scratch) {
         const int64_t keys = up_to(p.most_keys, kStrip);
         dk_sum = p.dk == nullptr ? nullptr : room.take<float>(keys * width);
-        dv_sum = p.dv == nullptr ? nullptr : room.take<float>(keys * width);
+        dv_sum = p.dv == nullptr ? nullptr : room.take<float>(keys * v_width);
         const int64_t all = up_to(p.most_keys, P::kKeys);
         blocks = room.take<Block>(all / P::kKeys);
         k = room.take<Number>(all * width);
-        v = room.take<Number>(all * width);
+        v = room.take<Number>(all * v_width);
         across = room.take<Number>(all * width);
         key_taint = room.take<float>(all);
         weights = room.take<Number>(P::kKeys * P::kQueries);
         gradients = room.take<Number>(P::kKeys * P::kQueries);
         gradients_right = room.take<Number>(P::kKeys * kLanes);
         queries = room.take<Number>(P::kQueries * width);
-        douts = room.take<Number>(P::kQueries * width);
+        douts = room.take<Number>(P::kQueries * v_width);
         query_rows = room.take<Number>(P::kQueries * width);
-        dout_rows = room.take<Number>(P::kQueries * width);
+        dout_rows = room.take<Number>(P::kQueries * v_width);
         dq = room.take<float>(P::kQueries * width);
-        out_across = room.take<float>(width * kLanes);
-        dout_across = room.take<float>(width * kLanes);
+        out_across = room.take<float>(v_width * kLanes);
+        dout_across = room.take<float>(v_width * kLanes);
         s = room.take<float>(P::kKeys * kLanes);
         dp = room.take<float>(P::kKeys * kLanes);
         slope = c.softcap > 0 ? room.take<float>(P::kKeys * kLanes) : nullptr;
@@ -89,6 +97,7 @@ struct Backward {
         lse = room.take<float>(P::kQueries);
         delta = room.take<float>(P::kQueries);
         inverse = room.take<float>(P::kQueries);
+        sums = p.by_query == nullptr ? nullptr : room.take<float>(3 * P::kQueries);
         taint = room.take<float>(kLanes);
         words = c.dropout.rng == nullptr ? nullptr : room.take<uint32_t>(P::kKeys / 2 * kLanes);
     }
@@ -99,9 +108,9 @@ struct Backward {
         [[maybe_unused]] const typename P::Session session;
         const int64_t keys = item.last_key - item.first_key;
         if (dk_sum != nullptr) clear(dk_sum, up_to(keys, kStrip) * width);
-        if (dv_sum != nullptr) clear(dv_sum, up_to(keys, kStrip) * width);
+        if (dv_sum != nullptr) clear(dv_sum, up_to(keys, kStrip) * v_width);
         int64_t first = item.first, last = item.last;
-        if (p.dq == nullptr) {  // the other queries do not see these keys
+        if (p.dq == nullptr && p.by_query == nullptr) {  // the other queries see none of these keys
             first = most_of(first, e.lowest_query(item.first_key) / P::kQueries * P::kQueries);
             last = least_of(last, up_to(e.highest_query(item.last_key - 1) + 1, kLanes));
         }
@@ -110,9 +119,10 @@ struct Backward {
             for (int64_t i = first; i < last; i += P::kQueries)
                 meet_all(e, item.entry, head, i, least_of(i + P::kQueries, last));
         const int64_t token = e.batch * c.Tk + e.first_k + item.first_key;
-        const int64_t at = (token * c.Hk + key_head) * D;
-        if (p.dk != nullptr) round(dk_sum, c.softmax_scale, keys, static_cast<T*>(p.dk) + at);
-        if (p.dv != nullptr) round(dv_sum, 1, keys, static_cast<T*>(p.dv) + at);
+        const int64_t at = token * c.Hk + key_head;
+        if (p.dk != nullptr)
+            round(dk_sum, width, c.softmax_scale, keys, D, static_cast<T*>(p.dk) + at * D);
+        if (p.dv != nullptr) round(dv_sum, v_width, 1, keys, Dv, static_cast<T*>(p.dv) + at * Dv);
     }
 
     static void clear(float* sum, int64_t n) {
@@ -153,7 +163,7 @@ struct Backward {
         const T* v_from =
             tokens(static_cast<const T*>(p.v), p.v_strides, e, e.first_k + j, key_head);
         block.k = P::rows(k_from, p.k_strides.token, keys, D, width, k + at * width);
-        block.v = P::rows(v_from, p.v_strides.token, keys, D, width, v + at * width);
+        block.v = P::rows(v_from, p.v_strides.token, keys, Dv, v_width, v + at * v_width);
         block.tainted = transposed<P>(k_from, p.k_strides.token, keys, D, width, key_taint + at,
                                       across + at * width, block.across);
     }
@@ -172,8 +182,10 @@ struct Backward {
             for (int n = 0; n < count; ++n) any = meet(e, b, n, block) || any;
             if (any) add_keys(e, block.first, block.keys);
         }
-        if (p.dq == nullptr) return;
-        for (int n = 0; n < count; ++n) finish(e, groups[n], dq + n * kLanes * width);
+        for (int n = 0; n < count; ++n) {
+            if (p.dq != nullptr) finish(e, groups[n], dq + n * kLanes * width);
+            if (p.by_query != nullptr) finish_sums(e, n);
+        }
     }
 
     // What is needed of a group's queries. One that holds NaN or Inf, or whose gradient does, has
@@ -186,10 +198,10 @@ struct Backward {
         const int64_t token = e.first_q + i;
         const T* q = tokens(static_cast<const T*>(p.q), p.q_strides, e, token, head);
         const T* dout = tokens(static_cast<const T*>(p.dout), p.dout_strides, e, token, head);
-        const T* out = static_cast<const T*>(p.out) + ((e.batch * c.Tq + token) * c.H + head) * D;
+        const T* out = static_cast<const T*>(p.out) + ((e.batch * c.Tq + token) * c.H + head) * Dv;
         const int64_t row = (e.batch * c.H + head) * c.Tq + token;
         const bool finite = all_finite(q, p.q_strides.token, g.count, D) &&
-                            all_finite(dout, p.dout_strides.token, g.count, D);
+                            all_finite(dout, p.dout_strides.token, g.count, Dv);
         bool any = !finite;
         sum_delta(g, dout, out, delta + at);
         for (int lane = 0; lane < kLanes; ++lane) {
@@ -198,7 +210,7 @@ struct Backward {
             taint[lane] = 0;
             if (lane >= g.count) continue;
             if (!finite && !(all_finite(q + lane * p.q_strides.token, 0, 1, D) &&
-                             all_finite(dout + lane * p.dout_strides.token, 0, 1, D)))
+                             all_finite(dout + lane * p.dout_strides.token, 0, 1, Dv)))
                 taint[lane] = __builtin_nanf("");
             const float known = p.lse[row + lane];
             if (known == -__builtin_inff()) {  // it sees no key
@@ -212,22 +224,25 @@ struct Backward {
         }
         const float* tainted = any ? taint : nullptr;
         P::columns(q, p.q_strides.token, g.count, D, width, tainted, queries + at * width);
-        P::columns(dout, p.dout_strides.token, g.count, D, width, tainted, douts + at * width);
+        P::columns(dout, p.dout_strides.token, g.count, Dv, v_width, tainted,
+                   douts + at * v_width);
         P::right_rows(q, p.q_strides.token, g.count, D, width, tainted, query_rows + at * width);
-        P::right_rows(dout, p.dout_strides.token, g.count, D, width, tainted,
-                      dout_rows + at * width);
+        P::right_rows(dout, p.dout_strides.token, g.count, Dv, v_width, tainted,
+                      dout_rows + at * v_width);
         clear(dq + at * width, kLanes * width);
+        for (int sum = 0; p.by_query != nullptr && sum < 3; ++sum)
+            clear(sums + sum * P::kQueries + at, kLanes);
         ++count;
     }
 
     // sum_d dO O
     void sum_delta(const Group& g, const T* dout, const T* out, float* to) {
         using Vectors = VectorProducts<T>;
-        Vectors::columns(dout, p.dout_strides.token, g.count, D, width, nullptr, dout_across);
-        Vectors::columns(out, c.H * D, g.count, D, width, nullptr, out_across);
+        Vectors::columns(dout, p.dout_strides.token, g.count, Dv, v_width, nullptr, dout_across);
+        Vectors::columns(out, c.H * Dv, g.count, Dv, v_width, nullptr, out_across);
         for (int lane = 0; lane < kLanes; lane += kWidth) {
             Floats sum{};
-            for (int d = 0; d < D; ++d)
+            for (int d = 0; d < Dv; ++d)
                 sum = multiply_add(load(out_across + d * kLanes + lane),
                                    load(dout_across + d * kLanes + lane), sum);
             store(to + lane, sum);
@@ -249,10 +264,13 @@ struct Backward {
         }
         return false;
     }
-    // total = sum_j p     delta = sum_j p dp / total - dlse
+    // total = sum_j p, and the sink's weight     delta = sum_j p dp / total - dlse
     void sum_again(const Entry& e, int64_t b, int n) {
         const Group& g = groups[n];
         Floats sum[kVectors] = {}, total[kVectors] = {};
+        for (int vector = 0; c.sinks != nullptr && vector < kVectors; ++vector)
+            total[vector] = scores.change(all(scores.of_natural(c.sinks[g.head])),
+                                          load(lse + n * kLanes + vector * kWidth));
         for (int m = 0; m < n_blocks; ++m) {
             const Rows r(e, g, blocks[m].first, blocks[m].keys);
             if (r.none()) continue;
@@ -298,6 +316,7 @@ struct Backward {
                 }
             return false;
         }
+        if (p.by_query != nullptr) add_sums(e, n, block.first, r);
         const bool simple = scores.plain && block.tainted == nullptr && words == nullptr;
         const int full_first = simple ? static_cast<int>(up_to(r.full_first, 2)) : whole;
         const int full_last = simple ? r.full_last / 2 * 2 : whole;
@@ -324,12 +343,12 @@ struct Backward {
         if (mask != nullptr) masked = load_mask(c.mask, g, b, block.first, r.first, r.last, mask);
         if (masked == Effect::hides) return false;
         if (!block.ready) make_ready(e, block);
-        const int rows = P::padded(r.last) - r.first, at = n * kLanes * width;
+        const int rows = P::padded(r.last) - r.first;
         const int whole = static_cast<int>(up_to(r.last, kStrip));
         P::template multiply<false>(s + r.first * kLanes, kLanes, block.k.from(r.first, 0),
-                                    {queries + at, kLanes}, rows, kLanes, deep);
+                                    {queries + n * kLanes * width, kLanes}, rows, kLanes, deep);
         P::template multiply<false>(dp + r.first * kLanes, kLanes, block.v.from(r.first, 0),
-                                    {douts + at, kLanes}, rows, kLanes, deep);
+                                    {douts + n * kLanes * v_width, kLanes}, rows, kLanes, v_deep);
         scores.adjust(e, g, block.first, r, whole, s, block.tainted,
                       masked == Effect::some ? mask : nullptr, slope);
         if (words != nullptr)
@@ -421,13 +440,15 @@ struct Backward {
     }
     void add_groups(int64_t j0, int start, int keys, int first, int last) {
         const int rows = P::padded(keys), from = first * kLanes, depth = (last - first) * kLanes;
-        const int64_t key = (j0 + start - first_key) * width;
+        const int64_t key = j0 + start - first_key;
         if (dv_sum != nullptr)
-            P::template multiply<true>(dv_sum + key, width, P::left(weights).from(start, from),
-                                       typename P::Right{dout_rows, width}.from(from), rows,
-                                       width, depth);
+            P::template multiply<true>(dv_sum + key * v_width, v_width,
+                                       P::left(weights).from(start, from),
+                                       typename P::Right{dout_rows, v_width}.from(from), rows,
+                                       v_width, depth);
         if (dk_sum != nullptr)
-            P::template multiply<true>(dk_sum + key, width, P::left(gradients).from(start, from),
+            P::template multiply<true>(dk_sum + key * width, width,
+                                       P::left(gradients).from(start, from),
                                        typename P::Right{query_rows, width}.from(from), rows,
                                        width, depth);
     }
@@ -440,12 +461,44 @@ struct Backward {
                           D, true, to + vector * kWidth * c.H * D, c.H * D);
     }
 
-    // Rows of sums, times a factor, as a head's gradient.
-    void round(const float* sum, float factor, int64_t rows, T* to) const {
+    // Rows of sums, `stride` apart, times a factor, as a head's gradient.
+    void round(const float* sum, int64_t stride, float factor, int64_t rows, int columns,
+               T* to) const {
         for (int64_t i = 0; i < rows; ++i)
-            for_vectors(0, D, [&](int64_t d, auto m) {
-                store_at(to + i * c.Hk * D + d, load_at(sum + i * width + d, m) * factor, m);
+            for_vectors(0, columns, [&](int64_t d, auto m) {
+                store_at(to + i * c.Hk * columns + d, load_at(sum + i * stride + d, m) * factor,
+                         m);
             });
+    }
+
+    // The keys of a block from j0 on add to a group's sums; a block's are summed apart first.
+    void add_sums(const Entry& e, int n, int64_t j0, const Rows& r) {
+        for (int vector = 0; vector < kVectors; ++vector) {
+            Floats found[3] = {};
+            for (int row = r.first; row < r.last; ++row) {
+                const Floats w = weight(n, row, vector);
+                const Floats far = w * Scores::distance(e, groups[n], j0 + row, vector);
+                const Floats up = w == 0.0f ? Floats{} : upper(row, vector);
+                found[0] = multiply_add(w, up, found[0]);
+                found[1] += far;
+                found[2] = multiply_add(far, up, found[2]);
+            }
+            for (int sum = 0; sum < 3; ++sum) {
+                float* at = sums + sum * P::kQueries + n * kLanes + vector * kWidth;
+                store(at, load(at) + found[sum]);
+            }
+        }
+    }
+    void finish_sums(const Entry& e, int n) {
+        const Group& g = groups[n];
+        const int64_t row = (e.batch * c.H + g.head) * c.Tq + e.first_q + g.first;
+        for (int lane = 0; lane < g.count; ++lane) {
+            const float* at = sums + n * kLanes + lane;
+            const float S = at[0], R = at[P::kQueries], W = at[2 * P::kQueries];
+            const float dlse = p.dlse == nullptr ? 0 : p.dlse[row + lane];
+            // What a query without keys holds may be NaN.
+            p.by_query[row + lane] = R == 0 ? 0 : W - (S - dlse) * R;
+        }
     }
 };
 

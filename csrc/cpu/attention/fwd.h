@@ -4,19 +4,20 @@
 // For each block of keys and each group of queries:
 //     s = K Q^T, from q.k to scores       (keys, kLanes)
 //     m, l: the running maximum and sum   (kLanes,)
-//     o += V^T 2^(s - m)                  (D, kLanes), in fp32
+//     o += V^T 2^(s - m)                  (Dv, kLanes), in fp32
 // A query's numbers meet in an order that its own keys alone decide: blocks start at multiples of
 // kKeys, and a block that the query does not see changes nothing.
 #pragma once
 
 #include "cpu/attention/product.h"
 #include "cpu/attention/room.h"
+#include "cpu/attention/sink.h"
 
 namespace gk::cpu::GK_ISA {
 
-// Blocks of keys that are made ready together, for the second-level cache; a group meets one after
-// the other, so its state stays in the first.
-constexpr int kBlocks = 8;
+// Blocks of keys that are made ready together, for the second-level cache: fewer of wide heads. A
+// group meets one after the other, so its state stays in the first.
+constexpr int kBlocks = 8, kWidths = 512;
 
 template <class P>
 struct Forward {
@@ -26,7 +27,7 @@ struct Forward {
     // A group's state.
     struct State {
         Number* queries;  // Q^T
-        float* o;         // (width, kLanes)
+        float* o;         // (v_width, kLanes)
         float* most;      // (kLanes,), as Scores has it
         float* sum;       // (kLanes,)
         bool started;
@@ -46,7 +47,8 @@ struct Forward {
     const AttentionCall& c;
     const Scores scores;
     const DropoutWords dropout;
-    const int D, width, deep;
+    const int D, width, deep, Dv, v_width, v_deep;
+    const int together;  // blocks
     Room room;
     State states[kMostGroups];
     Group groups[kMostGroups];
@@ -58,17 +60,20 @@ struct Forward {
 
     Forward(const AttentionFwd& given, void* scratch)
         : p(given), c(p.call), scores(c), dropout(c.dropout), D(static_cast<int>(c.D)),
-          width(static_cast<int>(up_to(c.D, P::kWide))), deep(P::deep(D, width)), room(scratch) {
-        k = room.take<Number>(kBlocks * P::kKeys * width);
-        v = room.take<Number>(kBlocks * P::kKeys * width);
-        taint = room.take<float>(kBlocks * P::kKeys);
+          width(static_cast<int>(up_to(c.D, P::kWide))), deep(P::deep(D, width)),
+          Dv(static_cast<int>(c.Dv)), v_width(static_cast<int>(up_to(c.Dv, P::kWide))),
+          v_deep(P::deep(Dv, v_width)),
+          together(least_of(kBlocks, kBlocks * kWidths / (width + v_width))), room(scratch) {
+        k = room.take<Number>(together * P::kKeys * width);
+        v = room.take<Number>(together * P::kKeys * v_width);
+        taint = room.take<float>(together * P::kKeys);
         s = room.take<float>(P::kKeys * kLanes);
         apart = room.take<Number>(P::kKeys * kLanes);
         mask = c.mask.kind == MaskKind::none ? nullptr : room.take<float>(P::kKeys * kLanes);
         words = c.dropout.rng == nullptr ? nullptr : room.take<uint32_t>(P::kKeys / 2 * kLanes);
         for (State& state : states) {
             state.queries = room.take<Number>(width * kLanes);
-            state.o = room.take<float>(width * kLanes);
+            state.o = room.take<float>(v_width * kLanes);
             state.most = room.take<float>(kLanes);
             state.sum = room.take<float>(kLanes);
         }
@@ -85,10 +90,10 @@ struct Forward {
         const T* v_head = static_cast<const T*>(p.v) + e.batch * p.v_strides.batch +
                           e.first_k * p.v_strides.token + key_head * p.v_strides.head;
         const int64_t high = e.highest(item.last - 1);
-        constexpr int64_t kTogether = kBlocks * P::kKeys;
-        for (int64_t j = e.lowest(item.first) / P::kKeys * P::kKeys; j <= high; j += kTogether) {
+        for (int64_t j = e.lowest(item.first) / P::kKeys * P::kKeys; j <= high;
+             j += together * P::kKeys) {
             int n_blocks = 0;
-            for (int64_t j0 = j; j0 <= high && n_blocks < kBlocks; j0 += P::kKeys)
+            for (int64_t j0 = j; j0 <= high && n_blocks < together; j0 += P::kKeys)
                 blocks[n_blocks++] = {j0, static_cast<int>(least_of(P::kKeys, high + 1 - j0)),
                                       false, k_head + j0 * p.k_strides.token,
                                       v_head + j0 * p.v_strides.token, {}, {}, nullptr};
@@ -116,8 +121,8 @@ struct Forward {
         const int64_t at = (&block - blocks) * P::kKeys;
         block.ready = true;
         block.k = P::rows(block.k_from, p.k_strides.token, block.keys, D, width, k + at * width);
-        block.tainted = transposed<P>(block.v_from, p.v_strides.token, block.keys, D, width,
-                                      taint + at, v + at * width, block.v);
+        block.tainted = transposed<P>(block.v_from, p.v_strides.token, block.keys, Dv, v_width,
+                                      taint + at, v + at * v_width, block.v);
     }
 
     // A group meets a block of keys.
@@ -144,9 +149,9 @@ struct Forward {
         const auto values = block.v.from(0, r.first);
         const int keys = padded - r.first;
         if (state.started)
-            P::template multiply<true>(state.o, kLanes, values, right, deep, kLanes, keys);
+            P::template multiply<true>(state.o, kLanes, values, right, v_deep, kLanes, keys);
         else
-            P::template multiply<false>(state.o, kLanes, values, right, deep, kLanes, keys);
+            P::template multiply<false>(state.o, kLanes, values, right, v_deep, kLanes, keys);
         state.started = true;
         if (block.tainted != nullptr) add_tainted(state, r, block);
     }
@@ -187,15 +192,14 @@ struct Forward {
                 }
                 P::put_right(weights, row, vector, w[0], w[1]);
             }
-            const Floats change = before - base;
-            rescale(state, lane, exp2_of(scores.plain ? change : change * kLog2e), sum[0] + sum[1]);
+            rescale(state, lane, scores.change(before, base), sum[0] + sum[1]);
         }
     }
 
     void rescale(State& state, int lane, Floats by, Floats sum) {
         store(state.sum + lane, multiply_add(load(state.sum + lane), by, sum));
         if (!state.started || all_ones(by)) return;
-        for (int d = 0; d < width; ++d) {
+        for (int d = 0; d < v_width; ++d) {
             float* at = state.o + d * kLanes + lane;
             store(at, load(at) * by);
         }
@@ -212,7 +216,7 @@ struct Forward {
                 const Floats base = zero_where_minus_infinity(load(state.most + lane));
                 Floats w = scores.weight(score, base);
                 if (words != nullptr) w = dropout.drop(w, words, row, vector);
-                for (int d = 0; d < D; ++d) {
+                for (int d = 0; d < Dv; ++d) {
                     const Floats value = load(block.v_from + row * p.v_strides.token + d, 1);
                     float* at = state.o + d * kLanes + lane;
                     store(at, score == minus_infinity() ? load(at)
@@ -224,18 +228,20 @@ struct Forward {
 
     void finish(const Entry& e, const Group& g, const State& state) {
         const int64_t token = (e.batch * c.Tq + e.first_q + g.first) * c.H + g.head;
-        T* out = static_cast<T*>(p.out) + token * D;
+        T* out = static_cast<T*>(p.out) + token * Dv;
         float* lse = p.lse + (e.batch * c.H + g.head) * c.Tq + e.first_q + g.first;
-        for (int vector = 0; vector < kVectors; ++vector) {
-            const Floats sum = load(state.sum + vector * kWidth);
-            const Floats by = sum == 0.0f ? Floats{} : 1.0f / sum;
-            store_columns(state.o + vector * kWidth, by, g.count - vector * kWidth, D,
-                          state.started, out + vector * kWidth * c.H * D, c.H * D);
+        for (int lane = 0; lane < kLanes; lane += kWidth) {
+            Floats most = scores.natural(load(state.most + lane)), sum = load(state.sum + lane);
+            Floats by = sum == 0.0f ? Floats{} : 1.0f / sum;
+            if (c.sinks != nullptr) by = add_sink(all(c.sinks[g.head]), most, sum);
+            store_columns(state.o + lane, by, g.count - lane, Dv, state.started,
+                          out + lane * c.H * Dv, c.H * Dv);
+            store(state.most + lane, most);
+            store(state.sum + lane, sum);
         }
         for (int i = 0; i < g.count; ++i)
-            lse[i] = state.sum[i] == 0
-                         ? -__builtin_inff()
-                         : scores.natural(state.most[i]) + __builtin_logf(state.sum[i]);
+            lse[i] = state.sum[i] == 0 ? -__builtin_inff()
+                                       : state.most[i] + __builtin_logf(state.sum[i]);
     }
 };
 

@@ -89,7 +89,7 @@ int64_t longest_of(const std::vector<Job>& all, int threads) {
 }
 
 int worth_for(const AttentionCall& c, int threads, int64_t pairs) {
-    return worth(threads, pairs * (c.D / 4 + 16));
+    return worth(threads, pairs * ((c.D + c.Dv) / 8 + 16));
 }
 
 // Calls run(i, scratch) for each of n items, with `bytes` of scratch memory for each thread. pairs:
@@ -114,15 +114,17 @@ int products(const AttentionBwd& p) {
     return 2 + (p.dq != nullptr) + (p.dk != nullptr) + (p.dv != nullptr);
 }
 
-// dq, dk and dv, of whole key heads; or, where threads would wait for the last of them, dq of parts
-// of the queries, and dk and dv of parts of the keys, which make s and dp twice. The bits are the
-// same.
+// dq, by_query, dk and dv, of whole key heads; or, where threads would wait for the last of them,
+// dq and by_query of parts of the queries, and dk and dv of parts of the keys, which make s and dp
+// twice. The bits are the same.
 void token_gradients(const AttentionBwd& p, int threads) {
     const AttentionCall& c = p.call;
     AttentionBwd for_queries = p, for_keys = p;
     for_queries.dk = for_queries.dv = nullptr;
     for_keys.dq = nullptr;
-    const bool of_queries = p.dq != nullptr, of_keys = p.dk != nullptr || p.dv != nullptr;
+    for_keys.by_query = nullptr;
+    const bool of_queries = p.dq != nullptr || p.by_query != nullptr;
+    const bool of_keys = p.dk != nullptr || p.dv != nullptr;
     if (!of_queries && !of_keys) return;
     const std::vector<Job> whole = jobs(c, c.H / c.Hk, INT64_MAX / 2);
     const int64_t all = pairs_of(whole);
@@ -194,6 +196,7 @@ void attention_bwd(const AttentionBwd& given, int threads) {
     if (p.dmask == nullptr) return;
     AttentionBwd alone = p;
     alone.dq = alone.dk = alone.dv = nullptr;
+    alone.by_query = nullptr;
     const std::vector<MaskItem> items = mask_items(p);
     const int64_t all = pairs_of(jobs(p.call, p.call.H / p.call.Hk, INT64_MAX / 2));
     const Kernels& use = kernels();

@@ -30,11 +30,13 @@ struct Mask {
 // of Tq and Tk tokens, and sequence b has the queries from cu_seqlens_q[b] up to cu_seqlens_q[b +
 // 1], and its keys likewise. Tokens that belong to no sequence are not touched.
 struct AttentionCall {
-    int64_t batch, Tq, Tk, H, Hk, D;
+    int64_t batch, Tq, Tk, H, Hk, D, Dv;
     float softmax_scale;
     int64_t left, right;  // position - left <= j <= position + right; negative: no bound
     float softcap;        // 0: none
-    const float* alibi_slopes;   // (H,), or null
+    const float* alibi_slopes;   // (H,), or (batch, H), or null
+    int64_t alibi_stride;        // from one entry's slopes to the next one's: 0, or H
+    const float* sinks;          // (H,), or null: one more score of each query, of no key
     const int32_t* key_lengths;  // (B,), or null; clamped to 0 ... Tk
     const int32_t* cu_seqlens_q;  // (batch + 1,), or null; clamped to 0 ... Tq
     const int32_t* cu_seqlens_k;  // (batch + 1,), null where cu_seqlens_q is
@@ -47,9 +49,9 @@ struct AttentionFwd {
     AttentionCall call;
     const void* q;  // (B, Tq, H, D)
     const void* k;  // (B, Tk, Hk, D)
-    const void* v;  // (B, Tk, Hk, D)
+    const void* v;  // (B, Tk, Hk, Dv)
     Strides q_strides, k_strides, v_strides;
-    void* out;   // (B, Tq, H, D) contiguous
+    void* out;   // (B, Tq, H, Dv) contiguous
     float* lse;  // (B, H, Tq)
 };
 
@@ -57,17 +59,18 @@ struct AttentionBwd {
     AttentionCall call;
     const void* q;     // (B, Tq, H, D)
     const void* k;     // (B, Tk, Hk, D)
-    const void* v;     // (B, Tk, Hk, D)
-    const void* dout;  // (B, Tq, H, D)
+    const void* v;     // (B, Tk, Hk, Dv)
+    const void* dout;  // (B, Tq, H, Dv)
     Strides q_strides, k_strides, v_strides, dout_strides;
-    const void* out;    // (B, Tq, H, D) contiguous
+    const void* out;    // (B, Tq, H, Dv) contiguous
     const float* lse;   // (B, H, Tq)
     const float* dlse;  // (B, H, Tq), or null
     void* dq;  // (B, Tq, H, D) contiguous, or null: not wanted
     void* dk;  // (B, Tk, Hk, D) contiguous, or null
-    void* dv;  // (B, Tk, Hk, D) contiguous, or null
+    void* dv;  // (B, Tk, Hk, Dv) contiguous, or null
     float* dmask;  // with the mask's sizes, to which its gradient is added; or null
     MaskStrides dmask_strides;
+    float* by_query;  // (B, H, Tq), sum_j ds |position - j|, ds that of the slopes; or null
     int64_t most_keys = 0;  // of an entry; the launcher sets it
 };
 
@@ -92,7 +95,7 @@ struct MaskItem {
     int64_t entry, last_entry, head, last_head, first, last;
 };
 
-// Every size is at least 1, D is at most 256. `threads`: the most that run.
+// Every size is at least 1, D and Dv are at most 512. `threads`: the most that run.
 void attention_fwd(const AttentionFwd& p, int threads);
 void attention_bwd(const AttentionBwd& p, int threads);
 

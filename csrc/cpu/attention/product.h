@@ -137,16 +137,27 @@ struct VectorProducts {
         store(to + (row + 1) * kQueries + lane, odd);
     }
 
+    // Wide heads in parts of their width: one long chain of additions would lose more digits.
     template <bool kAdd>
     static void multiply(float* c, int64_t stride, const Left& a, const Right& b, int m, int n,
                          int k) {
+        constexpr int kLongest = 128;
+        multiply_part<kAdd>(c, stride, a, b, m, n, static_cast<int>(least_of(k, kLongest)));
+        for (int i = kLongest; i < k; i += kLongest)
+            multiply_part<true>(c, stride, a.from(0, i), b.from(i), m, n,
+                                static_cast<int>(least_of(k - i, kLongest)));
+    }
+
+  private:
+    template <bool kAdd>
+    static void multiply_part(float* c, int64_t stride, const Left& a, const Right& b, int m,
+                              int n, int k) {
         if (a.column == 1)
             multiply<kAdd, false>(c, stride, a.at, a.row, b, m, n, k);
         else
             multiply<kAdd, true>(c, stride, a.at, a.column, b, m, n, k);
     }
 
-  private:
     static void copy(const T* from, int64_t stride, int n, int D, int width, const float* taint,
                      float* to) {
         for (int i = 0; i < n; ++i) {

@@ -85,7 +85,10 @@ struct Scores {
 
     // A maximum of what `adjust` leaves, in m's units, and natural again.
     Floats most(Floats s) const { return plain ? s * factor : s; }
-    float natural(float m) const { return plain ? m * kLn2 : m; }
+    template <class X>
+    X natural(X m) const {
+        return plain ? m * kLn2 : m;
+    }
     float of_natural(float m) const { return plain ? m * kLog2e : m; }
 
     // weight(s, m), as a function that knows whether scores are plain.
@@ -99,6 +102,10 @@ struct Scores {
     Floats weight(Floats s, Floats m) const {
         return exp2_of(plain ? multiply_add(s, factor, -m) : (s - m) * kLog2e);
     }
+    // By how much weights change where their maximum does, in m's units.
+    Floats change(Floats from, Floats to) const {
+        return exp2_of(plain ? from - to : (from - to) * kLog2e);
+    }
 
     // s[row][kLanes], rows r.first ... `padded` - 1 of a block from key j0 on: q.k becomes a score.
     // Rows from r.last on are no keys. Plain scores are only hidden. taint: for each row 0, or NaN
@@ -110,7 +117,7 @@ struct Scores {
             hide(e, g, j0, r.first, r.full_first, s);
             hide(e, g, j0, r.full_last, r.last, s);
         } else {
-            const float head_slope = call.alibi_slopes == nullptr ? 0 : call.alibi_slopes[g.head];
+            const float head_slope = e.slopes == nullptr ? 0 : e.slopes[g.head];
             for (int row = r.first; row < r.last; ++row)
                 for (int v = 0; v < kVectors; ++v) {
                     const int at = row * kLanes + v * kWidth;
@@ -122,13 +129,8 @@ struct Scores {
                             if (slope != nullptr) store(slope + at, 1.0f - t * t);
                             x = t * call.softcap;
                         }
-                        if (call.alibi_slopes != nullptr) {
-                            const Ints away = lanes(g, v) + static_cast<int32_t>(
-                                                  e.position(g.first) - (j0 + row));
-                            const Ints distance = away < 0 ? -away : away;
-                            x = multiply_add(__builtin_convertvector(distance, Floats),
-                                             -head_slope, x);
-                        }
+                        if (e.slopes != nullptr)
+                            x = multiply_add(distance(e, g, j0 + row, v), -head_slope, x);
                     }
                     const Floats given = mask == nullptr ? Floats{} : load(mask + at);
                     if (mask != nullptr) x = x + given;
@@ -142,6 +144,12 @@ struct Scores {
         for (int row = r.last; row < padded; ++row)
             for (int v = 0; v < kVectors; ++v)
                 store(s + row * kLanes + v * kWidth, minus_infinity());
+    }
+
+    // Of a key from the queries of one vector, |position - j|.
+    static Floats distance(const Entry& e, const Group& g, int64_t j, int vector) {
+        const Ints away = lanes(g, vector) + static_cast<int32_t>(e.position(g.first) - j);
+        return __builtin_convertvector(away < 0 ? -away : away, Floats);
     }
 
   private:

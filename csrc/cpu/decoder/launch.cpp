@@ -66,9 +66,9 @@ struct Step {
         append(p.H + p.Hk, b.v);
         const Strides q{p.T * heads_width, heads_width, p.D};
         const Strides cache{p.Tmax * p.Hk * p.D, p.Hk * p.D, p.D};
-        attention_decode({heads, b.k, b.v, nullptr, p.key_lengths, nullptr, attended, nullptr, q,
-                          cache, cache, p.R, p.T, p.Tmax, p.H, p.Hk, p.D, 1, p.Tmax, p.R, b.left,
-                          0, p.softmax_scale, 0, p.dtype},
+        attention_decode({heads, b.k, b.v, nullptr, nullptr, p.key_lengths, nullptr, attended,
+                          nullptr, q, cache, cache, p.R, p.T, p.Tmax, p.H, p.Hk, p.D, p.D, 1,
+                          p.Tmax, p.R, b.left, 0, 0, 0, p.softmax_scale, 0, p.dtype},
                          threads);
         product(b.c_proj, attended, branch, p.C, p.H * p.D);
     }

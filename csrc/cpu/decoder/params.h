@@ -45,7 +45,7 @@ struct DecoderStep {
     DType dtype;
 };
 
-// Every size is at least 1. `threads`: the most that run.
+// Every size is at least 1, D is at most kDecodeWidth. `threads`: the most that run.
 void decoder_step(const DecoderStep& p, const std::vector<DecoderBlock>& blocks, int threads);
 
 }  // namespace gk::cpu

@@ -15,14 +15,15 @@ def lacking(op: str, q: Tensor, v: Tensor, options: AttentionOptions) -> dict[st
     """The implementations that cannot run a call, and for each what of the call it lacks."""
     D, Dv = q.shape[-1], v.shape[-1]
     learned = requires_grad((options.alibi_slopes,))
+    wide = f"a head width of more than {KERNEL_HEAD_DIM}"
     asked_for = (
         ("attn_mask", options.attn_mask is not None, ("torch", "cpu")),
-        (f"a head width of more than {KERNEL_HEAD_DIM}", max(D, Dv) > KERNEL_HEAD_DIM, ("torch",)),
-        ("sinks", options.sinks is not None, ("torch",)),
-        ("alibi_slopes of each batch entry", options.alibi_stride > 0, ("torch",)),
-        ("the gradient of alibi_slopes", learned, ("torch",)),
-        ("v of another width than q", Dv != D, ("torch",)),
-        ("causal=False", op == "attention_decode" and options.right != 0, ("torch",)),
+        (wide, max(D, Dv) > KERNEL_HEAD_DIM, ("torch", "cpu")),
+        ("sinks", options.sinks is not None, ("torch", "cpu")),
+        ("alibi_slopes of each batch entry", options.alibi_stride > 0, ("torch", "cpu")),
+        ("the gradient of alibi_slopes", learned, ("torch", "cpu")),
+        ("v of another width than q", Dv != D, ("torch", "cpu")),
+        ("causal=False", op == "attention_decode" and options.right != 0, ("torch", "cpu")),
     )
     found: dict[str, str] = {}
     for what, needed, able in asked_for:

@@ -2,6 +2,7 @@
 #include "cpu/attention/decode/cache.h"
 #include "cpu/attention/decode/products.h"
 #include "cpu/attention/decode/softmax.h"
+#include "cpu/attention/sink.h"
 #include "cpu/kernels.h"
 
 namespace gk::cpu::GK_ISA {
@@ -51,34 +52,43 @@ template <class T>
 void finish(const AttentionDecode& p, const Columns& columns, const DecodeRows& rows, int64_t r,
             const float* sums, float max, float sum) {
     const Place place(p, rows, r);
-    T* out = static_cast<T*>(p.out) + ((rows.b * p.Tq + place.i) * p.H + place.h) * p.D;
-    const float scale = sum == 0 ? 0 : 1 / sum;
+    T* out = static_cast<T*>(p.out) + ((rows.b * p.Tq + place.i) * p.H + place.h) * p.Dv;
+    float scale = sum == 0 ? 0 : 1 / sum, most = max * kLn2;
+    if (p.sinks != nullptr) {
+        Floats natural = all(most), total = all(sum);
+        scale = add_sink(all(p.sinks[place.h]), natural, total)[0];
+        most = natural[0];
+        sum = total[0];
+    }
     for (int64_t col = 0; col < columns.whole; col += kWidth)
         store(out + col, load(sums + col) * scale);
     if (columns.rest()) columns.store_rest(out, load(sums + columns.whole) * scale);
     if (p.lse == nullptr) return;
     p.lse[(rows.b * p.H + place.h) * p.Tq + place.i] =
-        sum == 0 ? -__builtin_inff() : max * kLn2 + __builtin_logf(sum);
+        sum == 0 ? -__builtin_inff() : most + __builtin_logf(sum);
 }
 
 // A split of a block of rows.
 template <class T>
 class Block {
   public:
-    Block(const AttentionDecode& p, const Columns& columns, const DecodeItem& item, float* scratch)
+    Block(const AttentionDecode& p, const Columns& of_keys, const Columns& of_values,
+          const DecodeItem& item, float* scratch)
         : p_(p),
-          columns_(columns),
+          of_keys_(of_keys),
+          of_values_(of_values),
           item_(item),
           rows_(item.rows.rows),
           all_(item.rows.heads * rows_),
-          width_(decode_width(p.D)),
+          q_width_(decode_width(p.D)),
+          width_(decode_width(p.Dv)),
           keys_(p, p.k, p.k_strides, item.rows.b, item.rows.hk),
           values_(p, p.v, p.v_strides, item.rows.b, item.rows.hk),
           q_(scratch),
-          out_(item.partial == nullptr ? scratch + all_ * width_ : item.partial),
+          out_(item.partial == nullptr ? scratch + all_ * q_width_ : item.partial),
           max_(out_ + all_ * width_),
           sum_(max_ + all_),
-          scores_(scratch + all_ * (2 * width_ + 2)) {}
+          scores_(scratch + all_ * (q_width_ + width_ + 2)) {}
 
     void run() {
         start();
@@ -92,7 +102,7 @@ class Block {
         }
         if (item_.partial == nullptr)
             for (int64_t r = 0; r < all_; ++r)
-                finish<T>(p_, columns_, item_.rows, r, out_ + r * width_, max_[r], sum_[r]);
+                finish<T>(p_, of_values_, item_.rows, r, out_ + r * width_, max_[r], sum_[r]);
     }
 
   private:
@@ -101,10 +111,10 @@ class Block {
             const Place place(p_, item_.rows, r);
             const T* from = static_cast<const T*>(p_.q) + item_.rows.b * p_.q_strides.batch +
                             place.i * p_.q_strides.token + place.h * p_.q_strides.head;
-            float* to = q_ + r * width_;
-            for (int64_t col = 0; col < columns_.whole; col += kWidth)
+            float* to = q_ + r * q_width_;
+            for (int64_t col = 0; col < of_keys_.whole; col += kWidth)
                 store(to + col, load(from + col));
-            if (columns_.rest()) store(to + columns_.whole, columns_.load_own(from));
+            if (of_keys_.rest()) store(to + of_keys_.whole, of_keys_.load_own(from));
             for (int64_t col = 0; col < width_; ++col) out_[r * width_ + col] = 0;
             max_[r] = -__builtin_inff();
             sum_[r] = 0;
@@ -134,7 +144,7 @@ class Block {
                 for (int64_t r = 0; r < rows_; r += kTogether) {
                     const int64_t row = head * rows_ + r;
                     with_constant(rows_ - r < kTogether ? rows_ - r : kTogether, [&](auto count) {
-                        score<count>(columns_, q_ + row * width_, keys,
+                        score<count>(of_keys_, q_ + row * q_width_, keys,
                                      scores_ + row * kDecodeKeys + (j - j0), next);
                     });
                     next.rows = nullptr;
@@ -146,7 +156,9 @@ class Block {
     // What row r of each head sees of the keys first <= j < last.
     Range seen(int64_t r, int64_t first, int64_t last) const {
         const int64_t position = Place(p_, item_.rows, r).i + item_.shift;
-        return Range{p_.left < 0 ? 0 : position - p_.left, position + 1}.within(first, last);
+        return Range{p_.left < 0 ? 0 : position - p_.left,
+                     p_.right < 0 ? last : position + p_.right + 1}
+            .within(first, last);
     }
 
     void weigh_keys(int64_t j0, int64_t end) {
@@ -154,8 +166,8 @@ class Block {
         for (int64_t r = 0; r < all_; ++r) {
             const Place place(p_, item_.rows, r);
             const Range range = seen(r, item_.first, end);
-            const float factor = weigh(Score(p_, place.h), scores_ + r * kDecodeKeys, count,
-                                       range.first - j0, range.last - j0,
+            const float factor = weigh(Score(p_, item_.rows.b, place.h), scores_ + r * kDecodeKeys,
+                                       count, range.first - j0, range.last - j0,
                                        place.i + item_.shift - j0, {max_ + r, sum_ + r});
             float* out = out_ + r * width_;
             if (factor != 1)
@@ -180,7 +192,7 @@ class Block {
                     const Range range = ranges[r];
                     const int64_t row = head * rows_ + r;
                     if (range.first < range.last)
-                        add_values<count>(columns_,
+                        add_values<count>(of_values_,
                                           scores_ + row * kDecodeKeys + (range.first - j0),
                                           Tile<T>{values.rows + (range.first - j), values.head},
                                           range.last - range.first, out_ + row * width_, next);
@@ -203,9 +215,10 @@ class Block {
     }
 
     const AttentionDecode& p_;
-    const Columns& columns_;
+    const Columns &of_keys_, &of_values_;
     const DecodeItem& item_;
-    const int64_t rows_, all_, width_;  // rows of a head, and of all heads
+    const int64_t rows_, all_;  // rows of a head, and of all heads
+    const int64_t q_width_, width_;  // of a row of q_, and of out_
     const Cache<T> keys_, values_;
     float *q_, *out_, *max_, *sum_, *scores_;
     const T* buffers_[2][kWidth];
@@ -216,8 +229,8 @@ class Block {
 // The splits of each block are added in their order.
 template <class T>
 void combine(const AttentionDecode& p, const Columns& columns, const DecodeSplits& splits) {
-    const int64_t width = decode_width(p.D), rows = splits.rows.heads * splits.rows.rows;
-    const int64_t size = decode_partial(rows, p.D);
+    const int64_t width = decode_width(p.Dv), rows = splits.rows.heads * splits.rows.rows;
+    const int64_t size = decode_partial(rows, p.Dv);
     for (int64_t r = 0; r < rows; ++r) {
         const float* stats = splits.partials + rows * width + r;
         float max = -__builtin_inff(), sum = 0;
@@ -225,7 +238,8 @@ void combine(const AttentionDecode& p, const Columns& columns, const DecodeSplit
             const float own = stats[i * size];
             max = own > max ? own : max;
         }
-        float sums[256] = {};
+        float sums[kDecodeWidth];
+        for (int64_t col = 0; col < width; col += kWidth) store(sums + col, Floats{});
         for (int64_t i = 0; i < splits.count; ++i) {
             const float factor = power(stats[i * size] - origin(max));
             const float* part = splits.partials + i * size + r * width;
@@ -239,13 +253,14 @@ void combine(const AttentionDecode& p, const Columns& columns, const DecodeSplit
 
 template <class T>
 void items_of(const AttentionDecode& p, const DecodeItem* items, int64_t count, float* scratch) {
-    const Columns columns(p.D);
-    for (int64_t i = 0; i < count; ++i) Block<T>(p, columns, items[i], scratch).run();
+    const Columns of_keys(p.D), of_values(p.Dv);
+    for (int64_t i = 0; i < count; ++i)
+        Block<T>(p, of_keys, of_values, items[i], scratch).run();
 }
 
 template <class T>
 void splits_of(const AttentionDecode& p, const DecodeSplits* splits, int64_t count) {
-    const Columns columns(p.D);
+    const Columns columns(p.Dv);
     for (int64_t i = 0; i < count; ++i) combine<T>(p, columns, splits[i]);
 }
 

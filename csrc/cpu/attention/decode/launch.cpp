@@ -31,7 +31,8 @@ struct Cut {
         shift = length - p.Tq;
         const int64_t lowest = p.left < 0 ? 0 : first_row / group + shift - p.left;
         seen_first = std::max<int64_t>(lowest, 0);
-        seen_last = (first_row + rows - 1) / group + shift + 1;
+        const int64_t highest = (first_row + rows - 1) / group + shift + p.right;
+        seen_last = p.right < 0 ? length : std::min(highest + 1, length);
         keys = keys_of_split(length, p.num_splits);
         if (seen_last > seen_first) {
             first = seen_first / keys;
@@ -75,7 +76,7 @@ Work work_of(const AttentionDecode& p, int threads) {
     for_blocks(p, [&](int64_t, int64_t, int64_t rows, const Cut& cut) {
         const int64_t splits = cut.last - cut.first;
         count += splits;
-        if (splits > 1) partial += p.Hk * splits * decode_partial(rows, p.D);
+        if (splits > 1) partial += p.Hk * splits * decode_partial(rows, p.Dv);
     });
     const int64_t together = heads_together(p, threads, count);
     Work work;
@@ -96,8 +97,8 @@ Work work_of(const AttentionDecode& p, int threads) {
                 work.starts.push_back(work.cost);
                 const int64_t keys = heads * std::max<int64_t>(last - first, 0);
                 work.cost += 64 * heads + keys * (rows + 4);
-                work.moved += 2 * keys * p.D;
-                if (splits > 1) to += decode_partial(heads * rows, p.D);
+                work.moved += keys * (p.D + p.Dv);
+                if (splits > 1) to += decode_partial(heads * rows, p.Dv);
             }
         }
     });
@@ -112,7 +113,7 @@ void attention_decode(const AttentionDecode& p, int threads) {
     const Work work = work_of(p, threads);
     const int useful = worth(threads, work.moved * static_cast<int64_t>(bytes_of(p.dtype)));
     // Before the threads start: one of them could not pass an exception on.
-    const int64_t size = decode_scratch(kDecodeRows, p.D);
+    const int64_t size = decode_scratch(kDecodeRows, p.D, p.Dv);
     const auto scratch = std::make_unique_for_overwrite<float[]>(size * useful);
     std::atomic<int64_t> next{0};
     parallel_for(work.cost, useful, [&](int64_t first, int64_t last) {

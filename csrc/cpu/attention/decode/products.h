@@ -59,7 +59,7 @@ struct Tile {
 
 // s[r][i] = q[r].keys[i], not scaled, for kRows rows, whose queries lie decode_width(D) apart, and
 // kWidth keys. The rows of `next` are asked for on the way, so that they are there for the next
-// call.
+// call: as many columns as these have.
 template <int kRows, class T>
 __attribute__((noinline)) void score(const Columns& columns, const float* q, Tile<T> keys,
                                      float* s, Tile<T> next) {

@@ -13,18 +13,19 @@ struct Score {
     bool capped;
     float scale, cap, slope;
 
-    Score(const AttentionDecode& p, int64_t head)
+    Score(const AttentionDecode& p, int64_t b, int64_t head)
         : capped(p.softcap > 0),
           scale(capped ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2e),
           cap(p.softcap * kLog2e),
-          slope(p.alibi_slopes == nullptr ? 0 : p.alibi_slopes[head] * kLog2e) {}
+          slope(p.alibi_slopes == nullptr ? 0
+                                          : p.alibi_slopes[b * p.alibi_stride + head] * kLog2e) {}
     // distance: from the first lane's key to the query.
     Floats operator()(Floats product, Ints lane, int64_t distance) const {
         Floats s = product * scale;
         if (capped) s = tanh_of(s) * cap;
         if (slope != 0) {
             const Ints off = static_cast<int32_t>(distance) - lane;
-            s = multiply_add(__builtin_convertvector(off, Floats), -slope, s);
+            s = multiply_add(__builtin_convertvector(off < 0 ? -off : off, Floats), -slope, s);
         }
         return s;
     }
