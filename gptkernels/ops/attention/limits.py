@@ -16,14 +16,17 @@ def lacking(op: str, q: Tensor, v: Tensor, options: AttentionOptions) -> dict[st
     D, Dv = q.shape[-1], v.shape[-1]
     learned = requires_grad((options.alibi_slopes,))
     wide = f"a head width of more than {KERNEL_HEAD_DIM}"
+    decoding = op == "attention_decode"
+    but_cuda = ("torch", "cpu", "triton")
     asked_for = (
         ("attn_mask", options.attn_mask is not None, ("torch", "cpu")),
         (wide, max(D, Dv) > KERNEL_HEAD_DIM, ("torch", "cpu")),
-        ("sinks", options.sinks is not None, ("torch", "cpu")),
-        ("alibi_slopes of each batch entry", options.alibi_stride > 0, ("torch", "cpu")),
-        ("the gradient of alibi_slopes", learned, ("torch", "cpu")),
-        ("v of another width than q", Dv != D, ("torch", "cpu")),
-        ("causal=False", op == "attention_decode" and options.right != 0, ("torch", "cpu")),
+        ("sinks", options.sinks is not None, but_cuda),
+        ("alibi_slopes of each batch entry", options.alibi_stride > 0, but_cuda),
+        ("the gradient of alibi_slopes", learned, but_cuda),
+        # Triton's launchers pad v, and will not copy a cache.
+        ("v of another width than q", Dv != D, ("torch", "cpu") if decoding else but_cuda),
+        ("causal=False", decoding and options.right != 0, but_cuda),
     )
     found: dict[str, str] = {}
     for what, needed, able in asked_for:

@@ -9,7 +9,8 @@ same input gives the same bits.
 delta_kernel computes delta, (B, H, Tq) fp32. sum_d dout * out equals sum_j p dp, with dropout too.
 
 queries_kernel computes dq: each program keeps a block of rows and loops over the keys that the rows
-see.
+see. For the gradient of ALiBi's slopes it also sums p * (dp - delta) * |position - key| of each row
+(by_query, fp32).
 
 keys_kernel computes dk and dv: each program keeps a block of keys and loops over all rows that see
 them, of every query head that reads this key head.
@@ -21,6 +22,7 @@ In fp32 (EXACT) the formula for delta is not accurate enough. Where a row has fe
 small difference of larger numbers, and the rounding of out, of lse and of the sums would make its
 error larger than eager PyTorch's. So queries_kernel first sums p and p * dp itself. Then p is
 divided by the sum of p, delta is the sum of p * dp divided by the sum of p, and dlse is added last.
+A sink's weight is one more p, whose dp is 0.
 """
 
 import triton
@@ -35,6 +37,7 @@ from gptkernels.ops.attention.triton.scores import (
     finite_rows,
     key_ranges,
     load_rows,
+    load_slope,
     query_ranges,
     scores,
     sees,
@@ -73,7 +76,7 @@ def attention_bwd_keys_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, Tk, Hk, D)
     v_ptr,  # (B, Tk, Hk, D)
-    slopes_ptr,  # (H,) fp32, read when ALIBI
+    slopes_ptr,  # (H,) or (B, H) fp32, read when ALIBI
     lengths_ptr,  # (B,) int32, read when LENGTHS
     rng_ptr,  # (2,) int64, read when DROPOUT
     cu_q_ptr,  # (B + 1,) int32, read when VARLEN, as the next
@@ -90,10 +93,11 @@ def attention_bwd_keys_kernel(
     stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh,
     B, H, GROUP, total_q, total_k, left, right, scale, softcap, threshold, dropout_scale,
+    slopes_stride,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr, HAS_DLSE: tl.constexpr, VARLEN: tl.constexpr,
+    SINKS: tl.constexpr, EXACT: tl.constexpr, HAS_DLSE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Computes dk and dv of a block of keys of one key head."""
     key_heads = H // GROUP
@@ -158,7 +162,7 @@ def attention_bwd_keys_kernel(
             sums = h * total_q + first_q if VARLEN else bh * Tq
             slope = 0.0
             if ALIBI:
-                slope = tl.load(slopes_ptr + h)
+                slope = load_slope(slopes_ptr, slopes_stride, b, h, B)
             rows = i0 + tl.arange(0, BM)
             i0_wide = tl.cast(i0, tl.int64)
             if masked:
@@ -182,7 +186,8 @@ def attention_bwd_keys_kernel(
             dout = load_rows(dout_base + i0_wide * stride_ot, dout_offsets, sound, D, BD, masked)
             # The tile is (keys, rows), so that p and ds can be left operands without a transpose.
             product = tl.dot(k, tl.trans(q), input_precision="ieee")
-            if masked and SOFTCAP:
+            # With a sink the lse of a row without keys, or whose scores are all -inf, is finite.
+            if masked and (SOFTCAP or SINKS):
                 q, tainted = finite_rows(q)
             s, factor, slope_of_cap = scores(
                 product,
@@ -211,7 +216,7 @@ def attention_bwd_keys_kernel(
                 dp += tl.load(dlse_ptr + sums + rows, mask=rows < Tq, other=0.0)[None, :]
             ds = p * dp * slope_of_cap
             if masked:
-                if SOFTCAP:
+                if SOFTCAP or SINKS:
                     ds += tainted[None, :]
                 visible = sees(
                     rows[None, :], cols[:, None], shift, left, right, kv_len, HAS_LEFT, HAS_RIGHT
@@ -233,7 +238,7 @@ def attention_bwd_queries_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, Tk, Hk, D)
     v_ptr,  # (B, Tk, Hk, D)
-    slopes_ptr,  # (H,) fp32, read when ALIBI
+    slopes_ptr,  # (H,) or (B, H) fp32, read when ALIBI
     lengths_ptr,  # (B,) int32, read when LENGTHS
     rng_ptr,  # (2,) int64, read when DROPOUT
     cu_q_ptr,  # (B + 1,) int32, read when VARLEN, as the next
@@ -243,18 +248,22 @@ def attention_bwd_queries_kernel(
     delta_ptr,  # (B, H, Tq) fp32, written when EXACT
     total_ptr,  # (B, H, Tq) fp32, written when EXACT
     dlse_ptr,  # (B, H, Tq) fp32 contiguous, read when HAS_DLSE
+    sinks_ptr,  # (H,) fp32, read when SINKS and EXACT
     dq_ptr,  # (B, Tq, H, D) contiguous
+    by_query_ptr,  # (B, H, Tq) fp32 contiguous, written when BY_QUERY
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh,
     B, H, GROUP, total_q, total_k, left, right, scale, softcap, threshold, dropout_scale,
+    slopes_stride,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr, HAS_DLSE: tl.constexpr, VARLEN: tl.constexpr,
+    SINKS: tl.constexpr, EXACT: tl.constexpr, HAS_DLSE: tl.constexpr, VARLEN: tl.constexpr,
+    BY_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """Computes dq of a block of rows of one head."""
+    """Computes dq, and by_query, of a block of rows of one head."""
     b, h, block, Tq, Tk, first_q, first_k = place(
         cu_q_ptr, cu_k_ptr, total_q, total_k, H, B, BM, VARLEN
     )
@@ -271,7 +280,7 @@ def attention_bwd_queries_kernel(
         kv_len = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), Tk)
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes_ptr + h)
+        slope = load_slope(slopes_ptr, slopes_stride, b, h, B)
 
     rows = i0 + tl.arange(0, BM)
     dims = tl.arange(0, BD)
@@ -296,6 +305,10 @@ def attention_bwd_queries_kernel(
     if EXACT:
         delta = tl.zeros((BM,), tl.float32)
         total = tl.zeros((BM,), tl.float32)
+        if SINKS:
+            total = tl.exp2(tl.fma(tl.load(sinks_ptr + h), LOG2E, -lse))
+            # NaN in dout has to show in delta, also where the row sees no key.
+            _, delta = finite_rows(dout)
     else:
         delta = tl.load(delta_ptr + sums + rows, mask=rows < Tq, other=0.0)
     if HAS_DLSE:
@@ -309,6 +322,8 @@ def attention_bwd_queries_kernel(
         i0, Tq, shift, left, right, kv_len, BM, BN, HAS_LEFT, HAS_RIGHT
     )
     dq = tl.zeros((BM, BD), tl.float32)
+    if BY_QUERY:
+        by_query = tl.zeros((BM,), tl.float32)
     # EXACT loops over the keys twice: first for delta, then for dq.
     for summing in tl.static_range(1 if EXACT else 0, -1, -1):
         for masked in tl.static_range(1, -1, -1):
@@ -364,7 +379,14 @@ def attention_bwd_queries_kernel(
                     dp -= delta[:, None]
                     if HAS_DLSE:
                         dp += dlse[:, None]
-                    ds = p * dp * slope_of_cap
+                    ds = p * dp
+                    if BY_QUERY:
+                        away = tl.abs(rows[:, None] + shift - cols[None, :])
+                        moved = ds * away.to(tl.float32)
+                        if masked:
+                            moved = tl.where(visible, moved + tainted[None, :], 0.0)
+                        by_query += tl.sum(moved, 1)
+                    ds = ds * slope_of_cap
                     if masked:  # delta may be NaN, so hidden pairs are set to 0 here as well
                         ds = tl.where(visible, ds + tainted[None, :], 0.0)
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -377,3 +399,5 @@ def attention_bwd_queries_kernel(
     dq_offsets = ((first_q + rows.to(tl.int64)) * H + h)[:, None] * D + dims[None, :]
     inside = (rows < Tq)[:, None] & (dims < D)[None, :]
     tl.store(dq_ptr + dq_offsets, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
+    if BY_QUERY:
+        tl.store(by_query_ptr + sums + rows, by_query, mask=rows < Tq)

@@ -6,6 +6,8 @@ combines the splits.
     z_n = m_n + log2 l_n,  z = log2 sum_n exp2(z_n)
     out = sum_n exp2(z_n - z) o_n,   lse = z ln 2
 
+A head's sink is one more summand of z, whose o_n is 0: the kernel that writes out and lse adds it.
+
 q (B, Tq, H, D), k and v (B, Tmax, Hk, D) or pages (N, page, Hk, D), any strides with a unit last
 one; out (B, Tq, H, D) and lse (B, H, Tq) fp32, contiguous. group = H / Hk query heads share a key
 head. These heads and the query tokens make the rows of one product: row i * group + g is head g of
@@ -25,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptkernels.core.triton_support import Shipped, on_device
-from gptkernels.ops.attention.options import AttentionOptions
+from gptkernels.ops.attention.options import AttentionOptions, without_keys
 from gptkernels.ops.attention.splits import (
     ALIGNMENT,
     LEAST_KEYS,
@@ -40,6 +42,7 @@ from gptkernels.ops.attention.triton.scores import (
     nonfinite_part,
     scores,
     sees,
+    with_sink,
     without_nonfinite,
 )
 
@@ -64,7 +67,8 @@ _COMBINED = 16  # splits that are combined at a time
 # Triton must not specialise kernels on these arguments. One kernel then serves every cache size, so
 # the bits do not depend on the cache's capacity.
 _VARYING = (
-    "Tq", "pages", "page", "capacity", "max_splits", "num_splits", "left", "stride_table",
+    "Tq", "pages", "page", "capacity", "max_splits", "num_splits", "left", "right", "stride_table",
+    "slopes_stride",
 )  # fmt: skip
 
 _LEAST_KEYS = tl.constexpr(LEAST_KEYS)
@@ -88,7 +92,8 @@ def attention_decode_kernel(
     v_ptr,  # the same shape
     lengths_ptr,  # (B,) int32
     table_ptr,  # (B, capacity / page) int32, read when PAGED
-    slopes_ptr,  # (H,) fp32, read when ALIBI
+    slopes_ptr,  # (H,) or (B, H) fp32, read when ALIBI
+    sinks_ptr,  # (H,) fp32, read when SINKS
     out_ptr,  # (B, Tq, H, D) contiguous
     lse_ptr,  # (B, H, Tq) fp32 contiguous
     part_ptr,  # (B, max_splits, Tq, H, D) fp32 contiguous: o_n, for entries of several splits
@@ -97,10 +102,11 @@ def attention_decode_kernel(
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     stride_table,
-    Hk, GROUP, Tq, pages, page, capacity, max_splits, num_splits, left, scale, softcap,
+    Hk, GROUP, Tq, pages, page, capacity, max_splits, num_splits, left, right, scale, softcap,
+    slopes_stride,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr,
-    TOKENS: tl.constexpr, HAS_LEFT: tl.constexpr,
-    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    TOKENS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Computes one split of the keys for a block of rows of one key head. TOKENS: Tq > 1, so the
     rows of a block may see different keys."""
@@ -121,7 +127,9 @@ def attention_decode_kernel(
     first_token = r0 // GROUP
     last_token = tl.minimum((r0 + BM - 1) // GROUP, Tq - 1)
     start = split * size
-    end = tl.minimum(start + size, last_token + shift + 1)
+    end = tl.minimum(start + size, length)
+    if HAS_RIGHT:
+        end = tl.minimum(end, last_token + shift + right + 1)
     lo = 0
     if HAS_LEFT:
         lo = tl.maximum(first_token + shift - left, 0)
@@ -138,7 +146,7 @@ def attention_decode_kernel(
     q = load_rows(q_ptr + b * stride_qb, q_offsets, alive, D, BD, True)
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes_ptr + heads, mask=alive, other=0.0)[:, None]
+        slope = tl.load(slopes_ptr + b * slopes_stride + heads, mask=alive, other=0.0)[:, None]
 
     k_base = k_ptr + kh * stride_kh
     v_base = v_ptr + kh * stride_vh
@@ -154,7 +162,10 @@ def attention_decode_kernel(
         full_lo = start
         if HAS_LEFT:
             full_lo = tl.maximum(start, tl.cdiv(last_token + shift - left, BN) * BN)
-        full_hi = tl.maximum(full_lo, tl.minimum(end, first_token + shift + 1) // BN * BN)
+        full_hi = end
+        if HAS_RIGHT:
+            full_hi = tl.minimum(end, first_token + shift + right + 1)
+        full_hi = tl.maximum(full_lo, full_hi // BN * BN)
         full_lo = tl.minimum(full_lo, end)
         full_hi = tl.minimum(full_hi, end)
     for masked in tl.static_range(1, -TOKENS, -1):
@@ -177,7 +188,14 @@ def attention_decode_kernel(
                 seen = wanted[None, :]
                 if TOKENS:
                     seen = seen & sees(
-                        tokens[:, None], cols[None, :], shift, left, 0, length, HAS_LEFT, True
+                        tokens[:, None],
+                        cols[None, :],
+                        shift,
+                        left,
+                        right,
+                        length,
+                        HAS_LEFT,
+                        HAS_RIGHT,
                     )
                 s = tl.where(seen, s, -INFINITY)
             m_new = tl.maximum(m, tl.max(s, 1) * factor)
@@ -198,11 +216,16 @@ def attention_decode_kernel(
         for j in range(tl.maximum(start, lo), end):
             entry, place = _where(table_ptr, stride_table, b, j, True, pages, page, PAGED)
             lost = nonfinite_part(v_base + entry * stride_vb + place * stride_vt, D, BD)
-            seen = sees(tokens, j, shift, left, 0, length, HAS_LEFT, True)
+            seen = sees(tokens, j, shift, left, right, length, HAS_LEFT, HAS_RIGHT)
             acc += tl.where(seen[:, None], lost[None, :], 0.0)
 
     none = l == 0.0
-    l_used = tl.where(none, 1.0, l)
+    if SINKS:
+        alone = alive & (splits == 1)
+        sink = tl.load(sinks_ptr + heads, mask=alone, other=-INFINITY)
+        m, l, factor = with_sink(m, l, sink)
+        acc *= factor[:, None]
+    l_used = tl.where(l == 0.0, 1.0, l)
     acc = acc / l_used[:, None]
     lse = tl.where(none, -INFINITY, m + tl.log2(l_used))
     stored = alive[:, None] & (dims < D)[None, :]
@@ -213,7 +236,10 @@ def attention_decode_kernel(
             acc.to(out_ptr.dtype.element_ty),
             mask=stored,
         )
-        tl.store(lse_ptr + (b * Hk * GROUP + heads) * Tq + tokens, lse / LOG2E, mask=alive)
+        lse = lse / LOG2E
+        if SINKS:
+            lse = tl.where(none, sink, lse)
+        tl.store(lse_ptr + (b * Hk * GROUP + heads) * Tq + tokens, lse, mask=alive)
     else:
         row = ((b * max_splits + split) * Tq + tokens) * (Hk * GROUP) + heads
         tl.store(part_ptr + row[:, None] * D + dims[None, :], acc, mask=stored)
@@ -236,10 +262,12 @@ def attention_decode_combine_kernel(
     lengths_ptr,  # (B,) int32
     part_ptr,  # (B, max_splits, Tq, H, D) fp32
     part_lse_ptr,  # (B, max_splits, Tq, H) fp32, in units of log2
+    sinks_ptr,  # (H,) fp32, read when SINKS
     out_ptr,  # (B, Tq, H, D)
     lse_ptr,  # (B, H, Tq) fp32
-    H, Tq, capacity, max_splits, num_splits, left,
+    H, Tq, capacity, max_splits, num_splits, left, right,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Computes one row of out and lse from the splits that hold keys of the row, in their order."""
     row = tl.program_id(0).to(tl.int64) % (Tq * H)
@@ -249,10 +277,13 @@ def attention_decode_combine_kernel(
     size = _keys_per_split(length, num_splits)
     if length <= size:
         return  # there is one split, and the first kernel has written its out and lse
-    hi = (token + length - Tq + 1).to(tl.int32)
+    position = (token + length - Tq).to(tl.int32)
+    hi = length
+    if HAS_RIGHT:
+        hi = tl.minimum(hi, position + right + 1)
     first = 0
     if HAS_LEFT:
-        first = tl.maximum(hi - 1 - left, 0) // size
+        first = tl.maximum(position - left, 0) // size
     last = tl.cdiv(tl.maximum(hi, 0), size)
     base = b * max_splits * Tq * H + row
     m = -INFINITY
@@ -275,11 +306,16 @@ def attention_decode_combine_kernel(
         total += tl.sum(weights, 0)
         acc += tl.sum(weights[:, None] * o, 0)
     none = total == 0.0
-    total_used = tl.where(none, 1.0, total)
+    lse_of_none = -INFINITY
+    if SINKS:
+        lse_of_none = tl.load(sinks_ptr + row % H)
+        m, total, factor = with_sink(m, total, lse_of_none)
+        acc *= factor
+    total_used = tl.where(total == 0.0, 1.0, total)
     out = acc / total_used
     place = b * Tq * H + row
     tl.store(out_ptr + place * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
-    lse = tl.where(none, -INFINITY, (m + tl.log2(total_used)) / LOG2E)
+    lse = tl.where(none, lse_of_none, (m + tl.log2(total_used)) / LOG2E)
     tl.store(lse_ptr + (b * H + row % H) * Tq + token, lse)
 
 
@@ -296,15 +332,15 @@ def attention_decode_fwd(
     B, Tq, H, D = q.shape
     entries, page, Hk = k_cache.shape[:3]
     capacity = page if block_table is None else page * block_table.shape[1]
+    if q.numel() == 0 or k_cache.numel() == 0 or capacity == 0:
+        return without_keys(q, v_cache, options)
     out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    if q.numel() == 0:
-        return out, lse
-    if k_cache.numel() == 0 or capacity == 0:
-        return out.zero_(), lse.fill_(-float("inf"))
     splits = most_splits(capacity, num_splits)
-    left, alibi = options.left, options.alibi_slopes is not None
-    bound = min(left, capacity)  # so that position - bound does not overflow int32
+    has_left, sinks = options.left >= 0, options.sinks is not None
+    has_right = 0 <= options.right < Tq - 1  # a bound that hides nothing is dropped
+    # So that position - left does not overflow int32.
+    bounds = (min(options.left, capacity), options.right if has_right else 0)
     shape = (B, splits, Tq, H) if splits > 1 else (0,)
     parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -318,18 +354,21 @@ def attention_decode_fwd(
     grid = triton.cdiv(rows, BM) * Hk * splits * B
     with on_device(q):
         attention_decode_kernel[(grid,)](
-            q, k_cache, v_cache, cache_lengths, block_table, options.alibi_slopes, out, lse,
-            parts, part_lse, *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-            0 if block_table is None else block_table.stride(0),
-            Hk, H // Hk, Tq, entries, page, capacity, splits, num_splits, bound,
-            options.softmax_scale, options.softcap, D, BD, BM, BN, block_table is not None, Tq > 1,
-            left >= 0, options.costly or options.softmax_scale <= 0, options.softcap > 0, alibi,
+            q, k_cache, v_cache, cache_lengths, block_table, options.alibi_slopes, options.sinks,
+            out, lse, parts, part_lse, *q.stride()[:3], *k_cache.stride()[:3],
+            *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0),
+            Hk, H // Hk, Tq, entries, page, capacity, splits, num_splits, *bounds,
+            options.softmax_scale, options.softcap, options.alibi_stride,
+            D, BD, BM, BN, block_table is not None, Tq > 1, has_left, has_right,
+            options.costly or options.softmax_scale <= 0, options.softcap > 0,
+            options.alibi_slopes is not None, sinks,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:
             attention_decode_combine_kernel[(B * Tq * H,)](
-                cache_lengths, parts, part_lse, out, lse, H, Tq, capacity, splits, num_splits,
-                bound, D, BD, _COMBINED, left >= 0, num_warps=4, enable_fp_fusion=True,
+                cache_lengths, parts, part_lse, options.sinks, out, lse, H, Tq, capacity, splits,
+                num_splits, *bounds, D, BD, _COMBINED, has_left, has_right, sinks,
+                num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return out, lse
 
@@ -350,7 +389,7 @@ def shipped() -> Iterator[Shipped]:
                 chosen = tuple(a for a in architectures if (a in (90, 100)) == (where == "sm90"))
                 yield _shipped(tiles[where][D], D, "bf16", options, where, chosen)
         yield _shipped(_FEW["fp32"][D], D, "fp32", "all", "", architectures)
-    constexprs = dict(D=256, BD=256, BS=_COMBINED, HAS_LEFT=True)
+    constexprs = dict(D=256, BD=256, BS=_COMBINED, HAS_LEFT=True, HAS_RIGHT=True, SINKS=True)
     yield _configuration(
         "attention_decode_combine D256 bf16", attention_decode_combine_kernel, "bf16", constexprs,
         4, 3, everything,
@@ -361,7 +400,9 @@ def _shipped(
     tile: _Tile, D: int, dtype: str, options: str, where: str, architectures: tuple[int, ...]
 ) -> Shipped:
     BM, BN, warps, stages = tile
-    switches = ("PAGED", "TOKENS", "HAS_LEFT", "SCALED", "SOFTCAP", "ALIBI")
+    switches = (
+        "PAGED", "TOKENS", "HAS_LEFT", "HAS_RIGHT", "SCALED", "SOFTCAP", "ALIBI", "SINKS",
+    )  # fmt: skip
     constexprs = dict(D=D, BD=D, BM=BM, BN=BN) | dict.fromkeys(switches, options == "all")
     name = f"attention_decode D{D} {dtype} {options}{' sm80' if where == 'sm80' else ''}"
     kernel = attention_decode_kernel
@@ -378,7 +419,8 @@ def _configuration(
     architectures: tuple[int, ...],
 ) -> Shipped:
     types = dict(lengths_ptr="*i32", table_ptr="*i32", scale="fp32", softcap="fp32")
-    types |= dict.fromkeys(("slopes_ptr", "lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32")
+    floats = ("slopes_ptr", "sinks_ptr", "lse_ptr", "part_ptr", "part_lse_ptr")
+    types |= dict.fromkeys(floats, "*fp32")
     signature = {}
     for argument in kernel.arg_names:
         if argument in constexprs:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from gptkernels.core import philox
 from gptkernels.core.triton_support import Shipped, Tile, on_device
-from gptkernels.ops.attention.options import AttentionOptions
+from gptkernels.ops.attention import widths
+from gptkernels.ops.attention.options import AttentionOptions, without_keys
 from gptkernels.ops.attention.triton.bwd import (
     attention_bwd_delta_kernel,
     attention_bwd_keys_kernel,
@@ -54,6 +54,7 @@ _DELTA_ROWS = 64
 _ARCHITECTURES = (80, 86, 90, 100)
 
 
+@widths.forward
 def attention_fwd(
     q: Tensor,  # (B, Tq, H, D)
     k: Tensor,  # (B, Tk, Hk, D)
@@ -68,18 +69,16 @@ def attention_fwd(
         raise NotImplementedError(
             "attn_mask runs with impl='torch', 'cpu' or 'auto' only, got 'triton'"
         )
+    if q.numel() == 0 or k.numel() == 0:
+        return without_keys(q, v, options)
     B, Tq, H, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    if q.numel() == 0:
-        return out, lse
-    if k.shape[1] == 0:
-        return out.zero_(), lse.fill_(-math.inf)
     arguments, switches = _arguments(q, k, options)
     BM, BN, warps, stages = tile or _tile(_FORWARD, q, options)
     with on_device(q):
         attention_fwd_kernel[_grid(q, H, BM, options.cu_seqlens_q)](
-            q, k, v, *_vectors(options), out, lse,
+            q, k, v, *_vectors(options), options.sinks, out, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *arguments,
             D, padded_width(D), BM, BN, *switches, options.cu_seqlens_q is not None,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
@@ -87,6 +86,7 @@ def attention_fwd(
     return out, lse
 
 
+@widths.backward
 def attention_bwd(
     dout: Tensor,  # (B, Tq, H, D)
     dlse: Tensor | None,  # (B, H, Tq) fp32
@@ -102,27 +102,36 @@ def attention_bwd(
     queries_tile: Tile | None = None,
     keys_tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv, contiguous, each empty where `grad_mask` is False; the mask's gradient
-    and by_query are always empty. A tile of a kernel runs in place of the chosen one.
+    """Returns dq, dk, dv, the mask's gradient, which is always empty, and by_query, contiguous,
+    each empty where `grad_mask` is False. A tile of a kernel runs in place of the chosen one.
 
     No kernel uses atomics, so gradients have the same bits on every run even without
     `deterministic`.
     """
     B, Tq, H, D = q.shape
     exact = q.dtype == torch.float32
-    # One kernel computes dk and dv. In fp32 it needs the sums over rows that the queries kernel
-    # computes.
-    keys_wanted = grad_mask[1] or grad_mask[2]
-    queries_wanted = grad_mask[0] or (exact and keys_wanted)
-    dq, dk, dv = gradients = tuple(
+    # One kernel computes dk and dv, and one dq and by_query. In fp32 the former needs the sums over
+    # rows that the latter computes.
+    _, dk_wanted, dv_wanted, _, by_query_wanted = grad_mask
+    keys_wanted = dk_wanted or dv_wanted
+    queries_wanted = grad_mask[0] or by_query_wanted or (exact and keys_wanted)
+    dq, dk, dv, _, by_query = gradients = tuple(
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
-        for x, wanted in ((q, queries_wanted), (k, keys_wanted), (v, keys_wanted))
+        for x, wanted in (
+            (q, queries_wanted),
+            (k, keys_wanted),
+            (v, keys_wanted),
+            (q, False),
+            (lse, by_query_wanted),
+        )
     )
 
     def asked_for() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        found = zip(gradients, grad_mask, strict=False)
-        a, b, c = (gradient if wanted else q.new_empty(0) for gradient, wanted in found)
-        return a, b, c, q.new_empty(0), lse.new_empty(0)
+        a, b, c, d, e = (
+            gradient if wanted else gradient.new_empty(0)
+            for gradient, wanted in zip(gradients, grad_mask, strict=True)
+        )
+        return a, b, c, d, e
 
     if q.numel() == 0 or k.numel() == 0:
         for gradient in gradients:
@@ -149,7 +158,8 @@ def attention_bwd(
         if queries_wanted:
             BM, BN, warps, stages = queries_tile or _tile(_QUERIES, q, options)
             attention_bwd_queries_kernel[_grid(q, H, BM, options.cu_seqlens_q)](
-                *inputs, dq, *strides, *arguments, D, BD, BM, BN, *switches,
+                *inputs, options.sinks, dq, by_query if by_query_wanted else None, *strides,
+                *arguments, D, BD, BM, BN, *switches, by_query_wanted,
                 num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
         if keys_wanted:
@@ -225,10 +235,11 @@ def _arguments(
     scalars = (
         B, H, H // Hk, Tq, Tk, left if has_left else 0, right if has_right else 0,
         options.softmax_scale, options.softcap, philox.threshold(dropout), philox.scale(dropout),
+        options.alibi_stride,
     )  # fmt: skip
     switches = (
         has_left, has_right, options.key_lengths is not None,
-        scaled, softcap, alibi, dropout > 0,
+        scaled, softcap, alibi, dropout > 0, options.sinks is not None,
     )  # fmt: skip
     return scalars, switches
 
@@ -273,6 +284,10 @@ def shipped() -> Iterator[Shipped]:
             yield _shipped(kernel, tiles["sm90 options"][D], D, "bf16", "all", (90, 100))
             yield _shipped(kernel, tiles["sm80"][D], D, "bf16", "all sm80", (80, 86))
             yield _shipped(kernel, tiles["fp32"][D], D, "fp32", "all", _ARCHITECTURES)
+            if kernel is attention_bwd_queries_kernel:
+                yield _shipped(kernel, tiles["sm90 options"][D], D, "bf16", "learned", (90, 100))
+                yield _shipped(kernel, tiles["sm80"][D], D, "bf16", "learned sm80", (80, 86))
+                yield _shipped(kernel, tiles["fp32"][D], D, "fp32", "learned", _ARCHITECTURES)
             if D == 128:
                 yield _shipped(kernel, tiles["sm90"][D], D, "fp16", "causal", (90, 100))
         delta = (_DELTA_ROWS, 0, 4, 3)
@@ -283,15 +298,16 @@ def _shipped(
     kernel: Any, tile: _Tile, D: int, dtype: str, options: str, architectures: tuple[int, ...]
 ) -> Shipped:
     BM, BN, warps, stages = tile
-    types = dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr", "total_ptr"), "*fp32")
-    types |= {"dlse_ptr": "*fp32", "rng_ptr": "*i64"}
+    floats = ("slopes", "sinks", "lse", "dlse", "delta", "total", "by_query")
+    types = {f"{name}_ptr": "*fp32" for name in floats} | {"rng_ptr": "*i64"}
     types |= dict.fromkeys(("lengths_ptr", "cu_q_ptr", "cu_k_ptr"), "*i32")
     types |= dict.fromkeys(("scale", "softcap", "dropout_scale"), "fp32")
-    everything = options.startswith("all")
+    everything, learned = options.startswith("all"), options.startswith("learned")
     constexprs = {
         "D": D, "BD": D, "BM": BM, "BN": BN, "HAS_LEFT": everything, "HAS_RIGHT": True,
-        "LENGTHS": everything, "SCALED": everything, "SOFTCAP": everything, "ALIBI": everything,
-        "DROPOUT": everything, "EXACT": dtype == "fp32",
+        "LENGTHS": everything, "SCALED": everything or learned, "SOFTCAP": everything,
+        "ALIBI": everything or learned, "DROPOUT": everything, "SINKS": everything or learned,
+        "EXACT": dtype == "fp32", "BY_QUERY": learned,
         "HAS_DLSE": everything and (dtype == "fp32" or kernel is attention_bwd_delta_kernel),
         "VARLEN": options.startswith("varlen"),
     }  # fmt: skip

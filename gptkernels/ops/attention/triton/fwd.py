@@ -8,7 +8,8 @@
 q (B, Tq, H, D), k and v (B, Tk, Hk, D), any strides with a unit last one; out (B, Tq, H, D) and lse
 (B, H, Tq) fp32, contiguous. Bytes: the kernel moves q and out once, and k and v once for each block
 of BM rows; scores never leave the chip. Saved for the backward pass: q, k, v and out in their
-dtype, and lse. Dropout drops p only in the product with v; the normaliser l sums all p.
+dtype, and lse. Dropout drops p only in the product with v; the normaliser l sums all p. A head's
+sink joins m and l once, after the last key.
 """
 
 import triton
@@ -22,9 +23,11 @@ from gptkernels.ops.attention.triton.scores import (
     VARYING,
     key_ranges,
     load_rows,
+    load_slope,
     nonfinite_part,
     scores,
     sees,
+    with_sink,
     without_nonfinite,
 )
 
@@ -34,21 +37,23 @@ def attention_fwd_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, Tk, Hk, D)
     v_ptr,  # (B, Tk, Hk, D)
-    slopes_ptr,  # (H,) fp32, read when ALIBI
+    slopes_ptr,  # (H,) or (B, H) fp32, read when ALIBI
     lengths_ptr,  # (B,) int32, read when LENGTHS
     rng_ptr,  # (2,) int64, read when DROPOUT
     cu_q_ptr,  # (B + 1,) int32, read when VARLEN
     cu_k_ptr,  # (B + 1,) int32, read when VARLEN
+    sinks_ptr,  # (H,) fp32, read when SINKS
     out_ptr,  # (B, Tq, H, D) contiguous
     lse_ptr,  # (B, H, Tq) fp32 contiguous
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     B, H, GROUP, total_q, total_k, left, right, scale, softcap, threshold, dropout_scale,
+    slopes_stride,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
-    VARLEN: tl.constexpr,
+    SINKS: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Computes out and lse of a block of rows of one head."""
     b, h, block, Tq, Tk, first_q, first_k = place(
@@ -69,7 +74,7 @@ def attention_fwd_kernel(
         kv_len = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), Tk)
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes_ptr + h)
+        slope = load_slope(slopes_ptr, slopes_stride, b, h, B)
 
     rows = i0 + tl.arange(0, BM)
     dims = tl.arange(0, BD)
@@ -142,9 +147,14 @@ def attention_fwd_kernel(
             acc += tl.where(seen[:, None], lost[None, :], 0.0)
 
     none = l == 0.0
-    l_used = tl.where(none, 1.0, l)
+    lse_of_none = -INFINITY
+    if SINKS:
+        lse_of_none = tl.load(sinks_ptr + h)
+        m, l, factor = with_sink(m, l, lse_of_none)
+        acc *= factor[:, None]
+    l_used = tl.where(l == 0.0, 1.0, l)
     acc *= (dropout_scale / l_used)[:, None]
-    lse = tl.where(none, -INFINITY, (m + tl.log2(l_used)) / LOG2E)
+    lse = tl.where(none, lse_of_none, (m + tl.log2(l_used)) / LOG2E)
     lse_first = h * total_q + first_q if VARLEN else bh * Tq
     tl.store(lse_ptr + lse_first + rows, lse, mask=rows < Tq)
     out_offsets = ((first_q + rows.to(tl.int64)) * H + h)[:, None] * D + dims[None, :]

@@ -15,7 +15,7 @@ import triton.language as tl
 
 # Arguments that differ from call to call. Triton must not specialise kernels on their values: that
 # would compile more kernels without making any faster.
-VARYING = ("B", "Tq", "total_q", "total_k", "left", "right", "threshold")
+VARYING = ("B", "Tq", "total_q", "total_k", "left", "right", "threshold", "slopes_stride")
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
@@ -135,6 +135,19 @@ def scores(
 
 
 @triton.jit
+def with_sink(m, l, sink):
+    """Adds one more score, which belongs to no key, to the maximum m of rows, in units of log2(e),
+    and to their sum l. Returns (m, l, the factor of their sum of values).
+
+    A sink of -inf changes no bit.
+    """
+    highest = tl.maximum(m, sink * LOG2E)
+    used = tl.where(highest == -INFINITY, 0.0, highest)
+    factor = tl.exp2(m - used)
+    return highest, l * factor + tl.exp2(tl.fma(sink, LOG2E, -used)), factor
+
+
+@triton.jit
 def _tanh(x):
     # Scores are usually near zero, where 2 sigmoid(2x) - 1 would lose digits by cancellation. So
     # for |x| < 1 this uses Lambert's continued fraction, with an error below 1e-9. For larger |x|
@@ -159,6 +172,13 @@ def load_rows(base, offsets, wanted, D, BD: tl.constexpr, MASKED: tl.constexpr):
         return tl.load(base + offsets, mask=(tl.arange(0, BD) < D)[None, :], other=0.0)
     else:
         return tl.load(base + offsets)
+
+
+@triton.jit
+def load_slope(slopes_ptr, stride, b, h, B):
+    """Loads the slope of head h. Packed tokens outside of all sequences (`place`) get 0: they see
+    no keys."""
+    return tl.load(slopes_ptr + b * stride + h, mask=(b >= 0) & (b < B), other=0.0)
 
 
 @triton.jit
