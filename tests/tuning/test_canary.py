@@ -74,9 +74,14 @@ def draw(*sizes: int, dtype: torch.dtype = FP16) -> Tensor:
 
 
 def heads(
-    T: int = 9, Hk: int = 2, D: int = 16, dtype: torch.dtype = FP16, training: bool = False
+    T: int = 9,
+    Hk: int = 2,
+    D: int = 16,
+    Dv: int = 0,
+    dtype: torch.dtype = FP16,
+    training: bool = False,
 ) -> dict[str, Any]:
-    shapes = {"q": (2, T, 2, D), "k": (2, T + 4, Hk, D), "v": (2, T + 4, Hk, D)}
+    shapes = {"q": (2, T, 2, D), "k": (2, T + 4, Hk, D), "v": (2, T + 4, Hk, Dv or D)}
     return {
         name: draw(*shape, dtype=dtype).requires_grad_(training) for name, shape in shapes.items()
     }
@@ -100,6 +105,9 @@ def cached(paged: bool = False) -> dict[str, Any]:
 
 LENGTHS = torch.tensor([13, 5], dtype=torch.int32)
 SLOPES = torch.tensor([0.5, 0.25])
+BY_ENTRY = torch.tensor([[0.5, 0.25], [0.1, 0.7]])
+SINKS = torch.tensor([0.5, -1.0])
+LEARNED = SLOPES.clone().requires_grad_()
 # By name: the op, its tensors and its options.
 CALLS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]] = {
     "causal of unequal lengths": ("attention", heads, {}),
@@ -117,10 +125,21 @@ CALLS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]] = {
         {"window": (5, 0), "softcap": 5.0, "alibi_slopes": SLOPES, "key_lengths": LENGTHS,
          "dropout_p": 0.2, "return_lse": True},
     ),
+    "sinks": ("attention", heads, {"sinks": SINKS}),
+    "slopes of each entry, narrow values": (
+        "attention", functools.partial(heads, Dv=8), {"alibi_slopes": BY_ENTRY},
+    ),
+    "learned slopes": ("attention", heads, {"alibi_slopes": LEARNED, "softcap": 5.0}),
     "packed": ("attention_varlen", packed, {}),
+    "packed, sinks, slopes": (
+        "attention_varlen", packed, {"sinks": SINKS, "alibi_slopes": BY_ENTRY},
+    ),
     "packed, dropout": ("attention_varlen", packed, {"dropout_p": 0.2, "window": (3, 0)}),
     "cache": ("attention_decode", cached, {}),
     "cache, window": ("attention_decode", cached, {"window": (3, 0), "softcap": 5.0}),
+    "cache, sinks, later keys": (
+        "attention_decode", cached, {"sinks": SINKS, "causal": False, "window": (-1, 1)},
+    ),
     "pages": ("attention_decode", functools.partial(cached, paged=True), {"alibi_slopes": SLOPES}),
 }  # fmt: skip
 
@@ -129,7 +148,8 @@ def call(name: str, training: bool = False, **more: Any) -> list[Tensor]:
     """Outputs, and gradients where it is differentiated, of impl="auto"."""
     op, make, options = CALLS[name]
     inputs = make(training=training) if training else make()
-    outputs = getattr(gptkernels, op)(**inputs, **options | more)
+    with torch.set_grad_enabled(training):
+        outputs = getattr(gptkernels, op)(**inputs, **options | more)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     if not training:
         return outputs
@@ -220,11 +240,11 @@ class TestPasses:
             time.sleep(0.05)
 
         monkeypatch.setattr(canary, "_wrong", slow)
-        q, k, _ = heads().values()
+        q, k, v = heads().values()
         options = AttentionOptions(0.25, softcap=5.0)
-        kind = canary._kind("attention", False, q, k, options, False, False)
+        kind = canary._kind("attention", False, (q, k, v), options, False, False)
         threads = [
-            threading.Thread(target=lambda: found.append(canary.verdict(kind, q, options)))
+            threading.Thread(target=lambda: found.append(canary.verdict(kind, q, v, options)))
             for _ in range(4)
         ]
         for thread in threads:
@@ -527,4 +547,4 @@ def test_on_this_gpu(name: str, D: int, dtype: torch.dtype) -> None:
 def _wider(x: Tensor, D: int, dtype: torch.dtype) -> Tensor:
     if not x.is_floating_point():
         return x.cuda()
-    return torch.randn(*x.shape[:-1], D, device="cuda", dtype=dtype)
+    return torch.randn(*x.shape[:-1], D * x.shape[-1] // 16, device="cuda", dtype=dtype)

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from gptkernels.core import choice, masks, philox, plans
 from gptkernels.core.autocast import autocast_dtype, without_autocast
+from gptkernels.core.autograd import requires_grad
 from gptkernels.core.checks import dtype_name
 from gptkernels.core.errors import in_a_line
 from gptkernels.core.plans import Call, Plan
@@ -65,8 +66,12 @@ class Kind(NamedTuple):
     right: int  # -1, 0 or 1
     softcap: bool
     alibi: bool
+    alibi_by_entry: bool
+    alibi_learned: bool
+    sinks: bool
     dropout: bool
     lengths: bool
+    narrow_values: bool  # or wide ones: not as wide as the keys
 
 
 def on_gpu(q: Tensor) -> bool:
@@ -87,7 +92,7 @@ def instead(
 
     A table decides before a static plan does, and so does an engine: no canary runs then.
     """
-    q, k, _ = tensors
+    q, v = tensors[0], tensors[-1]
     if not _is_candidate(q) or choice.switched_off():
         return call, True
     fixed = plans.fixed.get()
@@ -96,7 +101,8 @@ def instead(
         return call, True
     if not _formula_alone(call.op, tensors, options, deterministic and call.training):
         return call, True
-    passed = verdict(_kind(call.op, call.training, q, k, options, return_lse, paged), q, options)
+    kind = _kind(call.op, call.training, tensors, options, return_lse, paged)
+    passed = verdict(kind, q, v, options)
     if not passed:
         return call, passed is not None
     way = plans.Way("triton")  # where its launch fails, impl="torch" runs the call
@@ -107,8 +113,7 @@ def instead(
 def compiled(
     op: str,
     training: bool,
-    q: Tensor,
-    k: Tensor,
+    tensors: Sequence[Tensor],
     options: AttentionOptions,
     return_lse: bool,
     paged: bool,
@@ -118,9 +123,9 @@ def compiled(
     lacking = options.costly or options.key_lengths is not None or options.left >= 0
     if options.attn_mask is not None or not (lacking or op != "attention"):
         return "torch"
-    if not _is_candidate(q):
+    if not _is_candidate(tensors[0]):
         return "torch"
-    return _compiled(*_kind(op, training, q, k, options, return_lse, paged))
+    return _compiled(*_kind(op, training, tensors, options, return_lse, paged))
 
 
 def _compiled(*fields: Any) -> str:
@@ -136,7 +141,7 @@ def _compiled(*fields: Any) -> str:
 _compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def verdict(kind: Kind, q: Tensor, options: AttentionOptions) -> bool | None:
+def verdict(kind: Kind, q: Tensor, v: Tensor, options: AttentionOptions) -> bool | None:
     """Whether Triton is right for a kind of calls, found out once on q's device; None where that
     cannot be found out now."""
     known = _verdicts.get(kind)
@@ -147,7 +152,7 @@ def verdict(kind: Kind, q: Tensor, options: AttentionOptions) -> bool | None:
             return _verdicts[kind]
         try:
             with without_autocast(q), torch.no_grad():
-                reason = _wrong(kind, q, options)
+                reason = _wrong(kind, q, v, options)
         except torch.OutOfMemoryError:
             return None
         except Exception as error:  # whatever a compiler or a driver raises
@@ -192,17 +197,18 @@ def _formula_alone(
 def _kind(
     op: str,
     training: bool,
-    q: Tensor,
-    k: Tensor,
+    tensors: Sequence[Tensor],
     options: AttentionOptions,
     return_lse: bool,
     paged: bool,
 ) -> Kind:
+    q, k, v = tensors
+    D, Dv = q.shape[-1], v.shape[-1]
     return Kind(
         op,
         training,
         autocast_dtype(q),
-        _width(q.shape[-1]),
+        _width(max(D, Dv)),
         (q.device.type, q.device.index),
         q.shape[-2] != k.shape[-2],
         paged,
@@ -211,8 +217,12 @@ def _kind(
         -1 if options.right < 0 else min(options.right, 1),
         options.softcap > 0,
         options.alibi_slopes is not None,
+        options.alibi_stride > 0,
+        requires_grad((options.alibi_slopes,)),
+        options.sinks is not None,
         options.dropout_p > 0,
         options.key_lengths is not None,
+        Dv != D,
     )
 
 
@@ -259,7 +269,8 @@ class _Part(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """`run` returns out, lse, and, where the kind is of training, dq, dk and dv."""
+    """`run` returns out, lse, and, where the kind is of training, dq, dk, dv, and by_query where
+    the slopes are learned."""
 
     tensors: tuple[Tensor, Tensor, Tensor]
     cotangents: tuple[Tensor, Tensor | None]
@@ -268,7 +279,7 @@ class _Case(NamedTuple):
     run: Callable[[Any], list[Tensor]]
 
 
-def _case(kind: Kind, D: int, given: AttentionOptions, device: torch.device) -> _Case:
+def _case(kind: Kind, D: int, Dv: int, given: AttentionOptions, device: torch.device) -> _Case:
     # On the CPU, so that nobody's random numbers are others than without a canary.
     generator = torch.Generator().manual_seed(0)
 
@@ -278,22 +289,26 @@ def _case(kind: Kind, D: int, given: AttentionOptions, device: torch.device) -> 
     def integers(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    packed = kind.op == "attention_varlen"
     H, Hk = (4, 2) if kind.grouped else (2, 2)
     slopes = torch.tensor([2.0 ** -(h + 1) for h in range(H)], device=device)
+    if kind.alibi_by_entry:
+        slopes = torch.stack([slopes, slopes / 2, slopes / 4][: 3 if packed else 2])
     options = given._replace(
         left=min(given.left, _LEFT),
         right=min(given.right, _RIGHT),
         backend=-1,
         alibi_slopes=slopes if kind.alibi else None,
+        sinks=draw(H, dtype=torch.float32) if kind.sinks else None,
         rng=integers(1234, 5, dtype=torch.int64) if kind.dropout else None,
     )
     if kind.op == "attention_decode":
-        return _decoding(kind, options, draw, integers, (H, Hk, D))
+        return _decoding(kind, options, draw, integers, (H, Hk, D, Dv))
     queries, keys = [_QUERIES, _QUERIES], [_KEYS, _KEYS]
-    if kind.op == "attention_varlen":
+    if packed:
         queries, keys = [_QUERIES, 20, 1], [_KEYS, 45, 7]
         q = draw(1, sum(queries), H, D)
-        k, v = (draw(1, sum(keys), Hk, D) for _ in range(2))
+        k, v = (draw(1, sum(keys), Hk, width) for width in (D, Dv))
         options = options._replace(
             cu_seqlens_q=integers(*_ends(queries)),
             cu_seqlens_k=integers(*_ends(keys)),
@@ -304,22 +319,24 @@ def _case(kind: Kind, D: int, given: AttentionOptions, device: torch.device) -> 
         parts = [_Part(b, slice(None), rows, cols, None) for b, (rows, cols) in enumerate(inside)]
     else:
         q = draw(2, _QUERIES, H, D)
-        k, v = (draw(2, _KEYS, Hk, D) for _ in range(2))
+        k, v = (draw(2, _KEYS, Hk, width) for width in (D, Dv))
         lengths = [_KEYS, _KEYS // 3] if kind.lengths else [None, None]
         if kind.lengths:
             options = options._replace(key_lengths=integers(_KEYS, _KEYS // 3))
         every = slice(None)
         parts = [_Part(b, slice(b, b + 1), every, every, n) for b, n in enumerate(lengths)]
-    dout = draw(*q.shape)
+    dout = draw(*q.shape[:-1], Dv)
     dlse = draw(q.shape[0], H, q.shape[1], dtype=torch.float32) if kind.lse else None
 
     def run(launchers: Any) -> list[Tensor]:
         out, lse = launchers.attention_fwd(q, k, v, options)
         if not kind.training:
             return [out, lse]
-        wanted = (True, True, True, False, False)
-        gradients = launchers.attention_bwd(dout, dlse, q, k, v, out, lse, options, wanted, True)
-        return [out, lse, *gradients[:3]]
+        wanted = (True, True, True, False, kind.alibi_learned)
+        *gradients, _, by_query = launchers.attention_bwd(
+            dout, dlse, q, k, v, out, lse, options, wanted, True
+        )
+        return [out, lse, *gradients, *([by_query] if kind.alibi_learned else [])]
 
     return _Case((q, k, v), (dout, dlse), options, parts, run)
 
@@ -329,14 +346,16 @@ def _decoding(
     options: AttentionOptions,
     draw: Callable[..., Tensor],
     integers: Callable[..., Tensor],
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, int, int, int],
 ) -> _Case:
-    H, Hk, D = sizes
+    H, Hk, D, Dv = sizes
     pages = -(-_CACHE // _PAGE)
     lengths = [_CACHE - 13, _CACHE // 16]
     q = draw(2, _NEW, H, D)
-    k, v = (draw(2, pages * _PAGE, Hk, D) for _ in range(2))
-    options = options._replace(key_lengths=integers(*lengths))
+    k, v = (draw(2, pages * _PAGE, Hk, width) for width in (D, Dv))
+    # A bound that hides a key from the first of the new tokens.
+    right = min(options.right, _NEW - 2)
+    options = options._replace(key_lengths=integers(*lengths), right=right)
     table, caches = None, [k, v]
     if kind.paged:  # the pages in another order
         table = integers(*reversed(range(2 * pages))).view(2, pages)
@@ -364,18 +383,19 @@ def _slices(lengths: Sequence[int]) -> Iterator[slice]:
 # ---- what has to hold
 
 
-def _wrong(kind: Kind, q: Tensor, options: AttentionOptions) -> str | None:
+def _wrong(kind: Kind, q: Tensor, v: Tensor, options: AttentionOptions) -> str | None:
     """What is wrong with Triton's results for the small case; None where nothing is."""
-    case = _case(kind, q.shape[-1], options, q.device)
+    case = _case(kind, q.shape[-1], v.shape[-1], options, q.device)
     launchers = importlib.import_module("gptkernels.ops.attention.triton")
     with _Poisoning():
         found = case.run(launchers)
         again = case.run(launchers)
     if not all(torch.equal(x, y) for x, y in zip(found, again, strict=True)):
         return "two runs gave different bits"
-    names = ("out", "lse", "dq", "dk", "dv")
+    names = ("out", "lse", "dq", "dk", "dv", "what the slopes' gradient is the sum of")
     for part in case.parts:
-        cuts = (part.of_queries, part.of_lse, part.of_queries, part.of_keys, part.of_keys)
+        queries, keys, rows = part.of_queries, part.of_keys, part.of_lse
+        cuts = (queries, rows, queries, keys, keys, rows)
         plain = _plain(kind, case, part, kind.dtype)
         truth = _plain(kind, case, part, torch.float64)
         for i, (name, cut, x, b, t) in enumerate(
@@ -397,8 +417,9 @@ def _plain(kind: Kind, case: _Case, part: _Part, dtype: torch.dtype) -> list[Ten
         x.to(dtype).detach().requires_grad_(kind.training)
         for x in (part.of_queries(q), part.of_keys(k), part.of_keys(v))
     )
+    slopes = _slopes_of_queries(kind, case, part, torch.promote_types(dtype, torch.float32))
     with torch.set_grad_enabled(kind.training):
-        out, lse = _scored(q, k, v, case.options, part)
+        out, lse = _scored(q, k, v, slopes, case.options, part)
     if not kind.training:
         return [out, lse]
     dout, dlse = case.cotangents
@@ -406,12 +427,27 @@ def _plain(kind: Kind, case: _Case, part: _Part, dtype: torch.dtype) -> list[Ten
     if dlse is not None:
         outputs.append(lse)
         given.append(part.of_lse(dlse).to(dtype))
-    gradients = torch.autograd.grad(outputs, (q, k, v), given)
-    return [out.detach(), lse.detach(), *gradients]
+    learned = [slopes] if kind.alibi_learned and slopes is not None else []
+    dq, dk, dv, *dslopes = torch.autograd.grad(outputs, (q, k, v, *learned), given)
+    return [out.detach(), lse.detach(), dq, dk, dv, *(-x for x in dslopes)]
+
+
+def _slopes_of_queries(kind: Kind, case: _Case, part: _Part, dtype: torch.dtype) -> Tensor | None:
+    """The slopes of a part, one for each of its queries: (1, H, Tq)."""
+    slopes = case.options.entries(part.number, part.number + 1).alibi_slopes
+    if slopes is None:
+        return None
+    Tq = part.of_queries(case.tensors[0]).shape[1]
+    return slopes.to(dtype).view(1, -1, 1).repeat(1, 1, Tq).requires_grad_(kind.alibi_learned)
 
 
 def _scored(
-    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, part: _Part
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    options: AttentionOptions,
+    part: _Part,
 ) -> tuple[Tensor, Tensor]:
     (_, Tq, H, _), (Tk, Hk) = q.shape, k.shape[1:3]
     q = q.transpose(1, 2)
@@ -419,18 +455,21 @@ def _scored(
     s = q @ k.mT * options.softmax_scale
     if options.softcap > 0:
         s = options.softcap * torch.tanh(s / options.softcap)
-    if options.alibi_slopes is not None:
+    if slopes is not None:
         position = torch.arange(Tk - Tq, Tk, device=q.device)[:, None]
         away = (position - torch.arange(Tk, device=q.device)).abs()
-        s = s - (options.alibi_slopes[:, None, None] * away).to(s.dtype)
+        s = s - (slopes[..., None] * away).to(s.dtype)
     bounds = options._replace(key_lengths=None)
     hidden = hidden_keys(bounds, slice(0, Tq), slice(0, Tk), Tq, Tk, q.device)
     if part.length is not None:
         hidden = hidden | (torch.arange(Tk, device=q.device) >= part.length)
-    empty = hidden.expand(Tq, Tk).all(-1, keepdim=True)
-    # A row without keys gets finite scores first: its softmax would be NaN.
-    s = s.masked_fill(hidden, -math.inf).masked_fill(empty, 0)
-    p = torch.softmax(s, -1).masked_fill(empty, 0)
+    s = s.masked_fill(hidden, -math.inf)
+    sinks = s.new_full((H,), -math.inf) if options.sinks is None else options.sinks.to(s.dtype)
+    s = torch.cat((s, sinks.view(H, 1, 1).expand(*s.shape[:-1], 1)), -1)
+    # A row without keys and sinks gets finite scores first: its softmax would be NaN.
+    empty = s.amax(-1, keepdim=True) == -math.inf
+    s = s.masked_fill(empty, 0)
+    p = torch.softmax(s, -1).masked_fill(empty, 0)[..., :Tk]
     lse = torch.logsumexp(s, -1, keepdim=True).masked_fill(empty, -math.inf).squeeze(-1)
     if options.dropout_p > 0:
         keep = masks.attention_keep(options.rng, options.dropout_p, 1, H, Tq, Tk, 0, part.number)

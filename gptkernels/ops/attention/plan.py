@@ -104,7 +104,7 @@ def of(
 ) -> Plan:
     """The plan of a call that was checked. `tensors`: q, keys and values; `sizes`: queries, keys
     and batch entries, or the longest of packed sequences and their number."""
-    q, k, v = tensors
+    q, v = tensors[0], tensors[-1]
     dtype = autocast_dtype(q)
     lacking = limits.lacking(op, q, v, options)
     if impl != "auto":
@@ -117,7 +117,7 @@ def of(
         if plans.implementation(chosen) in lacking:
             chosen = "torch"
         if chosen == "torch" and canary.on_gpu(q) and "triton" not in lacking:
-            chosen = canary.compiled(op, training, q, k, options, return_lse, paged)
+            chosen = canary.compiled(op, training, tensors, options, return_lse, paged)
         return Plan(chosen, chosen)
     call = described(op, tensors, sizes, options, deterministic, return_lse, paged)
     if lacking:

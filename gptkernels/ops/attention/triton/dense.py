@@ -267,7 +267,8 @@ def _reads_operands_from_shared_memory(device: torch.device) -> bool:
 
 def shipped() -> Iterator[Shipped]:
     """Yields the configurations for the ahead-of-time compile: every tile at its padded width, once
-    plain causal and once with every option on, which takes the most registers.
+    plain causal and once with every option on, which takes the most registers. The gradient of
+    learned slopes is by itself: few calls ask for it, and none with all other options.
 
     fp16 has the same tiles as bf16, and instructions that differ only in the type, so one width
     stands for all. For packed sequences one architecture stands for all.
@@ -278,16 +279,16 @@ def shipped() -> Iterator[Shipped]:
             (attention_bwd_queries_kernel, _QUERIES),
             (attention_bwd_keys_kernel, _KEYS),
         ):
+            if kernel is attention_bwd_queries_kernel:
+                yield _shipped(kernel, tiles["sm90 options"][D], D, "bf16", "learned", (90, 100))
+                yield _shipped(kernel, tiles["sm80"][D], D, "bf16", "learned sm80", (80, 86))
+                yield _shipped(kernel, tiles["fp32"][D], D, "fp32", "learned", _ARCHITECTURES)
             yield _shipped(kernel, tiles["sm90"][D], D, "bf16", "varlen causal", (90,))
             yield _shipped(kernel, tiles["sm90"][D], D, "bf16", "causal", (90, 100))
             yield _shipped(kernel, tiles["sm80"][D], D, "bf16", "causal sm80", (80, 86))
             yield _shipped(kernel, tiles["sm90 options"][D], D, "bf16", "all", (90, 100))
             yield _shipped(kernel, tiles["sm80"][D], D, "bf16", "all sm80", (80, 86))
             yield _shipped(kernel, tiles["fp32"][D], D, "fp32", "all", _ARCHITECTURES)
-            if kernel is attention_bwd_queries_kernel:
-                yield _shipped(kernel, tiles["sm90 options"][D], D, "bf16", "learned", (90, 100))
-                yield _shipped(kernel, tiles["sm80"][D], D, "bf16", "learned sm80", (80, 86))
-                yield _shipped(kernel, tiles["fp32"][D], D, "fp32", "learned", _ARCHITECTURES)
             if D == 128:
                 yield _shipped(kernel, tiles["sm90"][D], D, "fp16", "causal", (90, 100))
         delta = (_DELTA_ROWS, 0, 4, 3)

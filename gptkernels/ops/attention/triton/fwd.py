@@ -76,6 +76,10 @@ def attention_fwd_kernel(
     if ALIBI:
         slope = load_slope(slopes_ptr, slopes_stride, b, h, B)
 
+    lse_of_none = -INFINITY
+    if SINKS:
+        lse_of_none = tl.load(sinks_ptr + h)
+
     rows = i0 + tl.arange(0, BM)
     dims = tl.arange(0, BD)
     q_offsets = tl.arange(0, BM).to(tl.int64)[:, None] * stride_qt + dims[None, :]
@@ -147,13 +151,12 @@ def attention_fwd_kernel(
             acc += tl.where(seen[:, None], lost[None, :], 0.0)
 
     none = l == 0.0
-    lse_of_none = -INFINITY
+    factor = dropout_scale
     if SINKS:
-        lse_of_none = tl.load(sinks_ptr + h)
-        m, l, factor = with_sink(m, l, lse_of_none)
-        acc *= factor[:, None]
+        m, l, rescale = with_sink(m, l, lse_of_none)
+        factor = rescale * dropout_scale
     l_used = tl.where(l == 0.0, 1.0, l)
-    acc *= (dropout_scale / l_used)[:, None]
+    acc *= (factor / l_used)[:, None]
     lse = tl.where(none, lse_of_none, (m + tl.log2(l_used)) / LOG2E)
     lse_first = h * total_q + first_q if VARLEN else bh * Tq
     tl.store(lse_ptr + lse_first + rows, lse, mask=rows < Tq)
