@@ -163,6 +163,25 @@ def test_vmap_is_differentiable(name: str, impl: str) -> None:
     parity.assert_parity(inner, *map(one_by_one, right), stacked(inputs))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("impl", [of("torch"), of("cpu")])
+def test_a_mask_of_each_sample(impl: str, rows: int) -> None:
+    """One that all entries share has a gradient that is their sum, in each sample its own."""
+    mask = torch.randn(rows, 2, 9, 11, device=DEVICE)
+    tensors = stacked(OPS["attention"][0]) | {"attn_mask": mask}
+    call = functools.partial(gptkernels.attention, causal=False, impl=impl)
+    parity.assert_parity(
+        vmapped(transformed_gradients(call), ("attn_mask",)),
+        *(
+            one_by_one(plain_gradients(functools.partial(f, causal=False)), ("attn_mask",))
+            for f in (baseline.attention, reference.attention)
+        ),
+        tensors,
+        gradients=False,
+        k_forward=parity.K_GRADIENT,
+    )
+
+
 @pytest.mark.parametrize("impl", [of("torch"), of("cpu")])
 def test_a_mean_loss_of_each_sample(impl: str) -> None:
     """Its gradients are those of the forward pass, times that of the loss."""
