@@ -30,6 +30,12 @@ def inputs(
     return found | {"v": draw(B, Tk, HK, Dv, dtype=dtype), "sinks": draw(H, dtype=dtype)}
 
 
+def few_heads(Tk: int) -> dict[str, Tensor]:
+    """Of 20 queries, for what has to have the same bits."""
+    found: dict[str, Tensor] = attention_inputs(1, 20, Tk, 4, 2, seed=None)
+    return found | {"sinks": draw(4)}
+
+
 def slopes(*shape: int) -> Tensor:
     return draw(*shape, H).abs() * 0.3
 
@@ -125,9 +131,10 @@ def test_any_of_them_together(
 @each
 def test_a_sink_of_no_weight_changes_no_bit(impl: str) -> None:
     """Also in a row that sees no key."""
-    tensors = inputs(1, 20, 17)
+    tensors = few_heads(17)
     none = tensors.pop("sinks").fill_(-math.inf)
-    for options in ({"causal": True}, {"window": (4, 1), "softcap": 2.0, "alibi_slopes": slopes()}):
+    alibi = {"alibi_slopes": [0.5, 0.2, 0.1, 0.0]}
+    for options in ({"causal": True}, {"window": (4, 1), "softcap": 2.0, **alibi}):
         found, wanted = (
             run(lambda **x: attention(**x, **options, **more, return_lse=True, impl=impl), tensors)  # noqa: B023
             for more in ({"sinks": none}, {})
@@ -138,12 +145,12 @@ def test_a_sink_of_no_weight_changes_no_bit(impl: str) -> None:
 @each
 def test_a_sink_of_all_weight(impl: str) -> None:
     """out is 0, also where the sink is much larger than all scores."""
-    tensors = inputs(1, 20, 17)
+    tensors = few_heads(17)
     tensors["sinks"].fill_(1e30)
     out, lse, *gradients = run(
         lambda **x: attention(**x, return_lse=True, impl=impl),
         tensors,
-        [torch.ones(1, 20, H, 16, device=DEVICE), torch.zeros(1, H, 20, device=DEVICE)],
+        [torch.ones(1, 20, 4, 16, device=DEVICE), torch.zeros(1, 4, 20, device=DEVICE)],
     )
     assert not out.any()
     assert (lse == tensors["sinks"][:, None]).all()
@@ -151,10 +158,11 @@ def test_a_sink_of_all_weight(impl: str) -> None:
 
 
 @each
-def test_nan_reaches_nobody_who_does_not_see_it(impl: str) -> None:
+@pytest.mark.parametrize("where", ["q", "out", "lse"])
+def test_nan_reaches_nobody_who_does_not_see_it(impl: str, where: str) -> None:
     """The first three queries see no key; their sinks make their lse finite."""
-    tensors = inputs(1, 20, 17)
-    cotangents = [draw(1, 20, H, 16), draw(1, H, 20)]
+    tensors = few_heads(17)
+    cotangents = [draw(1, 20, 4, 16), draw(1, 4, 20)]
 
     def gradients() -> list[Tensor]:
         return run(
@@ -162,11 +170,32 @@ def test_nan_reaches_nobody_who_does_not_see_it(impl: str) -> None:
         )
 
     wanted = gradients()
-    tensors["q"][:, :3] = cotangents[0][:, :3] = cotangents[1][..., :3] = torch.nan
+    rows = dict(q=tensors["q"], out=cotangents[0], lse=cotangents[1].mT)[where]
+    rows[:, :3] = torch.nan
     found = gradients()
     assert not found[0][:, :3].any()  # out
     assert not found[2][:, :3].any()  # dq
     assert_same(found, wanted)
+
+
+@each
+def test_scores_of_minus_infinity_reach_nobody_else(impl: str) -> None:
+    """All scores of query 12 are -inf. As its sink makes its lse finite, it looks like any other
+    query; it sees the keys 8 ... 12."""
+    tensors = few_heads(20)
+    tensors["k"][..., 3] = -1
+    cotangent = [draw(1, 20, 4, 16)]
+
+    def results() -> list[Tensor]:
+        return run(lambda **x: attention(**x, window=(4, 0), impl=impl), tensors, cotangent, "qkv")
+
+    wanted = results()
+    tensors["q"][:, 12, :, 3] = torch.inf
+    found = results()
+    assert not found[0][:, 12].any()
+    others = [*range(12), *range(13, 20)], [*range(8), *range(13, 20)]
+    for a, b, apart in zip(found, wanted, (others[0],) * 2 + (others[1],) * 2, strict=True):
+        assert torch.equal(a[:, apart], b[:, apart])
 
 
 def test_a_plan_for_other_calls_is_not_taken_where_it_lacks_an_option() -> None:
