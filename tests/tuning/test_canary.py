@@ -94,8 +94,8 @@ def packed(training: bool = False) -> dict[str, Any]:
     return {**tensors, **lengths}
 
 
-def cached(paged: bool = False) -> dict[str, Any]:
-    found = {"q": draw(2, 1, 2, 16), "cache_lengths": torch.tensor([9, 3], dtype=torch.int32)}
+def cached(paged: bool = False, Tq: int = 1) -> dict[str, Any]:
+    found = {"q": draw(2, Tq, 2, 16), "cache_lengths": torch.tensor([9, 3], dtype=torch.int32)}
     shape = (6, 4, 2, 16) if paged else (2, 12, 2, 16)
     found |= {"k_cache": draw(*shape), "v_cache": draw(*shape)}
     if paged:
@@ -138,7 +138,9 @@ CALLS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]] = {
     "cache": ("attention_decode", cached, {}),
     "cache, window": ("attention_decode", cached, {"window": (3, 0), "softcap": 5.0}),
     "cache, sinks, later keys": (
-        "attention_decode", cached, {"sinks": SINKS, "causal": False, "window": (-1, 1)},
+        "attention_decode",
+        functools.partial(cached, Tq=3),
+        {"sinks": SINKS, "causal": False, "window": (-1, 1)},
     ),
     "pages": ("attention_decode", functools.partial(cached, paged=True), {"alibi_slopes": SLOPES}),
 }  # fmt: skip
@@ -212,6 +214,8 @@ class TestPasses:
         assert len(canary._verdicts) == 4
         gptkernels.attention(**heads(D=24), softcap=5.0)
         assert len(canary._verdicts) == 5
+        gptkernels.attention_decode(**cached(), sinks=SINKS, causal=False, window=(-1, 1))
+        assert kinds("cache, sinks, later keys") == 7
 
     def test_and_leaves_random_numbers_alone(self) -> None:
         torch.manual_seed(3)

@@ -61,6 +61,7 @@ class Kind(NamedTuple):
     device: tuple[str, int | None]
     grouped: bool
     paged: bool
+    one_new_token: bool  # whose kernel has other masks
     lse: bool
     left: bool
     right: int  # -1, 0 or 1
@@ -212,6 +213,7 @@ def _kind(
         (q.device.type, q.device.index),
         q.shape[-2] != k.shape[-2],
         paged,
+        op == "attention_decode" and q.shape[1] == 1,
         return_lse and training,
         options.left >= 0,
         -1 if options.right < 0 else min(options.right, 1),
@@ -351,7 +353,7 @@ def _decoding(
     H, Hk, D, Dv = sizes
     pages = -(-_CACHE // _PAGE)
     lengths = [_CACHE - 13, _CACHE // 16]
-    q = draw(2, _NEW, H, D)
+    q = draw(2, 1 if kind.one_new_token else _NEW, H, D)
     k, v = (draw(2, pages * _PAGE, Hk, width) for width in (D, Dv))
     # A bound that hides a key from the first of the new tokens.
     right = min(options.right, _NEW - 2)
