@@ -215,6 +215,7 @@ _ENDS = dict(cu_seqlens_q=int32(0, 8), cu_seqlens_k=int32(0, 8))
         ("attention", attention_inputs(H=6, Hk=3), "2 2 2", {}, "into parts of one size of H"),
         ("attention", attention_inputs(H=6, Hk=1), "2 2 2", {}, "k Replicate, v Replicate"),
         ("attention_varlen", varlen_inputs([8], [8]) | _ENDS, "0 0 0 r r", _LONGEST, "q Shard(1)"),
+        ("attention_varlen", varlen_inputs([8], [8]) | _ENDS, "0 r r r r", _LONGEST, "q Shard(1)"),
         ("layer_norm", layer_norm_inputs(2, 8, 4), "2 0 0", {}, "x Shard(1), weight Replicate"),
         ("gelu_mlp", gelu_mlp_inputs(8, 4, 6, biases=False), "r 0 1", {}, "w1 Replicate"),
         ("linear_cross_entropy", loss_inputs(8, 4, 9), "r 0 r", {}, "weight Replicate"),

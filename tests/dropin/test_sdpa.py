@@ -121,6 +121,13 @@ def test_caches_and_pages(impl: str) -> None:
     packed = [cache.flatten(0, 1) for cache in caches]
     found = call(q.flatten(0, 1), *packed, ends, int32(0, 32, 64, 96), 2, 32)
     assert torch.equal(found.view_as(q), attention_decode(q, *caches, used, impl=impl))
+    for causal, window in ((True, {}), (False, dict(window_size_left=5, window_size_right=0))):
+        found, lse, *_ = aten._flash_attention_forward(
+            q, *caches, None, None, 2, 32, 0.0, causal, False, seqused_k=used, **window
+        )
+        bounds = tuple(window.values()) or None
+        wanted = attention_decode(q, *caches, used, window=bounds, return_lse=True, impl=impl)
+        assert_same((found, lse), wanted)
 
 
 @pytest.mark.parametrize("impl", ["torch"])
