@@ -43,11 +43,13 @@ const Table kDropout =
 // The members of AttentionCall that every attention op sets.
 using Call = AttentionCall;
 const Table kScores =
-    table(member("alibi_slopes", &Call::alibi_slopes), member("key_lengths", &Call::key_lengths),
+    table(member("alibi_slopes", &Call::alibi_slopes), member("sinks", &Call::sinks),
+          member("key_lengths", &Call::key_lengths),
           member("batch", &Call::batch), member("Tq", &Call::Tq), member("Tk", &Call::Tk),
           member("H", &Call::H), member("Hk", &Call::Hk), member("D", &Call::D),
           member("softmax_scale", &Call::softmax_scale), member("left", &Call::left),
-          member("right", &Call::right), member("softcap", &Call::softcap));
+          member("right", &Call::right), member("softcap", &Call::softcap),
+          member("alibi_stride", &Call::alibi_stride));
 
 // The members of AttentionCall, as attention forward and backward set them.
 const Table kCall =
@@ -72,7 +74,8 @@ const Table kAttentionBwd =
           member("lse", &Bwd::lse), member("dlse", &Bwd::dlse), inside(&Bwd::call, kCall),
           member("dout_strides", &Bwd::dout_strides),
           member("deterministic", &Bwd::deterministic), member("dq", &Bwd::dq),
-          member("dk", &Bwd::dk), member("dv", &Bwd::dv), member("delta", &Bwd::delta),
+          member("dk", &Bwd::dk), member("dv", &Bwd::dv), member("by_query", &Bwd::by_query),
+          member("delta", &Bwd::delta),
           member("total", &Bwd::total), member("dq_sum", &Bwd::dq_sum),
           member("row_stats", &Bwd::row_stats), member("turns", &Bwd::turns));
 

@@ -3,6 +3,8 @@
 //     s = scale q.k;   s = softcap tanh(s / softcap);   s -= slope |i + Tk - Tq - j|;   masks
 //     out = dropout(softmax(s)) v                       lse = log sum_j exp(s)
 //
+// With sinks the softmax and lse are over the scores of a query and the sink of its head.
+//
 // q, k, v, out and their gradients have the launcher's dtype; everything else is fp32. Sizes are at
 // least 1, D is at most 256, and H is a multiple of Hk. Query head h reads key head h / (H / Hk).
 #pragma once
@@ -31,7 +33,9 @@ struct AttentionCall {
     float softmax_scale;
     int left, right;             // position - left <= j <= position + right; negative: no bound
     float softcap;               // 0: none
-    const float* alibi_slopes;   // (H,), or null
+    const float* alibi_slopes;   // (H,) or (batch, H), or null
+    int alibi_stride;            // from one entry's slopes to the next one's: 0 or H
+    const float* sinks;          // (H,), or null: one more score of each query, of no key
     const int32_t* key_lengths;  // (B,), or null; clamped to 0 ... Tk
     Dropout dropout;             // rng null: none
     const int32_t* cu_seqlens_q;  // (batch + 1,), or null; clamped to 0 ... total_q
@@ -72,6 +76,7 @@ struct AttentionBwd {
     void* dq;  // (B, Tq, H, D) contiguous, or null: not wanted
     void* dk;  // (B, Tk, Hk, D) contiguous, or null
     void* dv;  // (B, Tk, Hk, D) contiguous, or null
+    float* by_query;  // (B, H, Tq), or null; see attention/bwd/queries.h
 };
 
 // The builds of the Hopper kernels, by number. A launcher's `build` is such a number, or kRule,

@@ -197,12 +197,13 @@ struct Score {
 
 };
 
-__device__ inline Score score_of_head(const AttentionCall& c, int h) {
+// b: the batch entry or, with cu_seqlens, the sequence.
+__device__ inline Score score_of_head(const AttentionCall& c, int b, int h) {
     Score score;
     score.scale = c.softcap > 0 ? c.softmax_scale / c.softcap : c.softmax_scale;
     score.softcap = c.softcap;
     score.factor = c.softmax_scale * kLog2e;
-    score.slope = c.alibi_slopes == nullptr ? 0 : c.alibi_slopes[h];
+    score.slope = c.alibi_slopes == nullptr ? 0 : c.alibi_slopes[b * c.alibi_stride + h];
     return score;
 }
 

@@ -2,7 +2,8 @@
 // attention/bwd/kernel.h. Eight lanes share a row. Reads out and dout once.
 //
 // If the gradients of a row are not finite, its delta has to show it. With a softcap scores are
-// finite whatever q holds, so q is checked too.
+// finite whatever q holds, and with sinks lse is finite though the row sees no key or all of its
+// scores are -inf. So then q is checked too.
 #pragma once
 
 #include "attention/bwd/kernel.h"
@@ -46,7 +47,7 @@ __device__ __forceinline__ float row_delta(const BwdArguments& a, int64_t b, int
             load_chunk(y, dout, col, D, a.dout_aligned);
 #pragma unroll
             for (int k = 0; k < kPer128<T>; ++k) delta = fmaf(x[k], y[k], delta);
-            if (call.softcap == 0) continue;
+            if (call.softcap == 0 && call.sinks == nullptr) continue;
             load_chunk(x, q, col, D, a.q_aligned);
 #pragma unroll
             for (int k = 0; k < kPer128<T>; ++k) finite = finite && is_finite(x[k]);

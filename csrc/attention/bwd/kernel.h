@@ -92,7 +92,7 @@ dim3 grid_for(const char* kernel, const std::string& shape, const BwdArguments& 
 struct RowStats {
     float lse;    // in units of log2(e); inf: the weights are 0, NaN: the row is not finite
     float delta;  // sum of dout * out; the 16-bit kernels have dlse subtracted from it
-    float total;  // sum of the weights that lse gives; only the fp32 kernels set it
+    float total;  // sum of the weights that lse gives, the sink's too; only the fp32 kernels set it
     float dlse;   // only the fp32 kernels set it
 };
 
@@ -131,11 +131,17 @@ __device__ __forceinline__ float weight_of(float product, float lse, const Score
     return exp2_for<T>(fmaf(score(product, distance, slope_of_cap), kLog2e, -lse));
 }
 
+// The weight of the sink in a row's softmax, by the row's lse in log2 units; 0 without sinks.
+__device__ __forceinline__ float weight_of_sink(const AttentionCall& c, int h, float lse) {
+    return c.sinks == nullptr ? 0.0f : exp2f(fmaf(c.sinks[h], kLog2e, -lse));
+}
+
 // Turns the products s = q.k and dp = dout.v of a pair into its weight (s, as it multiplies dout)
-// and ds (dp).
+// and ds (dp). Returns the gradient of the pair's score, which is ds before the softcap's slope.
 template <class T, bool kPlain>
-__device__ __forceinline__ void weigh(float& s, float& dp, const RowStats& row, const Score& score,
-                                      int distance, bool dropping, bool keep, float dropout_scale) {
+__device__ __forceinline__ float weigh(float& s, float& dp, const RowStats& row, const Score& score,
+                                       int distance, bool dropping, bool keep,
+                                       float dropout_scale) {
     float slope_of_cap;
     float p = weight_of<T, kPlain>(s, row.lse, score, distance, slope_of_cap);
     if (kExact<T>) p /= row.total;
@@ -146,7 +152,9 @@ __device__ __forceinline__ void weigh(float& s, float& dp, const RowStats& row, 
     }
     dp -= row.delta;
     if (kExact<T>) dp += row.dlse;
-    dp *= p * slope_of_cap;
+    const float of_score = dp * p;
+    dp = of_score * slope_of_cap;
+    return of_score;
 }
 
 // Clears every row that holds a value that is not finite. All threads call this together. If

@@ -216,7 +216,7 @@ __device__ __forceinline__ void bwd_keys_block(const BwdArguments& a, int block)
             }
         }
 
-        const Score score = score_of_head(call, h);
+        const Score score = score_of_head(call, b, h);
         float s[kKeyTiles][kRows / 8][4], ds[kKeyTiles][kRows / 8][4];
         multiply_rows<T>(s, k_tile, key0, q_tile(step));
         if (kDk)

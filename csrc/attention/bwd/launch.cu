@@ -9,6 +9,7 @@
 //
 // After it, the keys kernel computes dk and dv. dq comes from the queries kernel (7 products in
 // all, the same bits every time) or, in 16 bits, from atomics inside the keys kernel (5 products).
+// by_query comes from the queries kernel too, and then so does dq.
 // The kernels that are not deterministic are assumed to be faster: at D 128 each atomic of 4 bytes
 // comes with 1,280 floating-point operations of a CTA, which at 300 TFLOP/s are some 0.9 TB/s of
 // additions in the L2 cache, against 40% more products.
@@ -60,6 +61,10 @@ __global__ void __launch_bounds__(kDeltaThreads)
     clear(p.dq, call.H, call.cu_seqlens_q, call.total_q);
     clear(p.dk, call.Hk, call.cu_seqlens_k, call.total_k);
     clear(p.dv, call.Hk, call.cu_seqlens_k, call.total_k);
+    if (p.by_query == nullptr) return;
+    for (int head = 0; head < call.H; ++head)
+        fill_outside(p.by_query + int64_t{head} * call.total_q, 1, call.cu_seqlens_q, call.batch,
+                     call.total_q, 0.0f, thread, static_cast<int64_t>(gridDim.x) * kDeltaThreads);
 }
 
 // The arguments of the kernels after the first one. On Hopper these kernels do work only where a
@@ -94,7 +99,7 @@ void launch_attention_bwd_of(DType dtype, const AttentionBwd& p, int build, Stre
         launch_attention_bwd_sm90(dtype, p, build, stream);
     else
         launch_attention_bwd_delta<T>(a, stream);
-    if (kExact<T> || (p.dq != nullptr && a.p.dq_sum == nullptr))
+    if (kExact<T> || p.by_query != nullptr || (p.dq != nullptr && a.p.dq_sum == nullptr))
         launch_attention_bwd_queries<T>(a, stream);
     if (p.dk != nullptr || p.dv != nullptr) launch_attention_bwd_keys<T>(a, stream);
 }
@@ -107,7 +112,7 @@ BwdWorkspaces attention_bwd_workspaces(DType dtype, const AttentionBwd& p, int b
     sizes.delta = int64_t{c.entries()} * c.H * c.total_q;
     sizes.total = exact ? sizes.delta : 0;
     const bool by_atomics = p.dq != nullptr && (p.dk != nullptr || p.dv != nullptr) && !exact &&
-                            !p.deterministic;
+                            !p.deterministic && p.by_query == nullptr;
     if (sizes.turns == 0 && by_atomics) sizes.dq_sum = dq_sum_elements(c);
     return sizes;
 }

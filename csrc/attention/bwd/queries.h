@@ -5,6 +5,9 @@
 // are no atomics: the same input gives the same bits. In fp32 the kernel first visits all keys once
 // to sum p and p dp of each row; the keys kernel needs these sums too.
 //
+// Where the slopes of ALiBi have a gradient, by_query = sum_j |position - j| ds, with ds before the
+// softcap's slope, is summed on the way.
+//
 // q, dout (B, Tq, H, D), k, v (B, Tk, Hk, D), any strides with a unit last one; dq (B, Tq, H, D)
 // contiguous. Moves q, dout and dq once, and k and v once (in fp32 twice) for each block of kRows
 // queries.
@@ -35,10 +38,26 @@ struct QueriesTiles {
     static constexpr int kK = 2 * Query::kBytes;
     static constexpr int kV = kK + kSlots * Key::kBytes;
     static constexpr int kTaint = kV + kSlots * Key::kBytes;
-    static constexpr int kNext = kTaint + 4 * kKeys;
+    static constexpr int kByQuery = kTaint + 4 * kKeys;
+    static constexpr int kNext = kByQuery + 4 * kRows;
     static constexpr int kSharedBytes = kNext + (kHalf ? 4 : 0);
     static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 has");
 };
+
+// Adds the four lanes' parts of each row's sum to `sums`, of the warp's rows.
+template <int kRowTiles>
+__device__ __forceinline__ void add_rows(float* sums, float (&parts)[kRowTiles][2]) {
+    const int lane = lane_index();
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float part = parts[r][half];
+            part += __shfl_xor_sync(0xffffffffu, part, 1);
+            part += __shfl_xor_sync(0xffffffffu, part, 2);
+            if (lane % 4 == 0) sums[16 * r + 8 * half + lane / 4] += part;
+        }
+}
 
 template <class T, int kHeadWidth>
 __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int block) {
@@ -66,13 +85,15 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     const typename Tiles::Query q_tile{reinterpret_cast<T*>(arena)};
     const typename Tiles::Query dout_tile{reinterpret_cast<T*>(arena + Tiles::kDout)};
     float* taint = reinterpret_cast<float*>(arena + Tiles::kTaint);  // [kKeys], of a masked block
+    // [kRows], so that calls that do not want it lose no registers. One thread has a row's.
+    float* by_query = reinterpret_cast<float*>(arena + Tiles::kByQuery);
 
     const Band band = band_of(call, entry);
     const Range keys = band.keys(i0, kRows, kKeys);
     const int blocks = keys.last > keys.first ? (keys.last - keys.first + kKeys - 1) / kKeys : 0;
     const int summing = kExact<T> ? blocks : 0;  // the first steps, which compute the rows' sums
-    const int steps = summing + (p.dq != nullptr ? blocks : 0);
-    const Score score = score_of_head(call, h);
+    const int steps = summing + (p.dq != nullptr || p.by_query != nullptr ? blocks : 0);
+    const Score score = score_of_head(call, b, h);
     const bool dropping = call.dropout.rng != nullptr;
     const bool plain = call.softcap == 0 && call.alibi_slopes == nullptr && !dropping;
 
@@ -106,7 +127,11 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
             rows[r][half] = row_stats<T>(p, nullptr, entry, h, i_first + 16 * r + 8 * half);
             // delta and total hold sums here. Whether delta of out is finite is already part of
             // lse.
-            if (kExact<T>) rows[r][half].delta = rows[r][half].total = 0;
+            if (kExact<T>) {
+                RowStats& row = rows[r][half];
+                row.delta = 0;
+                row.total = lane % 4 == 0 ? weight_of_sink(call, h, row.lse) : 0;
+            }
         }
     auto finish_sums = [&]() {
         __syncwarp();  // the four lanes of a row have read the values that one of them overwrites
@@ -133,6 +158,8 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
 
     float dq[kRowTiles][kHeadWidth / 8][4];
     clear(dq);
+    if (lane < 16 * kRowTiles) by_query[row0 + lane] = 0;
+    __syncwarp();
     if (steps > 0) {
         copy_tile<Tiles::kThreads>(q_tile,
                                    static_cast<const T*>(p.q) +
@@ -157,7 +184,7 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
             __syncthreads();
         }
 
-        float s[kRowTiles][kKeys / 8][4], ds[kRowTiles][kKeys / 8][4];
+        float s[kRowTiles][kKeys / 8][4], ds[kRowTiles][kKeys / 8][4], along[kRowTiles][2] = {};
         multiply_rows<T>(s, q_tile, row0, slot(Tiles::kK, step));
         multiply_rows<T>(ds, dout_tile, row0, slot(Tiles::kV, step));
         if (!kExact<T> && plain && !masked) {
@@ -203,11 +230,17 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
                             }
                             continue;
                         }
-                        weigh<T, false>(product, slope, row, score, distance, dropping, keeps,
-                                        call.dropout.scale);
-                        if (!sees) slope = 0;
+                        const float of_score =
+                            weigh<T, false>(product, slope, row, score, distance, dropping, keeps,
+                                            call.dropout.scale);
+                        if (!sees)
+                            slope = 0;
+                        else if (p.by_query != nullptr)
+                            along[r][e % 4 / 2] +=
+                                of_score * fabsf(static_cast<float>(distance));
                     }
                 }
+            if (p.by_query != nullptr && step >= summing) add_rows(by_query + row0, along);
         }
         if (step >= summing) add_products<T>(dq, ds, slot(Tiles::kK, step));
         if (Tiles::kSlots == 1) {
@@ -218,6 +251,12 @@ __device__ __forceinline__ void bwd_queries_block(const BwdArguments& a, int blo
     if (kExact<T> && steps == summing) finish_sums();
 
     const Entry stored = again();
+    if (p.by_query != nullptr) {
+        __syncwarp();  // the warp's rows are there
+        const int row = row0 + lane;
+        if (lane < 16 * kRowTiles && i0 + row < stored.Tq)
+            p.by_query[stored.row(call, h, i0 + row)] = by_query[row];
+    }
     if (p.dq != nullptr)
         store_rows(static_cast<T*>(p.dq) + stored.queries(call, h),
                    static_cast<int64_t>(call.H) * call.D, i0 + row0, stored.Tq, 0, call.D, dq,

@@ -1,5 +1,5 @@
 // Decoding: attention of a few new tokens to a long cache (Dao et al., "Flash-Decoding", 2023). The
-// formula is that of attention/fwd/kernel.h; query i of Tq sees the keys j <= i + n - Tq of the n
+// formula is that of attention/fwd/kernel.h; query i of Tq stands at position i + n - Tq of the n
 // keys that its batch entry has.
 //
 // q (B, Tq, H, D), any strides with a unit last one; k and v (B, Tk, Hk, D) likewise, or pages (N,
@@ -22,6 +22,7 @@
 
 #include "attention/decode/split.h"
 #include "attention/products.h"
+#include "attention/row_end.h"
 #include "attention/scores.h"
 #include "device/cp_async.h"
 #include "device/tile.h"
@@ -215,12 +216,12 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
 
     for (int row = static_cast<int>(threadIdx.x); row < Tiles::kRows; row += Tiles::kThreads) {
         const int h = hk * a.group + (row_first + row) % a.group;
-        of_rows[row] = {(row_first + row) / a.group, score_of_head(call, h).slope};
+        of_rows[row] = {(row_first + row) / a.group, score_of_head(call, b, h).slope};
     }
     // The options of one of this thread's rows, two of each row tile. Where registers are short, it
     // pays to read only those that a block needs.
     auto own = [&](int r, int half) { return of_rows[row0 + lane / 4 + 16 * r + 8 * half]; };
-    Score score = score_of_head(call, 0);
+    Score score = score_of_head(call, 0, 0);  // each row has a slope of its own
     const float factor = a.plain ? score.factor : kLog2e;
 
     float o[kRowTiles][kHeadWidth / 8][4];
@@ -374,10 +375,10 @@ __global__ void __launch_bounds__(DecodeTiles<T, kHeadWidth, kRowTilesOfWarp, kA
         }
         if (splits.one()) {
             const DecodeRow<T> to(a, b, hk, row_first + row);
-            if (col == 0) *to.lse = lse_of(m, l);
-            const float scale = l == 0 ? 0.0f : 1 / l;
+            const RowEnd end = row_end<T>(call, to.h, m, l);
+            if (col == 0) *to.lse = end.lse;
 #pragma unroll
-            for (int c = 0; c < 8; ++c) sum.at[c] *= scale;
+            for (int c = 0; c < 8; ++c) sum.at[c] *= end.scale;
             store_valid<8>(to.out + col, pack_floats<T, 8>(sum.at), call.D - col, a.out_aligned);
         } else {
             const int64_t partial = partial_of(a, b, hk, split, row_first + row);

@@ -3,9 +3,10 @@
 //
 //     m = max_s m_s      l = sum_s l_s exp2(m_s - m)      out = sum_s o_s exp2(m_s - m) / l
 //
-// The sums go in the order of the splits. Reads D + 2 floats of each row of each split, which the
-// L2 cache holds.
+// A sink is added at the end, once. The sums go in the order of the splits. Reads D + 2 floats of
+// each row of each split, which the L2 cache holds.
 #include "attention/decode/split.h"
+#include "attention/row_end.h"
 #include "device/reduce.h"
 #include "device/vector.h"
 
@@ -72,13 +73,13 @@ __global__ void __launch_bounds__(kCombineThreads)
                      Pack<float, 4>{sum[c][0], sum[c][1], sum[c][2], sum[c][3]});
     __syncthreads();
     const DecodeRow<T> to(a, b, hk, row);
-    if (threadIdx.x == 0) *to.lse = lse_of(m, l);
-    const float scale = l == 0 ? 0.0f : 1 / l;
+    const RowEnd end = row_end<T>(call, to.h, m, l);
+    if (threadIdx.x == 0) *to.lse = end.lse;
     for (int col = static_cast<int>(threadIdx.x); col < call.D; col += kCombineThreads) {
         float all = 0;
 #pragma unroll
         for (int w = 0; w < kCombineWarps; ++w) all += of_warps[w * kMaxHeadWidth + col];
-        to.out[col] = from_float<T>(all * scale);
+        to.out[col] = from_float<T>(all * end.scale);
     }
 }
 

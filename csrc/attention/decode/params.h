@@ -7,7 +7,7 @@
 namespace gk {
 
 struct AttentionDecode {
-    AttentionCall call;  // Tk: room for keys; key_lengths: keys of each entry; right: 0
+    AttentionCall call;  // Tk: room for keys; key_lengths: keys of each entry
     const void* q;       // (B, Tq, H, D)
     const void* k;       // (B, Tk, Hk, D), or pages (cache_pages, page, Hk, D)
     const void* v;       // likewise

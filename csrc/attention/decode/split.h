@@ -76,12 +76,14 @@ struct DecodeSplits {
 // Where a row's result goes. T: out's dtype.
 template <class T>
 struct DecodeRow {
+    int h;  // the query head
     T* out;
     float* lse;
 
     __device__ DecodeRow(const DecodeArguments& a, int b, int hk, int row) {
         const AttentionCall& c = a.p.call;
-        const int i = row / a.group, h = hk * a.group + row % a.group;
+        const int i = row / a.group;
+        h = hk * a.group + row % a.group;
         out = static_cast<T*>(a.p.out) + ((static_cast<int64_t>(b) * c.Tq + i) * c.H + h) * c.D;
         lse = a.p.lse + (static_cast<int64_t>(b) * c.H + h) * c.Tq + i;
     }
@@ -98,9 +100,6 @@ __host__ __device__ inline int partial_width(int D) { return (D + 3) / 4 * 4; }
 template <class T>
 __device__ __forceinline__ float weight_of(float own, float m) {
     return exp2_for<T>(own - (m == -INFINITY ? 0.0f : m));
-}
-__device__ __forceinline__ float lse_of(float m, float l) {
-    return l == 0 ? -INFINITY : fmaf(m, kLn2, logf(l));
 }
 
 }  // namespace gk

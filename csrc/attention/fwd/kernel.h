@@ -5,6 +5,8 @@
 //     l = l exp2(m - m') + sum_j p                o = o exp2(m - m') + p v
 //     out = o / l                                 lse = (m + log2 l) ln 2
 //
+// A sink enters m and l at the end (attention/row_end.h).
+//
 // q (B, Tq, H, D), k and v (B, Tk, Hk, D), any strides with a unit last one; out (B, Tq, H, D) and
 // lse (B, H, Tq) fp32, contiguous. Moves q and out once, k and v once for each block of kRows
 // queries; scores never leave the registers. Saved for the backward pass: q, k, v, out in their
@@ -20,6 +22,7 @@
 #include <algorithm>
 
 #include "attention/products.h"
+#include "attention/row_end.h"
 #include "attention/scores.h"
 #include "device/copy.h"
 #include "device/philox.h"
@@ -129,7 +132,7 @@ __global__ void __launch_bounds__(kFwdThreads)
     const Band band = band_of(call, entry);
     const Range keys = band.keys(i0, Tiles::kRows, kKeys);
     const int j_last = keys.last > keys.first ? (keys.last - 1) / kKeys * kKeys : -kKeys;
-    const Score score = score_of_head(call, h);
+    const Score score = score_of_head(call, b, h);
     DropoutKey dropout{};
     if (kOptions && call.dropout.rng != nullptr) dropout = dropout_key(call.dropout);
 
@@ -285,11 +288,10 @@ __global__ void __launch_bounds__(kFwdThreads)
             float l = state[r].l[half];
             l += __shfl_xor_sync(0xffffffffu, l, 1);
             l += __shfl_xor_sync(0xffffffffu, l, 2);
+            const RowEnd end = row_end<T>(call, h, state[r].m[half], l);
             const int row = row0 + lane / 4 + 16 * r + 8 * half;
-            const bool none = l == 0;
-            if (lane % 4 == 0 && i0 + row < stored.Tq)
-                lse[i0 + row] = none ? -INFINITY : fmaf(state[r].m[half], kLn2, logf(l));
-            const float scale = none ? 0.0f : kept_scale / l;
+            if (lane % 4 == 0 && i0 + row < stored.Tq) lse[i0 + row] = end.lse;
+            const float scale = kept_scale * end.scale;
 #pragma unroll
             for (int d = 0; d < kHeadWidth / 8; ++d)
                 *reinterpret_cast<Pack<T, 2>*>(q_tile.at(row, 8 * d + j_offset)) = from_floats<T>(

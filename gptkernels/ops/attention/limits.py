@@ -1,38 +1,29 @@
-"""What some implementations of attention lack."""
+"""What the GPU kernels of attention lack."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from gptkernels.core.autograd import requires_grad
 from gptkernels.core.choice import IMPLEMENTATIONS
 from gptkernels.ops.attention.options import AttentionOptions
 
 KERNEL_HEAD_DIM = 256  # the widest heads of the GPU kernels
+_WITHOUT_LIMITS = ("torch", "cpu")
 
 
 def lacking(op: str, q: Tensor, v: Tensor, options: AttentionOptions) -> dict[str, str]:
     """The implementations that cannot run a call, and for each what of the call it lacks."""
     D, Dv = q.shape[-1], v.shape[-1]
-    learned = requires_grad((options.alibi_slopes,))
-    wide = f"a head width of more than {KERNEL_HEAD_DIM}"
-    decoding = op == "attention_decode"
-    but_cuda = ("torch", "cpu", "triton")
     asked_for = (
-        ("attn_mask", options.attn_mask is not None, ("torch", "cpu")),
-        (wide, max(D, Dv) > KERNEL_HEAD_DIM, ("torch", "cpu")),
-        ("sinks", options.sinks is not None, but_cuda),
-        ("alibi_slopes of each batch entry", options.alibi_stride > 0, but_cuda),
-        ("the gradient of alibi_slopes", learned, but_cuda),
-        # Triton's launchers pad v, and will not copy a cache.
-        ("v of another width than q", Dv != D, ("torch", "cpu") if decoding else but_cuda),
-        ("causal=False", decoding and options.right != 0, but_cuda),
+        ("attn_mask", options.attn_mask is not None),
+        (f"a head width of more than {KERNEL_HEAD_DIM}", max(D, Dv) > KERNEL_HEAD_DIM),
+        # The other launchers pad v, and this one will not copy a cache.
+        ("v of another width than q", op == "attention_decode" and Dv != D),
     )
-    found: dict[str, str] = {}
-    for what, needed, able in asked_for:
+    for what, needed in asked_for:
         if needed:
-            found = {impl: what for impl in IMPLEMENTATIONS if impl not in able} | found
-    return found
+            return {impl: what for impl in IMPLEMENTATIONS if impl not in _WITHOUT_LIMITS}
+    return {}
 
 
 def check(impl: str, lacking: dict[str, str]) -> None:

@@ -61,7 +61,7 @@ class AttentionOptions(NamedTuple):
         return {
             name: None if tensor is None else tensor.contiguous()
             for name, tensor in named
-            if name not in ("attn_mask", "sinks")
+            if name != "attn_mask"
         }
 
     @property

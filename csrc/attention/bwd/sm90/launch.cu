@@ -108,6 +108,8 @@ std::string refuses(DType dtype, const AttentionBwd& p) {
     const AttentionCall& c = p.call;
     std::string reason = attention_sm90_refuses_call(dtype, c);
     if (reason.empty() && c.D % 8 != 0) reason = "a head's width is not a multiple of 8";
+    if (reason.empty() && p.by_query != nullptr)
+        reason = "the gradient of slopes is summed by queries, and its blocks are of keys";
     const auto ask = [&](const char* name, const void* base, const Strides& strides, int tokens,
                          int heads) {
         if (reason.empty())

@@ -118,7 +118,7 @@ struct BwdNarrow : BwdConsumer<T, Tiles> {
         PipelineState<kBwdSlots> q;
         PipelineState<Tiles::kDoutStages> dout;
         BwdStep at(work);
-        Score score = score_of_head(a.p.call, at.h);
+        Score score = score_of_head(a.p.call, work.b, at.h);
         int of_head = at.h;
         clear_all(dk);
         clear_all(dv);
@@ -133,7 +133,7 @@ struct BwdNarrow : BwdConsumer<T, Tiles> {
             const float* lse = this->stats(q.stage);
             const float* delta = lse + kRows;
             if (kOptions && at.h != of_head) {
-                score = score_of_head(a.p.call, at.h);
+                score = score_of_head(a.p.call, work.b, at.h);
                 of_head = at.h;
             }
 

@@ -75,7 +75,7 @@ struct BwdWide : BwdConsumer<T, Tiles> {
         PipelineState<kBwdSlots> q;
         PipelineState<Tiles::kDoutStages> dout;
         BwdStep at(work);
-        Score score = score_of_head(a.p.call, at.h);
+        Score score = score_of_head(a.p.call, work.b, at.h);
         int of_head = at.h;
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
@@ -91,7 +91,7 @@ struct BwdWide : BwdConsumer<T, Tiles> {
             const float* lse = this->stats(q.stage) + row;
             const float* delta = lse + Tiles::kRows;
             if (kOptions && at.h != of_head) {
-                score = score_of_head(a.p.call, at.h);
+                score = score_of_head(a.p.call, work.b, at.h);
                 of_head = at.h;
             }
 

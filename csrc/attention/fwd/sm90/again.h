@@ -9,6 +9,7 @@
 
 #include "attention/fwd/sm90/load.h"
 #include "attention/products.h"
+#include "attention/row_end.h"
 
 namespace gk {
 
@@ -150,17 +151,14 @@ struct FwdSm90Again {
         for (int half = 0; half < 2; ++half) {
             const int i = i0 + group + 8 * half;
             if ((lost[half] >> (lane & 28) & 15) == 0 || i >= call.Tq) continue;
-            const float l = state.l[half];
-            const bool none = l == 0;
-            const float scale = none ? 0.0f : 1 / l;
+            const RowEnd end = row_end<T>(call, h, state.m[half], state.l[half]);
 #pragma unroll
             for (int d = 0; d < kCols / 8; ++d)
                 *reinterpret_cast<Pack<T, 2>*>(
                     out.at(row0 + group + 8 * half, col0 + 8 * d + pair)) =
-                    from_floats<T>(o[d][2 * half] * scale, o[d][2 * half + 1] * scale);
+                    from_floats<T>(o[d][2 * half] * end.scale, o[d][2 * half + 1] * end.scale);
             if (lane % 4 == 0 && col0 == 0)
-                a.p.lse[(static_cast<int64_t>(b) * call.H + h) * call.Tq + i] =
-                    none ? -INFINITY : fmaf(state.m[half], kLn2, logf(l));
+                a.p.lse[(static_cast<int64_t>(b) * call.H + h) * call.Tq + i] = end.lse;
         }
     }
 

@@ -25,6 +25,7 @@
 #include "attention/fwd/sm90/again.h"
 #include "attention/fwd/sm90/load.h"
 #include "attention/fwd/sm90/softmax.h"
+#include "attention/row_end.h"
 #include "device/stmatrix.h"
 #include "device/tma.h"
 #include "device/warpgroup.h"
@@ -179,7 +180,7 @@ struct FwdSm90Consumer {
         const Band band = band_of(call, place.b);
         const float scale = call.softmax_scale;
         const Score score =
-            kOptions ? score_of_head(call, place.h) : Score{scale, 0, 0, scale * kLog2e};
+            kOptions ? score_of_head(call, place.b, place.h) : Score{scale, 0, 0, scale * kLog2e};
         const float factor = kOptions ? kLog2e : score.factor;
         // The blocks that the CTA loads, and the blocks among them that this consumer's rows see.
         const Range all = keys_of_tile(band, place.i0, Tiles::kRows, kKeys);
@@ -292,14 +293,12 @@ struct FwdSm90Consumer {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = i0 + row0 + lane / 4 + 8 * half;
-            const bool none = l[half] == 0;
-            if (lane % 4 == 0 && i < call.Tq)
-                lse[i] = none ? -INFINITY : fmaf(rows.m[half] * factor, kLn2, logf(l[half]));
-            const float scale = none ? 0.0f : __fdividef(1.0f, l[half]);
+            const RowEnd end = row_end<T>(call, place.h, rows.m[half] * factor, l[half]);
+            if (lane % 4 == 0 && i < call.Tq) lse[i] = end.lse;
 #pragma unroll
             for (int d = 0; d < kWidth / 8; ++d)
 #pragma unroll
-                for (int c = 0; c < 2; ++c) o[d][2 * half + c] *= scale;
+                for (int c = 0; c < 2; ++c) o[d][2 * half + c] *= end.scale;
         }
         // Wait until the accelerator has read the last tile's out and, where out shares q's tile,
         // until all warps are done with q.

@@ -3,7 +3,6 @@ csrc/attention/bwd/kernel.h."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +11,20 @@ from torch import Tensor
 
 from gptkernels.core import philox
 from gptkernels.core.native import call, dtype_code
-from gptkernels.ops.attention.options import AttentionOptions
+from gptkernels.ops.attention import widths
+from gptkernels.ops.attention.options import AttentionOptions, without_keys
 
 
+@widths.forward
 def attention_fwd(
     q: Tensor,  # (B, Tq, H, D)
     k: Tensor,  # (B, Tk, Hk, D)
-    v: Tensor,  # (B, Tk, Hk, D)
+    v: Tensor,  # (B, Tk, Hk, Dv)
     options: AttentionOptions,
     *,
     build: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32.
+    """Returns out (B, Tq, H, Dv) and lse (B, H, Tq) in fp32.
 
     `build` is an index into the compiled module's attention_fwd_builds(), the builds for compute
     capability 9.0; with -1 the launcher chooses. Raises NotImplementedError for an attn_mask, and
@@ -34,10 +35,10 @@ def attention_fwd(
             "attn_mask runs with impl='torch', 'cpu' or 'auto' only, got 'cuda'"
         )
     B, Tq, H, _ = q.shape
+    if _nothing_to_see(q, k, options):
+        return without_keys(q, v, options)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    if _nothing_to_see(q, k, options):
-        return out.zero_(), lse.fill_(-math.inf)
     call(
         "attention_fwd",
         q,
@@ -49,8 +50,9 @@ def attention_fwd(
     return out, lse
 
 
+@widths.backward
 def attention_bwd(
-    dout: Tensor,  # (B, Tq, H, D)
+    dout: Tensor,  # (B, Tq, H, Dv)
     dlse: Tensor | None,  # (B, H, Tq) fp32
     q: Tensor,
     k: Tensor,
@@ -63,21 +65,22 @@ def attention_bwd(
     *,
     build: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv, contiguous, each empty where `grad_mask` is False; the mask's gradient
-    and by_query are always empty.
+    """Returns dq, dk and dv, contiguous, the mask's gradient, which is always empty, and by_query
+    (B, H, Tq) in fp32. Each is empty where `grad_mask` is False.
 
     Unless `deterministic`, 16-bit dq is summed in a different order on every run (by the kernels
-    for any GPU only if dk or dv is wanted too). `build` is as above, an index into
-    attention_bwd_builds().
+    for any GPU only if dk or dv is wanted too). by_query never is, and dq is not where by_query is
+    wanted. `build` is as above, an index into attention_bwd_builds().
     """
-    dq, dk, dv = (
+    dq, dk, dv, by_query = (
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
-        for x, wanted in zip((q, k, v), grad_mask, strict=False)
+        for x, wanted in zip((q, k, v, lse), (*grad_mask[:3], grad_mask[4]), strict=True)
     )
+    no_mask = q.new_empty(0)
     if _nothing_to_see(q, k, options):
-        return dq.zero_(), dk.zero_(), dv.zero_(), q.new_empty(0), lse.new_empty(0)
-    if not any(grad_mask[:3]):
-        return dq, dk, dv, q.new_empty(0), lse.new_empty(0)
+        return dq.zero_(), dk.zero_(), dv.zero_(), no_mask, by_query.zero_()
+    if not any(grad_mask):
+        return dq, dk, dv, no_mask, by_query
     if dout.stride(-1) != 1:  # such as an expanded tensor
         dout = dout.contiguous()
     call(
@@ -88,7 +91,7 @@ def attention_bwd(
             dlse=None if dlse is None else dlse.contiguous(),
             **options.vectors,
         ),
-        outputs=dict(dq=dq, dk=dk, dv=dv),
+        outputs=dict(dq=dq, dk=dk, dv=dv, by_query=by_query),
         workspaces=dict(
             delta=torch.float32, total=torch.float32, dq_sum=torch.float32,
             row_stats=torch.float32, turns=torch.int32,
@@ -98,7 +101,7 @@ def attention_bwd(
         deterministic=deterministic,
         build=build,
     )  # fmt: skip
-    return dq, dk, dv, q.new_empty(0), lse.new_empty(0)
+    return dq, dk, dv, no_mask, by_query
 
 
 def _lengths(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[int, int, int]:
@@ -121,6 +124,7 @@ def _scalars(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> dict
         dtype=dtype_code(q.dtype),
         q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
         batch=batch, Tq=Tq, Tk=Tk, H=H, Hk=Hk, D=D, **options.scores,
+        alibi_stride=options.alibi_stride,
         dropout_threshold=philox.threshold(options.dropout_p),
         dropout_scale=philox.scale(options.dropout_p),
         total_q=total_q, total_k=total_k,
