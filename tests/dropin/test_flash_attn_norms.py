@@ -95,11 +95,16 @@ def hold(
     """Holds (y, y1, s) and all gradients to the formula in fp64; the yardstick is the formula in
     fp32."""
     x = tensors["x"]
-    of = functools.partial(
-        formula, kept=masks(tensors) if kept else (), plus=plus,
-        s_dtype=s_dtype or x.dtype, y_dtype=y_dtype or x.dtype,
-    )  # fmt: skip
-    parity.assert_parity(seeded(call), of, of, tensors, names=("y", "s"))
+    dtypes = {"s_dtype": s_dtype or x.dtype, "y_dtype": y_dtype or x.dtype}
+    of = functools.partial(formula, kept=masks(tensors) if kept else (), plus=plus, **dtypes)
+
+    def checked(**given: Any) -> Any:
+        *ys, s = found = call(**given)
+        assert {y.dtype for y in ys} == {dtypes["y_dtype"]}
+        assert s.dtype == dtypes["s_dtype"]
+        return found
+
+    parity.assert_parity(seeded(checked), of, of, tensors, names=("y", "s"))
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -141,18 +146,24 @@ def test_s_has_the_dtype_of_the_residual(
     tensors = tensors_of(FP16, "bias residual" if residual else "bias", FP16)
     if residual:
         tensors["residual"] = draw(*SHAPE, dtype=residual)
-    call = functools.partial(layer_norm_fn, prenorm=True, residual_in_fp32=in_fp32, eps=1e-3)
-    _, s = call(**tensors)
-    assert s.dtype == wanted
-    hold(call, tensors, s_dtype=wanted)
+    call = functools.partial(
+        layer_norm_fn, prenorm=True, residual_in_fp32=in_fp32, eps=1e-3, dropout_p=P
+    )
+    hold(call, tensors, kept=True, s_dtype=wanted)
 
 
 def test_a_bias_and_an_output_of_another_dtype() -> None:
     tensors = tensors_of(BF16, "bias residual", FP32)
     tensors["weight"] = tensors["weight"].to(FP16)
     call = functools.partial(layer_norm_fn, prenorm=True, out_dtype=FP32, eps=1e-3)
-    assert call(**tensors)[0].dtype == FP32
     hold(call, tensors, y_dtype=FP32)
+
+
+def test_one_is_added_to_a_weight_in_fp32() -> None:
+    """In bfloat16 it would leave three digits of the weight."""
+    tensors = tensors_of(FP32, "bias", BF16)
+    named = {"prenorm": True, "eps": 1e-3, "zero_centered_weight": True}
+    hold(functools.partial(layer_norm_fn, **named), tensors, plus=1.0)
 
 
 def test_a_plain_call_is_one_fused_call() -> None:
