@@ -36,7 +36,7 @@ def scores(
 def _window(window_size: Window) -> tuple[int, int] | None:
     """(left, right) with -1 for no bound, None without any. Raises ValueError."""
     try:
-        left, right = (max(integer(bound), -1) for bound in window_size)
+        left, right = (max(operator.index(bound), -1) for bound in window_size)
     except (TypeError, ValueError):
         raise ValueError(
             f"window_size must be a pair (left, right) of integers, got {window_size!r}"
@@ -44,9 +44,12 @@ def _window(window_size: Window) -> tuple[int, int] | None:
     return None if left == right == -1 else (left, right)
 
 
-def integer(number: Any) -> int:
+def integer(name: str, number: Any) -> int:
     """A number as an int: flash-attn also takes integers in tensors. Raises TypeError."""
-    return operator.index(number)
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {number!r}") from None
 
 
 def unit_stride(x: Any) -> Any:

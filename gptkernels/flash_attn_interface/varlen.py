@@ -58,7 +58,10 @@ def flash_attn_varlen_func(
     if block_table is not None:
         k, v = (pages.gathered(n, x, cu_seqlens_k, block_table) for n, x in (("k", k), ("v", v)))
     q, k, v = (arguments.unit_stride(x) for x in (q, k, v))
-    longest = arguments.integer(max_seqlen_q), arguments.integer(max_seqlen_k)
+    longest = (
+        arguments.integer("max_seqlen_q", max_seqlen_q),
+        arguments.integer("max_seqlen_k", max_seqlen_k),
+    )
     rng = probabilities.seed(q, dropout_p) if return_attn_probs else None
     found = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, dropout_p=dropout_p,

@@ -298,6 +298,8 @@ def test_wrong_packed_tensors() -> None:
         interface.flash_attn_varlen_kvpacked_func(q[0], q, int32(0, 8), int32(0, 8), 8, 8)
     with pytest.raises(TypeError, match=r"qkv must be a torch.Tensor, got list"):
         interface.flash_attn_qkvpacked_func([])
+    with pytest.raises(TypeError, match=r"max_seqlen_k must be an integer, got 8\.5"):
+        interface.flash_attn_varlen_func(q[0], q[0], q[0], int32(0, 8), int32(0, 8), 8, 8.5)
     pages = torch.zeros(3, 4, 2, 16)
     call = functools.partial(interface.flash_attn_varlen_func, q[0], pages, pages)
     sequences = (int32(0, 8), int32(0, 8), 8, 8)
