@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-from harness import DEVICE, of
-from op_inputs import attention_inputs, cache, varlen_inputs, varlen_lengths
+from harness import DEVICE
+from op_inputs import attention_inputs, cache
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -17,7 +16,6 @@ import gptkernels
 
 SIZES = [(2, 7), (3, 12), (5, 9), (4, 33)]
 ONES = [(1, 10), (4, 1)]
-both = pytest.mark.parametrize("impl", [of("torch"), of("cpu")])
 
 
 def graphs(call: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[int]:
@@ -54,25 +52,9 @@ def test_a_gpt_in_training() -> None:
     assert graphs(lambda text: model(text, text), [(text,) for text in texts]) == [1, 2, 2, 2]
 
 
-@both
-def test_packed_sequences(impl: str) -> None:
-    """Their number, their lengths and the longest differ from call to call."""
-
-    def call(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Any:
-        return gptkernels.attention_varlen(q, k, v, ends, ends, longest, longest, impl=impl)
-
-    calls = []
-    for lengths in ([5, 3, 4], [9, 2, 6], [4, 12, 3], [7, 8, 2, 6, 13]):
-        tensors = [x.requires_grad_() for x in varlen_inputs(lengths, lengths).values()]
-        named = varlen_lengths(lengths, lengths)
-        calls.append((*tensors, named["cu_seqlens_q"], named["max_seqlen_q"]))
-    assert graphs(call, calls)[-1] <= 3  # other totals, then another number of sequences
-
-
-@both
-def test_a_cache_that_grows(impl: str) -> None:
+def test_a_cache_that_grows() -> None:
     def call(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Any:
-        return gptkernels.attention_decode(q, k, v, lengths, impl=impl)
+        return gptkernels.attention_decode(q, k, v, lengths)
 
     calls = []
     for capacity in (9, 17, 33, 65):

@@ -152,12 +152,13 @@ def test_gradients_of_each_sample(name: str, impl: str) -> None:
 @of_ops
 @pytest.mark.parametrize("impl", [of("torch"), of("cpu")])
 def test_vmap_is_differentiable(name: str, impl: str) -> None:
-    """Every argument has a dimension for the slices, and it is not the first one."""
+    """Every argument has a dimension for the slices: the last one, so that no slice has a last
+    stride of 1."""
     op, *right = calls(name, impl)
     inputs, _, _ = OPS[name]
 
     def inner(**tensors: Tensor) -> Any:
-        last = [tensor.movedim(0, -1) for tensor in tensors.values()]
+        last = [tensor.movedim(0, -1).contiguous() for tensor in tensors.values()]
         return vmap(lambda *given: op(**dict(zip(tensors, given, strict=True))), -1)(*last)
 
     parity.assert_parity(inner, *map(one_by_one, right), stacked(inputs))
@@ -204,6 +205,19 @@ def test_what_vjp_returns_is_called_later(impl: str) -> None:
     wanted = torch.autograd.grad(call(*leaves), leaves, out)
     for _ in range(2):
         assert_same(pull(out), wanted)
+
+
+@pytest.mark.parametrize("impl", [of("torch"), of("cpu")])
+def test_a_single_row_in_each_slice(impl: str) -> None:
+    """It is no batch that another could be folded into."""
+    x, weight = torch.randn(3, 300, device=DEVICE), torch.randn(300, device=DEVICE)
+    call = functools.partial(gptkernels.layer_norm, weight=weight, impl=impl)
+    parity.assert_parity(
+        lambda x: vmap(call)(x),
+        functools.partial(baseline.layer_norm, weight=weight, bias=None),
+        functools.partial(reference.layer_norm, weight=weight.double(), bias=None),
+        {"x": x},
+    )
 
 
 @pytest.mark.parametrize("page", [None, 4])
@@ -253,7 +267,6 @@ def square(x: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("transform", [vmap, grad, lambda call: vmap(grad(call))])
 def test_the_compiler_leaves_them_alone(transform: Callable[..., Any]) -> None:
-    """A single row in each slice too, which is no batch that another could be folded into."""
     torch._dynamo.reset()
     call, given = transform(square), (torch.randn(3, 8), torch.randn(3, 8))
     if transform is grad:
