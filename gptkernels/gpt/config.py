@@ -48,7 +48,7 @@ class GPTConfig:
         block_size: Longest context, in tokens.
         n_layer: Number of blocks.
         n_head: Attention heads H of a block, which must divide `n_embd`.
-        n_embd: Width C of the model. The width of a head, C / H, is at most 256.
+        n_embd: Width C of the model. The width of a head, C / H, is at most 512.
         n_inner: Width F of the MLP, in place of 4 C.
         approximate: GELU by "tanh" (GPT-2's) or "none" (exact, by erf).
         layer_norm_eps: Number that every LayerNorm adds to the variance.

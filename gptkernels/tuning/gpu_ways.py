@@ -28,8 +28,10 @@ from gptkernels.bench import dry_run
 from gptkernels.bench.dry_run import Direction
 from gptkernels.core.choice import unavailable
 from gptkernels.core.tuned import TRAINING, Key
+from gptkernels.ops.attention import limits
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import named
+from gptkernels.ops.attention.widths import widened
 from gptkernels.ops.linear_cross_entropy.options import LossOptions
 from gptkernels.tuning import tiles
 
@@ -70,8 +72,7 @@ def ways(key: Key, inputs: Mapping[str, Any]) -> Ways:
     facts = dict(key.facts)
     training = key.direction == TRAINING
     found = _MAKERS[key.op](facts, inputs)
-    masked = facts.get("mask", "none") != "none"  # no kernel takes a mask
-    passes = ([], []) if masked else _ours(facts, found)
+    passes = ([], []) if limits.of_class(facts, key.op) else _ours(facts, found)
     forward, backward = (
         [*found.torch, *ours] if found.torch_first else [*ours, *found.torch] for ours in passes
     )
@@ -171,7 +172,7 @@ def _of_attention(
 
         return _both(forward, backward, "attention_fwd_builds", "attention_bwd_builds")
 
-    shown = functools.partial(tiles.attention, q, options)
+    shown = functools.partial(tiles.attention, widened(q, k, v)[0], options)
     return _Kernels(["torch", *backends], bool(fused), shown, directions)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from gptkernels.core import cpu
 from gptkernels.core.choice import unavailable
 from gptkernels.core.tuned import COMPILED, TRAINING, Key
+from gptkernels.ops.attention import limits
 from gptkernels.tuning.problems.problem import dtype_of
 
 # Instruction sets below the highest: a lower one may have a higher clock, or no tiles to set up.
@@ -34,7 +35,7 @@ def of(key: Key, inputs: Mapping[str, Any]) -> Ways:
     training = key.direction == TRAINING
     if key.mode == COMPILED:
         # A graph takes an implementation by its name; "torch" becomes a part of it.
-        named = ["torch", *_named(facts)]
+        named = ["torch", *_named(key.op, facts)]
         return Ways(forward=named, backward=named if training else [])
     whole = _whole(key, facts)
     if facts["device"] == "cuda":
@@ -42,18 +43,19 @@ def of(key: Key, inputs: Mapping[str, Any]) -> Ways:
 
         found = gpu_ways.ways(key, inputs)
         return Ways(whole, found.forward, found.backward)
-    ours = ["torch", *_named(facts)]
+    ours = ["torch", *_named(key.op, facts)]
     if "cpu" in ours:
         ours += [f"cpu:{isa}" for isa in _LOWER_SETS if _is_lower(isa, facts, key.op)]
     return Ways(whole, ours, ours if training else [])
 
 
-def _named(facts: Mapping[str, Any]) -> list[str]:
+def _named(op: str, facts: Mapping[str, Any]) -> list[str]:
     """Kernels that run here, by their implementation's name."""
-    device, dtype = facts["device"], dtype_of(facts["dtype"])
-    masked = facts.get("mask", "none") != "none"
-    names = ["cpu"] if device == "cpu" else [] if masked else ["cuda", "triton"]
-    return [name for name in names if unavailable(name, device, dtype) is None]
+    device, dtype, lacking = facts["device"], dtype_of(facts["dtype"]), limits.of_class(facts, op)
+    names = ["cpu"] if device == "cpu" else ["cuda", "triton"]
+    return [
+        name for name in names if name not in lacking and unavailable(name, device, dtype) is None
+    ]
 
 
 def _is_lower(isa: str, facts: Mapping[str, Any], op: str) -> bool:

@@ -442,10 +442,10 @@ def test_what_autocast_converts_for_attention_is_not_measured() -> None:
 
 
 def test_the_gradient_of_slopes_is_not_measured() -> None:
-    slopes = torch.tensor(SLOPES, requires_grad=True)
-    for key in keys_of(dense(alibi_slopes=slopes)):
-        with pytest.raises(NotImplementedError, match="gradient of ALiBi slopes is not measured"):
-            problem(key, sizes_at(key, 1.0))
+    op, tensors, options = dense(alibi_slopes=torch.tensor(SLOPES, requires_grad=True))
+    (call,) = seen(lambda: op(**tensors, **options))
+    with pytest.raises(NotImplementedError, match="gradient of ALiBi slopes is not measured"):
+        problem(call.key, sizes_at(call.key, 1.0))
 
 
 def test_a_call_of_another_class_is_not_measured() -> None:

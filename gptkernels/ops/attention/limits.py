@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
 
 from gptkernels.core.choice import IMPLEMENTATIONS
-from gptkernels.ops.attention.options import AttentionOptions
 
 KERNEL_HEAD_DIM = 256  # the widest heads of the GPU kernels
 _WITHOUT_LIMITS = ("torch", "cpu")
 
 
-def lacking(op: str, q: Tensor, v: Tensor, options: AttentionOptions) -> dict[str, str]:
-    """The implementations that cannot run a call, and for each what of the call it lacks."""
-    D, Dv = q.shape[-1], v.shape[-1]
+def lacking(op: str, D: int, Dv: int, masked: bool) -> dict[str, str]:
+    """The implementations that cannot run a call, and for each what of the call it lacks. D and Dv:
+    the widths of q and v; masked: whether there is an attn_mask."""
     asked_for = (
-        ("attn_mask", options.attn_mask is not None),
+        ("attn_mask", masked),
         (f"a head width of more than {KERNEL_HEAD_DIM}", max(D, Dv) > KERNEL_HEAD_DIM),
         # The other launchers pad v, and this one will not copy a cache.
         ("v of another width than q", op == "attention_decode" and Dv != D),
@@ -24,6 +24,13 @@ def lacking(op: str, q: Tensor, v: Tensor, options: AttentionOptions) -> dict[st
         if needed:
             return {impl: what for impl in IMPLEMENTATIONS if impl not in _WITHOUT_LIMITS}
     return {}
+
+
+def of_class(facts: Mapping[str, Any], op: str) -> dict[str, str]:
+    """The same of a class of calls, whose facts are those of `plan.described`; nothing of other
+    ops."""
+    D = facts.get("D", 0)
+    return lacking(op, D, facts.get("Dv", D), facts.get("mask", "none") != "none")
 
 
 def check(impl: str, lacking: dict[str, str]) -> None:

@@ -106,7 +106,7 @@ def of(
     and batch entries, or the longest of packed sequences and their number."""
     q, v = tensors[0], tensors[-1]
     dtype = autocast_dtype(q)
-    lacking = limits.lacking(op, q, v, options)
+    lacking = limits.lacking(op, q.shape[-1], v.shape[-1], options.attn_mask is not None)
     if impl != "auto":
         limits.check(impl, lacking)
         chosen = choose(impl, q, dtype)

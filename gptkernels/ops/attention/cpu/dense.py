@@ -106,8 +106,6 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> None:
         (B, Tq, H, D), (Tk, Hk), Dv = q.shape, k.shape[1:3], v.shape[3]
         self.tensors = options.vectors
-        if options.sinks is not None:
-            self.tensors["sinks"] = options.sinks.contiguous()
         if options.cu_seqlens_q is not None:
             B = options.cu_seqlens_q.shape[0] - 1
         p = options.dropout_p
