@@ -36,14 +36,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return dtype
 
 
-def inputs(Tq: int, Tk: int, dtype: torch.dtype = BF16) -> dict[str, Any]:
-    return attention_inputs(1, Tq, Tk, H, 2, 64, dtype, seed=None)
+def inputs(Tq: int, Tk: int, dtype: torch.dtype = BF16, B: int = 1) -> dict[str, Any]:
+    return attention_inputs(B, Tq, Tk, H, 2, 64, dtype, seed=None)
 
 
 @hopper
 def test_hopper_takes_sinks_and_slopes_of_entries() -> None:
     """Rows 0 ... 9 see no key."""
-    tensors, sinks, slopes = inputs(80, 70), draw(H), draw(1, H).abs() * 0.2
+    tensors, sinks, slopes = inputs(80, 70, B=2), draw(H), draw(2, H).abs() * 0.2
     options = dict(sinks=sinks, alibi_slopes=slopes, return_lse=True, impl="cuda")
     made = native.record(functools.partial(assert_right, attention, tensors, **options))
     names = {launch["kernel"] for launch in made["launches"]}
@@ -77,6 +77,8 @@ def test_the_gradient_of_slopes_leaves_hopper_and_has_the_same_bits(
             lambda: found.append(run(functools.partial(attention, impl="cuda"), tensors))
         )
     assert_same(*found)
+    names = [launch["kernel"] for launch in made["launches"]]
+    assert names[-3:] == [f"attention_bwd_{one}_kernel" for one in ("delta", "queries", "keys")]
     assert made["refusals"][-1][0] == "attention_bwd_sm90"
     assert "the gradient of slopes" in made["refusals"][-1][1]
 
@@ -100,9 +102,9 @@ def test_what_is_not_finite_reaches_nobody_who_does_not_see_it(
     dtype: torch.dtype, where: str
 ) -> None:
     """Rows 0 ... 3 see no key, but their sinks make lse finite. So it is in row 9, whose scores are
-    all -inf; it sees keys 0 ... 5."""
-    tensors, sinks = inputs(24, 20, dtype), draw(H)
-    cotangents = [torch.randn_like(tensors["q"]), draw(1, H, 24)]
+    all -inf; it sees keys 0 ... 5. 32 rows fill a tile: past the end of one rows are cleared."""
+    tensors, sinks = inputs(32, 28, dtype), draw(H)
+    cotangents = [torch.randn_like(tensors["q"]), draw(1, H, 32)]
     tensors["k"][..., 0] = 1
     hidden = 0
     if where == "-inf in q":
