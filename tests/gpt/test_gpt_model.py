@@ -75,7 +75,7 @@ def with_parameters(model: Any, tokens: Tensor, targets: Tensor | None = None) -
         ({"n_embd": 16.0}, TypeError, r"n_embd must be an int, got 16\.0"),
         ({"n_inner": 0}, ValueError, "n_inner must be at least 1, got 0"),
         ({"n_head": 5}, ValueError, "n_head must divide n_embd, got n_embd=768 and n_head=5"),
-        ({"n_head": 2}, ValueError, "at most 256, got 768 / 2 = 384"),
+        ({"n_head": 1}, ValueError, "at most 512, got 768 / 1 = 768"),
         ({"approximate": "relu"}, ValueError, "approximate must be 'tanh' or 'none', got 'relu'"),
         ({"layer_norm_eps": 0.0}, ValueError, r"layer_norm_eps must be positive .* got 0\.0"),
         ({"layer_norm_eps": math.nan}, ValueError, "layer_norm_eps must be positive .* got nan"),
