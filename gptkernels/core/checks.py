@@ -84,6 +84,13 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def check_positive(name: str, value: float) -> None:
+    """Checks that `value` is a number above 0. Raises TypeError, ValueError."""
+    check_number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
 def check_probability(name: str, value: float) -> None:
     """Checks that `value` is a probability in [0, 1]. Raises TypeError, ValueError."""
     check_number(name, value)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptkernels.core.autocast import autocast_dtype
-from gptkernels.flash_attn_interface.residual_sum import Terms, normed
+from gptkernels.core.checks import DTYPES, check_probability, check_shape, check_tensor
+from gptkernels.flash_attn_interface.residual_sum import Terms, affines, normed
 
 
 def layer_norm_fn(
@@ -64,7 +65,8 @@ def layer_norm_fn(
         there is more than y.
 
     Raises:
-        TypeError, ValueError: An argument's type, dtype, shape, device or range is wrong.
+        TypeError, ValueError: An argument's type, dtype, shape, device or range is wrong, or bias1
+            is given without weight1.
         NotImplementedError: is_rms_norm, out or residual_out is given.
 
     Differentiable once in every tensor; flash-attn gives rowscale no gradient.
@@ -75,13 +77,13 @@ def layer_norm_fn(
             raise NotImplementedError(f"{name} is not supported: results have their own memory")
     if x1 is not None and rowscale is not None:
         raise ValueError("rowscale must be None where x1 is given")
-    if weight1 is None and bias1 is not None:
-        raise ValueError("bias1 must be None without weight1")
-    affines = [(w, b) for w, b in ((weight, bias), (weight1, bias1)) if w is not None]
+    if out_dtype not in (None, *DTYPES):
+        raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+    weights = affines(x, weight, bias, weight1, bias1)
     if zero_centered_weight:
-        affines = [(w.float() + 1.0, b) for w, b in affines]
+        weights = [(w.float() + 1.0, b) for w, b in weights]
     terms = Terms(x, residual, x1, rowscale, None, dropout_p, residual_in_fp32, out_dtype)
-    ys, s, kept, kept1 = normed(terms, affines, eps, prenorm=prenorm, mask=return_dropout_mask)
+    ys, s, kept, kept1 = normed(terms, weights, eps, prenorm=prenorm, mask=return_dropout_mask)
     found = [*ys, *([s] if prenorm else []), *([kept, kept1] if return_dropout_mask else [])]
     return tuple(found) if len(found) > 1 else ys[0]
 
@@ -121,7 +123,14 @@ def layer_norm_linear_fn(
     """
     _refuse_rms_norm(is_rms_norm)
     terms = Terms(x, residual, residual_in_fp32=residual_in_fp32)
-    (y,), s, *_ = normed(terms, [(norm_weight, norm_bias)], eps, prenorm=prenorm)
+    weights = affines(x, norm_weight, norm_bias)
+    check_tensor("linear_weight", linear_weight)
+    shape = (*linear_weight.shape[:1], x.shape[-1])
+    check_shape("linear_weight", linear_weight, shape, "columns for the last dimension of x")
+    if linear_bias is not None:
+        check_tensor("linear_bias", linear_bias)
+        check_shape("linear_bias", linear_bias, shape[:1], "the rows of linear_weight")
+    (y,), s, *_ = normed(terms, weights, eps, prenorm=prenorm)
     dtype = autocast_dtype(y)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     out = F.linear(y.to(dtype), linear_weight.to(dtype), bias)
@@ -136,7 +145,7 @@ def _refuse_rms_norm(is_rms_norm: bool) -> None:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     """LayerNorm of x (..., C), as `flash_attn.ops.layer_norm.layer_norm`; weight and bias are (C,).
     Raises TypeError, ValueError."""
-    return normed(Terms(x), [(weight, bias)], epsilon).ys[0]
+    return normed(Terms(x), affines(x, weight, bias), epsilon).ys[0]
 
 
 def dropout_add_layer_norm(
@@ -179,8 +188,8 @@ def dropout_add_layer_norm(
     Differentiable once in every tensor; flash-attn gives rowscale no gradient.
     """
     terms = Terms(x0, residual, None, rowscale, layerscale, dropout_p, residual_in_fp32)
-    affine = (weight, bias)
-    (y,), s, kept, _ = normed(terms, [affine], epsilon, prenorm=prenorm, mask=return_dropout_mask)
+    weights = affines(x0, weight, bias)
+    (y,), s, kept, _ = normed(terms, weights, epsilon, prenorm=prenorm, mask=return_dropout_mask)
     found = [y, *([s] if prenorm else [])]
     if return_dropout_mask:
         found.append(_bytes(kept, x0))
@@ -210,7 +219,8 @@ def dropout_add_layer_norm_parallel_residual(
     Args:
         x0, x1: Inputs (..., C), each with a mask of its own; x1 may be None.
         residual: (..., C) or None. s has its dtype.
-        weight0, bias0, weight1, bias1: (C,); all but weight0 may be None.
+        weight0, bias0, weight1, bias1: (C,); all but weight0 may be None, but bias1 not
+            without weight1.
         dropout_p, epsilon, prenorm, residual_in_fp32: As for `dropout_add_layer_norm`.
         return_dropout_mask: Whether to return the two masks too, uint8, 1 where an element is kept.
 
@@ -223,9 +233,9 @@ def dropout_add_layer_norm_parallel_residual(
 
     Differentiable once in every tensor.
     """
-    affines = [(w, b) for w, b in ((weight0, bias0), (weight1, bias1)) if w is not None]
+    weights = affines(x0, weight0, bias0, weight1, bias1)
     terms = Terms(x0, residual, x1, None, None, dropout_p, residual_in_fp32)
-    ys, s, *kept = normed(terms, affines, epsilon, prenorm=prenorm, mask=return_dropout_mask)
+    ys, s, *kept = normed(terms, weights, epsilon, prenorm=prenorm, mask=return_dropout_mask)
     found = [*ys, *([None] if weight1 is None else []), *([s] if prenorm else [])]
     return (*found, *(_bytes(mask, x0) for mask in kept if return_dropout_mask))
 
@@ -239,7 +249,8 @@ def _bytes(kept: Tensor | None, x: Tensor) -> Tensor:
 
 class DropoutAddLayerNorm(nn.Module):
     """`dropout_add_layer_norm` with a weight and a bias of its own, as
-    `flash_attn.ops.layer_norm.DropoutAddLayerNorm`; it drops in training only."""
+    `flash_attn.ops.layer_norm.DropoutAddLayerNorm`; it drops in training only. Raises TypeError,
+    ValueError for a `p` that is no probability."""
 
     def __init__(
         self,
@@ -252,6 +263,7 @@ class DropoutAddLayerNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_probability("p", p)
         self.prenorm, self.p, self.eps = prenorm, p, eps
         self.residual_in_fp32 = residual_in_fp32
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))

@@ -11,13 +11,13 @@ nothing before the sum is complete.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from gptkernels.core import masks, philox
-from gptkernels.core.checks import check_shape
+from gptkernels.core.checks import check_shape, check_tensor
 from gptkernels.flash_attn_interface.dropout_seed import upcoming
 from gptkernels.ops.layer_norm.op import layer_norm
 
@@ -46,22 +46,42 @@ class Normed(NamedTuple):
     kept1: Tensor | None
 
 
+def affines(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+) -> list[Affine]:
+    """The weights (C,) of x (..., C), each with its bias. Raises TypeError, ValueError."""
+    check_tensor("x", x)
+    if weight1 is None and bias1 is not None:
+        raise ValueError("bias1 must be None without weight1")
+    named: dict[str, Any] = {"weight": weight, "bias": bias, "weight1": weight1, "bias1": bias1}
+    for name, parameter in named.items():
+        if parameter is not None or name == "weight":
+            check_tensor(name, parameter)
+            check_shape(name, parameter, x.shape[-1:], "the last dimension of x")
+    return [(weight, bias)] if weight1 is None else [(weight, bias), (weight1, bias1)]
+
+
 def normed(
     terms: Terms,
-    affines: Sequence[Affine],
+    weights: Sequence[Affine],
     eps: float,
     *,
     prenorm: bool = False,
     mask: bool = False,
 ) -> Normed:
-    """LayerNorm of the sum. s may be None unless `prenorm`. The masks, bool, are None without
-    dropout, and `kept` is for `mask` alone. Raises TypeError, ValueError."""
+    """LayerNorm of the sum, with the weights of `affines`. s may be None unless `prenorm`. The
+    masks, bool, are None without dropout, and `kept` is for `mask` alone. Raises TypeError,
+    ValueError."""
     x, residual, p = terms.x, terms.residual, terms.dropout_p
     y_dtype, s_dtype = terms.out_dtype or x.dtype, _sum_dtype(terms)
     if (
         not (terms.x1 is terms.rowscale is terms.colscale is None)
         or y_dtype != x.dtype
-        or len(affines) > 1
+        or len(weights) > 1
     ):
         x = x.float()
     x = _scaled(x, terms.rowscale, terms.colscale)
@@ -75,7 +95,7 @@ def normed(
         residual = x1 if residual is None else x1 + residual
     if mask and p > 0:
         kept = masks.elementwise_keep(upcoming(x.device), p, x.shape)
-    (weight, bias), *others = (_alike(*affine) for affine in affines)
+    (weight, bias), *others = (_alike(*affine) for affine in weights)
     stored = prenorm or len(others) > 0
     found = layer_norm(
         x, weight, bias, residual=residual, dropout_p=p, eps=eps, prenorm=stored,

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
-from gptkernels.core.checks import check_count, check_probability, check_tensor
+from gptkernels.core.checks import check_count, check_positive, check_probability, check_tensor
 from gptkernels.core.choice import check_impl
 from gptkernels.core.keywords import check_keywords
 from gptkernels.core.torchscript import refuse_script
@@ -112,8 +112,7 @@ class LayerNorm(FusedModule, nn.LayerNorm):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not eps > 0:
-            raise ValueError(f"eps must be positive, got {eps}")
+        check_positive("eps", eps)
         given = normalized_shape
         sizes = given if isinstance(given, Sequence) else (given,)
         if not sizes:

@@ -277,6 +277,12 @@ def test_a_call_leaves_the_generator_where_one_draw_does() -> None:
         ({"residual_out": torch.empty(SHAPE)}, "residual_out is not supported"),
         ({"x1": torch.ones(SHAPE), "rowscale": torch.ones(SHAPE[:-1])}, "rowscale must be None"),
         ({"bias1": torch.ones(C)}, "bias1 must be None without weight1"),
+        ({"weight": None}, "weight must be a torch.Tensor, got NoneType"),
+        ({"weight": None, "zero_centered_weight": True}, "weight must be a torch.Tensor"),
+        ({"weight1": torch.ones(5)}, r"weight1 must have shape \(96,\)"),
+        ({"weight1": torch.ones(C), "bias1": torch.ones(5)}, r"bias1 must have shape \(96,\)"),
+        ({"out_dtype": torch.int32}, "out_dtype must be float32, bfloat16 or float16, got torch.i"),
+        ({"eps": "a"}, "eps must be a number, got 'a'"),
         ({"x1": torch.ones(C)}, "x1 must have shape"),
         ({"rowscale": torch.ones(C)}, "rowscale must have shape"),
         ({"residual": torch.ones(C)}, "residual must have shape"),
@@ -285,5 +291,21 @@ def test_a_call_leaves_the_generator_where_one_draw_does() -> None:
 )
 def test_wrong_arguments(wrong: dict[str, Any], sentence: str) -> None:
     tensors = tensors_of(FP32, "bias", FP32)
-    with pytest.raises((ValueError, NotImplementedError), match=sentence):
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=sentence):
         layer_norm_fn(**{**tensors, **wrong})
+
+
+def test_wrong_arguments_of_the_others() -> None:
+    x, weight, bias = tensors_of(FP32, "bias", FP32).values()
+    old = interface.dropout_add_layer_norm_parallel_residual
+    with pytest.raises(ValueError, match="bias1 must be None without weight1"):
+        old(x, None, None, weight, bias, None, bias, 0.0, 1e-5)
+    linear = functools.partial(interface.layer_norm_linear_fn, x, weight, bias)
+    with pytest.raises(ValueError, match=r"linear_weight must have shape \(40, 96\)"):
+        linear(torch.ones(40, 5), None)
+    with pytest.raises(ValueError, match=r"linear_bias must have shape \(40,\)"):
+        linear(torch.ones(40, C), torch.ones(5))
+    with pytest.raises(ValueError, match="p must be between 0 and 1, got 3"):
+        interface.DropoutAddLayerNorm(C, p=3)
+    with pytest.raises(TypeError, match="eps must be a number, got 'a'"):
+        gptkernels.LayerNorm(C, eps="a")

@@ -13,6 +13,7 @@ from gptkernels.core import philox, plans
 from gptkernels.core.autograd import apply, once_differentiable, requires_grad
 from gptkernels.core.checks import (
     DTYPES,
+    check_positive,
     check_probability,
     check_same_device,
     check_same_dtype,
@@ -355,5 +356,4 @@ def _check(
         check_shape("residual", residual, tuple(x.shape), "that of x")
         check_same_device("residual", residual, "x", x)
     check_probability("dropout_p", dropout_p)
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    check_positive("eps", eps)
