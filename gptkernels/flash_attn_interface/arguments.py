@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_number
@@ -50,6 +51,20 @@ def integer(name: str, number: Any) -> int:
         return operator.index(number)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {number!r}") from None
+
+
+def check_range(name: str, numbers: Tensor, most: int | Tensor, why: str = "") -> None:
+    """Checks, on a CPU, that numbers (n,) lie in 0...most, an int or (n,). Raises ValueError."""
+    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
+    if not numbers.is_cpu or torch.compiler.is_compiling():
+        return
+    wrong = ((numbers < 0) | (numbers > most)).nonzero()
+    if len(wrong):
+        b = int(wrong[0])
+        limit = most if isinstance(most, int) else int(most[b])
+        raise ValueError(
+            f"{name} must lie between 0 and {limit}{why}, got {int(numbers[b])} for entry {b}"
+        )
 
 
 def unit_stride(x: Any) -> Any:

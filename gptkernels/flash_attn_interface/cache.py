@@ -12,7 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptkernels.core.checks import check_same_device, check_same_dtype, check_shape, dtype_name
+from gptkernels.core.checks import (
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+    dtype_name,
+)
+from gptkernels.flash_attn_interface.arguments import check_range
 
 
 class Places(NamedTuple):
@@ -67,9 +74,10 @@ def places(
         if given is not None:
             _check_numbers(name, given, B, k_cache)
     if block_table is not None and not (isinstance(block_table, Tensor) and block_table.dim() == 2):
-        raise TypeError(f"block_table must be a tensor (B, pages), got {block_table!r}")
+        got = tuple(block_table.shape) if isinstance(block_table, Tensor) else block_table
+        raise TypeError(f"block_table must be a tensor (B, pages), got {got!r}")
     if cache_batch_idx is not None:
-        _check_range("cache_batch_idx", cache_batch_idx, len(k_cache) - 1)
+        check_range("cache_batch_idx", cache_batch_idx, len(k_cache) - 1)
     return Places(block_table, cache_batch_idx, cache_leftpad)
 
 
@@ -89,29 +97,25 @@ def held(
         lengths = torch.full((B,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
     else:
         raise TypeError(f"cache_seqlens must be an int or an int32 tensor, got {cache_seqlens!r}")
-    _check_range("cache_seqlens", lengths, capacity - new, f" before {new} new tokens" * (new > 0))
+    check_range("cache_seqlens", lengths, capacity - new, f" before {new} new tokens" * (new > 0))
     if where.begins is not None:
-        _check_range("cache_leftpad", where.begins, lengths + new, " that the cache holds")
+        check_range("cache_leftpad", where.begins, lengths + new, " that the cache holds")
     return lengths
 
 
 def check_new(k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor, B: int) -> int:
     """Checks new keys and values, both or none; returns how many tokens they are. Raises
-    TypeError, ValueError, RuntimeError."""
+    TypeError, ValueError."""
     if k is None and v is None:
         return 0
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        if not isinstance(new, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor where the other is, got {new!r}")
+        if new is None:
+            raise TypeError(f"k and v must be given together, got no {name}")
+        check_tensor(name, new)
         check_same_dtype(name, new, f"{name}_cache", cache)
         check_same_device(name, new, f"{name}_cache", cache)
         tokens = k.shape[1] if isinstance(k, Tensor) and k.dim() > 1 else 0
         check_shape(name, new, (B, tokens, *cache.shape[2:]), f"that of {name}_cache's heads")
-        if new.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{name} requires a gradient, and flash_attn_with_kvcache has no backward pass: "
-                "call it under torch.no_grad()"
-            )
     return tokens
 
 
@@ -122,16 +126,3 @@ def _check_numbers(name: str, numbers: Tensor, B: int, k_cache: Tensor) -> None:
         raise TypeError(f"{name} must be int32, got {dtype_name(numbers.dtype)}")
     check_same_device(name, numbers, "k_cache", k_cache)
     check_shape(name, numbers, (B,), "one number for each batch entry of q")
-
-
-def _check_range(name: str, numbers: Tensor, most: int | Tensor, why: str = "") -> None:
-    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
-    if not numbers.is_cpu or torch.compiler.is_compiling():
-        return
-    wrong = ((numbers < 0) | (numbers > most)).nonzero()
-    if len(wrong):
-        b = int(wrong[0])
-        limit = most if isinstance(most, int) else int(most[b])
-        raise ValueError(
-            f"{name} must lie between 0 and {limit}{why}, got {int(numbers[b])} for entry {b}"
-        )

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gptkernels.core.autograd import requires_grad
 from gptkernels.core.checks import check_integer
 from gptkernels.flash_attn_interface import arguments, cache
 from gptkernels.flash_attn_interface.arguments import Window
@@ -74,10 +75,16 @@ def flash_attn_with_kvcache(
         if value is not None:
             raise NotImplementedError(f"{name} is not supported: rotate q and k before the call")
     check_integer("num_splits", num_splits)
+    if num_splits < 0:
+        raise ValueError(f"num_splits must be 0 or more, got {num_splits}")
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 4:
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else repr(tensor)
             raise ValueError(f"{name} must be a tensor with four dimensions, got {shape}")
+    if requires_grad((q, k_cache, v_cache, k, v, alibi_slopes)):
+        raise RuntimeError(
+            "flash_attn_with_kvcache has no backward pass: call it under torch.no_grad()"
+        )
     options = arguments.scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
     places = cache.places(len(q), k_cache, cache_batch_idx, cache_leftpad, block_table)
     if places.own_rows and len(k_cache) > len(q):  # entry b's row is row b of a larger cache

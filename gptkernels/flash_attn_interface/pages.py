@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptkernels.core.checks import dtype_name
 from gptkernels.ops.attention.decode import check_pages
 
 
@@ -18,7 +19,8 @@ def gathered(name: str, paged: Tensor, cu_seqlens: Tensor, block_table: Tensor) 
         shape = tuple(paged.shape) if isinstance(paged, Tensor) else type(paged).__name__
         raise ValueError(f"{name} must be pages (N, page, Hk, D) with a block_table, got {shape}")
     if not isinstance(block_table, Tensor) or block_table.dtype != torch.int32:
-        raise TypeError("block_table must be an int32 tensor (B, pages)")
+        got = dtype_name(block_table.dtype) if isinstance(block_table, Tensor) else block_table
+        raise TypeError(f"block_table must be an int32 tensor (B, pages), got {got}")
     lengths = cu_seqlens.diff()
     if block_table.dim() != 2 or len(block_table) != len(lengths):
         raise ValueError(

@@ -180,16 +180,25 @@ WRONG = [
     ({"cache_seqlens": 2.5}, "cache_seqlens must be an int or an int32 tensor, got 2.5"),
     ({"cache_leftpad": int32(0, 9, 2)}, "cache_leftpad must lie between 0 and 8"),
     ({"cache_batch_idx": int32(0, 1, 3)}, "cache_batch_idx must lie between 0 and 2, got 3"),
-    ({"v": None}, "v must be a torch.Tensor where the other is, got None"),
+    ({"v": None}, "k and v must be given together, got no v"),
+    ({"k": None}, "k and v must be given together, got no k"),
+    ({"k": []}, "k must be a torch.Tensor, got list"),
     ({"k": torch.zeros(B, NEW, HK, D)}, "k must have the dtype of k_cache, float16"),
     ({"v": torch.zeros(B, 4, HK, D).half()}, r"v must have shape \(3, 5, 4, 24\)"),
-    ({"num_splits": -1}, "num_splits must be at least 1"),
+    ({"num_splits": -1}, "num_splits must be 0 or more, got -1"),
     ({"num_splits": 1.0}, "num_splits must be an int, got 1.0"),
     ({"softmax_scale": "a"}, "softmax_scale must be a number, got 'a'"),
     ({"alibi_slopes": torch.ones(H + 1)}, "alibi_slopes must have shape"),
     ({"q": torch.zeros(B, 7, 3, D).half()}, "the heads of q must be a multiple"),
     ({"k_cache": None}, "k_cache must be a tensor with four dimensions, got None"),
-    ({"k": torch.zeros(B, NEW, HK, D).half().requires_grad_()}, "call it under torch.no_grad"),
+    (
+        {"k": torch.zeros(B, NEW, HK, D).half().requires_grad_()},
+        "flash_attn_with_kvcache has no backward pass: call it under torch.no_grad",
+    ),
+    (
+        {"alibi_slopes": torch.zeros(H, requires_grad=True)},
+        "flash_attn_with_kvcache has no backward pass",
+    ),
     (
         {"block_table": int32(0, 1, 2)[:, None], "cache_leftpad": int32(0, 0, 0)},
         "cache_leftpad is not supported together with block_table",
@@ -199,6 +208,7 @@ WRONG = [
         "cache_batch_idx is not supported together with block_table",
     ),
     ({"block_table": [[0], [1], [2]]}, r"block_table must be a tensor \(B, pages\)"),
+    ({"block_table": int32(0, 1, 2)}, r"block_table must be a tensor \(B, pages\), got \(3,\)"),
     ({"block_table": int32(0, 1, -1)[:, None]}, "block_table must name pages 0 ... 2, got -1"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from harness import DEVICE
 from op_inputs import draw
@@ -72,3 +73,23 @@ def test_rows_by_their_numbers() -> None:
     assert not put[[1, 2, 3, 5]].any()
     (put * put.detach()).sum().backward()
     assert torch.equal(values.grad, values.detach())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    """Each of these gave rows of other tokens, or an error of PyTorch's that names no argument."""
+    x, mask = draw(3, 5, 4), torch.tensor(MASK, device=DEVICE)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(3, 5\)"):
+        unpad_input(x, mask[:2])
+    with pytest.raises(ValueError, match=r"unused_mask must have shape \(3, 5\)"):
+        unpad_input(x, mask, mask[:, :1])
+    with pytest.raises(ValueError, match=r"attention_mask_in_length must have shape \(3, 5\)"):
+        unpad_input_for_concatenated_sequences(x, mask[:2])
+    with pytest.raises(ValueError, match=r"sums of attention_mask_in_length must .*, got 9 for"):
+        unpad_input_for_concatenated_sequences(x, 3 * mask)
+    tokens, indices, *_ = unpad_input(x, mask)
+    with pytest.raises(ValueError, match=r"indices must have shape \(8,\)"):
+        pad_input(tokens, indices[:-1], 3, 5)
+    with pytest.raises(ValueError, match=r"indices must lie between 0 and 9, got 10 for entry 3"):
+        pad_input(tokens, indices, 2, 5)
+    with pytest.raises(ValueError, match="indices must lie between 0 and 7, got 10 for entry 3"):
+        index_first_axis(tokens, indices)
