@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gptkernels.core.checks import check_flag
+from gptkernels.core.checks import check_flag, check_number
 from gptkernels.dropin.flex import blocks, expression, masks, scores
 from gptkernels.dropin.flex.expression import BATCH, HEAD, INDICES, SCORE, Unknown
 from gptkernels.dropin.flex.scores import Scores
@@ -82,7 +82,10 @@ def flex_attention(
 
     Differentiable once in query, key, value and slopes. torch.compile breaks its graph here.
     """
+    _check_types(score_mod, block_mask, return_aux)
     check_flag("enable_gqa", enable_gqa)
+    if scale is not None:
+        check_number("scale", scale)
     if kernel_options:
         raise NotImplementedError(
             f"kernel_options are those of PyTorch's kernels, got {sorted(kernel_options)}; impl "
@@ -105,6 +108,20 @@ def flex_attention(
 
         return out, AuxOutput(lse=lse)
     return (out, lse) if return_lse else out
+
+
+def _check_types(score_mod: Any, block_mask: Any, return_aux: Any) -> None:
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+
+    if score_mod is not None and not callable(score_mod):
+        raise TypeError(f"score_mod must be a function or None, got {type(score_mod).__name__}")
+    if block_mask is not None and not isinstance(block_mask, BlockMask):
+        raise TypeError(
+            "block_mask must be a BlockMask, as create_block_mask(mask_mod, ...) returns, "
+            f"got {type(block_mask).__name__}"
+        )
+    if return_aux is not None and not isinstance(return_aux, AuxRequest):
+        raise TypeError(f"return_aux must be an AuxRequest, got {type(return_aux).__name__}")
 
 
 # What the functions say depends on values. Given to torch.compile, a function is compiled although
@@ -181,8 +198,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, wanted: Scores, options: dict[str, A
         )
     if wanted.slopes is not None and shift:
         raise NotImplementedError(
-            f"score + slopes[h] * (kv_idx - q_idx) is known where the last query is at the last "
-            f"visible key, got {Tq} queries and {Tk} keys"
+            "slopes of ALiBi are known where the last query is at the last visible key, got "
+            f"{Tq} queries and {Tk} keys"
         )
     return attention(
         q,
