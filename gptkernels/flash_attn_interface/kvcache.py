@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gptkernels.core.autograd import requires_grad
 from gptkernels.core.checks import check_integer
+from gptkernels.core.sharding import distributed
 from gptkernels.flash_attn_interface import arguments, cache
 from gptkernels.flash_attn_interface.arguments import Window
 from gptkernels.ops.attention.decode import attention_decode
@@ -69,11 +70,16 @@ def flash_attn_with_kvcache(
             The caches are as they were then.
         RuntimeError: An input requires a gradient, for which there is no backward pass.
         NotImplementedError: rotary_cos or rotary_sin is given, or a block_table with
-            cache_batch_idx or cache_leftpad.
+            cache_batch_idx or cache_leftpad, or DTensors.
     """
     for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
         if value is not None:
             raise NotImplementedError(f"{name} is not supported: rotate q and k before the call")
+    if distributed(q, k_cache, v_cache, k, v):
+        raise NotImplementedError(
+            "flash_attn_with_kvcache takes no DTensors: give it each rank's own part, .to_local() "
+            "of each, whose cache it writes"
+        )
     check_integer("num_splits", num_splits)
     if num_splits < 0:
         raise ValueError(f"num_splits must be 0 or more, got {num_splits}")

@@ -17,6 +17,7 @@ from op_inputs import linear_cross_entropy_inputs as loss_inputs
 from ranks import needs_gloo, on_ranks
 
 import gptkernels
+from gptkernels.flash_attn_interface import flash_attn_with_kvcache
 from gptkernels.truth import baseline, parity, reference
 from gptkernels.truth.yardstick import FullSums
 
@@ -257,6 +258,13 @@ def test_other_tensors_are_refused(mesh: Any) -> None:
     given = _cut(mesh, attention_inputs(), "r r r") | dict(key_lengths=int32(3))
     with pytest.raises(TypeError, match=r"^key_lengths must be a DTensor, as q is, got Tensor: "):
         gptkernels.attention(**given)
+
+
+def test_caches_that_are_written_are_refused(mesh: Any) -> None:
+    """It was asked for a DTensor of lengths, an argument that this function does not have."""
+    given = _cut(mesh, dict(q=torch.ones(4, 1, 4, 8), cache=torch.ones(4, 9, 4, 8)), "2 2")
+    with pytest.raises(NotImplementedError, match=r"^flash_attn_with_kvcache takes no DTensors"):
+        flash_attn_with_kvcache(given["q"], given["cache"], given["cache"], cache_seqlens=3)
 
 
 def test_a_graph_has_one_piece(mesh: Any) -> None:
