@@ -308,7 +308,7 @@ def test_report_of_sequences_laid_end_to_end() -> None:
         ),
         ("layer_norm", ["1", "2", "fp16"], {"kv_heads": 1}, "layer_norm has no option kv-heads"),
         ("layer_norm", ["1", "2", "fp16"], {"dropout_p": 2.0}, "dropout_p must "),
-        ("attention", ["1", "2", "4", "300", "fp16"], {}, "a head width D between 1 and 256"),
+        ("attention", ["1", "2", "4", "513", "fp16"], {}, "a head width between 1 and 512"),
         ("attention", ["1", "2", "4", "64", "fp16"], {"kv_heads": 3}, "got 4 and 3"),
         ("attention", ["1", "2", "4", "64", "fp16"], {"window": (-2, 0)}, "window must be"),
         ("transformer_layer", ["1", "2", "64", "5", "9", "bf16"], {}, "nhead must divide d_model"),

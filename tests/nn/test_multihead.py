@@ -170,7 +170,7 @@ def test_it_compiles_whole() -> None:
         ({"add_bias_kv": True}, NotImplementedError, "^add_bias_kv must be False"),
         ({"add_zero_attn": True}, NotImplementedError, "^add_zero_attn must be False"),
         ({"num_heads": 5}, ValueError, "^num_heads must divide embed_dim, got embed_dim=24"),
-        ({"embed_dim": 1024, "num_heads": 2}, ValueError, "embed_dim / num_heads must be at most"),
+        ({"embed_dim": 1026, "num_heads": 2}, ValueError, "embed_dim / num_heads must be at most"),
         ({"dropout": 2.0}, ValueError, "^dropout must be between 0 and 1"),
         ({"kdim": 0}, ValueError, "^kdim must be at least 1, got 0"),
         ({"vdim": 1.0}, TypeError, r"^vdim must be an int, got 1\.0"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from gptkernels.core.choice import IMPLEMENTATIONS
+from gptkernels.ops.attention.options import AttentionOptions
 
 KERNEL_HEAD_DIM = 256  # the widest heads of the GPU kernels
 _WITHOUT_LIMITS = ("torch", "cpu")
@@ -31,6 +34,11 @@ def of_class(facts: Mapping[str, Any], op: str) -> dict[str, str]:
     ops."""
     D = facts.get("D", 0)
     return lacking(op, D, facts.get("Dv", D), facts.get("mask", "none") != "none")
+
+
+def refuse(impl: str, op: str, q: Tensor, v: Tensor, options: AttentionOptions) -> None:
+    """Raises NotImplementedError where an implementation's launcher lacks what a call has."""
+    check(impl, lacking(op, q.shape[-1], v.shape[-1], options.attn_mask is not None))
 
 
 def check(impl: str, lacking: dict[str, str]) -> None:

@@ -7,16 +7,18 @@ import math
 import pytest
 import torch
 from attention_cases import hold
-from harness import DEVICE, FP32, by_dtype, each, each_kernel_with_cpu, runnable
+from harness import DEVICE, FP32, by_dtype, each, each_kernel, each_kernel_with_cpu, runnable
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_inputs import attention_inputs, cache, draw, varlen_inputs, varlen_lengths
+from op_inputs import attention_inputs, cache, draw, int32, varlen_inputs, varlen_lengths
 from right import assert_right, assert_same, run
 from torch import Tensor
 
 from gptkernels import attention, attention_decode, attention_varlen
 from gptkernels.core import plans
 from gptkernels.core.plans import Plan
+from gptkernels.ops.attention import decode, dense
+from gptkernels.ops.attention.options import AttentionOptions
 
 # The error of few numbers is luck, PyTorch's too: so there are many heads, of few tokens.
 H, HK = 32, 16
@@ -199,6 +201,19 @@ def test_scores_of_minus_infinity_reach_nobody_else(impl: str) -> None:
     others = [*range(12), *range(13, 20)], [*range(8), *range(13, 20)]
     for a, b, apart in zip(found, wanted, (others[0],) * 2 + (others[1],) * 2, strict=True):
         assert torch.equal(a[:, apart], b[:, apart])
+
+
+@each_kernel
+def test_a_launcher_refuses_what_its_kernels_lack(impl: str) -> None:
+    """Also where no public function has looked at the call."""
+    options = AttentionOptions(0.1, key_lengths=int32(8))
+    wide, narrow = draw(1, 8, 2, 257), draw(1, 8, 2, 16)
+    with pytest.raises(NotImplementedError, match="a head width of more than 256: only"):
+        dense.attention_fwd(wide, wide, wide, *options, impl)
+    with pytest.raises(NotImplementedError, match="v of another width than q: only"):
+        decode.attention_decode_fwd(
+            narrow, narrow, narrow[..., :8].contiguous(), None, 0, *options, impl
+        )
 
 
 def test_a_plan_for_other_calls_is_not_taken_where_it_lacks_an_option() -> None:

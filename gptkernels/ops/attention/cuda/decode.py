@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.native import call, dtype_code
+from gptkernels.ops.attention import limits
 from gptkernels.ops.attention.options import AttentionOptions, without_keys
 
 
@@ -18,7 +19,8 @@ def attention_decode_fwd(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. num_splits is 0 where the user gave
-    none."""
+    none. Raises NotImplementedError for what `limits` names."""
+    limits.refuse("cuda", "attention_decode", q, v_cache, options)
     (B, Tq, H, D), (entries, page, Hk) = q.shape, k_cache.shape[:3]
     pages = 1 if block_table is None else block_table.shape[1]
     room = min(pages * page, 2**31 - 1)  # lengths are int32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptkernels.core import philox
 from gptkernels.core.native import call, dtype_code
-from gptkernels.ops.attention import widths
+from gptkernels.ops.attention import limits, widths
 from gptkernels.ops.attention.options import AttentionOptions, without_keys
 
 
@@ -27,13 +27,10 @@ def attention_fwd(
     """Returns out (B, Tq, H, Dv) and lse (B, H, Tq) in fp32.
 
     `build` is an index into the compiled module's attention_fwd_builds(), the builds for compute
-    capability 9.0; with -1 the launcher chooses. Raises NotImplementedError for an attn_mask, and
-    RuntimeError where the given build cannot run this call.
+    capability 9.0; with -1 the launcher chooses. Raises NotImplementedError for what `limits`
+    names, and RuntimeError where the given build cannot run this call.
     """
-    if options.attn_mask is not None:
-        raise NotImplementedError(
-            "attn_mask runs with impl='torch', 'cpu' or 'auto' only, got 'cuda'"
-        )
+    limits.refuse("cuda", "attention", q, v, options)
     B, Tq, H, _ = q.shape
     if _nothing_to_see(q, k, options):
         return without_keys(q, v, options)

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptkernels.core.triton_support import Shipped, on_device
+from gptkernels.ops.attention import limits
 from gptkernels.ops.attention.options import AttentionOptions, without_keys
 from gptkernels.ops.attention.splits import (
     ALIGNMENT,
@@ -328,7 +329,8 @@ def attention_decode_fwd(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. num_splits is 0 where the user gave
-    none."""
+    none. Raises NotImplementedError for what `limits` names."""
+    limits.refuse("triton", "attention_decode", q, v_cache, options)
     B, Tq, H, D = q.shape
     entries, page, Hk = k_cache.shape[:3]
     capacity = page if block_table is None else page * block_table.shape[1]

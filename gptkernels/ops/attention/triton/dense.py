@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptkernels.core import philox
 from gptkernels.core.triton_support import Shipped, Tile, on_device
-from gptkernels.ops.attention import widths
+from gptkernels.ops.attention import limits, widths
 from gptkernels.ops.attention.options import AttentionOptions, without_keys
 from gptkernels.ops.attention.triton.bwd import (
     attention_bwd_delta_kernel,
@@ -63,12 +63,9 @@ def attention_fwd(
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. Raises NotImplementedError for an
-    attn_mask. A `tile` runs in place of the chosen one."""
-    if options.attn_mask is not None:
-        raise NotImplementedError(
-            "attn_mask runs with impl='torch', 'cpu' or 'auto' only, got 'triton'"
-        )
+    """Returns out (B, Tq, H, D) and lse (B, H, Tq) in fp32. Raises NotImplementedError for
+    what `limits` names. A `tile` runs in place of the chosen one."""
+    limits.refuse("triton", "attention", q, v, options)
     if q.numel() == 0 or k.numel() == 0:
         return without_keys(q, v, options)
     B, Tq, H, D = q.shape
