@@ -35,7 +35,7 @@ def forward(launch: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple
 
 def backward(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """Decorates the launcher of a backward pass (dout, dlse, q, k, v, out, ...) that takes one
-    width. Gradients that are not wanted are empty."""
+    width. Gradients that are not wanted have one dimension, without elements."""
 
     @functools.wraps(launch)
     def of_any_width(
@@ -47,7 +47,7 @@ def backward(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[T
         dout, *qkv, out = widened(dout, q, k, v, out)
         *gradients, mask, by_query = launch(dout, dlse, *qkv, out, *others, **options)
         cut = (
-            x[..., : given.shape[-1]].contiguous() if x.numel() else x
+            x[..., : given.shape[-1]].contiguous() if x.dim() == given.dim() else x
             for x, given in zip(gradients, (q, k, v), strict=True)
         )
         return (*cut, mask, by_query)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -131,6 +132,17 @@ def test_any_of_them_together(
     tensors["alibi_slopes"] = slopes() if entries == 1 else slopes(entries)
     # With a single key for each query dq, dk and the slopes' gradient are rounding noise.
     hold(tensors, impl, seed, gradients=Tk > 8 and left != 0, causal=causal, window=(left, -1))
+
+
+@each
+@pytest.mark.parametrize("sizes", [(0, 3, 3), (2, 0, 3), (2, 3, 0)], ids=str)
+def test_nothing_of_another_width(impl: str, sizes: tuple[int, int, int]) -> None:
+    tensors = inputs(*sizes, D=16, Dv=24)
+    out, *gradients = run(functools.partial(attention, impl=impl), tensors, wanted="qkv")
+    assert out.shape == (*sizes[:2], H, 24)
+    assert not out.any()
+    for gradient, name in zip(gradients, "qkv", strict=True):
+        assert gradient.shape == tensors[name].shape
 
 
 @each_kernel_with_cpu
