@@ -13,7 +13,7 @@ from attention_cases import hold, shrink_tiles
 from harness import BF16, DEVICE, FP16, FP32, RUNNABLE, each, each_kernel, needs_cuda, of, runnable
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_inputs import ends, int32
+from op_inputs import draw, ends, int32
 from op_inputs import varlen_inputs as inputs
 from op_inputs import varlen_lengths as arguments
 from right import assert_same, check_op, run, seeded
@@ -213,6 +213,14 @@ class TestTorchOnAGpu:
     def test_each_option(self, options: dict[str, Any]) -> None:
         queries, keys = [5, 0, 1, 37, 3], [9, 4, 0, 37, 1]
         hold_varlen("torch", queries, keys, inputs(queries, keys), **options)
+
+    def test_sinks_without_any_keys(self) -> None:
+        tensors = inputs([3], [0]) | {"sinks": draw(2)}
+        call = of_sequences(arguments([3], [0]), return_lse=True, impl="torch")
+        out, lse, *_, dsinks = run(call, tensors, [draw(3, 2, 16), torch.ones(2, 3)])
+        assert not out.any()
+        assert (lse == tensors["sinks"][:, None]).all()
+        assert dsinks.tolist() == [3, 3]
 
     def test_no_sequence_reaches_another(self) -> None:
         test_no_sequence_reaches_another("torch")

@@ -153,6 +153,8 @@ def _fwd_at_once(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     _, total, H, _ = q.shape
+    if min(k.shape[1], options.max_seqlen_k) <= 0:
+        return without_keys(q, v, options)
     out = torch.zeros((1, total + 1, H, v.shape[-1]), dtype=q.dtype, device=q.device)
     lse = torch.full((1, total + 1, H), -math.inf, dtype=torch.float32, device=q.device)
     for block in _blocks(q, k, v, options):
