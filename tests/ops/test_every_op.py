@@ -221,6 +221,9 @@ def test_forward_mode_is_refused(op: Op, impl: str) -> None:
 def test_decoding_refuses_forward_mode(impl: str) -> None:
     """It has no autograd.Function. Its registered op would drop the tangent."""
     tensors, rest = cache([5, 3])
+    heads = tensors["q"].shape[2]
+    tensors |= {"alibi_slopes": torch.ones(heads), "sinks": torch.ones(heads)}
+    tensors = {name: x.to(DEVICE) for name, x in tensors.items()}
     call = functools.partial(attention_decode, **rest, impl=impl)
     for name, tensor in tensors.items():
         with forward_ad.dual_level(), refused():

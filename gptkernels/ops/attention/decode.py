@@ -148,8 +148,8 @@ def attention_decode(
         TypeError, ValueError: An argument's type, dtype, shape, device, strides or value is wrong.
         RuntimeError: An input requires a gradient, for which there is no backward pass; or an
             explicit impl cannot run on this machine or these tensors.
-        NotImplementedError: alibi_slopes requires a gradient, or an input has a tangent of
-            forward-mode AD.
+        NotImplementedError: An input has a tangent of forward-mode AD, or an explicit impl lacks
+            what the call asks for.
     """
     if unknown:
         refuse(attention_decode, unknown, elsewhere.DECODE)
@@ -176,10 +176,10 @@ def attention_decode(
     )  # fmt: skip
     if num_splits is not None:
         check_count("num_splits", num_splits)
-    learned = (options.alibi_slopes, options.sinks)
-    if requires_grad((q, k_cache, v_cache, *learned)):
+    inputs = (q, k_cache, v_cache, options.alibi_slopes, options.sinks)
+    if requires_grad(inputs):
         raise RuntimeError("attention_decode has no backward pass: call it under torch.no_grad()")
-    refuse_tangents(q, k_cache, v_cache)
+    refuse_tangents(*inputs)
     if way is None:
         Tmax = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         way = plan.of(
