@@ -88,11 +88,11 @@ def attention_bwd(
     """Returns the gradients of q, k, v and attn_mask, and of what the slopes' gradient is the sum
     (`learned.slopes_gradient`): by_query (B, H, Tq) fp32, for each query the sum over its keys of
     dS |position - key|. Each is empty where `grad_mask` is False."""
-    inputs = (q, k, v, options.attn_mask, lse)
-    dq, dk, dv, dmask, by_query = (
+    dq, dk, dv, dmask = (
         q.new_empty(0) if x is None or not wanted else x.new_empty(x.shape)
-        for x, wanted in zip(inputs, grad_mask, strict=True)
+        for x, wanted in zip((q, k, v, options.attn_mask), grad_mask, strict=False)
     )
+    by_query = lse.new_empty(lse.shape if grad_mask[4] else 0)
     return dq, dk, dv, dmask, by_query
 
 
