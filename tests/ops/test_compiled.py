@@ -15,6 +15,7 @@ from harness import BF16, DEVICE, FP32, of
 from op_inputs import (
     attention_inputs,
     cache,
+    draw,
     gelu_mlp_inputs,
     int32,
     layer_norm_inputs,
@@ -93,6 +94,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]], dict[s
         {"approximate": "none"},
     ),
     "attention": (attention, functools.partial(attention_inputs, 2, 40), {}),
+    "attention, sinks": (
+        attention,
+        lambda **how: attention_inputs(2, 40, **how) | {"sinks": draw(2)},
+        {},
+    ),
     "attention, window": (attention, MANY_HEADS, {"window": (9, 3)}),
     "attention, lengths": (attention, MANY_HEADS, {"key_lengths": int32(0, 30)}),
     "attention, formula": (
@@ -107,7 +113,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]], dict[s
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CALLS)
 def test_the_graph_holds_pytorchs_operators(name: str, dtype: torch.dtype) -> None:
-    if name == "attention" and DEVICE == "cuda":
+    if name in ("attention", "attention, sinks") and DEVICE == "cuda":
         pytest.skip("which of PyTorch's fused ops runs on a GPU cannot be traced")
     op, inputs, options = CALLS[name]
     compiled = Compiled(functools.partial(op, impl="torch"))
@@ -160,10 +166,11 @@ def test_recomputation_keeps_no_pre_activation(recompute: bool) -> None:
     assert compiled.opaque == [set(), {"gptkernels.gelu_mlp_bwd.default"} if recompute else set()]
 
 
-def test_many_blocks_of_rows_stay_an_op(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["attention, formula", "attention, sinks"])
+def test_many_blocks_of_rows_stay_an_op(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same call is traced above, where it is one block."""
     monkeypatch.setattr(blocks, "_SCORES_HELD", 2**10)
-    op, inputs, options = CALLS["attention, formula"]
+    op, inputs, options = CALLS[name]
     compiled = Compiled(functools.partial(op, impl="torch"))
     assert_right(compiled, inputs(), name=op.__name__, **options)
     assert compiled.opaque == [

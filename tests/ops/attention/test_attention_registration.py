@@ -15,6 +15,7 @@ from op_inputs import attention_inputs as inputs
 from op_inputs import int32 as lengths
 from right import assert_same, check_op, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkernels import attention
@@ -23,6 +24,7 @@ from gptkernels.ops.attention import dense as public
 from gptkernels.ops.attention import torch as implementation
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import backend, blocks, dense, formula, fused
+from gptkernels.ops.attention.torch.named import usable
 
 
 class TestTorchImplementation:
@@ -118,6 +120,7 @@ class TestBackend:
 
     @pytest.fixture(autouse=True)
     def cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
         self.capability, self.taken = (9, 0), {"flash", "efficient"}
         monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *given, **options: backend.CUDNN)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: self.capability)
@@ -156,6 +159,19 @@ class TestBackend:
 
         monkeypatch.setattr(torch, "_fused_sdp_choice", refuse)
         assert self.picked() == backend.NONE
+
+    def test_values_of_another_width_are_asked_about_as_they_run(self) -> None:
+        """That is padded to the width of q."""
+        asked: list[torch.Size] = []
+
+        def ask(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> Any:
+            asked.extend(x.shape for x in (q, k, v))
+
+        self.monkeypatch.setattr(torch.backends.cuda, "SDPAParams", ask)
+        with FakeTensorMode():
+            q, k, v = (torch.empty(1, 7, 2, D, device="cuda") for D in (16, 16, 8))
+            usable(q, k, v, AttentionOptions(0.3, right=0))
+        assert set(asked) == {(1, 2, 7, 16)}
 
     def test_the_backward_pass_runs_the_backend_of_the_forward_pass(
         self, monkeypatch: pytest.MonkeyPatch
@@ -235,6 +251,19 @@ class TestRegistration:
                 impl,
             ),
         )
+
+    @pytest.mark.parametrize("impl", ["torch", "cpu"])
+    def test_what_nobody_wants_has_the_dtype_that_compilers_are_told(self, impl: str) -> None:
+        def dtypes() -> list[torch.dtype]:
+            q = torch.zeros(1, 3, 2, 16, dtype=BF16)
+            return [x.dtype for x in torch.ops.gptkernels.attention_bwd(
+                q, None, q, q, q, q, torch.zeros(1, 2, 3), *AttentionOptions(0.3),
+                [True, False, False, False, False], True, impl,
+            )]  # fmt: skip
+
+        found = dtypes()
+        with FakeTensorMode():
+            assert dtypes() == found
 
     def test_compile_keeps_the_fused_backward(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(formula, "attention_bwd", None)  # a gradient of lse would call it

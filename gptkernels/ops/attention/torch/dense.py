@@ -42,8 +42,7 @@ def _fused_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor] | None:
     """Returns out and lse by a fused op; None where none has all that the call asks for."""
-    if options.sinks is not None and q.dtype == torch.float32:
-        # The sinks' gradient is made of out, which the fused op for CPUs sums up less exactly.
+    if _exact(options, q):
         return None
     causal, Dv, found = _plain(options, q, k), v.shape[-1], None
     q, k, v = widened(q, k, v)
@@ -127,7 +126,7 @@ def fused_backend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) ->
     causal = None if options.cu_seqlens_q is not None else _plain(options, q, k)
     if q.device.type != "cuda" or causal is None or q.numel() == 0 or k.numel() == 0:
         return -1
-    q, k, v = (fused.heads_first(x) for x in (q, k, v))
+    q, k, v = (fused.heads_first(x) for x in widened(q, k, v))  # as they will run
     return backend.pick(q, k, v, causal, options.softmax_scale)
 
 
@@ -142,9 +141,9 @@ def traceable_fwd(q: Tensor, k: Tensor, options: AttentionOptions) -> bool:
         return False
     if torch.compiler.is_exporting():
         return q.device.type == "cpu" and _always_plain(options, q, k)
-    if _plain(options, q, k) is not None:
+    if _plain(options, q, k) is not None and (q.device.type == "cuda" or not _exact(options, q)):
         return q.device.type != "cuda"
-    if _only_masks(options, q):
+    if _only_masks(options, q) and not _exact(options, q):
         return fused.one_masked_block(options, q, k)
     return one_block(q.shape[0] * q.shape[2] * k.shape[1], q.shape[1])
 
@@ -182,6 +181,12 @@ def _plain_scores(options: AttentionOptions) -> bool:
     """Whether PyTorch's fused ops know everything that the scores depend on, but for the window."""
     masked = options.key_lengths is not None or options.attn_mask is not None
     return not (options.costly or masked) and options.softmax_scale > 0
+
+
+def _exact(options: AttentionOptions, q: Tensor) -> bool:
+    """Whether the forward pass is the formula's: the sinks' gradient is made of out, which the
+    fused op for CPUs sums up less exactly."""
+    return options.sinks is not None and q.dtype == torch.float32
 
 
 def _only_masks(options: AttentionOptions, q: Tensor) -> bool:

@@ -8,6 +8,7 @@ from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import backend
 from gptkernels.ops.attention.torch.dense import fused_backend
 from gptkernels.ops.attention.torch.fused import heads_first
+from gptkernels.ops.attention.widths import widened
 
 BACKENDS = (backend.CUDNN, backend.FLASH, backend.EFFICIENT)
 
@@ -33,4 +34,5 @@ def usable(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> list[i
 def _takes(name: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> bool:
     """Of a call that fused ops are asked for: they have all of its options."""
     causal = 0 <= options.right < q.shape[1] - 1
-    return backend.takes(name, heads_first(q), heads_first(k), heads_first(v), causal)
+    q, k, v = (heads_first(x) for x in widened(q, k, v))
+    return backend.takes(name, q, k, v, causal)
