@@ -42,13 +42,14 @@ def _fused_fwd(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor] | None:
     """Returns out and lse by a fused op; None where none has all that the call asks for."""
-    if _exact(options, q):
+    causal, masks, found = _plain(options, q, k), _only_masks(options, q), None
+    if _exact(options, q) or (causal is None and not masks):
         return None
-    causal, Dv, found = _plain(options, q, k), v.shape[-1], None
+    Dv = v.shape[-1]
     q, k, v = widened(q, k, v)
     if causal is not None:
         found = fused.attention_fwd(q, k, v, causal, options)
-    if found is None and _only_masks(options, q):
+    if found is None and masks:
         found = fused.masked_attention_fwd(q, k, v, options)
     if found is None:
         return None
@@ -109,11 +110,14 @@ def _fused_bwd(
     deterministic: bool,
 ) -> Sequence[Tensor] | None:
     """Returns dq, dk and dv by a fused op; None where none has all that the call asks for."""
-    causal, sizes, found = _plain(options, q, k), [x.shape[-1] for x in (q, k, v)], None
+    causal, masks, found = _plain(options, q, k), _masks_bwd(options, q), None
+    if causal is None and not masks:
+        return None
+    sizes = [x.shape[-1] for x in (q, k, v)]
     dout, q, k, v, out = widened(dout, q, k, v, out)
     if causal is not None:
         found = fused.attention_bwd(dout, q, k, v, out, lse, causal, options, deterministic)
-    if found is None and _masks_bwd(options, q):
+    if found is None and masks:
         found = fused.masked_attention_bwd(dout, q, k, v, out, lse, options)
     if found is None:
         return None
