@@ -57,6 +57,7 @@ _TESTS = tuple(
         "emulator/test_clusters",
         "emulator/test_hopper",
         "emulator/test_tma",
+        "ops/test_watched",
         "tuning/test_canary",
         "tuning/test_gpu_ways",
     )

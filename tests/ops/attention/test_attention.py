@@ -105,7 +105,7 @@ class TestParity:
         hold(tensors, impl, seed, gradients=Tk > 1, causal=not lse, return_lse=lse)
 
     @runnable
-    @pytest.mark.parametrize("D", [1, 17, 65, 96, 128, 160, 256])
+    @pytest.mark.parametrize("D", [1, 17, 65, 128, 256])
     def test_head_widths(self, impl: str, dtype: torch.dtype, D: int, seed: int) -> None:
         # PyTorch's error on few numbers is random; many heads of few tokens have enough of them.
         Tq, Tk, heads, left = (24, 29, 8, 20) if D == 1 else (70, 75, 1, 60)
@@ -113,7 +113,7 @@ class TestParity:
         hold(tensors, impl, seed, window=(left, 0), return_lse=True)
 
     @runnable
-    @pytest.mark.parametrize("D", [8, 40, 63, 64, 80, 97, 129, 192, 193])
+    @pytest.mark.parametrize("D", [8, 40, 63, 64, 80, 96, 97, 129, 160, 192, 193])
     def test_more_head_widths_forward(
         self, impl: str, dtype: torch.dtype, D: int, seed: int
     ) -> None:
