@@ -12,10 +12,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 
 
+def check_is_tensor(name: str, value: Tensor) -> None:
+    """Checks that `value` is a tensor. Raises TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Checks that `tensor` is a tensor with a dtype that the kernels support. Raises TypeError."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_is_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16, got {dtype_name(tensor.dtype)}"
@@ -23,8 +28,9 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
-    """Checks that `tensor` has exactly `shape`; `why` tells the user where that shape comes from.
-    Raises ValueError."""
+    """Checks that `tensor` is one and has exactly `shape`; `why` tells the user where that shape
+    comes from. Raises TypeError, ValueError."""
+    check_is_tensor(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
             f"{name} must have shape {tuple(shape)} ({why}), got {tuple(tensor.shape)}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.core.checks import check_number
+from gptkernels.core.checks import check_is_tensor, check_number
 
 Window = Sequence[int] | Tensor
 
@@ -75,8 +75,7 @@ def unit_stride(x: Any) -> Any:
 
 def unpacked(name: str, packed: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
     """The `count` tensors that lie packed along `dim`. Raises TypeError, ValueError."""
-    if not isinstance(packed, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(packed).__name__}")
+    check_is_tensor(name, packed)
     if packed.dim() != dim + 3 or packed.shape[dim] != count:
         raise ValueError(
             f"{name} must have {dim + 3} dimensions with {count} in dimension {dim}, "

@@ -43,11 +43,11 @@ def unpad_input(
         seqused (B,) int32, how many of each entry's tokens are in attention_mask.
 
     Raises:
-        ValueError: A mask has another shape.
+        TypeError, ValueError: A mask is no tensor, or has another shape.
     """
-    for name, mask in (("attention_mask", attention_mask), ("unused_mask", unused_mask)):
-        if mask is not None:
-            _check_entries(name, mask, hidden_states)
+    _check_entries("attention_mask", attention_mask, hidden_states)
+    if unused_mask is not None:
+        _check_entries("unused_mask", unused_mask, hidden_states)
     used = attention_mask != 0
     kept = used if unused_mask is None else used | (unused_mask != 0)
     lengths, seqused = (mask.sum(-1, dtype=torch.int32) for mask in (kept, used))

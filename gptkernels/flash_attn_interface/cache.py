@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptkernels.core.checks import (
+    check_is_tensor,
     check_same_device,
     check_same_dtype,
     check_shape,
@@ -120,8 +121,7 @@ def check_new(k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tens
 
 
 def _check_numbers(name: str, numbers: Tensor, B: int, k_cache: Tensor) -> None:
-    if not isinstance(numbers, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(numbers).__name__}")
+    check_is_tensor(name, numbers)
     if numbers.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {dtype_name(numbers.dtype)}")
     check_same_device(name, numbers, "k_cache", k_cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptkernels.core.checks import dtype_name
+from gptkernels.core.checks import check_is_tensor, dtype_name
 from gptkernels.ops.attention.decode import check_pages
 
 
@@ -21,6 +21,7 @@ def gathered(name: str, paged: Tensor, cu_seqlens: Tensor, block_table: Tensor) 
     if not isinstance(block_table, Tensor) or block_table.dtype != torch.int32:
         got = dtype_name(block_table.dtype) if isinstance(block_table, Tensor) else block_table
         raise TypeError(f"block_table must be an int32 tensor (B, pages), got {got}")
+    check_is_tensor("cu_seqlens_k", cu_seqlens)
     lengths = cu_seqlens.diff()
     if block_table.dim() != 2 or len(block_table) != len(lengths):
         raise ValueError(

@@ -309,6 +309,8 @@ def test_wrong_packed_tensors() -> None:
         call(*sequences, block_table=int32(0, 1))
     with pytest.raises(ValueError, match=r"block_table must name pages 0 \.\.\. 2, got 3"):
         call(*sequences, block_table=int32(0, 3)[None])
+    with pytest.raises(TypeError, match=r"cu_seqlens_k must be a torch.Tensor, got list"):
+        call(int32(0, 8), [0, 8], 8, 8, block_table=int32(0, 1)[None])
     with pytest.raises(TypeError, match=r"block_table must be an int32 tensor .*, got int64"):
         call(*sequences, block_table=int32(0, 1)[None].long())
 

@@ -282,6 +282,8 @@ def test_a_call_leaves_the_generator_where_one_draw_does() -> None:
         ({"weight1": torch.ones(5)}, r"weight1 must have shape \(96,\)"),
         ({"weight1": torch.ones(C), "bias1": torch.ones(5)}, r"bias1 must have shape \(96,\)"),
         ({"out_dtype": torch.int32}, "out_dtype must be float32, bfloat16 or float16, got torch.i"),
+        ({"rowscale": 2.0}, "rowscale must be a torch.Tensor, got float"),
+        ({"x1": 2.0}, "x1 must be a torch.Tensor, got float"),
         ({"eps": "a"}, "eps must be a number, got 'a'"),
         ({"x1": torch.ones(C)}, "x1 must have shape"),
         ({"rowscale": torch.ones(C)}, "rowscale must have shape"),

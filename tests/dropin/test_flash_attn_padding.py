@@ -78,6 +78,8 @@ def test_rows_by_their_numbers() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     """Each of these gave rows of other tokens, or an error of PyTorch's that names no argument."""
     x, mask = draw(3, 5, 4), torch.tensor(MASK, device=DEVICE)
+    with pytest.raises(TypeError, match=r"attention_mask must be a torch\.Tensor, got NoneType"):
+        unpad_input(x, None)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \(3, 5\)"):
         unpad_input(x, mask[:2])
     with pytest.raises(ValueError, match=r"unused_mask must have shape \(3, 5\)"):
