@@ -76,7 +76,7 @@ struct AttentionBwd {
     void* dq;  // (B, Tq, H, D) contiguous, or null: not wanted
     void* dk;  // (B, Tk, Hk, D) contiguous, or null
     void* dv;  // (B, Tk, Hk, D) contiguous, or null
-    float* by_query;  // (B, H, Tq), or null; see attention/bwd/queries.h
+    float* by_query;  // (B, H, Tq), or null: see attention/bwd/queries.h
 };
 
 // The builds of the Hopper kernels, by number. A launcher's `build` is such a number, or kRule,

@@ -33,6 +33,7 @@ __device__ __forceinline__ float row_delta(const BwdArguments& a, int64_t b, int
     const AttentionCall& call = p.call;
     const int D = call.D;
     float delta = 0;
+    const bool checks_q = call.softcap != 0 || call.sinks != nullptr;
     bool finite = true;
     if (exists) {
         const T* out = static_cast<const T*>(p.out) + ((b * call.total_q + i) * call.H + h) * D;
@@ -47,7 +48,7 @@ __device__ __forceinline__ float row_delta(const BwdArguments& a, int64_t b, int
             load_chunk(y, dout, col, D, a.dout_aligned);
 #pragma unroll
             for (int k = 0; k < kPer128<T>; ++k) delta = fmaf(x[k], y[k], delta);
-            if (call.softcap == 0 && call.sinks == nullptr) continue;
+            if (!checks_q) continue;
             load_chunk(x, q, col, D, a.q_aligned);
 #pragma unroll
             for (int k = 0; k < kPer128<T>; ++k) finite = finite && is_finite(x[k]);

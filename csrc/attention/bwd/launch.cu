@@ -61,10 +61,6 @@ __global__ void __launch_bounds__(kDeltaThreads)
     clear(p.dq, call.H, call.cu_seqlens_q, call.total_q);
     clear(p.dk, call.Hk, call.cu_seqlens_k, call.total_k);
     clear(p.dv, call.Hk, call.cu_seqlens_k, call.total_k);
-    if (p.by_query == nullptr) return;
-    for (int head = 0; head < call.H; ++head)
-        fill_outside(p.by_query + int64_t{head} * call.total_q, 1, call.cu_seqlens_q, call.batch,
-                     call.total_q, 0.0f, thread, static_cast<int64_t>(gridDim.x) * kDeltaThreads);
 }
 
 // The arguments of the kernels after the first one. On Hopper these kernels do work only where a

@@ -74,6 +74,8 @@ def attention_bwd(
         for x, wanted in zip((q, k, v, lse), (*grad_mask[:3], grad_mask[4]), strict=True)
     )
     no_mask = q.new_empty(0)
+    if options.cu_seqlens_q is not None:
+        by_query.zero_()  # no kernel writes that of tokens that belong to no sequence
     if _nothing_to_see(q, k, options):
         return dq.zero_(), dk.zero_(), dv.zero_(), no_mask, by_query.zero_()
     if not any(grad_mask):
