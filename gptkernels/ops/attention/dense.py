@@ -14,6 +14,7 @@ from gptkernels.core.autocast import autocast_dtype
 from gptkernels.core.autograd import apply, once_differentiable
 from gptkernels.core.checks import (
     DTYPES,
+    check_flag,
     check_same_device,
     check_shape,
     check_tensor,
@@ -275,6 +276,8 @@ def attention(
         return by_shards(attention, _SHARDS, locals())
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    elif type(deterministic) is not bool:  # a call of the check takes longer
+        check_flag("deterministic", deterministic)
     seen = causal, softmax_scale, window, softcap, alibi_slopes
     others = () if key_lengths is attn_mask is sinks is None else (key_lengths, attn_mask, sinks)
     signature = way = options = None

@@ -8,7 +8,7 @@ from typing import Never
 import torch
 from torch import Tensor
 
-from gptkernels.core.checks import check_same_device, check_shape, dtype_name
+from gptkernels.core.checks import check_flag, check_same_device, check_shape, dtype_name
 from gptkernels.core.keywords import refuse, without_unknown
 from gptkernels.core.sharding import Shards, by_shards, distributed
 from gptkernels.core.values import readable
@@ -105,6 +105,8 @@ def attention_varlen(
     )  # fmt: skip
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    elif type(deterministic) is not bool:  # a call of the check takes longer
+        check_flag("deterministic", deterministic)
     signature = way = None
     if impl == "auto" and not torch.compiler.is_compiling():
         signature, way = plan.known(

@@ -94,6 +94,7 @@ class TestBadInput:
                 "attn_mask: only impl=.torch., .cpu. and .auto. take it, got impl=.triton.",
             ),
             (dict(causal="no"), TypeError, "causal must be a bool, got 'no'"),
+            (dict(deterministic="no"), TypeError, "deterministic must be a bool, got 'no'"),
             (dict(window=(True, 0)), ValueError, "window must be a pair .* of integers"),
             (dict(softmax_scale="x"), TypeError, "softmax_scale must be a number, got 'x'"),
             (dict(softcap=[1]), TypeError, r"softcap must be a number, got \[1\]"),

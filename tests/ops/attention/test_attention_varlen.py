@@ -408,6 +408,7 @@ def test_opcheck(impl: str) -> None:
         ({"cu_seqlens_k": ends([9, -2])}, ValueError, "must never fall, got 9 and then 7"),
         ({"cu_seqlens_k": ends([4, 3, 0])}, ValueError, r"shape \(3,\) .* got \(4,\)"),
         ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q must be at least the longest length 4"),
+        ({"deterministic": "no"}, TypeError, "deterministic must be a bool, got 'no'"),
         ({"max_seqlen_k": 4.0}, TypeError, r"max_seqlen_k must be an int, got 4\.0"),
         ({"q": torch.zeros(1, 7, 4, 16)}, ValueError, r"q must have shape \(total_q, H, D\)"),
         ({"k": torch.zeros(7, 3, 16), "v": torch.zeros(7, 3, 16)}, ValueError, "a multiple of"),
