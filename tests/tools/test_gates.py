@@ -82,6 +82,14 @@ class TestRules:
         assert sentence.startswith("a sm_80: ")
         assert sentence.endswith("the table has 128 registers, 65536 B shared")
 
+    def test_two_registers_may_differ_where_some_architectures_are_compiled(self) -> None:
+        def broken(**numbers: int) -> int:
+            found = {("a", 80): dataclasses.replace(CLEAN, **numbers)}
+            return len(violations("Triton", "3.7.1", found, table(), architectures=[80]))
+
+        assert [broken(registers=n) for n in (125, 126, 128, 130, 131)] == [1, 0, 0, 0, 1]
+        assert broken(registers=127, shared=0) == 1
+
     def test_required_instructions(self) -> None:
         found = FOUND | {("b", 90): dataclasses.replace(CLEAN, instructions="HMMA LDG.128")}
 
