@@ -7,10 +7,10 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gptkernels.core.checks import check_is_tensor, check_number
+from gptkernels.core.values import readable
 
 Window = Sequence[int] | Tensor
 
@@ -55,8 +55,7 @@ def integer(name: str, number: Any) -> int:
 
 def check_range(name: str, numbers: Tensor, most: int | Tensor, why: str = "") -> None:
     """Checks, on a CPU, that numbers (n,) lie in 0...most, an int or (n,). Raises ValueError."""
-    # Reading the values on a GPU would synchronise. Under torch.compile there are no values yet.
-    if not numbers.is_cpu or torch.compiler.is_compiling():
+    if not readable(numbers):
         return
     wrong = ((numbers < 0) | (numbers > most)).nonzero()
     if len(wrong):

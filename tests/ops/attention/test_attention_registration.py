@@ -253,11 +253,14 @@ class TestRegistration:
         )
 
     @pytest.mark.parametrize("impl", ["torch", "cpu"])
-    def test_what_nobody_wants_has_the_dtype_that_compilers_are_told(self, impl: str) -> None:
+    @pytest.mark.parametrize("Tk", [3, 0])
+    def test_what_nobody_wants_has_the_dtype_that_compilers_are_told(
+        self, impl: str, Tk: int
+    ) -> None:
         def dtypes() -> list[torch.dtype]:
-            q = torch.zeros(1, 3, 2, 16, dtype=BF16)
+            q, k = (torch.zeros(1, T, 2, 16, dtype=BF16) for T in (3, Tk))
             return [x.dtype for x in torch.ops.gptkernels.attention_bwd(
-                q, None, q, q, q, q, torch.zeros(1, 2, 3), *AttentionOptions(0.3),
+                q, None, q, k, k, q, torch.zeros(1, 2, 3), *AttentionOptions(0.3),
                 [True, False, False, False, False], True, impl,
             )]  # fmt: skip
 

@@ -79,9 +79,10 @@ def attention_bwd(
     `deterministic` leads to the formula.
     """
     if q.numel() == 0 or k.numel() == 0:
-        inputs = (q, k, v, options.attn_mask, lse)
+        mask = options.attn_mask if grad_mask[3] else None
+        inputs = (q, k, v, q if mask is None else mask, lse)
         dq, dk, dv, dmask, by_query = (
-            torch.zeros_like(x) if x is not None and wanted else q.new_empty(0)
+            torch.zeros_like(x) if wanted else x.new_empty(0)
             for x, wanted in zip(inputs, grad_mask, strict=True)
         )
         return dq, dk, dv, dmask, by_query
