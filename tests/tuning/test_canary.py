@@ -18,7 +18,7 @@ from torch import Tensor
 import gptkernels
 from gptkernels.core import plans
 from gptkernels.core.tuned import Entry, Table
-from gptkernels.ops.attention import canary
+from gptkernels.ops.attention import canary, canary_case
 from gptkernels.ops.attention.options import AttentionOptions
 from gptkernels.ops.attention.torch import backend
 from gptkernels.truth import baseline, reference
@@ -46,10 +46,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(canary, "on_gpu", lambda q: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(canary, "fused_backend", lambda *_: -1)
-    monkeypatch.setattr(canary, "_QUERIES", 37)
-    monkeypatch.setattr(canary, "_KEYS", 70)
-    monkeypatch.setattr(canary, "_LEFT", 20)
-    monkeypatch.setattr(canary, "_CACHE", 300)
+    monkeypatch.setattr(canary_case, "_QUERIES", 37)
+    monkeypatch.setattr(canary_case, "_KEYS", 70)
+    monkeypatch.setattr(canary_case, "_LEFT", 20)
+    monkeypatch.setattr(canary_case, "_CACHE", 300)
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ class TestPasses:
             cases.append(given)
             time.sleep(0.05)
 
-        monkeypatch.setattr(canary, "_wrong", slow)
+        monkeypatch.setattr(canary_case, "wrong", slow)
         q, k, v = heads().values()
         options = AttentionOptions(0.25, softcap=5.0)
         kind = canary._kind("attention", False, (q, k, v), options, False, False)
@@ -397,13 +397,13 @@ class TestDoesNotRun:
     @pytest.fixture(autouse=True)
     def counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cases = 0
-        real = canary._wrong
+        real = canary_case.wrong
 
         def count(*given: Any) -> Any:
             self.cases += 1
             return real(*given)
 
-        monkeypatch.setattr(canary, "_wrong", count)
+        monkeypatch.setattr(canary_case, "wrong", count)
 
     def test_during_a_capture(self, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patched:
@@ -520,8 +520,9 @@ def test_never_on_a_cpu(launched: list[str], monkeypatch: pytest.MonkeyPatch) ->
     def never(*_: Any) -> Any:
         raise AssertionError("a canary on a CPU")
 
-    for name in ("instead", "verdict", "compiled", "_wrong"):
+    for name in ("instead", "verdict", "compiled"):
         monkeypatch.setattr(canary, name, never)
+    monkeypatch.setattr(canary_case, "wrong", never)
     for name, (op, _, _) in CALLS.items():
         call(name, training=op != "attention_decode")
     assert launched == []
